@@ -1,0 +1,31 @@
+"""ViT-B/16 (ImageNet-21k, AugReg) on CIFAR-10 with the settings of SURM (arXiv 2406.17740, section 5): Adam, learning rate 5e-5,
+batch 64, 20,000 steps, circulant updates on query, key and value.
+
+    python launch.py --config=configs/vit_cifar.py --config.data.dir=FOLDER_OF_PREPARED_TFDS_SETS
+
+The weights (393 MB) are downloaded once. A small model on 32 x 32 pixels, from random weights, for a try without them:
+
+    python launch.py --config=configs/vit_cifar.py --config.model.variant=mini --config.model.checkpoint=none \\
+        --config.peft.method=full --config.optim.steps=500
+"""
+
+import ml_collections
+
+from surm_jax.training import base_config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the configuration of the job."""
+    config = base_config()
+    config.model.variant = "B/16"
+    config.model.checkpoint = "augreg"
+    config.model.num_classes = 10
+    config.data.name = "cifar10"
+    config.data.batch_size = 64
+    config.optim.steps = 20_000
+    config.optim.decay = "constant"
+    config.optim.clip_norm = 0.0
+    config.optim.learning_rate = {"circulant": 5e-5, "lora": 5e-5, "linear_probe": 1e-3, "full": 5e-5}
+    config.log.evaluate_every = 2_000
+    config.log.checkpoint_every = 500
+    return config

@@ -1,0 +1,100 @@
+"""Fine-tunes a pretrained model: `python launch.py --config=configs/digits.py`.
+
+Any value of the configuration can be given on the command line: `--config.peft.method=lora`. What a run leaves behind is in its
+folder (`--workdir`); the same command goes on with a run that was interrupted.
+"""
+
+import functools
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from surm_jax.errors import UserError, did_you_mean
+from surm_jax.training.config import base_config, keys, parse
+from surm_jax.training.loop import InterruptedRun
+from surm_jax.training.modes import describe_run, evaluate_run, merge_run, train_run
+
+MODES = {
+    "train": "make the run, or go on with it",
+    "evaluate": "test the adapter of the run in --workdir",
+    "merge": "write the full model of the run in --workdir",
+    "describe": "print what would be trained",
+}
+
+
+def default_workdir(config_name: str, overrides: dict[str, object]) -> Path:
+    """Returns `runs/<configuration>`, with the values that were given on the command line in its name.
+
+    >>> default_workdir("digits", {"peft.method": "lora", "seeds": (0, 1)}).as_posix()
+    'runs/digits,peft.method=lora,seeds=(0,1)'
+    """
+    parts = [config_name, *(f"{key}={value}" for key, value in sorted(overrides.items()))]
+    name = re.sub(r"[^\w.,=()+-]", "", ",".join(parts).replace("/", "_"))
+    return Path("runs") / name[:200]
+
+
+def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
+    """Reads the command line.
+
+    Raises:
+      UserError: for an unknown key of the configuration or an unknown flag (the message names the nearest), or a bad value.
+    """
+    # ml_collections reads the keys while the flag is being defined, and would answer a mistyped one with a traceback.
+    known = keys(base_config())
+    for argument in arguments[1:]:
+        key = re.match(r"--?config\.([\w.]+)", argument)
+        if key and key[1] not in known:
+            raise UserError(f"the configuration has no key {key[1]!r}{did_you_mean(key[1], known)}")
+    try:
+        config_flags.DEFINE_config_file(
+            "config", str(Path(__file__).parent / "configs" / "digits.py"), "a file of configs/, and values of its keys"
+        )
+        flags.DEFINE_string("workdir", None, "folder of the run; by default runs/ and a name made from the flags")
+        flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{mode}: {what}" for mode, what in MODES.items()))
+        return flags.FLAGS(arguments)
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"unknown flag --{error.flagname}{did_you_mean(error.flagname, ['config', 'workdir', 'mode'])}") from None
+    except (flags.Error, TypeError, ValueError, OSError) as error:
+        raise UserError(str(error)) from None
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs one mode."""
+    if len(arguments) > 1:
+        raise UserError(f"unknown argument {arguments[1]!r}: flags begin with --")
+    config, workdir, mode = flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.mode
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
+    overrides = config_flags.get_override_values(flags.FLAGS["config"])
+    workdir = Path(workdir).expanduser() if workdir else default_workdir(name, overrides)
+    match mode:
+        case "train":
+            train_run(parse(config), workdir)
+        case "evaluate":
+            evaluate_run(workdir)
+        case "merge":
+            merge_run(workdir)
+        case "describe":
+            describe_run(parse(config))
+
+
+def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> Any:
+    """Runs a step of the program, and turns what the user can put right into one message."""
+    try:
+        return step(arguments)
+    except InterruptedRun as interruption:
+        print(interruption, file=sys.stderr)
+        sys.exit(interruption.status)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)
+    warnings.formatwarning = lambda message, *_: f"WARNING: {message}\n"
+    app.run(functools.partial(guarded, main), flags_parser=functools.partial(guarded, parse_flags))

@@ -1,0 +1,17 @@
+"""Parameter-efficient fine-tuning with structured matrices (SURM, arXiv 2406.17740) in JAX and Flax NNX.
+
+    model, adapter = surm_jax.adapt(model, [surm_jax.Rule(r".*/(query|key|value)", surm_jax.CirculantUpdate())], rngs=nnx.Rngs(0))
+    graphdef, trainable, frozen = nnx.split(model, adapter.trainable, ...)   # train `trainable` alone
+    surm_jax.save_adapter("my_adapter", nnx.merge(graphdef, trainable, frozen), adapter)
+"""
+
+from surm_jax.errors import UserError as UserError
+from surm_jax.peft import Adapter as Adapter
+from surm_jax.peft import CirculantUpdate as CirculantUpdate
+from surm_jax.peft import LoRA as LoRA
+from surm_jax.peft import Rule as Rule
+from surm_jax.peft import adapt as adapt
+from surm_jax.peft import describe as describe
+from surm_jax.peft import load_adapter as load_adapter
+from surm_jax.peft import merge as merge
+from surm_jax.peft import save_adapter as save_adapter

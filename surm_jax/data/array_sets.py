@@ -1,0 +1,145 @@
+"""Data sets that fit in memory: the embedded digits, and arrays in an .npz file."""
+
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from surm_jax.data.dataset import ArraySource, ImageDataset
+from surm_jax.errors import UserError, did_you_mean
+
+# Name -> the digits it keeps.
+EMBEDDED: Mapping[str, range] = {"digits": range(10), "digits_0to4": range(5), "digits_5to9": range(5, 10)}
+
+_REQUIRED = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def load_digits(name: str) -> ImageDataset:
+    """Loads the handwritten digits that scikit-learn carries: 1,797 grey images of 8 x 8 pixels, no file, no network.
+
+    `digits` has all ten classes. `digits_0to4` (to pretrain on) and `digits_5to9` (to adapt to) are its halves, with
+    labels counted from 0 in each. All three cut the same fixed stratified split, a third for testing, so that an image
+    tested in one is never trained on in another; no seed of a run changes it.
+
+    Pixels 0..16 become uint8 `round(255 * pixel / 16)` and travel the same road as any other image from there.
+
+    Raises:
+        UserError: `name` is not one of the three.
+    """
+    if name not in EMBEDDED:
+        raise UserError(f"no embedded data set {name!r}: there are {', '.join(EMBEDDED)}{did_you_mean(name, EMBEDDED)}")
+    from sklearn import datasets, model_selection  # Here, because it takes a second that other data sets need not pay.
+
+    digits = datasets.load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    parts = model_selection.train_test_split(
+        np.arange(len(images)), test_size=1 / 3, stratify=digits.target, random_state=0
+    )
+    kept = EMBEDDED[name]
+    train, test = (
+        ArraySource(images[rows], digits.target[rows] - kept.start)
+        for rows in (part[np.isin(digits.target[part], kept)] for part in parts)
+    )
+    return ImageDataset(name, train, test, tuple(map(str, kept)), (8, 8, 1))
+
+
+def load_npz(path: str) -> ImageDataset:
+    """Loads a data set from an .npz file, checked completely before the first step.
+
+    The file holds `train_images`, `train_labels`, `test_images`, `test_labels` and, if wanted, `classes` (strings;
+    without them classes are called "0", "1", ... up to the largest training label). Images are (n, height, width,
+    channels), all of one size: uint8 0..255, or floats already scaled to [-1, 1]. Labels are integers from 0. Pickled
+    objects are refused.
+
+    Raises:
+        UserError: the file or an array is missing or damaged, or an array has a wrong shape, dtype or value; the
+            message names the array and, for a value, its index.
+    """
+    arrays = _read(path)
+    missing = [key for key in _REQUIRED if key not in arrays]
+    if missing:
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}: it holds {', '.join(sorted(arrays)) or 'nothing'}"
+            f"{did_you_mean(missing[0], arrays)}"
+        )
+    images = {split: _checked_images(path, f"{split}_images", arrays[f"{split}_images"]) for split in ("train", "test")}
+    if images["train"].shape[1:] != images["test"].shape[1:]:
+        raise UserError(
+            f"{path}: train_images are {images['train'].shape[1:]} and test_images {images['test'].shape[1:]}; "
+            "(height, width, channels) must agree"
+        )
+    labels = {
+        split: _checked_labels(path, f"{split}_labels", arrays[f"{split}_labels"], len(images[split]))
+        for split in ("train", "test")
+    }
+    classes = _class_names(path, arrays.get("classes"), labels["train"])
+    for split, values in labels.items():
+        wrong = np.flatnonzero((values < 0) | (values >= len(classes)))
+        if wrong.size:
+            raise UserError(
+                f"{path}: {split}_labels[{wrong[0]}] is {values[wrong[0]]}, but labels must be 0 to {len(classes) - 1} "
+                f"({len(classes)} classes, {'named in classes' if 'classes' in arrays else 'counted in train_labels'})"
+            )
+    train, test = (ArraySource(images[split], labels[split]) for split in ("train", "test"))
+    return ImageDataset(path, train, test, classes, images["train"].shape[1:])
+
+
+def _read(path: str) -> dict[str, np.ndarray]:
+    """Reads every array of the file."""
+    file = Path(path)
+    if not file.is_file():
+        near = [other.name for other in sorted(file.parent.glob("*.npz"))] if file.parent.is_dir() else []
+        raise UserError(f"no data file {file.resolve()}{did_you_mean(file.name, near)}")
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, AttributeError, TypeError) as error:
+        # AttributeError and TypeError: a bare .npy array under an .npz name is no archive.
+        raise UserError(
+            f"{path} is damaged, holds pickled objects, or is no .npz file ({error}); write it with numpy.savez"
+        ) from error
+
+
+def _checked_images(path: str, key: str, images: np.ndarray) -> np.ndarray:
+    """Returns uint8 or float32 images of 4 dimensions and legal values."""
+    if images.ndim != 4 or 0 in images.shape:
+        raise UserError(
+            f"{path}: {key} has shape {images.shape}, but must be a non-empty (n, height, width, channels)"
+            + ("; add the channel with images[..., None]" if images.ndim == 3 else "")
+        )
+    if images.dtype == np.uint8:
+        return images
+    if not np.issubdtype(images.dtype, np.floating):
+        raise UserError(f"{path}: {key} is {images.dtype}, but must be uint8 (0..255) or floating point ([-1, 1])")
+    images = images.astype(np.float32)
+    # Written so that NaN, for which every comparison is False, is wrong too.
+    wrong = ~(np.abs(images) <= 1 + 1e-5)
+    if wrong.any():
+        index = tuple(map(int, np.unravel_index(np.argmax(wrong), wrong.shape)))
+        raise UserError(
+            f"{path}: {key}[{', '.join(map(str, index))}] is {images[index]}, but floating-point images must be finite "
+            "and already scaled to [-1, 1]; store pixels 0..255 as uint8"
+        )
+    return images
+
+
+def _checked_labels(path: str, key: str, labels: np.ndarray, count: int) -> np.ndarray:
+    """Returns int64 labels of the right shape; their range is checked once the classes are known."""
+    if labels.shape != (count,):
+        raise UserError(f"{path}: {key} has shape {labels.shape}, but its images need ({count},)")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"{path}: {key} is {labels.dtype}, but labels must be integers counted from 0")
+    return labels.astype(np.int64)
+
+
+def _class_names(path: str, classes: np.ndarray | None, train_labels: np.ndarray) -> tuple[str, ...]:
+    """Returns the names in the file, or the numbers up to the largest training label."""
+    if classes is None:
+        return tuple(map(str, range(int(train_labels.max()) + 1)))
+    if classes.ndim != 1 or classes.dtype.kind != "U" or not classes.size:
+        raise UserError(
+            f"{path}: classes has dtype {classes.dtype} and shape {classes.shape}, but must be a list of strings"
+        )
+    return tuple(map(str, classes))

@@ -1,0 +1,132 @@
+"""What an image classification set is: two random-access sources, class names and an image shape."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from surm_jax.errors import UserError
+
+Images = UInt8[np.ndarray, "n height width channels"] | Float[np.ndarray, "n height width channels"]
+
+
+class ImageSource(Protocol):
+    """A random-access sequence of labelled images, safe to read from several threads.
+
+    `source[i]` is `{"image": array (height, width, channels), "label": int}`. A uint8 image holds 0..255; a float image
+    is taken as already scaled to [-1, 1].
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """An `ImageSource` held in memory.
+
+    Attributes:
+        images: (n, height, width, channels), uint8 or float32 in [-1, 1].
+        labels: (n,), integers counted from 0.
+
+    Raises:
+        UserError: the arrays differ in length or have the wrong number of dimensions.
+
+    >>> source = ArraySource(np.zeros((2, 4, 4, 1), np.uint8), np.array([0, 1]))
+    >>> len(source), source[1]["image"].shape, source[1]["label"]
+    (2, (4, 4, 1), 1)
+    """
+
+    images: Images
+    labels: Int[np.ndarray, "n"]
+
+    def __post_init__(self):
+        if self.images.ndim != 4 or self.labels.ndim != 1 or len(self.images) != len(self.labels):
+            raise UserError(
+                f"images of shape {self.images.shape} and labels of shape {self.labels.shape} do not fit together: "
+                "expected (n, height, width, channels) and (n,)"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[index], "label": int(self.labels[index])}
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """An image classification set.
+
+    Attributes:
+        name: The name or path that `load` was given.
+        train: Training examples.
+        test: Test examples (a set without a test split gives its validation split here).
+        classes: Class names; the label `k` stands for `classes[k]`.
+        image_shape: (height, width, channels); height and width are None where images differ in size.
+    """
+
+    name: str
+    train: ImageSource
+    test: ImageSource
+    classes: tuple[str, ...]
+    image_shape: tuple[int | None, int | None, int]
+
+    @property
+    def channels(self) -> int:
+        """Number of colour channels: 1 for grey images, 3 for RGB."""
+        return self.image_shape[-1]
+
+    def require_channels(self, channels: int) -> None:
+        """Checks, before anything is trained, that a model of `channels` input channels can read these images.
+
+        Raises:
+            UserError: the numbers differ; channels are never repeated or dropped silently.
+        """
+        if channels != self.channels:
+            raise UserError(
+                f"data set {self.name!r} has images of {self.channels} channel(s), but the model reads {channels}: "
+                f"build the model with {self.channels} input channel(s), or choose a data set with {channels}"
+            )
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some examples of a source.
+
+    Attributes:
+        source: All examples.
+        indices: Which of them, in this order.
+    """
+
+    source: ImageSource
+    indices: Int[np.ndarray, "n"]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.source[int(self.indices[index])]
+
+
+def hold_out(train: ImageSource, count: int) -> tuple[ImageSource, ImageSource | None]:
+    """Takes `count` examples out of a training set, the same ones in every run.
+
+    Returns:
+        The training examples that are left, and those held out (None if `count` is 0).
+
+    Raises:
+        UserError: fewer than one would be left.
+
+    >>> left, held_out = hold_out(ArraySource(np.zeros((5, 4, 4, 1), np.uint8), np.arange(5)), 2)
+    >>> len(left), len(held_out)
+    (3, 2)
+    """
+    if count == 0:
+        return train, None
+    if not 0 < count < len(train):
+        raise UserError(f"cannot hold out {count} examples of {len(train)}: at least one must be left to train on")
+    order = np.random.default_rng(0).permutation(len(train))
+    return Subset(train, np.sort(order[count:])), Subset(train, np.sort(order[:count]))

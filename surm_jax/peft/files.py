@@ -1,0 +1,175 @@
+"""The adapter folder: `adapter_config.json` and `adapter_model.safetensors`, some hundred kilobytes.
+
+The tensors are the updates, each in its smallest form (of a Hadamard pair the product: n numbers), under
+`<layer>/delta/<name>`, and the parameters that were trained besides, such as the head, under their paths. The JSON holds the
+recipe, the SHA-256 of the tensor file, and the fingerprint of the frozen base.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+
+from surm_jax.errors import UserError, did_you_mean
+from surm_jax.peft.adapter import Adapter
+from surm_jax.peft.delta import AdapterParam, Delta, attach
+from surm_jax.peft.fingerprint import check_fingerprint, fingerprint
+from surm_jax.peft.inject import adapted_layers, matched_layers
+from surm_jax.peft.layers import matrix_view
+from surm_jax.peft.paths import join, require_match
+from surm_jax.structured import StructuredMatrix
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+FORMAT = 1
+
+
+def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter) -> int:
+    """Writes the adapter of an adapted model to a folder, replacing an adapter that is there.
+
+    The folder is complete or absent at every moment.
+
+    Args:
+      folder: where to; its parents are made.
+      model: the adapted model, trained or not.
+      adapter: what `adapt` or `load_adapter` returned beside it.
+
+    Returns:
+      The number of bytes of the two files.
+
+    Raises:
+      UserError: if the folder holds something else, or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / CONFIG_NAME).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an adapter folder (no {CONFIG_NAME}): choose another name")
+    tensors = {f"{path}/delta/{name}": np.asarray(array) for path, layer in adapted_layers(model)
+               for name, array in layer.delta.matrix().fused().arrays().items()}  # fmt: skip
+    _, trained, frozen = nnx.split(model, adapter.trainable, ...)
+    for path, variable in nnx.to_flat_state(trained):
+        if not isinstance(variable, AdapterParam):
+            tensors[join(path)] = np.asarray(variable[...])
+    payload = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in tensors.items()})
+    config = {
+        "format": FORMAT,
+        "library": "surm_jax",
+        **adapter.to_json(),
+        "sha256": hashlib.sha256(payload).hexdigest(),
+        "base": fingerprint(frozen),
+    }
+    text = json.dumps(config, indent=1).encode()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        try:
+            (temporary / TENSORS_NAME).write_bytes(payload)
+            (temporary / CONFIG_NAME).write_bytes(text)
+            temporary.chmod(0o755)
+            if folder.exists():
+                aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-replaced-"))
+                os.replace(folder, aside)
+                os.replace(temporary, folder)
+                shutil.rmtree(aside)
+            else:
+                os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write the adapter folder {folder}: {error}") from None
+    return len(payload) + len(text)
+
+
+def load_adapter(folder: str | os.PathLike, model: nnx.Module) -> tuple[nnx.Module, Adapter]:
+    """Returns a base model with an adapter from a folder, and the adapter's recipe.
+
+    `model` itself stays as it is. What the folder does not hold comes from `model`, and must be what the adapter was trained on, bit
+    for bit.
+
+    Args:
+      folder: what `save_adapter` wrote.
+      model: the base model, with a head of the adapter's shape.
+
+    Raises:
+      UserError: naming what is missing, damaged, of another shape, or of another base.
+    """
+    folder = Path(folder)
+    config, adapter = _read_config(folder)
+    tensors = _read_tensors(folder, config["sha256"])
+    model = nnx.clone(model)
+    for path, layer, rule in matched_layers(model, adapter.rules):
+        shape = matrix_view(layer, path).shape
+        template = jax.eval_shape(lambda rule=rule, shape=shape: rule.update.init(jax.random.key(0), shape).fused())
+        attach(layer, Delta(_fill(template, f"{path}/delta", tensors, folder), rule.update.factor))
+    parameters = {join(path): variable for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+                  if not isinstance(variable, AdapterParam)}  # fmt: skip
+    trained = [path for pattern in adapter.train for path in require_match(pattern, list(parameters), "parameter")]
+    for path in dict.fromkeys(trained):
+        old = parameters[path][...]
+        parameters[path][...] = _take(tensors, path, old.shape, folder).astype(old.dtype)
+    if tensors:
+        name = min(tensors)
+        raise UserError(f"{folder / TENSORS_NAME} holds {name!r}, which the model has no place for{did_you_mean(name, parameters)}")
+    _, _, frozen = nnx.split(model, adapter.trainable, ...)
+    check_fingerprint(fingerprint(frozen), config["base"], f"the adapter {folder}")
+    return model, adapter
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], Adapter]:
+    path = folder / CONFIG_NAME
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"no adapter in {folder}: cannot read {path.name} ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(config, dict) or config.get("library") != "surm_jax":
+        raise UserError(f"{path} was not written by surm_jax")
+    if config.get("format") != FORMAT:
+        raise UserError(f"{path} has the format {config.get('format')!r}; this version reads {FORMAT}")
+    if not isinstance(config.get("sha256"), str) or not isinstance(config.get("base"), dict):
+        raise UserError(f"{path} is damaged: it lacks 'sha256' or 'base'")
+    try:
+        return config, Adapter.from_json(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _read_tensors(folder: Path, sha256: str) -> dict[str, np.ndarray]:
+    path = folder / TENSORS_NAME
+    try:
+        payload = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if hashlib.sha256(payload).hexdigest() != sha256:
+        raise UserError(f"{path} is damaged: its SHA-256 is not the one in {CONFIG_NAME} ({len(payload):,} bytes)")
+    try:
+        return safetensors.numpy.load(payload)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def _fill(template: StructuredMatrix, prefix: str, tensors: dict[str, np.ndarray], folder: Path) -> StructuredMatrix:
+    arrays = {}
+    for name, leaf in template.arrays().items():
+        array = _take(tensors, f"{prefix}/{name}", leaf.shape, folder)
+        arrays[name] = jax.numpy.asarray(array.astype(leaf.dtype))
+    return template.with_arrays(**arrays)
+
+
+def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
+    if name not in tensors:
+        raise UserError(f"{folder / TENSORS_NAME} lacks {name!r}{did_you_mean(name, tensors)}")
+    array = tensors.pop(name)
+    if array.shape != shape:
+        raise UserError(f"{name} has the shape {array.shape} in {folder / TENSORS_NAME}, but the model needs {shape}")
+    return array

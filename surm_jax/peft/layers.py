@@ -1,0 +1,76 @@
+"""The matrix view of a linear layer: which layers can be adapted, and how their input and output become vectors.
+
+`nnx.Linear` has a kernel (in, out). `nnx.LinearGeneral`, of which attention is made, has a kernel of higher rank, such as
+(width, heads, head_dim): seen as a matrix it is (width, heads * head_dim).
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from surm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixView:
+    """How a linear layer acts as a matrix of shape (in_features, out_features) on vectors.
+
+    Attributes:
+      in_shape: the shape of what the layer contracts, row-major.
+      out_shape: the shape of what it puts in place, row-major, at the end of its output.
+      axes: the axes of the input that are contracted, in the order of `in_shape`.
+    """
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The matrix's (in_features, out_features)."""
+        return math.prod(self.in_shape), math.prod(self.out_shape)
+
+    def vectors(self, x: Float[Array, "..."]) -> Float[Array, "... in"]:
+        """Turns the layer's input into vectors of length in_features."""
+        last = tuple(range(-len(self.axes), 0))
+        x = jnp.moveaxis(x, self.axes, last)
+        return x.reshape(*x.shape[: x.ndim - len(last)], self.shape[0])
+
+    def outputs(self, y: Float[Array, "... out"]) -> Float[Array, "..."]:
+        """Turns vectors of length out_features into the shape of the layer's output."""
+        return y.reshape(*y.shape[:-1], *self.out_shape)
+
+
+def is_linear(module: nnx.Module) -> bool:
+    """Says whether `module` is a linear layer that a rule may name."""
+    return isinstance(module, nnx.Linear | nnx.LinearGeneral)
+
+
+def matrix_view(module: nnx.Module, path: str) -> MatrixView:
+    """Returns the matrix view of a linear layer.
+
+    Args:
+      module: an `nnx.Linear` or `nnx.LinearGeneral`.
+      path: where it is in the model, for messages.
+
+    Raises:
+      UserError: if its kernel is not one matrix: batch axes, or a stack of layers.
+    """
+    if isinstance(module, nnx.LinearGeneral):
+        if module.batch_axis:
+            raise UserError(
+                f"{path} cannot be adapted: its kernel has batch axes {dict(module.batch_axis)}, so it is many matrices"
+            )
+        view = MatrixView(tuple(module.in_features), tuple(module.out_features), tuple(module.axis))
+    else:
+        view = MatrixView((module.in_features,), (module.out_features,), (-1,))
+    expected = (*view.in_shape, *view.out_shape)
+    if module.kernel.shape != expected:
+        raise UserError(
+            f"{path} cannot be adapted: its kernel has the shape {module.kernel.shape}, one matrix would have {expected}"
+            " (a stack of layers is not supported)"
+        )
+    return view

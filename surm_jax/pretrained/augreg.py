@@ -1,0 +1,99 @@
+"""AugReg checkpoints: the official `.npz` files of "How to train your ViT?" (arXiv 2106.10270) and their like.
+
+Kernels of the attention are (width, heads, width / heads) there as here, so that everything but the position embeddings
+goes over as it is.
+"""
+
+import zipfile
+import zlib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from surm_jax.errors import UserError
+from surm_jax.pretrained.position_embed import resize_position_embed
+from surm_jax.pretrained.rules import Rule, fill
+
+_BUCKET = "https://storage.googleapis.com/vit_models/augreg/"
+
+# The recommended ImageNet-21k checkpoints ("howto-i21k" in
+# https://github.com/google-research/big_vision/blob/main/big_vision/models/vit.py).
+AUGREG_URLS: Mapping[str, str] = {
+    "Ti/16": _BUCKET + "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0.npz",
+    "S/16": _BUCKET + "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0.npz",
+    "B/16": _BUCKET + "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0.npz",
+}
+"""The official checkpoint of each ViT that has one: ImageNet-21k, 224 pixels, inputs in [-1, 1]."""
+
+_BLOCK = r"Transformer/encoderblock_(\d+)/"
+
+RULES = (
+    Rule(r"embedding/(kernel|bias)", r"patch_embed/\1"),
+    Rule(r"cls", r"cls_token"),
+    Rule(r"Transformer/posembed_input/pos_embedding", r"position_embed", resize_position_embed),
+    Rule(_BLOCK + r"LayerNorm_0/(scale|bias)", r"blocks/\1/norm1/\2"),
+    Rule(
+        _BLOCK + r"MultiHeadDotProductAttention_1/(query|key|value|out)/(kernel|bias)",
+        r"blocks/\1/attention/\2/\3",
+    ),
+    Rule(_BLOCK + r"LayerNorm_2/(scale|bias)", r"blocks/\1/norm2/\2"),
+    Rule(_BLOCK + r"MlpBlock_3/Dense_0/(kernel|bias)", r"blocks/\1/mlp/up/\2"),
+    Rule(_BLOCK + r"MlpBlock_3/Dense_1/(kernel|bias)", r"blocks/\1/mlp/down/\2"),
+    Rule(r"Transformer/encoder_norm/(scale|bias)", r"norm/\1"),
+    Rule(r"head/(kernel|bias)", r"head/\1"),
+)
+
+
+# What NumPy and zipfile raise on files that are cut off, altered, or something else.
+_DAMAGE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
+
+
+def read(
+    path: Path, config: Any, targets: Mapping[str, jax.ShapeDtypeStruct], fresh: Collection[str]
+) -> dict[str, jax.Array]:
+    """Reads the parameters of a `ViT` from an `.npz` of the AugReg layout.
+
+    Position embeddings are resized to the model's image size. A layer before the head (`pre_logits`) is ignored when
+    the head is not loaded, and the class token when the model has none.
+
+    Args:
+        path: the file; pickled arrays are refused.
+        config: of the model; the file holds none to compare it with.
+        targets: the parameters to read, by path.
+        fresh: the parameters that the file must not fill.
+
+    Raises:
+        UserError: the file is damaged, holds pickles, or does not fit the model.
+    """
+    del config
+    ignore = []
+    if "head/kernel" not in targets:
+        # With the head it belongs to the classifier, and leaving it out would change the logits: then it is an unknown
+        # key.
+        ignore.append(r"pre_logits/.*")
+    if "cls_token" not in targets and "cls_token" not in fresh:
+        ignore.append(r"cls")
+    try:
+        file = np.load(path, allow_pickle=False)
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
+    if isinstance(file, np.ndarray):
+        raise UserError(f"{path} holds a single array, not the named arrays of an .npz checkpoint")
+
+    def read_array(key: str) -> np.ndarray:
+        try:
+            return file[key]
+        except _DAMAGE as error:
+            raise _damaged(path, error) from error
+
+    with file:
+        return fill(file.files, read_array, targets, RULES, ignore=ignore, fresh=fresh, origin=str(path))
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    if "pickle" in str(error):
+        return UserError(f"{path} holds pickled objects, which are not loaded: loading them could run any code")
+    return UserError(f"{path} cannot be read as an .npz file ({error}): it may be incomplete, fetch it again")

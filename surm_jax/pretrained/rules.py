@@ -1,0 +1,143 @@
+"""From the names of a file to the parameters of a model: rules, and strict accounting both ways.
+
+Every key of the file must be used or ignored, every parameter must be filled exactly once, and shapes must fit.
+Whatever does not is reported in one error. Formats differ in their rules alone.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from surm_jax.errors import UserError, did_you_mean
+
+MOST_LISTED = 8
+
+Transform = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+"""Turns an array of a file into a parameter: `(array, shape of the parameter) -> array`."""
+
+
+def as_is(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the array itself: the file and the model have the same layout."""
+    del shape
+    return array
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which parameter a key of a file fills, and how.
+
+    >>> re.fullmatch(r"layer_(\\d+)/w", "layer_3/w").expand(r"blocks/\\1/kernel")
+    'blocks/3/kernel'
+    """
+
+    # A regular expression that the whole key must match.
+    source: str
+    # The parameter's path, with `\1` ... for the groups of `source`.
+    target: str
+    # Layout of the file to layout of the model.
+    transform: Transform = as_is
+
+
+def fill(
+    keys: Iterable[str],
+    read: Callable[[str], np.ndarray],
+    targets: Mapping[str, jax.ShapeDtypeStruct],
+    rules: Sequence[Rule],
+    *,
+    ignore: Sequence[str] = (),
+    fresh: Collection[str] = (),
+    origin: str,
+) -> dict[str, jax.Array]:
+    """Reads the parameters of a model from a file, one at a time.
+
+    Names are settled before anything is read. Floating-point arrays are widened to the parameter's dtype where that is
+    exact (bfloat16 to float32); other changes of dtype are refused. Memory: the result and one array.
+
+    Args:
+        keys: the names in the file.
+        read: returns the array of a name.
+        targets: shapes and dtypes of the parameters to fill, by path.
+        rules: the first one that matches a key counts.
+        ignore: patterns of keys that are not wanted, tried before the rules; they may match nothing.
+        fresh: paths of parameters that the model has but the file must not fill; keys that would are dropped.
+        origin: what the errors call the file.
+
+    Returns:
+        An array for every target.
+
+    Raises:
+        UserError: keys that no rule knows, parameters that nothing or that several keys fill, shapes or dtypes that do
+            not fit. All problems of a kind are in one message, with the nearest names.
+    """
+    plan = _assign(keys, targets, rules, ignore, fresh, origin)
+    problems, filled = [], {}
+    for target, (key, transform) in plan.items():
+        wanted = targets[target]
+        stored = read(key)
+        try:
+            array = transform(stored, wanted.shape)
+        except UserError as error:
+            problems.append(f"{key!r} does not fit {target!r}: {error}")
+            continue
+        if array.shape != wanted.shape:
+            problems.append(f"{key!r} has shape {stored.shape}, but {target!r} is {wanted.shape}")
+        elif not (jnp.issubdtype(array.dtype, jnp.floating) and np.can_cast(array.dtype, wanted.dtype)):
+            problems.append(f"{key!r} is {array.dtype}, which {target!r} of {wanted.dtype} cannot hold exactly")
+        else:
+            filled[target] = jnp.asarray(array, wanted.dtype)
+    _raise(origin, problems, len(problems))
+    return filled
+
+
+def _assign(
+    keys: Iterable[str],
+    targets: Mapping[str, jax.ShapeDtypeStruct],
+    rules: Sequence[Rule],
+    ignore: Sequence[str],
+    fresh: Collection[str],
+    origin: str,
+) -> dict[str, tuple[str, Transform]]:
+    """Returns the key and the transform of every target."""
+    wanted: dict[str, list[tuple[str, Transform]]] = {target: [] for target in targets}
+    unknown, misplaced, recognised = [], [], []
+    for key in keys:
+        if any(re.fullmatch(pattern, key) for pattern in ignore):
+            continue
+        match, rule = next(((m, rule) for rule in rules if (m := re.fullmatch(rule.source, key))), (None, None))
+        if match is None:
+            unknown.append(key)
+            continue
+        target = match.expand(rule.target)
+        if target in wanted:
+            wanted[target].append((key, rule.transform))
+            recognised.append(key)
+        elif target not in fresh:
+            misplaced.append((key, target))
+
+    filled = {target: sources[0][0] for target, sources in wanted.items() if sources}
+    missing = [target for target in wanted if target not in filled]
+    doubled = [target for target, sources in wanted.items() if len(sources) > 1]
+    # Nearest names are costly to find: only for what is listed.
+    problems = [f"nothing reads the key {key!r}{did_you_mean(key, recognised)}" for key in unknown[:MOST_LISTED]]
+    problems += [f"the key {key!r} is for {target!r}, which the model does not have" for key, target in misplaced]
+    for target in missing[:MOST_LISTED]:
+        near = get_close_matches(target, filled, n=1)
+        problems.append(f"no key fills {target!r}{f' (as {filled[near[0]]!r} fills {near[0]!r})' if near else ''}")
+    for target in doubled:
+        problems.append(f"{target!r} is filled by {' and by '.join(repr(key) for key, _ in wanted[target])}")
+    _raise(origin, problems, len(unknown) + len(misplaced) + len(missing) + len(doubled))
+    return {target: sources[0] for target, sources in wanted.items()}
+
+
+def _raise(origin: str, problems: Sequence[str], count: int) -> None:
+    """Raises one error with the first of `count` problems and the number of the others, if there are any."""
+    if problems:
+        listed = [f"  {problem}" for problem in problems[:MOST_LISTED]]
+        if count > len(listed):
+            listed.append(f"  ... and {count - len(listed)} more")
+        raise UserError("\n".join([f"{origin} does not fit the model:", *listed]))

@@ -1,0 +1,293 @@
+"""What every structured matrix is: a small frozen pytree that stands for a dense `M` in `y = x @ M`.
+
+Orientation, once for the whole package: `M` has the shape and the orientation of a Flax kernel, `(in_features,
+out_features)`. The paper (SURM, arXiv 2406.17740) writes `W x` with `W` of shape (out, in), so that `M` is the
+transpose of its `W`; each family says in its docstring where the transpose went.
+
+A new family is one file: a subclass of `StructuredMatrix` under the `family` decorator. It names its array leaves as
+the paper does and fills `init`, `nearest`, `T`, `_apply` and `_dense`; everything that is common to all families
+(argument checks, precision, pytree registration, access to the leaves by name) is here.
+"""
+
+import abc
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, DTypeLike, Float, PRNGKeyArray
+
+from surm_jax.errors import UserError, did_you_mean
+
+FAMILIES: dict[str, type["StructuredMatrix"]] = {}
+"""Every family by its registered name. The test suite fails when one of them has no test case."""
+
+Family = TypeVar("Family", bound="type[StructuredMatrix]")
+
+
+def static() -> Any:
+    """A dataclass field that is part of a matrix's structure (a size), not one of its array leaves."""
+    return dataclasses.field(metadata={"static": True})
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static,))
+def family(name: str) -> Callable[[Family], Family]:
+    """Makes a subclass of `StructuredMatrix` a frozen dataclass and a pytree, and registers it as `FAMILIES[name]`.
+
+    Fields declared with `static()` become structure, all others array leaves, in the order of their declaration.
+
+    Args:
+        name: The family's name in configurations and messages, such as `"circulant"`.
+
+    Raises:
+        UserError: The name is taken by another class.
+    """
+
+    def register(cls: Family) -> Family:
+        if name in FAMILIES:
+            raise UserError(
+                f"the family name {name!r} is taken by {FAMILIES[name].__name__}; give {cls.__name__} another"
+            )
+        cls.name = name
+        cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+        fields = dataclasses.fields(cls)
+        sizes = tuple(f.name for f in fields if f.metadata.get("static"))
+        leaves = tuple(f.name for f in fields if not f.metadata.get("static"))
+
+        def flatten(matrix: StructuredMatrix) -> tuple[list[Any], tuple[Any, ...]]:
+            return list(matrix.arrays().values()), matrix._sizes()
+
+        def flatten_with_keys(matrix: StructuredMatrix) -> tuple[list[Any], tuple[Any, ...]]:
+            children, structure = flatten(matrix)
+            return [(jax.tree_util.GetAttrKey(leaf), c) for leaf, c in zip(leaves, children, strict=True)], structure
+
+        def unflatten(structure: tuple[Any, ...], children: Sequence[Any]) -> StructuredMatrix:
+            # Not through the constructor, as `register_dataclass` would: JAX also builds trees of placeholders and of
+            # leaves with a leading axis (vmap, jacobians), and the constructor's checks would refuse them.
+            matrix = object.__new__(cls)
+            for field, value in zip(leaves + sizes, (*children, *structure), strict=True):
+                object.__setattr__(matrix, field, value)
+            return matrix
+
+        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+        cls._leaf_names, cls._size_names = leaves, sizes
+        FAMILIES[name] = cls
+        return cls
+
+    return register
+
+
+def compute_dtype(*dtypes: DTypeLike) -> jnp.dtype:
+    """The precision in which matrices of this package calculate: float64 when an operand has it, otherwise float32.
+
+    `jnp.fft` refuses bfloat16 and float16, and a sum over thousands of features in them loses the small terms.
+
+    >>> compute_dtype(jnp.bfloat16, jnp.float32)
+    dtype('float32')
+    """
+    return jnp.dtype(jnp.float64 if any(jnp.dtype(d) == jnp.float64 for d in dtypes) else jnp.float32)
+
+
+def checked_shape(owner: str, shape: Sequence[int]) -> tuple[int, int]:
+    """Returns `shape` as `(in_features, out_features)`.
+
+    Args:
+        owner: Who asks; the message starts with it.
+        shape: Two positive integers.
+
+    Raises:
+        UserError: It is anything else.
+    """
+    try:
+        m, n = (operator.index(size) for size in shape)
+    except (TypeError, ValueError):
+        m = n = 0
+    if m < 1 or n < 1:
+        raise UserError(f"{owner}: shape must be (in_features, out_features), two positive integers, not {shape!r}")
+    return m, n
+
+
+def checked_dense(owner: str, dense: ArrayLike) -> Float[Array, "in out"]:
+    """Returns the target of a projection as a floating-point matrix of at least float32.
+
+    Args:
+        owner: Who asks; the message starts with it.
+        dense: The matrix to approximate, (in_features, out_features).
+
+    Raises:
+        UserError: It is not a non-empty real floating-point matrix.
+    """
+    dense = jnp.asarray(dense)
+    if dense.ndim != 2 or 0 in dense.shape or not jnp.issubdtype(dense.dtype, jnp.floating):
+        raise UserError(
+            f"{owner}: nearest() takes a non-empty floating-point matrix (in_features, out_features), "
+            f"not {dense.dtype} of shape {dense.shape}"
+        )
+    return dense.astype(compute_dtype(dense.dtype))
+
+
+class StructuredMatrix(abc.ABC):
+    """A matrix `M` of shape (in_features, out_features) held as far fewer numbers, with a fast product `x @ M`.
+
+    Instances are frozen pytrees: the arrays are leaves, the sizes are structure, so they pass through `jit`, `grad`,
+    `vmap` and optimisers as they are. The constructor checks its arrays; trees that JAX itself builds are not checked
+    again, and a stack of matrices (`jax.vmap` of `init`) is used inside another `jax.vmap`.
+
+    Precision: parameters keep their own dtype. Products and dense forms are calculated in `compute_dtype`: float32, or
+    float64 when an operand has it.
+
+    Attributes:
+        name: The registered name of the family.
+        shape: `(in_features, out_features)`.
+    """
+
+    name: ClassVar[str]
+    shape: tuple[int, int]
+    _leaf_names: ClassVar[tuple[str, ...]]
+    _size_names: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    @abc.abstractmethod
+    def init(
+        cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32, **options: Any
+    ) -> Self:
+        """A zero matrix that can learn: a family with several factors draws one of them and sets the others to zero.
+
+        Args:
+            key: Source of the random factor.
+            shape: `(in_features, out_features)`.
+            scale: Standard deviation of the random factor. The speed of the first steps goes with its square.
+            dtype: Type of the parameters.
+            **options: What the family needs besides, such as a rank.
+
+        Raises:
+            UserError: The shape or an option is not possible.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def nearest(cls, dense: Float[Array, "in out"], **options: Any) -> Self:
+        """The member of the family nearest to `dense` in the Frobenius norm.
+
+        Args:
+            dense: The target. Calculated in, and returned as, at least float32.
+            **options: What the family needs besides, such as a rank.
+
+        Raises:
+            UserError: The target is not a floating-point matrix, or an option is not possible.
+        """
+
+    @property
+    @abc.abstractmethod
+    def T(self) -> "StructuredMatrix":
+        """The transpose, of shape (out_features, in_features), as a member of the same family."""
+
+    @abc.abstractmethod
+    def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """`x @ M` for an `x` that is checked; it and every leaf have one dtype, float32 or float64."""
+
+    @abc.abstractmethod
+    def _dense(self) -> Float[Array, "in out"]:
+        """`M`; every leaf has one dtype, float32 or float64."""
+
+    def apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """`x @ M`, without forming `M`.
+
+        Args:
+            x: Any number of leading dimensions, (..., in_features); any real floating-point dtype.
+
+        Returns:
+            (..., out_features) in the dtype of `x`.
+
+        Raises:
+            UserError: `x` is not floating point, or its last dimension is not in_features.
+        """
+        x = jnp.asarray(x)
+        m, n = self.shape
+        if x.ndim == 0 or x.shape[-1] != m:
+            raise UserError(
+                f"{type(self).__name__}.apply: x must end in the matrix's {m} input features ({m} x {n}), "
+                f"but has shape {x.shape}"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise UserError(f"{type(self).__name__}.apply: x must be real floating point, not {x.dtype}")
+        dtype = self._compute_dtype(x.dtype)
+        return self._astype(dtype)._apply(x.astype(dtype)).astype(x.dtype)
+
+    def to_dense(self) -> Float[Array, "in out"]:
+        """`M` itself, (in_features, out_features), in at least float32: for merging, inspection and tests."""
+        return self._astype(self._compute_dtype())._dense()
+
+    def fused(self) -> "StructuredMatrix":
+        """The same matrix with the fewest stored numbers, for deployment; itself where nothing can be saved."""
+        return self
+
+    @property
+    def num_params(self) -> int:
+        """How many numbers the leaves hold."""
+        return sum(math.prod(leaf.shape) for leaf in self.arrays().values())
+
+    def arrays(self) -> dict[str, Array]:
+        """The array leaves by name, in the order of the constructor."""
+        return {name: getattr(self, name) for name in self._leaf_names}
+
+    def with_arrays(self, **arrays: Array) -> Self:
+        """The same structure with other arrays; leaves that are not named stay as they are.
+
+        With every leaf None it is an empty matrix: hashable structure, to be filled by `with_arrays` later.
+
+        Raises:
+            UserError: A name is not one of this family's leaves, or an array has the wrong shape.
+        """
+        for name in arrays:
+            if name not in self._leaf_names:
+                raise UserError(
+                    f"{type(self).__name__} has no array {name!r}{did_you_mean(name, self._leaf_names)}; "
+                    f"its arrays are {', '.join(self._leaf_names)}"
+                )
+        return dataclasses.replace(self, **arrays)
+
+    def __eq__(self, other: object) -> bool:
+        """Same family, same sizes and the very same arrays: values are not compared, so that it is static."""
+        if type(self) is not type(other):
+            return NotImplemented
+        theirs = other.arrays()
+        return self._sizes() == other._sizes() and all(leaf is theirs[name] for name, leaf in self.arrays().items())
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._sizes()))
+
+    def __repr__(self) -> str:
+        fields = (f"{f.name}={_describe(getattr(self, f.name))}" for f in dataclasses.fields(self))
+        return f"{type(self).__name__}({', '.join(fields)})"
+
+    def _sizes(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self._size_names)
+
+    def _check_leaf(self, name: str, expected: tuple[int, ...]) -> None:
+        """Raises `UserError` unless the leaf is a floating-point array of the expected shape, or None."""
+        leaf = getattr(self, name)
+        if leaf is None:
+            return
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise UserError(f"{type(self).__name__}: {name} must be an array, not {leaf!r}")
+        if tuple(leaf.shape) != expected:
+            raise UserError(f"{type(self).__name__}: {name} must have shape {expected}, not {tuple(leaf.shape)}")
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise UserError(f"{type(self).__name__}: {name} must be real floating point, not {leaf.dtype}")
+
+    def _compute_dtype(self, *others: DTypeLike) -> jnp.dtype:
+        return compute_dtype(*(leaf.dtype for leaf in self.arrays().values()), *others)
+
+    def _astype(self, dtype: DTypeLike) -> Self:
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), self)
+
+
+def _describe(leaf: Any) -> str:
+    """`float32[768]` for whatever has a shape and a dtype, otherwise its repr (placeholders in pytrees)."""
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    return repr(leaf)

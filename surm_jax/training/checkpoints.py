@@ -1,0 +1,156 @@
+"""Checkpoints of a run: what is trained, the optimiser, the place in the data; never the base weights.
+
+Orbax writes a step under a temporary name and renames it when it is complete. Kept are the last one and the one with the best
+evaluation. Restoring is strict: another structure, other base weights or a single flipped bit is an error that says so.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from orbax.checkpoint.experimental import v1 as ocp
+
+from surm_jax.errors import UserError
+from surm_jax.peft import check_fingerprint
+from surm_jax.training.step import TrainState
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held.
+
+    Attributes:
+      state: arrays, where the template's were.
+      data: the state of the data iterator.
+      seconds: how long the run had worked.
+    """
+
+    state: TrainState
+    data: dict[str, Any]
+    seconds: float
+
+
+class Checkpoints:
+    """The checkpoints in one folder. Use as a context manager.
+
+    Args:
+      folder: made if it is not there.
+      base: the fingerprint of the frozen weights.
+
+    Raises:
+      UserError: if the folder cannot be read or made.
+    """
+
+    def __init__(self, folder: str | os.PathLike, base: Mapping[str, str]):
+        self.folder = Path(folder).absolute()
+        self._base = dict(base)
+        keep = ocp.training.preservation_policies
+        try:
+            self._orbax = ocp.training.Checkpointer(
+                self.folder,
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=keep.AnyPreservationPolicy(
+                    [
+                        keep.LatestN(1),
+                        keep.BestN(
+                            get_metric_fn=lambda metrics: metrics["accuracy"],
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+                cleanup_tmp_directories=True,
+            )
+        except Exception as error:  # Orbax raises whatever reading a damaged folder raises.
+            raise UserError(f"cannot open the checkpoints in {self.folder}: {_first_line(error)}") from error
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._orbax.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the last checkpoint, or None."""
+        return self._orbax.latest.step if self._orbax.latest else None
+
+    def save(self, state: TrainState, data: dict[str, Any], seconds: float, accuracy: float | None = None) -> None:
+        """Writes a checkpoint, and removes those that are no longer the last or the best.
+
+        Args:
+          state: the arrays.
+          data: the state of the data iterator, as JSON values.
+          seconds: how long the run has worked.
+          accuracy: of the evaluation at this step, if there was one.
+
+        Raises:
+          UserError: if it cannot be written; earlier checkpoints stay.
+        """
+        step = int(state.step)
+        if step == self.latest:
+            return
+        metadata = {"data": data, "seconds": seconds, "base": self._base, **_digest(state)}
+        metrics = None if accuracy is None else {"accuracy": accuracy}
+        try:
+            self._orbax.save(step, state._asdict(), metrics=metrics, custom_metadata=metadata)
+        except Exception as error:
+            raise UserError(
+                f"cannot write the checkpoint of step {step} in {self.folder}: {_first_line(error)}"
+            ) from error
+
+    def restore(self, template: TrainState) -> Restored:
+        """Reads the last checkpoint.
+
+        Args:
+          template: a state of the same structure, on the devices where the arrays shall go.
+
+        Raises:
+          UserError: if it is damaged, of another structure, or of another base.
+        """
+        step = self.latest
+        path = self.folder / str(step)
+        try:
+            metadata = self._orbax.metadata(step).custom_metadata
+            recorded = {key: metadata[key] for key in ("data", "seconds", "base", "leaves", "sha256")}
+        except Exception as error:
+            raise UserError(self._damaged(path, _first_line(error))) from error
+        check_fingerprint(self._base, recorded["base"], f"the checkpoint {path}")
+        expected = _digest(template)["leaves"]
+        if recorded["leaves"] != expected:
+            different = sorted(set(expected.items()) ^ set(recorded["leaves"].items()))
+            raise UserError(
+                f"the checkpoint {path} does not fit this run: they differ in {', '.join(name for name, _ in different[:4])}"
+            )
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), template)
+        try:
+            state = TrainState(**self._orbax.load(step, abstract._asdict()))
+        except Exception as error:
+            raise UserError(self._damaged(path, _first_line(error))) from error
+        if _digest(state)["sha256"] != recorded["sha256"]:
+            raise UserError(self._damaged(path, "its arrays are not those that were saved"))
+        return Restored(state, recorded["data"], recorded["seconds"])
+
+    def _damaged(self, path: Path, why: str) -> str:
+        earlier = [str(checkpoint.step) for checkpoint in self._orbax.checkpoints[:-1]]
+        advice = f"go on from step {earlier[-1]}" if earlier else "start from the beginning"
+        return f"the checkpoint {path} is damaged ({why}); delete that folder to {advice}"
+
+
+def _digest(state: TrainState) -> dict[str, Any]:
+    """The names, shapes and dtypes of all leaves, and one SHA-256 over their bits."""
+    leaves, sha256 = {}, hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        leaves[name] = f"{leaf.dtype}{list(leaf.shape)}"
+        sha256.update(name.encode())
+        sha256.update(np.ascontiguousarray(jax.device_get(leaf)).view(np.uint8).data)
+    return {"leaves": leaves, "sha256": sha256.hexdigest()}
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,290 @@
+"""The configuration of a run: every key, its default, its unit, and its check.
+
+The files in `configs/` start from `base_config()` and change what they need, so every key can be overridden on the command line
+(`--config.optim.steps=100`). `parse` turns a configuration into frozen dataclasses, once; nothing else reads it.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from surm_jax.data import Augment
+from surm_jax.errors import UserError, did_you_mean
+from surm_jax.models import VARIANTS
+from surm_jax.peft import SELECTIONS, UPDATES, Update, make_update
+from surm_jax.peft.paths import compile_pattern
+
+METHODS = (*UPDATES, *SELECTIONS)
+DECAYS = ("cosine", "linear", "constant")
+
+
+def _one_of(key: str, value: str, known: typing.Iterable[str]) -> None:
+    if value not in known:
+        raise UserError(f"config.{key}: unknown {value!r}{did_you_mean(value, known)} (known: {', '.join(known)})")
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise UserError(f"config.{key} must be at least {least}, got {value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The pretrained model."""
+
+    # One of surm_jax.models.VARIANTS, such as "B/16".
+    variant: str = "B/16"
+    # Where the weights come from: "augreg" (the official file of the variant), "digits" (shipped with the package), a path, a URL,
+    # or "none" for random weights.
+    checkpoint: str = "augreg"
+    # Classes of the new head; 0: as many as the data set has.
+    num_classes: int = 0
+    # Side of the square input in pixels; 0: the variant's.
+    image_size: int = 0
+    dropout: float = 0.0
+    # Dtype of the computation, "float32" or "bfloat16". Parameters are float32.
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        _one_of("model.variant", self.variant, VARIANTS)
+        _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        _at_least("model.num_classes", self.num_classes, 0)
+        _at_least("model.image_size", self.image_size, 0)
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"config.model.dropout must lie in [0, 1), got {self.dropout}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The data set and its batches."""
+
+    # A name that surm_jax.data.load knows: "digits_5to9", a TFDS name such as "cifar10", or a path to an .npz file.
+    name: str = "cifar10"
+    # The folder of prepared TFDS sets; empty: TFDS's own (~/tensorflow_datasets).
+    dir: str = ""
+    # What training images go through: "none", "shift", "crop_flip".
+    augment: str = "crop_flip"
+    # Training examples that are held out and evaluated instead of the test set while training. The test set is then looked at
+    # once, at the end.
+    holdout: int = 0
+    # Examples per step, over all devices and accumulated micro-batches.
+    batch_size: int = 64
+    eval_batch_size: int = 256
+
+    def __post_init__(self):
+        _one_of("data.augment", self.augment, typing.get_args(Augment))
+        _at_least("data.holdout", self.holdout, 0)
+        _at_least("data.batch_size", self.batch_size, 1)
+        _at_least("data.eval_batch_size", self.eval_batch_size, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """What is adapted, and how. `updates` has the settings of every update by name; in the configuration they stand beside the
+    others: `--config.peft.lora.rank=4`."""
+
+    # One of METHODS.
+    method: str = "circulant"
+    # A preset of the model ("qkv", "qv", "attention", "mlp", "all-linear"), or a regular expression for module paths.
+    target: str = "qkv"
+    # Patterns of the paths of parameters that every method trains besides.
+    train: tuple[str, ...] = ("head/.*",)
+    updates: Mapping[str, Update] = dataclasses.field(
+        default_factory=lambda: {name: cls() for name, cls in UPDATES.items()}
+    )
+
+    def __post_init__(self):
+        _one_of("peft.method", self.method, METHODS)
+        compile_pattern(self.target)
+        for pattern in self.train:
+            compile_pattern(pattern)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupConfig:
+    """The optimiser's settings for the trained parameters whose path `pattern` matches as a whole."""
+
+    pattern: str
+    # Peak learning rate; 0: the method's, from optim.learning_rate.
+    learning_rate: float = 0.0
+    # Decoupled weight decay, times the learning rate.
+    weight_decay: float = 0.0
+
+    def __post_init__(self):
+        compile_pattern(self.pattern)
+        _at_least("optim.groups.*.learning_rate", self.learning_rate, 0)
+        _at_least("optim.groups.*.weight_decay", self.weight_decay, 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupsConfig:
+    """Groups of trained parameters; the first whose pattern matches a parameter takes it."""
+
+    adapter: GroupConfig = GroupConfig(pattern=r".*/delta/.*")
+    head: GroupConfig = GroupConfig(pattern=r"head/.*")
+    norm: GroupConfig = GroupConfig(pattern=r"(.*/)?norm\d*/.*")
+    bias: GroupConfig = GroupConfig(pattern=r".*/bias")
+    rest: GroupConfig = GroupConfig(pattern=r".*")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (Adam where the weight decay is 0), its schedule, and the loss."""
+
+    # Number of updates.
+    steps: int = 1000
+    # Peak learning rate by method: each needs its own.
+    learning_rate: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(METHODS, 1e-3))
+    groups: GroupsConfig = GroupsConfig()
+    # Steps of linear warm-up from 0; then decay to 0 at the last step: "cosine", "linear", or "constant".
+    warmup_steps: int = 0
+    decay: str = "cosine"
+    # Largest global norm of the gradient; 0: no clipping.
+    clip_norm: float = 1.0
+    # Micro-batches per update: the batch is worked on in so many parts, one after the other.
+    accumulate: int = 1
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        _one_of("optim.decay", self.decay, DECAYS)
+        _at_least("optim.steps", self.steps, 1)
+        _at_least("optim.accumulate", self.accumulate, 1)
+        _at_least("optim.clip_norm", self.clip_norm, 0)
+        for method, rate in self.learning_rate.items():
+            _at_least(f"optim.learning_rate.{method}", rate, 0)
+        if not 0 <= self.warmup_steps < self.steps:
+            raise UserError(
+                f"config.optim.warmup_steps must lie in [0, steps), got {self.warmup_steps} with {self.steps} steps"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"config.optim.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """How often a run speaks and saves, in steps. 0 means at the end only."""
+
+    metrics_every: int = 50
+    evaluate_every: int = 0
+    checkpoint_every: int = 500
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _at_least(f"log.{field.name}", getattr(self, field.name), 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How devices are used."""
+
+    # Devices over which the batch is split; 0: all there are.
+    data: int = 0
+
+    def __post_init__(self):
+        _at_least("mesh.data", self.data, 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    # One run per seed; several go into folders of their own, and the result has mean and standard deviation.
+    seeds: tuple[int, ...] = (0,)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    peft: PeftConfig = PeftConfig()
+    optim: OptimConfig = OptimConfig()
+    log: LogConfig = LogConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise UserError(f"config.seeds must hold one or more different numbers from 0 on, got {self.seeds}")
+        if self.data.batch_size % self.optim.accumulate:
+            raise UserError(
+                f"config.data.batch_size={self.data.batch_size} does not divide into"
+                f" config.optim.accumulate={self.optim.accumulate} equal micro-batches"
+            )
+
+
+def base_config() -> ml_collections.ConfigDict:
+    """Returns a configuration with every key at its default.
+
+    >>> config = base_config()
+    >>> config.peft.lora.rank, config.optim.groups.head.weight_decay
+    (1, 0.0)
+    """
+    return ml_collections.ConfigDict(to_dict(RunConfig()))
+
+
+def keys(config: ml_collections.ConfigDict) -> list[str]:
+    """Returns all keys of a configuration, sections included, joined by dots.
+
+    >>> "peft.lora.rank" in keys(base_config())
+    True
+    """
+    found = []
+    for key, value in config.items():
+        found.append(key)
+        if isinstance(value, ml_collections.ConfigDict):
+            found += [f"{key}.{below}" for below in keys(value)]
+    return found
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Returns the configuration as nested dictionaries; `parse` reads them back."""
+    tree = dataclasses.asdict(config)
+    tree["peft"].update(tree["peft"].pop("updates"))
+    return tree
+
+
+def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
+    """Checks a configuration.
+
+    >>> parse(base_config()).model.variant
+    'B/16'
+
+    Raises:
+      UserError: for an unknown key (the message names the nearest), a missing one, or a value that cannot be.
+    """
+    tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    peft = dict(tree.get("peft") or {})
+    updates = {name: make_update(name, peft.pop(name)) for name in UPDATES if name in peft}
+    # Only the sections of updates leave the dictionary here: a mistyped one is still there for `_build` to refuse.
+    tree["peft"] = peft
+    parsed = _build(RunConfig, tree, "config")
+    return dataclasses.replace(
+        parsed, peft=dataclasses.replace(parsed.peft, updates={**parsed.peft.updates, **updates})
+    )
+
+
+def _build(cls: type, tree: Mapping[str, Any], path: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            raise UserError(f"{path} has no key {key!r}{did_you_mean(key, hints)} (known: {', '.join(hints)})")
+    return cls(**{key: _value(hints[key], value, f"{path}.{key}") for key, value in tree.items()})
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path} must be a section with keys, got {value!r}")
+        return _build(hint, value, path)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{path} must be a tuple, got {value!r}")
+        return tuple(_value(arguments[0], item, path) for item in value)
+    if origin is Mapping:
+        for key in value:
+            _one_of(path, key, METHODS)
+        return {key: _value(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise UserError(f"{path} must be of the type {hint.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,113 @@
+"""From a configuration to a model, its data and its adapter. What can be wrong is found here, before anything is compiled."""
+
+import dataclasses
+import functools
+import warnings
+from pathlib import Path
+
+from flax import nnx
+
+import jax
+from surm_jax import data
+from surm_jax.errors import UserError
+from surm_jax.models import TARGETS, ViT, ViTConfig
+from surm_jax.peft import SELECTIONS, UPDATES, Adapter, Description, Rule, adapt, describe
+from surm_jax.pretrained import load, locate
+from surm_jax.training.config import PeftConfig, RunConfig
+from surm_jax.training.mesh import make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run that is ready to be built.
+
+    Attributes:
+      config: the whole configuration.
+      seed: of the head, the updates, the order of the data and dropout.
+      mesh: the devices.
+      dataset: training and test examples.
+      holdout: training examples that are evaluated while training, or None; `dataset.train` is without them.
+      vit: the model's geometry.
+      checkpoint: the file of the pretrained weights, or None for random ones.
+    """
+
+    config: RunConfig
+    seed: int
+    mesh: jax.sharding.Mesh
+    dataset: data.ImageDataset
+    holdout: data.ImageSource | None
+    vit: ViTConfig
+    checkpoint: Path | None
+
+    def base_model(self) -> nnx.Module:
+        """Loads the pretrained model, with a fresh head."""
+        return load(functools.partial(_make_model, self.vit, self.seed), self.checkpoint)
+
+    def adapt(self, model: nnx.Module) -> tuple[nnx.Module, Adapter]:
+        """Returns the adapted model and its adapter."""
+        return _adapt(model, self.config.peft, self.seed)
+
+
+def prepare(config: RunConfig, seed: int) -> Job:
+    """Checks all of a configuration against data, devices, files and the model's layers.
+
+    Raises:
+      UserError: for whatever does not fit.
+    """
+    mesh = make_mesh(
+        config.mesh.data,
+        {
+            "config.data.batch_size / config.optim.accumulate": config.data.batch_size // config.optim.accumulate,
+            "config.data.eval_batch_size": config.data.eval_batch_size,
+        },
+    )
+    dataset = data.load(config.data.name, config.data.dir or None)
+    train, holdout = data.hold_out(dataset.train, config.data.holdout)
+    dataset = dataclasses.replace(dataset, train=train)
+    if config.model.num_classes not in (0, len(dataset.classes)):
+        raise UserError(
+            f"config.model.num_classes={config.model.num_classes}, but {config.data.name} has {len(dataset.classes)} classes"
+        )
+    vit = vit_config(config, len(dataset.classes))
+    dataset.require_channels(vit.channels)
+    describe_model(config, vit)
+    checkpoint = locate(config.model.checkpoint, config.model.variant)
+    if checkpoint is None:
+        warnings.warn(
+            f"config.model.checkpoint=none: the {config.model.variant} starts from RANDOM weights, not from a pretrained model."
+            " Frozen random layers adapt badly",
+            stacklevel=2,
+        )
+    return Job(config, seed, mesh, dataset, holdout, vit, checkpoint)
+
+
+def vit_config(config: RunConfig, num_classes: int) -> ViTConfig:
+    """Returns the geometry of the model with so many classes."""
+    sizes = {"image_size": config.model.image_size} if config.model.image_size else {}
+    return ViTConfig.from_variant(
+        config.model.variant, num_classes=num_classes, dropout=config.model.dropout, dtype=config.model.dtype, **sizes
+    )
+
+
+def describe_model(config: RunConfig, vit: ViTConfig) -> Description:
+    """Says what a configuration trains, without weights or data.
+
+    Raises:
+      UserError: if a rule or pattern matches nothing, or a layer that cannot be adapted.
+    """
+    abstract = nnx.eval_shape(functools.partial(_make_model, vit, 0))
+    return describe(*_adapt(abstract, config.peft, 0))
+
+
+def _make_model(vit: ViTConfig, seed: int) -> ViT:
+    return ViT(vit, rngs=nnx.Rngs(seed))
+
+
+def _adapt(model: nnx.Module, peft: PeftConfig, seed: int) -> tuple[nnx.Module, Adapter]:
+    if peft.method in UPDATES:
+        rules = [Rule(TARGETS.get(peft.target, peft.target), peft.updates[peft.method])]
+        train = peft.train
+    else:
+        rules, train = [], (*peft.train, *SELECTIONS[peft.method])
+    # Not the stream that drew the model: its first keys would come again.
+    return adapt(model, rules, train=train, rngs=nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1)))

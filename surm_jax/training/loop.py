@@ -1,0 +1,180 @@
+"""A run from its first step to its result: train, evaluate, save, and go on after an interruption, bit for bit."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from surm_jax import data
+from surm_jax.peft import Adapter, describe, fingerprint, save_adapter
+from surm_jax.training.checkpoints import Checkpoints
+from surm_jax.training.config import RunConfig
+from surm_jax.training.evaluate import evaluate, make_eval_step
+from surm_jax.training.job import Job, prepare
+from surm_jax.training.mesh import put_batch, replicated
+from surm_jax.training.metrics import MetricWriter, StepLog
+from surm_jax.training.optimizer import make_optimizer, schedule
+from surm_jax.training.partition import partition
+from surm_jax.training.progress import Interruption, Progress, Stopwatch, track
+from surm_jax.training.report import draw_curves, make_result
+from surm_jax.training.step import TrainState, init_state, make_train_step
+from surm_jax.training.workdir import RESULT_NAME, open_workdir, read_json, write_json
+
+
+class InterruptedRun(Exception):
+    """A run was interrupted and is saved. `status` is the exit status that belongs to the signal."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+def train(config: RunConfig, seed: int, workdir: Path) -> dict[str, Any]:
+    """Makes one run, or goes on with it, or returns its result if it is complete.
+
+    Args:
+      config: the whole configuration.
+      seed: which of its seeds.
+      workdir: the folder of this seed's run.
+
+    Returns:
+      What `result.json` holds.
+
+    Raises:
+      UserError: for bad input, a folder of another run, a damaged checkpoint, or a loss that is not finite.
+      InterruptedRun: after SIGINT or SIGTERM, when a checkpoint is saved.
+    """
+    open_workdir(workdir, dataclasses.replace(config, seeds=(seed,)))
+    if (workdir / RESULT_NAME).exists():
+        return read_json(workdir / RESULT_NAME, "no result")
+    began = time.monotonic()
+    job = prepare(config, seed)
+    with jax.set_mesh(job.mesh), Interruption() as interruption:
+        run = _Run(job, *job.adapt(job.base_model()), workdir, began)
+        print(run.description, flush=True)
+        return run.finish(run.train(interruption))
+
+
+class _Run:
+    """One run at work: what stays the same from step to step, and its clock."""
+
+    def __init__(self, job: Job, model: nnx.Module, adapter: Adapter, workdir: Path, began: float):
+        self.job, self.config, self.adapter, self.workdir, self.began = job, job.config, adapter, workdir, began
+        self.description = describe(model, adapter)
+        self.partition, trained, frozen = partition(model, adapter)
+        self.frozen = jax.device_put(frozen, replicated(job.mesh))
+        optim = self.config.optim
+        optimizer = make_optimizer(optim, self.config.peft.method, trained)
+        self.initial_state = init_state(trained, optimizer, job.mesh)
+        self.train_step = make_train_step(
+            self.partition,
+            optimizer,
+            job.mesh,
+            seed=job.seed,
+            accumulate=optim.accumulate,
+            label_smoothing=optim.label_smoothing,
+        )
+        self.eval_step = make_eval_step(self.partition, job.mesh)
+        self.factor = schedule(optim)
+        self.watch = Stopwatch()
+        self.test: dict[str, float] | None = None
+
+    def train(self, interruption: Interruption) -> TrainState:
+        """Makes the steps that are left, and returns the state after the last one."""
+        config, state = self.config, self.initial_state
+        total = config.optim.steps
+        batches = data.train_batches(
+            self.job.dataset.train,
+            batch_size=config.data.batch_size,
+            image_size=self.job.vit.image_size,
+            augment=config.data.augment,
+            seed=self.job.seed,
+        )
+        with Checkpoints(self.workdir / "checkpoints", fingerprint(self.frozen)) as checkpoints:
+            if checkpoints.latest is not None:
+                state, place, seconds = checkpoints.restore(state)
+                batches.set_state(place)
+                self.began -= seconds
+            start = int(state.step)
+            with (
+                MetricWriter(self.workdir, start) as writer,
+                Progress(config.peft.method, total, start) as progress,
+            ):
+                if start:
+                    progress.say(f"going on from step {start} of {total}")
+                log = StepLog(writer, progress, self.watch, config.log.metrics_every, total, self._rates)
+                for step in range(start + 1, total + 1):
+                    state, metrics = self.train_step(state, self.frozen, put_batch(next(batches), self.job.mesh))
+                    log.note(step, metrics)
+                    interrupted = interruption.signal is not None and step < total
+                    evaluates = not interrupted and self._due(step, config.log.evaluate_every)
+                    if not (interrupted or evaluates or self._due(step, config.log.checkpoint_every)):
+                        continue
+                    # What has gone astray is never saved: look at this step's loss first.
+                    log.flush()
+                    self.watch.stop()
+                    accuracy = self._evaluate_while_training(state, writer, progress) if evaluates else None
+                    checkpoints.save(state, batches.get_state(), time.monotonic() - self.began, accuracy)
+                    self.watch.start()
+                    if interrupted:
+                        self._leave(interruption, step)
+        self.watch.stop()
+        return state
+
+    def finish(self, state: TrainState) -> dict[str, Any]:
+        """Evaluates on the test set if that is still to do, and writes adapter, curves and result."""
+        test = self.test or self._evaluate(state, "test")
+        model = self.partition.merge(state.trained, self.frozen)
+        adapter_bytes = save_adapter(self.workdir / "adapter", model, self.adapter)
+        draw_curves(self.workdir)
+        rate = self.watch.rate()
+        result = make_result(
+            self.config.peft.method,
+            test,
+            self.description,
+            steps=int(state.step),
+            seconds=time.monotonic() - self.began,
+            examples_per_second=rate and rate * self.config.data.batch_size,
+            adapter_bytes=adapter_bytes,
+        )
+        write_json(self.workdir / RESULT_NAME, result)
+        return result
+
+    def _due(self, step: int, every: int) -> bool:
+        return step == self.config.optim.steps or (every > 0 and step % every == 0)
+
+    def _rates(self, step: int) -> dict[str, float]:
+        """The learning rate of this step's update, and the speed."""
+        rates = {"learning_rate": self.config.optim.learning_rate[self.config.peft.method] * float(self.factor(step - 1))}
+        if rate := self.watch.rate():
+            rates["examples_per_second"] = rate * self.config.data.batch_size
+        return rates
+
+    def _evaluate_while_training(self, state: TrainState, writer: MetricWriter, progress: Progress) -> float:
+        split = "test" if self.job.holdout is None else "holdout"
+        evaluation = self._evaluate(state, split)
+        if split == "test" and int(state.step) == self.config.optim.steps:
+            self.test = evaluation
+        metrics = {f"{split}_{name}": value for name, value in evaluation.items()}
+        writer.write(int(state.step), metrics)
+        progress.show(int(state.step), metrics)
+        return evaluation["accuracy"]
+
+    def _evaluate(self, state: TrainState, split: str) -> dict[str, float]:
+        batches = data.eval_batches(
+            self.job.holdout if split == "holdout" else self.job.dataset.test,
+            batch_size=self.config.data.eval_batch_size,
+            image_size=self.job.vit.image_size,
+        )
+        batches = track(batches, f"evaluate on {split}")
+        return evaluate(self.eval_step, state.trained, self.frozen, batches, self.job.mesh)
+
+    def _leave(self, interruption: Interruption, step: int) -> None:
+        raise InterruptedRun(
+            f"{interruption.signal.name}: saved step {step} of {self.config.optim.steps} in {self.workdir / 'checkpoints'};"
+            " the same command goes on from there",
+            128 + interruption.signal,
+        )

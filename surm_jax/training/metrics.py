@@ -1,0 +1,126 @@
+"""What a run measures: `metrics.jsonl`, one JSON object a line, and TensorBoard beside it."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import tensorboardX
+
+from surm_jax.errors import UserError
+from surm_jax.training.progress import Progress, Stopwatch
+
+JSONL_NAME = "metrics.jsonl"
+STEP_METRICS = ("train_loss", "train_accuracy", "gradient_norm")
+
+
+class MetricWriter:
+    """Appends metrics to `<folder>/metrics.jsonl` and `<folder>/tensorboard/`. Use as a context manager.
+
+    Args:
+      folder: the run's folder.
+      step: the step from which the run goes on; what was written of later steps is dropped, since it comes again.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        path = folder / JSONL_NAME
+        kept = [line for line in read_metrics(folder) if line["step"] <= step] if path.exists() else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, path)
+        self._jsonl = path.open("a")
+        self._tensorboard = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._jsonl.close()
+        self._tensorboard.close()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes finite numbers under their names for one step."""
+        self._jsonl.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._jsonl.flush()
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+
+def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a run's `metrics.jsonl`. A last line that was cut off is left out.
+
+    Raises:
+      UserError: if another line is not a JSON object with a step.
+    """
+    path = folder / JSONL_NAME
+    lines = path.read_text().splitlines()
+    for number, text in enumerate(lines, 1):
+        try:
+            line = json.loads(text)
+            line["step"] + 0
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                return
+            raise UserError(f"{path}, line {number}, is damaged: {text[:80]!r}") from None
+        yield line
+
+
+class StepLog:
+    """Writes the metrics of training steps, one step behind the device, so that it never waits for them.
+
+    Every step's metrics are looked at; those of every `every`-th step and of the last one are written.
+
+    Args:
+      writer: where metrics go.
+      progress: where they are shown.
+      watch: started after the first step, whose time is compilation, and counted up with every later one.
+      every: how many steps lie between two that are written; 0: only the last one is.
+      last: the last step.
+      rates: gives what else belongs to a step, such as its learning rate.
+    """
+
+    def __init__(
+        self,
+        writer: MetricWriter,
+        progress: Progress,
+        watch: Stopwatch,
+        every: int,
+        last: int,
+        rates: Callable[[int], dict[str, float]],
+    ):
+        self._writer, self._progress, self._watch, self._rates = writer, progress, watch, rates
+        self._every, self._last = every, last
+        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+
+    def note(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes the metrics of a step that may still be running, and works on those of the step before."""
+        self.flush()
+        self._pending = step, metrics
+
+    def flush(self) -> None:
+        """Waits for the metrics that were noted last, and writes them if they are due.
+
+        Raises:
+          UserError: if one of them is not finite.
+        """
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        # jit sorts the names of what it returns.
+        values = {name: float(metrics[name]) for name in STEP_METRICS}
+        self._watch.count_or_start()
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{name} is {value} at step {step}: look at the data, or lower the learning rate."
+                    " Nothing was saved since the last checkpoint"
+                )
+        if step == self._last or (self._every and step % self._every == 0):
+            values.update(self._rates(step))
+            self._writer.write(step, values)
+            self._progress.show(step, values)
+        self._progress.advance()

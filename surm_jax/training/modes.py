@@ -1,0 +1,121 @@
+"""What `launch.py` can do with a run: train it, evaluate its adapter, merge it, describe it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from surm_jax import data
+from surm_jax.peft import load_adapter, merge
+from surm_jax.pretrained import save_model
+from surm_jax.training.config import RunConfig
+from surm_jax.training.evaluate import evaluate, make_eval_step
+from surm_jax.training.job import Job, describe_model, prepare, vit_config
+from surm_jax.training.loop import train
+from surm_jax.training.mesh import replicated
+from surm_jax.training.partition import partition
+from surm_jax.training.progress import track
+from surm_jax.training.report import combine, table
+from surm_jax.training.workdir import RESULT_NAME, open_workdir, read_config, write_json
+
+
+def train_run(config: RunConfig, workdir: Path) -> dict[str, Any]:
+    """Trains every seed that is not complete yet, prints the table, and returns the result.
+
+    One seed uses `workdir` itself; of several, each has a folder `seed-<seed>` in it, and `workdir/result.json` combines them.
+
+    Raises:
+      UserError: see `surm_jax.training.loop.train`.
+    """
+    if len(config.seeds) == 1:
+        result = train(config, config.seeds[0], workdir)
+        print("\n" + table([result]))
+    else:
+        open_workdir(workdir, config)
+        results = {seed: train(config, seed, folder) for seed, folder in _seed_folders(config, workdir)}
+        result = combine(results)
+        write_json(workdir / RESULT_NAME, result)
+        labelled = [{**one, "method": f"{one['method']}, seed {seed}"} for seed, one in results.items()]
+        print("\n" + table([*labelled, {**result, "method": f"{result['method']}, mean"}]))
+    print(f"\nresult, curves and adapter are in {workdir}")
+    return result
+
+
+def evaluate_run(workdir: Path) -> dict[int, dict[str, float]]:
+    """Evaluates the saved adapters of a run on the whole test set, prints and returns what came out by seed.
+
+    Raises:
+      UserError: if there is no run, or its adapter is missing, damaged or of another base.
+    """
+    config, evaluations = read_config(workdir), {}
+    for seed, folder in _seed_folders(config, workdir):
+        job = prepare(config, seed)
+        with jax.set_mesh(job.mesh):
+            parts, trained, frozen = partition(*load_adapter(folder / "adapter", job.base_model()))
+            whole = replicated(job.mesh)
+            evaluations[seed] = evaluate(
+                make_eval_step(parts, job.mesh),
+                jax.device_put(trained, whole),
+                jax.device_put(frozen, whole),
+                track(_test_batches(job), "evaluate on test"),
+                job.mesh,
+            )
+        numbers = "  ".join(f"test_{name} {value:.6g}" for name, value in evaluations[seed].items())
+        print(f"{folder / 'adapter'}: {numbers}")
+    return evaluations
+
+
+def merge_run(workdir: Path) -> list[Path]:
+    """Writes the full model of every adapter of a run to `<folder>/merged/model.safetensors`, and returns these paths.
+
+    Prints how far merged kernels are from the exact sums, and merged from unmerged logits on a batch of test images.
+
+    Raises:
+      UserError: see `evaluate_run`.
+    """
+    config, paths = read_config(workdir), []
+    for seed, folder in _seed_folders(config, workdir):
+        job = prepare(config, seed)
+        with jax.set_mesh(job.mesh):
+            model, _ = load_adapter(folder / "adapter", job.base_model())
+            merged, deviation = merge(model)
+            images = next(iter(_test_batches(job)))["image"]
+            difference = np.abs(_logits(merged, images) - _logits(model, images)).max()
+        paths.append(folder / "merged" / "model.safetensors")
+        save_model(paths[-1], merged, job.vit)
+        print(
+            f"{paths[-1]}: kernels are within {deviation:.2g} of the exact sums;"
+            f" logits of {len(images)} test images within {difference:.2g} of the unmerged model's"
+        )
+    return paths
+
+
+def describe_run(config: RunConfig) -> None:
+    """Prints what a configuration would train: every adapted layer and the totals. Needs no weights.
+
+    The data set is read for its number of classes alone, and not even that if `config.model.num_classes` says it.
+
+    Raises:
+      UserError: for what does not fit.
+    """
+    classes = config.model.num_classes or len(data.load(config.data.name, config.data.dir or None).classes)
+    print(describe_model(config, vit_config(config, classes)))
+
+
+def _seed_folders(config: RunConfig, workdir: Path) -> Iterator[tuple[int, Path]]:
+    for seed in config.seeds:
+        yield seed, workdir if len(config.seeds) == 1 else workdir / f"seed-{seed}"
+
+
+def _test_batches(job: Job) -> data.EvalBatches:
+    return data.eval_batches(
+        job.dataset.test, batch_size=job.config.data.eval_batch_size, image_size=job.vit.image_size
+    )
+
+
+def _logits(model: nnx.Module, images: np.ndarray) -> np.ndarray:
+    graphdef, state = nnx.split(model)
+    return np.asarray(jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))(state, images))

@@ -1,0 +1,131 @@
+"""What a run ends with: `result.json`, a table on the terminal, and its curves as a picture."""
+
+import importlib.metadata
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from surm_jax.peft import Description
+from surm_jax.training.metrics import read_metrics
+
+CURVES_NAME = "curves.png"
+_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
+
+
+def make_result(
+    method: str,
+    test: Mapping[str, float],
+    description: Description,
+    *,
+    steps: int,
+    seconds: float,
+    examples_per_second: float | None,
+    adapter_bytes: int,
+) -> dict[str, Any]:
+    """Returns the result of one run as JSON values.
+
+    Args:
+      method: its name.
+      test: the evaluation on the test set after the last step.
+      description: what was trained.
+      steps: number of updates.
+      seconds: from the start of the run, compilation and evaluation included, over all its interruptions.
+      examples_per_second: of training without compilation, evaluation and checkpoints; None if there was one step.
+      adapter_bytes: size of the adapter folder.
+    """
+    return {
+        "method": method,
+        "metrics": {"test_accuracy": test["accuracy"], "test_loss": test["loss"]},
+        "test_examples": test["examples"],
+        "parameters": {
+            "trainable": description.trainable,
+            "adapter": description.adapter,
+            "total": description.total,
+        },
+        "steps": steps,
+        "seconds": round(seconds, 2),
+        "examples_per_second": examples_per_second and round(examples_per_second, 1),
+        "adapter_bytes": adapter_bytes,
+        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+def combine(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the result of several seeds: every metric with mean and standard deviation (n - 1 in its denominator).
+
+    Args:
+      results: the result of each seed.
+    """
+    first = next(iter(results.values()))
+    metrics = {}
+    for name in first["metrics"]:
+        values = [result["metrics"][name] for result in results.values()]
+        metrics[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values), "seeds": values}
+    return {
+        **first,
+        "seeds": list(results),
+        "metrics": metrics,
+        "seconds": round(sum(result["seconds"] for result in results.values()), 2),
+    }
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a table with a line for each result.
+
+    >>> result = {"method": "circulant", "metrics": {"test_accuracy": 0.953}, "seconds": 21.0, "adapter_bytes": 9210,
+    ...           "parameters": {"trainable": 1861, "total": 203525}}
+    >>> print(table([result]))
+    method     trained    share  test accuracy  seconds  adapter
+    circulant    1,861  0.914 %         95.3 %     21.0   9.2 kB
+    """
+    rows = [("method", "trained", "share", "test accuracy", "seconds", "adapter")]
+    for result in results:
+        parameters = result["parameters"]
+        rows.append(
+            (
+                result["method"],
+                f"{parameters['trainable']:,}",
+                f"{100 * parameters['trainable'] / parameters['total']:.3f} %",
+                _percent(result["metrics"]["test_accuracy"]),
+                f"{result['seconds']:.1f}",
+                f"{result['adapter_bytes'] / 1000:,.1f} kB",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for method, *numbers in rows:
+        cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
+        lines.append("  ".join([method.ljust(widths[0]), *cells]))
+    return "\n".join(lines)
+
+
+def draw_curves(folder: Path) -> None:
+    """Draws a run's loss and accuracy by step into `curves.png`."""
+    lines = list(read_metrics(folder))
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for split in ("train", "holdout", "test"):
+            points = [(line["step"], line[f"{split}_{quantity}"]) for line in lines if f"{split}_{quantity}" in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else None, ms=4, label=split)
+        axes.set_xlabel("step")
+        axes.set_ylabel(quantity)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    temporary = folder / f".{CURVES_NAME}.tmp"
+    figure.savefig(temporary, dpi=150, format="png")
+    temporary.replace(folder / CURVES_NAME)
+
+
+def _percent(metric: float | Mapping[str, float]) -> str:
+    if isinstance(metric, Mapping):
+        return f"{100 * metric['mean']:.1f} ± {100 * metric['std']:.1f} %"
+    return f"{100 * metric:.1f} %"

@@ -1,0 +1,105 @@
+"""The folder of a run: which run it belongs to, and the files that are written whole or not at all."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from surm_jax.errors import UserError
+from surm_jax.training.config import RunConfig, parse, to_dict
+
+CONFIG_NAME = "config.json"
+RESULT_NAME = "result.json"
+
+
+def open_workdir(workdir: Path, config: RunConfig) -> None:
+    """Makes the folder of a run, or checks that it is the folder of this very run.
+
+    Raises:
+      UserError: if it cannot be written, or holds another run or something else.
+    """
+    _require_writable(workdir)
+    if (workdir / CONFIG_NAME).exists():
+        changes = list(_differences(to_dict(read_config(workdir)), _jsonable(to_dict(config)), "config"))
+        if changes:
+            more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
+            raise UserError(
+                f"{workdir} holds another run; there {'; '.join(changes[:5])}{more}."
+                " Choose another folder with --workdir, or delete that one"
+            )
+    elif any(workdir.iterdir()):
+        raise UserError(f"{workdir} holds files but no run (no {CONFIG_NAME}): choose another folder with --workdir")
+    else:
+        write_json(workdir / CONFIG_NAME, to_dict(config))
+
+
+def read_config(workdir: Path) -> RunConfig:
+    """Reads the configuration of the run in a folder.
+
+    Raises:
+      UserError: if there is none, or it is damaged.
+    """
+    tree = read_json(workdir / CONFIG_NAME, f"no run in {workdir}")
+    try:
+        return parse(tree)
+    except UserError as error:
+        raise UserError(f"{workdir / CONFIG_NAME}: {error}") from None
+
+
+def read_json(path: Path, absent: str) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: if it cannot be read (the message begins with `absent`), or is damaged.
+    """
+    try:
+        tree = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{absent}: cannot read {path} ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is damaged: it does not hold a JSON object")
+    return tree
+
+
+def write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    """Writes a JSON object, whole or not at all.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(tree, indent=1) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Permissions do not tell all (read-only mounts, full disks, root): try.
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+    except FileExistsError:
+        raise UserError(f"the run's folder {folder} is a file: choose another folder with --workdir") from None
+    except NotADirectoryError:
+        raise UserError(f"the run's folder {folder} lies below a file: choose another with --workdir") from None
+    except OSError as error:
+        raise UserError(f"the run's folder {folder} cannot be written ({error.strerror}): choose another with --workdir") from None
+
+
+def _differences(old: Any, new: Any, path: str):
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}")
+    elif _jsonable(old) != new:
+        yield f"{path} is {_jsonable(old)!r}, here {new!r}"
+
+
+def _jsonable(tree: Any) -> Any:
+    return json.loads(json.dumps(tree))

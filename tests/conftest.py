@@ -1,0 +1,44 @@
+"""Settings of the whole suite: 8 CPU devices, strict promotion, no network."""
+
+import os
+import socket
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real data sets beside the checkout; tests that need it are skipped by name without it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the data folder {SHARED}")
+    return SHARED
+
+
+@pytest.fixture
+def x64():
+    """Doubles for the mathematics, in this test alone."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """Any attempt to leave the machine fails the test at once instead of hanging."""
+
+    def refuse(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"the tests use no network, but something connects to {address}")
+        return connect(self, address)
+
+    connect = socket.socket.connect
+    monkeypatch.setattr(socket.socket, "connect", refuse)

@@ -1,0 +1,155 @@
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from surm_jax.errors import UserError
+from surm_jax.models import ViT, ViTConfig
+from surm_jax.pretrained import load, save_model
+
+CONFIG = {
+    "image_size": 8,
+    "patch_size": 4,
+    "width": 6,
+    "depth": 1,
+    "heads": 2,
+    "mlp_width": 10,
+    "num_classes": 3,
+}
+
+
+def config(**overrides):
+    return ViTConfig(**{**CONFIG, **overrides})
+
+
+def arrays(model):
+    return {"/".join(map(str, path)): np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(model))}
+
+
+def build(fresh=(), path=None, **overrides):
+    return load(lambda: ViT(config(**overrides), rngs=nnx.Rngs(5)), path, fresh=fresh)
+
+
+def random_model():
+    """A model of NumPy's random numbers, its head included."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: ViT(config(), rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    values = [
+        (path, v.copy(jnp.asarray(rng.standard_normal(v.shape), v.dtype))) for path, v in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(values))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A file, and the model in it."""
+    model = random_model()
+    save_model(tmp_path / "deep" / "vit.safetensors", model, config())
+    return tmp_path / "deep" / "vit.safetensors", model
+
+
+def test_round_trip_is_bit_exact(saved):
+    path, model = saved
+    loaded = arrays(build(path=path))
+    assert loaded.keys() == arrays(model).keys()
+    for name, array in arrays(model).items():
+        np.testing.assert_array_equal(loaded[name], array)
+    assert [file.name for file in path.parent.iterdir()] == ["vit.safetensors"]  # nothing temporary is left
+
+
+def test_head_is_fresh_by_default_even_if_its_shape_fits(saved):
+    path, model = saved
+    loaded = load(lambda: ViT(config(), rngs=nnx.Rngs(5)), path)
+    assert not np.asarray(loaded.head.kernel[...]).any()
+    np.testing.assert_array_equal(loaded.position_embed[...], model.position_embed[...])
+
+
+def test_tensors_are_named_by_path_and_keep_their_dtype(tmp_path):
+    model = random_model()
+    model.norm.scale = nnx.Param(jnp.full(6, 1.5, jnp.bfloat16))
+    save_model(tmp_path / "vit.safetensors", model, config())
+    stored = load_file(tmp_path / "vit.safetensors")
+    assert stored.keys() == arrays(model).keys()
+    assert stored["norm/scale"].dtype == ml_dtypes.bfloat16
+    assert stored["blocks/0/attention/query/kernel"].dtype == np.float32
+    loaded = build(path=tmp_path / "vit.safetensors")
+    np.testing.assert_array_equal(loaded.norm.scale[...], np.full(6, 1.5, np.float32))
+
+
+def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
+    path, model = saved
+    before = path.read_bytes()
+
+    def fail(tensors, filename, metadata):
+        filename.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("surm_jax.pretrained.native.save_file", fail)
+    with pytest.raises(UserError, match="disk full"):
+        save_model(path, model, config())
+    assert path.read_bytes() == before
+    assert len(list(path.parent.iterdir())) == 1
+
+
+def test_suffix(saved, tmp_path):
+    with pytest.raises(UserError, match=r"ends in '.safetensors', got .*vit\.npz"):
+        save_model(tmp_path / "vit.npz", saved[1], config())
+
+
+def test_another_geometry_names_the_fields(saved):
+    with pytest.raises(UserError) as error:
+        build(path=saved[0], width=8, pool="mean")
+    assert "width is 6 in the file and 8 in the model" in str(error.value)
+    assert "pool is 'token' in the file and 'mean' in the model" in str(error.value)
+    assert "depth" not in str(error.value)
+
+
+def test_runtime_fields_may_differ(saved):
+    assert build(path=saved[0], dtype="bfloat16", dropout=0.1).config.dtype == "bfloat16"
+
+
+def test_classes_may_differ_only_if_the_head_is_fresh(saved):
+    assert build(path=saved[0], fresh=("head/.*",), num_classes=9).head.kernel.shape == (6, 9)
+    for fresh in ((), ("head/kernel",)):
+        with pytest.raises(UserError, match="num_classes is 3 in the file and 9 in the model"):
+            build(path=saved[0], fresh=fresh, num_classes=9)
+
+
+def rewrite(path, alter):
+    with safe_open(path, framework="numpy") as file:
+        header, tensors = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    alter(header, tensors)
+    save_file(tensors, path, metadata=header)
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (lambda header, tensors: tensors.pop("norm/scale"), "no key fills 'norm/scale'"),
+        (
+            lambda header, tensors: tensors.update({"norm/skale": np.ones(1)}),
+            "'norm/skale'.* did you mean 'norm/scale'",
+        ),
+        (lambda header, tensors: tensors.update({"cls_token": np.ones(2)}), r"'cls_token' has shape \(2,\)"),
+        (lambda header, tensors: header.update(format="pt"), "not written by save_model"),
+        (lambda header, tensors: header.update(model="BertConfig"), "a model of BertConfig, not of ViTConfig"),
+        (lambda header, tensors: header.update(config="{"), "header of .* is damaged"),
+        (lambda header, tensors: header.update(config="{}"), "must have the fields"),
+    ],
+)
+def test_altered_files(saved, alter, message):
+    rewrite(saved[0], alter)
+    with pytest.raises(UserError, match=message) as error:
+        build(path=saved[0])
+    assert str(saved[0]) in str(error.value)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_truncated_files(saved, keep):
+    path, _ = saved
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=f"{path} cannot be read as safetensors"):
+        build(path=path)

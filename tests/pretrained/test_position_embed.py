@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+import scipy.ndimage
+
+from surm_jax.errors import UserError
+from surm_jax.pretrained.position_embed import resize_position_embed
+
+
+def random(*shape):
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(("old", "new"), [(14, 24), (14, 7), (14, 2), (3, 5), (2, 9), (24, 14), (5, 1), (1, 4)])
+def test_equals_scipy_zoom(old, new):
+    embed = random(1, old * old + 1, 6)
+    resized = resize_position_embed(embed, (1, new * new + 1, 6))
+    grid = scipy.ndimage.zoom(embed[0, 1:].reshape(old, old, 6), (new / old, new / old, 1), order=1)
+    np.testing.assert_allclose(resized[0, 1:], grid.reshape(new * new, 6), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(resized[:, :1], embed[:, :1])
+    assert resized.dtype == np.float32
+
+
+def test_identity():
+    embed = random(1, 50, 6)
+    np.testing.assert_array_equal(resize_position_embed(embed, embed.shape), embed)
+
+
+def test_without_class_token_on_both_sides():
+    embed = random(1, 9, 2)
+    grid = scipy.ndimage.zoom(embed.reshape(3, 3, 2), (2, 2, 1), order=1)
+    np.testing.assert_allclose(resize_position_embed(embed, (1, 36, 2))[0], grid.reshape(36, 2), rtol=1e-5, atol=1e-6)
+
+
+def test_class_token_is_dropped_where_the_model_has_none():
+    embed = random(1, 10, 2)
+    np.testing.assert_allclose(resize_position_embed(embed, (1, 9, 2)), embed[:, 1:], rtol=1e-6)
+
+
+def test_class_token_cannot_be_invented():
+    with pytest.raises(UserError, match="9 position embeddings hold no class token, but the model's 17 do"):
+        resize_position_embed(random(1, 9, 2), (1, 17, 2))
+
+
+@pytest.mark.parametrize("tokens", [0, 8])
+def test_no_grid(tokens):
+    with pytest.raises(UserError, match=f"{tokens} position embeddings are not a square grid"):
+        resize_position_embed(random(1, tokens, 2), (1, 17, 2))
