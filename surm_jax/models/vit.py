@@ -20,14 +20,23 @@ from surm_jax.errors import UserError, did_you_mean
 POOLS = ("token", "mean")
 DTYPES = ("float32", "bfloat16")
 
-VARIANTS: Mapping[str, Mapping[str, int]] = {
+VARIANTS: Mapping[str, Mapping[str, int | str]] = {
     # Table 2 of https://arxiv.org/abs/2106.04560
     "Ti/16": {"image_size": 224, "patch_size": 16, "width": 192, "depth": 12, "heads": 3, "mlp_width": 768},
     "S/16": {"image_size": 224, "patch_size": 16, "width": 384, "depth": 12, "heads": 6, "mlp_width": 1536},
     "B/16": {"image_size": 224, "patch_size": 16, "width": 768, "depth": 12, "heads": 12, "mlp_width": 3072},
     # Small enough for a CPU: CIFAR-sized images, and the 8 x 8 digits of scikit-learn.
     "mini": {"image_size": 32, "patch_size": 4, "width": 192, "depth": 6, "heads": 3, "mlp_width": 768},
-    "digits": {"image_size": 8, "channels": 1, "patch_size": 2, "width": 64, "depth": 4, "heads": 4, "mlp_width": 256},
+    "digits": {
+        "image_size": 8,
+        "channels": 1,
+        "patch_size": 2,
+        "width": 64,
+        "depth": 4,
+        "heads": 4,
+        "mlp_width": 256,
+        "pool": "mean",
+    },
 }
 """Geometry of the named models: the fields of `ViTConfig` that each of them sets."""
 

@@ -46,6 +46,10 @@ class Adapter:
     rules: tuple[Rule, ...]
     train: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        for pattern in self.train:
+            compile_pattern(pattern)
+
     @functools.cached_property
     def trainable(self) -> nnx.filterlib.Predicate:
         """The one NNX filter of what is trained: parameters of updates, and `train`.

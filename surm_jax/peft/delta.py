@@ -41,21 +41,27 @@ class Delta(nnx.Module):
 
 
 class Adapted(nnx.Module):
-    """What an adapted linear layer gains. Mixed into its class by `attach`, taken out again by `detach`."""
+    """What an adapted linear layer gains. Mixed into its class by `attach`, taken out again by `detach`.
+
+    In a subclass of `nnx.Linear` with its own `__call__` it comes between the two: what the subclass does around
+    `super().__call__`, such as an activation, applies to the updated product, as it will once the update is merged.
+    """
 
     delta: Delta
 
-    def __call__(self, x: Float[Array, "..."], **kwargs) -> Float[Array, "..."]:
+    def __call__(self, inputs: Float[Array, "..."], *args, **kwargs) -> Float[Array, "..."]:
         """Computes the base layer's output plus the update's, in the base output's dtype."""
         view = matrix_view(self, type(self).__name__)
-        y = super().__call__(x, **kwargs)
-        update = self.delta.factor * self.delta.matrix().apply(view.vectors(x))
+        y = super().__call__(inputs, *args, **kwargs)
+        update = self.delta.factor * self.delta.matrix().apply(view.vectors(inputs))
         return y + view.outputs(update).astype(y.dtype)
 
 
 @functools.cache
 def _adapted_class(base: type[nnx.Module]) -> type[Adapted]:
-    return type(f"Adapted{base.__name__}", (Adapted, base), {"base_class": base, "__doc__": f"{base.__name__} + delta."})
+    root = nnx.LinearGeneral if issubclass(base, nnx.LinearGeneral) else nnx.Linear
+    bases = (Adapted, base) if base is root else (base, _adapted_class(root))
+    return type(f"Adapted{base.__name__}", bases, {"base_class": base, "__doc__": f"{base.__name__} + delta."})
 
 
 def attach(layer: nnx.Module, delta: Delta) -> None:

@@ -2,10 +2,9 @@
 
 The tensors are the updates, each in its smallest form (of a Hadamard pair the product: n numbers), under
 `<layer>/delta/<name>`, and the parameters that were trained besides, such as the head, under their paths. The JSON holds the
-recipe, the SHA-256 of the tensor file, and the fingerprint of the frozen base.
+recipe, the fingerprint of the frozen base, and the SHA-256 of these and of the tensor file.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from surm_jax.errors import UserError, did_you_mean
 from surm_jax.peft.adapter import Adapter
 from surm_jax.peft.delta import AdapterParam, Delta, attach
 from surm_jax.peft.fingerprint import check_fingerprint, fingerprint
-from surm_jax.peft.inject import adapted_layers, matched_layers
+from surm_jax.peft.inject import adapted_layers, base_parameters, matched_layers
 from surm_jax.peft.layers import matrix_view
 from surm_jax.peft.paths import join, require_match
 from surm_jax.structured import StructuredMatrix
@@ -48,12 +47,15 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
       The number of bytes of the two files.
 
     Raises:
-      UserError: if the folder holds something else, or cannot be written.
+      UserError: if the folder holds something else, or cannot be written, or the model has not the adapter's updates.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / CONFIG_NAME).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an adapter folder (no {CONFIG_NAME}): choose another name")
-    tensors = {f"{path}/delta/{name}": np.asarray(array) for path, layer in adapted_layers(model)
+    layers = dict(adapted_layers(model))
+    for rule in adapter.rules:
+        require_match(rule.target, list(layers), "adapted layer")
+    tensors = {f"{path}/delta/{name}": np.asarray(array) for path, layer in layers.items()
                for name, array in layer.delta.matrix().fused().arrays().items()}  # fmt: skip
     _, trained, frozen = nnx.split(model, adapter.trainable, ...)
     for path, variable in nnx.to_flat_state(trained):
@@ -64,9 +66,9 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
         "format": FORMAT,
         "library": "surm_jax",
         **adapter.to_json(),
-        "sha256": hashlib.sha256(payload).hexdigest(),
         "base": fingerprint(frozen),
     }
+    config["sha256"] = _sha256(config, payload)
     text = json.dumps(config, indent=1).encode()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -104,14 +106,13 @@ def load_adapter(folder: str | os.PathLike, model: nnx.Module) -> tuple[nnx.Modu
     """
     folder = Path(folder)
     config, adapter = _read_config(folder)
-    tensors = _read_tensors(folder, config["sha256"])
+    tensors = _read_tensors(folder, config)
     model = nnx.clone(model)
     for path, layer, rule in matched_layers(model, adapter.rules):
         shape = matrix_view(layer, path).shape
         template = jax.eval_shape(lambda rule=rule, shape=shape: rule.update.init(jax.random.key(0), shape).fused())
         attach(layer, Delta(_fill(template, f"{path}/delta", tensors, folder), rule.update.factor))
-    parameters = {join(path): variable for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
-                  if not isinstance(variable, AdapterParam)}  # fmt: skip
+    parameters = base_parameters(model)
     trained = [path for pattern in adapter.train for path in require_match(pattern, list(parameters), "parameter")]
     for path in dict.fromkeys(trained):
         old = parameters[path][...]
@@ -144,17 +145,28 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], Adapter]:
         raise UserError(f"{path}: {error}") from None
 
 
-def _read_tensors(folder: Path, sha256: str) -> dict[str, np.ndarray]:
+def _sha256(config: dict[str, Any], payload: bytes) -> str:
+    """Of the tensor file, and of all of the configuration but this very sum."""
+    rest = {key: value for key, value in config.items() if key != "sha256"}
+    return hashlib.sha256(payload + json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _read_tensors(folder: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
     path = folder / TENSORS_NAME
     try:
         payload = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if hashlib.sha256(payload).hexdigest() != sha256:
-        raise UserError(f"{path} is damaged: its SHA-256 is not the one in {CONFIG_NAME} ({len(payload):,} bytes)")
+    if _sha256(config, payload) != config["sha256"]:
+        raise UserError(
+            f"{path} or {CONFIG_NAME} is damaged or was changed: together they do not give the SHA-256 in {CONFIG_NAME}"
+            f" (the tensor file has {len(payload):,} bytes)"
+        )
     try:
-        return safetensors.numpy.load(payload)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        # Not safetensors.numpy.load, which knows no bfloat16.
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
 
 

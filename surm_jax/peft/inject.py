@@ -9,8 +9,8 @@ from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.peft.adapter import Adapter, Rule
-from surm_jax.peft.delta import Adapted, Delta, attach, detach
-from surm_jax.peft.layers import is_linear, matrix_view
+from surm_jax.peft.delta import Adapted, AdapterParam, Delta, attach, detach
+from surm_jax.peft.layers import check_call, is_linear, matrix_view
 from surm_jax.peft.paths import join, matching, no_match_message, require_match
 
 
@@ -41,28 +41,41 @@ def adapt(
     Raises:
       UserError: if a rule or a pattern matches nothing, or a layer that cannot be adapted.
     """
+    if isinstance(train, str):
+        raise UserError(f"train must be a list of patterns, got one string: write [{train!r}]")
     model = nnx.clone(model)
     adapter = Adapter(tuple(rules), tuple(train))
     for path, layer, rule in matched_layers(model, adapter.rules):
+        shape = matrix_view(layer, path).shape
         try:
-            matrix = rule.update.init(rngs.params(), matrix_view(layer, path).shape)
+            matrix = rule.update.init(rngs.params(), shape)
         except UserError as error:
             raise UserError(f"{path} cannot be adapted: {error}") from None
         attach(layer, Delta(matrix, rule.update.factor))
-    parameters = [join(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    base = list(base_parameters(model))
     for pattern in adapter.train:
-        require_match(pattern, parameters, "parameter")
+        require_match(pattern, base, "parameter")
     return model, adapter
+
+
+def base_parameters(model: nnx.Module) -> dict[str, nnx.Param]:
+    """Returns the parameters that are not an update's, by path."""
+    parameters = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {join(path): variable for path, variable in parameters if not isinstance(variable, AdapterParam)}
 
 
 def matched_layers(model: nnx.Module, rules: Sequence[Rule]) -> list[tuple[str, nnx.Module, Rule]]:
     """Returns (path, layer, rule) for every layer that a rule matches, by path.
 
     Raises:
-      UserError: if a rule matches no layer, or only layers that earlier rules have, or a layer that is adapted already.
+      UserError: if a rule matches no layer, or only layers that earlier rules have, or a layer that cannot be adapted,
+        or if the model is adapted already.
     """
     modules = {join(path): module for path, module in nnx.iter_modules(model)}
     linear = sorted(path for path, module in modules.items() if is_linear(module))
+    for path, module in modules.items():
+        if isinstance(module, Adapted):
+            raise UserError(f"{path} is adapted already: merge that adapter first, or start from the base model")
     chosen: dict[str, Rule] = {}
     for rule in rules:
         found = matching(rule.target, linear)
@@ -73,8 +86,7 @@ def matched_layers(model: nnx.Module, rules: Sequence[Rule]) -> list[tuple[str, 
             raise UserError(f"the rule {rule.target!r} has no effect: earlier rules take every layer that it matches")
         chosen.update(dict.fromkeys(new, rule))
     for path in chosen:
-        if isinstance(modules[path], Adapted):
-            raise UserError(f"{path} is adapted already: merge that adapter first, or start from the base model")
+        check_call(modules[path], path)
     return [(path, modules[path], chosen[path]) for path in sorted(chosen)]
 
 

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import inspect
 import math
 
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ class MatrixView:
     Attributes:
       in_shape: the shape of what the layer contracts, row-major.
       out_shape: the shape of what it puts in place, row-major, at the end of its output.
-      axes: the axes of the input that are contracted, in the order of `in_shape`.
+      axes: the axes of the input that are contracted. As in `nnx.LinearGeneral` their order says nothing: the first of
+        the input's axes belongs to the first number of `in_shape`.
     """
 
     in_shape: tuple[int, ...]
@@ -36,7 +38,7 @@ class MatrixView:
     def vectors(self, x: Float[Array, "..."]) -> Float[Array, "... in"]:
         """Turns the layer's input into vectors of length in_features."""
         last = tuple(range(-len(self.axes), 0))
-        x = jnp.moveaxis(x, self.axes, last)
+        x = jnp.moveaxis(x, sorted(axis % x.ndim for axis in self.axes), last)
         return x.reshape(*x.shape[: x.ndim - len(last)], self.shape[0])
 
     def outputs(self, y: Float[Array, "... out"]) -> Float[Array, "..."]:
@@ -47,6 +49,31 @@ class MatrixView:
 def is_linear(module: nnx.Module) -> bool:
     """Says whether `module` is a linear layer that a rule may name."""
     return isinstance(module, nnx.Linear | nnx.LinearGeneral)
+
+
+def check_call(module: nnx.Module, path: str) -> None:
+    """Checks that what a subclass of a linear layer computes goes through the linear layer's own `__call__`.
+
+    The update is added there. Of a `__call__` that reads `self.kernel` itself it would never be a part.
+
+    Args:
+      module: an `nnx.Linear` or `nnx.LinearGeneral`.
+      path: where it is in the model, for messages.
+
+    Raises:
+      UserError: if a `__call__` on the way does not use `super()`, or the layer has a `delta` of its own.
+    """
+    if hasattr(module, "delta"):
+        raise UserError(f"{path} cannot be adapted: it has an attribute `delta` of its own, where the update goes")
+    for cls in type(module).__mro__:
+        if cls in (nnx.Linear, nnx.LinearGeneral):
+            return
+        call = vars(cls).get("__call__")
+        if call is not None and "super" not in inspect.unwrap(call).__code__.co_names:
+            raise UserError(
+                f"{path} cannot be adapted: {cls.__name__}.__call__ does not call super().__call__,"
+                " where the update is added"
+            )
 
 
 def matrix_view(module: nnx.Module, path: str) -> MatrixView:

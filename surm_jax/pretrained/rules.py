@@ -124,7 +124,10 @@ def _assign(
     doubled = [target for target, sources in wanted.items() if len(sources) > 1]
     # Nearest names are costly to find: only for what is listed.
     problems = [f"nothing reads the key {key!r}{did_you_mean(key, recognised)}" for key in unknown[:MOST_LISTED]]
-    problems += [f"the key {key!r} is for {target!r}, which the model does not have" for key, target in misplaced]
+    problems += [
+        f"the key {key!r} is for {target!r}, which the model does not have{did_you_mean(target, wanted)}"
+        for key, target in misplaced[:MOST_LISTED]
+    ]
     for target in missing[:MOST_LISTED]:
         near = get_close_matches(target, filled, n=1)
         problems.append(f"no key fills {target!r}{f' (as {filled[near[0]]!r} fills {near[0]!r})' if near else ''}")

@@ -12,7 +12,7 @@ from surm_jax.models import ViT, ViTConfig
 from surm_jax.models.vit import TARGETS, VARIANTS
 
 # Parameters with 1,000 classes. The three official ones are MODEL_SIZES of vision_transformer's models_test.py.
-SIZES = {"Ti/16": 5_717_416, "S/16": 22_050_664, "B/16": 86_567_656, "mini": 2_884_648, "digits": 266_536}
+SIZES = {"Ti/16": 5_717_416, "S/16": 22_050_664, "B/16": 86_567_656, "mini": 2_884_648, "digits": 266_408}
 
 TINY = {"image_size": 8, "patch_size": 4, "width": 12, "depth": 2, "heads": 3, "mlp_width": 20, "num_classes": 5}
 

@@ -82,7 +82,8 @@ class StructuredMatrixContract:
     def test_apply_and_to_dense(self, shape):
         matrix, M = self.create(shape)
         assert matrix.shape == shape
-        inputs = [np.random.default_rng(1).normal(size=(*batch, shape[0])) for batch in BATCHES]
+        batches = BATCHES if shape in SMALL[2:4] else BATCHES[1:2]
+        inputs = [np.random.default_rng(1).normal(size=(*batch, shape[0])) for batch in batches]
         outputs, dense = jax.jit(lambda m, inputs: ([m.apply(x) for x in inputs], m.to_dense()))(matrix, inputs)
         assert_close(dense, M)
         for x, y in zip(inputs, outputs, strict=True):

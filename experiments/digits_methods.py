@@ -1,0 +1,86 @@
+"""Every method on the embedded digits job, three seeds each: a table and a picture.
+
+    python experiments/digits_methods.py
+
+Runs `configs/digits.py` for each method (in `runs/digits_methods/`; what is complete is not run again) and writes
+`experiments/results/digits_methods.csv`, `.md` and `.png`.
+"""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from configs import digits
+from surm_jax.training import parse
+from surm_jax.training.modes import train_run
+
+METHODS = ("linear_probe", "lora", "circulant", "full")
+SEEDS = (0, 1, 2)
+RESULTS = Path(__file__).parent / "results"
+
+
+def run_all() -> dict[str, dict[str, Any]]:
+    """Returns the combined result of every method."""
+    results = {}
+    for method in METHODS:
+        config = digits.get_config()
+        config.seeds, config.peft.method = SEEDS, method
+        results[method] = train_run(parse(config), Path("runs/digits_methods") / method)
+    return results
+
+
+def write_tables(results: dict[str, dict[str, Any]]) -> None:
+    """Writes one row per run as csv, and one per method as markdown."""
+    with (RESULTS / "digits_methods.csv").open("w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["method", "seed", "trainable", "total", "test_accuracy"])
+        for method, result in results.items():
+            counts = result["parameters"]
+            for seed, accuracy in zip(result["seeds"], result["metrics"]["test_accuracy"]["seeds"], strict=True):
+                rows.writerow([method, seed, counts["trainable"], counts["total"], f"{accuracy:.6f}"])
+    lines = ["| method | trained | share | test accuracy | adapter |", "|---|---:|---:|---:|---:|"]
+    for method, result in results.items():
+        counts, accuracy = result["parameters"], result["metrics"]["test_accuracy"]
+        lines.append(
+            f"| {method} | {counts['trainable']:,} | {100 * counts['trainable'] / counts['total']:.2f} %"
+            f" | {100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} % | {result['adapter_bytes'] / 1000:,.1f} kB |"
+        )
+    (RESULTS / "digits_methods.md").write_text("\n".join(lines) + "\n")
+
+
+def draw(results: dict[str, dict[str, Any]]) -> None:
+    """Draws accuracy against the number of trained parameters, with a dot for every seed."""
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for method, result in results.items():
+        trainable, accuracy = result["parameters"]["trainable"], result["metrics"]["test_accuracy"]
+        line = axes.plot(trainable, 100 * accuracy["mean"], "_", ms=18, mew=2.5, label=method)[0]
+        axes.plot([trainable] * len(SEEDS), [100 * value for value in accuracy["seeds"]], "o", ms=4, color=line.get_color())
+    axes.set_xscale("log")
+    axes.set_xlabel("trained parameters")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title("Digits 5 to 9 after pretraining on 0 to 4 (bar: mean of three seeds)", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(RESULTS / "digits_methods.png", dpi=150)
+
+
+def main() -> None:
+    """Runs, writes and draws."""
+    results = run_all()
+    RESULTS.mkdir(exist_ok=True)
+    write_tables(results)
+    draw(results)
+    print((RESULTS / "digits_methods.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

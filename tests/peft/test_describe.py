@@ -1,0 +1,88 @@
+import functools
+
+import pytest
+from flax import nnx
+
+from surm_jax.models import ViT, ViTConfig
+from surm_jax.models.vit import TARGETS
+from surm_jax.peft import Adapter, CirculantUpdate, LoRA, Rule, adapt, describe
+from surm_jax.peft.describe import Row
+from surm_jax.peft.inject import adapted_layers
+from tests.peft.cases import MLP, MODELS, base, fresh
+
+BASE_SIZE = 85_798_656  # ViT-B/16 without its head
+
+
+@functools.cache
+def vit_b16():
+    """A ViT-B/16 with 1,000 classes, without its arrays."""
+    return nnx.eval_shape(lambda: ViT(ViTConfig.from_variant("B/16", num_classes=1000), rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    ("update", "target", "trained", "stored"),
+    [
+        (CirculantUpdate(), "qkv", 55_296, 27_648),
+        (CirculantUpdate(), "qv", 36_864, 18_432),
+        (LoRA(), "qkv", 55_296, 55_296),
+        (LoRA(), "qv", 36_864, 36_864),
+        (LoRA(rank=4), "qkv", 221_184, 221_184),
+        (LoRA(rank=8), "qkv", 442_368, 442_368),
+        (LoRA(rank=16), "qkv", 884_736, 884_736),
+    ],
+)
+def test_golden_counts_of_vit_b16(update, target, trained, stored):
+    model, adapter = adapt(vit_b16(), [Rule(TARGETS[target], update)], train=["head/.*"], rngs=nnx.Rngs(1))
+    description = describe(model, adapter)
+    assert (description.adapter, description.besides) == (trained, 769_000)
+    assert description.trainable == trained + 769_000
+    assert description.total == BASE_SIZE + 769_000 + trained
+    assert sum(layer.delta.matrix().fused().num_params for _, layer in adapted_layers(model)) == stored
+    layers = [row for row in description.rows if row.kind != "trained"]
+    assert {row.shape for row in layers} == {(768, 768)}
+    assert len(layers) == 12 * {"qkv": 3, "qv": 2}[target]
+
+
+def test_rows_name_layers_and_parameters():
+    assert describe(*fresh("mlp", "circulant")).rows == (
+        Row("blocks/0", (6, 10), "CirculantPair", 20),
+        Row("blocks/1", (10, 4), "CirculantPair", 20),
+        Row("tail/gate", (4, 4), "CirculantPair", 8),
+        Row("head/bias", (3,), "trained", 3),
+        Row("head/kernel", (4, 3), "trained", 12),
+    )
+
+
+def test_counts():
+    description = describe(*fresh("mlp", "lora"))
+    lora = 2 * sum(m + n for m, n in MODELS["mlp"].shapes.values())
+    weights = 6 * 10 + 10 + 10 * 4 + 4 * 4 + 4 + 2 * 4 + 4 * 3 + 3
+    assert (description.adapter, description.besides, description.trainable) == (lora, 15, lora + 15)
+    assert description.total == weights + lora
+
+
+def test_the_matrix_of_a_layer_of_higher_rank_is_shown():
+    assert [(row.path, row.shape) for row in describe(*fresh("attention", "lora")).rows] == [
+        ("out", (10, 4)), ("query", (6, 10)), ("value", (6, 10))
+    ]  # fmt: skip
+
+
+def test_a_selection_has_no_updates():
+    description = describe(base("mlp"), Adapter((), (".*",)))
+    assert (description.adapter, description.besides) == (0, description.total)
+
+
+def test_the_table():
+    lines = str(describe(*fresh("mlp", "circulant"))).splitlines()
+    assert lines[0].split() == ["path", "shape", "update", "trained"]
+    assert set(lines[1]) == {"-"}
+    assert lines[2].split() == ["blocks/0", "6", "x", "10", "CirculantPair", "20"]
+    assert lines[5].split() == ["head/bias", "3", "trained", "3"]
+    assert len({len(line) for line in lines[:-1]}) == 1
+    assert lines[-1] == "trainable: 63 of 201 parameters (31.343 %): 48 in updates, 15 besides"
+
+
+def test_nothing_trained_is_no_error():
+    nothing = describe(nnx.eval_shape(lambda: MLP(rngs=nnx.Rngs(0))), Adapter(()))
+    assert (nothing.trainable, nothing.rows) == (0, ())
+    assert "0 of 153 parameters (0.000 %)" in str(nothing)

@@ -1,0 +1,59 @@
+import pytest
+
+from surm_jax.errors import UserError
+from surm_jax.peft.paths import compile_pattern, join, matching, no_match_message, require_match
+
+LAYERS = [f"blocks/{i}/{name}" for i in range(12) for name in ("attention/query", "attention/value", "mlp/up")]
+
+
+def test_join_writes_every_kind_of_key():
+    assert join(("blocks", 0, "query", "kernel")) == "blocks/0/query/kernel"
+    assert join(()) == ""
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        (r"blocks/1/mlp/up", ["blocks/1/mlp/up"]),
+        (r"blocks/1", []),  # a part of a path is not enough,
+        (r"mlp/up", []),  # at neither end
+        (r"blocks/1/.*", LAYERS[3:6]),
+        (r".*/query|.*/up", [path for path in LAYERS if path.endswith(("query", "up"))]),
+        (r"blocks/.", []),
+    ],
+)
+def test_matching_takes_whole_paths_in_their_order(pattern, found):
+    assert matching(pattern, LAYERS) == found
+
+
+@pytest.mark.parametrize("pattern", ["blocks/(", "*", "[a"])
+def test_an_invalid_pattern_is_named(pattern):
+    with pytest.raises(UserError, match="is not a regular expression") as error:
+        compile_pattern(pattern)
+    assert repr(pattern) in str(error.value)
+
+
+@pytest.mark.parametrize("pattern", [None, 3, ("head",)])
+def test_a_pattern_is_a_string(pattern):
+    with pytest.raises(UserError, match="must be a string"):
+        compile_pattern(pattern)
+
+
+def test_require_match_returns_what_matches():
+    assert require_match(r".*/0/.*", LAYERS, "layer") == LAYERS[:3]
+
+
+def test_a_miss_shows_the_nearest_path_first():
+    with pytest.raises(UserError, match="matches no layer") as error:
+        require_match(r"blocks/\d+/attention/qurey", LAYERS, "layer")
+    shown = str(error.value).split(f"nearest of {len(LAYERS)}: ")[1].split(", ")
+    assert shown[0] == "blocks/0/attention/query"
+
+
+def test_a_miss_shows_each_repeated_layer_once():
+    shown = no_match_message("nothing_like_it", LAYERS, "layer").split(": ")[-1].split(", ")
+    assert sorted(shown) == sorted(LAYERS[:3])
+
+
+def test_a_miss_in_a_model_without_candidates_says_so():
+    assert no_match_message("head", [], "linear layer").endswith("the model has none")

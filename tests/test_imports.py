@@ -1,0 +1,89 @@
+"""The arrows between the rooms, read from the source itself."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "surm_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# What each room may import besides itself. A new room needs a line here.
+ARROWS = {
+    "errors": set(),
+    "structured": {"errors"},
+    "peft": {"errors", "structured"},
+    "models": {"errors"},
+    "pretrained": {"errors", "models"},
+    "data": {"errors"},
+    "training": {"errors", "structured", "peft", "models", "pretrained", "data"},
+    "__init__": {"errors", "peft"},
+}
+NOWHERE = {"torch", "torchvision", "tensorflow", "transformers", "peft"}
+
+
+def room_of(path: Path) -> str:
+    """The first part of a file's place below the package."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of everything that a file imports, wherever in it, `from` imports with the name they bring."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} line {node.lineno}: imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            names |= {str(node.args[0].value)} if called in ("import_module", "__import__") else set()
+    return names
+
+
+def file_id(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def test_every_room_is_in_the_table():
+    assert {room_of(path) for path in FILES} == ARROWS.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=file_id)
+def test_arrows_go_one_way(path):
+    room = room_of(path)
+    ours = [name.split(".") for name in imported(path) if name.split(".")[0] == "surm_jax"]
+    assert all(len(parts) > 1 for parts in ours), "the package itself imports peft: import from a room"
+    assert {parts[1] for parts in ours} - {room} <= ARROWS[room]
+
+
+@pytest.mark.parametrize("path", FILES, ids=file_id)
+def test_other_frameworks_are_imported_nowhere(path):
+    assert not {name.split(".")[0] for name in imported(path)} & NOWHERE
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if room_of(path) == "structured"], ids=file_id)
+def test_structured_matrices_are_pure_jax(path):
+    assert not [name for name in imported(path) if name.split(".")[0] in ("flax", "optax")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=file_id)
+def test_files_are_short_and_have_a_name(path):
+    assert len(path.read_text().splitlines()) <= 400
+    assert path.name not in ("utils.py", "util.py", "common.py", "helpers.py", "misc.py")
+
+
+def test_importing_the_package_loads_no_other_framework():
+    program = "import sys, surm_jax; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    loaded = set(run.stdout.split())
+    assert "surm_jax" in loaded
+    assert not loaded & (NOWHERE | {"tensorflow_datasets", "grain", "orbax", "tensorboardX"})
