@@ -20,6 +20,8 @@ from surm_jax.training.config import base_config, keys, parse
 from surm_jax.training.loop import InterruptedRun
 from surm_jax.training.modes import describe_run, evaluate_run, merge_run, train_run
 
+CONFIGS = Path(__file__).parent / "configs"
+
 MODES = {
     "train": "make the run, or go on with it",
     "evaluate": "test the adapter of the run in --workdir",
@@ -43,7 +45,7 @@ def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
     """Reads the command line.
 
     Raises:
-      UserError: for an unknown key of the configuration or an unknown flag (the message names the nearest), or a bad value.
+      UserError: for an unknown configuration, key or flag (the message names the nearest), or a bad value.
     """
     # ml_collections reads the keys while the flag is being defined, and would answer a mistyped one with a traceback.
     known = keys(base_config())
@@ -51,15 +53,21 @@ def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
         key = re.match(r"--?config\.([\w.]+)", argument)
         if key and key[1] not in known:
             raise UserError(f"the configuration has no key {key[1]!r}{did_you_mean(key[1], known)}")
+        file = re.match(r"--?config=([^:]+)", argument)
+        if file and not Path(file[1]).is_file():
+            there = sorted(f"configs/{path.name}" for path in CONFIGS.glob("*.py"))
+            raise UserError(f"there is no configuration {file[1]!r}{did_you_mean(file[1], there)}")
     try:
         config_flags.DEFINE_config_file(
-            "config", str(Path(__file__).parent / "configs" / "digits.py"), "a file of configs/, and values of its keys"
+            "config", str(CONFIGS / "digits.py"), "a file of configs/, and values of its keys"
         )
         flags.DEFINE_string("workdir", None, "folder of the run; by default runs/ and a name made from the flags")
         flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{mode}: {what}" for mode, what in MODES.items()))
         return flags.FLAGS(arguments)
     except flags.UnrecognizedFlagError as error:
-        raise UserError(f"unknown flag --{error.flagname}{did_you_mean(error.flagname, ['config', 'workdir', 'mode'])}") from None
+        raise UserError(
+            f"unknown flag --{error.flagname}{did_you_mean(error.flagname, ['config', 'workdir', 'mode'])}"
+        ) from None
     except (flags.Error, TypeError, ValueError, OSError) as error:
         raise UserError(str(error)) from None
 
@@ -90,11 +98,18 @@ def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> A
     except InterruptedRun as interruption:
         print(interruption, file=sys.stderr)
         sys.exit(interruption.status)
+    except KeyboardInterrupt:
+        print(
+            "SIGINT: stopped at once; the same command goes on from the last checkpoint, if there is one",
+            file=sys.stderr,
+        )
+        sys.exit(130)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)
+    # What Orbax logs of a damaged file is in the message that this program gives.
+    logging.set_verbosity(logging.FATAL)
     warnings.formatwarning = lambda message, *_: f"WARNING: {message}\n"
     app.run(functools.partial(guarded, main), flags_parser=functools.partial(guarded, parse_flags))

@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = "digits_5to9"
     config.data.augment = "shift"
     config.data.batch_size = 64
-    config.optim.steps = 1000
+    config.optim.steps = 800
     config.optim.warmup_steps = 50
     config.optim.learning_rate = {"circulant": 1e-2, "lora": 1e-2, "linear_probe": 1e-2, "full": 1e-3}
     config.log.metrics_every = 100

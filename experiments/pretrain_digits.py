@@ -67,7 +67,7 @@ def main() -> None:
     config.model.checkpoint = "none"
     config.data.name = str(images)
     config.peft.method = "full"
-    config.optim.steps = 4000
+    config.optim.steps = 3000
     config.optim.learning_rate.full = 2e-3
     config.optim.groups.rest.weight_decay = 0.05
     config.log.evaluate_every = 1000

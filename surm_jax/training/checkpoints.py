@@ -5,6 +5,7 @@ evaluation. Restoring is strict: another structure, other base weights or a sing
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,6 +66,9 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
             )
         except Exception as error:  # Orbax raises whatever reading a damaged folder raises.
+            for step in self._steps():
+                if not _has_readable_metrics(self.folder / str(step)):
+                    raise UserError(self._damaged(step, _first_line(error))) from error
             raise UserError(f"cannot open the checkpoints in {self.folder}: {_first_line(error)}") from error
 
     def __enter__(self) -> "Checkpoints":
@@ -117,7 +121,7 @@ class Checkpoints:
             metadata = self._orbax.metadata(step).custom_metadata
             recorded = {key: metadata[key] for key in ("data", "seconds", "base", "leaves", "sha256")}
         except Exception as error:
-            raise UserError(self._damaged(path, _first_line(error))) from error
+            raise UserError(self._damaged(step, _first_line(error))) from error
         check_fingerprint(self._base, recorded["base"], f"the checkpoint {path}")
         expected = _digest(template)["leaves"]
         if recorded["leaves"] != expected:
@@ -125,19 +129,34 @@ class Checkpoints:
             raise UserError(
                 f"the checkpoint {path} does not fit this run: they differ in {', '.join(name for name, _ in different[:4])}"
             )
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), template)
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), template
+        )
         try:
             state = TrainState(**self._orbax.load(step, abstract._asdict()))
         except Exception as error:
-            raise UserError(self._damaged(path, _first_line(error))) from error
+            raise UserError(self._damaged(step, _first_line(error))) from error
         if _digest(state)["sha256"] != recorded["sha256"]:
-            raise UserError(self._damaged(path, "its arrays are not those that were saved"))
+            raise UserError(self._damaged(step, "its arrays are not those that were saved"))
         return Restored(state, recorded["data"], recorded["seconds"])
 
-    def _damaged(self, path: Path, why: str) -> str:
-        earlier = [str(checkpoint.step) for checkpoint in self._orbax.checkpoints[:-1]]
-        advice = f"go on from step {earlier[-1]}" if earlier else "start from the beginning"
-        return f"the checkpoint {path} is damaged ({why}); delete that folder to {advice}"
+    def _damaged(self, step: int, why: str) -> str:
+        others = [other for other in self._steps() if other != step]
+        advice = f"go on from step {max(others)}" if others else "start from the beginning"
+        return f"the checkpoint {self.folder / str(step)} is damaged ({why}); delete that folder to {advice}"
+
+    def _steps(self) -> list[int]:
+        return [int(path.name) for path in self.folder.glob("*") if path.name.isdigit()]
+
+
+def _has_readable_metrics(checkpoint: Path) -> bool:
+    # The one file that Orbax reads of every checkpoint when it opens their folder, to know the best.
+    try:
+        return isinstance(json.loads((checkpoint / "metrics" / "metrics").read_bytes()), dict)
+    except FileNotFoundError:
+        return True
+    except ValueError:
+        return False
 
 
 def _digest(state: TrainState) -> dict[str, Any]:

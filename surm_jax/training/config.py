@@ -6,7 +6,7 @@ The files in `configs/` start from `base_config()` and change what they need, so
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -21,7 +21,7 @@ METHODS = (*UPDATES, *SELECTIONS)
 DECAYS = ("cosine", "linear", "constant")
 
 
-def _one_of(key: str, value: str, known: typing.Iterable[str]) -> None:
+def _one_of(key: str, value: str, known: Collection[str]) -> None:
     if value not in known:
         raise UserError(f"config.{key}: unknown {value!r}{did_you_mean(value, known)} (known: {', '.join(known)})")
 
@@ -208,6 +208,8 @@ class RunConfig:
                 f"config.data.batch_size={self.data.batch_size} does not divide into"
                 f" config.optim.accumulate={self.optim.accumulate} equal micro-batches"
             )
+        if self.peft.method not in self.optim.learning_rate:
+            raise UserError(f"config.optim.learning_rate has none for config.peft.method={self.peft.method}")
 
 
 def base_config() -> ml_collections.ConfigDict:
@@ -251,9 +253,12 @@ def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
       UserError: for an unknown key (the message names the nearest), a missing one, or a value that cannot be.
     """
     tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-    peft = dict(tree.get("peft") or {})
-    updates = {name: make_update(name, peft.pop(name)) for name in UPDATES if name in peft}
-    # Only the sections of updates leave the dictionary here: a mistyped one is still there for `_build` to refuse.
+    peft = dict(_section(tree.get("peft", {}), "config.peft"))
+    settings = [field.name for field in dataclasses.fields(PeftConfig) if field.name != "updates"]
+    _known("config.peft", peft, (*settings, *UPDATES))
+    updates = {
+        name: make_update(name, _section(peft.pop(name), f"config.peft.{name}")) for name in UPDATES if name in peft
+    }
     tree["peft"] = peft
     parsed = _build(RunConfig, tree, "config")
     return dataclasses.replace(
@@ -261,27 +266,34 @@ def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
     )
 
 
+def _section(value: Any, path: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path} must be a section with keys, got {value!r}")
+    return value
+
+
+def _known(path: str, given: Iterable[str], known: Collection[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise UserError(f"{path} has no key {key!r}{did_you_mean(key, known)} (known: {', '.join(known)})")
+
+
 def _build(cls: type, tree: Mapping[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(cls)
-    for key in tree:
-        if key not in hints:
-            raise UserError(f"{path} has no key {key!r}{did_you_mean(key, hints)} (known: {', '.join(hints)})")
+    _known(path, tree, hints)
     return cls(**{key: _value(hints[key], value, f"{path}.{key}") for key, value in tree.items()})
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise UserError(f"{path} must be a section with keys, got {value!r}")
-        return _build(hint, value, path)
+        return _build(hint, _section(value, path), path)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise UserError(f"{path} must be a tuple, got {value!r}")
         return tuple(_value(arguments[0], item, path) for item in value)
     if origin is Mapping:
-        for key in value:
-            _one_of(path, key, METHODS)
+        _known(path, _section(value, path), METHODS)
         return {key: _value(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -5,9 +5,9 @@ import functools
 import warnings
 from pathlib import Path
 
+import jax
 from flax import nnx
 
-import jax
 from surm_jax import data
 from surm_jax.errors import UserError
 from surm_jax.models import TARGETS, ViT, ViTConfig

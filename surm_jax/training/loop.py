@@ -110,7 +110,8 @@ class _Run:
                     state, metrics = self.train_step(state, self.frozen, put_batch(next(batches), self.job.mesh))
                     log.note(step, metrics)
                     interrupted = interruption.signal is not None and step < total
-                    evaluates = not interrupted and self._due(step, config.log.evaluate_every)
+                    # Interrupted or not: the step does not come again, and its evaluation would be missing.
+                    evaluates = self._due(step, config.log.evaluate_every)
                     if not (interrupted or evaluates or self._due(step, config.log.checkpoint_every)):
                         continue
                     # What has gone astray is never saved: look at this step's loss first.
@@ -148,7 +149,9 @@ class _Run:
 
     def _rates(self, step: int) -> dict[str, float]:
         """The learning rate of this step's update, and the speed."""
-        rates = {"learning_rate": self.config.optim.learning_rate[self.config.peft.method] * float(self.factor(step - 1))}
+        rates = {
+            "learning_rate": self.config.optim.learning_rate[self.config.peft.method] * float(self.factor(step - 1))
+        }
         if rate := self.watch.rate():
             rates["examples_per_second"] = rate * self.config.data.batch_size
         return rates

@@ -26,9 +26,10 @@ def make_mesh(data: int, batch_sizes: dict[str, int]) -> jax.sharding.Mesh:
     for key, batch_size in batch_sizes.items():
         if batch_size % size:
             below = batch_size // size * size
+            near = f"{below} or {below + size}" if below else f"{size}"
             raise UserError(
-                f"{key}={batch_size} does not divide over {size} devices: take {below or size} or {below + size},"
-                f" or fewer devices (config.mesh.data)"
+                f"{key}={batch_size} does not divide over {size} devices: take {near},"
+                " or fewer devices (config.mesh.data)"
             )
     return jax.make_mesh((size,), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:size])
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 
+import jax
 import optax
 
+from surm_jax.errors import UserError
 from surm_jax.peft.paths import compile_pattern
 from surm_jax.training.config import GroupsConfig, OptimConfig
 
@@ -33,9 +35,19 @@ def groups_of(paths: Iterable[str], groups: GroupsConfig) -> dict[str, str]:
 
     >>> groups_of(["blocks/0/attention/query/delta/r1", "head/bias", "norm/scale"], GroupsConfig())
     {'blocks/0/attention/query/delta/r1': 'adapter', 'head/bias': 'head', 'norm/scale': 'norm'}
+
+    Raises:
+      UserError: if no pattern matches a path.
     """
     patterns = {name: compile_pattern(group.pattern) for name, group in vars(groups).items()}
-    return {path: next(name for name, pattern in patterns.items() if pattern.fullmatch(path)) for path in paths}
+    labels = {}
+    for path in paths:
+        labels[path] = next((name for name, pattern in patterns.items() if pattern.fullmatch(path)), None)
+        if labels[path] is None:
+            raise UserError(
+                f"no pattern of config.optim.groups matches {path}: the last group, rest, should take all (.*)"
+            )
+    return labels
 
 
 def make_optimizer(config: OptimConfig, method: str, paths: Iterable[str]) -> optax.GradientTransformation:
@@ -57,5 +69,13 @@ def make_optimizer(config: OptimConfig, method: str, paths: Iterable[str]) -> op
         for name, group in vars(config.groups).items()
         if name in labels.values()
     }
-    by_group = optax.partition(transforms, labels)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), by_group) if config.clip_norm else by_group
+    optimizer = optax.partition(transforms, labels)
+    if config.clip_norm:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+    def update(gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None):
+        # optax raises a Python float to an integer step, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(gradients, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)

@@ -91,7 +91,7 @@ def make_train_step(
             ((loss, accuracy), gradients), _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), micro_batches))
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        metrics = {"train_loss": loss, "train_accuracy": accuracy, "gradient_norm": optax.global_norm(gradients)}
+        metrics = {"train_loss": loss, "train_accuracy": accuracy, "gradient_norm": optax.tree.norm(gradients)}
         return TrainState(state.step + 1, trained, optimizer_state), metrics
 
     whole = replicated(mesh)

@@ -90,7 +90,9 @@ def _require_writable(folder: Path) -> None:
     except NotADirectoryError:
         raise UserError(f"the run's folder {folder} lies below a file: choose another with --workdir") from None
     except OSError as error:
-        raise UserError(f"the run's folder {folder} cannot be written ({error.strerror}): choose another with --workdir") from None
+        raise UserError(
+            f"the run's folder {folder} cannot be written ({error.strerror}): choose another with --workdir"
+        ) from None
 
 
 def _differences(old: Any, new: Any, path: str):

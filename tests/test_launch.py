@@ -1,0 +1,266 @@
+"""The command line: what it reads, what it answers to mistakes, and runs that are stopped and go on."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from absl import flags
+
+import launch
+from surm_jax.training.config import base_config
+from surm_jax.training.loop import InterruptedRun
+from tests.training import tiny
+
+ROOT = Path(launch.__file__).resolve().parent
+
+
+class Answer(NamedTuple):
+    """How a launch ended: its exit status, the message it ended with, and what it printed."""
+
+    status: int
+    message: str
+    out: str
+
+
+@pytest.fixture
+def launched(monkeypatch, capsys):
+    """Launches in this process, as `python launch.py` would."""
+
+    def run(*arguments):
+        argv = ["launch.py", *arguments]
+        # ml_collections looks there too.
+        monkeypatch.setattr(sys, "argv", argv)
+        known = set(flags.FLAGS)
+        capsys.readouterr()
+        try:
+            launch.guarded(launch.main, launch.guarded(launch.parse_flags, argv))
+            status, message = 0, ""
+        except SystemExit as end:
+            status, message = (1, end.code) if isinstance(end.code, str) else (end.code, "")
+        finally:
+            for name in set(flags.FLAGS) - known:
+                delattr(flags.FLAGS, name)
+        return Answer(status, message, capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return tiny.write_files(tmp_path_factory.mktemp("tiny"))
+
+
+def parsed(monkeypatch, *arguments):
+    """The configuration that a command line gives."""
+    argv = ["launch.py", *arguments]
+    monkeypatch.setattr(sys, "argv", argv)
+    known = set(flags.FLAGS)
+    try:
+        launch.parse_flags(argv)
+        return flags.FLAGS.config.copy_and_resolve_references()
+    finally:
+        for name in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, name)
+
+
+def values_of(config, prefix=""):
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            yield from values_of(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def test_every_value_can_be_given(monkeypatch):
+    changed = {
+        int: lambda old: old + 3,
+        float: lambda old: old + 0.25,
+        str: lambda old: f"{old}x",
+        tuple: lambda old: old * 2,
+    }
+    new = {key: changed[type(value)](value) for key, value in values_of(base_config())}
+    assert len(new) > 40
+    config = parsed(monkeypatch, *(f"--config.{key}={value}" for key, value in new.items()))
+    assert dict(values_of(config)) == new
+    assert {key: type(value) for key, value in values_of(config)} == {key: type(value) for key, value in new.items()}
+
+
+def test_numbers_and_tuples(monkeypatch):
+    config = parsed(
+        monkeypatch,
+        "--config.optim.learning_rate.lora=1",
+        "--config.seeds=(3, 4)",
+        "--config.peft.train=('head/.*', 'norm/.*')",
+        "--config.optim.clip_norm=1e-2",
+    )
+    assert (config.optim.learning_rate.lora, type(config.optim.learning_rate.lora)) == (1.0, float)
+    assert config.seeds == (3, 4)
+    assert config.peft.train == ("head/.*", "norm/.*")
+    assert config.optim.clip_norm == 0.01
+
+
+def test_the_default_folder_names_the_run():
+    assert launch.default_workdir("digits", {}) == Path("runs/digits")
+    named = launch.default_workdir("vit", {"peft.target": r"blocks/\d+/mlp/.*", "optim.steps": 3})
+    assert named.parent == Path("runs") and re.fullmatch(r"vit,optim\.steps=3,peft\.target=[\w.+]+", named.name)
+    long = launch.default_workdir("vit", {"data.name": "x" * 500})
+    assert len(long.name) <= 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--config.peft.metod=lora"], ["no key 'peft.metod'", "'peft.method'"]),
+        (["--config.optm.steps=3"], ["no key 'optm.steps'", "'optim.steps'"]),
+        (["--config.peft.lora.rang=3"], ["no key 'peft.lora.rang'", "'peft.lora.rank'"]),
+        (["--workdr=x"], ["unknown flag --workdr", "'workdir'"]),
+        (["--mode=evalute"], ["mode", "evaluate"]),
+        (["train"], ["unknown argument 'train'"]),
+        (["--config=configs/digit.py"], ["no configuration 'configs/digit.py'", "did you mean 'configs/digits.py'"]),
+        (["--config.optim.steps=1.5"], ["config.optim.steps", "1.5"]),
+        (["--config.optim.steps=many"], ["config.optim.steps", "many"]),
+        (["--config.optim.clip_norm=much"], ["config.optim.clip_norm", "much"]),
+        (["--config.optim=3"], ["config.optim", "3"]),
+        (["--config.seeds=(0,1.5)"], ["config.seeds", "1.5"]),
+        (["--config.peft.method=circulent"], ["config.peft.method", "did you mean 'circulant'"]),
+        (["--config.peft.target=blocks/0/attention/qeury"], ["qeury", "blocks/0/attention/query"]),
+        (["--config.data.name=none.npz"], ["no data file", "none.npz"]),
+        (["--config.data.name=cifar10", "--config.data.dir=/nowhere"], ["cifar10", "/nowhere"]),
+        (["--config.data.batch_size=30"], ["config.data.batch_size", "24 or 32"]),
+        (["--config.model.checkpoint=/nowhere/x.npz"], ["/nowhere"]),
+        (["--mode=evaluate"], ["no run in"]),
+        (["--mode=merge"], ["no run in"]),
+    ],
+)
+def test_a_mistake_has_one_message_and_status_one(launched, tmp_path, arguments, parts):
+    answer = launched(*arguments, f"--workdir={tmp_path / 'run'}")
+    assert answer.status == 1
+    assert answer.message.startswith("error: ")
+    assert [part for part in parts if part not in answer.message] == []
+
+
+@pytest.mark.parametrize("mistake", ["file", "below", "foreign", "unwritable"])
+def test_folders_that_will_not_do(launched, tmp_path, mistake):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes").write_text("mine")
+    workdir, part = {
+        "file": (tmp_path / "file", "is a file"),
+        "below": (tmp_path / "file" / "run", "lies below a file"),
+        "foreign": (tmp_path / "folder", "holds files but no run"),
+        "unwritable": (Path("/proc/self"), "cannot be written"),
+    }[mistake]
+    answer = launched(f"--workdir={workdir}")
+    assert answer.status == 1 and part in answer.message and str(workdir) in answer.message
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "notes").read_text() == "mine"
+
+
+def test_describe_prints_and_leaves_nothing(launched, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answer = launched("--mode=describe", "--config.model.num_classes=7", "--config.peft.method=lora")
+    assert answer.status == 0
+    assert "head/bias" in answer.out and "LowRank" in answer.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_has_the_status_of_its_signal(capsys):
+    def interrupted(_):
+        raise InterruptedRun("SIGTERM: saved step 3", 143)
+
+    def at_once(_):
+        raise KeyboardInterrupt
+
+    for step, status, part in ((interrupted, 143, "SIGTERM: saved step 3"), (at_once, 130, "SIGINT: stopped at once")):
+        with pytest.raises(SystemExit) as end:
+            launch.guarded(step, [])
+        assert end.value.code == status
+        assert part in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback():
+    def broken(_):
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        launch.guarded(broken, [])
+
+
+def process(files, workdir, *arguments):
+    config = f"--config={ROOT / 'tests/training/tiny_job.py'}:{files}"
+    return subprocess.Popen(
+        [sys.executable, "launch.py", config, f"--workdir={workdir}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+LONG = (
+    "--config.optim.steps=400",
+    "--config.log.metrics_every=1",
+    "--config.log.evaluate_every=50",
+    "--config.log.checkpoint_every=20",
+)
+
+
+def stop_after(files, workdir, count, number):
+    """Starts the run, or goes on with it, and sends it a signal when it has told of so many more steps."""
+    with process(files, workdir, *LONG) as run:
+        said = []
+        for line in run.stderr:
+            said.append(line)
+            if sum("train_loss" in line for line in said) == count:
+                run.send_signal(number)
+                break
+        said += run.stderr.readlines()
+    return run.returncode, "".join(said)
+
+
+def test_a_run_that_was_stopped_in_three_ways_ends_like_one_that_was_not(files, tmp_path):
+    whole = process(files, tmp_path / "whole", *LONG)
+    whole.stderr.read()
+    assert whole.wait() == 0
+    parts = tmp_path / "parts"
+
+    status, said = stop_after(files, parts, 25, signal.SIGTERM)
+    assert status == 143, said
+    saved = int(
+        re.search(r"SIGTERM: saved step (\d+) of 400 in .*parts/checkpoints; the same command goes on", said)[1]
+    )
+    assert 25 <= saved < 400 and "Traceback" not in said
+
+    status, said = stop_after(files, parts, 45, signal.SIGKILL)
+    assert status == -signal.SIGKILL, said
+    assert f"going on from step {saved} of 400" in said
+
+    status, said = stop_after(files, parts, 10, signal.SIGINT)
+    assert status == 130, said
+    again = int(re.search(r"going on from step (\d+) of 400", said)[1])
+    assert saved < again < 400 and (again % 20 == 0 or again % 50 == 0)
+    assert not (parts / "result.json").exists()
+
+    last = process(files, parts, *LONG)
+    assert "going on from step" in last.stderr.read()
+    assert last.wait() == 0
+    tiny.assert_same_run(tmp_path / "whole", parts)
+
+
+def test_mistakes_in_a_process_of_their_own(files, tmp_path):
+    """What absl and the interpreter add to a message is seen only there."""
+    (tmp_path / "file").write_text("mine")
+    mistyped = process(files, tmp_path / "run", "--config.optim.stepss=3")
+    said = mistyped.communicate()[1]
+    assert said.startswith("error: the configuration has no key 'optim.stepss'; did you mean 'optim.steps'")
+    assert said.count("\n") == 1
+    no_folder = process(files, tmp_path / "file")
+    said = no_folder.communicate()[1]
+    assert said.startswith("error: the run's folder") and said.count("\n") == 1
+    assert mistyped.returncode == no_folder.returncode == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

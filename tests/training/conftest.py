@@ -1,0 +1,28 @@
+"""The tiny job for the tests of this room."""
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from surm_jax.models import VARIANTS
+from tests.training import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tiny_variant() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(VARIANTS, tiny.NAME, tiny.GEOMETRY)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_files(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def built_for(tiny_files: Path) -> Callable[..., tiny.Built]:
+    """Builds the tiny job for a method and values of its configuration; the same job is built once."""
+    return functools.cache(lambda method, **overrides: tiny.build(tiny.make_config(tiny_files, method, **overrides)))

@@ -1,0 +1,58 @@
+import jax
+import numpy as np
+import pytest
+
+from surm_jax import data
+from surm_jax.training.evaluate import evaluate, make_eval_step
+from surm_jax.training.mesh import make_mesh, replicated
+from tests.training import tiny
+
+
+@pytest.fixture(scope="module")
+def built(built_for) -> tiny.Built:
+    # Dropout must not show.
+    return built_for("lora", **{"model.dropout": 0.5})
+
+
+@pytest.fixture(scope="module")
+def expected(built) -> dict[str, float]:
+    source = built.job.dataset.test
+    images = np.stack([source[index]["image"] for index in range(21)]).astype(np.float32) / 127.5 - 1
+    labels = np.array([source[index]["label"] for index in range(21)])
+    logits = tiny.logits_of(built, images).astype(np.float64)
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(21), labels]
+    return {"accuracy": (logits.argmax(1) == labels).mean(), "loss": losses.mean(), "examples": 21}
+
+
+def measure(built, devices, batch_size, spoil=lambda batch: batch):
+    mesh = make_mesh(devices, {})
+    batches = data.eval_batches(built.job.dataset.test, batch_size=batch_size, image_size=8)
+    with jax.set_mesh(mesh):
+        trained, frozen = jax.device_put((built.trained, built.frozen), replicated(mesh))
+        return evaluate(make_eval_step(built.partition, mesh), trained, frozen, map(spoil, batches), mesh)
+
+
+@pytest.mark.parametrize(("devices", "batch_size"), [(8, 16), (1, 21), (2, 40)])
+def test_metrics_of_an_odd_number_of_examples(built, expected, devices, batch_size):
+    assert 0 < expected["accuracy"] < 1
+    measured = measure(built, devices, batch_size)
+    assert measured == pytest.approx(expected, rel=1e-5)
+    assert measured["accuracy"] * 21 == pytest.approx(round(measured["accuracy"] * 21), abs=1e-12)
+    assert type(measured["examples"]) is int
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+@pytest.mark.parametrize("poison", [np.nan, 1e30])
+def test_padding_never_counts(built, expected, poison, label):
+    # One of the labels is what the model sees in the padding.
+    spoiled = 0
+
+    def spoil(batch):
+        nonlocal spoiled
+        padding = ~batch["mask"]
+        spoiled += padding.sum()
+        batch["image"][padding], batch["label"][padding] = poison, label
+        return batch
+
+    assert measure(built, 8, 16, spoil) == pytest.approx(expected, rel=1e-5)
+    assert spoiled == 32 - 21

@@ -1,0 +1,174 @@
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+from surm_jax.errors import UserError
+from surm_jax.training import loop
+from surm_jax.training.loop import InterruptedRun, train
+from tests.training import tiny
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Lets a signal come while the batch of a step is on its way to the device."""
+
+    def arrange(number, *steps):
+        put, step = loop.put_batch, 0
+
+        def put_batch(*arguments):
+            nonlocal step
+            step += 1
+            if step in steps:
+                os.kill(os.getpid(), number)
+            return put(*arguments)
+
+        monkeypatch.setattr(loop, "put_batch", put_batch)
+
+    return arrange
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_a_run_leaves_behind(tiny_files, tmp_path, monkeypatch, capsys):
+    config = tiny.make_config(
+        tiny_files, "lora", **{"optim.steps": 5, "log.metrics_every": 2, "log.evaluate_every": 2, "data.holdout": 10}
+    )
+    result = train(config, 0, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "adapter", "curves.png", "result.json",
+    }  # fmt: skip
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert result["steps"] == 5 and result["test_examples"] == 21
+    assert result["parameters"]["trainable"] == 3 * 2 * 10 + 33
+    assert result["adapter_bytes"] == sum(path.stat().st_size for path in (tmp_path / "adapter").iterdir())
+    lines = metrics_of(tmp_path)
+    assert [line["step"] for line in lines if "train_loss" in line] == [2, 4, 5]
+    # The test set is looked at once, at the end; what was held out, while training.
+    assert [(line["step"], line["holdout_examples"]) for line in lines if "holdout_loss" in line] == [
+        (2, 10), (4, 10), (5, 10),
+    ]  # fmt: skip
+    assert not any("test_loss" in line for line in lines)
+    best = max((line for line in lines if "holdout_loss" in line), key=lambda line: line["holdout_accuracy"])
+    assert {5, best["step"]} >= tiny.read_checkpoints(tmp_path).keys() >= {5}
+    out = capsys.readouterr().out
+    assert "trainable: 93 of" in out
+
+    def fail(*_):
+        raise AssertionError("a complete run is not made again")
+
+    monkeypatch.setattr(loop, "prepare", fail)
+    assert train(config, 0, tmp_path) == result
+    # A result that is lost is made again from the last checkpoint.
+    monkeypatch.undo()
+    (tmp_path / "result.json").unlink()
+    again = train(config, 0, tmp_path)
+    assert (again["metrics"], again["steps"]) == (result["metrics"], 5)
+    assert metrics_of(tmp_path) == lines
+
+
+def test_checkpoints_hold_no_base_weights(tiny_files, tmp_path):
+    train(tiny.make_config(tiny_files, "linear_probe", **{"optim.steps": 1}), 0, tmp_path)
+    (leaves, metadata), *others = tiny.read_checkpoints(tmp_path).values()
+    assert not others
+    # The head (30 + 3) and its two moments; counters besides.
+    assert sum(array.size for array in leaves.values() if array.ndim) == 3 * 33
+    assert not any("attention" in name for name in leaves)
+    assert any("attention" in name for name in metadata["base"])
+
+
+def test_an_interrupted_run_ends_like_one_that_was_not(tiny_files, tmp_path, signal_at, monkeypatch):
+    config = tiny.make_config(
+        tiny_files, **{"optim.steps": 6, "optim.warmup_steps": 2, "log.metrics_every": 1, "log.evaluate_every": 2}
+    )
+    train(config, 0, tmp_path / "whole")
+    # At a step that is evaluated, and at one that is not.
+    for number, at, step in ((signal.SIGTERM, 2, 2), (signal.SIGINT, 3, 5)):
+        signal_at(number, at)
+        with pytest.raises(InterruptedRun, match=f"{number.name}: saved step {step} of 6") as interrupted:
+            train(config, 0, tmp_path / "parts")
+        assert interrupted.value.status == 128 + number
+        assert not (tmp_path / "parts" / "result.json").exists()
+        monkeypatch.undo()
+    train(config, 0, tmp_path / "parts")
+    tiny.assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_signal_in_the_last_step_lets_the_run_end(tiny_files, tmp_path, signal_at):
+    signal_at(signal.SIGTERM, 2)
+    assert train(tiny.make_config(tiny_files, "linear_probe", **{"optim.steps": 2}), 0, tmp_path)["steps"] == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(tiny_files, tmp_path, monkeypatch):
+    config = tiny.make_config(
+        tiny_files, "full", **{"optim.steps": 9, "log.checkpoint_every": 1, "log.metrics_every": 1}
+    )
+    put, step = loop.put_batch, 0
+
+    def put_batch(batch, mesh):
+        nonlocal step
+        step += 1
+        if step == 4:
+            batch = {**batch, "image": np.full_like(batch["image"], np.nan)}
+        return put(batch, mesh)
+
+    monkeypatch.setattr(loop, "put_batch", put_batch)
+    with pytest.raises(UserError, match="train_loss is nan at step 4"):
+        train(config, 0, tmp_path / "run")
+    assert tiny.read_checkpoints(tmp_path / "run").keys() == {3}
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3]
+    # What was saved before is whole: without the bad batch the run goes on from it.
+    monkeypatch.undo()
+    assert train(config, 0, tmp_path / "run")["steps"] == 9
+    steps = [line["step"] for line in metrics_of(tmp_path / "run") if "train_loss" in line]
+    assert steps == list(range(1, 10))
+
+
+def test_a_learning_rate_beyond_reason_stops_with_the_step(tiny_files, tmp_path):
+    config = tiny.make_config(tiny_files, "full", **{"optim.learning_rate.full": 1e30, "log.checkpoint_every": 0})
+    with pytest.raises(UserError, match=r"is (nan|inf) at step [23]: look at the data, or lower the learning rate"):
+        train(config, 0, tmp_path)
+    assert not (tmp_path / "adapter").exists() and not (tmp_path / "result.json").exists()
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_checkpoints_of_another_base_are_refused(tiny_files, tmp_path, signal_at, monkeypatch):
+    config = tiny.make_config(tiny_files, "linear_probe", **{"optim.steps": 3})
+    signal_at(signal.SIGTERM, 1)
+    with pytest.raises(InterruptedRun):
+        train(config, 0, tmp_path / "run")
+    monkeypatch.undo()
+    # The same file name, other weights.
+    weights = tiny_files / "weights.safetensors"
+    content = weights.read_bytes()
+    try:
+        changed = bytearray(content)
+        changed[-2] ^= 1
+        weights.write_bytes(changed)
+        with pytest.raises(UserError, match="the base model is not the one that the checkpoint"):
+            train(config, 0, tmp_path / "run")
+    finally:
+        weights.write_bytes(content)
+    assert tiny.read_checkpoints(tmp_path / "run").keys() == {1}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
+def test_a_damaged_checkpoint_deleted_as_advised_lets_the_run_go_on(tiny_files, tmp_path, signal_at, monkeypatch):
+    config = tiny.make_config(tiny_files, "linear_probe", **{"optim.steps": 4, "log.evaluate_every": 2})
+    signal_at(signal.SIGTERM, 3)
+    with pytest.raises(InterruptedRun):
+        train(config, 0, tmp_path)
+    monkeypatch.undo()
+    (chunk, *_) = (tmp_path / "checkpoints" / "3" / "state" / "d").iterdir()
+    chunk.write_bytes(chunk.read_bytes()[:100])
+    with pytest.raises(
+        UserError, match=f"{tmp_path}/checkpoints/3 is damaged .*delete that folder to go on from step 2"
+    ):
+        train(config, 0, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "3")
+    assert train(config, 0, tmp_path)["steps"] == 4

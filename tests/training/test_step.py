@@ -1,0 +1,234 @@
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from surm_jax.structured import fourier
+from surm_jax.training.mesh import make_mesh, put_batch, replicated
+from surm_jax.training.optimizer import make_optimizer
+from surm_jax.training.partition import Partition
+from surm_jax.training.step import cross_entropy, init_state, make_train_step
+from tests.structured.hlo import gathered_sizes
+from tests.training import tiny
+
+# Gradients themselves, where an update by Adam would hide their size and blow up their rounding.
+SGD = optax.sgd(1.0)
+
+
+class Trace(Partition):
+    """A partition that counts how often the model is put together, which happens only while JAX traces."""
+
+    count = 0
+
+    def merge(self, trained, frozen):
+        type(self).count += 1
+        return super().merge(trained, frozen)
+
+
+class Toy:
+    """In place of a partition: logits are the bits of the step's key, whatever the images and the arrays."""
+
+    @staticmethod
+    def merge(trained, frozen):
+        return lambda images, rngs: jnp.broadcast_to(key_logits(rngs), (len(images), 2)) + 0 * trained["w"]
+
+
+def key_logits(key):
+    return (jax.random.key_data(key).astype(jnp.float32) / 2.0**31)[None]
+
+
+def run_step(built, mesh, optimizer, **options):
+    """Makes a step from the start. Returns the arrays after it, its metrics, and the text of its compiled program."""
+    step = make_train_step(built.partition, optimizer, mesh, seed=0, **options)
+    with jax.set_mesh(mesh):
+        state = init_state(built.trained, optimizer, mesh)
+        frozen = jax.device_put(built.frozen, replicated(mesh))
+        batch = put_batch(tiny.batch_of(built), mesh)
+        compiled = step.lower(state, frozen, batch).compile()
+        state, metrics = compiled(state, frozen, batch)
+    return tiny.host(state.trained), {name: float(value) for name, value in metrics.items()}, compiled.as_text()
+
+
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_what_a_step_changes_and_what_not(built_for, method):
+    built, mesh = built_for(method), make_mesh(0, {})
+    config = dataclasses.replace(built.job.config.optim, steps=100)
+    optimizer = make_optimizer(config, method, built.trained)
+    parts = Trace(built.partition.graphdef, built.partition.slots)
+    Trace.count = 0
+    step = make_train_step(parts, optimizer, mesh, seed=0)
+    before, frozen_before = tiny.host(built.trained), tiny.host(built.frozen)
+    with jax.set_mesh(mesh):
+        state = init_state(built.trained, optimizer, mesh)
+        frozen = jax.device_put(built.frozen, replicated(mesh))
+        for number in range(1, 5):
+            given = state
+            state, metrics = step(state, frozen, put_batch(tiny.batch_of(built), mesh))
+            assert int(state.step) == number
+            # The memory is taken over; what is not the state's stays.
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+            assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
+    assert Trace.count == 1
+    assert all(math.isfinite(value) for value in metrics.values())
+    tiny.assert_equal_bits(tiny.host(frozen), frozen_before)
+    # The arrays that the state began with are still the caller's.
+    tiny.assert_equal_bits(tiny.host(built.trained), before)
+    after = tiny.host(state.trained)
+    assert after.keys() == before.keys()
+    assert not [name for name in after if np.array_equal(after[name], before[name])]
+    # Two moments for every trained number; the rest are counters.
+    trained = sum(array.size for array in before.values())
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim) == 2 * trained
+    assert {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim} == {np.dtype("float32")}
+
+
+def kernel_gradients(built):
+    """The shapes of those products in a step's program that have the shape of a kernel, in any order of axes."""
+    mesh = make_mesh(1, {})
+    step = make_train_step(built.partition, SGD, mesh, seed=0)
+    kernels = {tuple(sorted(shape)) for shape in [(10, 2, 5), (10, 10), (10, 14), (4, 4, 1, 10)]}
+    with jax.set_mesh(mesh):
+        jaxpr = jax.make_jaxpr(step)(init_state(built.trained, SGD, mesh), built.frozen, tiny.batch_of(built))
+    found = []
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+                shapes = [tuple(out.aval.shape) for out in equation.outvars]
+                found.extend(shape for shape in shapes if tuple(sorted(shape)) in kernels)
+            for value in equation.params.values():
+                for part in value if isinstance(value, list | tuple) else [value]:
+                    inner = getattr(part, "jaxpr", part)
+                    if hasattr(inner, "eqns"):
+                        walk(inner)
+
+    walk(jaxpr.jaxpr)
+    return found
+
+
+def test_frozen_kernels_get_no_gradient(built_for):
+    # Four kernels of attention, two of the MLP, and that of the patches.
+    assert len(kernel_gradients(built_for("full"))) == 7
+    for method in ("circulant", "lora", "linear_probe"):
+        assert kernel_gradients(built_for(method)) == []
+
+
+@pytest.mark.parametrize("method", ["circulant", "full"])
+def test_micro_batches_make_one_batch(built_for, method):
+    built, mesh = built_for(method), make_mesh(0, {})
+    whole, metrics, _ = run_step(built, mesh, SGD, label_smoothing=0.1)
+    parts, part_metrics, program = run_step(built, mesh, SGD, label_smoothing=0.1, accumulate=2)
+    assert metrics["train_accuracy"] not in (0, 1)
+    assert part_metrics == pytest.approx(metrics, rel=1e-5)
+    tiny.assert_close(whole, parts, 1e-6)
+    assert gathered_sizes(program) == []
+
+
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_eight_devices_compute_what_one_computes_and_gather_nothing(built_for, method):
+    built = built_for(method)
+    one, metrics, _ = run_step(built, make_mesh(1, {}), SGD)
+    eight, eight_metrics, program = run_step(built, make_mesh(8, {}), SGD)
+    assert eight_metrics == pytest.approx(metrics, rel=1e-5)
+    before = tiny.host(built.trained)
+    assert max(np.abs(one[name] - before[name]).max() for name in one) > 1e-2
+    tiny.assert_close(one, eight, 1e-6)
+    assert gathered_sizes(program) == []
+    assert "all-reduce" in program
+
+
+def test_transforms_that_are_not_kept_local_would_gather(built_for, monkeypatch):
+    # So the check above sees what it is there to see.
+    monkeypatch.setattr(fourier, "_convolve_rows", fourier._convolve_rows.__wrapped__)
+    jax.clear_caches()
+    _, _, program = run_step(built_for("circulant"), make_mesh(8, {}), SGD)
+    jax.clear_caches()
+    assert max(gathered_sizes(program)) >= 16 * 5 * 10
+
+
+@functools.cache
+def toy_step(seed, accumulate):
+    return make_train_step(Toy(), optax.sgd(0.0), make_mesh(1, {}), seed=seed, accumulate=accumulate)
+
+
+def drawn(count, seed=0, accumulate=1, start=0):
+    """The losses of some steps of the toy: functions of the keys that the model was given."""
+    mesh = make_mesh(1, {})
+    batch = put_batch({"image": np.zeros((8, 2), np.float32), "label": np.zeros(8, np.int32)}, mesh)
+    state = init_state({"w": jnp.zeros(())}, optax.sgd(0.0), mesh)._replace(step=jnp.array(start, jnp.int32))
+    losses = []
+    for _ in range(count):
+        state, metrics = toy_step(seed, accumulate)(state, {}, batch)
+        losses.append(float(metrics["train_loss"]))
+    return losses
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_keys_come_from_seed_and_step_alone(accumulate):
+    losses = drawn(4, accumulate=accumulate)
+    assert len(set(losses)) == 4
+    assert drawn(4, accumulate=accumulate) == losses
+    assert drawn(2, accumulate=accumulate, start=2) == losses[2:]
+
+
+def test_another_seed_draws_other_keys():
+    assert not set(drawn(4, seed=1)) & set(drawn(4))
+
+
+def test_every_micro_batch_has_its_own_key():
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    keys = [jax.random.fold_in(key, index) for index in range(4)]
+    losses = [float(cross_entropy(key_logits(key), jnp.zeros(1, jnp.int32))[0]) for key in keys]
+    assert len(set(losses)) == 4
+    assert drawn(1, accumulate=4)[0] == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32(built_for):
+    exact, rounded = built_for("circulant"), built_for("circulant", **{"model.dtype": "bfloat16"})
+    mesh = make_mesh(8, {})
+    arrays, metrics, _ = run_step(exact, mesh, SGD)
+    # The gradient of jax.nn.dot_product_attention mixes bfloat16 with the float32 of the softmax.
+    with jax.numpy_dtype_promotion("standard"):
+        rounded_arrays, rounded_metrics, program = run_step(rounded, mesh, SGD)
+    assert {array.dtype for array in rounded_arrays.values()} == {np.dtype("float32")}
+    assert rounded_metrics["train_loss"] != metrics["train_loss"]
+    assert rounded_metrics["train_loss"] == pytest.approx(metrics["train_loss"], rel=2e-2)
+    tiny.assert_close(arrays, rounded_arrays, 5e-2)
+    assert "bf16[" in program
+    assert gathered_sizes(program) == []
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_cross_entropy_is_its_definition(smoothing):
+    rng = np.random.default_rng(0)
+    logits, labels = 3 * rng.normal(size=(7, 4)), rng.integers(0, 4, 7)
+    log_softmax = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    expected = -(1 - smoothing) * log_softmax[np.arange(7), labels] - smoothing * log_softmax.mean(1)
+    losses = cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(labels, jnp.int32), smoothing)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_label_smoothing_reaches_the_step(built_for):
+    built, mesh = built_for("linear_probe"), make_mesh(1, {})
+    batch = tiny.batch_of(built)
+    logits = tiny.logits_of(built, batch["image"])
+    expected = float(cross_entropy(logits, batch["label"], 0.3).mean())
+    _, metrics, _ = run_step(built, mesh, SGD, label_smoothing=0.3)
+    assert metrics["train_loss"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["train_accuracy"] == pytest.approx(float((logits.argmax(-1) == batch["label"]).mean()))
+
+
+def test_the_gradient_norm_is_that_before_clipping(built_for):
+    built, mesh = built_for("linear_probe"), make_mesh(1, {})
+    clipped = optax.chain(optax.clip_by_global_norm(1e-3), SGD)
+    arrays, metrics, _ = run_step(built, mesh, SGD)
+    _, clipped_metrics, _ = run_step(built, mesh, clipped)
+    before = tiny.host(built.trained)
+    norm = math.sqrt(sum(((arrays[name] - before[name]).astype(np.float64) ** 2).sum() for name in arrays))
+    assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+    assert clipped_metrics["gradient_norm"] == metrics["gradient_norm"]

@@ -1,0 +1,119 @@
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from surm_jax.errors import UserError
+from surm_jax.training.config import RunConfig, base_config, parse
+from surm_jax.training.workdir import open_workdir, read_config, read_json, write_json
+
+CONFIG = RunConfig()
+
+
+def changed(**values):
+    config = base_config()
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
+    return parse(config)
+
+
+def test_a_new_folder_has_the_whole_configuration(tmp_path):
+    config = changed(peft__lora__rank=3, seeds=(4,), optim__steps=12)
+    open_workdir(tmp_path / "a" / "b", config)
+    assert read_config(tmp_path / "a" / "b") == config
+    assert json.loads((tmp_path / "a" / "b" / "config.json").read_text())["peft"]["lora"]["rank"] == 3
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["config.json"]
+
+
+def test_an_empty_folder_and_the_same_run_are_welcome(tmp_path):
+    open_workdir(tmp_path, CONFIG)
+    (tmp_path / "metrics.jsonl").write_text("")
+    before = (tmp_path / "config.json").stat()
+    open_workdir(tmp_path, dataclasses.replace(CONFIG))
+    assert (tmp_path / "config.json").stat() == before
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"optim__steps": 7}, r"config\.optim\.steps is 1000, here 7"),
+        ({"peft__lora__rank": 2}, r"config\.peft\.lora\.rank is 1, here 2"),
+        ({"seeds": (1,)}, r"config\.seeds is \[0\], here \[1\]"),
+        ({"optim__groups__head__learning_rate": 0.1}, r"config\.optim\.groups\.head\.learning_rate is 0\.0, here 0\.1"),
+    ],
+)
+def test_another_run_is_refused_by_what_differs(tmp_path, values, named):
+    open_workdir(tmp_path, CONFIG)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(UserError, match=f"holds another run; there {named}") as error:
+        open_workdir(tmp_path, changed(**values))
+    assert "--workdir" in str(error.value)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_many_differences_are_counted(tmp_path):
+    open_workdir(tmp_path, CONFIG)
+    many = changed(optim__steps=7, seeds=(1,), data__name="x", data__dir="y", model__dtype="bfloat16",
+                   peft__method="lora", log__metrics_every=1)  # fmt: skip
+    with pytest.raises(UserError, match="and 2 more"):
+        open_workdir(tmp_path, many)
+
+
+def test_files_of_something_else_are_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("dear")
+    with pytest.raises(UserError, match=r"holds files but no run \(no config\.json\)"):
+        open_workdir(tmp_path, CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_file_is_no_folder(tmp_path, below):
+    (tmp_path / "file").write_text("content")
+    with pytest.raises(UserError, match=f"{tmp_path}/file.* (is a file|lies below a file)"):
+        open_workdir(tmp_path / "file" / below, CONFIG)
+    assert (tmp_path / "file").read_text() == "content"
+
+
+@pytest.mark.parametrize("folder", ["/proc/self", "/proc/runs/a"])
+def test_a_folder_that_cannot_be_written(folder):
+    # Not even root can write there.
+    with pytest.raises(UserError, match=f"{folder} cannot be written .*--workdir"):
+        open_workdir(Path(folder), CONFIG)
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(UserError, match=f"no run in {tmp_path}/nothing"):
+        read_config(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "content", ['{"seeds": [0', "", "[1]", "\x00\xff", '{"seads": [0]}', '{"optim": {"steps": 0}}']
+)
+def test_a_damaged_configuration_is_told_by_its_file(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=f"{tmp_path}/config.json"):
+        read_config(tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path}/config.json"):
+        open_workdir(tmp_path, CONFIG)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    write_json(path, {"a": 1})
+    write_json(path, {"a": 2})
+    assert read_json(path, "none") == {"a": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match=r"cannot write .*result\.json: No space left on device"):
+        write_json(path, {"a": 3})
+    assert read_json(path, "none") == {"a": 2}
+
+
+def test_absent_json(tmp_path):
+    with pytest.raises(UserError, match=r"no result: cannot read .*x\.json \(No such file"):
+        read_json(tmp_path / "x.json", "no result")

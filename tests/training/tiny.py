@@ -1,0 +1,145 @@
+"""The smallest job there is, for tests: a ViT of one narrow block on a few random images, any method."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from orbax.checkpoint.experimental import v1 as ocp
+
+from surm_jax.models import ViT, ViTConfig
+from surm_jax.peft import Adapter
+from surm_jax.pretrained import load, save_model
+from surm_jax.training.config import RunConfig, base_config, parse
+from surm_jax.training.job import Job, prepare
+from surm_jax.training.partition import Arrays, Partition, partition
+
+NAME = "tiny"
+# Every size is told from every other, and none from a batch of 16: shapes in a program say what they belong to.
+GEOMETRY = {"image_size": 8, "channels": 1, "patch_size": 4, "width": 10, "depth": 1, "heads": 2, "mlp_width": 14}
+METHODS = ("circulant", "lora", "linear_probe", "full")
+
+
+def write_files(folder: Path) -> Path:
+    """Writes `data.npz`, 40 images to train on and 21 to test, of three classes, and `weights.safetensors`."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 40), ("test", 21)):
+        arrays[f"{split}_images"] = rng.integers(0, 256, (count, 8, 8, 1), np.uint8)
+        arrays[f"{split}_labels"] = np.arange(count) % 3
+    np.savez(folder / "data.npz", **arrays)
+    vit = ViTConfig(**GEOMETRY, num_classes=3)
+    save_model(folder / "weights.safetensors", load(lambda: ViT(vit, rngs=nnx.Rngs(5)), None), vit)
+    return folder
+
+
+def flat_config(files: Path, **overrides: Any) -> dict[str, Any]:
+    """The values of the tiny job's configuration by dotted key."""
+    return {
+        "model.variant": NAME,
+        "model.checkpoint": str(files / "weights.safetensors"),
+        "data.name": str(files / "data.npz"),
+        "data.augment": "shift",
+        "data.batch_size": 16,
+        "data.eval_batch_size": 8,
+        "optim.steps": 4,
+        **overrides,
+    }
+
+
+def make_config(files: Path, method: str = "circulant", **overrides: Any) -> RunConfig:
+    config = base_config()
+    config.update_from_flattened_dict(flat_config(files, **{"peft.method": method, **overrides}))
+    return parse(config)
+
+
+class Built(NamedTuple):
+    job: Job
+    model: nnx.Module
+    adapter: Adapter
+    partition: Partition
+    trained: Arrays
+    frozen: nnx.State
+
+
+def build(config: RunConfig, seed: int = 0) -> Built:
+    """Everything up to the first step. The head is random: through a zero head no gradient reaches the layers below."""
+    job = prepare(config, seed)
+    model, adapter = job.adapt(job.base_model())
+    kernel = model.head.kernel
+    kernel[...] = 0.3 * jax.random.normal(jax.random.key(7), kernel.shape)
+    return Built(job, model, adapter, *partition(model, adapter))
+
+
+def batch_of(built: Built, size: int = 16) -> dict[str, np.ndarray]:
+    """The first training examples, as the model reads them."""
+    source = built.job.dataset.train
+    examples = [source[index] for index in range(size)]
+    images = np.stack([example["image"] for example in examples]).astype(np.float32) / 127.5 - 1
+    return {"image": images, "label": np.array([example["label"] for example in examples], np.int32)}
+
+
+def logits_of(built: Built, images: np.ndarray) -> np.ndarray:
+    graphdef, state = nnx.split(built.model)
+    return np.asarray(jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))(state, images))
+
+
+def host(tree: Any) -> dict[str, np.ndarray]:
+    """Copies of all leaves, by path, that nothing can change any more."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.array(leaf, copy=True) for path, leaf in leaves}
+
+
+def assert_equal_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert one.keys() == other.keys()
+    different = [
+        name for name in one if one[name].dtype != other[name].dtype or one[name].tobytes() != other[name].tobytes()
+    ]
+    assert not different
+
+
+def assert_close(one: dict[str, np.ndarray], other: dict[str, np.ndarray], tolerance: float) -> None:
+    """The tolerance is relative to the largest number of each array, at least 1: sums in another order differ so."""
+    assert one.keys() == other.keys()
+    for name, array in one.items():
+        scale = max(1.0, np.abs(array).max())
+        np.testing.assert_allclose(other[name], array, rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+def read_checkpoints(workdir: Path) -> dict[int, tuple[dict[str, np.ndarray], dict[str, Any]]]:
+    """The leaves and the metadata, but for the clock, of every checkpoint of a run, read without the library."""
+    with ocp.training.Checkpointer(workdir / "checkpoints") as checkpointer:
+        found = {}
+        for checkpoint in checkpointer.checkpoints:
+            metadata = dict(checkpointer.metadata(checkpoint.step).custom_metadata)
+            del metadata["seconds"]
+            found[checkpoint.step] = (host(checkpointer.load(checkpoint.step)), metadata)
+        return found
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Two runs left the same behind, bit for bit, but for their clocks."""
+    lines, others = (
+        [{**line, "examples_per_second": None} for line in _json_lines(folder / "metrics.jsonl")]
+        for folder in (one, other)
+    )
+    assert lines == others
+    checkpoints, other_checkpoints = read_checkpoints(one), read_checkpoints(other)
+    assert checkpoints.keys() == other_checkpoints.keys()
+    for step, (leaves, metadata) in checkpoints.items():
+        assert_equal_bits(leaves, other_checkpoints[step][0])
+        assert metadata == other_checkpoints[step][1]
+    files = sorted(path.name for path in (one / "adapter").iterdir())
+    assert files == sorted(path.name for path in (other / "adapter").iterdir())
+    for name in files:
+        assert (one / "adapter" / name).read_bytes() == (other / "adapter" / name).read_bytes()
+    clocks = {"seconds": None, "examples_per_second": None}
+    result, other_result = (_json_lines(folder / "result.json", whole=True)[0] for folder in (one, other))
+    assert {**result, **clocks} == {**other_result, **clocks}
+
+
+def _json_lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
+    text = path.read_text()
+    return [json.loads(part) for part in ([text] if whole else text.splitlines())]

@@ -1,0 +1,16 @@
+"""The tiny job for `launch.py` in a process of its own: `--config=tests/training/tiny_job.py:FOLDER_OF_ITS_FILES`."""
+
+from pathlib import Path
+
+import ml_collections
+
+from surm_jax.models import VARIANTS
+from surm_jax.training import base_config
+from tests.training import tiny
+
+
+def get_config(files: str) -> ml_collections.ConfigDict:
+    VARIANTS[tiny.NAME] = tiny.GEOMETRY
+    config = base_config()
+    config.update_from_flattened_dict(tiny.flat_config(Path(files)))
+    return config
