@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.training.config import base_config, keys, parse
-from surm_jax.training.loop import InterruptedRun
+from surm_jax.training.loop import InterruptedRunError
 from surm_jax.training.modes import describe_run, evaluate_run, merge_run, train_run
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -95,7 +95,7 @@ def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> A
     """Runs a step of the program, and turns what the user can put right into one message."""
     try:
         return step(arguments)
-    except InterruptedRun as interruption:
+    except InterruptedRunError as interruption:
         print(interruption, file=sys.stderr)
         sys.exit(interruption.status)
     except KeyboardInterrupt:

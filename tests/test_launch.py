@@ -13,7 +13,7 @@ from absl import flags
 
 import launch
 from surm_jax.training.config import base_config
-from surm_jax.training.loop import InterruptedRun
+from surm_jax.training.loop import InterruptedRunError
 from tests.training import tiny
 
 ROOT = Path(launch.__file__).resolve().parent
@@ -170,7 +170,7 @@ def test_describe_prints_and_leaves_nothing(launched, tmp_path, monkeypatch):
 
 def test_an_interruption_has_the_status_of_its_signal(capsys):
     def interrupted(_):
-        raise InterruptedRun("SIGTERM: saved step 3", 143)
+        raise InterruptedRunError("SIGTERM: saved step 3", 143)
 
     def at_once(_):
         raise KeyboardInterrupt

@@ -10,6 +10,7 @@ from surm_jax.peft.files import save_adapter as save_adapter
 from surm_jax.peft.fingerprint import check_fingerprint as check_fingerprint
 from surm_jax.peft.fingerprint import fingerprint as fingerprint
 from surm_jax.peft.inject import adapt as adapt
+from surm_jax.peft.inject import adapted_layers as adapted_layers
 from surm_jax.peft.inject import merge as merge
 from surm_jax.peft.methods import SELECTIONS as SELECTIONS
 from surm_jax.peft.methods import UPDATES as UPDATES

@@ -9,7 +9,7 @@ from flax import nnx
 from surm_jax.errors import UserError
 from surm_jax.peft.delta import AdapterParam
 from surm_jax.peft.methods import Update, make_update
-from surm_jax.peft.paths import compile_pattern, join
+from surm_jax.paths import compile_pattern, join
 
 
 @dataclasses.dataclass(frozen=True)

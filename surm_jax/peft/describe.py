@@ -9,7 +9,7 @@ from surm_jax.peft.adapter import Adapter
 from surm_jax.peft.delta import AdapterParam
 from surm_jax.peft.inject import adapted_layers
 from surm_jax.peft.layers import matrix_view
-from surm_jax.peft.paths import join
+from surm_jax.paths import join
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,6 @@ recipe, the fingerprint of the frozen base, and the SHA-256 of these and of the 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,14 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
+from surm_jax.atomic import replacing_folder
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.peft.adapter import Adapter
 from surm_jax.peft.delta import AdapterParam, Delta, attach
 from surm_jax.peft.fingerprint import check_fingerprint, fingerprint
 from surm_jax.peft.inject import adapted_layers, base_parameters, matched_layers
 from surm_jax.peft.layers import matrix_view
-from surm_jax.peft.paths import join, require_match
+from surm_jax.paths import join, require_match
 from surm_jax.structured import StructuredMatrix
 
 CONFIG_NAME = "adapter_config.json"
@@ -71,21 +70,9 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
     config["sha256"] = _sha256(config, payload)
     text = json.dumps(config, indent=1).encode()
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-        try:
+        with replacing_folder(folder) as temporary:
             (temporary / TENSORS_NAME).write_bytes(payload)
             (temporary / CONFIG_NAME).write_bytes(text)
-            temporary.chmod(0o755)
-            if folder.exists():
-                aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-replaced-"))
-                os.replace(folder, aside)
-                os.replace(temporary, folder)
-                shutil.rmtree(aside)
-            else:
-                os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write the adapter folder {folder}: {error}") from None
     return len(payload) + len(text)

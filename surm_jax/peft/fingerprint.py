@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from surm_jax.errors import UserError
-from surm_jax.peft.paths import join
+from surm_jax.paths import join
 
 
 def fingerprint(frozen: nnx.State) -> dict[str, str]:

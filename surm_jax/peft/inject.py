@@ -11,7 +11,7 @@ from surm_jax.errors import UserError
 from surm_jax.peft.adapter import Adapter, Rule
 from surm_jax.peft.delta import Adapted, AdapterParam, Delta, attach, detach
 from surm_jax.peft.layers import check_call, is_linear, matrix_view
-from surm_jax.peft.paths import join, matching, no_match_message, require_match
+from surm_jax.paths import join, matching, no_match_message, require_match
 
 
 def adapt(

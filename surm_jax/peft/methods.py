@@ -101,10 +101,10 @@ def make_update(name: str, settings: dict[str, float]) -> Update:
     """
     if name not in UPDATES:
         raise UserError(f"no update is called {name!r}{did_you_mean(name, UPDATES)} (known: {', '.join(UPDATES)})")
-    known = [field.name for field in dataclasses.fields(UPDATES[name])]
+    known = {field.name: field.type for field in dataclasses.fields(UPDATES[name])}
     for key, value in settings.items():
         if key not in known:
             raise UserError(f"{name} has no setting {key!r}{did_you_mean(key, known)} (known: {', '.join(known)})")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{name}.{key} must be a number, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int if known[key] is int else int | float):
+            raise UserError(f"{name}.{key} must be {'a whole' if known[key] is int else 'a'} number, got {value!r}")
     return UPDATES[name](**settings)

@@ -11,7 +11,7 @@ from urllib.parse import quote, urlsplit
 from tqdm import tqdm
 
 from surm_jax.errors import UserError
-from surm_jax.pretrained.atomic import replacing
+from surm_jax.atomic import replacing
 
 TIMEOUT_SECONDS = 10
 CHUNK_BYTES = 1 << 20

@@ -1,13 +1,13 @@
 """Building a model with pretrained parameters, without ever holding them twice."""
 
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import jax
 from flax import nnx
 
-from surm_jax.errors import UserError, did_you_mean
+from surm_jax.errors import UserError
+from surm_jax.paths import join, require_match
 from surm_jax.pretrained import augreg, native
 
 READERS = {".npz": augreg.read, native.SUFFIX: native.read}
@@ -42,11 +42,11 @@ def load(
     """
     model = nnx.eval_shape(make_model)
     graphdef, state = nnx.split(model)
-    variables = {_join(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
+    variables = {join(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
     if checkpoint is None:
         values = _initial(make_model, variables)
     else:
-        fresh_paths = _matching(fresh, variables)
+        fresh_paths = {path for pattern in fresh for path in require_match(pattern, list(variables), "parameter")}
         targets = {
             path: jax.ShapeDtypeStruct(variable.shape, variable.dtype)
             for path, (_, variable) in variables.items()
@@ -58,30 +58,15 @@ def load(
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def _join(path: Sequence[object]) -> str:
-    return "/".join(map(str, path))
-
-
 def _initial(make_model: Callable[[], nnx.Module], paths: Collection[str]) -> dict[str, jax.Array]:
     """Returns the initial values of some parameters; the compiler drops the work for all others."""
 
     @jax.jit
     def init() -> dict[str, jax.Array]:
         state = nnx.to_flat_state(nnx.state(make_model()))
-        return {_join(path): variable[...] for path, variable in state if _join(path) in paths}
+        return {join(path): variable[...] for path, variable in state if join(path) in paths}
 
     return init() if paths else {}
-
-
-def _matching(patterns: Sequence[str], paths: Mapping[str, object]) -> set[str]:
-    """Returns the paths that some pattern matches; each pattern must match one."""
-    matched = set()
-    for pattern in patterns:
-        found = {path for path in paths if re.fullmatch(pattern, path)}
-        if not found:
-            raise UserError(f"the pattern {pattern!r} of fresh parameters matches none{did_you_mean(pattern, paths)}")
-        matched |= found
-    return matched
 
 
 def _reader(checkpoint: Path) -> Callable[..., dict[str, jax.Array]]:

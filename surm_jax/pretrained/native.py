@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from surm_jax.errors import UserError
-from surm_jax.pretrained.atomic import replacing
+from surm_jax.paths import join
+from surm_jax.atomic import replacing
 from surm_jax.pretrained.rules import Rule, fill
 
 FORMAT = "surm_jax.model.1"
@@ -37,7 +38,7 @@ def save_model(path: Path | str, model: nnx.Module, config: Any) -> None:
     if path.suffix != SUFFIX:
         raise UserError(f"a model file ends in {SUFFIX!r}, got {path}")
     tensors = {
-        "/".join(map(str, keys)): np.asarray(variable[...], order="C")
+        join(keys): np.asarray(variable[...], order="C")
         for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
     header = {"format": FORMAT, "model": type(config).__name__, "config": json.dumps(dataclasses.asdict(config))}

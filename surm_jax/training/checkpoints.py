@@ -1,7 +1,7 @@
 """Checkpoints of a run: what is trained, the optimiser, the place in the data; never the base weights.
 
-Orbax writes a step under a temporary name and renames it when it is complete. Kept are the last one and the one with the best
-evaluation. Restoring is strict: another structure, other base weights or a single flipped bit is an error that says so.
+Orbax writes a step under a temporary name and renames it when it is complete. Kept are the last two and the one with the
+best evaluation. Restoring is strict: another structure, other base weights or a single flipped bit is an error that says so.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from surm_jax.errors import UserError
 from surm_jax.peft import check_fingerprint
 from surm_jax.training.step import TrainState
+from surm_jax.training.workdir import differences
 
 
 class Restored(NamedTuple):
@@ -27,11 +28,13 @@ class Restored(NamedTuple):
       state: arrays, where the template's were.
       data: the state of the data iterator.
       seconds: how long the run had worked.
+      accuracy: of the evaluation at this step, or None if there was none.
     """
 
     state: TrainState
     data: dict[str, Any]
     seconds: float
+    accuracy: float | None
 
 
 class Checkpoints:
@@ -40,14 +43,15 @@ class Checkpoints:
     Args:
       folder: made if it is not there.
       base: the fingerprint of the frozen weights.
+      config: the configuration of the run.
 
     Raises:
       UserError: if the folder cannot be read or made.
     """
 
-    def __init__(self, folder: str | os.PathLike, base: Mapping[str, str]):
+    def __init__(self, folder: str | os.PathLike, base: Mapping[str, str], config: Mapping[str, Any]):
         self.folder = Path(folder).absolute()
-        self._base = dict(base)
+        self._base, self._config = dict(base), dict(config)
         keep = ocp.training.preservation_policies
         try:
             self._orbax = ocp.training.Checkpointer(
@@ -55,7 +59,8 @@ class Checkpoints:
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                 preservation_policy=keep.AnyPreservationPolicy(
                     [
-                        keep.LatestN(1),
+                        # Two: while the last one is written again, or if it is damaged, there is another.
+                        keep.LatestN(2),
                         keep.BestN(
                             get_metric_fn=lambda metrics: metrics["accuracy"],
                             n=1,
@@ -83,7 +88,9 @@ class Checkpoints:
         return self._orbax.latest.step if self._orbax.latest else None
 
     def save(self, state: TrainState, data: dict[str, Any], seconds: float, accuracy: float | None = None) -> None:
-        """Writes a checkpoint, and removes those that are no longer the last or the best.
+        """Writes a checkpoint, and removes those that are no longer among the last two or the best.
+
+        A checkpoint of the same step is replaced.
 
         Args:
           state: the arrays.
@@ -95,12 +102,23 @@ class Checkpoints:
           UserError: if it cannot be written; earlier checkpoints stay.
         """
         step = int(state.step)
-        if step == self.latest:
-            return
-        metadata = {"data": data, "seconds": seconds, "base": self._base, **_digest(state)}
+        record = {
+            "config": self._config,
+            "base": self._base,
+            "data": data,
+            "seconds": seconds,
+            "accuracy": accuracy,
+            **_digest(state),
+        }
         metrics = None if accuracy is None else {"accuracy": accuracy}
         try:
-            self._orbax.save(step, state._asdict(), metrics=metrics, custom_metadata=metadata)
+            self._orbax.save(
+                step,
+                state._asdict(),
+                overwrite=step == self.latest,
+                metrics=metrics,
+                custom_metadata={"record": record, "sha256": _sha256(record)},
+            )
         except Exception as error:
             raise UserError(
                 f"cannot write the checkpoint of step {step} in {self.folder}: {_first_line(error)}"
@@ -119,9 +137,14 @@ class Checkpoints:
         path = self.folder / str(step)
         try:
             metadata = self._orbax.metadata(step).custom_metadata
-            recorded = {key: metadata[key] for key in ("data", "seconds", "base", "leaves", "sha256")}
+            recorded = metadata["record"]
+            intact = metadata["sha256"] == _sha256(recorded)
         except Exception as error:
             raise UserError(self._damaged(step, _first_line(error))) from error
+        if not intact:
+            raise UserError(self._damaged(step, "its metadata is not what was saved"))
+        if changes := list(differences(recorded["config"], self._config, "config")):
+            raise UserError(f"the checkpoint {path} is of another run; there {'; '.join(changes[:5])}")
         check_fingerprint(self._base, recorded["base"], f"the checkpoint {path}")
         expected = _digest(template)["leaves"]
         if recorded["leaves"] != expected:
@@ -136,9 +159,9 @@ class Checkpoints:
             state = TrainState(**self._orbax.load(step, abstract._asdict()))
         except Exception as error:
             raise UserError(self._damaged(step, _first_line(error))) from error
-        if _digest(state)["sha256"] != recorded["sha256"]:
+        if _digest(state)["arrays"] != recorded["arrays"]:
             raise UserError(self._damaged(step, "its arrays are not those that were saved"))
-        return Restored(state, recorded["data"], recorded["seconds"])
+        return Restored(state, recorded["data"], recorded["seconds"], recorded["accuracy"])
 
     def _damaged(self, step: int, why: str) -> str:
         others = [other for other in self._steps() if other != step]
@@ -167,7 +190,11 @@ def _digest(state: TrainState) -> dict[str, Any]:
         leaves[name] = f"{leaf.dtype}{list(leaf.shape)}"
         sha256.update(name.encode())
         sha256.update(np.ascontiguousarray(jax.device_get(leaf)).view(np.uint8).data)
-    return {"leaves": leaves, "sha256": sha256.hexdigest()}
+    return {"leaves": leaves, "arrays": sha256.hexdigest()}
+
+
+def _sha256(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _first_line(error: Exception) -> str:

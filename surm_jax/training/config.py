@@ -15,7 +15,7 @@ from surm_jax.data import Augment
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.models import VARIANTS
 from surm_jax.peft import SELECTIONS, UPDATES, Update, make_update
-from surm_jax.peft.paths import compile_pattern
+from surm_jax.paths import compile_pattern
 
 METHODS = (*UPDATES, *SELECTIONS)
 DECAYS = ("cosine", "linear", "constant")

@@ -1,17 +1,20 @@
 """A run from its first step to its result: train, evaluate, save, and go on after an interruption, bit for bit."""
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from surm_jax import data
 from surm_jax.peft import Adapter, describe, fingerprint, save_adapter
 from surm_jax.training.checkpoints import Checkpoints
-from surm_jax.training.config import RunConfig
+from surm_jax.training.config import RunConfig, to_dict
 from surm_jax.training.evaluate import evaluate, make_eval_step
 from surm_jax.training.job import Job, prepare
 from surm_jax.training.mesh import put_batch, replicated
@@ -24,7 +27,7 @@ from surm_jax.training.step import TrainState, init_state, make_train_step
 from surm_jax.training.workdir import RESULT_NAME, open_workdir, read_json, write_json
 
 
-class InterruptedRun(Exception):
+class InterruptedRunError(Exception):
     """A run was interrupted and is saved. `status` is the exit status that belongs to the signal."""
 
     def __init__(self, message: str, status: int):
@@ -45,7 +48,7 @@ def train(config: RunConfig, seed: int, workdir: Path) -> dict[str, Any]:
 
     Raises:
       UserError: for bad input, a folder of another run, a damaged checkpoint, or a loss that is not finite.
-      InterruptedRun: after SIGINT or SIGTERM, when a checkpoint is saved.
+      InterruptedRunError: after SIGINT or SIGTERM, when a checkpoint is saved.
     """
     open_workdir(workdir, dataclasses.replace(config, seeds=(seed,)))
     if (workdir / RESULT_NAME).exists():
@@ -53,16 +56,19 @@ def train(config: RunConfig, seed: int, workdir: Path) -> dict[str, Any]:
     began = time.monotonic()
     job = prepare(config, seed)
     with jax.set_mesh(job.mesh), Interruption() as interruption:
-        run = _Run(job, *job.adapt(job.base_model()), workdir, began)
+        run = _Run(job, *job.adapt(job.base_model()), workdir, began, interruption)
         print(run.description, flush=True)
-        return run.finish(run.train(interruption))
+        return run.finish(run.train())
 
 
 class _Run:
     """One run at work: what stays the same from step to step, and its clock."""
 
-    def __init__(self, job: Job, model: nnx.Module, adapter: Adapter, workdir: Path, began: float):
-        self.job, self.config, self.adapter, self.workdir, self.began = job, job.config, adapter, workdir, began
+    def __init__(
+        self, job: Job, model: nnx.Module, adapter: Adapter, workdir: Path, began: float, interruption: Interruption
+    ):
+        self.job, self.config, self.adapter, self.workdir = job, job.config, adapter, workdir
+        self.began, self.interruption = began, interruption
         self.description = describe(model, adapter)
         self.partition, trained, frozen = partition(model, adapter)
         self.frozen = jax.device_put(frozen, replicated(job.mesh))
@@ -82,7 +88,7 @@ class _Run:
         self.watch = Stopwatch()
         self.test: dict[str, float] | None = None
 
-    def train(self, interruption: Interruption) -> TrainState:
+    def train(self) -> TrainState:
         """Makes the steps that are left, and returns the state after the last one."""
         config, state = self.config, self.initial_state
         total = config.optim.steps
@@ -93,35 +99,46 @@ class _Run:
             augment=config.data.augment,
             seed=self.job.seed,
         )
-        with Checkpoints(self.workdir / "checkpoints", fingerprint(self.frozen)) as checkpoints:
-            if checkpoints.latest is not None:
-                state, place, seconds = checkpoints.restore(state)
-                batches.set_state(place)
-                self.began -= seconds
+        one_seed = to_dict(dataclasses.replace(config, seeds=(self.job.seed,)))
+        with Checkpoints(self.workdir / "checkpoints", fingerprint(self.frozen), one_seed) as checkpoints:
+            restored = checkpoints.restore(state) if checkpoints.latest is not None else None
+            if restored is not None:
+                state = restored.state
+                batches.set_state(restored.data)
+                self.began -= restored.seconds
             start = int(state.step)
+
+            def save(accuracy: float | None) -> None:
+                checkpoints.save(state, batches.get_state(), time.monotonic() - self.began, accuracy)
+
             with (
                 MetricWriter(self.workdir, start) as writer,
                 Progress(config.peft.method, total, start) as progress,
             ):
-                if start:
+                if restored is not None:
                     progress.say(f"going on from step {start} of {total}")
+                    if restored.accuracy is None and self._due(start, config.log.evaluate_every):
+                        # It was interrupted between the step and its evaluation.
+                        save(self._evaluate_while_training(state, writer, progress))
                 log = StepLog(writer, progress, self.watch, config.log.metrics_every, total, self._rates)
                 for step in range(start + 1, total + 1):
                     state, metrics = self.train_step(state, self.frozen, put_batch(next(batches), self.job.mesh))
                     log.note(step, metrics)
-                    interrupted = interruption.signal is not None and step < total
-                    # Interrupted or not: the step does not come again, and its evaluation would be missing.
                     evaluates = self._due(step, config.log.evaluate_every)
-                    if not (interrupted or evaluates or self._due(step, config.log.checkpoint_every)):
+                    if not (self._interrupted or evaluates or self._due(step, config.log.checkpoint_every)):
                         continue
                     # What has gone astray is never saved: look at this step's loss first.
                     log.flush()
                     self.watch.stop()
-                    accuracy = self._evaluate_while_training(state, writer, progress) if evaluates else None
-                    checkpoints.save(state, batches.get_state(), time.monotonic() - self.began, accuracy)
+                    accuracy = None
+                    if evaluates:
+                        # Save all the same if the evaluation is interrupted.
+                        with contextlib.suppress(InterruptedRunError):
+                            accuracy = self._evaluate_while_training(state, writer, progress)
+                    save(accuracy)
+                    if self._interrupted:
+                        raise self._interruption_at(step)
                     self.watch.start()
-                    if interrupted:
-                        self._leave(interruption, step)
         self.watch.stop()
         return state
 
@@ -130,7 +147,7 @@ class _Run:
         test = self.test or self._evaluate(state, "test")
         model = self.partition.merge(state.trained, self.frozen)
         adapter_bytes = save_adapter(self.workdir / "adapter", model, self.adapter)
-        draw_curves(self.workdir)
+        draw_curves(self.workdir, model)
         rate = self.watch.rate()
         result = make_result(
             self.config.peft.method,
@@ -172,12 +189,23 @@ class _Run:
             batch_size=self.config.data.eval_batch_size,
             image_size=self.job.vit.image_size,
         )
-        batches = track(batches, f"evaluate on {split}")
-        return evaluate(self.eval_step, state.trained, self.frozen, batches, self.job.mesh)
 
-    def _leave(self, interruption: Interruption, step: int) -> None:
-        raise InterruptedRun(
-            f"{interruption.signal.name}: saved step {step} of {self.config.optim.steps} in {self.workdir / 'checkpoints'};"
+        def until_interrupted() -> Iterator[dict[str, np.ndarray]]:
+            for batch in track(batches, f"evaluate on {split}"):
+                if self._interrupted:
+                    raise self._interruption_at(int(state.step))
+                yield batch
+
+        return evaluate(self.eval_step, state.trained, self.frozen, until_interrupted(), self.job.mesh)
+
+    @property
+    def _interrupted(self) -> bool:
+        return self.interruption.signal is not None
+
+    def _interruption_at(self, step: int) -> InterruptedRunError:
+        number = self.interruption.signal
+        return InterruptedRunError(
+            f"{number.name}: saved step {step} of {self.config.optim.steps} in {self.workdir / 'checkpoints'};"
             " the same command goes on from there",
-            128 + interruption.signal,
+            128 + number,
         )

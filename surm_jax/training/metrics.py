@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 import tensorboardX
 
+from surm_jax.atomic import replacing
 from surm_jax.errors import UserError
 from surm_jax.training.progress import Progress, Stopwatch
 
@@ -28,9 +28,8 @@ class MetricWriter:
     def __init__(self, folder: Path, step: int):
         path = folder / JSONL_NAME
         kept = [line for line in read_metrics(folder) if line["step"] <= step] if path.exists() else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._jsonl = path.open("a")
         self._tensorboard = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 

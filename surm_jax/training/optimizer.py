@@ -6,7 +6,7 @@ import jax
 import optax
 
 from surm_jax.errors import UserError
-from surm_jax.peft.paths import compile_pattern
+from surm_jax.paths import compile_pattern
 from surm_jax.training.config import GroupsConfig, OptimConfig
 
 

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from surm_jax.peft import Adapter
-from surm_jax.peft.paths import join
+from surm_jax.paths import join
 
 Arrays = dict[str, jax.Array]
 

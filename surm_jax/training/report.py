@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from flax import nnx
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from surm_jax.peft import Description
+from surm_jax.atomic import replacing
+from surm_jax.peft import Description, adapted_layers
 from surm_jax.training.metrics import read_metrics
 
 CURVES_NAME = "curves.png"
@@ -105,24 +109,42 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw_curves(folder: Path) -> None:
-    """Draws a run's loss and accuracy by step into `curves.png`."""
+def draw_curves(folder: Path, model: nnx.Module) -> None:
+    """Draws a run's loss and accuracy by step, and the largest update that it learned, into `curves.png`.
+
+    Args:
+      folder: the run's, with its `metrics.jsonl`.
+      model: the adapted model; without updates there are only the curves.
+    """
     lines = list(read_metrics(folder))
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    updates = {path: np.asarray(layer.delta.matrix().to_dense()) for path, layer in adapted_layers(model)}
+    figure = Figure(figsize=(12 if updates else 8.5, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for split in ("train", "holdout", "test"):
-            points = [(line["step"], line[f"{split}_{quantity}"]) for line in lines if f"{split}_{quantity}" in line]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else None, ms=4, label=split)
-        axes.set_xlabel("step")
-        axes.set_ylabel(quantity)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    temporary = folder / f".{CURVES_NAME}.tmp"
-    figure.savefig(temporary, dpi=150, format="png")
-    temporary.replace(folder / CURVES_NAME)
+    loss, accuracy, *rest = figure.subplots(1, 3 if updates else 2)
+    _draw_curve(loss, lines, "loss")
+    _draw_curve(accuracy, lines, "accuracy")
+    for axes in rest:
+        path, update = max(updates.items(), key=lambda item: np.linalg.norm(item[1]))
+        reach = np.abs(update).max()
+        image = axes.imshow(update, cmap="RdBu", vmin=-reach, vmax=reach, interpolation="nearest")
+        figure.colorbar(image, ax=axes, fraction=0.046)
+        axes.set_title(f"update of {path}", fontsize=9)
+        axes.set_xlabel("output feature")
+        axes.set_ylabel("input feature")
+    with replacing(folder / CURVES_NAME) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def _draw_curve(axes: Axes, lines: Sequence[Mapping[str, Any]], quantity: str) -> None:
+    for split in ("train", "holdout", "test"):
+        points = [(line["step"], line[f"{split}_{quantity}"]) for line in lines if f"{split}_{quantity}" in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else None, ms=4, label=split)
+    axes.set_xlabel("step")
+    axes.set_ylabel(quantity)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _percent(metric: float | Mapping[str, float]) -> str:

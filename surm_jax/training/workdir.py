@@ -1,12 +1,12 @@
 """The folder of a run: which run it belongs to, and the files that are written whole or not at all."""
 
 import json
-import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from surm_jax.atomic import replacing
 from surm_jax.errors import UserError
 from surm_jax.training.config import RunConfig, parse, to_dict
 
@@ -22,7 +22,7 @@ def open_workdir(workdir: Path, config: RunConfig) -> None:
     """
     _require_writable(workdir)
     if (workdir / CONFIG_NAME).exists():
-        changes = list(_differences(to_dict(read_config(workdir)), _jsonable(to_dict(config)), "config"))
+        changes = list(differences(to_dict(read_config(workdir)), to_dict(config), "config"))
         if changes:
             more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
             raise UserError(
@@ -71,10 +71,9 @@ def write_json(path: Path, tree: Mapping[str, Any]) -> None:
     Raises:
       UserError: if it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(tree, indent=1) + "\n")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(tree, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
@@ -95,13 +94,18 @@ def _require_writable(folder: Path) -> None:
         ) from None
 
 
-def _differences(old: Any, new: Any, path: str):
+def differences(old: Any, new: Any, path: str) -> Iterator[str]:
+    """Yields what differs between two configurations, as text.
+
+    >>> list(differences({"a": {"b": 1}}, {"a": {"b": 2}}, "config"))
+    ['config.a.b is 1, here 2']
+    """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}")
-    elif _jsonable(old) != new:
-        yield f"{path} is {_jsonable(old)!r}, here {new!r}"
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}")
+    elif _jsonable(old) != _jsonable(new):
+        yield f"{path} is {_jsonable(old)!r}, here {_jsonable(new)!r}"
 
 
-def _jsonable(tree: Any) -> Any:
-    return json.loads(json.dumps(tree))
+def _jsonable(value: Any) -> Any:
+    return json.loads(json.dumps(value))

@@ -18,6 +18,7 @@ pytestmark = [
 ]
 
 BASE = {"blocks/0/kernel": "0123456789abcdef"}
+CONFIG = {"seeds": (0,), "optim": {"steps": 9}}
 PLACE = {"next": 3, "nested": {"seed": [1, 2]}}
 
 
@@ -37,11 +38,11 @@ def steps_in(folder):
 
 
 def test_a_state_comes_back_bit_for_bit(tmp_path):
-    with Checkpoints(tmp_path / "c", BASE) as checkpoints:
+    with Checkpoints(tmp_path / "c", BASE, CONFIG) as checkpoints:
         assert checkpoints.latest is None
         checkpoints.save(state_at(3), PLACE, 12.5, 0.5)
         assert checkpoints.latest == 3
-    with Checkpoints(tmp_path / "c", BASE) as checkpoints:
+    with Checkpoints(tmp_path / "c", BASE, CONFIG) as checkpoints:
         template = state_at(0)
         restored = checkpoints.restore(template)
     assert_equal_bits(host(restored.state), host(state_at(3)))
@@ -51,29 +52,41 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
     )
 
 
-def test_the_last_and_the_best_are_kept(tmp_path):
-    with Checkpoints(tmp_path, BASE) as checkpoints:
+def test_the_last_two_and_the_best_are_kept(tmp_path):
+    with Checkpoints(tmp_path, BASE, CONFIG) as checkpoints:
         for step, accuracy in [(1, 0.3), (2, None), (3, 0.9), (4, 0.5), (5, None), (6, 0.7)]:
             checkpoints.save(state_at(step), PLACE, 0.0, accuracy)
-    assert steps_in(tmp_path) == [3, 6]
+    assert steps_in(tmp_path) == [3, 5, 6]
     # The best of all, not the best since the run was started again.
-    with Checkpoints(tmp_path, BASE) as checkpoints:
+    with Checkpoints(tmp_path, BASE, CONFIG) as checkpoints:
         checkpoints.save(state_at(7), PLACE, 0.0, 0.8)
         assert checkpoints.latest == 7
-    assert steps_in(tmp_path) == [3, 7]
+    assert steps_in(tmp_path) == [3, 6, 7]
 
 
-def test_saving_a_step_again_changes_nothing(tmp_path):
-    with Checkpoints(tmp_path, BASE) as checkpoints:
+def test_saving_a_step_again_replaces_it(tmp_path):
+    with Checkpoints(tmp_path, BASE, CONFIG) as checkpoints:
+        checkpoints.save(state_at(1), PLACE, 0.5, 0.8)
         checkpoints.save(state_at(2), PLACE, 1.0)
-        checkpoints.save(state_at(2), {"next": 9}, 2.0)
-        assert checkpoints.restore(state_at(0)).data == PLACE
+        assert checkpoints.restore(state_at(0)).accuracy is None
+        checkpoints.save(state_at(2), {"next": 9}, 2.0, 0.75)
+        restored = checkpoints.restore(state_at(0))
+        assert (restored.data, restored.seconds, restored.accuracy) == ({"next": 9}, 2.0, 0.75)
+    assert steps_in(tmp_path) == [1, 2]
+
+
+def test_another_configuration_is_refused(tmp_path):
+    with Checkpoints(tmp_path, BASE, CONFIG) as checkpoints:
+        checkpoints.save(state_at(1), PLACE, 0.0)
+    with Checkpoints(tmp_path, BASE, {**CONFIG, "optim": {"steps": 12}}) as checkpoints:
+        with pytest.raises(UserError, match=r"1 is of another run; there config\.optim\.steps is 9, here 12$"):
+            checkpoints.restore(state_at(0))
 
 
 def test_base_weights_are_not_in_it(tmp_path):
-    with Checkpoints(tmp_path, BASE) as checkpoints:
+    with Checkpoints(tmp_path, BASE, CONFIG) as checkpoints:
         checkpoints.save(state_at(1), PLACE, 0.0)
-    with Checkpoints(tmp_path, {"blocks/0/kernel": "f" * 16}) as checkpoints, pytest.raises(UserError) as error:
+    with Checkpoints(tmp_path, {"blocks/0/kernel": "f" * 16}, CONFIG) as checkpoints, pytest.raises(UserError) as error:
         checkpoints.restore(state_at(0))
     assert "blocks/0/kernel" in str(error.value) and str(tmp_path / "1") in str(error.value)
 
@@ -82,7 +95,7 @@ def test_base_weights_are_not_in_it(tmp_path):
     ("template", "named"), [({"width": 4}, "head/kernel"), ({"extra": True}, "norm/scale"), ({}, None)]
 )
 def test_another_structure_is_refused_by_the_leaves_that_differ(tmp_path, template, named):
-    with Checkpoints(tmp_path, BASE) as checkpoints:
+    with Checkpoints(tmp_path, BASE, CONFIG) as checkpoints:
         checkpoints.save(state_at(1), PLACE, 0.0)
         if named is None:
             checkpoints.restore(state_at(0, **template))
@@ -93,10 +106,10 @@ def test_another_structure_is_refused_by_the_leaves_that_differ(tmp_path, templa
 
 
 def test_what_was_cut_off_while_it_was_written_is_not_there(tmp_path):
-    with Checkpoints(tmp_path, BASE) as checkpoints:
+    with Checkpoints(tmp_path, BASE, CONFIG) as checkpoints:
         checkpoints.save(state_at(1), PLACE, 0.0)
     (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
-    with Checkpoints(tmp_path, BASE) as checkpoints:
+    with Checkpoints(tmp_path, BASE, CONFIG) as checkpoints:
         assert checkpoints.latest == 1
         checkpoints.save(state_at(2), PLACE, 0.0)
         assert_equal_bits(host(checkpoints.restore(state_at(0)).state), host(state_at(2)))
@@ -105,14 +118,14 @@ def test_what_was_cut_off_while_it_was_written_is_not_there(tmp_path):
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"cannot open the checkpoints in {tmp_path}/file/c"):
-        Checkpoints(tmp_path / "file" / "c", BASE)
+        Checkpoints(tmp_path / "file" / "c", BASE, CONFIG)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """The best checkpoint at step 1, the last one at step 2."""
     folder = tmp_path_factory.mktemp("saved")
-    with Checkpoints(folder, BASE) as checkpoints:
+    with Checkpoints(folder, BASE, CONFIG) as checkpoints:
         checkpoints.save(state_at(1), PLACE, 1.0, 0.9)
         checkpoints.save(state_at(2), PLACE, 2.0, 0.5)
     assert steps_in(folder) == [1, 2]
@@ -142,7 +155,7 @@ def test_damage_to_any_file_is_told_or_does_no_harm(saved, tmp_path, damage):
         shutil.copytree(saved, folder)
         DAMAGE[damage](folder / "2" / name)
         try:
-            with Checkpoints(folder, BASE) as checkpoints:
+            with Checkpoints(folder, BASE, CONFIG) as checkpoints:
                 # A file whose loss makes the checkpoint incomplete hides it: the earlier one takes its place.
                 latest = checkpoints.latest
                 restored = checkpoints.restore(state_at(0))
@@ -153,7 +166,7 @@ def test_damage_to_any_file_is_told_or_does_no_harm(saved, tmp_path, damage):
             assert str(folder / "2") in str(error), name
             assert "delete that folder to go on from step 1" in str(error), name
         shutil.rmtree(folder / "2", ignore_errors=True)
-        with Checkpoints(folder, BASE) as checkpoints:
+        with Checkpoints(folder, BASE, CONFIG) as checkpoints:
             assert_equal_bits(host(checkpoints.restore(state_at(0)).state), host(state_at(1)))
             checkpoints.save(state_at(3), PLACE, 3.0)
         assert 3 in steps_in(folder)
@@ -166,9 +179,9 @@ def test_damage_to_the_best_is_told_and_leaves_the_last(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "c")
     DAMAGE["half"](tmp_path / "c" / "1" / "metrics" / "metrics")
     with pytest.raises(UserError, match=r"c/1 is damaged .* delete that folder to go on from step 2"):
-        Checkpoints(tmp_path / "c", BASE)
+        Checkpoints(tmp_path / "c", BASE, CONFIG)
     shutil.rmtree(tmp_path / "c" / "1")
-    with Checkpoints(tmp_path / "c", BASE) as checkpoints:
+    with Checkpoints(tmp_path / "c", BASE, CONFIG) as checkpoints:
         assert_equal_bits(host(checkpoints.restore(state_at(0)).state), host(state_at(2)))
 
 
@@ -176,7 +189,7 @@ def test_the_only_checkpoint_damaged_leaves_the_beginning(saved, tmp_path):
     shutil.copytree(saved / "2", tmp_path / "2")
     for path in (tmp_path / "2" / "state" / "d").iterdir():
         DAMAGE["half"](path)
-    with Checkpoints(tmp_path, BASE) as checkpoints, pytest.raises(UserError) as error:
+    with Checkpoints(tmp_path, BASE, CONFIG) as checkpoints, pytest.raises(UserError) as error:
         checkpoints.restore(state_at(0))
     assert "delete that folder to start from the beginning" in str(error.value)
 
@@ -184,7 +197,7 @@ def test_the_only_checkpoint_damaged_leaves_the_beginning(saved, tmp_path):
 def test_arrays_that_changed_where_the_store_does_not_look_are_found(saved, tmp_path, monkeypatch):
     # The last line of defence: every number read is compared with what was written.
     shutil.copytree(saved, tmp_path / "c")
-    with Checkpoints(tmp_path / "c", BASE) as checkpoints:
+    with Checkpoints(tmp_path / "c", BASE, CONFIG) as checkpoints:
         load = checkpoints._orbax.load
 
         def bad_load(step, abstract):

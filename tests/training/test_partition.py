@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from surm_jax.peft.paths import join
+from surm_jax.paths import join
 from tests.training import tiny
 
 HEAD = {"head/kernel", "head/bias"}

@@ -1,10 +1,12 @@
 import json
 
+import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
+from flax import nnx
 
-from surm_jax.peft import Description
+from surm_jax.peft import CirculantUpdate, Description, Rule, adapt
 from surm_jax.training.report import combine, draw_curves, make_result, table
 
 DESCRIPTION = Description((), adapter=30, besides=12, total=2000)
@@ -63,16 +65,36 @@ def test_the_table_has_a_line_for_each_result():
     assert len({len(line) for line in (head, first, second, last)}) == 1
 
 
+def write_metrics(folder, steps):
+    lines = [{"step": step, "train_loss": 1 / step, "train_accuracy": 0.1 * step} for step in range(1, steps)]
+    lines.append({"step": steps, "test_loss": 0.3, "test_accuracy": 0.7, "test_examples": 21})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def picture(folder, model):
+    draw_curves(folder, model)
+    assert sorted(path.name for path in folder.iterdir()) == ["curves.png", "metrics.jsonl"]
+    return matplotlib.image.imread(folder / "curves.png")
+
+
 def test_curves_become_a_picture(tmp_path, recwarn):
-    lines = [{"step": step, "train_loss": 1 / step, "train_accuracy": 0.1 * step} for step in range(1, 9)]
-    lines.append({"step": 8, "test_loss": 0.3, "test_accuracy": 0.7, "test_examples": 21})
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    draw_curves(tmp_path)
-    with_curves = matplotlib.image.imread(tmp_path / "curves.png")
-    assert with_curves.shape[0] > 300 and with_curves.shape[1] > 2 * with_curves.shape[0]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
-    draw_curves(tmp_path)
-    fewer = matplotlib.image.imread(tmp_path / "curves.png")
-    assert fewer.shape != with_curves.shape or not np.array_equal(fewer, with_curves)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
+    plain = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    write_metrics(tmp_path, 9)
+    long = picture(tmp_path, plain)
+    write_metrics(tmp_path, 4)
+    short = picture(tmp_path, plain)
+    assert long.shape == short.shape and not np.array_equal(long, short)
     assert not recwarn.list
+
+
+def test_the_picture_shows_the_largest_update(tmp_path):
+    layers = nnx.Dict(small=nnx.Linear(4, 4, rngs=nnx.Rngs(0)), large=nnx.Linear(4, 4, rngs=nnx.Rngs(1)))
+    model, _ = adapt(layers, [Rule("small|large", CirculantUpdate())], rngs=nnx.Rngs(2))
+    model.small.delta.r1[...], model.large.delta.r1[...] = jnp.ones(4), 9 * jnp.ones(4)
+    write_metrics(tmp_path, 4)
+    both = picture(tmp_path, model)
+    assert both.shape[1] > picture(tmp_path, layers).shape[1]
+    model.small.delta.r1[...] = 2 * jnp.ones(4)
+    assert np.array_equal(picture(tmp_path, model), both)
+    model.large.delta.r1[...] = 5 * jnp.ones(4)
+    assert not np.array_equal(picture(tmp_path, model), both)

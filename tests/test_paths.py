@@ -1,7 +1,7 @@
 import pytest
 
 from surm_jax.errors import UserError
-from surm_jax.peft.paths import compile_pattern, join, matching, no_match_message, require_match
+from surm_jax.paths import compile_pattern, join, matching, no_match_message, require_match
 
 LAYERS = [f"blocks/{i}/{name}" for i in range(12) for name in ("attention/query", "attention/value", "mlp/up")]
 

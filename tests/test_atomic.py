@@ -1,6 +1,6 @@
 import pytest
 
-from surm_jax.pretrained.atomic import replacing
+from surm_jax.atomic import replacing
 
 
 def test_success_replaces_and_leaves_nothing_else(tmp_path):
