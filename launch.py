@@ -1,10 +1,11 @@
 """Fine-tunes a pretrained model: `python launch.py --config=configs/digits.py`.
 
-Any value of the configuration can be given on the command line: `--config.peft.method=lora`. What a run leaves behind is in its
-folder (`--workdir`); the same command goes on with a run that was interrupted.
+Any value of the configuration can be given on the command line: `--config.peft.method=lora`. What a run leaves behind
+is in its folder (`--workdir`); the same command goes on with a run that was interrupted.
 """
 
 import functools
+import hashlib
 import re
 import sys
 import warnings
@@ -36,9 +37,10 @@ def default_workdir(config_name: str, overrides: dict[str, object]) -> Path:
     >>> default_workdir("digits", {"peft.method": "lora", "seeds": (0, 1)}).as_posix()
     'runs/digits,peft.method=lora,seeds=(0,1)'
     """
-    parts = [config_name, *(f"{key}={value}" for key, value in sorted(overrides.items()))]
-    name = re.sub(r"[^\w.,=()+-]", "", ",".join(parts).replace("/", "_"))
-    return Path("runs") / name[:200]
+    text = ",".join([config_name, *(f"{key}={value}" for key, value in sorted(overrides.items()))]).replace(" ", "")
+    name = re.sub(r"[^\w.,=()+-]", "_", text)[:150]
+    # What does not fit into a name must still tell one run from another.
+    return Path("runs") / (name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
 
 
 def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
@@ -53,10 +55,11 @@ def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
         key = re.match(r"--?config\.([\w.]+)", argument)
         if key and key[1] not in known:
             raise UserError(f"the configuration has no key {key[1]!r}{did_you_mean(key[1], known)}")
-        file = re.match(r"--?config=([^:]+)", argument)
-        if file and not Path(file[1]).is_file():
+    files = re.findall(r"(?:^|\n)--?config[=\n]([^:\n]+)", "\n".join(arguments))
+    for file in files:
+        if not Path(file).is_file():
             there = sorted(f"configs/{path.name}" for path in CONFIGS.glob("*.py"))
-            raise UserError(f"there is no configuration {file[1]!r}{did_you_mean(file[1], there)}")
+            raise UserError(f"there is no configuration {file!r}{did_you_mean(file, there)}")
     try:
         config_flags.DEFINE_config_file(
             "config", str(CONFIGS / "digits.py"), "a file of configs/, and values of its keys"
@@ -65,11 +68,14 @@ def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
         flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{mode}: {what}" for mode, what in MODES.items()))
         return flags.FLAGS(arguments)
     except flags.UnrecognizedFlagError as error:
-        raise UserError(
-            f"unknown flag --{error.flagname}{did_you_mean(error.flagname, ['config', 'workdir', 'mode'])}"
-        ) from None
-    except (flags.Error, TypeError, ValueError, OSError) as error:
-        raise UserError(str(error)) from None
+        near = did_you_mean(error.flagname, ["config", "workdir", "mode"])
+        raise UserError(f"unknown flag --{error.flagname}{near}") from None
+    except Exception as error:  # The configuration is a program, and can raise anything.
+        last = str(error).strip().splitlines()[-1]
+        if isinstance(error, flags.Error):
+            raise UserError(last) from None
+        what = files[-1] if files else "the configuration"
+        raise UserError(f"{what} does not work with these flags: {type(error).__name__}: {last}") from None
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -84,9 +90,9 @@ def main(arguments: Sequence[str]) -> None:
         case "train":
             train_run(parse(config), workdir)
         case "evaluate":
-            evaluate_run(workdir)
+            evaluate_run(workdir, overrides)
         case "merge":
-            merge_run(workdir)
+            merge_run(workdir, overrides)
         case "describe":
             describe_run(parse(config))
 

@@ -2,8 +2,8 @@
 
     python launch.py
 
-Data and weights come with the packages: no network, no files. Other methods by `--config.peft.method=lora`, `linear_probe` or
-`full`; three seeds by `--config.seeds="(0,1,2)"`.
+Data and weights come with the packages: no network, no files. Other methods by `--config.peft.method=lora`,
+`linear_probe` or `full`; three seeds by `--config.seeds="(0,1,2)"`.
 """
 
 import ml_collections
@@ -17,11 +17,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.variant = "digits"
     config.model.checkpoint = "digits"
     config.data.name = "digits_5to9"
-    config.data.augment = "shift"
+    config.data.augment = "affine"
     config.data.batch_size = 64
     config.optim.steps = 800
     config.optim.warmup_steps = 50
-    config.optim.learning_rate = {"circulant": 1e-2, "lora": 1e-2, "linear_probe": 1e-2, "full": 1e-3}
+    # The best of experiments/results/digits_search.md. The scale was tried by hand on held-out images with an earlier
+    # base (0.02, 0.1, 0.3, 1, 3): what it changes is less than what seeds do.
+    config.optim.learning_rate = {"circulant": 1e-2, "lora": 2e-2, "linear_probe": 1e-1, "full": 3e-3}
+    config.peft.circulant.scale = 0.3
     config.log.metrics_every = 100
     config.log.evaluate_every = 250
     return config

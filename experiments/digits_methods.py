@@ -7,7 +7,8 @@ Runs `configs/digits.py` for each method (in `runs/digits_methods/`; what is com
 
     python experiments/digits_methods.py --search
 
-finds the learning rates that stand in `configs/digits.py`: for every method the same grid, judged by 150 held-out training images.
+compares learning rates for `configs/digits.py`, three for every method, by the accuracy on 150 held-out training images
+(mean of two seeds), and writes `experiments/results/digits_search.md`.
 """
 
 import csv
@@ -32,7 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 SEARCH_SEEDS = (10, 11)
 # Times the middle of each method's grid: what trains few numbers bears larger steps than what trains all.
 GRID = (0.3, 1.0, 3.0)
-MIDDLE = {"linear_probe": 3e-2, "lora": 1e-2, "circulant": 1e-2, "full": 1e-3}
+MIDDLE = {"linear_probe": 1e-1, "lora": 2e-2, "circulant": 1e-2, "full": 1e-3}
 
 
 def run_all() -> dict[str, dict[str, Any]]:
@@ -46,8 +47,8 @@ def run_all() -> dict[str, dict[str, Any]]:
 
 
 def search() -> None:
-    """Prints the accuracy on held-out training images for every method and learning rate."""
-    lines = []
+    """Measures the accuracy on held-out training images for every method and learning rate."""
+    lines = ["| method | learning rate | held-out accuracy |", "|---|---:|---:|"]
     for method in METHODS:
         for factor in GRID:
             config = digits.get_config()
@@ -56,8 +57,10 @@ def search() -> None:
             workdir = Path("runs/digits_search") / f"{method}-{rate:g}"
             train_run(parse(config), workdir)
             last = [list(read_metrics(workdir / f"seed-{seed}"))[-1]["holdout_accuracy"] for seed in SEARCH_SEEDS]
-            lines.append(f"{method:<14}{rate:<8g}{100 * statistics.mean(last):.1f} %")
-    print("\n".join(["method        rate    held-out accuracy", *lines]))
+            lines.append(f"| {method} | {rate:g} | {100 * statistics.mean(last):.1f} % |")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "digits_search.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 def write_tables(results: dict[str, dict[str, Any]]) -> None:
@@ -74,7 +77,8 @@ def write_tables(results: dict[str, dict[str, Any]]) -> None:
         counts, accuracy = result["parameters"], result["metrics"]["test_accuracy"]
         lines.append(
             f"| {method} | {counts['trainable']:,} | {100 * counts['trainable'] / counts['total']:.2f} %"
-            f" | {100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} % | {result['adapter_bytes'] / 1000:,.1f} kB |"
+            f" | {100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %"
+            f" | {result['adapter_bytes'] / 1000:,.1f} kB |"
         )
     (RESULTS / "digits_methods.md").write_text("\n".join(lines) + "\n")
 
@@ -87,7 +91,9 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
     for method, result in results.items():
         trainable, accuracy = result["parameters"]["trainable"], result["metrics"]["test_accuracy"]
         line = axes.plot(trainable, 100 * accuracy["mean"], "_", ms=18, mew=2.5, label=method)[0]
-        axes.plot([trainable] * len(SEEDS), [100 * value for value in accuracy["seeds"]], "o", ms=4, color=line.get_color())
+        axes.plot(
+            [trainable] * len(SEEDS), [100 * value for value in accuracy["seeds"]], "o", ms=4, color=line.get_color()
+        )
     axes.set_xscale("log")
     axes.set_xlabel("trained parameters")
     axes.set_ylabel("test accuracy, %")

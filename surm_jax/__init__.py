@@ -1,6 +1,7 @@
 """Parameter-efficient fine-tuning with structured matrices (SURM, arXiv 2406.17740) in JAX and Flax NNX.
 
-    model, adapter = surm_jax.adapt(model, [surm_jax.Rule(r".*/(query|key|value)", surm_jax.CirculantUpdate())], rngs=nnx.Rngs(0))
+    rules = [surm_jax.Rule(r".*/(query|key|value)", surm_jax.CirculantUpdate())]
+    model, adapter = surm_jax.adapt(model, rules, train=["head/.*"], rngs=nnx.Rngs(0))
     graphdef, trainable, frozen = nnx.split(model, adapter.trainable, ...)   # train `trainable` alone
     surm_jax.save_adapter("my_adapter", nnx.merge(graphdef, trainable, frozen), adapter)
 """

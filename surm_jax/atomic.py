@@ -36,10 +36,20 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         if folder.exists():
             os.replace(folder, old)
-        os.replace(temporary, folder)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Says whether a path has a temporary name, left behind by a process that was killed while it wrote."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
 
 
 def _beside(path: Path) -> Path:

@@ -1,7 +1,7 @@
 """Paths of modules and parameters, and the patterns that select them.
 
-A path is the `/`-joined route from the root of a model, such as `blocks/0/attention/query/kernel`. A pattern is a regular
-expression that must match the whole path (`re.fullmatch`). A pattern that selects nothing is always an error.
+A path is the `/`-joined route from the root of a model, such as `blocks/0/attention/query/kernel`. A pattern is a
+regular expression that must match the whole path (`re.fullmatch`). A pattern that selects nothing is always an error.
 """
 
 import re
@@ -61,8 +61,9 @@ def no_match_message(pattern: str, paths: Sequence[str], what: str) -> str:
     shown = [by_plain[path] for path in near] or names[:5]
     if not shown:
         return f"the pattern {pattern!r} matches no {what}: the model has none"
-    return f"the pattern {pattern!r} matches no {what} (it must match a whole path); nearest of {len(paths)}: " + ", ".join(
-        shown
+    return (
+        f"the pattern {pattern!r} matches no {what} (it must match a whole path); nearest of {len(paths)}: "
+        + ", ".join(shown)
     )
 
 

@@ -88,7 +88,7 @@ class ImageDataset:
         if channels != self.channels:
             raise UserError(
                 f"data set {self.name!r} has images of {self.channels} channel(s), but the model reads {channels}: "
-                f"build the model with {self.channels} input channel(s), or choose a data set with {channels}"
+                f"choose a model that reads {self.channels}, or a data set with {channels}"
             )
 
 

@@ -48,7 +48,7 @@ def train_batches(
         source: Labelled images, (height, width, channels) each; sizes may differ, the number of channels may not.
         batch_size: Examples per batch of this process.
         image_size: Height and width of the images in the batch.
-        augment: "crop_flip", "shift" or "none", see `train_image`.
+        augment: "crop_flip", "affine" or "none", see `train_image`.
         seed: Non-negative; order and augmentation follow from it.
         process_index: This process, of `process_count`. Processes read disjoint examples.
         process_count: Number of processes that take batches in step.

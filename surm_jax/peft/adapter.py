@@ -7,9 +7,9 @@ from typing import Any
 from flax import nnx
 
 from surm_jax.errors import UserError
+from surm_jax.paths import compile_pattern, join
 from surm_jax.peft.delta import AdapterParam
 from surm_jax.peft.methods import Update, make_update
-from surm_jax.paths import compile_pattern, join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,9 @@ class Rule:
     def __post_init__(self):
         compile_pattern(self.target)
         if not isinstance(self.update, Update):
-            raise UserError(f"the update of the rule {self.target!r} must be an Update such as LoRA(), got {self.update!r}")
+            raise UserError(
+                f"the update of the rule {self.target!r} must be an Update such as LoRA(), got {self.update!r}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,9 @@ class Adapter:
           UserError: if it is something else.
         """
         try:
-            rules = tuple(Rule(rule["target"], make_update(rule["method"], rule["settings"])) for rule in recipe["rules"])
+            rules = tuple(
+                Rule(rule["target"], make_update(rule["method"], rule["settings"])) for rule in recipe["rules"]
+            )
             return cls(rules, tuple(recipe["train"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"not the recipe of an adapter ({type(error).__name__}: {error})") from None

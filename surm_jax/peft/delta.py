@@ -1,8 +1,9 @@
 """The LoRA-style update: a linear layer computes `base(x) + factor * x @ dW` with a structured matrix dW.
 
-An adapted layer keeps its parameters where they were (`.../kernel`, `.../bias`) and gains those of the update beside them
-(`.../delta/r1`, ...), so that checkpoints, sharding rules and path patterns hold before and after adaptation. To this end
-its class becomes a subclass of what it was: `isinstance(layer, nnx.Linear)` stays true, and so do its attributes.
+An adapted layer keeps its parameters where they were (`.../kernel`, `.../bias`) and gains those of the update beside
+them (`.../delta/r1`, ...), so that checkpoints, sharding rules and path patterns hold before and after adaptation. To
+this end its class becomes a subclass of what it was: `isinstance(layer, nnx.Linear)` stays true, and so do its
+attributes.
 """
 
 import functools

@@ -5,11 +5,11 @@ import math
 
 from flax import nnx
 
+from surm_jax.paths import join
 from surm_jax.peft.adapter import Adapter
 from surm_jax.peft.delta import AdapterParam
 from surm_jax.peft.inject import adapted_layers
 from surm_jax.peft.layers import matrix_view
-from surm_jax.paths import join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Description:
         share = 100 * self.trainable / max(self.total, 1)
         lines.append(
             f"trainable: {self.trainable:,} of {self.total:,} parameters ({share:.3f} %):"
-            f" {self.adapter:,} in updates, {self.besides:,} besides"
+            f" {self.adapter:,} in updates, {self.besides:,} in other parameters"
         )
         return "\n".join(lines)
 

@@ -1,8 +1,8 @@
 """The adapter folder: `adapter_config.json` and `adapter_model.safetensors`, some hundred kilobytes.
 
 The tensors are the updates, each in its smallest form (of a Hadamard pair the product: n numbers), under
-`<layer>/delta/<name>`, and the parameters that were trained besides, such as the head, under their paths. The JSON holds the
-recipe, the fingerprint of the frozen base, and the SHA-256 of these and of the tensor file.
+`<layer>/delta/<name>`, and the parameters that were trained besides, such as the head, under their paths. The JSON
+holds the recipe, the fingerprint of the frozen base, and the SHA-256 of these and of the tensor file.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ from flax import nnx
 
 from surm_jax.atomic import replacing_folder
 from surm_jax.errors import UserError, did_you_mean
+from surm_jax.paths import join, require_match
 from surm_jax.peft.adapter import Adapter
 from surm_jax.peft.delta import AdapterParam, Delta, attach
 from surm_jax.peft.fingerprint import check_fingerprint, fingerprint
 from surm_jax.peft.inject import adapted_layers, base_parameters, matched_layers
 from surm_jax.peft.layers import matrix_view
-from surm_jax.paths import join, require_match
 from surm_jax.structured import StructuredMatrix
 
 CONFIG_NAME = "adapter_config.json"
@@ -81,8 +81,8 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
 def load_adapter(folder: str | os.PathLike, model: nnx.Module) -> tuple[nnx.Module, Adapter]:
     """Returns a base model with an adapter from a folder, and the adapter's recipe.
 
-    `model` itself stays as it is. What the folder does not hold comes from `model`, and must be what the adapter was trained on, bit
-    for bit.
+    `model` itself stays as it is. What the folder does not hold comes from `model`, and must be what the adapter was
+    trained on, bit for bit.
 
     Args:
       folder: what `save_adapter` wrote.
@@ -106,7 +106,9 @@ def load_adapter(folder: str | os.PathLike, model: nnx.Module) -> tuple[nnx.Modu
         parameters[path][...] = _take(tensors, path, old.shape, folder).astype(old.dtype)
     if tensors:
         name = min(tensors)
-        raise UserError(f"{folder / TENSORS_NAME} holds {name!r}, which the model has no place for{did_you_mean(name, parameters)}")
+        raise UserError(
+            f"{folder / TENSORS_NAME} holds {name!r}, which the model has no place for{did_you_mean(name, parameters)}"
+        )
     _, _, frozen = nnx.split(model, adapter.trainable, ...)
     check_fingerprint(fingerprint(frozen), config["base"], f"the adapter {folder}")
     return model, adapter

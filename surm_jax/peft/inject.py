@@ -8,10 +8,10 @@ import numpy as np
 from flax import nnx
 
 from surm_jax.errors import UserError
+from surm_jax.paths import join, matching, no_match_message, require_match
 from surm_jax.peft.adapter import Adapter, Rule
 from surm_jax.peft.delta import Adapted, AdapterParam, Delta, attach, detach
 from surm_jax.peft.layers import check_call, is_linear, matrix_view
-from surm_jax.paths import join, matching, no_match_message, require_match
 
 
 def adapt(
@@ -95,7 +95,9 @@ def _nothing_to_adapt(target: str, linear: list[str], modules: dict[str, nnx.Mod
     if not others:
         return no_match_message(target, linear, "linear layer")
     kinds = ", ".join(f"{path} ({type(modules[path]).__name__})" for path in others[:5])
-    return f"the pattern {target!r} matches no linear layer, only {kinds}; the linear layers are {', '.join(linear[:8])}"
+    return (
+        f"the pattern {target!r} matches no linear layer, only {kinds}; the linear layers are {', '.join(linear[:8])}"
+    )
 
 
 def adapted_layers(model: nnx.Module) -> Iterator[tuple[str, Adapted]]:
@@ -118,8 +120,8 @@ def merge(model: nnx.Module) -> tuple[nnx.Module, float]:
     ('Linear', 0.0)
 
     Returns:
-      The merged model, and the largest deviation of a merged entry from the exact sum (in float64): what rounding to the
-      kernel's dtype cost. For a bfloat16 kernel this can exceed a small update.
+      The merged model, and the largest deviation of a merged entry from the exact sum (in float64): what rounding to
+      the kernel's dtype cost. For a bfloat16 kernel this can exceed a small update.
     """
     model = nnx.clone(model)
     deviation = 0.0

@@ -1,7 +1,7 @@
 """The matrix view of a linear layer: which layers can be adapted, and how their input and output become vectors.
 
-`nnx.Linear` has a kernel (in, out). `nnx.LinearGeneral`, of which attention is made, has a kernel of higher rank, such as
-(width, heads, head_dim): seen as a matrix it is (width, heads * head_dim).
+`nnx.Linear` has a kernel (in, out). `nnx.LinearGeneral`, of which attention is made, has a kernel of higher rank, such
+as (width, heads, head_dim): seen as a matrix it is (width, heads * head_dim).
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ def matrix_view(module: nnx.Module, path: str) -> MatrixView:
     expected = (*view.in_shape, *view.out_shape)
     if module.kernel.shape != expected:
         raise UserError(
-            f"{path} cannot be adapted: its kernel has the shape {module.kernel.shape}, one matrix would have {expected}"
-            " (a stack of layers is not supported)"
+            f"{path} cannot be adapted: its kernel has the shape {module.kernel.shape},"
+            f" one matrix would have {expected} (a stack of layers is not supported)"
         )
     return view

@@ -1,11 +1,12 @@
 """The methods by name. Adding an update means one class here; adding a selection, one line.
 
-An *update* puts a structured matrix beside the kernels that its rule matches. A *selection* adds nothing and trains what
-is there.
+An *update* puts a structured matrix beside the kernels that its rule matches. A *selection* adds nothing and trains
+what is there.
 """
 
 import abc
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
@@ -27,7 +28,16 @@ class Update(abc.ABC):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        if cls.name in UPDATES:
+            raise UserError(f"{cls.__name__} needs a name of its own: {cls.name!r} is {UPDATES[cls.name].__name__}")
         UPDATES[cls.name] = cls
+
+    def __post_init__(self):
+        # With a factor of 0, or a random factor of 0 beside the one that starts at 0, nothing would ever learn.
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not math.isfinite(value) or value == 0:
+                raise UserError(f"{self.name}.{field.name} must be finite and not 0, got {value}: it would never learn")
 
     @property
     def factor(self) -> float:
@@ -46,8 +56,8 @@ UPDATES: dict[str, type[Update]] = {}
 class CirculantUpdate(Update):
     """The circulant of `r1 * r2`: 2n numbers trained, n stored; r1 starts at 0, r2 at `scale * N(0, 1)`.
 
-    SURM, arXiv 2406.17740, section 4.1. The learning rate is that of r1 and r2 as they are (no division by n), and the first
-    step of r1 grows with `scale`, that of the update with its square.
+    SURM, arXiv 2406.17740, section 4.1. The learning rate is that of r1 and r2 as they are (no division by n), and the
+    first step of r1 grows with `scale`, that of the update with its square.
 
     >>> matrix = CirculantUpdate(scale=0.02).init(jax.random.key(0), (768, 768))
     >>> matrix.num_params, matrix.fused().num_params

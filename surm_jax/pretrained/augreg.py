@@ -15,7 +15,7 @@ import numpy as np
 
 from surm_jax.errors import UserError
 from surm_jax.pretrained.position_embed import resize_position_embed
-from surm_jax.pretrained.rules import Rule, fill
+from surm_jax.pretrained.rules import KeyRule, fill
 
 _BUCKET = "https://storage.googleapis.com/vit_models/augreg/"
 
@@ -31,19 +31,19 @@ AUGREG_URLS: Mapping[str, str] = {
 _BLOCK = r"Transformer/encoderblock_(\d+)/"
 
 RULES = (
-    Rule(r"embedding/(kernel|bias)", r"patch_embed/\1"),
-    Rule(r"cls", r"cls_token"),
-    Rule(r"Transformer/posembed_input/pos_embedding", r"position_embed", resize_position_embed),
-    Rule(_BLOCK + r"LayerNorm_0/(scale|bias)", r"blocks/\1/norm1/\2"),
-    Rule(
+    KeyRule(r"embedding/(kernel|bias)", r"patch_embed/\1"),
+    KeyRule(r"cls", r"cls_token"),
+    KeyRule(r"Transformer/posembed_input/pos_embedding", r"position_embed", resize_position_embed),
+    KeyRule(_BLOCK + r"LayerNorm_0/(scale|bias)", r"blocks/\1/norm1/\2"),
+    KeyRule(
         _BLOCK + r"MultiHeadDotProductAttention_1/(query|key|value|out)/(kernel|bias)",
         r"blocks/\1/attention/\2/\3",
     ),
-    Rule(_BLOCK + r"LayerNorm_2/(scale|bias)", r"blocks/\1/norm2/\2"),
-    Rule(_BLOCK + r"MlpBlock_3/Dense_0/(kernel|bias)", r"blocks/\1/mlp/up/\2"),
-    Rule(_BLOCK + r"MlpBlock_3/Dense_1/(kernel|bias)", r"blocks/\1/mlp/down/\2"),
-    Rule(r"Transformer/encoder_norm/(scale|bias)", r"norm/\1"),
-    Rule(r"head/(kernel|bias)", r"head/\1"),
+    KeyRule(_BLOCK + r"LayerNorm_2/(scale|bias)", r"blocks/\1/norm2/\2"),
+    KeyRule(_BLOCK + r"MlpBlock_3/Dense_0/(kernel|bias)", r"blocks/\1/mlp/up/\2"),
+    KeyRule(_BLOCK + r"MlpBlock_3/Dense_1/(kernel|bias)", r"blocks/\1/mlp/down/\2"),
+    KeyRule(r"Transformer/encoder_norm/(scale|bias)", r"norm/\1"),
+    KeyRule(r"head/(kernel|bias)", r"head/\1"),
 )
 
 

@@ -10,8 +10,8 @@ from urllib.parse import quote, urlsplit
 
 from tqdm import tqdm
 
-from surm_jax.errors import UserError
 from surm_jax.atomic import replacing
+from surm_jax.errors import UserError
 
 TIMEOUT_SECONDS = 10
 CHUNK_BYTES = 1 << 20

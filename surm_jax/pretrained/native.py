@@ -10,17 +10,17 @@ import jax
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
+from surm_jax.atomic import replacing
 from surm_jax.errors import UserError
 from surm_jax.paths import join
-from surm_jax.atomic import replacing
-from surm_jax.pretrained.rules import Rule, fill
+from surm_jax.pretrained.rules import KeyRule, fill
 
 FORMAT = "surm_jax.model.1"
 SUFFIX = ".safetensors"
 
-RULES = (Rule(r"(.+)", r"\1"),)
+RULES = (KeyRule(r"(.+)", r"\1"),)
 
 
 def save_model(path: Path | str, model: nnx.Module, config: Any) -> None:
@@ -44,7 +44,8 @@ def save_model(path: Path | str, model: nnx.Module, config: Any) -> None:
     header = {"format": FORMAT, "model": type(config).__name__, "config": json.dumps(dataclasses.asdict(config))}
     try:
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata=header)
+            # Not save_file, whose files only their owner can read.
+            temporary.write_bytes(save(tensors, metadata=header))
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}") from error
 

@@ -28,7 +28,7 @@ def as_is(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Rule:
+class KeyRule:
     """Which parameter a key of a file fills, and how.
 
     >>> re.fullmatch(r"layer_(\\d+)/w", "layer_3/w").expand(r"blocks/\\1/kernel")
@@ -47,7 +47,7 @@ def fill(
     keys: Iterable[str],
     read: Callable[[str], np.ndarray],
     targets: Mapping[str, jax.ShapeDtypeStruct],
-    rules: Sequence[Rule],
+    rules: Sequence[KeyRule],
     *,
     ignore: Sequence[str] = (),
     fresh: Collection[str] = (),
@@ -97,7 +97,7 @@ def fill(
 def _assign(
     keys: Iterable[str],
     targets: Mapping[str, jax.ShapeDtypeStruct],
-    rules: Sequence[Rule],
+    rules: Sequence[KeyRule],
     ignore: Sequence[str],
     fresh: Collection[str],
     origin: str,

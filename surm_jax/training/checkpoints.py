@@ -1,7 +1,8 @@
 """Checkpoints of a run: what is trained, the optimiser, the place in the data; never the base weights.
 
-Orbax writes a step under a temporary name and renames it when it is complete. Kept are the last two and the one with the
-best evaluation. Restoring is strict: another structure, other base weights or a single flipped bit is an error that says so.
+Orbax writes a step under a temporary name and renames it when it is complete. Kept are the last two and the one with
+the best evaluation. Restoring is strict: another structure, other base weights or a single flipped bit is an error that
+says so.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from surm_jax.errors import UserError
 from surm_jax.peft import check_fingerprint
 from surm_jax.training.step import TrainState
-from surm_jax.training.workdir import differences
+from surm_jax.training.workdir import config_changes
 
 
 class Restored(NamedTuple):
@@ -143,15 +144,14 @@ class Checkpoints:
             raise UserError(self._damaged(step, _first_line(error))) from error
         if not intact:
             raise UserError(self._damaged(step, "its metadata is not what was saved"))
-        if changes := list(differences(recorded["config"], self._config, "config")):
+        if changes := config_changes(recorded["config"], self._config):
             raise UserError(f"the checkpoint {path} is of another run; there {'; '.join(changes[:5])}")
         check_fingerprint(self._base, recorded["base"], f"the checkpoint {path}")
         expected = _digest(template)["leaves"]
         if recorded["leaves"] != expected:
             different = sorted(set(expected.items()) ^ set(recorded["leaves"].items()))
-            raise UserError(
-                f"the checkpoint {path} does not fit this run: they differ in {', '.join(name for name, _ in different[:4])}"
-            )
+            names = ", ".join(dict.fromkeys(name for name, _ in different[:6]))
+            raise UserError(f"the checkpoint {path} does not fit this run: they differ in {names}")
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), template
         )

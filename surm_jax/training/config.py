@@ -1,7 +1,8 @@
 """The configuration of a run: every key, its default, its unit, and its check.
 
-The files in `configs/` start from `base_config()` and change what they need, so every key can be overridden on the command line
-(`--config.optim.steps=100`). `parse` turns a configuration into frozen dataclasses, once; nothing else reads it.
+The files in `configs/` start from `base_config()` and change what they need, so every key can be overridden on the
+command line (`--config.optim.steps=100`). `parse` turns a configuration into frozen dataclasses, once; nothing else
+reads it.
 """
 
 import dataclasses
@@ -14,11 +15,12 @@ import ml_collections
 from surm_jax.data import Augment
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.models import VARIANTS
-from surm_jax.peft import SELECTIONS, UPDATES, Update, make_update
 from surm_jax.paths import compile_pattern
+from surm_jax.peft import SELECTIONS, UPDATES, Update, make_update
 
 METHODS = (*UPDATES, *SELECTIONS)
 DECAYS = ("cosine", "linear", "constant")
+GEOMETRY = ("image_size", "patch_size", "width", "depth", "heads", "mlp_width")
 
 
 def _one_of(key: str, value: str, known: Collection[str]) -> None:
@@ -37,13 +39,18 @@ class ModelConfig:
 
     # One of surm_jax.models.VARIANTS, such as "B/16".
     variant: str = "B/16"
-    # Where the weights come from: "augreg" (the official file of the variant), "digits" (shipped with the package), a path, a URL,
-    # or "none" for random weights.
+    # Where the weights come from: "augreg" (the official file of the variant), "digits" (shipped with the package), a
+    # path, a URL, or "none" for random weights.
     checkpoint: str = "augreg"
     # Classes of the new head; 0: as many as the data set has.
     num_classes: int = 0
-    # Side of the square input in pixels; 0: the variant's.
+    # Geometry: the side of the square input and of a patch in pixels, features, blocks, ...; 0: the variant's.
     image_size: int = 0
+    patch_size: int = 0
+    width: int = 0
+    depth: int = 0
+    heads: int = 0
+    mlp_width: int = 0
     dropout: float = 0.0
     # Dtype of the computation, "float32" or "bfloat16". Parameters are float32.
     dtype: str = "float32"
@@ -51,8 +58,8 @@ class ModelConfig:
     def __post_init__(self):
         _one_of("model.variant", self.variant, VARIANTS)
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
-        _at_least("model.num_classes", self.num_classes, 0)
-        _at_least("model.image_size", self.image_size, 0)
+        for name in ("num_classes", *GEOMETRY):
+            _at_least(f"model.{name}", getattr(self, name), 0)
         if not 0 <= self.dropout < 1:
             raise UserError(f"config.model.dropout must lie in [0, 1), got {self.dropout}")
 
@@ -65,10 +72,10 @@ class DataConfig:
     name: str = "cifar10"
     # The folder of prepared TFDS sets; empty: TFDS's own (~/tensorflow_datasets).
     dir: str = ""
-    # What training images go through: "none", "shift", "crop_flip".
+    # What training images go through: "none", "affine", "crop_flip".
     augment: str = "crop_flip"
-    # Training examples that are held out and evaluated instead of the test set while training. The test set is then looked at
-    # once, at the end.
+    # Training examples that are held out and evaluated instead of the test set while training. The test set is then
+    # looked at once, at the end.
     holdout: int = 0
     # Examples per step, over all devices and accumulated micro-batches.
     batch_size: int = 64
@@ -83,8 +90,8 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """What is adapted, and how. `updates` has the settings of every update by name; in the configuration they stand beside the
-    others: `--config.peft.lora.rank=4`."""
+    """What is adapted, and how. `updates` has the settings of every update by name; in the configuration they stand
+    beside the others: `--config.peft.lora.rank=4`."""
 
     # One of METHODS.
     method: str = "circulant"

@@ -1,4 +1,4 @@
-"""From a configuration to a model, its data and its adapter. What can be wrong is found here, before anything is compiled."""
+"""From a configuration to a model, its data and its adapter. What can be wrong is found here, before compilation."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from surm_jax.errors import UserError
 from surm_jax.models import TARGETS, ViT, ViTConfig
 from surm_jax.peft import SELECTIONS, UPDATES, Adapter, Description, Rule, adapt, describe
 from surm_jax.pretrained import load, locate
-from surm_jax.training.config import PeftConfig, RunConfig
+from surm_jax.training.config import GEOMETRY, PeftConfig, RunConfig
 from surm_jax.training.mesh import make_mesh
 
 
@@ -66,7 +66,8 @@ def prepare(config: RunConfig, seed: int) -> Job:
     dataset = dataclasses.replace(dataset, train=train)
     if config.model.num_classes not in (0, len(dataset.classes)):
         raise UserError(
-            f"config.model.num_classes={config.model.num_classes}, but {config.data.name} has {len(dataset.classes)} classes"
+            f"config.model.num_classes={config.model.num_classes},"
+            f" but {config.data.name} has {len(dataset.classes)} classes"
         )
     vit = vit_config(config, len(dataset.classes))
     dataset.require_channels(vit.channels)
@@ -74,8 +75,8 @@ def prepare(config: RunConfig, seed: int) -> Job:
     checkpoint = locate(config.model.checkpoint, config.model.variant)
     if checkpoint is None:
         warnings.warn(
-            f"config.model.checkpoint=none: the {config.model.variant} starts from RANDOM weights, not from a pretrained model."
-            " Frozen random layers adapt badly",
+            f"config.model.checkpoint=none: the {config.model.variant} model starts from RANDOM weights, not from"
+            " pretrained ones. Frozen random layers adapt badly",
             stacklevel=2,
         )
     return Job(config, seed, mesh, dataset, holdout, vit, checkpoint)
@@ -83,7 +84,7 @@ def prepare(config: RunConfig, seed: int) -> Job:
 
 def vit_config(config: RunConfig, num_classes: int) -> ViTConfig:
     """Returns the geometry of the model with so many classes."""
-    sizes = {"image_size": config.model.image_size} if config.model.image_size else {}
+    sizes = {name: value for name in GEOMETRY if (value := getattr(config.model, name))}
     return ViTConfig.from_variant(
         config.model.variant, num_classes=num_classes, dropout=config.model.dropout, dtype=config.model.dtype, **sizes
     )

@@ -19,7 +19,7 @@ from surm_jax.training.evaluate import evaluate, make_eval_step
 from surm_jax.training.job import Job, prepare
 from surm_jax.training.mesh import put_batch, replicated
 from surm_jax.training.metrics import MetricWriter, StepLog
-from surm_jax.training.optimizer import make_optimizer, schedule
+from surm_jax.training.optimizer import learning_rates, make_optimizer, schedule
 from surm_jax.training.partition import partition
 from surm_jax.training.progress import Interruption, Progress, Stopwatch, track
 from surm_jax.training.report import draw_curves, make_result
@@ -35,13 +35,14 @@ class InterruptedRunError(Exception):
         self.status = status
 
 
-def train(config: RunConfig, seed: int, workdir: Path) -> dict[str, Any]:
+def train(config: RunConfig, seed: int, workdir: Path, interruption: Interruption) -> dict[str, Any]:
     """Makes one run, or goes on with it, or returns its result if it is complete.
 
     Args:
       config: the whole configuration.
       seed: which of its seeds.
       workdir: the folder of this seed's run.
+      interruption: asks it to save and stop.
 
     Returns:
       What `result.json` holds.
@@ -50,12 +51,14 @@ def train(config: RunConfig, seed: int, workdir: Path) -> dict[str, Any]:
       UserError: for bad input, a folder of another run, a damaged checkpoint, or a loss that is not finite.
       InterruptedRunError: after SIGINT or SIGTERM, when a checkpoint is saved.
     """
-    open_workdir(workdir, dataclasses.replace(config, seeds=(seed,)))
+    one_seed = dataclasses.replace(config, seeds=(seed,))
+    open_workdir(workdir, one_seed)
     if (workdir / RESULT_NAME).exists():
+        print(f"{workdir} is complete: this is its result. Choose another --workdir to run again")
         return read_json(workdir / RESULT_NAME, "no result")
     began = time.monotonic()
     job = prepare(config, seed)
-    with jax.set_mesh(job.mesh), Interruption() as interruption:
+    with jax.set_mesh(job.mesh):
         run = _Run(job, *job.adapt(job.base_model()), workdir, began, interruption)
         print(run.description, flush=True)
         return run.finish(run.train())
@@ -74,6 +77,7 @@ class _Run:
         self.frozen = jax.device_put(frozen, replicated(job.mesh))
         optim = self.config.optim
         optimizer = make_optimizer(optim, self.config.peft.method, trained)
+        self.learning_rates = learning_rates(optim, self.config.peft.method, trained)
         self.initial_state = init_state(trained, optimizer, job.mesh)
         self.train_step = make_train_step(
             self.partition,
@@ -165,10 +169,9 @@ class _Run:
         return step == self.config.optim.steps or (every > 0 and step % every == 0)
 
     def _rates(self, step: int) -> dict[str, float]:
-        """The learning rate of this step's update, and the speed."""
-        rates = {
-            "learning_rate": self.config.optim.learning_rate[self.config.peft.method] * float(self.factor(step - 1))
-        }
+        """The learning rate of each group in this step's update, and the speed."""
+        factor = float(self.factor(step - 1))
+        rates = {f"learning_rate_{group}": peak * factor for group, peak in self.learning_rates.items()}
         if rate := self.watch.rate():
             rates["examples_per_second"] = rate * self.config.data.batch_size
         return rates
@@ -178,7 +181,7 @@ class _Run:
         evaluation = self._evaluate(state, split)
         if split == "test" and int(state.step) == self.config.optim.steps:
             self.test = evaluation
-        metrics = {f"{split}_{name}": value for name, value in evaluation.items()}
+        metrics = {f"{split}_{name}": evaluation[name] for name in ("accuracy", "loss")}
         writer.write(int(state.step), metrics)
         progress.show(int(state.step), metrics)
         return evaluation["accuracy"]

@@ -5,8 +5,9 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from surm_jax.errors import UserError
+from surm_jax.structured import BATCH_AXES
 
-DATA_AXIS = "data"
+DATA_AXIS = BATCH_AXES[0]
 
 
 def make_mesh(data: int, batch_sizes: dict[str, int]) -> jax.sharding.Mesh:
@@ -19,6 +20,8 @@ def make_mesh(data: int, batch_sizes: dict[str, int]) -> jax.sharding.Mesh:
     Raises:
       UserError: if there are fewer devices, or a batch size does not divide over them.
     """
+    if jax.process_count() > 1:
+        raise UserError(f"a run is one process for now, this is one of {jax.process_count()}")
     available = jax.device_count()
     size = data or available
     if size > available:

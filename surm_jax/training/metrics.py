@@ -41,8 +41,13 @@ class MetricWriter:
         self._tensorboard.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes finite numbers under their names for one step."""
-        self._jsonl.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Writes numbers under their names for one step.
+
+        Raises:
+          UserError: if one of them is not finite.
+        """
+        require_finite(step, metrics)
+        self._jsonl.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
         self._jsonl.flush()
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
@@ -65,6 +70,20 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
                 return
             raise UserError(f"{path}, line {number}, is damaged: {text[:80]!r}") from None
         yield line
+
+
+def require_finite(step: int, metrics: Mapping[str, float]) -> None:
+    """Stops a run that has gone astray.
+
+    Raises:
+      UserError: naming the step and the metric that is not finite.
+    """
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{name} is {value} at step {step}: look at the data, or lower the learning rate."
+                " Nothing was saved since the last checkpoint"
+            )
 
 
 class StepLog:
@@ -109,17 +128,14 @@ class StepLog:
             return
         step, metrics = self._pending
         self._pending = None
+        metrics = jax.device_get(metrics)
         # jit sorts the names of what it returns.
         values = {name: float(metrics[name]) for name in STEP_METRICS}
         self._watch.count_or_start()
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f"{name} is {value} at step {step}: look at the data, or lower the learning rate."
-                    " Nothing was saved since the last checkpoint"
-                )
+        require_finite(step, values)
         if step == self._last or (self._every and step % self._every == 0):
-            values.update(self._rates(step))
-            self._writer.write(step, values)
-            self._progress.show(step, values)
+            rates = self._rates(step)
+            self._writer.write(step, {**values, **rates})
+            shown = {name: rates[name] for name in ("examples_per_second",) if name in rates}
+            self._progress.show(step, {**values, **shown})
         self._progress.advance()

@@ -1,6 +1,6 @@
 """What `launch.py` can do with a run: train it, evaluate its adapter, merge it, describe it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +17,52 @@ from surm_jax.training.job import Job, describe_model, prepare, vit_config
 from surm_jax.training.loop import train
 from surm_jax.training.mesh import replicated
 from surm_jax.training.partition import partition
-from surm_jax.training.progress import track
+from surm_jax.training.progress import Interruption, track
 from surm_jax.training.report import combine, table
-from surm_jax.training.workdir import RESULT_NAME, open_workdir, read_config, write_json
+from surm_jax.training.workdir import RESULT_NAME, locations, open_workdir, read_config, write_json
 
 
 def train_run(config: RunConfig, workdir: Path) -> dict[str, Any]:
     """Trains every seed that is not complete yet, prints the table, and returns the result.
 
-    One seed uses `workdir` itself; of several, each has a folder `seed-<seed>` in it, and `workdir/result.json` combines them.
+    One seed uses `workdir` itself; of several, each has a folder `seed-<seed>` in it, and `workdir/result.json`
+    combines them.
 
     Raises:
       UserError: see `surm_jax.training.loop.train`.
     """
-    if len(config.seeds) == 1:
-        result = train(config, config.seeds[0], workdir)
-        print("\n" + table([result]))
-    else:
-        open_workdir(workdir, config)
-        results = {seed: train(config, seed, folder) for seed, folder in _seed_folders(config, workdir)}
-        result = combine(results)
-        write_json(workdir / RESULT_NAME, result)
-        labelled = [{**one, "method": f"{one['method']}, seed {seed}"} for seed, one in results.items()]
-        print("\n" + table([*labelled, {**result, "method": f"{result['method']}, mean"}]))
+    with Interruption() as interruption:
+        if len(config.seeds) == 1:
+            result = train(config, config.seeds[0], workdir, interruption)
+            print("\n" + table([result]))
+        else:
+            result = _train_seeds(config, workdir, interruption)
     print(f"\nresult, curves and adapter are in {workdir}")
     return result
 
 
-def evaluate_run(workdir: Path) -> dict[int, dict[str, float]]:
+def _train_seeds(config: RunConfig, workdir: Path, interruption: Interruption) -> dict[str, Any]:
+    open_workdir(workdir, config)
+    results = {seed: train(config, seed, folder, interruption) for seed, folder in _seed_folders(config, workdir)}
+    result = combine(results)
+    write_json(workdir / RESULT_NAME, result)
+    labelled = [{**one, "method": f"{one['method']}, seed {seed}"} for seed, one in results.items()]
+    print("\n" + table([*labelled, {**result, "method": f"{result['method']}, mean"}]))
+    return result
+
+
+def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[str, float]]:
     """Evaluates the saved adapters of a run on the whole test set, prints and returns what came out by seed.
 
+    Args:
+      workdir: the folder of the run, whose configuration holds.
+      overrides: where its data and weights are now, if not where they were.
+
     Raises:
-      UserError: if there is no run, or its adapter is missing, damaged or of another base.
+      UserError: if there is no run, its adapter is missing, damaged or of another base, or something else is
+      overridden.
     """
-    config, evaluations = read_config(workdir), {}
+    config, evaluations = locations(read_config(workdir), overrides), {}
     for seed, folder in _seed_folders(config, workdir):
         job = prepare(config, seed)
         with jax.set_mesh(job.mesh):
@@ -68,15 +80,19 @@ def evaluate_run(workdir: Path) -> dict[int, dict[str, float]]:
     return evaluations
 
 
-def merge_run(workdir: Path) -> list[Path]:
+def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
     """Writes the full model of every adapter of a run to `<folder>/merged/model.safetensors`, and returns these paths.
 
     Prints how far merged kernels are from the exact sums, and merged from unmerged logits on a batch of test images.
 
+    Args:
+      workdir: the folder of the run.
+      overrides: see `evaluate_run`.
+
     Raises:
       UserError: see `evaluate_run`.
     """
-    config, paths = read_config(workdir), []
+    config, paths = locations(read_config(workdir), overrides), []
     for seed, folder in _seed_folders(config, workdir):
         job = prepare(config, seed)
         with jax.set_mesh(job.mesh):

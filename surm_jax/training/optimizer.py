@@ -50,6 +50,20 @@ def groups_of(paths: Iterable[str], groups: GroupsConfig) -> dict[str, str]:
     return labels
 
 
+def learning_rates(config: OptimConfig, method: str, paths: Iterable[str]) -> dict[str, float]:
+    """Returns the peak learning rate of every group that takes one of these paths.
+
+    >>> learning_rates(OptimConfig(learning_rate={"lora": 0.02}), "lora", ["head/bias"])
+    {'head': 0.02}
+    """
+    taken = set(groups_of(paths, config.groups).values())
+    return {
+        name: group.learning_rate or config.learning_rate[method]
+        for name, group in vars(config.groups).items()
+        if name in taken
+    }
+
+
 def make_optimizer(config: OptimConfig, method: str, paths: Iterable[str]) -> optax.GradientTransformation:
     """Builds the optimiser for the trained arrays with these paths.
 
@@ -63,13 +77,12 @@ def make_optimizer(config: OptimConfig, method: str, paths: Iterable[str]) -> op
     def adamw(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
         return optax.adamw(lambda step: learning_rate * factor(step), weight_decay=weight_decay)
 
-    labels = groups_of(paths, config.groups)
+    paths = list(paths)
     transforms = {
-        name: adamw(group.learning_rate or config.learning_rate[method], group.weight_decay)
-        for name, group in vars(config.groups).items()
-        if name in labels.values()
+        name: adamw(rate, getattr(config.groups, name).weight_decay)
+        for name, rate in learning_rates(config, method, paths).items()
     }
-    optimizer = optax.partition(transforms, labels)
+    optimizer = optax.partition(transforms, groups_of(paths, config.groups))
     if config.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import jax
 from flax import nnx
 
-from surm_jax.peft import Adapter
 from surm_jax.paths import join
+from surm_jax.peft import Adapter
 
 Arrays = dict[str, jax.Array]
 

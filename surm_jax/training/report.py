@@ -117,14 +117,14 @@ def draw_curves(folder: Path, model: nnx.Module) -> None:
       model: the adapted model; without updates there are only the curves.
     """
     lines = list(read_metrics(folder))
-    updates = {path: np.asarray(layer.delta.matrix().to_dense()) for path, layer in adapted_layers(model)}
-    figure = Figure(figsize=(12 if updates else 8.5, 3.2), layout="constrained")
+    largest = _largest_update(model)
+    figure = Figure(figsize=(12 if largest else 8.5, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
-    loss, accuracy, *rest = figure.subplots(1, 3 if updates else 2)
+    loss, accuracy, *rest = figure.subplots(1, 3 if largest else 2)
     _draw_curve(loss, lines, "loss")
     _draw_curve(accuracy, lines, "accuracy")
     for axes in rest:
-        path, update = max(updates.items(), key=lambda item: np.linalg.norm(item[1]))
+        path, update = largest
         reach = np.abs(update).max()
         image = axes.imshow(update, cmap="RdBu", vmin=-reach, vmax=reach, interpolation="nearest")
         figure.colorbar(image, ax=axes, fraction=0.046)
@@ -133,6 +133,16 @@ def draw_curves(folder: Path, model: nnx.Module) -> None:
         axes.set_ylabel("input feature")
     with replacing(folder / CURVES_NAME) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
+
+
+def _largest_update(model: nnx.Module) -> tuple[str, np.ndarray] | None:
+    # One dense matrix at a time beside the largest so far.
+    largest, norm = None, -1.0
+    for path, layer in adapted_layers(model):
+        update = layer.delta.factor * np.asarray(layer.delta.matrix().to_dense())
+        if np.linalg.norm(update) > norm:
+            largest, norm = (path, update), np.linalg.norm(update)
+    return largest
 
 
 def _draw_curve(axes: Axes, lines: Sequence[Mapping[str, Any]], quantity: str) -> None:

@@ -54,8 +54,8 @@ def make_train_step(
 ) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the compiled update `(state, frozen, batch) -> (state, metrics)`. It takes over the memory of `state`.
 
-    `metrics` has `train_loss` (mean over the batch), `train_accuracy` and `gradient_norm` (before clipping). Dropout is drawn from
-    (seed, step, micro-batch), so a run that was resumed goes on as if it had not stopped.
+    `metrics` has `train_loss` (mean over the batch), `train_accuracy` and `gradient_norm` (before clipping). Dropout is
+    drawn from (seed, step, micro-batch), so a run that was resumed goes on as if it had not stopped.
 
     Args:
       partition: how trained and frozen arrays make the model; the model is called as `model(images, rngs=key)`.

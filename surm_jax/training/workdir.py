@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from surm_jax.atomic import replacing
+from surm_jax.atomic import is_temporary, replacing
 from surm_jax.errors import UserError
 from surm_jax.training.config import RunConfig, parse, to_dict
 
@@ -14,25 +14,54 @@ CONFIG_NAME = "config.json"
 RESULT_NAME = "result.json"
 
 
+#: Where things are, not what they are: a run may go on with its data or weights somewhere else.
+LOCATIONS = ("data.dir", "model.checkpoint")
+
+
 def open_workdir(workdir: Path, config: RunConfig) -> None:
     """Makes the folder of a run, or checks that it is the folder of this very run.
+
+    A folder with nothing but a configuration is free: that start failed before its first step.
 
     Raises:
       UserError: if it cannot be written, or holds another run or something else.
     """
     _require_writable(workdir)
-    if (workdir / CONFIG_NAME).exists():
-        changes = list(differences(to_dict(read_config(workdir)), to_dict(config), "config"))
-        if changes:
+    files = [path for path in workdir.rglob("*") if path.is_file() and not is_temporary(path)]
+    if any(path.name != CONFIG_NAME for path in files):
+        if workdir / CONFIG_NAME not in files:
+            raise UserError(
+                f"{workdir} holds files but no run (no {CONFIG_NAME}): choose another folder with --workdir"
+            )
+        if changes := config_changes(to_dict(read_config(workdir)), to_dict(config)):
             more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
             raise UserError(
                 f"{workdir} holds another run; there {'; '.join(changes[:5])}{more}."
                 " Choose another folder with --workdir, or delete that one"
             )
-    elif any(workdir.iterdir()):
-        raise UserError(f"{workdir} holds files but no run (no {CONFIG_NAME}): choose another folder with --workdir")
-    else:
-        write_json(workdir / CONFIG_NAME, to_dict(config))
+    write_json(workdir / CONFIG_NAME, to_dict(config))
+
+
+def locations(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
+    """Returns the configuration of a finished run with its data and weights at other places.
+
+    Args:
+      config: of the run.
+      overrides: values by key, such as `data.dir`.
+
+    Raises:
+      UserError: for a key that is not in `LOCATIONS`: what a run was cannot be changed.
+    """
+    tree = to_dict(config)
+    for key, value in overrides.items():
+        if key not in LOCATIONS:
+            raise UserError(
+                f"config.{key} belongs to the run that is in the folder and cannot be changed now"
+                f" (only {' and '.join(LOCATIONS)} can)"
+            )
+        section, name = key.split(".")
+        tree[section][name] = value
+    return parse(tree)
 
 
 def read_config(workdir: Path) -> RunConfig:
@@ -92,6 +121,16 @@ def _require_writable(folder: Path) -> None:
         raise UserError(
             f"the run's folder {folder} cannot be written ({error.strerror}): choose another with --workdir"
         ) from None
+
+
+def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Returns what differs between two configurations but for `LOCATIONS`, as text.
+
+    >>> config_changes({"optim": {"steps": 9}, "data": {"dir": "a"}}, {"optim": {"steps": 8}, "data": {"dir": "b"}})
+    ['config.optim.steps is 9, here 8']
+    """
+    ignored = [f"config.{key} " for key in LOCATIONS]
+    return [change for change in differences(old, new, "config") if not change.startswith(tuple(ignored))]
 
 
 def differences(old: Any, new: Any, path: str) -> Iterator[str]:

@@ -17,7 +17,7 @@ def numbered(count: int) -> ArraySource:
 
 
 def training(source, **changes):
-    arguments = {"batch_size": 4, "image_size": 8, "augment": "shift", "seed": 3, **changes}
+    arguments = {"batch_size": 4, "image_size": 8, "augment": "affine", "seed": 3, **changes}
     return train_batches(source, **arguments)
 
 
@@ -256,7 +256,7 @@ def test_empty_and_misshapen_sources_are_refused():
 
 def test_digits_run_through_both_directions():
     data = load("digits_5to9")
-    batch = next(train_batches(data.train, batch_size=1000, image_size=16, augment="shift", seed=0))
+    batch = next(train_batches(data.train, batch_size=1000, image_size=16, augment="affine", seed=0))
     assert batch["image"].shape == (1000, 16, 16, 1)
     assert set(batch["label"]) == set(range(5))
     assert sum(batch["mask"].sum() for batch in eval_batches(data.test, batch_size=64, image_size=8)) == len(data.test)

@@ -79,7 +79,7 @@ def test_the_table():
     assert lines[2].split() == ["blocks/0", "6", "x", "10", "CirculantPair", "20"]
     assert lines[5].split() == ["head/bias", "3", "trained", "3"]
     assert len({len(line) for line in lines[:-1]}) == 1
-    assert lines[-1] == "trainable: 63 of 201 parameters (31.343 %): 48 in updates, 15 besides"
+    assert lines[-1] == "trainable: 63 of 201 parameters (31.343 %): 48 in updates, 15 in other parameters"
 
 
 def test_nothing_trained_is_no_error():

@@ -92,8 +92,12 @@ def test_make_update_passes_settings_on():
         ("circulent", {}, r"no update is called 'circulent'; did you mean 'circulant'\? \(known: .*lora"),
         ("lora", {"rnak": 2}, r"lora has no setting 'rnak'; did you mean 'rank'\? \(known: alpha, rank\)"),
         ("circulant", {"rank": 2}, r"circulant has no setting 'rank'"),
-        ("lora", {"rank": "2"}, r"lora\.rank must be a number, got '2'"),
-        ("lora", {"rank": True}, r"lora\.rank must be a number, got True"),
+        ("lora", {"rank": "2"}, r"lora\.rank must be a whole number, got '2'"),
+        ("lora", {"rank": True}, r"lora\.rank must be a whole number, got True"),
+        ("lora", {"rank": 1.5}, r"lora\.rank must be a whole number, got 1\.5"),
+        ("circulant", {"scale": 0.0}, r"circulant\.scale must be finite and not 0, got 0\.0: it would never learn"),
+        ("lora", {"alpha": 0}, r"lora\.alpha must be finite and not 0"),
+        ("lora", {"alpha": float("nan")}, r"lora\.alpha must be finite and not 0, got nan"),
         ("circulant", {"alpha": None}, r"circulant\.alpha must be a number, got None"),
     ],
 )
@@ -117,3 +121,9 @@ def test_a_subclass_registers_itself(monkeypatch):
 def test_selections_are_patterns_of_parameters():
     assert SELECTIONS["linear_probe"] == ()
     assert SELECTIONS["full"] == (".*",)
+
+
+def test_a_name_is_taken_once():
+    with pytest.raises(UserError, match="Mine needs a name of its own: 'circulant' is CirculantUpdate"):
+        type("Mine", (CirculantUpdate,), {})
+    assert UPDATES["circulant"] is CirculantUpdate

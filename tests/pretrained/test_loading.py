@@ -76,7 +76,7 @@ def test_only_fresh_parameters_are_computed(checkpoint, tiny_geometry, monkeypat
 
 
 def test_pattern_that_matches_nothing(checkpoint, tiny_geometry):
-    with pytest.raises(UserError, match="'head/kernl' matches no parameter .*: head/kernel, "):
+    with pytest.raises(UserError, match=r"'head/kernl' matches no parameter .*: head/kernel, "):
         load(lambda: ViT(ViTConfig(**tiny_geometry), rngs=nnx.Rngs(0)), checkpoint, fresh=("head/kernl",))
 
 

@@ -83,15 +83,20 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
     path, model = saved
     before = path.read_bytes()
 
-    def fail(tensors, filename, metadata):
-        filename.write_bytes(b"half")
+    def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("surm_jax.pretrained.native.save_file", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(UserError, match="disk full"):
         save_model(path, model, config())
     assert path.read_bytes() == before
     assert len(list(path.parent.iterdir())) == 1
+
+
+def test_others_may_read_the_file(saved):
+    path, _ = saved
+    (path.parent / "plain").write_text("")
+    assert path.stat().st_mode == (path.parent / "plain").stat().st_mode
 
 
 def test_suffix(saved, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from surm_jax.errors import UserError
-from surm_jax.pretrained.rules import Rule, fill
+from surm_jax.pretrained.rules import KeyRule, fill
 
 
 def transpose(array, shape):
@@ -15,9 +15,9 @@ def transpose(array, shape):
 
 
 RULES = (
-    Rule(r"layer_(\d+)\.weight", r"blocks/\1/kernel", transpose),
-    Rule(r"layer_(\d+)\.(bias)", r"blocks/\1/\2"),
-    Rule(r"(.*)\.old_bias", r"blocks/0/bias"),
+    KeyRule(r"layer_(\d+)\.weight", r"blocks/\1/kernel", transpose),
+    KeyRule(r"layer_(\d+)\.(bias)", r"blocks/\1/\2"),
+    KeyRule(r"(.*)\.old_bias", r"blocks/0/bias"),
 )
 TARGETS = {
     "blocks/0/kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32),

@@ -78,9 +78,10 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 def test_another_configuration_is_refused(tmp_path):
     with Checkpoints(tmp_path, BASE, CONFIG) as checkpoints:
         checkpoints.save(state_at(1), PLACE, 0.0)
-    with Checkpoints(tmp_path, BASE, {**CONFIG, "optim": {"steps": 12}}) as checkpoints:
-        with pytest.raises(UserError, match=r"1 is of another run; there config\.optim\.steps is 9, here 12$"):
-            checkpoints.restore(state_at(0))
+    other = {**CONFIG, "optim": {"steps": 12}}
+    message = r"1 is of another run; there config\.optim\.steps is 9, here 12$"
+    with Checkpoints(tmp_path, BASE, other) as checkpoints, pytest.raises(UserError, match=message):
+        checkpoints.restore(state_at(0))
 
 
 def test_base_weights_are_not_in_it(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from surm_jax.errors import UserError
-from surm_jax.models import VARIANTS, ViTConfig
+from surm_jax.models import ViTConfig
 from surm_jax.training.config import base_config, parse
 from surm_jax.training.job import describe_model, prepare
 from tests.training import tiny
@@ -33,7 +33,7 @@ def test_what_is_prepared(tiny_files):
         ({"peft.target": "qvk"}, ["qvk", "linear layer"]),
         ({"peft.target": r"blocks/\d+/attention"}, ["no linear layer", "blocks/0/attention (Attention)"]),
         ({"peft.train": ("haed/.*",)}, ["haed", "head/bias"]),
-        ({"peft.lora.rank": 0, "peft.method": "lora"}, ["blocks/0/attention/key cannot be adapted", "rank"]),
+        ({"peft.lora.rank": 11, "peft.method": "lora"}, ["blocks/0/attention/key cannot be adapted", "rank"]),
         ({"data.batch_size": 20}, ["config.data.batch_size", "20", "8 devices", "16 or 24"]),
         ({"optim.accumulate": 4}, ["config.data.batch_size / config.optim.accumulate=4", "8 devices"]),
         ({"data.eval_batch_size": 9}, ["config.data.eval_batch_size=9", "8 or 16"]),
@@ -55,9 +55,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_compiled(tiny_files, va
     assert "\n" not in message
 
 
-def test_heads_that_do_not_divide_the_width(tiny_files, monkeypatch):
-    monkeypatch.setitem(VARIANTS, tiny.NAME, {**tiny.GEOMETRY, "heads": 3})
-    assert "got 3 heads for width 10" in refusal(tiny_files)
+def test_heads_that_do_not_divide_the_width(tiny_files):
+    assert "got 3 heads for width 10" in refusal(tiny_files, **{"model.heads": 3})
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

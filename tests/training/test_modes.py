@@ -1,4 +1,7 @@
 import json
+import os
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -10,9 +13,10 @@ from surm_jax.errors import UserError
 from surm_jax.models import ViT
 from surm_jax.peft import load_adapter
 from surm_jax.pretrained import load
-from surm_jax.training import modes
+from surm_jax.training import loop, modes
 from surm_jax.training.config import base_config, parse
 from surm_jax.training.job import prepare
+from surm_jax.training.loop import InterruptedRunError
 from surm_jax.training.modes import describe_run, evaluate_run, merge_run, train_run
 from tests.training import tiny
 
@@ -55,7 +59,7 @@ def test_a_complete_run_comes_back_at_once(run, monkeypatch, capsys):
 
 def test_evaluating_gives_the_result_again(run, capsys):
     folder, _, result = run
-    evaluations = evaluate_run(folder)
+    evaluations = evaluate_run(folder, {})
     assert list(evaluations) == [0, 2]
     for position, measured in enumerate(evaluations.values()):
         assert measured["examples"] == 21
@@ -64,9 +68,38 @@ def test_evaluating_gives_the_result_again(run, capsys):
     assert f"{folder / 'seed-2' / 'adapter'}: test_accuracy" in capsys.readouterr().out
 
 
+def test_data_and_weights_may_have_moved(run, tiny_files, tmp_path):
+    folder, _, result = run
+    for name in ("data.npz", "weights.safetensors"):
+        shutil.copy(tiny_files / name, tmp_path / name)
+    moved = {"model.checkpoint": str(tmp_path / "weights.safetensors"), "data.dir": str(tmp_path)}
+    assert evaluate_run(folder, moved)[0]["accuracy"] == result["metrics"]["test_accuracy"]["seeds"][0]
+    with pytest.raises(UserError, match="no checkpoint"):
+        evaluate_run(folder, {"model.checkpoint": str(tmp_path / "gone.safetensors")})
+    for mode in (evaluate_run, merge_run):
+        with pytest.raises(UserError, match=r"config\.data\.name belongs to the run .*only data\.dir and model\.chec"):
+            mode(folder, {"data.name": "cifar10"})
+
+
+def test_a_signal_between_two_seeds_is_not_lost(tiny_files, tmp_path, monkeypatch):
+    config = tiny.make_config(tiny_files, "linear_probe", **{"seeds": (0, 1), "optim.steps": 1})
+    draw = loop.draw_curves
+
+    def draw_curves(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        draw(*arguments)
+
+    monkeypatch.setattr(loop, "draw_curves", draw_curves)
+    with pytest.raises(InterruptedRunError, match="SIGTERM"):
+        train_run(config, tmp_path)
+    assert not (tmp_path / "seed-1" / "result.json").exists()
+    monkeypatch.undo()
+    assert train_run(config, tmp_path)["seeds"] == [0, 1]
+
+
 def test_a_merged_model_stands_alone_and_computes_the_same(run, capsys):
     folder, config, _ = run
-    paths = merge_run(folder)
+    paths = merge_run(folder, {})
     assert paths == [folder / f"seed-{seed}" / "merged" / "model.safetensors" for seed in (0, 2)]
     assert "of the unmerged model's" in capsys.readouterr().out
     job = prepare(config, 2)
@@ -91,14 +124,14 @@ def test_a_damaged_or_missing_adapter_is_told(run, tmp_path):
         tensors.write_bytes(content[:-7])
         for mode in (evaluate_run, merge_run):
             with pytest.raises(UserError, match=f"{tensors} .*is damaged"):
-                mode(folder)
+                mode(folder, {})
         tensors.unlink()
         with pytest.raises(UserError, match=f"cannot read {tensors}"):
-            evaluate_run(folder)
+            evaluate_run(folder, {})
     finally:
         tensors.write_bytes(content)
     with pytest.raises(UserError, match=f"no run in {tmp_path}"):
-        evaluate_run(tmp_path)
+        evaluate_run(tmp_path, {})
 
 
 def test_describing_needs_neither_weights_nor_data(capsys):

@@ -7,7 +7,7 @@ import pytest
 
 from surm_jax.errors import UserError
 from surm_jax.training.config import RunConfig, base_config, parse
-from surm_jax.training.workdir import open_workdir, read_config, read_json, write_json
+from surm_jax.training.workdir import locations, open_workdir, read_config, read_json, write_json
 
 CONFIG = RunConfig()
 
@@ -16,6 +16,12 @@ def changed(**values):
     config = base_config()
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
     return parse(config)
+
+
+def begun(folder, config=CONFIG):
+    """A folder in which a run has begun to work."""
+    open_workdir(folder, config)
+    (folder / "metrics.jsonl").write_text("")
 
 
 def test_a_new_folder_has_the_whole_configuration(tmp_path):
@@ -29,9 +35,27 @@ def test_a_new_folder_has_the_whole_configuration(tmp_path):
 def test_an_empty_folder_and_the_same_run_are_welcome(tmp_path):
     open_workdir(tmp_path, CONFIG)
     (tmp_path / "metrics.jsonl").write_text("")
-    before = (tmp_path / "config.json").stat()
+    before = (tmp_path / "config.json").read_bytes()
     open_workdir(tmp_path, dataclasses.replace(CONFIG))
-    assert (tmp_path / "config.json").stat() == before
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_start_that_failed_leaves_the_folder_free(tmp_path):
+    open_workdir(tmp_path, CONFIG)
+    open_workdir(tmp_path / "seed-0", CONFIG)
+    (tmp_path / ".config.json.0123abcd.tmp").write_text("{")
+    open_workdir(tmp_path, changed(optim__steps=7))
+    assert read_config(tmp_path).optim.steps == 7
+
+
+def test_data_and_weights_may_move(tmp_path):
+    begun(tmp_path)
+    open_workdir(tmp_path, changed(data__dir="/elsewhere", model__checkpoint="/other.npz"))
+    assert read_config(tmp_path).data.dir == "/elsewhere"
+    moved = locations(read_config(tmp_path), {"data.dir": "/third"})
+    assert (moved.data.dir, moved.model.checkpoint, moved.optim) == ("/third", "/other.npz", CONFIG.optim)
+    with pytest.raises(UserError, match=r"config\.optim\.steps belongs to the run"):
+        locations(CONFIG, {"optim.steps": 3})
 
 
 @pytest.mark.parametrize(
@@ -44,7 +68,7 @@ def test_an_empty_folder_and_the_same_run_are_welcome(tmp_path):
     ],
 )
 def test_another_run_is_refused_by_what_differs(tmp_path, values, named):
-    open_workdir(tmp_path, CONFIG)
+    begun(tmp_path)
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(UserError, match=f"holds another run; there {named}") as error:
         open_workdir(tmp_path, changed(**values))
@@ -53,8 +77,8 @@ def test_another_run_is_refused_by_what_differs(tmp_path, values, named):
 
 
 def test_many_differences_are_counted(tmp_path):
-    open_workdir(tmp_path, CONFIG)
-    many = changed(optim__steps=7, seeds=(1,), data__name="x", data__dir="y", model__dtype="bfloat16",
+    begun(tmp_path)
+    many = changed(optim__steps=7, seeds=(1,), data__name="x", data__augment="none", model__dtype="bfloat16",
                    peft__method="lora", log__metrics_every=1)  # fmt: skip
     with pytest.raises(UserError, match="and 2 more"):
         open_workdir(tmp_path, many)
@@ -94,6 +118,7 @@ def test_a_damaged_configuration_is_told_by_its_file(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=f"{tmp_path}/config.json"):
         read_config(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match=f"{tmp_path}/config.json"):
         open_workdir(tmp_path, CONFIG)
 

@@ -41,7 +41,7 @@ def flat_config(files: Path, **overrides: Any) -> dict[str, Any]:
         "model.variant": NAME,
         "model.checkpoint": str(files / "weights.safetensors"),
         "data.name": str(files / "data.npz"),
-        "data.augment": "shift",
+        "data.augment": "affine",
         "data.batch_size": 16,
         "data.eval_batch_size": 8,
         "optim.steps": 4,

@@ -1,0 +1,68 @@
+"""The README's Python runs as it stands, and its shell commands are those of .ci/run."""
+
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import surm_jax
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+class Model(nnx.Module):
+    """What the README says of the user's model."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.attention(x))
+
+
+def code(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_three_lines_and_what_follows_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {"surm_jax": surm_jax, "nnx": nnx, "model": Model(nnx.Rngs(0)), "base_model": Model(nnx.Rngs(0))}
+    first, second = code("python")
+    assert len(first.splitlines()) == 3
+    exec(first, names)
+    trained = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(names["trainable"])]
+    assert trained == [
+        "attention/query/delta/r1", "attention/query/delta/r2", "attention/value/delta/r1",
+        "attention/value/delta/r2", "head/bias", "head/kernel",
+    ]  # fmt: skip
+    exec(second, names)
+    assert "attention/query" in capsys.readouterr().out
+    x = jnp.ones((1, 4, 8))
+    np.testing.assert_allclose(names["plain"](x), names["base_model"](x), rtol=1e-5)
+
+
+def test_the_commands_are_those_of_ci():
+    ci = (ROOT / ".ci" / "run").read_text()
+    for command in ("pip install -r requirements.txt", "python launch.py", "python -m pytest"):
+        assert any(command in block for block in code("sh")) and command in ci
+
+
+@pytest.mark.parametrize("name", ["test", "peers"])
+def test_extras_are_the_requirements_files(name):
+    import tomllib
+
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][name]
+    lines = (ROOT / f"requirements-{name}.txt").read_text().splitlines()
+    assert extra == [line for line in lines if line and not line.startswith(("#", "-r"))]
+
+
+@pytest.mark.parametrize("path", re.findall(r"\((?!http)([^)\s]+\.\w+)\)|`(\w+(?:/\w+)*/|launch\.py)`", README))
+def test_what_the_readme_points_at_is_there(path):
+    name = path[0] or path[1]
+    if name not in ("adapter/", "tensorboard/", "checkpoints/"):
+        assert (ROOT / name).exists()

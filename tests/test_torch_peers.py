@@ -1,0 +1,272 @@
+"""The numbers of the PyTorch libraries that people come from: peft's C3A and LoRA, transformers' ViT, a training step.
+
+Skipped where these are not installed; `requirements-peers.txt` names them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from surm_jax.models import ViT, ViTConfig
+from surm_jax.models.vit import TARGETS, Block
+from surm_jax.peft import AdapterParam, CirculantUpdate, LoRA, Rule, adapt, merge
+from surm_jax.training.config import GroupConfig, OptimConfig
+from surm_jax.training.mesh import make_mesh, put_batch, replicated
+from surm_jax.training.optimizer import make_optimizer
+from surm_jax.training.partition import partition
+from surm_jax.training.step import init_state, make_train_step
+from tests.peft.cases import materialize, parameters, perturb, relative_error
+
+REASON = "compares with a PyTorch library: pip install -r requirements-peers.txt"
+torch = pytest.importorskip("torch", reason=REASON)
+transformers = pytest.importorskip("transformers", reason=REASON)
+peft = pytest.importorskip("peft", reason=REASON)
+
+# No two axes of a stored array have the same size, but for the sides of a patch.
+GEOMETRY = {"image_size": 8, "patch_size": 4, "channels": 2, "width": 12, "depth": 2, "heads": 3, "mlp_width": 20}
+CLASSES = 7
+
+# Our modules, and the names that checkpoints on the Hub (google/vit-base-patch16-224) have for them. Between 5.0 and
+# 5.24 transformers renamed its own modules; `from_pretrained` of both reads these.
+HUB_MODULES = {
+    "patch_embed": "vit.embeddings.patch_embeddings.projection",
+    "norm": "vit.layernorm",
+    "head": "classifier",
+}
+HUB_BLOCK = {
+    "norm1": "layernorm_before",
+    "attention/query": "attention.attention.query",
+    "attention/key": "attention.attention.key",
+    "attention/value": "attention.attention.value",
+    "attention/out": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp/up": "intermediate.dense",
+    "mlp/down": "output.dense",
+}
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def tensor(array):
+    return torch.tensor(np.array(array))
+
+
+def array(tensor):
+    return tensor.detach().numpy()
+
+
+def torch_weight(path, kernel):
+    """A kernel of ours as a weight of torch: (out, in), and (out, channels, height, width) for the patches."""
+    if path == "patch_embed":
+        return kernel.transpose(3, 2, 0, 1)
+    inputs = kernel.shape[:-1] if path.endswith("/out") else kernel.shape[:1]
+    return kernel.reshape(np.prod(inputs), -1).T
+
+
+def hub_vit(model):
+    """The ViT of transformers with the weights of ours; updates are left out."""
+    config = transformers.ViTConfig(
+        image_size=model.config.image_size,
+        patch_size=model.config.patch_size,
+        num_channels=model.config.channels,
+        hidden_size=model.config.width,
+        num_hidden_layers=model.config.depth,
+        num_attention_heads=model.config.heads,
+        intermediate_size=model.config.mlp_width,
+        num_labels=model.config.num_classes,
+        hidden_act="gelu_pytorch_tanh",
+        layer_norm_eps=1e-6,
+    )
+    names = dict(HUB_MODULES)
+    for index in range(model.config.depth):
+        names.update({f"blocks/{index}/{ours}": f"vit.encoder.layer.{index}.{hub}" for ours, hub in HUB_BLOCK.items()})
+    ours = parameters(model)
+    weights = {
+        "vit.embeddings.cls_token": ours["cls_token"],
+        "vit.embeddings.position_embeddings": ours["position_embed"],
+    }
+    for path, name in names.items():
+        weights[f"{name}.bias"] = ours[f"{path}/bias"].reshape(-1)
+        kernel = f"{path}/kernel"
+        weights[f"{name}.weight"] = torch_weight(path, ours[kernel]) if kernel in ours else ours[f"{path}/scale"]
+    theirs, info = transformers.ViTForImageClassification.from_pretrained(
+        None,
+        config=config,
+        state_dict={name: tensor(weight) for name, weight in weights.items()},
+        output_loading_info=True,
+    )
+    assert not any(info.values()), info
+    return theirs
+
+
+def adapted_linear(inputs, outputs, update, config):
+    """Our linear layer with an update away from its start; torch's with the same weights and peft's update."""
+    base = materialize(lambda: nnx.Linear(inputs, outputs, rngs=nnx.Rngs(0)))
+    model = perturb(*adapt(base, [Rule("", update)], rngs=nnx.Rngs(1)))
+    linear = torch.nn.Linear(inputs, outputs)
+    linear.load_state_dict({"weight": tensor(base.kernel[...].T), "bias": tensor(base.bias[...])})
+    return model, peft.get_peft_model(torch.nn.Sequential(linear), config)
+
+
+def assert_same_layer(model, peer, x, dy):
+    """Compares outputs, merged kernels, and the gradients of `sum(dy * y)` by x.
+
+    Returns our gradients by the update's arrays; those of peft are in its parameters afterwards.
+    """
+    graphdef, arrays, frozen = nnx.split(model, AdapterParam, ...)
+
+    def product(arrays, x):
+        y = nnx.merge(graphdef, arrays, frozen)(x)
+        return (y * dy).sum(), y
+
+    (by_arrays, by_x), y = jax.jit(jax.grad(product, argnums=(0, 1), has_aux=True))(arrays, jnp.asarray(x))
+    peer_x, layer = tensor(x).requires_grad_(), peer.base_model.model[0]
+    peer_y = peer(peer_x.detach())
+    peer_y.backward(tensor(dy))
+    assert relative_error(y, array(peer_y)) <= 1e-5
+    layer.merge()
+    assert relative_error(merge(model)[0].kernel[...], array(layer.base_layer.weight).T) <= 1e-6
+    # Through the merged layer: what C3A's own backward returns for x is not the gradient of its forward. In peft 0.18.0
+    # and 0.21.2 it has w[a + i] where w[a - i] belongs, and `torch.autograd.gradcheck` fails.
+    peer(peer_x).backward(tensor(dy))
+    assert relative_error(by_x, array(peer_x.grad)) <= 1e-5
+    return {path[-1]: variable[...] for path, variable in nnx.to_flat_state(by_arrays)}
+
+
+@pytest.mark.parametrize("size", [8, 15])
+def test_our_circulant_is_c3a_of_one_block(size):
+    """C3A adds `y[i] = sum_a x[a] w[(a - i) mod n] / n`, ours `alpha * sum_a x[a] c[(i - a) mod n]`, c = r1 * r2.
+
+    So that `w[k] = n * alpha * c[-k mod n]`: C3A's kernel is ours read backwards, and n times as large.
+    """
+    alpha = 0.7
+    config = peft.C3AConfig(block_size=size, target_modules=["0"])
+    model, peer = adapted_linear(size, size, CirculantUpdate(alpha=alpha), config)
+    r1, r2 = model.delta.r1[...], model.delta.r2[...]
+    backwards = -np.arange(size) % size
+    kernel = peer.base_model.model[0].c3a_kernel["default"]
+    kernel.data[0, 0] = tensor(size * alpha * (r1 * r2)[backwards])
+
+    gradients = assert_same_layer(model, peer, normal(0, 2, 3, size), normal(1, 2, 3, size))
+    by_c = size * alpha * array(kernel.grad)[0, 0][backwards]
+    assert relative_error(gradients["r1"], by_c * r2) <= 1e-5
+    assert relative_error(gradients["r2"], by_c * r1) <= 1e-5
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(10, 6), (6, 10)])
+def test_our_lora_is_that_of_peft(inputs, outputs):
+    config = peft.LoraConfig(r=3, lora_alpha=2, target_modules=["0"])
+    model, peer = adapted_linear(inputs, outputs, LoRA(rank=3, alpha=2.0), config)
+    lora_A, lora_B = (getattr(peer.base_model.model[0], name)["default"].weight for name in ("lora_A", "lora_B"))
+    lora_A.data, lora_B.data = tensor(model.delta.B[...].T), tensor(model.delta.A[...])
+
+    gradients = assert_same_layer(model, peer, normal(0, 2, 3, inputs), normal(1, 2, 3, outputs))
+    assert relative_error(gradients["B"], array(lora_A.grad).T) <= 1e-5
+    assert relative_error(gradients["A"], array(lora_B.grad)) <= 1e-5
+
+
+def random_vit():
+    """What is added to the residual stream is small in it, so that the epsilon of the norms shows."""
+    model = materialize(lambda: ViT(ViTConfig(**GEOMETRY, num_classes=CLASSES), rngs=nnx.Rngs(0)))
+    layers = [model.patch_embed, *(layer for block in model.blocks for layer in (block.attention.out, block.mlp.down))]
+    added = [model.cls_token, model.position_embed, *(v for layer in layers for v in (layer.kernel, layer.bias))]
+    for variable in added:
+        variable[...] = 0.1 * variable[...]
+    return model
+
+
+def test_our_vit_is_that_of_transformers(monkeypatch):
+    model, images, by_logits = random_vit(), normal(0, 6, 8, 8, 2), normal(1, 6, CLASSES)
+    pixels = tensor(images.transpose(0, 3, 1, 2)).requires_grad_()
+    peer = hub_vit(model)(pixels, output_hidden_states=True)
+    peer.logits.backward(tensor(by_logits))
+
+    call = Block.__call__
+
+    def product(images):
+        hidden = []
+        monkeypatch.setattr(Block, "__call__", lambda self, x, key: hidden.append(call(self, x, key)) or hidden[-1])
+        logits = model(images)
+        return (logits * by_logits).sum(), (logits, hidden)
+
+    by_images, (logits, hidden) = jax.jit(jax.grad(product, has_aux=True))(jnp.asarray(images))
+    assert relative_error(logits, array(peer.logits)) <= 1e-5
+    # Theirs begin with what the first block reads.
+    for ours, theirs in zip(hidden, peer.hidden_states[1:], strict=True):
+        assert relative_error(ours, array(theirs)) <= 1e-5
+    assert relative_error(by_images, array(pixels.grad).transpose(0, 2, 3, 1)) <= 1e-4
+
+
+STEPS, SMOOTHING, CLIP = 5, 0.1, 0.6
+ADAPTER = {"learning_rate": 0.03, "weight_decay": 0.1}
+HEAD = {"learning_rate": 0.01, "weight_decay": 0.5}
+BATCHES = [
+    {"image": normal(step, 6, 8, 8, 2), "label": np.arange(step, step + 6, dtype=np.int32) % CLASSES}
+    for step in range(STEPS)
+]
+
+
+def train(model, adapter):
+    """Returns loss and gradient norm of every step, and the trained arrays after the last."""
+    config = OptimConfig(steps=STEPS, decay="constant", clip_norm=CLIP)
+    groups = {"adapter": GroupConfig(pattern=".*/delta/.*", **ADAPTER), "head": GroupConfig(pattern="head/.*", **HEAD)}
+    config = dataclasses.replace(config, groups=dataclasses.replace(config.groups, **groups))
+    parts, trained, frozen = partition(model, adapter)
+    optimizer, mesh = make_optimizer(config, "lora", trained), make_mesh(1, {})
+    step = make_train_step(parts, optimizer, mesh, seed=0, label_smoothing=SMOOTHING)
+    curve = []
+    with jax.set_mesh(mesh):
+        state, frozen = init_state(trained, optimizer, mesh), jax.device_put(frozen, replicated(mesh))
+        for batch in BATCHES:
+            state, metrics = step(state, frozen, put_batch(batch, mesh))
+            curve.append([float(metrics["train_loss"]), float(metrics["gradient_norm"])])
+    return np.array(curve), state.trained
+
+
+def train_peer(peer, adapter, head):
+    """The same for torch, with what is trained given in two lists."""
+    settings = [{"lr": group["learning_rate"], "weight_decay": group["weight_decay"]} for group in (ADAPTER, HEAD)]
+    optimizer = torch.optim.AdamW([{"params": adapter, **settings[0]}, {"params": head, **settings[1]}])
+    curve = []
+    for batch in BATCHES:
+        logits = peer(tensor(batch["image"].transpose(0, 3, 1, 2))).logits
+        loss = torch.nn.functional.cross_entropy(logits, tensor(batch["label"]).long(), label_smoothing=SMOOTHING)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_([*adapter, *head], CLIP)
+        optimizer.step()
+        curve.append([loss.item(), norm.item()])
+    return np.array(curve)
+
+
+def test_our_training_is_that_of_torch():
+    model, adapter = adapt(random_vit(), [Rule(TARGETS["qkv"], LoRA())], train=["head/.*"], rngs=nnx.Rngs(1))
+    model = perturb(model, adapter)
+    base = hub_vit(model)
+    config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=r".*\.(query|key|value|[qkv]_proj)")
+    peer = peft.get_peft_model(base, config)
+    head = [base.classifier.weight.requires_grad_(), base.classifier.bias.requires_grad_()]
+    paths = [f"blocks/{index}/attention/{name}/delta" for index in range(2) for name in ("query", "key", "value")]
+    layers = [module for module in peer.modules() if hasattr(module, "lora_A")]
+    ours, factors = parameters(model), {}
+    for path, layer in zip(paths, layers, strict=True):
+        factors[f"{path}/B"], factors[f"{path}/A"] = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        factors[f"{path}/B"].data, factors[f"{path}/A"].data = tensor(ours[f"{path}/B"].T), tensor(ours[f"{path}/A"])
+
+    peer_curve = train_peer(peer, list(factors.values()), head)
+    curve, trained = train(model, adapter)
+    # Some gradients are clipped, and the losses move by far more than they may differ.
+    assert (curve[:, 1] > CLIP).any()
+    assert np.ptp(curve[:, 0]) > 0.1
+    np.testing.assert_allclose(curve, peer_curve, rtol=1e-4)
+    factors = {path: array(factor).T if path.endswith("B") else array(factor) for path, factor in factors.items()}
+    factors.update({"head/kernel": array(head[0]).T, "head/bias": array(head[1])})
+    assert trained.keys() == factors.keys()
+    for path, factor in factors.items():
+        assert relative_error(trained[path], factor) <= 1e-4, path
