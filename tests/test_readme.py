@@ -46,6 +46,11 @@ def test_the_three_lines_and_what_follows_them(tmp_path, monkeypatch, capsys):
     np.testing.assert_allclose(names["plain"](x), names["base_model"](x), rtol=1e-5)
 
 
+def test_its_numbers_are_those_that_were_measured():
+    assert (ROOT / "experiments" / "results" / "digits_methods.md").read_text() in README
+    assert not re.search("@[A-Z]+@", README)
+
+
 def test_the_commands_are_those_of_ci():
     ci = (ROOT / ".ci" / "run").read_text()
     for command in ("pip install -r requirements.txt", "python launch.py", "python -m pytest"):

@@ -1,7 +1,11 @@
+import numpy as np
 import pytest
+from flax import nnx
 
+from surm_jax import data
 from surm_jax.errors import UserError
-from surm_jax.pretrained import AUGREG_URLS, locate
+from surm_jax.models import ViT, ViTConfig
+from surm_jax.pretrained import AUGREG_URLS, load, locate
 from surm_jax.pretrained.download import cache_path
 
 
@@ -54,3 +58,14 @@ def test_misspelt_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="did you mean 'augreg'"):
         locate("augregg", "B/16")
+
+
+def test_the_shipped_weights_are_small_and_know_the_digits_that_they_were_pretrained_on():
+    path = locate("digits", "digits")
+    assert path.stat().st_size <= 1_000_000
+    config = ViTConfig.from_variant("digits", num_classes=20)
+    model = load(lambda: ViT(config, rngs=nnx.Rngs(0)), path, fresh=())
+    (batch,) = data.eval_batches(data.load("digits_0to4").test, batch_size=304, image_size=8)
+    # The classes are digit + 5 * quarter turns; these images are upright.
+    right = np.asarray(model(batch["image"]))[:, :5].argmax(-1) == batch["label"]
+    assert right[batch["mask"]].mean() > 0.95
