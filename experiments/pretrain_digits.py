@@ -42,7 +42,7 @@ def make_data(path: Path) -> None:
     )
 
 
-def main() -> None:
+def main(steps: int = 3000) -> None:
     """Makes the data, trains, and writes the weights."""
     images = WORKDIR.with_suffix(".npz")
     make_data(images)
@@ -50,12 +50,12 @@ def main() -> None:
     config.model.checkpoint = "none"
     config.data.name = str(images)
     config.peft.method = "full"
-    config.optim.steps = 3000
+    config.optim.steps = steps
     config.optim.learning_rate.full = 2e-3
     config.optim.groups.rest.weight_decay = 0.05
     config.log.evaluate_every = 1000
     train_run(parse(config), WORKDIR)
-    (path,) = merge_run(WORKDIR)
+    (path,) = merge_run(WORKDIR, {})
     path.replace(DIGITS_WEIGHTS)
     print(f"moved to {DIGITS_WEIGHTS} ({DIGITS_WEIGHTS.stat().st_size:,} bytes)")
 
