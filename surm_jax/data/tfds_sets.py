@@ -153,7 +153,7 @@ def _prepared(folder: Path) -> dict[str, list[str]]:
 
 def _how_to_prepare(name: str, folder: Path) -> str:
     return (
-        "Prepare it once, with TensorFlow: pip install 'surm_jax[tfds]' && "
+        "Prepare it once, with TensorFlow: pip install '.[tfds]' && "
         f"tfds build {name} --file_format=array_record --data_dir={folder}"
     )
 

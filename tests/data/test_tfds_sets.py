@@ -184,7 +184,7 @@ def test_an_unprepared_set_says_where_it_looked_and_how_to_prepare(prepare, tmp_
         load("cifar100", tmp_path)
     message = str(error.value)
     assert f"not prepared in {tmp_path} (it holds shapes:1.0.0)" in message
-    assert "pip install 'surm_jax[tfds]'" in message
+    assert "pip install '.[tfds]'" in message
     assert f"tfds build cifar100 --file_format=array_record --data_dir={tmp_path}" in message
 
 
