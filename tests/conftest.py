@@ -2,6 +2,7 @@
 
 import os
 import socket
+import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -10,6 +11,11 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Most of the suite's time is compilation, and many tests compile the same small programs: each of them once a run.
+_COMPILED = tempfile.TemporaryDirectory(prefix="surm_jax-compiled-")
+jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
