@@ -8,7 +8,7 @@ import scipy.linalg
 
 from surm_jax.errors import UserError
 from surm_jax.structured import Circulant, CirculantPair
-from tests.structured.cases import StructuredMatrixContract, assert_close
+from tests.structured.cases import ProjectionContract, assert_close
 
 
 def paper_circulant(c: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -16,14 +16,14 @@ def paper_circulant(c: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return scipy.linalg.circulant(c).T[: shape[0], : shape[1]]
 
 
-class TestCirculant(StructuredMatrixContract):
+class TestCirculant(ProjectionContract):
     family = Circulant
 
     def dense(self, arrays, shape):
         return paper_circulant(arrays["c"], shape)
 
 
-class TestCirculantPair(StructuredMatrixContract):
+class TestCirculantPair(ProjectionContract):
     family = CirculantPair
 
     def dense(self, arrays, shape):

@@ -7,10 +7,10 @@ import pytest
 
 from surm_jax.errors import UserError
 from surm_jax.structured import LowRank
-from tests.structured.cases import StructuredMatrixContract, assert_close
+from tests.structured.cases import ProjectionContract, assert_close
 
 
-class TestLowRank(StructuredMatrixContract):
+class TestLowRank(ProjectionContract):
     family = LowRank
 
     def options(self, shape):
