@@ -7,12 +7,15 @@ attributes.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from surm_jax.peft.layers import matrix_view
-from surm_jax.structured import StructuredMatrix
+from surm_jax.structured import Scaled, StructuredMatrix, check_execution, updated_matmul
 
 
 class AdapterParam(nnx.Param):
@@ -25,10 +28,13 @@ class Delta(nnx.Module):
     Args:
       matrix: the update dW, of shape (in_features, out_features).
       factor: the number it is multiplied with.
+      execution: how the product is computed, one of `surm_jax.structured.EXECUTIONS`.
     """
 
-    def __init__(self, matrix: StructuredMatrix, factor: float):
+    def __init__(self, matrix: StructuredMatrix, factor: float, execution: str = "auto"):
+        check_execution(execution)
         arrays = matrix.arrays()
+        self.execution = execution
         self.factor = factor
         self.names = tuple(arrays)
         # The matrix with nothing in it: its family and its static sizes.
@@ -44,18 +50,45 @@ class Delta(nnx.Module):
 class Adapted(nnx.Module):
     """What an adapted linear layer gains. Mixed into its class by `attach`, taken out again by `detach`.
 
-    In a subclass of `nnx.Linear` with its own `__call__` it comes between the two: what the subclass does around
-    `super().__call__`, such as an activation, applies to the updated product, as it will once the update is merged.
+    The update is added where a linear layer multiplies with its kernel: in its `dot_general`, the place that Flax keeps
+    open for other products. What the layer does before and after it, such as the bias, or the activation of a subclass
+    around `super().__call__`, is as it will be once the update is merged.
     """
 
     delta: Delta
 
-    def __call__(self, inputs: Float[Array, "..."], *args, **kwargs) -> Float[Array, "..."]:
-        """Computes the base layer's output plus the update's, in the base output's dtype."""
-        view = matrix_view(self, type(self).__name__)
-        y = super().__call__(inputs, *args, **kwargs)
-        update = self.delta.factor * self.delta.matrix().apply(view.vectors(inputs))
-        return y + view.outputs(update).astype(y.dtype)
+    @property
+    def dot_general(self) -> Callable[..., Array]:
+        """The layer's product, with the update beside the kernel."""
+        return functools.partial(_updated_dot_general, self)
+
+    @dot_general.setter
+    def dot_general(self, base: Callable[..., Array] | None) -> None:
+        vars(self)["dot_general"] = base
+
+    @property
+    def dot_general_cls(self) -> None:
+        """Hides that of `nnx.LinearGeneral`, which would be used instead of `dot_general`."""
+
+    @dot_general_cls.setter
+    def dot_general_cls(self, base: Callable[[], Callable[..., Array]] | None) -> None:
+        vars(self)["dot_general_cls"] = base
+
+
+def _updated_dot_general(layer: Adapted, inputs: Array, kernel: Array, _dimensions: Any, **options: Any) -> Array:
+    """`inputs` times `kernel + factor * dW`, where the layer would multiply `inputs` with `kernel` alone."""
+    own = vars(layer)
+    base = own["dot_general_cls"]() if own.get("dot_general_cls") else own["dot_general"] or jax.lax.dot_general
+    out_sharding = options.pop("out_sharding", None)
+    view, delta = matrix_view(layer, type(layer).__name__), layer.delta
+
+    def dot(x: Float[Array, "*batch in"], kernel: Float[Array, "in out"]) -> Float[Array, "*batch out"]:
+        return base(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options)
+
+    update = Scaled(delta.matrix(), delta.factor)
+    x, kernel = view.vectors(inputs), kernel.reshape(view.shape)
+    y = view.outputs(updated_matmul(x, kernel, update, execution=delta.execution, dot=dot))
+    return y if out_sharding is None else jax.reshard(y, out_sharding)
 
 
 @functools.cache

@@ -78,7 +78,9 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
     return len(payload) + len(text)
 
 
-def load_adapter(folder: str | os.PathLike, model: nnx.Module) -> tuple[nnx.Module, Adapter]:
+def load_adapter(
+    folder: str | os.PathLike, model: nnx.Module, *, execution: str = "auto"
+) -> tuple[nnx.Module, Adapter]:
     """Returns a base model with an adapter from a folder, and the adapter's recipe.
 
     `model` itself stays as it is. What the folder does not hold comes from `model`, and must be what the adapter was
@@ -87,6 +89,7 @@ def load_adapter(folder: str | os.PathLike, model: nnx.Module) -> tuple[nnx.Modu
     Args:
       folder: what `save_adapter` wrote.
       model: the base model, with a head of the adapter's shape.
+      execution: how the updates are computed, as in `adapt`.
 
     Raises:
       UserError: naming what is missing, damaged, of another shape, or of another base.
@@ -98,7 +101,7 @@ def load_adapter(folder: str | os.PathLike, model: nnx.Module) -> tuple[nnx.Modu
     for path, layer, rule in matched_layers(model, adapter.rules):
         shape = matrix_view(layer, path).shape
         template = jax.eval_shape(lambda rule=rule, shape=shape: rule.update.init(jax.random.key(0), shape).fused())
-        attach(layer, Delta(_fill(template, f"{path}/delta", tensors, folder), rule.update.factor))
+        attach(layer, Delta(_fill(template, f"{path}/delta", tensors, folder), rule.update.factor, execution))
     parameters = base_parameters(model)
     trained = [path for pattern in adapter.train for path in require_match(pattern, list(parameters), "parameter")]
     for path in dict.fromkeys(trained):

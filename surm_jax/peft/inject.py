@@ -15,7 +15,7 @@ from surm_jax.peft.layers import check_call, is_linear, matrix_view
 
 
 def adapt(
-    model: nnx.Module, rules: Sequence[Rule], *, train: Sequence[str] = (), rngs: nnx.Rngs
+    model: nnx.Module, rules: Sequence[Rule], *, train: Sequence[str] = (), execution: str = "auto", rngs: nnx.Rngs
 ) -> tuple[nnx.Module, Adapter]:
     """Returns a model with updates that start at zero, so that it computes what `model` computes.
 
@@ -33,6 +33,8 @@ def adapt(
       model: any NNX model, abstract ones included.
       rules: which linear layers get which update; the first that matches a layer counts.
       train: patterns of the paths of parameters that are trained besides the updates.
+      execution: how the updates are computed: `auto`, `fft`, `dense` or `fused` (`surm_jax.structured.execution`);
+        all give the same to rounding.
       rngs: the stream `params` draws the random factors.
 
     Returns:
@@ -51,7 +53,7 @@ def adapt(
             matrix = rule.update.init(rngs.params(), shape)
         except UserError as error:
             raise UserError(f"{path} cannot be adapted: {error}") from None
-        attach(layer, Delta(matrix, rule.update.factor))
+        attach(layer, Delta(matrix, rule.update.factor, execution))
     base = list(base_parameters(model))
     for pattern in adapter.train:
         require_match(pattern, base, "parameter")

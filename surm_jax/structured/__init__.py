@@ -8,21 +8,65 @@ CirculantPair(r1=float32[768], r2=float32[768], shape=(768, 768))
 (1536, 768)
 """
 
-from surm_jax.structured.base import FAMILIES, StructuredMatrix, compute_dtype, family, static
+from surm_jax.structured.algebra import Product, Scaled, Sum
+from surm_jax.structured.approximation import Approximation, approximations
+from surm_jax.structured.base import FAMILIES, Family, StructuredMatrix, compute_dtype, family, static
+from surm_jax.structured.block_circulant import BlockCirculant
 from surm_jax.structured.circulant import Circulant, CirculantPair
-from surm_jax.structured.fourier import BATCH_AXES, batch_local, circular_convolve
+from surm_jax.structured.diagnostics import (
+    condition_number,
+    displacement_rank,
+    log_determinant,
+    numerical_rank,
+    singular_values,
+)
+from surm_jax.structured.execution import EXECUTIONS, check_execution, updated_matmul
+from surm_jax.structured.f_circulant import FCirculant, SkewCirculant
+from surm_jax.structured.fit import refine
+from surm_jax.structured.fourier import BATCH_AXES, batch_local, circular_convolve, fast_length, skew_convolve
+from surm_jax.structured.kronecker import Kronecker, near_square_factors
+from surm_jax.structured.low_displacement import LowDisplacementRank
 from surm_jax.structured.low_rank import LowRank
+from surm_jax.structured.toeplitz import SymmetricToeplitz, Toeplitz
+from surm_jax.structured.toeplitz_pair import SymmetricToeplitzPair, ToeplitzPair
 
 __all__ = [
     "BATCH_AXES",
+    "EXECUTIONS",
     "FAMILIES",
+    "Approximation",
+    "BlockCirculant",
     "Circulant",
     "CirculantPair",
+    "FCirculant",
+    "Family",
+    "Kronecker",
+    "LowDisplacementRank",
     "LowRank",
+    "Product",
+    "Scaled",
+    "SkewCirculant",
     "StructuredMatrix",
+    "Sum",
+    "SymmetricToeplitz",
+    "SymmetricToeplitzPair",
+    "Toeplitz",
+    "ToeplitzPair",
+    "approximations",
     "batch_local",
+    "check_execution",
     "circular_convolve",
     "compute_dtype",
+    "condition_number",
+    "displacement_rank",
     "family",
+    "fast_length",
+    "log_determinant",
+    "near_square_factors",
+    "numerical_rank",
+    "refine",
+    "singular_values",
+    "skew_convolve",
     "static",
+    "updated_matmul",
 ]

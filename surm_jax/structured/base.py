@@ -5,8 +5,10 @@ out_features)`. The paper (SURM, arXiv 2406.17740) writes `W x` with `W` of shap
 transpose of its `W`; each family says in its docstring where the transpose went.
 
 A new family is one file: a subclass of `StructuredMatrix` under the `family` decorator. It names its array leaves as
-the paper does and fills `init`, `nearest`, `T`, `_apply` and `_dense`; everything that is common to all families
-(argument checks, precision, pytree registration, access to the leaves by name) is here.
+the paper does and fills `T`, `_apply` and `_dense`, which every matrix has, and the class methods `init` and `nearest`,
+which only a family has (`Family`). Sums, products and scalings (`surm_jax.structured.algebra`) are matrices without
+being families. Everything that is common to all of them (argument checks, precision, pytree registration, access to
+the leaves by name) is here.
 """
 
 import abc
@@ -14,7 +16,8 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+from types import ModuleType
+from typing import Any, ClassVar, Protocol, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +25,49 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.errors import UserError, did_you_mean
 
-FAMILIES: dict[str, type["StructuredMatrix"]] = {}
-"""Every family by its registered name. The test suite fails when one of them has no test case."""
+Matrix = TypeVar("Matrix", bound="StructuredMatrix")
 
-Family = TypeVar("Family", bound="type[StructuredMatrix]")
+
+class Family(Protocol):
+    """What the class of a family offers besides the methods of its matrices: a start and a projection.
+
+    Attributes:
+        name: The registered name.
+    """
+
+    __name__: str
+    name: str
+
+    def init(
+        self, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32, **options: Any
+    ) -> "StructuredMatrix":
+        """A zero matrix that can learn: a family with several factors draws one of them and sets the others to zero.
+
+        Args:
+            key: Source of the random factor.
+            shape: `(in_features, out_features)`.
+            scale: Standard deviation of the random factor. The speed of the first steps goes with its square.
+            dtype: Type of the parameters.
+            **options: What the family needs besides, such as a rank.
+
+        Raises:
+            UserError: The shape or an option is not possible.
+        """
+
+    def nearest(self, dense: Float[Array, "in out"], **options: Any) -> "StructuredMatrix":
+        """The member of the family nearest to `dense` in the Frobenius norm.
+
+        Args:
+            dense: The target. Calculated in, and returned as, at least float32.
+            **options: What the family needs besides, such as a rank.
+
+        Raises:
+            UserError: The target is not a floating-point matrix, or an option is not possible.
+        """
+
+
+FAMILIES: dict[str, Family] = {}
+"""Every family by its registered name. The test suite fails when one of them has no test case."""
 
 
 def static() -> Any:
@@ -34,7 +76,36 @@ def static() -> Any:
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))
-def family(name: str) -> Callable[[Family], Family]:
+def matrix_pytree(cls: type[Matrix]) -> type[Matrix]:
+    """Makes a subclass of `StructuredMatrix` a frozen dataclass and a pytree.
+
+    Fields declared with `static()` become structure, all others its children, in the order of their declaration.
+    """
+    cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    fields = dataclasses.fields(cls)
+    cls._size_names = tuple(f.name for f in fields if f.metadata.get("static"))
+    cls._leaf_names = tuple(f.name for f in fields if not f.metadata.get("static"))
+
+    def flatten(matrix: Matrix) -> tuple[list[Any], tuple[Any, ...]]:
+        return list(matrix._children().values()), matrix._sizes()
+
+    def flatten_with_keys(matrix: Matrix) -> tuple[list[Any], tuple[Any, ...]]:
+        return [(jax.tree_util.GetAttrKey(name), c) for name, c in matrix._children().items()], matrix._sizes()
+
+    def unflatten(structure: tuple[Any, ...], children: Sequence[Any]) -> Matrix:
+        # Not through the constructor, as `register_dataclass` would: JAX also builds trees of placeholders and of
+        # leaves with a leading axis (vmap, jacobians), and the constructor's checks would refuse them.
+        matrix = object.__new__(cls)
+        for field, value in zip(cls._leaf_names + cls._size_names, (*children, *structure), strict=True):
+            object.__setattr__(matrix, field, value)
+        return matrix
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static,))
+def family(name: str) -> Callable[[type[Matrix]], type[Matrix]]:
     """Makes a subclass of `StructuredMatrix` a frozen dataclass and a pytree, and registers it as `FAMILIES[name]`.
 
     Fields declared with `static()` become structure, all others array leaves, in the order of their declaration.
@@ -43,37 +114,19 @@ def family(name: str) -> Callable[[Family], Family]:
         name: The family's name in configurations and messages, such as `"circulant"`.
 
     Raises:
-        UserError: The name is taken by another class.
+        UserError: The name is taken by another class, or the class lacks `init` or `nearest`.
     """
 
-    def register(cls: Family) -> Family:
+    def register(cls: type[Matrix]) -> type[Matrix]:
         if name in FAMILIES:
             raise UserError(
                 f"the family name {name!r} is taken by {FAMILIES[name].__name__}; give {cls.__name__} another"
             )
+        for method in ("init", "nearest"):
+            if not hasattr(cls, method):
+                raise UserError(f"{cls.__name__} lacks the class method {method}(), which every family has")
+        cls = matrix_pytree(cls)
         cls.name = name
-        cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
-        fields = dataclasses.fields(cls)
-        sizes = tuple(f.name for f in fields if f.metadata.get("static"))
-        leaves = tuple(f.name for f in fields if not f.metadata.get("static"))
-
-        def flatten(matrix: StructuredMatrix) -> tuple[list[Any], tuple[Any, ...]]:
-            return list(matrix.arrays().values()), matrix._sizes()
-
-        def flatten_with_keys(matrix: StructuredMatrix) -> tuple[list[Any], tuple[Any, ...]]:
-            children, structure = flatten(matrix)
-            return [(jax.tree_util.GetAttrKey(leaf), c) for leaf, c in zip(leaves, children, strict=True)], structure
-
-        def unflatten(structure: tuple[Any, ...], children: Sequence[Any]) -> StructuredMatrix:
-            # Not through the constructor, as `register_dataclass` would: JAX also builds trees of placeholders and of
-            # leaves with a leading axis (vmap, jacobians), and the constructor's checks would refuse them.
-            matrix = object.__new__(cls)
-            for field, value in zip(leaves + sizes, (*children, *structure), strict=True):
-                object.__setattr__(matrix, field, value)
-            return matrix
-
-        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-        cls._leaf_names, cls._size_names = leaves, sizes
         FAMILIES[name] = cls
         return cls
 
@@ -139,51 +192,26 @@ class StructuredMatrix(abc.ABC):
     Precision: parameters keep their own dtype. Products and dense forms are calculated in `compute_dtype`: float32, or
     float64 when an operand has it.
 
+    `A + B`, `A - B`, `A @ B`, `2.0 * A` and `-A` are matrices again, and stay as structured as their parts
+    (`surm_jax.structured.algebra`).
+
     Attributes:
-        name: The registered name of the family.
         shape: `(in_features, out_features)`.
+        lean: Whether what reverse mode keeps of the product is small beside `x`, so that it need not be computed again.
     """
 
-    name: ClassVar[str]
+    # Makes numpy leave `number * matrix` to the matrix, instead of trying it on an array of objects.
+    __array_ufunc__ = None
+
     shape: tuple[int, int]
+    lean: ClassVar[bool] = False
     _leaf_names: ClassVar[tuple[str, ...]]
     _size_names: ClassVar[tuple[str, ...]]
-
-    @classmethod
-    @abc.abstractmethod
-    def init(
-        cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32, **options: Any
-    ) -> Self:
-        """A zero matrix that can learn: a family with several factors draws one of them and sets the others to zero.
-
-        Args:
-            key: Source of the random factor.
-            shape: `(in_features, out_features)`.
-            scale: Standard deviation of the random factor. The speed of the first steps goes with its square.
-            dtype: Type of the parameters.
-            **options: What the family needs besides, such as a rank.
-
-        Raises:
-            UserError: The shape or an option is not possible.
-        """
-
-    @classmethod
-    @abc.abstractmethod
-    def nearest(cls, dense: Float[Array, "in out"], **options: Any) -> Self:
-        """The member of the family nearest to `dense` in the Frobenius norm.
-
-        Args:
-            dense: The target. Calculated in, and returned as, at least float32.
-            **options: What the family needs besides, such as a rank.
-
-        Raises:
-            UserError: The target is not a floating-point matrix, or an option is not possible.
-        """
 
     @property
     @abc.abstractmethod
     def T(self) -> "StructuredMatrix":
-        """The transpose, of shape (out_features, in_features), as a member of the same family."""
+        """The transpose, of shape (out_features, in_features), of the same class."""
 
     @abc.abstractmethod
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -232,7 +260,7 @@ class StructuredMatrix(abc.ABC):
 
     def arrays(self) -> dict[str, Array]:
         """The array leaves by name, in the order of the constructor."""
-        return {name: getattr(self, name) for name in self._leaf_names}
+        return self._children()
 
     def with_arrays(self, **arrays: Array) -> Self:
         """The same structure with other arrays; leaves that are not named stay as they are.
@@ -240,32 +268,67 @@ class StructuredMatrix(abc.ABC):
         With every leaf None it is an empty matrix: hashable structure, to be filled by `with_arrays` later.
 
         Raises:
-            UserError: A name is not one of this family's leaves, or an array has the wrong shape.
+            UserError: A name is not one of this matrix's leaves, or an array has the wrong shape.
         """
+        known = self.arrays()
         for name in arrays:
-            if name not in self._leaf_names:
+            if name not in known:
                 raise UserError(
-                    f"{type(self).__name__} has no array {name!r}{did_you_mean(name, self._leaf_names)}; "
-                    f"its arrays are {', '.join(self._leaf_names)}"
+                    f"{type(self).__name__} has no array {name!r}{did_you_mean(name, known)}; "
+                    f"its arrays are {', '.join(known)}"
                 )
-        return dataclasses.replace(self, **arrays)
+        return self._replace(arrays)
+
+    def __add__(self, other: "StructuredMatrix") -> "StructuredMatrix":
+        """The sum `A + B`, held as its terms."""
+        return _algebra().Sum((self, other)) if isinstance(other, StructuredMatrix) else NotImplemented
+
+    def __sub__(self, other: "StructuredMatrix") -> "StructuredMatrix":
+        """The difference `A - B`, held as its terms."""
+        return self + -other if isinstance(other, StructuredMatrix) else NotImplemented
+
+    def __matmul__(self, other: "StructuredMatrix") -> "StructuredMatrix":
+        """The product `A @ B`, held as its factors."""
+        return _algebra().Product((self, other)) if isinstance(other, StructuredMatrix) else NotImplemented
+
+    def __mul__(self, factor: float | Float[Array, ""]) -> "StructuredMatrix":
+        """The multiple by a number, which is constant, or by an array of shape (), which is one more leaf."""
+        return NotImplemented if isinstance(factor, StructuredMatrix) else _algebra().Scaled(self, factor)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "StructuredMatrix":
+        """The multiple by -1."""
+        return self * -1.0
 
     def __eq__(self, other: object) -> bool:
-        """Same family, same sizes and the very same arrays: values are not compared, so that it is static."""
+        """Same class, same sizes and the very same arrays: values are not compared, so that it is static."""
         if type(self) is not type(other):
             return NotImplemented
         theirs = other.arrays()
-        return self._sizes() == other._sizes() and all(leaf is theirs[name] for name, leaf in self.arrays().items())
+        return self._structure() == other._structure() and all(
+            leaf is theirs[name] for name, leaf in self.arrays().items()
+        )
 
     def __hash__(self) -> int:
-        return hash((type(self), self._sizes()))
+        return hash(self._structure())
 
     def __repr__(self) -> str:
         fields = (f"{f.name}={_describe(getattr(self, f.name))}" for f in dataclasses.fields(self))
         return f"{type(self).__name__}({', '.join(fields)})"
 
+    def _children(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._leaf_names}
+
     def _sizes(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self._size_names)
+
+    def _structure(self) -> tuple[Any, ...]:
+        """All but the arrays, hashable."""
+        return type(self), self._sizes()
+
+    def _replace(self, arrays: dict[str, Array]) -> Self:
+        return dataclasses.replace(self, **arrays)
 
     def _check_leaf(self, name: str, expected: tuple[int, ...]) -> None:
         """Raises `UserError` unless the leaf is a floating-point array of the expected shape, or None."""
@@ -284,6 +347,13 @@ class StructuredMatrix(abc.ABC):
 
     def _astype(self, dtype: DTypeLike) -> Self:
         return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), self)
+
+
+def _algebra() -> ModuleType:
+    # Imported late: the composites that the operators return are themselves subclasses of StructuredMatrix.
+    from surm_jax.structured import algebra
+
+    return algebra
 
 
 def _describe(leaf: Any) -> str:

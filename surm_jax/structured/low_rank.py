@@ -26,6 +26,8 @@ class LowRank(StructuredMatrix):
            [10., 20., 30.]], dtype=float32)
     """
 
+    lean = True
+
     A: Float[Array, "out r"]
     B: Float[Array, "in r"]
 

@@ -17,6 +17,7 @@ from surm_jax.errors import UserError, did_you_mean
 from surm_jax.models import VARIANTS
 from surm_jax.paths import compile_pattern
 from surm_jax.peft import SELECTIONS, UPDATES, Update, make_update
+from surm_jax.structured import EXECUTIONS
 
 METHODS = (*UPDATES, *SELECTIONS)
 DECAYS = ("cosine", "linear", "constant")
@@ -97,6 +98,8 @@ class PeftConfig:
     method: str = "circulant"
     # A preset of the model ("qkv", "qv", "attention", "mlp", "all-linear"), or a regular expression for module paths.
     target: str = "qkv"
+    # How the product with an update is computed: one of EXECUTIONS. All give the same to rounding.
+    execution: str = "auto"
     # Patterns of the paths of parameters that every method trains besides.
     train: tuple[str, ...] = ("head/.*",)
     updates: Mapping[str, Update] = dataclasses.field(
@@ -105,6 +108,7 @@ class PeftConfig:
 
     def __post_init__(self):
         _one_of("peft.method", self.method, METHODS)
+        _one_of("peft.execution", self.execution, EXECUTIONS)
         compile_pattern(self.target)
         for pattern in self.train:
             compile_pattern(pattern)

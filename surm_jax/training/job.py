@@ -111,4 +111,5 @@ def _adapt(model: nnx.Module, peft: PeftConfig, seed: int) -> tuple[nnx.Module, 
     else:
         rules, train = [], (*peft.train, *SELECTIONS[peft.method])
     # Not the stream that drew the model: its first keys would come again.
-    return adapt(model, rules, train=train, rngs=nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1)))
+    rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
+    return adapt(model, rules, train=train, execution=peft.execution, rngs=rngs)

@@ -66,7 +66,7 @@ def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[
     for seed, folder in _seed_folders(config, workdir):
         job = prepare(config, seed)
         with jax.set_mesh(job.mesh):
-            parts, trained, frozen = partition(*load_adapter(folder / "adapter", job.base_model()))
+            parts, trained, frozen = partition(*load_adapter(folder / "adapter", job.base_model(), execution=job.config.peft.execution))
             whole = replicated(job.mesh)
             evaluations[seed] = evaluate(
                 make_eval_step(parts, job.mesh),
@@ -96,7 +96,7 @@ def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
     for seed, folder in _seed_folders(config, workdir):
         job = prepare(config, seed)
         with jax.set_mesh(job.mesh):
-            model, _ = load_adapter(folder / "adapter", job.base_model())
+            model, _ = load_adapter(folder / "adapter", job.base_model(), execution=job.config.peft.execution)
             merged, deviation = merge(model)
             images = next(iter(_test_batches(job)))["image"]
             difference = np.abs(_logits(merged, images) - _logits(model, images)).max()

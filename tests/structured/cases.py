@@ -1,4 +1,8 @@
-"""What every family of structured matrices must satisfy, against a dense matrix that each test file builds."""
+"""What every structured matrix must satisfy, and what every family, against a dense matrix that each file builds.
+
+`MatrixContract` is for any structured matrix, `StructuredMatrixContract` for a family, which has a start and a
+projection besides, and `ProjectionContract` for a family whose projection is the optimum.
+"""
 
 import itertools
 
@@ -8,7 +12,7 @@ import numpy as np
 import pytest
 
 from surm_jax.errors import UserError
-from surm_jax.structured import StructuredMatrix
+from surm_jax.structured import Family, StructuredMatrix
 
 # Relative error of a whole result in the Frobenius norm.
 TOLERANCES = {
@@ -32,37 +36,36 @@ def assert_close(actual, expected, precision: str = "float64") -> None:
     assert error <= TOLERANCES[precision] * size, f"relative error {error / max(size, 1e-300):.2e} in {precision}"
 
 
-class StructuredMatrixContract:
-    """The tests of a family. A subclass names it and gives two hooks: `options` and `dense`."""
+class MatrixContract:
+    """The tests of a kind of matrix. A subclass names its class and gives two hooks: `abstract` and `dense`."""
 
     family: type[StructuredMatrix]
 
-    def options(self, shape: tuple[int, int]) -> dict[str, int]:
-        """What `init` and `nearest` need besides the shape, such as a rank."""
-        return {}
-
-    def nearest_options(self, shape: tuple[int, int]) -> dict[str, int]:
-        """What `nearest` needs besides the target, where that is something else."""
-        return self.options(shape)
+    def abstract(self, shape: tuple[int, int]) -> StructuredMatrix:
+        """A matrix of this kind with shapes and dtypes in place of arrays, those of float32."""
+        raise NotImplementedError
 
     def dense(self, arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray:
         """The oracle: `M`, (in, out), from the leaves, by numpy or scipy and never by the code under test."""
         raise NotImplementedError
 
+    def path(self, name: str) -> str:
+        """Where an array of this name is in the tree."""
+        return f".{name}"
+
+    def field(self, name: str) -> str:
+        """What the matrix that holds an array of this name calls it."""
+        return name
+
     # Helpers
 
     def create(self, shape, dtype="float64", seed=0) -> tuple[StructuredMatrix, np.ndarray]:
-        """A member whose leaves are all random, and its dense matrix."""
+        """A matrix whose leaves are all random, and its dense form."""
         rng = np.random.default_rng(seed)
         # Nothing is compiled for it: eager operations on many shapes are what makes such a suite slow.
         start = self.abstract(shape)
         leaves = {k: jnp.asarray(rng.normal(size=v.shape).astype(dtype)) for k, v in start.arrays().items()}
         return start.with_arrays(**leaves), self.oracle(leaves, shape)
-
-    def abstract(self, shape) -> StructuredMatrix:
-        """A member with shapes and dtypes in place of arrays."""
-        key = jax.random.key(0)
-        return jax.eval_shape(lambda: self.family.init(key, shape, scale=1.0, **self.options(shape)))
 
     def oracle(self, leaves, shape) -> np.ndarray:
         return self.dense({k: np.asarray(v, np.float64) for k, v in leaves.items()}, shape)
@@ -157,6 +160,15 @@ class StructuredMatrixContract:
         dM = sum(np.einsum("k,kio->io", np.ravel(moves[k]), t) for k, t in self.tangents(matrix).items())
         assert_close(dy, dx @ M + x @ dM)
 
+    def test_export_round_trip(self):
+        pytest.importorskip("flatbuffers", reason="jax writes an exported function with flatbuffers")
+        matrix, M = self.create((5, 3), "float32")
+        x = np.random.default_rng(1).normal(size=(2, 5)).astype(np.float32)
+        apply = jax.jit(lambda leaves, x: matrix.with_arrays(**leaves).apply(x))
+        exported = jax.export.export(apply)(matrix.arrays(), x).serialize()
+        y = jax.export.deserialize(exported).call(matrix.arrays(), x)
+        assert_close(y, np.asarray(x, np.float64) @ M, "float32")
+
     @pytest.mark.usefixtures("x64")
     @pytest.mark.parametrize("shape", [(7, 7), (5, 12)], ids=str)
     def test_vmap_over_inputs_and_over_matrices(self, shape):
@@ -170,40 +182,6 @@ class StructuredMatrixContract:
             jax.jit(jax.vmap(apply))(stack, x), np.stack([x @ M for x, (_, M) in zip(x, matrices, strict=True)])
         )
         assert_close(jax.jit(jax.vmap(lambda m: m.T.to_dense()))(stack), np.stack([M.T for _, M in matrices]))
-
-    # Start and projection
-
-    @pytest.mark.parametrize("shape", [(1, 1), (7, 7), (2, 3), (12, 5)], ids=str)
-    def test_init_is_zero_and_can_learn(self, shape):
-        def start(key, x):
-            matrix = self.family.init(key, shape, scale=1.0, **self.options(shape))
-            return matrix, matrix.to_dense(), jax.grad(lambda m: jnp.sum(m.apply(x)))(matrix)
-
-        matrix, dense, grad = jax.jit(start)(jax.random.key(0), jnp.arange(1.0, shape[0] + 1))
-        assert matrix.shape == shape
-        assert all(leaf.dtype == jnp.float32 for leaf in matrix.arrays().values())
-        assert not np.any(dense)
-        assert any(np.any(leaf) for leaf in jax.tree.leaves(grad))
-
-    def test_init_follows_its_key_scale_and_dtype(self):
-        def init(seed, scale, dtype="float32"):
-            matrix = self.family.init(
-                jax.random.key(seed), (400, 300), scale=scale, dtype=dtype, **self.options((9, 9))
-            )
-            return matrix.arrays()
-
-        small, half, other = init(0, 0.02), init(0, 1.0, "bfloat16"), init(1, 1.0)
-        for name, leaf in init(0, 1.0).items():
-            assert half[name].dtype == jnp.bfloat16
-            np.testing.assert_allclose(small[name], 0.02 * np.asarray(leaf), rtol=1e-6)
-            if np.any(leaf):
-                assert not np.array_equal(leaf, other[name])
-                assert abs(np.std(leaf) - 1) < 0.15
-
-    def test_nearest_of_a_half_precision_matrix_is_float32(self):
-        _, M = self.create((4, 3), "float32")
-        found = self.family.nearest(jnp.asarray(M, jnp.bfloat16), **self.nearest_options((4, 3)))
-        assert all(leaf.dtype == jnp.float32 for leaf in found.arrays().values())
 
     # Precision
 
@@ -248,7 +226,7 @@ class StructuredMatrixContract:
         again = jax.tree.unflatten(structure, leaves)
         assert again == matrix and hash(again) == hash(matrix) and again.shape == (5, 3)
         paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(matrix)]
-        assert paths == [f".{name}" for name in matrix.arrays()]
+        assert paths == [self.path(name) for name in matrix.arrays()]
         assert jax.tree.structure(jax.tree.map(lambda leaf: "placeholder", matrix)) == structure
         other, _ = self.create((5, 3), "float32", seed=1)
         assert other != matrix and jax.tree.structure(other) == structure
@@ -262,7 +240,7 @@ class StructuredMatrixContract:
         abstract = self.abstract((400, 300))
         assert abstract.shape == (400, 300)
         assert abstract.num_params == sum(leaf.size for leaf in jax.tree.leaves(abstract))
-        assert all(f"{name}=float32[" in repr(abstract) for name in abstract.arrays())
+        assert all(f"{self.field(name)}=float32[" in repr(abstract) for name in abstract.arrays())
 
     def test_with_arrays_replaces_empties_and_fills(self):
         matrix, _ = self.create((5, 3), "float32")
@@ -300,11 +278,6 @@ class StructuredMatrixContract:
         with pytest.raises(UserError, match=f"must be real floating point, not {dtype}"):
             matrix.apply(jnp.ones(5, dtype))
 
-    @pytest.mark.parametrize("shape", [(0, 3), (3,), (2, 3, 4), (2.0, 3), None], ids=str)
-    def test_impossible_shape(self, shape):
-        with pytest.raises(UserError, match=r"shape must be \(in_features, out_features\), two positive integers"):
-            self.family.init(jax.random.key(0), shape, scale=1.0, **self.options((2, 3)))
-
     def test_unknown_array_name(self):
         matrix, _ = self.create((5, 3), "float32")
         names = ", ".join(matrix.arrays())
@@ -314,12 +287,68 @@ class StructuredMatrixContract:
     def test_wrong_arrays(self):
         matrix, _ = self.create((5, 3), "float32")
         for name, leaf in matrix.arrays().items():
-            with pytest.raises(UserError, match=rf"{name} must .*shape"):
-                matrix.with_arrays(**{name: jnp.concatenate([leaf, leaf], axis=-1)[None]})
-            with pytest.raises(UserError, match=f"{name} must be real floating point, not int32"):
+            field = self.field(name)
+            with pytest.raises(UserError, match=rf"{field} must .*shape"):
+                matrix.with_arrays(**{name: jnp.stack([leaf, leaf], axis=-1)[None]})
+            with pytest.raises(UserError, match=f"{field} must be real floating point, not int32"):
                 matrix.with_arrays(**{name: leaf.astype("int32")})
-            with pytest.raises(UserError, match=f"{name} must be an array"):
+            with pytest.raises(UserError, match=f"{field} must be an array"):
                 matrix.with_arrays(**{name: 1.0})
+
+
+class StructuredMatrixContract(MatrixContract):
+    """The tests of a family. A subclass names it and gives two hooks: `options` and `dense`."""
+
+    family: Family
+
+    def options(self, shape: tuple[int, int]) -> dict[str, int]:
+        """What `init` and `nearest` need besides the shape, such as a rank."""
+        return {}
+
+    def nearest_options(self, shape: tuple[int, int]) -> dict[str, int]:
+        """What `nearest` needs besides the target, where that is something else."""
+        return self.options(shape)
+
+    def abstract(self, shape):
+        key = jax.random.key(0)
+        return jax.eval_shape(lambda: self.family.init(key, shape, scale=1.0, **self.options(shape)))
+
+    @pytest.mark.parametrize("shape", [(1, 1), (7, 7), (2, 3), (12, 5)], ids=str)
+    def test_init_is_zero_and_can_learn(self, shape):
+        def start(key, x):
+            matrix = self.family.init(key, shape, scale=1.0, **self.options(shape))
+            return matrix, matrix.to_dense(), jax.grad(lambda m: jnp.sum(m.apply(x)))(matrix)
+
+        matrix, dense, grad = jax.jit(start)(jax.random.key(0), jnp.arange(1.0, shape[0] + 1))
+        assert matrix.shape == shape
+        assert all(leaf.dtype == jnp.float32 for leaf in matrix.arrays().values())
+        assert not np.any(dense)
+        assert any(np.any(leaf) for leaf in jax.tree.leaves(grad))
+
+    def test_init_follows_its_key_scale_and_dtype(self):
+        def init(seed, scale, dtype="float32"):
+            matrix = self.family.init(
+                jax.random.key(seed), (400, 300), scale=scale, dtype=dtype, **self.options((9, 9))
+            )
+            return matrix.arrays()
+
+        small, half, other = init(0, 0.02), init(0, 1.0, "bfloat16"), init(1, 1.0)
+        for name, leaf in init(0, 1.0).items():
+            assert half[name].dtype == jnp.bfloat16
+            np.testing.assert_allclose(small[name], 0.02 * np.asarray(leaf), rtol=1e-6)
+            if np.any(leaf):
+                assert not np.array_equal(leaf, other[name])
+                assert abs(np.std(leaf) - 1) < 0.15
+
+    def test_nearest_of_a_half_precision_matrix_is_float32(self):
+        _, M = self.create((4, 3), "float32")
+        found = self.family.nearest(jnp.asarray(M, jnp.bfloat16), **self.nearest_options((4, 3)))
+        assert all(leaf.dtype == jnp.float32 for leaf in found.arrays().values())
+
+    @pytest.mark.parametrize("shape", [(0, 3), (3,), (2, 3, 4), (2.0, 3), None], ids=str)
+    def test_impossible_shape(self, shape):
+        with pytest.raises(UserError, match=r"shape must be \(in_features, out_features\), two positive integers"):
+            self.family.init(jax.random.key(0), shape, scale=1.0, **self.options((2, 3)))
 
     @pytest.mark.parametrize("shape", [(3,), (0, 3), (1, 2, 3)], ids=str)
     def test_nearest_to_what_is_no_matrix(self, shape):

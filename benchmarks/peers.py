@@ -1,0 +1,160 @@
+"""The layer step of `benchmarks.structured` beside the same in PyTorch, in one run.
+
+    python -m benchmarks.peers [--out=FILE.json] [--width=768] [--tokens=6304] [--rounds=11]
+
+Needs requirements-peers.txt. The PyTorch layers, all with a frozen `nn.Linear`, float32:
+
+- `torch frozen`: the linear layer alone, with the gradient of its input;
+- `torch lora`: LoRA r = 1;
+- `torch circulant`: the circulant update by FFTs, as the released code of arXiv 2406.17740 has it;
+- `torch toeplitz pair`: two symmetric Toeplitz matrices by four FFTs, padded to a power of two as that code does;
+- `peft c3a`: `peft`'s own layer with one block of size n. Its gradient by the INPUT is wrong in peft 0.18.0 to 0.21.2
+  (the backward pass indexes w[a + i] where the forward pass needs w[a - i]); the time is that of what it computes.
+
+Every step computes output, input gradient and parameter gradients. `ratio_to_ours` is the time of a peer over that of
+our matrix of the same kind with `auto`.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import torch
+from absl import app, flags
+
+from benchmarks.layer import frozen_step, random_update, step
+from benchmarks.timing import device, medians, table
+
+OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
+WIDTH = flags.DEFINE_integer("width", 768, "Features in and out.")
+TOKENS = flags.DEFINE_integer("tokens", 6304, "Rows of the input.")
+ROUNDS = flags.DEFINE_integer("rounds", 11, "How often each program is timed.")
+
+#: Our program beside each peer's: (family, options).
+COUNTERPARTS = {
+    "torch frozen": ("frozen", {}),
+    "torch lora": ("low_rank", {"rank": 1}),
+    "torch circulant": ("circulant", {}),
+    "torch toeplitz pair": ("symmetric_toeplitz_pair", {}),
+    "peft c3a": ("circulant", {}),
+}
+
+
+class LoRA(torch.nn.Module):
+    """`W x + B A x` with r = 1."""
+
+    def __init__(self, base: torch.nn.Linear):
+        super().__init__()
+        self.base = base
+        self.A = torch.nn.Parameter(torch.randn(1, base.in_features) * 0.02)
+        self.B = torch.nn.Parameter(torch.randn(base.out_features, 1) * 0.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the updated product."""
+        return self.base(x) + x @ self.A.T @ self.B.T
+
+
+class Circulant(torch.nn.Module):
+    """`W x + C x` with the circulant C of a vector."""
+
+    def __init__(self, base: torch.nn.Linear):
+        super().__init__()
+        self.base = base
+        self.c = torch.nn.Parameter(torch.randn(base.in_features) * 0.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the updated product."""
+        n = self.c.shape[0]
+        return self.base(x) + torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(self.c), n=n)
+
+
+class SymmetricToeplitzPair(torch.nn.Module):
+    """`W x + T2 T1 x`; each T is embedded in a circulant whose size is a power of two."""
+
+    def __init__(self, base: torch.nn.Linear):
+        super().__init__()
+        self.base = base
+        self.t1 = torch.nn.Parameter(torch.randn(base.in_features) * 0.02)
+        self.t2 = torch.nn.Parameter(torch.randn(base.in_features) * 0.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the updated product."""
+        return self.base(x) + self.product(self.t2, self.product(self.t1, x))
+
+    @staticmethod
+    def product(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`T x`."""
+        n = t.shape[0]
+        size = 1 << (2 * n - 1).bit_length()
+        column = torch.cat([t, t.new_zeros(size - 2 * n + 1), t[1:].flip(0)])
+        return torch.fft.irfft(torch.fft.rfft(x, n=size) * torch.fft.rfft(column), n=size)[..., :n]
+
+
+def c3a(base: torch.nn.Linear) -> torch.nn.Module:
+    """`peft`'s adapted layer with one block of size n."""
+    model = torch.nn.Sequential(base)
+    config = peft.C3AConfig(target_modules=["0"], block_size=base.in_features, init_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+def torch_step(layer: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], None]:
+    """A program that computes output and all gradients."""
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    x = x.clone().requires_grad_()
+    return lambda: torch.autograd.grad(layer(x), [x, *trained], dy) and None
+
+
+def main(_: list[str]) -> None:
+    """Times all layers, prints a table and writes the file asked for."""
+    width, tokens = WIDTH.value, TOKENS.value
+    rng = np.random.default_rng(0)
+    shapes = ((tokens, width), (width, width), (tokens, width))
+    x, kernel, dy = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    base = torch.nn.Linear(width, width, bias=False)
+    base.weight.data = torch.tensor(kernel.T.copy() * width**-0.5)
+    base.requires_grad_(False)
+    layers = {
+        "torch frozen": base,
+        "torch lora": LoRA(base),
+        "torch circulant": Circulant(base),
+        "torch toeplitz pair": SymmetricToeplitzPair(base),
+        "peft c3a": c3a(base),
+    }
+    programs: dict[str, Callable[[], Any]] = {
+        name: torch_step(layer, torch.tensor(x), torch.tensor(dy)) for name, layer in layers.items()
+    }
+    x, kernel, dy = jnp.asarray(x), jnp.asarray(kernel) * width**-0.5, jnp.asarray(dy)
+    for family, options in COUNTERPARTS.values():
+        update = None if family == "frozen" else random_update(family, width, options)
+        function = frozen_step if update is None else functools.partial(step, execution="auto")
+        compiled = jax.jit(function).lower(x, kernel, update, dy).compile()
+        programs[f"ours {family}"] = functools.partial(compiled, x, kernel, update, dy)
+    times = medians(programs, ROUNDS.value)
+    rows = [
+        {
+            "layer": name,
+            "width": width,
+            "tokens": tokens,
+            "dtype": "float32",
+            "ms": 1e3 * seconds,
+            "ratio_to_ours": seconds / times[f"ours {COUNTERPARTS[name][0]}"] if name in COUNTERPARTS else None,
+        }
+        for name, seconds in times.items()
+    ]
+    print(
+        f"width {width}, {tokens} tokens, float32, on {device()}; torch {torch.__version__} with"
+        f" {torch.get_num_threads()} threads, peft {peft.__version__}, jax {jax.__version__}"
+    )
+    print(table(rows, {"layer": "", "ms": ".2f", "ratio_to_ours": ".2f"}))
+    if OUT.value:
+        Path(OUT.value).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

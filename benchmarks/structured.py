@@ -1,0 +1,146 @@
+"""One linear layer with a structured update, forward and backward, beside the frozen layer and LoRA r = 1.
+
+    python -m benchmarks.structured [--out=FILE.json] [--families=circulant,kronecker] [--sizes=768x6304,4096x2048]
+                                    [--dtypes=float32,bfloat16] [--rounds=11] [--write_table]
+
+Every program computes the output, the gradient of the input and the gradients of the update's parameters, from the
+input and a given gradient of the output. `frozen` is the kernel alone: `x @ W` and `dy @ W^T`, the floor. `lora` is the
+textbook form `x @ W + (x @ B) @ A^T` with r = 1, the row `low_rank`, `fft`.
+
+Of each row: `ms`, the median over rounds in which all programs of a size take turns; its ratios to `frozen` and to
+`lora`; `temp_bytes`, what the compiled program allocates besides arguments and results; `peak_bytes`, all of it
+together. `--write_table` makes the fastest execution of each case what `auto` stands for from now on
+(`surm_jax/structured/choice.json`).
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from benchmarks.layer import VARIANTS, frozen_step, random_update, step
+from benchmarks.timing import device, medians, table
+from surm_jax.structured import EXECUTIONS, FAMILIES
+from surm_jax.structured.choice import TABLE
+
+OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
+FAMILY_NAMES = flags.DEFINE_list("families", None, "Families to time; all of them by default.")
+SIZES = flags.DEFINE_list("sizes", "768x256,768x6304,4096x2048", "Widths and tokens.")
+DTYPES = flags.DEFINE_list("dtypes", "float32", "Of input and kernel: float32, bfloat16.")
+ROUNDS = flags.DEFINE_integer("rounds", 11, "How often each program is timed.")
+WRITE_TABLE = flags.DEFINE_bool("write_table", False, "Let `auto` choose by what was measured now.")
+
+COLUMNS = {
+    "family": "",
+    "options": "",
+    "execution": "",
+    "ms": ".2f",
+    "ratio_to_frozen": ".3f",
+    "ratio_to_lora": ".3f",
+    "temp_bytes": ",",
+    "peak_bytes": ",",
+}
+
+
+def cases(families: list[str], half: bool) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yields (family, options, execution); `low_rank` first, because the others are compared with it."""
+    for family in dict.fromkeys(["low_rank", *families]):
+        for options in VARIANTS.get(family, ({},)):
+            for execution in EXECUTIONS:
+                if not (half and execution == "fused"):
+                    yield family, options, execution
+
+
+def measure(families: list[str], width: int, tokens: int, dtype: str, rounds: int) -> list[dict[str, Any]]:
+    """Times all programs of one size."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    x, kernel, dy = draw(tokens, width), draw(width, width) * jnp.asarray(width**-0.5, dtype), draw(tokens, width)
+    rows, programs = [], {}
+    for family, options, execution in [("frozen", {}, "frozen"), *cases(families, dtype != "float32")]:
+        update = None if family == "frozen" else random_update(family, width, options)
+        function = frozen_step if update is None else functools.partial(step, execution=execution)
+        compiled = jax.jit(function).lower(x, kernel, update, dy).compile()
+        memory = compiled.memory_analysis()
+        programs[len(rows)] = functools.partial(compiled, x, kernel, update, dy)
+        rows.append(
+            {
+                "family": family,
+                "options": options,
+                "execution": execution,
+                "width": width,
+                "tokens": tokens,
+                "dtype": dtype,
+                "parameters": update.num_params if update else 0,
+                "temp_bytes": memory.temp_size_in_bytes,
+                "peak_bytes": memory.temp_size_in_bytes
+                + memory.argument_size_in_bytes
+                + memory.output_size_in_bytes
+                - memory.alias_size_in_bytes,
+            }
+        )
+    times = medians(programs, rounds)
+    frozen = times[0]
+    lora = next(times[i] for i, row in enumerate(rows) if (row["family"], row["execution"]) == ("low_rank", "fft"))
+    return [
+        {**row, "ms": 1e3 * times[i], "ratio_to_frozen": times[i] / frozen, "ratio_to_lora": times[i] / lora}
+        for i, row in enumerate(rows)
+    ]
+
+
+def fastest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every case the execution that took the shortest time, as the table of `auto` has it."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["execution"] in ("auto", "frozen"):
+            continue
+        case = {key: row[key] for key in ("family", "dtype", "width", "tokens", "parameters")}
+        key = json.dumps(case)
+        if key not in best or row["ms"] < best[key]["ms"]:
+            best[key] = {**case, "execution": row["execution"], "ms": row["ms"]}
+    return [{key: value for key, value in row.items() if key != "ms"} for row in best.values()]
+
+
+def write_table(rows: list[dict[str, Any]]) -> None:
+    """Puts what was measured on this kind of device into the table of `auto`, in place of what was there of it."""
+    measured = json.loads(TABLE.read_text())
+    measured[jax.default_backend()] = {
+        "device": device(),
+        "jax": jax.__version__,
+        "command": "python -m benchmarks.structured --write_table",
+        "fastest": fastest(rows),
+    }
+    TABLE.write_text(json.dumps(measured, indent=1) + "\n")
+
+
+def main(_: list[str]) -> None:
+    """Times what the flags say, prints a table and writes the files asked for."""
+    families = FAMILY_NAMES.value or list(FAMILIES)
+    unknown = set(families) - set(FAMILIES)
+    if unknown:
+        raise app.UsageError(f"unknown families {', '.join(sorted(unknown))}; known: {', '.join(FAMILIES)}")
+    rows = []
+    for dtype in DTYPES.value:
+        for size in SIZES.value:
+            width, tokens = map(int, size.split("x"))
+            print(f"\nwidth {width}, {tokens} tokens, {dtype}, on {device()}", flush=True)
+            rows += (new := measure(families, width, tokens, dtype, ROUNDS.value))
+            print(table([{**row, "options": _options(row)} for row in new], COLUMNS), flush=True)
+            if OUT.value:
+                Path(OUT.value).write_text(json.dumps(rows, indent=1) + "\n")
+    if WRITE_TABLE.value:
+        write_table(rows)
+
+
+def _options(row: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in row["options"].items())
+
+
+if __name__ == "__main__":
+    app.run(main)

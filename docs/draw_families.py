@@ -1,0 +1,56 @@
+"""Draws the picture of every family for docs/structured.md: `python -m docs.draw_families`, from the project's root."""
+
+import argparse
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from surm_jax.structured import FAMILIES, StructuredMatrix
+from surm_jax.structured.draw import draw
+
+EXAMPLES = {
+    "circulant": ((8, 8), {}),
+    "circulant_pair": ((6, 6), {}),
+    "skew_circulant": ((5, 8), {}),
+    "f_circulant": ((8, 8), {"f": 0.5}),
+    "toeplitz": ((6, 8), {}),
+    "symmetric_toeplitz": ((8, 8), {}),
+    "toeplitz_pair": ((5, 5), {}),
+    "symmetric_toeplitz_pair": ((8, 8), {}),
+    "low_displacement_rank": ((8, 8), {"rank": 1}),
+    "kronecker": ((12, 12), {}),
+    "low_rank": ((8, 6), {"rank": 1}),
+    "block_circulant": ((6, 9), {"block": 3}),
+}
+"""Of each family the shape and the options of the matrix that is drawn."""
+
+
+def example(name: str) -> StructuredMatrix:
+    """A member of the family with random numbers, always the same."""
+    shape, options = EXAMPLES[name]
+    start = FAMILIES[name].init(jax.random.key(0), shape, scale=1.0, **options)
+    rng = np.random.default_rng(0)
+    return start.with_arrays(**{k: jnp.asarray(rng.normal(size=v.shape), v.dtype) for k, v in start.arrays().items()})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes one PNG for each family into a folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="default: all")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "structured", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.families or EXAMPLES:
+        drawn = io.BytesIO()
+        draw(example(name)).savefig(drawn, dpi=100)
+        # A hundred and some colours are enough, and take half the bytes.
+        Image.open(drawn).convert("RGB").quantize(128).save(options.out / f"{name}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()

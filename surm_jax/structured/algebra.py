@@ -1,0 +1,275 @@
+"""Sums, products and multiples of structured matrices, held as their parts and never formed.
+
+`A + B`, `A @ B` and `2.0 * A` build them from any matrices of this package, themselves included. Orientation as
+everywhere: `Product((A, B))` is the matrix `A @ B`, so that `x @ (A @ B) = (x @ A) @ B`; in the paper (SURM, arXiv
+2406.17740), which writes `W x` with the transposes, it is `W = W_B W_A`.
+
+The arrays of the parts are those of the whole, under flat names such as `terms_0_c`, so that a composite goes wherever
+a family's matrix goes. It is no family itself: it has no start of its own and no projection.
+
+>>> import jax.numpy as jnp
+>>> from surm_jax.structured import Circulant, LowRank
+>>> C = Circulant(jnp.array([1.0, 2.0, 3.0]), shape=(3, 3))
+>>> L = LowRank(A=jnp.array([[1.0], [0.0], [0.0]]), B=jnp.array([[1.0], [10.0], [100.0]]))
+>>> (C - 2.0 * L).to_dense()
+Array([[  -1.,    2.,    3.],
+       [ -17.,    1.,    2.],
+       [-198.,    3.,    1.]], dtype=float32)
+>>> list((L @ C + L).arrays())
+['terms_0_factors_0_A', 'terms_0_factors_0_B', 'terms_0_factors_1_c', 'terms_1_A', 'terms_1_B']
+"""
+
+import abc
+import dataclasses
+import functools
+import itertools
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any, Self
+
+from jaxtyping import Array, Float
+
+from surm_jax.errors import UserError
+from surm_jax.structured.base import StructuredMatrix, matrix_pytree
+
+
+class _Composite(StructuredMatrix):
+    """A matrix made of others, its parts."""
+
+    @abc.abstractmethod
+    def _parts(self) -> dict[str, StructuredMatrix]:
+        """The parts by the names with which those of their arrays begin."""
+
+    @abc.abstractmethod
+    def _with_parts(self, parts: Sequence[StructuredMatrix]) -> StructuredMatrix:
+        """The same composite of other parts."""
+
+    @property
+    def lean(self) -> bool:
+        """Whether every part is."""
+        return all(part.lean for part in self._parts().values())
+
+    def arrays(self) -> dict[str, Array]:
+        """The array leaves of all parts, each name preceded by its part's: `terms_0_c` is `terms[0].c`."""
+        return {f"{part}_{name}": leaf for part, m in self._parts().items() for name, leaf in m.arrays().items()}
+
+    def fused(self) -> StructuredMatrix:
+        """The same composite with each part fused."""
+        return self._with_parts([part.fused() for part in self._parts().values()])
+
+    def _structure(self) -> tuple[Any, ...]:
+        return type(self), self._sizes(), *(part._structure() for part in self._parts().values())
+
+    def _replace(self, arrays: dict[str, Array]) -> Self:
+        parts = []
+        for name, part in self._parts().items():
+            mine = {leaf: arrays[f"{name}_{leaf}"] for leaf in part.arrays() if f"{name}_{leaf}" in arrays}
+            try:
+                parts.append(part.with_arrays(**mine))
+            except UserError as error:
+                raise UserError(f"{type(self).__name__}, {name}: {error}") from None
+        return self._with_parts(parts)
+
+    def _check_parts(self) -> None:
+        """Raises `UserError` unless there are parts, all of them structured matrices."""
+        if not self._parts():
+            raise UserError(f"{type(self).__name__} needs at least one matrix")
+        for name, part in self._parts().items():
+            if not isinstance(part, StructuredMatrix):
+                raise UserError(f"{type(self).__name__}: {name} must be a structured matrix, not {part!r}")
+
+    def _has_shapes(self) -> bool:
+        """Whether the parts can be compared: without their arrays, matrices of some families have no shape."""
+        return all(leaf is not None for part in self._parts().values() for leaf in part.arrays().values())
+
+
+@matrix_pytree
+class Sum(_Composite):
+    """The sum of structured matrices of one shape: `x @ (A + B) = x @ A + x @ B`.
+
+    Costs what its terms cost. Terms that are sums themselves are replaced with their own terms.
+
+    Attributes:
+        terms: One matrix or more.
+    """
+
+    terms: tuple[StructuredMatrix, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "terms", _flattened(Sum, "terms", self.terms))
+        self._check_parts()
+        if self._has_shapes():
+            first, *others = (term.shape for term in self.terms)
+            for i, shape in enumerate(others, 1):
+                if shape != first:
+                    raise UserError(
+                        f"Sum: terms must have one shape, but terms[0] is {_by(first)} and terms[{i}] is {_by(shape)}"
+                    )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(in_features, out_features)`, those of every term."""
+        return self.terms[0].shape
+
+    @property
+    def T(self) -> "Sum":
+        """The transpose: the sum of the transposes."""
+        return Sum(tuple(term.T for term in self.terms))
+
+    def _parts(self) -> dict[str, StructuredMatrix]:
+        return {f"terms_{i}": term for i, term in enumerate(self.terms)}
+
+    def _with_parts(self, parts: Sequence[StructuredMatrix]) -> "Sum":
+        return Sum(tuple(parts))
+
+    def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        return functools.reduce(operator.add, (term._apply(x) for term in self.terms))
+
+    def _dense(self) -> Float[Array, "in out"]:
+        return functools.reduce(operator.add, (term._dense() for term in self.terms))
+
+
+@matrix_pytree
+class Product(_Composite):
+    """The product of structured matrices, `M = A @ B`: `x @ M = (x @ A) @ B`.
+
+    Costs what its factors cost; nothing between them is rounded to the precision of `x`. Its rank is at most the
+    smallest rank among them. Factors that are products themselves are replaced with their own factors.
+
+    Attributes:
+        factors: One matrix or more, the one that meets `x` first.
+    """
+
+    lean = False  # What is between two factors is as large as `x`.
+
+    factors: tuple[StructuredMatrix, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", _flattened(Product, "factors", self.factors))
+        self._check_parts()
+        if self._has_shapes():
+            shapes = [factor.shape for factor in self.factors]
+            for i, (left, right) in enumerate(itertools.pairwise(shapes)):
+                if left[1] != right[0]:
+                    raise UserError(
+                        f"Product: factors[{i}] is {_by(left)} and factors[{i + 1}] is {_by(right)}: "
+                        f"the {left[1]} output features of the one must be the input features of the other"
+                    )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(in_features, out_features)`, those of the first and of the last factor."""
+        return self.factors[0].shape[0], self.factors[-1].shape[1]
+
+    @property
+    def T(self) -> "Product":
+        """The transpose: the product of the transposes, in reverse."""
+        return Product(tuple(factor.T for factor in reversed(self.factors)))
+
+    def _parts(self) -> dict[str, StructuredMatrix]:
+        return {f"factors_{i}": factor for i, factor in enumerate(self.factors)}
+
+    def _with_parts(self, parts: Sequence[StructuredMatrix]) -> "Product":
+        return Product(tuple(parts))
+
+    def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        return functools.reduce(lambda x, factor: factor._apply(x), self.factors, x)
+
+    def _dense(self) -> Float[Array, "in out"]:
+        first, *others = self.factors
+        return functools.reduce(lambda rows, factor: factor._apply(rows), others, first._dense())
+
+
+@matrix_pytree
+class Scaled(_Composite):
+    """A multiple of a structured matrix, `alpha * M`.
+
+    The type of alpha says whether it is learned. A number (Python's or numpy's) is a constant: part of the structure,
+    as sizes are. An array of shape () is one more leaf, with a gradient and a place in `arrays()`, as the learnable
+    alpha of the code that was released with arXiv 2406.17740. A constant multiple of a constant multiple is one
+    multiple.
+
+    Attributes:
+        matrix: Any structured matrix.
+        alpha: A number or an array of shape ().
+
+    >>> import jax.numpy as jnp
+    >>> from surm_jax.structured import Circulant
+    >>> C = Circulant(jnp.array([1.0, 2.0]), shape=(2, 2))
+    >>> -2.0 * C
+    Scaled(matrix=Circulant(c=float32[2], shape=(2, 2)), alpha=-2.0)
+    >>> (jnp.zeros(()) * C).num_params, (0.0 * C).num_params
+    (3, 2)
+    """
+
+    matrix: StructuredMatrix
+    alpha: float | Float[Array, ""]
+
+    def __post_init__(self) -> None:
+        self._check_parts()
+        if not isinstance(self.alpha, numbers.Real):
+            self._check_leaf("alpha", ())  # None stands for an array, as in every matrix that is emptied
+            return
+        object.__setattr__(self, "alpha", float(self.alpha))
+        if isinstance(self.matrix, Scaled) and self.matrix._is_constant():
+            object.__setattr__(self, "alpha", self.alpha * self.matrix.alpha)
+            object.__setattr__(self, "matrix", self.matrix.matrix)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(in_features, out_features)`, those of the matrix."""
+        return self.matrix.shape
+
+    @property
+    def T(self) -> "Scaled":
+        """The transpose: the multiple of the transpose."""
+        return Scaled(self.matrix.T, self.alpha)
+
+    def arrays(self) -> dict[str, Array]:
+        """The array leaves: the matrix's, such as `matrix_c`, and `alpha` where that is an array."""
+        return super().arrays() | ({} if self._is_constant() else {"alpha": self.alpha})
+
+    def _replace(self, arrays: dict[str, Array]) -> "Scaled":
+        scaled = super()._replace(arrays)
+        if "alpha" not in arrays:
+            return scaled
+        if isinstance(arrays["alpha"], numbers.Real):
+            raise UserError(f"Scaled: alpha must be an array, as it was, not {arrays['alpha']!r}")
+        return dataclasses.replace(scaled, alpha=arrays["alpha"])
+
+    def _is_constant(self) -> bool:
+        return isinstance(self.alpha, float)
+
+    def _children(self) -> dict[str, Any]:
+        return {"matrix": self.matrix} if self._is_constant() else {"matrix": self.matrix, "alpha": self.alpha}
+
+    def _sizes(self) -> tuple[Any, ...]:
+        return (self.alpha,) if self._is_constant() else ()
+
+    def _parts(self) -> dict[str, StructuredMatrix]:
+        return {"matrix": self.matrix}
+
+    def _with_parts(self, parts: Sequence[StructuredMatrix]) -> "Scaled":
+        return Scaled(parts[0], self.alpha)
+
+    def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        return self.alpha * self.matrix._apply(x)
+
+    def _dense(self) -> Float[Array, "in out"]:
+        return self.alpha * self.matrix._dense()
+
+
+def _flattened(
+    kind: type[Sum] | type[Product], name: str, parts: Sequence[StructuredMatrix]
+) -> tuple[StructuredMatrix, ...]:
+    """The parts, with the parts of its own in place of each that is a `kind` itself."""
+    try:
+        parts = tuple(parts)
+    except TypeError:
+        raise UserError(f"{kind.__name__}: {name} must be a sequence of structured matrices, not {parts!r}") from None
+    return tuple(p for part in parts for p in (getattr(part, name) if isinstance(part, kind) else (part,)))
+
+
+def _by(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} x {shape[1]}"

@@ -1,0 +1,146 @@
+"""Refining a structured matrix towards a dense one by gradients, for families whose best approximation has no formula.
+
+The approximation study of arXiv 2406.17740 fits `W(G, H)` by gradient descent. The objective has no noise and is a
+polynomial of low degree, so that L-BFGS gets as far in fewer steps, and it has no learning rate to choose.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+import tqdm
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from surm_jax.errors import UserError
+from surm_jax.structured.base import StructuredMatrix, compute_dtype
+
+# Steps between two looks at the progress: few enough for a live bar, so many that looking costs nothing.
+_PIECE = 25
+
+Matrix = TypeVar("Matrix", bound=StructuredMatrix)
+
+
+def refine(start: Matrix, target: Float[ArrayLike, "in out"], *, steps: int = 200, progress: bool = False) -> Matrix:
+    """Moves the parameters of `start` until its dense form is as near to `target` as `steps` steps of L-BFGS bring it.
+
+    Minimises `||target - M||_F^2 / ||target||_F^2` over every leaf, with `optax.lbfgs` and its line search, and returns
+    the nearest matrix it saw, which is never further from the target than `start` is. Stops early when nothing is
+    gained any more. In general this is a local minimum.
+
+    Works under `jax.jit` and `jax.vmap`, as one compiled loop. Called directly, it compiles one piece of 25 steps for
+    each structure and shape, and runs it as often as needed. A leaf of zeros learns only if its gradient is not zero:
+    of a product, not all factors may start at zero.
+
+    Args:
+        start: Any structured matrix.
+        target: (in_features, out_features) of `start`. All zeros are a target like any other.
+        steps: The most steps; each evaluates the dense form and its gradient once or a few times.
+        progress: Shows a bar with the relative error `||target - M||_F / ||target||_F` of the best point so far.
+            Inside a transformation of JAX there is none.
+
+    Returns:
+        A matrix of the structure of `start`, its leaves in float32, or float64 if a leaf or the target is.
+
+    Raises:
+        UserError: The target has another shape, is not floating point, or a number in it or in `start` is not finite
+            (inside a transformation of JAX, where numbers are not known: `start` comes back); `steps` is negative.
+    """
+    target = jnp.asarray(target)
+    if target.shape != tuple(start.shape) or not jnp.issubdtype(target.dtype, jnp.floating):
+        raise UserError(
+            f"refine: the target of a {type(start).__name__} must be a floating-point matrix of its shape "
+            f"{tuple(start.shape)}, not {target.dtype} of shape {target.shape}"
+        )
+    if not isinstance(steps, int) or steps < 0:
+        raise UserError(f"refine: steps must be an integer of at least 0, not {steps!r}")
+    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, start))
+    dtype = compute_dtype(target.dtype, *(leaf.dtype for leaf in leaves))
+    leaves, target = [leaf.astype(dtype) for leaf in leaves], target.astype(dtype)
+    traced = any(isinstance(array, jax.core.Tracer) for array in (target, *leaves))
+    if not traced:
+        for what, array in (("the target", target), *((f"a leaf of {start!r}", leaf) for leaf in leaves)):
+            if not jnp.all(jnp.isfinite(array)):
+                raise UserError(f"refine: {what} holds numbers that are not finite")
+    if steps == 0:
+        return jax.tree.unflatten(structure, leaves)
+    search = _begin(leaves, target, structure=structure)
+    if traced:
+        return jax.tree.unflatten(structure, _advance(search, target, jnp.int32(steps), structure=structure).best)
+    with tqdm.tqdm(desc=f"refining {type(start).__name__}", total=steps, unit="step", disable=not progress) as bar:
+        for done in range(0, steps, _PIECE):
+            error, count = search.error, min(_PIECE, steps - done)
+            search = _advance(search, target, jnp.int32(count), structure=structure)
+            bar.set_postfix(relative_error=f"{float(search.error) ** 0.5:.3g}")
+            bar.update(count)
+            if search.error >= error:
+                break
+    return jax.tree.unflatten(structure, search.best)
+
+
+class _Search(NamedTuple):
+    """Where a search stands: its point, the optimiser's memory, and the best point so far with its squared error."""
+
+    point: list[Array]
+    memory: optax.OptState
+    best: list[Array]
+    error: Float[Array, ""]
+
+
+_OPTIMIZER = optax.lbfgs()
+
+
+@functools.partial(jax.jit, static_argnames="structure")
+def _begin(leaves: list[Array], target: Float[Array, "in out"], *, structure: jax.tree_util.PyTreeDef) -> _Search:
+    # optax makes some of its numbers in the default type, which is not that of single-precision leaves under x64, and
+    # some weakly typed, for which the second piece would be compiled again.
+    memory = jax.tree.map(
+        lambda x: x.astype(target.dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype), _OPTIMIZER.init(leaves)
+    )
+    return _Search(leaves, memory, leaves, _objective(target, structure)(leaves))
+
+
+@functools.partial(jax.jit, static_argnames="structure")
+def _advance(
+    search: _Search, target: Float[Array, "in out"], steps: Int[Array, ""], *, structure: jax.tree_util.PyTreeDef
+) -> _Search:
+    objective = _objective(target, structure)
+    value_and_grad = optax.value_and_grad_from_state(objective)
+
+    def unfinished(loop: tuple[Array, _Search]) -> Array:
+        step, search = loop
+        # Below the square of the unit roundoff there is nothing but noise.
+        return (step < steps) & (search.error > jnp.finfo(target.dtype).eps ** 2)
+
+    def step(loop: tuple[Array, _Search]) -> tuple[Array, _Search]:
+        step, search = loop
+        value, grad = value_and_grad(search.point, state=search.memory)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes integer types under x64
+            move, memory = _OPTIMIZER.update(
+                grad, search.memory, search.point, value=value, grad=grad, value_fn=objective
+            )
+        memory = jax.tree.map(lambda new, old: new.astype(old.dtype), memory, search.memory)
+        point = optax.apply_updates(search.point, move)
+        # The line search has evaluated the new point. Comparisons with NaN are false: such a point is never the best.
+        error = optax.tree.get(memory, "value")
+        better = error < search.error
+        best = [jnp.where(better, new, old) for new, old in zip(point, search.best, strict=True)]
+        return step + 1, _Search(point, memory, best, jnp.where(better, error, search.error))
+
+    return jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), search))[1]
+
+
+def _objective(
+    target: Float[Array, "in out"], structure: jax.tree_util.PyTreeDef
+) -> Callable[[list[Array]], Float[Array, ""]]:
+    """The squared relative error as a function of the leaves."""
+    # Not the sum of squares: it underflows for small targets.
+    size = jnp.max(jnp.abs(target))
+    size = jnp.where(size > 0, size * jnp.linalg.norm(target / jnp.where(size > 0, size, 1)), 1)
+
+    def objective(leaves: list[Array]) -> Float[Array, ""]:
+        return jnp.sum(jnp.square((target - jax.tree.unflatten(structure, leaves).to_dense()) / size))
+
+    return objective

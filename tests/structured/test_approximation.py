@@ -1,0 +1,75 @@
+"""How much of a matrix each family keeps within a budget."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+
+from surm_jax.errors import UserError
+from surm_jax.structured import FAMILIES, approximations
+
+
+def gaussian(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (8, 12)], ids=str)
+def test_energy_is_that_of_the_matrix_and_the_budget_is_kept(shape):
+    target = gaussian(*shape)
+    found = approximations(target, budget=48, steps=0)
+    energies = [kept.energy for kept in found.values()]
+    assert energies == sorted(energies, reverse=True)
+    assert set(found) == set(FAMILIES)
+    for kept in found.values():
+        assert kept.matrix.num_params <= 48 and kept.matrix.shape == shape
+        lost = np.sum((target - np.asarray(kept.matrix.to_dense(), np.float64)) ** 2) / np.sum(target**2)
+        assert kept.energy == pytest.approx(1 - lost, abs=1e-6)
+        assert 0 <= kept.energy <= 1
+
+
+def test_closed_forms_of_numpy():
+    target = gaussian(12, 12)
+    found = approximations(target, budget=48, steps=0)
+    total = np.sum(target**2)
+    singular = np.linalg.svd(target, compute_uv=False) ** 2
+    assert found["low_rank"].options == {"rank": 2}
+    assert found["low_rank"].energy == pytest.approx(singular[:2].sum() / total, rel=1e-5)
+    # Two terms of 4 x 3 (x) 3 x 4: the singular values of the blocks, each one a row.
+    assert found["kronecker"].options == {"terms": 2}
+    blocks = target.reshape(4, 3, 3, 4).transpose(0, 2, 1, 3).reshape(12, 12)
+    singular = np.linalg.svd(blocks, compute_uv=False) ** 2
+    assert found["kronecker"].energy == pytest.approx(singular[:2].sum() / total, rel=1e-5)
+    means = [np.mean(np.diag(target, k)) ** 2 * (12 - abs(k)) for k in range(-11, 12)]
+    assert found["toeplitz"].energy == pytest.approx(sum(means) / total, rel=1e-5)
+    # In blocks of 3 there are 4 x 4 x 3 numbers.
+    assert found["block_circulant"].options == {"block": 3}
+
+
+def test_every_target_of_a_family_is_kept_whole():
+    c, t = gaussian(9), gaussian(2, 9)
+    assert approximations(scipy.linalg.circulant(c), 18, steps=0)["circulant"].energy == pytest.approx(1, abs=1e-6)
+    found = approximations(scipy.linalg.toeplitz(t[0], t[1]), 36, steps=0)
+    assert found["toeplitz"].energy == pytest.approx(1, abs=1e-5)
+    assert found["low_displacement_rank"].options == {"rank": 2}
+    assert found["low_displacement_rank"].energy == pytest.approx(1, abs=1e-5)
+
+
+def test_families_that_are_too_large_are_left_out():
+    assert {"circulant", "symmetric_toeplitz"} <= set(approximations(gaussian(12, 12), budget=12, steps=0)) <= {
+        "circulant", "skew_circulant", "f_circulant", "block_circulant", "symmetric_toeplitz"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "bad", [np.zeros((3, 3), np.float32), np.full((3, 3), np.nan, np.float32)], ids=["zero", "nan"]
+)
+def test_targets_without_energy(bad):
+    with pytest.raises(UserError, match="must be finite and not all zeros"):
+        approximations(bad, 10)
+
+
+def test_other_mistakes():
+    with pytest.raises(UserError, match="no family holds a 12 x 12 matrix in 5 numbers"):
+        approximations(gaussian(12, 12), 5)
+    with pytest.raises(UserError, match=r"approximations: nearest\(\) takes a non-empty floating-point matrix"):
+        approximations(jnp.ones(3), 5)
