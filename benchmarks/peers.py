@@ -29,7 +29,7 @@ import torch
 from absl import app, flags
 
 from benchmarks.layer import frozen_step, random_update, step
-from benchmarks.timing import device, medians, table
+from benchmarks.timing import device, medians, setting, table
 
 OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
 WIDTH = flags.DEFINE_integer("width", 768, "Features in and out.")
@@ -142,6 +142,9 @@ def main(_: list[str]) -> None:
             "width": width,
             "tokens": tokens,
             "dtype": "float32",
+            **setting(),
+            "torch": torch.__version__,
+            "peft": peft.__version__,
             "ms": 1e3 * seconds,
             "ratio_to_ours": seconds / times[f"ours {COUNTERPARTS[name][0]}"] if name in COUNTERPARTS else None,
         }

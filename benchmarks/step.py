@@ -22,7 +22,7 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks.layer import VARIANTS
-from benchmarks.timing import device, medians, table
+from benchmarks.timing import device, medians, setting, table
 from surm_jax.models import ViT, ViTConfig
 from surm_jax.models.vit import TARGETS
 from surm_jax.paths import compile_pattern, join
@@ -128,7 +128,9 @@ def main(_: list[str]) -> None:
                 {
                     "family": family,
                     "execution": EXECUTION.value if parameters else "frozen",
+                    "model": f"ViT-{VARIANT.value}",
                     "batch": BATCH.value,
+                    **setting(),
                     "parameters": parameters,
                     "temp_bytes": memory.temp_size_in_bytes,
                     "peak_bytes": memory.temp_size_in_bytes + held,

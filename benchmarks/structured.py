@@ -25,17 +25,19 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.layer import VARIANTS, frozen_step, random_update, step
-from benchmarks.timing import device, medians, table
+from benchmarks.timing import device, medians, setting, table
 from surm_jax.structured import EXECUTIONS, FAMILIES
 from surm_jax.structured.choice import TABLE
 
 OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
 FAMILY_NAMES = flags.DEFINE_list("families", None, "Families to time; all of them by default.")
-SIZES = flags.DEFINE_list("sizes", "768x256,768x6304,4096x2048", "Widths and tokens.")
+SIZES = flags.DEFINE_list("sizes", "768x256,768x1576,768x6304,4096x2048", "Widths and tokens.")
 DTYPES = flags.DEFINE_list("dtypes", "float32", "Of input and kernel: float32, bfloat16.")
 ROUNDS = flags.DEFINE_integer("rounds", 11, "How often each program is timed.")
 WRITE_TABLE = flags.DEFINE_bool("write_table", False, "Let `auto` choose by what was measured now.")
 
+#: What makes a case of the table of `auto`.
+CASE = ("family", "dtype", "width", "tokens", "parameters")
 COLUMNS = {
     "family": "",
     "options": "",
@@ -77,6 +79,7 @@ def measure(families: list[str], width: int, tokens: int, dtype: str, rounds: in
                 "width": width,
                 "tokens": tokens,
                 "dtype": dtype,
+                **setting(),
                 "parameters": update.num_params if update else 0,
                 "temp_bytes": memory.temp_size_in_bytes,
                 "peak_bytes": memory.temp_size_in_bytes
@@ -96,25 +99,25 @@ def measure(families: list[str], width: int, tokens: int, dtype: str, rounds: in
 
 def fastest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of every case the execution that took the shortest time, as the table of `auto` has it."""
-    best: dict[str, dict[str, Any]] = {}
+    best: dict[tuple, dict[str, Any]] = {}
     for row in rows:
         if row["execution"] in ("auto", "frozen"):
             continue
-        case = {key: row[key] for key in ("family", "dtype", "width", "tokens", "parameters")}
-        key = json.dumps(case)
-        if key not in best or row["ms"] < best[key]["ms"]:
-            best[key] = {**case, "execution": row["execution"], "ms": row["ms"]}
-    return [{key: value for key, value in row.items() if key != "ms"} for row in best.values()]
+        case = tuple(row[key] for key in CASE)
+        if case not in best or row["ms"] < best[case]["ms"]:
+            best[case] = row
+    return [{key: row[key] for key in (*CASE, "execution")} for row in best.values()]
 
 
 def write_table(rows: list[dict[str, Any]]) -> None:
-    """Puts what was measured on this kind of device into the table of `auto`, in place of what was there of it."""
+    """Puts what was measured into the table of `auto`; cases that were not measured now stay as they are."""
     measured = json.loads(TABLE.read_text())
+    old = measured.get(jax.default_backend(), {}).get("fastest", [])
+    best = {tuple(row[key] for key in CASE): row for row in [*old, *fastest(rows)]}
     measured[jax.default_backend()] = {
-        "device": device(),
-        "jax": jax.__version__,
+        **setting(),
         "command": "python -m benchmarks.structured --write_table",
-        "fastest": fastest(rows),
+        "fastest": list(best.values()),
     }
     TABLE.write_text(json.dumps(measured, indent=1) + "\n")
 

@@ -32,6 +32,11 @@ def medians(programs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def setting() -> dict[str, str]:
+    """What every row says of where it was measured."""
+    return {"device": device(), "jax": jax.__version__}
+
+
 def device() -> str:
     """What the programs run on, in words."""
     first = jax.devices()[0]

@@ -32,7 +32,7 @@ def code(language: str) -> list[str]:
 def test_the_three_lines_and_what_follows_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {"surm_jax": surm_jax, "nnx": nnx, "model": Model(nnx.Rngs(0)), "base_model": Model(nnx.Rngs(0))}
-    first, second = code("python")
+    first, second, _ = code("python")
     assert len(first.splitlines()) == 3
     exec(first, names)
     trained = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(names["trainable"])]
@@ -44,6 +44,17 @@ def test_the_three_lines_and_what_follows_them(tmp_path, monkeypatch, capsys):
     assert "attention/query" in capsys.readouterr().out
     x = jnp.ones((1, 4, 8))
     np.testing.assert_allclose(names["plain"](x), names["base_model"](x), rtol=1e-5)
+
+
+def test_the_matrices_on_their_own(capsys):
+    rng = np.random.default_rng(0)
+    W, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8, 8), (3, 8)))
+    names = {"W": W, "x": x}
+    exec(code("python")[2], names)
+    W, M = np.asarray(W, np.float64), names["C"].to_dense()
+    U, S, Vt = np.linalg.svd(W)
+    np.testing.assert_allclose(names["y"], x @ (W + 0.1 * M + (U[:, :2] * S[:2]) @ Vt[:2]), rtol=1e-4)
+    assert "'kronecker': 0." in capsys.readouterr().out
 
 
 def test_its_numbers_are_those_that_were_measured():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, compute_dtype, family, static
+from surm_jax.structured.diagonals import from_wrapped_diagonals
 from surm_jax.structured.fourier import circular_convolve
 
 
@@ -84,8 +85,7 @@ class Circulant(StructuredMatrix):
         return circular_convolve(x, self.c)[..., : self.shape[1]]
 
     def _dense(self) -> Float[Array, "in out"]:
-        m, n = self.shape
-        return self.c[(jnp.arange(n)[None, :] - jnp.arange(m)[:, None]) % max(m, n)]
+        return from_wrapped_diagonals(self.c, self.shape)
 
 
 @family("circulant_pair")

@@ -8,6 +8,7 @@ Rectangular shapes: an m x n matrix is the top-left m x n block of the one of si
 Inputs are padded with zeros and outputs truncated.
 """
 
+import dataclasses
 import math
 from typing import Self
 
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.errors import UserError
 from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, static
+from surm_jax.structured.diagonals import from_wrapped_diagonals
 from surm_jax.structured.fourier import circular_convolve, skew_convolve
 
 
@@ -83,7 +85,7 @@ class SkewCirculant(StructuredMatrix):
         return skew_convolve(x, self.v)[..., : self.shape[1]]
 
     def _dense(self) -> Float[Array, "in out"]:
-        return _dense(self.v, self.shape, -1.0)
+        return from_wrapped_diagonals(self.v, self.shape, -1.0)
 
 
 @family("f_circulant")
@@ -102,7 +104,7 @@ class FCirculant(StructuredMatrix):
         transposed: `M = Z_f(v)` in place of its transpose. The transpose of an f-circulant is a (1/f)-circulant, which
             does not exist for f = 0 (and is badly scaled nearby), and so the structure remembers the direction.
 
-    >>> M = FCirculant(jnp.array([1.0, 2.0, 3.0]), shape=(3, 3), f=10.0, transposed=False)
+    >>> M = FCirculant(jnp.array([1.0, 2.0, 3.0]), shape=(3, 3), f=10.0)
     >>> M.to_dense()
     Array([[ 1.,  2.,  3.],
            [30.,  1.,  2.],
@@ -114,7 +116,7 @@ class FCirculant(StructuredMatrix):
     v: Float[Array, " N"]
     shape: tuple[int, int] = static()
     f: float = static()
-    transposed: bool = static()
+    transposed: bool = dataclasses.field(default=False, metadata=static().metadata)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", checked_shape(type(self).__name__, self.shape))
@@ -138,7 +140,7 @@ class FCirculant(StructuredMatrix):
             UserError: The shape is not two positive integers, or f is not a finite real number.
         """
         shape = checked_shape(cls.__name__, shape)
-        return cls(v=jnp.zeros(max(shape), dtype), shape=shape, f=f, transposed=False)
+        return cls(v=jnp.zeros(max(shape), dtype), shape=shape, f=f)
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"], *, f: float) -> Self:
@@ -158,7 +160,7 @@ class FCirculant(StructuredMatrix):
         dense, f = checked_dense(cls.__name__, dense), _checked_f(f)
         m, n = dense.shape
         v = _diagonal_means(dense.T, f, transposed=True) if m > n else _diagonal_means(dense, f, transposed=False)
-        return cls(v=v, shape=(m, n), f=f, transposed=False)
+        return cls(v=v, shape=(m, n), f=f)
 
     @property
     def T(self) -> "FCirculant":
@@ -174,8 +176,8 @@ class FCirculant(StructuredMatrix):
 
     def _dense(self) -> Float[Array, "in out"]:
         if self.transposed:
-            return _dense(self.v, self.shape[::-1], self.f).T
-        return _dense(self.v, self.shape, self.f)
+            return from_wrapped_diagonals(self.v, self.shape[::-1], self.f).T
+        return from_wrapped_diagonals(self.v, self.shape, self.f)
 
 
 def _checked_f(f: float) -> float:
@@ -191,13 +193,6 @@ def _checked_f(f: float) -> float:
 def _reverse(v: Float[Array, " N"], sign: int) -> Float[Array, " N"]:
     """`v[0], sign v[N-1], ..., sign v[1]`: for sign f = 1 or -1, `Z_f` of it is the transpose of `Z_f(v)`."""
     return jnp.concatenate([v[:1], sign * v[:0:-1]])
-
-
-def _dense(v: Float[Array, " N"], shape: tuple[int, int], f: float) -> Float[Array, "in out"]:
-    """The m x n block of `Z_f(v)^T`."""
-    diagonal = jnp.arange(shape[1])[None, :] - jnp.arange(shape[0])[:, None]
-    entries = v[diagonal % max(shape)]
-    return jnp.where(diagonal < 0, f * entries, entries)
 
 
 def _diagonal_means(dense: Float[Array, "m n"], f: float, *, transposed: bool) -> Float[Array, " n"]:

@@ -68,7 +68,7 @@ def refine(start: Matrix, target: Float[ArrayLike, "in out"], *, steps: int = 20
         return jax.tree.unflatten(structure, leaves)
     search = _begin(leaves, target, structure=structure)
     if traced:
-        return jax.tree.unflatten(structure, _advance(search, target, jnp.int32(steps), structure=structure).best)
+        return _best(_advance(search, target, jnp.int32(steps), structure=structure), structure)
     with tqdm.tqdm(desc=f"refining {type(start).__name__}", total=steps, unit="step", disable=not progress) as bar:
         for done in range(0, steps, _PIECE):
             error, count = search.error, min(_PIECE, steps - done)
@@ -77,16 +77,20 @@ def refine(start: Matrix, target: Float[ArrayLike, "in out"], *, steps: int = 20
             bar.update(count)
             if search.error >= error:
                 break
-    return jax.tree.unflatten(structure, search.best)
+    return _best(search, structure)
 
 
 class _Search(NamedTuple):
-    """Where a search stands: its point, the optimiser's memory, and the best point so far with its squared error."""
+    """Where a search stands: its point, the optimiser's memory, and the best point so far with its squared error.
+
+    The points are leaves in a unit, of the size of the first ones: the optimiser's first steps are of order 1.
+    """
 
     point: list[Array]
     memory: optax.OptState
     best: list[Array]
     error: Float[Array, ""]
+    unit: Float[Array, ""]
 
 
 _OPTIMIZER = optax.lbfgs()
@@ -94,19 +98,23 @@ _OPTIMIZER = optax.lbfgs()
 
 @functools.partial(jax.jit, static_argnames="structure")
 def _begin(leaves: list[Array], target: Float[Array, "in out"], *, structure: jax.tree_util.PyTreeDef) -> _Search:
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves]))
+    # A power of two, so that leaves which do not move come back as they were.
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), jnp.ldexp(jnp.ones_like(largest), jnp.frexp(largest)[1]), 1)
+    point = [leaf / unit for leaf in leaves]
     # optax makes some of its numbers in the default type, which is not that of single-precision leaves under x64, and
     # some weakly typed, for which the second piece would be compiled again.
     memory = jax.tree.map(
-        lambda x: x.astype(target.dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype), _OPTIMIZER.init(leaves)
+        lambda x: x.astype(target.dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype), _OPTIMIZER.init(point)
     )
-    return _Search(leaves, memory, leaves, _objective(target, structure)(leaves))
+    return _Search(point, memory, point, _objective(target, unit, structure)(point), unit)
 
 
 @functools.partial(jax.jit, static_argnames="structure")
 def _advance(
     search: _Search, target: Float[Array, "in out"], steps: Int[Array, ""], *, structure: jax.tree_util.PyTreeDef
 ) -> _Search:
-    objective = _objective(target, structure)
+    objective = _objective(target, search.unit, structure)
     value_and_grad = optax.value_and_grad_from_state(objective)
 
     def unfinished(loop: tuple[Array, _Search]) -> Array:
@@ -127,20 +135,25 @@ def _advance(
         error = optax.tree.get(memory, "value")
         better = error < search.error
         best = [jnp.where(better, new, old) for new, old in zip(point, search.best, strict=True)]
-        return step + 1, _Search(point, memory, best, jnp.where(better, error, search.error))
+        return step + 1, _Search(point, memory, best, jnp.where(better, error, search.error), search.unit)
 
     return jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), search))[1]
 
 
+def _best(search: _Search, structure: jax.tree_util.PyTreeDef) -> StructuredMatrix:
+    return jax.tree.unflatten(structure, [search.unit * leaf for leaf in search.best])
+
+
 def _objective(
-    target: Float[Array, "in out"], structure: jax.tree_util.PyTreeDef
+    target: Float[Array, "in out"], unit: Float[Array, ""], structure: jax.tree_util.PyTreeDef
 ) -> Callable[[list[Array]], Float[Array, ""]]:
-    """The squared relative error as a function of the leaves."""
+    """The squared relative error as a function of the leaves in their unit."""
     # Not the sum of squares: it underflows for small targets.
     size = jnp.max(jnp.abs(target))
     size = jnp.where(size > 0, size * jnp.linalg.norm(target / jnp.where(size > 0, size, 1)), 1)
 
-    def objective(leaves: list[Array]) -> Float[Array, ""]:
-        return jnp.sum(jnp.square((target - jax.tree.unflatten(structure, leaves).to_dense()) / size))
+    def objective(point: list[Array]) -> Float[Array, ""]:
+        matrix = jax.tree.unflatten(structure, [unit * leaf for leaf in point])
+        return jnp.sum(jnp.square((target - matrix.to_dense()) / size))
 
     return objective

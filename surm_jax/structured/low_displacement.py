@@ -123,9 +123,8 @@ class LowDisplacementRank(StructuredMatrix):
         """
         dense = checked_dense(cls.__name__, dense)
         _check_rank(rank, dense.shape)
-        unit, dense, starts = _starts(dense, rank)
-        found, other = (refine(start, dense, steps=steps, progress=progress) for start in starts)
-        return _nearer(found, other, dense, unit)
+        starts = _from_displacement(dense, rank), _random(dense, rank)
+        return _nearer(*(refine(start, dense, steps=steps, progress=progress) for start in starts), dense)
 
     @property
     def T(self) -> "LowDisplacementRank":
@@ -231,28 +230,6 @@ def _turned_rows(rows: Float[Array, "k N"], sign: int) -> Float[Array, "k N"]:
 
 
 @functools.partial(jax.jit, static_argnames="rank")
-def _starts(
-    dense: Float[Array, "in out"], rank: int
-) -> tuple[Float[Array, ""], Float[Array, "in out"], tuple[LowDisplacementRank, LowDisplacementRank]]:
-    """The target's largest entry, the target in that unit, and the two starts of the search for it.
-
-    The unit lets the search see the same numbers whatever the target's scale.
-    """
-    unit = jnp.max(jnp.abs(dense))
-    unit = jnp.where(unit > 0, unit, 1)
-    dense = dense / unit
-    return unit, dense, (_from_displacement(dense, rank), _random(dense, rank))
-
-
-@jax.jit
-def _nearer(
-    one: LowDisplacementRank, other: LowDisplacementRank, dense: Float[Array, "in out"], unit: Float[Array, ""]
-) -> LowDisplacementRank:
-    """Of two matrices the nearer one to `dense`, times `unit`."""
-    distances = [jnp.linalg.norm(dense - matrix.to_dense()) for matrix in (one, other)]
-    return jax.tree.map(lambda a, b: jnp.where(distances[1] < distances[0], b, a) * jnp.sqrt(unit), one, other)
-
-
 def _from_displacement(dense: Float[Array, "in out"], rank: int) -> LowDisplacementRank:
     """The matrix whose displacement is the truncated SVD of that of `dense`."""
     W = _completed(dense)
@@ -280,9 +257,25 @@ def _completed(dense: Float[Array, "in out"]) -> Float[Array, "N N"]:
     return jnp.concatenate([dense.T, jnp.where(place < 0, -last[place % m], last[place % m])])
 
 
+@functools.partial(jax.jit, static_argnames="rank")
 def _random(dense: Float[Array, "in out"], rank: int) -> LowDisplacementRank:
     """Random G and H, with which the matrix has the norm of `dense` on average."""
     G, H = jax.random.normal(jax.random.key(0), (2, max(dense.shape), rank), dense.dtype)
     # The entries of W have the variance r N.
-    scale = (jnp.mean(jnp.square(dense)) / (rank * max(dense.shape))) ** 0.25
+    unit = _largest(dense)
+    scale = jnp.sqrt(unit) * (jnp.mean(jnp.square(dense / unit)) / (rank * max(dense.shape))) ** 0.25
     return LowDisplacementRank(G=scale * G, H=scale * H, shape=dense.shape)
+
+
+@jax.jit
+def _nearer(one: LowDisplacementRank, other: LowDisplacementRank, dense: Float[Array, "in out"]) -> LowDisplacementRank:
+    """Of two matrices the one nearer to `dense`."""
+    unit = _largest(dense)
+    distances = [jnp.linalg.norm((dense - matrix.to_dense()) / unit) for matrix in (one, other)]
+    return jax.tree.map(lambda a, b: jnp.where(distances[1] < distances[0], b, a), one, other)
+
+
+def _largest(dense: Float[Array, "in out"]) -> Float[Array, ""]:
+    """The largest entry, in which unit squares neither vanish nor overflow; 1 if all are zero."""
+    largest = jnp.max(jnp.abs(dense))
+    return jnp.where(largest > 0, largest, 1)

@@ -103,7 +103,7 @@ class LowRank(StructuredMatrix):
         return (x @ self.B) @ self.A.T
 
     def _dense(self) -> Float[Array, "in out"]:
-        return self.B @ self.A.T
+        return jnp.matmul(self.B, self.A.T, precision=jax.lax.Precision.HIGHEST)
 
 
 def _check_rank(rank: int, shape: tuple[int, int]) -> None:

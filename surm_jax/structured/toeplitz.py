@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, static
+from surm_jax.structured.diagonals import from_diagonals
 from surm_jax.structured.fourier import batch_local, fast_length, inverse_skew_fft, skew_fft
 
 
@@ -67,7 +68,7 @@ class Toeplitz(StructuredMatrix):
         """
         dense = checked_dense(cls.__name__, dense)
         m, n = dense.shape
-        return cls(t=_project(lambda t: _diagonals(t, (m, n)), m + n - 1, dense), shape=(m, n))
+        return cls(t=_project(lambda t: from_diagonals(t, (m, n)), m + n - 1, dense), shape=(m, n))
 
     @property
     def T(self) -> "Toeplitz":
@@ -87,7 +88,7 @@ class Toeplitz(StructuredMatrix):
         return apply_in_turn(x, self)
 
     def _dense(self) -> Float[Array, "in out"]:
-        return _diagonals(self.t, self.shape)
+        return from_diagonals(self.t, self.shape)
 
 
 @family("symmetric_toeplitz")
@@ -141,7 +142,7 @@ class SymmetricToeplitz(StructuredMatrix):
         """
         dense = checked_dense(cls.__name__, dense)
         shape = dense.shape
-        return cls(t=_project(lambda t: _diagonals(_mirror(t, shape), shape), max(shape), dense), shape=shape)
+        return cls(t=_project(lambda t: from_diagonals(_mirror(t, shape), shape), max(shape), dense), shape=shape)
 
     @property
     def T(self) -> "SymmetricToeplitz":
@@ -175,16 +176,6 @@ def _mirror(t: Float[Array, " N"], shape: tuple[int, int]) -> Float[Array, " dia
     """The numbers along all diagonals from those by distance."""
     m, n = shape
     return jnp.concatenate([jnp.flip(t[1:m]), t[:n]])
-
-
-def _diagonals(t: Float[Array, " diagonals"], shape: tuple[int, int]) -> Float[Array, "in out"]:
-    """The Toeplitz matrix of `t`. Row i is one slice, which begins at t[m - 1 - i].
-
-    Rows as slices are several times faster than entries by their indices, and the derivative, which adds up the
-    diagonals, up to 40 times (CPU, n = 2048).
-    """
-    m, n = shape
-    return jax.vmap(lambda start: jax.lax.dynamic_slice(t, (start,), (n,)))(jnp.arange(m)[::-1])
 
 
 def _project(

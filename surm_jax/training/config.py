@@ -219,6 +219,11 @@ class RunConfig:
                 f"config.data.batch_size={self.data.batch_size} does not divide into"
                 f" config.optim.accumulate={self.optim.accumulate} equal micro-batches"
             )
+        if self.peft.execution == "fused" and self.model.dtype != "float32":
+            raise UserError(
+                f"config.peft.execution=fused adds updates to the kernels, where config.model.dtype={self.model.dtype}"
+                " would round them away: choose auto, fft or dense"
+            )
         if self.peft.method not in self.optim.learning_rate:
             raise UserError(f"config.optim.learning_rate has none for config.peft.method={self.peft.method}")
 

@@ -66,7 +66,9 @@ def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[
     for seed, folder in _seed_folders(config, workdir):
         job = prepare(config, seed)
         with jax.set_mesh(job.mesh):
-            parts, trained, frozen = partition(*load_adapter(folder / "adapter", job.base_model(), execution=job.config.peft.execution))
+            parts, trained, frozen = partition(
+                *load_adapter(folder / "adapter", job.base_model(), execution=job.config.peft.execution)
+            )
             whole = replicated(job.mesh)
             evaluations[seed] = evaluate(
                 make_eval_step(parts, job.mesh),

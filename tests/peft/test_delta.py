@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from surm_jax.peft import AdapterParam
+from surm_jax.errors import UserError
+from surm_jax.peft import AdapterParam, adapt
 from surm_jax.peft.delta import Adapted, Delta, attach, detach
 from surm_jax.structured import CirculantPair, LowRank
 from tests.peft.cases import (
@@ -48,6 +49,51 @@ def test_output_is_that_of_kernel_plus_factor_times_dense(name, update):
     assert relative_error(y, base(name)(x)) > 0.05, "the start is too near to the base to show anything"
     assert relative_error(y, explicit(name, update)(x)) <= TOLERANCES[MODELS[name].precision]
     assert y.dtype == base(name)(x).dtype
+
+
+@pytest.mark.parametrize("execution", ["fft", "dense", "fused"])
+@pytest.mark.parametrize("name", ["mlp", "attention", "own_call", "axes", "bfloat16_kernels"])
+def test_every_execution_gives_the_same(name, execution):
+    model, adapter = trained(name, "circulant")
+    if (execution, MODELS[name].precision) == ("fused", "bfloat16"):
+        pytest.skip("fused is refused in half precision: see the next test")
+    other, _ = adapt(base(name), adapter.rules, train=adapter.train, execution=execution, rngs=nnx.Rngs(0))
+    nnx.update(other, nnx.state(model))
+    x, case = inputs(name), MODELS[name]
+    assert relative_error(other(x), explicit(name, "circulant")(x)) <= TOLERANCES[case.precision]
+
+
+def test_fused_is_refused_in_half_precision():
+    rules = trained("bfloat16_kernels", "circulant")[1].rules
+    other, _ = adapt(base("bfloat16_kernels"), rules, execution="fused", rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="'fused' adds the update to the kernel, and would lose it in bfloat16"):
+        other(inputs("bfloat16_kernels"))
+
+
+def test_an_unknown_execution():
+    with pytest.raises(UserError, match=r"no execution is called 'fussed'.*'fused'"):
+        adapt(base("mlp"), trained("mlp", "lora")[1].rules, execution="fussed", rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("execution", ["fft", "fused"])
+@pytest.mark.parametrize("option", ["dot_general", "dot_general_cls"])
+def test_a_product_of_the_layers_own_is_used(option, execution):
+    calls = []
+
+    def negative(*args, **kwargs):
+        calls.append(args[1].shape)
+        return -jax.lax.dot_general(*args, **kwargs)
+
+    layer = nnx.LinearGeneral(
+        6, (2, 2), rngs=nnx.Rngs(0), **{option: negative if option[-3:] != "cls" else lambda: negative}
+    )
+    plain = nnx.clone(layer)
+    attach(layer, Delta(LowRank.init(jax.random.key(0), (6, 4), scale=1.0, rank=1), 0.5, execution))
+    x = jnp.ones((3, 6))
+    np.testing.assert_allclose(layer(x), plain(x), rtol=1e-6)
+    assert calls == [(6, 4), (6, 2, 2)]
+    detach(layer)
+    np.testing.assert_array_equal(layer(x), plain(x))
 
 
 @pytest.mark.parametrize(("name", "update"), EVERY)

@@ -41,7 +41,7 @@ class TestFCirculant(ProjectionContract):
 
 def test_orientation():
     # Out of 2 features into 3: N = 3, and what wraps around to the left is multiplied by f.
-    matrix = FCirculant(jnp.array([1.0, 2.0, 3.0]), shape=(2, 3), f=10.0, transposed=False)
+    matrix = FCirculant(jnp.array([1.0, 2.0, 3.0]), shape=(2, 3), f=10.0)
     np.testing.assert_array_equal(matrix.to_dense(), [[1, 2, 3], [30, 1, 2]])
     np.testing.assert_allclose(matrix.apply(jnp.array([1.0, 10.0])), [301, 12, 23], rtol=1e-6)
     np.testing.assert_allclose(matrix.T.apply(jnp.array([1.0, 10.0, 100.0])), [321, 240], rtol=1e-6)
@@ -72,7 +72,7 @@ def test_every_factor_in_both_directions(shape):
 @pytest.mark.usefixtures("x64")
 def test_named_factors():
     v = np.random.default_rng(0).normal(size=5)
-    dense = {f: FCirculant(jnp.asarray(v), shape=(5, 4), f=f, transposed=False).to_dense() for f in (1, -1, 0)}
+    dense = {f: FCirculant(jnp.asarray(v), shape=(5, 4), f=f).to_dense() for f in (1, -1, 0)}
     assert_close(dense[1], Circulant(jnp.asarray(v), shape=(5, 4)).to_dense())
     assert_close(dense[-1], SkewCirculant(jnp.asarray(v), shape=(5, 4)).to_dense())
     assert_close(dense[0], np.triu(scipy.linalg.toeplitz(v))[:, :4])
@@ -81,7 +81,7 @@ def test_named_factors():
 @pytest.mark.usefixtures("x64")
 def test_a_factor_of_one_costs_one_convolution():
     def ffts(f):
-        matrix = FCirculant(jnp.ones(8), shape=(8, 8), f=f, transposed=False)
+        matrix = FCirculant(jnp.ones(8), shape=(8, 8), f=f)
         return jax.jit(type(matrix).apply).lower(matrix, jnp.ones((3, 8))).as_text().count("stablehlo.fft ")
 
     assert (ffts(1.0), ffts(-1.0), ffts(0.0)) == (3, 3, 6)
@@ -92,7 +92,7 @@ def test_a_factor_of_one_costs_one_convolution():
 @pytest.mark.parametrize("f", [0.0, 0.3, -1.0])
 def test_f_circulants_commute_and_multiply_to_an_f_circulant(n, f):
     rng = np.random.default_rng(0)
-    A, B = (FCirculant(jnp.asarray(rng.normal(size=n)), shape=(n, n), f=f, transposed=False) for _ in range(2))
+    A, B = (FCirculant(jnp.asarray(rng.normal(size=n)), shape=(n, n), f=f) for _ in range(2))
     product = B.apply(A.to_dense())
     assert_close(product, A.apply(B.to_dense()))
     assert_close(product, FCirculant.nearest(product, f=f).to_dense())
@@ -120,13 +120,13 @@ def test_nearest_is_the_least_squares_solution(shape):
 
 def test_nearest_for_factors_whose_square_is_out_of_range():
     for f in (1e-30, 1e30):
-        matrix = FCirculant(jnp.array([1.0, 2.0, 3.0]), shape=(2, 3), f=f, transposed=False)
+        matrix = FCirculant(jnp.array([1.0, 2.0, 3.0]), shape=(2, 3), f=f)
         np.testing.assert_allclose(FCirculant.nearest(matrix.to_dense(), f=f).v, matrix.v, rtol=1e-6)
         np.testing.assert_allclose(FCirculant.nearest(matrix.to_dense().T, f=1 / f).v.shape, (3,))
 
 
 def test_the_factor_is_structure():
-    a, b = (FCirculant(jnp.ones(3), shape=(3, 3), f=f, transposed=False) for f in (0.5, 0.25))
+    a, b = (FCirculant(jnp.ones(3), shape=(3, 3), f=f) for f in (0.5, 0.25))
     assert jax.tree.structure(a) != jax.tree.structure(b) and list(a.arrays()) == ["v"]
     assert a.T.T.transposed is False and a.T.shape == (3, 3) and a.T.f == 0.5
 
@@ -143,4 +143,4 @@ def test_wrong_number_of_numbers_names_both():
     with pytest.raises(UserError, match=r"SkewCirculant: v must have shape \(4,\), not \(5,\)"):
         SkewCirculant(jnp.ones(5), shape=(4, 3))
     with pytest.raises(UserError, match=r"FCirculant: v must have shape \(4,\), not \(3,\)"):
-        FCirculant(jnp.ones(3), shape=(4, 3), f=0.0, transposed=False)
+        FCirculant(jnp.ones(3), shape=(4, 3), f=0.0)

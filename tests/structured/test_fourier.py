@@ -1,4 +1,4 @@
-"""Circular convolution against its defining sum, and what happens to it on 8 devices."""
+"""Circular and skew-circular convolution against their defining sums, and what happens to them on 8 devices."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,15 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from surm_jax.errors import UserError
-from surm_jax.structured import BATCH_AXES, Circulant, CirculantPair, batch_local, circular_convolve
+from surm_jax.structured import (
+    BATCH_AXES,
+    Circulant,
+    CirculantPair,
+    batch_local,
+    circular_convolve,
+    fast_length,
+    skew_convolve,
+)
 from tests.structured.cases import assert_close
 from tests.structured.hlo import gathered_sizes
 
@@ -22,10 +30,10 @@ MESHES = {
 BATCH, TOKENS, IN, OUT = 16, 3, 9, 7
 
 
-def loop(x: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """The defining sum, one row of x at a time."""
+def loop(x: np.ndarray, c: np.ndarray, wrapped: int = 1) -> np.ndarray:
+    """The defining sum for one row x; what wraps around is multiplied by `wrapped`."""
     n = len(c)
-    return np.array([sum(x[i] * c[(j - i) % n] for i in range(len(x))) for j in range(n)])
+    return np.array([sum(x[i] * c[(j - i) % n] * (wrapped if i > j else 1) for i in range(len(x))) for j in range(n)])
 
 
 @pytest.fixture
@@ -57,11 +65,64 @@ def test_circular_convolve_is_its_defining_sum(m, n):
     assert_close(circular_convolve(x, c), loop(np.asarray(x), np.asarray(c)))
 
 
-def test_circular_convolve_refuses_what_it_would_get_wrong():
-    with pytest.raises(UserError, match=r"need m <= n, but have shapes \(2, 5\) and \(4,\)"):
-        circular_convolve(jnp.ones((2, 5)), jnp.ones(4))
-    with pytest.raises(UserError, match="both be float32 or both float64, not bfloat16 and float32"):
-        circular_convolve(jnp.ones(4, jnp.bfloat16), jnp.ones(4))
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (2, 2), (1, 2), (7, 7), (8, 8), (2, 8), (6, 8), (3, 7), (1, 5), (9, 10)])
+def test_skew_convolve_is_its_defining_sum_with_its_gradients(m, n):
+    rng = np.random.default_rng(0)
+    x, v, dy = rng.normal(size=(2, m)), rng.normal(size=n), rng.normal(size=(2, n))
+    Z = np.stack([loop(unit, v, -1) for unit in np.eye(n)[:m]])
+    y, vjp = jax.vjp(jax.jit(skew_convolve), x, v)
+    dx, dv = vjp(dy)
+    assert_close(y, x @ Z)
+    assert_close(dx, dy @ Z.T)
+    # v_k stands on the wrapped diagonal j - i = k.
+    X, expected = dy.T @ np.pad(x, ((0, 0), (0, n - m))), []
+    for _ in range(n):
+        expected.append(np.trace(X))
+        X = np.roll(X, -1, axis=0) * np.where(np.arange(n) == n - 1, -1, 1)[:, None]
+    assert_close(dv, expected)
+
+
+@pytest.mark.parametrize("n", [9, 10])
+@pytest.mark.parametrize("convolve", [circular_convolve, skew_convolve])
+def test_a_convolution_takes_three_transforms_forward_and_three_back(convolve, n):
+    def count(fn):
+        return jax.jit(fn).lower(jnp.ones((4, n)), jnp.ones(n)).as_text().count("stablehlo.fft ")
+
+    def loss(x, v):
+        return jnp.sum(jnp.sin(convolve(x, v)))
+
+    assert count(convolve) == 3
+    assert count(jax.grad(loss, argnums=(0, 1))) == 6
+
+
+def test_an_even_skew_convolution_works_on_half_the_length():
+    text = jax.jit(skew_convolve).lower(jnp.ones((4, 10)), jnp.ones(10)).as_text()
+    assert text.count("stablehlo.fft ") == text.count("length = [5]") == 3
+
+
+@pytest.mark.parametrize(("convolve", "name"), [(circular_convolve, "c"), (skew_convolve, "v")])
+def test_convolutions_refuse_what_they_would_get_wrong(convolve, name):
+    with pytest.raises(UserError, match=rf"{name} \(n,\) need m <= n, but have shapes \(2, 5\) and \(4,\)"):
+        convolve(jnp.ones((2, 5)), jnp.ones(4))
+    with pytest.raises(UserError, match=f"x and {name} must both be float32 or both float64, not bfloat16 and float32"):
+        convolve(jnp.ones(4, jnp.bfloat16), jnp.ones(4))
+
+
+def test_fast_length_is_the_next_5_smooth_number():
+    def smooth(n):
+        for prime in (2, 3, 5):
+            while n % prime == 0:
+                n //= prime
+        return n == 1
+
+    lengths = [n for n in range(1, 4097) if smooth(n)]
+    for n in range(1, 4097):
+        assert fast_length(n) == next(length for length in lengths[np.searchsorted(lengths, n) :])
+    assert fast_length(10**9 + 1) == 2**26 * 15 and fast_length(2**40) == 2**40
+    for n in (0, -3):
+        with pytest.raises(UserError, match=f"n must be at least 1, not {n}"):
+            fast_length(n)
 
 
 @pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=str)
@@ -79,6 +140,26 @@ def test_no_activation_is_gathered_and_values_equal_one_devices(problem, mesh_na
         assert dx.sharding.is_equivalent_to(x.sharding, x.ndim)
         assert dpair.r1.sharding.is_fully_replicated
     assert_trees_close((loss, (dpair, dx)), expected)
+
+
+@pytest.mark.parametrize("n", [9, 10])
+@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=str)
+@pytest.mark.parametrize("mesh_name", ["data", "data x fsdp"])
+def test_no_activation_is_gathered_by_a_skew_convolution(mesh_name, axis_type, n):
+    rng = np.random.default_rng(0)
+    x, v = rng.normal(size=(BATCH, TOKENS, IN)).astype(np.float32), rng.normal(size=n).astype(np.float32)
+    grads = jax.value_and_grad(lambda x, v: jnp.sum(jnp.sin(skew_convolve(x, v))), argnums=(0, 1))
+    expected = jax.jit(grads)(x, v)
+    sizes, names, spec = MESHES[mesh_name]
+    mesh = jax.make_mesh(sizes, names, axis_types=(axis_type,) * len(names))
+    with jax.set_mesh(mesh):
+        (x,), (v,) = on(mesh, spec, x), on(mesh, P(), v)
+        compiled = jax.jit(grads).lower(x, v).compile()
+        assert [size for size in gathered_sizes(compiled.as_text()) if size >= x.size // mesh.size] == []
+        loss, (dx, dv) = compiled(x, v)
+        assert dx.sharding.is_equivalent_to(x.sharding, x.ndim)
+        assert dv.sharding.is_fully_replicated
+    assert_trees_close((loss, (dx, dv)), expected)
 
 
 @pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=str)

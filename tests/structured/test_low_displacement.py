@@ -34,7 +34,7 @@ def displacement(W: np.ndarray) -> np.ndarray:
 
 def relative_error(matrix, target) -> float:
     target = np.asarray(target, np.float64)
-    return np.linalg.norm(matrix.to_dense() - target) / np.linalg.norm(target)
+    return np.linalg.norm(np.asarray(matrix.to_dense(), np.float64) - target) / np.linalg.norm(target)
 
 
 def draw(*shape) -> np.ndarray:
@@ -100,7 +100,8 @@ def test_gradients_of_the_dense_form_are_those_of_the_product(shape):
     matrix = LowDisplacementRank(jnp.asarray(G), jnp.asarray(H), shape=shape)
     weight, eye = jnp.asarray(draw(*shape)), jnp.eye(shape[0])
     forms = (lambda m: m.to_dense()), (lambda m: m.apply(eye))
-    dense, product = jax.jit(lambda m: [jax.grad(lambda m: jnp.sum(form(m) * weight))(m) for form in forms])(matrix)
+    grads = [jax.grad(lambda m, form=form: jnp.sum(form(m) * weight)) for form in forms]
+    dense, product = jax.jit(lambda m: [grad(m) for grad in grads])(matrix)
     jax.tree.map(assert_close, dense, product)
 
 
@@ -138,27 +139,30 @@ HELD = {
 def test_nearest_finds_what_the_family_holds_without_any_step(name):
     rank, build = HELD[name]
     target = build()
-    found = jax.jit(lambda target: LowDisplacementRank.nearest(target, rank=rank, steps=0))(target)
+    found = LowDisplacementRank.nearest(jnp.asarray(target), rank=rank, steps=0)
     assert found.rank == rank and found.shape == target.shape
     assert_close(paper_W(np.asarray(found.G), np.asarray(found.H)).T[: target.shape[0], : target.shape[1]], target)
 
 
-def test_one_rank_less_does_not_hold_them():
-    for name in ("Toeplitz", "products of 2 Toeplitz"):
-        rank, build = HELD[name]
-        target = build().astype(np.float32)
-        assert relative_error(LowDisplacementRank.nearest(jnp.asarray(target), rank=rank - 1, steps=0), target) > 0.01
+# The tests of the search share one shape, rank and precision: each combination is compiled anew.
+def random_target():
+    return jnp.asarray(draw(20, 20).astype(np.float32))
 
 
-@pytest.mark.parametrize("rank", [1, 3])
-def test_nearest_keeps_the_best_of_two_searches(rank, monkeypatch):
-    target, searches = jnp.asarray(draw(20, 20).astype(np.float32)), []
+def test_half_the_rank_does_not_hold_a_product_of_two_toeplitz_matrices():
+    rows = draw(3, 20).astype(np.float32)
+    target = scipy.linalg.toeplitz(rows[0], rows[1]) @ scipy.linalg.toeplitz(rows[2])
+    assert relative_error(LowDisplacementRank.nearest(jnp.asarray(target), rank=2, steps=60), target) > 0.1
+
+
+def test_nearest_keeps_the_best_of_two_searches(monkeypatch):
+    target, rank, searches = random_target(), 2, []
 
     def refine(start, target, **options):
-        searches.append((start, low_displacement_refine(start, target, **options), target, options))
+        searches.append((start, original(start, target, **options), target, options))
         return searches[-1][1]
 
-    low_displacement_refine = low_displacement.refine
+    original = low_displacement.refine
     monkeypatch.setattr(low_displacement, "refine", refine)
     found = relative_error(LowDisplacementRank.nearest(target, rank=rank, steps=60), target)
 
@@ -174,7 +178,7 @@ def test_nearest_keeps_the_best_of_two_searches(rank, monkeypatch):
 
 def test_nearest_is_better_than_gradient_descent():
     """Steepest descent with the best of several rates, from several random starts, as the paper fits."""
-    target = jnp.asarray(draw(20, 20).astype(np.float32))
+    target = random_target()
     size = jnp.sum(target**2)
 
     def descend(key, rate):
@@ -193,25 +197,25 @@ def test_nearest_is_better_than_gradient_descent():
 
 
 def test_nearest_does_not_depend_on_the_scale_and_works_under_jit():
-    target = jnp.asarray(draw(20, 20).astype(np.float32))
-    error = relative_error(LowDisplacementRank.nearest(target, rank=3, steps=60), target)
+    target = random_target()
+    error = relative_error(LowDisplacementRank.nearest(target, rank=2, steps=60), target)
     for scale in (1e-30, 1e30):
-        found = LowDisplacementRank.nearest(scale * target, rank=3, steps=60)
+        found = LowDisplacementRank.nearest(scale * target, rank=2, steps=60)
         assert abs(relative_error(found, scale * target) / error - 1) < 0.01
     nearest = jax.jit(LowDisplacementRank.nearest, static_argnames=("rank", "steps"))
-    assert abs(relative_error(nearest(target, rank=3, steps=60), target) / error - 1) < 0.01
+    assert abs(relative_error(nearest(target, rank=2, steps=60), target) / error - 1) < 0.01
 
 
 def test_the_nearest_to_zero_is_zero_and_can_learn():
-    found = LowDisplacementRank.nearest(jnp.zeros((4, 3)), rank=2)
+    found = LowDisplacementRank.nearest(jnp.zeros((20, 20)), rank=2)
     assert not np.any(found.to_dense())
-    grad = jax.grad(lambda m: jnp.sum(m.apply(jnp.array([1.0, 2.0, 4.0, 8.0]))))(found)
+    grad = jax.grad(lambda m: jnp.sum(m.apply(jnp.arange(1.0, 21.0))))(found)
     assert np.all(np.any(np.asarray(grad.G) != 0, axis=0))
 
 
 def test_nearest_to_numbers_that_are_not_finite():
     with pytest.raises(UserError, match="the target holds numbers that are not finite"):
-        LowDisplacementRank.nearest(jnp.ones((3, 3)).at[1, 1].set(jnp.nan), rank=1)
+        LowDisplacementRank.nearest(jnp.zeros((20, 20)).at[1, 1].set(jnp.nan), rank=2)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

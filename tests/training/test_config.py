@@ -40,6 +40,14 @@ def test_changed_values_survive_the_round_trip_through_json():
     assert parse(json.loads(json.dumps(to_dict(config)))) == config
 
 
+def test_executions():
+    assert parse(changed(peft__execution="dense", model__dtype="bfloat16")).peft.execution == "dense"
+    with pytest.raises(UserError, match=r"config.peft.execution.*'fft'"):
+        parse(changed(peft__execution="fff"))
+    with pytest.raises(UserError, match=r"config.peft.execution=fused adds updates to the kernels, where .*bfloat16"):
+        parse(changed(peft__execution="fused", model__dtype="bfloat16"))
+
+
 def test_absent_keys_have_their_defaults():
     assert parse({"optim": {"steps": 7}}) == dataclasses.replace(
         RunConfig(), optim=dataclasses.replace(RunConfig().optim, steps=7)

@@ -1,0 +1,138 @@
+"""Writes docs/speed.md and docs/speed.png from benchmarks/results/*.json, the files that the benchmarks' `--out` wrote.
+
+python -m benchmarks.report
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from surm_jax.structured import EXECUTIONS
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+Row = dict[str, Any]
+
+HEAD = """# Speed
+
+What a structured update costs beside the frozen layer and LoRA of rank 1. Written by `python -m benchmarks.report`
+from `benchmarks/results/`; the command above each table measures it anew. Times are medians over rounds in which all
+programs take turns. Every program computes the output, the gradient of the input and those of the update's parameters.
+
+`frozen` is the kernel alone, the floor. `LoRA` is the textbook form `x @ W + (x @ B) @ A^T`. The executions `fft`,
+`dense`, `fused` and `auto` are explained in `surm_jax/structured/execution.py`: `auto` takes what
+`surm_jax/structured/choice.json` found fastest, and `--config.peft.execution=` or `surm_jax.adapt(..., execution=)`
+forces one. Our own LoRA gains from `fused` too: its row is `low_rank`.
+
+![cost of a layer by family](speed.png)
+"""
+
+
+def read(name: str) -> list[Row]:
+    """The rows of a file in benchmarks/results."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def markdown(rows: list[Row], columns: dict[str, str]) -> str:
+    """A table; `columns` maps keys to format specifications, numbers to the right."""
+    rule = "|".join("---:" if spec else "---" for spec in columns.values())
+    lines = [f"| {' | '.join(columns)} |", f"|{rule}|"]
+    for row in rows:
+        lines.append("| " + " | ".join("" if row[k] is None else format(row[k], s) for k, s in columns.items()) + " |")
+    return "\n".join(lines)
+
+
+def layer_rows(rows: list[Row]) -> list[Row]:
+    """One line for each variant: the times of its executions side by side, as multiples of LoRA's."""
+    lines: dict[str, Row] = {}
+    for row in rows:
+        if row["family"] == "frozen":
+            continue
+        options = " ".join(f"{key}={value}" for key, value in row["options"].items())
+        name = f"{row['family']} {options}".strip()
+        line = lines.setdefault(name, {"family": name, "numbers": row["parameters"]})
+        if row["execution"] == "auto":
+            line |= {"ms": row["ms"], "to frozen": row["ratio_to_frozen"], "MB at peak": row["peak_bytes"] / 1e6}
+        line[row["execution"]] = row["ratio_to_lora"]
+    return sorted(lines.values(), key=lambda line: line["auto"])
+
+
+def layer_sections() -> list[str]:
+    """One for each size and precision in structured.json."""
+    rows, parts = read("structured.json"), []
+    for width, tokens, dtype in dict.fromkeys((row["width"], row["tokens"], row["dtype"]) for row in rows):
+        here = [row for row in rows if (row["width"], row["tokens"], row["dtype"]) == (width, tokens, dtype)]
+        executions = [name for name in EXECUTIONS if any(row["execution"] == name for row in here)]
+        columns = {"family": "", "numbers": ","} | dict.fromkeys(executions, ".2f")
+        columns |= {"ms": ".1f", "to frozen": ".2f", "MB at peak": ".1f"}
+        frozen = next(row for row in here if row["family"] == "frozen")
+        parts.append(f"""## One layer, {width} x {width}, {tokens:,} tokens, {dtype}
+
+`python -m benchmarks.structured --sizes={width}x{tokens} --dtypes={dtype}`, on {frozen["device"]}, jax
+{frozen["jax"]}. Multiples of LoRA's time by execution; `ms`, `to frozen` and `MB at peak` (arguments, results and
+temporaries) are those of `auto`. The frozen layer takes {frozen["ms"]:.1f} ms and {frozen["peak_bytes"] / 1e6:.1f} MB.
+
+{markdown(layer_rows(here), columns)}""")
+    return parts
+
+
+def peer_section() -> str:
+    """What is in peers.json."""
+    rows = read("peers.json")
+    first = rows[0]
+    return f"""## Beside PyTorch and peft
+
+`python -m benchmarks.peers`, width {first["width"]}, {first["tokens"]:,} tokens, {first["dtype"]}, on {first["device"]};
+torch {first["torch"]}, peft {first["peft"]}, jax {first["jax"]}. `ratio_to_ours`: the peer's time over that of our
+matrix of the same kind. The gradient that peft's C3A computes for its input is not the right one (`benchmarks/peers.py`).
+
+{markdown(rows, {"layer": "", "ms": ".1f", "ratio_to_ours": ".2f"})}"""
+
+
+def step_section() -> str:
+    """What is in step.json."""
+    rows = [{**row, "MB at peak": row["peak_bytes"] / 1e6} for row in read("step.json")]
+    columns = {"family": "", "parameters": ",", "ms": ",.0f", "ratio_to_frozen": ".3f", "ratio_to_lora": ".3f"}
+    first = rows[0]
+    return f"""## A training step of {first["model"]}
+
+`python -m benchmarks.step`, batch {first["batch"]}, updates on Q, K and V, float32, on {first["device"]}, jax
+{first["jax"]}. Forward, backward and AdamW; `frozen`: forward and the gradient of the image. Updates run as `auto` says;
+`low_rank` is LoRA r = 1.
+
+{markdown(rows, columns | {"MB at peak": ",.0f"})}"""
+
+
+def figure() -> Figure:
+    """Bars: the time of a layer by family, `auto`, as a multiple of the frozen layer's."""
+    rows = [row for row in read("structured.json") if row["tokens"] == 6304 and row["dtype"] == "float32"]
+    lora = next(row["ratio_to_frozen"] for row in rows if (row["family"], row["execution"]) == ("low_rank", "fft"))
+    lines = layer_rows(rows)[::-1]
+    picture = Figure(figsize=(7.5, 0.34 * len(lines) + 1), layout="constrained")
+    axes = picture.subplots()
+    axes.barh([line["family"] for line in lines], [line["to frozen"] for line in lines], color="#4477aa", height=0.62)
+    for place, line in enumerate(lines):
+        axes.text(line["to frozen"] + 0.01, place, f"{line['to frozen']:.2f}", va="center", fontsize=9)
+    for value, label, style in ((1.0, "frozen layer", "-"), (lora, "LoRA r = 1, textbook form", "--")):
+        axes.axvline(value, color="#333333", linewidth=1, linestyle=style, label=label)
+    axes.set_xlim(0.9, None)
+    axes.set_xlabel(
+        f"time, forward and backward, width 768, 6,304 tokens, over the frozen layer's\n{rows[0]['device']}"
+    )
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    return picture
+
+
+def main() -> None:
+    """Writes both files."""
+    (ROOT / "docs" / "speed.md").write_text(
+        "\n\n".join([HEAD.rstrip(), *layer_sections(), peer_section(), step_section()]) + "\n"
+    )
+    figure().savefig(ROOT / "docs" / "speed.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
