@@ -84,9 +84,10 @@ def peer_section() -> str:
     first = rows[0]
     return f"""## Beside PyTorch and peft
 
-`python -m benchmarks.peers`, width {first["width"]}, {first["tokens"]:,} tokens, {first["dtype"]}, on {first["device"]};
+`python -m benchmarks.peers`, width {first["width"]}, {first["tokens"]:,} tokens, float32, on {first["device"]};
 torch {first["torch"]}, peft {first["peft"]}, jax {first["jax"]}. `ratio_to_ours`: the peer's time over that of our
-matrix of the same kind. The gradient that peft's C3A computes for its input is not the right one (`benchmarks/peers.py`).
+matrix of the same kind. The gradient that peft's C3A computes for its input is not the right one: see
+`benchmarks/peers.py`.
 
 {markdown(rows, {"layer": "", "ms": ".1f", "ratio_to_ours": ".2f"})}"""
 
@@ -99,8 +100,8 @@ def step_section() -> str:
     return f"""## A training step of {first["model"]}
 
 `python -m benchmarks.step`, batch {first["batch"]}, updates on Q, K and V, float32, on {first["device"]}, jax
-{first["jax"]}. Forward, backward and AdamW; `frozen`: forward and the gradient of the image. Updates run as `auto` says;
-`low_rank` is LoRA r = 1.
+{first["jax"]}. Forward, backward and AdamW; `frozen`: forward and the gradient of the image. Updates run as `auto`
+says; `low_rank` is LoRA r = 1.
 
 {markdown(rows, columns | {"MB at peak": ",.0f"})}"""
 

@@ -105,9 +105,12 @@ class LowDisplacementRank(StructuredMatrix):
 
         Starts from the truncated SVD of the displacement, and from a random point of the target's norm (always the same
         one); refines both with `steps` steps of `surm_jax.structured.refine`, and keeps the nearest of all points seen.
-        So it is never worse than the SVD, nor than the search from the random point alone. Exact, without any step, for
-        every target if the rank is min(m, n) or more, for Toeplitz targets from rank 2 on, and for square targets whose
-        displacement has this rank.
+        So it is never worse than the SVD, nor than the search from the random point alone, nor than the zero matrix:
+        what is kept is the best multiple of either point, which matters without steps, as the SVD alone is often worse
+        than zero.
+
+        Exact, without any step, for every target if the rank is min(m, n) or more, for Toeplitz targets from rank 2 on,
+        and for square targets whose displacement has this rank.
 
         O(N^3) for the SVD and O(m n rank) a step.
 
@@ -269,10 +272,18 @@ def _random(dense: Float[Array, "in out"], rank: int) -> LowDisplacementRank:
 
 @jax.jit
 def _nearer(one: LowDisplacementRank, other: LowDisplacementRank, dense: Float[Array, "in out"]) -> LowDisplacementRank:
-    """Of two matrices the one nearer to `dense`."""
+    """Of two matrices and their best multiples the nearest to `dense`."""
     unit = _largest(dense)
-    distances = [jnp.linalg.norm((dense - matrix.to_dense()) / unit) for matrix in (one, other)]
-    return jax.tree.map(lambda a, b: jnp.where(distances[1] < distances[0], b, a), one, other)
+    target = dense / unit
+    points, distances = [], []
+    for matrix in (one, other):
+        M = matrix.to_dense() / unit
+        size = jnp.sum(jnp.square(M))
+        factor = jnp.sum(target * M) / jnp.where(size > 0, size, 1)
+        points += [matrix, dataclasses.replace(matrix, G=factor * matrix.G)]
+        distances += [jnp.linalg.norm(target - M), jnp.linalg.norm(target - factor * M)]
+    nearest = jnp.argmin(jnp.stack(distances))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves)[nearest], *points)
 
 
 def _largest(dense: Float[Array, "in out"]) -> Float[Array, ""]:

@@ -149,6 +149,11 @@ def random_target():
     return jnp.asarray(draw(20, 20).astype(np.float32))
 
 
+def test_the_better_start_is_no_worse_than_zero():
+    """The truncated SVD alone is, for a target without structure."""
+    assert relative_error(LowDisplacementRank.nearest(random_target(), rank=2, steps=0), random_target()) < 1
+
+
 def test_half_the_rank_does_not_hold_a_product_of_two_toeplitz_matrices():
     rows = draw(3, 20).astype(np.float32)
     target = scipy.linalg.toeplitz(rows[0], rows[1]) @ scipy.linalg.toeplitz(rows[2])
