@@ -10,7 +10,8 @@ from surm_jax.models import VARIANTS
 from tests.training import tiny
 
 
-@pytest.fixture(scope="session", autouse=True)
+# Not for the whole session: other rooms compare VARIANTS with what the package has.
+@pytest.fixture(scope="module", autouse=True)
 def tiny_variant() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(VARIANTS, tiny.NAME, tiny.GEOMETRY)
