@@ -24,7 +24,8 @@ programs take turns. Every program computes the output, the gradient of the inpu
 `frozen` is the kernel alone, the floor. `LoRA` is the textbook form `x @ W + (x @ B) @ A^T`. The executions `fft`,
 `dense`, `fused` and `auto` are explained in `surm_jax/structured/execution.py`: `auto` takes what
 `surm_jax/structured/choice.json` found fastest, and `--config.peft.execution=` or `surm_jax.adapt(..., execution=)`
-forces one. Our own LoRA gains from `fused` too: its row is `low_rank`.
+forces one. Our own LoRA gains from `fused` too: its row is `low_rank`. `auto` and the execution it stands for are one
+program: the difference between their columns is the noise of the measurement.
 
 ![cost of a layer by family](speed.png)
 """
