@@ -119,11 +119,9 @@ def figure() -> Figure:
         axes.text(line["to frozen"] + 0.01, place, f"{line['to frozen']:.2f}", va="center", fontsize=9)
     for value, label, style in ((1.0, "frozen layer", "-"), (lora, "LoRA r = 1, textbook form", "--")):
         axes.axvline(value, color="#333333", linewidth=1, linestyle=style, label=label)
-    axes.set_xlim(0.9, None)
-    axes.set_xlabel(
-        f"time, forward and backward, width 768, 6,304 tokens, over the frozen layer's\n{rows[0]['device']}"
-    )
-    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    axes.set_xlim(0, 1.15 * max(line["to frozen"] for line in lines))
+    axes.set_xlabel(f"time over the frozen layer's\n768 x 768, 6,304 tokens, forward and backward, {rows[0]['device']}")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     return picture
 
