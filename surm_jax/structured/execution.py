@@ -89,6 +89,8 @@ def updated_matmul(
     foldable = x.dtype == kernel.dtype and x.dtype in (jnp.float32, jnp.float64)
     if execution == "auto":
         execution = choose(update, math.prod(x.shape[:-1]), kernel.dtype)
+        if execution == "fused" and not foldable:
+            execution = "dense"
     if execution == "fused" and not foldable:
         raise UserError(
             f"the execution 'fused' adds the update to the kernel, and would lose it in {kernel.dtype}: "

@@ -172,6 +172,15 @@ def test_half_precision_does_not_lose_a_small_update(how):
     assert_close(y, expected, "bfloat16")
 
 
+@pytest.mark.parametrize(("of_x", "of_kernel"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_auto_does_not_fold_where_x_and_kernel_differ(of_x, of_kernel):
+    update = Circulant(jnp.arange(768.0) / 768, (768, 768))
+    x, kernel = jnp.ones((2000, 768), of_x), jnp.ones((768, 768), of_kernel)
+    dot = lambda x, kernel: jnp.matmul(x.astype("float32"), kernel.astype("float32"))  # noqa: E731
+    y = updated_matmul(x, kernel, update, dot=dot)
+    np.testing.assert_allclose(y, 768 + np.full((2000, 768), 383.5), rtol=2e-2)
+
+
 def test_fused_is_refused_in_half_precision():
     x, kernel = jnp.ones((2, 4), jnp.bfloat16), jnp.ones((4, 4), jnp.bfloat16)
     with pytest.raises(UserError, match="'fused' adds the update to the kernel, and would lose it in bfloat16"):
