@@ -34,7 +34,7 @@ from benchmarks.timing import device, medians, setting, table
 OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
 WIDTH = flags.DEFINE_integer("width", 768, "Features in and out.")
 TOKENS = flags.DEFINE_integer("tokens", 6304, "Rows of the input.")
-ROUNDS = flags.DEFINE_integer("rounds", 11, "How often each program is timed.")
+ROUNDS = flags.DEFINE_integer("rounds", 11, "How often each program is timed.", lower_bound=1)
 
 #: Our program beside each peer's: (family, options).
 COUNTERPARTS = {

@@ -19,12 +19,13 @@ HEAD = """# Speed
 
 What a structured update costs beside the frozen layer and LoRA of rank 1. Written by `python -m benchmarks.report`
 from `benchmarks/results/`; the command above each table measures it anew. Times are medians over rounds in which all
-programs take turns. Every program computes the output, the gradient of the input and those of the update's parameters.
+programs take turns. Every layer program computes the output, the gradient of the input and those of the update's
+parameters.
 
 `frozen` is the kernel alone, the floor. `LoRA` is the textbook form `x @ W + (x @ B) @ A^T`. The executions `fft`,
 `dense`, `fused` and `auto` are explained in `surm_jax/structured/execution.py`: `auto` takes what
 `surm_jax/structured/choice.json` found fastest, and `--config.peft.execution=` or `surm_jax.adapt(..., execution=)`
-forces one. Our own LoRA gains from `fused` too: its row is `low_rank`. `auto` and the execution it stands for are one
+forces one. Our own LoRA is the row `low_rank`. `auto` and the execution it stands for are one
 program: the difference between their columns is the noise of the measurement.
 
 ![cost of a layer by family](speed.png)
@@ -37,10 +38,10 @@ TAIL = """## What bounds it
   a row, beside two products with a kernel. That is all it costs over the frozen layer, and more than the two inner
   products a row of LoRA r = 1 where the width is small. Two rows packed into one complex FFT, other sizes of the pieces
   and unrolled loops gained nothing.
-- `W(G, H)` and the Toeplitz pairs need several FFTs a row, forth and back. From about a thousand tokens on a product of
-  input and output gradient, reduced to the parameters, is as fast at width 768, and `auto` takes it.
-- `fused` and `dense` hold `W + M` once, as large as the kernel; LoRA's textbook form does not. In the step of a ViT,
-  LoRA r = 1 has another advantage: XLA computes its inner products together with the LayerNorm before the layer, and
+- `W(G, H)` and the Toeplitz pairs need several FFTs a row, forth and back. With many tokens a product of
+  input and output gradient, reduced to the parameters, is as fast at width 768.
+- `fused` holds `W + M` once, as large as the kernel, and `dense` twice that; LoRA's textbook form does not. In the
+  step of a ViT, LoRA r = 1 has another advantage: XLA computes its inner products together with the LayerNorm before the layer, and
   need not keep that one's result. With `python -m benchmarks.step --families=circulant --execution=fused` LoRA and
   circulant hold the same memory.
 """

@@ -4,7 +4,7 @@
                               [--execution=auto]
 
 The whole step is timed: forward, backward, AdamW on the updates and the head. Beside the families stand LoRA r = 1
-(`low_rank`) and the floor, `frozen`: forward and the gradient of the image, with nothing trained. `peak_bytes` is what
+(`low_rank`) and as a reference `frozen`: forward and the gradient of the image, with nothing trained. `peak_bytes` is what
 the compiled program holds of arguments, results and temporaries together.
 """
 
@@ -37,7 +37,7 @@ OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
 FAMILY_NAMES = flags.DEFINE_list("families", None, "Families to time beside low_rank; all of them by default.")
 VARIANT = flags.DEFINE_string("variant", "B/16", "The ViT.")
 BATCH = flags.DEFINE_integer("batch", 8, "Images per step.")
-ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each step is timed.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each step is timed.", lower_bound=1)
 EXECUTION = flags.DEFINE_enum("execution", "auto", EXECUTIONS, "How the updates are computed.")
 CLASSES = 100
 COLUMNS = {
@@ -67,7 +67,7 @@ def images_and_labels(model: ViT) -> dict[str, jax.Array]:
 
 
 def frozen_step(model: ViT) -> tuple[Any, Callable[[], Any], int]:
-    """The floor: forward, and the gradient of the loss by the images."""
+    """The reference: forward, and the gradient of the loss by the images."""
     graphdef, state = nnx.split(model)
     batch = images_and_labels(model)
 

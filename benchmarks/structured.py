@@ -15,6 +15,7 @@ together. `--write_table` makes the fastest execution of each case what `auto` s
 
 import functools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
 FAMILY_NAMES = flags.DEFINE_list("families", None, "Families to time; all of them by default.")
 SIZES = flags.DEFINE_list("sizes", "768x256,768x1576,768x6304,4096x2048", "Widths and tokens.")
 DTYPES = flags.DEFINE_list("dtypes", "float32", "Of input and kernel: float32, bfloat16.")
-ROUNDS = flags.DEFINE_integer("rounds", 11, "How often each program is timed.")
+ROUNDS = flags.DEFINE_integer("rounds", 11, "How often each program is timed.", lower_bound=1)
 WRITE_TABLE = flags.DEFINE_bool("write_table", False, "Let `auto` choose by what was measured now.")
 
 #: What makes a case of the table of `auto`.
@@ -128,6 +129,12 @@ def main(_: list[str]) -> None:
     unknown = set(families) - set(FAMILIES)
     if unknown:
         raise app.UsageError(f"unknown families {', '.join(sorted(unknown))}; known: {', '.join(FAMILIES)}")
+    for size in SIZES.value:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
+            raise app.UsageError(f"--sizes={size}: a size is width x tokens, such as 768x6304")
+    for dtype in DTYPES.value:
+        if dtype not in ("float32", "bfloat16"):
+            raise app.UsageError(f"--dtypes={dtype}: known are float32 and bfloat16")
     rows = []
     for dtype in DTYPES.value:
         for size in SIZES.value:

@@ -68,6 +68,10 @@ def check_call(module: nnx.Module, path: str) -> None:
     for cls in type(module).__mro__:
         if cls in (nnx.Linear, nnx.LinearGeneral):
             return
+        if "dot_general" in vars(cls) or "dot_general_cls" in vars(cls):
+            raise UserError(
+                f"{path} cannot be adapted: {cls.__name__} defines its own dot_general, where the update is added"
+            )
         call = vars(cls).get("__call__")
         if call is not None and "super" not in inspect.unwrap(call).__code__.co_names:
             raise UserError(

@@ -67,9 +67,11 @@ def approximations(
     (1.0, 0.167)
     """
     dense = checked_dense("approximations", dense)
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise UserError(f"approximations: budget must be a whole number of parameters, not {budget!r}")
     energy = jnp.sum(jnp.square(dense))
     if not (jnp.isfinite(energy) and energy > 0):
-        raise UserError("approximations: the target must be finite and not all zeros")
+        raise UserError("approximations: the target, and the sum of its squares, must be finite and not zero")
     found = {}
     for name, family in FAMILIES.items():
         options = _OPTIONS.get(name, lambda shape, budget: {})(dense.shape, budget)

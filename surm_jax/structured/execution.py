@@ -86,6 +86,8 @@ def updated_matmul(
             f"updated_matmul: x (..., in), kernel (in, out) and update (in, out) do not fit: "
             f"{x.shape}, {kernel.shape} and {update.shape}"
         )
+    if not jnp.issubdtype(x.dtype, jnp.floating) or not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise UserError(f"updated_matmul: x and kernel must be real floating point, not {x.dtype} and {kernel.dtype}")
     foldable = x.dtype == kernel.dtype and x.dtype in (jnp.float32, jnp.float64)
     if execution == "auto":
         execution = choose(update, math.prod(x.shape[:-1]), kernel.dtype)
@@ -115,7 +117,7 @@ def _folded(product: Callable[..., Array], dot: Dot, x: Array, kernel: Array, up
 def _folded_jvp(product, dot, primals, tangents):
     x, kernel, update = primals
     dx, dkernel, dupdate = tangents
-    terms = []
+    y, terms = dot(x, _sum(kernel, update)), []
     if not isinstance(dx, SymbolicZero):
         # Checkpointed, so that the sum is formed again in the backward pass and is not kept for it.
         terms.append(jax.checkpoint(lambda dx, kernel, update: dot(dx, _sum(kernel, update)))(dx, kernel, update))
@@ -123,8 +125,7 @@ def _folded_jvp(product, dot, primals, tangents):
         terms.append(dot(x, dkernel))
     if not all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(dupdate)):
         dupdate = jax.tree.map(_instantiated, dupdate, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
-        terms.append(jax.jvp(lambda update: product(dot, x, update), (update,), (dupdate,))[1])
-    y = dot(x, _sum(kernel, update))
+        terms.append(jax.jvp(lambda update: product(dot, x, update), (update,), (dupdate,))[1].astype(y.dtype))
     return y, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(y)
 
 

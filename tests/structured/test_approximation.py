@@ -64,12 +64,14 @@ def test_families_that_are_too_large_are_left_out():
     "bad", [np.zeros((3, 3), np.float32), np.full((3, 3), np.nan, np.float32)], ids=["zero", "nan"]
 )
 def test_targets_without_energy(bad):
-    with pytest.raises(UserError, match="must be finite and not all zeros"):
+    with pytest.raises(UserError, match="must be finite and not zero"):
         approximations(bad, 10)
 
 
 def test_other_mistakes():
     with pytest.raises(UserError, match="no family holds a 12 x 12 matrix in 5 numbers"):
         approximations(gaussian(12, 12), 5)
+    with pytest.raises(UserError, match=r"budget must be a whole number of parameters, not 24.0"):
+        approximations(gaussian(12, 12), 24.0)
     with pytest.raises(UserError, match=r"approximations: nearest\(\) takes a non-empty floating-point matrix"):
         approximations(jnp.ones(3), 5)
