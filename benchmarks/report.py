@@ -41,7 +41,8 @@ TAIL = """## What bounds it
 - `W(G, H)` and the Toeplitz pairs need several FFTs a row, forth and back. With many tokens a product of
   input and output gradient, reduced to the parameters, is as fast at width 768.
 - `fused` holds `W + M` once, as large as the kernel, and `dense` twice that; LoRA's textbook form does not. In the
-  step of a ViT, LoRA r = 1 has another advantage: XLA computes its inner products together with the LayerNorm before the layer, and
+  step of a ViT, LoRA r = 1 has another advantage: XLA computes its inner products together with the LayerNorm before
+  the layer, and
   need not keep that one's result. With `python -m benchmarks.step --families=circulant --execution=fused` LoRA and
   circulant hold the same memory.
 """

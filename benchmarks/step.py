@@ -4,8 +4,8 @@
                               [--execution=auto]
 
 The whole step is timed: forward, backward, AdamW on the updates and the head. Beside the families stand LoRA r = 1
-(`low_rank`) and as a reference `frozen`: forward and the gradient of the image, with nothing trained. `peak_bytes` is what
-the compiled program holds of arguments, results and temporaries together.
+(`low_rank`) and as a reference `frozen`: forward and the gradient of the image, with nothing trained. `peak_bytes`
+is what the compiled program holds of arguments, results and temporaries together.
 """
 
 import functools

@@ -200,6 +200,25 @@ def test_dot_is_used_for_every_product_with_a_kernel():
     assert calls == [(3, 3), (3, 3)]
 
 
+@pytest.mark.parametrize("how", ["fft", "dense", "fused"])
+def test_a_product_of_another_dtype_than_its_input_has_gradients(how):
+    update, x, kernel, _ = case("circulant", batch=(4,), dtype="float32")
+    dot = lambda x, kernel: jnp.matmul(x, kernel, preferred_element_type=jnp.bfloat16)  # noqa: E731
+    y, pull = jax.vjp(lambda update: updated_matmul(x, kernel, update, execution=how, dot=dot), update)
+    assert y.dtype == jnp.bfloat16
+    expected = jax.vjp(lambda update: updated_matmul(x, kernel, update, execution="fft"), update)[1](jnp.ones((4, 8)))[
+        0
+    ]
+    found = pull(jnp.ones_like(y))[0].c
+    # `dense` rounds twice: the kernel's gradient, which is a product of this `dot`, and the sum of its diagonals.
+    assert np.linalg.norm(found - expected.c) <= 2 * TOLERANCES["bfloat16"] * np.linalg.norm(expected.c)
+
+
+def test_integers_are_refused():
+    with pytest.raises(UserError, match="must be real floating point, not int32 and float32"):
+        updated_matmul(jnp.ones((2, 3), "int32"), jnp.ones((3, 3)), Circulant(jnp.ones(3), (3, 3)))
+
+
 def test_mistakes():
     x, kernel, update = jnp.ones((2, 3)), jnp.ones((3, 4)), CirculantPair(jnp.ones(4), jnp.ones(4), (3, 4))
     with pytest.raises(
