@@ -17,7 +17,7 @@ from surm_jax.structured import (
     execution,
     updated_matmul,
 )
-from tests.structured.cases import assert_close
+from tests.structured.cases import TOLERANCES, assert_close
 from tests.structured.hlo import gathered_sizes
 
 # What `init` of a family needs besides a shape.
