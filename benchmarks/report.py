@@ -36,15 +36,10 @@ TAIL = """## What bounds it
 
 - A circulant's parameters get their gradient from the spectra of the input and of the output's gradient: two real FFTs
   a row, beside two products with a kernel. That is all it costs over the frozen layer, and more than the two inner
-  products a row of LoRA r = 1 where the width is small. Two rows packed into one complex FFT, other sizes of the pieces
-  and unrolled loops gained nothing.
+  products a row of LoRA r = 1 where the width is small.
 - `W(G, H)` and the Toeplitz pairs need several FFTs a row, forth and back. With many tokens a product of
   input and output gradient, reduced to the parameters, is as fast at width 768.
-- `fused` holds `W + M` once, as large as the kernel, and `dense` twice that; LoRA's textbook form does not. In the
-  step of a ViT, LoRA r = 1 has another advantage: XLA computes its inner products together with the LayerNorm before
-  the layer, and
-  need not keep that one's result. With `python -m benchmarks.step --families=circulant --execution=fused` LoRA and
-  circulant hold the same memory.
+- `fused` holds `W + M` once, as large as the kernel, and `dense` twice that; LoRA's textbook form does not.
 """
 
 
