@@ -1,0 +1,191 @@
+"""What a model of Hugging Face transformers is called there and here: one description for reading and for writing.
+
+A checkpoint there names arrays by modules, `vit.encoder.layer.3.output.dense.weight`; so do we, `blocks/3/mlp/down/kernel`.
+An `Architecture` lists the pairs of module names once, each with the layout of its arrays, and key rules, names for
+writing and module names for adapters all come from that list.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from surm_jax.errors import UserError
+from surm_jax.pretrained.rules import KeyRule, Transform
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One array of a module in both layouts.
+
+    Attributes:
+        theirs: last part of the name there, such as "weight"; empty if the name of the "module" is the array's.
+        ours: last part of the path here, such as "kernel", or empty.
+        read: their layout to ours, `(array, shape of our parameter) -> array`.
+        write: our layout to theirs.
+        aliases: other last parts that files have for it.
+    """
+
+    theirs: str
+    ours: str
+    read: Transform
+    write: Callable[[np.ndarray], np.ndarray]
+    aliases: tuple[str, ...] = ()
+
+
+def _reshaped(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the array in the wanted shape, or as it is where it does not have as many numbers (reported later)."""
+    return array.reshape(shape) if array.size == np.prod(shape) else array
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1)
+
+
+def linear(in_axes: int = 1) -> tuple[Tensor, ...]:
+    """A linear layer: weight (out, in) there, kernel (*in, *out) here; bias (out,) there, (*out,) here.
+
+    Args:
+        in_axes: how many axes of our kernel are the input's: 2 for the output projection of attention.
+    """
+
+    def read(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        matrix = (int(np.prod(shape[:in_axes])), int(np.prod(shape[in_axes:])))
+        return array.T.reshape(shape) if array.shape == matrix[::-1] else array
+
+    def write(kernel: np.ndarray) -> np.ndarray:
+        return kernel.reshape(int(np.prod(kernel.shape[:in_axes])), -1).T
+
+    return Tensor("weight", "kernel", read, write), Tensor("bias", "bias", _reshaped, _flat)
+
+
+LINEAR = linear()
+LINEAR_OUT = linear(in_axes=2)
+"""The output projection of attention, whose kernel here is (heads, width of a head, out)."""
+
+NORM = (
+    # Checkpoints from TensorFlow say gamma and beta; the original BERT is among them.
+    Tensor("weight", "scale", _reshaped, _flat, aliases=("gamma",)),
+    Tensor("bias", "bias", _reshaped, _flat, aliases=("beta",)),
+)
+CONV = (
+    Tensor(
+        "weight",
+        "kernel",
+        lambda array, shape: array.transpose(2, 3, 1, 0) if array.ndim == 4 else array,
+        lambda kernel: kernel.transpose(3, 2, 0, 1),
+    ),
+    Tensor("bias", "bias", _reshaped, _flat),
+)
+"""A convolution over images: weight (out, in, height, width) there, kernel (height, width, in, out) here."""
+
+EMBEDDING = (Tensor("weight", "embedding", lambda array, shape: array, lambda table: table),)
+ARRAY = (Tensor("", "", lambda array, shape: array, lambda array: array),)
+"""A parameter that belongs to no layer, with the same shape on both sides."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """The two names of one module (or of a parameter that belongs to none). `#` stands for the number of a block.
+
+    >>> Name("encoder.layer.#.output.dense", "blocks/#/mlp/down", LINEAR).theirs
+    'encoder.layer.#.output.dense'
+
+    Attributes:
+        theirs: the module's name in checkpoints on the Hub; this is what is written.
+        ours: its path here.
+        tensors: its arrays; those that a model does not have, such as the bias of a layer without one, are left out.
+        aliases: other names, such as those of the modules in memory where they differ from those in checkpoints.
+        in_body: whether the name begins with the prefix of the architecture.
+    """
+
+    theirs: str
+    ours: str
+    tensors: tuple[Tensor, ...]
+    aliases: tuple[str, ...] = ()
+    in_body: bool = True
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One `model_type` of transformers.
+
+    Attributes:
+        model_type: what `config.json` calls it.
+        prefix: what names of the body begin with where the model has a head, such as "vit."; checkpoints of the bare
+            model lack it.
+        model: our class; built as `model(config, rngs=...)`.
+        read_config: their `config.json` and replacements of our fields -> our configuration. Raises a `UserError` for
+            what our model cannot express.
+        write_config: our configuration -> their `config.json`. Raises a `UserError` for what they cannot express.
+        names: our configuration -> the pairs of names.
+        ignore: our configuration -> patterns of keys that are not read, without the prefix.
+        fillers: our configuration -> arrays to write that our model does not have, by full name.
+    """
+
+    model_type: str
+    prefix: str
+    model: type[nnx.Module]
+    read_config: Callable[[Mapping[str, Any], Mapping[str, Any]], Any]
+    write_config: Callable[[Any], dict[str, Any]]
+    names: Callable[[Any], Sequence[Name]]
+    ignore: Callable[[Any], Sequence[str]]
+    fillers: Callable[[Any], dict[str, np.ndarray]] = dataclasses.field(default=lambda config: {})
+
+    def key_rules(self, config: Any) -> list[KeyRule]:
+        """Returns the rules that read a checkpoint."""
+        rules = []
+        for name in self.names(config):
+            prefix = f"(?:{re.escape(self.prefix)})?" if name.in_body else ""
+            modules = "|".join(map(_pattern, (name.theirs, *name.aliases)))
+            for tensor in name.tensors:
+                suffix = f"\\.(?:{'|'.join((tensor.theirs, *tensor.aliases))})" if tensor.theirs else ""
+                rules.append(KeyRule(f"{prefix}(?:{modules}){suffix}", _template(name, tensor), tensor.read))
+        return rules
+
+    def ignored(self, config: Any) -> list[str]:
+        """Returns the patterns of keys that are not read."""
+        return [f"(?:{re.escape(self.prefix)})?{pattern}" for pattern in self.ignore(config)]
+
+    def tensor_name(self, config: Any, path: str) -> tuple[str, Tensor]:
+        """Returns the name of the array at a parameter path in a checkpoint, and its layouts.
+
+        Raises:
+            UserError: there is none.
+        """
+        for name in self.names(config):
+            for tensor in name.tensors:
+                ours = f"{name.ours}/{tensor.ours}" if tensor.ours else name.ours
+                if match := re.fullmatch(_pattern(ours), path):
+                    module = self._full(name).replace("#", match[1] if match.groups() else "#")
+                    return f"{module}.{tensor.theirs}" if tensor.theirs else module, tensor
+        raise UserError(f"{path} has no name in transformers' {self.model_type}")
+
+    def module_name(self, config: Any, path: str) -> str:
+        """Returns the name of the module at a path in checkpoints.
+
+        Raises:
+            UserError: there is none.
+        """
+        for name in self.names(config):
+            if match := re.fullmatch(_pattern(name.ours), path):
+                return self._full(name).replace("#", match[1] if match.groups() else "#")
+        raise UserError(f"{path} has no name in transformers' {self.model_type}")
+
+    def _full(self, name: Name) -> str:
+        return self.prefix + name.theirs if name.in_body else name.theirs
+
+
+def _pattern(name: str) -> str:
+    """Returns the regular expression of a name, with a group for the number of the block, if there is one."""
+    return re.escape(name).replace(r"\#", r"(\d+)")
+
+
+def _template(name: Name, tensor: Tensor) -> str:
+    path = f"{name.ours}/{tensor.ours}" if tensor.ours else name.ours
+    # Each alias has a group of its own, of which one matches: KeyRule joins them.
+    return path.replace("#", "".join(f"\\{group}" for group in range(1, 2 + len(name.aliases))))
