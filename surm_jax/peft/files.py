@@ -101,7 +101,8 @@ def load_adapter(
     for path, layer, rule in matched_layers(model, adapter.rules):
         shape = matrix_view(layer, path).shape
         template = jax.eval_shape(lambda rule=rule, shape=shape: rule.update.init(jax.random.key(0), shape).fused())
-        attach(layer, Delta(_fill(template, f"{path}/delta", tensors, folder), rule.update.factor, execution))
+        matrix = _fill(template, f"{path}/delta", tensors, folder)
+        attach(layer, Delta(matrix, rule.update.factor(shape), execution))
     parameters = base_parameters(model)
     trained = [path for pattern in adapter.train for path in require_match(pattern, list(parameters), "parameter")]
     for path in dict.fromkeys(trained):

@@ -53,7 +53,7 @@ def adapt(
             matrix = rule.update.init(rngs.params(), shape)
         except UserError as error:
             raise UserError(f"{path} cannot be adapted: {error}") from None
-        attach(layer, Delta(matrix, rule.update.factor, execution))
+        attach(layer, Delta(matrix, rule.update.factor(shape), execution))
     base = list(base_parameters(model))
     for pattern in adapter.train:
         require_match(pattern, base, "parameter")

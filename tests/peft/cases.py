@@ -12,7 +12,7 @@ from flax import nnx
 
 from surm_jax.models import ViT, ViTConfig
 from surm_jax.models.vit import TARGETS
-from surm_jax.peft import Adapter, AdapterParam, CirculantUpdate, LoRA, Rule, Update, adapt
+from surm_jax.peft import C3A, Adapter, AdapterParam, CirculantUpdate, LoRA, Rule, Update, adapt
 
 # Relative error of a whole output in the Euclidean norm, by the dtype that the model computes in.
 TOLERANCES = {
@@ -27,14 +27,12 @@ class UpdateCase:
 
     Attributes:
       update: an instance in which no setting has its default.
-      factor: what multiplies its matrix.
       zero: names of the arrays that start at zero; the others must not.
       stored: the arrays' shapes in a file, for a matrix of shape (m, n).
-      dense: the update's matrix (in, out) from the arrays, by numpy or scipy and never by the code under test.
+      dense: what is added to the kernel (in, out), from the arrays, by numpy or scipy and never by the code under test.
     """
 
     update: Update
-    factor: float
     zero: frozenset[str]
     stored: Callable[[int, int], dict[str, tuple[int, ...]]]
     dense: Callable[[dict[str, np.ndarray], int, int], np.ndarray]
@@ -43,17 +41,21 @@ class UpdateCase:
 UPDATE_CASES = {
     "circulant": UpdateCase(
         CirculantUpdate(alpha=0.7, scale=0.5),
-        0.7,
         frozenset({"r1"}),
         lambda m, n: {"c": (max(m, n),)},
-        lambda arrays, m, n: scipy.linalg.circulant(arrays["r1"] * arrays["r2"]).T[:m, :n],
+        lambda arrays, m, n: 0.7 * scipy.linalg.circulant(arrays["r1"] * arrays["r2"]).T[:m, :n],
+    ),
+    "c3a": UpdateCase(
+        C3A(alpha=3.0, block=2),
+        frozenset({"c"}),
+        lambda m, n: {"c": (m // 2, n // 2, 2)},
+        lambda arrays, m, n: 3.0 / m * np.block([[scipy.linalg.circulant(c).T for c in row] for row in arrays["c"]]),
     ),
     "lora": UpdateCase(
         LoRA(alpha=0.6, rank=2),
-        0.3,
         frozenset({"A"}),
         lambda m, n: {"A": (n, 2), "B": (m, 2)},
-        lambda arrays, m, n: arrays["B"] @ arrays["A"].T,
+        lambda arrays, m, n: 0.3 * arrays["B"] @ arrays["A"].T,
     ),
 }
 
@@ -140,7 +142,13 @@ MODELS = {
     ),
 }
 
-EVERY = [(model, update) for model in MODELS for update in UPDATE_CASES]
+# Two updates meet every kind of layer, all others three models: what is new in those is their matrix and its start.
+EVERY = [
+    (model, update)
+    for model in MODELS
+    for update in UPDATE_CASES
+    if update in ("circulant", "lora") or model in ("mlp", "bfloat16_kernels", "digits")
+]
 
 
 def materialize(make: Callable[[], nnx.Module]) -> nnx.Module:
@@ -208,7 +216,7 @@ def dense_updates(name: str, update: str, model: nnx.Module) -> dict[str, np.nda
         prefix = f"{path}/delta/" if path else "delta/"
         arrays = {p.removeprefix(prefix): a.astype(np.float64) for p, a in update_parameters(model).items()
                   if p.startswith(prefix)}  # fmt: skip
-        result[path] = case.factor * case.dense(arrays, m, n)
+        result[path] = case.dense(arrays, m, n)
     return result
 
 

@@ -55,7 +55,10 @@ def test_the_zero_factor_and_no_other_gets_a_gradient_at_the_start(name, update)
 @pytest.mark.parametrize("update", UPDATE_CASES)
 def test_layers_start_at_different_random_numbers(update):
     arrays = [array.tobytes() for array in update_parameters(fresh("mlp", update)[0]).values() if array.any()]
-    assert len(set(arrays)) == len(arrays) >= 3
+    starts_at_zero = not any(
+        array.any() for array in UPDATE_CASES[update].update.init(jax.random.key(0), (4, 4)).arrays().values()
+    )
+    assert len(set(arrays)) == len(arrays) >= (0 if starts_at_zero else 3)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,7 @@ def test_the_random_factor_has_the_documented_deviation(update, name, deviation)
     ],
 )
 def test_factor(update, factor):
-    assert update.factor == factor
+    assert update.factor((768, 768)) == factor
 
 
 def test_make_update_passes_settings_on():
@@ -107,7 +110,7 @@ def test_make_update_names_what_is_wrong(name, settings, message):
 
 
 def test_a_subclass_registers_itself(monkeypatch):
-    monkeypatch.setattr("surm_jax.peft.methods.UPDATES", registry := {})
+    monkeypatch.setattr("surm_jax.peft.methods.base.UPDATES", registry := {})
 
     class Nothing(Update):
         name = "nothing"

@@ -1,0 +1,55 @@
+"""The circulant update of SURM, and the block-circulant one of C3A."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+
+from surm_jax.peft.methods.base import Update
+from surm_jax.structured import BlockCirculant, CirculantPair
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CirculantUpdate(Update):
+    """The circulant of `r1 * r2`: 2n numbers trained, n stored; r1 starts at 0, r2 at `scale * N(0, 1)`.
+
+    SURM, arXiv 2406.17740, section 4.1. The learning rate is that of r1 and r2 as they are (no division by n), and the
+    first step of r1 grows with `scale`, that of the update with its square.
+
+    >>> matrix = CirculantUpdate(scale=0.02).init(jax.random.key(0), (768, 768))
+    >>> matrix.num_params, matrix.fused().num_params
+    (1536, 768)
+    """
+
+    name: ClassVar[str] = "circulant"
+    scale: float = 1.0
+
+    def init(self, key: jax.Array, shape: tuple[int, int]) -> CirculantPair:
+        """Returns the zero circulant of the given shape."""
+        return CirculantPair.init(key, shape, scale=self.scale)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class C3A(Update):
+    """A grid of circulant blocks, `alpha / in_features * BlockCirculant(c)`, from zero: in * out / block numbers.
+
+    C3A (arXiv 2407.19342) with the scale of Hugging Face's peft, which divides by in_features; learning rates there are
+    accordingly large (0.1 to 1). A circulant of one vector is the case of one block.
+
+    >>> C3A(block=128).init(jax.random.key(0), (768, 768)).num_params
+    4608
+
+    Attributes:
+      block: side of a block, which must divide both sizes; 0: the largest that does.
+    """
+
+    name: ClassVar[str] = "c3a"
+    block: int = dataclasses.field(default=0, metadata={"least": 0})
+
+    def factor(self, shape: tuple[int, int]) -> float:
+        """Returns `alpha / in_features`."""
+        return self.alpha / shape[0]
+
+    def init(self, key: jax.Array, shape: tuple[int, int]) -> BlockCirculant:
+        """Returns the zero matrix of the given shape."""
+        return BlockCirculant.init(key, shape, scale=1.0, block=self.block or None)
