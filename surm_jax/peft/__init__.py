@@ -12,9 +12,9 @@ from surm_jax.peft.fingerprint import fingerprint as fingerprint
 from surm_jax.peft.inject import adapt as adapt
 from surm_jax.peft.inject import adapted_layers as adapted_layers
 from surm_jax.peft.inject import merge as merge
+from surm_jax.peft.methods import C3A as C3A
 from surm_jax.peft.methods import SELECTIONS as SELECTIONS
 from surm_jax.peft.methods import UPDATES as UPDATES
-from surm_jax.peft.methods import C3A as C3A
 from surm_jax.peft.methods import CirculantUpdate as CirculantUpdate
 from surm_jax.peft.methods import LoRA as LoRA
 from surm_jax.peft.methods import Update as Update

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from surm_jax.errors import UserError
-from surm_jax.peft import LoRA
+from surm_jax.peft import SELECTIONS, UPDATES, LoRA
 from surm_jax.training.config import METHODS, RunConfig, base_config, keys, parse, to_dict
 
 
@@ -179,7 +179,7 @@ def test_every_method_needs_a_learning_rate():
 
 
 def test_methods_are_all_updates_and_selections():
-    assert set(METHODS) == {"circulant", "lora", "linear_probe", "full"} == set(base_config().optim.learning_rate)
+    assert set(METHODS) == {*UPDATES, *SELECTIONS} == set(base_config().optim.learning_rate)
 
 
 def test_a_configuration_cannot_be_changed():
