@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optim.steps = 20_000
     config.optim.decay = "constant"
     config.optim.clip_norm = 0.0
-    config.optim.learning_rate = {"circulant": 5e-5, "lora": 5e-5, "linear_probe": 1e-3, "full": 5e-5}
+    config.optim.learning_rate.update({"circulant": 5e-5, "lora": 5e-5, "linear_probe": 1e-3, "full": 5e-5})
     config.log.evaluate_every = 2_000
     config.log.checkpoint_every = 500
     return config

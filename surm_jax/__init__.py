@@ -12,6 +12,7 @@ from surm_jax.peft import CirculantUpdate as CirculantUpdate
 from surm_jax.peft import LoRA as LoRA
 from surm_jax.peft import Rule as Rule
 from surm_jax.peft import adapt as adapt
+from surm_jax.peft import adapter_dropout as adapter_dropout
 from surm_jax.peft import describe as describe
 from surm_jax.peft import load_adapter as load_adapter
 from surm_jax.peft import merge as merge

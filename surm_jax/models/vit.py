@@ -45,9 +45,11 @@ TARGETS: Mapping[str, str] = {
     "qv": r"blocks/\d+/attention/(query|value)",
     "attention": r"blocks/\d+/attention/(query|key|value|out)",
     "mlp": r"blocks/\d+/mlp/(up|down)",
+    "houlsby": r"blocks/\d+/(attention|mlp)",
+    "pfeiffer": r"blocks/\d+/mlp",
     "all-linear": r"blocks/\d+/(attention/(query|key|value|out)|mlp/(up|down))",
 }
-"""Named sets of linear layers for adapters: patterns for `re.fullmatch` over module paths."""
+"""Named sets of modules for adapters: patterns for `re.fullmatch` over module paths."""
 
 
 @dataclass(frozen=True, kw_only=True)

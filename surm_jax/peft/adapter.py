@@ -1,39 +1,76 @@
-"""What an adapter is made of: rules that say which layers get which update, and what is trained besides."""
+"""What an adapter is made of: rules that say which modules get which method, and what is trained besides."""
 
 import dataclasses
 import functools
+import itertools
+import re
 from typing import Any
 
 from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.paths import compile_pattern, join
-from surm_jax.peft.delta import AdapterParam
-from surm_jax.peft.methods import Update, make_update
+from surm_jax.peft.methods.base import Bottleneck, Method, Update, make_method
+from surm_jax.peft.variables import AdapterParam
+
+DEFAULT_NAME = "default"
+SLOTS = ("delta", "branch")
+"""Where in a module the parts of adapters are: `<module>/<slot>/<name of the adapter>/...`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Gives the linear layers whose path `target` matches as a whole an update.
+    """Gives the modules whose path `target` matches as a whole a method, or keeps later rules from them.
 
     >>> from surm_jax.peft.methods import LoRA
-    >>> Rule(r"blocks/\\d+/attention/(query|value)", LoRA(rank=4)).update.rank
+    >>> Rule(r"blocks/\\d+/attention/(query|value)", LoRA(rank=4)).method.rank
     4
 
     Attributes:
       target: a regular expression for module paths (`re.fullmatch`).
-      update: the update that these layers get.
+      method: an `Update` for linear layers, a `Bottleneck` for modules; `None`: these modules get nothing.
+      parts: an update may see the kernel as so many equal blocks of output features, as a fused qkv kernel has three.
+      which: the numbers of the blocks that it updates, from 0 on; empty: all.
     """
 
     target: str
-    update: Update
+    method: Method | None
+    parts: int = 1
+    which: tuple[int, ...] = ()
 
     def __post_init__(self):
         compile_pattern(self.target)
-        if not isinstance(self.update, Update):
+        if not (self.method is None or isinstance(self.method, Update | Bottleneck)):
             raise UserError(
-                f"the update of the rule {self.target!r} must be an Update such as LoRA(), got {self.update!r}"
+                f"the method of the rule {self.target!r} must be an update such as LoRA(), a bottleneck or None,"
+                f" got {self.method!r}"
             )
+        if self.parts == 1 and not self.which:
+            return
+        if not isinstance(self.method, Update):
+            raise UserError(f"the rule {self.target!r} has parts, but only updates of kernels have parts")
+        if self.parts < 1 or len({*self.which}) < len(self.which) or not {*self.which} <= {*range(self.parts)}:
+            raise UserError(
+                f"the rule {self.target!r} must have different numbers from 0 to {self.parts - 1} in `which`, as many"
+                f" as it says `parts`, got parts={self.parts}, which={self.which}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the rule as JSON values."""
+        method = self.method
+        return {
+            "target": self.target,
+            "method": method and method.name,
+            "settings": dataclasses.asdict(method) if method else {},
+            "parts": self.parts,
+            "which": list(self.which),
+        }
+
+    @classmethod
+    def from_json(cls, rule: dict[str, Any]) -> "Rule":
+        """Reads what `to_json` wrote."""
+        method = None if rule["method"] is None else make_method(rule["method"], rule["settings"])
+        return cls(rule["target"], method, rule["parts"], tuple(rule["which"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,20 +78,24 @@ class Adapter:
     """The recipe of an adapter; with an adapted model at hand, everything needed to train, save and load it.
 
     Attributes:
-      rules: of the rules that match a layer the first counts.
-      train: patterns of the paths of parameters that are trained besides the updates, such as `head/.*`.
+      rules: of the rules that match a module the first counts.
+      train: patterns of the paths of parameters that are trained besides, such as `head/.*`.
+      name: tells it from other adapters of the same model.
     """
 
     rules: tuple[Rule, ...]
     train: tuple[str, ...] = ()
+    name: str = DEFAULT_NAME
 
     def __post_init__(self):
         for pattern in self.train:
             compile_pattern(pattern)
+        if not re.fullmatch(r"[\w-]+", self.name):
+            raise UserError(f"the name of an adapter has letters, digits, _ and -, got {self.name!r}")
 
     @functools.cached_property
     def trainable(self) -> nnx.filterlib.Predicate:
-        """The one NNX filter of what is trained: parameters of updates, and `train`.
+        """The one NNX filter of what is trained: parameters that this adapter brought, and `train`.
 
         >>> model = nnx.Dict(body=nnx.Linear(2, 3, rngs=nnx.Rngs(0)), head=nnx.Linear(3, 2, rngs=nnx.Rngs(1)))
         >>> graphdef, trainable, frozen = nnx.split(model, Adapter((), ("head/.*",)).trainable, ...)
@@ -66,32 +107,35 @@ class Adapter:
         def is_trainable(path: tuple[Any, ...], variable: Any) -> bool:
             kind = getattr(variable, "type", type(variable))
             if issubclass(kind, AdapterParam):
-                return True
+                return adapter_of(path) == self.name
             return issubclass(kind, nnx.Param) and any(pattern.fullmatch(join(path)) for pattern in patterns)
 
         return is_trainable
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the recipe as JSON values."""
-        return {
-            "rules": [
-                {"target": rule.target, "method": rule.update.name, "settings": dataclasses.asdict(rule.update)}
-                for rule in self.rules
-            ],
-            "train": list(self.train),
-        }
+        """Returns the recipe as JSON values. The name is not part of it: whoever loads it chooses one."""
+        return {"rules": [rule.to_json() for rule in self.rules], "train": list(self.train)}
 
     @classmethod
-    def from_json(cls, recipe: dict[str, Any]) -> "Adapter":
+    def from_json(cls, recipe: dict[str, Any], name: str = DEFAULT_NAME) -> "Adapter":
         """Reads what `to_json` wrote.
 
         Raises:
           UserError: if it is something else.
         """
         try:
-            rules = tuple(
-                Rule(rule["target"], make_update(rule["method"], rule["settings"])) for rule in recipe["rules"]
-            )
-            return cls(rules, tuple(recipe["train"]))
+            return cls(tuple(map(Rule.from_json, recipe["rules"])), tuple(recipe["train"]), name)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"not the recipe of an adapter ({type(error).__name__}: {error})") from None
+
+
+def adapter_of(path: tuple[Any, ...]) -> str | None:
+    """Returns the name of the adapter that a variable at an NNX path belongs to, or `None`.
+
+    >>> adapter_of(("blocks", 0, "query", "delta", "default", "r1"))
+    'default'
+    """
+    for slot, name in itertools.pairwise(path):
+        if slot in SLOTS:
+            return name
+    return None

@@ -1,7 +1,7 @@
-"""The LoRA-style update: a linear layer computes `base(x) + factor * x @ dW` with a structured matrix dW.
+"""The LoRA-style update: a linear layer computes `x @ (W + sum of alpha * dW)` with structured matrices dW.
 
-An adapted layer keeps its parameters where they were (`.../kernel`, `.../bias`) and gains those of the update beside
-them (`.../delta/r1`, ...), so that checkpoints, sharding rules and path patterns hold before and after adaptation. To
+An adapted layer keeps its parameters where they were (`.../kernel`, `.../bias`) and gains those of the updates beside
+them (`.../delta/<adapter>/r1`, ...), so that checkpoints, sharding rules and path patterns hold before and after. To
 this end its class becomes a subclass of what it was: `isinstance(layer, nnx.Linear)` stays true, and so do its
 attributes.
 """
@@ -11,55 +11,104 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from surm_jax.peft.context import drop, dropout_key
 from surm_jax.peft.layers import matrix_view
-from surm_jax.structured import Scaled, StructuredMatrix, check_execution, updated_matmul
+from surm_jax.peft.methods.base import Update
+from surm_jax.peft.stored import StoredMatrix
+from surm_jax.peft.variables import AdapterParam, AdapterScale
+from surm_jax.structured import Dot, StructuredMatrix, Sum, check_execution, matmul, updated_matmul
 
 
-class AdapterParam(nnx.Param):
-    """A parameter that an adapter brought. This type selects what is trained; it is float32 over any base."""
-
-
-class Delta(nnx.Module):
-    """A structured matrix whose arrays are `AdapterParam`s under the names that the matrix gives them.
+class Delta(StoredMatrix):
+    """The update of one layer by one adapter.
 
     Args:
-      matrix: the update dW, of shape (in_features, out_features).
-      factor: the number it is multiplied with.
+      update: the method, with its settings.
+      matrix: the matrix dW, of shape (in_features, out_features).
+      kernel: the layer's, as a matrix of that shape; read for updates that start from its norms.
       execution: how the product is computed, one of `surm_jax.structured.EXECUTIONS`.
     """
 
-    def __init__(self, matrix: StructuredMatrix, factor: float, execution: str = "auto"):
+    def __init__(self, update: Update, matrix: StructuredMatrix, kernel: jax.Array, execution: str = "auto"):
         check_execution(execution)
-        arrays = matrix.arrays()
+        super().__init__(matrix, update.frozen)
         self.execution = execution
-        self.factor = factor
-        self.names = tuple(arrays)
-        # The matrix with nothing in it: its family and its static sizes.
-        self.empty = nnx.static(matrix.with_arrays(**dict.fromkeys(arrays)))
-        for name, array in arrays.items():
-            setattr(self, name, AdapterParam(array))
+        self.dropout = update.dropout
+        self.factor = update.unit(matrix.shape) if update.learn_alpha else update.factor(matrix.shape)
+        self.scale = AdapterScale(jnp.ones((), jnp.float32))
+        if update.learn_alpha:
+            self.alpha = AdapterParam(jnp.asarray(update.alpha, jnp.float32))
+        if update.normalized:
+            self.magnitude = AdapterParam(_norms(kernel.astype(jnp.float32)))
 
     def matrix(self) -> StructuredMatrix:
-        """Returns dW as it is now."""
-        return self.empty.with_arrays(**{name: getattr(self, name)[...] for name in self.names})
+        """Returns what is added to the kernel now, `alpha * dW` times the scale; without DoRA's normalisation."""
+        alpha = self.alpha[...] if hasattr(self, "alpha") else 1.0
+        return self.stored().times(self.factor * alpha * (1.0 if self.normalized else self.scale[...]))
+
+    @property
+    def normalized(self) -> bool:
+        """Whether columns of `W + dW` are brought to learned magnitudes (DoRA)."""
+        return hasattr(self, "magnitude")
+
+    @property
+    def simple(self) -> bool:
+        """Whether this is `x @ matrix()` in this call, without normalisation or dropout."""
+        return not self.normalized and not (self.dropout and dropout_key() is not None)
+
+    def tensors(self) -> dict[str, nnx.Variable]:
+        """Returns the variables that are saved, by name."""
+        names = [*self.names, *(name for name in ("alpha", "magnitude") if hasattr(self, name))]
+        return {name: getattr(self, name) for name in names}
+
+    def change(self, kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
+        """Returns what the update adds to the kernel, as a dense float32 matrix."""
+        dense = self.matrix().to_dense().astype(jnp.float32)
+        if not self.normalized:
+            return dense
+        kernel = kernel.astype(jnp.float32)
+        return self.scale[...] * (self._gain(kernel, dense)[None, :] * (kernel + dense) - kernel)
+
+    def outputs(self, x: Array, y: Array, kernel: Array, dot: Dot) -> Array:
+        """Returns what the update adds to the output `y = x @ kernel` where that is not `simple`.
+
+        DoRA (arXiv 2402.09353, equation 5): `m / ||W + dW|| * x @ (W + dW)`, the norms of columns, taken as constants
+        by the gradient (section 4.3).
+        """
+        matrix = self.matrix()
+        moved = matmul(drop(x, self.dropout), matrix, execution=self.execution, dot=dot).astype(y.dtype)
+        if not self.normalized:
+            return moved
+        gain = self._gain(kernel.astype(jnp.float32), matrix.to_dense().astype(jnp.float32))
+        gain = jnp.expand_dims(gain, tuple(range(y.ndim - 1)))
+        return (self.scale[...] * (gain * (y + moved).astype(jnp.float32) - y.astype(jnp.float32))).astype(y.dtype)
+
+    def _gain(self, kernel: Array, dense: Array) -> Array:
+        return self.magnitude[...] / jax.lax.stop_gradient(_norms(kernel + dense))
+
+
+def _norms(kernel: Float[Array, "in out"]) -> Float[Array, "out"]:
+    """Euclidean norm of every column, which is one output feature."""
+    return jnp.sqrt(jnp.sum(kernel**2, axis=0))
 
 
 class Adapted(nnx.Module):
-    """What an adapted linear layer gains. Mixed into its class by `attach`, taken out again by `detach`.
+    """What an adapted linear layer gains: updates by the name of their adapter. See `surm_jax.peft.attach`.
 
-    The update is added where a linear layer multiplies with its kernel: in its `dot_general`, the place that Flax keeps
-    open for other products. What the layer does before and after it, such as the bias, or the activation of a subclass
-    around `super().__call__`, is as it will be once the update is merged.
+    The updates are added where a linear layer multiplies with its kernel: in its `dot_general`, the place that Flax
+    keeps open for other products. What the layer does before and after it, such as the bias, or the activation of a
+    subclass around `super().__call__`, is as it will be once the update is merged.
     """
 
-    delta: Delta
+    delta: nnx.Dict[Delta]
 
     @property
     def dot_general(self) -> Callable[..., Array]:
-        """The layer's product, with the update beside the kernel."""
+        """The layer's product, with the updates beside the kernel."""
         return functools.partial(_updated_dot_general, self)
 
     @dot_general.setter
@@ -76,40 +125,24 @@ class Adapted(nnx.Module):
 
 
 def _updated_dot_general(layer: Adapted, inputs: Array, kernel: Array, _dimensions: Any, **options: Any) -> Array:
-    """`inputs` times `kernel + factor * dW`, where the layer would multiply `inputs` with `kernel` alone."""
+    """`inputs` times the kernel with its updates, where the layer would multiply `inputs` with `kernel` alone."""
     own = vars(layer)
     base = own["dot_general_cls"]() if own.get("dot_general_cls") else own["dot_general"] or jax.lax.dot_general
     out_sharding = options.pop("out_sharding", None)
-    view, delta = matrix_view(layer, type(layer).__name__), layer.delta
+    view, deltas = matrix_view(layer, type(layer).__name__), list(layer.delta.values())
 
     def dot(x: Float[Array, "*batch in"], kernel: Float[Array, "in out"]) -> Float[Array, "*batch out"]:
         return base(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options)
 
-    update = Scaled(delta.matrix(), delta.factor)
     x, kernel = view.vectors(inputs), kernel.reshape(view.shape)
-    y = view.outputs(updated_matmul(x, kernel, update, execution=delta.execution, dot=dot))
+    simple = [delta for delta in deltas if delta.simple]
+    others = [delta for delta in deltas if delta not in simple]
+    # Updates that are not simple look at the frozen product alone, as each does when it is trained.
+    y = frozen = dot(x, kernel) if others or not simple else None
+    if simple:
+        update = simple[0].matrix() if len(simple) == 1 else Sum([delta.matrix() for delta in simple])
+        y = updated_matmul(x, kernel, update, execution=simple[0].execution, dot=dot)
+    for delta in others:
+        y = y + delta.outputs(x, frozen, kernel, dot)
+    y = view.outputs(y)
     return y if out_sharding is None else jax.reshard(y, out_sharding)
-
-
-@functools.cache
-def _adapted_class(base: type[nnx.Module]) -> type[Adapted]:
-    root = nnx.LinearGeneral if issubclass(base, nnx.LinearGeneral) else nnx.Linear
-    bases = (Adapted, base) if base is root else (base, _adapted_class(root))
-    return type(f"Adapted{base.__name__}", bases, {"base_class": base, "__doc__": f"{base.__name__} + delta."})
-
-
-def attach(layer: nnx.Module, delta: Delta) -> None:
-    """Turns a linear layer into an adapted one, in place."""
-    _set_class(layer, _adapted_class(type(layer)))
-    layer.delta = delta
-
-
-def detach(layer: Adapted) -> None:
-    """Turns an adapted layer back into what it was, in place."""
-    del layer.delta
-    _set_class(layer, type(layer).base_class)
-
-
-def _set_class(layer: nnx.Module, cls: type) -> None:
-    # Past nnx's own __setattr__, which would note `__class__` as one of the layer's attributes.
-    object.__setattr__(layer, "__class__", cls)

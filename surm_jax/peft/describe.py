@@ -1,4 +1,4 @@
-"""What an adapter trains: a table of paths, shapes and counts."""
+"""What is trained: a table of paths, shapes and counts."""
 
 import dataclasses
 import math
@@ -7,19 +7,19 @@ from flax import nnx
 
 from surm_jax.paths import join
 from surm_jax.peft.adapter import Adapter
-from surm_jax.peft.delta import AdapterParam
-from surm_jax.peft.inject import adapted_layers
-from surm_jax.peft.layers import matrix_view
+from surm_jax.peft.branch import Branch
+from surm_jax.peft.inject import adapted_modules
+from surm_jax.peft.variables import AdapterParam
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One adapted layer, or one parameter trained besides.
+    """One part of an adapter, or one parameter trained besides.
 
     Attributes:
-      path: the layer's path, or the parameter's.
-      shape: the shape of the layer's matrix (in_features, out_features), or the parameter's.
-      kind: the family of the update, or "trained".
+      path: the module's path, or the parameter's.
+      shape: the shape of the matrix (in_features, out_features), or the parameter's.
+      kind: the family of the matrix, or "trained".
       trainable: how many numbers are trained there.
     """
 
@@ -34,8 +34,8 @@ class Description:
     """What is trained. `str()` of it is a table.
 
     Attributes:
-      rows: adapted layers and parameters trained besides.
-      adapter: numbers trained in updates.
+      rows: parts of adapters and parameters trained besides.
+      adapter: numbers trained in adapters.
       besides: numbers trained besides, such as the head's.
       total: all parameters of the adapted model.
     """
@@ -67,7 +67,7 @@ class Description:
         return "\n".join(lines)
 
 
-def describe(model: nnx.Module, adapter: Adapter) -> Description:
+def describe(model: nnx.Module, adapter: Adapter | None = None) -> Description:
     """Says what of an adapted model is trained. The model may be abstract (`nnx.eval_shape`): nothing is computed.
 
     >>> import surm_jax
@@ -77,21 +77,27 @@ def describe(model: nnx.Module, adapter: Adapter) -> Description:
     >>> description = describe(model, adapter)
     >>> description.trainable, description.total
     (16, 88)
+
+    Args:
+      model: an adapted model.
+      adapter: the one that is trained; `None`: all that the model has, and nothing besides.
     """
-    rows = [
-        Row(
-            path,
-            matrix_view(layer, path).shape,
-            type(layer.delta.empty).__name__,
-            sum(math.prod(getattr(layer.delta, name).shape) for name in layer.delta.names),
-        )
-        for path, layer in adapted_layers(model)
-    ]
+    parts = [row for row in adapted_modules(model) if adapter is None or row[1] == adapter.name]
+    rows = [Row(path, *_of(part)) for path, _, part, _ in parts]
     adapter_count = sum(row.trainable for row in rows)
-    _, trained, _ = nnx.split(model, adapter.trainable, ...)
-    for path, variable in nnx.to_flat_state(trained):
-        if not isinstance(variable, AdapterParam):
-            rows.append(Row(join(path), variable.shape, "trained", math.prod(variable.shape)))
+    if adapter is not None:
+        _, trained, _ = nnx.split(model, adapter.trainable, ...)
+        for path, variable in nnx.to_flat_state(trained):
+            if not isinstance(variable, AdapterParam):
+                rows.append(Row(join(path), variable.shape, "trained", math.prod(variable.shape)))
     besides = sum(row.trainable for row in rows) - adapter_count
     total = sum(math.prod(variable.shape) for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)))
     return Description(tuple(rows), adapter_count, besides, total)
+
+
+def _of(part: nnx.Module) -> tuple[tuple[int, int], str, int]:
+    """Returns the shape, the family and the number of trained numbers of a part."""
+    trained = sum(math.prod(v.shape) for v in part.tensors().values() if isinstance(v, AdapterParam))
+    matrices = [part.down, part.up] if hasattr(part, "up") else [part.down if isinstance(part, Branch) else part]
+    shapes = [matrix.stored().shape for matrix in matrices]
+    return (shapes[0][0], shapes[-1][1]), type(matrices[0].empty).__name__, trained

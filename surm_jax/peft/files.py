@@ -1,10 +1,12 @@
 """The adapter folder: `adapter_config.json` and `adapter_model.safetensors`, some hundred kilobytes.
 
 The tensors are the updates, each in its smallest form (of a Hadamard pair the product: n numbers), under
-`<layer>/delta/<name>`, and the parameters that were trained besides, such as the head, under their paths. The JSON
-holds the recipe, the fingerprint of the frozen base, and the SHA-256 of these and of the tensor file.
+`<layer>/delta/<array>`, branches under `<module>/branch/...`, and the parameters that were trained besides, such as the
+head, under their paths. The JSON holds the recipe, the fingerprint of the frozen base, and the SHA-256 of these and of
+the tensor file.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -20,16 +23,17 @@ from flax import nnx
 from surm_jax.atomic import replacing_folder
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.paths import join, require_match
-from surm_jax.peft.adapter import Adapter
-from surm_jax.peft.delta import AdapterParam, Delta, attach
+from surm_jax.peft.adapter import DEFAULT_NAME, Adapter
+from surm_jax.peft.attach import attach
+from surm_jax.peft.branch import Branch
+from surm_jax.peft.delta import Delta
 from surm_jax.peft.fingerprint import check_fingerprint, fingerprint
-from surm_jax.peft.inject import adapted_layers, base_parameters, matched_layers
-from surm_jax.peft.layers import matrix_view
-from surm_jax.structured import StructuredMatrix
+from surm_jax.peft.inject import adapted_modules, base_parameters, make_part, matched_modules
+from surm_jax.peft.variables import AdapterParam
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
-FORMAT = 1
+FORMAT = 2
 
 
 def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter) -> int:
@@ -51,11 +55,15 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
     folder = Path(folder)
     if folder.exists() and not (folder / CONFIG_NAME).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an adapter folder (no {CONFIG_NAME}): choose another name")
-    layers = dict(adapted_layers(model))
+    parts = [row for row in adapted_modules(model) if row[1] == adapter.name]
     for rule in adapter.rules:
-        require_match(rule.target, list(layers), "adapted layer")
-    tensors = {f"{path}/delta/{name}": np.asarray(array) for path, layer in layers.items()
-               for name, array in layer.delta.matrix().fused().arrays().items()}  # fmt: skip
+        if rule.method:
+            require_match(rule.target, [path for path, *_ in parts], f"module with the adapter {adapter.name!r}")
+    tensors = {
+        f"{_prefix(path, part)}/{name}": np.asarray(variable[...])
+        for path, _, part, _ in parts
+        for name, variable in _fused(nnx.clone(part)).tensors().items()
+    }
     _, trained, frozen = nnx.split(model, adapter.trainable, ...)
     for path, variable in nnx.to_flat_state(trained):
         if not isinstance(variable, AdapterParam):
@@ -79,7 +87,7 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
 
 
 def load_adapter(
-    folder: str | os.PathLike, model: nnx.Module, *, execution: str = "auto"
+    folder: str | os.PathLike, model: nnx.Module, *, name: str = DEFAULT_NAME, execution: str = "auto"
 ) -> tuple[nnx.Module, Adapter]:
     """Returns a base model with an adapter from a folder, and the adapter's recipe.
 
@@ -88,21 +96,25 @@ def load_adapter(
 
     Args:
       folder: what `save_adapter` wrote.
-      model: the base model, with a head of the adapter's shape.
+      model: the base model, with a head of the adapter's shape. It may have adapters of other names.
+      name: what the adapter is called in the model.
       execution: how the updates are computed, as in `adapt`.
 
     Raises:
       UserError: naming what is missing, damaged, of another shape, or of another base.
     """
     folder = Path(folder)
-    config, adapter = _read_config(folder)
+    config, adapter = _read_config(folder, name)
     tensors = _read_tensors(folder, config)
     model = nnx.clone(model)
-    for path, layer, rule in matched_layers(model, adapter.rules):
-        shape = matrix_view(layer, path).shape
-        template = jax.eval_shape(lambda rule=rule, shape=shape: rule.update.init(jax.random.key(0), shape).fused())
-        matrix = _fill(template, f"{path}/delta", tensors, folder)
-        attach(layer, Delta(matrix, rule.update.factor(shape), execution))
+    for path, module, rule in matched_modules(model, adapter):
+        make = functools.partial(make_part, rule, path, module, execution)
+        part = nnx.eval_shape(lambda key, make=make: _fused(make(key)), jax.random.key(0))
+        for key, variable in part.tensors().items():
+            array = _take(tensors, f"{_prefix(path, part)}/{key}", variable.shape, folder)
+            variable.set_value(jnp.asarray(array.astype(variable.dtype)))
+        part.scale.set_value(jnp.ones((), jnp.float32))
+        attach(module, adapter.name, part)
     parameters = base_parameters(model)
     trained = [path for pattern in adapter.train for path in require_match(pattern, list(parameters), "parameter")]
     for path in dict.fromkeys(trained):
@@ -118,7 +130,7 @@ def load_adapter(
     return model, adapter
 
 
-def _read_config(folder: Path) -> tuple[dict[str, Any], Adapter]:
+def _read_config(folder: Path, name: str) -> tuple[dict[str, Any], Adapter]:
     path = folder / CONFIG_NAME
     try:
         config = json.loads(path.read_bytes())
@@ -133,7 +145,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], Adapter]:
     if not isinstance(config.get("sha256"), str) or not isinstance(config.get("base"), dict):
         raise UserError(f"{path} is damaged: it lacks 'sha256' or 'base'")
     try:
-        return config, Adapter.from_json(config)
+        return config, Adapter.from_json(config, name)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -163,12 +175,14 @@ def _read_tensors(folder: Path, config: dict[str, Any]) -> dict[str, np.ndarray]
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def _fill(template: StructuredMatrix, prefix: str, tensors: dict[str, np.ndarray], folder: Path) -> StructuredMatrix:
-    arrays = {}
-    for name, leaf in template.arrays().items():
-        array = _take(tensors, f"{prefix}/{name}", leaf.shape, folder)
-        arrays[name] = jax.numpy.asarray(array.astype(leaf.dtype))
-    return template.with_arrays(**arrays)
+def _fused(part: Delta | Branch) -> Delta | Branch:
+    part.fuse()
+    return part
+
+
+def _prefix(path: str, part: Delta | Branch) -> str:
+    slot = "delta" if isinstance(part, Delta) else "branch"
+    return f"{path}/{slot}" if path else slot
 
 
 def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:

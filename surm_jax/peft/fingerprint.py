@@ -7,15 +7,16 @@ from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.paths import join
+from surm_jax.peft.variables import AdapterParam
 
 
 def fingerprint(frozen: nnx.State) -> dict[str, str]:
-    """Returns 16 hexadecimal digits for every parameter of a state, by its path.
+    """Returns 16 hexadecimal digits for every parameter of a state, by its path; those of adapters are left out.
 
     They depend on path, shape, dtype and every bit. Cost: one SHA-256 over the weights.
     """
     digests = {}
-    for path, variable in nnx.to_flat_state(nnx.filter_state(frozen, nnx.Param)):
+    for path, variable in nnx.to_flat_state(nnx.filter_state(frozen, nnx.All(nnx.Param, nnx.Not(AdapterParam)))):
         array = np.asarray(variable[...])
         digest = hashlib.sha256(f"{join(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)

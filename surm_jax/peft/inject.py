@@ -1,144 +1,166 @@
-"""Putting updates into a model, and taking them out again by merging."""
+"""Putting an adapter into a model."""
 
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.paths import join, matching, no_match_message, require_match
-from surm_jax.peft.adapter import Adapter, Rule
-from surm_jax.peft.delta import Adapted, AdapterParam, Delta, attach, detach
-from surm_jax.peft.layers import check_call, is_linear, matrix_view
+from surm_jax.peft.adapter import DEFAULT_NAME, SLOTS, Adapter, Rule
+from surm_jax.peft.attach import attach
+from surm_jax.peft.branch import Branch
+from surm_jax.peft.delta import Delta
+from surm_jax.peft.layers import check_call, is_linear, matrix_view, output_width
+from surm_jax.peft.methods.base import Bottleneck, Update
+from surm_jax.peft.variables import AdapterParam
+from surm_jax.structured import Placed, StructuredMatrix, Sum
 
 
 def adapt(
-    model: nnx.Module, rules: Sequence[Rule], *, train: Sequence[str] = (), execution: str = "auto", rngs: nnx.Rngs
+    model: nnx.Module,
+    rules: Sequence[Rule],
+    *,
+    train: Sequence[str] = (),
+    name: str = DEFAULT_NAME,
+    execution: str = "auto",
+    rngs: nnx.Rngs,
 ) -> tuple[nnx.Module, Adapter]:
-    """Returns a model with updates that start at zero, so that it computes what `model` computes.
+    """Returns a model with an adapter that starts at zero, so that it computes what `model` computes.
 
-    `model` itself stays as it is; both hold the same arrays, no copies.
+    `model` itself stays as it is; both hold the same arrays, no copies. It may have adapters of other names: all are
+    added to the same outputs.
 
     >>> import surm_jax
     >>> model = nnx.Dict(query=nnx.Linear(8, 8, rngs=nnx.Rngs(0)), head=nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
     >>> adapted, adapter = adapt(
     ...     model, [Rule("query", surm_jax.CirculantUpdate())], train=["head/.*"], rngs=nnx.Rngs(2)
     ... )
-    >>> adapted.query.delta.r1.shape
+    >>> adapted.query.delta["default"].r1.shape
     (8,)
 
     Args:
       model: any NNX model, abstract ones included.
-      rules: which linear layers get which update; the first that matches a layer counts.
-      train: patterns of the paths of parameters that are trained besides the updates.
-      execution: how the updates are computed: `auto`, `fft`, `dense` or `fused` (`surm_jax.structured.execution`);
-        all give the same to rounding.
+      rules: which modules get which method; the first that matches a module counts.
+      train: patterns of the paths of parameters that are trained besides.
+      name: of the adapter.
+      execution: how updates are computed: `auto`, `fft`, `dense` or `fused` (`surm_jax.structured.execution`); all give
+        the same to rounding.
       rngs: the stream `params` draws the random factors.
 
     Returns:
       The adapted model, and the adapter with the filter of what is trained (`adapter.trainable`).
 
     Raises:
-      UserError: if a rule or a pattern matches nothing, or a layer that cannot be adapted.
+      UserError: if a rule or a pattern matches nothing, or a module that cannot be adapted, or if the model has an
+        adapter of this name.
     """
     if isinstance(train, str):
         raise UserError(f"train must be a list of patterns, got one string: write [{train!r}]")
     model = nnx.clone(model)
-    adapter = Adapter(tuple(rules), tuple(train))
-    for path, layer, rule in matched_layers(model, adapter.rules):
-        shape = matrix_view(layer, path).shape
+    adapter = Adapter(tuple(rules), tuple(train), name)
+    for path, module, rule in matched_modules(model, adapter):
         try:
-            matrix = rule.update.init(rngs.params(), shape)
+            attach(module, name, make_part(rule, path, module, execution, rngs.params()))
         except UserError as error:
-            raise UserError(f"{path} cannot be adapted: {error}") from None
-        attach(layer, Delta(matrix, rule.update.factor(shape), execution))
+            raise UserError(f"{path or 'the model'} cannot be adapted: {error}") from None
     base = list(base_parameters(model))
     for pattern in adapter.train:
         require_match(pattern, base, "parameter")
     return model, adapter
 
 
+def make_part(rule: Rule, path: str, module: nnx.Module, execution: str, key: jax.Array) -> Delta | Branch:
+    """Builds what a rule gives a module, as it is at the start of training; abstract where the module is."""
+
+    def make(kernel: jax.Array | None, key: jax.Array) -> Delta | Branch:
+        if isinstance(rule.method, Bottleneck):
+            return Branch(rule.method, rule.method.init_branch(key, output_width(module, path)))
+        shape = matrix_view(module, path).shape
+        return Delta(rule.method, start_in_parts(rule, key, shape), kernel.reshape(shape), execution)
+
+    kernel = module.kernel.get_value() if isinstance(rule.method, Update) else None
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+    return nnx.eval_shape(make, kernel, key) if abstract else make(kernel, key)
+
+
+def start_in_parts(rule: Rule, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
+    """Returns the matrix that an update starts from; where it updates some parts of a kernel, the sum of theirs."""
+    m, n = shape
+    if rule.parts == 1:
+        return rule.method.start(key, shape)
+    if n % rule.parts:
+        raise UserError(f"its {n} output features are not {rule.parts} equal parts")
+    width = n // rule.parts
+    blocks = [
+        Placed(rule.method.start(jax.random.fold_in(key, part), (m, width)), shape, (0, part * width))
+        for part in rule.which or range(rule.parts)
+    ]
+    return Sum(blocks) if len(blocks) > 1 else blocks[0]
+
+
 def base_parameters(model: nnx.Module) -> dict[str, nnx.Param]:
-    """Returns the parameters that are not an update's, by path."""
+    """Returns the parameters that no adapter brought, by path."""
     parameters = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {join(path): variable for path, variable in parameters if not isinstance(variable, AdapterParam)}
 
 
-def matched_layers(model: nnx.Module, rules: Sequence[Rule]) -> list[tuple[str, nnx.Module, Rule]]:
-    """Returns (path, layer, rule) for every layer that a rule matches, by path.
+def matched_modules(model: nnx.Module, adapter: Adapter) -> list[tuple[str, nnx.Module, Rule]]:
+    """Returns (path, module, rule) for every module that an adapter's rule gives something to, by path.
 
     Raises:
-      UserError: if a rule matches no layer, or only layers that earlier rules have, or a layer that cannot be adapted,
-        or if the model is adapted already.
+      UserError: if a rule matches no module, or only modules that earlier rules have, or one that cannot be adapted, or
+        if the model has an adapter of this name.
     """
-    modules = {join(path): module for path, module in nnx.iter_modules(model)}
+    parts = {join(path): module for path, module in nnx.iter_modules(model) if _is_part(path)}
+    if any(path.endswith(f"/{slot}/{adapter.name}") or path == f"{slot}/{adapter.name}" for path in parts
+           for slot in SLOTS):  # fmt: skip
+        raise UserError(
+            f"the model has an adapter called {adapter.name!r} already: merge or delete it, or choose another name"
+        )
+    modules = {join(path): module for path, module in nnx.iter_modules(model) if not _is_part(path)}
     linear = sorted(path for path, module in modules.items() if is_linear(module))
-    for path, module in modules.items():
-        if isinstance(module, Adapted):
-            raise UserError(f"{path} is adapted already: merge that adapter first, or start from the base model")
+    callable_ = sorted(path for path, module in modules.items() if callable(module))
     chosen: dict[str, Rule] = {}
-    for rule in rules:
-        found = matching(rule.target, linear)
+    for rule in adapter.rules:
+        candidates = linear if isinstance(rule.method, Update) else callable_
+        found = [path for path in matching(rule.target, candidates) if not rule.method or rule.method.wants(path)]
         if not found:
-            raise UserError(_nothing_to_adapt(rule.target, linear, modules))
+            raise UserError(_nothing_to_adapt(rule, candidates, modules))
         new = [path for path in found if path not in chosen]
         if not new:
-            raise UserError(f"the rule {rule.target!r} has no effect: earlier rules take every layer that it matches")
+            raise UserError(f"the rule {rule.target!r} has no effect: earlier rules take every module that it matches")
         chosen.update(dict.fromkeys(new, rule))
-    for path in chosen:
-        check_call(modules[path], path)
-    return [(path, modules[path], chosen[path]) for path in sorted(chosen)]
+    for path, rule in chosen.items():
+        if rule.method:
+            check_call(modules[path], path, "delta" if isinstance(rule.method, Update) else "branch")
+    return [(path, modules[path], chosen[path]) for path in sorted(chosen) if chosen[path].method]
 
 
-def _nothing_to_adapt(target: str, linear: list[str], modules: dict[str, nnx.Module]) -> str:
-    others = [path for path in matching(target, modules) if path not in linear]
+def _is_part(path: tuple) -> bool:
+    """Whether a module at this path belongs to an adapter."""
+    return any(slot in SLOTS for slot in path)
+
+
+def _nothing_to_adapt(rule: Rule, candidates: list[str], modules: dict[str, nnx.Module]) -> str:
+    what = "linear layer" if isinstance(rule.method, Update) else "module"
+    if matching(rule.target, candidates):
+        return f"the rule {rule.target!r} matches modules, but none that {rule.method} adapts"
+    others = [path for path in matching(rule.target, modules) if path not in candidates]
     if not others:
-        return no_match_message(target, linear, "linear layer")
+        return no_match_message(rule.target, candidates, what)
     kinds = ", ".join(f"{path} ({type(modules[path]).__name__})" for path in others[:5])
     return (
-        f"the pattern {target!r} matches no linear layer, only {kinds}; the linear layers are {', '.join(linear[:8])}"
+        f"the pattern {rule.target!r} matches no {what}, only {kinds}; there are, for example,"
+        f" {', '.join(candidates[:8])}"
     )
 
 
-def adapted_layers(model: nnx.Module) -> Iterator[tuple[str, Adapted]]:
-    """Yields (path, layer) of the adapted layers, by path."""
-    layers = {join(path): module for path, module in nnx.iter_modules(model) if isinstance(module, Adapted)}
-    yield from sorted(layers.items())
-
-
-def merge(model: nnx.Module) -> tuple[nnx.Module, float]:
-    """Returns a plain model whose kernels hold `W + factor * dW`, summed in float32.
-
-    `model` itself stays as it is. Merging a model without updates returns an equal model.
-
-    >>> import surm_jax
-    >>> model, _ = adapt(
-    ...     nnx.Linear(8, 8, rngs=nnx.Rngs(0)), [Rule("", surm_jax.LoRA())], rngs=nnx.Rngs(1)
-    ... )
-    >>> merged, deviation = merge(model)
-    >>> type(merged).__name__, deviation
-    ('Linear', 0.0)
-
-    Returns:
-      The merged model, and the largest deviation of a merged entry from the exact sum (in float64): what rounding to
-      the kernel's dtype cost. For a bfloat16 kernel this can exceed a small update.
-    """
-    model = nnx.clone(model)
-    deviation = 0.0
-    for path, layer in adapted_layers(model):
-        kernel, delta = layer.kernel[...], layer.delta
-        dense = delta.matrix().to_dense().reshape(kernel.shape)
-        merged = (kernel.astype(jnp.float32) + delta.factor * dense.astype(jnp.float32)).astype(kernel.dtype)
-        exact = _float64(kernel) + delta.factor * _float64(dense)
-        if not np.isfinite(exact).all():
-            raise UserError(f"{path} cannot be merged: its update or its kernel holds values that are not finite")
-        deviation = max(deviation, float(np.max(np.abs(_float64(merged) - exact), initial=0.0)))
-        layer.kernel[...] = merged
-        detach(layer)
-    return model, deviation
-
-
-def _float64(array: jax.Array) -> np.ndarray:
-    return np.asarray(array).astype(np.float64)
+def adapted_modules(model: nnx.Module) -> Iterator[tuple[str, str, Delta | Branch, nnx.Module]]:
+    """Yields (path, name of the adapter, its part, the module) for every part of an adapter, by path and name."""
+    found = []
+    for path, module in nnx.iter_modules(model):
+        for slot in SLOTS:
+            if not _is_part(path) and isinstance(getattr(module, slot, None), nnx.Dict):
+                found += [(join(path), name, part, module) for name, part in getattr(module, slot).items()]
+    yield from sorted(found, key=lambda row: row[:2])

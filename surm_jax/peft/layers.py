@@ -51,21 +51,25 @@ def is_linear(module: nnx.Module) -> bool:
     return isinstance(module, nnx.Linear | nnx.LinearGeneral)
 
 
-def check_call(module: nnx.Module, path: str) -> None:
-    """Checks that what a subclass of a linear layer computes goes through the linear layer's own `__call__`.
+def check_call(module: nnx.Module, path: str, slot: str) -> None:
+    """Checks that an adapter can be added to what a module computes.
 
-    The update is added there. Of a `__call__` that reads `self.kernel` itself it would never be a part.
+    An update is added in a linear layer's own `__call__`. Of a subclass's `__call__` that reads `self.kernel` itself it
+    would never be a part. A branch is added after any `__call__`.
 
     Args:
-      module: an `nnx.Linear` or `nnx.LinearGeneral`.
+      module: what a rule matched.
       path: where it is in the model, for messages.
+      slot: "delta" for an update, "branch" for a branch.
 
     Raises:
-      UserError: if a `__call__` on the way does not use `super()`, or the layer has a `delta` of its own.
+      UserError: if a `__call__` on the way does not use `super()`, or the module has an attribute `slot` of its own.
     """
-    if hasattr(module, "delta"):
-        raise UserError(f"{path} cannot be adapted: it has an attribute `delta` of its own, where the update goes")
-    for cls in type(module).__mro__:
+    if not isinstance(getattr(module, slot, nnx.Dict()), nnx.Dict):
+        raise UserError(f"{path} cannot be adapted: it has an attribute `{slot}` of its own, where the adapter goes")
+    if slot == "branch":
+        return
+    for cls in getattr(type(module), "original_class", type(module)).__mro__:
         if cls in (nnx.Linear, nnx.LinearGeneral):
             return
         if "dot_general" in vars(cls) or "dot_general_cls" in vars(cls):
@@ -78,6 +82,23 @@ def check_call(module: nnx.Module, path: str) -> None:
                 f"{path} cannot be adapted: {cls.__name__}.__call__ does not call super().__call__,"
                 " where the update is added"
             )
+
+
+def output_width(module: nnx.Module, path: str) -> int:
+    """Returns how many features the output of a module has: those of its last linear layer, in order of definition.
+
+    Raises:
+      UserError: if it has none.
+    """
+    if is_linear(module):
+        return matrix_view(module, path).shape[1]
+    layers = [child for child in vars(module).values() if isinstance(child, nnx.Module) and is_linear(child)]
+    if not layers:
+        raise UserError(
+            f"the width of its output is unknown, since {type(module).__name__} has no linear layer of its own:"
+            " name the layer that makes the output"
+        )
+    return matrix_view(layers[-1], path).shape[1]
 
 
 def matrix_view(module: nnx.Module, path: str) -> MatrixView:

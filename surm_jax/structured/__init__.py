@@ -13,6 +13,7 @@ from surm_jax.structured.approximation import Approximation, approximations
 from surm_jax.structured.base import FAMILIES, Family, StructuredMatrix, compute_dtype, family, static
 from surm_jax.structured.block_circulant import BlockCirculant
 from surm_jax.structured.circulant import Circulant, CirculantPair
+from surm_jax.structured.dense import Dense
 from surm_jax.structured.diagnostics import (
     condition_number,
     displacement_rank,
@@ -20,13 +21,14 @@ from surm_jax.structured.diagnostics import (
     numerical_rank,
     singular_values,
 )
-from surm_jax.structured.execution import EXECUTIONS, check_execution, updated_matmul
+from surm_jax.structured.execution import EXECUTIONS, Dot, check_execution, matmul, updated_matmul
 from surm_jax.structured.f_circulant import FCirculant, SkewCirculant
 from surm_jax.structured.fit import refine
 from surm_jax.structured.fourier import BATCH_AXES, batch_local, circular_convolve, fast_length, skew_convolve
 from surm_jax.structured.kronecker import Kronecker, near_square_factors
 from surm_jax.structured.low_displacement import LowDisplacementRank
 from surm_jax.structured.low_rank import LowRank
+from surm_jax.structured.placed import Placed
 from surm_jax.structured.toeplitz import SymmetricToeplitz, Toeplitz
 from surm_jax.structured.toeplitz_pair import SymmetricToeplitzPair, ToeplitzPair
 
@@ -38,11 +40,14 @@ __all__ = [
     "BlockCirculant",
     "Circulant",
     "CirculantPair",
+    "Dense",
+    "Dot",
     "FCirculant",
     "Family",
     "Kronecker",
     "LowDisplacementRank",
     "LowRank",
+    "Placed",
     "Product",
     "Scaled",
     "SkewCirculant",
@@ -62,6 +67,7 @@ __all__ = [
     "family",
     "fast_length",
     "log_determinant",
+    "matmul",
     "near_square_factors",
     "numerical_rank",
     "refine",

@@ -34,7 +34,7 @@ from surm_jax.errors import UserError
 from surm_jax.structured.base import StructuredMatrix, matrix_pytree
 
 
-class _Composite(StructuredMatrix):
+class Composite(StructuredMatrix):
     """A matrix made of others, its parts."""
 
     @abc.abstractmethod
@@ -49,6 +49,11 @@ class _Composite(StructuredMatrix):
     def lean(self) -> bool:
         """Whether every part is."""
         return all(part.lean for part in self._parts().values())
+
+    def times(self, alpha: float | Float[Array, ""]) -> StructuredMatrix:
+        """`alpha * M`: the first part is multiplied."""
+        first, *others = self._parts().values()
+        return self._with_parts([first.times(alpha), *others])
 
     def arrays(self) -> dict[str, Array]:
         """The array leaves of all parts, each name preceded by its part's: `terms_0_c` is `terms[0].c`."""
@@ -85,7 +90,7 @@ class _Composite(StructuredMatrix):
 
 
 @matrix_pytree
-class Sum(_Composite):
+class Sum(Composite):
     """The sum of structured matrices of one shape: `x @ (A + B) = x @ A + x @ B`.
 
     Costs what its terms cost. Terms that are sums themselves are replaced with their own terms.
@@ -117,6 +122,10 @@ class Sum(_Composite):
         """The transpose: the sum of the transposes."""
         return Sum(tuple(term.T for term in self.terms))
 
+    def times(self, alpha: float | Float[Array, ""]) -> "Sum":
+        """`alpha * M`: every term is multiplied."""
+        return Sum(tuple(term.times(alpha) for term in self.terms))
+
     def _parts(self) -> dict[str, StructuredMatrix]:
         return {f"terms_{i}": term for i, term in enumerate(self.terms)}
 
@@ -131,7 +140,7 @@ class Sum(_Composite):
 
 
 @matrix_pytree
-class Product(_Composite):
+class Product(Composite):
     """The product of structured matrices, `M = A @ B`: `x @ M = (x @ A) @ B`.
 
     Costs what its factors cost; nothing between them is rounded to the precision of `x`. Its rank is at most the
@@ -182,7 +191,7 @@ class Product(_Composite):
 
 
 @matrix_pytree
-class Scaled(_Composite):
+class Scaled(Composite):
     """A multiple of a structured matrix, `alpha * M`.
 
     The type of alpha says whether it is learned. A number (Python's or numpy's) is a constant: part of the structure,

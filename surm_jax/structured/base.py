@@ -249,6 +249,15 @@ class StructuredMatrix(abc.ABC):
         """`M` itself, (in_features, out_features), in at least float32: for merging, inspection and tests."""
         return self._astype(self._compute_dtype())._dense()
 
+    def times(self, alpha: float | Float[Array, ""]) -> Self:
+        """`alpha * M` with the same structure: the first array, in which every family is linear, is multiplied.
+
+        Unlike `alpha * M`, which keeps alpha as a part of its own. An array of shape () may be anything that JAX
+        traces: a scale that is switched while a compiled program stays.
+        """
+        name, leaf = next(iter(self.arrays().items()))
+        return self._replace({name: leaf * jnp.asarray(alpha, leaf.dtype)})
+
     def fused(self) -> "StructuredMatrix":
         """The same matrix with the fewest stored numbers, for deployment; itself where nothing can be saved."""
         return self

@@ -106,6 +106,31 @@ def updated_matmul(
     return y + moved.astype(y.dtype)
 
 
+def matmul(
+    x: Float[Array, "*batch in"], update: StructuredMatrix, *, execution: str = "auto", dot: Dot = jnp.matmul
+) -> Float[Array, "*batch out"]:
+    """`x @ update` alone, for an update that reads another input than the kernel, such as one after dropout.
+
+    Args:
+        x: (..., in_features).
+        update: A structured matrix.
+        execution: As in `updated_matmul`; `fused` has nothing to be fused with, and is the fast product in pieces.
+        dot: As in `updated_matmul`.
+
+    Returns:
+        (..., out_features) in the dtype of `x`, or that which `dot` gives.
+
+    Raises:
+        UserError: The shapes do not fit, or the execution is unknown.
+    """
+    check_execution(execution)
+    if execution == "auto":
+        execution = choose(update, math.prod(x.shape[:-1]), x.dtype)
+    if execution == "fft" and update.lean:
+        return update.apply(x)
+    return (_through_dense if execution == "dense" else _in_pieces)(dot, x, update)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _folded(product: Callable[..., Array], dot: Dot, x: Array, kernel: Array, update: StructuredMatrix) -> Array:
     """`dot(x, kernel + update)`. How `x @ update` is computed, `product`, shows in the derivative alone."""

@@ -16,10 +16,9 @@ from surm_jax.data import Augment
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.models import VARIANTS
 from surm_jax.paths import compile_pattern
-from surm_jax.peft import SELECTIONS, UPDATES, Update, make_update
+from surm_jax.peft import METHODS, Method, make_method
 from surm_jax.structured import EXECUTIONS
 
-METHODS = (*UPDATES, *SELECTIONS)
 DECAYS = ("cosine", "linear", "constant")
 GEOMETRY = ("image_size", "patch_size", "width", "depth", "heads", "mlp_width")
 
@@ -90,20 +89,42 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RuleConfig:
+    """A rule of its own for some modules: `{"target": r"blocks/0/.*", "method": "lora", "settings": {"rank": 4}}`."""
+
+    # A preset of the model, or a regular expression for module paths.
+    target: str
+    # One of METHODS that is an update or a bottleneck; empty: these modules get nothing.
+    method: str = ""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # For updates of fused kernels: how many equal blocks of output features there are, and which are updated.
+    parts: int = 1
+    which: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.method:
+            _one_of("peft.rules.*.method", self.method, METHODS)
+            make_method(self.method, dict(self.settings))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """What is adapted, and how. `updates` has the settings of every update by name; in the configuration they stand
+    """What is adapted, and how. `methods` has the settings of every method by name; in the configuration they stand
     beside the others: `--config.peft.lora.rank=4`."""
 
     # One of METHODS.
     method: str = "circulant"
-    # A preset of the model ("qkv", "qv", "attention", "mlp", "all-linear"), or a regular expression for module paths.
-    target: str = "qkv"
+    # A preset of the model (surm_jax.models.TARGETS), or a regular expression for module paths; empty: the preset that
+    # the method is meant for; "none": what `rules` says and nothing else.
+    target: str = ""
+    # Rules that come before the one of `method` and `target`: the first that matches a module counts.
+    rules: tuple[RuleConfig, ...] = ()
     # How the product with an update is computed: one of EXECUTIONS. All give the same to rounding.
     execution: str = "auto"
     # Patterns of the paths of parameters that every method trains besides.
     train: tuple[str, ...] = ("head/.*",)
-    updates: Mapping[str, Update] = dataclasses.field(
-        default_factory=lambda: {name: cls() for name, cls in UPDATES.items()}
+    methods: Mapping[str, Method] = dataclasses.field(
+        default_factory=lambda: {name: cls() for name, cls in METHODS.items()}
     )
 
     def __post_init__(self):
@@ -134,7 +155,7 @@ class GroupConfig:
 class GroupsConfig:
     """Groups of trained parameters; the first whose pattern matches a parameter takes it."""
 
-    adapter: GroupConfig = GroupConfig(pattern=r".*/delta/.*")
+    adapter: GroupConfig = GroupConfig(pattern=r"(.*/)?(delta|branch)/.*")
     head: GroupConfig = GroupConfig(pattern=r"head/.*")
     norm: GroupConfig = GroupConfig(pattern=r"(.*/)?norm\d*/.*")
     bias: GroupConfig = GroupConfig(pattern=r".*/bias")
@@ -148,7 +169,9 @@ class OptimConfig:
     # Number of updates.
     steps: int = 1000
     # Peak learning rate by method: each needs its own.
-    learning_rate: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(METHODS, 1e-3))
+    learning_rate: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: {name: method.learning_rate for name, method in METHODS.items()}
+    )
     groups: GroupsConfig = GroupsConfig()
     # Steps of linear warm-up from 0; then decay to 0 at the last step: "cosine", "linear", or "constant".
     warmup_steps: int = 0
@@ -255,7 +278,7 @@ def keys(config: ml_collections.ConfigDict) -> list[str]:
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Returns the configuration as nested dictionaries; `parse` reads them back."""
     tree = dataclasses.asdict(config)
-    tree["peft"].update(tree["peft"].pop("updates"))
+    tree["peft"].update(tree["peft"].pop("methods"))
     return tree
 
 
@@ -270,15 +293,15 @@ def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
     """
     tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
     peft = dict(_section(tree.get("peft", {}), "config.peft"))
-    settings = [field.name for field in dataclasses.fields(PeftConfig) if field.name != "updates"]
-    _known("config.peft", peft, (*settings, *UPDATES))
-    updates = {
-        name: make_update(name, _section(peft.pop(name), f"config.peft.{name}")) for name in UPDATES if name in peft
+    settings = [field.name for field in dataclasses.fields(PeftConfig) if field.name != "methods"]
+    _known("config.peft", peft, (*settings, *METHODS))
+    methods = {
+        name: make_method(name, _section(peft.pop(name), f"config.peft.{name}")) for name in METHODS if name in peft
     }
     tree["peft"] = peft
     parsed = _build(RunConfig, tree, "config")
     return dataclasses.replace(
-        parsed, peft=dataclasses.replace(parsed.peft, updates={**parsed.peft.updates, **updates})
+        parsed, peft=dataclasses.replace(parsed.peft, methods={**parsed.peft.methods, **methods})
     )
 
 
@@ -308,6 +331,8 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, list | tuple):
             raise UserError(f"{path} must be a tuple, got {value!r}")
         return tuple(_value(arguments[0], item, path) for item in value)
+    if origin is Mapping and arguments[1] is Any:
+        return dict(_section(value, path))
     if origin is Mapping:
         _known(path, _section(value, path), METHODS)
         return {key: _value(arguments[1], item, f"{path}.{key}") for key, item in value.items()}

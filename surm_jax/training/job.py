@@ -11,7 +11,7 @@ from flax import nnx
 from surm_jax import data
 from surm_jax.errors import UserError
 from surm_jax.models import TARGETS, ViT, ViTConfig
-from surm_jax.peft import SELECTIONS, UPDATES, Adapter, Description, Rule, adapt, describe
+from surm_jax.peft import Adapter, Description, Rule, Selection, adapt, describe, make_method
 from surm_jax.pretrained import load, locate
 from surm_jax.training.config import GEOMETRY, PeftConfig, RunConfig
 from surm_jax.training.mesh import make_mesh
@@ -105,11 +105,25 @@ def _make_model(vit: ViTConfig, seed: int) -> ViT:
 
 
 def _adapt(model: nnx.Module, peft: PeftConfig, seed: int) -> tuple[nnx.Module, Adapter]:
-    if peft.method in UPDATES:
-        rules = [Rule(TARGETS.get(peft.target, peft.target), peft.updates[peft.method])]
-        train = peft.train
-    else:
-        rules, train = [], (*peft.train, *SELECTIONS[peft.method])
     # Not the stream that drew the model: its first keys would come again.
     rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
+    rules, train = rules_of(peft)
     return adapt(model, rules, train=train, execution=peft.execution, rngs=rngs)
+
+
+def rules_of(peft: PeftConfig) -> tuple[list[Rule], tuple[str, ...]]:
+    """Returns the rules of a configuration, and the patterns of what is trained besides."""
+
+    def pattern(target: str) -> str:
+        return TARGETS.get(target, target)
+
+    rules = [
+        Rule(pattern(r.target), make_method(r.method, dict(r.settings)) if r.method else None, r.parts, r.which)
+        for r in peft.rules
+    ]
+    method = peft.methods[peft.method]
+    if isinstance(method, Selection):
+        return rules, (*peft.train, *method.patterns)
+    if peft.target != "none":
+        rules.append(Rule(pattern(peft.target or method.target), method))
+    return rules, peft.train

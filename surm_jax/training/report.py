@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from surm_jax.atomic import replacing
-from surm_jax.peft import Description, adapted_layers
+from surm_jax.peft import Delta, Description, adapted_modules
 from surm_jax.training.metrics import read_metrics
 
 CURVES_NAME = "curves.png"
@@ -138,8 +138,10 @@ def draw_curves(folder: Path, model: nnx.Module) -> None:
 def _largest_update(model: nnx.Module) -> tuple[str, np.ndarray] | None:
     # One dense matrix at a time beside the largest so far.
     largest, norm = None, -1.0
-    for path, layer in adapted_layers(model):
-        update = layer.delta.factor * np.asarray(layer.delta.matrix().to_dense())
+    for path, _, part, layer in adapted_modules(model):
+        if not isinstance(part, Delta):
+            continue
+        update = np.asarray(part.change(layer.kernel[...].reshape(part.shape)))
         if np.linalg.norm(update) > norm:
             largest, norm = (path, update), np.linalg.norm(update)
     return largest

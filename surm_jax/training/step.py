@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from surm_jax.peft import adapter_dropout
 from surm_jax.training.mesh import batch_sharding, replicated
 from surm_jax.training.partition import Arrays, Partition
 
@@ -67,7 +68,8 @@ def make_train_step(
     """
 
     def loss_and_correct(trained: Arrays, frozen: nnx.State, batch: Batch, key: jax.Array):
-        logits = partition.merge(trained, frozen)(batch["image"], rngs=key)
+        with adapter_dropout(jax.random.fold_in(key, 1)):
+            logits = partition.merge(trained, frozen)(batch["image"], rngs=key)
         loss = cross_entropy(logits, batch["label"], label_smoothing).mean()
         return loss, (logits.argmax(-1) == batch["label"]).mean()
 

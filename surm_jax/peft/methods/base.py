@@ -1,7 +1,9 @@
-"""What an update is, and the registry of updates by name.
+"""What a method is, and the registry of methods by name.
 
-An *update* puts a structured matrix beside the kernels that its rule matches. Adding one means one file beside this
-one, a line in `__init__.py`, and an entry in `tests/peft/cases.py`.
+There are three kinds. An `Update` puts a structured matrix beside the kernels of linear layers. A `Bottleneck` adds a
+small non-linear branch to the output of modules. A `Selection` brings nothing and trains a part of what is there.
+Adding a method means one class in a file beside this one, imported in `__init__.py`, and an entry in
+`tests/peft/cases.py`.
 """
 
 import abc
@@ -14,65 +16,184 @@ import jax
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.structured import StructuredMatrix
 
+METHODS: dict[str, type["Method"]] = {}
+"""Every method by its name."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Update(abc.ABC):
-    """How the matrix of a LoRA-style update is made. Subclasses are registered under their `name`.
+class Method(abc.ABC):
+    """A method with its settings, which are numbers, booleans or names. Subclasses with a `name` are registered.
 
-    A setting is a number or a boolean. A number must not be 0 unless its field has `metadata={"least": 0}`.
+    A number must be finite and not 0, unless its field says otherwise by `at_least`, `below_one` or `one_of`.
 
     Attributes:
-      alpha: what the update is multiplied with: `W + alpha * dW` (SURM, arXiv 2406.17740, section 4.1).
+      target: the preset of the model that it is meant for, such as "qkv".
+      learning_rate: a peak to start a search from, for Adam; tasks differ.
     """
 
     name: ClassVar[str]
-    alpha: float = 1.0
+    target: ClassVar[str] = ""
+    learning_rate: ClassVar[float] = 1e-3
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        if cls.name in UPDATES:
-            raise UserError(f"{cls.__name__} needs a name of its own: {cls.name!r} is {UPDATES[cls.name].__name__}")
-        UPDATES[cls.name] = cls
+        if "name" not in vars(cls):
+            if hasattr(cls, "name"):
+                raise UserError(f"{cls.__name__} needs a name of its own: {cls.name!r} is {METHODS[cls.name].__name__}")
+            return  # a base class of methods
+        if cls.name in METHODS:
+            raise UserError(f"{cls.__name__} needs a name of its own: {cls.name!r} is {METHODS[cls.name].__name__}")
+        METHODS[cls.name] = cls
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if "least" in field.metadata:
-                if not value >= field.metadata["least"]:
-                    raise UserError(f"{self.name}.{field.name} must be at least {field.metadata['least']}, got {value}")
-            elif not math.isfinite(value) or value == 0:
-                # With a factor of 0, or a random factor of 0 beside the one that starts at 0, nothing would ever learn.
-                raise UserError(f"{self.name}.{field.name} must be finite and not 0, got {value}: it would never learn")
+            self._check(field, getattr(self, field.name))
+
+    def wants(self, path: str) -> bool:
+        """Whether the module at a path that a rule matches gets the method."""
+        del path
+        return True
+
+    def _check(self, field: dataclasses.Field, value: Any) -> None:
+        where, limits = f"{self.name}.{field.name}", field.metadata
+        if "one_of" in limits:
+            if value not in limits["one_of"]:
+                near = did_you_mean(str(value), limits["one_of"])
+                raise UserError(f"{where} must be one of {', '.join(limits['one_of'])}, got {value!r}{near}")
+        elif field.type is bool or (self._may_be_zero(field.name) and value == 0):
+            pass
+        elif "least" in limits:
+            if not (value >= limits["least"] and value < limits["below"]):
+                below = f" and below {limits['below']:g}" if math.isfinite(limits["below"]) else ""
+                raise UserError(f"{where} must be at least {limits['least']}{below}, got {value}")
+        elif not math.isfinite(value) or value == 0:
+            # With a factor of 0, or a random factor of 0 beside the one that starts at 0, nothing would ever learn.
+            raise UserError(f"{where} must be finite and not 0, got {value}: it would never learn")
+
+    def _may_be_zero(self, name: str) -> bool:
+        del name
+        return False
+
+
+def at_least(default: float, least: float, below: float = math.inf) -> Any:
+    """A setting of a method that may be anything from `least` on, and below `below`."""
+    return dataclasses.field(default=default, metadata={"least": least, "below": below})
+
+
+def one_of(default: str, names: tuple[str, ...]) -> Any:
+    """A setting of a method that is one of some names."""
+    return dataclasses.field(default=default, metadata={"one_of": names})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Update(Method):
+    """A structured matrix beside a kernel: `W + alpha * unit * dW` (SURM, arXiv 2406.17740, section 4.1).
+
+    Attributes:
+      alpha: what the update is multiplied with.
+      learn_alpha: whether alpha is trained too. It may then start at 0, and with it the update, whose matrix starts
+        away from zero.
+      dropout: probability of zeroing an entry of the update's input while training (`surm_jax.adapter_dropout`).
+      frozen: names of the matrix's arrays that are not trained.
+      normalized: whether the columns of the sum have learned norms (DoRA).
+    """
+
+    target: ClassVar[str] = "qkv"
+    frozen: ClassVar[tuple[str, ...]] = ()
+    normalized: ClassVar[bool] = False
+    alpha: float = 1.0
+    learn_alpha: bool = False
+    dropout: float = at_least(0.0, 0, below=1)
+
+    def _may_be_zero(self, name: str) -> bool:
+        return name == "alpha" and self.learn_alpha
+
+    def unit(self, shape: tuple[int, int]) -> float:
+        """Returns the convention that multiplies `alpha * dW` at the given (in_features, out_features)."""
+        del shape
+        return 1.0
 
     def factor(self, shape: tuple[int, int]) -> float:
         """Returns the number that multiplies the matrix of the given (in_features, out_features)."""
-        del shape
-        return self.alpha
+        return self.alpha * self.unit(shape)
+
+    def start(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
+        """Returns the matrix that training starts from: as `init`, or away from zero where alpha starts at 0."""
+        matrix = self.init(key, shape)
+        if self.alpha:
+            return matrix
+        arrays = matrix.arrays()
+        name, zero = next(iter(arrays.items()))  # every family is linear in its first array
+        scale = getattr(self, "scale", zero.size**-0.5)
+        return matrix.with_arrays(**{name: scale * jax.random.normal(jax.random.fold_in(key, 1), zero.shape)})
 
     @abc.abstractmethod
     def init(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
         """Returns the matrix of the given (in_features, out_features) that training starts from: zero as a product."""
 
 
-UPDATES: dict[str, type[Update]] = {}
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "tanh": jax.numpy.tanh,
+}
+"""Non-linearities of bottlenecks. All of them map 0 to 0."""
 
 
-def make_update(name: str, settings: dict[str, Any]) -> Update:
-    """Builds the registered update `name` with its settings.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bottleneck(Method):
+    """A branch added to the output X of a module: `X + act(X M) + b`, or `X + act(X D + d) U + b` through a waist.
 
-    >>> from surm_jax.peft import make_update
-    >>> make_update("lora", {"rank": 2})
-    LoRA(alpha=1.0, rank=2)
+    The first is SURM's adapter (arXiv 2406.17740, section 4.2), whose non-linearity comes after the whole matrix, so
+    that its factors can be stored as one. The second is Houlsby's (arXiv 1902.00751).
+
+    Attributes:
+      alpha: what the branch is multiplied with.
+      bias: whether b (and d) are there; they start at 0.
+      activation: one of `ACTIVATIONS`.
+      dropout: probability of zeroing an entry of the branch's input while training.
+    """
+
+    target: ClassVar[str] = "houlsby"
+    alpha: float = 1.0
+    bias: bool = True
+    activation: str = one_of("gelu", tuple(ACTIVATIONS))
+    dropout: float = at_least(0.0, 0, below=1)
+
+    @abc.abstractmethod
+    def init_branch(self, key: jax.Array, width: int) -> tuple[StructuredMatrix, ...]:
+        """Returns M, or D and U: the last of them zero as a product."""
+
+
+class Selection(Method):
+    """Trains parameters of the model itself.
+
+    Attributes:
+      patterns: of the paths of parameters, `re.fullmatch`.
+    """
+
+    patterns: ClassVar[tuple[str, ...]]
+
+
+def make_method(name: str, settings: dict[str, Any]) -> Method:
+    """Builds the registered method `name` with its settings.
+
+    >>> from surm_jax.peft import make_method
+    >>> make_method("lora", {"rank": 2}).rank
+    2
 
     Raises:
-      UserError: for an unknown name or setting; the message names the nearest one.
+      UserError: for an unknown name or setting, or a value that cannot be; the message names the nearest one.
     """
-    if name not in UPDATES:
-        raise UserError(f"no update is called {name!r}{did_you_mean(name, UPDATES)} (known: {', '.join(UPDATES)})")
-    known = {field.name: field.type for field in dataclasses.fields(UPDATES[name])}
+    if name not in METHODS:
+        raise UserError(f"no method is called {name!r}{did_you_mean(name, METHODS)} (known: {', '.join(METHODS)})")
+    known = {field.name: field.type for field in dataclasses.fields(METHODS[name])}
+    kinds = {int: "a whole number", float: "a number", bool: "True or False", str: "a name"}
     for key, value in settings.items():
         if key not in known:
             raise UserError(f"{name} has no setting {key!r}{did_you_mean(key, known)} (known: {', '.join(known)})")
-        if isinstance(value, bool) or not isinstance(value, int if known[key] is int else int | float):
-            raise UserError(f"{name}.{key} must be {'a whole' if known[key] is int else 'a'} number, got {value!r}")
-    return UPDATES[name](**settings)
+        kind = known[key]
+        if not (type(value) is kind or (kind is float and type(value) is int)):
+            raise UserError(f"{name}.{key} must be {kinds[kind]}, got {value!r}")
+    return METHODS[name](**settings)

@@ -1,11 +1,11 @@
-"""The circulant update of SURM, and the block-circulant one of C3A."""
+"""Circulant matrices: the update and the adapter of SURM, and the block-circulant update of C3A."""
 
 import dataclasses
 from typing import ClassVar
 
 import jax
 
-from surm_jax.peft.methods.base import Update
+from surm_jax.peft.methods.base import Bottleneck, Update, at_least
 from surm_jax.structured import BlockCirculant, CirculantPair
 
 
@@ -30,6 +30,21 @@ class CirculantUpdate(Update):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CirculantAdapter(Bottleneck):
+    """`X + gelu(X C) + b` with the circulant of `r1 * r2`: 3n numbers trained, 2n stored.
+
+    SURM, arXiv 2406.17740, section 4.2; r2 starts at `scale * N(0, 1)` with the released code's 0.02.
+    """
+
+    name: ClassVar[str] = "circulant_adapter"
+    scale: float = 0.02
+
+    def init_branch(self, key: jax.Array, width: int) -> tuple[CirculantPair]:
+        """Returns the zero circulant."""
+        return (CirculantPair.init(key, (width, width), scale=self.scale),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class C3A(Update):
     """A grid of circulant blocks, `alpha / in_features * BlockCirculant(c)`, from zero: in * out / block numbers.
 
@@ -44,11 +59,12 @@ class C3A(Update):
     """
 
     name: ClassVar[str] = "c3a"
-    block: int = dataclasses.field(default=0, metadata={"least": 0})
+    learning_rate: ClassVar[float] = 1e-1
+    block: int = at_least(0, 0)
 
-    def factor(self, shape: tuple[int, int]) -> float:
-        """Returns `alpha / in_features`."""
-        return self.alpha / shape[0]
+    def unit(self, shape: tuple[int, int]) -> float:
+        """Returns `1 / in_features`."""
+        return 1 / shape[0]
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> BlockCirculant:
         """Returns the zero matrix of the given shape."""

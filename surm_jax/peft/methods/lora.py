@@ -9,8 +9,16 @@ from surm_jax.peft.methods.base import Update
 from surm_jax.structured import LowRank
 
 
+class _LowRankUpdate(Update):
+    rank: int
+
+    def init(self, key: jax.Array, shape: tuple[int, int]) -> LowRank:
+        """Returns the zero matrix of the given shape as a product."""
+        return LowRank.init(key, shape, rank=self.rank, scale=shape[0] ** -0.5)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRA(Update):
+class LoRA(_LowRankUpdate):
     """LoRA (arXiv 2106.09685): `alpha / rank * A B^T`; A starts at 0, B at `N(0, 1 / in_features)`.
 
     >>> LoRA(rank=4).init(jax.random.key(0), (768, 768)).num_params
@@ -20,11 +28,55 @@ class LoRA(Update):
     name: ClassVar[str] = "lora"
     rank: int = 1
 
-    def factor(self, shape: tuple[int, int]) -> float:
-        """Returns the paper's `alpha / rank`, which keeps the size of the update as the rank grows."""
+    def unit(self, shape: tuple[int, int]) -> float:
+        """Returns the paper's `1 / rank`, which keeps the size of the update as the rank grows."""
         del shape
-        return self.alpha / self.rank
+        return 1 / self.rank
 
-    def init(self, key: jax.Array, shape: tuple[int, int]) -> LowRank:
-        """Returns the zero matrix of the given shape as a product."""
-        return LowRank.init(key, shape, rank=self.rank, scale=shape[0] ** -0.5)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankStabilizedLoRA(_LowRankUpdate):
+    """LoRA with `alpha / sqrt(rank)`, so that large ranks learn as fast as small ones (rsLoRA, arXiv 2312.03732)."""
+
+    name: ClassVar[str] = "rslora"
+    rank: int = 8
+
+    def unit(self, shape: tuple[int, int]) -> float:
+        """Returns `1 / sqrt(rank)`."""
+        del shape
+        return self.rank**-0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAFix(_LowRankUpdate):
+    """LoRA with its random factor frozen: the output factor alone is trained, out * rank numbers.
+
+    LoRA-FIX of SURM's tables, and LoRA-FA (arXiv 2308.03303). The frozen factor is saved with the adapter.
+    """
+
+    name: ClassVar[str] = "lora_fix"
+    frozen: ClassVar[tuple[str, ...]] = ("B",)
+    rank: int = 1
+
+    def unit(self, shape: tuple[int, int]) -> float:
+        """Returns LoRA's `1 / rank`."""
+        del shape
+        return 1 / self.rank
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoRA(_LowRankUpdate):
+    """LoRA on the direction of every column of the kernel, and its length as a parameter (arXiv 2402.09353).
+
+    `W' = m (W + alpha / rank A B^T) / || W + alpha / rank A B^T ||`, with the norms of columns, which are output
+    features, and m starting at those of W: in * rank + out * rank + out numbers.
+    """
+
+    name: ClassVar[str] = "dora"
+    normalized: ClassVar[bool] = True
+    rank: int = 1
+
+    def unit(self, shape: tuple[int, int]) -> float:
+        """Returns LoRA's `1 / rank`."""
+        del shape
+        return 1 / self.rank

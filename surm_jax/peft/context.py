@@ -1,0 +1,77 @@
+"""What adapters need of a call and models do not pass on: a key for their dropout, and the adapter of each example.
+
+Both are given for a block of code, inside the function that is differentiated and compiled:
+
+    def loss(trainable, frozen, batch, key):
+        model = nnx.merge(graphdef, trainable, frozen)
+        with surm_jax.adapter_dropout(key):
+            logits = model(batch["image"])
+
+They are read while JAX traces the block: around a call of a function that is compiled already they change nothing.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import jax
+from jaxtyping import Array, Int
+
+
+class _Keys:
+    """A key, and how many have been drawn from it."""
+
+    def __init__(self, key: jax.Array):
+        self.key, self.drawn = key, 0
+
+    def __call__(self) -> jax.Array:
+        self.drawn += 1
+        return jax.random.fold_in(self.key, self.drawn)
+
+
+_KEYS: contextvars.ContextVar[_Keys | None] = contextvars.ContextVar("adapter_dropout", default=None)
+_EXAMPLES: contextvars.ContextVar[Array | None] = contextvars.ContextVar("adapter_of_examples", default=None)
+
+
+@contextlib.contextmanager
+def adapter_dropout(key: jax.Array | None) -> Iterator[None]:
+    """Within the block, adapters with dropout drop: each layer draws from `key` in the order of the calls.
+
+    Args:
+      key: a JAX key; `None` means no dropout, as without the block.
+    """
+    token = _KEYS.set(None if key is None else _Keys(key))
+    try:
+        yield
+    finally:
+        _KEYS.reset(token)
+
+
+@contextlib.contextmanager
+def adapter_of_examples(ids: Int[Array, "batch"]) -> Iterator[None]:
+    """Within the block, example i of the batch has the adapter number `ids[i]` of a bank (`surm_jax.peft.bank`)."""
+    token = _EXAMPLES.set(ids)
+    try:
+        yield
+    finally:
+        _EXAMPLES.reset(token)
+
+
+def dropout_key() -> jax.Array | None:
+    """Returns a fresh key, or `None` outside of `adapter_dropout`."""
+    keys = _KEYS.get()
+    return None if keys is None else keys()
+
+
+def example_adapters() -> Int[Array, "batch"] | None:
+    """Returns the numbers given by `adapter_of_examples`, or `None` outside of it."""
+    return _EXAMPLES.get()
+
+
+def drop(x: Array, rate: float) -> Array:
+    """Dropout of an adapter's input: zeroes entries with probability `rate`, scales the others by `1 / (1 - rate)`."""
+    key = dropout_key() if rate else None
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jax.numpy.where(keep, x / (1 - rate), jax.numpy.zeros((), x.dtype))

@@ -1,0 +1,55 @@
+"""The bottleneck adapters of the literature: two dense matrices through a narrow waist, and variants of them."""
+
+import dataclasses
+import re
+from typing import ClassVar
+
+import jax
+
+from surm_jax.peft.methods.base import Bottleneck, at_least
+from surm_jax.structured import Dense
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Waisted(Bottleneck):
+    """Settings of adapters with a waist.
+
+    Attributes:
+      waist: features between the two matrices.
+      scale: standard deviation of the first matrix at the start; the second starts at zero.
+    """
+
+    waist: int = 64
+    scale: float = 0.02
+
+    def init_branch(self, key: jax.Array, width: int) -> tuple[Dense, Dense]:
+        """Returns the random matrix into the waist and the zero one out of it."""
+        down = self.scale * jax.random.normal(key, (width, self.waist))
+        return Dense(down), Dense.init(key, (self.waist, width), scale=0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BottleneckAdapter(_Waisted):
+    """`X + gelu(X D + d) U + b` after attention and MLP (Houlsby, arXiv 1902.00751).
+
+    With `--config.peft.target=pfeiffer`, after the MLP alone (arXiv 2005.00247).
+    """
+
+    name: ClassVar[str] = "bottleneck"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterDrop(_Waisted):
+    """Bottleneck adapters that the first blocks do without (AdapterDrop, arXiv 2010.11918, "specialised").
+
+    Attributes:
+      skip: how many of the first blocks have no adapter. The block of a module is the first number in its path.
+    """
+
+    name: ClassVar[str] = "adapter_drop"
+    skip: int = at_least(5, 1)
+
+    def wants(self, path: str) -> bool:
+        """Whether the module is in a block from `skip` on."""
+        numbers = re.findall(r"(?:^|/)(\d+)(?=/|$)", path)
+        return not numbers or int(numbers[0]) >= self.skip

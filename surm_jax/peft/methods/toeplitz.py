@@ -1,0 +1,55 @@
+"""Products of two Toeplitz matrices: SURM's update and adapter of symmetric ones, and the same of general ones."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+
+from surm_jax.peft.methods.base import Bottleneck, Update
+from surm_jax.structured import SymmetricToeplitzPair, ToeplitzPair
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToeplitzUpdate(Update):
+    """`T2 T1`, both symmetric Toeplitz, as published: 2n numbers; T1 starts at 0, T2 at `scale * N(0, 1)`.
+
+    SURM, arXiv 2406.17740, section 4.1; the scale is the released code's.
+
+    >>> ToeplitzUpdate().init(jax.random.key(0), (768, 768)).num_params
+    1536
+    """
+
+    name: ClassVar[str] = "toeplitz"
+    scale: float = 0.02
+
+    def init(self, key: jax.Array, shape: tuple[int, int]) -> SymmetricToeplitzPair:
+        """Returns the zero matrix of the given shape as a product."""
+        return SymmetricToeplitzPair.init(key, shape, scale=self.scale)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AsymmetricToeplitzUpdate(Update):
+    """`T2 T1`, both general Toeplitz: 4n - 2 numbers of a square matrix.
+
+    >>> AsymmetricToeplitzUpdate().init(jax.random.key(0), (768, 768)).num_params
+    3070
+    """
+
+    name: ClassVar[str] = "toeplitz_asymmetric"
+    scale: float = 0.02
+
+    def init(self, key: jax.Array, shape: tuple[int, int]) -> ToeplitzPair:
+        """Returns the zero matrix of the given shape as a product."""
+        return ToeplitzPair.init(key, shape, scale=self.scale)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToeplitzAdapter(Bottleneck):
+    """`X + gelu(X T1 T2) + b` with symmetric Toeplitz matrices: 3n numbers (arXiv 2406.17740, section 4.2)."""
+
+    name: ClassVar[str] = "toeplitz_adapter"
+    scale: float = 0.02
+
+    def init_branch(self, key: jax.Array, width: int) -> tuple[SymmetricToeplitzPair]:
+        """Returns the zero matrix as a product."""
+        return (SymmetricToeplitzPair.init(key, (width, width), scale=self.scale),)

@@ -1,0 +1,77 @@
+"""The matrix without structure: what bottleneck adapters are made of, and the measure of all others."""
+
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+from surm_jax.errors import UserError
+from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family
+
+
+@family("dense")
+class Dense(StructuredMatrix):
+    """Any matrix: in * out numbers, and as many multiplications a row.
+
+    Attributes:
+        W: (in_features, out_features); zero at the start.
+
+    >>> Dense(jnp.array([[1.0, 2.0, 3.0]])).shape
+    (1, 3)
+    """
+
+    lean = True
+
+    W: Float[Array, "in out"]
+
+    def __post_init__(self) -> None:
+        if self.W is None:
+            return
+        shape = getattr(self.W, "shape", None)
+        if shape is None or len(shape) != 2:
+            raise UserError(f"Dense: W must be an array of shape (in_features, out_features), not {shape or self.W!r}")
+        self._check_leaf("W", tuple(shape))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(in_features, out_features)`."""
+        return tuple(self.W.shape[-2:])
+
+    @classmethod
+    def init(cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32) -> Self:
+        """The zero matrix. `M` is linear in `W`, which therefore learns from zero: `key` and `scale` change nothing.
+
+        Args:
+            key: Unused.
+            shape: `(in_features, out_features)`.
+            scale: Unused.
+            dtype: Type of `W`.
+
+        Raises:
+            UserError: The shape is not two positive integers.
+        """
+        return cls(jnp.zeros(checked_shape(cls.__name__, shape), dtype))
+
+    @classmethod
+    def nearest(cls, dense: Float[Array, "in out"]) -> Self:
+        """The target itself.
+
+        Args:
+            dense: (in_features, out_features).
+
+        Raises:
+            UserError: `dense` is not a floating-point matrix.
+        """
+        return cls(checked_dense(cls.__name__, dense))
+
+    @property
+    def T(self) -> "Dense":
+        """The transpose."""
+        return Dense(self.W.swapaxes(-1, -2))
+
+    def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        return jnp.matmul(x, self.W, precision=jax.lax.Precision.HIGHEST)
+
+    def _dense(self) -> Float[Array, "in out"]:
+        return self.W

@@ -1,0 +1,77 @@
+"""A matrix as a block of a larger one that is zero elsewhere: updates of some columns of a fused kernel.
+
+It is a composite like those of `surm_jax.structured.algebra`: its arrays are its block's, under names such as
+`matrix_c`. Several of them, summed, update several blocks of one kernel.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from surm_jax.errors import UserError
+from surm_jax.structured.algebra import Composite
+from surm_jax.structured.base import StructuredMatrix, checked_shape, matrix_pytree, static
+
+
+@matrix_pytree
+class Placed(Composite):
+    """`M` in a larger matrix of zeros, its first entry at `offset`: `x @ P` is `x[..., row : row + m] @ M`, padded.
+
+    Costs what `M` costs, and the copy of the padding.
+
+    Attributes:
+        matrix: Any structured matrix.
+        shape: `(in_features, out_features)` of the larger one.
+        offset: (row, column) of the block's first entry.
+
+    >>> from surm_jax.structured import Circulant
+    >>> Placed(Circulant(jnp.array([1.0, 2.0]), shape=(2, 2)), shape=(2, 3), offset=(0, 1)).to_dense()
+    Array([[0., 1., 2.],
+           [0., 2., 1.]], dtype=float32)
+    """
+
+    matrix: StructuredMatrix
+    shape: tuple[int, int] = static()
+    offset: tuple[int, int] = static()
+
+    def __post_init__(self) -> None:
+        self._check_parts()
+        m, n = checked_shape("Placed", self.shape)
+        row, column = self.offset
+        if self._has_shapes():
+            rows, columns = self.matrix.shape
+            if min(row, column) < 0 or row + rows > m or column + columns > n:
+                raise UserError(
+                    f"Placed: a block of {rows} x {columns} at ({row}, {column}) does not lie within {m} x {n}"
+                )
+
+    @property
+    def lean(self) -> bool:
+        """Whether the block is."""
+        return self.matrix.lean
+
+    @property
+    def T(self) -> "Placed":
+        """The transpose: the block's, at the mirrored place."""
+        return Placed(self.matrix.T, self.shape[::-1], self.offset[::-1])
+
+    def times(self, alpha: float | Float[Array, ""]) -> "Placed":
+        """`alpha * M` at the same place."""
+        return self._with_parts([self.matrix.times(alpha)])
+
+    def _parts(self) -> dict[str, StructuredMatrix]:
+        return {"matrix": self.matrix}
+
+    def _with_parts(self, parts: Sequence[StructuredMatrix]) -> "Placed":
+        return Placed(parts[0], self.shape, self.offset)
+
+    def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        (row, column), (rows, columns) = self.offset, self.matrix.shape
+        y = self.matrix._apply(x[..., row : row + rows])
+        return jnp.pad(y, [(0, 0)] * (y.ndim - 1) + [(column, self.shape[1] - column - columns)])
+
+    def _dense(self) -> Float[Array, "in out"]:
+        (row, column), (rows, columns) = self.offset, self.matrix.shape
+        m, n = self.shape
+        return jnp.pad(self.matrix._dense(), [(row, m - row - rows), (column, n - column - columns)])
