@@ -8,9 +8,9 @@ from surm_jax.peft.branch import Branch, Branched
 from surm_jax.peft.delta import Adapted, Delta
 
 
-def attach(module: nnx.Module, name: str, part: Delta | Branch) -> None:
+def attach(module: nnx.Module, name: str, part: nnx.Module) -> None:
     """Adds an update or a branch to a module, in place, under the name of its adapter."""
-    slot = "delta" if isinstance(part, Delta) else "branch"
+    slot = "branch" if isinstance(part, Branch) else "delta"
     if not hasattr(module, slot):
         setattr(module, slot, nnx.Dict())
     getattr(module, slot)[name] = part

@@ -1,0 +1,142 @@
+"""An adapter as another one: in another family, or combined of several, by nearest matrices, with the error.
+
+An update of any kind can so be brought into the form that a server of LoRA adapters loads. A circulant of full rank has
+a flat spectrum and loses much of itself in low rank: look at the errors.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from surm_jax.errors import UserError
+from surm_jax.peft.adapter import Adapter
+from surm_jax.peft.attach import attach
+from surm_jax.peft.delta import Delta
+from surm_jax.peft.inject import adapted_modules, make_part, matched_modules
+from surm_jax.peft.layers import matrix_view
+from surm_jax.peft.lifecycle import check_names, delete
+from surm_jax.peft.methods.base import Update
+from surm_jax.structured import Placed, StructuredMatrix, Sum
+
+
+def convert(
+    model: nnx.Module, adapter: Adapter, method: Update, *, name: str = "converted"
+) -> tuple[nnx.Module, Adapter, dict[str, float]]:
+    """Returns the model with the nearest updates of another method in the place of an adapter's.
+
+    >>> import surm_jax
+    >>> model, adapter = surm_jax.adapt(
+    ...     nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [surm_jax.Rule("", surm_jax.CirculantUpdate())], rngs=nnx.Rngs(1)
+    ... )
+    >>> model.delta["default"].r1[...] = jnp.arange(4.0)
+    >>> _, _, errors = convert(model, adapter, surm_jax.LoRA(rank=4))
+    >>> errors[""] < 1e-5
+    True
+
+    Args:
+      model: has the adapter, at any scale, which is part of what is converted.
+      adapter: its recipe.
+      method: of the new updates. What it has of learned alphas starts at 1.
+      name: of the new adapter, which takes the place of the old one.
+
+    Returns:
+      The model, the new adapter, and the relative error of every update in the Frobenius norm, by the layer's path.
+
+    Raises:
+      UserError: if the adapter has branches, which are no matrices, or the method is not possible for a layer.
+    """
+    targets = _changes(model, adapter)
+    rules = tuple(dataclasses.replace(rule, method=method if rule.method else None) for rule in adapter.rules)
+    converted = Adapter(rules, adapter.train, name)
+    return _with_nearest(delete(model, adapter.name), converted, targets)
+
+
+def combine(
+    model: nnx.Module, weights: Mapping[Adapter, float], *, name: str = "combined"
+) -> tuple[nnx.Module, Adapter, dict[str, float]]:
+    """Returns the model with one more adapter, `sum of weight * update` of several with the same rules.
+
+    Exact for families that are closed under sums, such as circulants in their stored form; otherwise the nearest matrix
+    of the family.
+
+    Args:
+      model: has all of the adapters.
+      weights: of every adapter; they need not sum to 1.
+      name: of the new adapter. The others stay: switch them off with `set_active`.
+
+    Returns:
+      As `convert`.
+
+    Raises:
+      UserError: if the adapters have different rules or branches.
+    """
+    if not weights:
+        raise UserError("combine needs at least one adapter")
+    first, *others = weights
+    for other in others:
+        if other.rules != first.rules:
+            raise UserError(
+                f"the adapters {first.name!r} and {other.name!r} have different rules: convert one of them first"
+            )
+    total: dict[str, np.ndarray] = {}
+    for adapter, weight in weights.items():
+        for path, change in _changes(model, adapter).items():
+            total[path] = total.get(path, 0) + weight * change
+    return _with_nearest(model, Adapter(first.rules, (), name), total)
+
+
+def _changes(model: nnx.Module, adapter: Adapter) -> dict[str, np.ndarray]:
+    """Returns what an adapter adds to every kernel, dense."""
+    check_names(model, (adapter.name,))
+    changes = {}
+    for path, name, part, layer in adapted_modules(model):
+        if name == adapter.name:
+            if not isinstance(part, Delta):
+                raise UserError(f"{path} has a branch of the adapter {name!r}: branches are no matrices")
+            kernel = layer.kernel[...].reshape(matrix_view(layer, path).shape)
+            changes[path] = np.asarray(part.change(kernel))
+    return changes
+
+
+def _with_nearest(
+    model: nnx.Module, adapter: Adapter, targets: Mapping[str, np.ndarray]
+) -> tuple[nnx.Module, Adapter, dict[str, float]]:
+    model = nnx.clone(model)
+    errors = {}
+    for path, layer, rule in matched_modules(model, adapter):
+        part = make_part(rule, path, layer, "auto", jax.random.key(0))
+        if part.normalized:
+            raise UserError(f"{rule.method.name} cannot be converted to: it normalises the kernel's columns")
+        part.fuse()
+        target = jnp.asarray(targets[path])
+        factor = part.factor
+        if hasattr(part, "alpha"):
+            part.alpha[...] = jnp.ones((), jnp.float32)
+        try:
+            nearest = _nearest_like(part.stored(), target / factor)
+        except UserError as error:
+            raise UserError(f"{path} cannot be converted: {error}") from None
+        for name, array in nearest.arrays().items():
+            getattr(part, name)[...] = array
+        difference = np.linalg.norm(factor * np.asarray(nearest.to_dense()) - targets[path])
+        errors[path] = float(difference / max(np.linalg.norm(targets[path]), np.finfo(np.float32).tiny))
+        attach(layer, adapter.name, part)
+    return model, adapter, errors
+
+
+def _nearest_like(matrix: StructuredMatrix, dense: Float[Array, "in out"]) -> StructuredMatrix:
+    """Returns the matrix of the same family, sizes and blocks that is nearest to `dense`."""
+    if isinstance(matrix, Sum):
+        return Sum([_nearest_like(term, dense) for term in matrix.terms])  # blocks that do not overlap
+    if isinstance(matrix, Placed):
+        (row, column), (rows, columns) = matrix.offset, matrix.matrix.shape
+        block = dense[row : row + rows, column : column + columns]
+        return Placed(_nearest_like(matrix.matrix, block), matrix.shape, matrix.offset)
+    wanted = inspect.signature(type(matrix).nearest).parameters
+    return type(matrix).nearest(dense, **{name: getattr(matrix, name) for name in wanted if hasattr(matrix, name)})

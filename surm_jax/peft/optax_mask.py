@@ -1,0 +1,63 @@
+"""For users who keep the whole parameter tree under one optax chain: which leaves of it are trained.
+
+The tree may be Linen's, Haiku's or `nnx.to_pure_dict`'s: any nest of dictionaries, lists and dataclasses.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+
+from surm_jax.errors import UserError
+from surm_jax.paths import compile_pattern, require_match
+
+
+def path_mask(tree: Any, patterns: Sequence[str]) -> Any:
+    """Returns a tree of booleans: whether a leaf's `/`-joined path matches one of the patterns as a whole.
+
+    >>> path_mask({"body": {"kernel": 0.0, "bias": 0.0}, "head": {"bias": 0.0}}, [".*/bias"])
+    {'body': {'bias': True, 'kernel': False}, 'head': {'bias': True}}
+
+    Args:
+      tree: any pytree.
+      patterns: regular expressions (`re.fullmatch`).
+
+    Raises:
+      UserError: if a pattern matches no leaf; the message lists the nearest paths.
+    """
+    if isinstance(patterns, str):
+        raise UserError(f"patterns must be a list, got one string: write [{patterns!r}]")
+    paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    for pattern in patterns:
+        require_match(pattern, paths, "leaf of the tree")
+    compiled = [compile_pattern(pattern) for pattern in patterns]
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: any(pattern.fullmatch(_path(path)) for pattern in compiled), tree
+    )
+
+
+def train_only(transformation: optax.GradientTransformation, patterns: Sequence[str]) -> optax.GradientTransformation:
+    """Applies an optax transformation to some leaves of a tree and freezes all others.
+
+    Frozen leaves get updates that are exactly zero, whatever their gradient, and have no state. (`optax.masked` alone
+    would pass their raw gradients on.)
+
+        optimizer = surm_jax.train_only(optax.adamw(1e-3), [r".*/delta/.*", "head/.*"])
+
+    Args:
+      transformation: sees the trained leaves alone.
+      patterns: of the paths of the trained leaves, as in `path_mask`.
+
+    Raises:
+      UserError: at `init`, if a pattern matches no leaf.
+    """
+
+    def labels(tree: Any) -> Any:
+        return jax.tree.map(lambda trained: "trained" if trained else "frozen", path_mask(tree, patterns))
+
+    return optax.partition({"trained": transformation, "frozen": optax.set_to_zero()}, labels)
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
