@@ -148,7 +148,7 @@ def test_our_circulant_is_c3a_of_one_block(size):
     alpha = 0.7
     config = peft.C3AConfig(block_size=size, target_modules=["0"])
     model, peer = adapted_linear(size, size, CirculantUpdate(alpha=alpha), config)
-    r1, r2 = model.delta.r1[...], model.delta.r2[...]
+    r1, r2 = model.delta["default"].r1[...], model.delta["default"].r2[...]
     backwards = -np.arange(size) % size
     kernel = peer.base_model.model[0].c3a_kernel["default"]
     kernel.data[0, 0] = tensor(size * alpha * (r1 * r2)[backwards])
@@ -164,7 +164,7 @@ def test_our_lora_is_that_of_peft(inputs, outputs):
     config = peft.LoraConfig(r=3, lora_alpha=2, target_modules=["0"])
     model, peer = adapted_linear(inputs, outputs, LoRA(rank=3, alpha=2.0), config)
     lora_A, lora_B = (getattr(peer.base_model.model[0], name)["default"].weight for name in ("lora_A", "lora_B"))
-    lora_A.data, lora_B.data = tensor(model.delta.B[...].T), tensor(model.delta.A[...])
+    lora_A.data, lora_B.data = tensor(model.delta["default"].B[...].T), tensor(model.delta["default"].A[...])
 
     gradients = assert_same_layer(model, peer, normal(0, 2, 3, inputs), normal(1, 2, 3, outputs))
     assert relative_error(gradients["B"], array(lora_A.grad).T) <= 1e-5
@@ -252,7 +252,7 @@ def test_our_training_is_that_of_torch():
     config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=r".*\.(query|key|value|[qkv]_proj)")
     peer = peft.get_peft_model(base, config)
     head = [base.classifier.weight.requires_grad_(), base.classifier.bias.requires_grad_()]
-    paths = [f"blocks/{index}/attention/{name}/delta" for index in range(2) for name in ("query", "key", "value")]
+    paths = [f"blocks/{index}/attention/{name}/delta/default" for index in range(2) for name in ("query", "key", "value")]
     layers = [module for module in peer.modules() if hasattr(module, "lora_A")]
     ours, factors = parameters(model), {}
     for path, layer in zip(paths, layers, strict=True):

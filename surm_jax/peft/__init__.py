@@ -3,8 +3,12 @@
 from surm_jax.peft.adapter import DEFAULT_NAME as DEFAULT_NAME
 from surm_jax.peft.adapter import Adapter as Adapter
 from surm_jax.peft.adapter import Rule as Rule
+from surm_jax.peft.bank import load_bank as load_bank
 from surm_jax.peft.branch import Branch as Branch
 from surm_jax.peft.context import adapter_dropout as adapter_dropout
+from surm_jax.peft.context import adapter_of_examples as adapter_of_examples
+from surm_jax.peft.convert import combine as combine
+from surm_jax.peft.convert import convert as convert
 from surm_jax.peft.delta import Delta as Delta
 from surm_jax.peft.describe import Description as Description
 from surm_jax.peft.describe import describe as describe
@@ -14,8 +18,14 @@ from surm_jax.peft.fingerprint import check_fingerprint as check_fingerprint
 from surm_jax.peft.fingerprint import fingerprint as fingerprint
 from surm_jax.peft.inject import adapt as adapt
 from surm_jax.peft.inject import adapted_modules as adapted_modules
+from surm_jax.peft.lifecycle import adapter_names as adapter_names
+from surm_jax.peft.lifecycle import delete as delete
+from surm_jax.peft.lifecycle import set_active as set_active
+from surm_jax.peft.lifecycle import set_scale as set_scale
 from surm_jax.peft.merge import merge as merge
 from surm_jax.peft.methods import *  # noqa: F403
+from surm_jax.peft.optax_mask import path_mask as path_mask
+from surm_jax.peft.optax_mask import train_only as train_only
 from surm_jax.peft.variables import AdapterConstant as AdapterConstant
 from surm_jax.peft.variables import AdapterParam as AdapterParam
 from surm_jax.peft.variables import AdapterScale as AdapterScale

@@ -5,7 +5,7 @@ import functools
 from flax import nnx
 
 from surm_jax.peft.branch import Branch, Branched
-from surm_jax.peft.delta import Adapted, Delta
+from surm_jax.peft.delta import Adapted
 
 
 def attach(module: nnx.Module, name: str, part: nnx.Module) -> None:

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from surm_jax.errors import UserError
-from surm_jax.peft import SELECTIONS, UPDATES, LoRA
-from surm_jax.training.config import METHODS, RunConfig, base_config, keys, parse, to_dict
+from surm_jax.peft import METHODS, LoRA
+from surm_jax.training.config import RunConfig, base_config, keys, parse, to_dict
 
 
 def changed(**values):
@@ -33,7 +33,7 @@ def test_changed_values_survive_the_round_trip_through_json():
         )
     )
     assert config.seeds == (3, 1)
-    assert config.peft.updates["lora"] == LoRA(rank=4)
+    assert config.peft.methods["lora"] == LoRA(rank=4)
     assert config.peft.train == ("head/.*", "norm/.*")
     assert config.optim.groups.head.weight_decay == 0.01
     assert config.optim.learning_rate["lora"] == 3e-4
@@ -178,8 +178,8 @@ def test_every_method_needs_a_learning_rate():
         parse(config)
 
 
-def test_methods_are_all_updates_and_selections():
-    assert set(METHODS) == {*UPDATES, *SELECTIONS} == set(base_config().optim.learning_rate)
+def test_every_method_has_settings_and_a_learning_rate():
+    assert set(METHODS) == set(RunConfig().peft.methods) == set(base_config().optim.learning_rate)
 
 
 def test_a_configuration_cannot_be_changed():

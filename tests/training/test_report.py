@@ -90,11 +90,11 @@ def test_curves_become_a_picture(tmp_path, recwarn):
 def test_the_picture_shows_the_largest_update(tmp_path):
     layers = nnx.Dict(small=nnx.Linear(4, 4, rngs=nnx.Rngs(0)), large=nnx.Linear(4, 4, rngs=nnx.Rngs(1)))
     model, _ = adapt(layers, [Rule("small|large", CirculantUpdate())], rngs=nnx.Rngs(2))
-    model.small.delta.r1[...], model.large.delta.r1[...] = jnp.ones(4), 9 * jnp.ones(4)
+    model.small.delta["default"].r1[...], model.large.delta["default"].r1[...] = jnp.ones(4), 9 * jnp.ones(4)
     write_metrics(tmp_path, 4)
     both = picture(tmp_path, model)
     assert both.shape[1] > picture(tmp_path, layers).shape[1]
-    model.small.delta.r1[...] = 2 * jnp.ones(4)
+    model.small.delta["default"].r1[...] = 2 * jnp.ones(4)
     assert np.array_equal(picture(tmp_path, model), both)
-    model.large.delta.r1[...] = 5 * jnp.ones(4)
+    model.large.delta["default"].r1[...] = 5 * jnp.ones(4)
     assert not np.array_equal(picture(tmp_path, model), both)

@@ -1,0 +1,132 @@
+"""Serving many adapters in one batch, beside one adapter for all and beside the loop over adapters.
+
+    python -m benchmarks.bank [--out=FILE.json] [--adapters=1,8,64] [--method=circulant] [--variant=S/16] [--batch=64]
+                              [--image_size=64] [--rounds=5]
+
+A ViT with random weights, updates on Q, K and V and a head of its own for each adapter, forward pass. `bank` gives each
+example of the batch its adapter in one program (`surm_jax.load_bank`). `loop` runs the examples of one adapter after
+those of the other, each with its adapter alone, compiled once. `one` runs the whole batch with a single adapter.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+
+from benchmarks.timing import device, medians, setting, table
+from surm_jax.errors import UserError
+from surm_jax.models import TARGETS, ViT, ViTConfig
+from surm_jax.peft import (
+    Rule,
+    Update,
+    adapt,
+    adapter_of_examples,
+    load_adapter,
+    load_bank,
+    make_method,
+    save_adapter,
+)
+
+OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
+ADAPTERS = flags.DEFINE_list("adapters", ["1", "8", "64"], "Numbers of adapters; each must divide the batch.")
+METHOD = flags.DEFINE_string("method", "circulant", "The update on Q, K and V.")
+VARIANT = flags.DEFINE_string("variant", "S/16", "The ViT.")
+BATCH = flags.DEFINE_integer("batch", 64, "Images.", lower_bound=1)
+IMAGE_SIZE = flags.DEFINE_integer("image_size", 64, "Side of the images in pixels.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each program is timed.", lower_bound=1)
+CLASSES = 10
+COLUMNS = {
+    "adapters": "",
+    "one_ms": ".1f",
+    "bank_ms": ".1f",
+    "loop_ms": ".1f",
+    "bank_to_one": ".3f",
+    "loop_to_bank": ".2f",
+}
+
+
+def noisy_adapters(base: ViT, count: int, folder: Path) -> list[Path]:
+    """Writes adapters with random numbers."""
+    method = make_method(METHOD.value, {})
+    if not isinstance(method, Update):
+        raise UserError(f"--method={METHOD.value} is no update of kernels")
+    folders = []
+    for number in range(count):
+        model, adapter = adapt(base, [Rule(TARGETS["qkv"], method)], train=["head/.*"], rngs=nnx.Rngs(number))
+        graphdef, trained, frozen = nnx.split(model, adapter.trainable, ...)
+        rng = np.random.default_rng(number)
+        trained = jax.tree.map(lambda a, rng=rng: a + jnp.asarray(0.02 * rng.normal(size=a.shape), a.dtype), trained)
+        folders.append(folder / str(number))
+        save_adapter(folders[-1], nnx.merge(graphdef, trained, frozen), adapter)
+    return folders
+
+
+def programs(base: ViT, folders: list[Path], images: jax.Array) -> dict[str, Callable[[], jax.Array]]:
+    """The three ways to serve the images, compiled."""
+    count = len(folders)
+    ids = jnp.arange(len(images)) // (len(images) // count)
+    graphdef, bank = nnx.split(load_bank(folders, base))
+
+    @jax.jit
+    def banked(state: nnx.State, images: jax.Array, ids: jax.Array) -> jax.Array:
+        with adapter_of_examples(ids):
+            return nnx.merge(graphdef, state)(images)
+
+    loaded = [nnx.split(load_adapter(folder, base)[0]) for folder in folders]
+    single = jax.jit(lambda state, images: nnx.merge(loaded[0][0], state)(images))
+    pieces = jnp.split(images, count)
+
+    def loop() -> list[jax.Array]:
+        return [single(state, piece) for (_, state), piece in zip(loaded, pieces, strict=True)]
+
+    served, looped = banked(bank, images, ids), jnp.concatenate(loop())
+    error = float(jnp.abs(served - looped).max() / jnp.abs(looped).max())
+    if not error < 1e-4:
+        raise AssertionError(f"bank and loop differ by {error:.2g}")
+    return {
+        "one": lambda: single(loaded[0][1], images),
+        "bank": lambda: banked(bank, images, ids),
+        "loop": loop,
+    }
+
+
+def main(_: list[str]) -> None:
+    """Times all programs, prints a table and writes the file asked for."""
+    config = ViTConfig.from_variant(VARIANT.value, num_classes=CLASSES, image_size=IMAGE_SIZE.value)
+    base = ViT(config, rngs=nnx.Rngs(0))
+    shape = (BATCH.value, config.image_size, config.image_size, config.channels)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    rows = []
+    for count in map(int, ADAPTERS.value):
+        if count < 1 or BATCH.value % count:
+            raise app.UsageError(f"--adapters={count} does not divide --batch={BATCH.value}")
+        print(f"{count} adapters", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            times = medians(programs(base, noisy_adapters(base, count, Path(folder)), images), ROUNDS.value)
+        rows.append(
+            {
+                "adapters": count,
+                "method": METHOD.value,
+                "model": f"ViT-{VARIANT.value}",
+                "image_size": config.image_size,
+                "batch": BATCH.value,
+                **setting(),
+                **{f"{name}_ms": 1e3 * seconds for name, seconds in times.items()},
+                "bank_to_one": times["bank"] / times["one"],
+                "loop_to_bank": times["loop"] / times["bank"],
+            }
+        )
+    print(f"ViT-{VARIANT.value}, {METHOD.value}, batch {BATCH.value}, on {device()}, jax {jax.__version__}")
+    print(table(rows, COLUMNS))
+    if OUT.value:
+        Path(OUT.value).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)
