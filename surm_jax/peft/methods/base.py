@@ -95,11 +95,13 @@ class Update(Method):
         away from zero.
       dropout: probability of zeroing an entry of the update's input while training (`surm_jax.adapter_dropout`).
       frozen: names of the matrix's arrays that are not trained.
+      zero: name of the array that is zero at the start; empty: the matrix's first one.
       normalized: whether the columns of the sum have learned norms (DoRA).
     """
 
     target: ClassVar[str] = "qkv"
     frozen: ClassVar[tuple[str, ...]] = ()
+    zero: ClassVar[str] = ""
     normalized: ClassVar[bool] = False
     alpha: float = 1.0
     learn_alpha: bool = False
@@ -123,9 +125,10 @@ class Update(Method):
         if self.alpha:
             return matrix
         arrays = matrix.arrays()
-        name, zero = next(iter(arrays.items()))  # every family is linear in its first array
-        scale = getattr(self, "scale", zero.size**-0.5)
-        return matrix.with_arrays(**{name: scale * jax.random.normal(jax.random.fold_in(key, 1), zero.shape)})
+        name = self.zero or next(iter(arrays))
+        scale = getattr(self, "scale", arrays[name].size ** -0.5)
+        random = scale * jax.random.normal(jax.random.fold_in(key, 1), arrays[name].shape)
+        return matrix.with_arrays(**{name: random})
 
     @abc.abstractmethod
     def init(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:

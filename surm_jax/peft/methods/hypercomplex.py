@@ -1,0 +1,132 @@
+"""Sums of Kronecker products with low-rank factors: LoKr, KAdaptation and Compacter."""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from surm_jax.errors import UserError
+from surm_jax.peft.methods.base import Bottleneck, Update, at_least
+from surm_jax.peft.methods.kronecker import kaiming_uniform
+from surm_jax.structured import Kronecker, LowRankKronecker
+
+
+def balanced_factors(size: int, divisor: int = 0) -> tuple[int, int]:
+    """Returns two factors of a size as Hugging Face's peft chooses them for LoKr, its `decompose_factor` -1 being our 0.
+
+    >>> balanced_factors(768), balanced_factors(768, 8), balanced_factors(768, 10)
+    ((24, 32), (8, 96), (8, 96))
+    """
+    if divisor and size % divisor == 0:
+        return divisor, size // divisor
+    largest = min(divisor or size, math.isqrt(size))
+    first = next(number for number in range(largest, 0, -1) if size % number == 0)
+    return first, size // first
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoKr(Update):
+    """`alpha / rank * A (x) B`, as peft's LoKr (arXiv 2309.14859): A starts at 0, B Kaiming-uniform.
+
+    Both sizes are factored by `balanced_factors`; A has the first factors of both, B the second. Where the rank is less
+    than half of B's longer side, B is a product `U V` of that rank.
+
+    >>> LoKr(rank=8).init(jax.random.key(0), (768, 768)).num_params
+    1088
+
+    Attributes:
+      rank: of B; it also divides alpha.
+      divisor: first factor of both sizes; 0: as near to their square roots as they allow.
+    """
+
+    name: ClassVar[str] = "lokr"
+    rank: int = 8
+    divisor: int = at_least(0, 0)
+
+    def unit(self, shape: tuple[int, int]) -> float:
+        """Returns `1 / rank`."""
+        del shape
+        return 1 / self.rank
+
+    def init(self, key: jax.Array, shape: tuple[int, int]) -> Kronecker | LowRankKronecker:
+        """Returns the zero matrix of the given shape as a product."""
+        (m1, m2), (n1, n2) = (balanced_factors(size, self.divisor) for size in shape)
+        A = jnp.zeros((1, m1, n1), jnp.float32)
+        if self.rank >= max(m2, n2) / 2 or self.rank > min(m2, n2):
+            return Kronecker(A, kaiming_uniform(key, (1, m2, n2), m2))
+        key_U, key_V = jax.random.split(key)
+        U = kaiming_uniform(key_U, (1, m2, self.rank), m2)
+        return LowRankKronecker(A, U, kaiming_uniform(key_V, (1, self.rank, n2), self.rank))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KAdaptation(Update):
+    """`sum_k A_k (x) (U_k V_k)` with small square A_k (arXiv 2203.16329).
+
+    A and U start at random, V at 0. The code that was released with it starts both U and V at 0, where neither ever
+    gets a gradient. There the A_k are shared by all layers; here each layer has its own.
+
+    >>> KAdaptation().init(jax.random.key(0), (768, 768)).num_params
+    1600
+
+    Attributes:
+      terms: number of products, and side of the A_k; must divide both sizes.
+      rank: of the second factors.
+      scale: standard deviation of A and U.
+    """
+
+    name: ClassVar[str] = "kadaptation"
+    zero: ClassVar[str] = "V"
+    terms: int = 4
+    rank: int = 1
+    scale: float = 0.1
+
+    def init(self, key: jax.Array, shape: tuple[int, int]) -> LowRankKronecker:
+        """Returns the zero matrix of the given shape as a product."""
+        matrix = _hypercomplex(key, shape, self.terms, self.rank, self.scale, self.scale)
+        return matrix.with_arrays(V=jnp.zeros_like(matrix.V))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compacter(Bottleneck):
+    """A bottleneck adapter whose two matrices are `sum_k A_k (x) (U_k V_k)` (arXiv 2106.04647).
+
+    There the A_k are shared by all adapters; here each has its own, terms^3 numbers.
+
+    Attributes:
+      terms: number of products, and side of the A_k; must divide the width and the waist.
+      reduction: width over waist.
+      rank: of the second factors.
+      scale: standard deviation of the entries of the first matrix at the start.
+    """
+
+    name: ClassVar[str] = "compacter"
+    terms: int = 4
+    reduction: int = 16
+    rank: int = 1
+    scale: float = 0.02
+
+    def init_branch(self, key: jax.Array, width: int) -> tuple[LowRankKronecker, LowRankKronecker]:
+        """Returns the random matrix into the waist and the zero one out of it."""
+        if width % self.reduction:
+            raise UserError(f"compacter.reduction={self.reduction} does not divide the width {width}")
+        waist, (key_down, key_up) = width // self.reduction, jax.random.split(key)
+        low = (self.scale / self.rank**0.5) ** 0.5
+        down = _hypercomplex(key_down, (width, waist), self.terms, self.rank, self.terms**-0.5, low)
+        up = _hypercomplex(key_up, (waist, width), self.terms, self.rank, 1.0, low)
+        return down, up.with_arrays(A=jnp.zeros_like(up.A))
+
+
+def _hypercomplex(
+    key: jax.Array, shape: tuple[int, int], terms: int, rank: int, scale_A: float, scale_UV: float
+) -> LowRankKronecker:
+    """Returns the sum of `terms` products whose first factors are square of that side, all numbers random."""
+    m, n = shape
+    if m % terms or n % terms:
+        raise UserError(f"terms={terms} must divide both sizes of {m} x {n}")
+    factors = ((terms, terms), (m // terms, n // terms))
+    key_A, key_B = jax.random.split(key)
+    matrix = LowRankKronecker.init(key_B, shape, scale=scale_UV, rank=rank, terms=terms, factors=factors)
+    return matrix.with_arrays(A=scale_A * jax.random.normal(key_A, matrix.A.shape))

@@ -1,0 +1,30 @@
+"""MoRA, an update of high rank from one small square matrix."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+
+from surm_jax.peft.methods.base import Update
+from surm_jax.structured import Tiled, tiled_side
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoRA(Update):
+    """A square matrix with as many numbers as LoRA of a rank, between compression and decompression; from zero.
+
+    MoRA (arXiv 2405.12130). Without rotation, groups of features share a row (the paper's choice for large ranks); with
+    it, they are turned by angles as in rotary position embeddings (for small ranks).
+
+    >>> MoRA(rank=1).init(jax.random.key(0), (768, 768)).num_params
+    1521
+    """
+
+    name: ClassVar[str] = "mora"
+    rank: int = 8
+    rotate: bool = False
+
+    def init(self, key: jax.Array, shape: tuple[int, int]) -> Tiled:
+        """Returns the zero matrix of the given shape."""
+        side = tiled_side(shape, self.rank, rotate=self.rotate)
+        return Tiled.init(key, shape, scale=1.0, side=side, rotate=self.rotate)
