@@ -1,4 +1,4 @@
-"""The numbers of the PyTorch libraries that people come from: peft's C3A and LoRA, transformers' ViT, a training step.
+"""The numbers of the PyTorch libraries that people come from: peft's C3A and LoRA, a training step.
 
 Skipped where these are not installed; `requirements-peers.txt` names them.
 """
@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 
 from surm_jax.models import ViT, ViTConfig
-from surm_jax.models.vit import TARGETS, Block
+from surm_jax.models.vit import TARGETS
 from surm_jax.peft import AdapterParam, CirculantUpdate, LoRA, Rule, adapt, merge
+from surm_jax.pretrained.hf_vision import architecture_of
 from surm_jax.training.config import GroupConfig, OptimConfig
 from surm_jax.training.mesh import make_mesh, put_batch, replicated
 from surm_jax.training.optimizer import make_optimizer
@@ -30,24 +31,6 @@ peft = pytest.importorskip("peft", reason=REASON)
 GEOMETRY = {"image_size": 8, "patch_size": 4, "channels": 2, "width": 12, "depth": 2, "heads": 3, "mlp_width": 20}
 CLASSES = 7
 
-# Our modules, and the names that checkpoints on the Hub (google/vit-base-patch16-224) have for them. Between 5.0 and
-# 5.24 transformers renamed its own modules; `from_pretrained` of both reads these.
-HUB_MODULES = {
-    "patch_embed": "vit.embeddings.patch_embeddings.projection",
-    "norm": "vit.layernorm",
-    "head": "classifier",
-}
-HUB_BLOCK = {
-    "norm1": "layernorm_before",
-    "attention/query": "attention.attention.query",
-    "attention/key": "attention.attention.key",
-    "attention/value": "attention.attention.value",
-    "attention/out": "attention.output.dense",
-    "norm2": "layernorm_after",
-    "mlp/up": "intermediate.dense",
-    "mlp/down": "output.dense",
-}
-
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
@@ -61,45 +44,17 @@ def array(tensor):
     return tensor.detach().numpy()
 
 
-def torch_weight(path, kernel):
-    """A kernel of ours as a weight of torch: (out, in), and (out, channels, height, width) for the patches."""
-    if path == "patch_embed":
-        return kernel.transpose(3, 2, 0, 1)
-    inputs = kernel.shape[:-1] if path.endswith("/out") else kernel.shape[:1]
-    return kernel.reshape(np.prod(inputs), -1).T
-
-
 def hub_vit(model):
     """The ViT of transformers with the weights of ours; updates are left out."""
-    config = transformers.ViTConfig(
-        image_size=model.config.image_size,
-        patch_size=model.config.patch_size,
-        num_channels=model.config.channels,
-        hidden_size=model.config.width,
-        num_hidden_layers=model.config.depth,
-        num_attention_heads=model.config.heads,
-        intermediate_size=model.config.mlp_width,
-        num_labels=model.config.num_classes,
-        hidden_act="gelu_pytorch_tanh",
-        layer_norm_eps=1e-6,
-    )
-    names = dict(HUB_MODULES)
-    for index in range(model.config.depth):
-        names.update({f"blocks/{index}/{ours}": f"vit.encoder.layer.{index}.{hub}" for ours, hub in HUB_BLOCK.items()})
-    ours = parameters(model)
-    weights = {
-        "vit.embeddings.cls_token": ours["cls_token"],
-        "vit.embeddings.position_embeddings": ours["position_embed"],
-    }
-    for path, name in names.items():
-        weights[f"{name}.bias"] = ours[f"{path}/bias"].reshape(-1)
-        kernel = f"{path}/kernel"
-        weights[f"{name}.weight"] = torch_weight(path, ours[kernel]) if kernel in ours else ours[f"{path}/scale"]
+    architecture = architecture_of(model.config)
+    weights = {}
+    for path, weight in parameters(model).items():
+        if "/delta/" not in path:
+            name, layout = architecture.tensor_name(model.config, path)
+            weights[name] = tensor(layout.write(weight))
+    config = transformers.ViTConfig.from_dict(architecture.write_config(model.config))
     theirs, info = transformers.ViTForImageClassification.from_pretrained(
-        None,
-        config=config,
-        state_dict={name: tensor(weight) for name, weight in weights.items()},
-        output_loading_info=True,
+        None, config=config, state_dict=weights, output_loading_info=True
     )
     assert not any(info.values()), info
     return theirs
@@ -179,28 +134,6 @@ def random_vit():
     for variable in added:
         variable[...] = 0.1 * variable[...]
     return model
-
-
-def test_our_vit_is_that_of_transformers(monkeypatch):
-    model, images, by_logits = random_vit(), normal(0, 6, 8, 8, 2), normal(1, 6, CLASSES)
-    pixels = tensor(images.transpose(0, 3, 1, 2)).requires_grad_()
-    peer = hub_vit(model)(pixels, output_hidden_states=True)
-    peer.logits.backward(tensor(by_logits))
-
-    call = Block.__call__
-
-    def product(images):
-        hidden = []
-        monkeypatch.setattr(Block, "__call__", lambda self, x, key: hidden.append(call(self, x, key)) or hidden[-1])
-        logits = model(images)
-        return (logits * by_logits).sum(), (logits, hidden)
-
-    by_images, (logits, hidden) = jax.jit(jax.grad(product, has_aux=True))(jnp.asarray(images))
-    assert relative_error(logits, array(peer.logits)) <= 1e-5
-    # Theirs begin with what the first block reads.
-    for ours, theirs in zip(hidden, peer.hidden_states[1:], strict=True):
-        assert relative_error(ours, array(theirs)) <= 1e-5
-    assert relative_error(by_images, array(pixels.grad).transpose(0, 2, 3, 1)) <= 1e-4
 
 
 STEPS, SMOOTHING, CLIP = 5, 0.1, 0.6

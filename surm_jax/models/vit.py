@@ -1,11 +1,11 @@
-"""Vision Transformer (arXiv 2010.11929) with the numerics of google-research/vision_transformer and AugReg checkpoints.
+"""Vision Transformer (arXiv 2010.11929): AugReg's by default, and with other settings ViT, DeiT, DINOv2, CLIP, I-JEPA.
 
-Pre-norm blocks, LayerNorm with epsilon 1e-6, tanh GELU, position embeddings added after the class token:
+Pre-norm blocks; by default LayerNorm with epsilon 1e-6, tanh GELU, position embeddings added after the class token, as
+in google-research/vision_transformer:
 https://github.com/google-research/vision_transformer/blob/main/vit_jax/models_vit.py.
-Suffixes of local names: b batch, h height, w width, c channels, t tokens, d width, n heads, k width of a head.
+Suffixes of local names: b batch, h height, w width, c channels, t tokens, d width.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,16 +15,27 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from surm_jax.errors import UserError, did_you_mean
+from surm_jax.errors import UserError
+from surm_jax.models import settings
+from surm_jax.models.layers import ACTIVATIONS, MLP, Attention, call_block, drop, split_key
 
-POOLS = ("token", "mean")
-DTYPES = ("float32", "bfloat16")
+POOLS = ("token", "mean", "patches", "token+patches")
+
+# Width, depth, heads and width of the MLP by size: table 2 of https://arxiv.org/abs/2106.04560.
+_SIZES = {"Ti": (192, 12, 3, 768), "S": (384, 12, 6, 1536), "B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096)}
 
 VARIANTS: Mapping[str, Mapping[str, int | str]] = {
-    # Table 2 of https://arxiv.org/abs/2106.04560
-    "Ti/16": {"image_size": 224, "patch_size": 16, "width": 192, "depth": 12, "heads": 3, "mlp_width": 768},
-    "S/16": {"image_size": 224, "patch_size": 16, "width": 384, "depth": 12, "heads": 6, "mlp_width": 1536},
-    "B/16": {"image_size": 224, "patch_size": 16, "width": 768, "depth": 12, "heads": 12, "mlp_width": 3072},
+    f"{size}/{patch_size}": {
+        "image_size": 224,
+        "patch_size": patch_size,
+        "width": width,
+        "depth": depth,
+        "heads": heads,
+        "mlp_width": mlp_width,
+    }
+    for size, (width, depth, heads, mlp_width) in _SIZES.items()
+    for patch_size in (8, 14, 16, 32)
+} | {
     # Small enough for a CPU: CIFAR-sized images, and the 8 x 8 digits of scikit-learn.
     "mini": {"image_size": 32, "patch_size": 4, "width": 192, "depth": 6, "heads": 3, "mlp_width": 768},
     "digits": {
@@ -54,11 +65,11 @@ TARGETS: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """Geometry and precision of a `ViT`.
+    """Geometry, parts and precision of a `ViT`.
 
     Raises:
         UserError: a size is not a positive integer, heads do not divide the width, patches do not divide the image,
-            dropout is outside [0, 1), or `pool` or `dtype` is unknown.
+            a number or a name is not one of those allowed, or there is a distillation token without a class token.
 
     >>> config = ViTConfig.from_variant("B/16", num_classes=10, dtype="bfloat16")
     >>> config.width, config.grid, config.tokens
@@ -75,38 +86,53 @@ class ViTConfig:
     heads: int
     mlp_width: int
     num_classes: int
-    # What the head reads: the class token, or the mean over all patches (then there is no class token).
+    # What the head reads: "token", the class token; "mean", the mean over all patches, and there is no class token;
+    # "patches", the same mean beside a class token that only the blocks read; "token+patches", class token and mean
+    # side by side.
     pool: str = "token"
+    # One of surm_jax.models.layers.ACTIVATIONS.
+    activation: str = "gelu_tanh"
+    # Of every LayerNorm.
+    epsilon: float = 1e-6
+    qkv_bias: bool = True
+    patch_bias: bool = True
+    # A LayerNorm before the first block (CLIP).
+    pre_norm: bool = False
+    # The LayerNorm after the last block.
+    final_norm: bool = True
+    # A factor for every feature of what each branch adds (arXiv 2103.17239; DINOv2).
+    layer_scale: bool = False
+    # A second token after the class token (DeiT, arXiv 2012.12877), which the head does not read.
+    distillation: bool = False
+    head_bias: bool = True
     # Probability of zeroing an activation, after the position embeddings and at the end of and inside the branches.
     dropout: float = 0.0
-    # Of the computation; parameters, norms and logits are float32 always.
+    # Of the computation; norms and logits are float32 always.
     dtype: str = "float32"
+    # Of kernels, biases and embeddings; norms, layer scales and the head are float32 always.
+    param_dtype: str = "float32"
+    # Compute the inside of a block a second time for the gradient instead of keeping it.
+    remat: bool = False
 
-    # Fields that change how the model runs but none of its parameters, and those that change the head alone:
+    # Fields that change how the model runs but none of its parameters' values, and those that change the head alone:
     # a checkpoint may differ from the model in the former, and in the latter where the head is not loaded.
-    RUNTIME_FIELDS: ClassVar[tuple[str, ...]] = ("dropout", "dtype")
-    HEAD_FIELDS: ClassVar[tuple[str, ...]] = ("num_classes",)
+    RUNTIME_FIELDS: ClassVar[tuple[str, ...]] = ("dropout", "dtype", "param_dtype", "remat")
+    HEAD_FIELDS: ClassVar[tuple[str, ...]] = ("num_classes", "head_bias")
 
     def __post_init__(self):
-        for name in ("image_size", "patch_size", "channels", "width", "depth", "heads", "mlp_width", "num_classes"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"ViTConfig.{name} must be a positive integer, got {value!r}")
-        if self.width % self.heads:
-            raise UserError(f"ViTConfig.heads must divide the width, got {self.heads} heads for width {self.width}")
+        settings.check_sizes(
+            self, ("image_size", "patch_size", "channels", "width", "depth", "heads", "mlp_width", "num_classes")
+        )
+        settings.check_transformer(self)
         if self.image_size % self.patch_size:
             raise UserError(
                 "ViTConfig.patch_size must divide the image size, "
                 f"got patches of {self.patch_size} pixels for images of {self.image_size}"
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"ViTConfig.dropout must be in [0, 1), got {self.dropout}")
-        for name, known in (("pool", POOLS), ("dtype", DTYPES)):
-            value = getattr(self, name)
-            if value not in known:
-                raise UserError(
-                    f"ViTConfig.{name} must be one of {known}, got {value!r}{did_you_mean(str(value), known)}"
-                )
+        settings.check_choice(self, "pool", POOLS)
+        settings.check_choice(self, "activation", ACTIVATIONS)
+        if self.distillation and self.pool == "mean":
+            raise UserError("ViTConfig.distillation needs a class token, which there is not with pool='mean'")
 
     @classmethod
     def from_variant(cls, name: str, *, num_classes: int, **overrides: Any) -> "ViTConfig":
@@ -115,13 +141,7 @@ class ViTConfig:
         Raises:
             UserError: no such variant or field, or the fields do not fit together.
         """
-        if name not in VARIANTS:
-            raise UserError(f"there is no ViT {name!r}; there are {sorted(VARIANTS)}{did_you_mean(name, VARIANTS)}")
-        fields = [field.name for field in dataclasses.fields(cls)]
-        for key in overrides:
-            if key not in fields:
-                raise UserError(f"ViTConfig has no field {key!r}; it has {fields}{did_you_mean(key, fields)}")
-        return cls(**{**VARIANTS[name], "num_classes": num_classes, **overrides})
+        return settings.from_variant(cls, "ViT", VARIANTS, name, {"num_classes": num_classes, **overrides})
 
     @property
     def grid(self) -> int:
@@ -129,83 +149,52 @@ class ViTConfig:
         return self.image_size // self.patch_size
 
     @property
+    def extra_tokens(self) -> int:
+        """Tokens before the patches: the class token and the distillation token, where there are such."""
+        return (self.pool != "mean") + self.distillation
+
+    @property
     def tokens(self) -> int:
-        """Length of the sequence: the patches, and the class token where there is one."""
-        return self.grid**2 + (self.pool == "token")
-
-
-class Attention(nnx.Module):
-    """Multi-head self-attention, `softmax(Q K^T / sqrt(k)) V` for every head (arXiv 1706.03762, equation 1).
-
-    The four projections are called as modules, so that wrapping one of them changes the model.
-    """
-
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-        heads_shape = (config.heads, config.width // config.heads)
-        options = {"dtype": jnp.dtype(config.dtype), "kernel_init": nnx.initializers.xavier_uniform(), "rngs": rngs}
-        self.query = nnx.LinearGeneral(config.width, heads_shape, **options)
-        self.key = nnx.LinearGeneral(config.width, heads_shape, **options)
-        self.value = nnx.LinearGeneral(config.width, heads_shape, **options)
-        self.out = nnx.LinearGeneral(heads_shape, config.width, axis=(-2, -1), **options)
-
-    def __call__(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """Mixes the tokens; the softmax is float32 whatever the compute dtype. Cost `O(t d^2 + t^2 d)` per image."""
-        q_btnk, k_btnk, v_btnk = self.query(x_btd), self.key(x_btd), self.value(x_btd)
-        # jax.nn asks for the promotion of bfloat16 to float32, which strict promotion refuses even to answer.
-        with jax.numpy_dtype_promotion("standard"):
-            y_btnk = jax.nn.dot_product_attention(q_btnk, k_btnk, v_btnk)
-        return self.out(y_btnk)
-
-
-class MLP(nnx.Module):
-    """`gelu(x U + u) D + d` on every token alone, with the tanh form of GELU; `(b, t, d) -> (b, t, d)`."""
-
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-        options = {
-            "dtype": jnp.dtype(config.dtype),
-            "kernel_init": nnx.initializers.xavier_uniform(),
-            "bias_init": nnx.initializers.normal(stddev=1e-6),
-            "rngs": rngs,
-        }
-        self.up = nnx.Linear(config.width, config.mlp_width, **options)
-        self.down = nnx.Linear(config.mlp_width, config.width, **options)
-        self.dropout = nnx.Dropout(config.dropout)
-
-    def __call__(self, x_btd: Float[Array, "b t d"], key: jax.Array | None) -> Float[Array, "b t d"]:
-        """Applies the two layers; `key` draws the dropout between them, `None` means no dropout."""
-        hidden_btm = jax.nn.gelu(self.up(x_btd), approximate=True)
-        return self.down(_drop(self.dropout, hidden_btm, key))
+        """Length of the sequence."""
+        return self.extra_tokens + self.grid**2
 
 
 class Block(nnx.Module):
-    """One pre-norm encoder block: `x + attention(norm1(x))`, then `x + mlp(norm2(x))`."""
+    """One pre-norm encoder block: `x + s1 attention(norm1(x))`, then `x + s2 mlp(norm2(x))`.
+
+    The layer scales `s1` and `s2` are vectors, and are there with `layer_scale` alone.
+    """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-        self.norm1 = nnx.LayerNorm(config.width, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
-        self.attention = Attention(config, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(config.width, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
-        self.mlp = MLP(config, rngs=rngs)
+        options = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
+        self.norm1 = _norm(config, rngs)
+        self.attention = Attention(config.width, config.heads, qkv_bias=config.qkv_bias, **options)
+        self.norm2 = _norm(config, rngs)
+        self.mlp = MLP(config.width, config.mlp_width, activation=config.activation, dropout=config.dropout, **options)
         self.dropout = nnx.Dropout(config.dropout)
+        self.scale1 = nnx.Param(jnp.ones(config.width, jnp.float32)) if config.layer_scale else None
+        self.scale2 = nnx.Param(jnp.ones(config.width, jnp.float32)) if config.layer_scale else None
 
     def __call__(self, x_btd: Float[Array, "b t d"], key: jax.Array | None) -> Float[Array, "b t d"]:
         """Applies both branches; `key` draws their dropout, `None` means no dropout."""
-        attention_key, hidden_key, mlp_key = _split(key, 3)
+        attention_key, hidden_key, mlp_key = split_key(key, 3)
         # The norms are float32; what the branches (and adapters on their layers) read has the dtype of the residual
         # stream.
-        y_btd = self.attention(self.norm1(x_btd).astype(x_btd.dtype))
-        x_btd = x_btd + _drop(self.dropout, y_btd, attention_key)
-        y_btd = self.mlp(self.norm2(x_btd).astype(x_btd.dtype), hidden_key)
-        return x_btd + _drop(self.dropout, y_btd, mlp_key)
+        y_btd = _scaled(self.attention(self.norm1(x_btd).astype(x_btd.dtype)), self.scale1)
+        x_btd = x_btd + drop(self.dropout, y_btd, attention_key)
+        y_btd = _scaled(self.mlp(self.norm2(x_btd).astype(x_btd.dtype), hidden_key), self.scale2)
+        return x_btd + drop(self.dropout, y_btd, mlp_key)
 
 
 class ViT(nnx.Module):
     """Vision Transformer classifier.
 
-    Parameter paths: `patch_embed/{kernel,bias}`, `cls_token` (with `pool="token"`), `position_embed`,
-    `blocks/<i>/{norm1,norm2}/{scale,bias}`, `blocks/<i>/attention/{query,key,value,out}/{kernel,bias}`,
-    `blocks/<i>/mlp/{up,down}/{kernel,bias}`, `norm/{scale,bias}`, `head/{kernel,bias}`. All are float32, initialised as
-    in
-    vision_transformer: the head starts at zero, hence so do the logits.
+    Parameter paths: `patch_embed/{kernel,bias}`, `cls_token` (unless `pool="mean"`), `distillation_token`,
+    `position_embed`, `pre_norm/{scale,bias}`, `blocks/<i>/{norm1,norm2}/{scale,bias}`,
+    `blocks/<i>/attention/{query,key,value,out}/{kernel,bias}`, `blocks/<i>/mlp/{up,down}/{kernel,bias}`,
+    `blocks/<i>/{scale1,scale2}`, `norm/{scale,bias}`, `head/{kernel,bias}`; parts that the configuration
+    leaves out have none. They are initialised as in vision_transformer: the head starts at zero, hence so do the
+    logits.
 
     >>> config = ViTConfig.from_variant("digits", num_classes=10)
     >>> jax.eval_shape(lambda images: ViT(config, rngs=nnx.Rngs(0))(images), jnp.zeros((2, 8, 8, 1))).shape
@@ -214,6 +203,7 @@ class ViT(nnx.Module):
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         self.config = config
+        dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         patch = (config.patch_size, config.patch_size)
         self.patch_embed = nnx.Conv(
             config.channels,
@@ -221,20 +211,26 @@ class ViT(nnx.Module):
             kernel_size=patch,
             strides=patch,
             padding="VALID",
-            dtype=jnp.dtype(config.dtype),
+            use_bias=config.patch_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
             rngs=rngs,
         )
-        if config.pool == "token":
-            self.cls_token = nnx.Param(jnp.zeros((1, 1, config.width), jnp.float32))
+        if config.pool != "mean":
+            self.cls_token = nnx.Param(jnp.zeros((1, 1, config.width), param_dtype))
+        if config.distillation:
+            self.distillation_token = nnx.Param(jnp.zeros((1, 1, config.width), param_dtype))
         init_position = nnx.initializers.normal(stddev=0.02)
-        self.position_embed = nnx.Param(init_position(rngs.params(), (1, config.tokens, config.width), jnp.float32))
+        self.position_embed = nnx.Param(init_position(rngs.params(), (1, config.tokens, config.width), param_dtype))
         self.dropout = nnx.Dropout(config.dropout)
+        self.pre_norm = _norm(config, rngs) if config.pre_norm else None
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
-        # The head too is float32: rounding the logits to bfloat16 would show in the loss.
-        self.norm = nnx.LayerNorm(config.width, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
+        self.norm = _norm(config, rngs) if config.final_norm else None
+        # The head is float32 always: rounding the logits to bfloat16 would show in the loss.
         self.head = nnx.Linear(
-            config.width,
+            2 * config.width if config.pool == "token+patches" else config.width,
             config.num_classes,
+            use_bias=config.head_bias,
             dtype=jnp.float32,
             kernel_init=nnx.initializers.zeros_init(),
             rngs=rngs,
@@ -257,33 +253,65 @@ class ViT(nnx.Module):
         Raises:
             UserError: the images are not of the configured shape.
         """
+        x_btd = self.hidden_states(images_bhwc, rngs=rngs)[-1]
+        x_btd = x_btd.astype(jnp.float32) if self.norm is None else self.norm(x_btd)
+        return self.head(self._pool(x_btd))
+
+    def hidden_states(
+        self,
+        images_bhwc: Float[Array, "b h w c"],
+        *,
+        rngs: nnx.Rngs | jax.Array | None = None,
+    ) -> tuple[Float[Array, "b t d"], ...]:
+        """Returns the `depth + 1` states of the residual stream: what the first block reads, and what each returns.
+
+        The last is not yet normed. These are the `hidden_states` of transformers' models.
+
+        Args:
+            images_bhwc: as in `__call__`.
+            rngs: as in `__call__`.
+
+        Raises:
+            UserError: the images are not of the configured shape.
+        """
         config = self.config
         expected = (config.image_size, config.image_size, config.channels)
         if images_bhwc.ndim != 4 or images_bhwc.shape[1:] != expected:
             raise UserError(
                 f"this ViT reads images of shape (batch, {', '.join(map(str, expected))}), got {images_bhwc.shape}"
             )
-        embed_key, *block_keys = _split(rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs, config.depth + 1)
+        embed_key, *block_keys = split_key(rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs, config.depth + 1)
 
-        patches_bhwd = self.patch_embed(images_bhwc)
-        batch, width = patches_bhwd.shape[0], config.width
-        x_btd = patches_bhwd.reshape(batch, config.grid**2, width)
-        if config.pool == "token":
-            cls_btd = jnp.broadcast_to(self.cls_token[...].astype(x_btd.dtype), (batch, 1, width))
-            x_btd = jnp.concatenate([cls_btd, x_btd], axis=1)
-        x_btd = _drop(self.dropout, x_btd + self.position_embed[...].astype(x_btd.dtype), embed_key)
+        states = [drop(self.dropout, self._embed(images_bhwc), embed_key)]
+        if self.pre_norm is not None:
+            states = [self.pre_norm(states[0]).astype(states[0].dtype)]
         for block, key in zip(self.blocks, block_keys, strict=True):
-            x_btd = block(x_btd, key)
-        x_btd = self.norm(x_btd)
-        pooled_bd = x_btd[:, 0] if config.pool == "token" else x_btd.mean(axis=1)
-        return self.head(pooled_bd)
+            states.append(call_block(block, states[-1], key, remat=config.remat))
+        return tuple(states)
+
+    def _embed(self, images_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b t d"]:
+        """Returns patches and extra tokens, with their positions."""
+        patches_bhwd = self.patch_embed(images_bhwc)
+        batch, width = patches_bhwd.shape[0], self.config.width
+        patches_btd = patches_bhwd.reshape(batch, self.config.grid**2, width)
+        extra = [self.cls_token] if self.config.pool != "mean" else []
+        extra += [self.distillation_token] if self.config.distillation else []
+        tokens = [jnp.broadcast_to(token[...].astype(patches_btd.dtype), (batch, 1, width)) for token in extra]
+        x_btd = jnp.concatenate([*tokens, patches_btd], axis=1)
+        return x_btd + self.position_embed[...].astype(x_btd.dtype)
+
+    def _pool(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b d"]:
+        """Returns what the head reads of the last states."""
+        if self.config.pool == "token":
+            return x_btd[:, 0]
+        mean_bd = x_btd[:, self.config.extra_tokens :].mean(axis=1)
+        return jnp.concatenate([x_btd[:, 0], mean_bd], axis=1) if self.config.pool == "token+patches" else mean_bd
 
 
-def _split(key: jax.Array | None, count: int) -> tuple[jax.Array | None, ...]:
-    """Returns `count` independent keys, or as many `None`."""
-    return (None,) * count if key is None else tuple(jax.random.split(key, count))
+def _norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(config.width, epsilon=config.epsilon, dtype=jnp.float32, rngs=rngs)
 
 
-def _drop(dropout: nnx.Dropout, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Dropout drawn from `key`; nothing is dropped without one."""
-    return dropout(x, deterministic=key is None, rngs=key)
+def _scaled(y_btd: Float[Array, "b t d"], scale: nnx.Param | None) -> Float[Array, "b t d"]:
+    """Applies the layer scale, if there is one."""
+    return y_btd if scale is None else y_btd * scale[...].astype(y_btd.dtype)[None, None]

@@ -1,8 +1,8 @@
 """What a model of Hugging Face transformers is called there and here: one description for reading and for writing.
 
-A checkpoint there names arrays by modules, `vit.encoder.layer.3.output.dense.weight`; so do we, `blocks/3/mlp/down/kernel`.
-An `Architecture` lists the pairs of module names once, each with the layout of its arrays, and key rules, names for
-writing and module names for adapters all come from that list.
+A checkpoint there names arrays by modules, `vit.encoder.layer.3.output.dense.weight`; so do we,
+`blocks/3/mlp/down/kernel`. An `Architecture` lists the pairs of module names once, each with the layout of its arrays,
+and key rules, names for writing and module names for adapters all come from that list.
 """
 
 import dataclasses
@@ -38,8 +38,15 @@ class Tensor:
 
 
 def _reshaped(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns the array in the wanted shape, or as it is where it does not have as many numbers (reported later)."""
-    return array.reshape(shape) if array.size == np.prod(shape) else array
+    """Returns an array of one axis in the wanted shape."""
+    _require_shape(array, (int(np.prod(shape)),))
+    return array.reshape(shape)
+
+
+def _require_shape(array: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Raises a `UserError`. An array that only looks like ours, not like theirs, must not pass for theirs."""
+    if array.shape != shape:
+        raise UserError(f"it has shape {array.shape}, not {shape}")
 
 
 def _flat(array: np.ndarray) -> np.ndarray:
@@ -54,8 +61,8 @@ def linear(in_axes: int = 1) -> tuple[Tensor, ...]:
     """
 
     def read(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        matrix = (int(np.prod(shape[:in_axes])), int(np.prod(shape[in_axes:])))
-        return array.T.reshape(shape) if array.shape == matrix[::-1] else array
+        _require_shape(array, (int(np.prod(shape[in_axes:])), int(np.prod(shape[:in_axes]))))
+        return array.T.reshape(shape)
 
     def write(kernel: np.ndarray) -> np.ndarray:
         return kernel.reshape(int(np.prod(kernel.shape[:in_axes])), -1).T
@@ -87,6 +94,9 @@ EMBEDDING = (Tensor("weight", "embedding", lambda array, shape: array, lambda ta
 ARRAY = (Tensor("", "", lambda array, shape: array, lambda array: array),)
 """A parameter that belongs to no layer, with the same shape on both sides."""
 
+VECTOR = (Tensor("", "", _reshaped, _flat),)
+"""A parameter that belongs to no layer: one axis there, more of them here."""
+
 
 @dataclass(frozen=True)
 class Name:
@@ -99,7 +109,7 @@ class Name:
         theirs: the module's name in checkpoints on the Hub; this is what is written.
         ours: its path here.
         tensors: its arrays; those that a model does not have, such as the bias of a layer without one, are left out.
-        aliases: other names, such as those of the modules in memory where they differ from those in checkpoints.
+        aliases: other names; the first is that of the module in memory, where it differs from that in checkpoints.
         in_body: whether the name begins with the prefix of the architecture.
     """
 
@@ -108,6 +118,10 @@ class Name:
     tensors: tuple[Tensor, ...]
     aliases: tuple[str, ...] = ()
     in_body: bool = True
+
+
+HEAD = (r"head/.*",)
+"""The parameters that a new task begins with anew, in most models."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +139,7 @@ class Architecture:
         names: our configuration -> the pairs of names.
         ignore: our configuration -> patterns of keys that are not read, without the prefix.
         fillers: our configuration -> arrays to write that our model does not have, by full name.
+        new_head: our configuration -> patterns of the parameters that a new task begins with anew.
     """
 
     model_type: str
@@ -135,6 +150,7 @@ class Architecture:
     names: Callable[[Any], Sequence[Name]]
     ignore: Callable[[Any], Sequence[str]]
     fillers: Callable[[Any], dict[str, np.ndarray]] = dataclasses.field(default=lambda config: {})
+    new_head: Callable[[Any], Sequence[str]] = dataclasses.field(default=lambda config: HEAD)
 
     def key_rules(self, config: Any) -> list[KeyRule]:
         """Returns the rules that read a checkpoint."""
@@ -165,19 +181,39 @@ class Architecture:
                     return f"{module}.{tensor.theirs}" if tensor.theirs else module, tensor
         raise UserError(f"{path} has no name in transformers' {self.model_type}")
 
-    def module_name(self, config: Any, path: str) -> str:
-        """Returns the name of the module at a path in checkpoints.
+    def _full(self, name: Name) -> str:
+        return self.prefix + name.theirs if name.in_body else name.theirs
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names that an architecture has for the modules and arrays of one model, as adapters need them.
+
+    Attributes:
+        architecture: what the model is called there.
+        config: the model's configuration.
+    """
+
+    architecture: Architecture
+    config: Any
+
+    def modules(self, path: str) -> tuple[str, ...]:
+        """Returns the names of the module at a path, that in memory first; none where it has no name."""
+        for name in self.architecture.names(self.config):
+            match = re.fullmatch(_pattern(name.ours), path)
+            if match and name.tensors[0].theirs:
+                prefix = self.architecture.prefix if name.in_body else ""
+                number = match[1] if match.groups() else ""
+                return tuple(prefix + theirs.replace("#", number) for theirs in (*name.aliases, name.theirs))
+        return ()
+
+    def tensor(self, path: str) -> tuple[str, Tensor]:
+        """Returns the name of the array at a parameter path in a checkpoint, and its layouts.
 
         Raises:
             UserError: there is none.
         """
-        for name in self.names(config):
-            if match := re.fullmatch(_pattern(name.ours), path):
-                return self._full(name).replace("#", match[1] if match.groups() else "#")
-        raise UserError(f"{path} has no name in transformers' {self.model_type}")
-
-    def _full(self, name: Name) -> str:
-        return self.prefix + name.theirs if name.in_body else name.theirs
+        return self.architecture.tensor_name(self.config, path)
 
 
 def _pattern(name: str) -> str:

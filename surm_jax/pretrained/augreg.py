@@ -23,8 +23,12 @@ _BUCKET = "https://storage.googleapis.com/vit_models/augreg/"
 # https://github.com/google-research/big_vision/blob/main/big_vision/models/vit.py).
 AUGREG_URLS: Mapping[str, str] = {
     "Ti/16": _BUCKET + "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0.npz",
+    "S/32": _BUCKET + "S_32-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0.npz",
     "S/16": _BUCKET + "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0.npz",
+    "B/32": _BUCKET + "B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0.npz",
     "B/16": _BUCKET + "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0.npz",
+    "B/8": _BUCKET + "B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0.npz",
+    "L/16": _BUCKET + "L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0.npz",
 }
 """The official checkpoint of each ViT that has one: ImageNet-21k, 224 pixels, inputs in [-1, 1]."""
 
@@ -46,6 +50,8 @@ RULES = (
     KeyRule(r"head/(kernel|bias)", r"head/\1"),
 )
 
+# What the models of these files compute with, and no key of theirs tells.
+_NUMERICS = {"activation": "gelu_tanh", "epsilon": 1e-6}
 
 # What NumPy and zipfile raise on files that are cut off, altered, or something else.
 _DAMAGE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
@@ -61,14 +67,21 @@ def read(
 
     Args:
         path: the file; pickled arrays are refused.
-        config: of the model; the file holds none to compare it with.
+        config: of the model; the file holds none to compare it with, but all of its kind have one activation and one
+            epsilon.
         targets: the parameters to read, by path.
         fresh: the parameters that the file must not fill.
 
     Raises:
-        UserError: the file is damaged, holds pickles, or does not fit the model.
+        UserError: the file is damaged, holds pickles, or does not fit the model, or the model computes otherwise.
     """
-    del config
+    different = [
+        f"{name} is {value!r} in such files and {getattr(config, name)!r} in the model"
+        for name, value in _NUMERICS.items()
+        if getattr(config, name) != value
+    ]
+    if different:
+        raise UserError(f"{path} is of the AugReg layout and of another model: {'; '.join(different)}")
     ignore = []
     if "head/kernel" not in targets:
         # With the head it belongs to the classifier, and leaving it out would change the logits: then it is an unknown

@@ -1,16 +1,19 @@
-"""Fetching a file once: cached, complete or absent, and quick to say what to do where there is no network."""
+"""Fetching a file once: cached, complete or absent, resumed where it was cut off, quick to give up offline."""
 
+import base64
+import hashlib
 import http.client
 import logging
 import os
 import urllib.error
 import urllib.request
+from email.message import Message
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from filelock import FileLock
 from tqdm import tqdm
 
-from surm_jax.atomic import replacing
 from surm_jax.errors import UserError
 
 TIMEOUT_SECONDS = 10
@@ -19,10 +22,13 @@ CHUNK_BYTES = 1 << 20
 log = logging.getLogger(__name__)
 
 
-def cache_path(url: str) -> Path:
-    """Returns where the file of a URL is kept: `<cache>/<host>/<path>`.
+def cache_root() -> Path:
+    """Returns the cache: the folder `$SURM_JAX_CACHE`, or else `~/.cache/surm_jax`."""
+    return Path(os.environ.get("SURM_JAX_CACHE") or Path.home() / ".cache" / "surm_jax").expanduser()
 
-    The cache is the folder `$SURM_JAX_CACHE`, or else `~/.cache/surm_jax`.
+
+def cache_path(url: str) -> Path:
+    """Returns where the file of a URL is kept: `<cache_root()>/<host>/<path>`.
 
     Raises:
         UserError: the URL does not end in a file name.
@@ -37,46 +43,132 @@ def cache_path(url: str) -> Path:
     if split.query:  # another query may be another file
         folders.insert(-1, quote(split.query, safe=""))
     host = f"{split.hostname}_{split.port}" if split.port else split.hostname
-    root = os.environ.get("SURM_JAX_CACHE") or Path.home() / ".cache" / "surm_jax"
-    return Path(root).expanduser().joinpath(host, *folders)
+    return cache_root().joinpath(host, *folders)
 
 
 def download(url: str) -> Path:
     """Returns the local copy of a file, fetching it if it is not there yet.
 
-    The file appears under its name only when it is complete. A progress bar is shown on a terminal.
+    The file appears under its name only when it is complete. What had arrived when a connection broke stays beside it
+    (`.part`), and the next call fetches the rest, if the server still has the same file (its ETag or its date says so).
+    An MD5 that Google Cloud Storage announces is compared. Of several processes one downloads and the others wait. A
+    progress bar is shown on a terminal.
 
     Raises:
-        UserError: it cannot be fetched (no connection within 10 seconds, an HTTP error, fewer bytes than announced) or
-            kept. The message says which file to put where by hand.
+        UserError: it cannot be fetched (no connection within 10 seconds, an HTTP error, fewer bytes than announced,
+            another MD5) or kept. The message says which file to put where by hand.
     """
     target = cache_path(url)
     if target.is_file():
         return target
-    log.info("downloading %s to %s", url, target)
+    partial = _Partial(target)
     try:
-        with replacing(target) as temporary, urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
-            announced = response.headers.get("Content-Length")
-            total = int(announced) if announced else None
-            _copy(response, temporary, total, target.name)
-            received = temporary.stat().st_size
-            if total is not None and received != total:
-                raise OSError(f"the connection ended after {received} of {total} bytes")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f"{target.name}.lock")):
+            if not target.is_file():  # another process may have had the lock
+                log.info("downloading %s to %s", url, target)
+                _fetch(url, partial)
+                os.replace(partial.path, target)
+                partial.discard()
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        kept = f"{partial.size()} bytes of it are kept, call again to fetch the rest; or " if partial.size() else ""
         raise UserError(
-            f"cannot download {url} ({reason}): fetch this file on a machine that can, and put it at {target}"
+            f"cannot download {url} ({reason}): {kept}fetch this file on a machine that can, and put it at {target}"
         ) from error
     return target
 
 
-def _copy(response: http.client.HTTPResponse, path: Path, total: int | None, name: str) -> None:
-    """Writes the body of a response to a file."""
+class _Partial:
+    """The beginning of a file, and which version of it: what the server says in `ETag` or `Last-Modified`."""
+
+    def __init__(self, target: Path):
+        self.path = target.with_name(f"{target.name}.part")
+        self._version = target.with_name(f"{target.name}.part.version")
+
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+    def version(self) -> str:
+        return self._version.read_text() if self._version.is_file() else ""
+
+    def start(self, version: str) -> None:
+        """Begins anew. Never are there bytes of one version beside the name of another."""
+        self.discard()
+        if version:
+            self._version.write_text(version)
+        self.path.touch()
+
+    def discard(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self._version.unlink(missing_ok=True)
+
+
+def _fetch(url: str, partial: _Partial) -> None:
+    """Completes a partial file. On failure it is kept where the rest of it can be asked for, and else removed."""
+    try:
+        start = partial.size()
+        # If-Range: the whole file, should it be another version by now.
+        asked = {"Range": f"bytes={start}-", "If-Range": partial.version()} if start and partial.version() else {}
+        try:
+            response = urllib.request.urlopen(urllib.request.Request(url, headers=asked), timeout=TIMEOUT_SECONDS)
+        except urllib.error.HTTPError as error:
+            if not asked or error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+                raise
+            partial.discard()
+            return _fetch(url, partial)
+        with response:
+            if response.status != http.client.PARTIAL_CONTENT:
+                start = 0
+                partial.start(_version(response.headers))
+            elif not (response.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
+                raise OSError(f"asked for bytes from {start}, got {response.headers.get('Content-Range')}")
+            announced = response.headers.get("Content-Length")
+            total = start + int(announced) if announced else None
+            _append(response, partial.path, total)
+        if total is not None and partial.size() != total:
+            raise OSError(f"the connection ended after {partial.size()} of {total} bytes")
+        _check_md5(partial, response.headers)
+    except BaseException:
+        if not (partial.size() and partial.version()):
+            partial.discard()
+        raise
+
+
+def _append(response: http.client.HTTPResponse, path: Path, total: int | None) -> None:
+    """Writes the body of a response to the end of a file."""
     with (
-        path.open("wb") as file,
+        path.open("ab") as file,
         # `disable=None` shows the bar on terminals only.
-        tqdm(total=total, desc=name, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar,
+        tqdm(
+            total=total,
+            initial=file.tell(),
+            desc=path.stem,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            disable=None,
+        ) as bar,
     ):
         while chunk := response.read(CHUNK_BYTES):
             file.write(chunk)
             bar.update(len(chunk))
+
+
+def _version(headers: Message) -> str:
+    """Returns what names this version of a file in `If-Range`: weak ETags do not (RFC 9110, section 13.1.5)."""
+    tag = headers.get("ETag", "")
+    return headers.get("Last-Modified", "") if tag.startswith("W/") or not tag else tag
+
+
+def _check_md5(partial: _Partial, headers: Message) -> None:
+    """Compares a file with `x-goog-hash: crc32c=...,md5=...`, if the server sent one, and removes it if it differs."""
+    hashes = ",".join(headers.get_all("x-goog-hash", [])).split(",")
+    announced = [entry.strip().removeprefix("md5=") for entry in hashes if entry.strip().startswith("md5=")]
+    if not announced:
+        return
+    with partial.path.open("rb") as file:
+        found = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()
+    if found != announced[0]:
+        partial.discard()
+        raise OSError(f"its MD5 is {found}, but the server says {announced[0]}: what had arrived is removed")

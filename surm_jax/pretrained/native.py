@@ -9,18 +9,18 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from surm_jax.atomic import replacing
-from surm_jax.errors import UserError
+from surm_jax.errors import UserError, did_you_mean
 from surm_jax.paths import join
+from surm_jax.pretrained.configs import MODELS, require_fields, require_same
+from surm_jax.pretrained.position_embed import resize_position_embed
 from surm_jax.pretrained.rules import KeyRule, fill
+from surm_jax.pretrained.tensor_files import SUFFIX, open_tensors, write_tensors
 
 FORMAT = "surm_jax.model.1"
-SUFFIX = ".safetensors"
 
-RULES = (KeyRule(r"(.+)", r"\1"),)
+RULES = (KeyRule(r"position_embed", r"position_embed", resize_position_embed), KeyRule(r"(.+)", r"\1"))
 
 
 def save_model(path: Path | str, model: nnx.Module, config: Any) -> None:
@@ -38,16 +38,38 @@ def save_model(path: Path | str, model: nnx.Module, config: Any) -> None:
     if path.suffix != SUFFIX:
         raise UserError(f"a model file ends in {SUFFIX!r}, got {path}")
     tensors = {
-        join(keys): np.asarray(variable[...], order="C")
-        for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+        join(keys): np.asarray(variable[...]) for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
     header = {"format": FORMAT, "model": type(config).__name__, "config": json.dumps(dataclasses.asdict(config))}
     try:
         with replacing(path) as temporary:
-            # Not save_file, whose files only their owner can read.
-            temporary.write_bytes(save(tensors, metadata=header))
-    except (OSError, SafetensorError) as error:
+            write_tensors(temporary, tensors, header)
+    except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
+
+
+def is_native(path: Path) -> bool:
+    """Says whether a safetensors file was written by `save_model`.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with open_tensors(path) as file:
+        return file.header.get("format") == FORMAT
+
+
+def read_config(path: Path, overrides: Mapping[str, Any]) -> tuple[type[nnx.Module], Any]:
+    """Returns the class and the configuration of the model in a file of `save_model`.
+
+    Args:
+        path: the file.
+        overrides: fields to set instead of what is in the file.
+
+    Raises:
+        UserError: the header is damaged, or a field is unknown.
+    """
+    with open_tensors(path) as file:
+        return _read_config(path, file.header, overrides)
 
 
 def read(
@@ -55,8 +77,8 @@ def read(
 ) -> dict[str, jax.Array]:
     """Reads the parameters of a model from a file of `save_model`.
 
-    The configuration in the file is compared first, but for `config.RUNTIME_FIELDS`, and for `config.HEAD_FIELDS` where
-    no parameter of the head is read.
+    The configuration in the file is compared first (see `surm_jax.pretrained.configs.require_same`). Position
+    embeddings are resized to the model's image size as AugReg's are.
 
     Args:
         path: the file.
@@ -67,38 +89,26 @@ def read(
     Raises:
         UserError: the file is damaged, is not of this format, or was written for another model.
     """
-    skipped = {*config.RUNTIME_FIELDS}
-    if not any(target.startswith("head/") for target in targets):
-        skipped |= {*config.HEAD_FIELDS}
-    try:
-        with safe_open(path, framework="numpy") as file:
-            _compare(path, file.metadata() or {}, config, skipped)
-            return fill(file.keys(), file.get_tensor, targets, RULES, fresh=fresh, origin=str(path))
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} cannot be read as safetensors ({error}): it may be incomplete, fetch it again"
-        ) from error
+    with open_tensors(path) as file:
+        _, stored = _read_config(path, file.header, {})
+        require_same(str(path), stored, config, targets)
+        return fill(file.keys, file.read, targets, RULES, fresh=fresh, origin=str(path))
 
 
-def _compare(path: Path, header: Mapping[str, str], config: Any, skipped: Collection[str]) -> None:
-    """Raises a `UserError` that names the fields in which the file's configuration differs from the model's."""
+def _read_config(path: Path, header: Mapping[str, str], overrides: Mapping[str, Any]) -> tuple[type[nnx.Module], Any]:
     if header.get("format") != FORMAT:
         raise UserError(
             f"{path} was not written by save_model: its header has format {header.get('format')!r}, not {FORMAT!r}"
         )
-    if header.get("model") != type(config).__name__:
-        raise UserError(f"{path} holds a model of {header.get('model')}, not of {type(config).__name__}")
+    classes = {config.__name__: (config, model) for config, model in MODELS.items()}
+    name = header.get("model", "")
+    if name not in classes:
+        raise UserError(f"{path} holds a model of {name!r}; known are {sorted(classes)}{did_you_mean(name, classes)}")
+    config, model = classes[name]
+    require_fields(config, overrides)
     try:
-        theirs = json.loads(header["config"])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"the header of {path} is damaged: no configuration ({error})") from error
-    ours = json.loads(json.dumps(dataclasses.asdict(config)))
-    if not isinstance(theirs, dict) or theirs.keys() != ours.keys():
-        raise UserError(f"the header of {path} is damaged: its configuration must have the fields {sorted(ours)}")
-    different = [
-        f"{name} is {theirs[name]!r} in the file and {ours[name]!r} in the model"
-        for name in ours
-        if name not in skipped and theirs[name] != ours[name]
-    ]
-    if different:
-        raise UserError(f"{path} was written for another model: {'; '.join(different)}")
+        # Fields that are younger than the file have their defaults, which are what was there before them.
+        stored = config(**json.loads(header["config"]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"the header of {path} is damaged: no configuration of a {model.__name__} ({error})") from error
+    return model, dataclasses.replace(stored, **overrides)

@@ -1,6 +1,7 @@
-"""Resizing learned position embeddings to another image size, as vision_transformer and big_vision do."""
+"""Resizing learned position embeddings to another image size, each as its source does: bilinear or bicubic."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from surm_jax.errors import UserError
 def resize_position_embed(position_embed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Returns position embeddings for another grid of patches: bilinear, corners aligned, in float64, cast back.
 
-    The same numbers as `scipy.ndimage.zoom(grid, order=1)`, which the sources call
+    For AugReg checkpoints. The same numbers as `scipy.ndimage.zoom(grid, order=1)`, which the sources call
     (https://github.com/google-research/vision_transformer/blob/main/vit_jax/checkpoint.py): patch `i` of `n` new ones
     reads the old grid at `i (m - 1) / (n - 1)`. A row for the class token, the first one where the length is a square
     plus one, is copied untouched, or dropped where the model has no class token. Nothing is done where the lengths
@@ -35,10 +36,44 @@ def resize_position_embed(position_embed: np.ndarray, shape: tuple[int, ...]) ->
             f"the {position_embed.shape[1]} position embeddings hold no class token, but the model's {shape[1]} do: "
             "use pool='mean'"
         )
-    grid = position_embed[0, old_class:].reshape(old, old, -1)
-    weights = _bilinear(old, new)
-    grid = np.einsum("ai,bj,ijd->abd", weights, weights, grid, optimize=True).reshape(1, new * new, -1)
-    return np.concatenate([position_embed[:, :new_class], grid.astype(position_embed.dtype)], axis=1)
+    grid = _resize(position_embed[:, old_class:], old, new, _bilinear)
+    return np.concatenate([position_embed[:, :new_class], grid], axis=1)
+
+
+def resize_position_embed_bicubic(
+    position_embed: np.ndarray, shape: tuple[int, ...], *, extra_tokens: int
+) -> np.ndarray:
+    """Returns position embeddings for another grid of patches: bicubic, in float64, cast back.
+
+    For checkpoints of Hugging Face transformers, whose `interpolate_pos_encoding` calls PyTorch's
+    `interpolate(mode="bicubic", align_corners=False)`: patch `i` of `n` new ones reads the `m` old ones at
+    `(i + 1/2) m / n - 1/2` by cubic convolution with `a = -3/4` (Keys, https://doi.org/10.1109/TASSP.1981.1163711),
+    without antialiasing; beyond the border the outermost patch is repeated. Nothing is done where the lengths agree.
+
+    Args:
+        position_embed: `(1, tokens, width)`.
+        shape: what the model wants, `(1, tokens', width)`.
+        extra_tokens: rows before those of the patches, on both sides, such as the class token's; they are copied.
+
+    Raises:
+        UserError: without the extra tokens the length is not a square.
+
+    >>> resize_position_embed_bicubic(np.array([[[0.0], [0.0], [8.0], [8.0]]]), (1, 9, 1), extra_tokens=0)[0, ::3, 0]
+    array([-0.69444444,  4.        ,  8.69444444])
+    """
+    if position_embed.ndim != 3 or position_embed.shape[1] == shape[1]:
+        return position_embed  # what does not fit is reported with all other shapes
+    sides = []
+    for tokens in (position_embed.shape[1], shape[1]):
+        side = math.isqrt(max(0, tokens - extra_tokens))
+        if side == 0 or side**2 != tokens - extra_tokens:
+            raise UserError(
+                f"{tokens} position embeddings are not a square grid and {extra_tokens} more: "
+                "does the model have the class token of the checkpoint?"
+            )
+        sides.append(side)
+    grid = _resize(position_embed[:, extra_tokens:], *sides, _bicubic)
+    return np.concatenate([position_embed[:, :extra_tokens], grid], axis=1)
 
 
 def _layout(tokens: int) -> tuple[int, int]:
@@ -50,7 +85,27 @@ def _layout(tokens: int) -> tuple[int, int]:
     raise UserError(f"{tokens} position embeddings are not a square grid, with or without a class token")
 
 
+def _resize(patches: np.ndarray, old: int, new: int, kernel: Callable[[int, int], np.ndarray]) -> np.ndarray:
+    """Returns `(1, new^2, width)` of `(1, old^2, width)`, with the same kernel along both sides of the grid."""
+    weights = kernel(old, new)
+    grid = patches[0].reshape(old, old, -1)
+    grid = np.einsum("ai,bj,ijd->abd", weights, weights, grid.astype(np.float64), optimize=True)
+    return grid.reshape(1, new * new, -1).astype(patches.dtype)
+
+
 def _bilinear(old: int, new: int) -> np.ndarray:
     """Returns the `(new, old)` matrix that interpolates `old` points on a line linearly at `new` ones, ends on ends."""
     at = np.arange(new) * ((old - 1) / (new - 1) if new > 1 else 0.0)
     return np.maximum(0.0, 1.0 - np.abs(at[:, None] - np.arange(old)[None, :]))
+
+
+def _bicubic(old: int, new: int) -> np.ndarray:
+    """Returns the `(new, old)` matrix of the cubic convolution, with half a cell before the first point of a line."""
+    at = (np.arange(new) + 0.5) * (old / new) - 0.5
+    weights = np.zeros((new, old))
+    for step in (-1, 0, 1, 2):
+        point = np.floor(at).astype(int) + step
+        x = np.abs(at - point)
+        near, far = (1.25 * x - 2.25) * x * x + 1, -0.75 * (((x - 5) * x + 8) * x - 4)
+        np.add.at(weights, (np.arange(new), point.clip(0, old - 1)), np.where(x <= 1, near, far))
+    return weights

@@ -53,15 +53,16 @@ def fill(
     fresh: Collection[str] = (),
     origin: str,
 ) -> dict[str, jax.Array]:
-    """Reads the parameters of a model from a file, one at a time.
+    """Reads the parameters of a model from a file, one at a time, in the order of the file.
 
     Names are settled before anything is read. Floating-point arrays are widened to the parameter's dtype where that is
-    exact (bfloat16 to float32); other changes of dtype are refused. Memory: the result and one array.
+    exact (bfloat16 and float16 to float32), and rounded to bfloat16 parameters, which whoever built the model chose;
+    other changes of dtype are refused. Memory: the result and one array.
 
     Args:
         keys: the names in the file.
         read: returns the array of a name.
-        targets: shapes and dtypes of the parameters to fill, by path.
+        targets: shapes and dtypes of the parameters to fill, by path, and where they are to be (`sharding`).
         rules: the first one that matches a key counts.
         ignore: patterns of keys that are not wanted, tried before the rules; they may match nothing.
         fresh: paths of parameters that the model has but the file must not fill; keys that would are dropped.
@@ -86,12 +87,30 @@ def fill(
             continue
         if array.shape != wanted.shape:
             problems.append(f"{key!r} has shape {stored.shape}, but {target!r} is {wanted.shape}")
-        elif not (jnp.issubdtype(array.dtype, jnp.floating) and np.can_cast(array.dtype, wanted.dtype)):
+        elif not _holds(wanted.dtype, array.dtype):
             problems.append(f"{key!r} is {array.dtype}, which {target!r} of {wanted.dtype} cannot hold exactly")
-        else:
-            filled[target] = jnp.asarray(array, wanted.dtype)
+        elif not problems:
+            filled[target] = _place(array, wanted)
     _raise(origin, problems, len(problems))
     return filled
+
+
+def _holds(wanted: np.dtype, stored: np.dtype) -> bool:
+    """Says whether a parameter may be filled with numbers of a dtype."""
+    if not jnp.issubdtype(stored, jnp.floating):
+        return False
+    return np.can_cast(stored, wanted) or wanted == jnp.bfloat16
+
+
+def _place(array: np.ndarray, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns an array on its devices. It is there on return: the next one is not read beside it."""
+    array = array.astype(wanted.dtype, copy=False)
+    if wanted.sharding is None:
+        placed = jnp.asarray(array)
+    else:
+        # Of several processes each copies its own parts alone.
+        placed = jax.make_array_from_callback(wanted.shape, wanted.sharding, lambda index: array[index])
+    return jax.block_until_ready(placed)
 
 
 def _assign(
@@ -102,9 +121,10 @@ def _assign(
     fresh: Collection[str],
     origin: str,
 ) -> dict[str, tuple[str, Transform]]:
-    """Returns the key and the transform of every target."""
+    """Returns the key and the transform of every target, in the order of the keys."""
     wanted: dict[str, list[tuple[str, Transform]]] = {target: [] for target in targets}
     unknown, misplaced, recognised = [], [], []
+    plan = {}
     for key in keys:
         if any(re.fullmatch(pattern, key) for pattern in ignore):
             continue
@@ -115,6 +135,7 @@ def _assign(
         target = match.expand(rule.target)
         if target in wanted:
             wanted[target].append((key, rule.transform))
+            plan[target] = key, rule.transform
             recognised.append(key)
         elif target not in fresh:
             misplaced.append((key, target))
@@ -133,14 +154,16 @@ def _assign(
         problems.append(f"no key fills {target!r}{f' (as {filled[near[0]]!r} fills {near[0]!r})' if near else ''}")
     for target in doubled:
         problems.append(f"{target!r} is filled by {' and by '.join(repr(key) for key, _ in wanted[target])}")
-    _raise(origin, problems, len(unknown) + len(misplaced) + len(missing) + len(doubled))
-    return {target: sources[0] for target, sources in wanted.items()}
+    hint = "parameters that match `fresh`, such as those of a new head, are initialised instead" if missing else ""
+    _raise(origin, problems, len(unknown) + len(misplaced) + len(missing) + len(doubled), hint)
+    return plan
 
 
-def _raise(origin: str, problems: Sequence[str], count: int) -> None:
-    """Raises one error with the first of `count` problems and the number of the others, if there are any."""
+def _raise(origin: str, problems: Sequence[str], count: int, hint: str = "") -> None:
+    """Raises one error with the first of `count` problems, the number of the others, and a hint, if there are any."""
     if problems:
         listed = [f"  {problem}" for problem in problems[:MOST_LISTED]]
         if count > len(listed):
             listed.append(f"  ... and {count - len(listed)} more")
+        listed += [f"  ({hint})"] if hint else []
         raise UserError("\n".join([f"{origin} does not fit the model:", *listed]))

@@ -1,41 +1,47 @@
-"""Which file a checkpoint's name stands for."""
+"""Which file or folder a checkpoint's name stands for."""
 
+import re
 from pathlib import Path
 
 from surm_jax.errors import UserError, did_you_mean
+from surm_jax.pretrained import hub
 from surm_jax.pretrained.augreg import AUGREG_URLS
 from surm_jax.pretrained.download import download
+from surm_jax.pretrained.huggingface import CONFIG_NAME
 
 DIGITS_WEIGHTS = Path(__file__).parent / "weights" / "vit_digits.safetensors"
 
 NAMES = ("none", "augreg", "digits")
 
 
-def locate(checkpoint: str, variant: str) -> Path | None:
-    """Returns the local file of a checkpoint, downloading it where needed.
+def locate(checkpoint: str, variant: str | None = None) -> Path | None:
+    """Returns the local file or folder of a checkpoint, downloading it where needed.
 
     Args:
         checkpoint: "none" (start from the initialisers), "augreg" (the official ImageNet-21k checkpoint of the
-            variant), "digits" (the small ViT that comes with this package), an http(s) URL, or a path.
-        variant: the model's name in `surm_jax.models.vit.VARIANTS`.
+            variant), "digits" (the small ViT that comes with this package), "hf://owner/name" or
+            "hf://owner/name@revision" (a model of the Hugging Face Hub), an http(s) URL, or the path of a file or of a
+            folder of transformers.
+        variant: the model's name in `surm_jax.models.VARIANTS`; for "augreg" alone.
 
     Returns:
-        The file, or `None` for "none".
+        The file or folder, or `None` for "none".
 
     Raises:
         UserError: no such file, no official checkpoint of that variant, or a download that fails; the message says what
             there is, or which file to put where.
 
-    >>> locate("none", "B/16") is None
+    >>> locate("none") is None
     True
     """
     if checkpoint == "none":
         return None
     if checkpoint == "augreg":
         if variant not in AUGREG_URLS:
-            raise UserError(
-                f"there is no official AugReg checkpoint of ViT {variant!r}; there is one of {sorted(AUGREG_URLS)}"
+            wrong = (
+                f"there is no official AugReg checkpoint of ViT {variant!r}" if variant else "augreg needs a variant"
             )
+            raise UserError(f"{wrong}; there is one of {sorted(AUGREG_URLS)}")
         return download(AUGREG_URLS[variant])
     if checkpoint == "digits":
         if not DIGITS_WEIGHTS.is_file():
@@ -43,22 +49,27 @@ def locate(checkpoint: str, variant: str) -> Path | None:
         return DIGITS_WEIGHTS
     if checkpoint.startswith(("http://", "https://")):
         return download(checkpoint)
+    if checkpoint.startswith(hub.PREFIX):
+        return hub.fetch(checkpoint)
     path = Path(checkpoint).expanduser()
-    if not path.is_file():
+    if not path.is_file() and not (path / CONFIG_NAME).is_file():
         raise UserError(f"there is no checkpoint {checkpoint!r}: {_what_is_wrong(path, checkpoint)}")
     return path
 
 
 def _what_is_wrong(path: Path, checkpoint: str) -> str:
-    """Says why a path is not a file, with the names that were perhaps meant."""
+    """Says why a path is neither a file nor a folder of transformers, with the names that were perhaps meant."""
     if path.is_dir():
         files = sorted(file.name for file in path.iterdir() if file.is_file())
-        return f"it is a folder{', with the files ' + ', '.join(files[:8]) if files else ', and empty'}"
+        held = f", but {', '.join(files[:8])}" if files else " and is empty"
+        return f"the folder holds no {CONFIG_NAME}, as those of transformers do{held}"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./+-]+)?", checkpoint) and not checkpoint.startswith("."):
+        return f"there is no such path; a model of the Hugging Face Hub is named {hub.PREFIX + checkpoint!r}"
     if not path.parent.is_dir():
         return f"not even the folder {path.parent} exists"
-    siblings = [file.name for file in path.parent.iterdir() if file.is_file()]
+    siblings = [file.name for file in path.parent.iterdir()]
     known = NAMES if path.name == checkpoint else ()
     return (
-        f"it is no file in {path.parent.resolve()}, and none of {', '.join(map(repr, NAMES))} or an http(s) URL"
-        f"{did_you_mean(path.name, [*known, *siblings])}"
+        f"it is no file in {path.parent.resolve()}, and none of {', '.join(map(repr, NAMES))}, hf://owner/name or an "
+        f"http(s) URL{did_you_mean(path.name, [*known, *siblings])}"
     )

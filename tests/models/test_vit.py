@@ -1,4 +1,6 @@
+import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -7,13 +9,23 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import surm_jax
 from surm_jax.errors import UserError
 from surm_jax.models import ViT, ViTConfig
 from surm_jax.models.vit import TARGETS, VARIANTS
 
-# Parameters with 1,000 classes. The three official ones are MODEL_SIZES of vision_transformer's models_test.py.
-SIZES = {"Ti/16": 5_717_416, "S/16": 22_050_664, "B/16": 86_567_656, "mini": 2_884_648, "digits": 266_408}
+# Parameters with 1,000 classes. The official ones are MODEL_SIZES of vision_transformer's models_test.py.
+SIZES = {
+    "Ti/16": 5_717_416,
+    "S/16": 22_050_664,
+    "B/16": 86_567_656,
+    "B/32": 88_224_232,
+    "L/16": 304_326_632,
+    "mini": 2_884_648,
+    "digits": 266_408,
+}
 
+QKV = ("query", "key", "value")
 TINY = {"image_size": 8, "patch_size": 4, "width": 12, "depth": 2, "heads": 3, "mlp_width": 20, "num_classes": 5}
 
 
@@ -46,13 +58,28 @@ def abstract(config):
     return nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))
 
 
+def compiled(module, function):
+    graphdef, state = nnx.split(module)
+    return jax.jit(lambda state: function(nnx.merge(graphdef, state)))(state)
+
+
 def parameter_paths(model):
-    return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model))}
+    return parameter_paths_of(nnx.state(model))
+
+
+def parameter_paths_of(state):
+    return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
 class TestGeometry:
-    def test_every_variant_has_a_golden_size(self):
-        assert SIZES.keys() == VARIANTS.keys()
+    def test_every_size_has_every_patch(self):
+        expected = {f"{size}/{patch}" for size, patch in itertools.product(("Ti", "S", "B", "L"), (8, 14, 16, 32))}
+        assert VARIANTS.keys() == expected | {"mini", "digits"}
+        for name in expected:
+            size, patch = name.split("/")
+            config = ViTConfig.from_variant(name, num_classes=1000)
+            assert (config.image_size, config.patch_size) == (224, int(patch))
+            assert dataclasses.replace(config, patch_size=16) == ViTConfig.from_variant(f"{size}/16", num_classes=1000)
 
     @pytest.mark.parametrize("variant", SIZES)
     def test_golden_size(self, variant):
@@ -79,6 +106,32 @@ class TestGeometry:
         assert found["position_embed"].shape == (1, 4, 12)
 
     @pytest.mark.parametrize(
+        ("overrides", "added", "removed"),
+        [
+            ({"pool": "patches"}, {}, set()),
+            ({"pool": "token+patches"}, {"head/kernel": (24, 5)}, set()),
+            ({"qkv_bias": False}, {}, {f"blocks/{i}/attention/{name}/bias" for i in (0, 1) for name in QKV}),
+            ({"patch_bias": False}, {}, {"patch_embed/bias"}),
+            ({"pre_norm": True}, {"pre_norm/scale": (12,), "pre_norm/bias": (12,)}, set()),
+            ({"final_norm": False}, {}, {"norm/scale", "norm/bias"}),
+            ({"layer_scale": True}, {f"blocks/{i}/scale{j}": (12,) for i in (0, 1) for j in (1, 2)}, set()),
+            ({"distillation": True}, {"distillation_token": (1, 1, 12), "position_embed": (1, 6, 12)}, set()),
+            ({"head_bias": False}, {}, {"head/bias"}),
+        ],
+    )  # fmt: skip
+    def test_parts_that_come_and_go(self, overrides, added, removed):
+        plain = {path: variable.shape for path, variable in parameter_paths(abstract(ViTConfig(**TINY))).items()}
+        found = {path: v.shape for path, v in parameter_paths(abstract(ViTConfig(**TINY, **overrides))).items()}
+        assert removed <= plain.keys()
+        assert found == {path: shape for path, shape in (plain | added).items() if path not in removed}
+
+    def test_dtype_of_parameters(self):
+        config = ViTConfig(**TINY, param_dtype="bfloat16", distillation=True, pre_norm=True, layer_scale=True)
+        for path, variable in parameter_paths(abstract(config)).items():
+            small = re.fullmatch(r"(.*/)?(pre_)?norm\d?/.*|head/.*|.*/scale\d", path)
+            assert variable.dtype == ("float32" if small else "bfloat16"), path
+
+    @pytest.mark.parametrize(
         ("name", "per_block"), [("qkv", 3), ("qv", 2), ("attention", 4), ("mlp", 2), ("all-linear", 6)]
     )
     def test_targets_select_linear_layers_of_every_block(self, name, per_block):
@@ -102,6 +155,10 @@ class TestConfig:
             ({"width": 12.0}, "width must be a positive integer, got 12.0"),
             ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
             ({"pool": "tokens"}, "did you mean 'token'"),
+            ({"activation": "gelu_tan"}, "did you mean 'gelu_tanh'"),
+            ({"epsilon": 0.0}, "epsilon must be positive, got 0.0"),
+            ({"param_dtype": "float16"}, "ViTConfig.param_dtype must be one of"),
+            ({"pool": "mean", "distillation": True}, "distillation needs a class token"),
             ({"dtype": "float16"}, "did you mean 'bfloat16' or 'float32'|did you mean 'bfloat16'"),
         ],
     )
@@ -132,6 +189,17 @@ class TestForward:
         changed = batch.at[0].add(1.0)
         np.testing.assert_allclose(logits(tiny(), changed)[1], logits(tiny(), batch)[1], rtol=1e-6)
         assert jnp.abs(logits(tiny(), changed)[0] - logits(tiny(), batch)[0]).max() > 1e-3
+
+    def test_hidden_states_end_in_the_logits(self):
+        model = tiny(pre_norm=True, pool="token+patches")
+        states = compiled(model, lambda model: model.hidden_states(images()))
+        assert [state.shape for state in states] == [(2, 5, 12)] * 3
+        for state, block, after in zip(states, model.blocks, states[1:], strict=False):
+            np.testing.assert_allclose(compiled(block, lambda b, x=state: b(x, None)), after, rtol=1e-4, atol=1e-5)
+        last = compiled(model.norm, lambda norm: norm(states[-1]))
+        read = np.concatenate([last[:, 0], last[:, 1:].mean(1)], axis=1)
+        expected = read @ np.asarray(model.head.kernel[...]) + np.asarray(model.head.bias[...])
+        np.testing.assert_allclose(logits(model, images()), expected, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("pool", ["token", "mean"])
     def test_bfloat16_compute_is_near_float32(self, pool):
@@ -171,6 +239,52 @@ class TestForward:
                 assert jnp.abs(variable[...]).max() > 0, path
 
 
+class TestPrecisionAndMemory:
+    @pytest.mark.parametrize("execution", ["fft", "dense"])
+    def test_adapters_are_float32_over_a_bfloat16_base(self, execution):
+        base = tiny(dtype="bfloat16", param_dtype="bfloat16")
+        rules = [surm_jax.Rule(TARGETS["qkv"], surm_jax.CirculantUpdate())]
+        model, adapter = surm_jax.adapt(base, rules, train=["head/.*"], execution=execution, rngs=nnx.Rngs(0))
+        graphdef, trained, frozen = nnx.split(model, adapter.trainable, ...)
+
+        # The gradient of jax.nn.dot_product_attention mixes bfloat16 with the float32 of the softmax.
+        with jax.numpy_dtype_promotion("standard"):
+            grads = jax.jit(jax.grad(lambda t, f: (nnx.merge(graphdef, t, f)(images()) ** 2).sum()))(trained, frozen)
+        grads, trained = parameter_paths_of(grads), parameter_paths_of(trained)
+        assert grads.keys() == trained.keys()
+        for path, variable in trained.items():
+            assert variable.dtype == grads[path].dtype == jnp.float32, path
+            # r1 starts at zero, so that nothing reaches r2 yet; a bias of the key would have no gradient.
+            assert (jnp.abs(grads[path][...]).max() > 0) == (not path.endswith("r2")), path
+        kernels = {path: v.dtype for path, v in parameter_paths_of(frozen).items() if "norm" not in path}
+        assert kernels
+        assert set(kernels.values()) == {jnp.dtype("bfloat16")}
+
+    def test_remat_changes_memory_alone(self):
+        def value_and_grad(remat):
+            rules = [surm_jax.Rule(TARGETS["all-linear"], surm_jax.LoRA())]
+            base = tiny(remat=remat, layer_scale=True, dropout=0.5, depth=1)
+            model, adapter = surm_jax.adapt(base, rules, train=["norm/.*"], rngs=nnx.Rngs(0))
+            graphdef, trained, frozen = nnx.split(model, adapter.trainable, ...)
+            # Away from the start, where one of the factors has no gradient.
+            trained = jax.tree.map(
+                lambda a: a + 0.3 * jnp.asarray(np.sin(np.arange(a.size)).reshape(a.shape), a.dtype), trained
+            )
+
+            def loss(trained, frozen):
+                return (nnx.merge(graphdef, trained, frozen)(images(), rngs=jax.random.key(0)) ** 2).sum()
+
+            program = str(jax.make_jaxpr(jax.grad(loss))(trained, frozen))
+            assert len(re.findall(r"\b(?:remat2?|checkpoint)\[", program)) == (1 if remat else 0)
+            return jax.jit(jax.value_and_grad(loss))(trained, frozen)
+
+        (value, grads), (again, other) = value_and_grad(False), value_and_grad(True)
+        np.testing.assert_allclose(again, value, rtol=1e-5)
+        for one, two in zip(jax.tree.leaves(grads), jax.tree.leaves(other), strict=True):
+            assert jnp.abs(one).max() > 0
+            np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5 * float(jnp.abs(one).max()))
+
+
 class TestDropout:
     def test_only_with_rngs(self):
         exact = logits(tiny(), images())
@@ -197,7 +311,8 @@ class TestDropout:
 
     def test_every_place_draws_with_a_key_of_its_own(self, monkeypatch):
         keys = []
-        monkeypatch.setattr("surm_jax.models.vit._drop", lambda dropout, x, key: (keys.append(key), x)[1])
+        for module in ("vit", "layers"):
+            monkeypatch.setattr(f"surm_jax.models.{module}.drop", lambda dropout, x, key: (keys.append(key), x)[1])
 
         @jax.jit
         def drawn_keys(state):

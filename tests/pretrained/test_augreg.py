@@ -131,6 +131,11 @@ def test_all_shapes_in_one_error(read):
     assert "'cls' has shape (1, 15), but 'cls_token' is (1, 1, 15)" in str(error.value)
 
 
+def test_other_numerics_are_refused(read):
+    with pytest.raises(UserError, match=r"activation is 'gelu_tanh' in such files and 'gelu' .*; epsilon is 1e-06 in"):
+        read(activation="gelu", epsilon=1e-12)
+
+
 def test_position_embeddings_that_are_no_grid(read):
     with pytest.raises(UserError, match=f"{POSITION!r} does not fit 'position_embed': 8 position embeddings are not"):
         read(lambda arrays: arrays.update({POSITION: np.ones((1, 8, 15), np.float32)}))
@@ -176,7 +181,7 @@ def test_the_same_name_twice(tmp_path, tiny_geometry, augreg_arrays):
 
 
 def test_official_urls():
-    assert AUGREG_URLS.keys() == {"Ti/16", "S/16", "B/16"} <= VARIANTS.keys()
+    assert {"Ti/16", "S/16", "B/16", "B/32", "L/16"} <= AUGREG_URLS.keys() <= VARIANTS.keys()
     for variant, url in AUGREG_URLS.items():
         name = url.removeprefix("https://storage.googleapis.com/vit_models/augreg/")
         assert name.startswith(variant.replace("/", "_") + "-i21k-300ep-lr_0.001-")

@@ -1,3 +1,7 @@
+import base64
+import hashlib
+import multiprocessing
+import re
 import socket
 import threading
 import time
@@ -9,22 +13,40 @@ from surm_jax.errors import UserError
 from surm_jax.pretrained.download import cache_path, download
 
 CONTENT = bytes(range(256)) * 8192  # two chunks
+HALF = len(CONTENT) // 2
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Serves `server.content`, in the way that the server's attributes say."""
+
     def do_GET(self):
-        self.server.requests.append(self.path)
+        server = self.server
+        server.requests.append((self.path, self.headers.get("Range"), self.headers.get("If-Range")))
         if self.path.startswith("/absent"):
             self.send_error(404)
             return
-        self.send_response(200)
-        if "unsized" not in self.path:
-            self.send_header("Content-Length", str(len(CONTENT)))
-        self.end_headers()
-        if "stalled" in self.path:
-            self.server.stop.wait(5)
+        begin = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        start = 0
+        if server.ranges and begin and self.headers.get("If-Range") in (None, *server.version.values()):
+            start = int(begin[1])
+        if start >= len(server.content) > 0:
+            self.send_error(416)
             return
-        self.wfile.write(CONTENT[: len(CONTENT) // 2] if "short" in self.path else CONTENT)
+        body = server.content[start:]
+        self.send_response(206 if start else 200)
+        if start:
+            shown = start + server.shift
+            self.send_header("Content-Range", f"bytes {shown}-{len(server.content) - 1}/{len(server.content)}")
+        for name, value in {**server.version, **server.extra}.items():
+            self.send_header(name, value)
+        if server.sized:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if server.stalled:
+            server.stop.wait(5)
+            return
+        server.stop.wait(server.delay)
+        self.wfile.write(body[: server.most])
 
     def log_message(self, *args):
         pass
@@ -36,8 +58,11 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.requests, server.stop = [], threading.Event()
-        server.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
+        server.content, server.most, server.sized, server.stalled = CONTENT, len(CONTENT), True, False
+        server.ranges, server.version, server.extra, server.shift = True, {"ETag": '"one"'}, {}, 0
+        server.delay = 0.0
+        server.url = f"http://127.0.0.1:{server.server_port}/models/vit.npz"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
         server.stop.set()
@@ -45,41 +70,162 @@ def server(monkeypatch, tmp_path):
         thread.join()
 
 
-def files(folder):
-    return [path for path in folder.rglob("*") if path.is_file()]
+def left(url):
+    """What is in the folder of the file, but for the lock, which stays."""
+    return {path.name: path.stat().st_size for path in cache_path(url).parent.iterdir() if path.suffix != ".lock"}
+
+
+def cut(server, most=HALF):
+    """A first attempt, whose connection breaks."""
+    server.most = most
+    with pytest.raises(UserError) as error:
+        download(server.url)
+    server.most = len(server.content)
+    return str(error.value)
 
 
 def test_fetched_once(server):
-    url = f"{server.url}/models/vit.npz"
-    path = download(url)
-    assert path == cache_path(url)
+    path = download(server.url)
+    assert path == cache_path(server.url)
     assert path.suffix == ".npz"
     assert path.read_bytes() == CONTENT
-    assert download(url) == path
-    assert server.requests == ["/models/vit.npz"]
+    assert download(server.url) == path
+    assert server.requests == [("/models/vit.npz", None, None)]
+    assert left(server.url) == {"vit.npz": len(CONTENT)}
 
 
 def test_without_content_length(server):
-    assert download(f"{server.url}/unsized.npz").read_bytes() == CONTENT
+    server.sized = False
+    assert download(server.url).read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"), [("short.npz", "1048576 of 2097152 bytes"), ("absent.npz", "404|Not Found")]
-)
-def test_failures_leave_nothing_behind(server, tmp_path, name, reason):
-    url = f"{server.url}/{name}"
-    with pytest.raises(UserError, match=reason) as error:
+def test_a_broken_connection_is_resumed_with_the_rest_alone(server):
+    message = cut(server)
+    assert f"{HALF} of {len(CONTENT)} bytes" in message
+    assert "call again to fetch the rest" in message
+    assert str(cache_path(server.url)) in message
+    assert left(server.url)["vit.npz.part"] == HALF
+    assert not cache_path(server.url).exists()
+    # Were the first half sent again, it would be of the other version, and the content wrong.
+    server.content = bytes(HALF) + CONTENT[HALF:]
+    assert download(server.url).read_bytes() == CONTENT
+    assert server.requests[1:] == [("/models/vit.npz", f"bytes={HALF}-", '"one"')]
+    assert left(server.url) == {"vit.npz": len(CONTENT)}
+
+
+def test_resumed_twice(server):
+    cut(server, 1000)
+    cut(server, 500)
+    assert left(server.url)["vit.npz.part"] == 1500
+    assert download(server.url).read_bytes() == CONTENT
+    assert [request[1] for request in server.requests] == [None, "bytes=1000-", "bytes=1500-"]
+
+
+@pytest.mark.parametrize("etag", [{}, {"ETag": 'W/"weak"'}])
+def test_resumed_by_date_where_the_etag_does_not_name_the_bytes(server, etag):
+    date = "Wed, 21 Oct 2015 07:28:00 GMT"
+    server.version = {**etag, "Last-Modified": date}
+    cut(server)
+    assert download(server.url).read_bytes() == CONTENT
+    assert server.requests[1] == ("/models/vit.npz", f"bytes={HALF}-", date)
+
+
+def test_another_version_by_now_starts_over(server):
+    cut(server)
+    server.content, server.version = CONTENT[::-1], {"ETag": '"two"'}
+    assert download(server.url).read_bytes() == CONTENT[::-1]
+    assert server.requests[1][1:] == (f"bytes={HALF}-", '"one"')
+    assert left(server.url) == {"vit.npz": len(CONTENT)}
+
+
+def test_a_server_without_ranges_starts_over(server):
+    server.ranges = False
+    cut(server)
+    assert download(server.url).read_bytes() == CONTENT
+
+
+def test_without_a_version_nothing_is_kept(server):
+    server.version = {}
+    assert "call again" not in cut(server)
+    assert left(server.url) == {}
+    assert download(server.url).read_bytes() == CONTENT
+    assert server.requests[1][1] is None
+
+
+def test_a_file_that_became_shorter_starts_over(server):
+    cut(server)
+    server.content = CONTENT[:100]
+    assert download(server.url).read_bytes() == CONTENT[:100]
+    assert [request[1] for request in server.requests] == [None, f"bytes={HALF}-", None]
+
+
+def test_the_wrong_range_is_not_appended(server):
+    cut(server)
+    server.shift = 7
+    with pytest.raises(UserError, match=f"asked for bytes from {HALF}, got bytes {HALF + 7}-"):
+        download(server.url)
+    assert left(server.url)["vit.npz.part"] == HALF
+
+
+def test_parts_of_a_process_that_was_killed(server):
+    """Bytes whose version is unknown are not continued."""
+    part = cache_path(server.url).with_name("vit.npz.part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"of another file")
+    assert download(server.url).read_bytes() == CONTENT
+    assert server.requests == [("/models/vit.npz", None, None)]
+
+
+def google_hash(content):
+    return {"x-goog-hash": f"crc32c=AAAAAA==,md5={base64.b64encode(hashlib.md5(content).digest()).decode()}"}
+
+
+def test_md5_of_google_cloud_storage(server):
+    server.extra = google_hash(CONTENT)
+    cut(server)
+    assert download(server.url).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_another_md5_removes_what_had_arrived(server, resumed):
+    if resumed:
+        cut(server)
+    server.extra = google_hash(CONTENT[1:])
+    with pytest.raises(UserError, match=r"its MD5 is .*, but the server says .*: what had arrived is removed") as error:
+        download(server.url)
+    assert "call again" not in str(error.value)
+    assert left(server.url) == {}
+    server.extra = {}
+    assert download(server.url).read_bytes() == CONTENT
+
+
+def _download(url):
+    return download(url).read_bytes() == CONTENT
+
+
+def test_several_processes_fetch_it_once(server):
+    server.delay = 1.0
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        assert pool.map(_download, [server.url] * 3) == [True] * 3
+    assert len(server.requests) == 1
+    assert left(server.url) == {"vit.npz": len(CONTENT)}
+
+
+def test_absent(server):
+    url = server.url.replace("models", "absent")
+    with pytest.raises(UserError, match=r"404|Not Found") as error:
         download(url)
     assert url in str(error.value)
-    assert str(cache_path(url)) in str(error.value)
-    assert files(tmp_path) == []
+    assert f"put it at {cache_path(url)}" in str(error.value)
+    assert left(url) == {}
 
 
-def test_a_server_that_falls_silent(server, tmp_path, monkeypatch):
+def test_a_server_that_stalls(server, monkeypatch):
     monkeypatch.setattr("surm_jax.pretrained.download.TIMEOUT_SECONDS", 0.2)
+    server.stalled = True
     with pytest.raises(UserError, match="timed out"):
-        download(f"{server.url}/stalled.npz")
-    assert files(tmp_path) == []
+        download(server.url)
+    assert left(server.url) == {}
 
 
 def test_no_connection_says_at_once_which_file_to_put_where(tmp_path, monkeypatch):

@@ -1,3 +1,5 @@
+import json
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -7,8 +9,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from surm_jax.errors import UserError
-from surm_jax.models import ViT, ViTConfig
-from surm_jax.pretrained import load, save_model
+from surm_jax.models import Bert, BertConfig, ViT, ViTConfig
+from surm_jax.pretrained import load, model_config, save_model
+from surm_jax.pretrained.position_embed import resize_position_embed
 
 CONFIG = {
     "image_size": 8,
@@ -112,6 +115,38 @@ def test_another_geometry_names_the_fields(saved):
     assert "depth" not in str(error.value)
 
 
+def test_another_model(saved):
+    bert = BertConfig(vocab_size=5, width=6, depth=1, heads=2, mlp_width=10, max_positions=4, type_vocab_size=1)
+    with pytest.raises(UserError, match="holds a model of ViTConfig, not of BertConfig"):
+        load(lambda: Bert(bert, rngs=nnx.Rngs(0)), saved[0])
+
+
+def test_fields_that_are_younger_than_the_file_have_their_defaults(saved):
+    def alter(header, tensors):
+        stored = json.loads(header["config"])
+        header["config"] = json.dumps({name: stored[name] for name in CONFIG})
+
+    rewrite(saved[0], alter)
+    assert model_config(saved[0]) == (ViT, config())
+    build(path=saved[0])
+    with pytest.raises(UserError, match=r"epsilon is 1e-06 in the file and 0.1 in the model"):
+        build(path=saved[0], epsilon=0.1)
+
+
+def test_configuration_of_a_file(saved):
+    assert model_config(saved[0]) == (ViT, config())
+    assert model_config(saved[0], num_classes=9, dtype="bfloat16") == (ViT, config(num_classes=9, dtype="bfloat16"))
+    with pytest.raises(UserError, match=r"ViTConfig has no field 'num_clases'.*did you mean 'num_classes'"):
+        model_config(saved[0], num_clases=9)
+
+
+def test_position_embeddings_are_resized_as_augregs_are(saved):
+    path, model = saved
+    loaded = build(path=path, image_size=20)
+    expected = resize_position_embed(np.asarray(model.position_embed[...]), (1, 26, 6))
+    np.testing.assert_array_equal(loaded.position_embed[...], expected)
+
+
 def test_runtime_fields_may_differ(saved):
     assert build(path=saved[0], dtype="bfloat16", dropout=0.1).config.dtype == "bfloat16"
 
@@ -140,9 +175,19 @@ def rewrite(path, alter):
         ),
         (lambda header, tensors: tensors.update({"cls_token": np.ones(2)}), r"'cls_token' has shape \(2,\)"),
         (lambda header, tensors: header.update(format="pt"), "not written by save_model"),
-        (lambda header, tensors: header.update(model="BertConfig"), "a model of BertConfig, not of ViTConfig"),
+        (
+            lambda header, tensors: header.update(model="ViTConfigs"),
+            "of 'ViTConfigs'; known .*did you mean 'ViTConfig'",
+        ),
+        (lambda header, tensors: header.update(model="BertConfig"), "no configuration of a Bert"),
         (lambda header, tensors: header.update(config="{"), "header of .* is damaged"),
-        (lambda header, tensors: header.update(config="{}"), "must have the fields"),
+        (lambda header, tensors: header.update(config="{}"), "header of .* is damaged: .*missing .*'image_size'"),
+        (lambda header, tensors: header.update(config="[]"), "header of .* is damaged"),
+        (
+            lambda header, tensors: header.update(config=header["config"].replace("depth", "dept")),
+            "unexpected .*'dept'",
+        ),
+        (lambda header, tensors: header.update(config=header["config"].replace("token", "tok")), "must be one of"),
     ],
 )
 def test_altered_files(saved, alter, message):

@@ -1,9 +1,10 @@
+import jax
 import numpy as np
 import pytest
 import scipy.ndimage
 
 from surm_jax.errors import UserError
-from surm_jax.pretrained.position_embed import resize_position_embed
+from surm_jax.pretrained.position_embed import resize_position_embed, resize_position_embed_bicubic
 
 
 def random(*shape):
@@ -45,3 +46,30 @@ def test_class_token_cannot_be_invented():
 def test_no_grid(tokens):
     with pytest.raises(UserError, match=f"{tokens} position embeddings are not a square grid"):
         resize_position_embed(random(1, tokens, 2), (1, 17, 2))
+
+
+class TestBicubic:
+    @pytest.mark.parametrize(("old", "new"), [(14, 24), (14, 7), (2, 3), (3, 2), (5, 1), (1, 4)])
+    @pytest.mark.parametrize("extra_tokens", [0, 2])
+    def test_equals_jax(self, old, new, extra_tokens):
+        """JAX has the kernel too, and tests it beside PyTorch's."""
+        embed = random(1, old * old + extra_tokens, 6)
+        resized = resize_position_embed_bicubic(embed, (1, new * new + extra_tokens, 6), extra_tokens=extra_tokens)
+        grid = embed[0, extra_tokens:].reshape(old, old, 6)
+        expected = jax.image.resize(grid, (new, new, 6), "cubic-pytorch", antialias=False).reshape(new * new, 6)
+        np.testing.assert_allclose(resized[0, extra_tokens:], expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(resized[:, :extra_tokens], embed[:, :extra_tokens])
+        assert resized.dtype == np.float32
+
+    def test_identity(self):
+        embed = random(1, 50, 6)
+        np.testing.assert_array_equal(resize_position_embed_bicubic(embed, embed.shape, extra_tokens=1), embed)
+
+    def test_a_constant_stays_one_beyond_the_border(self):
+        embed = np.full((1, 9, 2), 3.5)
+        np.testing.assert_allclose(resize_position_embed_bicubic(embed, (1, 49, 2), extra_tokens=0), 3.5, rtol=1e-14)
+
+    @pytest.mark.parametrize(("old", "new"), [(10, 17), (9, 16)])
+    def test_no_grid(self, old, new):
+        with pytest.raises(UserError, match=r"10 position .* and 0 more: does|9 position .* and 1 more: does"):
+            resize_position_embed_bicubic(random(1, old, 2), (1, new, 2), extra_tokens=10 - old)

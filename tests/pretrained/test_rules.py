@@ -98,6 +98,44 @@ def test_dtypes_are_widened_but_never_narrowed():
         fails(f"'layer_0.bias' is {np.dtype(dtype)}", "float32", file=weights(**{"layer_0.bias": np.ones(3, dtype)}))
 
 
+def test_half_precision_is_widened_exactly():
+    for half in (np.array([1.0, 2.0**-24, -65504.0], np.float16), np.array([1.0, 1e-38, 3e38], ml_dtypes.bfloat16)):
+        filled = run(weights(**{"layer_0.bias": half}))
+        np.testing.assert_array_equal(np.asarray(filled["blocks/0/bias"]).astype(half.dtype), half)
+
+
+def test_bfloat16_parameters_are_rounded_to_the_nearest():
+    target = {**TARGETS, "blocks/0/bias": jax.ShapeDtypeStruct((3,), jnp.bfloat16)}
+    step = 2.0**-7
+    stored = np.array([1 + 0.4 * step, 1 + 0.6 * step, 1 + 0.5 * step], np.float32)  # a tie goes to the even one
+    for dtype in (np.float32, np.float64):
+        filled = run(weights(**{"layer_0.bias": stored.astype(dtype)}), targets=target)
+        assert filled["blocks/0/bias"].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(filled["blocks/0/bias"].astype(jnp.float32), [1.0, 1 + step, 1.0])
+    fails("is int32", "bfloat16", file=weights(**{"layer_0.bias": np.ones(3, np.int32)}), targets=target)
+
+
+def test_arrays_are_read_in_the_order_of_the_file_and_put_where_they_are_wanted():
+    devices = jax.devices()
+    mesh = jax.make_mesh((len(devices),), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", None))
+    one = jax.sharding.SingleDeviceSharding(devices[3])
+    targets = {
+        "blocks/0/bias": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=one),
+        "blocks/0/kernel": jax.ShapeDtypeStruct((16, 5), jnp.float32, sharding=split),
+    }
+    file = {"layer_0.weight": np.arange(80.0, dtype=np.float32).reshape(5, 16), "layer_0.bias": np.ones(3, np.float32)}
+    read = []
+    filled = fill(file, lambda key: read.append(key) or file[key], targets, RULES, origin="weights.bin")
+    assert read == ["layer_0.weight", "layer_0.bias"]
+    assert filled["blocks/0/bias"].devices() == {devices[3]}
+    kernel = filled["blocks/0/kernel"]
+    assert kernel.sharding == split
+    for shard in kernel.addressable_shards:
+        np.testing.assert_array_equal(shard.data, file["layer_0.weight"].T[shard.index])
+        assert shard.data.shape == (2, 5)
+
+
 def test_long_lists_are_cut():
     with pytest.raises(UserError) as error:
         run(weights(**{f"extra_{i}": 0 for i in range(30)}))

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -24,8 +26,10 @@ def test_augreg_is_the_official_file_of_the_variant(variant, tmp_path, monkeypat
 
 
 def test_augreg_of_a_variant_without_one():
-    with pytest.raises(UserError, match=r"of ViT 'mini'; there is one of \['B/16', 'S/16', 'Ti/16'\]"):
+    with pytest.raises(UserError, match=r"of ViT 'mini'; there is one of \['B/16', .*'Ti/16'\]"):
         locate("augreg", "mini")
+    with pytest.raises(UserError, match=r"augreg needs a variant; there is one of \['B/16', "):
+        locate("augreg")
 
 
 def test_digits(tmp_path, monkeypatch):
@@ -50,8 +54,32 @@ def test_missing_path_lists_similar_files(tmp_path):
         locate(str(tmp_path / "vit_bas.npz"), "B/16")
     with pytest.raises(UserError, match=f"not even the folder {tmp_path / 'absent'} exists"):
         locate(str(tmp_path / "absent" / "vit.npz"), "B/16")
-    with pytest.raises(UserError, match=r"it is a folder, with the files vit_base\.npz"):
-        locate(str(tmp_path), "B/16")
+
+
+def test_folder(tmp_path):
+    with pytest.raises(UserError, match=r"the folder holds no config\.json, .* and is empty"):
+        locate(str(tmp_path))
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(UserError, match=r"the folder holds no config\.json, .*, but adapter_config\.json"):
+        locate(str(tmp_path))
+    (tmp_path / "config.json").touch()
+    assert locate(str(tmp_path)) == tmp_path
+
+
+def test_a_bare_name_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("google/vit-base-patch16-224", "google/vit-base-patch16-224@v1"):
+        with pytest.raises(UserError, match=f"a model of the Hugging Face Hub is named 'hf://{name}'"):
+            locate(name)
+    (tmp_path / "google").mkdir()
+    (tmp_path / "google" / "vit").touch()
+    assert locate("google/vit") == Path("google/vit")
+
+
+def test_misspelt_path_beside_a_folder(tmp_path):
+    (tmp_path / "vit_base").mkdir()
+    with pytest.raises(UserError, match="did you mean 'vit_base'"):
+        locate(str(tmp_path / "vit_bas"))
 
 
 def test_misspelt_name(tmp_path, monkeypatch):

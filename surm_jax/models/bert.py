@@ -1,0 +1,334 @@
+"""BERT (arXiv 1810.04805) and RoBERTa (arXiv 1907.11692) with the numerics of transformers' PyTorch models.
+
+Post-norm blocks, LayerNorm with epsilon 1e-12 (RoBERTa: 1e-5), GELU with the error function, learned positions:
+https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/bert/modeling_bert.py.
+Suffixes of local names: b batch, t tokens, d width, v vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from surm_jax.errors import UserError
+from surm_jax.models.layers import ACTIVATIONS, MLP, Attention, call_block, drop, split_key
+from surm_jax.models.settings import check_choice, check_sizes, check_transformer, from_variant
+
+HEADS = ("classifier", "mlm")
+POSITIONS = ("absolute", "after_padding")
+
+
+def _geometry(depth: int, width: int) -> Mapping[str, int]:
+    return MappingProxyType(
+        {
+            "vocab_size": 30522,
+            "width": width,
+            "depth": depth,
+            "heads": width // 64,
+            "mlp_width": 4 * width,
+            "max_positions": 512,
+            "type_vocab_size": 2,
+        }
+    )
+
+
+BERT_VARIANTS: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        # The miniatures of arXiv 1908.08962 (https://github.com/google-research/bert), and the two of the paper.
+        "tiny": _geometry(2, 128),
+        "mini": _geometry(4, 256),
+        "small": _geometry(4, 512),
+        "medium": _geometry(8, 512),
+        "base": _geometry(12, 768),
+        "large": _geometry(24, 1024),
+    }
+)
+"""Geometry of the named models, with the uncased English vocabulary: the fields of `BertConfig` that each sets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertConfig:
+    """Geometry and precision of a `Bert`.
+
+    Raises:
+        UserError: a size is not a positive integer, heads do not divide the width, the padding token is not in the
+            vocabulary, no position is left after it, dropout is outside [0, 1), epsilon is not positive, or `head`,
+            `positions`, `activation` or a dtype is unknown.
+
+    >>> config = BertConfig.from_variant("base", num_classes=3, dtype="bfloat16")
+    >>> config.width, config.head, config.max_tokens
+    (768, 'classifier', 512)
+    """
+
+    vocab_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    # Rows of the table of position embeddings.
+    max_positions: int
+    # Kinds of segments, such as the first and the second sentence.
+    type_vocab_size: int
+    # Outputs of the classifier; a masked language model has one for every token of the vocabulary instead.
+    num_classes: int = 2
+    # "classifier": of the whole sequence, by its first token. "mlm": every token, by the word embeddings.
+    head: str = "classifier"
+    # Whether the classifier reads the first token through a dense layer and tanh; "mlm" has none of it in any case.
+    pooler: bool = True
+    # "absolute": 0, 1, ... "after_padding", RoBERTa's: pad_token + 1, ... over the tokens that are not padding, which
+    # itself stays at pad_token.
+    positions: str = "absolute"
+    # The token that fills up short sequences; it says nothing about who attends to what: that is the mask's.
+    pad_token: int = 0
+    epsilon: float = 1e-12
+    activation: str = "gelu"
+    # Probability of zeroing an activation: after the embeddings, at the end of both branches, before the classifier.
+    dropout: float = 0.0
+    # Of the computation; norms and logits are float32 always.
+    dtype: str = "float32"
+    # Of the embeddings and of the layers in the blocks and before the vocabulary; norms, pooler, classifier and the
+    # bias of the vocabulary, which are small and trained with any method, are float32 always.
+    param_dtype: str = "float32"
+    # Whether the blocks are computed a second time for the gradient instead of remembered.
+    remat: bool = False
+
+    # Fields that change how the model runs but none of its parameters, and those that change the head alone:
+    # a checkpoint may differ from the model in the former, and in the latter where the head is not loaded.
+    RUNTIME_FIELDS: ClassVar[tuple[str, ...]] = ("dropout", "dtype", "param_dtype", "remat")
+    HEAD_FIELDS: ClassVar[tuple[str, ...]] = ("num_classes", "head", "pooler")
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "width", "depth", "heads", "mlp_width", "max_positions", "type_vocab_size")
+        check_sizes(self, (*sizes, "num_classes"))
+        for name, known in (("head", HEADS), ("positions", POSITIONS), ("activation", ACTIVATIONS)):
+            check_choice(self, name, known)
+        check_transformer(self)
+        if not (isinstance(self.pad_token, int) and 0 <= self.pad_token < self.vocab_size):
+            raise UserError(
+                f"BertConfig.pad_token must be a token of the vocabulary, 0 to {self.vocab_size - 1}, "
+                f"got {self.pad_token!r}"
+            )
+        if self.max_tokens < 1:
+            raise UserError(
+                f"BertConfig.max_positions must be above {self.pad_token + 1}: positions {self.positions!r} begin "
+                f"after pad_token {self.pad_token}, got {self.max_positions}"
+            )
+
+    @classmethod
+    def from_variant(cls, name: str, **fields: Any) -> "BertConfig":
+        """Returns the configuration of a named model (`BERT_VARIANTS`), with some fields set or replaced.
+
+        Raises:
+            UserError: no such variant or field, or the fields do not fit together.
+        """
+        return from_variant(cls, "BERT", BERT_VARIANTS, name, fields)
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence for which there are positions."""
+        return self.max_positions - (self.pad_token + 1 if self.positions == "after_padding" else 0)
+
+
+class Block(nnx.Module):
+    """One post-norm encoder block: `norm1(x + attention(x))`, then `norm2(x + mlp(x))`."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        options = {
+            "dtype": jnp.dtype(config.dtype),
+            "param_dtype": jnp.dtype(config.param_dtype),
+            "kernel_init": _init,
+            "rngs": rngs,
+        }
+        self.attention = Attention(config.width, config.heads, **options)
+        self.norm1 = _norm(config, rngs)
+        # Unlike ViT, BERT has no dropout between the two layers.
+        self.mlp = MLP(
+            config.width,
+            config.mlp_width,
+            activation=config.activation,
+            dropout=0.0,
+            bias_init=nnx.initializers.zeros_init(),
+            **options,
+        )
+        self.norm2 = _norm(config, rngs)
+        self.dropout = nnx.Dropout(config.dropout)
+
+    def __call__(
+        self, x_btd: Float[Array, "b t d"], mask_bt: Bool[Array, "b t"] | None, key: jax.Array | None
+    ) -> Float[Array, "b t d"]:
+        """Applies both branches; `key` draws their dropout, `None` means no dropout."""
+        attention_key, mlp_key = split_key(key, 2)
+        y_btd = drop(self.dropout, self.attention(x_btd, mask_bt), attention_key)
+        # The norms are float32; what the layers (and adapters on them) read has the compute dtype.
+        x_btd = self.norm1(x_btd + y_btd).astype(x_btd.dtype)
+        y_btd = drop(self.dropout, self.mlp(x_btd, None), mlp_key)
+        return self.norm2(x_btd + y_btd).astype(x_btd.dtype)
+
+
+class MaskedLMHead(nnx.Module):
+    """Scores of all words for every token, `norm(activation(x T + t)) E^T + b` with the table `E` of word embeddings.
+
+    `E` is an argument: it belongs to the model, which uses it at both ends (arXiv 1608.05859).
+    """
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.activation = config.activation
+        self.transform = nnx.Linear(
+            config.width,
+            config.width,
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            kernel_init=_init,
+            rngs=rngs,
+        )
+        self.norm = _norm(config, rngs)
+        self.bias = nnx.Param(jnp.zeros((config.vocab_size,), jnp.float32))
+
+    def __call__(self, x_btd: Float[Array, "b t d"], table_vd: Float[Array, "v d"]) -> Float[Array, "b t v"]:
+        """Returns float32 scores; products with the table have the dtype of `x_btd` and float32 sums."""
+        y_btd = self.norm(ACTIVATIONS[self.activation](self.transform(x_btd))).astype(x_btd.dtype)
+        scores_btv = jnp.einsum("btd,vd->btv", y_btd, table_vd.astype(x_btd.dtype), preferred_element_type=jnp.float32)
+        return scores_btv + self.bias[...][None, None]
+
+
+class Bert(nnx.Module):
+    """BERT or RoBERTa, as a classifier of sequences or as a masked language model.
+
+    Parameter paths: `{word,position,type}_embed/embedding`, `embed_norm/{scale,bias}`,
+    `blocks/<i>/attention/{query,key,value,out}/{kernel,bias}`, `blocks/<i>/mlp/{up,down}/{kernel,bias}`,
+    `blocks/<i>/{norm1,norm2}/{scale,bias}`. A classifier has `pooler/{kernel,bias}` and `head/{kernel,bias}`, a masked
+    language model `head/transform/{kernel,bias}`, `head/norm/{scale,bias}` and `head/bias`. Kernels and embeddings
+    start from N(0, 0.02^2), biases at zero.
+
+    Dropout differs from transformers' in two places: there is none on the probabilities of attention, which
+    `jax.nn.dot_product_attention` does not offer, and none before RoBERTa's pooler.
+
+    >>> config = BertConfig.from_variant("tiny", num_classes=3)
+    >>> jax.eval_shape(lambda tokens: Bert(config, rngs=nnx.Rngs(0))(tokens), jnp.zeros((2, 16), jnp.int32)).shape
+    (2, 3)
+    """
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.word_embed = _embed(config.vocab_size, config, rngs)
+        self.position_embed = _embed(config.max_positions, config, rngs)
+        self.type_embed = _embed(config.type_vocab_size, config, rngs)
+        self.embed_norm = _norm(config, rngs)
+        self.dropout = nnx.Dropout(config.dropout)
+        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
+        if config.head == "mlm":
+            self.head = MaskedLMHead(config, rngs=rngs)
+        else:
+            if config.pooler:
+                self.pooler = nnx.Linear(config.width, config.width, dtype=jnp.float32, kernel_init=_init, rngs=rngs)
+            self.head = nnx.Linear(config.width, config.num_classes, dtype=jnp.float32, kernel_init=_init, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens_bt: Int[Array, "b t"],
+        *,
+        mask: Bool[Array, "b t"] | Int[Array, "b t"] | None = None,
+        token_types: Int[Array, "b t"] | None = None,
+        rngs: nnx.Rngs | jax.Array | None = None,
+    ) -> Float[Array, "b num_classes"] | Float[Array, "b t v"]:
+        """Returns float32 logits: of the classes, or of the vocabulary for every token.
+
+        Args:
+            tokens_bt: numbers of words below `config.vocab_size` (the results of others are NaN).
+            mask: tokens to look at; padding is False or 0. `None` means all tokens, those equal to `config.pad_token`
+                included.
+            token_types: kinds of segments, below `config.type_vocab_size`; `None` means 0 everywhere.
+            rngs: draws the dropout, from the stream `dropout` of an `nnx.Rngs` or from a JAX key; `None` means no
+                dropout.
+
+        Raises:
+            UserError: the tokens are not a matrix of integers, there are more than `config.max_tokens` of them in a
+                row, or `mask` or `token_types` has another shape or dtype.
+        """
+        key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
+        body_key, head_key = split_key(key, 2)
+        x_btd = self.hidden_states(tokens_bt, mask=mask, token_types=token_types, rngs=body_key)[-1]
+        if self.config.head == "mlm":
+            return self.head(x_btd, self.word_embed.embedding[...])
+        x_bd = x_btd[:, 0]
+        if self.config.pooler:
+            x_bd = jnp.tanh(self.pooler(x_bd))
+        return self.head(drop(self.dropout, x_bd, head_key))
+
+    def hidden_states(
+        self,
+        tokens_bt: Int[Array, "b t"],
+        *,
+        mask: Bool[Array, "b t"] | Int[Array, "b t"] | None = None,
+        token_types: Int[Array, "b t"] | None = None,
+        rngs: nnx.Rngs | jax.Array | None = None,
+    ) -> tuple[Float[Array, "b t d"], ...]:
+        """Returns the embeddings and what each block made of them: `depth + 1` arrays.
+
+        Arguments and errors are those of `__call__`. What stands at padding means nothing.
+        """
+        self._check(tokens_bt, mask, token_types)
+        mask_bt = None if mask is None else mask.astype(jnp.bool_)
+        types_bt = jnp.zeros_like(tokens_bt) if token_types is None else token_types
+        key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
+        embed_key, *block_keys = split_key(key, self.config.depth + 1)
+
+        x_btd = self.word_embed(tokens_bt) + self.type_embed(types_bt) + self.position_embed(self._positions(tokens_bt))
+        x_btd = drop(self.dropout, self.embed_norm(x_btd).astype(x_btd.dtype), embed_key)
+        states = [x_btd]
+        for block, block_key in zip(self.blocks, block_keys, strict=True):
+            states.append(call_block(block, states[-1], mask_bt, block_key, remat=self.config.remat))
+        return tuple(states)
+
+    def _positions(self, tokens_bt: Int[Array, "b t"]) -> Int[Array, "#b t"]:
+        if self.config.positions == "absolute":
+            return jnp.arange(tokens_bt.shape[1])[None]
+        pad_token = self.config.pad_token
+        kept_bt = (tokens_bt != pad_token).astype(jnp.int32)
+        return jnp.cumsum(kept_bt, axis=1) * kept_bt + pad_token
+
+    def _check(self, tokens_bt: Array, mask: Array | None, token_types: Array | None) -> None:
+        if tokens_bt.ndim != 2 or not jnp.issubdtype(tokens_bt.dtype, jnp.integer):
+            raise UserError(f"tokens must be integers (batch, tokens), got {tokens_bt.dtype} {tokens_bt.shape}")
+        if tokens_bt.shape[1] > self.config.max_tokens:
+            raise UserError(
+                f"this BERT has positions for {self.config.max_tokens} tokens, got sequences of {tokens_bt.shape[1]}: "
+                "truncate them"
+            )
+        # A mask of floats would be one that others add to the scores, with 0 for what is kept.
+        for name, array, kinds in (
+            ("mask", mask, (jnp.bool_, jnp.integer)),
+            ("token_types", token_types, (jnp.integer,)),
+        ):
+            if array is not None and (
+                array.shape != tokens_bt.shape or not any(jnp.issubdtype(array.dtype, kind) for kind in kinds)
+            ):
+                expected = " or ".join("booleans" if kind is jnp.bool_ else "integers" for kind in kinds)
+                raise UserError(
+                    f"{name} must be {expected} of the shape of the tokens, {tokens_bt.shape}, "
+                    f"got {array.dtype} {array.shape}"
+                )
+
+
+_init = nnx.initializers.normal(stddev=0.02)
+
+
+def _embed(rows: int, config: BertConfig, rngs: nnx.Rngs) -> nnx.Embed:
+    return nnx.Embed(
+        rows,
+        config.width,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        embedding_init=_init,
+        rngs=rngs,
+    )
+
+
+def _norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # The variance in two passes, as PyTorch has it: with so small an epsilon the difference of two means would not do.
+    return nnx.LayerNorm(config.width, epsilon=config.epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)

@@ -1,0 +1,139 @@
+"""What transformers of every kind are made of: attention, the MLP, activations, dropout, rematerialisation.
+
+Parameters have `param_dtype`, the computation `dtype`; the softmax is float32 whatever they are.
+Suffixes of local names: b batch, t tokens, d width, m width inside the MLP, n heads, k width of a head.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x sigmoid(1.702 x)`, the approximation of GELU that CLIP was trained with (arXiv 1606.08415, section 2)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+_XAVIER = nnx.initializers.xavier_uniform()
+_TINY = nnx.initializers.normal(stddev=1e-6)
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
+    {
+        "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+        "gelu": partial(jax.nn.gelu, approximate=False),
+        "quick_gelu": quick_gelu,
+        "relu": jax.nn.relu,
+    }
+)
+"""Activations of the MLP by name; "gelu" is the exact one, with the error function."""
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention, `softmax(Q K^T / sqrt(k)) V` for every head (arXiv 1706.03762, equation 1).
+
+    The four projections are called as modules, so that wrapping one of them changes the model. Kernels of `query`,
+    `key` and `value` are (d, n, k), that of `out` is (n, k, d).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        kernel_init: nnx.initializers.Initializer = _XAVIER,
+        rngs: nnx.Rngs,
+    ):
+        heads_shape = (heads, width // heads)
+        options = {
+            "dtype": jnp.dtype(dtype),
+            "param_dtype": jnp.dtype(param_dtype),
+            "kernel_init": kernel_init,
+            "rngs": rngs,
+        }
+        self.query = nnx.LinearGeneral(width, heads_shape, use_bias=qkv_bias, **options)
+        self.key = nnx.LinearGeneral(width, heads_shape, use_bias=qkv_bias, **options)
+        self.value = nnx.LinearGeneral(width, heads_shape, use_bias=qkv_bias, **options)
+        self.out = nnx.LinearGeneral(heads_shape, width, axis=(-2, -1), use_bias=out_bias, **options)
+
+    def __call__(
+        self, x_btd: Float[Array, "b t d"], mask_bt: Bool[Array, "b t"] | None = None
+    ) -> Float[Array, "b t d"]:
+        """Mixes the tokens. Cost `O(t d^2 + t^2 d)` for each sequence.
+
+        Args:
+            x_btd: the tokens.
+            mask_bt: tokens to look at: those where it is False get no weight. `None`: all of them.
+        """
+        q_btnk, k_btnk, v_btnk = self.query(x_btd), self.key(x_btd), self.value(x_btd)
+        mask_bnts = None if mask_bt is None else mask_bt[:, None, None, :]
+        # jax.nn asks for the promotion of bfloat16 to float32, which strict promotion refuses even to answer.
+        with jax.numpy_dtype_promotion("standard"):
+            y_btnk = jax.nn.dot_product_attention(q_btnk, k_btnk, v_btnk, mask=mask_bnts)
+        return self.out(y_btnk)
+
+
+class MLP(nnx.Module):
+    """`activation(x U + u) D + d` on every token alone; `(b, t, d) -> (b, t, d)`."""
+
+    def __init__(
+        self,
+        width: int,
+        hidden_width: int,
+        *,
+        activation: str,
+        dropout: float,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        kernel_init: nnx.initializers.Initializer = _XAVIER,
+        bias_init: nnx.initializers.Initializer = _TINY,
+        rngs: nnx.Rngs,
+    ):
+        options = {
+            "dtype": jnp.dtype(dtype),
+            "param_dtype": jnp.dtype(param_dtype),
+            "kernel_init": kernel_init,
+            "bias_init": bias_init,
+            "rngs": rngs,
+        }
+        self.activation = activation
+        self.up = nnx.Linear(width, hidden_width, **options)
+        self.down = nnx.Linear(hidden_width, width, **options)
+        self.dropout = nnx.Dropout(dropout)
+
+    def __call__(self, x_btd: Float[Array, "b t d"], key: jax.Array | None) -> Float[Array, "b t d"]:
+        """Applies the two layers; `key` draws the dropout between them, `None` means no dropout."""
+        hidden_btm = ACTIVATIONS[self.activation](self.up(x_btd))
+        return self.down(drop(self.dropout, hidden_btm, key))
+
+
+def split_key(key: jax.Array | None, count: int) -> tuple[jax.Array | None, ...]:
+    """Returns `count` independent keys, or as many `None`."""
+    return (None,) * count if key is None else tuple(jax.random.split(key, count))
+
+
+def drop(dropout: nnx.Dropout, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Dropout drawn from `key`; nothing is dropped without one."""
+    return dropout(x, deterministic=key is None, rngs=key)
+
+
+def call_block(block: nnx.Module, *arguments: Array | None, remat: bool) -> Array:
+    """Returns `block(*arguments)`, with `remat` so that only the arguments are kept for the gradient.
+
+    What is inside the block is then computed a second time when the gradient is (arXiv 1604.06174): about a third more
+    work, and memory for one block instead of for all of them. Values are the same. The block must not change its own
+    state when it is called.
+    """
+    if not remat:
+        return block(*arguments)
+    graphdef, state = nnx.split(block)
+    return jax.checkpoint(lambda state, arguments: nnx.merge(graphdef, state)(*arguments))(state, arguments)

@@ -1,0 +1,146 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from flax import nnx
+
+from surm_jax.models.layers import ACTIVATIONS, MLP, Attention, call_block, drop, split_key
+
+ORACLES = {
+    "gelu": lambda x: x * 0.5 * (1 + scipy.special.erf(x / np.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x * scipy.special.expit(1.702 * x),
+    "relu": lambda x: np.maximum(x, 0),
+}
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def materialize(make):
+    """A module of NumPy's random numbers."""
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    rng = np.random.default_rng(0)
+    flat = [
+        (path, v.copy(jnp.asarray(0.5 * rng.standard_normal(v.shape), v.dtype))) for path, v in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def arrays(module):
+    return {"/".join(map(str, path)): np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(module))}
+
+
+def apply(module, *inputs):
+    graphdef, state = nnx.split(module)
+    return jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs))(state, *inputs)
+
+
+def attention(**options):
+    return materialize(
+        lambda: Attention(12, 3, **{"dtype": "float32", "param_dtype": "float32"} | options, rngs=nnx.Rngs(0))
+    )
+
+
+def attention_oracle(a, x, mask):
+    """The definition, one sequence, head and query at a time."""
+    y = np.zeros(x.shape)
+    for b, h, i in np.ndindex(len(x), 3, x.shape[1]):
+        tokens = x[b][mask[b]]
+        q = x[b, i] @ a["query/kernel"][:, h] + a.get("query/bias", np.zeros((3, 4)))[h]
+        keys = tokens @ a["key/kernel"][:, h] + a.get("key/bias", np.zeros((3, 4)))[h]
+        values = tokens @ a["value/kernel"][:, h] + a.get("value/bias", np.zeros((3, 4)))[h]
+        y[b, i] += scipy.special.softmax(keys @ q / 2.0) @ values @ a["out/kernel"][h]
+    return y + a.get("out/bias", np.zeros(12))
+
+
+class TestAttention:
+    @pytest.mark.parametrize("options", [{}, {"qkv_bias": False, "out_bias": False}])
+    def test_is_its_definition_over_the_tokens_of_the_mask(self, options):
+        module, x = attention(**options), normal(1, 2, 5, 12)
+        mask = np.array([[True, True, True, True, True], [True, False, True, True, False]])
+        assert any(path.endswith("bias") for path in arrays(module)) == (options == {})
+        for given, meant in ((mask, mask), (None, np.ones_like(mask))):
+            y = apply(module, jnp.asarray(x, jnp.float32), given)
+            np.testing.assert_allclose(y, attention_oracle(arrays(module), x, meant), rtol=1e-4, atol=1e-5)
+
+    def test_masked_tokens_change_nothing(self):
+        module, x = attention(), normal(1, 1, 5, 12).astype(np.float32)
+        mask = np.array([[True, True, True, False, False]])
+        other = x + np.where(mask, 0, 7)[..., None].astype(np.float32)
+        np.testing.assert_array_equal(apply(module, x, mask)[:, :3], apply(module, other, mask)[:, :3])
+
+    def test_dtypes(self):
+        module = attention(dtype="bfloat16", param_dtype="bfloat16")
+        assert {array.dtype for array in arrays(module).values()} == {jnp.dtype("bfloat16")}
+        x = normal(1, 2, 5, 12)
+        y = apply(module, jnp.asarray(x, jnp.bfloat16), np.ones((2, 5), bool))
+        assert y.dtype == jnp.bfloat16
+        a = {path: array.astype(np.float64) for path, array in arrays(module).items()}
+        expected = attention_oracle(a, x, np.ones((2, 5), bool))
+        assert np.linalg.norm(np.asarray(y, np.float64) - expected) <= 2e-2 * np.linalg.norm(expected)
+
+
+class TestMLP:
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_is_its_definition(self, activation):
+        options = {"activation": activation, "dropout": 0.0, "dtype": "float32", "param_dtype": "float32"}
+        module, x = materialize(lambda: MLP(6, 9, **options, rngs=nnx.Rngs(0))), normal(1, 2, 3, 6)
+        a = arrays(module)
+        expected = ORACLES[activation](x @ a["up/kernel"] + a["up/bias"]) @ a["down/kernel"] + a["down/bias"]
+        np.testing.assert_allclose(apply(module, jnp.asarray(x, jnp.float32), None), expected, rtol=1e-5, atol=1e-5)
+
+    def test_dropout_is_between_the_layers(self):
+        options = {"activation": "relu", "dropout": 0.5, "dtype": "float32", "param_dtype": "float32"}
+        module, x = materialize(lambda: MLP(6, 9, **options, rngs=nnx.Rngs(0))), normal(1, 1, 1, 6)
+        a, key = arrays(module), jax.random.key(3)
+        hidden = np.maximum(x @ a["up/kernel"] + a["up/bias"], 0)
+        kept = np.asarray(drop(nnx.Dropout(0.5), jnp.ones((1, 1, 9)), key))
+        assert set(kept.ravel()) == {0.0, 2.0}
+        expected = (hidden * kept) @ a["down/kernel"] + a["down/bias"]
+        np.testing.assert_allclose(apply(module, jnp.asarray(x, jnp.float32), key), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name, dtype):
+    x = jnp.linspace(-5, 5, 101, dtype=dtype)
+    y = ACTIVATIONS[name](x)
+    assert y.dtype == x.dtype
+    expected = ORACLES[name](np.asarray(x, np.float64))
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=2e-6 if dtype == "float32" else 2e-2)
+
+
+def test_split_key():
+    assert split_key(None, 3) == (None, None, None)
+    keys = split_key(jax.random.key(0), 3)
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 3
+
+
+class TestCallBlock:
+    def test_same_values_and_gradients_from_the_arguments_alone(self):
+        graphdef, state = nnx.split(attention())
+        x, mask = jnp.asarray(normal(1, 2, 5, 12), jnp.float32), jnp.asarray([[True] * 5, [True] * 3 + [False] * 2])
+
+        def loss(state, x, remat):
+            return call_block(nnx.merge(graphdef, state), x, mask, remat=remat).sum()
+
+        plain, again = (jax.jit(jax.value_and_grad(loss), static_argnums=2)(state, x, remat) for remat in (False, True))
+        for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
+        # Of what the block computes nothing is kept: only its parameters and its arguments.
+        kept = {remat: _residuals(loss, state, x, remat) for remat in (False, True)}
+        assert kept[True] <= sum(leaf.size for leaf in jax.tree.leaves(state)) + x.size + mask.size < kept[False]
+
+    def test_without_key(self):
+        block = MLP(6, 9, activation="relu", dropout=0.5, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+        x = jnp.ones((1, 2, 6))
+        np.testing.assert_allclose(call_block(block, x, None, remat=True), block(x, None), rtol=1e-6)
+
+
+def _residuals(loss, state, x, remat):
+    """How many numbers the backward pass is handed by the forward pass."""
+    _, backward = jax.vjp(lambda state, x: loss(state, x, remat), state, x)
+    return sum(leaf.size for leaf in jax.tree.leaves(backward))
