@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.training.config import base_config, keys, parse
 from surm_jax.training.loop import InterruptedRunError
-from surm_jax.training.modes import describe_run, evaluate_run, merge_run, train_run
+from surm_jax.training.modes import describe_run, evaluate_run, export_run, merge_run, train_run
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -27,8 +27,11 @@ MODES = {
     "train": "make the run, or go on with it",
     "evaluate": "test the adapter of the run in --workdir",
     "merge": "write the full model of the run in --workdir",
+    "export": "write the run in --workdir for transformers (--format=hf) or peft (--format=peft)",
     "describe": "print what would be trained",
 }
+
+FORMATS = ("hf", "peft")
 
 
 def default_workdir(config_name: str, overrides: dict[str, object]) -> Path:
@@ -65,10 +68,11 @@ def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
             "config", str(CONFIGS / "digits.py"), "a file of configs/, and values of its keys"
         )
         flags.DEFINE_string("workdir", None, "folder of the run; by default runs/ and a name made from the flags")
+        flags.DEFINE_enum("format", "hf", FORMATS, "what --mode=export writes: the merged model, or the adapter")
         flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{mode}: {what}" for mode, what in MODES.items()))
         return flags.FLAGS(arguments)
     except flags.UnrecognizedFlagError as error:
-        near = did_you_mean(error.flagname, ["config", "workdir", "mode"])
+        near = did_you_mean(error.flagname, ["config", "workdir", "mode", "format"])
         raise UserError(f"unknown flag --{error.flagname}{near}") from None
     except Exception as error:  # The configuration is a program, and can raise anything.
         last = str(error).strip().splitlines()[-1]
@@ -93,6 +97,8 @@ def main(arguments: Sequence[str]) -> None:
             evaluate_run(workdir, overrides)
         case "merge":
             merge_run(workdir, overrides)
+        case "export":
+            export_run(workdir, overrides, flags.FLAGS.format)
         case "describe":
             describe_run(parse(config))
 

@@ -6,6 +6,7 @@ so the result is rounded to whole pixel values there. Non-finite pixels are pass
 stops at them.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -74,6 +75,18 @@ def scale(image: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
         scaled /= np.float32(127.5)
         scaled -= np.float32(1)
     return scaled
+
+
+def normalize(
+    image: Float[np.ndarray, "height width channels"], mean: Sequence[float], std: Sequence[float]
+) -> Float[np.ndarray, "height width channels"]:
+    """Returns `(x - mean) / std` by channel, where x is the image from [-1, 1] brought to [0, 1].
+
+    >>> normalize(np.zeros((1, 1, 3), np.float32), (0.5, 0.4, 0.3), (0.5, 0.5, 0.5)).round(2).tolist()
+    [[[0.0, 0.2, 0.4]]]
+    """
+    mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    return ((image + np.float32(1)) / np.float32(2) - mean) / std
 
 
 def _affine_map(rng: np.random.Generator, size: int) -> tuple[float, ...]:

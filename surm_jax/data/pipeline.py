@@ -8,7 +8,7 @@ interpreter lock for the heavy part, and there is no worker process to start, to
 
 import functools
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,11 @@ import grain
 import numpy as np
 
 from surm_jax.data.dataset import ImageSource
-from surm_jax.data.image_transforms import Augment, eval_image, train_image
+from surm_jax.data.image_transforms import Augment, eval_image, normalize, train_image
 from surm_jax.errors import UserError, did_you_mean
 
 Batch = dict[str, np.ndarray]
+MeanAndStd = tuple[Sequence[float], Sequence[float]]
 
 
 def train_batches(
@@ -29,6 +30,7 @@ def train_batches(
     image_size: int,
     augment: Augment,
     seed: int,
+    normalization: MeanAndStd | None = None,
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 4,
@@ -50,13 +52,14 @@ def train_batches(
         image_size: Height and width of the images in the batch.
         augment: "crop_flip", "affine" or "none", see `train_image`.
         seed: Non-negative; order and augmentation follow from it.
+        normalization: Mean and standard deviation of each channel, of pixels in [0, 1]; `None` leaves [-1, 1].
         process_index: This process, of `process_count`. Processes read disjoint examples.
         process_count: Number of processes that take batches in step.
         threads: Batches made at the same time.
         read_ahead: Batches begun or finished, and held in memory, before they are asked for; 0 makes each on demand.
 
     Returns:
-        An iterator of `{"image": float32 (batch_size, image_size, image_size, channels) in [-1, 1], "label": int32
+        An iterator of `{"image": float32 (batch_size, image_size, image_size, channels), "label": int32
         (batch_size,)}`.
 
     Raises:
@@ -69,7 +72,7 @@ def train_batches(
         )
     if seed < 0:
         raise UserError(f"seed is {seed}, but must be non-negative")
-    augmented = functools.partial(_train_example, image_size=image_size, augment=augment)
+    augmented = functools.partial(_train_example, image_size=image_size, augment=augment, normalization=normalization)
     examples = grain.MapDataset.source(source).seed(seed).shuffle().random_map(augmented).repeat()
     # Sliced after the shuffle, so that processes share one order and one numbering of random generators. Elements are
     # lazy: no process reads what another one uses.
@@ -96,6 +99,7 @@ def eval_batches(
     *,
     batch_size: int,
     image_size: int,
+    normalization: MeanAndStd | None = None,
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 4,
@@ -110,13 +114,14 @@ def eval_batches(
         source: Labelled images.
         batch_size: Examples per batch of this process.
         image_size: Height and width of the images in the batch.
+        normalization: As in `train_batches`.
         process_index: This process, of `process_count`.
         process_count: Number of processes that take batches in step.
         threads: Batches made at the same time.
         read_ahead: Batches begun or finished, and held in memory, before they are asked for; 0 makes each on demand.
 
     Returns:
-        An iterable of `{"image": float32 (batch_size, image_size, image_size, channels) in [-1, 1], "label": int32
+        An iterable of `{"image": float32 (batch_size, image_size, image_size, channels), "label": int32
         (batch_size,), "mask": bool (batch_size,)}`; where the mask is False the image and the label are zeros.
 
     Raises:
@@ -133,7 +138,8 @@ def eval_batches(
         }
         for row, index in enumerate(range(start, min(start + batch_size, len(source)))):
             example = source[index]
-            batch["image"][row] = eval_image(example["image"], image_size)
+            image = eval_image(example["image"], image_size)
+            batch["image"][row] = normalize(image, *normalization) if normalization else image
             batch["label"][row] = example["label"]
             batch["mask"][row] = True
         return batch
@@ -142,8 +148,17 @@ def eval_batches(
     return EvalBatches(grain.MapDataset.range(steps).map(padded_batch), _read_options(threads, read_ahead))
 
 
-def _train_example(example: dict[str, Any], rng: np.random.Generator, *, image_size: int, augment: Augment) -> Batch:
+def _train_example(
+    example: dict[str, Any],
+    rng: np.random.Generator,
+    *,
+    image_size: int,
+    augment: Augment,
+    normalization: MeanAndStd | None,
+) -> Batch:
     image = train_image(example["image"], rng, image_size=image_size, augment=augment)
+    if normalization:
+        image = normalize(image, *normalization)
     return {"image": image, "label": np.asarray(example["label"], np.int32)}
 
 

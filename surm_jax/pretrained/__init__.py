@@ -1,9 +1,20 @@
 """Pretrained weights: where they are, what their formats call each parameter, and how they get into a model and out."""
 
 from surm_jax.pretrained.augreg import AUGREG_URLS
-from surm_jax.pretrained.huggingface import save_huggingface
+from surm_jax.pretrained.huggingface import huggingface_names, save_huggingface
 from surm_jax.pretrained.loading import from_pretrained, load, model_config
 from surm_jax.pretrained.native import save_model
+from surm_jax.pretrained.normalization import image_normalization
 from surm_jax.pretrained.sources import locate
 
-__all__ = ["AUGREG_URLS", "from_pretrained", "load", "locate", "model_config", "save_huggingface", "save_model"]
+__all__ = [
+    "AUGREG_URLS",
+    "from_pretrained",
+    "huggingface_names",
+    "image_normalization",
+    "load",
+    "locate",
+    "model_config",
+    "save_huggingface",
+    "save_model",
+]

@@ -4,6 +4,7 @@ That library keeps the cache (`$HF_HOME`), shows progress and checks sizes and h
 fetch, in which order, and what to do where there is no network.
 """
 
+import contextlib
 import re
 from pathlib import Path
 from typing import NoReturn
@@ -21,6 +22,7 @@ from huggingface_hub.errors import (
 from surm_jax.errors import UserError
 from surm_jax.pretrained.download import cache_root
 from surm_jax.pretrained.huggingface import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, read_architecture
+from surm_jax.pretrained.normalization import PREPROCESSOR_NAME
 from surm_jax.pretrained.tensor_files import shards_of
 
 PREFIX = "hf://"
@@ -49,6 +51,8 @@ def fetch(source: str) -> Path:
         folder = Path(hf_hub_download(repository, CONFIG_NAME, revision=revision)).parent
         read_architecture(folder)
         commit = folder.name
+        with contextlib.suppress(RemoteEntryNotFoundError):  # text models have none
+            hf_hub_download(repository, PREPROCESSOR_NAME, revision=commit)
         try:
             hf_hub_download(repository, WEIGHTS_NAME, revision=commit)
         except RemoteEntryNotFoundError:

@@ -21,7 +21,7 @@ from surm_jax.errors import UserError, did_you_mean
 from surm_jax.models import BertConfig
 from surm_jax.paths import join
 from surm_jax.pretrained import hf_text, hf_vision
-from surm_jax.pretrained.architecture import HEAD, Architecture
+from surm_jax.pretrained.architecture import HEAD, Architecture, Names
 from surm_jax.pretrained.configs import MODELS, config_class, require_fields, require_same
 from surm_jax.pretrained.rules import fill
 from surm_jax.pretrained.tensor_files import SUFFIX, TensorFile, open_shards, open_tensors, read_json, write_tensors
@@ -122,9 +122,7 @@ def save_huggingface(folder: Path | str, model: nnx.Module, config: Any, labels:
     """
     folder = Path(folder)
     _require_free(folder)
-    architecture = (
-        hf_text.architecture_of(config) if isinstance(config, BertConfig) else hf_vision.architecture_of(config)
-    )
+    architecture = _architecture_of(config)
     fields = architecture.write_config(config)
     if labels is not None:
         fields |= _label_fields(labels, config.num_classes)
@@ -143,6 +141,27 @@ def save_huggingface(folder: Path | str, model: nnx.Module, config: Any, labels:
             (temporary / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from error
+
+
+def huggingface_names(config: Any) -> Names:
+    """Returns what transformers calls the modules and arrays of a model, as adapters of peft name them.
+
+    Args:
+        config: that the model was built from.
+
+    Raises:
+        UserError: transformers has no such model.
+
+    >>> from surm_jax.models import ViTConfig
+    >>> huggingface_names(ViTConfig.from_variant("B/16", num_classes=10)).modules("blocks/0/mlp/up")
+    ('vit.layers.0.mlp.fc1', 'vit.encoder.layer.0.intermediate.dense')
+    """
+    return Names(_architecture_of(config), config)
+
+
+def _architecture_of(config: Any) -> Architecture:
+    rooms = hf_text if isinstance(config, BertConfig) else hf_vision
+    return rooms.architecture_of(config)
 
 
 def _read_config(path: Path, architecture: Architecture, fields: dict[str, Any], overrides: Mapping[str, Any]) -> Any:

@@ -20,6 +20,7 @@ from surm_jax.peft import METHODS, Method, make_method
 from surm_jax.structured import EXECUTIONS
 
 DECAYS = ("cosine", "linear", "constant")
+DTYPES = ("float32", "bfloat16")
 GEOMETRY = ("image_size", "patch_size", "width", "depth", "heads", "mlp_width")
 
 
@@ -37,10 +38,10 @@ def _at_least(key: str, value: float, least: float) -> None:
 class ModelConfig:
     """The pretrained model."""
 
-    # One of surm_jax.models.VARIANTS, such as "B/16".
+    # One of surm_jax.models.VARIANTS, such as "B/16"; empty: the model that the checkpoint itself describes.
     variant: str = "B/16"
-    # Where the weights come from: "augreg" (the official file of the variant), "digits" (shipped with the package), a
-    # path, a URL, or "none" for random weights.
+    # Where the weights come from: "augreg" (the official file of the variant), "digits" (shipped with the package),
+    # "hf://owner/name" (the Hugging Face Hub), a folder of transformers, a file, a URL, or "none" for random weights.
     checkpoint: str = "augreg"
     # Classes of the new head; 0: as many as the data set has.
     num_classes: int = 0
@@ -52,12 +53,18 @@ class ModelConfig:
     heads: int = 0
     mlp_width: int = 0
     dropout: float = 0.0
-    # Dtype of the computation, "float32" or "bfloat16". Parameters are float32.
+    # Dtype of the computation, "float32" or "bfloat16".
     dtype: str = "float32"
+    # Dtype of the base's parameters; what is trained is float32 always.
+    param_dtype: str = "float32"
+    # Whether activations are computed again in the backward pass instead of being kept.
+    remat: bool = False
 
     def __post_init__(self):
-        _one_of("model.variant", self.variant, VARIANTS)
-        _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        if self.variant:
+            _one_of("model.variant", self.variant, VARIANTS)
+        _one_of("model.dtype", self.dtype, DTYPES)
+        _one_of("model.param_dtype", self.param_dtype, DTYPES)
         for name in ("num_classes", *GEOMETRY):
             _at_least(f"model.{name}", getattr(self, name), 0)
         if not 0 <= self.dropout < 1:

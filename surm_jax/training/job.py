@@ -11,10 +11,11 @@ from flax import nnx
 from surm_jax import data
 from surm_jax.errors import UserError
 from surm_jax.models import TARGETS, ViT, ViTConfig
+from surm_jax.paths import join
 from surm_jax.peft import Adapter, Description, Rule, Selection, adapt, describe, make_method
-from surm_jax.pretrained import load, locate
+from surm_jax.pretrained import image_normalization, load, locate, model_config
 from surm_jax.training.config import GEOMETRY, PeftConfig, RunConfig
-from surm_jax.training.mesh import make_mesh
+from surm_jax.training.mesh import make_mesh, replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Job:
       dataset: training and test examples.
       holdout: training examples that are evaluated while training, or None; `dataset.train` is without them.
       vit: the model's geometry.
-      checkpoint: the file of the pretrained weights, or None for random ones.
+      checkpoint: the file or folder of the pretrained weights, or None for random ones.
+      normalization: mean and standard deviation by channel that the weights expect, or None for pixels in [-1, 1].
     """
 
     config: RunConfig
@@ -38,10 +40,24 @@ class Job:
     holdout: data.ImageSource | None
     vit: ViTConfig
     checkpoint: Path | None
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None
 
     def base_model(self) -> nnx.Module:
-        """Loads the pretrained model, with a fresh head."""
-        return load(functools.partial(_make_model, self.vit, self.seed), self.checkpoint)
+        """Loads the pretrained model, with a fresh head, onto the mesh."""
+        return load(
+            functools.partial(_make_model, self.vit, self.seed),
+            self.checkpoint,
+            sharding=lambda path, shape: replicated(self.mesh),
+        )
+
+    def eval_batches(self, split: str) -> data.EvalBatches:
+        """Returns the batches of a pass over "test" or "holdout"."""
+        return data.eval_batches(
+            self.holdout if split == "holdout" else self.dataset.test,
+            batch_size=self.config.data.eval_batch_size,
+            image_size=self.vit.image_size,
+            normalization=self.normalization,
+        )
 
     def adapt(self, model: nnx.Module) -> tuple[nnx.Module, Adapter]:
         """Returns the adapted model and its adapter."""
@@ -72,22 +88,46 @@ def prepare(config: RunConfig, seed: int) -> Job:
     vit = vit_config(config, len(dataset.classes))
     dataset.require_channels(vit.channels)
     describe_model(config, vit)
-    checkpoint = locate(config.model.checkpoint, config.model.variant)
+    checkpoint = _checkpoint(config)
     if checkpoint is None:
         warnings.warn(
             f"config.model.checkpoint=none: the {config.model.variant} model starts from RANDOM weights, not from"
             " pretrained ones. Frozen random layers adapt badly",
             stacklevel=2,
         )
-    return Job(config, seed, mesh, dataset, holdout, vit, checkpoint)
+    return Job(config, seed, mesh, dataset, holdout, vit, checkpoint, image_normalization(checkpoint))
 
 
 def vit_config(config: RunConfig, num_classes: int) -> ViTConfig:
-    """Returns the geometry of the model with so many classes."""
-    sizes = {name: value for name in GEOMETRY if (value := getattr(config.model, name))}
-    return ViTConfig.from_variant(
-        config.model.variant, num_classes=num_classes, dropout=config.model.dropout, dtype=config.model.dtype, **sizes
-    )
+    """Returns the geometry of the model with so many classes.
+
+    Raises:
+      UserError: if its fields do not fit together, or the checkpoint that is to say them cannot be read or holds
+        another kind of model.
+    """
+    model = config.model
+    fields = {name: value for name in GEOMETRY if (value := getattr(model, name))}
+    fields |= {name: getattr(model, name) for name in ViTConfig.RUNTIME_FIELDS}
+    if model.variant:
+        return ViTConfig.from_variant(model.variant, num_classes=num_classes, **fields)
+    checkpoint = _checkpoint(config)
+    if checkpoint is None:
+        raise UserError("config.model.variant is empty, but config.model.checkpoint=none says nothing of a model")
+    kind, geometry = model_config(checkpoint, num_classes=num_classes, **fields)
+    if kind is not ViT:
+        raise UserError(f"{checkpoint} holds a {kind.__name__}, but this job needs a model of images")
+    return geometry
+
+
+def _checkpoint(config: RunConfig) -> Path | None:
+    """Returns the file or folder of the weights, fetched where needed."""
+    checkpoint = locate(config.model.checkpoint, config.model.variant)
+    if config.model.variant and checkpoint is not None and checkpoint.is_dir():
+        raise UserError(
+            f"config.model.checkpoint={config.model.checkpoint} says itself which model it holds, down to its"
+            f" numerics: set config.model.variant to nothing (--config.model.variant=), not {config.model.variant!r}"
+        )
+    return checkpoint
 
 
 def describe_model(config: RunConfig, vit: ViTConfig) -> Description:
@@ -97,7 +137,15 @@ def describe_model(config: RunConfig, vit: ViTConfig) -> Description:
       UserError: if a rule or pattern matches nothing, or a layer that cannot be adapted.
     """
     abstract = nnx.eval_shape(functools.partial(_make_model, vit, 0))
-    return describe(*_adapt(abstract, config.peft, 0))
+    model, adapter = _adapt(abstract, config.peft, 0)
+    _, trained, _ = nnx.split(model, adapter.trainable, ...)
+    for path, variable in nnx.to_flat_state(trained):
+        if variable.dtype != "float32":
+            raise UserError(
+                f"{join(path)} would be trained in {variable.dtype}, which loses small steps: leave"
+                " config.model.param_dtype at float32, or train adapters alone"
+            )
+    return describe(model, adapter)
 
 
 def _make_model(vit: ViTConfig, seed: int) -> ViT:

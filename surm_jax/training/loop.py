@@ -102,6 +102,7 @@ class _Run:
             image_size=self.job.vit.image_size,
             augment=config.data.augment,
             seed=self.job.seed,
+            normalization=self.job.normalization,
         )
         one_seed = to_dict(dataclasses.replace(config, seeds=(self.job.seed,)))
         with Checkpoints(self.workdir / "checkpoints", fingerprint(self.frozen), one_seed) as checkpoints:
@@ -187,11 +188,7 @@ class _Run:
         return evaluation["accuracy"]
 
     def _evaluate(self, state: TrainState, split: str) -> dict[str, float]:
-        batches = data.eval_batches(
-            self.job.holdout if split == "holdout" else self.job.dataset.test,
-            batch_size=self.config.data.eval_batch_size,
-            image_size=self.job.vit.image_size,
-        )
+        batches = self.job.eval_batches(split)
 
         def until_interrupted() -> Iterator[dict[str, np.ndarray]]:
             for batch in track(batches, f"evaluate on {split}"):

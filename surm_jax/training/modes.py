@@ -1,4 +1,4 @@
-"""What `launch.py` can do with a run: train it, evaluate its adapter, merge it, describe it."""
+"""What `launch.py` can do with a run: train it, evaluate its adapter, merge it, export it, describe it."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,11 +9,11 @@ import numpy as np
 from flax import nnx
 
 from surm_jax import data
-from surm_jax.peft import load_adapter, merge
-from surm_jax.pretrained import save_model
+from surm_jax.peft import load_adapter, load_hf_adapter, merge, save_hf_adapter
+from surm_jax.pretrained import from_pretrained, huggingface_names, save_huggingface, save_model
 from surm_jax.training.config import RunConfig
 from surm_jax.training.evaluate import evaluate, make_eval_step
-from surm_jax.training.job import Job, describe_model, prepare, vit_config
+from surm_jax.training.job import describe_model, prepare, vit_config
 from surm_jax.training.loop import train
 from surm_jax.training.mesh import replicated
 from surm_jax.training.partition import partition
@@ -74,7 +74,7 @@ def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[
                 make_eval_step(parts, job.mesh),
                 jax.device_put(trained, whole),
                 jax.device_put(frozen, whole),
-                track(_test_batches(job), "evaluate on test"),
+                track(job.eval_batches("test"), "evaluate on test"),
                 job.mesh,
             )
         numbers = "  ".join(f"test_{name} {value:.6g}" for name, value in evaluations[seed].items())
@@ -100,7 +100,7 @@ def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
         with jax.set_mesh(job.mesh):
             model, _ = load_adapter(folder / "adapter", job.base_model(), execution=job.config.peft.execution)
             merged, deviation = merge(model)
-            images = next(iter(_test_batches(job)))["image"]
+            images = next(iter(job.eval_batches("test")))["image"]
             difference = np.abs(_logits(merged, images) - _logits(model, images)).max()
         paths.append(folder / "merged" / "model.safetensors")
         save_model(paths[-1], merged, job.vit)
@@ -109,6 +109,46 @@ def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
             f" logits of {len(images)} test images within {difference:.2g} of the unmerged model's"
         )
     return paths
+
+
+def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[Path]:
+    """Writes every adapter of a run for the libraries of Hugging Face, and returns the folders.
+
+    As "hf", the merged model goes to `<folder>/hf`, for `from_pretrained` of transformers; as "peft", the adapter goes
+    to `<folder>/peft`, for `PeftModel.from_pretrained` on the base model there. What was written is read again; prints
+    how far its logits are from the running model's on a batch of test images.
+
+    Args:
+      workdir: the folder of the run.
+      overrides: see `evaluate_run`.
+      form: "hf" or "peft".
+
+    Raises:
+      UserError: see `evaluate_run`; or the model or the method has no counterpart there.
+    """
+    config, folders = locations(read_config(workdir), overrides), []
+    for seed, folder in _seed_folders(config, workdir):
+        job = prepare(config, seed)
+        with jax.set_mesh(job.mesh):
+            base = job.base_model()
+            model, adapter = load_adapter(folder / "adapter", base, execution=job.config.peft.execution)
+            folders.append(folder / form)
+            if form == "hf":
+                save_huggingface(folders[-1], merge(model)[0], job.vit, job.dataset.classes)
+                runtime = {name: getattr(job.vit, name) for name in job.vit.RUNTIME_FIELDS}
+                exported = from_pretrained(folders[-1], **runtime)
+            else:
+                names = huggingface_names(job.vit)
+                save_hf_adapter(folders[-1], model, adapter, names, base_model=config.model.checkpoint)
+                exported, _ = load_hf_adapter(folders[-1], base, names)
+            images = next(iter(job.eval_batches("test")))["image"]
+            expected = _logits(model, images)
+            difference = np.abs(_logits(exported, images) - expected).max()
+        print(
+            f"{folders[-1]}: logits of {len(images)} test images within {difference:.2g} of the running model's, which"
+            f" reach {np.abs(expected).max():.2g}"
+        )
+    return folders
 
 
 def describe_run(config: RunConfig) -> None:
@@ -126,12 +166,6 @@ def describe_run(config: RunConfig) -> None:
 def _seed_folders(config: RunConfig, workdir: Path) -> Iterator[tuple[int, Path]]:
     for seed in config.seeds:
         yield seed, workdir if len(config.seeds) == 1 else workdir / f"seed-{seed}"
-
-
-def _test_batches(job: Job) -> data.EvalBatches:
-    return data.eval_batches(
-        job.dataset.test, batch_size=job.config.data.eval_batch_size, image_size=job.vit.image_size
-    )
 
 
 def _logits(model: nnx.Module, images: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from surm_jax.structured import Kronecker, LowRankKronecker
 
 
 def balanced_factors(size: int, divisor: int = 0) -> tuple[int, int]:
-    """Returns two factors of a size as Hugging Face's peft chooses them for LoKr, its `decompose_factor` -1 being our 0.
+    """Returns two factors of a size as peft chooses them for LoKr; its `decompose_factor=-1` is our 0.
 
     >>> balanced_factors(768), balanced_factors(768, 8), balanced_factors(768, 10)
     ((24, 32), (8, 96), (8, 96))

@@ -1,0 +1,69 @@
+"""What pixel values a checkpoint expects: every source normalises images in its own way."""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from surm_jax.errors import UserError
+
+PREPROCESSOR_NAME = "preprocessor_config.json"
+
+
+class Normalization(NamedTuple):
+    """`(x - mean) / std` for pixels x in [0, 1], by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+HALF = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""To [-1, 1]: AugReg, and the ViTs of transformers."""
+IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+BY_MODEL_TYPE = {
+    "vit": HALF,
+    "ijepa": IMAGENET,
+    "deit": IMAGENET,
+    "dinov2": IMAGENET,
+    "clip": CLIP,
+    "clip_vision_model": CLIP,
+}
+"""What the image processors of transformers do where a folder has no `preprocessor_config.json`."""
+
+
+def image_normalization(checkpoint: Path | None) -> Normalization | None:
+    """Returns how images are normalised for the model in a checkpoint; `None`: to [-1, 1], all channels alike.
+
+    Args:
+        checkpoint: what `locate` returned.
+
+    Raises:
+        UserError: its `preprocessor_config.json` is damaged.
+    """
+    if checkpoint is None:
+        return None
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    if not (folder / "config.json").is_file() or checkpoint.suffix == ".npz":
+        return None
+    if (folder / PREPROCESSOR_NAME).is_file():
+        return _read(folder / PREPROCESSOR_NAME)
+    try:
+        model_type = json.loads((folder / "config.json").read_bytes()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None  # a damaged config.json is reported by who reads the model
+    return BY_MODEL_TYPE.get(model_type)
+
+
+def _read(path: Path) -> Normalization:
+    try:
+        fields = json.loads(path.read_bytes())
+        if not fields.get("do_normalize", True):
+            return Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        mean, std = (tuple(map(float, fields[name])) for name in ("image_mean", "image_std"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): fetch it again") from None
+    if len(mean) != len(std) or not all(map(math.isfinite, mean)) or not all(0 < s < math.inf for s in std):
+        raise UserError(f"{path} is damaged: image_mean is {mean} and image_std {std}")
+    return Normalization(mean, std)
