@@ -27,6 +27,8 @@ from surm_jax.structured.fourier import BATCH_AXES, batch_local, circular_convol
 from surm_jax.structured.kronecker import Kronecker, near_square_factors
 from surm_jax.structured.low_displacement import LowDisplacementRank
 from surm_jax.structured.low_rank import LowRank
+from surm_jax.structured.low_rank_kronecker import LowRankKronecker
+from surm_jax.structured.tiled import Tiled, tiled_side
 from surm_jax.structured.toeplitz import SymmetricToeplitz, Toeplitz
 from surm_jax.structured.toeplitz_pair import SymmetricToeplitzPair, ToeplitzPair
 
@@ -43,6 +45,7 @@ __all__ = [
     "Kronecker",
     "LowDisplacementRank",
     "LowRank",
+    "LowRankKronecker",
     "Product",
     "Scaled",
     "SkewCirculant",
@@ -50,6 +53,7 @@ __all__ = [
     "Sum",
     "SymmetricToeplitz",
     "SymmetricToeplitzPair",
+    "Tiled",
     "Toeplitz",
     "ToeplitzPair",
     "approximations",
@@ -68,5 +72,6 @@ __all__ = [
     "singular_values",
     "skew_convolve",
     "static",
+    "tiled_side",
     "updated_matmul",
 ]
