@@ -1,5 +1,6 @@
 """The programs that are timed: one linear layer, forward and backward, with a structured update or without."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "low_displacement_rank": ({"rank": 1}, {"rank": 4}),
     "f_circulant": ({"f": 0.5},),
     "block_circulant": ({"block": 128},),
+    "low_rank_kronecker": ({"rank": 1},),
+    "tiled": ({"side": 39}, {"side": 38, "rotate": True}),
 }
 
 
@@ -28,6 +31,21 @@ def frozen_step(x: jax.Array, kernel: jax.Array, update: None, dy: jax.Array) ->
     del update
     y, pull = jax.vjp(lambda x: x @ kernel, x)
     return y, *pull(dy)
+
+
+def check_sizes(families: Iterable[str], width: int) -> None:
+    """Checks, before anything is timed, that every variant of the families exists for kernels of width x width.
+
+    Raises:
+        UserError: One does not; the message names it.
+    """
+    for family in families:
+        for options in VARIANTS.get(family, ({},)):
+            jax.eval_shape(
+                lambda family=family, options=options: FAMILIES[family].init(
+                    jax.random.key(0), (width, width), scale=1.0, **options
+                )
+            )
 
 
 def random_update(family: str, width: int, options: dict[str, Any]) -> StructuredMatrix:

@@ -21,8 +21,9 @@ import optax
 from absl import app, flags
 from flax import nnx
 
-from benchmarks.layer import VARIANTS
+from benchmarks.layer import VARIANTS, check_sizes
 from benchmarks.timing import device, medians, setting, table
+from surm_jax.errors import UserError
 from surm_jax.models import ViT, ViTConfig
 from surm_jax.models.vit import TARGETS
 from surm_jax.paths import compile_pattern, join
@@ -111,6 +112,10 @@ def main(_: list[str]) -> None:
     unknown = set(families) - set(FAMILIES)
     if unknown:
         raise app.UsageError(f"unknown families {', '.join(sorted(unknown))}; known: {', '.join(FAMILIES)}")
+    try:
+        check_sizes(families, ViTConfig.from_variant(VARIANT.value, num_classes=CLASSES).width)
+    except UserError as error:
+        raise app.UsageError(f"--variant={VARIANT.value}: {error}") from None
     mesh = make_mesh(1, {})
     rows, programs = [], {}
     with jax.set_mesh(mesh):

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks.layer import VARIANTS, frozen_step, random_update, step
+from benchmarks.layer import VARIANTS, check_sizes, frozen_step, random_update, step
 from benchmarks.timing import device, medians, setting, table
+from surm_jax.errors import UserError
 from surm_jax.structured import EXECUTIONS, FAMILIES
 from surm_jax.structured.choice import TABLE
 
@@ -132,6 +133,10 @@ def main(_: list[str]) -> None:
     for size in SIZES.value:
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
             raise app.UsageError(f"--sizes={size}: a size is width x tokens, such as 768x6304")
+        try:
+            check_sizes(families, int(size.split("x")[0]))
+        except UserError as error:
+            raise app.UsageError(f"--sizes={size}: {error}") from None
     for dtype in DTYPES.value:
         if dtype not in ("float32", "bfloat16"):
             raise app.UsageError(f"--dtypes={dtype}: known are float32 and bfloat16")

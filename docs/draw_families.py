@@ -24,8 +24,10 @@ EXAMPLES = {
     "symmetric_toeplitz_pair": ((8, 8), {}),
     "low_displacement_rank": ((8, 8), {"rank": 1}),
     "kronecker": ((12, 12), {}),
+    "low_rank_kronecker": ((8, 8), {"rank": 1, "factors": ((2, 2), (4, 4))}),
     "low_rank": ((8, 6), {"rank": 1}),
     "block_circulant": ((6, 9), {"block": 3}),
+    "tiled": ((6, 8), {"side": 3}),
 }
 """Of each family the shape and the options of the matrix that is drawn."""
 

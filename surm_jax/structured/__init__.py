@@ -28,7 +28,9 @@ from surm_jax.structured.fourier import BATCH_AXES, batch_local, circular_convol
 from surm_jax.structured.kronecker import Kronecker, near_square_factors
 from surm_jax.structured.low_displacement import LowDisplacementRank
 from surm_jax.structured.low_rank import LowRank
+from surm_jax.structured.low_rank_kronecker import LowRankKronecker
 from surm_jax.structured.placed import Placed
+from surm_jax.structured.tiled import Tiled, tiled_side
 from surm_jax.structured.toeplitz import SymmetricToeplitz, Toeplitz
 from surm_jax.structured.toeplitz_pair import SymmetricToeplitzPair, ToeplitzPair
 
@@ -47,6 +49,7 @@ __all__ = [
     "Kronecker",
     "LowDisplacementRank",
     "LowRank",
+    "LowRankKronecker",
     "Placed",
     "Product",
     "Scaled",
@@ -55,6 +58,7 @@ __all__ = [
     "Sum",
     "SymmetricToeplitz",
     "SymmetricToeplitzPair",
+    "Tiled",
     "Toeplitz",
     "ToeplitzPair",
     "approximations",
@@ -74,5 +78,6 @@ __all__ = [
     "singular_values",
     "skew_convolve",
     "static",
+    "tiled_side",
     "updated_matmul",
 ]

@@ -20,7 +20,9 @@ _OPTIONS: dict[str, Callable[[tuple[int, int], int], dict[str, Any]]] = {
     "low_rank": lambda shape, budget: {"rank": _clip(budget // sum(shape), min(shape))},
     "low_displacement_rank": lambda shape, budget: {"rank": _clip(budget // (2 * max(shape)), min(shape))},
     "kronecker": lambda shape, budget: {"terms": _kronecker_terms(shape, budget)},
+    "low_rank_kronecker": lambda shape, budget: {"rank": _kronecker_rank(shape, budget)},
     "block_circulant": lambda shape, budget: {"block": _block(shape, budget)},
+    "tiled": lambda shape, budget: {"side": math.isqrt(max(0, budget)) or None},
     "f_circulant": lambda shape, budget: {"f": 0.0},
 }
 
@@ -45,14 +47,15 @@ def approximations(
 ) -> dict[str, Approximation]:
     """The nearest matrix of each family with at most `budget` parameters, the best family first.
 
-    Families with a free size take the largest that the budget allows: the rank of low rank and of `W(G, H)`, the
-    number of Kronecker terms, the block of a block-circulant matrix; of the f-circulants it is the triangular Toeplitz
-    one, f = 0. Pairs count both of their vectors, as in training. Families that cannot be that small are left out.
+    Families with a free size take the largest that the budget allows: the rank of low rank, of `W(G, H)` and of the
+    second Kronecker factor, the number of Kronecker terms, the block of a block-circulant matrix, the side of a tile;
+    of the f-circulants it is the triangular Toeplitz one, f = 0. Pairs count both of their vectors, as in training.
+    Families that cannot be that small are left out.
 
     Args:
         dense: The target, (in_features, out_features), not all zeros.
         budget: The most parameters.
-        steps: How far to search where `nearest` has no closed form (`W(G, H)` and the Toeplitz pairs).
+        steps: How far to search where `nearest` has no closed form (`W(G, H)`, the Toeplitz pairs, low-rank Kronecker).
         progress: Shows a bar for each search.
 
     Returns:
@@ -96,6 +99,11 @@ def _clip(size: int, most: int) -> int | None:
 def _kronecker_terms(shape: tuple[int, int], budget: int) -> int | None:
     (m1, n1), (m2, n2) = near_square_factors(shape)
     return _clip(budget // (m1 * n1 + m2 * n2), min(m1 * n1, m2 * n2))
+
+
+def _kronecker_rank(shape: tuple[int, int], budget: int) -> int | None:
+    (m1, n1), (m2, n2) = near_square_factors(shape)
+    return _clip((budget - m1 * n1) // (m2 + n2), min(m2, n2))
 
 
 def _block(shape: tuple[int, int], budget: int) -> int | None:

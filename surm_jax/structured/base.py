@@ -26,6 +26,7 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Float, PRNGKeyArray
 from surm_jax.errors import UserError, did_you_mean
 
 Matrix = TypeVar("Matrix", bound="StructuredMatrix")
+"""Any subclass of `StructuredMatrix`, the same in what is taken and in what is returned."""
 
 
 class Family(Protocol):
@@ -338,6 +339,16 @@ class StructuredMatrix(abc.ABC):
 
     def _replace(self, arrays: dict[str, Array]) -> Self:
         return dataclasses.replace(self, **arrays)
+
+    def _check_dimensions(self, **sizes: str) -> None:
+        """Raises `UserError` unless each leaf is an array with the dimensions that are named, such as "(m, r)"."""
+        for name, dimensions in sizes.items():
+            leaf = getattr(self, name)
+            shape = getattr(leaf, "shape", None)
+            if shape is None or len(shape) != dimensions.count(",") + 1:
+                raise UserError(
+                    f"{type(self).__name__}: {name} must be an array of shape {dimensions}, not {shape or leaf!r}"
+                )
 
     def _check_leaf(self, name: str, expected: tuple[int, ...]) -> None:
         """Raises `UserError` unless the leaf is a floating-point array of the expected shape, or None."""

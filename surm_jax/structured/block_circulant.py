@@ -44,12 +44,8 @@ class BlockCirculant(StructuredMatrix):
     def __post_init__(self) -> None:
         if self.c is None:
             return
-        shape = getattr(self.c, "shape", None)
-        if shape is None or len(shape) != 3:
-            raise UserError(
-                f"BlockCirculant: c must be an array of shape (in / b, out / b, b), not {shape or self.c!r}"
-            )
-        self._check_leaf("c", tuple(shape))
+        self._check_dimensions(c="(in / b, out / b, b)")
+        self._check_leaf("c", tuple(self.c.shape))
 
     @property
     def shape(self) -> tuple[int, int]:

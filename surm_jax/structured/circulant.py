@@ -16,10 +16,11 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, compute_dtype, family, static
 from surm_jax.structured.diagonals import from_wrapped_diagonals
 from surm_jax.structured.fourier import circular_convolve
+from surm_jax.structured.vector import LinearInVector
 
 
 @family("circulant")
-class Circulant(StructuredMatrix):
+class Circulant(LinearInVector):
     """Circulant matrix `M[i, j] = c[(j - i) mod N]`, N = max(in, out): the transpose of `Z_1(c)` of arXiv 2406.17740.
 
     `x @ M = irfft(rfft(x) * rfft(c))`: O(N log N) a row and N numbers, against N^2 of each for a dense matrix.
@@ -37,26 +38,6 @@ class Circulant(StructuredMatrix):
 
     c: Float[Array, " N"]
     shape: tuple[int, int] = static()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", checked_shape(type(self).__name__, self.shape))
-        self._check_leaf("c", (max(self.shape),))
-
-    @classmethod
-    def init(cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32) -> Self:
-        """The zero matrix. `M` is linear in `c`, which therefore learns from zero: `key` and `scale` change nothing.
-
-        Args:
-            key: Unused.
-            shape: `(in_features, out_features)`.
-            scale: Unused.
-            dtype: Type of `c`.
-
-        Raises:
-            UserError: The shape is not two positive integers.
-        """
-        shape = checked_shape(cls.__name__, shape)
-        return cls(c=jnp.zeros(max(shape), dtype), shape=shape)
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:

@@ -21,6 +21,7 @@ from surm_jax.structured.circulant import Circulant
 from surm_jax.structured.f_circulant import FCirculant, SkewCirculant
 
 AnyMatrix = StructuredMatrix | Float[ArrayLike, "in out"]
+"""What can be examined: a structured matrix, or a dense one as an array."""
 
 
 def singular_values(matrix: AnyMatrix) -> Float[np.ndarray, " k"]:

@@ -25,6 +25,7 @@ from surm_jax.structured.f_circulant import FCirculant
 from surm_jax.structured.kronecker import Kronecker
 from surm_jax.structured.low_displacement import LowDisplacementRank
 from surm_jax.structured.low_rank import LowRank
+from surm_jax.structured.low_rank_kronecker import LowRankKronecker
 from surm_jax.structured.origins import origins
 from surm_jax.structured.toeplitz_pair import SymmetricToeplitzPair, ToeplitzPair
 
@@ -43,12 +44,17 @@ PALETTES = tuple(
 """One for each array of a matrix, in turn: they are told apart, and any two neighbours multiply to clear colours."""
 
 VALUES = LinearSegmentedColormap.from_list("values", ["#1f6391", "#8dbbd6", "#f6f4ef", "#efb392", "#b8432a"])
+"""The colours of values, from negative over 0 to positive, where the entries are sums."""
 
 TIMES = "$\\times$"
+"""The sign between two factors."""
 
 BOX, GAP, MARGIN = 2.5, 0.5, 0.3  # inches: the longest side of a matrix, the space for a symbol, the border
-MOST_TERMS = 2  # of a sum that are drawn
-MOST_LETTERS = 9  # rows or columns of a matrix whose entries are named
+MOST_TERMS = 2
+"""How many terms of a sum are drawn."""
+
+MOST_LETTERS = 9
+"""How many rows or columns a matrix has whose entries are named."""
 
 
 def draw(matrix: StructuredMatrix) -> Figure:
@@ -153,13 +159,15 @@ def _(matrix: ToeplitzPair | SymmetricToeplitzPair, numbers: dict[str, _Numbers]
     return [first, TIMES, second]
 
 
-@_expression.register
-def _(matrix: Kronecker, numbers: dict[str, _Numbers]) -> list[_Part | str]:
+@_expression.register(Kronecker)
+@_expression.register(LowRankKronecker)
+def _(matrix: Kronecker | LowRankKronecker, numbers: dict[str, _Numbers]) -> list[_Part | str]:
     def term(k: int) -> list[_Part | str]:
-        A, B = (
-            _Part(f"${name}_{k}$" if matrix.terms > 1 else f"${name}$", None, {name: numbers[name][k]}) for name in "AB"
+        A, *B = (
+            _Part(f"${name}_{k}$" if matrix.terms > 1 else f"${name}$", None, {name: own[k]})
+            for name, own in numbers.items()
         )
-        return [A, "$\\otimes$", B]
+        return [A, "$\\otimes$", B[0]] if len(B) == 1 else [A, "$\\otimes\\,($", B[0], TIMES, B[1], "$)$"]
 
     return _sum([term(k) for k in range(min(matrix.terms, MOST_TERMS))], matrix.terms)
 

@@ -31,11 +31,13 @@ from surm_jax.structured.choice import choose
 from surm_jax.structured.fourier import batch_local
 
 EXECUTIONS = ("auto", "fft", "dense", "fused")
+"""The ways to compute, by the names under which the docstring of this module explains them."""
 
 PIECE_BYTES = 2**21
 """How much of `x` the fast product works on at a time. Its spectra then stay in cache; a CPU core has 1 or 2 MiB."""
 
 Dot = Callable[[Float[Array, "*batch in"], Float[Array, "in out"]], Float[Array, "*batch out"]]
+"""A product of inputs and kernel, such as `jnp.matmul`."""
 
 
 def check_execution(execution: str) -> None:

@@ -19,10 +19,11 @@ from surm_jax.errors import UserError
 from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, static
 from surm_jax.structured.diagonals import from_wrapped_diagonals
 from surm_jax.structured.fourier import circular_convolve, skew_convolve
+from surm_jax.structured.vector import LinearInVector
 
 
 @family("skew_circulant")
-class SkewCirculant(StructuredMatrix):
+class SkewCirculant(LinearInVector):
     """Skew-circulant matrix `M = Z_{-1}(v)^T` of arXiv 2406.17740: `M[i, j] = v[j - i]`, or `-v[N + j - i]` if j < i.
 
     `x @ M` is the product of polynomials modulo `z^N + 1`, at the cost of a `Circulant`: O(N log N) a row, N numbers.
@@ -40,26 +41,6 @@ class SkewCirculant(StructuredMatrix):
 
     v: Float[Array, " N"]
     shape: tuple[int, int] = static()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", checked_shape(type(self).__name__, self.shape))
-        self._check_leaf("v", (max(self.shape),))
-
-    @classmethod
-    def init(cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32) -> Self:
-        """The zero matrix. `M` is linear in `v`, which therefore learns from zero: `key` and `scale` change nothing.
-
-        Args:
-            key: Unused.
-            shape: `(in_features, out_features)`.
-            scale: Unused.
-            dtype: Type of `v`.
-
-        Raises:
-            UserError: The shape is not two positive integers.
-        """
-        shape = checked_shape(cls.__name__, shape)
-        return cls(v=jnp.zeros(max(shape), dtype), shape=shape)
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:

@@ -21,6 +21,7 @@ from surm_jax.structured.base import StructuredMatrix, compute_dtype
 _PIECE = 25
 
 Matrix = TypeVar("Matrix", bound=StructuredMatrix)
+"""Any structured matrix: what is refined stays of its kind."""
 
 
 def refine(start: Matrix, target: Float[ArrayLike, "in out"], *, steps: int = 200, progress: bool = False) -> Matrix:

@@ -49,15 +49,10 @@ class Kronecker(StructuredMatrix):
     def __post_init__(self) -> None:
         if self.A is None and self.B is None:
             return
-        for name, sizes in (("A", "(k, m1, n1)"), ("B", "(k, m2, n2)")):
-            shape = getattr(getattr(self, name), "shape", None)
-            if shape is None or len(shape) != 3:
-                raise UserError(
-                    f"Kronecker: {name} must be an array of shape {sizes}, not {shape or getattr(self, name)!r}"
-                )
+        self._check_dimensions(A="(k, m1, n1)", B="(k, m2, n2)")
         self._check_leaf("A", (self.terms, *self.factors[0]))
         self._check_leaf("B", (self.terms, *self.factors[1]))
-        _check_terms(self.terms, self.factors)
+        check_terms("Kronecker", self.terms, self.factors)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,8 +95,8 @@ class Kronecker(StructuredMatrix):
         Raises:
             UserError: The shape is not two positive integers, or the factors or the terms are not possible for it.
         """
-        factors = _checked_factors(factors, checked_shape(cls.__name__, shape))
-        _check_terms(terms, factors)
+        factors = checked_factors(cls.__name__, factors, checked_shape(cls.__name__, shape))
+        check_terms(cls.__name__, terms, factors)
         B = scale * jax.random.normal(key, (terms, *factors[1]), dtype)
         return cls(A=jnp.zeros((terms, *factors[0]), dtype), B=B)
 
@@ -125,8 +120,8 @@ class Kronecker(StructuredMatrix):
             UserError: `dense` is not a floating-point matrix, or the factors or the terms are not possible for it.
         """
         dense = checked_dense(cls.__name__, dense)
-        (m1, n1), (m2, n2) = factors = _checked_factors(factors, dense.shape)
-        _check_terms(terms, factors)
+        (m1, n1), (m2, n2) = factors = checked_factors(cls.__name__, factors, dense.shape)
+        check_terms(cls.__name__, terms, factors)
         blocks = dense.reshape(m1, m2, n1, n2).transpose(0, 2, 1, 3).reshape(m1 * n1, m2 * n2)
         U, S, Vt = jnp.linalg.svd(blocks, full_matrices=False)
         largest = jnp.where(S[0] > 0, S[0], 1)
@@ -174,6 +169,49 @@ def near_square_factors(shape: tuple[int, int]) -> Factors:
     return min((((m1, n1), (m // m1, n // n1)) for m1 in _divisors(m) for n1 in _divisors(n)), key=merit)
 
 
+def checked_factors(owner: str, factors: Sequence[Sequence[int]] | None, shape: tuple[int, int]) -> Factors:
+    """Returns the factor shapes, those of `near_square_factors` for None.
+
+    Args:
+        owner: Who asks; the message starts with it.
+        factors: `((m1, n1), (m2, n2))`, or None.
+        shape: What they multiply to.
+
+    Raises:
+        UserError: They are not four positive integers, or do not multiply to the shape.
+    """
+    if factors is None:
+        return near_square_factors(shape)
+    try:
+        (m1, n1), (m2, n2) = ([operator.index(size) for size in factor] for factor in factors)
+    except (TypeError, ValueError):
+        m1 = n1 = m2 = n2 = 0
+    if min(m1, n1, m2, n2) < 1:
+        raise UserError(f"{owner}: factors must be ((m1, n1), (m2, n2)), four positive integers, not {factors!r}")
+    if (m1 * m2, n1 * n2) != tuple(shape):
+        (a, b), (c, d) = near_square_factors(shape)
+        raise UserError(
+            f"{owner}: factors of {m1} x {n1} and {m2} x {n2} multiply to {m1 * m2} x {n1 * n2}, but the shape is "
+            f"{shape[0]} x {shape[1]}; {a} x {b} and {c} x {d} would fit"
+        )
+    return (m1, n1), (m2, n2)
+
+
+def check_terms(owner: str, terms: int, factors: Factors) -> None:
+    """Checks that a sum of `terms` Kronecker products of these factors is no longer than every matrix needs.
+
+    Raises:
+        UserError: It is longer, or has no terms.
+    """
+    (m1, n1), (m2, n2) = factors
+    most = min(m1 * n1, m2 * n2)
+    if not isinstance(terms, int) or not 1 <= terms <= most:
+        raise UserError(
+            f"{owner}: {most} terms of {m1} x {n1} (x) {m2} x {n2} reach every matrix, so terms is from 1 to {most}, "
+            f"but {terms!r} was asked for"
+        )
+
+
 @batch_local
 def _multiply_rows(
     x: Float[Array, "*batch in"], A: Float[Array, "k m1 n1"], B: Float[Array, "k m2 n2"]
@@ -201,31 +239,3 @@ def _multiply_rows(
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def _checked_factors(factors: Sequence[Sequence[int]] | None, shape: tuple[int, int]) -> Factors:
-    if factors is None:
-        return near_square_factors(shape)
-    try:
-        (m1, n1), (m2, n2) = ([operator.index(size) for size in factor] for factor in factors)
-    except (TypeError, ValueError):
-        m1 = n1 = m2 = n2 = 0
-    if min(m1, n1, m2, n2) < 1:
-        raise UserError(f"Kronecker: factors must be ((m1, n1), (m2, n2)), four positive integers, not {factors!r}")
-    if (m1 * m2, n1 * n2) != tuple(shape):
-        (a, b), (c, d) = near_square_factors(shape)
-        raise UserError(
-            f"Kronecker: factors of {m1} x {n1} and {m2} x {n2} multiply to {m1 * m2} x {n1 * n2}, but the shape is "
-            f"{shape[0]} x {shape[1]}; {a} x {b} and {c} x {d} would fit"
-        )
-    return (m1, n1), (m2, n2)
-
-
-def _check_terms(terms: int, factors: Factors) -> None:
-    (m1, n1), (m2, n2) = factors
-    most = min(m1 * n1, m2 * n2)
-    if not isinstance(terms, int) or not 1 <= terms <= most:
-        raise UserError(
-            f"Kronecker: {most} terms of {m1} x {n1} (x) {m2} x {n2} reach every matrix, so terms is from 1 to {most}, "
-            f"but {terms!r} was asked for"
-        )

@@ -34,12 +34,7 @@ class LowRank(StructuredMatrix):
     def __post_init__(self) -> None:
         if self.A is None and self.B is None:
             return
-        for name, size in (("A", "out_features"), ("B", "in_features")):
-            shape = getattr(getattr(self, name), "shape", None)
-            if shape is None or len(shape) != 2:
-                raise UserError(
-                    f"LowRank: {name} must be an array of shape ({size}, r), not {shape or getattr(self, name)!r}"
-                )
+        self._check_dimensions(A="(out_features, r)", B="(in_features, r)")
         self._check_leaf("A", (self.shape[1], self.rank))
         self._check_leaf("B", (self.shape[0], self.rank))
         _check_rank(self.rank, self.shape)

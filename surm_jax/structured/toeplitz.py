@@ -11,15 +11,16 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
-from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, static
+from surm_jax.structured.base import checked_dense, family, static
 from surm_jax.structured.diagonals import from_diagonals
 from surm_jax.structured.fourier import batch_local, fast_length, inverse_skew_fft, skew_fft
+from surm_jax.structured.vector import LinearInVector
 
 
 @family("toeplitz")
-class Toeplitz(StructuredMatrix):
+class Toeplitz(LinearInVector):
     """Toeplitz matrix `M[i, j] = t[j - i + in - 1]`: `t` read along the diagonals; the transpose of the paper's `W`.
 
     in + out - 1 numbers. A Toeplitz matrix is a block of a skew-circulant one of any size from in + out - 1 on, as it
@@ -39,25 +40,10 @@ class Toeplitz(StructuredMatrix):
     t: Float[Array, " diagonals"]
     shape: tuple[int, int] = static()
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", checked_shape(type(self).__name__, self.shape))
-        self._check_leaf("t", (sum(self.shape) - 1,))
-
-    @classmethod
-    def init(cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32) -> Self:
-        """The zero matrix. `M` is linear in `t`, which therefore learns from zero: `key` and `scale` change nothing.
-
-        Args:
-            key: Unused.
-            shape: `(in_features, out_features)`.
-            scale: Unused.
-            dtype: Type of `t`.
-
-        Raises:
-            UserError: The shape is not two positive integers.
-        """
-        shape = checked_shape(cls.__name__, shape)
-        return cls(t=jnp.zeros(sum(shape) - 1, dtype), shape=shape)
+    @staticmethod
+    def _length(shape: tuple[int, int]) -> int:
+        """How many diagonals a matrix of this shape has."""
+        return sum(shape) - 1
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:
@@ -92,7 +78,7 @@ class Toeplitz(StructuredMatrix):
 
 
 @family("symmetric_toeplitz")
-class SymmetricToeplitz(StructuredMatrix):
+class SymmetricToeplitz(LinearInVector):
     """Symmetric Toeplitz matrix `M[i, j] = t[|i - j|]`: max(in, out) numbers; the transpose of the paper's `W`.
 
     At in = out it is its own transpose. A rectangular one is the top left block of the square one of size max(in, out).
@@ -109,26 +95,6 @@ class SymmetricToeplitz(StructuredMatrix):
 
     t: Float[Array, " N"]
     shape: tuple[int, int] = static()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", checked_shape(type(self).__name__, self.shape))
-        self._check_leaf("t", (max(self.shape),))
-
-    @classmethod
-    def init(cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32) -> Self:
-        """The zero matrix. `M` is linear in `t`, which therefore learns from zero: `key` and `scale` change nothing.
-
-        Args:
-            key: Unused.
-            shape: `(in_features, out_features)`.
-            scale: Unused.
-            dtype: Type of `t`.
-
-        Raises:
-            UserError: The shape is not two positive integers.
-        """
-        shape = checked_shape(cls.__name__, shape)
-        return cls(t=jnp.zeros(max(shape), dtype), shape=shape)
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:

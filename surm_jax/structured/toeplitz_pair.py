@@ -20,6 +20,7 @@ from surm_jax.structured.fit import refine
 from surm_jax.structured.toeplitz import SymmetricToeplitz, Toeplitz, apply_in_turn
 
 Factor = Toeplitz | SymmetricToeplitz
+"""One of the two factors of a pair."""
 
 
 class _Pair(StructuredMatrix):

@@ -67,3 +67,14 @@ def test_an_unknown_family(module):
     assert done.returncode != 0
     assert "unknown families circulat" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "flag", "width"), [("structured", "--sizes=768x8,100x8", 100), ("step", "--variant=digits", 64)]
+)
+def test_a_width_that_a_family_cannot_have(module, flag, width):
+    done = run(module, "--families=circulant,block_circulant", flag)
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert f"blocks of 128 do not divide both sizes of {width} x {width}" in said
+    assert "Traceback" not in said and "tokens, float32" not in said

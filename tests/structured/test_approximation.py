@@ -41,8 +41,15 @@ def test_closed_forms_of_numpy():
     assert found["kronecker"].energy == pytest.approx(singular[:2].sum() / total, rel=1e-5)
     means = [np.mean(np.diag(target, k)) ** 2 * (12 - abs(k)) for k in range(-11, 12)]
     assert found["toeplitz"].energy == pytest.approx(sum(means) / total, rel=1e-5)
+    # Beside the 12 numbers of A there is room for rank 3, which is full for 3 x 4: the best single product.
+    assert found["low_rank_kronecker"].options == {"rank": 3}
+    assert found["low_rank_kronecker"].energy == pytest.approx(singular[:1].sum() / total, rel=1e-5)
     # In blocks of 3 there are 4 x 4 x 3 numbers.
     assert found["block_circulant"].options == {"block": 3}
+    # The mean of 4 tiles of 6 x 6.
+    assert found["tiled"].options == {"side": 6}
+    tile = target.reshape(2, 6, 2, 6).mean(axis=(0, 2))
+    assert found["tiled"].energy == pytest.approx(4 * np.sum(tile**2) / total, rel=1e-5)
 
 
 def test_every_target_of_a_family_is_kept_whole():
@@ -56,7 +63,7 @@ def test_every_target_of_a_family_is_kept_whole():
 
 def test_families_that_are_too_large_are_left_out():
     assert {"circulant", "symmetric_toeplitz"} <= set(approximations(gaussian(12, 12), budget=12, steps=0)) <= {
-        "circulant", "skew_circulant", "f_circulant", "block_circulant", "symmetric_toeplitz"
+        "circulant", "skew_circulant", "f_circulant", "block_circulant", "symmetric_toeplitz", "tiled"
     }  # fmt: skip
 
 
@@ -69,8 +76,10 @@ def test_targets_without_energy(bad):
 
 
 def test_other_mistakes():
-    with pytest.raises(UserError, match="no family holds a 12 x 12 matrix in 5 numbers"):
-        approximations(gaussian(12, 12), 5)
+    assert set(approximations(gaussian(12, 12), 5)) == {"tiled"}
+    for budget in (0, -1):
+        with pytest.raises(UserError, match=f"no family holds a 12 x 12 matrix in {budget} numbers"):
+            approximations(gaussian(12, 12), budget)
     with pytest.raises(UserError, match=r"budget must be a whole number of parameters, not 24.0"):
         approximations(gaussian(12, 12), 24.0)
     with pytest.raises(UserError, match=r"approximations: nearest\(\) takes a non-empty floating-point matrix"):

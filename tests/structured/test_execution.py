@@ -26,6 +26,8 @@ OPTIONS = {
     "low_displacement_rank": {"rank": 2},
     "f_circulant": {"f": 0.5},
     "block_circulant": {"block": 4},
+    "low_rank_kronecker": {"rank": 1},
+    "tiled": {"side": 5},
 }
 
 

@@ -12,6 +12,9 @@ from surm_jax.peft.methods.bottleneck import BottleneckAdapter as BottleneckAdap
 from surm_jax.peft.methods.circulant import C3A as C3A
 from surm_jax.peft.methods.circulant import CirculantAdapter as CirculantAdapter
 from surm_jax.peft.methods.circulant import CirculantUpdate as CirculantUpdate
+from surm_jax.peft.methods.hypercomplex import Compacter as Compacter
+from surm_jax.peft.methods.hypercomplex import KAdaptation as KAdaptation
+from surm_jax.peft.methods.hypercomplex import LoKr as LoKr
 from surm_jax.peft.methods.kronecker import KroneckerAdapter as KroneckerAdapter
 from surm_jax.peft.methods.kronecker import KroneckerUpdate as KroneckerUpdate
 from surm_jax.peft.methods.lora import DoRA as DoRA
@@ -20,6 +23,7 @@ from surm_jax.peft.methods.lora import LoRAFix as LoRAFix
 from surm_jax.peft.methods.lora import RankStabilizedLoRA as RankStabilizedLoRA
 from surm_jax.peft.methods.low_displacement import LowDisplacementAdapter as LowDisplacementAdapter
 from surm_jax.peft.methods.low_displacement import LowDisplacementUpdate as LowDisplacementUpdate
+from surm_jax.peft.methods.mora import MoRA as MoRA
 from surm_jax.peft.methods.selections import AttentionOnly as AttentionOnly
 from surm_jax.peft.methods.selections import BitFit as BitFit
 from surm_jax.peft.methods.selections import Full as Full
@@ -41,16 +45,20 @@ __all__ = [
     "BottleneckAdapter",
     "CirculantAdapter",
     "CirculantUpdate",
+    "Compacter",
     "DoRA",
     "Full",
+    "KAdaptation",
     "KroneckerAdapter",
     "KroneckerUpdate",
     "LinearProbe",
+    "LoKr",
     "LoRA",
     "LoRAFix",
     "LowDisplacementAdapter",
     "LowDisplacementUpdate",
     "Method",
+    "MoRA",
     "NormTuning",
     "RankStabilizedLoRA",
     "Selection",
