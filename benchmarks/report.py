@@ -107,16 +107,19 @@ matrix of the same kind. The gradient that peft's C3A computes for its input is 
 
 def step_section() -> str:
     """What is in step.json."""
-    rows = [{**row, "MB at peak": row["peak_bytes"] / 1e6} for row in read("step.json")]
-    columns = {"family": "", "parameters": ",", "ms": ",.0f", "ratio_to_frozen": ".3f", "ratio_to_lora": ".3f"}
+    rows = [
+        {**row, "MB at peak": row["peak_bytes"] / 1e6, "MB of AdamW": row["optimizer_bytes"] / 1e6}
+        for row in read("step.json")
+    ]
+    columns = {"method": "", "parameters": ",", "ms": ",.0f", "ratio_to_frozen": ".3f", "ratio_to_lora": ".3f"}
     first = rows[0]
     return f"""## A training step of {first["model"]}
 
-`python -m benchmarks.step`, batch {first["batch"]}, updates on Q, K and V, float32, on {first["device"]}, jax
+`python -m benchmarks.step`, batch {first["batch"]}, float32, on {first["device"]}, jax
 {first["jax"]}. Forward, backward and AdamW; `frozen`: forward and the gradient of the image. Updates run as `auto`
-says; `low_rank` is LoRA r = 1.
+says, on Q, K and V; adapters stand after attention and MLP.
 
-{markdown(rows, columns | {"MB at peak": ",.0f"})}"""
+{markdown(rows, columns | {"MB of AdamW": ",.1f", "MB at peak": ",.0f"})}"""
 
 
 def figure() -> Figure:

@@ -41,12 +41,27 @@ def test_structured(tmp_path):
 
 def test_step(tmp_path):
     out = tmp_path / "rows.json"
-    done = run("step", f"--out={out}", "--families=circulant", "--variant=digits", "--batch=2", "--rounds=1")
+    done = run("step", f"--out={out}", "--methods=bitfit,full", "--variant=digits", "--batch=2", "--rounds=1")
+    assert done.returncode == 0, done.stderr
+    rows = {row["method"]: row for row in json.loads(out.read_text())}
+    assert [*rows] == ["frozen", "lora", "bitfit", "full"]
+    assert rows["full"]["parameters"] > rows["lora"]["parameters"] > rows["frozen"]["parameters"] == 0
+    assert all(row["ms"] > 0 and row["peak_bytes"] > 0 for row in rows.values())
+    # AdamW keeps two float32 numbers for each that is trained, and a counter.
+    for row in rows.values():
+        assert row["optimizer_bytes"] == (8 * row["parameters"] + 4 if row["parameters"] else 0)
+
+
+def test_bank(tmp_path):
+    out = tmp_path / "rows.json"
+    options = ("--variant=digits", "--image_size=8", "--batch=4", "--rounds=1")
+    done = run("bank", f"--out={out}", "--adapters=1,4", *options)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())
-    assert [row["family"] for row in rows] == ["frozen", "low_rank", "circulant"]
-    assert rows[1]["parameters"] > rows[2]["parameters"] > rows[0]["parameters"] == 0
-    assert all(row["ms"] > 0 and row["peak_bytes"] > 0 for row in rows)
+    assert [row["adapters"] for row in rows] == [1, 4]
+    assert all(row["bank_ms"] > 0 and row["loop_ms"] > 0 and row["one_ms"] > 0 for row in rows)
+    done = run("bank", "--adapters=3", *options)
+    assert done.returncode != 0 and "--adapters=3 does not divide --batch=4" in done.stdout + done.stderr
 
 
 def test_peers(tmp_path):
@@ -61,20 +76,24 @@ def test_peers(tmp_path):
     assert all(rows[name]["ratio_to_ours"] > 0 for name in peers)
 
 
-@pytest.mark.parametrize("module", ["structured", "step"])
-def test_an_unknown_family(module):
-    done = run(module, "--families=circulat")
+@pytest.mark.parametrize(("module", "what"), [("structured", "families"), ("step", "methods")])
+def test_an_unknown_name(module, what):
+    done = run(module, f"--{what}=circulat")
     assert done.returncode != 0
-    assert "unknown families circulat" in done.stdout + done.stderr
+    assert f"unknown {what} circulat" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("module", "flag", "width"), [("structured", "--sizes=768x8,100x8", 100), ("step", "--variant=digits", 64)]
-)
-def test_a_width_that_a_family_cannot_have(module, flag, width):
-    done = run(module, "--families=circulant,block_circulant", flag)
+def test_a_width_that_a_family_cannot_have():
+    done = run("structured", "--families=circulant,block_circulant", "--sizes=768x8,100x8")
     assert done.returncode != 0
     said = done.stdout + done.stderr
-    assert f"blocks of 128 do not divide both sizes of {width} x {width}" in said
+    assert "blocks of 128 do not divide both sizes of 100 x 100" in said
     assert "Traceback" not in said and "tokens, float32" not in said
+
+
+def test_a_model_that_a_method_cannot_adapt():
+    done = run("step", "--methods=adapter_drop", "--variant=digits")
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert "--methods=adapter_drop --variant=digits" in said and "Traceback" not in said

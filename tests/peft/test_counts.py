@@ -1,0 +1,133 @@
+"""Golden numbers: how many parameters every method trains on ViT-B/16 and BERT-base, without allocating a model.
+
+The numbers of the structured methods are those of arXiv 2406.17740 (55,296 on Q, K and V, 36,864 on Q and V); the others
+are worked out beside them.
+"""
+
+import functools
+
+import jax
+import pytest
+from flax import nnx
+
+from surm_jax.models import TARGETS, Bert, BertConfig, ViT, ViTConfig
+from surm_jax.peft import METHODS, Rule, Selection, adapt, describe, make_method
+
+D, HIDDEN, LAYERS = 768, 3072, 12
+DENSE = D * D + D
+BLOCK = 4 * DENSE + (D * HIDDEN + HIDDEN) + (HIDDEN * D + D)
+BLOCK_BIASES = 4 * D + HIDDEN + D + 2 * D  # attention, MLP, norms
+
+
+@functools.cache
+def abstract(name: str) -> nnx.Module:
+    if name == "vit":
+        config = ViTConfig.from_variant("B/16", num_classes=100)
+        return nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))
+    config = BertConfig.from_variant("base", num_classes=2)
+    return nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0)))
+
+
+def trained(model: str, name: str, target: str = "", **settings) -> int:
+    method = make_method(name, settings)
+    if isinstance(method, Selection):
+        adapted, adapter = adapt(abstract(model), [], train=method.patterns, rngs=nnx.Rngs(0))
+    else:
+        rules = [Rule(TARGETS[target or method.target], method)]
+        adapted, adapter = adapt(abstract(model), rules, rngs=nnx.Rngs(0))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(adapted)))
+    return describe(adapted, adapter).trainable
+
+
+UPDATES = {
+    ("circulant", ()): 2 * D,
+    ("toeplitz", ()): 2 * D,
+    ("toeplitz_asymmetric", ()): 4 * D - 2,
+    ("kronecker", ()): 2 * D,
+    ("low_displacement", ()): 2 * D,
+    ("low_displacement", (("rank", 2),)): 4 * D,
+    ("low_displacement", (("rank", 4),)): 8 * D,
+    ("lora", ()): 2 * D,
+    ("lora", (("rank", 4),)): 8 * D,
+    ("lora", (("rank", 16),)): 32 * D,
+    ("lora", (("learn_alpha", True),)): 2 * D + 1,
+    ("rslora", ()): 16 * D,
+    ("lora_fix", ()): D,
+    ("dora", ()): 3 * D,
+    ("c3a", ()): D,
+    ("c3a", (("block", 384),)): 2 * D,
+    ("c3a", (("block", 128),)): 6 * D,
+    ("lokr", ()): 24 * 24 + 32 * 8 + 8 * 32,
+    ("lokr", (("rank", 16),)): 24 * 24 + 32 * 32,
+    ("kadaptation", ()): 4**3 + 4 * (D // 4 + D // 4),
+    ("mora", ()): 111**2,  # the nearest whole number to sqrt(2 * 768 * 8)
+    ("mora", (("rank", 1), ("rotate", True))): 38**2,
+}
+
+
+@pytest.mark.parametrize("model", ["vit", "bert"])
+@pytest.mark.parametrize("case", UPDATES, ids=str)
+def test_updates_of_square_kernels(model, case):
+    name, settings = case
+    assert trained(model, name, "qkv", **dict(settings)) == 3 * LAYERS * UPDATES[case]
+    assert trained(model, name, "qv", **dict(settings)) == 2 * LAYERS * UPDATES[case]
+
+
+@pytest.mark.parametrize("model", ["vit", "bert"])
+@pytest.mark.parametrize("name", ["circulant", "toeplitz", "kronecker", "lora", "low_displacement"])
+def test_the_papers_numbers(model, name):
+    assert trained(model, name, "qkv") == 55_296
+    assert trained(model, name, "qv") == 36_864
+
+
+def test_the_stored_circulants_are_half_as_many():
+    assert trained("vit", "c3a") == 27_648
+
+
+@pytest.mark.parametrize("model", ["vit", "bert"])
+@pytest.mark.parametrize(
+    "name", ["circulant_adapter", "toeplitz_adapter", "kronecker_adapter", "low_displacement_adapter"]
+)
+def test_structured_adapters(model, name):
+    assert trained(model, name) == 55_296
+    assert trained(model, name, bias=False) == 36_864
+    assert trained(model, name, "pfeiffer") == 55_296 // 2
+
+
+@pytest.mark.parametrize("model", ["vit", "bert"])
+def test_bottleneck_adapters(model):
+    assert trained(model, "bottleneck", "houlsby") == 2_379_264
+    assert trained(model, "bottleneck", "pfeiffer") == 1_189_632
+    one = 2 * D * 64 + 64 + D
+    assert trained(model, "adapter_drop") == 2 * (LAYERS - 5) * one
+    waist = D // 16
+    phm = 2 * (4**3 + 4 * (D // 4 + waist // 4)) + waist + D
+    assert trained(model, "compacter") == 2 * LAYERS * phm
+
+
+def test_selections():
+    # ViT-B/16: patches, class token, 197 positions, 12 blocks with two norms, a norm; the head has 100 classes.
+    body = (16 * 16 * 3 * D + D) + D + 197 * D + LAYERS * (BLOCK + 4 * D) + 2 * D
+    assert body == 85_798_656
+    assert trained("vit", "full") == body + 100 * D + 100
+    assert trained("vit", "attention_only") == LAYERS * 4 * DENSE == 28_348_416
+    assert trained("vit", "norm_tuning") == (2 * LAYERS + 1) * 2 * D == 38_400
+    assert trained("vit", "bitfit") == LAYERS * BLOCK_BIASES + D + D + 100  # patches, last norm, head
+    assert trained("vit", "linear_probe") == 0  # the head is trained besides, whatever the method
+
+    embeddings = (30_522 + 512 + 2) * D + 2 * D
+    body = embeddings + LAYERS * (BLOCK + 4 * D) + DENSE
+    assert body == 109_482_240
+    assert trained("bert", "full") == body + 2 * D + 2
+    # Zaken et al. (arXiv 2106.10199) count 0.1 million.
+    assert trained("bert", "bitfit") == LAYERS * BLOCK_BIASES + D + D + 2 == 102_914
+    assert trained("bert", "norm_tuning") == (2 * LAYERS + 1) * 2 * D
+    assert trained("bert", "attention_only") == LAYERS * 4 * DENSE
+
+
+def test_every_method_has_a_golden_number():
+    covered = {name for name, _ in UPDATES}
+    covered |= {"circulant_adapter", "toeplitz_adapter", "kronecker_adapter", "low_displacement_adapter"}
+    covered |= {"bottleneck", "adapter_drop", "compacter"}
+    covered |= {"full", "attention_only", "norm_tuning", "bitfit", "linear_probe"}
+    assert covered == METHODS.keys()
