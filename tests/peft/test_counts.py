@@ -1,6 +1,6 @@
 """Golden numbers: how many parameters every method trains on ViT-B/16 and BERT-base, without allocating a model.
 
-The numbers of the structured methods are those of arXiv 2406.17740 (55,296 on Q, K and V, 36,864 on Q and V); the others
+The numbers of the structured methods are those of arXiv 2406.17740 (55,296 on Q, K and V, 36,864 on Q and V); others
 are worked out beside them.
 """
 
@@ -60,6 +60,8 @@ UPDATES = {
     ("lokr", ()): 24 * 24 + 32 * 8 + 8 * 32,
     ("lokr", (("rank", 16),)): 24 * 24 + 32 * 32,
     ("kadaptation", ()): 4**3 + 4 * (D // 4 + D // 4),
+    ("structured", (("family", "skew_circulant + low_rank"), ("rank", 3))): D + 6 * D,
+    ("structured", (("family", "toeplitz @ f_circulant"),)): 2 * D - 1 + D,
     ("mora", ()): 111**2,  # the nearest whole number to sqrt(2 * 768 * 8)
     ("mora", (("rank", 1), ("rotate", True))): 38**2,
 }
@@ -86,7 +88,8 @@ def test_the_stored_circulants_are_half_as_many():
 
 @pytest.mark.parametrize("model", ["vit", "bert"])
 @pytest.mark.parametrize(
-    "name", ["circulant_adapter", "toeplitz_adapter", "kronecker_adapter", "low_displacement_adapter"]
+    "name",
+    ["circulant_adapter", "toeplitz_adapter", "kronecker_adapter", "low_displacement_adapter", "structured_adapter"],
 )
 def test_structured_adapters(model, name):
     assert trained(model, name) == 55_296
@@ -128,6 +131,6 @@ def test_selections():
 def test_every_method_has_a_golden_number():
     covered = {name for name, _ in UPDATES}
     covered |= {"circulant_adapter", "toeplitz_adapter", "kronecker_adapter", "low_displacement_adapter"}
-    covered |= {"bottleneck", "adapter_drop", "compacter"}
+    covered |= {"structured_adapter", "bottleneck", "adapter_drop", "compacter"}
     covered |= {"full", "attention_only", "norm_tuning", "bitfit", "linear_probe"}
     assert covered == METHODS.keys()

@@ -29,6 +29,8 @@ from surm_jax.peft.methods.selections import BitFit as BitFit
 from surm_jax.peft.methods.selections import Full as Full
 from surm_jax.peft.methods.selections import LinearProbe as LinearProbe
 from surm_jax.peft.methods.selections import NormTuning as NormTuning
+from surm_jax.peft.methods.structured import StructuredAdapter as StructuredAdapter
+from surm_jax.peft.methods.structured import StructuredUpdate as StructuredUpdate
 from surm_jax.peft.methods.toeplitz import AsymmetricToeplitzUpdate as AsymmetricToeplitzUpdate
 from surm_jax.peft.methods.toeplitz import ToeplitzAdapter as ToeplitzAdapter
 from surm_jax.peft.methods.toeplitz import ToeplitzUpdate as ToeplitzUpdate
@@ -62,6 +64,8 @@ __all__ = [
     "NormTuning",
     "RankStabilizedLoRA",
     "Selection",
+    "StructuredAdapter",
+    "StructuredUpdate",
     "ToeplitzAdapter",
     "ToeplitzUpdate",
     "Update",

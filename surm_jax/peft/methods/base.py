@@ -60,7 +60,7 @@ class Method(abc.ABC):
             if value not in limits["one_of"]:
                 near = did_you_mean(str(value), limits["one_of"])
                 raise UserError(f"{where} must be one of {', '.join(limits['one_of'])}, got {value!r}{near}")
-        elif field.type is bool or (self._may_be_zero(field.name) and value == 0):
+        elif field.type in (bool, str) or (self._may_be_zero(field.name) and value == 0):
             pass
         elif "least" in limits:
             if not (value >= limits["least"] and value < limits["below"]):

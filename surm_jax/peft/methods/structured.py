@@ -1,0 +1,103 @@
+"""Any family of `surm_jax.structured` by its name, and sums and products of families."""
+
+import dataclasses
+import inspect
+import itertools
+from typing import Any, ClassVar
+
+import jax
+
+from surm_jax.errors import UserError, did_you_mean
+from surm_jax.peft.methods.base import Bottleneck, Update
+from surm_jax.structured import FAMILIES, Product, StructuredMatrix, Sum, tiled_side
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StructuredUpdate(Update):
+    """A family, such as `skew_circulant`; a sum, such as `circulant_pair + low_rank`; or a product, with `@`.
+
+    A product binds tighter than a sum, and its first factor, which meets the input, starts at zero.
+
+    >>> update = StructuredUpdate(family="toeplitz @ circulant + low_rank", rank=2)
+    >>> update.init(jax.random.key(0), (8, 8)).num_params
+    55
+
+    Attributes:
+      family: one of `surm_jax.structured.FAMILIES`, or an expression of them.
+      rank: of the families that have one; of tiles, the rank of the LoRA with as many numbers.
+      f: of f-circulants.
+      scale: standard deviation of random factors.
+    """
+
+    name: ClassVar[str] = "structured"
+    family: str = "circulant_pair"
+    rank: int = 1
+    f: float = 0.5
+    scale: float = 0.02
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check(self.name, self.family)
+
+    def init(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
+        """Returns the zero matrix of the given shape."""
+        return _zero(self.family, key, shape, {"rank": self.rank, "f": self.f, "scale": self.scale})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StructuredAdapter(Bottleneck):
+    """`X + gelu(X M) + b` with M of any family, sum or product, named as in `structured`."""
+
+    name: ClassVar[str] = "structured_adapter"
+    family: str = "circulant_pair"
+    rank: int = 1
+    f: float = 0.5
+    scale: float = 0.02
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check(self.name, self.family)
+
+    def init_branch(self, key: jax.Array, width: int) -> tuple[StructuredMatrix]:
+        """Returns the zero matrix."""
+        return (_zero(self.family, key, (width, width), {"rank": self.rank, "f": self.f, "scale": self.scale}),)
+
+
+def _check(owner: str, expression: str) -> None:
+    for name in (name.strip() for term in expression.split("+") for name in term.split("@")):
+        if name not in FAMILIES:
+            raise UserError(
+                f"{owner}.family: no family is called {name!r}{did_you_mean(name, FAMILIES)}"
+                f" (known: {', '.join(FAMILIES)}; + and @ join them)"
+            )
+
+
+def _zero(expression: str, key: jax.Array, shape: tuple[int, int], options: dict[str, Any]) -> StructuredMatrix:
+    """Returns the zero matrix that an expression stands for, which can learn."""
+    terms = []
+    for number, term in enumerate(expression.split("+")):
+        between = min(shape)
+        names = [name.strip() for name in term.split("@")]
+        sizes = [shape[0], *[between] * (len(names) - 1), shape[1]]
+        keys = jax.random.split(jax.random.fold_in(key, number), len(names))
+        factors = [
+            _family(name, factor_key, size, options)
+            for name, factor_key, size in zip(names, keys, itertools.pairwise(sizes), strict=True)
+        ]
+        # Of factors that are all zero none would ever learn.
+        factors[1:] = [_random(f, key, options["scale"]) for f, key in zip(factors[1:], keys[1:], strict=True)]
+        terms.append(Product(factors) if len(factors) > 1 else factors[0])
+    return Sum(terms) if len(terms) > 1 else terms[0]
+
+
+def _family(name: str, key: jax.Array, shape: tuple[int, int], options: dict[str, Any]) -> StructuredMatrix:
+    options = {**options, "side": tiled_side(shape, options["rank"])}
+    wanted = inspect.signature(FAMILIES[name].init).parameters
+    return FAMILIES[name].init(key, shape, **{key: value for key, value in options.items() if key in wanted})
+
+
+def _random(matrix: StructuredMatrix, key: jax.Array, scale: float) -> StructuredMatrix:
+    """Returns the matrix with random numbers in the array that it is linear in, which is its first one."""
+    name, array = next(iter(matrix.arrays().items()))
+    random = scale * jax.random.normal(jax.random.fold_in(key, 1), array.shape, array.dtype)
+    return matrix.with_arrays(**{name: random})
