@@ -46,9 +46,13 @@ class Delta(StoredMatrix):
             self.magnitude = AdapterParam(_norms(kernel.astype(jnp.float32)))
 
     def matrix(self) -> StructuredMatrix:
-        """Returns what is added to the kernel now, `alpha * dW` times the scale; without DoRA's normalisation."""
+        """Returns what is added to the kernel now, `alpha * dW` times the scale; without DoRA's normalisation.
+
+        It is the multiple of the smallest form of dW, which is what files hold, so that a loaded update computes the
+        same bits.
+        """
         alpha = self.alpha[...] if hasattr(self, "alpha") else 1.0
-        return self.stored().times(self.factor * alpha * (1.0 if self.normalized else self.scale[...]))
+        return self.stored().fused().times(self.factor * alpha * (1.0 if self.normalized else self.scale[...]))
 
     @property
     def normalized(self) -> bool:

@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import math
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -85,20 +86,42 @@ def check_call(module: nnx.Module, path: str, slot: str) -> None:
 
 
 def output_width(module: nnx.Module, path: str) -> int:
-    """Returns how many features the output of a module has: those of its last linear layer, in order of definition.
+    """Returns how many features the output of a module has.
+
+    A module that is no linear layer is asked, without computing anything: it is called with abstract inputs of the
+    widths that its own linear layers read. Names and order of its layers say nothing, since copying a module sorts it.
 
     Raises:
-      UserError: if it has none.
+      UserError: if it is not to be found out, or there is not one axis of features.
     """
     if is_linear(module):
-        return matrix_view(module, path).shape[1]
+        shape = matrix_view(module, path).out_shape
+        if len(shape) > 1:
+            raise UserError(f"its output has the axes {shape} of features, and a branch reads one")
+        return shape[0]
     layers = [child for child in vars(module).values() if isinstance(child, nnx.Module) and is_linear(child)]
-    if not layers:
+    found = {_answer(module, width) for width in {matrix_view(layer, path).shape[0] for layer in layers}} - {None}
+    if len(found) != 1:
         raise UserError(
-            f"the width of its output is unknown, since {type(module).__name__} has no linear layer of its own:"
+            f"the width of its output cannot be told from the linear layers of a {type(module).__name__}:"
             " name the layer that makes the output"
         )
-    return matrix_view(layers[-1], path).shape[1]
+    return found.pop()
+
+
+def _answer(module: nnx.Module, width: int) -> int | None:
+    """Returns the features of a module's output for an input of so many features, `None` if it takes no such input."""
+    graphdef, state = nnx.split(module)
+    parameters = list(inspect.signature(module).parameters.values())[1:]
+    others = [None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    for shape in ((1, 1, width), (1, width)):
+        try:
+            with jax.numpy_dtype_promotion("standard"):
+                call = lambda state, x: nnx.merge(graphdef, state)(x, *others)  # noqa: E731
+                return jax.eval_shape(call, state, jax.ShapeDtypeStruct(shape, jnp.float32)).shape[-1]
+        except Exception:  # Whatever a user's module does with an input that is not for it.
+            continue
+    return None
 
 
 def matrix_view(module: nnx.Module, path: str) -> MatrixView:
