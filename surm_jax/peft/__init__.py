@@ -16,6 +16,8 @@ from surm_jax.peft.files import load_adapter as load_adapter
 from surm_jax.peft.files import save_adapter as save_adapter
 from surm_jax.peft.fingerprint import check_fingerprint as check_fingerprint
 from surm_jax.peft.fingerprint import fingerprint as fingerprint
+from surm_jax.peft.hf import load_hf_adapter as load_hf_adapter
+from surm_jax.peft.hf import save_hf_adapter as save_hf_adapter
 from surm_jax.peft.inject import adapt as adapt
 from surm_jax.peft.inject import adapted_modules as adapted_modules
 from surm_jax.peft.lifecycle import adapter_names as adapter_names

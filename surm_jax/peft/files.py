@@ -52,9 +52,6 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
     Raises:
       UserError: if the folder holds something else, or cannot be written, or the model has not the adapter's updates.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder / CONFIG_NAME).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not an adapter folder (no {CONFIG_NAME}): choose another name")
     parts = [row for row in adapted_modules(model) if row[1] == adapter.name]
     for rule in adapter.rules:
         if rule.method:
@@ -77,13 +74,26 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
     }
     config["sha256"] = _sha256(config, payload)
     text = json.dumps(config, indent=1).encode()
+    write_folder(Path(folder), text, payload)
+    return len(payload) + len(text)
+
+
+def write_folder(folder: Path, config: bytes, payload: bytes) -> None:
+    """Writes the two files of an adapter folder, replacing one that is there in one step.
+
+    Raises:
+      UserError: if the folder holds something else, or cannot be written.
+    """
+    if folder.exists() and not (folder / CONFIG_NAME).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an adapter folder (no {CONFIG_NAME}): choose another name")
+    if folder.is_dir() and (others := {path.name for path in folder.iterdir()} - {CONFIG_NAME, TENSORS_NAME}):
+        raise UserError(f"{folder} holds {min(others)} besides an adapter, which would be lost: choose another name")
     try:
         with replacing_folder(folder) as temporary:
             (temporary / TENSORS_NAME).write_bytes(payload)
-            (temporary / CONFIG_NAME).write_bytes(text)
+            (temporary / CONFIG_NAME).write_bytes(config)
     except OSError as error:
         raise UserError(f"cannot write the adapter folder {folder}: {error}") from None
-    return len(payload) + len(text)
 
 
 def load_adapter(

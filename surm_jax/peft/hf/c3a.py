@@ -1,0 +1,60 @@
+"""The C3A of peft."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from surm_jax.errors import UserError
+from surm_jax.peft.hf.format import Arrays, Format, LayerUpdate, Shapes, by_module
+from surm_jax.peft.hf.settings import Settings
+from surm_jax.peft.methods import C3A, Update
+from surm_jax.structured import BlockCirculant, Circulant, CirculantPair, StructuredMatrix
+
+
+class C3AFormat(Format):
+    """`c3a_kernel` (out / b, in / b, b), divided by in_features there: our `BlockCirculant` read backwards.
+
+    `c3a_kernel[q, p, k] = factor * in * c[p, q, -k mod b]`. A square circulant is the case of one block. There is no
+    alpha, so that it goes into the numbers.
+    """
+
+    settings = frozenset({"block_size", "block_size_pattern"})
+    mark = "c3a_kernel"
+    description = "blocks of circulants, or one square circulant"
+
+    def holds(self, matrix: StructuredMatrix) -> bool:
+        """Says whether it is a grid of circulants, or a square one."""
+        is_square = isinstance(matrix, Circulant | CirculantPair) and matrix.shape[0] == matrix.shape[1]
+        return isinstance(matrix, BlockCirculant) or is_square
+
+    def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:
+        """Returns the size of the blocks, and the kernels."""
+        kernels = {}
+        for module, update in updates.items():
+            c = np.asarray(update.matrix.fused().c, np.float64)
+            c = c.reshape(1, 1, -1) if c.ndim == 1 else c
+            kernel = update.factor * update.matrix.shape[0] * _backwards(c.swapaxes(0, 1))
+            kernels[module] = {"c3a_kernel": kernel.astype(np.float32)}
+        blocks = {module: arrays["c3a_kernel"].shape[-1] for module, arrays in kernels.items()}
+        return {**by_module("block_size", "block_size_pattern", blocks), "bias": "none"}, kernels
+
+    def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
+        """Returns `C3A` with alpha = 1."""
+        block = settings.of_module("block_size", 256, "block_size_pattern", module, whole=True)
+        if shape[0] % block or shape[1] % block:
+            raise UserError(
+                f"{settings.path} sets blocks of {block} for {module}, which do not divide both sizes of"
+                f" {shape[0]} x {shape[1]}"
+            )
+        return C3A(block=block), {"c3a_kernel": (shape[1] // block, shape[0] // block, block)}
+
+    def read(self, arrays: Arrays) -> BlockCirculant:
+        """Returns the grid of circulants."""
+        return BlockCirculant(c=jnp.asarray(_backwards(arrays["c3a_kernel"]).swapaxes(0, 1)))
+
+
+def _backwards(c: np.ndarray) -> np.ndarray:
+    """`c[..., -k mod b]`."""
+    return np.roll(np.flip(c, -1), 1, axis=-1)

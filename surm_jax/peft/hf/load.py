@@ -1,0 +1,208 @@
+"""Reading an adapter from a folder of Hugging Face's peft."""
+
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from flax import nnx
+
+from surm_jax.errors import UserError, did_you_mean
+from surm_jax.paths import join, matching
+from surm_jax.peft.adapter import DEFAULT_NAME, Adapter, Rule
+from surm_jax.peft.attach import attach
+from surm_jax.peft.delta import Delta
+from surm_jax.peft.files import CONFIG_NAME, TENSORS_NAME
+from surm_jax.peft.hf.format import Format
+from surm_jax.peft.hf.formats import FORMATS
+from surm_jax.peft.hf.names import ROOT, ModuleNames, whole_modules
+from surm_jax.peft.hf.settings import Settings
+from surm_jax.peft.inject import base_parameters, matched_modules
+from surm_jax.peft.layers import is_linear, matrix_view
+from surm_jax.peft.methods import Update
+from surm_jax.structured import StructuredMatrix
+
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def load_hf_adapter(
+    folder: str | os.PathLike,
+    model: nnx.Module,
+    names: ModuleNames,
+    *,
+    name: str = DEFAULT_NAME,
+    execution: str = "auto",
+) -> tuple[nnx.Module, Adapter]:
+    """Returns a base model with an adapter from a folder of peft, and the adapter's recipe.
+
+    `model` itself stays as it is. Read are LoRA (with or without `use_rslora`), C3A and LoKr on linear layers, and
+    `modules_to_save`; modules may have the names of transformers 5.24 or those of checkpoints on the Hub, which are the
+    ones of earlier versions. Such a folder says nothing of the base weights: whether `model` has those that the
+    adapter was trained on cannot be checked.
+
+    The folder may come from anybody. Nothing in it is executed or followed, and no tensor is read before its shape is
+    known to be right.
+
+    Args:
+      folder: what peft's `save_pretrained` or `save_hf_adapter` wrote.
+      model: the base model, with a head of the adapter's shape.
+      names: what transformers calls the modules.
+      name: what the adapter is called in the model, which may have adapters of other names.
+      execution: how the updates are computed, as in `adapt`.
+
+    Raises:
+      UserError: naming what has no counterpart here, or is missing, superfluous, damaged or of another shape.
+    """
+    folder = Path(folder)
+    settings = Settings(folder / CONFIG_NAME)
+    peft_type = settings.values.get("peft_type")
+    if not isinstance(peft_type, str) or peft_type not in FORMATS:
+        known = f"which is none of those known here: {', '.join(FORMATS)}{did_you_mean(str(peft_type), FORMATS)}"
+        raise settings.refusal("peft_type", known)
+    form = FORMATS[peft_type]
+    settings.refuse_others(form.settings)
+    model = nnx.clone(model)
+    tensors = _Tensors(folder)
+    updates, matrices = _read_updates(form, settings, tensors, model, names)
+    train = _read_modules(settings, tensors, model, names, updates)
+    tensors.refuse_rest(form.mark, model, names)
+    if not updates:
+        raise UserError(f"{tensors.path} holds no update of a linear layer")
+    adapter = Adapter(_rules(updates, model), train, name)
+    for path, layer, rule in matched_modules(model, adapter):
+        matrix = matrices[path]
+        attach(layer, name, Delta(rule.method, matrix, layer.kernel[...].reshape(matrix.shape), execution))
+    return model, adapter
+
+
+class _Tensors:
+    """The tensors of a folder. Each is read once, after a look at its shape; none may be left over."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / TENSORS_NAME
+        if not self.path.is_file() and (folder / "adapter_model.bin").is_file():
+            raise UserError(
+                f"{folder} has its tensors in adapter_model.bin, a pickle, which may hold any program and is not read:"
+                f" load the adapter with peft and save it again, as {TENSORS_NAME}"
+            )
+        try:
+            self.file = safetensors.safe_open(self.path, framework="numpy")
+            self.left = set(self.file.keys())
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{self.path} is damaged: {error}") from None
+
+    def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Returns a tensor, which must have this shape.
+
+        Raises:
+          UserError: if there is none, or it is another one.
+        """
+        name = ROOT + name
+        if name not in self.left:
+            raise UserError(f"{self.path} lacks {name!r}{did_you_mean(name, self.left)}")
+        tensor = self.file.get_slice(name)
+        if tuple(tensor.get_shape()) != shape:
+            found = tuple(tensor.get_shape())
+            raise UserError(f"{name} has the shape {found} in {self.path}, but the model needs {shape}")
+        if tensor.get_dtype() not in _DTYPES:
+            raise UserError(f"{name} in {self.path} is of type {tensor.get_dtype()}, not of {', '.join(_DTYPES)}")
+        self.left.remove(name)
+        return self.file.get_tensor(name)
+
+    def has(self, prefix: str) -> bool:
+        """Says whether the name of a tensor that was not taken yet begins with `prefix`."""
+        return any(name.startswith(ROOT + prefix) for name in self.left)
+
+    def refuse_rest(self, mark: str, model: nnx.Module, names: ModuleNames) -> None:
+        """Checks that no tensor is left over.
+
+        Raises:
+          UserError: saying of the first what it might have been.
+        """
+        if not self.left:
+            return
+        name = min(self.left)
+        text = f"{self.path} holds {name!r}"
+        if not name.startswith(ROOT):
+            raise UserError(f"{text}, but the names of peft's tensors begin with {ROOT}")
+        paths = {found: path for path in _modules(model) for found in names.modules(path)}
+        module = name.removeprefix(ROOT).partition(f".{mark}")[0].removesuffix(".weight").removesuffix(".bias")
+        if module not in paths:
+            raise UserError(f"{text}, but the model has no module {module!r}{did_you_mean(module, paths)}")
+        if not is_linear(_modules(model)[paths[module]]):
+            kind = type(_modules(model)[paths[module]]).__name__
+            raise UserError(f"{text}, but {module} ({paths[module]} here) is no linear layer, it is {kind}")
+        raise UserError(f"{text}, which has no counterpart in the linear layer {paths[module]}")
+
+
+def _modules(model: nnx.Module) -> dict[str, nnx.Module]:
+    return {join(path): module for path, module in nnx.iter_modules(model)}
+
+
+def _read_updates(
+    form: Format, settings: Settings, tensors: _Tensors, model: nnx.Module, names: ModuleNames
+) -> tuple[dict[str, Update], dict[str, StructuredMatrix]]:
+    """Returns the updates of the layers that have tensors, and their matrices, by path."""
+    updates, matrices = {}, {}
+    for path, layer in sorted(_modules(model).items()):
+        if not is_linear(layer):
+            continue
+        found = names.modules(path)
+        module = next((name for name in found if tensors.has(f"{name}.{form.mark}")), None)
+        if module is None:
+            if any(settings.targets(name) and not settings.saves(name) for name in found):
+                raise UserError(f"{tensors.path} has no update of {path}, although target_modules names {found[0]}")
+            continue
+        shape = matrix_view(layer, path).shape
+        updates[path], shapes = form.read_settings(settings, module, shape)
+        arrays = {part: tensors.take(f"{module}.{part}", size).astype(np.float32) for part, size in shapes.items()}
+        try:
+            matrices[path] = form.read(arrays)
+        except UserError as error:
+            raise UserError(f"the update of {path} in {tensors.path.parent} has no counterpart here: {error}") from None
+    return updates, matrices
+
+
+def _read_modules(
+    settings: Settings, tensors: _Tensors, model: nnx.Module, names: ModuleNames, adapted: Collection[str]
+) -> tuple[str, ...]:
+    """Fills the modules that were trained as a whole, and returns the patterns of their parameters."""
+    modules, read = whole_modules(base_parameters(model), names), []
+    for path in sorted(modules.keys() - set(adapted)):
+        found = names.modules(path)
+        module = next((name for name in found for part in modules[path] if tensors.has(f"{name}.{part}")), None)
+        if module is None:
+            if any(settings.saves(name) for name in found):
+                raise UserError(f"{tensors.path} lacks {ROOT}{found[0]}.*, although modules_to_save names it")
+            continue
+        read.append(path)
+        for part, (variable, layout) in modules[path].items():
+            theirs = jax.eval_shape(layout.write, jax.ShapeDtypeStruct(variable.shape, variable.dtype))
+            array = layout.read(tensors.take(f"{module}.{part}", theirs.shape), variable.shape)
+            variable[...] = jnp.asarray(array.astype(variable.dtype))
+    return tuple(f"{pattern}/.*" for pattern in _patterns(read, list(modules)))
+
+
+def _rules(updates: Mapping[str, Update], model: nnx.Module) -> tuple[Rule, ...]:
+    """Returns rules that give these layers, and no others, their updates."""
+    linear = [path for path, module in _modules(model).items() if is_linear(module)]
+    groups: dict[Update, list[str]] = {}
+    for path, update in updates.items():
+        groups.setdefault(update, []).append(path)
+    return tuple(Rule("|".join(_patterns(paths, linear)), update) for update, paths in groups.items())
+
+
+def _patterns(paths: Sequence[str], of: Sequence[str]) -> list[str]:
+    """Returns patterns that match these of the paths and no others; those of blocks are one where all of them match."""
+    patterns = []
+    for path in paths:
+        literal = re.escape(path)
+        general = re.sub(r"\d+", r"\\d+", literal)
+        patterns.append(general if set(matching(general, of)) <= set(paths) else literal)
+    return list(dict.fromkeys(patterns))

@@ -1,0 +1,123 @@
+"""The LoKr of peft."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from surm_jax.errors import UserError
+from surm_jax.peft.hf.format import Arrays, Format, LayerUpdate, Shapes, by_module, tidy
+from surm_jax.peft.hf.settings import Settings
+from surm_jax.peft.methods import LoKr, Update
+from surm_jax.peft.methods.hypercomplex import balanced_factors
+from surm_jax.structured import Kronecker, LowRankKronecker, StructuredMatrix
+
+Sizes = tuple[tuple[int, int], tuple[int, int]]
+
+
+class LoKrFormat(Format):
+    """`alpha / r * kron(w1, w2)`, the transpose of our `A (x) B`: w1 is A^T and w2 is B^T.
+
+    The sizes of the factors are those that `decompose_factor` gives for all layers. With `r` below half of the larger
+    size of w2, w2 is `w2_a @ w2_b` of rank r: of our `LowRankKronecker` V^T and U^T. Otherwise r is nothing but a part
+    of the scale. With `decompose_both` w1 can be a product, too; it is read, and written multiplied out.
+    """
+
+    settings = frozenset({"r", "alpha", "rank_pattern", "alpha_pattern", "decompose_factor", "decompose_both"})
+    mark = "lokr_"
+    description = "one Kronecker product"
+
+    def holds(self, matrix: StructuredMatrix) -> bool:
+        """Says whether it is one Kronecker product."""
+        return isinstance(matrix, Kronecker | LowRankKronecker) and matrix.terms == 1
+
+    def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:
+        """Returns the factorization, rank and alpha, and the factors.
+
+        Raises:
+          UserError: if the factors have other sizes than peft would give them.
+        """
+        low = {module: update.matrix.rank for module, update in updates.items() if _is_low_rank(update.matrix)}
+        # Where w2 is dense, any r that is not too small will do: the same for all layers, if possible.
+        least = [-(-max(update.matrix.factors[1]) // 2) for module, update in updates.items() if module not in low]
+        dense = max([*low.values(), *least])
+        ranks = {module: low.get(module, dense) for module in updates}
+        alphas = {module: tidy(update.factor * ranks[module]) for module, update in updates.items()}
+        settings = {
+            **by_module("r", "rank_pattern", ranks),
+            **by_module("alpha", "alpha_pattern", alphas),
+            "decompose_factor": _decompose_factor(updates),
+        }
+        return settings, {module: _factors(update.matrix) for module, update in updates.items()}
+
+    def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
+        """Returns `LoKr`, which has the same numbers."""
+        rank = settings.of_module("r", 8, "rank_pattern", module, whole=True)
+        alpha = settings.of_module("alpha", 8, "alpha_pattern", module)
+        factor = settings.values.get("decompose_factor", -1)
+        if not isinstance(factor, int) or isinstance(factor, bool) or not (factor == -1 or factor > 0):
+            raise settings.refusal("decompose_factor", "which must be -1 or a whole number of at least 1")
+        update = LoKr(rank=rank, alpha=alpha, divisor=max(factor, 0))
+        try:
+            matrix = jax.eval_shape(lambda: update.init(jax.random.key(0), shape))
+        except UserError as error:
+            raise UserError(f"{settings.path} describes an update of {module} that is not possible: {error}") from None
+        (m1, n1), (m2, n2) = matrix.factors
+        shapes: Shapes = {"lokr_w1": (n1, m1)}
+        if settings.flag("decompose_both") and rank < max(m1, n1) / 2:
+            shapes = {"lokr_w1_a": (n1, rank), "lokr_w1_b": (rank, m1)}
+        if rank < max(m2, n2) / 2:
+            return update, shapes | {"lokr_w2_a": (n2, rank), "lokr_w2_b": (rank, m2)}
+        return update, shapes | {"lokr_w2": (n2, m2)}
+
+    def read(self, arrays: Arrays) -> Kronecker | LowRankKronecker:
+        """Returns the Kronecker product."""
+        w1 = arrays["lokr_w1"] if "lokr_w1" in arrays else arrays["lokr_w1_a"] @ arrays["lokr_w1_b"]
+        A = jnp.asarray(w1.T[None])
+        if "lokr_w2" in arrays:
+            return Kronecker(A=A, B=jnp.asarray(arrays["lokr_w2"].T[None]))
+        w2_a, w2_b = arrays["lokr_w2_a"], arrays["lokr_w2_b"]
+        if w2_a.shape[1] > min(w2_a.shape[0], w2_b.shape[1]):
+            # A rank above what the sizes allow, as peft has it where w2 is far from square.
+            return Kronecker(A=A, B=jnp.asarray((w2_a @ w2_b).T[None]))
+        return LowRankKronecker(A=A, U=jnp.asarray(w2_b.T[None]), V=jnp.asarray(w2_a.T[None]))
+
+
+def _is_low_rank(matrix: Kronecker | LowRankKronecker) -> bool:
+    """Says whether peft has the second factor as a product of two."""
+    return isinstance(matrix, LowRankKronecker) and matrix.rank < max(matrix.factors[1]) / 2
+
+
+def _factors(matrix: Kronecker | LowRankKronecker) -> Arrays:
+    w1 = {"lokr_w1": np.asarray(matrix.A)[0].T}
+    if _is_low_rank(matrix):
+        return w1 | {"lokr_w2_a": np.asarray(matrix.V)[0].T, "lokr_w2_b": np.asarray(matrix.U)[0].T}
+    B = np.asarray(matrix.B)[0] if isinstance(matrix, Kronecker) else np.asarray(matrix.U)[0] @ np.asarray(matrix.V)[0]
+    return w1 | {"lokr_w2": B.T}
+
+
+def _decompose_factor(updates: Mapping[str, LayerUpdate]) -> int:
+    """Returns a `decompose_factor` with which peft gives all factors the sizes that they have."""
+    wanted = {update.matrix.factors: update for update in updates.values()}
+    largest = max(size for update in updates.values() for size in update.matrix.shape)
+    for factor in (-1, *range(1, largest + 1)):
+        if all(_sizes(update.matrix.shape, factor) == factors for factors, update in wanted.items()):
+            return factor
+    update = next(iter(updates.values()))
+    raise UserError(
+        f"no decompose_factor of peft's LoKr gives the factors of these updates, such as"
+        f" {_text(update.matrix.factors)} at {update.path} (-1 gives {_text(_sizes(update.matrix.shape, -1))}): train"
+        " with the method lokr, or merge the update into the model (surm_jax.merge, or --mode=merge)"
+    )
+
+
+def _sizes(shape: tuple[int, int], factor: int) -> Sizes:
+    """Returns the shapes (m1, n1), (m2, n2) that the factors of an update of this shape have in peft."""
+    (m1, m2), (n1, n2) = (balanced_factors(size, max(factor, 0)) for size in shape)
+    return (m1, n1), (m2, n2)
+
+
+def _text(sizes: Sizes) -> str:
+    return " (x) ".join(f"{m} x {n}" for m, n in sizes)

@@ -1,0 +1,135 @@
+"""Writing an adapter as a folder that Hugging Face's peft reads."""
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from flax import nnx
+
+from surm_jax.errors import UserError
+from surm_jax.paths import matching, require_match
+from surm_jax.peft.adapter import Adapter
+from surm_jax.peft.branch import Branch
+from surm_jax.peft.delta import Delta
+from surm_jax.peft.files import write_folder
+from surm_jax.peft.hf.format import LayerUpdate
+from surm_jax.peft.hf.formats import FORMATS
+from surm_jax.peft.hf.names import ROOT, ModuleNames, whole_modules
+from surm_jax.peft.inject import adapted_modules, base_parameters
+
+_MERGE = "merge the update into the model instead (surm_jax.merge, or --mode=merge)"
+
+
+def save_hf_adapter(
+    folder: str | os.PathLike, model: nnx.Module, adapter: Adapter, names: ModuleNames, *, base_model: str = ""
+) -> None:
+    """Writes the adapter of an adapted model as a folder that `peft.PeftModel.from_pretrained` reads.
+
+    Low-rank updates become LoRA, block-circulant and square circulant ones C3A, Kronecker products LoKr. Alpha goes
+    into the settings where there is one, else into the numbers. What is trained besides becomes `modules_to_save`;
+    these are whole modules, so that beside a trained kernel its bias is written, too. An adapter folder that is there
+    is replaced.
+
+    Modules are called what transformers 5.24 calls them in memory, which for BERT is what all versions do. Where an
+    earlier version has other names, those of checkpoints on the Hub, they are among the `target_modules`, and its
+    tensors are found with `PeftModel.from_pretrained(..., key_mapping={name: earlier name, ...})`.
+
+    Args:
+      folder: where to; its parents are made.
+      model: the adapted model, trained or not.
+      adapter: what `adapt` or `load_adapter` returned beside it.
+      names: what transformers calls the modules.
+      base_model: name or path of the base model, noted for those who load it.
+
+    Raises:
+      UserError: if an update or a trained parameter has no counterpart in peft, or the folder holds something else or
+        cannot be written.
+    """
+    parts = {path: part for path, name, part, _ in adapted_modules(model) if name == adapter.name}
+    if not parts:
+        raise UserError(f"the model has nothing of the adapter {adapter.name!r}, and peft reads none without an update")
+    for rule in adapter.rules:
+        if rule.method:
+            require_match(rule.target, list(parts), f"module with the adapter {adapter.name!r}")
+    updates = {_name(names, path): _update(path, part) for path, part in parts.items()}
+    peft_type = _peft_type(updates)
+    settings, arrays = FORMATS[peft_type].write(updates)
+    saved = _saved_modules(model, adapter, names, parts)
+    tensors = {
+        f"{ROOT}{module}.{part}": np.ascontiguousarray(array)
+        for module, parts in (arrays | saved).items()
+        for part, array in parts.items()
+    }
+    others = [name for update in updates.values() for name in names.modules(update.path)[1:]]
+    config = {
+        "peft_type": peft_type,
+        "task_type": None,
+        "base_model_name_or_path": base_model or None,
+        "inference_mode": True,
+        # With the names of earlier versions of transformers: those that a version does not have do nothing.
+        "target_modules": [*updates, *others],
+        "modules_to_save": list(saved) or None,
+        **settings,
+    }
+    # peft's own files say what tensors they are for.
+    payload = safetensors.numpy.save(tensors, metadata={"format": "pt"})
+    write_folder(Path(folder), json.dumps(config, indent=2, sort_keys=True).encode(), payload)
+
+
+def _name(names: ModuleNames, path: str) -> str:
+    found = names.modules(path)
+    if not found:
+        raise UserError(f"{path} has no name in transformers, by which peft could find it: {_MERGE}")
+    return found[0]
+
+
+def _update(path: str, part: Delta | Branch) -> LayerUpdate:
+    if isinstance(part, Branch):
+        raise UserError(f"{path} has a bottleneck added to its output, for which peft has no format")
+    if part.normalized:
+        raise UserError(f"the update of {path} has learned magnitudes (DoRA), which are not written: {_MERGE}")
+    alpha = float(part.alpha[...]) if hasattr(part, "alpha") else 1.0
+    return LayerUpdate(path, part.stored(), part.factor * alpha)
+
+
+def _peft_type(updates: Mapping[str, LayerUpdate]) -> str:
+    """Returns the one `peft_type` that holds all updates."""
+    first: dict[str, str] = {}
+    for update in updates.values():
+        held = [peft_type for peft_type, form in FORMATS.items() if form.holds(update.matrix)]
+        if not held:
+            m, n = update.matrix.shape
+            known = ", ".join(f"{peft_type}: {form.description}" for peft_type, form in FORMATS.items())
+            raise UserError(
+                f"the update of {update.path} is a {type(update.matrix).__name__} of {m} x {n}, for which peft has no"
+                f" format (it has {known}): {_MERGE}"
+            )
+        first.setdefault(held[0], update.path)
+    if len(first) > 1:
+        kinds = " and ".join(f"{peft_type} ({path})" for peft_type, path in first.items())
+        raise UserError(f"an adapter of peft has updates of one kind, this one would have {kinds}: {_MERGE}")
+    return next(iter(first))
+
+
+def _saved_modules(
+    model: nnx.Module, adapter: Adapter, names: ModuleNames, adapted: Collection[str]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Returns the arrays, there, of the modules in which something is trained besides the updates."""
+    parameters = base_parameters(model)
+    modules = whole_modules(parameters, names)
+    saved: dict[str, dict[str, np.ndarray]] = {}
+    for path in dict.fromkeys(path for pattern in adapter.train for path in matching(pattern, parameters)):
+        module = path.rpartition("/")[0]
+        if module in adapted:
+            raise UserError(
+                f"{path} is trained in a layer that has an update besides, and in peft it has one of the two"
+            )
+        if module not in modules:
+            raise UserError(f"{path} is trained, but peft trains whole modules, and transformers has none that is this")
+        saved[names.modules(module)[0]] = {
+            name: layout.write(np.asarray(variable[...])) for name, (variable, layout) in modules[module].items()
+        }
+    return saved

@@ -1,0 +1,173 @@
+"""The `adapter_config.json` of Hugging Face's peft, read as what it is: a file that anybody may have written.
+
+Every value is checked before it is used, and a setting that would change what an adapter computes in a way that has no
+counterpart here is refused by its name.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from surm_jax.errors import UserError
+
+_MOST_BYTES = 2**20
+_LARGEST = 1e30
+
+_WHERE = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"})
+"""Settings that say which modules have updates or are trained: what the tensors say, too."""
+
+_ABOUT_TRAINING = frozenset(
+    "auto_mapping base_model_name_or_path ensure_weight_tying eva_config inference_mode"
+    " init_lora_weights init_weights loftq_config lora_dropout lora_ga_config megatron_core"
+    " module_dropout peft_type peft_version qalora_group_size rank_dropout rank_dropout_scale revision task_type"
+    " use_effective_conv2d".split()
+)
+"""Settings that change nothing of what a trained adapter computes with linear layers."""
+
+_NEUTRAL = (None, False, "none", [], {})
+"""Values with which a setting does nothing."""
+
+
+class Settings:
+    """What an `adapter_config.json` says.
+
+    Attributes:
+      path: the file, for messages.
+      values: its content.
+    """
+
+    def __init__(self, path: Path):
+        """Reads a file.
+
+        Raises:
+          UserError: if it cannot be read, or is not an object of JSON, or far too large.
+        """
+        self.path = path
+        try:
+            if path.stat().st_size > _MOST_BYTES:
+                raise UserError(f"{path} has {path.stat().st_size:,} bytes: not the configuration of an adapter")
+            self.values = json.loads(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"no adapter in {path.parent}: cannot read {path.name} ({error.strerror})") from None
+        except UserError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+        if not isinstance(self.values, dict):
+            raise UserError(f"{path} is damaged: it holds no settings")
+
+    def refuse_others(self, known: frozenset[str]) -> None:
+        """Checks that no setting besides the known ones changes what the adapter computes.
+
+        Raises:
+          UserError: naming the first that does.
+        """
+        for name, value in self.values.items():
+            if name not in known | _WHERE | _ABOUT_TRAINING and value not in _NEUTRAL:
+                raise self.refusal(name, "which has no counterpart here")
+        initial = self.values.get("init_lora_weights", True)
+        if not isinstance(initial, bool) and initial not in (None, "gaussian", "eva", "orthogonal"):
+            # PiSSA and its like move a part of the base weights into the adapter before training starts.
+            raise self.refusal(
+                "init_lora_weights",
+                "with which peft changes the base weights: convert the adapter to plain LoRA by"
+                " peft's save_pretrained(path_initial_model_for_weight_conversion=...)",
+            )
+
+    def refusal(self, name: str, why: str) -> UserError:
+        """Returns the error that says why the value of a setting is refused."""
+        return UserError(f"{self.path} sets {name} = {_short(self.values.get(name))}, {why}")
+
+    def flag(self, name: str) -> bool:
+        """Returns a setting that is true or false, by default false."""
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self.refusal(name, "which must be true or false")
+        return bool(value)
+
+    def whole(self, name: str, default: int) -> int:
+        """Returns a setting that is a whole number."""
+        value = self.values.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.refusal(name, "which must be a whole number")
+        return value
+
+    def names(self, name: str) -> list[str]:
+        """Returns a setting that is a list of names; null is an empty one."""
+        value = self.values.get(name) or []
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise self.refusal(name, "which must be a list of module names")
+        return value
+
+    def of_module(self, name: str, default: float, exceptions: str, module: str, *, whole: bool = False) -> float:
+        """Returns the value of a setting for one module.
+
+        Args:
+          name: the setting, such as "r".
+          default: its value if the file does not have it.
+          exceptions: the setting with other values, such as "rank_pattern", by regular expressions: of those that match
+            the end of the module's name, as `peft.utils.other.get_pattern_key` has it, the first counts.
+          module: the name of the module there.
+          whole: whether the value must be a whole number of at least 1, and not just a finite one that is not 0.
+
+        Raises:
+          UserError: if the value is something else, or an expression cannot be used.
+        """
+        others = self.values.get(exceptions) or {}
+        if not isinstance(others, dict):
+            raise self.refusal(exceptions, "which must map names of modules to numbers")
+        where, value = name, self.values.get(name, default)
+        for pattern, other in others.items():
+            if not _is_simple(pattern):
+                raise UserError(f"{self.path} has the pattern {_short(pattern)}: too intricate, name the modules")
+            if self._matches(pattern, module, end=True):
+                where, value = f"{exceptions}[{_short(pattern)}]", other
+                break
+        what = "a whole number of at least 1" if whole else "a number other than 0"
+        is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not is_number or value == 0 or not abs(value) < _LARGEST or (whole and value < 1):
+            raise UserError(f"{self.path} sets {where} = {_short(value)}, which must be {what}")
+        return value
+
+    def targets(self, module: str) -> bool | None:
+        """Says whether `target_modules` names a module; None if that takes more than its name."""
+        value = self.values.get("target_modules")
+        if value in (None, "all-linear") or any(
+            self.values.get(name) not in (None, []) for name in ("layers_to_transform", "exclude_modules")
+        ):
+            return None
+        if isinstance(value, str):
+            return self._matches(value, module) if _is_simple(value) else None
+        return any(module == name or module.endswith(f".{name}") for name in self.names("target_modules"))
+
+    def saves(self, module: str) -> bool:
+        """Says whether `modules_to_save` names a module, or one around it; like peft by the end of a name."""
+        parts = module.split(".")
+        around = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+        return any(outer.endswith(name) for name in self.names("modules_to_save") for outer in around)
+
+    def _matches(self, pattern: str, module: str, *, end: bool = False) -> bool:
+        try:
+            compiled = re.compile(pattern)
+        except (re.error, OverflowError) as error:
+            raise UserError(
+                f"{self.path} has the pattern {_short(pattern)}, which is no regular expression: {error}"
+            ) from None
+        return bool(re.fullmatch(rf"(?:.*\.)?(?:{compiled.pattern})" if end else compiled, module))
+
+
+def _is_simple(pattern: str) -> bool:
+    """Says whether matching a name takes little time for sure; a hostile pattern could take years."""
+    plain = re.sub(r"\\.|\[[^]]*\]", "x", pattern).replace("(?:", "(")
+    return (
+        not re.search(r"\)[*+?{]|\s|#", plain)
+        and len(re.findall(r"[*+?{]", plain)) <= 3
+        and plain.count("(") <= 3
+        and plain.count("|") <= 8
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
