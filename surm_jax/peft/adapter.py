@@ -135,7 +135,7 @@ def adapter_of(path: tuple[Any, ...]) -> str | None:
     >>> adapter_of(("blocks", 0, "query", "delta", "default", "r1"))
     'default'
     """
-    for slot, name in itertools.pairwise(path):
+    for name, slot in itertools.pairwise(reversed(path)):  # from the end: the model may have such names itself
         if slot in SLOTS:
             return name
     return None

@@ -60,6 +60,8 @@ def adapt(
     model = nnx.clone(model)
     adapter = Adapter(tuple(rules), tuple(train), name)
     for path, module, rule in matched_modules(model, adapter):
+        if isinstance(rule.method, Update):
+            matrix_view(module, path)  # whose messages name the layer themselves
         try:
             attach(module, name, make_part(rule, path, module, execution, rngs.params()))
         except UserError as error:
@@ -112,13 +114,11 @@ def matched_modules(model: nnx.Module, adapter: Adapter) -> list[tuple[str, nnx.
       UserError: if a rule matches no module, or only modules that earlier rules have, or one that cannot be adapted, or
         if the model has an adapter of this name.
     """
-    parts = {join(path): module for path, module in nnx.iter_modules(model) if _is_part(path)}
-    if any(path.endswith(f"/{slot}/{adapter.name}") or path == f"{slot}/{adapter.name}" for path in parts
-           for slot in SLOTS):  # fmt: skip
+    if any(name == adapter.name for _, name, *_ in adapted_modules(model)):
         raise UserError(
             f"the model has an adapter called {adapter.name!r} already: merge or delete it, or choose another name"
         )
-    modules = {join(path): module for path, module in nnx.iter_modules(model) if not _is_part(path)}
+    modules = _own_modules(model)
     linear = sorted(path for path, module in modules.items() if is_linear(module))
     callable_ = sorted(path for path, module in modules.items() if callable(module))
     chosen: dict[str, Rule] = {}
@@ -137,9 +137,15 @@ def matched_modules(model: nnx.Module, adapter: Adapter) -> list[tuple[str, nnx.
     return [(path, modules[path], chosen[path]) for path in sorted(chosen) if chosen[path].method]
 
 
-def _is_part(path: tuple) -> bool:
-    """Whether a module at this path belongs to an adapter."""
-    return any(slot in SLOTS for slot in path)
+def _own_modules(model: nnx.Module) -> dict[str, nnx.Module]:
+    """Returns the modules that no adapter brought, by path. A name alone, such as `branch`, may be the model's own."""
+    modules = dict(nnx.iter_modules(model))
+    slots = {path[:-1] for path, module in modules.items() if isinstance(module, Delta | Branch)}
+    return {
+        join(path): module
+        for path, module in modules.items()
+        if not any(path[:length] in slots for length in range(1, len(path) + 1))
+    }
 
 
 def _nothing_to_adapt(rule: Rule, candidates: list[str], modules: dict[str, nnx.Module]) -> str:
@@ -161,6 +167,6 @@ def adapted_modules(model: nnx.Module) -> Iterator[tuple[str, str, Delta | Branc
     found = []
     for path, module in nnx.iter_modules(model):
         for slot in SLOTS:
-            if not _is_part(path) and isinstance(getattr(module, slot, None), nnx.Dict):
-                found += [(join(path), name, part, module) for name, part in getattr(module, slot).items()]
+            for name, part in vars(module).get(slot, {}).items() if hasattr(type(module), "original_class") else ():
+                found.append((join(path), name, part, module))
     yield from sorted(found, key=lambda row: row[:2])

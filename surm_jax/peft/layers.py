@@ -66,8 +66,12 @@ def check_call(module: nnx.Module, path: str, slot: str) -> None:
     Raises:
       UserError: if a `__call__` on the way does not use `super()`, or the module has an attribute `slot` of its own.
     """
-    if not isinstance(getattr(module, slot, nnx.Dict()), nnx.Dict):
-        raise UserError(f"{path} cannot be adapted: it has an attribute `{slot}` of its own, where the adapter goes")
+    for name in ("delta", "branch"):
+        adapted = hasattr(type(module), "original_class") and isinstance(getattr(module, name, None), nnx.Dict)
+        if hasattr(module, name) and not adapted:
+            raise UserError(
+                f"{path} cannot be adapted: it has an attribute `{name}` of its own, where parts of adapters go"
+            )
     if slot == "branch":
         return
     for cls in getattr(type(module), "original_class", type(module)).__mro__:
@@ -100,7 +104,8 @@ def output_width(module: nnx.Module, path: str) -> int:
             raise UserError(f"its output has the axes {shape} of features, and a branch reads one")
         return shape[0]
     layers = [child for child in vars(module).values() if isinstance(child, nnx.Module) and is_linear(child)]
-    found = {_answer(module, width) for width in {matrix_view(layer, path).shape[0] for layer in layers}} - {None}
+    widths = {math.prod(f) if isinstance(f := layer.in_features, tuple) else f for layer in layers}
+    found = {_answer(module, width) for width in widths} - {None}
     if len(found) != 1:
         raise UserError(
             f"the width of its output cannot be told from the linear layers of a {type(module).__name__}:"

@@ -88,7 +88,7 @@ def prepare(config: RunConfig, seed: int) -> Job:
     vit = vit_config(config, len(dataset.classes))
     dataset.require_channels(vit.channels)
     describe_model(config, vit)
-    checkpoint = _checkpoint(config)
+    checkpoint = locate(config.model.checkpoint, config.model.variant or None)
     if checkpoint is None:
         warnings.warn(
             f"config.model.checkpoint=none: the {config.model.variant} model starts from RANDOM weights, not from"
@@ -106,28 +106,22 @@ def vit_config(config: RunConfig, num_classes: int) -> ViTConfig:
         another kind of model.
     """
     model = config.model
+    if model.variant and (model.checkpoint.startswith("hf://") or Path(model.checkpoint).expanduser().is_dir()):
+        raise UserError(
+            f"config.model.checkpoint={model.checkpoint} says itself which model it holds, down to its numerics:"
+            f" set config.model.variant to nothing (--config.model.variant=), not {model.variant!r}"
+        )
     fields = {name: value for name in GEOMETRY if (value := getattr(model, name))}
     fields |= {name: getattr(model, name) for name in ViTConfig.RUNTIME_FIELDS}
     if model.variant:
         return ViTConfig.from_variant(model.variant, num_classes=num_classes, **fields)
-    checkpoint = _checkpoint(config)
+    checkpoint = locate(config.model.checkpoint, config.model.variant or None)
     if checkpoint is None:
         raise UserError("config.model.variant is empty, but config.model.checkpoint=none says nothing of a model")
     kind, geometry = model_config(checkpoint, num_classes=num_classes, **fields)
     if kind is not ViT:
         raise UserError(f"{checkpoint} holds a {kind.__name__}, but this job needs a model of images")
     return geometry
-
-
-def _checkpoint(config: RunConfig) -> Path | None:
-    """Returns the file or folder of the weights, fetched where needed."""
-    checkpoint = locate(config.model.checkpoint, config.model.variant)
-    if config.model.variant and checkpoint is not None and checkpoint.is_dir():
-        raise UserError(
-            f"config.model.checkpoint={config.model.checkpoint} says itself which model it holds, down to its"
-            f" numerics: set config.model.variant to nothing (--config.model.variant=), not {config.model.variant!r}"
-        )
-    return checkpoint
 
 
 def describe_model(config: RunConfig, vit: ViTConfig) -> Description:

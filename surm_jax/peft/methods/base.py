@@ -156,13 +156,21 @@ class Bottleneck(Method):
       bias: whether b (and d) are there; they start at 0.
       activation: one of `ACTIVATIONS`.
       dropout: probability of zeroing an entry of the branch's input while training.
+      waisted: whether there are two matrices, the first of them random at the start.
     """
 
     target: ClassVar[str] = "houlsby"
+    waisted: ClassVar[bool] = False
     alpha: float = 1.0
     bias: bool = True
     activation: str = one_of("gelu", tuple(ACTIVATIONS))
     dropout: float = at_least(0.0, 0, below=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.activation == "relu" and not self.waisted:
+            # Its slope at 0, where x M starts, is 0 in JAX.
+            raise UserError(f"{self.name}.activation=relu would never learn, since its matrix starts at zero: try gelu")
 
     @abc.abstractmethod
     def init_branch(self, key: jax.Array, width: int) -> tuple[StructuredMatrix, ...]:

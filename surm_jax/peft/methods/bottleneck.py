@@ -19,6 +19,7 @@ class _Waisted(Bottleneck):
       scale: standard deviation of the first matrix at the start; the second starts at zero.
     """
 
+    waisted: ClassVar[bool] = True
     waist: int = 64
     scale: float = 0.02
 

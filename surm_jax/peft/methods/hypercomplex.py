@@ -103,6 +103,7 @@ class Compacter(Bottleneck):
     """
 
     name: ClassVar[str] = "compacter"
+    waisted: ClassVar[bool] = True
     terms: int = 4
     reduction: int = 16
     rank: int = 1

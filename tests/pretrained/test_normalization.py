@@ -1,0 +1,70 @@
+import json
+
+import pytest
+
+from surm_jax.errors import UserError
+from surm_jax.pretrained import image_normalization
+from surm_jax.pretrained.hf_vision import ARCHITECTURES
+from surm_jax.pretrained.normalization import BY_MODEL_TYPE, CLIP, HALF, IMAGENET
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def make(model_type="vit", **preprocessor):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        if preprocessor:
+            (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+        return tmp_path
+
+    return make
+
+
+def test_the_folder_says_it(folder):
+    given = image_normalization(folder("clip", image_mean=[0.1, 0.2, 0.3], image_std=[1, 2, 3]))
+    assert given == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
+    assert image_normalization(folder() / "model.safetensors") == given  # a file beside its config.json
+
+
+@pytest.mark.parametrize(("model_type", "expected"), [("vit", HALF), ("deit", IMAGENET), ("clip", CLIP)])
+def test_without_a_word_it_is_that_of_the_kind_of_model(folder, model_type, expected):
+    assert image_normalization(folder(model_type)) == expected
+
+
+def test_every_model_of_images_has_one():
+    assert BY_MODEL_TYPE.keys() == ARCHITECTURES.keys()
+
+
+def test_the_constants_are_those_of_transformers():
+    reason = "compares with a PyTorch library: pip install -r requirements-peers.txt"
+    constants = pytest.importorskip("transformers.image_utils", reason=reason)
+    assert (tuple(constants.OPENAI_CLIP_MEAN), tuple(constants.OPENAI_CLIP_STD)) == CLIP
+    assert (tuple(constants.IMAGENET_DEFAULT_MEAN), tuple(constants.IMAGENET_DEFAULT_STD)) == IMAGENET
+    assert (tuple(constants.IMAGENET_STANDARD_MEAN), tuple(constants.IMAGENET_STANDARD_STD)) == HALF
+
+
+def test_not_to_normalise(folder):
+    assert image_normalization(folder("vit", do_normalize=False)) == ((0.0,) * 3, (1.0,) * 3)
+
+
+def test_other_formats_have_none(tmp_path, folder):
+    assert image_normalization(None) is None
+    assert image_normalization(tmp_path / "vit.safetensors") is None
+    folder("clip")
+    assert image_normalization(tmp_path / "augreg.npz") is None
+    folder("bert")
+    assert image_normalization(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"image_mean": [0.5, 0.5, 0.5]},
+        {"image_mean": [0.5], "image_std": [0.5, 0.5]},
+        {"image_mean": [0.5], "image_std": [0.0]},
+        {"image_mean": "a", "image_std": [1.0]},
+        {"image_mean": [float("nan")], "image_std": [1.0]},
+    ],
+)
+def test_a_damaged_file_is_told(folder, fields):
+    with pytest.raises(UserError, match=r"preprocessor_config\.json is damaged"):
+        image_normalization(folder("vit", **fields))
