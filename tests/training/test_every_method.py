@@ -1,0 +1,91 @@
+"""Every registered method trains on the digits: the loss falls, and what is called trained moves, all else stays.
+
+And what frozen weights must not have: a gradient, a slot in the optimiser, a place in what a step gives back.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from surm_jax.peft import METHODS
+from surm_jax.training.config import base_config, parse
+from surm_jax.training.mesh import put_batch
+from surm_jax.training.optimizer import make_optimizer
+from surm_jax.training.step import init_state, make_train_step
+from tests.training import tiny
+
+# What a model of width 64 and two blocks needs, and a rate that does something in a few steps.
+VALUES = {
+    "c3a": {"peft.c3a.block": 32},
+    "adapter_drop": {"peft.adapter_drop.skip": 1},
+    "lokr": {"peft.lokr.rank": 2},
+    "structured": {"peft.structured.family": "circulant_pair + low_rank"},
+}
+RATES = {"c3a": 0.3, "mora": 1e-2, "full": 3e-3, "attention_only": 3e-3}
+
+
+@functools.cache
+def digits(method: str) -> tiny.Built:
+    config = base_config()
+    config.update_from_flattened_dict(
+        {
+            "model.variant": "digits",
+            "model.checkpoint": "none",
+            "model.depth": 2,
+            "data.name": "digits_5to9",
+            "data.augment": "none",
+            "data.batch_size": 64,
+            "mesh.data": 1,
+            "peft.method": method,
+            f"optim.learning_rate.{method}": RATES.get(method, 1e-2),
+            "optim.decay": "constant",
+            **VALUES.get(method, {}),
+        }
+    )
+    with pytest.warns(UserWarning, match="RANDOM weights"):
+        return tiny.build(parse(config))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_lowers_the_loss_and_moves_what_it_trains(method):
+    built = digits(method)
+    mesh = built.job.mesh
+    optimizer = make_optimizer(built.job.config.optim, method, built.trained)
+    step = make_train_step(built.partition, optimizer, mesh, seed=0)
+    batch = put_batch(tiny.batch_of(built, 64), mesh)
+    start, frozen = tiny.host(built.trained), tiny.host(built.frozen)
+    with jax.set_mesh(mesh):
+        state, losses = init_state(built.trained, optimizer, mesh), []
+        for number in range(12):
+            state, metrics = step(state, built.frozen, batch)
+            losses.append(float(metrics["train_loss"]))
+            if number == 1:
+                still = [path for path, array in tiny.host(state.trained).items() if np.array_equal(array, start[path])]
+                assert not still
+    assert losses[-1] < 0.9 * losses[0]
+    tiny.assert_equal_bits(tiny.host(built.frozen), frozen)
+
+
+@pytest.mark.parametrize("method", ["circulant", "circulant_adapter", "dora", "lora_fix", "bitfit", "full"])
+def test_memory_holds_frozen_weights_once_and_trained_ones_three_times(method):
+    built = digits(method)
+    mesh = built.job.mesh
+    optimizer = make_optimizer(built.job.config.optim, method, built.trained)
+    with jax.set_mesh(mesh):
+        state = init_state(built.trained, optimizer, mesh)
+        batch = put_batch(tiny.batch_of(built, 64), mesh)
+        lowered = make_train_step(built.partition, optimizer, mesh, seed=0).lower(state, built.frozen, batch)
+        memory = lowered.compile().memory_analysis()
+    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+    trained = size(built.trained)
+    # Adam's two moments; all other numbers are counters.
+    assert 0 < size(state) - 3 * trained < 100
+    # What the program is given and what it returns; compilers may leave out what is not used.
+    assert memory.argument_size_in_bytes <= size(state) + size(built.frozen) + size(batch)
+    pointers = 8 * len(jax.tree.leaves(state)) + 100  # the table of outputs, and the metrics
+    assert memory.output_size_in_bytes - size(state) <= pointers
+    if method != "full":
+        largest = max(leaf.size for leaf in jax.tree.leaves(built.frozen))
+        assert not [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.size >= largest]
