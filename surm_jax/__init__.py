@@ -7,13 +7,27 @@
 """
 
 from surm_jax.errors import UserError as UserError
+from surm_jax.peft import METHODS as METHODS
 from surm_jax.peft import Adapter as Adapter
 from surm_jax.peft import CirculantUpdate as CirculantUpdate
 from surm_jax.peft import LoRA as LoRA
 from surm_jax.peft import Rule as Rule
 from surm_jax.peft import adapt as adapt
 from surm_jax.peft import adapter_dropout as adapter_dropout
+from surm_jax.peft import adapter_names as adapter_names
+from surm_jax.peft import adapter_of_examples as adapter_of_examples
+from surm_jax.peft import combine as combine
+from surm_jax.peft import convert as convert
+from surm_jax.peft import delete as delete
 from surm_jax.peft import describe as describe
 from surm_jax.peft import load_adapter as load_adapter
+from surm_jax.peft import load_bank as load_bank
+from surm_jax.peft import load_hf_adapter as load_hf_adapter
+from surm_jax.peft import make_method as make_method
 from surm_jax.peft import merge as merge
+from surm_jax.peft import path_mask as path_mask
 from surm_jax.peft import save_adapter as save_adapter
+from surm_jax.peft import save_hf_adapter as save_hf_adapter
+from surm_jax.peft import set_active as set_active
+from surm_jax.peft import set_scale as set_scale
+from surm_jax.peft import train_only as train_only

@@ -9,6 +9,8 @@ import pytest
 from flax import nnx
 
 import surm_jax
+from surm_jax.models import ViT, ViTConfig
+from surm_jax.pretrained import save_huggingface
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -32,25 +34,41 @@ def code(language: str) -> list[str]:
 def test_the_three_lines_and_what_follows_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {"surm_jax": surm_jax, "nnx": nnx, "model": Model(nnx.Rngs(0)), "base_model": Model(nnx.Rngs(0))}
-    first, second, _ = code("python")
+    first, second, several, *_ = code("python")
     assert len(first.splitlines()) == 3
     exec(first, names)
     trained = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(names["trainable"])]
     assert trained == [
-        "attention/query/delta/r1", "attention/query/delta/r2", "attention/value/delta/r1",
-        "attention/value/delta/r2", "head/bias", "head/kernel",
-    ]  # fmt: skip
+        *(f"attention/{layer}/delta/default/{r}" for layer in ("query", "value") for r in ("r1", "r2")),
+        "head/bias",
+        "head/kernel",
+    ]
     exec(second, names)
     assert "attention/query" in capsys.readouterr().out
     x = jnp.ones((1, 4, 8))
     np.testing.assert_allclose(names["plain"](x), names["base_model"](x), rtol=1e-5)
+
+    names |= {"x": jnp.ones((3, 4, 8)), "ids": jnp.array([1, 0, 1])}
+    exec(several, names)
+    assert surm_jax.adapter_names(names["low_rank"]) == ("converted",)
+    assert names["errors"].keys() == {"attention/query", "attention/value"}
+    np.testing.assert_allclose(names["y"], names["base_model"](names["x"]), rtol=1e-5)
+
+
+def test_a_pretrained_model(tmp_path, monkeypatch):
+    config = ViTConfig.from_variant("digits", num_classes=5, pool="token", activation="gelu", epsilon=1e-12)
+    save_huggingface(tmp_path / "vit", ViT(config, rngs=nnx.Rngs(0)), config)
+    monkeypatch.setattr("surm_jax.pretrained.hub.fetch", lambda source: tmp_path / "vit")
+    names = {}
+    exec(code("python")[3], names)
+    assert isinstance(names["vit"], ViT) and names["vit"].head.kernel.shape == (64, 10)
 
 
 def test_the_matrices_on_their_own(capsys):
     rng = np.random.default_rng(0)
     W, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8, 8), (3, 8)))
     names = {"W": W, "x": x}
-    exec(code("python")[2], names)
+    exec(code("python")[4], names)
     W, M = np.asarray(W, np.float64), names["C"].to_dense()
     U, S, Vt = np.linalg.svd(W)
     np.testing.assert_allclose(names["y"], x @ (W + 0.1 * M + (U[:, :2] * S[:2]) @ Vt[:2]), rtol=1e-4)
