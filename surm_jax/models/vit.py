@@ -114,10 +114,10 @@ class ViTConfig:
     # Compute the inside of a block a second time for the gradient instead of keeping it.
     remat: bool = False
 
-    # Fields that change how the model runs but none of its parameters' values, and those that change the head alone:
-    # a checkpoint may differ from the model in the former, and in the latter where the head is not loaded.
+    # Fields that change how the model runs but none of its parameters' values, and those of the head and of what it
+    # reads: a checkpoint may differ from the model in the former, and in the latter where the head is not loaded.
     RUNTIME_FIELDS: ClassVar[tuple[str, ...]] = ("dropout", "dtype", "param_dtype", "remat")
-    HEAD_FIELDS: ClassVar[tuple[str, ...]] = ("num_classes", "head_bias")
+    HEAD_FIELDS: ClassVar[tuple[str, ...]] = ("num_classes", "head_bias", "pool", "final_norm")
 
     def __post_init__(self):
         settings.check_sizes(

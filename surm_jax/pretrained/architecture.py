@@ -14,8 +14,18 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from surm_jax.errors import UserError
+from surm_jax.errors import UserError, did_you_mean
 from surm_jax.pretrained.rules import KeyRule, Transform
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+}
+"""Their names of activations and ours; of several for one of ours the first is written."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +224,23 @@ class Names:
             UserError: there is none.
         """
         return self.architecture.tensor_name(self.config, path)
+
+
+def refusal(model_type: str, name: str, value: Any, what: str) -> UserError:
+    """Returns the error of a `config.json` that our model cannot express."""
+    return UserError(f"this {model_type} cannot be read: config.json says {name} = {value!r}, but {what}")
+
+
+def our_activation(model_type: str, theirs: Any) -> str:
+    """Returns our name of an activation.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not isinstance(theirs, str) or theirs not in ACTIVATIONS:
+        known = f"there are {', '.join(map(repr, ACTIVATIONS))}{did_you_mean(str(theirs), ACTIVATIONS)}"
+        raise refusal(model_type, "hidden_act", theirs, known)
+    return ACTIVATIONS[theirs]
 
 
 def _pattern(name: str) -> str:

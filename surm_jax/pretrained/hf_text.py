@@ -9,10 +9,21 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from surm_jax.errors import UserError, did_you_mean
+from surm_jax.errors import UserError
 from surm_jax.models.bert import Bert, BertConfig
 from surm_jax.models.settings import from_variant
-from surm_jax.pretrained.architecture import EMBEDDING, HEAD, LINEAR, LINEAR_OUT, NORM, Architecture, Name
+from surm_jax.pretrained.architecture import (
+    ACTIVATIONS,
+    EMBEDDING,
+    HEAD,
+    LINEAR,
+    LINEAR_OUT,
+    NORM,
+    Architecture,
+    Name,
+    our_activation,
+    refusal,
+)
 
 _BODY = (
     Name("embeddings.word_embeddings", "word_embed", EMBEDDING),
@@ -106,16 +117,6 @@ _BERT_DEFAULTS = {
 }
 _DEFAULTS = {"bert": _BERT_DEFAULTS, "roberta": {**_BERT_DEFAULTS, "vocab_size": 50265, "pad_token_id": 1}}
 
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-}
-"""Their names of activations and ours; of several for one of ours the first is written."""
-
 _MLM_CLASSES = ("ForMaskedLM", "ForPreTraining")
 
 
@@ -132,14 +133,11 @@ def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[
     known = {**_DEFAULTS[model_type], **{name: value for name, value in fields.items() if value is not None}}
     for name in ("is_decoder", "is_encoder_decoder", "add_cross_attention", "pruned_heads"):
         if known.get(name):
-            raise _refusal(model_type, name, known[name], "our Bert is an encoder of full width")
+            raise refusal(model_type, name, known[name], "our Bert is an encoder of full width")
     if known.get("position_embedding_type", "absolute") != "absolute":
         what = "positions are embedded as 'absolute' only"
-        raise _refusal(model_type, "position_embedding_type", known["position_embedding_type"], what)
-    activation = known["hidden_act"]
-    if activation not in _ACTIVATIONS:
-        what = f"there are {', '.join(map(repr, _ACTIVATIONS))}{did_you_mean(str(activation), _ACTIVATIONS)}"
-        raise _refusal(model_type, "hidden_act", activation, what)
+        raise refusal(model_type, "position_embedding_type", known["position_embedding_type"], what)
+    activation = our_activation(model_type, known["hidden_act"])
     is_mlm = "num_classes" not in overrides and any(
         str(name).endswith(_MLM_CLASSES) for name in known.get("architectures", ())
     )
@@ -148,20 +146,18 @@ def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[
         "num_classes": len(known["id2label"]) if "id2label" in known else known.get("num_labels", 2),
         "head": "mlm" if is_mlm else "classifier",
         "positions": _POSITIONS[model_type],
-        "activation": _ACTIVATIONS[activation],
+        "activation": activation,
     }
     config = from_variant(BertConfig, "BERT", {model_type: ours}, model_type, overrides)
     if config.head == "mlm":
         if not known.get("tie_word_embeddings", True):
             what = "our masked language model shares the word embeddings with its head"
-            raise _refusal(model_type, "tie_word_embeddings", False, what)
+            raise refusal(model_type, "tie_word_embeddings", False, what)
         if model_type == "roberta" and config.activation != "gelu":
-            raise _refusal(model_type, "hidden_act", activation, "RoBERTa's head has 'gelu' whatever its blocks have")
+            raise refusal(
+                model_type, "hidden_act", known["hidden_act"], "RoBERTa's head has 'gelu' whatever its blocks have"
+            )
     return config
-
-
-def _refusal(model_type: str, name: str, value: Any, what: str) -> UserError:
-    return UserError(f"this {model_type} cannot be read: config.json says {name} = {value!r}, but {what}")
 
 
 def _write_config(model_type: str, config: BertConfig) -> dict[str, Any]:
@@ -187,7 +183,7 @@ def _write_config(model_type: str, config: BertConfig) -> dict[str, Any]:
         "architectures": [_CLASSES[model_type, config.head]],
         "model_type": model_type,
         **{theirs: getattr(config, name) for name, theirs in _FIELDS.items()},
-        "hidden_act": next(theirs for theirs, name in _ACTIVATIONS.items() if name == config.activation),
+        "hidden_act": next(theirs for theirs, name in ACTIVATIONS.items() if name == config.activation),
         "attention_probs_dropout_prob": 0.0,
         "num_labels": config.num_classes,
     }

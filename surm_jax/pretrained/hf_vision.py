@@ -8,10 +8,10 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from surm_jax.errors import UserError, did_you_mean
+from surm_jax.errors import UserError
 from surm_jax.models.settings import from_variant
 from surm_jax.models.vit import ViT, ViTConfig
-from surm_jax.pretrained.architecture import Architecture
+from surm_jax.pretrained.architecture import ACTIVATIONS, Architecture, our_activation, refusal
 from surm_jax.pretrained.hf_vision_names import (
     clip_fillers,
     clip_ignore,
@@ -86,16 +86,6 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "clip_vision_model": _CLIP_DEFAULTS,
 }
 
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-}
-"""Their names of activations and ours; of several for one of ours the first is written."""
-
 _POOLER = r"pooler\.dense\.(weight|bias)"
 
 
@@ -111,11 +101,8 @@ def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[
     """
     known = _known(model_type, fields)
     if known.get("use_swiglu_ffn"):
-        raise _refusal(model_type, "use_swiglu_ffn", True, "our MLP has two layers and no gate")
-    activation = known["hidden_act"]
-    if activation not in _ACTIVATIONS:
-        what = f"there are {', '.join(map(repr, _ACTIVATIONS))}{did_you_mean(str(activation), _ACTIVATIONS)}"
-        raise _refusal(model_type, "hidden_act", activation, what)
+        raise refusal(model_type, "use_swiglu_ffn", True, "our MLP has two layers and no gate")
+    activation = our_activation(model_type, known["hidden_act"])
     name = _read_as(model_type, known)
     if name == "CLIPVisionModelWithProjection":
         num_classes = known["projection_dim"]
@@ -123,14 +110,14 @@ def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[
         num_classes = len(known["id2label"]) if "id2label" in known else known.get("num_labels", 2)
     ours = {
         **{ours: known[theirs] for ours, theirs in _FIELDS.items()},
-        "activation": _ACTIVATIONS[activation],
+        "activation": activation,
         "num_classes": num_classes,
         **_CLASSES[name][1],
     }
     config = from_variant(ViTConfig, "ViT", {model_type: ours}, model_type, overrides)
     if known.get("head_dim", config.width // config.heads) != config.width // config.heads:
         what = f"our heads have hidden_size / num_attention_heads = {config.width // config.heads} features"
-        raise _refusal(model_type, "head_dim", known["head_dim"], what)
+        raise refusal(model_type, "head_dim", known["head_dim"], what)
     return config
 
 
@@ -159,7 +146,7 @@ def _known(model_type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_type(model_type: str, name: str, value: Any, kind: Any) -> None:
     if not isinstance(value, kind):
-        raise _refusal(model_type, name, value, f"that must be {getattr(kind, '__name__', 'a number')}")
+        raise refusal(model_type, name, value, f"that must be {getattr(kind, '__name__', 'a number')}")
 
 
 def _read_as(model_type: str, known: Mapping[str, Any]) -> str:
@@ -174,12 +161,8 @@ def _side(model_type: str, name: str, value: Any) -> Any:
     if not isinstance(value, list | tuple):
         return value
     if not value or any(side != value[0] for side in value):
-        raise _refusal(model_type, name, value, "our images and patches are square")
+        raise refusal(model_type, name, value, "our images and patches are square")
     return value[0]
-
-
-def _refusal(model_type: str, name: str, value: Any, what: str) -> UserError:
-    return UserError(f"this {model_type} cannot be read: config.json says {name} = {value!r}, but {what}")
 
 
 def _class_of(config: ViTConfig) -> str:
@@ -213,7 +196,7 @@ def _write_config(model_type: str, config: ViTConfig) -> dict[str, Any]:
     if _CLASSES[name][0] != model_type:
         raise UserError(f"transformers' {model_type} has no such model: {name} is a {_CLASSES[name][0]}")
     ours = {theirs: getattr(config, field) for field, theirs in _FIELDS.items()}
-    ours["hidden_act"] = next(theirs for theirs, field in _ACTIVATIONS.items() if field == config.activation)
+    ours["hidden_act"] = next(theirs for theirs, field in ACTIVATIONS.items() if field == config.activation)
     if model_type == "dinov2":
         ours["mlp_ratio"], rest = divmod(ours.pop("intermediate_size"), config.width)
         if rest or not ours["mlp_ratio"]:

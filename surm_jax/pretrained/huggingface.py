@@ -91,7 +91,12 @@ def read(
         UserError: the folder is damaged or incomplete, has pickles only, or was written for another model.
     """
     architecture, fields = read_architecture(path)
-    require_same(str(path), _read_config(path, architecture, fields, {}), config, targets)
+    # A head that is not read may be of any kind, and says how the body is read out.
+    reads_head = any(target.startswith("head/") for target in targets)
+    overrides = {} if reads_head else {name: getattr(config, name) for name in config.HEAD_FIELDS}
+    if MODELS[type(config)] is not architecture.model:
+        overrides = {}
+    require_same(str(path), _read_config(path, architecture, fields, overrides), config, targets)
     rules, ignored = architecture.key_rules(config), architecture.ignored(config)
     with _open(path) as file:
         return fill(file.keys, file.read, targets, rules, ignore=ignored, fresh=fresh, origin=str(path))

@@ -151,3 +151,19 @@ def test_pickles_and_their_way_out(tmp_path):
         from_pretrained(tmp_path / "ours")
     transformers.ViTForImageClassification.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "ours")
     assert from_pretrained(tmp_path / "ours").config == config
+
+
+def test_the_body_of_a_clip_model_under_another_head(tmp_path):
+    """What CLIPForImageClassification reads is another head of the same body."""
+    theirs = transformers.CLIPVisionModelWithProjection(
+        transformers.CLIPVisionConfig(
+            hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20, image_size=8, patch_size=4
+        )
+    )
+    theirs.save_pretrained(tmp_path)
+    model = from_pretrained(tmp_path, num_classes=5, pool="patches", final_norm=False, head_bias=True)
+    stored = from_pretrained(tmp_path)
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    for ours, other in zip(model.hidden_states(images), stored.hidden_states(images), strict=True):
+        np.testing.assert_array_equal(ours, other)
+    assert model(images).shape == (2, 5) and model.norm is None
