@@ -20,7 +20,7 @@ from surm_jax.training.mesh import make_mesh, put_batch, replicated
 from surm_jax.training.optimizer import make_optimizer
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
-from tests.peft.cases import materialize, parameters, perturb, relative_error
+from tests.peft.models import materialize, parameters, perturb, relative_error
 
 REASON = "compares with a PyTorch library: pip install -r requirements-peers.txt"
 torch = pytest.importorskip("torch", reason=REASON)
@@ -185,7 +185,8 @@ def test_our_training_is_that_of_torch():
     config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=r".*\.(query|key|value|[qkv]_proj)")
     peer = peft.get_peft_model(base, config)
     head = [base.classifier.weight.requires_grad_(), base.classifier.bias.requires_grad_()]
-    paths = [f"blocks/{index}/attention/{name}/delta/default" for index in range(2) for name in ("query", "key", "value")]
+    names = ("query", "key", "value")
+    paths = [f"blocks/{index}/attention/{name}/delta/default" for index in range(2) for name in names]
     layers = [module for module in peer.modules() if hasattr(module, "lora_A")]
     ours, factors = parameters(model), {}
     for path, layer in zip(paths, layers, strict=True):

@@ -20,7 +20,8 @@ from surm_jax.peft.delta import Delta
 from surm_jax.peft.files import load_adapter
 from surm_jax.peft.inject import adapted_modules, base_parameters
 from surm_jax.peft.layers import is_linear, matrix_view
-from surm_jax.peft.variables import AdapterConstant
+from surm_jax.peft.lifecycle import adapter_names
+from surm_jax.peft.variables import AdapterConstant, AdapterScale
 from surm_jax.structured import Dense, Dot, StructuredMatrix
 
 BANK = "bank"
@@ -39,6 +40,8 @@ class BankDelta(nnx.Module):
         first = matrices[0]
         self.names = tuple(first.arrays())
         self.empty = nnx.static(first.with_arrays(**dict.fromkeys(first.arrays())))
+        self.count = len(matrices)
+        self.scale = AdapterScale(jnp.ones((), jnp.float32))
         for name in self.names:
             setattr(self, name, AdapterConstant(jnp.stack([matrix.arrays()[name] for matrix in matrices])))
         if biases is not None:
@@ -49,20 +52,51 @@ class BankDelta(nnx.Module):
         """Never: each example has another matrix."""
         return False
 
+    def stored(self) -> StructuredMatrix:
+        """Returns the matrix of the first adapter, of the same family and shape as all others."""
+        return self.empty.with_arrays(**{name: getattr(self, name)[0] for name in self.names})
+
+    def tensors(self) -> dict[str, nnx.Variable]:
+        """Returns nothing: a bank is not trained, and its adapters are in their folders."""
+        return {}
+
+    def change(self, kernel: Array) -> Array:
+        """Refuses what needs one kernel for all examples.
+
+        Raises:
+          UserError: always.
+        """
+        raise UserError("each example has another update of a bank, which one kernel cannot hold: merge one adapter")
+
     def outputs(self, x: Array, y: Array, kernel: Array, dot: Dot) -> Array:
         """Returns what each example's adapter adds to the output y, (batch, ..., out)."""
         del kernel, dot
-        ids = example_adapters()
-        if ids is None:
-            raise UserError("which adapter? Call the model within `with surm_jax.adapter_of_examples(ids):`")
-        if ids.shape != x.shape[:1]:
-            raise UserError(f"adapter_of_examples has {ids.shape} numbers for a batch of shape {x.shape[:-1]}")
-        arrays = {name: getattr(self, name)[...][ids] for name in self.names}
-        moved = jax.vmap(lambda x, arrays: self.empty.with_arrays(**arrays).apply(x))(x, arrays)
+        ids = self._checked(example_adapters(), x.shape[:-1])
+
+        def own(stacked: nnx.Variable) -> Array:
+            # Without the fill a number that is none of the bank's would silently get some adapter.
+            at = stacked[...].at[ids]
+            return at.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+        arrays = {name: own(getattr(self, name)) for name in self.names}
+        scale = self.scale[...]
+        moved = jax.vmap(lambda x, arrays: self.empty.with_arrays(**arrays).times(scale).apply(x))(x, arrays)
         if hasattr(self, "added_bias"):
-            bias = self.added_bias[...][ids]
+            bias = scale * own(self.added_bias)
             moved = moved + bias.reshape(bias.shape[0], *[1] * (moved.ndim - 2), bias.shape[-1]).astype(moved.dtype)
         return moved.astype(y.dtype)
+
+    def _checked(self, ids: Array | None, batch: tuple[int, ...]) -> Array:
+        if ids is None:
+            raise UserError("which adapter? Call the model within `with surm_jax.adapter_of_examples(ids):`")
+        ids = jnp.asarray(ids)
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise UserError(f"adapter_of_examples needs whole numbers, the adapters' places, got {ids.dtype}")
+        if ids.ndim != 1 or ids.shape != batch[:1]:
+            raise UserError(f"adapter_of_examples has ids of shape {ids.shape} for a batch of shape {batch}")
+        if not isinstance(ids, jax.core.Tracer) and ids.size and not 0 <= ids.min() <= ids.max() < self.count:
+            raise UserError(f"adapter_of_examples has {ids.min()} to {ids.max()}, but the bank 0 to {self.count - 1}")
+        return ids
 
 
 def load_bank(folders: Sequence[str | os.PathLike], model: nnx.Module) -> nnx.Module:
@@ -76,13 +110,18 @@ def load_bank(folders: Sequence[str | os.PathLike], model: nnx.Module) -> nnx.Mo
     are each example's own as well.
 
     Args:
-      folders: adapters of this base, of the same methods; example i gets the adapter `folders[ids[i]]`.
+      folders: adapters of this base, of the same methods; example i gets the adapter `folders[ids[i]]`. In a compiled
+        function, where numbers are not known, one that is none of theirs gives NaN.
       model: the base model, without adapters.
 
     Raises:
       UserError: if a folder cannot be loaded (`load_adapter`), or has branches or DoRA, or updates of another structure
-        than the first, or trained something else than linear layers.
+        than the first, or trained something else than linear layers; or if the model has adapters.
     """
+    if isinstance(folders, str | os.PathLike):
+        raise UserError(f"folders must be a list, got one: write [{str(folders)!r}]")
+    if names := adapter_names(model):
+        raise UserError(f"a bank needs a base model without adapters, and this one has {', '.join(names)}")
     if not folders:
         raise UserError("load_bank needs at least one adapter folder")
     matrices: list[dict[str, StructuredMatrix]] = []

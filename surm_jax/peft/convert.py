@@ -22,7 +22,7 @@ from surm_jax.peft.inject import adapted_modules, make_part, matched_modules
 from surm_jax.peft.layers import matrix_view
 from surm_jax.peft.lifecycle import check_names, delete
 from surm_jax.peft.methods.base import Update
-from surm_jax.structured import Placed, StructuredMatrix, Sum
+from surm_jax.structured import Placed, Product, StructuredMatrix, Sum, refine
 
 
 def convert(
@@ -49,8 +49,11 @@ def convert(
       The model, the new adapter, and the relative error of every update in the Frobenius norm, by the layer's path.
 
     Raises:
-      UserError: if the adapter has branches, which are no matrices, or the method is not possible for a layer.
+      UserError: if the adapter has branches, which are no matrices, or an update that is not finite, or the method is
+        no update, or not possible for a layer.
     """
+    if not isinstance(method, Update):
+        raise UserError(f"an adapter is converted to an update such as LoRA(rank=4), not to {method!r}")
     targets = _changes(model, adapter)
     rules = tuple(dataclasses.replace(rule, method=method if rule.method else None) for rule in adapter.rules)
     converted = Adapter(rules, adapter.train, name)
@@ -66,7 +69,8 @@ def combine(
     of the family.
 
     Args:
-      model: has all of the adapters.
+      model: has all of the adapters, at any scales, which are part of what is combined. Parameters trained besides are
+        not: the model's own stay.
       weights: of every adapter; they need not sum to 1.
       name: of the new adapter. The others stay: switch them off with `set_active`.
 
@@ -74,10 +78,10 @@ def combine(
       As `convert`.
 
     Raises:
-      UserError: if the adapters have different rules or branches.
+      UserError: if the adapters have different rules, or branches, or updates that are not finite.
     """
-    if not weights:
-        raise UserError("combine needs at least one adapter")
+    if not weights or not isinstance(weights, Mapping):
+        raise UserError(f"combine needs a weight for every adapter, {{adapter: 0.5, ...}}, got {weights!r}")
     first, *others = weights
     for other in others:
         if other.rules != first.rules:
@@ -110,30 +114,39 @@ def _with_nearest(
     model = nnx.clone(model)
     errors = {}
     for path, layer, rule in matched_modules(model, adapter):
-        part = make_part(rule, path, layer, "auto", jax.random.key(0))
-        if part.normalized:
+        if rule.method.normalized:
             raise UserError(f"{rule.method.name} cannot be converted to: it normalises the kernel's columns")
-        part.fuse()
-        target = jnp.asarray(targets[path])
-        factor = part.factor
+        if not np.isfinite(targets[path]).all():
+            raise UserError(f"{path or 'the model'} cannot be converted: its update holds values that are not finite")
+        try:
+            part = make_part(rule, path, layer, "auto", jax.random.key(0))
+            part.fuse()
+            nearest = _nearest_like(part.stored(), jnp.asarray(targets[path]) / part.factor)
+        except UserError as error:
+            raise UserError(f"{path or 'the model'} cannot be converted: {error}") from None
         if hasattr(part, "alpha"):
             part.alpha[...] = jnp.ones((), jnp.float32)
-        try:
-            nearest = _nearest_like(part.stored(), target / factor)
-        except UserError as error:
-            raise UserError(f"{path} cannot be converted: {error}") from None
         for name, array in nearest.arrays().items():
             getattr(part, name)[...] = array
-        difference = np.linalg.norm(factor * np.asarray(nearest.to_dense()) - targets[path])
+        difference = np.linalg.norm(part.factor * np.asarray(nearest.to_dense()) - targets[path])
         errors[path] = float(difference / max(np.linalg.norm(targets[path]), np.finfo(np.float32).tiny))
         attach(layer, adapter.name, part)
     return model, adapter, errors
 
 
 def _nearest_like(matrix: StructuredMatrix, dense: Float[Array, "in out"]) -> StructuredMatrix:
-    """Returns the matrix of the same family, sizes and blocks that is nearest to `dense`."""
+    """Returns the matrix of the same family, sizes and blocks that is nearest to `dense`.
+
+    Of products, and of sums whose terms are not blocks beside one another, it is the nearest one that a search finds.
+    """
     if isinstance(matrix, Sum):
-        return Sum([_nearest_like(term, dense) for term in matrix.terms])  # blocks that do not overlap
+        terms = []
+        for term in matrix.terms:
+            terms.append(_nearest_like(term, dense - sum(found.to_dense() for found in terms)))
+        blocks = all(isinstance(term, Placed) for term in terms)  # of one kernel: they do not overlap
+        return Sum(terms) if blocks else refine(Sum(terms), dense)
+    if isinstance(matrix, Product):
+        return refine(matrix, dense)
     if isinstance(matrix, Placed):
         (row, column), (rows, columns) = matrix.offset, matrix.matrix.shape
         block = dense[row : row + rows, column : column + columns]

@@ -52,7 +52,7 @@ def set_active(model: nnx.Module, names: Collection[str]) -> nnx.Module:
     """
     if isinstance(names, str):
         raise UserError(f"names must be a list of adapters, got one string: write [{names!r}]")
-    model = nnx.clone(model)
+    model, names = nnx.clone(model), tuple(names)
     check_names(model, names)
     for _, name, part, _ in adapted_modules(model):
         part.scale[...] = jnp.asarray(float(name in names), jnp.float32)

@@ -10,7 +10,7 @@ import jax
 import optax
 
 from surm_jax.errors import UserError
-from surm_jax.paths import compile_pattern, require_match
+from surm_jax.paths import require_match
 
 
 def path_mask(tree: Any, patterns: Sequence[str]) -> Any:
@@ -29,12 +29,8 @@ def path_mask(tree: Any, patterns: Sequence[str]) -> Any:
     if isinstance(patterns, str):
         raise UserError(f"patterns must be a list, got one string: write [{patterns!r}]")
     paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    for pattern in patterns:
-        require_match(pattern, paths, "leaf of the tree")
-    compiled = [compile_pattern(pattern) for pattern in patterns]
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: any(pattern.fullmatch(_path(path)) for pattern in compiled), tree
-    )
+    chosen = {path for pattern in patterns for path in require_match(pattern, paths, "leaf of the tree")}
+    return jax.tree_util.tree_map_with_path(lambda path, _: _path(path) in chosen, tree)
 
 
 def train_only(transformation: optax.GradientTransformation, patterns: Sequence[str]) -> optax.GradientTransformation:
@@ -50,8 +46,11 @@ def train_only(transformation: optax.GradientTransformation, patterns: Sequence[
       patterns: of the paths of the trained leaves, as in `path_mask`.
 
     Raises:
-      UserError: at `init`, if a pattern matches no leaf.
+      UserError: if there is no pattern; at `init`, if one matches no leaf.
     """
+    if not patterns:
+        raise UserError("train_only needs at least one pattern: without any nothing would be trained")
+    patterns = patterns if isinstance(patterns, str) else tuple(patterns)
 
     def labels(tree: Any) -> Any:
         return jax.tree.map(lambda trained: "trained" if trained else "frozen", path_mask(tree, patterns))

@@ -126,6 +126,10 @@ def matmul(
         UserError: The shapes do not fit, or the execution is unknown.
     """
     check_execution(execution)
+    if x.ndim == 0 or x.shape[-1] != update.shape[0]:
+        raise UserError(f"matmul: x (..., in) and update (in, out) do not fit: {x.shape} and {update.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UserError(f"matmul: x must be real floating point, not {x.dtype}")
     if execution == "auto":
         execution = choose(update, math.prod(x.shape[:-1]), x.dtype)
     if execution == "fft" and update.lean:

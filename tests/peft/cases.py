@@ -1,233 +1,351 @@
-"""Models, updates and tolerances that the tests of this room share."""
+"""One entry for every registered method: what it must compute, restated by numpy and scipy, and what it trains."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from flax import nnx
 
-from surm_jax.models import ViT, ViTConfig
-from surm_jax.models.vit import TARGETS
-from surm_jax.peft import C3A, Adapter, AdapterParam, CirculantUpdate, LoRA, Rule, Update, adapt
-
-# Relative error of a whole output in the Euclidean norm, by the dtype that the model computes in.
-TOLERANCES = {
-    "float32": 1e-5,  # rounding is about 1e-7; FFTs, and sums over layers and features, add a factor of some tens
-    "bfloat16": 2.0**-6,  # 8 bits: one rounding is 2^-9, and it happens at other places once the update is merged
-}
+from surm_jax import peft
+from surm_jax.peft import Adapter, Rule, adapt
+from tests.peft.models import MODELS, base, parameters, part_arrays, perturb
+from tests.peft.oracles import (
+    Arrays,
+    Shapes,
+    biased,
+    circulant,
+    gelu_tanh,
+    kronecker,
+    kronecker_shapes,
+    low_displacement,
+    low_rank,
+    low_rank_kronecker,
+    low_rank_kronecker_shapes,
+    low_rank_shapes,
+    surm,
+    symmetric_toeplitz,
+    toeplitz,
+    toeplitz_product,
+    waisted,
+    waisted_shapes,
+    weight_decomposed,
+)
+from tests.structured.test_tiled import mora_dense
 
 
 @dataclasses.dataclass(frozen=True)
 class UpdateCase:
-    """What the suite knows of a registered update.
+    """What the suite knows of an update.
 
     Attributes:
-      update: an instance in which no setting has its default.
+      method: an instance in which no setting has its default, but for `learn_alpha`.
       zero: names of the arrays that start at zero; the others must not.
       stored: the arrays' shapes in a file, for a matrix of shape (m, n).
-      dense: what is added to the kernel (in, out), from the arrays, by numpy or scipy and never by the code under test.
+      change: what is added to a kernel, from alpha, the arrays, and the kernel (in, out) itself.
+      constant: names of the arrays that are not trained.
+      early: names of the arrays that get a gradient at the very start, besides those that are zero.
     """
 
-    update: Update
-    zero: frozenset[str]
-    stored: Callable[[int, int], dict[str, tuple[int, ...]]]
-    dense: Callable[[dict[str, np.ndarray], int, int], np.ndarray]
+    method: peft.Update
+    zero: set[str]
+    stored: Callable[[int, int], Shapes]
+    change: Callable[[float, Arrays, np.ndarray], np.ndarray]
+    constant: frozenset[str] = frozenset()
+    early: frozenset[str] = frozenset()
+    slot = "delta"
 
+    def places(self, model: str) -> dict[str, tuple[int, int]]:
+        """The layers that are adapted, with what `stored` needs."""
+        return MODELS[model].shapes
 
-UPDATE_CASES = {
-    "circulant": UpdateCase(
-        CirculantUpdate(alpha=0.7, scale=0.5),
-        frozenset({"r1"}),
-        lambda m, n: {"c": (max(m, n),)},
-        lambda arrays, m, n: 0.7 * scipy.linalg.circulant(arrays["r1"] * arrays["r2"]).T[:m, :n],
-    ),
-    "c3a": UpdateCase(
-        C3A(alpha=3.0, block=2),
-        frozenset({"c"}),
-        lambda m, n: {"c": (m // 2, n // 2, 2)},
-        lambda arrays, m, n: 3.0 / m * np.block([[scipy.linalg.circulant(c).T for c in row] for row in arrays["c"]]),
-    ),
-    "lora": UpdateCase(
-        LoRA(alpha=0.6, rank=2),
-        frozenset({"A"}),
-        lambda m, n: {"A": (n, 2), "B": (m, 2)},
-        lambda arrays, m, n: 0.3 * arrays["B"] @ arrays["A"].T,
-    ),
-}
-
-
-class MLP(nnx.Module):
-    """A user's model: layers in an `nnx.List` and an `nnx.Dict`, none of them square but one."""
-
-    def __init__(self, *, classes: int = 3, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
-        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.blocks = nnx.List([nnx.Linear(6, 10, **options), nnx.Linear(10, 4, use_bias=False, **options)])
-        self.tail = nnx.Dict(gate=nnx.Linear(4, 4, **options), norm=nnx.LayerNorm(4, dtype=jnp.float32, rngs=rngs))
-        self.head = nnx.Linear(4, classes, **options)
-
-    def __call__(self, x):
-        for block in self.blocks:
-            x = jnp.tanh(block(x))
-        return self.head(self.tail.norm(x * self.tail.gate(x)))
-
-
-class Gated(nnx.Linear):
-    """A user's layer: a linear one with something before and after it, and an argument of its own."""
-
-    def __call__(self, x, gain=1.5):
-        return gain * jax.nn.relu(super().__call__(2.0 * x))
+    def rule(self, model: str) -> Rule:
+        return Rule(MODELS[model].target, self.method)
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelCase:
-    """A model to adapt.
+class BranchCase:
+    """What the suite knows of a bottleneck.
 
     Attributes:
-      make: builds it.
-      target: the pattern of the layers to adapt.
-      shapes: their paths and matrices, (in_features, out_features).
-      inputs: the shape of its input.
-      train: patterns of what is trained besides.
-      precision: the dtype that it computes in.
+      method: an instance in which no setting has its default, but for `bias`.
+      zero: names of the arrays that start at zero; the others must not.
+      late: those of `zero` that get no gradient at the very start.
+      stored: the arrays' shapes in a file, for a module of so many output features.
+      branch: what is added to the output y, (..., width), from alpha, the activation, the arrays and y.
+      wants: the modules that are adapted among those that the rule matches.
     """
 
-    make: Callable[[], nnx.Module]
-    target: str
-    shapes: dict[str, tuple[int, int]]
-    inputs: tuple[int, ...]
-    train: tuple[str, ...] = ()
-    precision: str = "float32"
+    method: peft.Bottleneck
+    zero: set[str]
+    stored: Callable[[int], Shapes]
+    branch: Callable[[Arrays, np.ndarray], np.ndarray]
+    late: frozenset[str] = frozenset()
+    wants: Callable[[str], bool] = lambda path: True
+    constant = early = frozenset()
+    slot = "branch"
+
+    def places(self, model: str) -> dict[str, tuple[int]]:
+        return {path: (width,) for path, width in MODELS[model].widths.items() if self.wants(path)}
+
+    def rule(self, model: str) -> Rule:
+        return Rule(MODELS[model].branch_target, self.method)
 
 
-# Few sizes in all, since each one is compiled for.
-MLP_SHAPES = {"blocks/0": (6, 10), "blocks/1": (10, 4), "tail/gate": (4, 4)}
-ATTENTION_SHAPES = {"query": (6, 10), "value": (6, 10), "out": (10, 4)}
-MLP_TARGET = r"blocks/\d+|tail/gate"
-HEAD = ("head/.*",)
+@dataclasses.dataclass(frozen=True)
+class SelectionCase:
+    """What the suite knows of a selection.
 
-MODELS = {
-    "mlp": ModelCase(lambda: MLP(rngs=nnx.Rngs(0)), MLP_TARGET, MLP_SHAPES, (2, 3, 6), HEAD),
-    "bfloat16_compute": ModelCase(
-        lambda: MLP(dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), MLP_TARGET, MLP_SHAPES, (2, 3, 6), HEAD, "bfloat16"
+    Attributes:
+      method: an instance.
+      chosen: whether it trains the parameter at a path, besides the head.
+    """
+
+    method: peft.Selection
+    chosen: Callable[[str], bool]
+
+
+DROP = {"dropout": 0.4}
+UPDATES = {
+    "circulant": UpdateCase(
+        peft.CirculantUpdate(alpha=0.7, scale=0.5, **DROP),
+        {"r1"},
+        lambda m, n: {"c": (max(m, n),)},
+        lambda alpha, a, W: alpha * circulant(a["r1"] * a["r2"] if "r1" in a else a["c"], *W.shape),
     ),
-    "bfloat16_kernels": ModelCase(
-        lambda: MLP(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)),
-        MLP_TARGET,
-        MLP_SHAPES,
-        (2, 3, 6),
-        HEAD,
-        "bfloat16",
+    "c3a": UpdateCase(
+        peft.C3A(alpha=3.0, block=2, **DROP),
+        {"c"},
+        lambda m, n: {"c": (m // 2, n // 2, 2)},
+        lambda alpha, a, W: alpha / len(W) * np.block([[scipy.linalg.circulant(c).T for c in row] for row in a["c"]]),
     ),
-    "attention": ModelCase(
-        lambda: nnx.MultiHeadAttention(2, 6, 10, out_features=4, decode=False, rngs=nnx.Rngs(0)),
-        "query|value|out",
-        ATTENTION_SHAPES,
-        (2, 3, 6),
+    "kronecker": UpdateCase(
+        peft.KroneckerUpdate(alpha=0.8, scale=0.9, **DROP),
+        {"A"},
+        kronecker_shapes,
+        lambda alpha, a, W: alpha * kronecker(a),
     ),
-    "own_call": ModelCase(lambda: Gated(6, 4, rngs=nnx.Rngs(0)), "", {"": (6, 4)}, (2, 3, 6)),
-    # The kernel's first axis belongs to the input's axis 1, although `axis` names the last one first.
-    "axes": ModelCase(
-        lambda: nnx.LinearGeneral((2, 5), (2, 2), axis=(-1, 1), rngs=nnx.Rngs(0)), "", {"": (10, 4)}, (2, 2, 3, 5)
+    "lora": UpdateCase(
+        peft.LoRA(alpha=0.6, rank=2, **DROP), {"A"}, low_rank_shapes, lambda alpha, a, W: alpha / 2 * low_rank(a)
     ),
-    "digits": ModelCase(
-        lambda: ViT(ViTConfig.from_variant("digits", num_classes=10, depth=2), rngs=nnx.Rngs(0)),
-        TARGETS["qv"],
-        {f"blocks/{i}/attention/{name}": (64, 64) for i in range(2) for name in ("query", "value")},
-        (2, 8, 8, 1),
-        HEAD,
+    "rslora": UpdateCase(
+        peft.RankStabilizedLoRA(alpha=0.6, rank=2, **DROP),
+        {"A"},
+        low_rank_shapes,
+        lambda alpha, a, W: alpha / np.sqrt(2) * low_rank(a),
+    ),
+    "lora_fix": UpdateCase(
+        peft.LoRAFix(alpha=0.9, rank=2, **DROP),
+        {"A"},
+        low_rank_shapes,
+        lambda alpha, a, W: alpha / 2 * low_rank(a),
+        constant=frozenset({"B"}),
+    ),
+    "dora": UpdateCase(
+        peft.DoRA(alpha=0.6, rank=2, **DROP),
+        {"A"},
+        lambda m, n: {**low_rank_shapes(m, n), "magnitude": (n,)},
+        lambda alpha, a, W: weight_decomposed(alpha / 2, a, W),
+        early=frozenset({"magnitude"}),
+    ),
+    "low_displacement": UpdateCase(
+        peft.LowDisplacementUpdate(alpha=0.5, rank=2, scale=0.3, **DROP),
+        {"G"},
+        lambda m, n: {"G": (max(m, n), 2), "H": (max(m, n), 2)},
+        lambda alpha, a, W: alpha * low_displacement(a, *W.shape),
+    ),
+    "toeplitz": UpdateCase(
+        peft.ToeplitzUpdate(alpha=0.4, scale=0.3, **DROP),
+        {"t1"},
+        lambda m, n: {"t1": (max(m, n),), "t2": (max(m, n),)},
+        lambda alpha, a, W: alpha * symmetric_toeplitz(a, *W.shape),
+    ),
+    "toeplitz_asymmetric": UpdateCase(
+        peft.AsymmetricToeplitzUpdate(alpha=0.4, scale=0.3, **DROP),
+        {"t1"},
+        lambda m, n: {"t1": (m + max(m, n) - 1,), "t2": (max(m, n) + n - 1,)},
+        lambda alpha, a, W: alpha * toeplitz(a, *W.shape),
+    ),
+    "lokr": UpdateCase(
+        peft.LoKr(alpha=0.8, rank=2, divisor=2, **DROP),
+        {"A"},
+        lambda m, n: low_rank_kronecker_shapes(m, n, 1, 2, 2),
+        lambda alpha, a, W: alpha / 2 * (kronecker(a) if "B" in a else low_rank_kronecker(a)),
+    ),
+    "kadaptation": UpdateCase(
+        peft.KAdaptation(alpha=0.7, terms=2, rank=2, scale=0.5, **DROP),
+        {"V"},
+        lambda m, n: low_rank_kronecker_shapes(m, n, 2, 2, 2),
+        lambda alpha, a, W: alpha * low_rank_kronecker(a),
+    ),
+    "mora": UpdateCase(
+        peft.MoRA(alpha=0.6, rank=1, rotate=True, **DROP),
+        {"M"},
+        lambda m, n: {"M": (int((m + n) ** 0.5 + 0.5) // 2 * 2,) * 2},
+        lambda alpha, a, W: alpha * mora_dense(a["M"], W.shape, rotate=True),
+    ),
+    "structured": UpdateCase(
+        peft.StructuredUpdate(alpha=0.5, family="circulant_pair + low_rank", rank=2, f=0.3, scale=0.4, **DROP),
+        {"terms_0_r1", "terms_1_A"},
+        lambda m, n: {"terms_0_c": (max(m, n),), **{f"terms_1_{k}": v for k, v in low_rank_shapes(m, n).items()}},
+        lambda alpha, a, W: (
+            alpha * (circulant(a["terms_0_r1"] * a["terms_0_r2"], *W.shape) + a["terms_1_B"] @ a["terms_1_A"].T)
+        ),
     ),
 }
 
-# Two updates meet every kind of layer, all others three models: what is new in those is their matrix and its start.
-EVERY = [
-    (model, update)
-    for model in MODELS
-    for update in UPDATE_CASES
-    if update in ("circulant", "lora") or model in ("mlp", "bfloat16_kernels", "digits")
-]
+BRANCHES = {
+    "circulant_adapter": BranchCase(
+        peft.CirculantAdapter(alpha=0.7, scale=0.5, activation="tanh", **DROP),
+        {"down/r1", "bias"},
+        lambda d: biased({"c": (d,)}, d),
+        surm(0.7, np.tanh, lambda a, m, n: circulant(a["r1"] * a["r2"], m, n)),
+    ),
+    "kronecker_adapter": BranchCase(
+        peft.KroneckerAdapter(alpha=0.8, scale=0.5, activation="gelu_tanh", **DROP),
+        {"down/A", "bias"},
+        lambda d: biased(kronecker_shapes(d, d), d),
+        surm(0.8, gelu_tanh, lambda a, m, n: kronecker(a)),
+    ),
+    "low_displacement_adapter": BranchCase(
+        peft.LowDisplacementAdapter(alpha=0.5, rank=2, scale=0.3, activation="tanh", **DROP),
+        {"down/G", "bias"},
+        lambda d: biased({"G": (d, 2), "H": (d, 2)}, d),
+        surm(0.5, np.tanh, low_displacement),
+    ),
+    "toeplitz_adapter": BranchCase(
+        peft.ToeplitzAdapter(alpha=0.6, scale=0.3, activation="gelu_tanh", **DROP),
+        {"down/t1", "bias"},
+        lambda d: biased({"t1": (d,), "t2": (d,)}, d),
+        surm(0.6, gelu_tanh, symmetric_toeplitz),
+    ),
+    "bottleneck": BranchCase(
+        peft.BottleneckAdapter(alpha=0.7, waist=3, scale=0.5, activation="tanh", **DROP),
+        {"down_bias", "up/W", "bias"},
+        lambda d: waisted_shapes(d, 3),
+        waisted(0.7, np.tanh),
+        late=frozenset({"down_bias"}),
+    ),
+    "adapter_drop": BranchCase(
+        peft.AdapterDrop(alpha=0.7, waist=5, scale=0.5, skip=1, activation="relu", **DROP),
+        {"down_bias", "up/W", "bias"},
+        lambda d: waisted_shapes(d, 5),
+        waisted(0.7, lambda x: np.maximum(x, 0)),
+        late=frozenset({"down_bias"}),
+        wants=lambda path: not path.startswith("blocks/0"),
+    ),
+    "compacter": BranchCase(
+        peft.Compacter(alpha=0.7, terms=1, reduction=2, rank=2, scale=0.5, activation="tanh", **DROP),
+        {"down_bias", "up/A", "bias"},
+        lambda d: {
+            **{f"down/{k}": v for k, v in low_rank_kronecker_shapes(d, d // 2, 1, 1, 2).items()},
+            **{f"up/{k}": v for k, v in low_rank_kronecker_shapes(d // 2, d, 1, 1, 2).items()},
+            **{"down_bias": (d // 2,), "bias": (d,)},
+        },
+        waisted(0.7, np.tanh, low_rank_kronecker),
+        late=frozenset({"down_bias"}),
+    ),
+    "structured_adapter": BranchCase(
+        peft.StructuredAdapter(
+            alpha=0.6, family="toeplitz @ symmetric_toeplitz", rank=2, f=0.3, scale=0.4, activation="tanh", **DROP
+        ),
+        {"down/factors_0_t", "bias"},
+        lambda d: biased({"factors_0_t": (2 * d - 1,), "factors_1_t": (d,)}, d),
+        surm(0.6, np.tanh, toeplitz_product),
+    ),
+}
+
+NORMS = ("norm", "norm1", "norm2", "embed_norm")
+SELECTIONS = {
+    "linear_probe": SelectionCase(peft.LinearProbe(), lambda path: False),
+    "full": SelectionCase(peft.Full(), lambda path: True),
+    "attention_only": SelectionCase(peft.AttentionOnly(), lambda path: "/attention/" in path),
+    "bitfit": SelectionCase(peft.BitFit(), lambda path: path.split("/")[-1] == "bias"),
+    "norm_tuning": SelectionCase(peft.NormTuning(), lambda path: path.split("/")[-2:-1] in [[name] for name in NORMS]),
+}
+
+ADDED = UPDATES | BRANCHES
+CASES = ADDED | SELECTIONS
+
+# Of each kind one or two methods meet every kind of model, all others one of a user's and this package's own: what is
+# new in those is their matrix and its start. DoRA looks at the kernel, whose precision therefore matters.
+OURS = ("vit", "bert")
+THOROUGH = {"circulant": (*MODELS,), "lora": (*MODELS,), "dora": ("mlp", "bfloat16_kernels", "axes", *OURS)}
+THOROUGH["circulant_adapter"] = tuple(name for name, case in MODELS.items() if case.widths)
+THOROUGH["adapter_drop"] = ("mlp", "deep")  # whose first block does without
+EVERY = [(model, method) for method in ADDED for model in THOROUGH.get(method, ("mlp", *OURS))]
+EVERY_UPDATE = [(model, method) for model, method in EVERY if method in UPDATES]
+EVERY_BRANCH = [(model, method) for model, method in EVERY if method in BRANCHES]
 
 
-def materialize(make: Callable[[], nnx.Module]) -> nnx.Module:
-    """Builds a model with NumPy's random numbers, the same in every process, without compiling its initialisers."""
-    graphdef, state = nnx.split(nnx.eval_shape(make))
-    rng = np.random.default_rng(0)
-    flat = [
-        (path, v.replace(jnp.asarray(0.4 * rng.normal(size=v.shape), v.dtype))) for path, v in nnx.to_flat_state(state)
-    ]
+@functools.cache
+def fresh(model: str, method: str) -> tuple[nnx.Module, Adapter]:
+    """An adapted model at the start of training."""
+    return adapt(base(model), [CASES[method].rule(model)], train=MODELS[model].train, rngs=nnx.Rngs(1))
+
+
+@functools.cache
+def trained(model: str, method: str) -> tuple[nnx.Module, Adapter]:
+    """An adapted model away from its start: every trainable number is another one."""
+    adapted, adapter = fresh(model, method)
+    return perturb(adapted, adapter), adapter
+
+
+def changes(model: str, method: str, adapted: nnx.Module, name: str = "default") -> dict[str, np.ndarray]:
+    """What an update adds to every kernel by the path of its layer, in float64, by the oracle of the method."""
+    case, weights, found = UPDATES[method], parameters(base(model)), {}
+    for path, shape in case.places(model).items():
+        arrays = part_arrays(adapted, path, "delta", name)
+        kernel = weights[f"{path}/kernel".removeprefix("/")].astype(np.float64).reshape(shape)
+        alpha = float(arrays.pop("alpha", case.method.alpha))
+        found[path] = case.change(alpha, arrays, kernel)
+    return found
+
+
+def bare(model: str, adapted: nnx.Module, added: dict[str, np.ndarray] | None = None) -> nnx.Module:
+    """The base with what is trained besides, such as the head, and with what is added to kernels."""
+    tuned, graphdef, state = parameters(adapted), *nnx.split(base(model))
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        where = "/".join(map(str, path))
+        value, layer = tuned[where], where.removesuffix("kernel").removesuffix("/")
+        if where.endswith("kernel") and layer in (added or {}):
+            # Not back to bfloat16: that is what merging does, and loses.
+            value = (value.astype(np.float64) + added[layer].reshape(value.shape)).astype(np.float32)
+        flat.append((path, variable.replace(jnp.asarray(value))))
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-@functools.cache
-def base(name: str) -> nnx.Module:
-    """The base model of a case: shared by the tests, which must not change it."""
-    return materialize(MODELS[name].make)
+def with_oracles(model: nnx.Module, branches: dict[str, list[Callable[[np.ndarray], np.ndarray]]]) -> nnx.Module:
+    """The model with functions of numpy in place of branches, by path; it cannot be compiled."""
+
+    def oracle_class(cls, functions):
+        def call(self, *args, **kwargs):
+            y = cls.__call__(self, *args, **kwargs)
+            moved = sum(function(np.asarray(y).astype(np.float64)) for function in functions)
+            return y + jnp.asarray(moved, y.dtype)
+
+        return type(f"Oracle{cls.__name__}", (cls,), {"__call__": call})
+
+    for path, module in nnx.iter_modules(model):
+        if functions := branches.get("/".join(map(str, path))):
+            object.__setattr__(module, "__class__", oracle_class(type(module), functions))
+    return model
 
 
-@functools.cache
-def inputs(name: str) -> jax.Array:
-    """The input of a case, in the dtype that its model computes in."""
-    x = np.random.default_rng(1).normal(size=MODELS[name].inputs)
-    return jnp.asarray(x, MODELS[name].precision)
-
-
-@functools.cache
-def fresh(name: str, update: str) -> tuple[nnx.Module, Adapter]:
-    """An adapted model at the start of training."""
-    case = MODELS[name]
-    rules = [Rule(case.target, UPDATE_CASES[update].update)]
-    return adapt(base(name), rules, train=case.train, rngs=nnx.Rngs(1))
-
-
-@functools.cache
-def trained(name: str, update: str) -> tuple[nnx.Module, Adapter]:
-    """An adapted model away from its start: every trainable number is another one."""
-    model, adapter = fresh(name, update)
-    return perturb(model, adapter), adapter
-
-
-def perturb(model: nnx.Module, adapter: Adapter) -> nnx.Module:
-    """Returns the model with noise on everything that the adapter trains."""
-    graphdef, trainable, frozen = nnx.split(model, adapter.trainable, ...)
-    rng = np.random.default_rng(2)
-    noise = lambda a: jnp.asarray(np.asarray(a) + 0.3 * rng.normal(size=a.shape), a.dtype)  # noqa: E731
-    return nnx.merge(graphdef, jax.tree.map(noise, trainable), frozen)
-
-
-def parameters(model: nnx.Module) -> dict[str, np.ndarray]:
-    """All parameters by path, updates included."""
-    return {"/".join(map(str, path)): np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-
-
-def update_parameters(model: nnx.Module) -> dict[str, np.ndarray]:
-    """The parameters of updates by path."""
-    flat = nnx.to_flat_state(nnx.state(model, AdapterParam))
-    return {"/".join(map(str, path)): np.asarray(variable[...]) for path, variable in flat}
-
-
-def dense_updates(name: str, update: str, model: nnx.Module) -> dict[str, np.ndarray]:
-    """`factor * dW` of every adapted layer by path, in float64, by the oracle of the update."""
-    case = UPDATE_CASES[update]
-    result = {}
-    for path, (m, n) in MODELS[name].shapes.items():
-        prefix = f"{path}/delta/" if path else "delta/"
-        arrays = {p.removeprefix(prefix): a.astype(np.float64) for p, a in update_parameters(model).items()
-                  if p.startswith(prefix)}  # fmt: skip
-        result[path] = case.dense(arrays, m, n)
-    return result
-
-
-def same_bits(left: jax.Array, right: jax.Array) -> bool:
-    """Whether two arrays are the same in shape, dtype and every bit."""
-    left, right = np.asarray(left), np.asarray(right)
-    return left.shape == right.shape and left.dtype == right.dtype and left.tobytes() == right.tobytes()
-
-
-def relative_error(actual: jax.Array, expected: jax.Array) -> float:
-    """The relative error in the Euclidean norm."""
-    actual, expected = np.asarray(actual).astype(np.float64), np.asarray(expected).astype(np.float64)
-    assert actual.shape == expected.shape
-    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+def expected_output(model: str, methods: dict[str, str], adapted: nnx.Module, x: jnp.ndarray) -> jnp.ndarray:
+    """What a model with adapters, {name: method}, must compute by the oracles; all of them look at the same layers."""
+    added: dict[str, np.ndarray] = {}
+    branches: dict[str, list[Callable[[np.ndarray], np.ndarray]]] = {}
+    for name, method in methods.items():
+        if method in UPDATES:
+            for path, change in changes(model, method, adapted, name).items():
+                added[path] = added.get(path, 0) + change
+            continue
+        case = BRANCHES[method]
+        for path in case.places(model):
+            arrays = part_arrays(adapted, path, "branch", name)
+            branches.setdefault(path, []).append(functools.partial(case.branch, arrays))
+    return with_oracles(bare(model, adapted, added), branches)(x)

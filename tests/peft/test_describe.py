@@ -1,14 +1,15 @@
 import functools
 
+import jax
 import pytest
 from flax import nnx
 
 from surm_jax.models import ViT, ViTConfig
 from surm_jax.models.vit import TARGETS
-from surm_jax.peft import Adapter, CirculantUpdate, LoRA, Rule, adapt, describe
+from surm_jax.peft import Adapter, CirculantUpdate, LoRA, Rule, adapt, adapted_modules, describe
 from surm_jax.peft.describe import Row
-from surm_jax.peft.inject import adapted_layers
-from tests.peft.cases import MLP, MODELS, base, fresh
+from tests.peft.cases import fresh, trained
+from tests.peft.models import MLP, MODELS, base
 
 BASE_SIZE = 85_798_656  # ViT-B/16 without its head
 
@@ -37,7 +38,10 @@ def test_golden_counts_of_vit_b16(update, target, trained, stored):
     assert (description.adapter, description.besides) == (trained, 769_000)
     assert description.trainable == trained + 769_000
     assert description.total == BASE_SIZE + 769_000 + trained
-    assert sum(layer.delta.matrix().fused().num_params for _, layer in adapted_layers(model)) == stored
+    assert (
+        sum(jax.eval_shape(lambda m: m.fused(), delta.stored()).num_params for _, _, delta, _ in adapted_modules(model))
+        == stored
+    )
     layers = [row for row in description.rows if row.kind != "trained"]
     assert {row.shape for row in layers} == {(768, 768)}
     assert len(layers) == 12 * {"qkv": 3, "qv": 2}[target]
@@ -86,3 +90,16 @@ def test_nothing_trained_is_no_error():
     nothing = describe(nnx.eval_shape(lambda: MLP(rngs=nnx.Rngs(0))), Adapter(()))
     assert (nothing.trainable, nothing.rows) == (0, ())
     assert "0 of 153 parameters (0.000 %)" in str(nothing)
+
+
+def test_branches_constants_and_names():
+    rows = {row.path: row for row in describe(fresh("mlp", "bottleneck")[0]).rows}
+    assert rows["blocks/0"] == Row("blocks/0", (10, 10), "Dense", 2 * 10 * 3 + 3 + 10)
+    assert describe(fresh("mlp", "circulant_adapter")[0]).rows[0] == Row("blocks/0", (10, 10), "CirculantPair", 30)
+    # The frozen factor is no parameter.
+    fixed = describe(*fresh("mlp", "lora_fix"))
+    assert fixed.rows[0] == Row("blocks/0", (6, 10), "LowRank", 20)
+    assert fixed.total == describe(base("mlp")).total + 2 * (10 + 4 + 4)
+    both, second = adapt(trained("mlp", "lora")[0], [Rule("head", LoRA())], name="second", rngs=nnx.Rngs(1))
+    assert [row.path for row in describe(both, second).rows] == ["head"]
+    assert len(describe(both).rows) == 4

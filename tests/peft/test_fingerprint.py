@@ -7,7 +7,7 @@ from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.peft import check_fingerprint, fingerprint
-from tests.peft.cases import base, parameters
+from tests.peft.models import base, parameters
 
 
 def state(**arrays):

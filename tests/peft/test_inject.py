@@ -1,14 +1,24 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from surm_jax.errors import UserError
-from surm_jax.models.vit import TARGETS
-from surm_jax.peft import CirculantUpdate, LoRA, Rule, adapt
+from surm_jax.models import TARGETS
+from surm_jax.peft import (
+    Adapter,
+    BottleneckAdapter,
+    CirculantAdapter,
+    CirculantUpdate,
+    LoRA,
+    Rule,
+    adapt,
+    adapted_modules,
+)
 from surm_jax.peft.delta import Adapted
-from surm_jax.peft.inject import adapted_layers
-from tests.peft.cases import EVERY, MLP, MODELS, UPDATE_CASES, base, fresh, materialize, parameters, same_bits, trained
+from tests.peft.cases import CASES, EVERY, fresh, trained
+from tests.peft.models import MLP, MODELS, base, materialize, parameters, same_bits
 from tests.peft.test_layers import ReadsKernel, stacked
 
 
@@ -17,8 +27,8 @@ def adapt_mlp(*rules, train=()):
 
 
 def kinds(model):
-    """The family of the update of every adapted layer, by path."""
-    return {path: type(layer.delta.matrix()).__name__ for path, layer in adapted_layers(model)}
+    """The family of every update, by the path of its layer."""
+    return {path: type(delta.stored()).__name__ for path, _, delta, _ in adapted_modules(model)}
 
 
 class Mixed(nnx.Module):
@@ -33,22 +43,11 @@ class Mixed(nnx.Module):
         self.reader = ReadsKernel(4, 4, rngs=rngs)
 
 
-@pytest.mark.parametrize(("name", "update"), EVERY)
-def test_the_layers_of_the_target_and_no_others_are_adapted(name, update):
-    model, _ = fresh(name, update)
-    assert [path for path, _ in adapted_layers(model)] == sorted(MODELS[name].shapes)
-    for path, layer in adapted_layers(model):
-        assert layer.delta.matrix().shape == MODELS[name].shapes[path]
-        assert isinstance(layer, nnx.Linear | nnx.LinearGeneral)
-
-
-@pytest.mark.parametrize(("name", "update"), EVERY)
-def test_the_original_stays_as_it_was(name, update):
+@pytest.mark.parametrize(("name", "method"), EVERY)
+def test_the_original_stays_as_it_was(name, method):
     original = materialize(MODELS[name].make)
     structure, before = nnx.graphdef(original), parameters(original)
-    model, adapter = adapt(
-        original, [Rule(MODELS[name].target, UPDATE_CASES[update].update)], train=MODELS[name].train, rngs=nnx.Rngs(1)
-    )
+    model, adapter = adapt(original, [CASES[method].rule(name)], train=MODELS[name].train, rngs=nnx.Rngs(1))
     _, trainable, _ = nnx.split(model, adapter.trainable, ...)
     for _, variable in nnx.to_flat_state(trainable):
         variable[...] = variable[...] + 1
@@ -59,9 +58,9 @@ def test_the_original_stays_as_it_was(name, update):
     assert all(same_bits(before[path], after[path]) for path in before)
 
 
-@pytest.mark.parametrize(("name", "update"), EVERY)
-def test_both_models_hold_the_same_arrays(name, update):
-    model, _ = fresh(name, update)
+@pytest.mark.parametrize(("name", "method"), EVERY)
+def test_both_models_hold_the_same_arrays(name, method):
+    model, _ = fresh(name, method)
     arrays = {path: v[...] for path, v in nnx.to_flat_state(nnx.state(model))}
     for path, variable in nnx.to_flat_state(nnx.state(base(name))):
         assert arrays[path] is variable[...], path
@@ -73,7 +72,7 @@ def test_the_first_rule_that_matches_counts():
     assert kinds(model) == {
         "blocks/0": "LowRank", "blocks/1": "CirculantPair", "head": "LowRank", "tail/gate": "LowRank"
     }  # fmt: skip
-    assert (model.blocks[0].delta.matrix().rank, model.head.delta.matrix().rank) == (1, 2)
+    assert (model.blocks[0].delta["default"].stored().rank, model.head.delta["default"].stored().rank) == (1, 2)
 
 
 def test_a_pattern_may_match_other_modules_besides():
@@ -87,7 +86,7 @@ def test_a_pattern_may_match_other_modules_besides():
 def test_the_random_numbers_come_from_the_stream_params():
     def draw(seed):
         rules = [Rule("blocks/0", CirculantUpdate())]
-        return np.asarray(adapt(base("mlp"), rules, rngs=nnx.Rngs(params=seed))[0].blocks[0].delta.r2[...])
+        return np.asarray(adapt(base("mlp"), rules, rngs=nnx.Rngs(params=seed))[0].blocks[0].delta["default"].r2[...])
 
     assert same_bits(draw(1), draw(1))
     assert not np.array_equal(draw(1), draw(2))
@@ -95,7 +94,7 @@ def test_the_random_numbers_come_from_the_stream_params():
 
 def test_an_abstract_model_is_adapted_without_arrays():
     model = nnx.eval_shape(lambda: adapt(MLP(rngs=nnx.Rngs(0)), [Rule(".*", LoRA())], rngs=nnx.Rngs(1))[0])
-    assert [path for path, _ in adapted_layers(model)] == ["blocks/0", "blocks/1", "head", "tail/gate"]
+    assert [path for path, *_ in adapted_modules(model)] == ["blocks/0", "blocks/1", "head", "tail/gate"]
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model)))
 
 
@@ -129,7 +128,7 @@ def test_rules_and_patterns_without_effect_are_refused(rules, train, message):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("embed|stem|norm", r"only embed \(Embed\), .*stem \(Conv\).*; the linear layers are experts, reader, up"),
+        ("embed|stem|norm", r"only embed \(Embed\), .*stem \(Conv\).*; there are, for example, experts, reader, up"),
         ("experts", r"^experts cannot be adapted: its kernel has batch axes"),
         ("reader", r"^reader cannot be adapted: ReadsKernel\.__call__ does not call super"),
         ("up|experts", r"^experts cannot be adapted"),
@@ -153,15 +152,17 @@ def test_an_impossible_rank_is_named_with_the_layer(rank):
 
 
 @pytest.mark.parametrize("target", [r"blocks/\d+", "head"])
-def test_adapting_twice_is_refused(target):
-    # The second adapter's file could hold neither the first one's recipe nor its base.
-    model, _ = trained("mlp", "lora")
-    with pytest.raises(UserError, match=r"^blocks/0 is adapted already: merge"):
-        adapt(model, [Rule(target, LoRA())], rngs=nnx.Rngs(1))
+@pytest.mark.parametrize("method", ["lora", "circulant_adapter"])
+def test_a_name_is_given_once(target, method):
+    model, _ = trained("mlp", method)
+    for new in (LoRA(), CirculantAdapter()):
+        with pytest.raises(UserError, match=r"^the model has an adapter called 'default' already: merge or delete it"):
+            adapt(model, [Rule(target, new)], rngs=nnx.Rngs(1))
+        adapt(model, [Rule(target, new)], name="other", rngs=nnx.Rngs(1))
 
 
 def test_presets_of_the_vit_adapt_what_they_say():
-    model, _ = adapt(base("digits"), [Rule(TARGETS["all-linear"], LoRA())], rngs=nnx.Rngs(1))
+    model, _ = adapt(base("deep"), [Rule(TARGETS["all-linear"], LoRA())], rngs=nnx.Rngs(1))
     assert len(kinds(model)) == 2 * 6
     assert not isinstance(model.head, Adapted)
 
@@ -169,3 +170,105 @@ def test_presets_of_the_vit_adapt_what_they_say():
 def test_one_string_is_no_list_of_patterns():
     with pytest.raises(UserError, match=r"got one string: write \['head/\.\*'\]"):
         adapt_mlp("head", train="head/.*")
+
+
+class TestExclusions:
+    def test_later_rules_do_not_get_what_a_rule_without_method_keeps(self):
+        rules = [Rule("blocks/0|head", None), Rule(".*", LoRA())]
+        model, adapter = adapt(base("mlp"), rules, rngs=nnx.Rngs(1))
+        assert kinds(model) == {"blocks/1": "LowRank", "tail/gate": "LowRank"}
+        assert Adapter.from_json(adapter.to_json()) == adapter
+
+    def test_earlier_rules_keep_theirs(self):
+        model, _ = adapt(base("mlp"), [Rule("blocks/0", LoRA()), Rule(r"blocks/\d+", None)], rngs=nnx.Rngs(1))
+        assert kinds(model) == {"blocks/0": "LowRank"}
+
+    def test_of_branches(self):
+        rules = [Rule("blocks/0/mlp", None), Rule(TARGETS["houlsby"], BottleneckAdapter())]
+        model, _ = adapt(base("deep"), rules, rngs=nnx.Rngs(1))
+        assert [path for path, *_ in adapted_modules(model)] == [
+            "blocks/0/attention", "blocks/1/attention", "blocks/1/mlp"
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("rules", "message"),
+        [
+            ([Rule("hed", None), Rule(".*", LoRA())], r"'hed' matches no module .*nearest of \d+: .*head"),
+            ([Rule(".*", LoRA()), Rule("head", None)], r"the rule 'head' has no effect"),
+            ([Rule("head", None), Rule("head", LoRA())], r"the rule 'head' has no effect"),
+        ],
+    )
+    def test_without_effect_are_refused(self, rules, message):
+        with pytest.raises(UserError, match=message):
+            adapt(base("mlp"), rules, rngs=nnx.Rngs(1))
+
+
+def test_one_dead_rule_among_many_is_named_with_its_near_misses():
+    rules = [Rule(rf"blocks/{i}", LoRA()) for i in range(2)] + [Rule("tail/gat", LoRA()), Rule("head", LoRA())]
+    with pytest.raises(UserError, match=r"'tail/gat' matches no linear layer .*nearest of 4: tail/gate"):
+        adapt(base("mlp"), rules, rngs=nnx.Rngs(1))
+    rules = [Rule("head", LoRA()), Rule("tail/nrom", CirculantAdapter())]
+    with pytest.raises(UserError, match=r"'tail/nrom' matches no module .*: tail/norm"):
+        adapt(base("mlp"), rules, rngs=nnx.Rngs(1))
+
+
+def test_updates_and_branches_meet_in_one_module():
+    model, _ = adapt(base("mlp"), [Rule("blocks/1", LoRA())], rngs=nnx.Rngs(1))
+    model, _ = adapt(model, [Rule("blocks/1", CirculantAdapter())], name="second", rngs=nnx.Rngs(2))
+    layer, x = model.blocks[1], jnp.ones((2, 10))
+    layer.delta["default"].A[...] = jnp.ones((4, 1))
+    updated = x @ (layer.kernel[...] + layer.delta["default"].matrix().to_dense())
+    branch = layer.branch["second"]
+    branch.down.r1[...], branch.bias[...] = jnp.arange(4.0), jnp.ones(4)
+    np.testing.assert_allclose(layer(x), updated + branch(updated), rtol=1e-5)
+    assert type(layer).__name__ == "BranchedAdaptedLinear"
+
+
+# Modules that bottlenecks can be added to
+
+
+class Late(nnx.Module):
+    """Copies of it have their layers in another order than it has: `a`, of 7 outputs, comes first."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.z = nnx.Linear(4, 7, rngs=rngs)
+        self.a = nnx.Linear(7, 5, rngs=rngs)
+
+    def __call__(self, x, mask, gain=1.0):
+        return gain * self.a(jnp.tanh(self.z(x)))
+
+
+@pytest.mark.parametrize("copy", [lambda m: m, nnx.clone])
+def test_the_width_of_a_branch_is_that_of_the_output_whatever_the_order_of_layers(copy):
+    model, _ = adapt(copy(Late(rngs=nnx.Rngs(0))), [Rule("", CirculantAdapter())], rngs=nnx.Rngs(1))
+    assert model.branch["default"].down.shape == (5, 5)
+    assert model(jnp.ones((2, 4)), None).shape == (2, 5)
+
+
+def test_widths_of_the_transformers_of_this_package():
+    model, _ = adapt(base("deep"), [Rule(TARGETS["houlsby"], BottleneckAdapter(waist=3))], rngs=nnx.Rngs(1))
+    assert {part.down.shape for _, _, part, _ in adapted_modules(model)} == {(12, 3)}
+    assert {part.up.shape for _, _, part, _ in adapted_modules(model)} == {(3, 12)}
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "message"),
+    [
+        ("mlp", "tail/norm", "^tail/norm cannot be adapted: the width of its output .* of a LayerNorm: name the layer"),
+        ("mlp", "", "^the model cannot be adapted: the width of its output cannot be told"),
+        ("attention", "query", r"^query cannot be adapted: its output has the axes \(2, 5\) of features, .* reads one"),
+        ("mlp", "blocks", r"'blocks' matches no module, only blocks \(List\)"),
+    ],
+)
+def test_modules_that_no_branch_can_be_added_to_are_named(name, target, message):
+    with pytest.raises(UserError, match=message):
+        adapt(base(name), [Rule(target, CirculantAdapter())], rngs=nnx.Rngs(1))
+
+
+@pytest.mark.parametrize("slot", ["delta", "branch"])
+def test_users_may_call_their_own_modules_as_we_call_ours(slot):
+    """A residual network has branches."""
+    model = nnx.Dict({slot: nnx.Dict(query=nnx.Linear(4, 4, rngs=nnx.Rngs(0)))})
+    adapted, adapter = adapt(model, [Rule(f"{slot}/query", LoRA())], rngs=nnx.Rngs(1))
+    assert kinds(adapted) == {f"{slot}/query": "LowRank"}
+    assert len(nnx.to_flat_state(nnx.split(adapted, adapter.trainable, ...)[1])) == 2

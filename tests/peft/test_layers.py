@@ -6,7 +6,7 @@ from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.peft.layers import check_call, is_linear, matrix_view
-from tests.peft.cases import Gated, materialize
+from tests.peft.models import Gated, materialize
 
 
 class ReadsKernel(nnx.Linear):
@@ -87,17 +87,33 @@ def test_a_stack_of_layers_is_refused(make, shape):
 @pytest.mark.parametrize("cls", [nnx.Linear, Gated, InfersShape, nnx.LoRALinear])
 def test_a_call_through_super_is_accepted(cls):
     options = {"lora_rank": 1} if cls is nnx.LoRALinear else {}
-    check_call(cls(2, 3, rngs=nnx.Rngs(0), **options), "layer")
+    check_call(cls(2, 3, rngs=nnx.Rngs(0), **options), "layer", "delta")
 
 
 @pytest.mark.parametrize("cls", [ReadsKernel, WithoutBias])
 def test_a_call_past_super_is_refused(cls):
     with pytest.raises(UserError, match=r"^body/up cannot be adapted: ReadsKernel\.__call__ does not call super"):
-        check_call(cls(2, 3, rngs=nnx.Rngs(0)), "body/up")
+        check_call(cls(2, 3, rngs=nnx.Rngs(0)), "body/up", "delta")
 
 
-def test_a_layer_with_a_delta_of_its_own_is_refused():
+@pytest.mark.parametrize("cls", [ReadsKernel, WithoutBias])
+def test_a_branch_can_be_added_after_any_call(cls):
+    check_call(cls(2, 3, rngs=nnx.Rngs(0)), "body/up", "branch")
+
+
+def test_a_product_of_the_class_is_refused():
+    class Own(nnx.Linear):
+        def dot_general(self, *args, **kwargs):
+            raise NotImplementedError
+
+    with pytest.raises(UserError, match=r"^body/up cannot be adapted: Own defines its own dot_general"):
+        check_call(nnx.eval_shape(lambda: Own.__new__(Own)), "body/up", "delta")
+
+
+@pytest.mark.parametrize("slot", ["delta", "branch"])
+@pytest.mark.parametrize("own", [0.5, nnx.Dict(a=nnx.Linear(1, 1, rngs=nnx.Rngs(0)))])
+def test_a_layer_with_an_attribute_of_that_name_is_refused(slot, own):
     layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    layer.delta = 0.5
-    with pytest.raises(UserError, match=r"^body/up cannot be adapted: it has an attribute `delta`"):
-        check_call(layer, "body/up")
+    setattr(layer, slot, own)
+    with pytest.raises(UserError, match=rf"^body/up cannot be adapted: it has an attribute `{slot}`"):
+        check_call(layer, "body/up", slot)

@@ -129,6 +129,34 @@ class MatrixContract:
         assert fused.fused().num_params == fused.num_params
         assert_close(fused.to_dense(), M)
 
+    @pytest.mark.usefixtures("x64")
+    @pytest.mark.parametrize("shape", [(7, 7), (5, 12)], ids=str)
+    def test_times_is_the_multiple_of_the_same_structure(self, shape):
+        """By a number, and by an array that JAX traces: one program for all of its values."""
+        matrix, M = self.create(shape)
+        x, traces = np.random.default_rng(1).normal(size=(4, shape[0])), []
+        scaled = matrix.times(-1.5)
+        assert jax.tree.structure(scaled) == jax.tree.structure(matrix)
+        assert scaled.num_params == matrix.num_params
+        assert_close(scaled.to_dense(), -1.5 * M)
+
+        @jax.jit
+        def apply(matrix, x, alpha):
+            traces.append(shape)
+            return matrix.times(alpha).apply(x)
+
+        for alpha in (0.0, 1.0, 0.3):
+            assert_close(apply(matrix, x, jnp.asarray(alpha)), alpha * (x @ M))
+        assert len(traces) == 1
+
+    def test_times_keeps_the_dtype_of_the_parameters(self):
+        matrix, M = self.create((5, 3), "float32")
+        half = matrix.with_arrays(**{name: leaf.astype("bfloat16") for name, leaf in matrix.arrays().items()})
+        scaled = half.times(jnp.float32(0.5))
+        assert {leaf.dtype for leaf in scaled.arrays().values()} == {jnp.dtype("bfloat16")}
+        assert_close(scaled.to_dense(), 0.5 * self.oracle(half.arrays(), (5, 3)), "float32")
+        assert_close(matrix.times(1.0).to_dense(), M, "float32")
+
     # Gradients and transformations
 
     @pytest.mark.usefixtures("x64")

@@ -19,7 +19,7 @@ def test_energy_is_that_of_the_matrix_and_the_budget_is_kept(shape):
     found = approximations(target, budget=48, steps=0)
     energies = [kept.energy for kept in found.values()]
     assert energies == sorted(energies, reverse=True)
-    assert set(found) == set(FAMILIES)
+    assert set(found) == FAMILIES.keys() - {"dense"}  # which holds more numbers than the budget
     for kept in found.values():
         assert kept.matrix.num_params <= 48 and kept.matrix.shape == shape
         lost = np.sum((target - np.asarray(kept.matrix.to_dense(), np.float64)) ** 2) / np.sum(target**2)

@@ -74,7 +74,8 @@ def test_the_table_has_every_family_and_says_on_what_it_was_measured():
     for measurement in measured.values():
         assert {"device", "jax", "command"} <= measurement.keys()
         rows = measurement["fastest"]
-        assert {r["family"] for r in rows} == FAMILIES.keys()
+        # Of a dense matrix every execution is the same product.
+        assert {r["family"] for r in rows} == FAMILIES.keys() - {"dense"}
         for r in rows:
             allowed = {"fft", "dense", "fused"} if r["dtype"] == "float32" else {"fft", "dense"}
             assert r["execution"] in allowed

@@ -155,8 +155,10 @@ def test_every_family_is_on_the_page_with_its_picture():
 
     page = PAGE.read_text()
     headings = re.findall(r"^## .*`(\w+)`", page, re.MULTILINE)
-    assert sorted(headings) == sorted(FAMILIES) == sorted(EXAMPLES)
-    for name, cls in FAMILIES.items():
+    # A dense matrix has no structure to show.
+    shown = {name: cls for name, cls in FAMILIES.items() if name != "dense"}
+    assert sorted(headings) == sorted(shown) == sorted(EXAMPLES)
+    for name, cls in shown.items():
         assert cls.__name__ in page
         picture = PAGE.parent / "structured" / f"{name}.png"
         assert f"(structured/{name}.png)" in page

@@ -15,6 +15,7 @@ from surm_jax.structured import (
     CirculantPair,
     LowRank,
     execution,
+    matmul,
     updated_matmul,
 )
 from tests.structured.cases import TOLERANCES, assert_close
@@ -231,3 +232,59 @@ def test_mistakes():
         updated_matmul(x, kernel.T, update)
     with pytest.raises(UserError, match=r"do not fit: \(2, 4\), \(3, 4\) and \(3, 4\)"):
         updated_matmul(jnp.ones((2, 4)), kernel, update)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_product_with_the_update_alone(family):
+    update, x, _, dy = case(family)
+    M = np.asarray(update.to_dense())
+
+    def product(update, x, dy, how):
+        y, pull = jax.vjp(lambda update, x: matmul(x, update, execution=how), update, x)
+        return y, *pull(dy)
+
+    results = jax.jit(lambda *args: {how: product(*args, how) for how in EXECUTIONS})(update, x, dy)
+    _, expected, _ = results["fft"]
+    for y, by_update, by_x in results.values():
+        assert_close(y, x @ M)
+        assert_close(by_x, dy @ M.T)
+        for name, leaf in by_update.arrays().items():
+            assert_close(leaf, expected.arrays()[name])
+
+
+@pytest.mark.parametrize("how", EXECUTIONS)
+def test_the_product_with_the_update_alone_keeps_the_dtype_of_half_precision_inputs(how):
+    update, x, *_ = case("circulant", (96, 96), (3, 50), "float32")
+    half = x.astype("bfloat16")
+    y = matmul(half, update, execution=how)
+    assert y.dtype == jnp.bfloat16
+    M = np.asarray(update.to_dense(), np.float64)
+    # `dense` rounds the matrix to the precision of the input, and the product afterwards.
+    error = np.linalg.norm(np.asarray(y, np.float64) - np.asarray(half, np.float64) @ M)
+    assert error <= 2 * TOLERANCES["bfloat16"] * np.linalg.norm(np.asarray(y, np.float64))
+
+
+def test_dot_is_used_where_the_update_alone_is_formed():
+    calls = []
+
+    def dot(x, matrix):
+        calls.append(matrix.shape)
+        return 2.0 * (x @ matrix)
+
+    x, update = jnp.ones((2, 3)), LowRank(A=jnp.ones((4, 1)), B=jnp.ones((3, 1)))
+    np.testing.assert_allclose(matmul(x, update, execution="dense", dot=dot), np.full((2, 4), 6.0))
+    np.testing.assert_allclose(matmul(x, update, execution="fft", dot=dot), np.full((2, 4), 3.0))
+    assert calls == [(3, 4)]
+
+
+def test_mistakes_of_the_product_with_the_update_alone():
+    update = Circulant(jnp.ones(4), (3, 4))
+    with pytest.raises(UserError, match=r"no execution is called 'fsed'.*did you mean 'fused'"):
+        matmul(jnp.ones((2, 3)), update, execution="fsed")
+    for how in ("fft", "dense", "fused"):
+        for shape in ((2, 4), (2, 6), ()):
+            with pytest.raises(UserError, match=r"matmul: x .* do not fit: \(.*\) and \(3, 4\)"):
+                matmul(jnp.ones(shape), update, execution=how)
+        with pytest.raises(UserError, match="matmul: x must be real floating point, not int32"):
+            matmul(jnp.ones((2, 3), "int32"), update, execution=how)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import jax
 
 from surm_jax.errors import UserError, did_you_mean
-from surm_jax.structured import StructuredMatrix
+from surm_jax.structured import StructuredMatrix, Sum
 
 METHODS: dict[str, type["Method"]] = {}
 """Every method by its name."""
@@ -124,15 +124,22 @@ class Update(Method):
         matrix = self.init(key, shape)
         if self.alpha:
             return matrix
-        arrays = matrix.arrays()
-        name = self.zero or next(iter(arrays))
-        scale = getattr(self, "scale", arrays[name].size ** -0.5)
-        random = scale * jax.random.normal(jax.random.fold_in(key, 1), arrays[name].shape)
-        return matrix.with_arrays(**{name: random})
+        return _away_from_zero(matrix, jax.random.fold_in(key, 1), getattr(self, "scale", None), self.zero)
 
     @abc.abstractmethod
     def init(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
         """Returns the matrix of the given (in_features, out_features) that training starts from: zero as a product."""
+
+
+def _away_from_zero(matrix: StructuredMatrix, key: jax.Array, scale: float | None, zero: str) -> StructuredMatrix:
+    """Returns the matrix with random numbers in the array that is zero: its first one unless `zero` names another."""
+    if isinstance(matrix, Sum):
+        keys = jax.random.split(key, len(matrix.terms))
+        return Sum([_away_from_zero(term, k, scale, zero) for term, k in zip(matrix.terms, keys, strict=True)])
+    arrays = matrix.arrays()
+    name = zero or next(iter(arrays))
+    shape = arrays[name].shape
+    return matrix.with_arrays(**{name: (scale or math.prod(shape) ** -0.5) * jax.random.normal(key, shape)})
 
 
 ACTIVATIONS = {

@@ -1,0 +1,474 @@
+"""What every method must satisfy on every model: the contract of an adapter, from a start that is not zero."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from safetensors import safe_open
+
+from surm_jax.errors import UserError
+from surm_jax.peft import (
+    METHODS,
+    AdapterConstant,
+    Bottleneck,
+    Rule,
+    Selection,
+    Update,
+    adapt,
+    adapted_modules,
+    adapter_dropout,
+    load_adapter,
+    merge,
+    save_adapter,
+)
+from tests.peft.cases import (
+    ADDED,
+    BRANCHES,
+    CASES,
+    EVERY,
+    EVERY_UPDATE,
+    OURS,
+    SELECTIONS,
+    UPDATES,
+    bare,
+    changes,
+    expected_output,
+    fresh,
+    trained,
+)
+from tests.peft.models import (
+    FAST_TO_COMPILE,
+    MODELS,
+    TOLERANCES,
+    adapter_arrays,
+    base,
+    inputs,
+    materialize,
+    parameters,
+    part_arrays,
+    perturb,
+    relative_error,
+    run,
+    same_bits,
+)
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+SELECTED = [(model, method) for method in SELECTIONS for model in OURS]
+
+
+def trainable_paths(model, adapter):
+    _, trainable, _ = nnx.split(model, adapter.trainable, ...)
+    return {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(trainable)}
+
+
+def head_of(name):
+    return {path for path in parameters(base(name)) if MODELS[name].train and path.startswith("head/")}
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_TO_COMPILE)
+def gradient(graphdef, trainable, frozen, x):
+    def loss(trainable):
+        y = nnx.merge(graphdef, trainable, frozen)(x)
+        return jnp.sum(jnp.sin(3 * y.astype("float32")) * jnp.linspace(1, 2, y.size).reshape(y.shape))
+
+    return jax.grad(loss)(trainable)
+
+
+def by_path(state):
+    return {"/".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(state)}
+
+
+def two_steps(model, adapter, x, of=None):
+    """Trains with Adam. Returns the model afterwards and the first gradient by path.
+
+    With `of`, all that it selects is differentiated, and what the adapter trains of it is used: one program for many.
+    """
+    model = nnx.clone(model)
+    optimizer, first, state = optax.adam(1e-2), None, None
+    for _ in range(2):
+        mine = by_path(nnx.split(model, adapter.trainable, ...)[1])
+        graphdef, parts, frozen = nnx.split(model, of or adapter.trainable, ...)
+        slope = {path: g for path, g in by_path(gradient(graphdef, parts, frozen, x)).items() if path in mine}
+        first = first or slope
+        with jax.numpy_dtype_promotion("standard"):  # which optax counts on
+            moves, state = optimizer.update(slope, state or optimizer.init(mine))
+        for path, v in nnx.to_flat_state(parts):
+            if (where := "/".join(map(str, path))) in mine:
+                v[...] = mine[where] + moves[where].astype(mine[where].dtype)
+        nnx.update(model, parts)
+    return model, first
+
+
+def selected(name, method, train=True):
+    patterns = (*(MODELS[name].train if train else ()), *CASES[method].method.patterns)
+    return adapt(base(name), [], train=patterns, rngs=nnx.Rngs(1))
+
+
+# The cases
+
+
+def test_every_registered_method_has_a_case():
+    assert CASES.keys() == METHODS.keys()
+    for cases, kind in ((UPDATES, Update), (BRANCHES, Bottleneck), (SELECTIONS, Selection)):
+        assert all(type(case.method) is METHODS[name] and isinstance(case.method, kind) for name, case in cases.items())
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_the_case_has_no_setting_at_its_default(method):
+    instance = CASES[method].method
+    for field in dataclasses.fields(instance):
+        # These two have tests of their own.
+        if field.name not in ("learn_alpha", "bias"):
+            assert getattr(instance, field.name) != field.default, field.name
+
+
+# The start
+
+
+@pytest.mark.parametrize(("name", "method"), EVERY)
+def test_a_fresh_adapter_changes_no_bit_of_the_output(name, method):
+    # Operation by operation: what a compiler makes of a whole program may sum in another order, as it may otherwise.
+    assert same_bits(fresh(name, method)[0](inputs(name)), base(name)(inputs(name)))
+
+
+@pytest.mark.parametrize(("name", "method"), EVERY)
+def test_parts_are_where_the_rule_says_and_start_as_they_must(name, method):
+    model, _ = fresh(name, method)
+    case, arrays, everything = CASES[method], adapter_arrays(model), parameters(model)
+    assert {array.dtype for array in arrays.values()} == {np.dtype("float32")}
+    assert everything.keys() - arrays.keys() == parameters(base(name)).keys()
+    assert [path for path, *_ in adapted_modules(model)] == sorted(case.places(name))
+    for path in case.places(name):
+        prefix = f"{path}/{case.slot}/default/".removeprefix("/")
+        mine = {p.removeprefix(prefix): arrays.pop(p) for p in list(arrays) if p.startswith(prefix)}
+        assert {key for key, array in mine.items() if not array.any()} == case.zero
+        assert all(array.all() for key, array in mine.items() if key not in case.zero)
+    assert not arrays
+
+
+@pytest.mark.parametrize("method", ADDED)
+def test_layers_start_at_different_random_numbers(method):
+    arrays = [array.tobytes() for array in adapter_arrays(fresh("mlp", method)[0]).values() if array.any()]
+    assert len(set(arrays)) == len(arrays) >= (0 if method in ("c3a", "mora") else len(CASES[method].places("mlp")))
+
+
+# The output
+
+
+@pytest.mark.parametrize(("name", "method"), EVERY)
+def test_output_is_that_of_the_oracle(name, method):
+    model, _ = trained(name, method)
+    x = inputs(name)
+    y = run(model, x)
+    assert relative_error(y, run(bare(name, model), x)) > 100 * TOLERANCES["float32"], (
+        "too near to the base to show anything"
+    )
+    assert relative_error(y, expected_output(name, {"default": method}, model, x)) <= TOLERANCES[MODELS[name].precision]
+    assert y.dtype == run(base(name), x).dtype
+
+
+@pytest.mark.parametrize(("name", "method"), EVERY)
+def test_a_scale_of_zero_is_the_base_to_the_bit(name, method):
+    model = nnx.clone(trained(name, method)[0])
+    for _, _, part, _ in adapted_modules(model):
+        part.scale[...] = jnp.zeros(())
+    assert same_bits(model(inputs(name)), bare(name, model)(inputs(name)))
+
+
+@pytest.mark.parametrize("method", ADDED)
+def test_a_scale_between_is_a_part_of_what_is_added(method):
+    model = nnx.clone(trained("mlp", method)[0])
+    # One layer alone is linear in its scale.
+    parts = {path: part for path, _, part, _ in adapted_modules(model)}
+    layer = model.tail.gate
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
+    whole = layer(x)
+    parts["tail/gate"].scale[...] = jnp.zeros(())
+    nothing = layer(x)
+    parts["tail/gate"].scale[...] = jnp.float32(0.3)
+    assert relative_error(layer(x) - nothing, 0.3 * (whole - nothing)) <= TOLERANCES["float32"]
+
+
+# What is trained
+
+
+@pytest.mark.parametrize(("name", "method"), EVERY)
+def test_trainable_are_the_arrays_of_the_adapter_and_the_head(name, method):
+    model, adapter = fresh(name, method)
+    constant = {p for p in adapter_arrays(model) if p.rpartition("/")[2] in CASES[method].constant}
+    assert len(constant) == len(CASES[method].constant) * len(CASES[method].places(name))
+    assert trainable_paths(model, adapter) == (adapter_arrays(model).keys() - constant) | head_of(name)
+    kinds = {"/".join(map(str, path)): type(v) for path, v in nnx.to_flat_state(nnx.state(model))}
+    assert all(kinds[path] is AdapterConstant for path in constant)
+
+
+@pytest.mark.parametrize(("name", "method"), SELECTED)
+def test_a_selection_trains_what_it_says(name, method):
+    for train in (True, False) if method != "linear_probe" else (True,):
+        model, adapter = selected(name, method, train)
+        assert nnx.graphdef(model) == nnx.graphdef(base(name))
+        chosen = {path for path in parameters(base(name)) if CASES[method].chosen(path)}
+        assert chosen or method == "linear_probe"
+        assert trainable_paths(model, adapter) == chosen | (head_of(name) if train else set())
+
+
+@pytest.mark.parametrize(("name", "method"), [*((n, m) for n, m in EVERY if n in ("mlp", "deep", *OURS)), *SELECTED])
+def test_what_is_trained_moves_within_two_steps_and_nothing_else(name, method):
+    model, adapter = selected(name, method) if method in SELECTIONS else fresh(name, method)
+    after, first = two_steps(model, adapter, inputs(name), nnx.Param if method in SELECTIONS else None)
+    before, after = ({**parameters(m), **adapter_arrays(m)} for m in (model, after))
+    assert before.keys() == after.keys()
+    for path, array in after.items():
+        assert array.dtype == before[path].dtype
+        assert same_bits(array, before[path]) is (path not in first), path
+    assert first.keys() == trainable_paths(model, adapter)
+    for path in first.keys() & adapter_arrays(model).keys():
+        case, key = CASES[method], path.partition(f"{CASES[method].slot}/default/")[2]
+        learns = key in case.early or (key in case.zero and key not in getattr(case, "late", ()))
+        assert bool(first[path].any()) is learns, f"the first gradient of {path}"
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("method", ["circulant", "dora", "bottleneck"])
+def test_plain_gradients_lower_the_loss_in_graph_and_in_tree_mode(graph, method):
+    with nnx.set_graph_mode(graph), nnx.set_graph_updates(graph):
+        model, adapter = adapt(nnx.clone(base("mlp")), [CASES[method].rule("mlp")], train=["head/.*"], rngs=nnx.Rngs(1))
+        graphdef, trainable, frozen = nnx.split(model, adapter.trainable, ...)
+        x = inputs("mlp")
+
+        @jax.jit
+        def step(trainable, frozen):
+            def loss(trainable):
+                y = nnx.merge(graphdef, trainable, frozen)(x)
+                return jnp.sum((y - jnp.linspace(0, 1, y.size).reshape(y.shape)) ** 2)
+
+            value, gradient = jax.value_and_grad(loss)(trainable)
+            return value, jax.tree.map(lambda p, g: p - 0.02 * g, trainable, gradient)
+
+        losses = []
+        for _ in range(4):
+            value, trainable = step(trainable, frozen)
+            losses.append(float(value))
+        assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
+
+
+# A learned alpha
+
+
+@pytest.mark.parametrize("method", UPDATES)
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
+def test_a_learned_alpha(method, alpha):
+    update = dataclasses.replace(UPDATES[method].method, learn_alpha=True, alpha=alpha)
+    layer, x = base("mlp").tail.gate, jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
+    model, adapter = adapt(layer, [Rule("", update)], rngs=nnx.Rngs(1))
+    assert same_bits(model(x), layer(x))
+    after, first = two_steps(model, adapter, x)
+    assert "delta/default/alpha" in first and first.keys() == trainable_paths(model, adapter)
+    before, arrays = parameters(model), parameters(after)
+    assert not any(same_bits(arrays[path], before[path]) for path in first)
+
+    moved = perturb(after, adapter)
+    arrays = part_arrays(moved, "", "delta")
+    kernel = np.asarray(layer.kernel[...], np.float64)
+    change = UPDATES[method].change(float(arrays.pop("alpha")), arrays, kernel)
+    assert (
+        relative_error(moved(x), np.asarray(x) @ (kernel + change) + np.asarray(layer.bias[...]))
+        <= TOLERANCES["float32"]
+    )
+    assert np.abs(change).max() > 1e-3
+
+
+# Merging
+
+
+@pytest.mark.parametrize(("name", "method"), EVERY_UPDATE)
+def test_merging(name, method):
+    model, _ = trained(name, method)
+    structure, before = nnx.graphdef(model), {**parameters(model), **adapter_arrays(model)}
+    merged, deviation = merge(model)
+    assert nnx.graphdef(merged) == nnx.graphdef(base(name))
+    expected = {path: type(module) for path, module in nnx.iter_modules(base(name))}
+    assert {path: type(module) for path, module in nnx.iter_modules(merged)} == expected
+    x, tolerance = inputs(name), TOLERANCES[MODELS[name].precision]
+    assert relative_error(run(merged, x), run(model, x)) <= tolerance
+
+    # Kernels of the target gain the change, and nothing else moves.
+    after, added, largest = parameters(merged), changes(name, method, model), 0.0
+    for path, array in after.items():
+        layer = path.removesuffix("kernel").removesuffix("/")
+        if path.endswith("kernel") and layer in added:
+            exact = before[path].astype(np.float64) + added[layer].reshape(array.shape)
+            # Half a unit in the last place of the kernel's dtype, and the rounding of the update itself.
+            error = float(jnp.finfo(array.dtype).eps) / 2 + 2e-6
+            np.testing.assert_allclose(array.astype(np.float64), exact, rtol=error, atol=2e-6)
+            largest = max(largest, np.abs(array.astype(np.float64) - exact).max())
+        else:
+            assert same_bits(array, before[path]), path
+    # The exact sum of `merge` starts from the update in float32, that of this test from its factors.
+    assert (deviation > 0 or method == "dora") and deviation == pytest.approx(largest, rel=1e-3, abs=2e-6)
+
+    # The adapted model is what it was, and a merged one has nothing left to merge.
+    assert nnx.graphdef(model) == structure
+    assert all(same_bits(a, before[path]) for path, a in {**parameters(model), **adapter_arrays(model)}.items())
+    twice, deviation = merge(merged)
+    assert deviation == 0.0 and nnx.graphdef(twice) == nnx.graphdef(merged)
+    assert all(same_bits(array, after[path]) for path, array in parameters(twice).items())
+
+
+@pytest.mark.parametrize("method", UPDATES)
+def test_merging_a_fresh_adapter_gives_the_base(method):
+    merged, deviation = merge(fresh("mlp", method)[0])
+    # The lengths of DoRA's columns are rounded once.
+    assert deviation <= (1e-6 if method == "dora" else 0.0)
+    for path, array in parameters(base("mlp")).items():
+        np.testing.assert_allclose(parameters(merged)[path], array, rtol=3e-7 if method == "dora" else 0)
+
+
+@pytest.mark.parametrize("method", BRANCHES)
+def test_branches_cannot_be_merged(method):
+    model, _ = trained("mlp", method)
+    place = min(CASES[method].places("mlp"))
+    with pytest.raises(UserError, match=rf"^{place} has a branch of the adapter 'default', which is not linear"):
+        merge(model)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_selection_has_nothing_to_merge(name):
+    model, adapter = selected(name, "bitfit")
+    moved = perturb(model, adapter)
+    merged, deviation = merge(moved)
+    assert deviation == 0.0
+    assert all(same_bits(array, parameters(moved)[path]) for path, array in parameters(merged).items())
+
+
+# Files
+
+
+@pytest.mark.parametrize(("name", "method"), EVERY)
+def test_saving_and_loading(name, method, tmp_path):
+    model, adapter = trained(name, method)
+    size = save_adapter(tmp_path / "one", model, adapter)
+    original = materialize(MODELS[name].make)
+    structure, before = nnx.graphdef(original), parameters(original)
+    loaded, recipe = load_adapter(tmp_path / "one", original)
+    assert nnx.graphdef(original) == structure
+    assert all(same_bits(array, before[path]) for path, array in parameters(original).items())
+    assert recipe == adapter
+    y = run(loaded, inputs(name))
+    assert_same(method, y, run(model, inputs(name)))
+    assert not same_bits(y, run(base(name), inputs(name)))
+
+    save_adapter(tmp_path / "two", loaded, recipe)
+    for file in (CONFIG, TENSORS):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    assert size == sum(path.stat().st_size for path in (tmp_path / "one").iterdir())
+
+    with safe_open(tmp_path / "one" / TENSORS, framework="numpy") as file:
+        found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    case = CASES[method]
+    expected = {
+        f"{path}/{case.slot}/{array}".removeprefix("/"): shape
+        for path, sizes in case.places(name).items()
+        for array, shape in case.stored(*sizes).items()
+    }
+    assert found == expected | {path: parameters(model)[path].shape for path in head_of(name)}
+
+
+@pytest.mark.parametrize(("name", "method"), SELECTED)
+def test_saving_and_loading_a_selection(name, method, tmp_path):
+    model, adapter = selected(name, method)
+    model = perturb(model, adapter)
+    save_adapter(tmp_path / "one", model, adapter)
+    loaded, recipe = load_adapter(tmp_path / "one", base(name))
+    assert recipe == adapter
+    assert all(same_bits(array, parameters(model)[path]) for path, array in parameters(loaded).items())
+    with safe_open(tmp_path / "one" / TENSORS, framework="numpy") as file:
+        assert set(file.keys()) == trainable_paths(model, adapter)
+
+
+def assert_same(method, y, expected):
+    """Equal in every bit, but where the smallest form holds sums, `U V`, which each program rounds in its own order."""
+    if method in ("lokr", "kadaptation", "compacter"):
+        assert relative_error(y, expected) <= (1e-6 if y.dtype == jnp.float32 else TOLERANCES["bfloat16"])
+    else:
+        assert same_bits(y, expected)
+
+
+@pytest.mark.parametrize("method", ADDED)
+def test_the_fused_form_computes_the_same(method):
+    model = nnx.clone(trained("mlp", method)[0])
+    plain = run(model, inputs("mlp"))
+    for _, _, part, _ in adapted_modules(model):
+        part.fuse()
+    assert_same(method, run(model, inputs("mlp")), plain)
+
+
+# Several adapters
+
+
+@pytest.mark.parametrize("method", ADDED)
+def test_adapters_of_different_names_sum_on_the_same_input(method):
+    """A second one of the method itself, and LoRA or the paper's adapter as a third."""
+    model, adapters = base("mlp"), []
+    third = "lora" if method in UPDATES else "circulant_adapter"
+    for name, what in (("default", method), ("second", method), ("third-1", third)):
+        model, adapter = adapt(model, [CASES[what].rule("mlp")], name=name, rngs=nnx.Rngs(len(adapters)))
+        adapters.append(adapter)
+    assert same_bits(model(inputs("mlp")), base("mlp")(inputs("mlp")))
+    for adapter in adapters:
+        model = perturb(model, adapter)
+        constant = CASES[third if adapter.name == "third-1" else method].constant
+        mine = {path for path in adapter_arrays(model) if f"/{adapter.name}/" in path}
+        assert trainable_paths(model, adapter) == {p for p in mine if p.rpartition("/")[2] not in constant}
+    methods = {"default": method, "second": method, "third-1": third}
+    expected = expected_output("mlp", methods, model, inputs("mlp"))
+    assert relative_error(run(model, inputs("mlp")), expected) <= TOLERANCES["float32"]
+    if method in UPDATES:
+        merged, _ = merge(model)
+        assert relative_error(run(merged, inputs("mlp")), expected) <= TOLERANCES["float32"]
+        # One after the other: what the first is merged into, the others still add to. Not DoRA, which is relative to
+        # the kernel that it finds.
+        if method != "dora":
+            part, _ = merge(model, ["second"])
+            assert {name for _, name, *_ in adapted_modules(part)} == {"default", "third-1"}
+            assert relative_error(run(part, inputs("mlp")), expected) <= TOLERANCES["float32"]
+
+
+# Dropout
+
+
+def dropped(model, x, key):
+    with adapter_dropout(key):
+        return model(x)
+
+
+@pytest.mark.parametrize("method", ADDED)
+def test_dropout(method):
+    model, x = trained("mlp", method)[0], inputs("mlp")
+    key = jax.random.key(0)
+    plain, once = model(x), dropped(model, x, key)
+    assert relative_error(once, plain) > 1e-3
+    assert same_bits(dropped(model, x, key), once)
+    assert relative_error(dropped(model, x, jax.random.key(1)), once) > 1e-3
+    assert same_bits(model(x), plain) and same_bits(dropped(model, x, None), plain)
+    # The frozen model knows of no dropout.
+    assert same_bits(dropped(base("mlp"), x, key), base("mlp")(x))
+
+
+@pytest.mark.parametrize("method", ["circulant", "lora"])
+def test_the_expectation_over_dropout_is_the_output_without(method):
+    layer = nnx.clone(trained("mlp", method)[0].tail.gate)
+    graphdef, state = nnx.split(layer)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4)), jnp.float32)
+    outputs = jax.jit(jax.vmap(lambda key: dropped(nnx.merge(graphdef, state), x, key)))(
+        jax.random.split(jax.random.key(0), 4096)
+    )
+    frozen = x @ layer.kernel[...] + layer.bias[...][None]
+    # A standard error of sqrt(0.4 / 0.6 / 4096), 1.3 %.
+    assert relative_error(outputs.mean(0) - frozen, layer(x) - frozen) < 0.06
+    assert relative_error(outputs[0], outputs[1]) > 0.01

@@ -1,0 +1,77 @@
+"""A small model with its computation in numpy beside it, for the tests of several adapters on one base."""
+
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from surm_jax.peft import Adapter, Rule, Update, adapt
+from tests.peft.models import materialize, parameters
+
+BODY = r"body/\d"
+
+
+class Net(nnx.Module):
+    """Two layers in an `nnx.List`, a norm, and a head; input (batch, tokens, 6)."""
+
+    def __init__(self, dtype, rngs: nnx.Rngs):
+        options = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
+        self.body = nnx.List([nnx.Linear(6, 8, **options), nnx.Linear(8, 6, **options)])
+        self.norm = nnx.LayerNorm(6, dtype=jnp.float32, rngs=rngs)
+        self.head = nnx.Linear(6, 3, **options)
+
+    def __call__(self, x):
+        for layer in self.body:
+            x = jnp.tanh(layer(x))
+        return self.head(self.norm(x))
+
+
+@functools.cache
+def net(dtype: str = "float32") -> Net:
+    """The base model, shared by the tests, which must not change it."""
+    return materialize(lambda: Net(jnp.dtype(dtype), nnx.Rngs(0)))
+
+
+def batch(size: int = 4, dtype: str = "float32") -> jax.Array:
+    return jnp.asarray(np.random.default_rng(5).normal(size=(size, 2, 6)), dtype)
+
+
+def expected(
+    model: nnx.Module,
+    x: jax.Array,
+    changes: Mapping[str, np.ndarray] | None = None,
+    branches: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
+) -> np.ndarray:
+    """What a `Net` with these weights computes, in float64, with changes of kernels and branches on outputs."""
+    p = {path: array.astype(np.float64) for path, array in parameters(model).items()}
+    changes, branches = changes or {}, branches or {}
+
+    def layer(path, x):
+        y = x @ (p[f"{path}/kernel"] + changes.get(path, 0)) + p[f"{path}/bias"]
+        return y + branches[path](y) if path in branches else y
+
+    x = np.asarray(x).astype(np.float64)
+    for path in ("body/0", "body/1"):
+        x = np.tanh(layer(path, x))
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    return layer("head", x * p["norm/scale"] + p["norm/bias"])
+
+
+def noisy(model: nnx.Module, adapter: Adapter, seed: int, size: float = 0.5) -> nnx.Module:
+    """Returns the model with other numbers in everything that the adapter trains."""
+    graphdef, trainable, frozen = nnx.split(model, adapter.trainable, ...)
+    rng = np.random.default_rng(seed)
+    noise = lambda a: jnp.asarray(np.asarray(a) + size * rng.normal(size=a.shape), a.dtype)  # noqa: E731
+    return nnx.merge(graphdef, jax.tree.map(noise, trainable), frozen)
+
+
+def tuned(
+    model: nnx.Module, method: Update, *, target: str = BODY, seed: int = 1, name: str = "default", **options
+) -> tuple[nnx.Module, Adapter]:
+    """Returns the model with one more adapter, as if it were trained."""
+    train = options.pop("train", ())
+    model, adapter = adapt(model, [Rule(target, method, **options)], train=train, name=name, rngs=nnx.Rngs(seed))
+    return noisy(model, adapter, seed), adapter

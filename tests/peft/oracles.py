@@ -1,0 +1,118 @@
+"""What the methods compute, restated by numpy and scipy, and the shapes in which it is stored."""
+
+from collections.abc import Callable
+
+import numpy as np
+import scipy.linalg
+import scipy.special
+
+from surm_jax.structured import near_square_factors
+
+Arrays = dict[str, np.ndarray]
+Shapes = dict[str, tuple[int, ...]]
+
+
+def circulant(c: np.ndarray, m: int, n: int) -> np.ndarray:
+    """Out of m features into n, in our orientation: the paper's matrix transposed."""
+    return scipy.linalg.circulant(c).T[:m, :n]
+
+
+def kronecker(arrays: Arrays) -> np.ndarray:
+    return sum(np.kron(a.T, b.T) for a, b in zip(arrays["A"], arrays["B"], strict=True)).T
+
+
+def low_rank(arrays: Arrays) -> np.ndarray:
+    return (arrays["A"] @ arrays["B"].T).T
+
+
+def low_displacement(arrays: Arrays, m: int, n: int) -> np.ndarray:
+    """The transpose of W(G, H): circulants times skew-circulants."""
+    W = np.zeros((max(m, n),) * 2)
+    for g, h in zip(arrays["G"].T, arrays["H"].T, strict=True):
+        H = scipy.linalg.circulant(h)
+        W += scipy.linalg.circulant(g) @ (np.tril(H) - np.triu(H, 1))
+    return W.T[:m, :n]
+
+
+def symmetric_toeplitz(arrays: Arrays, m: int, n: int) -> np.ndarray:
+    return (scipy.linalg.toeplitz(arrays["t2"]) @ scipy.linalg.toeplitz(arrays["t1"])).T[:m, :n]
+
+
+def toeplitz(arrays: Arrays, m: int, n: int) -> np.ndarray:
+    T1, T2 = (
+        scipy.linalg.toeplitz(c=t[size - 1 :], r=t[size - 1 :: -1])
+        for t, size in ((arrays["t1"], m), (arrays["t2"], max(m, n)))
+    )
+    return (T2 @ T1).T
+
+
+def low_rank_kronecker(arrays: Arrays) -> np.ndarray:
+    return sum(np.kron(a, u @ v) for a, u, v in zip(arrays["A"], arrays["U"], arrays["V"], strict=True))
+
+
+def toeplitz_product(arrays: Arrays, m: int, n: int) -> np.ndarray:
+    t = arrays["factors_0_t"]
+    return scipy.linalg.toeplitz(c=t[m - 1 :: -1], r=t[m - 1 :]) @ scipy.linalg.toeplitz(arrays["factors_1_t"])
+
+
+def weight_decomposed(alpha: float, arrays: Arrays, W: np.ndarray) -> np.ndarray:
+    moved = W + alpha * low_rank(arrays)
+    return arrays["magnitude"] * moved / np.linalg.norm(moved, axis=0) - W
+
+
+def low_rank_shapes(m, n):
+    return {"A": (n, 2), "B": (m, 2)}
+
+
+def low_rank_kronecker_shapes(m, n, terms, side, rank):
+    """Of `terms` products of a square of that side and a matrix of that rank, stored whole where that is less."""
+    m2, n2 = m // side, n // side
+    if m2 * n2 < rank * (m2 + n2):
+        return {"A": (terms, side, side), "B": (terms, m2, n2)}
+    return {"A": (terms, side, side), "U": (terms, m2, rank), "V": (terms, rank, n2)}
+
+
+def kronecker_shapes(m, n):
+    left, right = near_square_factors((m, n))
+    return {"A": (1, *left), "B": (1, *right)}
+
+
+def biased(shapes: Shapes, width: int) -> Shapes:
+    return {**{f"down/{name}": shape for name, shape in shapes.items()}, "bias": (width,)}
+
+
+def waisted_shapes(width, waist):
+    return {"down/W": (width, waist), "down_bias": (waist,), "up/W": (waist, width), "bias": (width,)}
+
+
+def below(arrays: Arrays) -> Arrays:
+    return {name.removeprefix("down/"): array for name, array in arrays.items()}
+
+
+def surm(alpha: float, act: Callable, matrix: Callable[[Arrays, int, int], np.ndarray]):
+    """The branch of the paper's adapters: the non-linearity comes after the whole matrix."""
+
+    def branch(arrays, y):
+        d = y.shape[-1]
+        return alpha * (act(y @ matrix(below(arrays), d, d)) + arrays.get("bias", 0))
+
+    return branch
+
+
+def waisted(alpha: float, act: Callable, matrix: Callable[[Arrays], np.ndarray] = lambda arrays: arrays["W"]):
+    """The branch through a waist, each of whose matrices has its arrays below its name."""
+
+    def branch(arrays, y):
+        D, U = (matrix({k[len(n) :]: a for k, a in arrays.items() if k.startswith(n)}) for n in ("down/", "up/"))
+        hidden = act(y @ D + arrays.get("down_bias", 0))
+        return alpha * (hidden @ U + arrays.get("bias", 0))
+
+    return branch
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return x * (1 + scipy.special.erf(x / np.sqrt(2))) / 2
+
+
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    return x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2
