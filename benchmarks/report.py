@@ -117,9 +117,25 @@ def step_section() -> str:
 
 `python -m benchmarks.step`, batch {first["batch"]}, float32, on {first["device"]}, jax
 {first["jax"]}. Forward, backward and AdamW; `frozen`: forward and the gradient of the image. Updates run as `auto`
-says, on Q, K and V; adapters stand after attention and MLP.
+says, on Q, K and V; adapters stand after attention and MLP. Rows without a time were compiled on a machine at other
+work: their bytes hold, their times would not.
 
 {markdown(rows, columns | {"MB of AdamW": ",.1f", "MB at peak": ",.0f"})}"""
+
+
+def bank_section() -> str:
+    """What is in bank.json."""
+    rows = read("bank.json")
+    columns = {"adapters": "", "one_ms": ",.0f", "bank_ms": ",.0f", "loop_ms": ",.0f"}
+    first = rows[0]
+    return f"""## Many adapters in one batch
+
+`python -m benchmarks.bank`, {first["model"]} at {first["image_size"]} pixels, batch {first["batch"]}, {first["method"]}
+updates on Q, K and V and a head for every adapter, forward pass, float32, on {first["device"]}, jax {first["jax"]}.
+`bank`: each example has its own adapter, in one program (`surm_jax.load_bank`). `one`: one adapter for all. `loop`: the
+examples of one adapter after those of the other.
+
+{markdown(rows, columns | {"bank_to_one": ".3f", "loop_to_bank": ".2f"})}"""
 
 
 def figure() -> Figure:
@@ -144,7 +160,7 @@ def figure() -> Figure:
 def main() -> None:
     """Writes both files."""
     (ROOT / "docs" / "speed.md").write_text(
-        "\n\n".join([HEAD.rstrip(), *layer_sections(), peer_section(), step_section(), TAIL.rstrip()]) + "\n"
+        "\n\n".join([HEAD.rstrip(), *layer_sections(), peer_section(), step_section(), bank_section(), TAIL.rstrip()]) + "\n"
     )
     figure().savefig(ROOT / "docs" / "speed.png", dpi=120)
 

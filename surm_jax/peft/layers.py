@@ -117,7 +117,9 @@ def output_width(module: nnx.Module, path: str) -> int:
 def _answer(module: nnx.Module, width: int) -> int | None:
     """Returns the features of a module's output for an input of so many features, `None` if it takes no such input."""
     graphdef, state = nnx.split(module)
-    parameters = list(inspect.signature(module).parameters.values())[1:]
+    # That of a module with adapters passes everything on, and says nothing.
+    call = getattr(type(module), "original_class", type(module)).__call__
+    parameters = list(inspect.signature(call).parameters.values())[2:]
     others = [None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     for shape in ((1, 1, width), (1, width)):
         try:

@@ -97,7 +97,7 @@ def test_the_branch_reads_what_the_module_puts_out():
         def __init__(self, rngs):
             self.inner = nnx.Linear(4, 4, rngs=rngs)
 
-        def __call__(self, x, gain, *, shift=0.0):
+        def __call__(self, x, gain=1.0, *, shift=0.0):
             return gain * self.inner(x) + shift
 
     module = materialize(lambda: Twice(nnx.Rngs(0)))

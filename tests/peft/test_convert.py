@@ -52,7 +52,7 @@ def trained_circulant():
     return tuned(net(), CirculantUpdate(alpha=0.7))
 
 
-@pytest.mark.parametrize("method", [LoRA(rank=6, alpha=5.0), LoRA(rank=2), LoRAFix(rank=3, alpha=0.2)])
+@pytest.mark.parametrize("method", [LoRA(rank=6, alpha=5.0), LoRA(rank=2), LoRAFix(rank=2, alpha=0.2)])
 def test_a_circulant_becomes_the_nearest_of_low_rank(method):
     model, adapter = trained_circulant()
     changes = circulants(model, alpha=0.7)
@@ -104,16 +104,16 @@ def test_dora_becomes_a_dense_update():
 
 
 def test_parts_of_a_fused_kernel_stay_where_they_are():
-    layer = nnx.Linear(6, 18, rngs=nnx.Rngs(0))
+    layer = nnx.Linear(6, 15, rngs=nnx.Rngs(0))
     model, adapter = tuned(layer, CirculantUpdate(alpha=0.7), target="", parts=3, which=(0, 2))
     a = part_arrays(model, "", "delta")
-    first, last = (0.7 * circulant(a[f"terms_{i}_matrix_r1"] * a[f"terms_{i}_matrix_r2"], 6, 6) for i in (0, 1))
+    first, last = (0.7 * circulant(a[f"terms_{i}_matrix_r1"] * a[f"terms_{i}_matrix_r2"], 6, 5) for i in (0, 1))
     converted, recipe, errors = convert(model, adapter, LoRA(rank=2))
     assert (recipe.rules[0].parts, recipe.rules[0].which) == (3, (0, 2))
-    wanted = np.concatenate([truncated(first, 2)[0], np.zeros((6, 6)), truncated(last, 2)[0]], axis=1)
-    change = (converted(jnp.eye(6)) - layer(jnp.eye(6))).astype(np.float64)
+    wanted = np.concatenate([truncated(first, 2)[0], np.zeros((6, 5)), truncated(last, 2)[0]], axis=1)
+    change = np.asarray(converted(jnp.eye(6)) - layer(jnp.eye(6)))
     assert relative_error(change, wanted) < 1e-5
-    whole = np.concatenate([first, np.zeros((6, 6)), last], axis=1)
+    whole = np.concatenate([first, np.zeros((6, 5)), last], axis=1)
     assert errors[""] == pytest.approx(np.linalg.norm(wanted - whole) / np.linalg.norm(whole), rel=1e-4)
 
 
@@ -131,23 +131,24 @@ def test_a_learned_alpha_starts_at_one(alpha):
 
 def test_a_sum_or_product_is_searched_for():
     layer = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(0))
+    model, adapter = tuned(layer, StructuredUpdate(family="circulant + low_rank", alpha=0.5), target="")
+    a = part_arrays(model, "", "delta")
+    target = 0.5 * (circulant(a["terms_0_c"], 4, 4) + a["terms_1_B"] @ a["terms_1_A"].T)
+    # What the terms do alone, one of them with the mean of every wrapped diagonal.
+    means = [np.mean([target[i, (i + k) % 4] for i in range(4)]) for k in range(4)]
+    apart = min(relative_error(circulant(np.array(means), 4, 4), target), truncated(target, 1)[1])
     lowest = {}
-    for family in ("circulant", "low_rank", "circulant + low_rank", "toeplitz @ circulant"):
-        model, adapter = tuned(layer, StructuredUpdate(family="circulant + low_rank", alpha=0.5), target="")
-        a = part_arrays(model, "", "delta")
-        target = 0.5 * (circulant(a["terms_0_c"], 4, 4) + a["terms_1_B"] @ a["terms_1_A"].T)
+    for family in ("circulant + low_rank", "toeplitz @ circulant"):
         converted, _, errors = convert(model, adapter, StructuredUpdate(family=family))
-        lowest[family] = errors[""]
-        change = (converted(jnp.eye(4)) - layer(jnp.eye(4))).astype(np.float64)
-        error = np.linalg.norm(change - target) / np.linalg.norm(target)
-        assert error == pytest.approx(errors[""], abs=1e-5)
-    assert lowest["circulant + low_rank"] < 1e-3
-    assert min(lowest["circulant"], lowest["low_rank"]) > 0.1 and lowest["toeplitz @ circulant"] < lowest["circulant"]
+        change = np.asarray(converted(jnp.eye(4)) - layer(jnp.eye(4)))
+        lowest[family] = relative_error(change, target)
+        assert lowest[family] == pytest.approx(errors[""], abs=1e-5)
+    assert lowest["circulant + low_rank"] < 1e-3 < 0.1 < apart and lowest["toeplitz @ circulant"] < apart
 
 
 def test_a_converted_adapter_is_saved_loaded_and_trained(tmp_path):
     model, adapter = tuned(net(), CirculantUpdate(), train=["head/.*"])
-    converted, recipe, _ = convert(model, adapter, LoRA(rank=3))
+    converted, recipe, _ = convert(model, adapter, LoRA(rank=2))
     save_adapter(tmp_path / "a", converted, recipe)
     loaded, again = load_adapter(tmp_path / "a", net(), name="converted")
     assert again == recipe and nnx.graphdef(loaded) == nnx.graphdef(converted)
@@ -190,16 +191,16 @@ def test_what_cannot_be_converted_is_refused():
     for method, message in refused.items():
         with pytest.raises(UserError, match=message):
             convert(model, adapter, method)
-    with pytest.raises(UserError, match="^the model has no adapter 'default'"):
+    with pytest.raises(UserError, match=r"^the model has no adapter 'default'"):
         convert(net(), adapter, LoRA())
     branched, branch = tuned(model, CirculantAdapter(), target="body/1", name="side")
-    with pytest.raises(UserError, match="^body/1 has a branch of the adapter 'side': branches are no matrices"):
+    with pytest.raises(UserError, match=r"^body/1 has a branch of the adapter 'side': branches are no matrices"):
         convert(branched, branch, LoRA())
-    with pytest.raises(UserError, match="has an adapter called 'side' already"):
+    with pytest.raises(UserError, match=r"has an adapter called 'side' already"):
         convert(branched, adapter, LoRA(), name="side")
     broken = nnx.clone(model)
     broken.body[1].delta["default"].r1[...] = jnp.full(8, jnp.nan)
-    with pytest.raises(UserError, match="^body/1 cannot be converted: .*not finite"):
+    with pytest.raises(UserError, match=r"^body/1 cannot be converted: .*not finite"):
         convert(broken, adapter, LoRA())
 
 
@@ -261,7 +262,7 @@ def test_what_cannot_be_combined_is_refused():
     model, one, two = pair(CirculantUpdate(alpha=0.7))
     model, low = tuned(model, LoRA(rank=2), target=BODY, name="low", seed=3)
     with pytest.raises(
-        UserError, match="^the adapters 'one' and 'low' have different rules: convert one of them first"
+        UserError, match=r"^the adapters 'one' and 'low' have different rules: convert one of them first"
     ):
         combine(model, {one: 0.5, low: 0.5})
     alike, recipe, _ = convert(model, low, CirculantUpdate(alpha=0.7))
@@ -269,17 +270,17 @@ def test_what_cannot_be_combined_is_refused():
     for weights in ({}, [one, two]):
         with pytest.raises(UserError, match=r"^combine needs a weight for every adapter, \{adapter: 0.5, ...\}, got"):
             combine(model, weights)
-    with pytest.raises(UserError, match="has an adapter called 'two' already"):
+    with pytest.raises(UserError, match=r"has an adapter called 'two' already"):
         combine(model, {one: 0.5, two: 0.5}, name="two")
-    with pytest.raises(UserError, match="^body/0 cannot be converted: .*not finite"):
+    with pytest.raises(UserError, match=r"^body/0 cannot be converted: .*not finite"):
         combine(model, {one: float("nan"), two: 0.5})
-    with pytest.raises(UserError, match="^the model has no adapter 'two'"):
+    with pytest.raises(UserError, match=r"^the model has no adapter 'two'"):
         combine(delete(model, "two"), {one: 0.5, two: 0.5})
     decomposed, first, second = pair(DoRA())
-    with pytest.raises(UserError, match="^dora cannot be converted to"):
+    with pytest.raises(UserError, match=r"^dora cannot be converted to"):
         combine(decomposed, {first: 0.5, second: 0.5})
     branched, side = tuned(net(), CirculantAdapter(), target="body/1", name="side")
-    with pytest.raises(UserError, match="^body/1 has a branch of the adapter 'side'"):
+    with pytest.raises(UserError, match=r"^body/1 has a branch of the adapter 'side'"):
         combine(branched, {side: 1.0})
 
 

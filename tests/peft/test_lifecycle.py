@@ -110,8 +110,8 @@ def test_with_all_switched_off_it_computes_the_bits_of_the_base(precision):
 
 def test_a_vision_transformer_with_all_switched_off_computes_the_bits_of_the_base():
     base, x = models.base("deep"), models.inputs("deep")
-    model, _ = tuned(base, CirculantUpdate(), target=TARGETS["qkv"], name="one")
-    model, _ = tuned(model, LoRA(rank=2), target=TARGETS["all-linear"], name="two", seed=2)
+    model, _ = tuned(base, CirculantUpdate(), target=TARGETS["qv"], name="one")
+    model, _ = tuned(model, LoRA(rank=2), target=TARGETS["attention"], name="two", seed=2)
     assert same_bits(run(set_active(model, []), x), run(base, x))
     assert relative_error(run(model, x), run(base, x)) > 0.03
 
@@ -217,6 +217,12 @@ def test_an_unknown_name_is_refused_with_the_nearest(call):
         call(model, "oen")
     with pytest.raises(UserError, match=r"^the model has no adapter '(one|default)' \(there: none\)"):
         call(net(), "default")
+
+
+@pytest.mark.parametrize("name", ["delta", "branch"])
+def test_a_name_that_would_hide_what_is_trained_is_refused(name):
+    with pytest.raises(UserError, match=f"^an adapter cannot be called {name!r}"):
+        tuned(net(), LoRA(), name=name)
 
 
 def test_one_name_instead_of_a_list_is_refused():

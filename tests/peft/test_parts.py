@@ -33,9 +33,7 @@ def fused_and_apart(kind, method, which=(0, 2)):
     fused = nnx.Dict(qkv=materialize(FUSED[kind]))
     model, adapter = adapt(fused, [Rule("qkv", UPDATES[method].method, parts=3, which=which)], rngs=nnx.Rngs(1))
     model = perturb(model, adapter)
-    kernel, bias = (
-        np.asarray(a[...]).reshape(*a.shape[:i], -1) for a, i in ((fused.qkv.kernel, 1), (fused.qkv.bias, 0))
-    )
+    kernel, bias = fused.qkv.kernel[...].reshape(6, 12), fused.qkv.bias[...].reshape(12)
     layers = nnx.Dict()
     for part in range(3):
         layer = layers[str(part)] = nnx.Linear(6, 4, rngs=nnx.Rngs(0))

@@ -42,7 +42,7 @@ def test_arrays_are_parameters_by_the_names_of_the_matrix(matrix, names):
 
 
 def test_frozen_arrays_are_constants_wherever_in_a_composite():
-    part = StoredMatrix(Sum((Placed(low_rank(), (3, 4), (0, 2)), pair())), frozen=("B",))
+    part = StoredMatrix(Sum((Placed(low_rank(), (3, 4), (0, 2)), Placed(pair(), (3, 4), (0, 0)))), frozen=("B",))
     kinds = {name: type(getattr(part, name)) for name in part.names}
     assert kinds.pop("terms_0_matrix_B") is AdapterConstant
     assert set(kinds.values()) == {AdapterParam} and len(kinds) == 3

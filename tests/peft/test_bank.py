@@ -1,0 +1,250 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from surm_jax.errors import UserError
+from surm_jax.models import TARGETS
+from surm_jax.peft import (
+    CirculantAdapter,
+    CirculantUpdate,
+    DoRA,
+    KroneckerUpdate,
+    LoRA,
+    StructuredUpdate,
+    adapter_names,
+    adapter_of_examples,
+    delete,
+    describe,
+    load_adapter,
+    load_bank,
+    merge,
+    save_adapter,
+    set_active,
+    set_scale,
+)
+from tests.peft import models
+from tests.peft.models import FAST_TO_COMPILE, materialize, part_arrays, relative_error, run, same_bits
+from tests.peft.net import BODY, batch, expected, net, tuned
+from tests.peft.oracles import circulant
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_TO_COMPILE)
+def _serve(graphdef, state, x, ids):
+    with adapter_of_examples(ids):
+        return nnx.merge(graphdef, state)(x)
+
+
+def serve(bank, x, ids):
+    """What a bank computes, compiled once for all banks of one structure."""
+    graphdef, state = nnx.split(bank)
+    return _serve(graphdef, state, x, jnp.asarray(ids))
+
+
+def saved(folder, base, methods, **options):
+    """Folders of one adapter after the other, each with other numbers."""
+    folders = []
+    for number, method in enumerate(methods):
+        model, adapter = tuned(base, method, seed=number + 1, **options)
+        folders.append(folder / str(number))
+        save_adapter(folders[-1], model, adapter)
+    return folders
+
+
+def alone(folders, base, x, ids):
+    """Each example by a model that has its adapter alone."""
+    every = [run(load_adapter(folder, base)[0], x) for folder in folders]
+    outputs = jnp.stack([every[number][i] for i, number in enumerate(ids)])
+    # Which adapter it is must show in the output.
+    assert all(relative_error(a, b) > 0.01 for i, a in enumerate(every) for b in every[:i])
+    return outputs
+
+
+METHODS = {
+    "circulant": CirculantUpdate(alpha=0.7),
+    "lora": LoRA(rank=2, alpha=3.0),
+    "learned_alpha": LoRA(rank=2, learn_alpha=True),
+    "kronecker": KroneckerUpdate(alpha=0.8),
+    "skew_circulant": StructuredUpdate(family="skew_circulant"),
+    "sum": StructuredUpdate(family="toeplitz + low_rank", rank=2, alpha=0.5),
+    "product": StructuredUpdate(family="low_rank @ circulant", rank=2),
+    "dropout": CirculantUpdate(dropout=0.5),
+}
+IDS = (2, 0, 0, 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_example_gets_its_adapter_and_its_head(tmp_path, method):
+    folders = saved(tmp_path, net(), [METHODS[method]] * 3, train=("head/.*",))
+    bank = load_bank(folders, net())
+    assert relative_error(serve(bank, batch(), IDS), alone(folders, net(), batch(), IDS)) < 1e-5
+    assert adapter_names(net()) == ()
+
+
+def test_against_numpy(tmp_path):
+    folders, wanted = [], []
+    for number in (0, 1):
+        model, adapter = tuned(net(), CirculantUpdate(alpha=0.7), target="body/1", train=["head/.*"], seed=number)
+        folders.append(tmp_path / str(number))
+        save_adapter(folders[-1], model, adapter)
+        a = part_arrays(model, "body/1", "delta")
+        wanted.append(expected(model, batch(), {"body/1": 0.7 * circulant(a["r1"] * a["r2"], 8, 6)}))
+    rows = np.stack([wanted[number][i] for i, number in enumerate((1, 0, 1, 1))])
+    assert relative_error(serve(load_bank(folders, net()), batch(), (1, 0, 1, 1)), rows) < 1e-5
+
+
+def test_adapters_of_other_layers_than_one_another(tmp_path):
+    folders = []
+    for name, target, train in (("a", "body/0", ()), ("b", "body/1", ("head/bias",)), ("c", BODY, ("head/.*",))):
+        model, adapter = tuned(net(), CirculantUpdate(), target=target, train=train, seed=len(folders) + 1)
+        folders.append(tmp_path / name)
+        save_adapter(folders[-1], model, adapter)
+    bank = load_bank(folders, net())
+    assert relative_error(serve(bank, batch(), IDS), alone(folders, net(), batch(), IDS)) < 1e-5
+    only = load_bank(folders[:1], net())
+    assert type(only.body[1]) is nnx.Linear and type(only.head) is nnx.Linear
+
+
+def test_a_vision_transformer(tmp_path):
+    base, x = models.base("deep"), models.inputs("deep")
+    folders = saved(tmp_path, base, [CirculantUpdate()] * 2, target=TARGETS["qv"], train=("head/.*",))
+    bank = load_bank(folders, base)
+    assert relative_error(serve(bank, x, (1, 0)), alone(folders, base, x, (1, 0))) < 1e-5
+
+
+def test_kernels_of_higher_rank_and_parts(tmp_path):
+    class Heads(nnx.Module):
+        def __init__(self, rngs):
+            self.split = nnx.LinearGeneral(6, (3, 4), rngs=rngs)
+            self.join = nnx.LinearGeneral((3, 4), 6, axis=(-2, -1), rngs=rngs)
+
+        def __call__(self, x):
+            return self.join(jnp.tanh(self.split(x)))
+
+    base = materialize(lambda: Heads(nnx.Rngs(0)))
+    folders = saved(tmp_path, base, [CirculantUpdate()] * 3, target="split", parts=3, which=(0, 2), train=("join/.*",))
+    bank = load_bank(folders, base)
+    assert relative_error(serve(bank, batch(), IDS), alone(folders, base, batch(), IDS)) < 1e-5
+
+
+def test_a_base_in_bfloat16(tmp_path):
+    base, x = net("bfloat16"), batch(dtype="bfloat16")
+    folders = saved(tmp_path, base, [CirculantUpdate()] * 3, train=("head/.*",))
+    bank = load_bank(folders, base)
+    output = serve(bank, x, IDS)
+    assert output.dtype == jnp.bfloat16 and bank.body[0].delta["bank"].c[...].dtype == jnp.float32
+    assert relative_error(output, alone(folders, base, x, IDS)) < 2.0**-6
+
+
+def test_one_program_serves_all_batches(tmp_path):
+    folders = saved(tmp_path, net(), [CirculantUpdate()] * 3)
+    graphdef, state = nnx.split(load_bank(folders, net()))
+    traces = []
+
+    @jax.jit
+    def forward(state, x, ids):
+        traces.append(None)
+        with adapter_of_examples(ids):
+            return nnx.merge(graphdef, state)(x)
+
+    for ids in (IDS, (0, 1, 2, 0), (1, 1, 1, 1)):
+        output = forward(state, batch(), jnp.array(ids))
+        assert relative_error(output, alone(folders, net(), batch(), ids)) < 1e-5
+    # What it cannot know while it is compiled shows in the output of that very example, and in no other's.
+    wrong = forward(state, batch(), jnp.array((0, 3, -1, 1)))
+    assert np.isnan(wrong[1:3]).all() and relative_error(wrong[0], output[0]) > 0.01
+    assert relative_error(wrong[3], output[3]) < 1e-6
+    assert len(traces) == 1
+
+
+def test_a_bank_is_switched_described_and_deleted_as_an_adapter(tmp_path):
+    bank = load_bank(saved(tmp_path, net(), [CirculantUpdate()] * 3, train=("head/.*",)), net())
+    assert adapter_names(bank) == ("bank",)
+    base = run(net(), batch())
+    for off in (set_active(bank, []), set_scale(bank, "bank", 0.0)):
+        assert same_bits(serve(off, batch(), IDS), base)
+    rows = {row.path: (row.shape, row.kind, row.trainable) for row in describe(bank).rows}
+    assert rows == {
+        "body/0": ((6, 8), "Circulant", 0),
+        "body/1": ((8, 6), "Circulant", 0),
+        "head": ((6, 3), "Dense", 0),
+    }
+    bare = delete(bank, "bank")
+    assert nnx.graphdef(bare) == nnx.graphdef(net()) and same_bits(run(bare, batch()), base)
+    with pytest.raises(UserError, match="each example has another update of a bank"):
+        merge(bank)
+
+
+def test_half_a_bank_adds_half_of_each(tmp_path):
+    layer = nnx.Linear(6, 8, rngs=nnx.Rngs(0))
+    folders = saved(tmp_path, layer, [CirculantUpdate()] * 3, target="")
+    bank, x = load_bank(folders, layer), batch()
+    whole, half = serve(bank, x, IDS) - layer(x), serve(set_scale(bank, "bank", 0.5), x, IDS) - layer(x)
+    assert relative_error(half, whole / 2) < 1e-5
+
+
+def test_a_call_that_does_not_say_which_adapters_is_refused(tmp_path):
+    bank = load_bank(saved(tmp_path, net(), [CirculantUpdate()] * 2), net())
+    with pytest.raises(UserError, match=r"^which adapter\? Call the model within `with surm_jax\.adapter_of_examples"):
+        bank(batch())
+    refused = {
+        (0, 1): r"^adapter_of_examples has ids of shape \(2,\) for a batch of shape \(4, 2\)$",
+        ((0,), (1,), (0,), (1,)): r"ids of shape \(4, 1\) for a batch of shape \(4, 2\)$",
+        (0.0, 1.0, 0.0, 1.0): "needs whole numbers, the adapters' places, got float32$",
+        (0, 1, 2, 0): "^adapter_of_examples has 0 to 2, but the bank 0 to 1$",
+        (0, 1, -1, 0): "^adapter_of_examples has -1 to 1, but the bank 0 to 1$",
+    }
+    for ids, message in refused.items():
+        with pytest.raises(UserError, match=message), adapter_of_examples(jnp.array(ids)):
+            bank(batch())
+    with adapter_of_examples([0, 1, 1, 0]):
+        listed = bank(batch())
+    assert relative_error(listed, serve(bank, batch(), (0, 1, 1, 0))) < 1e-6
+
+
+def test_folders_that_cannot_be_served_together_are_refused(tmp_path):
+    def folder(name, method, **options):
+        model, adapter = tuned(net(), method, **options)
+        save_adapter(tmp_path / name, model, adapter)
+        return tmp_path / name
+
+    good = folder("good", LoRA(rank=2))
+    refused = {
+        folder("rank", LoRA(rank=3)): r"rank: body/0 has LowRank\(A=float32\[8,3\], .* but another adapter .*\[8,2\]",
+        folder("family", CirculantUpdate()): r"family: body/0 has Circulant\(.* but another adapter .* LowRank\(",
+        folder("dora", DoRA(rank=2)): "dora: body/0 has no plain update",
+        folder("side", CirculantAdapter()): "side: body/0 has no plain update",
+        folder("norm", LoRA(rank=2), train=["norm/.*"]): "norm: norm/(bias|scale) was trained, and only linear layers",
+        folder("both", LoRA(rank=2), train=["body/1/kernel"]): "both: body/1 was trained and updated",
+        tmp_path / "absent": "^no adapter in .*absent",
+    }
+    for bad, message in refused.items():
+        with pytest.raises(UserError, match=message):
+            load_bank([good, bad], net())
+    with pytest.raises(UserError, match=r"^load_bank needs at least one adapter folder"):
+        load_bank([], net())
+    with pytest.raises(UserError, match=r"^folders must be a list, got one: write \['.*good'\]"):
+        load_bank(good, net())
+    other = materialize(lambda: type(net())(jnp.float32, nnx.Rngs(0)))
+    other.body[0].bias[...] = other.body[0].bias[...] + 1
+    with pytest.raises(UserError, match=r"the base model is not the one that .*good was trained on: .*body/0/bias"):
+        load_bank([good], other)
+
+
+def test_a_base_with_adapters_is_refused(tmp_path):
+    folders = saved(tmp_path, net(), [CirculantUpdate()])
+    adapted, _ = tuned(net(), LoRA(), target="head", name="mine")
+    for model, name in ((adapted, "mine"), (load_bank(folders, net()), "bank")):
+        with pytest.raises(UserError, match=rf"^a bank needs a base model without adapters, and this one has {name}$"):
+            load_bank(folders, model)
+
+
+def test_it_works_in_tree_mode(tmp_path):
+    with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
+        folders = saved(tmp_path, net(), [CirculantUpdate()] * 3)
+        with adapter_of_examples(jnp.array(IDS)):
+            output = load_bank(folders, net())(batch())
+        assert relative_error(output, alone(folders, net(), batch(), IDS)) < 1e-5
