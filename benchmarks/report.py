@@ -160,7 +160,10 @@ def figure() -> Figure:
 def main() -> None:
     """Writes both files."""
     (ROOT / "docs" / "speed.md").write_text(
-        "\n\n".join([HEAD.rstrip(), *layer_sections(), peer_section(), step_section(), bank_section(), TAIL.rstrip()]) + "\n"
+        "\n\n".join(
+            [HEAD.rstrip(), *layer_sections(), peer_section(), step_section(), bank_section(), TAIL.rstrip()]
+        )
+        + "\n"
     )
     figure().savefig(ROOT / "docs" / "speed.png", dpi=120)
 
