@@ -78,6 +78,7 @@ def values_of(config, prefix=""):
 
 def test_every_value_can_be_given(monkeypatch):
     changed = {
+        bool: lambda old: not old,
         int: lambda old: old + 3,
         float: lambda old: old + 0.25,
         str: lambda old: f"{old}x",

@@ -45,6 +45,11 @@ class Rule:
                 f"the method of the rule {self.target!r} must be an update such as LoRA(), a bottleneck or None,"
                 f" got {self.method!r}"
             )
+        if not all(type(number) is int for number in (self.parts, *self.which)):
+            raise UserError(
+                f"the rule {self.target!r} must have whole numbers in `parts` and `which`, got parts={self.parts!r},"
+                f" which={self.which!r}"
+            )
         if self.parts == 1 and not self.which:
             return
         if not isinstance(self.method, Update):

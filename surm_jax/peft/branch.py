@@ -49,7 +49,7 @@ class Branch(nnx.Module):
         return {name: getattr(self, name) for name in ("down", "up") if hasattr(self, name)}
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        """Returns what is added to x, in the dtype of x. It is computed in float32 where the parameters are."""
+        """Returns what is added to x, in the dtype of x, to which every product is rounded."""
         hidden = _plus(self.down.stored().apply(drop(x, self.dropout)), getattr(self, "down_bias", None))
         hidden = ACTIVATIONS[self.activation](hidden)
         if hasattr(self, "up"):

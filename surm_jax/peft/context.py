@@ -63,6 +63,11 @@ def dropout_key() -> jax.Array | None:
     return None if keys is None else keys()
 
 
+def drops() -> bool:
+    """Whether adapters with dropout drop now."""
+    return _KEYS.get() is not None
+
+
 def example_adapters() -> Int[Array, "batch"] | None:
     """Returns the numbers given by `adapter_of_examples`, or `None` outside of it."""
     return _EXAMPLES.get()

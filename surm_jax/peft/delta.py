@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from surm_jax.peft.context import drop, dropout_key
+from surm_jax.peft.context import drop, drops
 from surm_jax.peft.layers import matrix_view
 from surm_jax.peft.methods.base import Update
 from surm_jax.peft.stored import StoredMatrix
@@ -62,7 +62,7 @@ class Delta(StoredMatrix):
     @property
     def simple(self) -> bool:
         """Whether this is `x @ matrix()` in this call, without normalisation or dropout."""
-        return not self.normalized and not (self.dropout and dropout_key() is not None)
+        return not self.normalized and not (self.dropout and drops())
 
     def tensors(self) -> dict[str, nnx.Variable]:
         """Returns the variables that are saved, by name."""

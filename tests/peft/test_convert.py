@@ -24,7 +24,7 @@ from surm_jax.peft import (
     set_active,
     set_scale,
 )
-from tests.peft.models import parameters, part_arrays, relative_error, run, same_bits
+from tests.peft.models import FAST_TO_COMPILE, parameters, part_arrays, relative_error, run, same_bits
 from tests.peft.net import BODY, batch, expected, net, noisy, tuned
 from tests.peft.oracles import circulant, low_rank, weight_decomposed
 
@@ -155,7 +155,7 @@ def test_a_converted_adapter_is_saved_loaded_and_trained(tmp_path):
     assert same_bits(run(loaded, batch()), run(converted, batch()))
     graphdef, trainable, frozen = nnx.split(converted, recipe.trainable, ...)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=FAST_TO_COMPILE)
     def gradient(trainable):
         return jax.value_and_grad(lambda t: jnp.mean(nnx.merge(graphdef, t, frozen)(batch()) ** 2))(trainable)
 

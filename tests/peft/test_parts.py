@@ -129,3 +129,9 @@ def test_features_that_are_not_so_many_parts():
             [Rule("qkv", UPDATES["lora"].method, parts=5)],
             rngs=nnx.Rngs(1),
         )
+
+
+@pytest.mark.parametrize(("parts", "which"), [(2.5, ()), (3, (0, 1.0)), (True, (0,)), (2, ("0",))])
+def test_parts_are_whole_numbers(parts, which):
+    with pytest.raises(UserError, match="must have whole numbers in `parts` and `which`"):
+        Rule("qkv", LoRA(), parts, which)
