@@ -309,7 +309,8 @@ class ViT(nnx.Module):
 
 
 def _norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(config.width, epsilon=config.epsilon, dtype=jnp.float32, rngs=rngs)
+    # Variance in two passes, as in PyTorch: E[x^2] - E[x]^2 loses digits where the mean is large.
+    return nnx.LayerNorm(config.width, epsilon=config.epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
 
 
 def _scaled(y_btd: Float[Array, "b t d"], scale: nnx.Param | None) -> Float[Array, "b t d"]:

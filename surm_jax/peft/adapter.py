@@ -95,8 +95,10 @@ class Adapter:
     def __post_init__(self):
         for pattern in self.train:
             compile_pattern(pattern)
-        if not re.fullmatch(r"[\w-]+", self.name):
+        if not isinstance(self.name, str) or not re.fullmatch(r"[\w-]+", self.name):
             raise UserError(f"the name of an adapter has letters, digits, _ and -, got {self.name!r}")
+        if self.name in SLOTS:  # `adapter_of` could not tell it from the slot, and nothing of it would be trained
+            raise UserError(f"an adapter cannot be called {self.name!r}, as the part of a module where adapters are")
 
     @functools.cached_property
     def trainable(self) -> nnx.filterlib.Predicate:

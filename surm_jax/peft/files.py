@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
     for rule in adapter.rules:
         if rule.method:
             require_match(rule.target, [path for path, *_ in parts], f"module with the adapter {adapter.name!r}")
+    require_unscaled(parts)
     tensors = {
         f"{_prefix(path, part)}/{name}": np.asarray(variable[...])
         for path, _, part, _ in parts
@@ -65,7 +67,7 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
     for path, variable in nnx.to_flat_state(trained):
         if not isinstance(variable, AdapterParam):
             tensors[join(path)] = np.asarray(variable[...])
-    payload = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in tensors.items()})
+    payload = safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in tensors.items()})
     config = {
         "format": FORMAT,
         "library": "surm_jax",
@@ -76,6 +78,20 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
     text = json.dumps(config, indent=1).encode()
     write_folder(Path(folder), text, payload)
     return len(payload) + len(text)
+
+
+def require_unscaled(parts: Iterable[tuple[str, str, Delta | Branch, nnx.Module]]) -> None:
+    """Checks that parts of an adapter count as they were trained: files hold no scale.
+
+    Raises:
+      UserError: if `set_scale` or `set_active` says otherwise.
+    """
+    for path, name, part, _ in parts:
+        if (scale := float(part.scale[...])) != 1:
+            raise UserError(
+                f"{path} has the adapter {name!r} at the scale {scale:g}, which files do not hold: save"
+                f" set_scale(model, {name!r}, 1.0), and set the scale again where it is loaded"
+            )
 
 
 def write_folder(folder: Path, config: bytes, payload: bytes) -> None:

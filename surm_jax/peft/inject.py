@@ -55,6 +55,10 @@ def adapt(
       UserError: if a rule or a pattern matches nothing, or a module that cannot be adapted, or if the model has an
         adapter of this name.
     """
+    if isinstance(rules, Rule):
+        raise UserError("rules must be a list of rules, got one: write [Rule(...)]")
+    if not isinstance(rngs, nnx.Rngs):
+        raise UserError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), got {rngs!r}")
     if isinstance(train, str):
         raise UserError(f"train must be a list of patterns, got one string: write [{train!r}]")
     model = nnx.clone(model)
@@ -158,7 +162,7 @@ def _nothing_to_adapt(rule: Rule, candidates: list[str], modules: dict[str, nnx.
     kinds = ", ".join(f"{path} ({type(modules[path]).__name__})" for path in others[:5])
     return (
         f"the pattern {rule.target!r} matches no {what}, only {kinds}; there are, for example,"
-        f" {', '.join(candidates[:8])}"
+        f" {', '.join(path for path in candidates[:8] if path)}"
     )
 
 

@@ -5,8 +5,10 @@ compiled function that takes the model's state as an argument is not compiled ag
 or exchanged for others of the same shapes (`load_adapter` into `delete`, under the same name).
 """
 
+import math
 from collections.abc import Collection
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -33,6 +35,8 @@ def set_scale(model: nnx.Module, name: str, scale: float) -> nnx.Module:
     Raises:
       UserError: if the model has no adapter of this name.
     """
+    if not isinstance(scale, jax.core.Tracer) and not math.isfinite(scale):
+        raise UserError(f"the scale of the adapter {name!r} must be finite, got {scale}")
     model = nnx.clone(model)
     check_names(model, (name,))
     for _, owner, part, _ in adapted_modules(model):

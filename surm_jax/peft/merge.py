@@ -41,6 +41,8 @@ def merge(model: nnx.Module, names: Collection[str] | None = None) -> tuple[nnx.
       UserError: if a branch is among them, which no kernel can hold, or an adapter is not there, or an update is not
         finite.
     """
+    if isinstance(names, str):
+        raise UserError(f"names must be a list of adapters, got one string: write [{names!r}]")
     model = nnx.clone(model)
     parts = [row for row in adapted_modules(model) if names is None or row[1] in names]
     if missing := sorted({*(names or ())} - {name for _, name, *_ in parts}):

@@ -23,6 +23,7 @@ from surm_jax.paths import join
 from surm_jax.pretrained import hf_text, hf_vision
 from surm_jax.pretrained.architecture import HEAD, Architecture, Names
 from surm_jax.pretrained.configs import MODELS, config_class, require_fields, require_same
+from surm_jax.pretrained.normalization import PREPROCESSOR_NAME, preprocessor_fields
 from surm_jax.pretrained.rules import fill
 from surm_jax.pretrained.tensor_files import SUFFIX, TensorFile, open_shards, open_tensors, read_json, write_tensors
 
@@ -109,7 +110,13 @@ def new_head(path: Path, config: Any) -> Sequence[str]:
     return architecture.new_head(config) if MODELS[type(config)] is architecture.model else HEAD
 
 
-def save_huggingface(folder: Path | str, model: nnx.Module, config: Any, labels: Sequence[str] | None = None) -> None:
+def save_huggingface(
+    folder: Path | str,
+    model: nnx.Module,
+    config: Any,
+    labels: Sequence[str] | None = None,
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> None:
     """Writes a model as a folder that `from_pretrained` of transformers reads: `config.json` and `model.safetensors`.
 
     The folder is complete or absent at every moment. Arrays keep their dtypes. There is one file whatever the size of
@@ -120,6 +127,8 @@ def save_huggingface(folder: Path | str, model: nnx.Module, config: Any, labels:
         model: without adapters: merge them first.
         config: that the model was built from.
         labels: the names of the classes, in the order of the outputs.
+        normalization: mean and standard deviation by channel of the pixels that the model was trained on, in [0, 1]
+            before; written as `preprocessor_config.json`.
 
     Raises:
         UserError: transformers has no such model, the model is not what its configuration says, labels do not fit, or
@@ -144,6 +153,9 @@ def save_huggingface(folder: Path | str, model: nnx.Module, config: Any, labels:
         with replacing_folder(folder) as temporary:
             write_tensors(temporary / WEIGHTS_NAME, tensors, {"format": "pt"})
             (temporary / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n")
+            if normalization is not None:
+                preprocessor = preprocessor_fields(normalization, config.image_size)
+                (temporary / PREPROCESSOR_NAME).write_text(json.dumps(preprocessor, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from error
 
@@ -214,7 +226,7 @@ def _no_weights(folder: Path) -> str:
 def _require_free(folder: Path) -> None:
     """Raises a `UserError` if there is something else under the name of a folder to be written."""
     if folder.is_dir():
-        if other := sorted({path.name for path in folder.iterdir()} - {CONFIG_NAME, WEIGHTS_NAME}):
+        if other := sorted({path.name for path in folder.iterdir()} - {CONFIG_NAME, WEIGHTS_NAME, PREPROCESSOR_NAME}):
             raise UserError(f"{folder} holds {other[0]!r}, which is not of a model: choose another name, or clear it")
     elif folder.exists():
         raise UserError(f"{folder} is a file: choose another name for the folder")

@@ -2,8 +2,9 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from surm_jax.errors import UserError
 
@@ -54,6 +55,22 @@ def image_normalization(checkpoint: Path | None) -> Normalization | None:
     except (OSError, ValueError, AttributeError):
         return None  # a damaged config.json is reported by who reads the model
     return BY_MODEL_TYPE.get(model_type)
+
+
+def preprocessor_fields(normalization: tuple[Sequence[float], Sequence[float]], image_size: int) -> dict[str, Any]:
+    """Returns the `preprocessor_config.json` of images that are resized bilinearly and normalised."""
+    mean, std = normalization
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": image_size, "width": image_size},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
 
 
 def _read(path: Path) -> Normalization:

@@ -327,6 +327,10 @@ def _known(path: str, given: Iterable[str], known: Collection[str]) -> None:
 def _build(cls: type, tree: Mapping[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(cls)
     _known(path, tree, hints)
+    for field in dataclasses.fields(cls):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in tree:
+            raise UserError(f"{path} lacks the key {field.name!r}")
     return cls(**{key: _value(hints[key], value, f"{path}.{key}") for key, value in tree.items()})
 
 
@@ -337,7 +341,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise UserError(f"{path} must be a tuple, got {value!r}")
-        return tuple(_value(arguments[0], item, path) for item in value)
+        return tuple(_value(arguments[0], item, f"{path}.{place}") for place, item in enumerate(value))
     if origin is Mapping and arguments[1] is Any:
         return dict(_section(value, path))
     if origin is Mapping:

@@ -95,7 +95,13 @@ def prepare(config: RunConfig, seed: int) -> Job:
             " pretrained ones. Frozen random layers adapt badly",
             stacklevel=2,
         )
-    return Job(config, seed, mesh, dataset, holdout, vit, checkpoint, image_normalization(checkpoint))
+    normalization = image_normalization(checkpoint)
+    if normalization and len(normalization[0]) != vit.channels:
+        raise UserError(
+            f"{checkpoint} normalises images of {len(normalization[0])} channels, but the model reads {vit.channels}:"
+            " its preprocessor_config.json must say image_mean and image_std of them"
+        )
+    return Job(config, seed, mesh, dataset, holdout, vit, checkpoint, normalization)
 
 
 def vit_config(config: RunConfig, num_classes: int) -> ViTConfig:
@@ -139,7 +145,10 @@ def describe_model(config: RunConfig, vit: ViTConfig) -> Description:
                 f"{join(path)} would be trained in {variable.dtype}, which loses small steps: leave"
                 " config.model.param_dtype at float32, or train adapters alone"
             )
-    return describe(model, adapter)
+    description = describe(model, adapter)
+    if not description.trainable:
+        raise UserError(f"nothing would be trained: config.peft.train is empty, and {config.peft.method} adds nothing")
+    return description
 
 
 def _make_model(vit: ViTConfig, seed: int) -> ViT:
@@ -165,6 +174,11 @@ def rules_of(peft: PeftConfig) -> tuple[list[Rule], tuple[str, ...]]:
     ]
     method = peft.methods[peft.method]
     if isinstance(method, Selection):
+        if peft.target not in ("", "none"):
+            raise UserError(
+                f"config.peft.target={peft.target}, but {peft.method} trains parameters of the model by patterns of its"
+                " own: leave target empty"
+            )
         return rules, (*peft.train, *method.patterns)
     if peft.target != "none":
         rules.append(Rule(pattern(peft.target or method.target), method))

@@ -134,7 +134,9 @@ def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[P
             model, adapter = load_adapter(folder / "adapter", base, execution=job.config.peft.execution)
             folders.append(folder / form)
             if form == "hf":
-                save_huggingface(folders[-1], merge(model)[0], job.vit, job.dataset.classes)
+                half = (0.5,) * job.vit.channels
+                normalization = job.normalization or (half, half)
+                save_huggingface(folders[-1], merge(model)[0], job.vit, job.dataset.classes, normalization)
                 runtime = {name: getattr(job.vit, name) for name in job.vit.RUNTIME_FIELDS}
                 exported = from_pretrained(folders[-1], **runtime)
             else:

@@ -103,7 +103,7 @@ RULE = {"target": "a", "method": "lora", "settings": {}, "parts": 1, "which": []
         ({"rules": "lora", "train": []}, "not the recipe of an adapter"),
         ({"rules": [{"target": "a", "method": "lora"}], "train": []}, "not the recipe of an adapter .*settings"),
         ({"rules": [{k: v for k, v in RULE.items() if k != "parts"}], "train": []}, "not the recipe .*parts"),
-        ({"rules": [RULE | {"parts": "3"}], "train": []}, "not the recipe of an adapter"),
+        ({"rules": [RULE | {"parts": "3"}], "train": []}, "must have whole numbers in `parts`"),
         ({"rules": [RULE | {"which": 3}], "train": []}, "not the recipe of an adapter"),
         ({"rules": [RULE | {"which": [7]}], "train": []}, "must have different numbers"),
         ({"rules": [RULE | {"settings": [1]}], "train": []}, "not the recipe of an adapter"),

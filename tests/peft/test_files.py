@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save
 
 from surm_jax.errors import UserError
-from surm_jax.peft import LoRA, Rule, adapt, adapted_modules, load_adapter, merge, save_adapter
+from surm_jax.peft import LoRA, Rule, adapt, adapted_modules, load_adapter, merge, save_adapter, set_scale
 from tests.peft.cases import UPDATES, fresh, trained
 from tests.peft.models import MLP, MODELS, base, inputs, materialize, perturb, same_bits
 
@@ -302,3 +302,24 @@ class TestOtherBase:
     def test_an_adapted_model(self, saved):
         with pytest.raises(UserError, match="the model has an adapter called 'default' already"):
             load_adapter(saved, trained("mlp", "lora")[0])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 2.0])
+def test_a_learned_alpha_comes_back(tmp_path, alpha):
+    layer = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+    model, adapter = adapt(layer, [Rule("", LoRA(learn_alpha=True, alpha=alpha))], rngs=nnx.Rngs(1))
+    model = perturb(model, adapter)
+    save_adapter(tmp_path / "a", model, adapter)
+    loaded, _ = load_adapter(tmp_path / "a", layer)
+    x = jnp.ones((2, 6))
+    assert same_bits(loaded(x), model(x)) and not same_bits(loaded(x), layer(x))
+
+
+def test_a_scale_is_not_lost_silently(tmp_path):
+    layer = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+    model, adapter = adapt(layer, [Rule("", LoRA())], rngs=nnx.Rngs(1))
+    with pytest.raises(UserError, match=r"has the adapter 'default' at the scale 0\.5, which files do not hold"):
+        save_adapter(tmp_path / "a", set_scale(model, "default", 0.5), adapter)
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(UserError, match="must be finite, got nan"):
+        set_scale(model, "default", float("nan"))

@@ -148,7 +148,7 @@ def test_a_stack_of_layers_is_named():
         adapt(model, [Rule("blocks/up", LoRA())], rngs=nnx.Rngs(1))
 
 
-@pytest.mark.parametrize("rank", [-1, 5, 2.5])
+@pytest.mark.parametrize("rank", [5, 40])
 def test_an_impossible_rank_is_named_with_the_layer(rank):
     with pytest.raises(UserError, match=rf"^blocks/1 cannot be adapted: .*10 x 4 .*from 1 to 4, but {rank} "):
         adapt(base("mlp"), [Rule("blocks/1", LoRA(rank=rank))], rngs=nnx.Rngs(1))

@@ -82,6 +82,8 @@ def test_make_method_passes_settings_on():
         ("lora", {"alpha": 0}, r"lora\.alpha must be finite and not 0"),
         ("lora", {"alpha": float("nan")}, r"lora\.alpha must be finite and not 0, got nan"),
         ("circulant", {"alpha": None}, r"circulant\.alpha must be a number, got None"),
+        ("bottleneck", {"waist": -3}, r"bottleneck\.waist must be at least 1, got -3"),
+        ("kadaptation", {"terms": 0}, r"kadaptation\.terms must be at least 1, got 0"),
         ("c3a", {"block": -1}, r"c3a\.block must be at least 0, got -1"),
         ("bottleneck", {"activation": "gleu"}, r"bottleneck\.activation must be one of .* 'gleu'; did you mean 'gelu'"),
         ("structured", {"family": "toeplits"}, r"structured\.family: no family is called 'toeplits'; did you mean"),
@@ -129,3 +131,11 @@ def test_balanced_factors_are_those_of_peft(size, divisor, factors):
     assert balanced_factors(size, divisor) == factors
     layer = pytest.importorskip("peft.tuners.lokr.layer", reason="compares with peft: requirements-peers.txt")
     assert layer.factorization(size, divisor or -1) == factors
+
+
+@pytest.mark.parametrize(
+    "settings", [{"rank": -1}, {"rank": 2.5}, {"rank": "4"}, {"learn_alpha": "False"}, {"alpha": "1"}]
+)
+def test_settings_are_checked_in_python_too(settings):
+    with pytest.raises(UserError, match=rf"lora\.{next(iter(settings))} must be "):
+        LoRA(**settings)

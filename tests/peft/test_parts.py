@@ -8,6 +8,7 @@ from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.peft import (
+    CirculantUpdate,
     Rule,
     adapt,
     adapted_modules,
@@ -134,4 +135,4 @@ def test_features_that_are_not_so_many_parts():
 @pytest.mark.parametrize(("parts", "which"), [(2.5, ()), (3, (0, 1.0)), (True, (0,)), (2, ("0",))])
 def test_parts_are_whole_numbers(parts, which):
     with pytest.raises(UserError, match="must have whole numbers in `parts` and `which`"):
-        Rule("qkv", LoRA(), parts, which)
+        Rule("qkv", CirculantUpdate(), parts, which)

@@ -185,3 +185,20 @@ def test_every_method_has_settings_and_a_learning_rate():
 def test_a_configuration_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         RunConfig().optim.steps = 3
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (({"method": "lora"},), r"config\.peft\.rules\.0 lacks the key 'target'"),
+        (({"target": "qkv"}, {"target": "mlp", "metod": "lora"}), r"peft\.rules\.1 has no key 'metod'.*'method'"),
+        (({"target": "qkv", "method": "lroa"},), r"unknown 'lroa'.*'lora'"),
+        (({"target": "qkv", "method": "lora", "settings": {"rnak": 2}},), r"lora has no setting 'rnak'.*'rank'"),
+        (({"target": 3},), r"config\.peft\.rules\.0\.target must be of the type str"),
+    ],
+)  # fmt: skip
+def test_rules_of_their_own(rules, message):
+    config = base_config()
+    config.peft.rules = rules
+    with pytest.raises(UserError, match=message):
+        parse(config)

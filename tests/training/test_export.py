@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -77,6 +78,8 @@ def test_images_are_normalised_as_the_folder_says(tiny_files, source):
         ({"model.checkpoint": "none"}, "config.model.variant is empty, but config.model.checkpoint=none says nothing"),
         ({"model.param_dtype": "bfloat16", "peft.method": "full"}, "would be trained in bfloat16"),
         ({"model.heads": 3}, "heads"),
+        ({"peft.method": "bitfit", "peft.target": "mlp"}, "bitfit trains parameters of the model by patterns"),
+        ({"peft.method": "linear_probe", "peft.train": ()}, "nothing would be trained"),
     ],
 )
 def test_what_does_not_fit(tiny_files, source, values, message):
@@ -116,6 +119,19 @@ def test_what_is_exported_computes_the_same(run, capsys, form):
     assert difference <= 1e-5 * reach and reach > 0
     # Again, over what is there.
     export_run(run, {}, form)
+
+
+def test_the_exported_model_is_a_base_again(tiny_files, run):
+    export_run(run, {}, "hf")
+    job = prepare(config(tiny_files, run / "hf"), 0)
+    assert job.normalization == (MEAN, STD)
+
+
+def test_images_of_other_channels_are_told(tiny_files, source, tmp_path):
+    shutil.copytree(source, tmp_path / "vit")
+    (tmp_path / "vit" / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match="normalises images of 3 channels, but the model reads 1"):
+        prepare(config(tiny_files, tmp_path / "vit"), 0)
 
 
 def test_labels_are_the_classes(run):

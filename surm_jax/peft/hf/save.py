@@ -14,7 +14,7 @@ from surm_jax.paths import matching, require_match
 from surm_jax.peft.adapter import Adapter
 from surm_jax.peft.branch import Branch
 from surm_jax.peft.delta import Delta
-from surm_jax.peft.files import write_folder
+from surm_jax.peft.files import require_unscaled, write_folder
 from surm_jax.peft.hf.format import LayerUpdate
 from surm_jax.peft.hf.formats import FORMATS
 from surm_jax.peft.hf.names import ROOT, ModuleNames, whole_modules
@@ -48,18 +48,21 @@ def save_hf_adapter(
       UserError: if an update or a trained parameter has no counterpart in peft, or the folder holds something else or
         cannot be written.
     """
-    parts = {path: part for path, name, part, _ in adapted_modules(model) if name == adapter.name}
+    rows = [row for row in adapted_modules(model) if row[1] == adapter.name]
+    parts = {path: part for path, _, part, _ in rows}
     if not parts:
         raise UserError(f"the model has nothing of the adapter {adapter.name!r}, and peft reads none without an update")
     for rule in adapter.rules:
         if rule.method:
             require_match(rule.target, list(parts), f"module with the adapter {adapter.name!r}")
-    updates = {_name(names, path): _update(path, part) for path, part in parts.items()}
+    require_unscaled(rows)
+    found = {path: _update(path, part) for path, part in parts.items()}
+    updates = {_name(names, path): update for path, update in found.items()}
     peft_type = _peft_type(updates)
     settings, arrays = FORMATS[peft_type].write(updates)
     saved = _saved_modules(model, adapter, names, parts)
     tensors = {
-        f"{ROOT}{module}.{part}": np.ascontiguousarray(array)
+        f"{ROOT}{module}.{part}": np.asarray(array, order="C")
         for module, parts in (arrays | saved).items()
         for part, array in parts.items()
     }

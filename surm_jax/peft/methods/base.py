@@ -16,6 +16,8 @@ import jax
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.structured import StructuredMatrix, Sum
 
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a name"}
+
 METHODS: dict[str, type["Method"]] = {}
 """Every method by its name."""
 
@@ -55,7 +57,9 @@ class Method(abc.ABC):
         return True
 
     def _check(self, field: dataclasses.Field, value: Any) -> None:
-        where, limits = f"{self.name}.{field.name}", field.metadata
+        where, limits, kind = f"{self.name}.{field.name}", field.metadata, field.type
+        if not (type(value) is kind or (kind is float and type(value) is int)):
+            raise UserError(f"{where} must be {_KINDS[kind]}, got {value!r}")
         if "one_of" in limits:
             if value not in limits["one_of"]:
                 near = did_you_mean(str(value), limits["one_of"])
@@ -66,6 +70,8 @@ class Method(abc.ABC):
             if not (value >= limits["least"] and value < limits["below"]):
                 below = f" and below {limits['below']:g}" if math.isfinite(limits["below"]) else ""
                 raise UserError(f"{where} must be at least {limits['least']}{below}, got {value}")
+        elif kind is int and value < 1:
+            raise UserError(f"{where} must be at least 1, got {value}")
         elif not math.isfinite(value) or value == 0:
             # With a factor of 0, or a random factor of 0 beside the one that starts at 0, nothing would ever learn.
             raise UserError(f"{where} must be finite and not 0, got {value}: it would never learn")
@@ -206,12 +212,8 @@ def make_method(name: str, settings: dict[str, Any]) -> Method:
     """
     if name not in METHODS:
         raise UserError(f"no method is called {name!r}{did_you_mean(name, METHODS)} (known: {', '.join(METHODS)})")
-    known = {field.name: field.type for field in dataclasses.fields(METHODS[name])}
-    kinds = {int: "a whole number", float: "a number", bool: "True or False", str: "a name"}
-    for key, value in settings.items():
+    known = [field.name for field in dataclasses.fields(METHODS[name])]
+    for key in settings:
         if key not in known:
             raise UserError(f"{name} has no setting {key!r}{did_you_mean(key, known)} (known: {', '.join(known)})")
-        kind = known[key]
-        if not (type(value) is kind or (kind is float and type(value) is int)):
-            raise UserError(f"{name}.{key} must be {kinds[kind]}, got {value!r}")
     return METHODS[name](**settings)
