@@ -11,8 +11,8 @@ from flax import nnx
 from surm_jax import CirculantUpdate, LoRA, Rule, adapt, merge
 from surm_jax.errors import UserError
 from surm_jax.models import BERT_VARIANTS, TARGETS, Bert, BertConfig
-from surm_jax.peft import AdapterParam, adapted_layers
-from tests.peft.cases import materialize, parameters, perturb, relative_error
+from surm_jax.peft import AdapterParam, adapted_modules
+from tests.peft.models import materialize, parameters, perturb, relative_error
 
 # Parameters of the model with a pooler and without a head, as transformers' BertModel counts them.
 SIZES = {
@@ -319,12 +319,12 @@ class TestAdaptersAndRemat:
     )
     def test_targets_select_linear_layers_of_every_block(self, name, per_block):
         model, _ = adapt(tiny(), [Rule(TARGETS[name], LoRA())], rngs=nnx.Rngs(1))
-        adapted = [path for path, _ in adapted_layers(model)]
+        adapted = [path for path, *_ in adapted_modules(model)]
         assert len(adapted) == 2 * per_block
         assert all(re.fullmatch(TARGETS[name], path) for path in adapted)
 
     def test_every_target_preset_is_tested(self):
-        assert TARGETS.keys() == {"qkv", "qv", "attention", "mlp", "all-linear"}
+        assert TARGETS.keys() == {"qkv", "qv", "attention", "mlp", "all-linear", "houlsby", "pfeiffer"}
 
     def test_updates_start_at_zero_count_and_merge(self):
         inputs = batch()

@@ -141,8 +141,14 @@ class TestGeometry:
         assert len(selected) == 2 * per_block
         assert all(isinstance(paths[path], nnx.Linear | nnx.LinearGeneral) for path in selected)
 
+    @pytest.mark.parametrize(("name", "modules"), [("houlsby", ("attention", "mlp")), ("pfeiffer", ("mlp",))])
+    def test_targets_select_the_branches_of_every_block(self, name, modules):
+        paths = ["/".join(map(str, path)) for path, _ in nnx.iter_modules(abstract(ViTConfig(**TINY)))]
+        selected = {path for path in paths if re.fullmatch(TARGETS[name], path)}
+        assert selected == {f"blocks/{index}/{module}" for index in range(2) for module in modules}
+
     def test_every_target_preset_is_tested(self):
-        assert TARGETS.keys() == {"qkv", "qv", "attention", "mlp", "all-linear"}
+        assert TARGETS.keys() == {"qkv", "qv", "attention", "mlp", "all-linear", "houlsby", "pfeiffer"}
 
 
 class TestConfig:
@@ -256,7 +262,8 @@ class TestPrecisionAndMemory:
             assert variable.dtype == grads[path].dtype == jnp.float32, path
             # r1 starts at zero, so that nothing reaches r2 yet; a bias of the key would have no gradient.
             assert (jnp.abs(grads[path][...]).max() > 0) == (not path.endswith("r2")), path
-        kernels = {path: v.dtype for path, v in parameter_paths_of(frozen).items() if "norm" not in path}
+        others = re.compile(".*(norm.*|/scale)")
+        kernels = {path: v.dtype for path, v in parameter_paths_of(frozen).items() if not others.fullmatch(path)}
         assert kernels
         assert set(kernels.values()) == {jnp.dtype("bfloat16")}
 

@@ -8,7 +8,7 @@ from surm_jax.errors import UserError
 from surm_jax.models import BertConfig
 from surm_jax.pretrained.architecture import Names
 from surm_jax.pretrained.hf_text import ARCHITECTURES, architecture_of
-from tests.peft.cases import parameters
+from tests.peft.models import parameters
 from tests.pretrained.hf_trees import read_tree, written_tree
 
 BERT, ROBERTA = ARCHITECTURES["bert"], ARCHITECTURES["roberta"]
