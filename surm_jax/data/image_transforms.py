@@ -82,7 +82,7 @@ def normalize(
 ) -> Float[np.ndarray, "height width channels"]:
     """Returns `(x - mean) / std` by channel, where x is the image from [-1, 1] brought to [0, 1].
 
-    >>> normalize(np.zeros((1, 1, 3), np.float32), (0.5, 0.4, 0.3), (0.5, 0.5, 0.5)).round(2).tolist()
+    >>> normalize(np.zeros((1, 1, 3), np.float32), (0.5, 0.4, 0.3), (0.5, 0.5, 0.5)).astype(float).round(2).tolist()
     [[[0.0, 0.2, 0.4]]]
     """
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
