@@ -24,8 +24,9 @@ for whole module paths, or one of the presets {presets}. Rules of their own for
 some modules stand in `config.peft.rules` (`surm_jax/training/config.py`, `RuleConfig`), first match wins; from Python
 they are a list of `surm_jax.Rule`. A rule that matches nothing is an error.
 
-Learning rates are no business of one another: a C3A, whose matrix is divided by the number of features, learns at
-rates at which LoRA diverges. Each method has a starting point for a search, in `config.optim.learning_rate.<method>`.
+Learning rates do not carry over from one method to another: each has its own convention for the scale of its matrix,
+and a C3A, for one, is divided by the number of input features. A starting point for a search is in
+`config.optim.learning_rate.<method>`.
 """
 KINDS = {
     Update: "Updates: a structured matrix beside the kernels of linear layers",
