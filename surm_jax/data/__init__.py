@@ -1,20 +1,39 @@
-"""Data sets and the input pipeline: `load` a set, then `train_batches` and `eval_batches`."""
+"""Data sets and the input pipelines: `load` a set, then `train_batches` and `eval_batches`.
 
-from surm_jax.data.dataset import ArraySource, ImageDataset, ImageSource, hold_out
+For text, `load_tokenizer` and `encode` come between, then `text_train_batches` and `text_eval_batches`.
+"""
+
+from surm_jax.data.dataset import ArraySource, ImageDataset, ImageSource
+from surm_jax.data.glue import GLUE_TASKS, glue_task
+from surm_jax.data.holdout import hold_out
 from surm_jax.data.image_transforms import Augment, eval_image, train_image
 from surm_jax.data.pipeline import EvalBatches, eval_batches, train_batches
-from surm_jax.data.sources import load
+from surm_jax.data.sources import is_text, load
+from surm_jax.data.text_dataset import TextDataset, TextSource
+from surm_jax.data.text_pipeline import lengths_in_use, text_eval_batches, text_train_batches
+from surm_jax.data.tokenizer import Tokenizer, TokenSource, load_tokenizer
 
 __all__ = [
+    "GLUE_TASKS",
     "ArraySource",
     "Augment",
     "EvalBatches",
     "ImageDataset",
     "ImageSource",
+    "TextDataset",
+    "TextSource",
+    "TokenSource",
+    "Tokenizer",
     "eval_batches",
     "eval_image",
+    "glue_task",
     "hold_out",
+    "is_text",
+    "lengths_in_use",
     "load",
+    "load_tokenizer",
+    "text_eval_batches",
+    "text_train_batches",
     "train_batches",
     "train_image",
 ]

@@ -109,24 +109,3 @@ class Subset:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.source[int(self.indices[index])]
-
-
-def hold_out(train: ImageSource, count: int) -> tuple[ImageSource, ImageSource | None]:
-    """Takes `count` examples out of a training set, the same ones in every run.
-
-    Returns:
-        The training examples that are left, and those held out (None if `count` is 0).
-
-    Raises:
-        UserError: fewer than one would be left.
-
-    >>> left, held_out = hold_out(ArraySource(np.zeros((5, 4, 4, 1), np.uint8), np.arange(5)), 2)
-    >>> len(left), len(held_out)
-    (3, 2)
-    """
-    if count == 0:
-        return train, None
-    if not 0 < count < len(train):
-        raise UserError(f"cannot hold out {count} examples of {len(train)}: at least one must be left to train on")
-    order = np.random.default_rng(0).permutation(len(train))
-    return Subset(train, np.sort(order[count:])), Subset(train, np.sort(order[:count]))

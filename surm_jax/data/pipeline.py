@@ -8,7 +8,7 @@ interpreter lock for the heavy part, and there is no worker process to start, to
 
 import functools
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,15 @@ def train_batches(
     Raises:
         UserError: an argument is out of range, or the source is empty.
     """
-    _check(source, batch_size, image_size, process_index, process_count, threads, read_ahead)
+    check_batches(
+        source,
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+        threads=threads,
+        read_ahead=read_ahead,
+    )
+    _channels(source, image_size)
     if augment not in (modes := typing.get_args(Augment)):
         raise UserError(
             f"augment is {augment!r}, but must be one of {', '.join(modes)}{did_you_mean(str(augment), modes)}"
@@ -77,7 +85,7 @@ def train_batches(
     # Sliced after the shuffle, so that processes share one order and one numbering of random generators. Elements are
     # lazy: no process reads what another one uses.
     batches = examples[process_index::process_count].batch(batch_size)
-    return iter(batches.to_iter_dataset(_read_options(threads, read_ahead)))
+    return iter(batches.to_iter_dataset(read_options(threads, read_ahead)))
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,15 @@ def eval_batches(
     Raises:
         UserError: an argument is out of range, or the source is empty.
     """
-    channels = _check(source, batch_size, image_size, process_index, process_count, threads, read_ahead)
+    check_batches(
+        source,
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+        threads=threads,
+        read_ahead=read_ahead,
+    )
+    channels = _channels(source, image_size)
 
     def padded_batch(step: int) -> Batch:
         start = (step * process_count + process_index) * batch_size
@@ -145,7 +161,7 @@ def eval_batches(
         return batch
 
     steps = -(-len(source) // (batch_size * process_count))
-    return EvalBatches(grain.MapDataset.range(steps).map(padded_batch), _read_options(threads, read_ahead))
+    return EvalBatches(grain.MapDataset.range(steps).map(padded_batch), read_options(threads, read_ahead))
 
 
 def _train_example(
@@ -162,23 +178,21 @@ def _train_example(
     return {"image": image, "label": np.asarray(example["label"], np.int32)}
 
 
-def _read_options(threads: int, read_ahead: int) -> grain.ReadOptions:
+def read_options(threads: int, read_ahead: int) -> grain.ReadOptions:
+    """Returns grain's options for so many batches made at the same time and ahead of time."""
     # More threads than batches ahead would idle, and grain warns about them.
     return grain.ReadOptions(num_threads=min(threads, read_ahead), prefetch_buffer_size=read_ahead)
 
 
-def _check(
-    source: ImageSource,
-    batch_size: int,
-    image_size: int,
-    process_index: int,
-    process_count: int,
-    threads: int,
-    read_ahead: int,
-) -> int:
-    """Checks what both directions share and returns the number of channels of the first image."""
-    positive = {"batch_size": batch_size, "image_size": image_size, "process_count": process_count, "threads": threads}
-    for name, value in positive.items():
+def check_batches(
+    source: Sized, *, batch_size: int, process_index: int, process_count: int, threads: int, read_ahead: int
+) -> None:
+    """Checks what all pipelines share.
+
+    Raises:
+        UserError: an argument is out of range, or the source is empty.
+    """
+    for name, value in {"batch_size": batch_size, "process_count": process_count, "threads": threads}.items():
         if value < 1:
             raise UserError(f"{name} is {value}, but must be at least 1")
     if read_ahead < 0:
@@ -187,6 +201,12 @@ def _check(
         raise UserError(f"process_index is {process_index}, but must be 0 to {process_count - 1}")
     if not len(source):
         raise UserError("the data source is empty: there is nothing to make batches of")
+
+
+def _channels(source: ImageSource, image_size: int) -> int:
+    """Checks the size of the images in a batch, and returns the number of channels of the first image."""
+    if image_size < 1:
+        raise UserError(f"image_size is {image_size}, but must be at least 1")
     shape = np.shape(source[0]["image"])
     if len(shape) != 3:
         raise UserError(f"the first image has shape {shape}, but images must be (height, width, channels)")

@@ -4,18 +4,25 @@ import os
 
 from surm_jax.data.array_sets import EMBEDDED, load_digits, load_npz
 from surm_jax.data.dataset import ImageDataset
+from surm_jax.data.glue import load_glue
+from surm_jax.data.text_dataset import TextDataset
 from surm_jax.data.tfds_sets import load_tfds
 
 
-def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageDataset:
-    """Loads an image classification set. Never touches the network.
+def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageDataset | TextDataset:
+    """Loads a set of labelled images, or of labelled sentences. Never touches the network.
 
     Args:
         name: One of
             - `digits`, `digits_0to4`, `digits_5to9`: embedded, 8 x 8 grey images (see `load_digits`);
             - a path ending in `.npz`, relative to the working directory (see `load_npz`);
-            - a set of TensorFlow Datasets, prepared before: `cifar10`, `name:version`, `name/config` (see `load_tfds`).
+            - a task of GLUE, prepared before by TensorFlow Datasets: `glue/rte`, `glue/rte:version` (see `load_glue`);
+            - another set of TensorFlow Datasets, of images, prepared before: `cifar10`, `name:version`, `name/config`
+              (see `load_tfds`).
         data_dir: The folder of the prepared TFDS sets; `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`, if None.
+
+    Returns:
+        A `TextDataset` for a task of GLUE, else an `ImageDataset`.
 
     Raises:
         UserError: there is no such set, or it is damaged or of another kind.
@@ -28,4 +35,15 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageData
         return load_digits(name)
     if name.endswith(".npz"):
         return load_npz(name)
+    if is_text(name):
+        return load_glue(name, data_dir)
     return load_tfds(name, data_dir)
+
+
+def is_text(name: str) -> bool:
+    """Whether a name stands for sentences, and not for images.
+
+    >>> is_text("glue/rte"), is_text("cifar10")
+    (True, False)
+    """
+    return name.partition("/")[0] == "glue"
