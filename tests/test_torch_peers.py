@@ -12,12 +12,14 @@ import pytest
 from flax import nnx
 
 from surm_jax.models import ViT, ViTConfig
-from surm_jax.models.vit import TARGETS
+from surm_jax.models.targets import TARGETS
 from surm_jax.peft import AdapterParam, CirculantUpdate, LoRA, Rule, adapt, merge
 from surm_jax.pretrained.hf_vision import architecture_of
+from surm_jax.training import objective
 from surm_jax.training.config import GroupConfig, OptimConfig
+from surm_jax.training.image_task import ImageTask
 from surm_jax.training.mesh import make_mesh, put_batch, replicated
-from surm_jax.training.optimizer import make_optimizer
+from surm_jax.training.optimizer import Rates, make_optimizer
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
 from tests.peft.models import materialize, parameters, perturb, relative_error
@@ -151,13 +153,13 @@ def train(model, adapter):
     groups = {"adapter": GroupConfig(pattern=".*/delta/.*", **ADAPTER), "head": GroupConfig(pattern="head/.*", **HEAD)}
     config = dataclasses.replace(config, groups=dataclasses.replace(config.groups, **groups))
     parts, trained, frozen = partition(model, adapter)
-    optimizer, mesh = make_optimizer(config, "lora", trained), make_mesh(1, {})
-    step = make_train_step(parts, optimizer, mesh, seed=0, label_smoothing=SMOOTHING)
+    optimizer, rates, mesh = make_optimizer(config, trained), Rates(config, "lora", trained), make_mesh(1, {})
+    step = make_train_step(parts, ImageTask.forward, objective.CLASSES, optimizer, mesh, label_smoothing=SMOOTHING)
     curve = []
     with jax.set_mesh(mesh):
         state, frozen = init_state(trained, optimizer, mesh), jax.device_put(frozen, replicated(mesh))
-        for batch in BATCHES:
-            state, metrics = step(state, frozen, put_batch(batch, mesh))
+        for number, batch in enumerate(BATCHES, 1):
+            state, metrics = step(state, frozen, put_batch(batch, mesh), jax.random.key(0), rates.before(number))
             curve.append([float(metrics["train_loss"]), float(metrics["gradient_norm"])])
     return np.array(curve), state.trained
 

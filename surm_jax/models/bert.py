@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from surm_jax.errors import UserError
 from surm_jax.models.layers import ACTIVATIONS, MLP, Attention, call_block, drop, split_key
 from surm_jax.models.settings import check_choice, check_sizes, check_transformer, from_variant
+from surm_jax.models.targets import TARGETS
 
 HEADS = ("classifier", "mlm")
 POSITIONS = ("absolute", "after_padding")
@@ -212,6 +213,9 @@ class Bert(nnx.Module):
     >>> jax.eval_shape(lambda tokens: Bert(config, rngs=nnx.Rngs(0))(tokens), jnp.zeros((2, 16), jnp.int32)).shape
     (2, 3)
     """
+
+    # What a rule may call its target, see surm_jax.peft.Rule.
+    adapter_targets: ClassVar[Mapping[str, str]] = TARGETS
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         self.config = config

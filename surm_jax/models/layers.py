@@ -4,6 +4,7 @@ Parameters have `param_dtype`, the computation `dtype`; the softmax is float32 w
 Suffixes of local names: b batch, t tokens, d width, m width inside the MLP, n heads, k width of a head.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -13,6 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x (1 + erf(x / sqrt 2)) / 2` (arXiv 1606.08415).
+
+    `jax.nn.gelu` goes through `erfc`, which is exact in the far tail too, and takes four times as long on a CPU; this
+    is the formula of PyTorch.
+    """
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -26,7 +36,7 @@ _TINY = nnx.initializers.normal(stddev=1e-6)
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
     {
         "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-        "gelu": partial(jax.nn.gelu, approximate=False),
+        "gelu": gelu,
         "quick_gelu": quick_gelu,
         "relu": jax.nn.relu,
     }

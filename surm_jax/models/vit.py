@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from surm_jax.errors import UserError
 from surm_jax.models import settings
 from surm_jax.models.layers import ACTIVATIONS, MLP, Attention, call_block, drop, split_key
+from surm_jax.models.targets import TARGETS
 
 POOLS = ("token", "mean", "patches", "token+patches")
 
@@ -50,18 +51,6 @@ VARIANTS: Mapping[str, Mapping[str, int | str]] = {
     },
 }
 """Geometry of the named models: the fields of `ViTConfig` that each of them sets."""
-
-TARGETS: Mapping[str, str] = {
-    "qkv": r"blocks/\d+/attention/(query|key|value)",
-    "qv": r"blocks/\d+/attention/(query|value)",
-    "attention": r"blocks/\d+/attention/(query|key|value|out)",
-    "mlp": r"blocks/\d+/mlp/(up|down)",
-    "houlsby": r"blocks/\d+/(attention|mlp)",
-    "pfeiffer": r"blocks/\d+/mlp",
-    "all-linear": r"blocks/\d+/(attention/(query|key|value|out)|mlp/(up|down))",
-}
-"""Named sets of modules for adapters: patterns for `re.fullmatch` over module paths."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
@@ -200,6 +189,9 @@ class ViT(nnx.Module):
     >>> jax.eval_shape(lambda images: ViT(config, rngs=nnx.Rngs(0))(images), jnp.zeros((2, 8, 8, 1))).shape
     (2, 10)
     """
+
+    # What a rule may call its target, see surm_jax.peft.Rule.
+    adapter_targets: ClassVar[Mapping[str, str]] = TARGETS
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         self.config = config

@@ -27,7 +27,8 @@ class Rule:
     4
 
     Attributes:
-      target: a regular expression for module paths (`re.fullmatch`).
+      target: a regular expression for module paths (`re.fullmatch`), or for `adapt` the name of one in the model's
+        `adapter_targets`.
       method: an `Update` for linear layers, a `Bottleneck` for modules; `None`: these modules get nothing.
       parts: an update may see the kernel as so many equal blocks of output features, as a fused qkv kernel has three.
       which: the numbers of the blocks that it updates, from 0 on; empty: all.
@@ -38,14 +39,16 @@ class Rule:
     parts: int = 1
     which: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         compile_pattern(self.target)
         if not (self.method is None or isinstance(self.method, Update | Bottleneck)):
             raise UserError(
                 f"the method of the rule {self.target!r} must be an update such as LoRA(), a bottleneck or None,"
                 f" got {self.method!r}"
             )
-        if not all(type(number) is int for number in (self.parts, *self.which)):
+        if isinstance(self.which, list | range):
+            object.__setattr__(self, "which", tuple(self.which))
+        if not isinstance(self.which, tuple) or not all(type(number) is int for number in (self.parts, *self.which)):
             raise UserError(
                 f"the rule {self.target!r} must have whole numbers in `parts` and `which`, got parts={self.parts!r},"
                 f" which={self.which!r}"
@@ -92,7 +95,7 @@ class Adapter:
     train: tuple[str, ...] = ()
     name: str = DEFAULT_NAME
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for pattern in self.train:
             compile_pattern(pattern)
         if not isinstance(self.name, str) or not re.fullmatch(r"[\w-]+", self.name):

@@ -1,5 +1,7 @@
 """The adapter-style branch: a module computes `y + act(y M) + b` where it computed y."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -21,7 +23,7 @@ class Branch(nnx.Module):
       matrices: M, or D and U.
     """
 
-    def __init__(self, method: Bottleneck, matrices: tuple[StructuredMatrix, ...]):
+    def __init__(self, method: Bottleneck, matrices: tuple[StructuredMatrix, ...]) -> None:
         first, *rest = matrices
         self.activation, self.dropout, self.alpha = method.activation, method.dropout, method.alpha
         self.scale = AdapterScale(jnp.ones((), jnp.float32))
@@ -44,6 +46,10 @@ class Branch(nnx.Module):
         for prefix, part in self._matrices().items():
             found |= {f"{prefix}/{name}": getattr(part, name) for name in part.names}
         return found
+
+    def matrices(self) -> tuple[StructuredMatrix, ...]:
+        """Returns M, or D and U, as they are now."""
+        return tuple(part.stored() for part in self._matrices().values())
 
     def _matrices(self) -> dict[str, StoredMatrix]:
         return {name: getattr(self, name) for name in ("down", "up") if hasattr(self, name)}
@@ -69,7 +75,7 @@ class Branched(nnx.Module):
 
     branch: nnx.Dict[Branch]
 
-    def __call__(self, *args, **kwargs) -> Array:
+    def __call__(self, *args: Any, **kwargs: Any) -> Array:
         """The module's output, and what all branches make of that same output."""
         y = super().__call__(*args, **kwargs)
         return sum((branch(y) for branch in self.branch.values()), start=y)

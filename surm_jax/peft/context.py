@@ -21,7 +21,7 @@ from jaxtyping import Array, Int
 class _Keys:
     """A key, and how many have been drawn from it."""
 
-    def __init__(self, key: jax.Array):
+    def __init__(self, key: jax.Array) -> None:
         self.key, self.drawn = key, 0
 
     def __call__(self) -> jax.Array:

@@ -18,9 +18,9 @@ from surm_jax.errors import UserError
 from surm_jax.peft.adapter import Adapter
 from surm_jax.peft.attach import attach
 from surm_jax.peft.delta import Delta
-from surm_jax.peft.inject import adapted_modules, make_part, matched_modules
+from surm_jax.peft.inject import make_part, matched_modules
 from surm_jax.peft.layers import matrix_view
-from surm_jax.peft.lifecycle import check_names, delete
+from surm_jax.peft.lifecycle import delete, parts_of
 from surm_jax.peft.methods.base import Update
 from surm_jax.structured import Placed, Product, StructuredMatrix, Sum, refine
 
@@ -82,6 +82,8 @@ def combine(
     """
     if not weights or not isinstance(weights, Mapping):
         raise UserError(f"combine needs a weight for every adapter, {{adapter: 0.5, ...}}, got {weights!r}")
+    for adapter in weights:
+        parts_of(model, adapter)  # whether they are there
     first, *others = weights
     for other in others:
         if other.rules != first.rules:
@@ -97,14 +99,14 @@ def combine(
 
 def _changes(model: nnx.Module, adapter: Adapter) -> dict[str, np.ndarray]:
     """Returns what an adapter adds to every kernel, dense."""
-    check_names(model, (adapter.name,))
     changes = {}
-    for path, name, part, layer in adapted_modules(model):
-        if name == adapter.name:
-            if not isinstance(part, Delta):
-                raise UserError(f"{path} has a branch of the adapter {name!r}: branches are no matrices")
-            kernel = layer.kernel[...].reshape(matrix_view(layer, path).shape)
-            changes[path] = np.asarray(part.change(kernel))
+    for path, name, part, layer in parts_of(model, adapter):
+        if not isinstance(part, Delta):
+            raise UserError(f"{path} has a branch of the adapter {name!r}: branches are no matrices")
+        kernel = layer.kernel[...].reshape(matrix_view(layer, path).shape)
+        changes[path] = np.asarray(part.change(kernel))
+    if not changes:
+        raise UserError(f"the adapter {adapter.name!r} has no update, which is what is converted and combined")
     return changes
 
 

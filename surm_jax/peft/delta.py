@@ -33,7 +33,7 @@ class Delta(StoredMatrix):
       execution: how the product is computed, one of `surm_jax.structured.EXECUTIONS`.
     """
 
-    def __init__(self, update: Update, matrix: StructuredMatrix, kernel: jax.Array, execution: str = "auto"):
+    def __init__(self, update: Update, matrix: StructuredMatrix, kernel: jax.Array, execution: str = "auto") -> None:
         check_execution(execution)
         super().__init__(matrix, update.frozen)
         self.execution = execution
@@ -75,7 +75,7 @@ class Delta(StoredMatrix):
         if not self.normalized:
             return dense
         kernel = kernel.astype(jnp.float32)
-        return self.scale[...] * (self._gain(kernel, dense)[None, :] * (kernel + dense) - kernel)
+        return self.scale[...] * (self.gain(kernel, dense)[None, :] * (kernel + dense) - kernel)
 
     def outputs(self, x: Array, y: Array, kernel: Array, dot: Dot) -> Array:
         """Returns what the update adds to the output `y = x @ kernel` where that is not `simple`.
@@ -87,12 +87,14 @@ class Delta(StoredMatrix):
         moved = matmul(drop(x, self.dropout), matrix, execution=self.execution, dot=dot).astype(y.dtype)
         if not self.normalized:
             return moved
-        gain = self._gain(kernel.astype(jnp.float32), matrix.to_dense().astype(jnp.float32))
+        gain = self.gain(kernel, matrix.to_dense())
         gain = jnp.expand_dims(gain, tuple(range(y.ndim - 1)))
         return (self.scale[...] * (gain * (y + moved).astype(jnp.float32) - y.astype(jnp.float32))).astype(y.dtype)
 
-    def _gain(self, kernel: Array, dense: Array) -> Array:
-        return self.magnitude[...] / jax.lax.stop_gradient(_norms(kernel + dense))
+    def gain(self, kernel: Float[Array, "in out"], dense: Float[Array, "in out"]) -> Float[Array, "out"]:
+        """Returns what the columns of `kernel + dense` are multiplied with where they are normalised, in float32."""
+        moved = kernel.astype(jnp.float32) + dense.astype(jnp.float32)
+        return self.magnitude[...] / jax.lax.stop_gradient(_norms(moved))
 
 
 def _norms(kernel: Float[Array, "in out"]) -> Float[Array, "out"]:

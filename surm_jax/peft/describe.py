@@ -9,6 +9,7 @@ from surm_jax.paths import join
 from surm_jax.peft.adapter import Adapter
 from surm_jax.peft.branch import Branch
 from surm_jax.peft.inject import adapted_modules
+from surm_jax.peft.lifecycle import parts_of
 from surm_jax.peft.variables import AdapterParam
 
 
@@ -81,8 +82,11 @@ def describe(model: nnx.Module, adapter: Adapter | None = None) -> Description:
     Args:
       model: an adapted model.
       adapter: the one that is trained; `None`: all that the model has, and nothing besides.
+
+    Raises:
+      UserError: if the model has not the adapter.
     """
-    parts = [row for row in adapted_modules(model) if adapter is None or row[1] == adapter.name]
+    parts = adapted_modules(model) if adapter is None else parts_of(model, adapter)
     rows = [Row(path, *_of(part)) for path, _, part, _ in parts]
     adapter_count = sum(row.trainable for row in rows)
     if adapter is not None:
@@ -98,6 +102,5 @@ def describe(model: nnx.Module, adapter: Adapter | None = None) -> Description:
 def _of(part: nnx.Module) -> tuple[tuple[int, int], str, int]:
     """Returns the shape, the family and the number of trained numbers of a part."""
     trained = sum(math.prod(v.shape) for v in part.tensors().values() if isinstance(v, AdapterParam))
-    matrices = [part.down, part.up] if hasattr(part, "up") else [part.down if isinstance(part, Branch) else part]
-    shapes = [matrix.stored().shape for matrix in matrices]
-    return (shapes[0][0], shapes[-1][1]), type(matrices[0].empty).__name__, trained
+    matrices = part.matrices() if isinstance(part, Branch) else (part.stored(),)
+    return (matrices[0].shape[0], matrices[-1].shape[1]), type(matrices[0]).__name__, trained

@@ -29,7 +29,8 @@ from surm_jax.peft.attach import attach
 from surm_jax.peft.branch import Branch
 from surm_jax.peft.delta import Delta
 from surm_jax.peft.fingerprint import check_fingerprint, fingerprint
-from surm_jax.peft.inject import adapted_modules, base_parameters, make_part, matched_modules
+from surm_jax.peft.inject import base_parameters, make_part, matched_modules
+from surm_jax.peft.lifecycle import parts_of
 from surm_jax.peft.variables import AdapterParam
 
 CONFIG_NAME = "adapter_config.json"
@@ -53,10 +54,7 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
     Raises:
       UserError: if the folder holds something else, or cannot be written, or the model has not the adapter's updates.
     """
-    parts = [row for row in adapted_modules(model) if row[1] == adapter.name]
-    for rule in adapter.rules:
-        if rule.method:
-            require_match(rule.target, [path for path, *_ in parts], f"module with the adapter {adapter.name!r}")
+    parts = parts_of(model, adapter)
     require_unscaled(parts)
     tensors = {
         f"{_prefix(path, part)}/{name}": np.asarray(variable[...])

@@ -1,11 +1,12 @@
 """Putting an adapter into a model."""
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from flax import nnx
 
-from surm_jax.errors import UserError
+from surm_jax.errors import UserError, did_you_mean
 from surm_jax.paths import join, matching, no_match_message, require_match
 from surm_jax.peft.adapter import DEFAULT_NAME, SLOTS, Adapter, Rule
 from surm_jax.peft.attach import attach
@@ -40,7 +41,8 @@ def adapt(
     (8,)
 
     Args:
-      model: any NNX model, abstract ones included.
+      model: any NNX model, abstract ones included. Its class may have named targets for rules, `adapter_targets`:
+        {name: regular expression}.
       rules: which modules get which method; the first that matches a module counts.
       train: patterns of the paths of parameters that are trained besides.
       name: of the adapter.
@@ -57,11 +59,14 @@ def adapt(
     """
     if isinstance(rules, Rule):
         raise UserError("rules must be a list of rules, got one: write [Rule(...)]")
+    if wrong := [rule for rule in rules if not isinstance(rule, Rule)]:
+        raise UserError(f"rules must be a list of rules, such as [Rule('.*/query', LoRA())], got {wrong[0]!r} in it")
     if not isinstance(rngs, nnx.Rngs):
         raise UserError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), got {rngs!r}")
     if isinstance(train, str):
         raise UserError(f"train must be a list of patterns, got one string: write [{train!r}]")
-    model = nnx.clone(model)
+    model, presets = nnx.clone(model), _presets(model)
+    rules = (dataclasses.replace(rule, target=presets.get(rule.target, rule.target)) for rule in rules)
     adapter = Adapter(tuple(rules), tuple(train), name)
     for path, module, rule in matched_modules(model, adapter):
         if isinstance(rule.method, Update):
@@ -116,7 +121,7 @@ def matched_modules(model: nnx.Module, adapter: Adapter) -> list[tuple[str, nnx.
 
     Raises:
       UserError: if a rule matches no module, or only modules that earlier rules have, or one that cannot be adapted, or
-        if the model has an adapter of this name.
+        its method leaves out all that it matches, or if the model has an adapter of this name.
     """
     if any(name == adapter.name for _, name, *_ in adapted_modules(model)):
         raise UserError(
@@ -128,9 +133,15 @@ def matched_modules(model: nnx.Module, adapter: Adapter) -> list[tuple[str, nnx.
     chosen: dict[str, Rule] = {}
     for rule in adapter.rules:
         candidates = linear if isinstance(rule.method, Update) else callable_
-        found = [path for path in matching(rule.target, candidates) if not rule.method or rule.method.wants(path)]
+        found = matching(rule.target, candidates)
         if not found:
-            raise UserError(_nothing_to_adapt(rule, candidates, modules))
+            near = did_you_mean(rule.target, _presets(model))
+            raise UserError(_nothing_to_adapt(rule, candidates, modules) + near)
+        if rule.method:
+            try:
+                found = rule.method.choose(found)
+            except UserError as error:
+                raise UserError(f"the rule {rule.target!r} adapts nothing: {error}") from None
         new = [path for path in found if path not in chosen]
         if not new:
             raise UserError(f"the rule {rule.target!r} has no effect: earlier rules take every module that it matches")
@@ -139,6 +150,11 @@ def matched_modules(model: nnx.Module, adapter: Adapter) -> list[tuple[str, nnx.
         if rule.method:
             check_call(modules[path], path, "delta" if isinstance(rule.method, Update) else "branch")
     return [(path, modules[path], chosen[path]) for path in sorted(chosen) if chosen[path].method]
+
+
+def _presets(model: nnx.Module) -> Mapping[str, str]:
+    """Returns the targets that a model has names for."""
+    return getattr(type(model), "adapter_targets", {})
 
 
 def _own_modules(model: nnx.Module) -> dict[str, nnx.Module]:
@@ -154,8 +170,6 @@ def _own_modules(model: nnx.Module) -> dict[str, nnx.Module]:
 
 def _nothing_to_adapt(rule: Rule, candidates: list[str], modules: dict[str, nnx.Module]) -> str:
     what = "linear layer" if isinstance(rule.method, Update) else "module"
-    if matching(rule.target, candidates):
-        return f"the rule {rule.target!r} matches modules, but none that {rule.method} adapts"
     others = [path for path in matching(rule.target, modules) if path not in candidates]
     if not others:
         return no_match_message(rule.target, candidates, what)

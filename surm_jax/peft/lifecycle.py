@@ -6,14 +6,19 @@ or exchanged for others of the same shapes (`load_adapter` into `delete`, under 
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Iterable
+from numbers import Real
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from surm_jax.errors import UserError, did_you_mean
+from surm_jax.paths import require_match
+from surm_jax.peft.adapter import DEFAULT_NAME, Adapter
 from surm_jax.peft.attach import detach
+from surm_jax.peft.branch import Branch
+from surm_jax.peft.delta import Delta
 from surm_jax.peft.inject import adapted_modules
 
 
@@ -35,17 +40,17 @@ def set_scale(model: nnx.Module, name: str, scale: float) -> nnx.Module:
     Raises:
       UserError: if the model has no adapter of this name.
     """
-    if not isinstance(scale, jax.core.Tracer) and not math.isfinite(scale):
-        raise UserError(f"the scale of the adapter {name!r} must be finite, got {scale}")
+    if not isinstance(scale, jax.core.Tracer) and not (isinstance(scale, Real | jax.Array) and math.isfinite(scale)):
+        raise UserError(f"the scale of the adapter {name!r} must be a finite number, got {scale!r}")
     model = nnx.clone(model)
-    check_names(model, (name,))
+    checked_names(model, (name,))
     for _, owner, part, _ in adapted_modules(model):
         if owner == name:
             part.scale[...] = jnp.asarray(scale, jnp.float32)
     return model
 
 
-def set_active(model: nnx.Module, names: Collection[str]) -> nnx.Module:
+def set_active(model: nnx.Module, names: Iterable[str]) -> nnx.Module:
     """Returns the model with these adapters as they were trained and all others switched off.
 
     Without any name it computes what the base computes. Parameters that were trained besides, such as a head, are not
@@ -54,10 +59,7 @@ def set_active(model: nnx.Module, names: Collection[str]) -> nnx.Module:
     Raises:
       UserError: if the model has no adapter of one of these names.
     """
-    if isinstance(names, str):
-        raise UserError(f"names must be a list of adapters, got one string: write [{names!r}]")
-    model, names = nnx.clone(model), tuple(names)
-    check_names(model, names)
+    model, names = nnx.clone(model), checked_names(model, names)
     for _, name, part, _ in adapted_modules(model):
         part.scale[...] = jnp.asarray(float(name in names), jnp.float32)
     return model
@@ -70,21 +72,46 @@ def delete(model: nnx.Module, name: str) -> nnx.Module:
       UserError: if the model has no adapter of this name.
     """
     model = nnx.clone(model)
-    check_names(model, (name,))
+    checked_names(model, (name,))
     for _, owner, _, module in list(adapted_modules(model)):
         if owner == name:
             detach(module, name)
     return model
 
 
-def check_names(model: nnx.Module, names: Collection[str]) -> None:
-    """Checks that a model has adapters of these names.
+def checked_names(model: nnx.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """Returns the names, of adapters that a model has.
 
     Raises:
       UserError: if it has not; the message says which there are.
     """
-    known = adapter_names(model)
+    if isinstance(names, str):
+        raise UserError(f"names must be a list of adapters, got one string: write [{names!r}]")
+    if not isinstance(names, Iterable):
+        raise UserError(f"names must be a list of adapters, such as [{DEFAULT_NAME!r}], got {names!r:.80}")
+    known, names = adapter_names(model), tuple(names)
     for name in names:
+        if not isinstance(name, str):
+            raise UserError(f"adapters are called by their names, such as {DEFAULT_NAME!r}, got {name!r:.80}")
         if name not in known:
             there = ", ".join(known) or "none"
             raise UserError(f"the model has no adapter {name!r}{did_you_mean(name, known)} (there: {there})")
+    return names
+
+
+def parts_of(model: nnx.Module, adapter: Adapter) -> list[tuple[str, str, Delta | Branch, nnx.Module]]:
+    """Returns the rows of `adapted_modules` of one adapter; none for one without rules.
+
+    Raises:
+      UserError: if the model has not the adapter, or one of its rules has nothing in it.
+    """
+    if not isinstance(adapter, Adapter):
+        raise UserError(
+            f"adapter must be what `adapt` or `load_adapter` returned beside the model, got {adapter!r:.80}"
+        )
+    targets = [rule.target for rule in adapter.rules if rule.method]
+    checked_names(model, [adapter.name] if targets else [])
+    rows = [row for row in adapted_modules(model) if row[1] == adapter.name]
+    for target in targets:
+        require_match(target, [path for path, *_ in rows], f"module with the adapter {adapter.name!r}")
+    return rows

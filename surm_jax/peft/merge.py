@@ -1,7 +1,7 @@
 """Folding updates into the kernels, for deployment."""
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,10 @@ from surm_jax.peft.attach import detach
 from surm_jax.peft.branch import Branch
 from surm_jax.peft.inject import adapted_modules
 from surm_jax.peft.layers import matrix_view
+from surm_jax.peft.lifecycle import adapter_names, checked_names
 
 
-def merge(model: nnx.Module, names: Collection[str] | None = None) -> tuple[nnx.Module, float]:
+def merge(model: nnx.Module, names: Iterable[str] | None = None) -> tuple[nnx.Module, float]:
     """Returns a model whose kernels hold `W + alpha * dW`, summed in float32.
 
     `model` itself stays as it is, with all of its bits: to unmerge, go on with it. Merging a model without updates
@@ -41,13 +42,9 @@ def merge(model: nnx.Module, names: Collection[str] | None = None) -> tuple[nnx.
       UserError: if a branch is among them, which no kernel can hold, or an adapter is not there, or an update is not
         finite.
     """
-    if isinstance(names, str):
-        raise UserError(f"names must be a list of adapters, got one string: write [{names!r}]")
     model = nnx.clone(model)
-    parts = [row for row in adapted_modules(model) if names is None or row[1] in names]
-    if missing := sorted({*(names or ())} - {name for _, name, *_ in parts}):
-        there = sorted({name for _, name, *_ in adapted_modules(model)})
-        raise UserError(f"the model has no adapter {missing[0]!r}; it has {there or 'none'}")
+    names = adapter_names(model) if names is None else checked_names(model, names)
+    parts = [row for row in adapted_modules(model) if row[1] in names]
     for path, name, part, _ in parts:
         if isinstance(part, Branch):
             raise UserError(

@@ -16,7 +16,7 @@ class StoredMatrix(nnx.Module):
       frozen: names of arrays that are not trained; of arrays of a composite, such as `terms_0_B`, their last part.
     """
 
-    def __init__(self, matrix: StructuredMatrix, frozen: Collection[str] = ()):
+    def __init__(self, matrix: StructuredMatrix, frozen: Collection[str] = ()) -> None:
         self.frozen = tuple(frozen)
         self._keep(matrix)
 

@@ -12,7 +12,8 @@ from flax import nnx
 import surm_jax
 from surm_jax.errors import UserError
 from surm_jax.models import ViT, ViTConfig
-from surm_jax.models.vit import TARGETS, VARIANTS
+from surm_jax.models.targets import TARGETS
+from surm_jax.models.vit import VARIANTS
 
 # Parameters with 1,000 classes. The official ones are MODEL_SIZES of vision_transformer's models_test.py.
 SIZES = {

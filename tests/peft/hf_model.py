@@ -11,9 +11,7 @@ from surm_jax.peft import Rule, adapt, save_hf_adapter
 from surm_jax.peft.hf import ModuleNames
 from surm_jax.peft.inject import adapted_modules
 from surm_jax.pretrained.architecture import CONV, EMBEDDING, LINEAR, LINEAR_OUT, NORM
-from tests.peft.models import materialize, perturb
-
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+from tests.peft.models import CONFIG, TENSORS, materialize, perturb
 
 
 class Model(nnx.Module):

@@ -13,6 +13,9 @@ from surm_jax.models import TARGETS, Bert, BertConfig, ViT, ViTConfig
 from surm_jax.peft import adapter_dropout
 from surm_jax.peft.variables import AdapterConstant, AdapterParam
 
+# The files of an adapter folder.
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
 # Relative error of a whole output in the Euclidean norm, by the dtype that the model computes in.
 TOLERANCES = {
     "float32": 1e-5,  # rounding is about 1e-7; FFTs, and sums over layers and features, add a factor of some tens
@@ -162,6 +165,11 @@ def inputs(name: str) -> jax.Array:
     return jnp.asarray(rng.normal(size=case.inputs), case.precision)
 
 
+def by_path(state: nnx.State) -> dict[str, nnx.Variable]:
+    """The variables of a state by their paths, as the library writes them."""
+    return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+
+
 # Half of what compilation costs goes into making programs fast that run once here.
 FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
@@ -180,13 +188,18 @@ def run(model: nnx.Module, x: jax.Array, key: jax.Array | None = None) -> jax.Ar
 
 def parameters(model: nnx.Module) -> dict[str, np.ndarray]:
     """All parameters by path, those of adapters included."""
-    return {"/".join(map(str, path)): np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return {path: np.asarray(v[...]) for path, v in by_path(nnx.state(model, nnx.Param)).items()}
 
 
 def adapter_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
     """What adapters brought by path, trained or not, without their scales."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Any(AdapterParam, AdapterConstant)))
-    return {"/".join(map(str, path)): np.asarray(variable[...]) for path, variable in flat}
+    state = nnx.state(model, nnx.Any(AdapterParam, AdapterConstant))
+    return {path: np.asarray(v[...]) for path, v in by_path(state).items()}
+
+
+def trainable_paths(model: nnx.Module, adapter) -> set[str]:
+    """The paths of what an adapter trains."""
+    return set(by_path(nnx.state(model, adapter.trainable)))
 
 
 def part_arrays(model: nnx.Module, path: str, slot: str, name: str = "default") -> dict[str, np.ndarray]:
@@ -196,11 +209,11 @@ def part_arrays(model: nnx.Module, path: str, slot: str, name: str = "default") 
     return {where.removeprefix(prefix): array.astype(np.float64) for where, array in found.items()}
 
 
-def perturb(model: nnx.Module, adapter) -> nnx.Module:
-    """Returns the model with noise on everything that the adapter trains."""
+def perturb(model: nnx.Module, adapter, seed: int = 2, size: float = 0.3) -> nnx.Module:
+    """Returns the model with noise on everything that the adapter trains, as if it had been trained."""
     graphdef, trainable, frozen = nnx.split(model, adapter.trainable, ...)
-    rng = np.random.default_rng(2)
-    noise = lambda a: jnp.asarray(np.asarray(a) + 0.3 * rng.normal(size=a.shape), a.dtype)  # noqa: E731
+    rng = np.random.default_rng(seed)
+    noise = lambda a: jnp.asarray(np.asarray(a) + size * rng.normal(size=a.shape), a.dtype)  # noqa: E731
     return nnx.merge(graphdef, jax.tree.map(noise, trainable), frozen)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from surm_jax.peft import Adapter, Rule, Update, adapt
-from tests.peft.models import materialize, parameters
+from tests.peft.models import materialize, parameters, perturb
 
 BODY = r"body/\d"
 
@@ -60,18 +60,10 @@ def expected(
     return layer("head", x * p["norm/scale"] + p["norm/bias"])
 
 
-def noisy(model: nnx.Module, adapter: Adapter, seed: int, size: float = 0.5) -> nnx.Module:
-    """Returns the model with other numbers in everything that the adapter trains."""
-    graphdef, trainable, frozen = nnx.split(model, adapter.trainable, ...)
-    rng = np.random.default_rng(seed)
-    noise = lambda a: jnp.asarray(np.asarray(a) + size * rng.normal(size=a.shape), a.dtype)  # noqa: E731
-    return nnx.merge(graphdef, jax.tree.map(noise, trainable), frozen)
-
-
 def tuned(
     model: nnx.Module, method: Update, *, target: str = BODY, seed: int = 1, name: str = "default", **options
 ) -> tuple[nnx.Module, Adapter]:
     """Returns the model with one more adapter, as if it were trained."""
     train = options.pop("train", ())
     model, adapter = adapt(model, [Rule(target, method, **options)], train=train, name=name, rngs=nnx.Rngs(seed))
-    return noisy(model, adapter, seed), adapter
+    return perturb(model, adapter, seed, size=0.5), adapter

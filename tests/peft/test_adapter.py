@@ -7,14 +7,9 @@ from surm_jax.errors import UserError
 from surm_jax.peft import Adapter, BitFit, CirculantAdapter, CirculantUpdate, LoRA, Rule
 from surm_jax.peft.adapter import adapter_of
 from tests.peft.cases import ADDED
-from tests.peft.models import base, parameters
+from tests.peft.models import base, parameters, trainable_paths
 
 BIASES = {"blocks/0/bias", "tail/gate/bias", "tail/norm/bias", "head/bias"}
-
-
-def trainable_paths(model, adapter):
-    _, trainable, _ = nnx.split(model, adapter.trainable, ...)
-    return {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(trainable)}
 
 
 @pytest.mark.parametrize(

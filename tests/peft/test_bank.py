@@ -9,6 +9,7 @@ from flax import nnx
 from surm_jax.errors import UserError
 from surm_jax.models import TARGETS
 from surm_jax.peft import (
+    BottleneckAdapter,
     CirculantAdapter,
     CirculantUpdate,
     DoRA,
@@ -29,7 +30,7 @@ from surm_jax.peft import (
 from tests.peft import models
 from tests.peft.models import FAST_TO_COMPILE, materialize, part_arrays, relative_error, run, same_bits
 from tests.peft.net import BODY, batch, expected, net, tuned
-from tests.peft.oracles import circulant
+from tests.peft.oracles import circulant, gelu, surm
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_TO_COMPILE)
@@ -70,6 +71,9 @@ METHODS = {
     "kronecker": KroneckerUpdate(alpha=0.8),
     "sum": StructuredUpdate(family="toeplitz + low_rank", rank=2, alpha=0.5),
     "product": StructuredUpdate(family="low_rank @ circulant", rank=2),
+    "adapter": CirculantAdapter(alpha=0.7, dropout=0.5),
+    "waisted": BottleneckAdapter(waist=3),
+    "dora": DoRA(rank=2, alpha=3.0),
 }
 IDS = (2, 0, 0, 1)
 
@@ -92,6 +96,42 @@ def test_against_numpy(tmp_path):
         wanted.append(expected(model, batch(), {"body/1": 0.7 * circulant(a["r1"] * a["r2"], 8, 6)}))
     rows = np.stack([wanted[number][i] for i, number in enumerate((1, 0, 1, 1))])
     assert relative_error(serve(load_bank(folders, net()), batch(), (1, 0, 1, 1)), rows) < 1e-5
+
+
+def test_branches_against_numpy(tmp_path):
+    folders, wanted = [], []
+    branch = surm(0.7, gelu, lambda a, m, n: circulant(a["r1"] * a["r2"], m, n))
+    for number in (0, 1):
+        model, adapter = tuned(net(), CirculantAdapter(alpha=0.7), target="body/1", train=["head/.*"], seed=number)
+        folders.append(tmp_path / str(number))
+        save_adapter(folders[-1], model, adapter)
+        a = part_arrays(model, "body/1", "branch")
+        wanted.append(expected(model, batch(), branches={"body/1": functools.partial(branch, a)}))
+    rows = np.stack([wanted[number][i] for i, number in enumerate((1, 0, 1, 1))])
+    assert relative_error(serve(load_bank(folders, net()), batch(), (1, 0, 1, 1)), rows) < 1e-5
+
+
+def test_a_layer_that_was_trained_and_updated(tmp_path):
+    train = ("body/0/bias", "body/1/.*")
+    folders = saved(tmp_path, net(), [CirculantUpdate(alpha=0.7)] * 3, train=train)
+    bank = load_bank(folders, net())
+    assert relative_error(serve(bank, batch(), IDS), alone(folders, net(), batch(), IDS)) < 1e-5
+    # No dense matrix where the bias alone was trained.
+    assert bank.body[0].delta["bank"].names == ("c",)
+
+
+def test_adapters_of_other_kinds_than_one_another(tmp_path):
+    folders = []
+    for name, target, method, train in (
+        ("a", "body/0", CirculantAdapter(), ("body/1/bias",)),
+        ("b", "body/1", DoRA(rank=2), ("body/1/.*", "head/bias")),
+        ("c", BODY, CirculantAdapter(), ("head/bias",)),
+    ):
+        model, adapter = tuned(net(), method, target=target, train=train, seed=len(folders) + 1)
+        folders.append(tmp_path / name)
+        save_adapter(folders[-1], model, adapter)
+    bank = load_bank(folders, net())
+    assert relative_error(serve(bank, batch(), IDS), alone(folders, net(), batch(), IDS)) < 1e-5
 
 
 def test_adapters_of_other_layers_than_one_another(tmp_path):
@@ -158,6 +198,22 @@ def test_one_program_serves_all_batches(tmp_path):
     assert len(traces) == 1
 
 
+def test_a_bank_of_branches_is_switched_described_and_deleted_as_an_adapter(tmp_path):
+    bank = load_bank(saved(tmp_path, net(), [BottleneckAdapter(waist=3)] * 3, target="body/1"), net())
+    base = run(net(), batch())
+    assert same_bits(serve(set_active(bank, []), batch(), IDS), base)
+    assert [(row.path, row.shape, row.kind, row.trainable) for row in describe(bank).rows] == [
+        ("body/1", (6, 6), "Dense", 0)
+    ]
+    # The number of no adapter shows in the output of that very example.
+    wrong = serve(bank, batch(), (0, 3, -1, 1))
+    assert np.isnan(wrong[1:3]).all() and np.isfinite(wrong[0]).all() and np.isfinite(wrong[3]).all()
+    bare = delete(bank, "bank")
+    assert nnx.graphdef(bare) == nnx.graphdef(net()) and same_bits(run(bare, batch()), base)
+    with pytest.raises(UserError, match=r"^body/1 has a branch of the adapter 'bank'"):
+        merge(bank)
+
+
 def test_a_bank_is_switched_described_and_deleted_as_an_adapter(tmp_path):
     bank = load_bank(saved(tmp_path, net(), [CirculantUpdate()] * 3, train=("head/.*",)), net())
     assert adapter_names(bank) == ("bank",)
@@ -214,15 +270,19 @@ def test_folders_that_cannot_be_served_together_are_refused(tmp_path):
     refused = {
         folder("rank", LoRA(rank=3)): r"rank: body/0 has LowRank\(A=float32\[8,3\], .* but another adapter .*\[8,2\]",
         folder("family", CirculantUpdate()): r"family: body/0 has Circulant\(.* but another adapter .* LowRank\(",
-        folder("dora", DoRA(rank=2)): "dora: body/0 has no plain update",
-        folder("side", CirculantAdapter()): "side: body/0 has no plain update",
         folder("norm", LoRA(rank=2), train=["norm/.*"]): "norm: norm/(bias|scale) was trained, and only linear layers",
-        folder("both", LoRA(rank=2), train=["body/1/kernel"]): "both: body/1 was trained and updated",
+        folder(
+            "both", LoRA(rank=2), train=["body/1/kernel"]
+        ): r"both: body/1 has Sum\(.* but another adapter .* LowRank",
         tmp_path / "absent": "^no adapter in .*absent",
     }
     for bad, message in refused.items():
         with pytest.raises(UserError, match=message):
             load_bank([good, bad], net())
+    branch = folder("branch", CirculantAdapter())
+    for bad in (folder("waist", BottleneckAdapter()), folder("alpha", CirculantAdapter(alpha=0.5))):
+        with pytest.raises(UserError, match=rf"{bad.name}: body/0 has a branch of .* but another .* a branch of Circ"):
+            load_bank([branch, bad], net())
     with pytest.raises(UserError, match=r"^load_bank needs at least one adapter folder"):
         load_bank([], net())
     with pytest.raises(UserError, match=r"^folders must be a list, got one: write \['.*good'\]"):
@@ -243,7 +303,7 @@ def test_a_base_with_adapters_is_refused(tmp_path):
 
 def test_it_works_in_tree_mode(tmp_path):
     with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
-        folders = saved(tmp_path, net(), [CirculantUpdate()] * 3)
+        folders = saved(tmp_path, net(), [CirculantUpdate(), CirculantUpdate(), CirculantAdapter()])
         with adapter_of_examples(jnp.array(IDS)):
             output = load_bank(folders, net())(batch())
         assert relative_error(output, alone(folders, net(), batch(), IDS)) < 1e-5

@@ -10,7 +10,7 @@ from surm_jax.errors import UserError
 from surm_jax.peft import ACTIVATIONS, AdapterParam, BottleneckAdapter, CirculantAdapter, Rule, adapt
 from surm_jax.peft.branch import Branch
 from tests.peft.cases import BRANCHES
-from tests.peft.models import base, inputs, materialize, perturb, relative_error, same_bits
+from tests.peft.models import base, by_path, inputs, materialize, perturb, relative_error, same_bits
 from tests.peft.oracles import circulant, gelu
 
 X = np.random.default_rng(0).normal(size=(3, 4, 8)).astype(np.float32)
@@ -56,8 +56,7 @@ def test_what_is_trained_is_float32_and_all_of_it_is_saved(name):
     saved = branch.tensors()
     assert {type(v) for v in saved.values()} == {AdapterParam}
     assert {v.dtype for v in saved.values()} == {np.dtype("float32")}
-    found = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(branch, AdapterParam))}
-    assert found == saved.keys()
+    assert by_path(nnx.state(branch, AdapterParam)).keys() == saved.keys()
 
 
 @pytest.mark.parametrize("name", BRANCHES)

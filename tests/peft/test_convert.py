@@ -8,6 +8,7 @@ from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.peft import (
+    Adapter,
     CirculantAdapter,
     CirculantUpdate,
     DoRA,
@@ -24,8 +25,8 @@ from surm_jax.peft import (
     set_active,
     set_scale,
 )
-from tests.peft.models import FAST_TO_COMPILE, parameters, part_arrays, relative_error, run, same_bits
-from tests.peft.net import BODY, batch, expected, net, noisy, tuned
+from tests.peft.models import FAST_TO_COMPILE, by_path, parameters, part_arrays, perturb, relative_error, run, same_bits
+from tests.peft.net import BODY, batch, expected, net, tuned
 from tests.peft.oracles import circulant, low_rank, weight_decomposed
 
 SHAPES = {"body/0": (6, 8), "body/1": (8, 6)}
@@ -160,7 +161,7 @@ def test_a_converted_adapter_is_saved_loaded_and_trained(tmp_path):
         return jax.value_and_grad(lambda t: jnp.mean(nnx.merge(graphdef, t, frozen)(batch()) ** 2))(trainable)
 
     before, grads = gradient(trainable)
-    flat = {"/".join(map(str, path)): v for path, v in nnx.to_flat_state(grads)}
+    flat = by_path(grads)
     assert flat.keys() == {
         "head/kernel",
         "head/bias",
@@ -193,6 +194,8 @@ def test_what_cannot_be_converted_is_refused():
             convert(model, adapter, method)
     with pytest.raises(UserError, match=r"^the model has no adapter 'default'"):
         convert(net(), adapter, LoRA())
+    with pytest.raises(UserError, match=r"^the adapter 'probe' has no update"):
+        convert(model, Adapter((), ("head/.*",), "probe"), LoRA())
     branched, branch = tuned(model, CirculantAdapter(), target="body/1", name="side")
     with pytest.raises(UserError, match=r"^body/1 has a branch of the adapter 'side': branches are no matrices"):
         convert(branched, branch, LoRA())
@@ -287,5 +290,5 @@ def test_what_cannot_be_combined_is_refused():
 def test_it_works_in_tree_mode():
     with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
         model, adapter = tuned(net(), CirculantUpdate(alpha=0.7))
-        converted, _, _ = convert(noisy(model, adapter, 4), adapter, LoRA(rank=6))
-        assert relative_error(converted(batch()), noisy(model, adapter, 4)(batch())) < 1e-5
+        converted, _, _ = convert(perturb(model, adapter, 4), adapter, LoRA(rank=6))
+        assert relative_error(converted(batch()), perturb(model, adapter, 4)(batch())) < 1e-5

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,10 +16,9 @@ from safetensors.numpy import load_file, save
 
 from surm_jax.errors import UserError
 from surm_jax.peft import LoRA, Rule, adapt, adapted_modules, load_adapter, merge, save_adapter, set_scale
+from surm_jax.peft.attach import detach
 from tests.peft.cases import UPDATES, fresh, trained
-from tests.peft.models import MLP, MODELS, base, inputs, materialize, perturb, same_bits
-
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+from tests.peft.models import CONFIG, MLP, MODELS, TENSORS, base, by_path, inputs, materialize, perturb, same_bits
 
 FRESH_PROCESS = """
 import sys
@@ -164,8 +164,13 @@ class TestSaving:
 
     def test_a_model_without_the_updates_is_refused(self, tmp_path):
         model, adapter = trained("mlp", "lora")
-        with pytest.raises(UserError, match="matches no module with the adapter 'default'"):
+        with pytest.raises(UserError, match=r"^the model has no adapter 'default' \(there: none\)"):
             save_adapter(tmp_path / "adapter", merge(model)[0], adapter)
+        part = nnx.clone(model)
+        detach(part.tail.gate, "default")
+        rules = (Rule(r"blocks/\d+", LoRA()), Rule("tail/gate", LoRA()))
+        with pytest.raises(UserError, match=r"'tail/gate' matches no module with the adapter 'default'.*: blocks/0"):
+            save_adapter(tmp_path / "adapter", part, dataclasses.replace(adapter, rules=rules))
         assert not (tmp_path / "adapter").exists()
 
 
@@ -273,7 +278,7 @@ class TestOtherBase:
     def test_one_weight_in_its_last_bit(self, saved, path):
         other = materialize(MODELS["mlp"].make)
         state = nnx.state(other)
-        variable = {"/".join(map(str, where)): v for where, v in nnx.to_flat_state(state)}[path]
+        variable = by_path(state)[path]
         array = np.array(variable[...])
         array.flat[0] = np.nextafter(array.flat[0], np.float32(9))
         variable[...] = jnp.asarray(array)
@@ -321,5 +326,6 @@ def test_a_scale_is_not_lost_silently(tmp_path):
     with pytest.raises(UserError, match=r"has the adapter 'default' at the scale 0\.5, which files do not hold"):
         save_adapter(tmp_path / "a", set_scale(model, "default", 0.5), adapter)
     assert not (tmp_path / "a").exists()
-    with pytest.raises(UserError, match="must be finite, got nan"):
-        set_scale(model, "default", float("nan"))
+    for wrong in (float("nan"), None, "0.5"):
+        with pytest.raises(UserError, match=f"must be a finite number, got {wrong!r}"):
+            set_scale(model, "default", wrong)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from surm_jax.errors import UserError
 from surm_jax.models import ViT, ViTConfig
-from surm_jax.models.vit import TARGETS
+from surm_jax.models.targets import TARGETS
 from surm_jax.peft import (
     C3A,
     BottleneckAdapter,

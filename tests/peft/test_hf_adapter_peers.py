@@ -14,11 +14,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from surm_jax.models.vit import TARGETS
+from surm_jax.models.targets import TARGETS
 from surm_jax.peft import C3A, CirculantUpdate, LoKr, LoRA, Rule, adapt, load_hf_adapter, save_hf_adapter
 from surm_jax.pretrained import hf_text, hf_vision
 from surm_jax.pretrained.architecture import Names
-from tests.peft.models import perturb, relative_error
+from tests.peft.models import CONFIG, TENSORS, perturb, relative_error
 from tests.pretrained.hf_trees import read_tree
 
 REASON = "compares with a PyTorch library: pip install -r requirements-peers.txt"
@@ -26,7 +26,6 @@ torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 peft = pytest.importorskip("peft", reason=REASON)
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 BODY = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
 IMAGE = {**BODY, "image_size": 8, "patch_size": 4, "num_channels": 2}
 DINOV2 = {**{name: size for name, size in IMAGE.items() if name != "intermediate_size"}, "mlp_ratio": 2}

@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from surm_jax.errors import UserError
 from surm_jax.models import TARGETS
 from surm_jax.peft import (
     Adapter,
+    AdapterDrop,
     BottleneckAdapter,
     CirculantAdapter,
     CirculantUpdate,
@@ -170,9 +173,52 @@ def test_presets_of_the_vit_adapt_what_they_say():
     assert not isinstance(model.head, Adapted)
 
 
+class Named(MLP):
+    """A model that has names for sets of its modules."""
+
+    adapter_targets: ClassVar = {"blocks": r"blocks/\d+", "all-linear": r"blocks/\d+|tail/gate|head"}
+
+
+class TestNamedTargets:
+    def test_they_stand_for_their_patterns(self):
+        model, adapter = adapt(Named(rngs=nnx.Rngs(0)), [Rule("blocks", LoRA(rank=2))], rngs=nnx.Rngs(1))
+        assert kinds(model) == {"blocks/0": "LowRank", "blocks/1": "LowRank"}
+        # What is saved says what it means, whatever the names are where it is loaded.
+        assert adapter.rules == (Rule(r"blocks/\d+", LoRA(rank=2)),)
+        rules = [Rule("tail/gate", None), Rule("all-linear", CirculantAdapter())]
+        model, _ = adapt(model, rules, name="second", rngs=nnx.Rngs(1))
+        assert [path for path, name, *_ in adapted_modules(model) if name == "second"] == [
+            "blocks/0", "blocks/1", "head"
+        ]  # fmt: skip
+
+    def test_a_mistyped_one_is_answered_with_the_nearest(self):
+        for target, near in (("blcoks", "'blocks'"), ("all_linaer", "'all-linear'")):
+            with pytest.raises(UserError, match=rf"{target!r} matches no linear layer .*; did you mean {near}\?$"):
+                adapt(Named(rngs=nnx.Rngs(0)), [Rule("head", None), Rule(target, LoRA())], rngs=nnx.Rngs(1))
+
+
+def test_what_is_no_rule_is_refused():
+    with pytest.raises(UserError, match=r"^rules must be a list of rules, .* got LoRA\(.*\) in it$"):
+        adapt(base("mlp"), [Rule("head", LoRA()), LoRA()], rngs=nnx.Rngs(1))
+    with pytest.raises(UserError, match=r"^rules must be a list of rules, got one"):
+        adapt(base("mlp"), Rule("head", LoRA()), rngs=nnx.Rngs(1))
+
+
 def test_one_string_is_no_list_of_patterns():
     with pytest.raises(UserError, match=r"got one string: write \['head/\.\*'\]"):
         adapt_mlp("head", train="head/.*")
+
+
+@pytest.mark.parametrize("skip", [2, 12])
+def test_a_method_that_leaves_no_block_names_its_limit(skip):
+    message = (
+        rf"^the rule '.*' adapts nothing: adapter_drop\.skip={skip} .* the last one is 1, so skip must be at most 1$"
+    )
+    with pytest.raises(UserError, match=message):
+        adapt(base("deep"), [Rule(TARGETS["houlsby"], AdapterDrop(skip=skip))], rngs=nnx.Rngs(1))
+    for skip, blocks in ((1, {"1"}), (0, {"0", "1"})):
+        model, _ = adapt(base("deep"), [Rule(TARGETS["houlsby"], AdapterDrop(skip=skip))], rngs=nnx.Rngs(1))
+        assert {path.split("/")[1] for path, *_ in adapted_modules(model)} == blocks
 
 
 class TestExclusions:

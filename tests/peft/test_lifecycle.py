@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -18,16 +19,29 @@ from surm_jax.peft import (
     LoRA,
     adapted_modules,
     adapter_names,
+    combine,
+    convert,
     delete,
+    describe,
     load_adapter,
     merge,
     save_adapter,
+    save_hf_adapter,
     set_active,
     set_scale,
 )
 from tests.peft import models
-from tests.peft.models import FAST_TO_COMPILE, parameters, part_arrays, relative_error, run, same_bits
-from tests.peft.net import BODY, batch, expected, net, noisy, tuned
+from tests.peft.models import (
+    FAST_TO_COMPILE,
+    parameters,
+    part_arrays,
+    perturb,
+    relative_error,
+    run,
+    same_bits,
+    trainable_paths,
+)
+from tests.peft.net import BODY, batch, expected, net, tuned
 from tests.peft.oracles import circulant, kronecker, low_rank
 
 
@@ -203,20 +217,47 @@ def test_what_was_trained_besides_stays():
     assert relative_error(model.head.kernel[...], net().head.kernel[...]) > 0.1
 
 
+def renamed(name):
+    return dataclasses.replace(three()[1]["one"], name=name)
+
+
 @pytest.mark.parametrize(
     "call",
     [
         lambda model, name: set_scale(model, name, 0.5),
         lambda model, name: set_active(model, ["one", name]),
+        lambda model, name: merge(model, [name]),
         delete,
+        lambda model, name: describe(model, renamed(name)),
+        lambda model, name: save_adapter("nowhere", model, renamed(name)),
+        lambda model, name: save_hf_adapter("nowhere", model, renamed(name), None),
+        lambda model, name: convert(model, renamed(name), LoRA()),
+        lambda model, name: combine(model, {renamed(name): 1.0}),
     ],
 )
-def test_an_unknown_name_is_refused_with_the_nearest(call):
+def test_an_unknown_name_is_refused_with_the_nearest(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model = three()[0]
     with pytest.raises(UserError, match=r"^the model has no adapter 'oen'; did you mean 'one'\? \(there: one, side,"):
         call(model, "oen")
     with pytest.raises(UserError, match=r"^the model has no adapter '(one|default)' \(there: none\)"):
         call(net(), "default")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_and_its_adapter_are_not_the_same():
+    model, adapters, _, _ = three()
+    for call in (set_active, merge):
+        with pytest.raises(UserError, match=r"^names must be a list of adapters, such as \['default'\], got Adapter\("):
+            call(model, adapters["one"])
+    for call in (delete, lambda model, name: set_active(model, [name]), lambda model, name: merge(model, [name])):
+        with pytest.raises(UserError, match=r"^adapters are called by their names, such as 'default', got Adapter\("):
+            call(model, adapters["one"])
+    for call in (describe, lambda *args: save_adapter("nowhere", *args), lambda *args: convert(*args, LoRA())):
+        with pytest.raises(UserError, match=r"^adapter must be what `adapt` or `load_adapter` returned .* got 'one'$"):
+            call(model, "one")
+    with pytest.raises(UserError, match=r"^adapter must be what .* got 'two'$"):
+        combine(model, {adapters["one"]: 0.5, "two": 0.5})
 
 
 @pytest.mark.parametrize("name", ["delta", "branch"])
@@ -244,11 +285,7 @@ def test_each_adapter_is_saved_and_loaded_alone(tmp_path):
 def test_two_adapters_are_trained_by_two_optimisers():
     model, adapters, _, _ = three()
     model, adapters["head"] = tuned(model, CirculantUpdate(), target="body/1", name="head", train=["head/.*"])
-    state = nnx.state(model)
-    owned = {
-        name: {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.filter_state(state, adapter.trainable))}
-        for name, adapter in adapters.items()
-    }
+    owned = {name: trainable_paths(model, adapter) for name, adapter in adapters.items()}
     assert owned == {
         "one": {f"body/{i}/delta/one/{r}" for i in (0, 1) for r in ("r1", "r2")},
         "two": {f"{path}/delta/two/{factor}" for path in ("body/0", "head") for factor in "AB"},
@@ -288,7 +325,7 @@ def test_it_works_in_tree_mode():
     with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
         model, adapter = tuned(net(), LoRA(rank=2), name="one")
         model, _ = tuned(model, CirculantAdapter(), target=BODY, name="two", seed=2)
-        model = delete(set_scale(set_active(noisy(model, adapter, 3), ["one"]), "one", 0.5), "two")
+        model = delete(set_scale(set_active(perturb(model, adapter, 3), ["one"]), "one", 0.5), "two")
         changes = {path: 0.25 * low_rank(part_arrays(model, path, "delta", "one")) for path in ("body/0", "body/1")}
         assert relative_error(model(batch()), expected(model, batch(), changes)) < 1e-5
 

@@ -132,7 +132,8 @@ def test_features_that_are_not_so_many_parts():
         )
 
 
-@pytest.mark.parametrize(("parts", "which"), [(2.5, ()), (3, (0, 1.0)), (True, (0,)), (2, ("0",))])
+@pytest.mark.parametrize(("parts", "which"), [(2.5, ()), (3, (0, 1.0)), (True, (0,)), (2, ("0",)), (3, 0)])
 def test_parts_are_whole_numbers(parts, which):
     with pytest.raises(UserError, match="must have whole numbers in `parts` and `which`"):
         Rule("qkv", CirculantUpdate(), parts, which)
+    assert Rule("qkv", CirculantUpdate(), 3, [0, 2]) == Rule("qkv", CirculantUpdate(), 3, (0, 2))

@@ -82,7 +82,7 @@ def load_hf_adapter(
 class _Tensors:
     """The tensors of a folder. Each is read once, after a look at its shape; none may be left over."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self.path = folder / TENSORS_NAME
         if not self.path.is_file() and (folder / "adapter_model.bin").is_file():
             raise UserError(

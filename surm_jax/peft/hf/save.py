@@ -10,7 +10,7 @@ import safetensors.numpy
 from flax import nnx
 
 from surm_jax.errors import UserError
-from surm_jax.paths import matching, require_match
+from surm_jax.paths import matching
 from surm_jax.peft.adapter import Adapter
 from surm_jax.peft.branch import Branch
 from surm_jax.peft.delta import Delta
@@ -18,7 +18,8 @@ from surm_jax.peft.files import require_unscaled, write_folder
 from surm_jax.peft.hf.format import LayerUpdate
 from surm_jax.peft.hf.formats import FORMATS
 from surm_jax.peft.hf.names import ROOT, ModuleNames, whole_modules
-from surm_jax.peft.inject import adapted_modules, base_parameters
+from surm_jax.peft.inject import base_parameters
+from surm_jax.peft.lifecycle import parts_of
 
 _MERGE = "merge the update into the model instead (surm_jax.merge, or --mode=merge)"
 
@@ -48,13 +49,10 @@ def save_hf_adapter(
       UserError: if an update or a trained parameter has no counterpart in peft, or the folder holds something else or
         cannot be written.
     """
-    rows = [row for row in adapted_modules(model) if row[1] == adapter.name]
+    rows = parts_of(model, adapter)
     parts = {path: part for path, _, part, _ in rows}
     if not parts:
         raise UserError(f"the model has nothing of the adapter {adapter.name!r}, and peft reads none without an update")
-    for rule in adapter.rules:
-        if rule.method:
-            require_match(rule.target, list(parts), f"module with the adapter {adapter.name!r}")
     require_unscaled(rows)
     found = {path: _update(path, part) for path, part in parts.items()}
     updates = {_name(names, path): update for path, update in found.items()}

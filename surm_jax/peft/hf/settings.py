@@ -37,7 +37,7 @@ class Settings:
       values: its content.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         """Reads a file.
 
         Raises:

@@ -37,7 +37,7 @@ class Method(abc.ABC):
     target: ClassVar[str] = ""
     learning_rate: ClassVar[float] = 1e-3
 
-    def __init_subclass__(cls, **kwargs: Any):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" not in vars(cls):
             if hasattr(cls, "name"):
@@ -47,14 +47,17 @@ class Method(abc.ABC):
             raise UserError(f"{cls.__name__} needs a name of its own: {cls.name!r} is {METHODS[cls.name].__name__}")
         METHODS[cls.name] = cls
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             self._check(field, getattr(self, field.name))
 
-    def wants(self, path: str) -> bool:
-        """Whether the module at a path that a rule matches gets the method."""
-        del path
-        return True
+    def choose(self, paths: list[str]) -> list[str]:
+        """Returns those that get the method of the modules that a rule matches, by their paths; at least one.
+
+        Raises:
+          UserError: if the method's settings leave none.
+        """
+        return paths
 
     def _check(self, field: dataclasses.Field, value: Any) -> None:
         where, limits, kind = f"{self.name}.{field.name}", field.metadata, field.type
@@ -179,7 +182,7 @@ class Bottleneck(Method):
     activation: str = one_of("gelu", tuple(ACTIVATIONS))
     dropout: float = at_least(0.0, 0, below=1)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.activation == "relu" and not self.waisted:
             # Its slope at 0, where x M starts, is 0 in JAX.

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import jax
 
+from surm_jax.errors import UserError
 from surm_jax.peft.methods.base import Bottleneck, at_least
 from surm_jax.structured import Dense
 
@@ -48,9 +49,25 @@ class AdapterDrop(_Waisted):
     """
 
     name: ClassVar[str] = "adapter_drop"
-    skip: int = at_least(5, 1)
+    skip: int = at_least(5, 0)
 
-    def wants(self, path: str) -> bool:
-        """Whether the module is in a block from `skip` on."""
-        numbers = re.findall(r"(?:^|/)(\d+)(?=/|$)", path)
-        return not numbers or int(numbers[0]) >= self.skip
+    def choose(self, paths: list[str]) -> list[str]:
+        """Returns the modules in blocks from `skip` on, and those in no block.
+
+        Raises:
+          UserError: if there is none.
+        """
+        blocks = {path: _block(path) for path in paths}
+        chosen = [path for path, block in blocks.items() if block is None or block >= self.skip]
+        if not chosen:
+            last = max(blocks.values())
+            raise UserError(
+                f"{self.name}.skip={self.skip} leaves no block an adapter: the last one is {last}, so skip must be at"
+                f" most {last}"
+            )
+        return chosen
+
+
+def _block(path: str) -> int | None:
+    number = re.search(r"(?:^|/)(\d+)(?=/|$)", path)
+    return number and int(number[1])

@@ -9,8 +9,20 @@ from surm_jax.peft.methods.base import Update
 from surm_jax.structured import LowRank
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _LowRankUpdate(Update):
-    rank: int
+    """What LoRA and its variants share.
+
+    Attributes:
+      rank: of the update; it also divides alpha.
+    """
+
+    rank: int = 1
+
+    def unit(self, shape: tuple[int, int]) -> float:
+        """Returns LoRA's `1 / rank`, which keeps the size of the update as the rank grows."""
+        del shape
+        return 1 / self.rank
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> LowRank:
         """Returns the zero matrix of the given shape as a product."""
@@ -26,12 +38,6 @@ class LoRA(_LowRankUpdate):
     """
 
     name: ClassVar[str] = "lora"
-    rank: int = 1
-
-    def unit(self, shape: tuple[int, int]) -> float:
-        """Returns the paper's `1 / rank`, which keeps the size of the update as the rank grows."""
-        del shape
-        return 1 / self.rank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,12 +62,6 @@ class LoRAFix(_LowRankUpdate):
 
     name: ClassVar[str] = "lora_fix"
     frozen: ClassVar[tuple[str, ...]] = ("B",)
-    rank: int = 1
-
-    def unit(self, shape: tuple[int, int]) -> float:
-        """Returns LoRA's `1 / rank`."""
-        del shape
-        return 1 / self.rank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,9 +74,3 @@ class DoRA(_LowRankUpdate):
 
     name: ClassVar[str] = "dora"
     normalized: ClassVar[bool] = True
-    rank: int = 1
-
-    def unit(self, shape: tuple[int, int]) -> float:
-        """Returns LoRA's `1 / rank`."""
-        del shape
-        return 1 / self.rank

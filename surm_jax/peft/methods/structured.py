@@ -8,19 +8,13 @@ from typing import Any, ClassVar
 import jax
 
 from surm_jax.errors import UserError, did_you_mean
-from surm_jax.peft.methods.base import Bottleneck, Update
+from surm_jax.peft.methods.base import Bottleneck, Method, Update
 from surm_jax.structured import FAMILIES, Product, StructuredMatrix, Sum, tiled_side
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StructuredUpdate(Update):
-    """A family, such as `skew_circulant`; a sum, such as `circulant_pair + low_rank`; or a product, with `@`.
-
-    A product binds tighter than a sum, and its first factor, which meets the input, starts at zero.
-
-    >>> update = StructuredUpdate(family="toeplitz @ circulant + low_rank", rank=2)
-    >>> update.init(jax.random.key(0), (8, 8)).num_params
-    55
+class _AnyFamily(Method):
+    """Settings that choose a matrix.
 
     Attributes:
       family: one of `surm_jax.structured.FAMILIES`, or an expression of them.
@@ -29,47 +23,52 @@ class StructuredUpdate(Update):
       scale: standard deviation of random factors.
     """
 
-    name: ClassVar[str] = "structured"
     family: str = "circulant_pair"
     rank: int = 1
     f: float = 0.5
     scale: float = 0.02
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self.name, self.family)
+        for name in (name.strip() for term in self.family.split("+") for name in term.split("@")):
+            if name not in FAMILIES:
+                raise UserError(
+                    f"{self.name}.family: no family is called {name!r}{did_you_mean(name, FAMILIES)}"
+                    f" (known: {', '.join(FAMILIES)}; + and @ join them)"
+                )
 
-    def init(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
-        """Returns the zero matrix of the given shape."""
+    def zero_matrix(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
+        """Returns the zero matrix of the given shape, which can learn."""
         return _zero(self.family, key, shape, {"rank": self.rank, "f": self.f, "scale": self.scale})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StructuredAdapter(Bottleneck):
+class StructuredUpdate(_AnyFamily, Update):
+    """A family, such as `skew_circulant`; a sum, such as `circulant_pair + low_rank`; or a product, with `@`.
+
+    A product binds tighter than a sum, and its first factor, which meets the input, starts at zero.
+
+    >>> update = StructuredUpdate(family="toeplitz @ circulant + low_rank", rank=2)
+    >>> update.init(jax.random.key(0), (8, 8)).num_params
+    55
+    """
+
+    name: ClassVar[str] = "structured"
+
+    def init(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
+        """Returns the zero matrix of the given shape."""
+        return self.zero_matrix(key, shape)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StructuredAdapter(_AnyFamily, Bottleneck):
     """`X + gelu(X M) + b` with M of any family, sum or product, named as in `structured`."""
 
     name: ClassVar[str] = "structured_adapter"
-    family: str = "circulant_pair"
-    rank: int = 1
-    f: float = 0.5
-    scale: float = 0.02
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check(self.name, self.family)
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[StructuredMatrix]:
         """Returns the zero matrix."""
-        return (_zero(self.family, key, (width, width), {"rank": self.rank, "f": self.f, "scale": self.scale}),)
-
-
-def _check(owner: str, expression: str) -> None:
-    for name in (name.strip() for term in expression.split("+") for name in term.split("@")):
-        if name not in FAMILIES:
-            raise UserError(
-                f"{owner}.family: no family is called {name!r}{did_you_mean(name, FAMILIES)}"
-                f" (known: {', '.join(FAMILIES)}; + and @ join them)"
-            )
+        return (self.zero_matrix(key, (width, width)),)
 
 
 def _zero(expression: str, key: jax.Array, shape: tuple[int, int], options: dict[str, Any]) -> StructuredMatrix:

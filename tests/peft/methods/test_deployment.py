@@ -25,9 +25,11 @@ from tests.peft.cases import (
     fresh,
     trained,
 )
-from tests.peft.methods.test_contract import SELECTED, head_of, selected, trainable_paths
+from tests.peft.methods.test_contract import SELECTED, head_of, selected
 from tests.peft.models import (
+    CONFIG,
     MODELS,
+    TENSORS,
     TOLERANCES,
     adapter_arrays,
     base,
@@ -38,10 +40,8 @@ from tests.peft.models import (
     relative_error,
     run,
     same_bits,
+    trainable_paths,
 )
-
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-
 
 # Merging
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from surm_jax.peft import Adapter, AdapterParam, adapt, adapted_modules, load_adapter, save_adapter
 from tests.peft.cases import ADDED, OURS, bare, expected_output
-from tests.peft.methods.test_contract import trainable_paths, two_steps
+from tests.peft.methods.test_contract import two_steps
 from tests.peft.models import (
     TOLERANCES,
     adapter_arrays,
@@ -25,6 +25,7 @@ from tests.peft.models import (
     relative_error,
     run,
     same_bits,
+    trainable_paths,
 )
 
 
