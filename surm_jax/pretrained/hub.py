@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from surm_jax.errors import UserError
+from surm_jax.models import Bert
 from surm_jax.pretrained.download import cache_root
 from surm_jax.pretrained.huggingface import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, read_architecture
 from surm_jax.pretrained.normalization import PREPROCESSOR_NAME
@@ -27,13 +28,18 @@ from surm_jax.pretrained.tensor_files import shards_of
 
 PREFIX = "hf://"
 
+TOKENIZER_NAMES = ("tokenizer.json", "vocab.txt", "merges.txt", "vocab.json", "tokenizer_config.json")
+"""What a tokenizer may be made of. No repository has to have all of them, or any."""
+
 
 def fetch(source: str) -> Path:
     """Returns the folder with a model of the Hub, fetching what is not in the cache of `huggingface_hub` yet.
 
-    `config.json` comes first: a model that there is none of here costs no download. Then come the safetensors, all of
-    one commit. A model that is complete in the cache is used as it is, without asking the Hub whether a branch has
-    moved since: for another commit, name it.
+    `config.json` comes first: a model that there is none of here costs no download. Then comes what tells how its input
+    is made, as far as there is any: the tokenizer's files of a text model, `preprocessor_config.json` of another. Last
+    come the safetensors. All are of one commit. A model that is complete in the cache is used as it is, without asking
+    the Hub whether a branch has moved since: for another commit, name it. One that was cached without a tokenizer or
+    `preprocessor_config.json` is used without where the Hub has none or cannot be reached.
 
     Args:
         source: "hf://owner/name" or "hf://owner/name@revision", a branch, a tag, a commit or "refs/pr/1".
@@ -45,14 +51,12 @@ def fetch(source: str) -> Path:
     repository, revision = _parse(source)
     try:
         if folder := _cached(repository, revision):
+            _complete(repository, folder)
             return folder
-        # Asked once: hf_hub_download would repeat the question for 23 seconds where there is no network.
-        get_hf_file_metadata(hf_hub_url(repository, CONFIG_NAME, revision=revision))
+        _ask(repository, revision)
         folder = Path(hf_hub_download(repository, CONFIG_NAME, revision=revision)).parent
-        read_architecture(folder)
         commit = folder.name
-        with contextlib.suppress(RemoteEntryNotFoundError):  # text models have none
-            hf_hub_download(repository, PREPROCESSOR_NAME, revision=commit)
+        _fetch_present(repository, commit, _input_names(folder))
         try:
             hf_hub_download(repository, WEIGHTS_NAME, revision=commit)
         except RemoteEntryNotFoundError:
@@ -92,6 +96,36 @@ def _cached(repository: str, revision: str) -> Path | None:
     return config.parent
 
 
+def _complete(repository: str, folder: Path) -> None:
+    """Fetches what tells how the input of a cached model is made, if that was never asked for and the Hub answers."""
+    commit, names = folder.name, _input_names(folder)
+    # A path, an object for what the Hub is known not to have, or None.
+    known = [try_to_load_from_cache(repository, name, revision=commit) for name in names]
+    if None not in known or any(isinstance(path, str) for path in known):
+        return
+    with contextlib.suppress(OSError, HTTPError):
+        _ask(repository, commit)
+        _fetch_present(repository, commit, names)
+
+
+def _ask(repository: str, revision: str) -> None:
+    """Asks for the model once: hf_hub_download would repeat the question for 23 seconds where there is no network."""
+    get_hf_file_metadata(hf_hub_url(repository, CONFIG_NAME, revision=revision))
+
+
+def _input_names(folder: Path) -> tuple[str, ...]:
+    """Returns the files that tell how the input of a model is made, whether its repository has them or not."""
+    architecture, _ = read_architecture(folder)
+    return TOKENIZER_NAMES if architecture.model is Bert else (PREPROCESSOR_NAME,)
+
+
+def _fetch_present(repository: str, commit: str, names: tuple[str, ...]) -> None:
+    """Fetches those of the files that there are."""
+    for name in names:
+        with contextlib.suppress(RemoteEntryNotFoundError):
+            hf_hub_download(repository, name, revision=commit)
+
+
 def _explain(error: Exception, source: str, repository: str, revision: str) -> NoReturn:
     """Raises the one error that says what went wrong and what to do."""
     page = f"{constants.ENDPOINT}/{repository}"
@@ -115,7 +149,8 @@ def _explain(error: Exception, source: str, repository: str, revision: str) -> N
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         message = (
             f"there is no answer from the Hub ({reason}). On a machine that has one, fetch {CONFIG_NAME} and "
-            f"{WEIGHTS_NAME}, or {INDEX_NAME} with all files that it lists, of {page}/tree/{revision}; put them into "
-            f"the folder {folder}, and pass that folder as the checkpoint"
+            f"{WEIGHTS_NAME}, or {INDEX_NAME} with all files that it lists, of {page}/tree/{revision}, and what there "
+            f"is of {', '.join((*TOKENIZER_NAMES, PREPROCESSOR_NAME))}; put them into the folder {folder}, and pass "
+            "that folder as the checkpoint"
         )
     raise UserError(f"cannot fetch {source}: {message}") from error

@@ -5,6 +5,7 @@ Which model a folder holds, and what its arrays are called, say the architecture
 
 import json
 import re
+import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,6 +117,7 @@ def save_huggingface(
     config: Any,
     labels: Sequence[str] | None = None,
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+    files: Sequence[Path] = (),
 ) -> None:
     """Writes a model as a folder that `from_pretrained` of transformers reads: `config.json` and `model.safetensors`.
 
@@ -129,13 +131,14 @@ def save_huggingface(
         labels: the names of the classes, in the order of the outputs.
         normalization: mean and standard deviation by channel of the pixels that the model was trained on, in [0, 1]
             before; written as `preprocessor_config.json`.
+        files: copied beside the weights, such as those of the tokeniser.
 
     Raises:
         UserError: transformers has no such model, the model is not what its configuration says, labels do not fit, or
             the folder holds something else or cannot be written.
     """
     folder = Path(folder)
-    _require_free(folder)
+    _require_free(folder, {CONFIG_NAME, WEIGHTS_NAME, PREPROCESSOR_NAME, *(path.name for path in files)})
     architecture = _architecture_of(config)
     fields = architecture.write_config(config)
     if labels is not None:
@@ -156,6 +159,8 @@ def save_huggingface(
             if normalization is not None:
                 preprocessor = preprocessor_fields(normalization, config.image_size)
                 (temporary / PREPROCESSOR_NAME).write_text(json.dumps(preprocessor, indent=2) + "\n")
+            for path in files:
+                shutil.copyfile(path, temporary / path.name)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from error
 
@@ -223,10 +228,10 @@ def _no_weights(folder: Path) -> str:
     return f"{message}; its files are {', '.join(names[:8])}"
 
 
-def _require_free(folder: Path) -> None:
-    """Raises a `UserError` if there is something else under the name of a folder to be written."""
+def _require_free(folder: Path, ours: set[str]) -> None:
+    """Raises a `UserError` if there is something else than our files under the name of a folder to be written."""
     if folder.is_dir():
-        if other := sorted({path.name for path in folder.iterdir()} - {CONFIG_NAME, WEIGHTS_NAME, PREPROCESSOR_NAME}):
+        if other := sorted({path.name for path in folder.iterdir()} - ours):
             raise UserError(f"{folder} holds {other[0]!r}, which is not of a model: choose another name, or clear it")
     elif folder.exists():
         raise UserError(f"{folder} is a file: choose another name for the folder")

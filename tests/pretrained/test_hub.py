@@ -26,6 +26,13 @@ SHARDED = {
     "model-1.safetensors": "one",
     "model-2.safetensors": "two",
 }
+TEXT = {"config.json": json.dumps({"model_type": "bert"}), "model.safetensors": "whole"}
+TOKENIZERS = [
+    {"tokenizer.json": "{}", "tokenizer_config.json": '{"do_lower_case": true}', "vocab.txt": "[PAD]"},
+    {"vocab.txt": "[PAD]"},
+    {"vocab.json": "{}", "merges.txt": "#version: 0.2"},
+    {},
+]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -119,6 +126,70 @@ def test_shards(fake):
     assert fake.requests == []
 
 
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_the_tokenizer_of_a_text_model(fake, tokenizer):
+    other = {"README.md": "text", "special_tokens_map.json": "{}", "preprocessor_config.json": "{}"}
+    fake.repositories["google/bert"] = {"main": TEXT | tokenizer | other}
+    folder = hub.fetch("hf://google/bert")
+    assert contents(folder) == TEXT | tokenizer
+    assert got(fake)[-1] == "model.safetensors"
+    fake.requests.clear()
+    assert hub.fetch("hf://google/bert") == folder
+    assert fake.requests == []
+
+
+def test_the_preprocessor_of_an_image_model(fake):
+    preprocessor = {"preprocessor_config.json": "{}"}
+    fake.repositories["google/vit"] = {"main": WHOLE | preprocessor | TOKENIZERS[0]}
+    assert contents(hub.fetch("hf://google/vit")).keys() == {"config.json", "model.safetensors", *preprocessor}
+
+
+def cached_without_tokenizer(fake):
+    """A folder as it was before tokenizers were fetched, or as another library leaves it."""
+    fake.repositories["google/bert"] = {"main": TEXT | TOKENIZERS[0]}
+    for name in TEXT:
+        folder = Path(hub.hf_hub_download("google/bert", name)).parent
+    fake.requests.clear()
+    return folder
+
+
+def test_a_tokenizer_comes_later(fake):
+    folder = cached_without_tokenizer(fake)
+    assert contents(folder) == TEXT
+    assert hub.fetch("hf://google/bert") == folder
+    assert contents(folder) == TEXT | TOKENIZERS[0]
+    # The weights that are there stay; what comes is of their commit.
+    assert sorted(got(fake)) == sorted(TOKENIZERS[0])
+    assert {revision for _, revision, _ in fake.requests} == {COMMIT}
+    fake.requests.clear()
+    assert hub.fetch("hf://google/bert") == folder
+    assert fake.requests == []
+
+
+@pytest.mark.parametrize("why", ["none there", "gone", "gated", "no network"])
+def test_a_cached_model_does_without_a_tokenizer(fake, monkeypatch, why):
+    folder = cached_without_tokenizer(fake)
+    if why == "none there":
+        fake.repositories["google/bert"] = {"main": TEXT}
+    elif why == "gone":
+        fake.repositories.clear()
+    elif why == "gated":
+        fake.repositories["google/bert"] = {"main": "gated"}
+    else:
+        monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+        template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    start = time.monotonic()
+    assert hub.fetch("hf://google/bert") == folder
+    assert time.monotonic() - start < 2
+    assert contents(folder) == TEXT
+    assert bool(fake.requests) == (why != "no network")
+    # What the Hub is known not to have is not asked for again.
+    fake.requests.clear()
+    assert hub.fetch("hf://google/bert") == folder
+    assert bool(fake.requests) == (why in ("gone", "gated"))
+
+
 def test_what_is_missing_is_fetched(fake):
     """A call that was interrupted between two shards is completed by the next one."""
     fake.repositories["google/vit"] = {"main": {k: v for k, v in SHARDED.items() if k != "model-2.safetensors"}}
@@ -179,7 +250,8 @@ def test_malformed_names(fake):
 
 def assert_says_what_to_do(message, page, cache):
     folder = cache / "hub" / "google" / "vit"
-    for part in ("config.json", "model.safetensors", "model.safetensors.index.json", f"{page}/tree/v1", str(folder)):
+    names = ("config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.txt")
+    for part in (*names, f"{page}/tree/v1", str(folder)):
         assert part in message
     assert message.endswith("pass that folder as the checkpoint")
     assert len(message.splitlines()) == 1
@@ -198,7 +270,7 @@ def test_no_network_says_at_once_what_to_put_where(fake, tmp_path, monkeypatch):
 
 def test_environment_and_offline_mode(fake, tmp_path):
     """The variables of the library count, and what is cached is used in its offline mode."""
-    fake.repositories["google/vit"] = {"main": WHOLE}
+    fake.repositories |= {"google/vit": {"main": WHOLE}, "google/bert": {"main": TEXT | TOKENIZERS[0]}}
     program = """
 import sys
 from surm_jax.pretrained import hub
@@ -219,12 +291,14 @@ for source in sys.argv[1:]:
             text=True,
         ).stdout.splitlines()
 
-    (folder,) = fetch("hf://google/vit")
+    folder, text = fetch("hf://google/vit", "hf://google/bert")
     assert folder.startswith(str(tmp_path / "home"))
     assert contents(Path(folder))["model.safetensors"] == "whole"
+    for name in TOKENIZERS[0]:
+        (Path(text) / name).unlink()
     fake.requests.clear()
-    cached, message = fetch("hf://google/vit", "hf://google/vit@v1", HF_HUB_OFFLINE="1")
-    assert cached == folder
+    *cached, message = fetch("hf://google/vit", "hf://google/bert", "hf://google/vit@v1", HF_HUB_OFFLINE="1")
+    assert cached == [folder, text]
     assert fake.requests == []
     assert "HF_HUB_OFFLINE" in message
     assert_says_what_to_do(message, f"{fake.url}/google/vit", tmp_path / "ours")
