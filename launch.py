@@ -17,9 +17,10 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from surm_jax.errors import UserError, did_you_mean
+from surm_jax.training.compilation import use_compilation_cache
 from surm_jax.training.config import base_config, keys, parse
 from surm_jax.training.loop import InterruptedRunError
-from surm_jax.training.modes import describe_run, evaluate_run, export_run, merge_run, train_run
+from surm_jax.training.modes import describe_run, evaluate_run, export_run, merge_run, predict_run, train_run
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -28,6 +29,7 @@ MODES = {
     "evaluate": "test the adapter of the run in --workdir",
     "merge": "write the full model of the run in --workdir",
     "export": "write the run in --workdir for transformers (--format=hf) or peft (--format=peft)",
+    "predict": "answer the sentences in --input with the run in --workdir, into --output",
     "describe": "print what would be trained",
 }
 
@@ -69,10 +71,12 @@ def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
         )
         flags.DEFINE_string("workdir", None, "folder of the run; by default runs/ and a name made from the flags")
         flags.DEFINE_enum("format", "hf", FORMATS, "what --mode=export writes: the merged model, or the adapter")
+        flags.DEFINE_string("input", None, "for --mode=predict: a table of sentences, columns separated by tabs")
+        flags.DEFINE_string("output", None, "for --mode=predict: the file that labels and probabilities go to")
         flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{mode}: {what}" for mode, what in MODES.items()))
         return flags.FLAGS(arguments)
     except flags.UnrecognizedFlagError as error:
-        near = did_you_mean(error.flagname, ["config", "workdir", "mode", "format"])
+        near = did_you_mean(error.flagname, ["config", "workdir", "mode", "format", "input", "output"])
         raise UserError(f"unknown flag --{error.flagname}{near}") from None
     except Exception as error:  # The configuration is a program, and can raise anything.
         last = str(error).strip().splitlines()[-1]
@@ -84,10 +88,12 @@ def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
 
 def main(arguments: Sequence[str]) -> None:
     """Runs one mode."""
+    use_compilation_cache()
     if len(arguments) > 1:
         raise UserError(f"unknown argument {arguments[1]!r}: flags begin with --")
     config, workdir, mode = flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.mode
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
+    file, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    name = ",".join(filter(None, [Path(file).stem, argument]))
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     workdir = Path(workdir).expanduser() if workdir else default_workdir(name, overrides)
     match mode:
@@ -99,6 +105,10 @@ def main(arguments: Sequence[str]) -> None:
             merge_run(workdir, overrides)
         case "export":
             export_run(workdir, overrides, flags.FLAGS.format)
+        case "predict":
+            if not (flags.FLAGS.input and flags.FLAGS.output):
+                raise UserError("--mode=predict needs --input=FILE.tsv and --output=FILE.tsv")
+            predict_run(workdir, overrides, Path(flags.FLAGS.input), Path(flags.FLAGS.output))
         case "describe":
             describe_run(parse(config))
 

@@ -28,9 +28,11 @@ from surm_jax.errors import UserError
 from surm_jax.models import TARGETS, ViT, ViTConfig
 from surm_jax.peft import METHODS, Rule, Selection, adapt, make_method
 from surm_jax.structured import EXECUTIONS
+from surm_jax.training.image_task import ImageTask
 from surm_jax.training.mesh import make_mesh
+from surm_jax.training.objective import CLASSES, cross_entropy
 from surm_jax.training.partition import partition
-from surm_jax.training.step import cross_entropy, init_state, make_train_step
+from surm_jax.training.step import init_state, make_train_step
 
 OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
 METHOD_NAMES = flags.DEFINE_list("methods", None, "Methods to time beside lora; all of them by default.")
@@ -38,7 +40,7 @@ VARIANT = flags.DEFINE_string("variant", "B/16", "The ViT.")
 BATCH = flags.DEFINE_integer("batch", 8, "Images per step.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each step is timed.", lower_bound=1)
 EXECUTION = flags.DEFINE_enum("execution", "auto", EXECUTIONS, "How the updates are computed.")
-CLASSES = 100
+NUM_CLASSES = 100
 COLUMNS = {
     "method": "",
     "parameters": ",",
@@ -67,7 +69,7 @@ def images_and_labels(model: ViT) -> dict[str, jax.Array]:
     shape = (BATCH.value, config.image_size, config.image_size, config.channels)
     return {
         "image": jnp.asarray(rng.normal(size=shape), jnp.float32),
-        "label": jnp.asarray(rng.integers(CLASSES, size=BATCH.value), jnp.int32),
+        "label": jnp.asarray(rng.integers(NUM_CLASSES, size=BATCH.value), jnp.int32),
     }
 
 
@@ -98,13 +100,15 @@ def method_step(model: ViT, name: str, mesh: jax.sharding.Mesh) -> Step:
     parts, trained, frozen = partition(adapted, adapter)
     optimizer = optax.adamw(1e-4)
     state, batch = init_state(trained, optimizer, mesh), images_and_labels(model)
-    compiled = make_train_step(parts, optimizer, mesh, seed=0).lower(state, frozen, batch).compile()
+    step = make_train_step(parts, ImageTask.forward, CLASSES, optimizer, mesh)
+    key = jax.random.key(0)
+    compiled = step.lower(state, frozen, batch, key, {}).compile()
     optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
 
     def program() -> jax.Array:
         # The step takes over the memory of the state, so that each call goes on from the last one.
         nonlocal state
-        state, metrics = compiled(state, frozen, batch)
+        state, metrics = compiled(state, frozen, batch, key, {})
         return metrics["train_loss"]
 
     return Step(compiled, program, sum(array.size for array in trained.values()), optimizer_bytes)
@@ -119,7 +123,7 @@ def main(_: list[str]) -> None:
     mesh = make_mesh(1, {})
     rows, programs = [], {}
     with jax.set_mesh(mesh):
-        model = ViT(ViTConfig.from_variant(VARIANT.value, num_classes=CLASSES), rngs=nnx.Rngs(0))
+        model = ViT(ViTConfig.from_variant(VARIANT.value, num_classes=NUM_CLASSES), rngs=nnx.Rngs(0))
         for name in ["frozen", *names]:
             print(f"compiling {name}", flush=True)
             try:

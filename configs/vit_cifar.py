@@ -6,7 +6,7 @@ rate 5e-5, batch 64, 20,000 steps, circulant updates on query, key and value.
 The weights are downloaded once. A small model on 32 x 32 pixels, from random weights, for a try without them:
 
     python launch.py --config=configs/vit_cifar.py --config.model.variant=mini --config.model.checkpoint=none \\
-        --config.peft.method=full --config.optim.learning_rate.full=1e-3 --config.optim.warmup_steps=50 \\
+        --config.peft.method=full --config.optim.learning_rate.full=1e-3 --config.optim.warmup_ratio=0.15 \\
         --config.optim.steps=300 --config.data.dir=FOLDER_OF_PREPARED_TFDS_SETS
 """
 

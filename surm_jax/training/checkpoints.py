@@ -29,13 +29,13 @@ class Restored(NamedTuple):
       state: arrays, where the template's were.
       data: the state of the data iterator.
       seconds: how long the run had worked.
-      accuracy: of the evaluation at this step, or None if there was none.
+      score: of the evaluation at this step (the task's first metric), or None if there was none.
     """
 
     state: TrainState
     data: dict[str, Any]
     seconds: float
-    accuracy: float | None
+    score: float | None
 
 
 class Checkpoints:
@@ -63,7 +63,7 @@ class Checkpoints:
                         # Two: while the last one is written again, or if it is damaged, there is another.
                         keep.LatestN(2),
                         keep.BestN(
-                            get_metric_fn=lambda metrics: metrics["accuracy"],
+                            get_metric_fn=lambda metrics: metrics["score"],
                             n=1,
                             keep_checkpoints_without_metrics=False,
                         ),
@@ -88,7 +88,7 @@ class Checkpoints:
         """The step of the last checkpoint, or None."""
         return self._orbax.latest.step if self._orbax.latest else None
 
-    def save(self, state: TrainState, data: dict[str, Any], seconds: float, accuracy: float | None = None) -> None:
+    def save(self, state: TrainState, data: dict[str, Any], seconds: float, score: float | None = None) -> None:
         """Writes a checkpoint, and removes those that are no longer among the last two or the best.
 
         A checkpoint of the same step is replaced.
@@ -97,7 +97,7 @@ class Checkpoints:
           state: the arrays.
           data: the state of the data iterator, as JSON values.
           seconds: how long the run has worked.
-          accuracy: of the evaluation at this step, if there was one.
+          score: of the evaluation at this step, if there was one; the larger the better.
 
         Raises:
           UserError: if it cannot be written; earlier checkpoints stay.
@@ -108,10 +108,10 @@ class Checkpoints:
             "base": self._base,
             "data": data,
             "seconds": seconds,
-            "accuracy": accuracy,
+            "score": score,
             **_digest(state),
         }
-        metrics = None if accuracy is None else {"accuracy": accuracy}
+        metrics = None if score is None else {"score": score}
         try:
             self._orbax.save(
                 step,
@@ -161,7 +161,7 @@ class Checkpoints:
             raise UserError(self._damaged(step, _first_line(error))) from error
         if _digest(state)["arrays"] != recorded["arrays"]:
             raise UserError(self._damaged(step, "its arrays are not those that were saved"))
-        return Restored(state, recorded["data"], recorded["seconds"], recorded["accuracy"])
+        return Restored(state, recorded["data"], recorded["seconds"], recorded["score"])
 
     def _damaged(self, step: int, why: str) -> str:
         others = [other for other in self._steps() if other != step]

@@ -6,6 +6,7 @@ reads it.
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ import ml_collections
 
 from surm_jax.data import Augment
 from surm_jax.errors import UserError, did_you_mean
-from surm_jax.models import VARIANTS
+from surm_jax.models import BERT_VARIANTS, VARIANTS
 from surm_jax.paths import compile_pattern
 from surm_jax.peft import METHODS, Method, make_method
 from surm_jax.structured import EXECUTIONS
@@ -38,14 +39,17 @@ def _at_least(key: str, value: float, least: float) -> None:
 class ModelConfig:
     """The pretrained model."""
 
-    # One of surm_jax.models.VARIANTS, such as "B/16"; empty: the model that the checkpoint itself describes.
+    # One of surm_jax.models.VARIANTS, such as "B/16", or for text one of BERT_VARIANTS, such as "base"; empty: what the
+    # checkpoint itself describes.
     variant: str = "B/16"
     # Where the weights come from: "augreg" (the official file of the variant), "digits" (shipped with the package),
     # "hf://owner/name" (the Hugging Face Hub), a folder of transformers, a file, a URL, or "none" for random weights.
+    # A text model's tokeniser comes from the same folder.
     checkpoint: str = "augreg"
-    # Classes of the new head; 0: as many as the data set has.
+    # Outputs of the new head; 0: as many as the data set has classes, one where labels are numbers.
     num_classes: int = 0
-    # Geometry: the side of the square input and of a patch in pixels, features, blocks, ...; 0: the variant's.
+    # Geometry: the side of the square input and of a patch in pixels, features, blocks, ...; 0: the variant's. Text has
+    # neither image_size nor patch_size.
     image_size: int = 0
     patch_size: int = 0
     width: int = 0
@@ -62,7 +66,7 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.variant:
-            _one_of("model.variant", self.variant, VARIANTS)
+            _one_of("model.variant", self.variant, {**VARIANTS, **BERT_VARIANTS})
         _one_of("model.dtype", self.dtype, DTYPES)
         _one_of("model.param_dtype", self.param_dtype, DTYPES)
         for name in ("num_classes", *GEOMETRY):
@@ -75,12 +79,16 @@ class ModelConfig:
 class DataConfig:
     """The data set and its batches."""
 
-    # A name that surm_jax.data.load knows: "digits_5to9", a TFDS name such as "cifar10", or a path to an .npz file.
+    # A name that surm_jax.data.load knows: "digits_5to9", a TFDS name such as "cifar10" or "glue/rte", or a path to an
+    # .npz file.
     name: str = "cifar10"
     # The folder of prepared TFDS sets; empty: TFDS's own (~/tensorflow_datasets).
     dir: str = ""
     # What training images go through: "none", "affine", "crop_flip".
     augment: str = "crop_flip"
+    # Lengths in tokens to which batches of text are filled up: the smallest that holds the longest text of the batch.
+    # Each is compiled for; texts are cut off at the last.
+    lengths: tuple[int, ...] = (16, 32, 64, 96, 128)
     # Training examples that are held out and evaluated instead of the test set while training. The test set is then
     # looked at once, at the end.
     holdout: int = 0
@@ -90,6 +98,8 @@ class DataConfig:
 
     def __post_init__(self):
         _one_of("data.augment", self.augment, typing.get_args(Augment))
+        if not self.lengths or min(self.lengths) < 1 or sorted(set(self.lengths)) != list(self.lengths):
+            raise UserError(f"config.data.lengths must be positive and increase, got {self.lengths}")
         _at_least("data.holdout", self.holdout, 0)
         _at_least("data.batch_size", self.batch_size, 1)
         _at_least("data.eval_batch_size", self.eval_batch_size, 1)
@@ -175,13 +185,16 @@ class OptimConfig:
 
     # Number of updates.
     steps: int = 1000
+    # Passes over the training set, rounded up to whole steps; 0: as many as `steps` says.
+    epochs: float = 0.0
     # Peak learning rate by method: each needs its own.
     learning_rate: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {name: method.learning_rate for name, method in METHODS.items()}
     )
     groups: GroupsConfig = GroupsConfig()
-    # Steps of linear warm-up from 0; then decay to 0 at the last step: "cosine", "linear", or "constant".
-    warmup_steps: int = 0
+    # Share of the steps that is linear warm-up from 0; then decay to 0 at the last step: "cosine", "linear", or
+    # "constant".
+    warmup_ratio: float = 0.0
     decay: str = "cosine"
     # Largest global norm of the gradient; 0: no clipping.
     clip_norm: float = 1.0
@@ -196,10 +209,9 @@ class OptimConfig:
         _at_least("optim.clip_norm", self.clip_norm, 0)
         for method, rate in self.learning_rate.items():
             _at_least(f"optim.learning_rate.{method}", rate, 0)
-        if not 0 <= self.warmup_steps < self.steps:
-            raise UserError(
-                f"config.optim.warmup_steps must lie in [0, steps), got {self.warmup_steps} with {self.steps} steps"
-            )
+        _at_least("optim.epochs", self.epochs, 0)
+        if not 0 <= self.warmup_ratio < 1:
+            raise UserError(f"config.optim.warmup_ratio must lie in [0, 1), got {self.warmup_ratio}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"config.optim.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
 
@@ -256,6 +268,19 @@ class RunConfig:
             )
         if self.peft.method not in self.optim.learning_rate:
             raise UserError(f"config.optim.learning_rate has none for config.peft.method={self.peft.method}")
+
+
+def with_steps(config: RunConfig, examples: int) -> RunConfig:
+    """Returns the configuration with the number of steps that its epochs over so many examples take.
+
+    >>> config = dataclasses.replace(RunConfig(), optim=OptimConfig(epochs=1.5))
+    >>> with_steps(config, examples=100).optim.steps
+    3
+    """
+    if not config.optim.epochs:
+        return config
+    steps = math.ceil(config.optim.epochs * examples / config.data.batch_size)
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=steps))
 
 
 def base_config() -> ml_collections.ConfigDict:

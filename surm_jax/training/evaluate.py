@@ -1,34 +1,34 @@
-"""Evaluation over a whole data set: every example once, padding masked."""
+"""Evaluation over a whole data set: every example once, padding left out."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from surm_jax.training.mesh import batch_sharding, put_batch, replicated
+from surm_jax.training.objective import Objective
 from surm_jax.training.partition import Arrays, Partition
-from surm_jax.training.step import Batch, cross_entropy
+from surm_jax.training.scores import SCORES
+from surm_jax.training.step import Batch, Forward
 
-EvalStep = Callable[[dict[str, jax.Array], Arrays, nnx.State, Batch], dict[str, jax.Array]]
+EvalStep = Callable[[Arrays, nnx.State, Batch], dict[str, jax.Array]]
 
 
-def make_eval_step(partition: Partition, mesh: jax.sharding.Mesh) -> EvalStep:
-    """Returns the compiled `(sums, trained, frozen, batch) -> sums` for `evaluate`."""
+def make_eval_step(partition: Partition, forward: Forward, objective: Objective, mesh: jax.sharding.Mesh) -> EvalStep:
+    """Returns the compiled `(trained, frozen, batch) -> loss, prediction, label and mask of each example`."""
 
-    def eval_step(sums: dict[str, jax.Array], trained: Arrays, frozen: nnx.State, batch: Batch):
-        logits = partition.merge(trained, frozen)(batch["image"])
-        mask = batch["mask"]
-        losses = jnp.where(mask, cross_entropy(logits, batch["label"]), 0)
+    def eval_step(trained: Arrays, frozen: nnx.State, batch: Batch):
+        logits = forward(partition.merge(trained, frozen), batch, None)
         return {
-            "loss": sums["loss"] + losses.sum(),
-            "correct": sums["correct"] + (mask & (logits.argmax(-1) == batch["label"])).sum(),
-            "examples": sums["examples"] + mask.sum(),
+            "loss": objective.loss(logits, batch["label"], 0.0),
+            "prediction": objective.predict(logits),
+            "label": batch["label"],
+            "mask": batch["mask"],
         }
 
     whole = replicated(mesh)
-    return jax.jit(eval_step, in_shardings=(whole, whole, whole, batch_sharding(mesh)), out_shardings=whole)
+    return jax.jit(eval_step, in_shardings=(whole, whole, batch_sharding(mesh)), out_shardings=whole)
 
 
 def evaluate(
@@ -36,20 +36,19 @@ def evaluate(
     trained: Arrays,
     frozen: nnx.State,
     batches: Iterable[dict[str, np.ndarray]],
+    metrics: Sequence[str],
     mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
-    """Returns `accuracy`, mean `loss` and the number of `examples` over all batches.
+    """Returns the metrics (names in `surm_jax.training.scores.SCORES`), the mean `loss` and the number of `examples`.
 
-    The sums stay on the device until the end: one transfer for the whole set.
+    Metrics are those of all examples together, not means over batches. What the device computes stays there until the
+    end: it never waits for the host.
     """
-    sums = {"loss": jnp.zeros(()), "correct": jnp.zeros((), jnp.int32), "examples": jnp.zeros((), jnp.int32)}
-    sums = jax.device_put(sums, replicated(mesh))
-    for batch in batches:
-        sums = eval_step(sums, trained, frozen, put_batch(batch, mesh))
-    totals = jax.device_get(sums)
-    examples = int(totals["examples"])
+    outputs = jax.device_get([eval_step(trained, frozen, put_batch(batch, mesh)) for batch in batches])
+    every = {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
+    kept = {name: values[every["mask"]] for name, values in every.items()}
     return {
-        "accuracy": int(totals["correct"]) / examples,
-        "loss": float(totals["loss"]) / examples,
-        "examples": examples,
+        **{name: SCORES[name](kept["label"], kept["prediction"]) for name in metrics},
+        "loss": float(kept["loss"].mean(dtype=np.float64)),
+        "examples": len(kept["label"]),
     }

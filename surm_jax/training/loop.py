@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,21 @@ import jax
 import numpy as np
 from flax import nnx
 
-from surm_jax import data
 from surm_jax.peft import Adapter, describe, fingerprint, save_adapter
 from surm_jax.training.checkpoints import Checkpoints
 from surm_jax.training.config import RunConfig, to_dict
 from surm_jax.training.evaluate import evaluate, make_eval_step
 from surm_jax.training.job import Job, prepare
-from surm_jax.training.mesh import put_batch, replicated
+from surm_jax.training.mesh import batch_sharding, put_batch, replicated
 from surm_jax.training.metrics import MetricWriter, StepLog
-from surm_jax.training.optimizer import learning_rates, make_optimizer, schedule
+from surm_jax.training.optimizer import Rates, make_optimizer
 from surm_jax.training.partition import partition
 from surm_jax.training.progress import Interruption, Progress, Stopwatch, track
 from surm_jax.training.report import draw_curves, make_result
 from surm_jax.training.step import TrainState, init_state, make_train_step
 from surm_jax.training.workdir import RESULT_NAME, open_workdir, read_json, write_json
+
+Shape = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class InterruptedRunError(Exception):
@@ -75,35 +76,29 @@ class _Run:
         self.description = describe(model, adapter)
         self.partition, trained, frozen = partition(model, adapter)
         self.frozen = jax.device_put(frozen, replicated(job.mesh))
-        optim = self.config.optim
-        optimizer = make_optimizer(optim, self.config.peft.method, trained)
-        self.learning_rates = learning_rates(optim, self.config.peft.method, trained)
+        optim, task = self.config.optim, job.task
+        optimizer = make_optimizer(optim, trained)
+        self.rates = Rates(optim, self.config.peft.method, trained)
+        self.key = jax.device_put(jax.random.key(job.seed), replicated(job.mesh))
         self.initial_state = init_state(trained, optimizer, job.mesh)
         self.train_step = make_train_step(
             self.partition,
+            task.forward,
+            task.objective,
             optimizer,
             job.mesh,
-            seed=job.seed,
             accumulate=optim.accumulate,
             label_smoothing=optim.label_smoothing,
         )
-        self.eval_step = make_eval_step(self.partition, job.mesh)
-        self.factor = schedule(optim)
+        self.eval_step = make_eval_step(self.partition, task.forward, task.objective, job.mesh)
         self.watch = Stopwatch()
-        self.test: dict[str, float] | None = None
+        self.tests: dict[str, dict[str, float]] | None = None
 
     def train(self) -> TrainState:
         """Makes the steps that are left, and returns the state after the last one."""
         config, state = self.config, self.initial_state
         total = config.optim.steps
-        batches = data.train_batches(
-            self.job.dataset.train,
-            batch_size=config.data.batch_size,
-            image_size=self.job.vit.image_size,
-            augment=config.data.augment,
-            seed=self.job.seed,
-            normalization=self.job.normalization,
-        )
+        batches = self.job.task.train_batches(self.job.seed)
         one_seed = to_dict(dataclasses.replace(config, seeds=(self.job.seed,)))
         with Checkpoints(self.workdir / "checkpoints", fingerprint(self.frozen), one_seed) as checkpoints:
             restored = checkpoints.restore(state) if checkpoints.latest is not None else None
@@ -113,8 +108,8 @@ class _Run:
                 self.began -= restored.seconds
             start = int(state.step)
 
-            def save(accuracy: float | None) -> None:
-                checkpoints.save(state, batches.get_state(), time.monotonic() - self.began, accuracy)
+            def save(score: float | None) -> None:
+                checkpoints.save(state, batches.get_state(), time.monotonic() - self.began, score)
 
             with (
                 MetricWriter(self.workdir, start) as writer,
@@ -122,12 +117,16 @@ class _Run:
             ):
                 if restored is not None:
                     progress.say(f"going on from step {start} of {total}")
-                    if restored.accuracy is None and self._due(start, config.log.evaluate_every):
+                    if restored.score is None and self._due(start, config.log.evaluate_every):
                         # It was interrupted between the step and its evaluation.
                         save(self._evaluate_while_training(state, writer, progress))
+                steps = self._compile(progress) if start < total else {}
                 log = StepLog(writer, progress, self.watch, config.log.metrics_every, total, self._rates)
                 for step in range(start + 1, total + 1):
-                    state, metrics = self.train_step(state, self.frozen, put_batch(next(batches), self.job.mesh))
+                    batch = put_batch(next(batches), self.job.mesh)
+                    state, metrics = steps[_shape_of(batch)](
+                        state, self.frozen, batch, self.key, self.rates.before(step)
+                    )
                     log.note(step, metrics)
                     evaluates = self._due(step, config.log.evaluate_every)
                     if not (self._interrupted or evaluates or self._due(step, config.log.checkpoint_every)):
@@ -135,12 +134,12 @@ class _Run:
                     # What has gone astray is never saved: look at this step's loss first.
                     log.flush()
                     self.watch.stop()
-                    accuracy = None
+                    score = None
                     if evaluates:
                         # Save all the same if the evaluation is interrupted.
                         with contextlib.suppress(InterruptedRunError):
-                            accuracy = self._evaluate_while_training(state, writer, progress)
-                    save(accuracy)
+                            score = self._evaluate_while_training(state, writer, progress)
+                    save(score)
                     if self._interrupted:
                         raise self._interruption_at(step)
                     self.watch.start()
@@ -149,15 +148,17 @@ class _Run:
 
     def finish(self, state: TrainState) -> dict[str, Any]:
         """Evaluates on the test set if that is still to do, and writes adapter, curves and result."""
-        test = self.test or self._evaluate(state, "test")
+        tests = self.tests or self._evaluate_tests(state)
         model = self.partition.merge(state.trained, self.frozen)
         adapter_bytes = save_adapter(self.workdir / "adapter", model, self.adapter)
         draw_curves(self.workdir, model)
         rate = self.watch.rate()
         result = make_result(
             self.config.peft.method,
-            test,
+            tests,
             self.description,
+            metrics=self.job.task.metrics,
+            classes=self.job.task.classes,
             steps=int(state.step),
             seconds=time.monotonic() - self.began,
             examples_per_second=rate and rate * self.config.data.batch_size,
@@ -169,26 +170,47 @@ class _Run:
     def _due(self, step: int, every: int) -> bool:
         return step == self.config.optim.steps or (every > 0 and step % every == 0)
 
+    def _compile(self, progress: Progress) -> dict[Shape, Callable]:
+        """Compiles the step for every kind of batch, and says so."""
+        programs, mesh = {}, self.job.mesh
+        for name, shapes in self.job.task.train_shapes().items():
+            began = time.monotonic()
+            batch = {
+                key: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=batch_sharding(mesh))
+                for key, part in shapes.items()
+            }
+            lowered = self.train_step.lower(self.initial_state, self.frozen, batch, self.key, self.rates.before(step=1))
+            programs[_shape_of(batch)] = lowered.compile()
+            progress.say(f"compiled for batches of {name} in {time.monotonic() - began:.1f} s")
+        return programs
+
     def _rates(self, step: int) -> dict[str, float]:
         """The learning rate of each group in this step's update, and the speed."""
-        factor = float(self.factor(step - 1))
-        rates = {f"learning_rate_{group}": peak * factor for group, peak in self.learning_rates.items()}
+        rates = {f"learning_rate_{group}": float(rate) for group, rate in self.rates.before(step).items()}
         if rate := self.watch.rate():
             rates["examples_per_second"] = rate * self.config.data.batch_size
         return rates
 
     def _evaluate_while_training(self, state: TrainState, writer: MetricWriter, progress: Progress) -> float:
-        split = "test" if self.job.holdout is None else "holdout"
-        evaluation = self._evaluate(state, split)
-        if split == "test" and int(state.step) == self.config.optim.steps:
-            self.test = evaluation
-        metrics = {f"{split}_{name}": evaluation[name] for name in ("accuracy", "loss")}
+        """Evaluates on the examples held out, or else on those for testing; returns the first metric of the first."""
+        if "holdout" in self.job.task.splits:
+            evaluations = {"holdout": self._evaluate(state, "holdout")}
+        else:
+            evaluations = self._evaluate_tests(state)
+            if int(state.step) == self.config.optim.steps:
+                self.tests = evaluations
+        shown = (*self.job.task.metrics, "loss")
+        metrics = {f"{split}_{name}": values[name] for split, values in evaluations.items() for name in shown}
         writer.write(int(state.step), metrics)
         progress.show(int(state.step), metrics)
-        return evaluation["accuracy"]
+        return next(iter(metrics.values()))
+
+    def _evaluate_tests(self, state: TrainState) -> dict[str, dict[str, float]]:
+        return {split: self._evaluate(state, split) for split in self.job.task.tests}
 
     def _evaluate(self, state: TrainState, split: str) -> dict[str, float]:
-        batches = self.job.eval_batches(split)
+        task = self.job.task
+        batches = task.eval_batches(split)
 
         def until_interrupted() -> Iterator[dict[str, np.ndarray]]:
             for batch in track(batches, f"evaluate on {split}"):
@@ -196,7 +218,7 @@ class _Run:
                     raise self._interruption_at(int(state.step))
                 yield batch
 
-        return evaluate(self.eval_step, state.trained, self.frozen, until_interrupted(), self.job.mesh)
+        return evaluate(self.eval_step, state.trained, self.frozen, until_interrupted(), task.metrics, self.job.mesh)
 
     @property
     def _interrupted(self) -> bool:
@@ -209,3 +231,8 @@ class _Run:
             " the same command goes on from there",
             128 + number,
         )
+
+
+def _shape_of(batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> Shape:
+    """What a program is compiled for."""
+    return tuple((name, part.shape) for name, part in sorted(batch.items()))

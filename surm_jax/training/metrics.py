@@ -14,6 +14,7 @@ from surm_jax.errors import UserError
 from surm_jax.training.progress import Progress, Stopwatch
 
 JSONL_NAME = "metrics.jsonl"
+# In the order in which they are shown; there is no accuracy where labels are numbers.
 STEP_METRICS = ("train_loss", "train_accuracy", "gradient_norm")
 
 
@@ -130,7 +131,7 @@ class StepLog:
         self._pending = None
         metrics = jax.device_get(metrics)
         # jit sorts the names of what it returns.
-        values = {name: float(metrics[name]) for name in STEP_METRICS}
+        values = {name: float(metrics[name]) for name in STEP_METRICS if name in metrics}
         self._watch.count_or_start()
         require_finite(step, values)
         if step == self._last or (self._every and step % self._every == 0):

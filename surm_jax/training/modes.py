@@ -1,4 +1,4 @@
-"""What `launch.py` can do with a run: train it, evaluate its adapter, merge it, export it, describe it."""
+"""What `launch.py` can do with a run: train it, evaluate its adapter, merge, export or describe it, predict with it."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,17 +9,21 @@ import numpy as np
 from flax import nnx
 
 from surm_jax import data
+from surm_jax.errors import UserError
 from surm_jax.peft import load_adapter, load_hf_adapter, merge, save_hf_adapter
 from surm_jax.pretrained import from_pretrained, huggingface_names, save_huggingface, save_model
+from surm_jax.training.adaptation import describe_model
 from surm_jax.training.config import RunConfig
 from surm_jax.training.evaluate import evaluate, make_eval_step
-from surm_jax.training.job import describe_model, prepare, vit_config
+from surm_jax.training.job import Job, prepare
 from surm_jax.training.loop import train
 from surm_jax.training.mesh import replicated
 from surm_jax.training.partition import partition
+from surm_jax.training.predict import predict_text
 from surm_jax.training.progress import Interruption, track
 from surm_jax.training.report import combine, table
-from surm_jax.training.workdir import RESULT_NAME, locations, open_workdir, read_config, write_json
+from surm_jax.training.task import model_maker
+from surm_jax.training.workdir import RESULT_NAME, locations, open_workdir, read_config, read_json, write_json
 
 
 def train_run(config: RunConfig, workdir: Path) -> dict[str, Any]:
@@ -51,8 +55,8 @@ def _train_seeds(config: RunConfig, workdir: Path, interruption: Interruption) -
     return result
 
 
-def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[str, float]]:
-    """Evaluates the saved adapters of a run on the whole test set, prints and returns what came out by seed.
+def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[str, dict[str, float]]]:
+    """Evaluates the saved adapters of a run on all test examples, prints and returns what came out by seed and split.
 
     Args:
       workdir: the folder of the run, whose configuration holds.
@@ -69,15 +73,25 @@ def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[
             parts, trained, frozen = partition(
                 *load_adapter(folder / "adapter", job.base_model(), execution=job.config.peft.execution)
             )
-            whole = replicated(job.mesh)
-            evaluations[seed] = evaluate(
-                make_eval_step(parts, job.mesh),
-                jax.device_put(trained, whole),
-                jax.device_put(frozen, whole),
-                track(job.eval_batches("test"), "evaluate on test"),
-                job.mesh,
-            )
-        numbers = "  ".join(f"test_{name} {value:.6g}" for name, value in evaluations[seed].items())
+            trained, frozen = jax.device_put((trained, frozen), replicated(job.mesh))
+            task = job.task
+            eval_step = make_eval_step(parts, task.forward, task.objective, job.mesh)
+            evaluations[seed] = {
+                split: evaluate(
+                    eval_step,
+                    trained,
+                    frozen,
+                    track(task.eval_batches(split), f"evaluate on {split}"),
+                    task.metrics,
+                    job.mesh,
+                )
+                for split in task.tests
+            }
+        numbers = "  ".join(
+            f"{split}_{name} {value:.6g}"
+            for split, values in evaluations[seed].items()
+            for name, value in values.items()
+        )
         print(f"{folder / 'adapter'}: {numbers}")
     return evaluations
 
@@ -85,7 +99,7 @@ def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[
 def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
     """Writes the full model of every adapter of a run to `<folder>/merged/model.safetensors`, and returns these paths.
 
-    Prints how far merged kernels are from the exact sums, and merged from unmerged logits on a batch of test images.
+    Prints how far merged kernels are from the exact sums, and merged from unmerged logits on a batch of test examples.
 
     Args:
       workdir: the folder of the run.
@@ -100,13 +114,13 @@ def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
         with jax.set_mesh(job.mesh):
             model, _ = load_adapter(folder / "adapter", job.base_model(), execution=job.config.peft.execution)
             merged, deviation = merge(model)
-            images = next(iter(job.eval_batches("test")))["image"]
-            difference = np.abs(_logits(merged, images) - _logits(model, images)).max()
+            batch = _test_batch(job)
+            difference = np.abs(_logits(job, merged, batch) - _logits(job, model, batch)).max()
         paths.append(folder / "merged" / "model.safetensors")
-        save_model(paths[-1], merged, job.vit)
+        save_model(paths[-1], merged, job.task.model_config)
         print(
             f"{paths[-1]}: kernels are within {deviation:.2g} of the exact sums;"
-            f" logits of {len(images)} test images within {difference:.2g} of the unmerged model's"
+            f" logits of {len(batch['label'])} test examples within {difference:.2g} of the unmerged model's"
         )
     return paths
 
@@ -116,7 +130,7 @@ def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[P
 
     As "hf", the merged model goes to `<folder>/hf`, for `from_pretrained` of transformers; as "peft", the adapter goes
     to `<folder>/peft`, for `PeftModel.from_pretrained` on the base model there. What was written is read again; prints
-    how far its logits are from the running model's on a batch of test images.
+    how far its logits are from the running model's on a batch of test examples.
 
     Args:
       workdir: the folder of the run.
@@ -134,23 +148,47 @@ def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[P
             model, adapter = load_adapter(folder / "adapter", base, execution=job.config.peft.execution)
             folders.append(folder / form)
             if form == "hf":
-                half = (0.5,) * job.vit.channels
-                normalization = job.normalization or (half, half)
-                save_huggingface(folders[-1], merge(model)[0], job.vit, job.dataset.classes, normalization)
-                runtime = {name: getattr(job.vit, name) for name in job.vit.RUNTIME_FIELDS}
+                task, geometry = job.task, job.task.model_config
+                plain, _ = merge(model)
+                save_huggingface(folders[-1], plain, geometry, task.classes or None, **task.export_options())
+                runtime = {name: getattr(geometry, name) for name in geometry.RUNTIME_FIELDS}
                 exported = from_pretrained(folders[-1], **runtime)
             else:
-                names = huggingface_names(job.vit)
+                names = huggingface_names(job.task.model_config)
                 save_hf_adapter(folders[-1], model, adapter, names, base_model=config.model.checkpoint)
                 exported, _ = load_hf_adapter(folders[-1], base, names)
-            images = next(iter(job.eval_batches("test")))["image"]
-            expected = _logits(model, images)
-            difference = np.abs(_logits(exported, images) - expected).max()
+            batch = _test_batch(job)
+            expected = _logits(job, model, batch)
+            difference = np.abs(_logits(job, exported, batch) - expected).max()
         print(
-            f"{folders[-1]}: logits of {len(images)} test images within {difference:.2g} of the running model's, which"
-            f" reach {np.abs(expected).max():.2g}"
+            f"{folders[-1]}: logits of {len(batch['label'])} test examples within {difference:.2g} of the running"
+            f" model's, which reach {np.abs(expected).max():.2g}"
         )
     return folders
+
+
+def predict_run(workdir: Path, overrides: Mapping[str, Any], source: Path, target: Path) -> None:
+    """Answers new sentences with the adapter of a run on text; its data set is not needed.
+
+    Args:
+      workdir: the folder of the run, of one seed.
+      overrides: where its weights are now, if not where they were.
+      source: a table of sentences, see `surm_jax.training.predict.read_rows`.
+      target: where the labels and probabilities go.
+
+    Raises:
+      UserError: if the run has several seeds, is not complete or not of text, or a file cannot be read or written.
+    """
+    config = locations(read_config(workdir), overrides)
+    if len(config.seeds) > 1:
+        raise UserError(
+            f"{workdir} holds a run for each of {len(config.seeds)} seeds: choose one, such as"
+            f" --workdir={workdir / f'seed-{config.seeds[0]}'}"
+        )
+    if not data.is_text(config.data.name):
+        raise UserError(f"--mode=predict reads sentences, but the run in {workdir} is about {config.data.name}")
+    classes = read_json(workdir / RESULT_NAME, f"the run in {workdir} is not complete")["classes"]
+    predict_text(config, workdir / "adapter", classes, source, target)
 
 
 def describe_run(config: RunConfig) -> None:
@@ -161,8 +199,7 @@ def describe_run(config: RunConfig) -> None:
     Raises:
       UserError: for what does not fit.
     """
-    classes = config.model.num_classes or len(data.load(config.data.name, config.data.dir or None).classes)
-    print(describe_model(config, vit_config(config, classes)))
+    print(describe_model(config, model_maker(config)))
 
 
 def _seed_folders(config: RunConfig, workdir: Path) -> Iterator[tuple[int, Path]]:
@@ -170,6 +207,12 @@ def _seed_folders(config: RunConfig, workdir: Path) -> Iterator[tuple[int, Path]
         yield seed, workdir if len(config.seeds) == 1 else workdir / f"seed-{seed}"
 
 
-def _logits(model: nnx.Module, images: np.ndarray) -> np.ndarray:
+def _test_batch(job: Job) -> dict[str, np.ndarray]:
+    return next(iter(job.task.eval_batches(job.task.tests[0])))
+
+
+def _logits(job: Job, model: nnx.Module, batch: dict[str, np.ndarray]) -> np.ndarray:
     graphdef, state = nnx.split(model)
-    return np.asarray(jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))(state, images))
+    return np.asarray(
+        jax.jit(lambda state, batch: job.task.forward(nnx.merge(graphdef, state), batch, None))(state, batch)
+    )

@@ -1,8 +1,11 @@
 """The optimiser over the trained arrays: AdamW by groups of paths, with one schedule and one clipping for all."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from surm_jax.errors import UserError
@@ -14,20 +17,20 @@ def schedule(config: OptimConfig) -> optax.Schedule:
     """Returns the factor on every peak learning rate by step: linear warm-up from 0 to 1, then decay to 0.
 
     >>> import dataclasses
-    >>> rate = schedule(dataclasses.replace(OptimConfig(), steps=10, warmup_steps=2, decay="linear"))
+    >>> rate = schedule(dataclasses.replace(OptimConfig(), steps=10, warmup_ratio=0.2, decay="linear"))
     >>> [round(float(rate(step)), 2) for step in (0, 1, 2, 6, 10)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
-    steps = config.steps - config.warmup_steps
+    warmup_steps = round(config.warmup_ratio * config.steps)
+    steps = config.steps - warmup_steps
     after = {
         "cosine": lambda: optax.cosine_decay_schedule(1.0, steps),
         "linear": lambda: optax.linear_schedule(1.0, 0.0, steps),
         "constant": lambda: optax.constant_schedule(1.0),
     }[config.decay]()
-    if not config.warmup_steps:
+    if not warmup_steps:
         return after
-    warmup = optax.linear_schedule(0.0, 1.0, config.warmup_steps)
-    return optax.join_schedules([warmup, after], [config.warmup_steps])
+    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup_steps), after], [warmup_steps])
 
 
 def groups_of(paths: Iterable[str], groups: GroupsConfig) -> dict[str, str]:
@@ -64,31 +67,64 @@ def learning_rates(config: OptimConfig, method: str, paths: Iterable[str]) -> di
     }
 
 
-def make_optimizer(config: OptimConfig, method: str, paths: Iterable[str]) -> optax.GradientTransformation:
-    """Builds the optimiser for the trained arrays with these paths.
+class Rates:
+    """The learning rate of every group, step by step: its peak times the factor of the schedule.
+
+    They reach the compiled step as arguments: the same program serves every rate and schedule.
+
+    >>> rates = Rates(OptimConfig(steps=4, decay="linear", learning_rate={"lora": 0.02}), "lora", ["head/bias"])
+    >>> [f"{rates.before(step)['head']:.3f}" for step in (1, 2, 3, 4)]
+    ['0.020', '0.015', '0.010', '0.005']
 
     Args:
-      config: groups, schedule, clipping.
+      config: schedule, and peaks by method or group.
       method: whose learning rate holds for the groups without one of their own.
+      paths: of the trained parameters; groups that take none of them have no rate.
+    """
+
+    def __init__(self, config: OptimConfig, method: str, paths: Iterable[str]):
+        self._peaks = learning_rates(config, method, paths)
+        self._factors = np.asarray(jax.vmap(schedule(config))(jnp.arange(config.steps, dtype=jnp.float32)), np.float32)
+
+    def before(self, step: int) -> dict[str, np.float32]:
+        """Returns the rates of the update that leads to a step, counted from 1."""
+        return {group: np.float32(peak) * self._factors[step - 1] for group, peak in self._peaks.items()}
+
+
+def make_optimizer(config: OptimConfig, paths: Iterable[str]) -> optax.GradientTransformationExtraArgs:
+    """Builds the optimiser for the trained arrays with these paths; its `update` takes `rates` of `Rates.before`.
+
+    Args:
+      config: groups and clipping.
       paths: the keys of the dictionary of arrays that it will update.
     """
-    factor = schedule(config)
+    groups = groups_of(paths, config.groups)
 
-    def adamw(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
-        return optax.adamw(lambda step: learning_rate * factor(step), weight_decay=weight_decay)
+    def adamw(group: str) -> optax.GradientTransformation:
+        decay = optax.add_decayed_weights(getattr(config.groups, group).weight_decay)
+        return optax.chain(optax.scale_by_adam(), decay, _scale_by_rate(group))
 
-    paths = list(paths)
-    transforms = {
-        name: adamw(rate, getattr(config.groups, name).weight_decay)
-        for name, rate in learning_rates(config, method, paths).items()
-    }
-    optimizer = optax.partition(transforms, groups_of(paths, config.groups))
+    optimizer = optax.partition({group: adamw(group) for group in dict.fromkeys(groups.values())}, groups)
     if config.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
-    def update(gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None):
+    def update(gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **rates: Any):
         # optax raises a Python float to an integer step, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(gradients, state, params)
+            return optimizer.update(gradients, state, params, **rates)
 
-    return optax.GradientTransformation(optimizer.init, update)
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def _scale_by_rate(group: str) -> optax.GradientTransformationExtraArgs:
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        rates: Mapping[str, jax.Array],
+        **_: Any,
+    ):
+        return jax.tree.map(lambda leaf: -rates[group] * leaf, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

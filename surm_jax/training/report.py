@@ -23,9 +23,11 @@ _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
 
 def make_result(
     method: str,
-    test: Mapping[str, float],
+    tests: Mapping[str, Mapping[str, float]],
     description: Description,
     *,
+    metrics: Sequence[str],
+    classes: Sequence[str],
     steps: int,
     seconds: float,
     examples_per_second: float | None,
@@ -35,17 +37,22 @@ def make_result(
 
     Args:
       method: its name.
-      test: the evaluation on the test set after the last step.
+      tests: the evaluation after the last step by split: the metrics, `loss` and `examples`.
       description: what was trained.
+      metrics: names of the task's metrics; the first one of the first split is the one to look at.
+      classes: names of the classes; empty where labels are numbers.
       steps: number of updates.
       seconds: from the start of the run, compilation and evaluation included, over all its interruptions.
       examples_per_second: of training without compilation, evaluation and checkpoints; None if there was one step.
       adapter_bytes: size of the adapter folder.
     """
+    measured = {f"{split}_{name}": values[name] for split, values in tests.items() for name in (*metrics, "loss")}
     return {
         "method": method,
-        "metrics": {"test_accuracy": test["accuracy"], "test_loss": test["loss"]},
-        "test_examples": test["examples"],
+        "metric": next(iter(measured)),
+        "metrics": measured,
+        "classes": list(classes),
+        "examples": {split: values["examples"] for split, values in tests.items()},
         "parameters": {
             "trainable": description.trainable,
             "adapter": description.adapter,
@@ -80,15 +87,16 @@ def combine(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a table with a line for each result.
+    """Returns a table with a line for each result of one task.
 
-    >>> result = {"method": "circulant", "metrics": {"test_accuracy": 0.953}, "seconds": 21.0, "adapter_bytes": 9210,
-    ...           "parameters": {"trainable": 1861, "total": 203525}}
+    >>> result = {"method": "circulant", "metric": "test_accuracy", "metrics": {"test_accuracy": 0.953},
+    ...           "seconds": 21.0, "adapter_bytes": 9210, "parameters": {"trainable": 1861, "total": 203525}}
     >>> print(table([result]))
     method     trained    share  test accuracy  seconds  adapter
     circulant    1,861  0.914 %         95.3 %     21.0   9.2 kB
     """
-    rows = [("method", "trained", "share", "test accuracy", "seconds", "adapter")]
+    metric = results[0]["metric"]
+    rows = [("method", "trained", "share", metric.replace("_", " "), "seconds", "adapter")]
     for result in results:
         parameters = result["parameters"]
         rows.append(
@@ -96,7 +104,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
                 result["method"],
                 f"{parameters['trainable']:,}",
                 f"{100 * parameters['trainable'] / parameters['total']:.3f} %",
-                _percent(result["metrics"]["test_accuracy"]),
+                _percent(result["metrics"][metric]),
                 f"{result['seconds']:.1f}",
                 f"{result['adapter_bytes'] / 1000:,.1f} kB",
             )

@@ -1,19 +1,22 @@
 """One update: loss and gradient by the trained arrays alone, in one compiled function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
 
 from surm_jax.peft import adapter_dropout
 from surm_jax.training.mesh import batch_sharding, replicated
+from surm_jax.training.objective import Objective
 from surm_jax.training.partition import Arrays, Partition
 
 Batch = dict[str, jax.Array]
+Forward = Callable[[nnx.Module, Batch, jax.Array | None], jax.Array]
+"""`(model, batch, key of the dropout or None) -> logits`."""
 
 
 class TrainState(NamedTuple):
@@ -36,49 +39,51 @@ def init_state(trained: Arrays, optimizer: optax.GradientTransformation, mesh: j
     return jax.device_put(TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained)), replicated(mesh))
 
 
-def cross_entropy(
-    logits: Float[Array, "batch classes"], labels: Int[Array, "batch"], smoothing: float = 0.0
-) -> Float[Array, "batch"]:
-    """Cross-entropy of each example, against labels that give `smoothing` of their mass to all classes alike."""
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
-    return optax.softmax_cross_entropy(logits, targets)
-
-
 def make_train_step(
     partition: Partition,
+    forward: Forward,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
     *,
-    seed: int,
     accumulate: int = 1,
     label_smoothing: float = 0.0,
-) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns the compiled update `(state, frozen, batch) -> (state, metrics)`. It takes over the memory of `state`.
+) -> Callable[
+    [TrainState, nnx.State, Batch, jax.Array, Mapping[str, np.float32]], tuple[TrainState, dict[str, jax.Array]]
+]:
+    """Returns the compiled update `(state, frozen, batch, key, rates) -> (state, metrics)`.
 
-    `metrics` has `train_loss` (mean over the batch), `train_accuracy` and `gradient_norm` (before clipping). Dropout is
-    drawn from (seed, step, micro-batch), so a run that was resumed goes on as if it had not stopped.
+    It takes over the memory of `state`. `key` is the run's, `rates` are the learning rates that the optimiser asks for:
+    as arguments, they leave the program the same for every seed and schedule, so that it is compiled once. `metrics`
+    has `train_loss` (mean over the batch), `train_accuracy` (of classes) and `gradient_norm` (before clipping). Dropout
+    is drawn from (key, step, micro-batch), so a run that was resumed goes on as if it had not stopped.
 
     Args:
-      partition: how trained and frozen arrays make the model; the model is called as `model(images, rngs=key)`.
-      optimizer: what turns gradients into updates.
+      partition: how trained and frozen arrays make the model.
+      forward: how the model reads a batch.
+      objective: what its outputs mean.
+      optimizer: what turns gradients into updates; `rates` reach it as an extra argument, if it takes such.
       mesh: the devices. The batch is split over its axis `data`.
-      seed: of the dropout.
       accumulate: number of micro-batches; only one is worked on at a time. Must divide the batch.
-      label_smoothing: see `cross_entropy`.
+      label_smoothing: see `surm_jax.training.objective.cross_entropy`.
     """
 
-    def loss_and_correct(trained: Arrays, frozen: nnx.State, batch: Batch, key: jax.Array):
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def loss_and_rest(trained: Arrays, frozen: nnx.State, batch: Batch, key: jax.Array):
         with adapter_dropout(jax.random.fold_in(key, 1)):
-            logits = partition.merge(trained, frozen)(batch["image"], rngs=key)
-        loss = cross_entropy(logits, batch["label"], label_smoothing).mean()
-        return loss, (logits.argmax(-1) == batch["label"]).mean()
+            logits = forward(partition.merge(trained, frozen), batch, key)
+        rest = {}
+        if objective.classifies:
+            rest["train_accuracy"] = (objective.predict(logits) == batch["label"]).mean()
+        return objective.loss(logits, batch["label"], label_smoothing).mean(), rest
 
-    gradient = jax.value_and_grad(loss_and_correct, has_aux=True)
+    gradient = jax.value_and_grad(loss_and_rest, has_aux=True)
 
-    def train_step(state: TrainState, frozen: nnx.State, batch: Batch):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+    def train_step(state: TrainState, frozen: nnx.State, batch: Batch, key: jax.Array, rates: Mapping[str, np.float32]):
+        key = jax.random.fold_in(key, state.step)
         if accumulate == 1:
-            (loss, accuracy), gradients = gradient(state.trained, frozen, batch, key)
+            (loss, rest), gradients = gradient(state.trained, frozen, batch, key)
         else:
             micro_batches = jax.tree.map(lambda array: _micro_batches(array, accumulate), batch)
 
@@ -90,15 +95,18 @@ def make_train_step(
             first = jax.tree.map(lambda array: array[0], micro_batches)
             shapes = jax.eval_shape(gradient, state.trained, frozen, first, key)
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            ((loss, accuracy), gradients), _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), micro_batches))
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained)
+            ((loss, rest), gradients), _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), micro_batches))
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained, rates=rates)
         trained = optax.apply_updates(state.trained, updates)
-        metrics = {"train_loss": loss, "train_accuracy": accuracy, "gradient_norm": optax.tree.norm(gradients)}
+        metrics = {"train_loss": loss, **rest, "gradient_norm": optax.tree.norm(gradients)}
         return TrainState(state.step + 1, trained, optimizer_state), metrics
 
     whole = replicated(mesh)
     return jax.jit(
-        train_step, donate_argnums=0, in_shardings=(whole, whole, batch_sharding(mesh)), out_shardings=(whole, whole)
+        train_step,
+        donate_argnums=0,
+        in_shardings=(whole, whole, batch_sharding(mesh), whole, whole),
+        out_shardings=(whole, whole),
     )
 
 

@@ -62,7 +62,7 @@ def test_two_steps(name, tmp_path, request, monkeypatch):
     monkeypatch.setitem(VARIANTS, "small", SMALL_VIT)
     config = get_config(name)
     config.update_from_flattened_dict(
-        {"data.batch_size": 8, "data.eval_batch_size": 8, "optim.steps": 2, "optim.warmup_steps": 0, **SMALL[name]}
+        {"data.batch_size": 8, "data.eval_batch_size": 8, "optim.steps": 2, "optim.warmup_ratio": 0.0, **SMALL[name]}
     )
     if name in ON_DISK:
         config.data.dir = str(request.getfixturevalue("shared") / "tfds")

@@ -68,10 +68,10 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     with Checkpoints(tmp_path, BASE, CONFIG) as checkpoints:
         checkpoints.save(state_at(1), PLACE, 0.5, 0.8)
         checkpoints.save(state_at(2), PLACE, 1.0)
-        assert checkpoints.restore(state_at(0)).accuracy is None
+        assert checkpoints.restore(state_at(0)).score is None
         checkpoints.save(state_at(2), {"next": 9}, 2.0, 0.75)
         restored = checkpoints.restore(state_at(0))
-        assert (restored.data, restored.seconds, restored.accuracy) == ({"next": 9}, 2.0, 0.75)
+        assert (restored.data, restored.seconds, restored.score) == ({"next": 9}, 2.0, 0.75)
     assert steps_in(tmp_path) == [1, 2]
 
 

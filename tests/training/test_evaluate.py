@@ -16,7 +16,7 @@ def built(built_for) -> tiny.Built:
 
 @pytest.fixture(scope="module")
 def expected(built) -> dict[str, float]:
-    source = built.job.dataset.test
+    source = built.job.task.dataset.test
     images = np.stack([source[index]["image"] for index in range(21)]).astype(np.float32) / 127.5 - 1
     labels = np.array([source[index]["label"] for index in range(21)])
     logits = tiny.logits_of(built, images).astype(np.float64)
@@ -26,10 +26,11 @@ def expected(built) -> dict[str, float]:
 
 def measure(built, devices, batch_size, spoil=lambda batch: batch):
     mesh = make_mesh(devices, {})
-    batches = data.eval_batches(built.job.dataset.test, batch_size=batch_size, image_size=8)
+    batches, task = data.eval_batches(built.job.task.dataset.test, batch_size=batch_size, image_size=8), built.job.task
     with jax.set_mesh(mesh):
         trained, frozen = jax.device_put((built.trained, built.frozen), replicated(mesh))
-        return evaluate(make_eval_step(built.partition, mesh), trained, frozen, map(spoil, batches), mesh)
+        step = make_eval_step(built.partition, task.forward, task.objective, mesh)
+        return evaluate(step, trained, frozen, map(spoil, batches), task.metrics, mesh)
 
 
 @pytest.mark.parametrize(("devices", "batch_size"), [(8, 16), (1, 21), (2, 40)])

@@ -12,7 +12,7 @@ import pytest
 from surm_jax.peft import METHODS
 from surm_jax.training.config import base_config, parse
 from surm_jax.training.mesh import put_batch
-from surm_jax.training.optimizer import make_optimizer
+from surm_jax.training.optimizer import Rates, make_optimizer
 from surm_jax.training.step import init_state, make_train_step
 from tests.training import tiny
 
@@ -48,18 +48,22 @@ def digits(method: str) -> tiny.Built:
         return tiny.build(parse(config))
 
 
+KEY = jax.random.key(0)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_lowers_the_loss_and_moves_what_it_trains(method):
     built = digits(method)
     mesh = built.job.mesh
-    optimizer = make_optimizer(built.job.config.optim, method, built.trained)
-    step = make_train_step(built.partition, optimizer, mesh, seed=0)
+    optim, task = built.job.config.optim, built.job.task
+    optimizer, rates = make_optimizer(optim, built.trained), Rates(optim, method, built.trained)
+    step = make_train_step(built.partition, task.forward, task.objective, optimizer, mesh)
     batch = put_batch(tiny.batch_of(built, 64), mesh)
     start, frozen = tiny.host(built.trained), tiny.host(built.frozen)
     with jax.set_mesh(mesh):
         state, losses = init_state(built.trained, optimizer, mesh), []
         for number in range(12):
-            state, metrics = step(state, built.frozen, batch)
+            state, metrics = step(state, built.frozen, batch, KEY, rates.before(number + 1))
             losses.append(float(metrics["train_loss"]))
             if number == 1:
                 still = [path for path, array in tiny.host(state.trained).items() if np.array_equal(array, start[path])]
@@ -72,11 +76,13 @@ def test_a_method_lowers_the_loss_and_moves_what_it_trains(method):
 def test_memory_holds_frozen_weights_once_and_trained_ones_three_times(method):
     built = digits(method)
     mesh = built.job.mesh
-    optimizer = make_optimizer(built.job.config.optim, method, built.trained)
+    optim, task = built.job.config.optim, built.job.task
+    optimizer, rates = make_optimizer(optim, built.trained), Rates(optim, method, built.trained)
     with jax.set_mesh(mesh):
         state = init_state(built.trained, optimizer, mesh)
         batch = put_batch(tiny.batch_of(built, 64), mesh)
-        lowered = make_train_step(built.partition, optimizer, mesh, seed=0).lower(state, built.frozen, batch)
+        step = make_train_step(built.partition, task.forward, task.objective, optimizer, mesh)
+        lowered = step.lower(state, built.frozen, batch, KEY, rates.before(1))
         memory = lowered.compile().memory_analysis()
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
     trained = size(built.trained)

@@ -53,7 +53,7 @@ def run(tiny_files, source, tmp_path_factory):
 
 def test_the_folder_says_which_model_it_is(tiny_files, source):
     job = prepare(config(tiny_files, source), 0)
-    assert job.vit == dataclasses.replace(VIT, num_classes=3)
+    assert job.task.model_config == dataclasses.replace(VIT, num_classes=3)
     base, stored = job.base_model(), from_pretrained(source)
     assert np.array_equal(base.blocks[0].mlp.up.kernel[...], stored.blocks[0].mlp.up.kernel[...])
     assert base.head.kernel.shape == (10, 3) and stored.head.kernel.shape == (10, 7)
@@ -61,13 +61,13 @@ def test_the_folder_says_which_model_it_is(tiny_files, source):
 
 def test_images_are_normalised_as_the_folder_says(tiny_files, source):
     job = prepare(config(tiny_files, source), 0)
-    raw = job.dataset.test[4]["image"]
-    batch = next(iter(job.eval_batches("test")))
+    raw = job.task.dataset.test[4]["image"]
+    batch = next(iter(job.task.eval_batches("test")))
     np.testing.assert_allclose(batch["image"][4], (raw / 255 - MEAN[0]) / STD[0], atol=1e-5)
     train = data.train_batches(
-        job.dataset.train, batch_size=40, image_size=8, augment="none", seed=0, normalization=job.normalization
+        job.task.dataset.train, batch_size=40, image_size=8, augment="none", seed=0, normalization=job.task.normalization
     )
-    every = np.stack([example["image"] for example in job.dataset.train])
+    every = np.stack([example["image"] for example in job.task.dataset.train])
     assert np.mean(next(train)["image"]) == pytest.approx((every.mean() / 255 - MEAN[0]) / STD[0], rel=1e-4)
 
 
@@ -90,7 +90,7 @@ def test_what_does_not_fit(tiny_files, source, values, message):
 def test_a_model_of_text_is_refused(tiny_files, tmp_path):
     text = BertConfig.from_variant("tiny", vocab_size=20, width=8, heads=2, mlp_width=8, depth=1)
     save_huggingface(tmp_path / "bert", load(lambda: Bert(text, rngs=nnx.Rngs(0)), None), text)
-    with pytest.raises(UserError, match="holds a Bert, but this job needs a model of images"):
+    with pytest.raises(UserError, match="holds a Bert, but config.data.name asks for a model of images"):
         prepare(config(tiny_files, tmp_path / "bert"), 0)
 
 
@@ -113,7 +113,7 @@ def test_a_base_in_bfloat16_trains_float32_adapters(tiny_files, source, tmp_path
 def test_what_is_exported_computes_the_same(run, capsys, form):
     assert export_run(run, {}, form) == [run / form]
     printed = capsys.readouterr().out
-    assert f"{run / form}: logits of 8 test images within " in printed
+    assert f"{run / form}: logits of 8 test examples within " in printed
     difference = float(printed.split("within ")[1].split(" ")[0])
     reach = float(printed.split("reach ")[1])
     assert difference <= 1e-5 * reach and reach > 0
@@ -124,7 +124,7 @@ def test_what_is_exported_computes_the_same(run, capsys, form):
 def test_the_exported_model_is_a_base_again(tiny_files, run):
     export_run(run, {}, "hf")
     job = prepare(config(tiny_files, run / "hf"), 0)
-    assert job.normalization == (MEAN, STD)
+    assert job.task.normalization == (MEAN, STD)
 
 
 def test_images_of_other_channels_are_told(tiny_files, source, tmp_path):
@@ -149,7 +149,7 @@ def test_transformers_and_peft_give_our_logits(run, source):
         export_run(run, {}, form)
     job = prepare(read_config(run), 0)
     model, _ = load_adapter(run / "adapter", job.base_model())
-    images = next(iter(job.eval_batches("test")))["image"]
+    images = next(iter(job.task.eval_batches("test")))["image"]
     expected = np.asarray(merge(model)[0](images))
     pixels = torch.tensor(images.transpose(0, 3, 1, 2))
     whole = transformers.AutoModelForImageClassification.from_pretrained(run / "hf")

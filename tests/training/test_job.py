@@ -4,11 +4,13 @@ import warnings
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from surm_jax.errors import UserError
-from surm_jax.models import ViTConfig
+from surm_jax.models import ViT, ViTConfig
+from surm_jax.training.adaptation import describe_model
 from surm_jax.training.config import base_config, parse
-from surm_jax.training.job import describe_model, prepare
+from surm_jax.training.job import prepare
 from tests.training import tiny
 
 
@@ -20,17 +22,18 @@ def refusal(files, method="circulant", **values):
 
 def test_what_is_prepared(tiny_files):
     job = prepare(tiny.make_config(tiny_files, **{"data.holdout": 7, "model.dropout": 0.1, "mesh.data": 4}), 3)
-    assert (len(job.dataset.train), len(job.holdout), len(job.dataset.test)) == (33, 7, 21)
-    assert job.vit == ViTConfig(**tiny.GEOMETRY, num_classes=3, dropout=0.1)
-    assert (job.seed, job.mesh.shape, job.checkpoint) == (3, {"data": 4}, tiny_files / "weights.safetensors")
-    assert prepare(tiny.make_config(tiny_files), 3).holdout is None
+    task = job.task
+    assert (len(task.dataset.train), len(task.holdout), len(task.dataset.test)) == (33, 7, 21)
+    assert task.model_config == ViTConfig(**tiny.GEOMETRY, num_classes=3, dropout=0.1)
+    assert (job.seed, job.mesh.shape, task.checkpoint) == (3, {"data": 4}, tiny_files / "weights.safetensors")
+    assert prepare(tiny.make_config(tiny_files), 3).task.holdout is None
 
 
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
         ({"peft.target": "blocks/0/attention/qeury"}, ["qeury", "blocks/0/attention/query"]),
-        ({"peft.target": "qvk"}, ["qvk", "linear layer"]),
+        ({"peft.target": "qvk"}, ["qvk", "linear layer", "did you mean 'qv' or 'qkv'"]),
         ({"peft.target": r"blocks/\d+/attention"}, ["no linear layer", "blocks/0/attention (Attention)"]),
         ({"peft.train": ("haed/.*",)}, ["haed", "head/bias"]),
         ({"peft.lora.rank": 11, "peft.method": "lora"}, ["blocks/0/attention/key cannot be adapted", "rank"]),
@@ -41,7 +44,7 @@ def test_what_is_prepared(tiny_files):
         ({"data.name": "nowhere/data.npz"}, ["no data file", "nowhere/data.npz"]),
         ({"data.name": "cifar10", "data.dir": "/nowhere"}, ["cifar10", "/nowhere"]),
         ({"data.holdout": 40}, ["hold out 40", "40"]),
-        ({"model.num_classes": 4}, ["config.model.num_classes=4", "3 classes"]),
+        ({"model.num_classes": 4}, ["config.model.num_classes=4", "asks for 3"]),
         ({"model.variant": "mini"}, ["1 channel", "reads 3"]),
         ({"model.image_size": 10}, ["patch", "10"]),
         ({"model.checkpoint": "digts"}, ["no checkpoint 'digts'", "did you mean 'digits'"]),
@@ -103,7 +106,8 @@ def test_describing_makes_no_weights():
     config.peft.method = "lora"
     config.peft.lora.rank = 2
     before = sum(array.size for array in jax.live_arrays())
-    description = describe_model(parse(config), ViTConfig.from_variant("B/16", num_classes=10))
+    vit = ViTConfig.from_variant("B/16", num_classes=10)
+    description = describe_model(parse(config), lambda seed: ViT(vit, rngs=nnx.Rngs(seed)))
     # The updates are drawn, but none of 86 million weights.
     assert sum(array.size for array in jax.live_arrays()) - before < 200_000
     assert description.adapter == 12 * 3 * 2 * 2 * 768
@@ -114,9 +118,10 @@ def test_a_preset_and_its_pattern_are_the_same(tiny_files):
     preset = tiny.make_config(tiny_files, **{"peft.target": "qv"})
     pattern = dataclasses.replace(preset.peft, target=r"blocks/\d+/attention/(query|value)")
     vit = ViTConfig(**tiny.GEOMETRY, num_classes=3)
-    described = describe_model(preset, vit)
+    make_model = lambda seed: ViT(vit, rngs=nnx.Rngs(seed))  # noqa: E731
+    described = describe_model(preset, make_model)
     assert [row.path for row in described.rows if row.kind != "trained"] == [
         "blocks/0/attention/query",
         "blocks/0/attention/value",
     ]
-    assert described == describe_model(dataclasses.replace(preset, peft=pattern), vit)
+    assert described == describe_model(dataclasses.replace(preset, peft=pattern), make_model)

@@ -91,7 +91,7 @@ def test_checkpoints_hold_no_base_weights(tiny_files, tmp_path):
 
 def test_an_interrupted_run_ends_like_one_that_was_not(tiny_files, tmp_path, signal_at, monkeypatch):
     config = tiny.make_config(
-        tiny_files, **{"optim.steps": 6, "optim.warmup_steps": 2, "log.metrics_every": 1, "log.evaluate_every": 2}
+        tiny_files, **{"optim.steps": 6, "optim.warmup_ratio": 1 / 3, "log.metrics_every": 1, "log.evaluate_every": 2}
     )
     start(config, 0, tmp_path / "whole")
     # At a step that is evaluated, and at one that is not.

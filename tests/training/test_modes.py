@@ -62,9 +62,9 @@ def test_evaluating_gives_the_result_again(run, capsys):
     evaluations = evaluate_run(folder, {})
     assert list(evaluations) == [0, 2]
     for position, measured in enumerate(evaluations.values()):
-        assert measured["examples"] == 21
-        assert measured["accuracy"] == result["metrics"]["test_accuracy"]["seeds"][position]
-        assert measured["loss"] == pytest.approx(result["metrics"]["test_loss"]["seeds"][position], rel=1e-5)
+        assert measured["test"]["examples"] == 21
+        assert measured["test"]["accuracy"] == result["metrics"]["test_accuracy"]["seeds"][position]
+        assert measured["test"]["loss"] == pytest.approx(result["metrics"]["test_loss"]["seeds"][position], rel=1e-5)
     assert f"{folder / 'seed-2' / 'adapter'}: test_accuracy" in capsys.readouterr().out
 
 
@@ -73,7 +73,7 @@ def test_data_and_weights_may_have_moved(run, tiny_files, tmp_path):
     for name in ("data.npz", "weights.safetensors"):
         shutil.copy(tiny_files / name, tmp_path / name)
     moved = {"model.checkpoint": str(tmp_path / "weights.safetensors"), "data.dir": str(tmp_path)}
-    assert evaluate_run(folder, moved)[0]["accuracy"] == result["metrics"]["test_accuracy"]["seeds"][0]
+    assert evaluate_run(folder, moved)[0]["test"]["accuracy"] == result["metrics"]["test_accuracy"]["seeds"][0]
     with pytest.raises(UserError, match="no checkpoint"):
         evaluate_run(folder, {"model.checkpoint": str(tmp_path / "gone.safetensors")})
     for mode in (evaluate_run, merge_run):
@@ -103,14 +103,14 @@ def test_a_merged_model_stands_alone_and_computes_the_same(run, capsys):
     assert paths == [folder / f"seed-{seed}" / "merged" / "model.safetensors" for seed in (0, 2)]
     assert "of the unmerged model's" in capsys.readouterr().out
     job = prepare(config, 2)
-    merged = load(lambda: ViT(job.vit, rngs=nnx.Rngs(9)), paths[1], fresh=())
+    merged = load(lambda: ViT(job.task.model_config, rngs=nnx.Rngs(9)), paths[1], fresh=())
     base = job.base_model()
     adapted, _ = load_adapter(folder / "seed-2" / "adapter", base)
     # The kernels moved, and nothing that a plain model does not have is in the file.
     query = load_file(paths[1])["blocks/0/attention/query/kernel"]
     assert np.abs(query - np.asarray(base.blocks[0].attention.query.kernel[...])).max() > 1e-3
     assert not [name for name in load_file(paths[1]) if "delta" in name]
-    images = next(iter(data.eval_batches(job.dataset.test, batch_size=8, image_size=8)))["image"]
+    images = next(iter(data.eval_batches(job.task.dataset.test, batch_size=8, image_size=8)))["image"]
     logits = [np.asarray(model(images)) for model in (merged, adapted, base)]
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)
     assert np.abs(logits[0] - logits[2]).max() > 1e-2

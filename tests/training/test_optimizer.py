@@ -7,23 +7,24 @@ import pytest
 
 from surm_jax.errors import UserError
 from surm_jax.training.config import GroupConfig, GroupsConfig, OptimConfig
-from surm_jax.training.optimizer import groups_of, make_optimizer, schedule
+from surm_jax.training.optimizer import Rates, groups_of, make_optimizer, schedule
 
 RATES = {"circulant": 1e-2, "lora": 2e-2, "linear_probe": 3e-2, "full": 4e-2}
 
 
 def factor(config: OptimConfig, step: int) -> float:
     """The schedule by its definition."""
-    if step < config.warmup_steps:
-        return step / config.warmup_steps
-    done = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    warmup = round(config.warmup_ratio * config.steps)
+    if step < warmup:
+        return step / warmup
+    done = (step - warmup) / (config.steps - warmup)
     return {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[config.decay]
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize("warmup", [0, 1, 7, 19])
 def test_schedule_is_its_definition_at_every_step(decay, warmup):
-    config = OptimConfig(steps=20, warmup_steps=warmup, decay=decay)
+    config = OptimConfig(steps=20, warmup_ratio=warmup / 20, decay=decay)
     values = [float(schedule(config)(step)) for step in range(21)]
     np.testing.assert_allclose(values, [factor(config, step) for step in range(21)], atol=1e-6)
     assert values[0] == (0 if warmup else 1)
@@ -60,7 +61,7 @@ def test_a_parameter_in_no_group_is_refused_by_name():
 def test_updates_are_those_of_adamw_by_hand(clip_norm):
     config = OptimConfig(
         steps=6,
-        warmup_steps=2,
+        warmup_ratio=1 / 3,
         decay="linear",
         clip_norm=clip_norm,
         learning_rate=RATES,
@@ -73,7 +74,7 @@ def test_updates_are_those_of_adamw_by_hand(clip_norm):
     arrays = {"q/delta/r1": rng.normal(size=4), "head/kernel": rng.normal(size=(4, 3)), "q/bias": rng.normal(size=2)}
     rates = {"q/delta/r1": RATES["lora"], "head/kernel": 0.5, "q/bias": RATES["lora"]}
     decays = {"q/delta/r1": 0.0, "head/kernel": 0.1, "q/bias": 0.0}
-    optimizer = make_optimizer(config, "lora", arrays)
+    optimizer, by_group = make_optimizer(config, arrays), Rates(config, "lora", arrays)
     params = {path: jnp.asarray(array, jnp.float32) for path, array in arrays.items()}
     state = optimizer.init(params)
     first = {path: np.zeros_like(array) for path, array in arrays.items()}
@@ -82,7 +83,10 @@ def test_updates_are_those_of_adamw_by_hand(clip_norm):
         # Of very different sizes: Adam forgets a common scale, but not what is clipped in one step and not in the next.
         gradients = {path: 10.0 ** (step - 3) * rng.normal(size=array.shape) for path, array in arrays.items()}
         updates, state = optimizer.update(
-            {path: jnp.asarray(gradient, jnp.float32) for path, gradient in gradients.items()}, state, params
+            {path: jnp.asarray(gradient, jnp.float32) for path, gradient in gradients.items()},
+            state,
+            params,
+            rates=by_group.before(step + 1),
         )
         norm = math.sqrt(sum((gradient**2).sum() for gradient in gradients.values()))
         for path, gradient in gradients.items():
@@ -104,16 +108,17 @@ def test_weights_decay_only_where_asked():
         groups=GroupsConfig(norm=GroupConfig(pattern="norm/.*", weight_decay=0.5)),
     )
     params = {"norm/scale": jnp.ones(3), "head/kernel": jnp.ones(3), "position_embed": jnp.ones(3)}
-    optimizer = make_optimizer(config, "full", params)
+    optimizer, rates = make_optimizer(config, params), Rates(config, "full", params)
     zeros = {path: jnp.zeros(3) for path in params}
-    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params, rates=rates.before(1))
     np.testing.assert_allclose(updates["norm/scale"], -RATES["full"] * 0.5, rtol=1e-6)
     assert not np.any(updates["head/kernel"]) and not np.any(updates["position_embed"])
 
 
 @pytest.mark.parametrize("method", RATES)
 def test_every_method_has_its_learning_rate(method):
-    optimizer = make_optimizer(OptimConfig(learning_rate=RATES), method, ["head/bias"])
+    config = OptimConfig(learning_rate=RATES)
+    optimizer, rates = make_optimizer(config, ["head/bias"]), Rates(config, method, ["head/bias"])
     params = {"head/bias": jnp.zeros(1)}
-    updates, _ = optimizer.update({"head/bias": jnp.ones(1)}, optimizer.init(params), params)
+    updates, _ = optimizer.update({"head/bias": jnp.ones(1)}, optimizer.init(params), params, rates=rates.before(1))
     np.testing.assert_allclose(updates["head/bias"], -RATES[method], rtol=1e-5)

@@ -14,7 +14,8 @@ DESCRIPTION = Description((), adapter=30, besides=12, total=2000)
 
 def result_of(accuracy, **changed):
     options = {"steps": 9, "seconds": 1.234, "examples_per_second": 56.78, "adapter_bytes": 9210, **changed}
-    return make_result("lora", {"accuracy": accuracy, "loss": 2 - accuracy, "examples": 21}, DESCRIPTION, **options)
+    tests = {"test": {"accuracy": accuracy, "loss": 2 - accuracy, "examples": 21}}
+    return make_result("lora", tests, DESCRIPTION, metrics=("accuracy",), classes=("cat", "dog"), **options)
 
 
 def test_a_result_has_what_it_must_have():
@@ -23,7 +24,10 @@ def test_a_result_has_what_it_must_have():
         result.items()
         >= {
             "method": "lora",
+            "metric": "test_accuracy",
             "metrics": {"test_accuracy": 0.75, "test_loss": 1.25},
+            "classes": ["cat", "dog"],
+            "examples": {"test": 21},
             "parameters": {"trainable": 42, "adapter": 30, "total": 2000},
             "steps": 9,
             "seconds": 1.23,

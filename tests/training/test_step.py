@@ -9,15 +9,22 @@ import optax
 import pytest
 
 from surm_jax.structured import execution, fourier
+from surm_jax.training.image_task import ImageTask
 from surm_jax.training.mesh import make_mesh, put_batch, replicated
-from surm_jax.training.optimizer import make_optimizer
+from surm_jax.training.objective import CLASSES, NUMBER, cross_entropy, squared_error
+from surm_jax.training.optimizer import Rates, make_optimizer
 from surm_jax.training.partition import Partition
-from surm_jax.training.step import cross_entropy, init_state, make_train_step
+from surm_jax.training.step import init_state, make_train_step
 from tests.structured.hlo import gathered_sizes
 from tests.training import tiny
 
 # Gradients themselves, where an update by Adam would hide their size and blow up their rounding.
 SGD = optax.sgd(1.0)
+KEY = jax.random.key(0)
+
+
+def make_step(partition, optimizer, mesh, **options):
+    return make_train_step(partition, ImageTask.forward, CLASSES, optimizer, mesh, **options)
 
 
 class Trace(Partition):
@@ -44,13 +51,13 @@ def key_logits(key):
 
 def run_step(built, mesh, optimizer, **options):
     """Makes a step from the start. Returns the arrays after it, its metrics, and the text of its compiled program."""
-    step = make_train_step(built.partition, optimizer, mesh, seed=0, **options)
+    step = make_step(built.partition, optimizer, mesh, **options)
     with jax.set_mesh(mesh):
         state = init_state(built.trained, optimizer, mesh)
         frozen = jax.device_put(built.frozen, replicated(mesh))
         batch = put_batch(tiny.batch_of(built), mesh)
-        compiled = step.lower(state, frozen, batch).compile()
-        state, metrics = compiled(state, frozen, batch)
+        compiled = step.lower(state, frozen, batch, KEY, {}).compile()
+        state, metrics = compiled(state, frozen, batch, KEY, {})
     return tiny.host(state.trained), {name: float(value) for name, value in metrics.items()}, compiled.as_text()
 
 
@@ -58,17 +65,19 @@ def run_step(built, mesh, optimizer, **options):
 def test_what_a_step_changes_and_what_not(built_for, method):
     built, mesh = built_for(method), make_mesh(0, {})
     config = dataclasses.replace(built.job.config.optim, steps=100)
-    optimizer = make_optimizer(config, method, built.trained)
+    optimizer, rates = make_optimizer(config, built.trained), Rates(config, method, built.trained)
     parts = Trace(built.partition.graphdef, built.partition.slots)
     Trace.count = 0
-    step = make_train_step(parts, optimizer, mesh, seed=0)
+    step = make_step(parts, optimizer, mesh)
     before, frozen_before = tiny.host(built.trained), tiny.host(built.frozen)
     with jax.set_mesh(mesh):
         state = init_state(built.trained, optimizer, mesh)
         frozen = jax.device_put(built.frozen, replicated(mesh))
         for number in range(1, 5):
             given = state
-            state, metrics = step(state, frozen, put_batch(tiny.batch_of(built), mesh))
+            # Neither another seed nor another rate is another program.
+            key = jax.random.key(number)
+            state, metrics = step(state, frozen, put_batch(tiny.batch_of(built), mesh), key, rates.before(number))
             assert int(state.step) == number
             # The memory is taken over; what is not the state's stays.
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
@@ -90,11 +99,11 @@ def test_what_a_step_changes_and_what_not(built_for, method):
 def kernel_gradients(built):
     """The shapes of the sums over a batch in a step's program that have the shape of a kernel, in any order of axes."""
     mesh = make_mesh(1, {})
-    step = make_train_step(built.partition, SGD, mesh, seed=0)
+    step = make_step(built.partition, SGD, mesh)
     kernels = {tuple(sorted(shape)) for shape in [(10, 2, 5), (10, 10), (10, 14), (4, 4, 1, 10)]}
     with jax.set_mesh(mesh):
         batch = tiny.batch_of(built)
-        jaxpr = jax.make_jaxpr(step)(init_state(built.trained, SGD, mesh), built.frozen, batch)
+        jaxpr = jax.make_jaxpr(step)(init_state(built.trained, SGD, mesh), built.frozen, batch, KEY, {})
     found = []
 
     def sums_over_the_batch(equation):
@@ -161,8 +170,8 @@ def test_transforms_that_are_not_kept_local_would_gather(built_for, monkeypatch)
 
 
 @functools.cache
-def toy_step(seed, accumulate):
-    return make_train_step(Toy(), optax.sgd(0.0), make_mesh(1, {}), seed=seed, accumulate=accumulate)
+def toy_step(accumulate):
+    return make_step(Toy(), optax.sgd(0.0), make_mesh(1, {}), accumulate=accumulate)
 
 
 def drawn(count, seed=0, accumulate=1, start=0):
@@ -172,7 +181,7 @@ def drawn(count, seed=0, accumulate=1, start=0):
     state = init_state({"w": jnp.zeros(())}, optax.sgd(0.0), mesh)._replace(step=jnp.array(start, jnp.int32))
     losses = []
     for _ in range(count):
-        state, metrics = toy_step(seed, accumulate)(state, {}, batch)
+        state, metrics = toy_step(accumulate)(state, {}, batch, jax.random.key(seed), {})
         losses.append(float(metrics["train_loss"]))
     return losses
 
@@ -220,6 +229,14 @@ def test_cross_entropy_is_its_definition(smoothing):
     expected = -(1 - smoothing) * log_softmax[np.arange(7), labels] - smoothing * log_softmax.mean(1)
     losses = cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(labels, jnp.int32), smoothing)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_squared_error_is_its_definition():
+    rng = np.random.default_rng(0)
+    outputs, labels = rng.normal(size=(7, 1)).astype(np.float32), rng.normal(size=7).astype(np.float32)
+    losses = squared_error(jnp.asarray(outputs), jnp.asarray(labels))
+    np.testing.assert_allclose(losses, (outputs[:, 0] - labels) ** 2, rtol=1e-6)
+    np.testing.assert_array_equal(NUMBER.predict(jnp.asarray(outputs)), outputs[:, 0])
 
 
 def test_label_smoothing_reaches_the_step(built_for):

@@ -79,7 +79,7 @@ def build(config: RunConfig, seed: int = 0) -> Built:
 
 def batch_of(built: Built, size: int = 16) -> dict[str, np.ndarray]:
     """The first training examples, as the model reads them."""
-    source = built.job.dataset.train
+    source = built.job.task.dataset.train
     examples = [source[index] for index in range(size)]
     images = np.stack([example["image"] for example in examples]).astype(np.float32) / 127.5 - 1
     return {"image": images, "label": np.array([example["label"] for example in examples], np.int32)}

@@ -1,0 +1,85 @@
+"""What a run is about: its examples, its model, and what is asked of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import grain
+import jax
+from flax import nnx
+
+from surm_jax import data
+from surm_jax.models import Bert, ViT
+from surm_jax.training.config import RunConfig
+from surm_jax.training.image_task import image_model_config, image_task
+from surm_jax.training.objective import Objective
+from surm_jax.training.step import Batch
+from surm_jax.training.text_task import text_model_config, text_task
+
+
+class Task(Protocol):
+    """What the training room asks of a kind of data and its model.
+
+    Attributes:
+      model_config: of the model: geometry and precision.
+      checkpoint: the file or folder of the pretrained weights, or None for random ones.
+      classes: the names of the classes; empty where labels are numbers.
+      metrics: names in `surm_jax.training.scores.SCORES`, the most important first.
+      tests: the names of the splits for testing.
+      splits: what can be evaluated: `tests`, and "holdout" if training examples are held out.
+      examples: number of training examples.
+      objective: what the model's outputs mean.
+    """
+
+    model_config: Any
+    checkpoint: Path | None
+    classes: tuple[str, ...]
+    metrics: tuple[str, ...]
+    tests: tuple[str, ...]
+    splits: tuple[str, ...]
+    examples: int
+    objective: Objective
+
+    def make_model(self, seed: int) -> nnx.Module:
+        """Builds the model with random parameters."""
+
+    def forward(self, model: nnx.Module, batch: Batch, key: jax.Array | None) -> jax.Array:
+        """Returns the logits of a batch; the key draws dropout."""
+
+    def train_batches(self, seed: int) -> grain.DatasetIterator:
+        """Returns the endless, resumable batches of a run."""
+
+    def eval_batches(self, split: str) -> data.EvalBatches:
+        """Returns the batches of a pass over one of `splits`."""
+
+    def export_options(self) -> dict[str, Any]:
+        """Returns what `save_huggingface` is to write beside the weights."""
+
+    def train_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """Returns every kind of batch that training will bring, by a name for people."""
+
+
+def make_task(config: RunConfig) -> Task:
+    """Loads the data and brings it together with model and files.
+
+    Raises:
+      UserError: for whatever does not fit.
+    """
+    dataset = data.load(config.data.name, config.data.dir or None)
+    return text_task(config, dataset) if isinstance(dataset, data.TextDataset) else image_task(config, dataset)
+
+
+def model_maker(config: RunConfig) -> Callable[[int], nnx.Module]:
+    """Returns what builds the model from a seed, without data but for its number of classes.
+
+    The data set is looked at for that alone, and not even that if `config.model.num_classes` says it.
+
+    Raises:
+      UserError: for whatever does not fit.
+    """
+    outputs = config.model.num_classes or max(1, len(data.load(config.data.name, config.data.dir or None).classes))
+    if data.is_text(config.data.name):
+        bert = text_model_config(config, outputs)
+        return lambda seed: Bert(bert, rngs=nnx.Rngs(seed))
+    vit = image_model_config(config, outputs)
+    return lambda seed: ViT(vit, rngs=nnx.Rngs(seed))
