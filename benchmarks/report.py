@@ -105,6 +105,21 @@ matrix of the same kind. The gradient that peft's C3A computes for its input is 
 {markdown(rows, {"layer": "", "ms": ".1f", "ratio_to_ours": ".2f"})}"""
 
 
+def bert_section() -> str:
+    """What is in bert.json."""
+    rows = read("bert.json")
+    first = rows[0]
+    columns = {"step": "", "parameters": ",", "ms": ",.0f", "examples_per_s": ".1f", "ratio_to_circulant": ".2f"}
+    return f"""## A training step of {first["model"]} beside PyTorch
+
+`python -m benchmarks.bert`, batch {first["batch"]}, {first["length"]} tokens, float32, on {first["device"]}; torch
+{first["torch"]}, transformers {first["transformers"]}, peft {first["peft"]}, jax {first["jax"]}. Updates of Q, K and V
+and a trained classifier, same weights and batch; forward, backward and AdamW. peft's C3A computes a wrong gradient for
+its input: see `benchmarks/peers.py`.
+
+{markdown(rows, columns)}"""
+
+
 def step_section() -> str:
     """What is in step.json."""
     rows = [
@@ -161,7 +176,15 @@ def main() -> None:
     """Writes both files."""
     (ROOT / "docs" / "speed.md").write_text(
         "\n\n".join(
-            [HEAD.rstrip(), *layer_sections(), peer_section(), step_section(), bank_section(), TAIL.rstrip()]
+            [
+                HEAD.rstrip(),
+                *layer_sections(),
+                peer_section(),
+                step_section(),
+                bert_section(),
+                bank_section(),
+                TAIL.rstrip(),
+            ]
         )
         + "\n"
     )

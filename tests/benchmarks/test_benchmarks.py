@@ -76,6 +76,29 @@ def test_peers(tmp_path):
     assert all(rows[name]["ratio_to_ours"] > 0 for name in peers)
 
 
+def test_bert(tmp_path):
+    for name in ("torch", "transformers", "peft"):
+        pytest.importorskip(name, reason="compares with PyTorch: pip install -r requirements-peers.txt")
+    out = tmp_path / "rows.json"
+    done = run("bert", f"--out={out}", "--variant=tiny", "--batch=2", "--length=8", "--rounds=1")
+    assert done.returncode == 0, done.stderr
+    rows = {row["step"]: row for row in json.loads(out.read_text())}
+    assert [*rows] == ["ours circulant", "ours lora", "peft lora", "peft c3a"]
+    # Vectors of 128 numbers in three layers of two blocks, and a classifier of two classes.
+    head = 2 * 128 + 2
+    vectors = {name: (row["parameters"] - head) / (2 * 3 * 128) for name, row in rows.items()}
+    assert vectors == {"ours circulant": 2, "ours lora": 2, "peft lora": 2, "peft c3a": 1}
+    ours = rows["ours circulant"]
+    for row in rows.values():
+        assert (row["model"], row["batch"], row["length"]) == ("BERT-tiny", 2, 8)
+        assert math.isclose(row["examples_per_s"], 2 / (row["ms"] / 1e3))
+        assert math.isclose(row["ratio_to_circulant"], row["ms"] / ours["ms"])
+        # Same weights, same batch, and updates that begin at zero.
+        assert math.isclose(row["first_loss"], ours["first_loss"], rel_tol=1e-5)
+    done = run("bert", "--variant=tiny", "--length=513")
+    assert done.returncode != 0 and "positions for 512 tokens" in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(("module", "what"), [("structured", "families"), ("step", "methods")])
 def test_an_unknown_name(module, what):
     done = run(module, f"--{what}=circulat")

@@ -1,0 +1,177 @@
+"""A training step of BERT-base (random weights) beside the same in PyTorch with transformers and peft, in one run.
+
+    python -m benchmarks.bert [--out=FILE.json] [--variant=base] [--batch=16] [--length=128] [--rounds=5]
+
+Needs requirements-peers.txt. Every program has the same weights and batch (no padding, but a mask is given), updates of
+Q, K and V, a trained classifier of two classes, float32, no dropout, and AdamW for what is trained alone:
+
+- `ours circulant`: circulant updates, each the product of two vectors;
+- `ours lora`, `peft lora`: LoRA r = 1;
+- `peft c3a`: `peft`'s circulant updates, one block of size n, so one vector each. Their gradient by the INPUT is wrong
+  in peft 0.18.0 to 0.21.2 (see `benchmarks/peers.py`); the time is that of what it computes.
+
+The PyTorch side has `sdpa` attention, the fused AdamW and its own number of threads, one for each core. Before anything
+is timed, the first steps of all programs must have the same loss: updates begin at zero. `ratio_to_circulant` is the
+time of a program over that of `ours circulant`.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peft
+import torch
+import transformers
+from absl import app, flags
+from flax import nnx
+
+from benchmarks.timing import device, medians, setting, table
+from surm_jax.errors import UserError
+from surm_jax.models import Bert, BertConfig
+from surm_jax.paths import join
+from surm_jax.peft import CirculantUpdate, LoRA, Rule, Update, adapt
+from surm_jax.pretrained.huggingface import huggingface_names
+
+OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
+VARIANT = flags.DEFINE_string("variant", "base", "The BERT.")
+BATCH = flags.DEFINE_integer("batch", 16, "Examples per step.", lower_bound=1)
+LENGTH = flags.DEFINE_integer("length", 128, "Tokens per example.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each step is timed.", lower_bound=1)
+CLASSES = 2
+LEARNING_RATE = 1e-4
+COLUMNS = {"step": "", "parameters": ",", "ms": ".1f", "examples_per_s": ".2f", "ratio_to_circulant": ".2f"}
+
+Batch = dict[str, np.ndarray]
+Program = Callable[[], float]
+
+
+def random_batch(config: BertConfig) -> Batch:
+    """A batch of noise."""
+    rng, shape = np.random.default_rng(0), (BATCH.value, LENGTH.value)
+    return {
+        "tokens": rng.integers(config.vocab_size, size=shape),
+        "mask": np.ones(shape, np.int64),
+        "label": rng.integers(CLASSES, size=BATCH.value),
+    }
+
+
+def our_step(model: Bert, method: Update, batch: Batch) -> tuple[Program, int]:
+    """Our training step, which returns its loss, and how many numbers it trains."""
+    rules = [Rule(r".*/(query|key|value)", method)]
+    adapted, adapter = adapt(model, rules, train=["head/.*"], rngs=nnx.Rngs(1))
+    graphdef, trained, frozen = nnx.split(adapted, adapter.trainable, ...)
+    optimizer = optax.adamw(LEARNING_RATE)
+
+    def loss(trained: nnx.State, frozen: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
+        logits = nnx.merge(graphdef, trained, frozen)(batch["tokens"], mask=batch["mask"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+    def update(state: tuple[nnx.State, optax.OptState], frozen: nnx.State, batch: dict[str, jax.Array]):
+        trained, optimizer_state = state
+        value, gradients = jax.value_and_grad(loss)(trained, frozen, batch)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, trained)
+        return (optax.apply_updates(trained, updates), optimizer_state), value
+
+    # The step takes over the memory of the state; that of the head is the model's.
+    state = jax.tree.map(jnp.copy, (trained, optimizer.init(trained)))
+    arrays = {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
+    compiled = jax.jit(update, donate_argnums=0).lower(state, frozen, arrays).compile()
+
+    def program() -> float:
+        nonlocal state
+        state, value = compiled(state, frozen, arrays)
+        return float(value)
+
+    return program, sum(leaf.size for leaf in jax.tree.leaves(trained))
+
+
+def torch_model(model: Bert) -> torch.nn.Module:
+    """Our model in transformers, with the same weights."""
+    names = huggingface_names(model.config)
+    config = transformers.BertConfig(**names.architecture.write_config(model.config))
+    theirs = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
+    tensors = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name, tensor = names.tensor(join(path))
+        tensors[name] = torch.tensor(tensor.write(np.asarray(variable[...])))
+    theirs.load_state_dict(tensors)
+    return theirs
+
+
+def torch_step(base: torch.nn.Module, config: peft.PeftConfig, batch: Batch) -> tuple[Program, int]:
+    """The training step of an adapter of peft, which returns its loss, and how many numbers it trains."""
+    model = peft.get_peft_model(base, config).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=1e-4, fused=True)
+    names = {"tokens": "input_ids", "mask": "attention_mask", "label": "labels"}
+    tensors = {names[name]: torch.tensor(array) for name, array in batch.items()}
+
+    def program() -> float:
+        optimizer.zero_grad()
+        loss = model(**tensors).loss
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return program, sum(parameter.numel() for parameter in trained)
+
+
+def main(_: list[str]) -> None:
+    """Times all steps, prints a table and writes the file asked for."""
+    try:
+        config = BertConfig.from_variant(VARIANT.value, num_classes=CLASSES)
+        if LENGTH.value > config.max_tokens:
+            raise UserError(f"it has positions for {config.max_tokens} tokens, got --length={LENGTH.value}")
+    except UserError as error:
+        raise app.UsageError(f"--variant={VARIANT.value}: {error}") from None
+    model, batch = Bert(config, rngs=nnx.Rngs(0)), random_batch(config)
+    layers = {"target_modules": ["query", "key", "value"], "modules_to_save": ["classifier"]}
+    c3a = peft.C3AConfig(block_size=config.width, init_weights=True, **layers)
+    steps = {
+        "ours circulant": our_step(model, CirculantUpdate(), batch),
+        "ours lora": our_step(model, LoRA(rank=1), batch),
+        "peft lora": torch_step(torch_model(model), peft.LoraConfig(r=1, **layers), batch),
+        "peft c3a": torch_step(torch_model(model), c3a, batch),
+    }
+    programs = {name: program for name, (program, _) in steps.items()}
+    losses = {name: program() for name, program in programs.items()}
+    if not all(math.isclose(loss, losses["ours circulant"], rel_tol=1e-3) for loss in losses.values()):
+        raise RuntimeError(f"the programs do not compute the same: the losses of their first steps are {losses}")
+    times = medians(programs, ROUNDS.value)
+    rows: list[dict[str, Any]] = [
+        {
+            "step": name,
+            "model": f"BERT-{VARIANT.value}",
+            "batch": BATCH.value,
+            "length": LENGTH.value,
+            "dtype": "float32",
+            **setting(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "parameters": steps[name][1],
+            "first_loss": losses[name],
+            "ms": 1e3 * seconds,
+            "examples_per_s": BATCH.value / seconds,
+            "ratio_to_circulant": seconds / times["ours circulant"],
+        }
+        for name, seconds in times.items()
+    ]
+    print(
+        f"BERT-{VARIANT.value}, batch {BATCH.value}, {LENGTH.value} tokens, float32, on {device()};"
+        f" torch {torch.__version__} with {torch.get_num_threads()} threads, transformers {transformers.__version__},"
+        f" peft {peft.__version__}, jax {jax.__version__}"
+    )
+    print(table(rows, COLUMNS))
+    if OUT.value:
+        Path(OUT.value).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)
