@@ -274,6 +274,30 @@ def test_a_new_task_has_both_layers_of_robertas_classifier_anew(tmp_path):
         from_pretrained(tmp_path / "roberta", num_classes=5, fresh=("head/.*",))
 
 
+def test_norms_under_the_names_of_tensorflow(tmp_path):
+    """`google-bert/bert-base-uncased` is such a file: a prefix, gamma and beta, and the heads of pretraining."""
+    config = BertConfig.from_variant("tiny", vocab_size=20, width=8, heads=2, mlp_width=8, depth=2)
+    model = random_model(Bert, config)
+    save_huggingface(tmp_path / "bert", model, config)
+
+    def age(tensors):
+        old = {}
+        for name, array in tensors.items():
+            name = name if name.startswith(("bert.", "classifier.")) else f"bert.{name}"
+            if "LayerNorm" in name:
+                name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            if not name.startswith("classifier."):
+                old[name] = array
+        assert sum(name.endswith((".gamma", ".beta")) for name in old) == 2 * (1 + 2 * 2)
+        zeros = {"cls.predictions.transform.LayerNorm.gamma": 8, "cls.seq_relationship.bias": 2}
+        tensors.clear()
+        tensors.update(old, **{name: np.zeros(size, np.float32) for name, size in zeros.items()})
+
+    rewrite(tmp_path / "bert", age)
+    read, expected = arrays(load(lambda: Bert(config, rngs=nnx.Rngs(3)), tmp_path / "bert")), arrays(model)
+    assert [path for path in expected if not np.array_equal(read[path], expected[path])] == ["head/bias", "head/kernel"]
+
+
 def test_labels(tmp_path, vit):
     save_huggingface(tmp_path / "vit", vit, vit.config, labels=["cat", "dog", "owl"])
     fields = json.loads((tmp_path / "vit" / "config.json").read_text())
