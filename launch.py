@@ -81,7 +81,8 @@ def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
     except Exception as error:  # The configuration is a program, and can raise anything.
         last = str(error).strip().splitlines()[-1]
         if isinstance(error, flags.Error):
-            raise UserError(last) from None
+            # What a configuration itself refuses arrives with the name of its error before it.
+            raise UserError(last.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from None
         what = files[-1] if files else "the configuration"
         raise UserError(f"{what} does not work with these flags: {type(error).__name__}: {last}") from None
 

@@ -100,8 +100,8 @@ def _find(name: str, folder: Path) -> Path:
         return folder / base / version
     import tensorflow_datasets as tfds
 
-    # Without the community sets, the list of which would be downloaded.
-    official = tfds.list_builders(with_community_datasets=False)
+    # Without the community sets, the list of which would be downloaded. GLUE is listed only where TensorFlow is.
+    official = [*tfds.list_builders(with_community_datasets=False), "glue"]
     if not match or match["name"].split("/")[0] not in {*official, *(known.split("/")[0] for known in prepared)}:
         near = did_you_mean(match["name"] if match else name, dict.fromkeys([*EMBEDDED, *prepared, *official]))
         raise UserError(
