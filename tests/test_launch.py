@@ -1,5 +1,6 @@
 """The command line: what it reads, what it answers to mistakes, and runs that are stopped and go on."""
 
+import json
 import os
 import re
 import signal
@@ -8,15 +9,18 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import pytest
 from absl import flags
 
 import launch
+from surm_jax.training import compilation
 from surm_jax.training.config import base_config
 from surm_jax.training.loop import InterruptedRunError
-from tests.training import tiny
+from tests.training import tiny, tiny_text
 
 ROOT = Path(launch.__file__).resolve().parent
+GLUE = f"--config={ROOT / 'configs' / 'bert_glue.py'}"
 
 
 class Answer(NamedTuple):
@@ -140,12 +144,20 @@ def test_the_default_folder_names_the_run():
         (["--config.model.checkpoint=/nowhere/x.npz"], ["/nowhere"]),
         (["--mode=evaluate"], ["no run in"]),
         (["--mode=merge"], ["no run in"]),
+        ([f"{GLUE}:task=rt"], ["unknown task 'rt'", "did you mean 'rte'"]),
+        ([f"{GLUE}:task=rte,method=circulent"], ["unknown method 'circulent'", "did you mean 'circulant'"]),
+        ([f"{GLUE}:taks=rte"], ["unknown option 'taks'", "did you mean 'task'"]),
+        ([f"{GLUE}:task=cola", "--config.data.dir=/nowhere"], ["glue/cola", "/nowhere"]),
+        (["--mode=predict"], ["needs --input=FILE.tsv and --output=FILE.tsv"]),
+        (["--mode=predict", "--input=in.tsv"], ["needs --input=FILE.tsv and --output=FILE.tsv"]),
+        (["--mode=predict", "--input=in.tsv", "--output=out.tsv"], ["no run in"]),
+        (["--inptu=in.tsv"], ["unknown flag --inptu", "'input'"]),
     ],
 )
 def test_a_mistake_has_one_message_and_status_one(launched, tmp_path, arguments, parts):
     answer = launched(*arguments, f"--workdir={tmp_path / 'run'}")
     assert answer.status == 1
-    assert answer.message.startswith("error: ")
+    assert answer.message.startswith("error: ") and "\n" not in answer.message
     assert [part for part in parts if part not in answer.message] == []
 
 
@@ -200,7 +212,7 @@ def process(files, workdir, *arguments):
     return subprocess.Popen(
         [sys.executable, "launch.py", config, f"--workdir={workdir}", *arguments],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "SURM_JAX_CACHE": str(files / "cache")},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -270,3 +282,77 @@ def test_mistakes_in_a_process_of_their_own(files, tmp_path):
     assert said.startswith("error: the run's folder") and said.count("\n") == 1
     assert mistyped.returncode == no_folder.returncode == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture
+def no_programs_yet(monkeypatch):
+    """JAX as it is at the start, knowing of no place for programs."""
+    names = ("dir", "max_size")
+    before = {name: getattr(jax.config, f"jax_compilation_cache_{name}") for name in names}
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    for name, value in before.items():
+        jax.config.update(f"jax_compilation_cache_{name}", value)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+
+
+def test_programs_are_kept_in_the_cache_unless_jax_knows_better(no_programs_yet, tmp_path, monkeypatch):
+    monkeypatch.setenv("SURM_JAX_CACHE", str(tmp_path / "cache"))
+    compilation.use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache" / "programs")
+    assert jax.config.jax_compilation_cache_max_size == 2**31
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+    jax.config.update("jax_compilation_cache_max_size", 5)
+    compilation.use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
+    assert jax.config.jax_compilation_cache_max_size == 5
+
+
+def text_process(files, workdir, *arguments):
+    """The command line of the documentation in a process of its own. Even the smallest programs are kept."""
+    programs = {"JAX_COMPILATION_CACHE_DIR": str(files / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return subprocess.run(
+        [sys.executable, "launch.py", f"--workdir={workdir}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "SURM_JAX_CACHE": str(files / "cache"), **programs},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_text_by_the_command_line_and_another_seed_compiles_nothing(tmp_path):
+    files = tiny_text.write_files(tmp_path)
+    values = tiny_text.flat_config(files, "rte", **{"optim.epochs": 0.0, "optim.steps": 2, "data.lengths": (20,)})
+    job = ["--config=configs/bert_glue.py:task=rte,method=circulant_adapter"]
+    job += [f"--config.{key}={value}" for key, value in values.items()]
+
+    def programs():
+        return {path.name for path in (files / "programs").iterdir() if path.name.endswith("-cache")}
+
+    first = text_process(files, tmp_path / "first", *job)
+    assert first.returncode == 0, first.stderr
+    assert re.findall(r"compiled for batches of (\d+) tokens in", first.stderr) == ["20"]
+    assert "test accuracy" in first.stdout and "Traceback" not in first.stderr
+    kept = programs()
+    assert sum("train_step" in name for name in kept) == 1
+
+    # A rate is an argument of the program, too. The new head alone is drawn by a small program for each seed.
+    another = ["--config.seeds=(5,)", "--config.optim.learning_rate.circulant_adapter=0.5"]
+    second = text_process(files, tmp_path / "second", *job, *another)
+    assert second.returncode == 0, second.stderr
+    assert {name.partition("-")[0] for name in programs() - kept} <= {"jit_init"}
+    losses = [json.loads((tmp_path / run / "result.json").read_text())["metrics"] for run in ("first", "second")]
+    assert losses[0] != losses[1]
+
+    table, answers = tmp_path / "in.tsv", tmp_path / "out.tsv"
+    table.write_bytes(b"sentence1\tsentence2\r\nthe cat\ta dog\r\nalone\r\n")
+    asked = text_process(files, tmp_path / "first", "--mode=predict", f"--input={table}", f"--output={answers}")
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stderr.splitlines()[-1] == f"{table}, line 3: 1 columns, expected 2 (sentence1, sentence2)"
+    assert asked.stdout.splitlines()[-1] == f"{answers}: 1 rows; 1 malformed ones were left out"
+    head, answer = (line.split("\t") for line in answers.read_text().splitlines())
+    assert head == ["line", "label", "entailment", "not_entailment"]
+    assert answer[0] == "2" and answer[1] in head[2:]
+    assert float(answer[2]) + float(answer[3]) == pytest.approx(1, abs=2e-6)

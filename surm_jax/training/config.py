@@ -174,7 +174,7 @@ class GroupsConfig:
 
     adapter: GroupConfig = GroupConfig(pattern=r"(.*/)?(delta|branch)/.*")
     head: GroupConfig = GroupConfig(pattern=r"head/.*")
-    norm: GroupConfig = GroupConfig(pattern=r"(.*/)?norm\d*/.*")
+    norm: GroupConfig = GroupConfig(pattern=r"(.*[/_])?norm\d*/.*")
     bias: GroupConfig = GroupConfig(pattern=r".*/bias")
     rest: GroupConfig = GroupConfig(pattern=r".*")
 
@@ -233,11 +233,14 @@ class LogConfig:
 class MeshConfig:
     """How devices are used."""
 
-    # Devices over which the batch is split; 0: all there are.
+    # Devices over which the batch is split; 0: all there are, divided by `fsdp`.
     data: int = 0
+    # Devices over which the batch and the large arrays of the frozen base are split.
+    fsdp: int = 1
 
     def __post_init__(self):
         _at_least("mesh.data", self.data, 0)
+        _at_least("mesh.fsdp", self.fsdp, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from surm_jax.training.mesh import batch_sharding, put_batch, replicated
+from surm_jax.training.mesh import put_batch, replicated, with_whole_base
 from surm_jax.training.objective import Objective
 from surm_jax.training.partition import Arrays, Partition
 from surm_jax.training.scores import SCORES
@@ -18,8 +18,11 @@ EvalStep = Callable[[Arrays, nnx.State, Batch], dict[str, jax.Array]]
 def make_eval_step(partition: Partition, forward: Forward, objective: Objective, mesh: jax.sharding.Mesh) -> EvalStep:
     """Returns the compiled `(trained, frozen, batch) -> loss, prediction, label and mask of each example`."""
 
+    def logits_of(trained: Arrays, frozen: nnx.State, batch: Batch) -> jax.Array:
+        return forward(partition.merge(trained, frozen), batch, None)
+
     def eval_step(trained: Arrays, frozen: nnx.State, batch: Batch):
-        logits = forward(partition.merge(trained, frozen), batch, None)
+        logits = with_whole_base(logits_of, mesh)(trained, frozen, batch)
         return {
             "loss": objective.loss(logits, batch["label"], 0.0),
             "prediction": objective.predict(logits),
@@ -27,8 +30,7 @@ def make_eval_step(partition: Partition, forward: Forward, objective: Objective,
             "mask": batch["mask"],
         }
 
-    whole = replicated(mesh)
-    return jax.jit(eval_step, in_shardings=(whole, whole, batch_sharding(mesh)), out_shardings=whole)
+    return jax.jit(eval_step, out_shardings=replicated(mesh))
 
 
 def evaluate(

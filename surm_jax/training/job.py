@@ -10,7 +10,7 @@ from surm_jax.peft import Adapter
 from surm_jax.pretrained import load
 from surm_jax.training.adaptation import adapt_model
 from surm_jax.training.config import RunConfig, with_steps
-from surm_jax.training.mesh import make_mesh, replicated
+from surm_jax.training.mesh import base_sharding, make_mesh
 from surm_jax.training.task import Task, make_task
 
 
@@ -35,7 +35,7 @@ class Job:
         return load(
             functools.partial(self.task.make_model, self.seed),
             self.task.checkpoint,
-            sharding=lambda path, shape: replicated(self.mesh),
+            sharding=lambda path, shape: base_sharding(self.mesh, shape.shape),
         )
 
     def adapt(self, model: nnx.Module) -> tuple[nnx.Module, Adapter]:
@@ -55,6 +55,7 @@ def prepare(config: RunConfig, seed: int) -> Job:
             "config.data.batch_size / config.optim.accumulate": config.data.batch_size // config.optim.accumulate,
             "config.data.eval_batch_size": config.data.eval_batch_size,
         },
+        config.mesh.fsdp,
     )
     task = make_task(config)
     return Job(with_steps(config, task.examples), seed, mesh, task)

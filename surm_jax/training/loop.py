@@ -16,7 +16,7 @@ from surm_jax.training.checkpoints import Checkpoints
 from surm_jax.training.config import RunConfig, to_dict
 from surm_jax.training.evaluate import evaluate, make_eval_step
 from surm_jax.training.job import Job, prepare
-from surm_jax.training.mesh import batch_sharding, put_batch, replicated
+from surm_jax.training.mesh import batch_sharding, put_base, put_batch, replicated
 from surm_jax.training.metrics import MetricWriter, StepLog
 from surm_jax.training.optimizer import Rates, make_optimizer
 from surm_jax.training.partition import partition
@@ -75,7 +75,7 @@ class _Run:
         self.began, self.interruption = began, interruption
         self.description = describe(model, adapter)
         self.partition, trained, frozen = partition(model, adapter)
-        self.frozen = jax.device_put(frozen, replicated(job.mesh))
+        self.frozen = put_base(frozen, job.mesh)
         optim, task = self.config.optim, job.task
         optimizer = make_optimizer(optim, trained)
         self.rates = Rates(optim, self.config.peft.method, trained)
@@ -151,7 +151,7 @@ class _Run:
         tests = self.tests or self._evaluate_tests(state)
         model = self.partition.merge(state.trained, self.frozen)
         adapter_bytes = save_adapter(self.workdir / "adapter", model, self.adapter)
-        draw_curves(self.workdir, model)
+        draw_curves(self.workdir, model, self.job.task.metrics[0])
         rate = self.watch.rate()
         result = make_result(
             self.config.peft.method,

@@ -1,4 +1,12 @@
-"""The device mesh: its axis `data` splits the batch; everything else is replicated."""
+"""The device mesh: both its axes split the batch; over `fsdp` the large arrays of the frozen base are split as well.
+
+What is trained, its optimiser and small arrays are replicated. A split array is put together where it is used, in the
+forward pass and once more in the backward pass, so that no device ever keeps the whole base
+(fully sharded data parallelism: arXiv 1910.02054, stage 3, for the frozen weights).
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -7,15 +15,22 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from surm_jax.errors import UserError
 from surm_jax.structured import BATCH_AXES
 
-DATA_AXIS = BATCH_AXES[0]
+FSDP_AXIS = BATCH_AXES[1]
+# Smaller arrays are replicated: what a split saves is not worth a message.
+SMALLEST_SPLIT = 2**14
+# What the backward pass makes anew: arrays put together, and their copies in other shapes and dtypes.
+_NOT_KEPT = ("sharding_constraint", "reshape", "convert_element_type", "transpose", "squeeze", "broadcast_in_dim")
+
+Tree = TypeVar("Tree")
 
 
-def make_mesh(data: int, batch_sizes: dict[str, int]) -> jax.sharding.Mesh:
-    """Returns a mesh over `data` devices (0: all).
+def make_mesh(data: int, batch_sizes: dict[str, int], fsdp: int = 1) -> jax.sharding.Mesh:
+    """Returns a mesh of `data` times `fsdp` devices.
 
     Args:
-      data: how many devices.
+      data: devices along the axis that only splits the batch; 0: as many as there are.
       batch_sizes: the sizes that the mesh must divide, by the key of the configuration that has them.
+      fsdp: devices along the axis over which the base is split as well.
 
     Raises:
       UserError: if there are fewer devices, or a batch size does not divide over them.
@@ -23,18 +38,21 @@ def make_mesh(data: int, batch_sizes: dict[str, int]) -> jax.sharding.Mesh:
     if jax.process_count() > 1:
         raise UserError(f"a run is one process for now, this is one of {jax.process_count()}")
     available = jax.device_count()
-    size = data or available
+    data = data or max(1, available // fsdp)
+    size = data * fsdp
     if size > available:
-        raise UserError(f"config.mesh.data={size} asks for more devices than there are ({available})")
+        raise UserError(
+            f"config.mesh asks for more devices (data={data} times fsdp={fsdp}) than there are ({available})"
+        )
     for key, batch_size in batch_sizes.items():
         if batch_size % size:
             below = batch_size // size * size
             near = f"{below} or {below + size}" if below else f"{size}"
             raise UserError(
                 f"{key}={batch_size} does not divide over {size} devices: take {near},"
-                " or fewer devices (config.mesh.data)"
+                " or fewer devices (config.mesh.data, config.mesh.fsdp)"
             )
-    return jax.make_mesh((size,), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:size])
+    return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:size])
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -43,8 +61,48 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The sharding of batches: split along their first axis."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    """The sharding of batches: split along their first axis, over all devices."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def base_sharding(mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of an array of the frozen base: along its longest axis that divides, or none where it is small.
+
+    >>> mesh = make_mesh(1, {}, fsdp=4)
+    >>> base_sharding(mesh, (768, 12, 64)).spec, base_sharding(mesh, (768,)).spec
+    (P('fsdp',), P())
+    """
+    fsdp = mesh.shape[FSDP_AXIS]
+    dividing = [axis for axis, length in enumerate(shape) if length % fsdp == 0]
+    if fsdp == 1 or not dividing or np.prod(shape) < SMALLEST_SPLIT:
+        return replicated(mesh)
+    longest = max(dividing, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*(None,) * longest, FSDP_AXIS))
+
+
+def put_base(frozen: Tree, mesh: jax.sharding.Mesh) -> Tree:
+    """Puts the frozen arrays where they belong."""
+    return jax.device_put(frozen, jax.tree.map(lambda leaf: base_sharding(mesh, leaf.shape), frozen))
+
+
+def with_whole_base(fn: Callable, mesh: jax.sharding.Mesh) -> Callable:
+    """Returns `fn(trained, frozen, *rest)` for a frozen base that is split.
+
+    Every split array is put together when `fn` uses it. Where a gradient is taken, all intermediate results are kept
+    but these: the backward pass puts the arrays together again.
+    """
+    if mesh.shape[FSDP_AXIS] == 1:
+        return fn
+
+    def gathered(leaf: jax.Array) -> jax.Array:
+        if base_sharding(mesh, leaf.shape).is_fully_replicated:
+            return leaf
+        return jax.lax.with_sharding_constraint(leaf, replicated(mesh))
+
+    def on_whole(trained: Any, frozen: Any, *rest: Any) -> Any:
+        return fn(trained, jax.tree.map(gathered, frozen), *rest)
+
+    return jax.checkpoint(on_whole, policy=lambda primitive, *_, **__: primitive.name not in _NOT_KEPT)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:

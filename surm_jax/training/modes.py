@@ -17,7 +17,7 @@ from surm_jax.training.config import RunConfig
 from surm_jax.training.evaluate import evaluate, make_eval_step
 from surm_jax.training.job import Job, prepare
 from surm_jax.training.loop import train
-from surm_jax.training.mesh import replicated
+from surm_jax.training.mesh import put_base, replicated
 from surm_jax.training.partition import partition
 from surm_jax.training.predict import predict_text
 from surm_jax.training.progress import Interruption, track
@@ -73,7 +73,7 @@ def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[
             parts, trained, frozen = partition(
                 *load_adapter(folder / "adapter", job.base_model(), execution=job.config.peft.execution)
             )
-            trained, frozen = jax.device_put((trained, frozen), replicated(job.mesh))
+            trained, frozen = jax.device_put(trained, replicated(job.mesh)), put_base(frozen, job.mesh)
             task = job.task
             eval_step = make_eval_step(parts, task.forward, task.objective, job.mesh)
             evaluations[seed] = {

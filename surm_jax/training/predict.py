@@ -18,7 +18,7 @@ from surm_jax.models import Bert
 from surm_jax.peft import load_adapter
 from surm_jax.pretrained import load, locate
 from surm_jax.training.config import RunConfig
-from surm_jax.training.mesh import make_mesh, put_batch, replicated
+from surm_jax.training.mesh import base_sharding, make_mesh, put_batch
 from surm_jax.training.progress import track
 from surm_jax.training.text_task import TextTask, text_model_config, text_tokenizer
 
@@ -95,6 +95,9 @@ def predict_text(config: RunConfig, adapter: Path, classes: Sequence[str], sourc
         print(line, file=sys.stderr)
     if not rows.lines:
         raise UserError(f"{source} has no row to predict for")
+    # Before the work, and not after it.
+    if not target.parent.is_dir():
+        raise UserError(f"cannot write {target}: there is no folder {target.parent}")
     logits = _logits(config, adapter, max(1, len(classes)), rows.sentences)
     text = io.StringIO()
     table = csv.writer(text, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None)
@@ -121,9 +124,14 @@ def _logits(config: RunConfig, adapter: Path, outputs: int, sentences: list[tupl
     tokens = text_tokenizer(checkpoint, bert).encode(
         data.TextSource(sentences, np.zeros(len(sentences), np.int64)), config.data.lengths[-1]
     )
-    mesh = make_mesh(config.mesh.data, {"config.data.eval_batch_size": config.data.eval_batch_size})
+    sizes = {"config.data.eval_batch_size": config.data.eval_batch_size}
+    mesh = make_mesh(config.mesh.data, sizes, config.mesh.fsdp)
     with jax.set_mesh(mesh):
-        base = load(lambda: Bert(bert, rngs=nnx.Rngs(0)), checkpoint, sharding=lambda path, shape: replicated(mesh))
+        base = load(
+            lambda: Bert(bert, rngs=nnx.Rngs(0)),
+            checkpoint,
+            sharding=lambda path, shape: base_sharding(mesh, shape.shape),
+        )
         model, _ = load_adapter(adapter, base, execution=config.peft.execution)
         graphdef, state = nnx.split(model)
         forward = jax.jit(lambda state, batch: TextTask.forward(nnx.merge(graphdef, state), batch, None))

@@ -117,20 +117,21 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw_curves(folder: Path, model: nnx.Module) -> None:
-    """Draws a run's loss and accuracy by step, and the largest update that it learned, into `curves.png`.
+def draw_curves(folder: Path, model: nnx.Module, metric: str) -> None:
+    """Draws a run's loss and metric by step, and the largest update that it learned, into `curves.png`.
 
     Args:
       folder: the run's, with its `metrics.jsonl`.
       model: the adapted model; without updates there are only the curves.
+      metric: name of the metric to look at, such as "accuracy".
     """
     lines = list(read_metrics(folder))
     largest = _largest_update(model)
     figure = Figure(figsize=(12 if largest else 8.5, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
-    loss, accuracy, *rest = figure.subplots(1, 3 if largest else 2)
+    loss, measured, *rest = figure.subplots(1, 3 if largest else 2)
     _draw_curve(loss, lines, "loss")
-    _draw_curve(accuracy, lines, "accuracy")
+    _draw_curve(measured, lines, metric)
     for axes in rest:
         path, update = largest
         reach = np.abs(update).max()
@@ -156,10 +157,11 @@ def _largest_update(model: nnx.Module) -> tuple[str, np.ndarray] | None:
 
 
 def _draw_curve(axes: Axes, lines: Sequence[Mapping[str, Any]], quantity: str) -> None:
-    for split in ("train", "holdout", "test"):
-        points = [(line["step"], line[f"{split}_{quantity}"]) for line in lines if f"{split}_{quantity}" in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else None, ms=4, label=split)
+    ending = f"_{quantity}"
+    for name in dict.fromkeys(name for line in lines for name in line if name.endswith(ending)):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        label = name.removesuffix(ending)
+        axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else None, ms=4, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel(quantity)
     axes.grid(alpha=0.3)

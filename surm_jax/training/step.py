@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from surm_jax.peft import adapter_dropout
-from surm_jax.training.mesh import batch_sharding, replicated
+from surm_jax.training.mesh import replicated, with_whole_base
 from surm_jax.training.objective import Objective
 from surm_jax.training.partition import Arrays, Partition
 
@@ -63,7 +63,8 @@ def make_train_step(
       forward: how the model reads a batch.
       objective: what its outputs mean.
       optimizer: what turns gradients into updates; `rates` reach it as an extra argument, if it takes such.
-      mesh: the devices. The batch is split over its axis `data`.
+      mesh: the devices. State and key are replicated, the base is where `surm_jax.training.mesh.put_base` puts it, the
+        batch is split over all devices.
       accumulate: number of micro-batches; only one is worked on at a time. Must divide the batch.
       label_smoothing: see `surm_jax.training.objective.cross_entropy`.
     """
@@ -78,7 +79,7 @@ def make_train_step(
             rest["train_accuracy"] = (objective.predict(logits) == batch["label"]).mean()
         return objective.loss(logits, batch["label"], label_smoothing).mean(), rest
 
-    gradient = jax.value_and_grad(loss_and_rest, has_aux=True)
+    gradient = jax.value_and_grad(with_whole_base(loss_and_rest, mesh), has_aux=True)
 
     def train_step(state: TrainState, frozen: nnx.State, batch: Batch, key: jax.Array, rates: Mapping[str, np.float32]):
         key = jax.random.fold_in(key, state.step)
@@ -101,13 +102,7 @@ def make_train_step(
         metrics = {"train_loss": loss, **rest, "gradient_norm": optax.tree.norm(gradients)}
         return TrainState(state.step + 1, trained, optimizer_state), metrics
 
-    whole = replicated(mesh)
-    return jax.jit(
-        train_step,
-        donate_argnums=0,
-        in_shardings=(whole, whole, batch_sharding(mesh), whole, whole),
-        out_shardings=(whole, whole),
-    )
+    return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(mesh))
 
 
 def _micro_batches(array: jax.Array, count: int) -> jax.Array:

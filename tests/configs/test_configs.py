@@ -2,29 +2,46 @@
 
 import dataclasses
 import importlib
+import itertools
 from pathlib import Path
 
 import pytest
+from flax import nnx
 
+from configs import bert_glue
 from surm_jax import data
-from surm_jax.models import VARIANTS
-from surm_jax.training.config import base_config, keys, parse
+from surm_jax.errors import UserError
+from surm_jax.models import VARIANTS, Bert
+from surm_jax.paths import join
+from surm_jax.peft import METHODS
+from surm_jax.training.adaptation import adapt_model
+from surm_jax.training.config import base_config, keys, parse, with_steps
 from surm_jax.training.modes import describe_run, train_run
+from surm_jax.training.optimizer import groups_of, learning_rates
+from tests.training import tiny_text
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 SMALL_VIT = {"image_size": 16, "channels": 3, "patch_size": 8, "width": 12, "depth": 1, "heads": 3, "mlp_width": 24}
-# What keeps the model small and the network out; everything else is as in the file.
+# What keeps the model small, the programs few and the network out; everything else is as in the file.
 SMALL = {
+    "bert_glue": {"optim.epochs": 0.0, "data.lengths": (128,)},
     "digits": {"data.holdout": 0},
     "vit_cifar": {"model.variant": "small", "model.checkpoint": "none", "data.holdout": 0},
 }
-# Sets of the data folder, by configuration: cut to so many test images.
-ON_DISK = {"vit_cifar": 24}
+# Sets of the data folder, by configuration: cut to so many test examples.
+ON_DISK = {"bert_glue": 24, "vit_cifar": 24}
 
 
 def get_config(name):
     return importlib.import_module(f"configs.{name}").get_config()
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text") / "bert"
+    tiny_text.write_bert(folder, tiny_text.BERT)
+    return folder
 
 
 def test_every_configuration_is_tested():
@@ -49,8 +66,9 @@ def test_its_docstring_has_the_command(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_describes_what_it_trains(name, capsys):
+def test_it_describes_what_it_trains(name, bert, capsys):
     config = get_config(name)
+    _small_bert(config, bert)
     config.model.num_classes = config.model.num_classes or 5
     describe_run(parse(config))
     assert "trainable: " in capsys.readouterr().out
@@ -58,9 +76,10 @@ def test_it_describes_what_it_trains(name, capsys):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore:config.model.checkpoint=none")
-def test_two_steps(name, tmp_path, request, monkeypatch):
+def test_two_steps(name, bert, tmp_path, request, monkeypatch):
     monkeypatch.setitem(VARIANTS, "small", SMALL_VIT)
     config = get_config(name)
+    _small_bert(config, bert)
     config.update_from_flattened_dict(
         {"data.batch_size": 8, "data.eval_batch_size": 8, "optim.steps": 2, "optim.warmup_ratio": 0.0, **SMALL[name]}
     )
@@ -73,13 +92,81 @@ def test_two_steps(name, tmp_path, request, monkeypatch):
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_size > 0
 
 
+def _small_bert(config, folder):
+    """Instead of one from the Hub."""
+    if config.model.checkpoint.startswith("hf://"):
+        config.model.checkpoint = str(folder)
+
+
 def _cut_test_sets(monkeypatch, count):
-    """Ten thousand images would take a minute."""
+    """Ten thousand images would take a minute, and long sentences a program more."""
     load = data.load
 
     def load_few(*arguments):
         dataset = load(*arguments)
+        if isinstance(dataset, data.TextDataset):
+            tests = {name: source.select(range(count)) for name, source in dataset.tests.items()}
+            return dataclasses.replace(dataset, train=dataset.train.select(range(count)), tests=tests)
         _, few = data.hold_out(dataset.test, count)
         return dataclasses.replace(dataset, test=few)
 
     monkeypatch.setattr(data, "load", load_few)
+
+
+@pytest.mark.parametrize(
+    ("task", "method"),
+    list(itertools.product(bert_glue.TASKS, ("circulant_adapter", "lora", "full", "linear_probe"))),
+)
+def test_every_task_of_glue_with_a_few_methods(task, method):
+    config = parse(bert_glue.get_config(f"task={task},method={method}"))
+    assert (config.data.name, config.peft.method) == (f"glue/{task}", method)
+    assert data.glue_task(config.data.name) is data.GLUE_TASKS[task]
+    rates = learning_rates(config.optim, method, ["head/kernel", "blocks/0/norm1/scale"])
+    assert set(rates.values()) == {3e-5 if method == "full" else 2e-3}
+    assert config.optim.epochs == (3 if method == "full" else bert_glue.TASKS[task].epochs)
+
+
+def test_the_default_is_the_papers_rte():
+    config = parse(bert_glue.get_config())
+    assert bert_glue.get_config() == bert_glue.get_config("method=circulant_adapter,task=rte")
+    # 80 passes over 2,490 examples in batches of 64.
+    assert with_steps(config, 2490).optim.steps == 3113
+    assert config.peft.methods["circulant_adapter"].dropout == 0.15
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_settings_on_glue(method):
+    config = parse(bert_glue.get_config(f"method={method}"))
+    assert config.optim.learning_rate[method] > 0
+
+
+@pytest.mark.parametrize("method", ["circulant_adapter", "bottleneck", "lora", "full"])
+def test_no_bias_and_no_norm_decays_and_all_else_does(method):
+    config = parse(bert_glue.get_config(f"task=rte,method={method}"))
+    model = nnx.eval_shape(lambda: Bert(tiny_text.BERT, rngs=nnx.Rngs(0)))
+    model, adapter = adapt_model(model, config.peft, 0)
+    _, trained, _ = nnx.split(model, adapter.trainable, ...)
+    paths = [join(path) for path, _ in nnx.to_flat_state(trained)]
+    norms = [join(path) for path, module in nnx.iter_graph(model) if isinstance(module, nnx.LayerNorm)]
+    assert len(norms) == 3
+    spared = {path for path in paths if path.endswith("bias") or path.rpartition("/")[0] in norms}
+    assert len(spared) > 1 or method == "lora"
+    assert method != "full" or {f"{norm}/{name}" for norm in norms for name in ("scale", "bias")} < spared
+    for path, group in groups_of(paths, config.optim.groups).items():
+        decay = 0.0 if path in spared else (0.01 if method == "full" else 0.25)
+        assert (path, getattr(config.optim.groups, group).weight_decay) == (path, decay)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("task=rt", "unknown task 'rt'; did you mean 'rte'"),
+        ("method=circulent", "unknown method 'circulent'; did you mean 'circulant'"),
+        ("tasks=rte", "unknown option 'tasks'; did you mean 'task'"),
+        ("rte", "unknown option 'rte'.*known: task, method"),
+        ("task=", "task has no value: write task=..."),
+    ],
+)
+def test_mistyped_options_of_glue(options, message):
+    with pytest.raises(UserError, match=message):
+        bert_glue.get_config(options)

@@ -65,7 +65,12 @@ def test_images_are_normalised_as_the_folder_says(tiny_files, source):
     batch = next(iter(job.task.eval_batches("test")))
     np.testing.assert_allclose(batch["image"][4], (raw / 255 - MEAN[0]) / STD[0], atol=1e-5)
     train = data.train_batches(
-        job.task.dataset.train, batch_size=40, image_size=8, augment="none", seed=0, normalization=job.task.normalization
+        job.task.dataset.train,
+        batch_size=40,
+        image_size=8,
+        augment="none",
+        seed=0,
+        normalization=job.task.normalization,
     )
     every = np.stack([example["image"] for example in job.task.dataset.train])
     assert np.mean(next(train)["image"]) == pytest.approx((every.mean() / 255 - MEAN[0]) / STD[0], rel=1e-4)
@@ -90,7 +95,7 @@ def test_what_does_not_fit(tiny_files, source, values, message):
 def test_a_model_of_text_is_refused(tiny_files, tmp_path):
     text = BertConfig.from_variant("tiny", vocab_size=20, width=8, heads=2, mlp_width=8, depth=1)
     save_huggingface(tmp_path / "bert", load(lambda: Bert(text, rngs=nnx.Rngs(0)), None), text)
-    with pytest.raises(UserError, match="holds a Bert, but config.data.name asks for a model of images"):
+    with pytest.raises(UserError, match=r"holds a Bert, but config\.data\.name asks for a model of images"):
         prepare(config(tiny_files, tmp_path / "bert"), 0)
 
 

@@ -25,7 +25,8 @@ def test_what_is_prepared(tiny_files):
     task = job.task
     assert (len(task.dataset.train), len(task.holdout), len(task.dataset.test)) == (33, 7, 21)
     assert task.model_config == ViTConfig(**tiny.GEOMETRY, num_classes=3, dropout=0.1)
-    assert (job.seed, job.mesh.shape, task.checkpoint) == (3, {"data": 4}, tiny_files / "weights.safetensors")
+    assert (job.seed, job.mesh.shape) == (3, {"data": 4, "fsdp": 1})
+    assert task.checkpoint == tiny_files / "weights.safetensors"
     assert prepare(tiny.make_config(tiny_files), 3).task.holdout is None
 
 
@@ -40,7 +41,7 @@ def test_what_is_prepared(tiny_files):
         ({"data.batch_size": 20}, ["config.data.batch_size", "20", "8 devices", "16 or 24"]),
         ({"optim.accumulate": 4}, ["config.data.batch_size / config.optim.accumulate=4", "8 devices"]),
         ({"data.eval_batch_size": 9}, ["config.data.eval_batch_size=9", "8 or 16"]),
-        ({"mesh.data": 9}, ["config.mesh.data=9", "8"]),
+        ({"mesh.data": 9}, ["config.mesh", "data=9", "8"]),
         ({"data.name": "nowhere/data.npz"}, ["no data file", "nowhere/data.npz"]),
         ({"data.name": "cifar10", "data.dir": "/nowhere"}, ["cifar10", "/nowhere"]),
         ({"data.holdout": 40}, ["hold out 40", "40"]),

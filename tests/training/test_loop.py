@@ -51,7 +51,7 @@ def test_what_a_run_leaves_behind(tiny_files, tmp_path, monkeypatch, capsys):
         "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "adapter", "curves.png", "result.json",
     }  # fmt: skip
     assert result == json.loads((tmp_path / "result.json").read_text())
-    assert result["steps"] == 5 and result["test_examples"] == 21
+    assert result["steps"] == 5 and result["examples"] == {"test": 21}
     assert result["parameters"]["trainable"] == 3 * 2 * 10 + 33
     assert result["adapter_bytes"] == sum(path.stat().st_size for path in (tmp_path / "adapter").iterdir())
     lines = metrics_of(tmp_path)

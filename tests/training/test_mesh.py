@@ -8,13 +8,13 @@ from surm_jax.training.mesh import batch_sharding, make_mesh, put_batch, replica
 
 def test_zero_devices_mean_all():
     mesh = make_mesh(0, {"config.data.batch_size": 16})
-    assert mesh.shape == {"data": 8}
-    assert list(mesh.devices) == jax.devices()
-    assert make_mesh(2, {}).shape == {"data": 2}
+    assert mesh.shape == {"data": 8, "fsdp": 1}
+    assert list(mesh.devices.flat) == jax.devices()
+    assert make_mesh(2, {}).shape == {"data": 2, "fsdp": 1}
 
 
 def test_more_devices_than_there_are():
-    with pytest.raises(UserError, match=r"config\.mesh\.data=9 .*\(8\)"):
+    with pytest.raises(UserError, match=r"data=9 times fsdp=1.*\(8\)"):
         make_mesh(9, {})
 
 

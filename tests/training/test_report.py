@@ -76,7 +76,7 @@ def write_metrics(folder, steps):
 
 
 def picture(folder, model):
-    draw_curves(folder, model)
+    draw_curves(folder, model, "accuracy")
     assert sorted(path.name for path in folder.iterdir()) == ["curves.png", "metrics.jsonl"]
     return matplotlib.image.imread(folder / "curves.png")
 

@@ -1,0 +1,161 @@
+"""Answers to new sentences: the table that is read, the table that is written, and runs that have none."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from surm_jax.errors import UserError
+from surm_jax.peft import load_adapter
+from surm_jax.training import predict
+from surm_jax.training.job import prepare
+from surm_jax.training.modes import predict_run, train_run
+from surm_jax.training.predict import read_rows
+from surm_jax.training.workdir import open_workdir, read_config
+from tests.training import tiny, tiny_text
+
+PAIRS = [
+    ("the cat sleeps", "a dog sings"),
+    ("The OLD dog eats and sings .", "the small bird sleeps"),
+    ('a "cat" sings', "the dog eats ? not the bird and not the old cat"),
+    ("unknown words", "雨 the cat"),
+    ("a", "."),
+]
+COLUMNS = ("sentence1", "sentence2")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return tiny_text.write_files(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def run(files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "rte"
+    values = {"optim.learning_rate.lora": 0.1, "data.eval_batch_size": 2, "data.lengths": (12, 40)}
+    train_run(tiny_text.make_config(files, "rte", "lora", **values), folder)
+    return folder
+
+
+def table_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def logits_by_hand(folder, sentences):
+    job = prepare(read_config(folder), 0)
+    model, _ = load_adapter(folder / "adapter", job.base_model())
+    return tiny_text.logits_one_by_one(model, job.task.checkpoint, sentences).astype(np.float64)
+
+
+def test_answers_are_those_computed_by_hand(run, tmp_path, capsys):
+    source, target = tmp_path / "in.tsv", tmp_path / "out.tsv"
+    source.write_text("".join(f"{first}\t{second}\n" for first, second in PAIRS))
+    # The data set is not needed.
+    predict_run(run, {"data.dir": "/nowhere"}, source, target)
+    rows = table_of(target)
+    assert list(rows[0]) == ["line", "label", "entailment", "not_entailment"]
+    assert [row["line"] for row in rows] == ["1", "2", "3", "4", "5"]
+    logits = logits_by_hand(run, PAIRS)
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    written = np.array([[float(row[name]) for name in ("entailment", "not_entailment")] for row in rows])
+    np.testing.assert_allclose(written, probabilities, rtol=0, atol=2e-6)
+    assert np.ptp(written[:, 0]) > 1e-3
+    assert [row["label"] for row in rows] == [("entailment", "not_entailment")[i] for i in logits.argmax(1)]
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == f"{target}: 5 rows; 0 malformed ones were left out"
+    # Nothing else is left behind.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.tsv", "out.tsv"]
+
+
+def test_malformed_rows_are_named_and_the_rest_is_answered(run, tmp_path, capsys):
+    source, target = tmp_path / "in.tsv", tmp_path / "out.tsv"
+    lines = [b"a cat\tthe dog", b"only one column", b"\tthe dog", b"one\ttwo\tthree", b"caf\xe9\tthe dog", b"a\tb"]
+    source.write_bytes(b"\n".join(lines))
+    predict_run(run, {}, source, target)
+    assert [row["line"] for row in table_of(target)] == ["1", "6"]
+    said = capsys.readouterr()
+    assert [line for line in said.err.splitlines() if "in.tsv" in line] == [
+        f"{source}, line 2: 1 columns, expected 2 (sentence1, sentence2)",
+        f"{source}, line 3: sentence1 is empty",
+        f"{source}, line 4: 3 columns, expected 2 (sentence1, sentence2)",
+        f"{source}, line 5: not UTF-8 (byte 4)",
+    ]
+    assert "2 rows; 4 malformed ones were left out" in said.out
+
+
+@pytest.mark.parametrize(
+    ("content", "lines", "sentences"),
+    [
+        (b"sentence1\tsentence2\na\tb\n", [2], [("a", "b")]),
+        (b"\xef\xbb\xbfsentence1\tsentence2\r\na\tb\r\n\r\nc\td\r\n", [2, 4], [("a", "b"), ("c", "d")]),
+        # Names elsewhere are sentences.
+        (b"a\tb\nsentence1\tsentence2", [1, 2], [("a", "b"), ("sentence1", "sentence2")]),
+        # Quotes mean nothing, and lines end at line feeds alone.
+        ('"a\t"b" \u2028\x0bc\n'.encode(), [1], [('"a', '"b" \u2028\x0bc')]),
+        (b"", [], []),
+        (b"\n\n", [], []),
+    ],
+)
+def test_tables_are_read(tmp_path, content, lines, sentences):
+    (tmp_path / "in.tsv").write_bytes(content)
+    assert read_rows(tmp_path / "in.tsv", COLUMNS) == (lines, sentences, [])
+
+
+def test_a_sentence_of_spaces_is_empty(tmp_path):
+    (tmp_path / "in.tsv").write_text("  \nfine\n")
+    rows = read_rows(tmp_path / "in.tsv", ("sentence",))
+    assert rows.sentences == [("fine",)] and rows.malformed == [f"{tmp_path / 'in.tsv'}, line 1: sentence is empty"]
+
+
+def test_scores_are_numbers(files, tmp_path):
+    folder = tmp_path / "run"
+    values = {"optim.steps": 1, "data.lengths": (20,)}
+    train_run(tiny_text.make_config(files, "stsb", "linear_probe", **values), folder)
+    (tmp_path / "in.tsv").write_text("sentence1\tsentence2\nthe cat\ta dog\nthe bird sings\tnot\n")
+    predict_run(folder, {}, tmp_path / "in.tsv", tmp_path / "out.tsv")
+    rows = table_of(tmp_path / "out.tsv")
+    assert [list(row) for row in rows] == [["line", "score"]] * 2
+    assert [row["line"] for row in rows] == ["2", "3"]
+    expected = logits_by_hand(folder, [("the cat", "a dog"), ("the bird sings", "not")])[:, 0]
+    np.testing.assert_allclose([float(row["score"]) for row in rows], expected, rtol=0, atol=2e-6)
+
+
+def test_files_that_will_not_do(run, tmp_path, monkeypatch):
+    source = tmp_path / "in.tsv"
+    source.write_text("a\tb\n")
+
+    def fail(*_, **__):
+        raise AssertionError("nothing is to be loaded for this")
+
+    monkeypatch.setattr(predict, "load", fail)
+    with pytest.raises(UserError, match=f"cannot read {tmp_path / 'none.tsv'}: No such file"):
+        predict_run(run, {}, tmp_path / "none.tsv", tmp_path / "out.tsv")
+    with pytest.raises(UserError, match=f"cannot write {tmp_path / 'no' / 'out.tsv'}: there is no folder"):
+        predict_run(run, {}, source, tmp_path / "no" / "out.tsv")
+    for content in ("", "\n", "sentence1\tsentence2\n", "one\n"):
+        source.write_text(content)
+        with pytest.raises(UserError, match=f"{source} has no row to predict for"):
+            predict_run(run, {}, source, tmp_path / "out.tsv")
+    assert not (tmp_path / "out.tsv").exists()
+
+
+def test_runs_that_have_no_answer(files, tiny_files, tmp_path):
+    source, target = tmp_path / "in.tsv", tmp_path / "out.tsv"
+    source.write_text("a\tb\n")
+    runs = {
+        "seeds": (tiny_text.make_config(files, seeds=(3, 4)), "a run for each of 2 seeds: choose one, .*seeds/seed-3"),
+        "begun": (tiny_text.make_config(files), "the run in .*begun is not complete"),
+        "image": (
+            tiny.make_config(tiny_files),
+            "reads sentences, but the run in .*image is about .*npz",
+        ),
+    }
+    for name, (config, message) in runs.items():
+        open_workdir(tmp_path / name, config)
+        with pytest.raises(UserError, match=message):
+            predict_run(tmp_path / name, {}, source, target)
+    with pytest.raises(UserError, match="no run in"):
+        predict_run(tmp_path / "none", {}, source, target)
+    with pytest.raises(UserError, match="belongs to the run"):
+        predict_run(tmp_path / "begun", {"data.name": "glue/cola"}, source, target)
