@@ -1,0 +1,104 @@
+"""The study of positive semi-definite matrices, small, against numpy and scipy."""
+
+import csv
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.optimize
+
+from experiments import psd
+
+
+@pytest.fixture(scope="module")
+def targets():
+    return np.stack([psd.gram(np.random.default_rng(seed)) for seed in range(2)]).astype(np.float32)
+
+
+def test_targets_have_unit_rows_and_are_what_they_are_called():
+    for width in (2, 50):
+        M = psd.gram(np.random.default_rng(0), width)
+        np.testing.assert_allclose(np.diag(M), 1)
+        assert np.linalg.eigvalsh(M)[0] > -1e-12
+        assert np.linalg.matrix_rank(M) == width
+    np.testing.assert_allclose(np.linalg.norm(psd.scaled_rows(np.random.default_rng(0)), axis=1), 1)
+
+
+def test_every_family_has_fifty_numbers():
+    assert {np.prod(family.parameters) for family in psd.FAMILIES.values()} == {50}
+
+
+def _projection_error(M, basis):
+    """The distance of M to the span of some matrices, by least squares."""
+    columns = np.stack([matrix.ravel() for matrix in basis], axis=1)
+    weights = np.linalg.solve(columns.T @ columns, columns.T @ M.ravel())
+    return np.linalg.norm(M.ravel() - columns @ weights) / np.linalg.norm(M)
+
+
+def test_optima_of_subspaces_are_least_squares(targets):
+    errors = psd.optimal_errors(targets)
+    units = np.eye(psd.SIDE)
+    for trial, M in enumerate(targets.astype(float)):
+        circulant = _projection_error(M, [scipy.linalg.circulant(unit) for unit in units])
+        toeplitz = _projection_error(M, [scipy.linalg.toeplitz(unit) for unit in units])
+        np.testing.assert_allclose(errors["circulant"][trial], circulant, atol=1e-5)
+        np.testing.assert_allclose(errors["Toeplitz"][trial], toeplitz, atol=1e-5)
+        np.testing.assert_allclose(
+            psd.identity_errors(targets)[trial], _projection_error(M, [np.eye(psd.SIDE)]), atol=1e-5
+        )
+
+
+def _rank_one(u, M):
+    """Half of the squared distance of `u u^T` to M, and its gradient."""
+    R = np.outer(u, u) - M
+    return np.sum(R**2) / 2, (R + R.T) @ u
+
+
+def _kronecker(a, M):
+    """Half of the squared distance of `A (x) A^T` to M, and its gradient."""
+    A = a.reshape(10, 5)
+    R = np.kron(A, A.T) - M
+    blocks = R.reshape(10, 5, 5, 10)
+    gradient = np.einsum("ipjq,qp->ij", blocks, A) + np.einsum("ipjq,ij->qp", blocks, A)
+    return np.sum(R**2) / 2, gradient.ravel()
+
+
+@pytest.mark.parametrize("make", psd.TARGETS.values(), ids=list(psd.TARGETS))
+@pytest.mark.parametrize(("name", "objective"), [("rank one", _rank_one), ("Kronecker", _kronecker)])
+def test_no_search_finds_a_better_product(make, name, objective):
+    M = make(np.random.default_rng(3))
+    error = psd.optimal_errors(M[None].astype(np.float32))[name][0]
+    rng = np.random.default_rng(0)
+    starts = 0.3 * rng.normal(size=(3, 50))
+    found = [scipy.optimize.minimize(objective, start, args=(M,), jac=True, method="L-BFGS-B").fun for start in starts]
+    # Quartic, but without local minima: every search arrives at the closed form, and none below.
+    np.testing.assert_allclose(np.sqrt(2 * np.array(found)) / np.linalg.norm(M), error, atol=1e-5)
+
+
+def test_order_counts_trials():
+    errors = {"a": np.array([3.0, 3.0, 1.0]), "b": np.array([2.0, 1.0, 2.0]), "c": np.array([1.0, 2.0, 1.0])}
+    assert psd.order(errors) == {"a > b": 2, "b > c": 2, "a > b > c": 1}
+
+
+def test_study_descends_to_the_optimum_and_writes_what_it_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(psd, "RESULTS", tmp_path)
+    monkeypatch.setattr(psd, "WIDTHS", (2, 500))
+    psd.main(["--trials=2", "--steps=2000"])
+    rows = list(csv.DictReader((tmp_path / "psd.csv").open()))
+    assert len(rows) == 2 * 4 * 2 + 2 * 4 * 2
+    for row in rows:
+        if row["target"] != "other widths":
+            assert float(row["optimum"]) - 1e-5 <= float(row["descent"]) <= float(row["optimum"]) + 2e-3
+    text = (tmp_path / "psd.md").read_text()
+    # By the exact optima: no trial of the order for two columns, every trial for five hundred.
+    whole = [line for line in text.splitlines() if line.startswith(("| 2 |", "| 500 |"))]
+    assert [line.split("|")[-2].strip() for line in whole] == ["0 of 2", "2 of 2"]
+    by_hand = [
+        all(np.diff([float(r["optimum"]) for r in rows if (r["target"], r["trial"]) == (target, trial)]) < 0)
+        for target in psd.TARGETS
+        for trial in "01"
+    ]
+    claims = [line for line in text.splitlines() if line.startswith("| rank one > Kronecker > circulant > Toeplitz")]
+    assert [int(line.split("|")[-2]) for line in claims] == [sum(by_hand[:2]), sum(by_hand[2:])]
+    assert text in capsys.readouterr().out
+    assert (tmp_path / "psd.png").stat().st_size > 30_000
