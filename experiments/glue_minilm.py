@@ -231,7 +231,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Draws every task as a panel: a dot for every seed, a bar for their mean."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(TASKS), sharey=True)
+    panels = figure.subplots(1, len(TASKS), sharey=True, squeeze=False)[0]
     metric = {row["task"]: row["metric"] for row in rows}
     for axes, task in zip(panels, TASKS, strict=True):
         for place, method in enumerate(METHODS):
@@ -254,8 +254,8 @@ def report(rows: Sequence[Row], folder: Path) -> None:
     text = f"""# GLUE with all-MiniLM-L6-v2
 
 `python experiments/glue_minilm.py --data=FOLDER_OF_PREPARED_TFDS_SETS`: {len(SEEDS)} seeds, mean ± standard
-deviation on the whole validation set, in percent; steps of 16 examples: {steps}, which is a pass or two at most. Empty:
-not measured yet. Every run of the grid is in `glue_minilm.csv`.
+deviation on the whole validation set, in percent. Steps of 16 examples: {steps}, which is two
+passes at most. Empty: not measured yet. Every run of the grid is in `glue_minilm.csv`.
 
 {table(rows)}
 The mean over tasks adds what is measured in different ways, as GLUE does.

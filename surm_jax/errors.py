@@ -3,21 +3,44 @@
 `launch.py` prints its message and exits with status 1, without a traceback. Whatever else reaches the user is a bug.
 """
 
+import itertools
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_LONGEST_MESSAGE = 4000
+_LONGEST_NAME = 100
+_MOST_NAMES = 1000
+
 
 class UserError(ValueError):
-    """Bad input: the message says what is wrong, where, and what would be right."""
+    """Bad input: the message says what is wrong, where, and what would be right.
+
+    Names and values in it may come from files of strangers: control characters are shown as escapes, and of a very
+    long message the middle is left out.
+
+    >>> str(UserError("no layer \\x1b[2J" + "a" * 10_000))[:20], len(str(UserError("a" * 10_000)))
+    ('no layer \\\\x1b[2Jaaaa', 4005)
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > _LONGEST_MESSAGE:
+            text = f"{text[: _LONGEST_MESSAGE // 2]} ... {text[-_LONGEST_MESSAGE // 2 :]}"
+        return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
     """Returns `"; did you mean 'a' or 'b'?"` for the known names nearest to `name`, or an empty string.
+
+    Of names that a file holds by the million the first thousand are looked at, and none that is very long.
 
     >>> did_you_mean("circulent", ["circulant", "lora"])
     "; did you mean 'circulant'?"
     >>> did_you_mean("zebra", ["circulant", "lora"])
     ''
     """
-    close = get_close_matches(name, list(known), n=most, cutoff=0.5)
+    if len(name) > _LONGEST_NAME:
+        return ""
+    some = [other for other in itertools.islice(known, _MOST_NAMES) if len(other) <= _LONGEST_NAME]
+    close = get_close_matches(name, some, n=most, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -1,6 +1,9 @@
+import time
+
 import pytest
 
 from surm_jax.errors import UserError
+from surm_jax.models import TARGETS
 from surm_jax.paths import compile_pattern, join, matching, no_match_message, require_match
 
 LAYERS = [f"blocks/{i}/{name}" for i in range(12) for name in ("attention/query", "attention/value", "mlp/up")]
@@ -31,6 +34,56 @@ def test_an_invalid_pattern_is_named(pattern):
     with pytest.raises(UserError, match="is not a regular expression") as error:
         compile_pattern(pattern)
     assert repr(pattern) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(a*)*b",
+        "(.*)*x",
+        r"(\w+/)*kernel",
+        "(a|a)" * 30 + "b",
+        "a?" * 30 + "a" * 30,
+        ".*" * 10 + "x",
+        "(?:a{0,9}){9}b",
+        "(?=((a*)*b))",
+        "x(?>(a+)+)",
+        "(a)?(?(1)(b*)*|c)",
+        "a" * 70_000,
+    ],
+)
+def test_a_pattern_that_could_take_years_is_refused_at_once(pattern):
+    with pytest.raises(UserError, match="could take very long to match"):
+        compile_pattern(pattern)
+
+
+@pytest.mark.parametrize("pattern", ["(" * 3000 + ")" * 3000, "a{99999999999999}"])
+def test_what_the_compiler_of_patterns_trips_over_is_named(pattern):
+    with pytest.raises(UserError, match="is not a regular expression"):
+        compile_pattern(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *TARGETS.values(),
+        r"(.*/)?blocks/(\d|1[01])/(attention/)?(query|key|value|out)/(kernel|bias)",
+        r".*blocks/\d+/.*/(query|value)",
+        r"(?:.*/)?norm\d?/.*|head/.*|.*/b[a-z]*s",
+        r"blocks/\d{1,2}/(?!mlp).*",
+        "|".join(rf"blocks/\d+/layer_{i}/.*" for i in range(200)),
+    ],
+)
+def test_patterns_that_people_write_are_fast(pattern):
+    assert compile_pattern(pattern).pattern == pattern
+
+
+def test_the_slowest_patterns_are_fast():
+    """The bound is one of work: what it lets through takes no time, on the path that is worst for it."""
+    start = time.process_time()
+    for pattern in (".*.*.*.*(a|a|a|a|a|.)x", "(a|a)" * 21 + "x", "a?" * 21 + "x"):
+        assert matching(pattern, ["a" * 60]) == []
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize("pattern", [None, 3, ("head",)])

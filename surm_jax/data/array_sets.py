@@ -1,7 +1,5 @@
 """Data sets that fit in memory: the embedded digits, and arrays in an .npz file."""
 
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,11 +7,13 @@ import numpy as np
 
 from surm_jax.data.dataset import ArraySource, ImageDataset
 from surm_jax.errors import UserError, did_you_mean
+from surm_jax.untrusted import open_npz
 
 # Name -> the digits it keeps.
 EMBEDDED: Mapping[str, range] = {"digits": range(10), "digits_0to4": range(5), "digits_5to9": range(5, 10)}
 
 _REQUIRED = ("train_images", "train_labels", "test_images", "test_labels")
+_MOST_CLASSES = 1_000_000
 
 
 def load_digits(name: str) -> ImageDataset:
@@ -57,13 +57,17 @@ def load_npz(path: str) -> ImageDataset:
         UserError: the file or an array is missing or damaged, or an array has a wrong shape, dtype or value; the
             message names the array and, for a value, its index.
     """
-    arrays = _read(path)
-    missing = [key for key in _REQUIRED if key not in arrays]
-    if missing:
-        raise UserError(
-            f"{path} lacks {', '.join(missing)}: it holds {', '.join(sorted(arrays)) or 'nothing'}"
-            f"{did_you_mean(missing[0], arrays)}"
-        )
+    file = Path(path)
+    if not file.is_file():
+        near = [other.name for other in sorted(file.parent.glob("*.npz"))] if file.parent.is_dir() else []
+        raise UserError(f"no data file {file.absolute()}{did_you_mean(file.name, near)}")
+    with open_npz(file) as archive:
+        if missing := [key for key in _REQUIRED if key not in archive.keys]:
+            raise UserError(
+                f"{path} lacks {', '.join(missing)}: it holds {', '.join(sorted(archive.keys)) or 'nothing'}"
+                f"{did_you_mean(missing[0], archive.keys)}"
+            )
+        arrays = {key: archive.read(key) for key in archive.keys if key in (*_REQUIRED, "classes")}
     images = {split: _checked_images(path, f"{split}_images", arrays[f"{split}_images"]) for split in ("train", "test")}
     if images["train"].shape[1:] != images["test"].shape[1:]:
         raise UserError(
@@ -84,22 +88,6 @@ def load_npz(path: str) -> ImageDataset:
             )
     train, test = (ArraySource(images[split], labels[split]) for split in ("train", "test"))
     return ImageDataset(path, train, test, classes, images["train"].shape[1:])
-
-
-def _read(path: str) -> dict[str, np.ndarray]:
-    """Reads every array of the file."""
-    file = Path(path)
-    if not file.is_file():
-        near = [other.name for other in sorted(file.parent.glob("*.npz"))] if file.parent.is_dir() else []
-        raise UserError(f"no data file {file.resolve()}{did_you_mean(file.name, near)}")
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, AttributeError, TypeError) as error:
-        # AttributeError and TypeError: a bare .npy array under an .npz name is no archive.
-        raise UserError(
-            f"{path} is damaged, holds pickled objects, or is no .npz file ({error}); write it with numpy.savez"
-        ) from error
 
 
 def _checked_images(path: str, key: str, images: np.ndarray) -> np.ndarray:
@@ -137,9 +125,15 @@ def _checked_labels(path: str, key: str, labels: np.ndarray, count: int) -> np.n
 def _class_names(path: str, classes: np.ndarray | None, train_labels: np.ndarray) -> tuple[str, ...]:
     """Returns the names in the file, or the numbers up to the largest training label."""
     if classes is None:
-        return tuple(map(str, range(int(train_labels.max()) + 1)))
+        if (largest := train_labels.max()) >= _MOST_CLASSES:
+            where = f"{path}: train_labels[{train_labels.argmax()}] is {largest}"
+            raise UserError(f"{where}, but labels are counted from 0 and must be below {_MOST_CLASSES:,}")
+        return tuple(map(str, range(int(largest) + 1)))
     if classes.ndim != 1 or classes.dtype.kind != "U" or not classes.size:
         raise UserError(
             f"{path}: classes has dtype {classes.dtype} and shape {classes.shape}, but must be a list of strings"
         )
-    return tuple(map(str, classes))
+    try:
+        return tuple(map(str, classes))
+    except (ValueError, SystemError) as error:  # numbers that are no characters
+        raise UserError(f"{path}: classes holds what is no text ({error})") from None

@@ -6,7 +6,8 @@ are the same.
 
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from surm_jax.data.text_dataset import TextSource
 from surm_jax.errors import UserError
+from surm_jax.paths import is_fast
 
 TOKENIZER_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
 WORD_PIECES_NAME = "vocab.txt"
@@ -25,6 +27,8 @@ BYTE_PAIRS_NAMES = ("vocab.json", "merges.txt")
 _BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _ROBERTA_TOKENS = ("<pad>", "<unk>", "<s>", "</s>")
 _SHORTEST = 8
+_LARGEST_TOKEN = 2**24
+_TRIAL = "a \uffff"
 _CHUNK = 1024  # The library's results are large: they are kept for so many examples at a time.
 
 
@@ -114,7 +118,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     folder = Path(folder)
     if (folder / TOKENIZER_NAME).is_file():
         names = (TOKENIZER_NAME,)
-        library = _parse(folder / TOKENIZER_NAME, tokenizers.Tokenizer.from_file, str(folder / TOKENIZER_NAME))
+        library = _whole(folder / TOKENIZER_NAME)
     elif (folder / WORD_PIECES_NAME).is_file():
         names = (WORD_PIECES_NAME,)
         library = _word_pieces(folder)
@@ -133,9 +137,38 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
             f"{folder} has the tokenizer of another model: one of BERT knows {' '.join(_BERT_TOKENS)}, one of RoBERTa "
             f"{' '.join(_ROBERTA_TOKENS)}, and puts them around the sentences"
         )
-    library.no_padding()
+    if (largest := max(vocabulary.values())) > _LARGEST_TOKEN:
+        raise UserError(f"{folder} has a tokenizer with the token {largest}; tokens are at most {_LARGEST_TOKEN}")
     files = tuple(folder / name for name in (*names, CONFIG_NAME) if (folder / name).is_file())
     return Tokenizer(vocabulary[known[0][0]], files, library)
+
+
+def _whole(path: Path) -> tokenizers.Tokenizer:
+    """Reads a `tokenizer.json`, which says how text is taken apart: by nothing that takes long, and to the end."""
+    tree = _read_json(path)
+    for pattern in _parse(path, lambda: list(_patterns(tree))):
+        try:
+            fast = isinstance(pattern, str) and is_fast(pattern)
+        except (re.error, OverflowError, RecursionError):
+            fast = False
+        if not fast:
+            raise UserError(f"{path} has the pattern {pattern!r:.200}, which could take very long to match")
+    library = _parse(path, tokenizers.Tokenizer.from_file, str(path))
+    library.no_padding()
+    library.no_truncation()
+    # Special tokens that are named and not there end the library's threads when the first text comes.
+    for texts in (_TRIAL,), (_TRIAL, _TRIAL):
+        if not {*_parse(path, library.encode, *texts).type_ids} <= {0, 1}:
+            raise UserError(f"{path} is damaged: the types of tokens must be 0 and 1")
+    return library
+
+
+def _patterns(tree: Any) -> Iterator[Any]:
+    """Yields the regular expressions in a `tokenizer.json`."""
+    if isinstance(tree, dict):
+        yield from ([tree["Regex"]] if "Regex" in tree else [])
+    for part in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from _patterns(part)
 
 
 def _word_pieces(folder: Path) -> tokenizers.Tokenizer:
@@ -199,7 +232,9 @@ def _parse(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
     """Returns `read(*arguments)`; whatever it trips over is the fault of the file."""
     try:
         return read(*arguments)
-    except Exception as error:  # The library raises nothing more special.
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # The library raises nothing more special, and its panics are no `Exception`.
         raise UserError(f"{path} is damaged: {error}. Copy it anew from where the model came from") from error
 
 

@@ -1,22 +1,27 @@
 """Checks that the configurations of all models share. Each raises a `UserError` that names the field."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 from surm_jax.errors import UserError, did_you_mean
 
 DTYPES = ("float32", "bfloat16")
+_LARGEST_SIZE = 2**31
+_MOST_BLOCKS = 100  # A file may say any number, and time goes into every one.
 
 Config = TypeVar("Config")
 
 
 def check_sizes(config: Any, names: Iterable[str]) -> None:
-    """Raises a `UserError` unless each of the fields is a positive integer."""
+    """Raises a `UserError` unless each of the fields is a positive integer, and of a size that can be."""
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{type(config).__name__}.{name} must be a positive integer, got {value!r}")
+        if value > _LARGEST_SIZE:
+            raise UserError(f"{type(config).__name__}.{name} must be at most {_LARGEST_SIZE}, got {value}")
 
 
 def check_choice(config: Any, name: str, known: Collection[str]) -> None:
@@ -30,14 +35,19 @@ def check_choice(config: Any, name: str, known: Collection[str]) -> None:
 
 
 def check_transformer(config: Any) -> None:
-    """Checks what every transformer's configuration has: heads, dropout, epsilon, dtypes."""
+    """Checks what every transformer's configuration has: heads, dropout, epsilon, dtypes, switches."""
     kind = type(config).__name__
+    for field in dataclasses.fields(config):
+        if field.type is bool and not isinstance(getattr(config, field.name), bool):
+            raise UserError(f"{kind}.{field.name} must be True or False, got {getattr(config, field.name)!r}")
+    if config.depth > _MOST_BLOCKS:
+        raise UserError(f"{kind}.depth must be at most {_MOST_BLOCKS}, got {config.depth}")
     if config.width % config.heads:
         raise UserError(f"{kind}.heads must divide the width, got {config.heads} heads for width {config.width}")
     if not (isinstance(config.dropout, int | float) and 0.0 <= config.dropout < 1.0):
         raise UserError(f"{kind}.dropout must be in [0, 1), got {config.dropout!r}")
-    if not (isinstance(config.epsilon, int | float) and config.epsilon > 0.0):
-        raise UserError(f"{kind}.epsilon must be positive, got {config.epsilon!r}")
+    if not (isinstance(config.epsilon, int | float) and 0.0 < config.epsilon < math.inf):
+        raise UserError(f"{kind}.epsilon must be positive and finite, got {config.epsilon!r}")
     check_choice(config, "dtype", DTYPES)
     check_choice(config, "param_dtype", DTYPES)
 

@@ -17,6 +17,8 @@ DEFAULT_NAME = "default"
 SLOTS = ("delta", "branch")
 """Where in a module the parts of adapters are: `<module>/<slot>/<name of the adapter>/...`."""
 
+_MOST_PARTS, _MOST_PATTERNS = 64, 1000
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -57,6 +59,8 @@ class Rule:
             return
         if not isinstance(self.method, Update):
             raise UserError(f"the rule {self.target!r} has parts, but only updates of kernels have parts")
+        if self.parts > _MOST_PARTS:
+            raise UserError(f"the rule {self.target!r} must have at most {_MOST_PARTS} parts, got {self.parts}")
         if self.parts < 1 or len({*self.which}) < len(self.which) or not {*self.which} <= {*range(self.parts)}:
             raise UserError(
                 f"the rule {self.target!r} must have different numbers from 0 to {self.parts - 1} in `which`, as many"
@@ -96,6 +100,8 @@ class Adapter:
     name: str = DEFAULT_NAME
 
     def __post_init__(self) -> None:
+        if (count := len(self.rules) + len(self.train)) > _MOST_PATTERNS:
+            raise UserError(f"an adapter has at most {_MOST_PATTERNS} rules and patterns, got {count:,}")
         for pattern in self.train:
             compile_pattern(pattern)
         if not isinstance(self.name, str) or not re.fullmatch(r"[\w-]+", self.name):

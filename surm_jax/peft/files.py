@@ -8,16 +8,16 @@ the tensor file.
 
 import functools
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax import nnx
 
@@ -31,11 +31,16 @@ from surm_jax.peft.delta import Delta
 from surm_jax.peft.fingerprint import check_fingerprint, fingerprint
 from surm_jax.peft.inject import base_parameters, make_part, matched_modules
 from surm_jax.peft.lifecycle import parts_of
+from surm_jax.peft.tensor_file import TensorFile
 from surm_jax.peft.variables import AdapterParam
+from surm_jax.untrusted import read_json, require_file
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 FORMAT = 2
+
+_MOST_BYTES_OF_CONFIG = 2**22
+"""The fingerprint has some seventy bytes for each parameter of the base."""
 
 
 def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter) -> int:
@@ -72,7 +77,7 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
         **adapter.to_json(),
         "base": fingerprint(frozen),
     }
-    config["sha256"] = _sha256(config, payload)
+    config["sha256"] = _sha256(config, io.BytesIO(payload))
     text = json.dumps(config, indent=1).encode()
     write_folder(Path(folder), text, payload)
     return len(payload) + len(text)
@@ -129,13 +134,17 @@ def load_adapter(
     """
     folder = Path(folder)
     config, adapter = _read_config(folder, name)
-    tensors = _read_tensors(folder, config)
+    _require_intact(folder, config)
+    tensors = TensorFile(folder / TENSORS_NAME)
     model = nnx.clone(model)
     for path, module, rule in matched_modules(model, adapter):
         make = functools.partial(make_part, rule, path, module, execution)
-        part = nnx.eval_shape(lambda key, make=make: _fused(make(key)), jax.random.key(0))
+        try:
+            part = nnx.eval_shape(lambda key, make=make: _fused(make(key)), jax.random.key(0))
+        except UserError as error:
+            raise UserError(f"{folder / CONFIG_NAME}: {path or 'the model'} cannot be adapted: {error}") from None
         for key, variable in part.tensors().items():
-            array = _take(tensors, f"{_prefix(path, part)}/{key}", variable.shape, folder)
+            array = tensors.take(f"{_prefix(path, part)}/{key}", variable.shape)
             variable.set_value(jnp.asarray(array.astype(variable.dtype)))
         part.scale.set_value(jnp.ones((), jnp.float32))
         attach(module, adapter.name, part)
@@ -143,11 +152,11 @@ def load_adapter(
     trained = [path for pattern in adapter.train for path in require_match(pattern, list(parameters), "parameter")]
     for path in dict.fromkeys(trained):
         old = parameters[path][...]
-        parameters[path][...] = _take(tensors, path, old.shape, folder).astype(old.dtype)
-    if tensors:
-        name = min(tensors)
+        parameters[path][...] = tensors.take(path, old.shape).astype(old.dtype)
+    if tensors.left:
+        name = min(tensors.left)
         raise UserError(
-            f"{folder / TENSORS_NAME} holds {name!r}, which the model has no place for{did_you_mean(name, parameters)}"
+            f"{tensors.path} holds {name!r}, which the model has no place for{did_you_mean(name, parameters)}"
         )
     _, _, frozen = nnx.split(model, adapter.trainable, ...)
     check_fingerprint(fingerprint(frozen), config["base"], f"the adapter {folder}")
@@ -156,13 +165,10 @@ def load_adapter(
 
 def _read_config(folder: Path, name: str) -> tuple[dict[str, Any], Adapter]:
     path = folder / CONFIG_NAME
-    try:
-        config = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"no adapter in {folder}: cannot read {path.name} ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(config, dict) or config.get("library") != "surm_jax":
+    if not path.is_file():
+        raise UserError(f"no adapter in {folder}: cannot read {path.name} (no such file)")
+    config = read_json(path, _MOST_BYTES_OF_CONFIG)
+    if config.get("library") != "surm_jax":
         raise UserError(f"{path} was not written by surm_jax")
     if config.get("format") != FORMAT:
         raise UserError(f"{path} has the format {config.get('format')!r}; this version reads {FORMAT}")
@@ -174,29 +180,29 @@ def _read_config(folder: Path, name: str) -> tuple[dict[str, Any], Adapter]:
         raise UserError(f"{path}: {error}") from None
 
 
-def _sha256(config: dict[str, Any], payload: bytes) -> str:
+def _sha256(config: dict[str, Any], payload: IO[bytes]) -> str:
     """Of the tensor file, and of all of the configuration but this very sum."""
     rest = {key: value for key, value in config.items() if key != "sha256"}
-    return hashlib.sha256(payload + json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.file_digest(payload, "sha256")
+    digest.update(json.dumps(rest, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
-def _read_tensors(folder: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
+def _require_intact(folder: Path, config: dict[str, Any]) -> None:
     path = folder / TENSORS_NAME
+    size = require_file(path)
     try:
-        payload = path.read_bytes()
+        with path.open("rb") as file:
+            actual = _sha256(config, file)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if _sha256(config, payload) != config["sha256"]:
+    except RecursionError as error:
+        raise UserError(f"{folder / CONFIG_NAME} is damaged: {error}") from None
+    if actual != config["sha256"]:
         raise UserError(
             f"{path} or {CONFIG_NAME} is damaged or was changed: together they do not give the SHA-256 in {CONFIG_NAME}"
-            f" (the tensor file has {len(payload):,} bytes)"
+            f" (the tensor file has {size:,} bytes)"
         )
-    try:
-        # Not safetensors.numpy.load, which knows no bfloat16.
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
 
 
 def _fused(part: Delta | Branch) -> Delta | Branch:
@@ -207,12 +213,3 @@ def _fused(part: Delta | Branch) -> Delta | Branch:
 def _prefix(path: str, part: Delta | Branch) -> str:
     slot = "delta" if isinstance(part, Delta) else "branch"
     return f"{path}/{slot}" if path else slot
-
-
-def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
-    if name not in tensors:
-        raise UserError(f"{folder / TENSORS_NAME} lacks {name!r}{did_you_mean(name, tensors)}")
-    array = tensors.pop(name)
-    if array.shape != shape:
-        raise UserError(f"{name} has the shape {array.shape} in {folder / TENSORS_NAME}, but the model needs {shape}")
-    return array

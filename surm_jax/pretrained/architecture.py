@@ -6,6 +6,7 @@ and key rules, names for writing and module names for adapters all come from tha
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Tensor:
 
 def _reshaped(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Returns an array of one axis in the wanted shape."""
-    _require_shape(array, (int(np.prod(shape)),))
+    _require_shape(array, (math.prod(shape),))
     return array.reshape(shape)
 
 
@@ -71,7 +72,7 @@ def linear(in_axes: int = 1) -> tuple[Tensor, ...]:
     """
 
     def read(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        _require_shape(array, (int(np.prod(shape[in_axes:])), int(np.prod(shape[:in_axes]))))
+        _require_shape(array, (math.prod(shape[in_axes:]), math.prod(shape[:in_axes])))
         return array.T.reshape(shape)
 
     def write(kernel: np.ndarray) -> np.ndarray:

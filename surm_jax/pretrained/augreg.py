@@ -4,18 +4,16 @@ Kernels of the attention are (width, heads, width / heads) there as here, so tha
 goes over as it is.
 """
 
-import zipfile
-import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from surm_jax.errors import UserError
 from surm_jax.pretrained.position_embed import resize_position_embed
 from surm_jax.pretrained.rules import KeyRule, fill
+from surm_jax.untrusted import open_npz
 
 _BUCKET = "https://storage.googleapis.com/vit_models/augreg/"
 
@@ -53,9 +51,6 @@ RULES = (
 # What the models of these files compute with, and no key of theirs tells.
 _NUMERICS = {"activation": "gelu_tanh", "epsilon": 1e-6}
 
-# What NumPy and zipfile raise on files that are cut off, altered, or something else.
-_DAMAGE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
-
 
 def read(
     path: Path, config: Any, targets: Mapping[str, jax.ShapeDtypeStruct], fresh: Collection[str]
@@ -89,24 +84,5 @@ def read(
         ignore.append(r"pre_logits/.*")
     if "cls_token" not in targets and "cls_token" not in fresh:
         ignore.append(r"cls")
-    try:
-        file = np.load(path, allow_pickle=False)
-    except _DAMAGE as error:
-        raise _damaged(path, error) from error
-    if isinstance(file, np.ndarray):
-        raise UserError(f"{path} holds a single array, not the named arrays of an .npz checkpoint")
-
-    def read_array(key: str) -> np.ndarray:
-        try:
-            return file[key]
-        except _DAMAGE as error:
-            raise _damaged(path, error) from error
-
-    with file:
-        return fill(file.files, read_array, targets, RULES, ignore=ignore, fresh=fresh, origin=str(path))
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    if "pickle" in str(error):
-        return UserError(f"{path} holds pickled objects, which are not loaded: loading them could run any code")
-    return UserError(f"{path} cannot be read as an .npz file ({error}): it may be incomplete, fetch it again")
+    with open_npz(path) as file:
+        return fill(file.keys, file.read, targets, RULES, ignore=ignore, fresh=fresh, origin=str(path))

@@ -26,7 +26,8 @@ from surm_jax.pretrained.architecture import HEAD, Architecture, Names
 from surm_jax.pretrained.configs import MODELS, config_class, require_fields, require_same
 from surm_jax.pretrained.normalization import PREPROCESSOR_NAME, preprocessor_fields
 from surm_jax.pretrained.rules import fill
-from surm_jax.pretrained.tensor_files import SUFFIX, TensorFile, open_shards, open_tensors, read_json, write_tensors
+from surm_jax.pretrained.tensor_files import SUFFIX, TensorFile, open_shards, open_tensors, write_tensors
+from surm_jax.untrusted import read_json
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -191,7 +192,7 @@ def _read_config(path: Path, architecture: Architecture, fields: dict[str, Any],
         return architecture.read_config(fields, overrides)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"the {CONFIG_NAME} of {path} is damaged ({type(error).__name__}: {error})") from error
 
 

@@ -109,6 +109,6 @@ def _read_config(path: Path, header: Mapping[str, str], overrides: Mapping[str, 
     try:
         # Fields that are younger than the file have their defaults, which are what was there before them.
         stored = config(**json.loads(header["config"]))
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"the header of {path} is damaged: no configuration of a {model.__name__} ({error})") from error
     return model, dataclasses.replace(stored, **overrides)

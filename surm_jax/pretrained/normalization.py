@@ -1,12 +1,12 @@
 """What pixel values a checkpoint expects: every source normalises images in its own way."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from surm_jax.errors import UserError
+from surm_jax.untrusted import read_json
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
 
@@ -51,10 +51,10 @@ def image_normalization(checkpoint: Path | None) -> Normalization | None:
     if (folder / PREPROCESSOR_NAME).is_file():
         return _read(folder / PREPROCESSOR_NAME)
     try:
-        model_type = json.loads((folder / "config.json").read_bytes()).get("model_type")
-    except (OSError, ValueError, AttributeError):
+        model_type = read_json(folder / "config.json").get("model_type")
+    except UserError:
         return None  # a damaged config.json is reported by who reads the model
-    return BY_MODEL_TYPE.get(model_type)
+    return BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
 
 
 def preprocessor_fields(normalization: tuple[Sequence[float], Sequence[float]], image_size: int) -> dict[str, Any]:
@@ -74,12 +74,12 @@ def preprocessor_fields(normalization: tuple[Sequence[float], Sequence[float]], 
 
 
 def _read(path: Path) -> Normalization:
+    fields = read_json(path)
     try:
-        fields = json.loads(path.read_bytes())
         if not fields.get("do_normalize", True):
             return Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
         mean, std = (tuple(map(float, fields[name])) for name in ("image_mean", "image_std"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): fetch it again") from None
     if len(mean) != len(std) or not all(map(math.isfinite, mean)) or not all(0 < s < math.inf for s in std):
         raise UserError(f"{path} is damaged: image_mean is {mean} and image_std {std}")

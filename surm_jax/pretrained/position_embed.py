@@ -7,6 +7,9 @@ import numpy as np
 
 from surm_jax.errors import UserError
 
+# The configuration of a stranger may name any size: more memory than the file has is not taken at its word.
+_MOST_GROWTH = 16
+
 
 def resize_position_embed(position_embed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Returns position embeddings for another grid of patches: bilinear, corners aligned, in float64, cast back.
@@ -87,6 +90,8 @@ def _layout(tokens: int) -> tuple[int, int]:
 
 def _resize(patches: np.ndarray, old: int, new: int, kernel: Callable[[int, int], np.ndarray]) -> np.ndarray:
     """Returns `(1, new^2, width)` of `(1, old^2, width)`, with the same kernel along both sides of the grid."""
+    if new > _MOST_GROWTH * old:
+        raise UserError(f"a grid of {old} x {old} position embeddings would grow to {new} x {new}: are both right?")
     weights = kernel(old, new)
     grid = patches[0].reshape(old, old, -1)
     grid = np.einsum("ai,bj,ijd->abd", weights, weights, grid.astype(np.float64), optimize=True)

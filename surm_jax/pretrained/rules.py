@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from surm_jax.errors import UserError, did_you_mean
+from surm_jax.untrusted import is_finite
 
 MOST_LISTED = 8
 
@@ -57,7 +58,7 @@ def fill(
 
     Names are settled before anything is read. Floating-point arrays are widened to the parameter's dtype where that is
     exact (bfloat16 and float16 to float32), and rounded to bfloat16 parameters, which whoever built the model chose;
-    other changes of dtype are refused. Memory: the result and one array.
+    other changes of dtype are refused, and so are NaN and infinity. Memory: the result and one array.
 
     Args:
         keys: the names in the file.
@@ -73,7 +74,7 @@ def fill(
 
     Raises:
         UserError: keys that no rule knows, parameters that nothing or that several keys fill, shapes or dtypes that do
-            not fit. All problems of a kind are in one message, with the nearest names.
+            not fit, numbers that are not finite. All problems of a kind are in one message, with the nearest names.
     """
     plan = _assign(keys, targets, rules, ignore, fresh, origin)
     problems, filled = [], {}
@@ -89,6 +90,8 @@ def fill(
             problems.append(f"{key!r} has shape {stored.shape}, but {target!r} is {wanted.shape}")
         elif not _holds(wanted.dtype, array.dtype):
             problems.append(f"{key!r} is {array.dtype}, which {target!r} of {wanted.dtype} cannot hold exactly")
+        elif not is_finite(array):
+            problems.append(f"{key!r} holds numbers that are not finite")
         elif not problems:
             filled[target] = _place(array, wanted)
     _raise(origin, problems, len(problems))

@@ -4,18 +4,17 @@ Files and index come from strangers: names that leave the folder, and an index t
 hold, are refused.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from surm_jax.errors import UserError, did_you_mean
+from surm_jax.untrusted import read_json
 
 SUFFIX = ".safetensors"
 
@@ -101,23 +100,6 @@ def shards_of(index: Path) -> dict[str, str]:
     return shard_of
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file.
-
-    Raises:
-        UserError: there is no such file, it is not JSON, not an object, or a name occurs twice in an object.
-    """
-    try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_unique)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
-    return content
-
-
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> None:
     """Writes a safetensors file without a second copy of the arrays.
 
@@ -141,18 +123,10 @@ def _damage(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint file {path}") from error
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # the library's own, NumPy's for shapes, AttributeError for types that NumPy has not
         raise UserError(
             f"{path} cannot be read as safetensors ({error}): it may be incomplete, fetch it again"
         ) from error
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
-    return content
 
 
 def _more(names: Sequence[str]) -> str:

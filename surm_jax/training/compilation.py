@@ -1,4 +1,4 @@
-"""Compiled programs are kept on disk: a run that starts again, or with another seed, does not compile anew."""
+"""Compiled programs are kept on disk: a run that starts again, or with another seed, need not compile its step anew."""
 
 import jax
 

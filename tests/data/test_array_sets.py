@@ -115,6 +115,9 @@ def with_value(value, dtype=np.float32):
         ({"train_labels": np.zeros(6)}, "train_labels is float64, but labels must be integers"),
         ({"test_labels": np.array([0, 3])}, r"test_labels\[1\] is 3, but labels must be 0 to 2"),
         ({"train_labels": np.array([0, 1, -1, 0, 1, 2])}, r"train_labels\[2\] is -1"),
+        ({"train_labels": np.array([0, 1, 2**62, 0, 1, 2])}, r"train_labels\[2\] is 46\d+, but .* below 1,000,000"),
+        ({"train_labels": np.array([0, 1, 2**64 - 1, 0, 1, 2], np.uint64)}, r"train_labels\[2\] is -1"),
+        ({"classes": np.array([2**31 - 1] * 3, np.uint32).view("<U1")}, "classes holds what is no text"),
         ({"classes": np.array(["a", "b"])}, r"train_labels\[2\] is 2, but labels must be 0 to 1 \(2 classes, named"),
         ({"classes": np.array([1, 2, 3])}, "classes has dtype int64"),
         ({"classes": np.array(["a", "b", "c"], dtype=object)}, "pickled objects"),
@@ -134,7 +137,10 @@ def test_npz_that_is_damaged_says_so(write, tmp_path):
     flipped[200] ^= 0xFF
     bare = tmp_path / "bare.npy"
     np.save(bare, np.zeros(3))
-    for content in (b"", b"not a zip file", whole[: len(whole) // 2], bytes(flipped), bare.read_bytes()):
+    (tmp_path / "set.npz").write_bytes(bare.read_bytes())
+    with pytest.raises(UserError, match="holds a single array"):
+        load(path)
+    for content in (b"", b"not a zip file", whole[: len(whole) // 2], bytes(flipped)):
         (tmp_path / "set.npz").write_bytes(content)
         with pytest.raises(UserError, match="damaged"):
             load(path)
@@ -146,3 +152,6 @@ def test_npz_that_is_not_there_names_its_neighbour(write, tmp_path):
         load(str(tmp_path / "sets.npz"))
     with pytest.raises(UserError, match="no data file"):
         load(str(tmp_path / "nowhere" / "set.npz"))
+    (tmp_path / "loop.npz").symlink_to("loop.npz")
+    with pytest.raises(UserError, match="no data file"):
+        load(str(tmp_path / "loop.npz"))

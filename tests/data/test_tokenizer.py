@@ -17,6 +17,11 @@ WORDS = ["it", "rain", "##s", "and", "pour", "zoe", "zoë", "It", "雨", "."]
 PAD, UNK, CLS, SEP, IT, RAIN, S, AND, POUR, ZOE, ZOE_ACCENT, CAPITAL_IT, AME, DOT = range(14)
 
 
+# To a length that no memory holds.
+PADDING = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+           "pad_type_id": 0, "pad_token": "[PAD]"}  # fmt: skip
+
+
 def text(*examples, labels=None):
     return TextSource(list(examples), np.arange(len(examples)) if labels is None else labels)
 
@@ -174,6 +179,36 @@ def test_damaged_files_of_bert_are_named(bert, file, content, message):
     (bert / file).write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_tokenizer(bert)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t["pre_tokenizer"].update(type="Split", pattern={"Regex": "(a*)*b"}),
+            r"pattern '\(a\*\)\*b', which",
+        ),
+        (lambda t: t["pre_tokenizer"].update(type="Split", pattern={"Regex": "("}), r"has the pattern '\(', which"),
+        (lambda t: t["post_processor"].update(special_tokens={}), "tokenizer.json is damaged"),
+        (
+            lambda t: t["post_processor"]["single"][0]["SpecialToken"].update(type_id=2**32 - 1),
+            "types of tokens must be",
+        ),
+        (lambda t: t["model"].update(unk_token="gone"), "tokenizer.json is damaged"),
+        (lambda t: t["model"]["vocab"].update(it=2**31), "has a tokenizer with the token 2147483648"),
+        (lambda t: t.update(padding=PADDING), ""),
+    ],
+)
+def test_a_tokenizer_json_of_strangers(bert, change, message):
+    load_tokenizer(bert)._library.save(str(bert / "tokenizer.json"))
+    tree = json.loads((bert / "tokenizer.json").read_text("utf-8"))
+    change(tree)
+    (bert / "tokenizer.json").write_text(json.dumps(tree))
+    if message:
+        with pytest.raises(UserError, match=message):
+            load_tokenizer(bert)
+    else:
+        assert load_tokenizer(bert).encode(text(("it",)), 16).tokens.tolist() == [CLS, IT, SEP]
 
 
 @pytest.mark.parametrize(

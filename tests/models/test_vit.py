@@ -163,7 +163,7 @@ class TestConfig:
             ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
             ({"pool": "tokens"}, "did you mean 'token'"),
             ({"activation": "gelu_tan"}, "did you mean 'gelu_tanh'"),
-            ({"epsilon": 0.0}, "epsilon must be positive, got 0.0"),
+            ({"epsilon": 0.0}, "epsilon must be positive and finite, got 0.0"),
             ({"param_dtype": "float16"}, "ViTConfig.param_dtype must be one of"),
             ({"pool": "mean", "distillation": True}, "distillation needs a class token"),
             ({"dtype": "float16"}, "did you mean 'bfloat16' or 'float32'|did you mean 'bfloat16'"),

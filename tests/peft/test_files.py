@@ -212,13 +212,13 @@ class TestDamage:
         with pytest.raises(UserError, match=rf"{TENSORS} or {CONFIG} is damaged or was changed"):
             load_adapter(saved, base("mlp"))
 
-    @pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe\x00", b'{"format": 1'])
+    @pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe\x00", b'{"format": 1', b"[]", b"3", b"[" * 100_000])
     def test_what_is_no_json(self, saved, text):
         (saved / CONFIG).write_bytes(text)
         with pytest.raises(UserError, match=rf"{CONFIG} is damaged: "):
             load_adapter(saved, base("mlp"))
 
-    @pytest.mark.parametrize("text", [b"[]", b"3", b"{}", b'{"peft_type": "LORA", "r": 8}'])
+    @pytest.mark.parametrize("text", [b"{}", b'{"peft_type": "LORA", "r": 8}'])
     def test_what_someone_else_wrote(self, saved, text):
         (saved / CONFIG).write_bytes(text)
         with pytest.raises(UserError, match=rf"{CONFIG} was not written by surm_jax"):
@@ -243,11 +243,41 @@ class TestDamage:
             (lambda c: c.update(train=["haed/.*"]), r"'haed/\.\*' matches no parameter"),
             (lambda c: c.update(sha256="0"), f"{TENSORS} or {CONFIG} is damaged or was changed"),
             (lambda c: c["base"].pop("blocks/0/bias"), "it has besides blocks/0/bias"),
+            (lambda c: c["rules"][0].update(target="((b|l|o|.)*)*x"), f"{CONFIG}: .*could take very long to match"),
+            (lambda c: c["rules"][0].update(target="(" * 5000), f"{CONFIG}: .*is not a regular expression"),
+            (lambda c: c.update(train=["(.*/)*x"]), f"{CONFIG}: .*could take very long to match"),
+            (lambda c: c.update(train=["head/.*"] * 5000), f"{CONFIG}: an adapter has at most 1000 rules and patterns"),
+            (lambda c: c["rules"][0].update(parts=10**9, which=[0]), f"{CONFIG}: .*must have at most 64 parts"),
+            (lambda c: c["rules"][0]["settings"].update(alpha=10**400), f"{CONFIG}: circulant.alpha must be finite"),
+            (
+                lambda c: c["rules"][0].update(method="lora", settings={"rank": 10**9}),
+                f"{CONFIG}: blocks/0 cannot be adapted: .* has a rank from 1 to 6, but 1000000000 was asked for",
+            ),
+            (
+                lambda c: c["rules"][0].update(method="lora", settings={"rank": 10**30}),
+                f"{CONFIG}: lora.rank must be finite and at most 1e\\+18",
+            ),
+            (
+                lambda c: c["rules"][0].update(method="structured", settings={"family": "dense+" * 999 + "dense"}),
+                f"{CONFIG}: structured.family joins 1000 families",
+            ),
         ],
     )  # fmt: skip
     def test_an_edited_recipe(self, saved, change, message):
         edit_config(saved, change)
         with pytest.raises(UserError, match=message):
+            load_adapter(saved, base("mlp"))
+
+    @pytest.mark.parametrize("name", [CONFIG, TENSORS])
+    def test_what_never_ends(self, saved, name):
+        (saved / name).unlink()
+        (saved / name).symlink_to("/dev/zero")
+        with pytest.raises(UserError, match=f"cannot read .*{name}"):
+            load_adapter(saved, base("mlp"))
+
+    def test_a_recipe_without_end(self, saved):
+        (saved / CONFIG).write_bytes(b"{" + b" " * 2**23)
+        with pytest.raises(UserError, match=r"has 8,388,609 bytes: too many for what it should be"):
             load_adapter(saved, base("mlp"))
 
     @pytest.mark.parametrize(
@@ -260,6 +290,15 @@ class TestDamage:
             (
                 lambda t: t.update({"blocks/0/delta/c": np.ones(11, np.float32)}),
                 r"blocks/0/delta/c has the shape \(11,\) in .*, but the model needs \(10,\)",
+            ),
+            (
+                lambda t: t.update({"blocks/0/delta/c": np.full(10, np.nan, np.float32)}),
+                "blocks/0/delta/c in .* holds numbers that are not finite",
+            ),
+            (lambda t: t.update({"head/bias": np.ones(3, np.int32)}), "head/bias in .* is of type I32, not of F64"),
+            (
+                lambda t: t.update({f"{i}": np.ones(0, np.float32) for i in range(100_001)}),
+                r"holds 100,\d+ tensors: not those of an adapter",
             ),
         ],
     )

@@ -43,6 +43,8 @@ from tests.peft.hf_model import CONFIG, NAMES, TENSORS, dense, foreign, lora, ma
         ({"rank_pattern": {"(a*)*b": 1}}, r"has the pattern '\(a\*\)\*b': too intricate"),
         ({"rank_pattern": {".*.*.*.*b": 1}}, "too intricate"),
         ({"rank_pattern": {"(a|a)" * 40: 1}}, "too intricate"),
+        ({"rank_pattern": {"(" * 5000: 1}}, "which is no regular expression"),
+        ({"target_modules": "(up_proj"}, "which is no regular expression"),
         ({"target_modules": ["query_proj", "up_proj"]}, "has no update of blocks/0/query, although target_modules"),
         (
             {"target_modules": r".*\.\d\.(up|query)_proj"},
@@ -91,6 +93,10 @@ def test_settings_that_say_nothing_of_the_result(settings, tmp_path):
         (lambda t: t.update({"classifier.bias": normal(5)}), r"\(5,\) .* needs \(4,\)"),
         (lambda t: t.update({"net.layers.0.up_proj.lora_A.weight": normal(3, 6)}), r"\(3, 6\) .* needs \(2, 6\)"),
         (lambda t: t.update({"net.layers.0.up_proj.lora_A.weight": np.ones((2, 6), np.int32)}), "is of type I32"),
+        (
+            lambda t: t.update({"net.layers.0.up_proj.lora_A.weight": np.full((2, 6), np.inf, np.float32)}),
+            "lora_A.weight in .* holds numbers that are not finite",
+        ),
         (lambda t: t.clear(), "has no update of blocks/0/up, although target_modules names"),
     ],
 )  # fmt: skip
@@ -142,7 +148,7 @@ def test_files(tmp_path):
         with pytest.raises(UserError, match=rf"{CONFIG} is damaged"):
             load_hf_adapter(folder, make(), NAMES)
     (folder / CONFIG).write_bytes(b'{"peft_type": "LORA"' + b" " * 2**20 + b"}")
-    with pytest.raises(UserError, match=r"has 1,048,597 bytes: not the configuration of an adapter"):
+    with pytest.raises(UserError, match=r"has 1,048,597 bytes: too many for what it should be"):
         load_hf_adapter(folder, make(), NAMES)
 
 

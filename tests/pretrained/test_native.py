@@ -183,6 +183,31 @@ def rewrite(path, alter):
         (lambda header, tensors: header.update(config="{"), "header of .* is damaged"),
         (lambda header, tensors: header.update(config="{}"), "header of .* is damaged: .*missing .*'image_size'"),
         (lambda header, tensors: header.update(config="[]"), "header of .* is damaged"),
+        (lambda header, tensors: header.update(config="[" * 100_000), "header of .* is damaged"),
+        (
+            lambda header, tensors: header.update(config=header["config"].replace('"depth": ', '"depth": 1000000')),
+            "depth must be at most 100",
+        ),
+        (
+            lambda header, tensors: header.update(config=header["config"].replace('"remat": false', '"remat": "no"')),
+            "ViTConfig.remat must be True or False, got 'no'",
+        ),
+        (
+            lambda header, tensors: header.update(
+                config=header["config"].replace('"channels": 3', '"channels": 1' + "0" * 400)
+            ),
+            "ViTConfig.channels must be at most 2147483648",
+        ),
+        (
+            lambda header, tensors: header.update(
+                config=header["config"].replace('"epsilon": 1e-06', '"epsilon": 1e999')
+            ),
+            "epsilon must be positive and finite, got inf",
+        ),
+        (
+            lambda header, tensors: tensors["norm/scale"].fill(np.nan),
+            "'norm/scale' holds numbers that are not finite",
+        ),
         (
             lambda header, tensors: header.update(config=header["config"].replace("depth", "dept")),
             "unexpected .*'dept'",

@@ -63,6 +63,7 @@ def test_other_formats_have_none(tmp_path, folder):
         {"image_mean": [0.5], "image_std": [0.0]},
         {"image_mean": "a", "image_std": [1.0]},
         {"image_mean": [float("nan")], "image_std": [1.0]},
+        {"image_mean": [10**400], "image_std": [1.0]},
     ],
 )
 def test_a_damaged_file_is_told(folder, fields):

@@ -73,3 +73,12 @@ class TestBicubic:
     def test_no_grid(self, old, new):
         with pytest.raises(UserError, match=r"10 position .* and 0 more: does|9 position .* and 1 more: does"):
             resize_position_embed_bicubic(random(1, old, 2), (1, new, 2), extra_tokens=10 - old)
+
+
+@pytest.mark.parametrize(
+    "resize",
+    [resize_position_embed, lambda embed, shape: resize_position_embed_bicubic(embed, shape, extra_tokens=1)],
+)
+def test_a_size_that_only_a_damaged_configuration_has(resize):
+    with pytest.raises(UserError, match="a grid of 2 x 2 position embeddings would grow to 100000 x 100000"):
+        resize(random(1, 5, 6), (1, 10**10 + 1, 6))

@@ -6,7 +6,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from surm_jax.errors import UserError
-from surm_jax.pretrained.tensor_files import open_shards, open_tensors, read_json, shards_of, write_tensors
+from surm_jax.pretrained.tensor_files import open_shards, open_tensors, shards_of, write_tensors
+from surm_jax.untrusted import read_json
 
 ARRAYS = {
     "z": np.arange(6.0, dtype=np.float32).reshape(2, 3),
@@ -66,6 +67,18 @@ def test_missing_and_damaged_files(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{path} cannot be read as safetensors"), open_tensors(path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "size"),
+    [("F8_E4M3", [2], 2), ("F4", [4], 2), ("F32", [1] * 70, 4), ("F32", [2**62, 0, 2**62], 0)],
+)
+def test_what_numpy_has_no_place_for(tmp_path, dtype, shape, size):
+    header = json.dumps({"x": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * size)
+    with pytest.raises(UserError, match=f"{path} cannot be read as safetensors"), open_tensors(path) as file:
+        file.read("x")
 
 
 def test_what_is_raised_inside_is_not_blamed_on_the_file(tmp_path):

@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from flax import nnx
 
 from surm_jax.errors import UserError, did_you_mean
@@ -24,9 +23,8 @@ from surm_jax.peft.hf.settings import Settings
 from surm_jax.peft.inject import base_parameters, matched_modules
 from surm_jax.peft.layers import is_linear, matrix_view
 from surm_jax.peft.methods import Update
+from surm_jax.peft.tensor_file import TensorFile
 from surm_jax.structured import StructuredMatrix
-
-_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def load_hf_adapter(
@@ -80,7 +78,7 @@ def load_hf_adapter(
 
 
 class _Tensors:
-    """The tensors of a folder. Each is read once, after a look at its shape; none may be left over."""
+    """The tensors of a folder by the names of peft's models, of which none may be left over."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / TENSORS_NAME
@@ -89,35 +87,19 @@ class _Tensors:
                 f"{folder} has its tensors in adapter_model.bin, a pickle, which may hold any program and is not read:"
                 f" load the adapter with peft and save it again, as {TENSORS_NAME}"
             )
-        try:
-            self.file = safetensors.safe_open(self.path, framework="numpy")
-            self.left = set(self.file.keys())
-        except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{self.path} is damaged: {error}") from None
+        self._file = TensorFile(self.path)
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """Returns a tensor, which must have this shape.
 
         Raises:
-          UserError: if there is none, or it is another one.
+          UserError: as `TensorFile.take`.
         """
-        name = ROOT + name
-        if name not in self.left:
-            raise UserError(f"{self.path} lacks {name!r}{did_you_mean(name, self.left)}")
-        tensor = self.file.get_slice(name)
-        if tuple(tensor.get_shape()) != shape:
-            found = tuple(tensor.get_shape())
-            raise UserError(f"{name} has the shape {found} in {self.path}, but the model needs {shape}")
-        if tensor.get_dtype() not in _DTYPES:
-            raise UserError(f"{name} in {self.path} is of type {tensor.get_dtype()}, not of {', '.join(_DTYPES)}")
-        self.left.remove(name)
-        return self.file.get_tensor(name)
+        return self._file.take(ROOT + name, shape)
 
     def has(self, prefix: str) -> bool:
         """Says whether the name of a tensor that was not taken yet begins with `prefix`."""
-        return any(name.startswith(ROOT + prefix) for name in self.left)
+        return any(name.startswith(ROOT + prefix) for name in self._file.left)
 
     def refuse_rest(self, mark: str, model: nnx.Module, names: ModuleNames) -> None:
         """Checks that no tensor is left over.
@@ -125,9 +107,9 @@ class _Tensors:
         Raises:
           UserError: saying of the first what it might have been.
         """
-        if not self.left:
+        if not self._file.left:
             return
-        name = min(self.left)
+        name = min(self._file.left)
         text = f"{self.path} holds {name!r}"
         if not name.startswith(ROOT):
             raise UserError(f"{text}, but the names of peft's tensors begin with {ROOT}")

@@ -4,12 +4,13 @@ Every value is checked before it is used, and a setting that would change what a
 counterpart here is refused by its name.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from surm_jax.errors import UserError
+from surm_jax.paths import is_fast
+from surm_jax.untrusted import read_json
 
 _MOST_BYTES = 2**20
 _LARGEST = 1e30
@@ -44,18 +45,9 @@ class Settings:
           UserError: if it cannot be read, or is not an object of JSON, or far too large.
         """
         self.path = path
-        try:
-            if path.stat().st_size > _MOST_BYTES:
-                raise UserError(f"{path} has {path.stat().st_size:,} bytes: not the configuration of an adapter")
-            self.values = json.loads(path.read_bytes())
-        except OSError as error:
-            raise UserError(f"no adapter in {path.parent}: cannot read {path.name} ({error.strerror})") from None
-        except UserError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is damaged: {error}") from None
-        if not isinstance(self.values, dict):
-            raise UserError(f"{path} is damaged: it holds no settings")
+        if not path.is_file():
+            raise UserError(f"no adapter in {path.parent}: cannot read {path.name} (no such file)")
+        self.values = read_json(path, _MOST_BYTES)
 
     def refuse_others(self, known: frozenset[str]) -> None:
         """Checks that no setting besides the known ones changes what the adapter computes.
@@ -119,9 +111,10 @@ class Settings:
             raise self.refusal(exceptions, "which must map names of modules to numbers")
         where, value = name, self.values.get(name, default)
         for pattern, other in others.items():
-            if not _is_simple(pattern):
+            found = self._matches(pattern, module, end=True)
+            if found is None:
                 raise UserError(f"{self.path} has the pattern {_short(pattern)}: too intricate, name the modules")
-            if self._matches(pattern, module, end=True):
+            if found:
                 where, value = f"{exceptions}[{_short(pattern)}]", other
                 break
         what = "a whole number of at least 1" if whole else "a number other than 0"
@@ -138,7 +131,7 @@ class Settings:
         ):
             return None
         if isinstance(value, str):
-            return self._matches(value, module) if _is_simple(value) else None
+            return self._matches(value, module)
         return any(module == name or module.endswith(f".{name}") for name in self.names("target_modules"))
 
     def saves(self, module: str) -> bool:
@@ -147,25 +140,17 @@ class Settings:
         around = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
         return any(outer.endswith(name) for name in self.names("modules_to_save") for outer in around)
 
-    def _matches(self, pattern: str, module: str, *, end: bool = False) -> bool:
+    def _matches(self, pattern: str, module: str, *, end: bool = False) -> bool | None:
+        """Says whether a pattern matches a name; None if finding out could take years."""
+        whole = rf"(?:.*\.)?(?:{pattern})" if end else pattern
         try:
-            compiled = re.compile(pattern)
-        except (re.error, OverflowError) as error:
+            if not (is_fast(pattern) and is_fast(whole)):
+                return None
+            return bool(re.fullmatch(whole, module))
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(
                 f"{self.path} has the pattern {_short(pattern)}, which is no regular expression: {error}"
             ) from None
-        return bool(re.fullmatch(rf"(?:.*\.)?(?:{compiled.pattern})" if end else compiled, module))
-
-
-def _is_simple(pattern: str) -> bool:
-    """Says whether matching a name takes little time for sure; a hostile pattern could take years."""
-    plain = re.sub(r"\\.|\[[^]]*\]", "x", pattern).replace("(?:", "(")
-    return (
-        not re.search(r"\)[*+?{]|\s|#", plain)
-        and len(re.findall(r"[*+?{]", plain)) <= 3
-        and plain.count("(") <= 3
-        and plain.count("|") <= 8
-    )
 
 
 def _short(value: Any) -> str:

@@ -18,6 +18,9 @@ from surm_jax.structured import StructuredMatrix, Sum
 
 _KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a name"}
 
+_LARGEST = 10**18
+"""Of every number; what makes sense is far below. Beyond it sizes and floats overflow."""
+
 METHODS: dict[str, type["Method"]] = {}
 """Every method by its name."""
 
@@ -63,6 +66,8 @@ class Method(abc.ABC):
         where, limits, kind = f"{self.name}.{field.name}", field.metadata, field.type
         if not (type(value) is kind or (kind is float and type(value) is int)):
             raise UserError(f"{where} must be {_KINDS[kind]}, got {value!r}")
+        if kind in (int, float) and abs(value) > _LARGEST:
+            raise UserError(f"{where} must be finite and at most {_LARGEST:g}, got {value}")
         if "one_of" in limits:
             if value not in limits["one_of"]:
                 near = did_you_mean(str(value), limits["one_of"])
@@ -75,7 +80,7 @@ class Method(abc.ABC):
                 raise UserError(f"{where} must be at least {limits['least']}{below}, got {value}")
         elif kind is int and value < 1:
             raise UserError(f"{where} must be at least 1, got {value}")
-        elif not math.isfinite(value) or value == 0:
+        elif math.isnan(value) or value == 0:
             # With a factor of 0, or a random factor of 0 beside the one that starts at 0, nothing would ever learn.
             raise UserError(f"{where} must be finite and not 0, got {value}: it would never learn")
 

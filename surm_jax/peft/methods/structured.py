@@ -11,6 +11,8 @@ from surm_jax.errors import UserError, did_you_mean
 from surm_jax.peft.methods.base import Bottleneck, Method, Update
 from surm_jax.structured import FAMILIES, Product, StructuredMatrix, Sum, tiled_side
 
+_MOST_FAMILIES = 16
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _AnyFamily(Method):
@@ -30,7 +32,12 @@ class _AnyFamily(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in (name.strip() for term in self.family.split("+") for name in term.split("@")):
+        names = [name.strip() for term in self.family.split("+") for name in term.split("@")]
+        if len(names) > _MOST_FAMILIES:
+            raise UserError(
+                f"{self.name}.family joins {len(names)} families, and at most {_MOST_FAMILIES} can be joined"
+            )
+        for name in names:
             if name not in FAMILIES:
                 raise UserError(
                     f"{self.name}.family: no family is called {name!r}{did_you_mean(name, FAMILIES)}"
