@@ -131,16 +131,24 @@ def _read_updates(
     form: Format, settings: Settings, tensors: _Tensors, model: nnx.Module, names: ModuleNames
 ) -> tuple[dict[str, Update], dict[str, StructuredMatrix]]:
     """Returns the updates of the layers that have tensors, and their matrices, by path."""
+    layers = {path: layer for path, layer in sorted(_modules(model).items()) if is_linear(layer)}
+    called = {path: names.modules(path) for path in layers}
+    held = {
+        path: [place for place, name in enumerate(found) if tensors.has(f"{name}.{form.mark}")]
+        for path, found in called.items()
+    }
+    # Versions of transformers differ in names: which of them this file has, its other modules tell.
+    versions = {place for path, places in held.items() for place in places if len(called[path]) > 1}
     updates, matrices = {}, {}
-    for path, layer in sorted(_modules(model).items()):
-        if not is_linear(layer):
+    for path, layer in layers.items():
+        found = called[path]
+        if not held[path]:
+            for place, name in enumerate(found):
+                current = len(found) == 1 or not versions or place in versions
+                if current and settings.targets(name) and not settings.saves(name):
+                    raise UserError(f"{tensors.path} has no update of {path}, although target_modules names {name}")
             continue
-        found = names.modules(path)
-        module = next((name for name in found if tensors.has(f"{name}.{form.mark}")), None)
-        if module is None:
-            if any(settings.targets(name) and not settings.saves(name) for name in found):
-                raise UserError(f"{tensors.path} has no update of {path}, although target_modules names {found[0]}")
-            continue
+        module = found[held[path][0]]
         shape = matrix_view(layer, path).shape
         updates[path], shapes = form.read_settings(settings, module, shape)
         arrays = {part: tensors.take(f"{module}.{part}", size).astype(np.float32) for part, size in shapes.items()}
