@@ -59,7 +59,7 @@ TASKS = {
     "cola": Task(steps=1000, lengths=(12, 20, 48), holdout=1000),
     "rte": Task(steps=200, lengths=(48, 72, 128), holdout=300),
 }
-# The methods and the learning rates that each may choose from: what trains all numbers bears smaller steps.
+# The methods and the learning rates that each may choose from: what trains more numbers bears smaller steps.
 RATES = (3e-3, 1e-2, 3e-2)
 METHODS = {
     "linear_probe": (2e-2, 1e-1, 5e-1),
@@ -68,7 +68,7 @@ METHODS = {
     "toeplitz": RATES,
     "kronecker": RATES,
     "circulant_adapter": RATES,
-    "bottleneck": RATES,
+    "bottleneck": (3e-4, 1e-3, 3e-3),
     "full": (3e-5, 1e-4, 3e-4),
 }
 # Of the new head, for all methods but the probe, whose only rate it is. What the head reads is small: this model was
