@@ -59,13 +59,15 @@ TASKS = {
     "cola": Task(steps=700, lengths=(12, 20, 48), holdout=1000),
     "rte": Task(steps=200, lengths=(48, 72, 128), holdout=300),
 }
-# The methods and the learning rates that each may choose from: what trains more numbers bears smaller steps.
+# The methods and the learning rates that each may choose from: three in turn. Where they lie was chosen by first tries on
+# STS-B: some below what diverges there.
 RATES = (3e-3, 1e-2, 3e-2)
+SMALL_RATES = (1e-3, 3e-3, 1e-2)
 METHODS = {
     "linear_probe": (2e-2, 1e-1, 5e-1),
     "lora": RATES,
-    "circulant": RATES,
-    "toeplitz": RATES,
+    "circulant": SMALL_RATES,
+    "toeplitz": SMALL_RATES,
     "kronecker": RATES,
     "circulant_adapter": RATES,
     "bottleneck": (3e-4, 1e-3, 3e-3),
@@ -170,8 +172,13 @@ def best_rate(rows: Sequence[Row], task: str, method: str) -> float | None:
 
     Of equal scores, the smaller loss decides: a short run may predict a single class whatever the rate.
     """
-    tried = [row for row in rows if (row["task"], row["method"], row["part"]) == (task, method, "search")]
-    if {row["learning_rate"] for row in tried} != set(METHODS[method]):
+    tried = [
+        row
+        for row in rows
+        if (row["task"], row["method"], row["part"]) == (task, method, "search")
+        and row["learning_rate"] in METHODS[method]
+    ]
+    if len(tried) < len(METHODS[method]):
         return None
     return max(tried, key=lambda row: (row["score"], -row["loss"]))["learning_rate"]
 
