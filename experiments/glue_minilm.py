@@ -59,8 +59,8 @@ TASKS = {
     "cola": Task(steps=700, lengths=(12, 20, 48), holdout=1000),
     "rte": Task(steps=200, lengths=(48, 72, 128), holdout=300),
 }
-# The methods and the learning rates that each may choose from: three in turn. Where they lie was chosen by first tries on
-# STS-B: some below what diverges there.
+# The methods and the learning rates that each may choose from: three in turn. Where they lie was chosen by first tries
+# on STS-B: some below what diverges there.
 RATES = (3e-3, 1e-2, 3e-2)
 SMALL_RATES = (1e-3, 3e-3, 1e-2)
 METHODS = {
