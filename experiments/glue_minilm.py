@@ -7,7 +7,7 @@ The model is all-MiniLM-L6-v2 (6 layers, width 384; https://huggingface.co/sente
 of that package, or out of `--model=FOLDER`. Every method makes the same number of steps on a task, with a new head. Its
 learning rate is the best of three, by the task's metric on training examples that are held out (one seed, the same
 steps: a rate that is good for half of them may diverge later); what counts is the validation set, after the last step
-of three other seeds. The grid is cut down to about three hours on two CPU cores: 3,200 examples of STS-B, MRPC and RTE
+of three other seeds. The grid is meant for about three hours on two CPU cores: 3,200 examples of STS-B, MRPC and RTE
 are seen, 11,200 of CoLA, where usual fine-tuning passes three to eighty times over the training set.
 
 Every finished run is a row of `experiments/results/glue_minilm.csv`, and is not made again: the command goes on where
@@ -73,8 +73,8 @@ METHODS = {
     "bottleneck": (3e-4, 1e-3, 3e-3),
     "full": (3e-5, 1e-4, 3e-4),
 }
-# Of the new head, for all methods but the probe, whose only rate it is. What the head reads is small: this model was
-# trained without the layer before the head, whose outputs vary by 0.05.
+# Of the new head, for all methods but the probe, whose only rate it is. What the head reads is small: this model
+# was tuned without the layer before the head.
 HEAD_RATE = 2e-2
 COLUMNS = (
     "task",

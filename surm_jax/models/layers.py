@@ -19,8 +19,7 @@ from jaxtyping import Array, Bool, Float
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`x (1 + erf(x / sqrt 2)) / 2` (arXiv 1606.08415).
 
-    `jax.nn.gelu` goes through `erfc`, which is exact in the far tail too, and takes four times as long on a CPU; this
-    is the formula of PyTorch.
+    The formula of PyTorch. `jax.nn.gelu` goes through `erfc`, which is exact in the far tail too, but slower on a CPU.
     """
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 

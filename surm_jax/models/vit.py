@@ -52,6 +52,7 @@ VARIANTS: Mapping[str, Mapping[str, int | str]] = {
 }
 """Geometry of the named models: the fields of `ViTConfig` that each of them sets."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
     """Geometry, parts and precision of a `ViT`.
