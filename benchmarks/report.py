@@ -133,7 +133,6 @@ def step_section() -> str:
 `python -m benchmarks.step`, batch {first["batch"]}, float32, on {first["device"]}, jax
 {first["jax"]}. Forward, backward and AdamW; `frozen`: forward and the gradient of the image. Updates run as `auto`
 says, on Q, K and V; adapters stand after attention and MLP.
-work: their bytes hold, their times would not.
 
 {markdown(rows, columns | {"MB of AdamW": ",.1f", "MB at peak": ",.0f"})}"""
 
