@@ -1,0 +1,190 @@
+"""What was added to the kernels of a network: rank, condition and size, beside what theory says of the rank."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from surm_jax.paths import join
+from surm_jax.peft import Delta, adapted_modules
+from surm_jax.peft.layers import is_linear, matrix_view
+from surm_jax.structured import (
+    BlockCirculant,
+    Circulant,
+    Kronecker,
+    LowRank,
+    SkewCirculant,
+    StructuredMatrix,
+    SymmetricToeplitzPair,
+    ToeplitzPair,
+    displacement_rank,
+    numerical_rank,
+    singular_values,
+)
+
+
+def kernels(model: nnx.Module) -> dict[str, Float[Array, "in out"]]:
+    """Returns the kernel of every linear layer but those of the head, as matrices, layers of one kind together.
+
+    >>> model = nnx.Dict(head=nnx.Linear(4, 2, rngs=nnx.Rngs(0)), up=nnx.Linear(2, 4, rngs=nnx.Rngs(1)))
+    >>> {path: kernel.shape for path, kernel in kernels(model).items()}
+    {'up': (2, 4)}
+    """
+    found = {}
+    for path, module in nnx.iter_modules(model):
+        if is_linear(module) and path[0] != "head":
+            found[join(path)] = module.kernel[...].reshape(matrix_view(module, join(path)).shape)
+    return dict(sorted(found.items(), key=lambda item: (kind_of(item[0]), block_of(item[0]) or 0)))
+
+
+def kind_of(path: str) -> str:
+    """Returns what layers at the same place of all blocks have in common.
+
+    >>> kind_of("blocks/11/attention/query"), kind_of("pooler")
+    ('attention/query', 'pooler')
+    """
+    return re.sub(r"^blocks/\d+/", "", path)
+
+
+def block_of(path: str) -> int | None:
+    """Returns the number of the block that a layer belongs to.
+
+    >>> block_of("blocks/11/attention/query"), block_of("pooler")
+    (11, None)
+    """
+    match = re.match(r"blocks/(\d+)/", path)
+    return int(match[1]) if match else None
+
+
+class Change(NamedTuple):
+    """What became of a kernel: what it was, what was added to it, both float64, and that as a structured matrix.
+
+    The matrix is None where the kernel itself was trained, or where its columns were normalised.
+    """
+
+    before: Float[np.ndarray, "in out"]
+    added: Float[np.ndarray, "in out"]
+    matrix: StructuredMatrix | None
+
+
+def changes(base: nnx.Module, tuned: nnx.Module) -> dict[str, Change]:
+    """Returns the changes of all kernels that were trained or have an update, by layer."""
+    deltas = {path: part for path, _, part, _ in adapted_modules(tuned) if isinstance(part, Delta)}
+    before, found = kernels(base), {}
+    for path, kernel in kernels(tuned).items():
+        was, now = (np.asarray(one).astype(np.float64) for one in (before[path], kernel))
+        trained, delta = not np.array_equal(was, now), deltas.get(path)
+        if delta:
+            added = now - was + np.asarray(delta.change(kernel))
+            found[path] = Change(was, added, None if trained or delta.normalized else delta.matrix())
+        elif trained:
+            found[path] = Change(was, now - was, None)
+    return found
+
+
+class Update(NamedTuple):
+    """A row of the table: what is known of the update of a layer. What does not apply is empty."""
+
+    layer: str
+    rows: int
+    columns: int
+    family: str
+    numbers: int
+    rank: int
+    theory: str
+    stable_rank: float
+    condition: float
+    displacement_rank: int | str
+    relative_norm: float
+    one_minus_cosine: float
+
+
+def examine(layer: str, change: Change) -> Update:
+    """Measures an update, numerically with the tolerances of float32, in which it was learned.
+
+    The stable rank is the squared Frobenius norm by the square of the largest singular value: how many directions
+    matter. The condition of a matrix that has not full rank is infinite. The displacement rank is left out where there
+    is no structure.
+    """
+    added = change.added.astype(np.float32)
+    values = singular_values(added)
+    rank, matrix = numerical_rank(added), change.matrix
+    return Update(
+        layer=layer,
+        rows=added.shape[0],
+        columns=added.shape[1],
+        family="dense" if matrix is None else type(matrix).__name__,
+        numbers=added.size if matrix is None else matrix.num_params,
+        rank=rank,
+        theory="" if matrix is None else rank_in_theory(matrix),
+        stable_rank=float(np.sum(np.square(values)) / values[0] ** 2) if rank else 0.0,
+        condition=float(values[0] / values[-1]) if rank == len(values) else math.inf,
+        displacement_rank="" if matrix is None else displacement_rank(added),
+        relative_norm=float(np.linalg.norm(change.added) / np.linalg.norm(change.before)),
+        one_minus_cosine=one_minus_cosine(change.before, change.before + change.added),
+    )
+
+
+def one_minus_cosine(one: Float[np.ndarray, "in out"], other: Float[np.ndarray, "in out"]) -> float:
+    """Returns 1 - the cosine similarity of two matrices as vectors; half a squared distance, so that no digits cancel.
+
+    >>> round(one_minus_cosine(np.eye(2), 3 * np.eye(2)), 12), round(one_minus_cosine(np.eye(2), np.eye(2)[::-1]), 12)
+    (0.0, 1.0)
+    """
+    return float(np.sum(np.square(one / np.linalg.norm(one) - other / np.linalg.norm(other))) / 2)
+
+
+def rank_in_theory(matrix: StructuredMatrix) -> str:
+    """Returns what the structure says of the rank: of a sum or a product in general no more than a bound.
+
+    >>> rank_in_theory(Circulant(np.ones(2, np.float32), shape=(2, 2)))
+    '= 1 (non-zero DFT)'
+    """
+    m, n = matrix.shape
+    match matrix:
+        case Circulant() | SkewCirculant() if m == n:
+            return f"= {numerical_rank(matrix)} (non-zero DFT)"
+        case BlockCirculant():
+            # A Fourier transform of the blocks makes the matrix block-diagonal, a block for each frequency.
+            blocks = np.moveaxis(np.fft.fft(np.asarray(matrix.c, np.float64)), -1, 0)
+            values = np.linalg.svd(blocks, compute_uv=False)
+            tolerance = values.max() * max(m, n) * np.finfo(np.float32).eps
+            return f"= {np.count_nonzero(values > tolerance)} (DFT of the blocks)"
+        case Kronecker():
+            ranks = [(numerical_rank(A), numerical_rank(B)) for A, B in zip(matrix.A, matrix.B, strict=True)]
+            if len(ranks) == 1:
+                return f"= {ranks[0][0]} x {ranks[0][1]} (factors)"
+            return f"<= {min(m, n, sum(a * b for a, b in ranks))} (sum of products)"
+        case LowRank():
+            return f"<= {matrix.rank} (columns)"
+        case SymmetricToeplitzPair() | ToeplitzPair():
+            return f"<= {min(map(numerical_rank, matrix.factors()))} (factors)"
+    return f"<= {min(m, n)}"
+
+
+def table(updates: Sequence[Update]) -> str:
+    """Returns the table of all updates in markdown."""
+    lines = [
+        "| layer | shape | update | numbers | rank | in theory | stable rank | condition | displacement rank"
+        " | norm, of the kernel's | 1 - cosine |",
+        "|---|---|---|" + "---:|" * 2 + "---|" + "---:|" * 5,
+    ]
+    for row in updates:
+        condition = "" if math.isinf(row.condition) else f"{row.condition:.3g}"
+        lines.append(
+            f"| {row.layer} | {row.rows} x {row.columns} | {row.family} | {row.numbers:,} | {row.rank} | {row.theory}"
+            f" | {row.stable_rank:.1f} | {condition} | {row.displacement_rank} | {row.relative_norm:.3g}"
+            f" | {row.one_minus_cosine:.2g} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+LEGEND = """What was added to the kernels of linear layers, those of the head left out. **Rank**: numerical, with the
+tolerance of float32; **in theory**: what the structure says of it. **Stable rank**: the squared Frobenius norm by the
+square of the largest singular value. **Condition**: empty where the rank is not full. The norm is the Frobenius norm,
+the cosine that of the tuned and the pretrained kernel.
+"""
