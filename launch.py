@@ -2,12 +2,14 @@
 
 Any value of the configuration can be given on the command line: `--config.peft.method=lora`. What a run leaves behind
 is in its folder (`--workdir`); the same command goes on with a run that was interrupted.
+
+On several hosts, the same command on each makes one run, with its folder on a file system that they share: Slurm, Cloud
+TPU and GKE say themselves who takes part, elsewhere `--coordinator`, `--process_id` and `--num_processes` do.
 """
 
 import functools
 import hashlib
 import re
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from surm_jax.errors import UserError, did_you_mean
+from surm_jax.training import processes
 from surm_jax.training.compilation import use_compilation_cache
 from surm_jax.training.config import base_config, keys, parse
 from surm_jax.training.loop import InterruptedRunError
@@ -34,6 +37,8 @@ MODES = {
 }
 
 FORMATS = ("hf", "peft")
+
+FLAGS = ("config", "workdir", "mode", "format", "input", "output", "coordinator", "process_id", "num_processes")
 
 
 def default_workdir(config_name: str, overrides: dict[str, object]) -> Path:
@@ -73,10 +78,13 @@ def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
         flags.DEFINE_enum("format", "hf", FORMATS, "what --mode=export writes: the merged model, or the adapter")
         flags.DEFINE_string("input", None, "for --mode=predict: a table of sentences, columns separated by tabs")
         flags.DEFINE_string("output", None, "for --mode=predict: the file that labels and probabilities go to")
+        flags.DEFINE_string("coordinator", None, "of several processes by hand: HOST:PORT of process 0")
+        flags.DEFINE_integer("process_id", None, "of several processes by hand: the number of this one, from 0")
+        flags.DEFINE_integer("num_processes", None, "of several processes by hand: how many there are")
         flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{mode}: {what}" for mode, what in MODES.items()))
         return flags.FLAGS(arguments)
     except flags.UnrecognizedFlagError as error:
-        near = did_you_mean(error.flagname, ["config", "workdir", "mode", "format", "input", "output"])
+        near = did_you_mean(error.flagname, FLAGS)
         raise UserError(f"unknown flag --{error.flagname}{near}") from None
     except Exception as error:  # The configuration is a program, and can raise anything.
         last = str(error).strip().splitlines()[-1]
@@ -89,6 +97,7 @@ def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
 
 def main(arguments: Sequence[str]) -> None:
     """Runs one mode."""
+    processes.start(flags.FLAGS.coordinator, flags.FLAGS.process_id, flags.FLAGS.num_processes)
     use_compilation_cache()
     if len(arguments) > 1:
         raise UserError(f"unknown argument {arguments[1]!r}: flags begin with --")
@@ -97,6 +106,8 @@ def main(arguments: Sequence[str]) -> None:
     name = ",".join(filter(None, [Path(file).stem, argument]))
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     workdir = Path(workdir).expanduser() if workdir else default_workdir(name, overrides)
+    if mode != "train" and processes.several():
+        raise UserError(f"--mode={mode} is the work of one process: start it alone, without a coordinator")
     match mode:
         case "train":
             train_run(parse(config), workdir)
@@ -119,16 +130,15 @@ def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> A
     try:
         return step(arguments)
     except InterruptedRunError as interruption:
-        print(interruption, file=sys.stderr)
-        sys.exit(interruption.status)
+        processes.leave(interruption, interruption.status)
     except KeyboardInterrupt:
-        print(
-            "SIGINT: stopped at once; the same command goes on from the last checkpoint, if there is one",
-            file=sys.stderr,
+        processes.leave(
+            "SIGINT: stopped at once; the same command goes on from the last checkpoint, if there is one", 130
         )
-        sys.exit(130)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        if not isinstance(error, UserError | OSError) and not processes.several():
+            raise
+        processes.leave_for(error)
 
 
 if __name__ == "__main__":

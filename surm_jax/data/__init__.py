@@ -3,11 +3,11 @@
 For text, `load_tokenizer` and `encode` come between, then `text_train_batches` and `text_eval_batches`.
 """
 
-from surm_jax.data.dataset import ArraySource, ImageDataset, ImageSource
+from surm_jax.data.dataset import ArraySource, ImageDataset, ImageSource, keep_classes
 from surm_jax.data.glue import GLUE_TASKS, glue_task
-from surm_jax.data.holdout import hold_out
+from surm_jax.data.holdout import first_examples, hold_out
 from surm_jax.data.image_transforms import Augment, eval_image, train_image
-from surm_jax.data.pipeline import EvalBatches, eval_batches, train_batches
+from surm_jax.data.pipeline import EvalBatches, TrainBatches, eval_batches, train_batches
 from surm_jax.data.sources import is_text, load
 from surm_jax.data.text_dataset import TextDataset, TextSource
 from surm_jax.data.text_pipeline import lengths_in_use, text_eval_batches, text_train_batches
@@ -24,11 +24,14 @@ __all__ = [
     "TextSource",
     "TokenSource",
     "Tokenizer",
+    "TrainBatches",
     "eval_batches",
     "eval_image",
+    "first_examples",
     "glue_task",
     "hold_out",
     "is_text",
+    "keep_classes",
     "lengths_in_use",
     "load",
     "load_tokenizer",

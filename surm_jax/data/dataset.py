@@ -1,12 +1,14 @@
 """What an image classification set is: two random-access sources, class names and an image shape."""
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from surm_jax.errors import UserError
+from surm_jax.errors import UserError, did_you_mean
 
 Images = UInt8[np.ndarray, "n height width channels"] | Float[np.ndarray, "n height width channels"]
 
@@ -17,6 +19,10 @@ class ImageSource(Protocol):
     `source[i]` is `{"image": array (height, width, channels), "label": int}`. A uint8 image holds 0..255; a float image
     is taken as already scaled to [-1, 1].
     """
+
+    @property
+    def labels(self) -> Int[np.ndarray, "n"]:
+        """The labels of all examples, without a look at their images."""
 
     def __len__(self) -> int: ...
 
@@ -104,8 +110,65 @@ class Subset:
     source: ImageSource
     indices: Int[np.ndarray, "n"]
 
+    @property
+    def labels(self) -> Int[np.ndarray, "n"]:
+        """The labels of these examples."""
+        return self.source.labels[self.indices]
+
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.source[int(self.indices[index])]
+
+
+@dataclass(frozen=True)
+class _Relabelled:
+    """Some examples of a source with labels of their own."""
+
+    examples: Subset
+    labels: Int[np.ndarray, "n"]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.examples[index], "label": int(self.labels[index])}
+
+
+def keep_classes(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:
+    """Returns a data set with the examples of some classes alone, in the order in which they were.
+
+    Args:
+        dataset: All classes.
+        classes: Those to keep, by name; labels count them in this order.
+
+    Raises:
+        UserError: a name is unknown or given twice, or a split has none of the examples.
+
+    >>> digits = ArraySource(np.zeros((4, 8, 8, 1), np.uint8), np.array([2, 0, 1, 2]))
+    >>> kept = keep_classes(ImageDataset("digits", digits, digits, ("0", "1", "2"), (8, 8, 1)), ("2", "0"))
+    >>> kept.classes, kept.train.labels.tolist()
+    (('2', '0'), [0, 1, 0])
+    """
+    for name in classes:
+        if name not in dataset.classes:
+            raise UserError(
+                f"data set {dataset.name!r} has no class {name!r}{did_you_mean(name, dataset.classes)}"
+                f" (its classes: {', '.join(dataset.classes)})"
+            )
+    if len(set(classes)) < len(classes):
+        raise UserError(f"every class can be named once, got {', '.join(classes)}")
+    new_labels = np.full(len(dataset.classes), -1)
+    new_labels[[dataset.classes.index(name) for name in classes]] = np.arange(len(classes))
+
+    def kept(split: str, source: ImageSource) -> ImageSource:
+        labels = new_labels[source.labels]
+        indices = np.flatnonzero(labels >= 0)
+        if not indices.size:
+            raise UserError(f"data set {dataset.name!r} has no {split} examples of the classes {', '.join(classes)}")
+        return _Relabelled(Subset(source, indices), labels[indices])
+
+    return dataclasses.replace(
+        dataset, train=kept("training", dataset.train), test=kept("test", dataset.test), classes=tuple(classes)
+    )

@@ -1,4 +1,4 @@
-"""Training examples that are set aside, to choose settings by."""
+"""Parts of a training set: a few examples to learn from, and some that are set aside to choose settings by."""
 
 import functools
 from typing import TypeVar
@@ -10,6 +10,29 @@ from surm_jax.data.text_dataset import TextSource
 from surm_jax.errors import UserError
 
 Source = TypeVar("Source", ImageSource, TextSource)
+
+
+def first_examples(train: Source, count: int) -> Source:
+    """Takes the first `count` examples of a training set in one random order, the same in every run.
+
+    What is taken for a smaller `count` is taken for every larger one too.
+
+    Returns:
+        These examples, in the order of the training set; all of it if `count` is 0.
+
+    Raises:
+        UserError: there are not so many.
+
+    >>> from surm_jax.data import ArraySource
+    >>> source = ArraySource(np.zeros((8, 4, 4, 1), np.uint8), np.arange(8))
+    >>> first_examples(source, 2).labels.tolist(), first_examples(source, 4).labels.tolist()
+    ([2, 4], [2, 3, 4, 6])
+    """
+    if count == 0:
+        return train
+    if not 0 < count <= len(train):
+        raise UserError(f"cannot train on {count} examples: there are {len(train)}")
+    return _select(train, _order(len(train))[:count])
 
 
 def hold_out(train: Source, count: int) -> tuple[Source, Source | None]:
@@ -30,6 +53,14 @@ def hold_out(train: Source, count: int) -> tuple[Source, Source | None]:
         return train, None
     if not 0 < count < len(train):
         raise UserError(f"cannot hold out {count} examples of {len(train)}: at least one must be left to train on")
-    order = np.random.default_rng(0).permutation(len(train))
-    select = train.select if isinstance(train, TextSource) else functools.partial(Subset, train)
-    return select(np.sort(order[count:])), select(np.sort(order[:count]))
+    order = _order(len(train))
+    return _select(train, order[count:]), _select(train, order[:count])
+
+
+def _order(count: int) -> np.ndarray:
+    return np.random.default_rng(0).permutation(count)
+
+
+def _select(source: Source, indices: np.ndarray) -> Source:
+    select = source.select if isinstance(source, TextSource) else functools.partial(Subset, source)
+    return select(np.sort(indices))

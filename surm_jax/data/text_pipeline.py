@@ -14,7 +14,7 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from surm_jax.data.pipeline import Batch, EvalBatches, check_batches, read_options
+from surm_jax.data.pipeline import Batch, EvalBatches, TrainBatches, check_batches, read_options
 from surm_jax.data.tokenizer import TokenSource
 from surm_jax.errors import UserError
 
@@ -32,7 +32,7 @@ def text_train_batches(
     process_count: int = 1,
     threads: int = 2,
     read_ahead: int = 4,
-) -> grain.DatasetIterator[Batch]:
+) -> TrainBatches:
     """Returns an endless iterator over shuffled batches.
 
     Examples come epoch after epoch without a gap, each epoch in a new order; none is dropped. This stream is cut into
@@ -40,9 +40,8 @@ def text_train_batches(
     staying in random order, and cut into batches, and the batches are shuffled. So where an epoch ends within a
     window, the two epochs mix in it.
 
-    The iterator is resumable: `get_state()` is a small JSON-able dict that counts the batches handed out, not those
-    read ahead, and `set_state` on an iterator of the same arguments continues with the very next batch, without
-    repeating what came before.
+    The iterator is resumable: `get_state()` is a small JSON-able dict, and `set_state` on an iterator of the same
+    arguments continues with the very next batch, without repeating what came before.
 
     Args:
         source: Tokenised examples.
@@ -98,7 +97,8 @@ def text_train_batches(
         return _padded(source, indices[mine], lengths[buckets[indices].max()])
 
     # Every step is made from its number alone, so that going on at any of them costs nothing.
-    return iter(grain.MapDataset.range(sys.maxsize).map(batch).to_iter_dataset(read_options(threads, read_ahead)))
+    batches = grain.MapDataset.range(sys.maxsize).map(batch)
+    return TrainBatches(iter(batches.to_iter_dataset(read_options(threads, read_ahead))))
 
 
 def text_eval_batches(
@@ -154,7 +154,7 @@ def text_eval_batches(
         index = np.pad(mine, (0, padding), constant_values=-1).astype(np.int32)
         return {**made, "mask": index >= 0, "index": index}
 
-    return EvalBatches(grain.MapDataset.range(steps).map(batch), read_options(threads, read_ahead))
+    return EvalBatches(len(source), grain.MapDataset.range(steps).map(batch), read_options(threads, read_ahead))
 
 
 def lengths_in_use(source: TokenSource, lengths: Sequence[int]) -> tuple[int, ...]:

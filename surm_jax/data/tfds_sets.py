@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 from PIL import Image
 
+from surm_jax.data.corrupt import CorruptExampleError
 from surm_jax.data.dataset import ImageDataset
 from surm_jax.data.prepared import PreparedSet, open_prepared
 from surm_jax.errors import UserError
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# Records that are read at once to look at their labels.
+_CHUNK = 1000
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class TfdsSource:
         name: What error messages call this split.
 
     Raises:
-        UserError: (when read) a record cannot be decoded, or has no label; the message names it.
+        CorruptExampleError: (when read) a record cannot be decoded, or has no label; the message names it.
     """
 
     records: Sequence[dict[str, Any]]
@@ -38,22 +42,48 @@ class TfdsSource:
     num_classes: int
     name: str
 
+    @property
+    def labels(self) -> Int[np.ndarray, "n"]:
+        """The labels of all examples; the images are not decoded. 50,000 records take a second."""
+        labels = []
+        for start in range(0, len(self), _CHUNK):
+            indices = range(start, min(start + _CHUNK, len(self)))
+            try:
+                records = self.records.__getitems__(indices)
+            except RuntimeError:
+                records = map(self._record, indices)  # Which of them it is.
+            labels += map(self._label, indices, records)
+        return np.array(labels)
+
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            record = self.records[index]
-        except RuntimeError as error:  # From the C++ reader, which opens a file when it is first read.
-            raise UserError(f"{self.name}: example {index} cannot be read, its file is damaged ({error})") from error
-        label = int(record["label"])
-        if not 0 <= label < self.num_classes:
-            raise UserError(f"{self.name}: example {index} has label {label}, outside 0 to {self.num_classes - 1}")
+        record = self._record(index)
+        label = self._label(index, record)
         try:
             image = np.asarray(Image.open(io.BytesIO(record["image"])).convert(_MODES[self.channels]))
         except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG.
-            raise UserError(f"{self.name}: the image of example {index} cannot be decoded ({error})") from error
+            raise CorruptExampleError(
+                f"{self.name}: the image of example {index} cannot be decoded ({error})"
+            ) from error
         return {"image": image[..., None] if image.ndim == 2 else image, "label": label}
+
+    def _record(self, index: int) -> dict[str, Any]:
+        try:
+            return self.records[index]
+        except RuntimeError as error:  # From the C++ reader, which opens a file when it is first read.
+            raise CorruptExampleError(
+                f"{self.name}: example {index} cannot be read, its file is damaged ({error})"
+            ) from error
+
+    def _label(self, index: int, record: dict[str, Any]) -> int:
+        label = int(record["label"])
+        if not 0 <= label < self.num_classes:
+            raise CorruptExampleError(
+                f"{self.name}: example {index} has label {label}, outside 0 to {self.num_classes - 1}"
+            )
+        return label
 
 
 def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageDataset:

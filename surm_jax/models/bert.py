@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from surm_jax.errors import UserError
-from surm_jax.models.layers import ACTIVATIONS, MLP, Attention, call_block, drop, split_key
+from surm_jax.models.layers import ACTIVATIONS, MLP, Attention, Blocks, drop, split_block_keys, split_key
 from surm_jax.models.settings import check_choice, check_sizes, check_transformer, from_variant
 from surm_jax.models.targets import TARGETS
 
@@ -95,8 +95,8 @@ class BertConfig:
     # Of the embeddings and of the layers in the blocks and before the vocabulary; norms, pooler, classifier and the
     # bias of the vocabulary, which are small and trained with any method, are float32 always.
     param_dtype: str = "float32"
-    # Whether the blocks are computed a second time for the gradient instead of remembered.
-    remat: bool = False
+    # What of the inside of a block is computed a second time for the gradient: one of surm_jax.models.layers.REMAT.
+    remat: str = "none"
 
     # Fields that change how the model runs but none of its parameters, and those that change the head alone:
     # a checkpoint may differ from the model in the former, and in the latter where the head is not loaded.
@@ -224,7 +224,7 @@ class Bert(nnx.Module):
         self.type_embed = _embed(config.type_vocab_size, config, rngs)
         self.embed_norm = _norm(config, rngs)
         self.dropout = nnx.Dropout(config.dropout)
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
+        self.blocks = Blocks([Block(config, rngs=rngs) for _ in range(config.depth)])
         if config.head == "mlm":
             self.head = MaskedLMHead(config, rngs=rngs)
         else:
@@ -256,7 +256,7 @@ class Bert(nnx.Module):
         """
         key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
         body_key, head_key = split_key(key, 2)
-        x_btd = self.hidden_states(tokens_bt, mask=mask, token_types=token_types, rngs=body_key)[-1]
+        x_btd = self._states(tokens_bt, mask, token_types, body_key, every=False)[-1]
         if self.config.head == "mlm":
             return self.head(x_btd, self.word_embed.embedding[...])
         x_bd = x_btd[:, 0]
@@ -276,18 +276,26 @@ class Bert(nnx.Module):
 
         Arguments and errors are those of `__call__`. What stands at padding means nothing.
         """
+        key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
+        return self._states(tokens_bt, mask, token_types, key, every=True)
+
+    def _states(
+        self,
+        tokens_bt: Int[Array, "b t"],
+        mask: Bool[Array, "b t"] | Int[Array, "b t"] | None,
+        token_types: Int[Array, "b t"] | None,
+        key: jax.Array | None,
+        *,
+        every: bool,
+    ) -> tuple[Float[Array, "b t d"], ...]:
+        """Returns all states, or the last alone."""
         self._check(tokens_bt, mask, token_types)
         mask_bt = None if mask is None else mask.astype(jnp.bool_)
         types_bt = jnp.zeros_like(tokens_bt) if token_types is None else token_types
-        key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
-        embed_key, *block_keys = split_key(key, self.config.depth + 1)
-
+        embed_key, keys = split_block_keys(key, self.config.depth)
         x_btd = self.word_embed(tokens_bt) + self.type_embed(types_bt) + self.position_embed(self._positions(tokens_bt))
         x_btd = drop(self.dropout, self.embed_norm(x_btd).astype(x_btd.dtype), embed_key)
-        states = [x_btd]
-        for block, block_key in zip(self.blocks, block_keys, strict=True):
-            states.append(call_block(block, states[-1], mask_bt, block_key, remat=self.config.remat))
-        return tuple(states)
+        return self.blocks.run(x_btd, mask_bt, keys=keys, remat=self.config.remat, every=every)
 
     def _positions(self, tokens_bt: Int[Array, "b t"]) -> Int[Array, "#b t"]:
         if self.config.positions == "absolute":

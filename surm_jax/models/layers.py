@@ -125,9 +125,53 @@ class MLP(nnx.Module):
         return self.down(drop(self.dropout, hidden_btm, key))
 
 
+REMAT: Mapping[str, Callable[..., bool] | None] = MappingProxyType(
+    {
+        "none": None,
+        "block": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+)
+"""What is kept for the gradient of the inside of a block; the rest is computed a second time (arXiv 1604.06174).
+
+"none" computes nothing again. "block" keeps nothing: memory for one block instead of for all of them, for a third more
+work. "dots" keeps the outputs of layers, but neither the scores of attention nor activations: little work.
+"""
+
+
+class Blocks(nnx.List):
+    """The blocks of a model, each of them called with what the one before it returned."""
+
+    def run(
+        self, x: Array, *arguments: Array | None, keys: jax.Array | None, remat: str, every: bool
+    ) -> tuple[Array, ...]:
+        """Returns the states: `x` and what each block makes of it, or, unless `every` is asked for, the last alone.
+
+        Args:
+            x: what the first block reads. All blocks return its shape and dtype.
+            *arguments: what every block reads besides.
+            keys: one for each block, its last argument; `None`: all are called with `None`.
+            remat: one of `REMAT`.
+            every: whether all states are wanted.
+        """
+        states = [x]
+        for index, block in enumerate(self):
+            key = None if keys is None else keys[index]
+            states.append(call_block(block, states[-1], *arguments, key, remat=remat))
+        return tuple(states if every else states[-1:])
+
+
 def split_key(key: jax.Array | None, count: int) -> tuple[jax.Array | None, ...]:
     """Returns `count` independent keys, or as many `None`."""
     return (None,) * count if key is None else tuple(jax.random.split(key, count))
+
+
+def split_block_keys(key: jax.Array | None, depth: int) -> tuple[jax.Array | None, jax.Array | None]:
+    """Returns a key and an array of `depth` others, all independent, or two `None`."""
+    if key is None:
+        return None, None
+    keys = jax.random.split(key, depth + 1)
+    return keys[0], keys[1:]
 
 
 def drop(dropout: nnx.Dropout, x: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -135,14 +179,14 @@ def drop(dropout: nnx.Dropout, x: jax.Array, key: jax.Array | None) -> jax.Array
     return dropout(x, deterministic=key is None, rngs=key)
 
 
-def call_block(block: nnx.Module, *arguments: Array | None, remat: bool) -> Array:
-    """Returns `block(*arguments)`, with `remat` so that only the arguments are kept for the gradient.
+def call_block(block: nnx.Module, *arguments: Array | None, remat: str) -> Array:
+    """Returns `block(*arguments)`, computed a second time for the gradient as far as `remat` says, one of `REMAT`.
 
-    What is inside the block is then computed a second time when the gradient is (arXiv 1604.06174): about a third more
-    work, and memory for one block instead of for all of them. Values are the same. The block must not change its own
-    state when it is called.
+    Values are the same. The block must not change its own state when it is called.
     """
-    if not remat:
+    policy = REMAT[remat]
+    if policy is None:
         return block(*arguments)
     graphdef, state = nnx.split(block)
-    return jax.checkpoint(lambda state, arguments: nnx.merge(graphdef, state)(*arguments))(state, arguments)
+    call = jax.checkpoint(lambda state, arguments: nnx.merge(graphdef, state)(*arguments), policy=policy)
+    return call(state, arguments)

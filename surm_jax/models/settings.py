@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 from surm_jax.errors import UserError, did_you_mean
+from surm_jax.models.layers import REMAT
 
 DTYPES = ("float32", "bfloat16")
 _LARGEST_SIZE = 2**31
@@ -35,7 +36,7 @@ def check_choice(config: Any, name: str, known: Collection[str]) -> None:
 
 
 def check_transformer(config: Any) -> None:
-    """Checks what every transformer's configuration has: heads, dropout, epsilon, dtypes, switches."""
+    """Checks what every transformer's configuration has: heads, dropout, epsilon, dtypes, remat, switches."""
     kind = type(config).__name__
     for field in dataclasses.fields(config):
         if field.type is bool and not isinstance(getattr(config, field.name), bool):
@@ -50,6 +51,7 @@ def check_transformer(config: Any) -> None:
         raise UserError(f"{kind}.epsilon must be positive and finite, got {config.epsilon!r}")
     check_choice(config, "dtype", DTYPES)
     check_choice(config, "param_dtype", DTYPES)
+    check_choice(config, "remat", REMAT)
 
 
 def from_variant(

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from surm_jax.errors import UserError
 from surm_jax.models import settings
-from surm_jax.models.layers import ACTIVATIONS, MLP, Attention, call_block, drop, split_key
+from surm_jax.models.layers import ACTIVATIONS, MLP, Attention, Blocks, drop, split_block_keys, split_key
 from surm_jax.models.targets import TARGETS
 
 POOLS = ("token", "mean", "patches", "token+patches")
@@ -101,8 +101,8 @@ class ViTConfig:
     dtype: str = "float32"
     # Of kernels, biases and embeddings; norms, layer scales and the head are float32 always.
     param_dtype: str = "float32"
-    # Compute the inside of a block a second time for the gradient instead of keeping it.
-    remat: bool = False
+    # What of the inside of a block is computed a second time for the gradient: one of surm_jax.models.layers.REMAT.
+    remat: str = "none"
 
     # Fields that change how the model runs but none of its parameters' values, and those of the head and of what it
     # reads: a checkpoint may differ from the model in the former, and in the latter where the head is not loaded.
@@ -217,7 +217,7 @@ class ViT(nnx.Module):
         self.position_embed = nnx.Param(init_position(rngs.params(), (1, config.tokens, config.width), param_dtype))
         self.dropout = nnx.Dropout(config.dropout)
         self.pre_norm = _norm(config, rngs) if config.pre_norm else None
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
+        self.blocks = Blocks([Block(config, rngs=rngs) for _ in range(config.depth)])
         self.norm = _norm(config, rngs) if config.final_norm else None
         # The head is float32 always: rounding the logits to bfloat16 would show in the loss.
         self.head = nnx.Linear(
@@ -246,7 +246,7 @@ class ViT(nnx.Module):
         Raises:
             UserError: the images are not of the configured shape.
         """
-        x_btd = self.hidden_states(images_bhwc, rngs=rngs)[-1]
+        x_btd = self._states(images_bhwc, rngs, every=False)[-1]
         x_btd = x_btd.astype(jnp.float32) if self.norm is None else self.norm(x_btd)
         return self.head(self._pool(x_btd))
 
@@ -267,20 +267,23 @@ class ViT(nnx.Module):
         Raises:
             UserError: the images are not of the configured shape.
         """
+        return self._states(images_bhwc, rngs, every=True)
+
+    def _states(
+        self, images_bhwc: Float[Array, "b h w c"], rngs: nnx.Rngs | jax.Array | None, *, every: bool
+    ) -> tuple[Float[Array, "b t d"], ...]:
+        """Returns all states, or the last alone."""
         config = self.config
         expected = (config.image_size, config.image_size, config.channels)
         if images_bhwc.ndim != 4 or images_bhwc.shape[1:] != expected:
             raise UserError(
                 f"this ViT reads images of shape (batch, {', '.join(map(str, expected))}), got {images_bhwc.shape}"
             )
-        embed_key, *block_keys = split_key(rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs, config.depth + 1)
-
-        states = [drop(self.dropout, self._embed(images_bhwc), embed_key)]
+        embed_key, keys = split_block_keys(rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs, config.depth)
+        x_btd = drop(self.dropout, self._embed(images_bhwc), embed_key)
         if self.pre_norm is not None:
-            states = [self.pre_norm(states[0]).astype(states[0].dtype)]
-        for block, key in zip(self.blocks, block_keys, strict=True):
-            states.append(call_block(block, states[-1], key, remat=config.remat))
-        return tuple(states)
+            x_btd = self.pre_norm(x_btd).astype(x_btd.dtype)
+        return self.blocks.run(x_btd, keys=keys, remat=config.remat, every=every)
 
     def _embed(self, images_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b t d"]:
         """Returns patches and extra tokens, with their positions."""

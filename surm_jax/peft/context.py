@@ -63,6 +63,22 @@ def dropout_key() -> jax.Array | None:
     return None if keys is None else keys()
 
 
+def keys_drawn() -> int | Array | None:
+    """Returns how many keys have been drawn within `adapter_dropout`, or `None` outside of it.
+
+    Code that is traced once and run several times, such as the body of a scan, hands this number from one time to the
+    next, and begins each with `set_keys_drawn`: then every time draws keys of its own, those that a loop would draw.
+    """
+    keys = _KEYS.get()
+    return None if keys is None else keys.drawn
+
+
+def set_keys_drawn(count: int | Array | None) -> None:
+    """Goes on as after so many keys; `None` outside of `adapter_dropout`."""
+    if count is not None:
+        _KEYS.get().drawn = count
+
+
 def drops() -> bool:
     """Whether adapters with dropout drop now."""
     return _KEYS.get() is not None

@@ -112,7 +112,7 @@ def write_folder(folder: Path, config: bytes, payload: bytes) -> None:
             (temporary / TENSORS_NAME).write_bytes(payload)
             (temporary / CONFIG_NAME).write_bytes(config)
     except OSError as error:
-        raise UserError(f"cannot write the adapter folder {folder}: {error}") from None
+        raise UserError(f"cannot write the adapter folder {folder}: {error.strerror or error}") from None
 
 
 def load_adapter(

@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 from surm_jax.errors import UserError
+from surm_jax.gather import whole
 from surm_jax.paths import join
 from surm_jax.peft.variables import AdapterParam
 
@@ -13,11 +14,12 @@ from surm_jax.peft.variables import AdapterParam
 def fingerprint(frozen: nnx.State) -> dict[str, str]:
     """Returns 16 hexadecimal digits for every parameter of a state, by its path; those of adapters are left out.
 
-    They depend on path, shape, dtype and every bit. Cost: one SHA-256 over the weights.
+    They depend on path, shape, dtype and every bit. Cost: one SHA-256 over the weights, one array after the other. Of
+    several processes all must ask.
     """
     digests = {}
     for path, variable in nnx.to_flat_state(nnx.filter_state(frozen, nnx.All(nnx.Param, nnx.Not(AdapterParam)))):
-        array = np.asarray(variable[...])
+        array = whole(variable[...])
         digest = hashlib.sha256(f"{join(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
         digests[join(path)] = digest.hexdigest()[:16]

@@ -45,8 +45,14 @@ def batch_local(fn: Callable[..., Array]) -> Callable[..., Array]:
         axes = _batch_axes(x)
         if not axes:
             return fn(x, *replicated)
+
+        def on_part(x: Array, *replicated: Array) -> Array:
+            # Gradients are summed where arrays cease to be the same on all devices: here, where they are small, and not
+            # where they meet `x`, perhaps as a dense matrix.
+            return fn(x, *jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axes, to="varying"), replicated))
+
         specs = (P(axes), *(P() for _ in replicated))
-        return jax.shard_map(fn, in_specs=specs, out_specs=P(axes), axis_names=set(axes))(x, *replicated)
+        return jax.shard_map(on_part, in_specs=specs, out_specs=P(axes), axis_names=set(axes))(x, *replicated)
 
     return local
 

@@ -15,7 +15,7 @@ import ml_collections
 
 from surm_jax.data import Augment
 from surm_jax.errors import UserError, did_you_mean
-from surm_jax.models import BERT_VARIANTS, VARIANTS
+from surm_jax.models import BERT_VARIANTS, REMAT, VARIANTS
 from surm_jax.paths import compile_pattern
 from surm_jax.peft import METHODS, Method, make_method
 from surm_jax.structured import EXECUTIONS
@@ -61,14 +61,19 @@ class ModelConfig:
     dtype: str = "float32"
     # Dtype of the base's parameters; what is trained is float32 always.
     param_dtype: str = "float32"
-    # Whether activations are computed again in the backward pass instead of being kept.
-    remat: bool = False
+    # What of the activations inside a block is computed a second time for the gradient instead of being kept: "none",
+    # "block" (all) or "dots" (all but the outputs of layers); see surm_jax.models.REMAT.
+    remat: str = "none"
+    # Whether equal blocks are one program that is run for each of them, which compiles as fast for many as for one.
+    # Values are the same to rounding.
+    scan_layers: bool = False
 
     def __post_init__(self):
         if self.variant:
             _one_of("model.variant", self.variant, {**VARIANTS, **BERT_VARIANTS})
         _one_of("model.dtype", self.dtype, DTYPES)
         _one_of("model.param_dtype", self.param_dtype, DTYPES)
+        _one_of("model.remat", self.remat, REMAT)
         for name in ("num_classes", *GEOMETRY):
             _at_least(f"model.{name}", getattr(self, name), 0)
         if not 0 <= self.dropout < 1:
@@ -84,14 +89,20 @@ class DataConfig:
     name: str = "cifar10"
     # The folder of prepared TFDS sets; empty: TFDS's own (~/tensorflow_datasets).
     dir: str = ""
+    # The only classes of images, by name: labels count them in this order; empty: all.
+    classes: tuple[str, ...] = ()
+    # Only so many training examples, the same ones in every run: a smaller number takes some of a larger one's. 0: all.
+    train_examples: int = 0
     # What training images go through: "none", "affine", "crop_flip".
     augment: str = "crop_flip"
     # Lengths in tokens to which batches of text are filled up: the smallest that holds the longest text of the batch.
     # Each is compiled for; texts are cut off at the last.
     lengths: tuple[int, ...] = (16, 32, 64, 96, 128)
-    # Training examples that are held out and evaluated instead of the test set while training. The test set is then
-    # looked at once, at the end.
+    # Training examples, of those above, that are held out and evaluated instead of the test set while training. The
+    # test set is then looked at once, at the end.
     holdout: int = 0
+    # Images that may be skipped because they cannot be read, in each split; each is named, and the result counts them.
+    max_corrupt: int = 0
     # Examples per step, over all devices and accumulated micro-batches.
     batch_size: int = 64
     eval_batch_size: int = 256
@@ -100,7 +111,11 @@ class DataConfig:
         _one_of("data.augment", self.augment, typing.get_args(Augment))
         if not self.lengths or min(self.lengths) < 1 or sorted(set(self.lengths)) != list(self.lengths):
             raise UserError(f"config.data.lengths must be positive and increase, got {self.lengths}")
+        if len(self.classes) == 1:
+            raise UserError(f"config.data.classes must name two or more, got {self.classes[0]!r} alone")
+        _at_least("data.train_examples", self.train_examples, 0)
         _at_least("data.holdout", self.holdout, 0)
+        _at_least("data.max_corrupt", self.max_corrupt, 0)
         _at_least("data.batch_size", self.batch_size, 1)
         _at_least("data.eval_batch_size", self.eval_batch_size, 1)
 

@@ -5,7 +5,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 from flax import nnx
 
@@ -17,6 +16,7 @@ from surm_jax.training.adaptation import describe_model
 from surm_jax.training.config import RunConfig
 from surm_jax.training.model_config import find_model_config
 from surm_jax.training.objective import CLASSES, Objective
+from surm_jax.training.processes import share
 from surm_jax.training.step import Batch
 
 
@@ -72,24 +72,26 @@ class ImageTask:
         """Returns the logits of a batch."""
         return model(batch["image"], rngs=key)
 
-    def train_batches(self, seed: int) -> grain.DatasetIterator:
-        """Returns the endless, resumable batches of a run."""
+    def train_batches(self, seed: int) -> data.TrainBatches:
+        """Returns the endless, resumable batches of a run: this process's part of each."""
         return data.train_batches(
             self.dataset.train,
-            batch_size=self.config.data.batch_size,
+            **share(self.config.data.batch_size),
             image_size=self.model_config.image_size,
             augment=self.config.data.augment,
             seed=seed,
             normalization=self.normalization,
+            max_corrupt=self.config.data.max_corrupt,
         )
 
     def eval_batches(self, split: str) -> data.EvalBatches:
-        """Returns the batches of a pass over "test" or "holdout"."""
+        """Returns the batches of a pass over "test" or "holdout": this process's part of each."""
         return data.eval_batches(
             self.holdout if split == "holdout" else self.dataset.test,
-            batch_size=self.config.data.eval_batch_size,
+            **share(self.config.data.eval_batch_size),
             image_size=self.model_config.image_size,
             normalization=self.normalization,
+            max_corrupt=self.config.data.max_corrupt,
         )
 
     def export_options(self) -> dict[str, Any]:
@@ -110,7 +112,8 @@ def image_task(config: RunConfig, dataset: data.ImageDataset) -> ImageTask:
     Raises:
       UserError: for whatever does not fit.
     """
-    train, holdout = data.hold_out(dataset.train, config.data.holdout)
+    train = data.first_examples(dataset.train, config.data.train_examples)
+    train, holdout = data.hold_out(train, config.data.holdout)
     vit = image_model_config(config, len(dataset.classes))
     dataset.require_channels(vit.channels)
     # Before anything is downloaded.

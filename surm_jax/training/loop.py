@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,20 +13,23 @@ import jax
 import numpy as np
 from flax import nnx
 
+from surm_jax.errors import UserError
 from surm_jax.peft import Adapter, describe, fingerprint, save_adapter
-from surm_jax.training.checkpoints import Checkpoints
+from surm_jax.training.checkpoints import Checkpoints, last_checkpoint
 from surm_jax.training.config import RunConfig, to_dict
 from surm_jax.training.evaluate import evaluate, make_eval_step
 from surm_jax.training.job import Job, prepare
 from surm_jax.training.mesh import batch_sharding, put_base, put_batch, replicated
-from surm_jax.training.metrics import MetricWriter, StepLog
-from surm_jax.training.optimizer import Rates, make_optimizer
+from surm_jax.training.metrics import MetricWriter, NotFiniteError, StepLog
+from surm_jax.training.optimizer import Rates, groups_of, make_optimizer
 from surm_jax.training.partition import partition
+from surm_jax.training.processes import Agreement, meet, model_on_first, on_first, opened_on_first, union
 from surm_jax.training.progress import Interruption, Progress, Stopwatch, track
 from surm_jax.training.report import draw_curves, make_result
 from surm_jax.training.step import TrainState, init_state, make_train_step
-from surm_jax.training.workdir import RESULT_NAME, open_workdir, read_json, write_json
+from surm_jax.training.workdir import RESULT_NAME, open_workdir, read_json, require_shared, write_json
 
+CHECKPOINTS_NAME = "checkpoints"
 Shape = tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -49,20 +54,32 @@ def train(config: RunConfig, seed: int, workdir: Path, interruption: Interruptio
       What `result.json` holds.
 
     Raises:
-      UserError: for bad input, a folder of another run, a damaged checkpoint, or a loss that is not finite.
+      UserError: for bad input, a folder of another run or in use, a damaged checkpoint, or a loss that is not finite.
       InterruptedRunError: after SIGINT or SIGTERM, when a checkpoint is saved.
     """
     one_seed = dataclasses.replace(config, seeds=(seed,))
-    open_workdir(workdir, one_seed)
-    if (workdir / RESULT_NAME).exists():
-        print(f"{workdir} is complete: this is its result. Choose another --workdir to run again")
-        return read_json(workdir / RESULT_NAME, "no result")
-    began = time.monotonic()
-    job = prepare(config, seed)
-    with jax.set_mesh(job.mesh):
-        run = _Run(job, *job.adapt(job.base_model()), workdir, began, interruption)
-        print(run.description, flush=True)
-        return run.finish(run.train())
+    with opened_on_first(open_workdir(workdir, one_seed)):
+        require_shared(workdir)
+        if (done := on_first(functools.partial(_result, workdir))) is not None:
+            print(f"{workdir} is complete: this is its result. Choose another --workdir to run again")
+            return done
+        began = time.monotonic()
+        job = prepare(config, seed)
+        with jax.set_mesh(job.mesh):
+            run = _Run(job, *job.adapt(job.base_model()), workdir, began, interruption)
+            print(run.description, flush=True)
+            try:
+                state = run.train()
+                tests, model = run.tests or run.evaluate_tests(state), run.model_on_first(state)
+            except NotFiniteError as error:
+                raise NotFiniteError(f"{error}. {last_checkpoint(workdir / CHECKPOINTS_NAME)}") from None
+        # Without the mesh: the first process works alone, on a model of its own.
+        return on_first(lambda: run.write(model, tests))
+
+
+def _result(workdir: Path) -> dict[str, Any] | None:
+    path = workdir / RESULT_NAME
+    return read_json(path, "no result") if path.exists() else None
 
 
 class _Run:
@@ -71,12 +88,20 @@ class _Run:
     def __init__(
         self, job: Job, model: nnx.Module, adapter: Adapter, workdir: Path, began: float, interruption: Interruption
     ):
+        meet()
         self.job, self.config, self.adapter, self.workdir = job, job.config, adapter, workdir
         self.began, self.interruption = began, interruption
         self.description = describe(model, adapter)
-        self.partition, trained, frozen = partition(model, adapter)
-        self.frozen = put_base(frozen, job.mesh)
+        _, _, frozen = nnx.split(model, adapter.trainable, ...)
+        self.base = fingerprint(frozen)
         optim, task = self.config.optim, job.task
+        self.partition, trained, frozen = partition(
+            model,
+            adapter,
+            scan_layers=self.config.model.scan_layers,
+            group_of=lambda path: groups_of([path], optim.groups)[path],
+        )
+        self.frozen = put_base(frozen, job.mesh)
         optimizer = make_optimizer(optim, trained)
         self.rates = Rates(optim, self.config.peft.method, trained)
         self.key = jax.device_put(jax.random.key(job.seed), replicated(job.mesh))
@@ -91,65 +116,69 @@ class _Run:
             label_smoothing=optim.label_smoothing,
         )
         self.eval_step = make_eval_step(self.partition, task.forward, task.objective, job.mesh)
+        self.batches = task.train_batches(job.seed)
         self.watch = Stopwatch()
         self.tests: dict[str, dict[str, float]] | None = None
+        self.agreement, self.signal = Agreement(job.mesh), 0
 
     def train(self) -> TrainState:
         """Makes the steps that are left, and returns the state after the last one."""
         config, state = self.config, self.initial_state
         total = config.optim.steps
-        batches = self.job.task.train_batches(self.job.seed)
+        batches = self.batches
         one_seed = to_dict(dataclasses.replace(config, seeds=(self.job.seed,)))
-        with Checkpoints(self.workdir / "checkpoints", fingerprint(self.frozen), one_seed) as checkpoints:
-            restored = checkpoints.restore(state) if checkpoints.latest is not None else None
+        checkpoints = Checkpoints(self.workdir / CHECKPOINTS_NAME, self.base, one_seed)
+        restored = checkpoints.restore(self.partition.by_block(state)) if checkpoints.latest is not None else None
+        if restored is not None:
+            state = self.partition.by_step(restored.state)
+            batches.set_state(restored.data)
+            self.began -= restored.seconds
+        start = int(state.step)
+
+        def save(score: float | None) -> None:
+            self._agree_on_corrupt()
+            writer.sync()
+            checkpoints.save(self.partition.by_block(state), batches.get_state(), time.monotonic() - self.began, score)
+
+        with (
+            MetricWriter(self.workdir, start) as writer,
+            Progress(config.peft.method, total, start) as progress,
+        ):
             if restored is not None:
-                state = restored.state
-                batches.set_state(restored.data)
-                self.began -= restored.seconds
-            start = int(state.step)
-
-            def save(score: float | None) -> None:
-                checkpoints.save(state, batches.get_state(), time.monotonic() - self.began, score)
-
-            with (
-                MetricWriter(self.workdir, start) as writer,
-                Progress(config.peft.method, total, start) as progress,
-            ):
-                if restored is not None:
-                    progress.say(f"going on from step {start} of {total}")
-                    if restored.score is None and self._due(start, config.log.evaluate_every):
-                        # It was interrupted between the step and its evaluation.
-                        save(self._evaluate_while_training(state, writer, progress))
-                steps = self._compile(progress) if start < total else {}
-                log = StepLog(writer, progress, self.watch, config.log.metrics_every, total, self._rates)
-                for step in range(start + 1, total + 1):
-                    batch = put_batch(next(batches), self.job.mesh)
-                    state, metrics = steps[_shape_of(batch)](
-                        state, self.frozen, batch, self.key, self.rates.before(step)
-                    )
-                    log.note(step, metrics)
-                    evaluates = self._due(step, config.log.evaluate_every)
-                    if not (self._interrupted or evaluates or self._due(step, config.log.checkpoint_every)):
-                        continue
-                    # What has gone astray is never saved: look at this step's loss first.
-                    log.flush()
-                    self.watch.stop()
-                    score = None
-                    if evaluates:
-                        # Save all the same if the evaluation is interrupted.
-                        with contextlib.suppress(InterruptedRunError):
-                            score = self._evaluate_while_training(state, writer, progress)
-                    save(score)
-                    if self._interrupted:
-                        raise self._interruption_at(step)
-                    self.watch.start()
+                progress.say(f"going on from step {start} of {total}")
+                if restored.score is None and self._due(start, config.log.evaluate_every):
+                    # It was interrupted between the step and its evaluation.
+                    save(self._evaluate_while_training(state, writer, progress))
+            steps = self._compile(progress) if start < total else {}
+            log = StepLog(writer, progress, self.watch, config.log.metrics_every, total, self._rates)
+            for step in range(start + 1, total + 1):
+                batch = put_batch(next(batches), self.job.mesh)
+                state, metrics = steps[_shape_of(batch)](state, self.frozen, batch, self.key, self.rates.before(step))
+                log.note(step, metrics)
+                evaluates = self._due(step, config.log.evaluate_every)
+                if not (self._interrupted() or evaluates or self._due(step, config.log.checkpoint_every)):
+                    continue
+                # What has gone astray is never saved: look at this step's loss first.
+                log.flush()
+                self.watch.stop()
+                score = None
+                if evaluates:
+                    # Save all the same if the evaluation is interrupted.
+                    with contextlib.suppress(InterruptedRunError):
+                        score = self._evaluate_while_training(state, writer, progress)
+                save(score)
+                if self._interrupted():
+                    raise self._interruption_at(step)
+                self.watch.start()
         self.watch.stop()
         return state
 
-    def finish(self, state: TrainState) -> dict[str, Any]:
-        """Evaluates on the test set if that is still to do, and writes adapter, curves and result."""
-        tests = self.tests or self._evaluate_tests(state)
-        model = self.partition.merge(state.trained, self.frozen)
+    def model_on_first(self, state: TrainState) -> nnx.Module | None:
+        """Returns the trained model to the first process."""
+        return model_on_first(self.partition.model(state.trained, self.frozen))
+
+    def write(self, model: nnx.Module, tests: dict[str, dict[str, float]]) -> dict[str, Any]:
+        """Writes adapter, curves and result of the trained model, and returns the result."""
         adapter_bytes = save_adapter(self.workdir / "adapter", model, self.adapter)
         draw_curves(self.workdir, model, self.job.task.metrics[0])
         rate = self.watch.rate()
@@ -159,7 +188,11 @@ class _Run:
             self.description,
             metrics=self.job.task.metrics,
             classes=self.job.task.classes,
-            steps=int(state.step),
+            corrupt={
+                "train": len(self.batches.corrupt),
+                **{split: values["corrupt"] for split, values in tests.items()},
+            },
+            steps=self.config.optim.steps,
             seconds=time.monotonic() - self.began,
             examples_per_second=rate and rate * self.config.data.batch_size,
             adapter_bytes=adapter_bytes,
@@ -182,6 +215,7 @@ class _Run:
             lowered = self.train_step.lower(self.initial_state, self.frozen, batch, self.key, self.rates.before(step=1))
             programs[_shape_of(batch)] = lowered.compile()
             progress.say(f"compiled for batches of {name} in {time.monotonic() - began:.1f} s")
+        meet()
         return programs
 
     def _rates(self, step: int) -> dict[str, float]:
@@ -196,7 +230,7 @@ class _Run:
         if "holdout" in self.job.task.splits:
             evaluations = {"holdout": self._evaluate(state, "holdout")}
         else:
-            evaluations = self._evaluate_tests(state)
+            evaluations = self.evaluate_tests(state)
             if int(state.step) == self.config.optim.steps:
                 self.tests = evaluations
         shown = (*self.job.task.metrics, "loss")
@@ -205,7 +239,8 @@ class _Run:
         progress.show(int(state.step), metrics)
         return next(iter(metrics.values()))
 
-    def _evaluate_tests(self, state: TrainState) -> dict[str, dict[str, float]]:
+    def evaluate_tests(self, state: TrainState) -> dict[str, dict[str, float]]:
+        """Returns the evaluation of every split for testing."""
         return {split: self._evaluate(state, split) for split in self.job.task.tests}
 
     def _evaluate(self, state: TrainState, split: str) -> dict[str, float]:
@@ -214,20 +249,30 @@ class _Run:
 
         def until_interrupted() -> Iterator[dict[str, np.ndarray]]:
             for batch in track(batches, f"evaluate on {split}"):
-                if self._interrupted:
+                if self._interrupted():
                     raise self._interruption_at(int(state.step))
                 yield batch
 
-        return evaluate(self.eval_step, state.trained, self.frozen, until_interrupted(), task.metrics, self.job.mesh)
+        step, mesh = self.eval_step, self.job.mesh
+        values = evaluate(step, state.trained, self.frozen, until_interrupted(), task.metrics, mesh)
+        return {**values, "corrupt": batches.examples - values["examples"]}
 
-    @property
+    def _agree_on_corrupt(self) -> None:
+        """Tells every process of the corrupt training examples that others met."""
+        most = self.config.data.max_corrupt
+        self.batches.corrupt = union(self.batches.corrupt, most)
+        if (count := len(self.batches.corrupt)) > most:
+            raise UserError(f"{count} training examples cannot be read, and config.data.max_corrupt allows {most}")
+
     def _interrupted(self) -> bool:
-        return self.interruption.signal is not None
+        """Whether a signal came, to any of the processes: all ask equally often."""
+        self.signal = self.signal or self.agreement(self.interruption.signal or 0)
+        return self.signal > 0
 
     def _interruption_at(self, step: int) -> InterruptedRunError:
-        number = self.interruption.signal
+        number = signal.Signals(self.signal)
         return InterruptedRunError(
-            f"{number.name}: saved step {step} of {self.config.optim.steps} in {self.workdir / 'checkpoints'};"
+            f"{number.name}: saved step {step} of {self.config.optim.steps} in {self.workdir / CHECKPOINTS_NAME};"
             " the same command goes on from there",
             128 + number,
         )

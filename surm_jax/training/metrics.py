@@ -1,7 +1,9 @@
 """What a run measures: `metrics.jsonl`, one JSON object a line, and TensorBoard beside it."""
 
+import contextlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import tensorboardX
 
 from surm_jax.atomic import replacing
 from surm_jax.errors import UserError
+from surm_jax.training.processes import is_first
 from surm_jax.training.progress import Progress, Stopwatch
 
 JSONL_NAME = "metrics.jsonl"
@@ -18,40 +21,74 @@ JSONL_NAME = "metrics.jsonl"
 STEP_METRICS = ("train_loss", "train_accuracy", "gradient_norm")
 
 
+class NotFiniteError(UserError):
+    """A run has gone astray: a loss or another measure is NaN or infinite."""
+
+
 class MetricWriter:
     """Appends metrics to `<folder>/metrics.jsonl` and `<folder>/tensorboard/`. Use as a context manager.
+
+    Of several processes the first alone writes; the others look at the numbers.
 
     Args:
       folder: the run's folder.
       step: the step from which the run goes on; what was written of later steps is dropped, since it comes again.
+
+    Raises:
+      UserError: if the file cannot be written.
     """
 
     def __init__(self, folder: Path, step: int):
-        path = folder / JSONL_NAME
+        self._path = path = folder / JSONL_NAME
+        self._jsonl = self._tensorboard = None
+        if not is_first():
+            return
         kept = [line for line in read_metrics(folder) if line["step"] <= step] if path.exists() else []
-        with replacing(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._jsonl = path.open("a")
+        try:
+            with replacing(path) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            self._jsonl = path.open("a")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
         self._tensorboard = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._jsonl.close()
-        self._tensorboard.close()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self._jsonl is None:
+            return
+        # Every line was flushed; one that could not be has been told.
+        with contextlib.suppress(OSError):
+            self._jsonl.close()
+        try:
+            self._tensorboard.close()
+        except OSError as error:
+            if kind is None:
+                raise UserError(f"cannot write {self._tensorboard.logdir}: {error.strerror}") from None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes numbers under their names for one step.
 
         Raises:
-          UserError: if one of them is not finite.
+          NotFiniteError: if one of them is not finite.
+          UserError: if they cannot be written.
         """
         require_finite(step, metrics)
-        self._jsonl.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
-        self._jsonl.flush()
+        if self._jsonl is None:
+            return
+        try:
+            self._jsonl.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+            self._jsonl.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror}") from None
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Waits until what was written is on the disk: a checkpoint must not outlive the lines before it."""
+        if self._jsonl is not None:
+            os.fsync(self._jsonl.fileno())
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
@@ -77,14 +114,11 @@ def require_finite(step: int, metrics: Mapping[str, float]) -> None:
     """Stops a run that has gone astray.
 
     Raises:
-      UserError: naming the step and the metric that is not finite.
+      NotFiniteError: naming the step and the metric that is not finite.
     """
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise UserError(
-                f"{name} is {value} at step {step}: look at the data, or lower the learning rate."
-                " Nothing was saved since the last checkpoint"
-            )
+            raise NotFiniteError(f"{name} is {value} at step {step}: look at the data, or lower the learning rate")
 
 
 class StepLog:
@@ -123,7 +157,7 @@ class StepLog:
         """Waits for the metrics that were noted last, and writes them if they are due.
 
         Raises:
-          UserError: if one of them is not finite.
+          NotFiniteError: if one of them is not finite.
         """
         if self._pending is None:
             return

@@ -20,6 +20,7 @@ from surm_jax.training.loop import train
 from surm_jax.training.mesh import put_base, replicated
 from surm_jax.training.partition import partition
 from surm_jax.training.predict import predict_text
+from surm_jax.training.processes import on_first, opened_on_first
 from surm_jax.training.progress import Interruption, track
 from surm_jax.training.report import combine, table
 from surm_jax.training.task import model_maker
@@ -46,10 +47,10 @@ def train_run(config: RunConfig, workdir: Path) -> dict[str, Any]:
 
 
 def _train_seeds(config: RunConfig, workdir: Path, interruption: Interruption) -> dict[str, Any]:
-    open_workdir(workdir, config)
-    results = {seed: train(config, seed, folder, interruption) for seed, folder in _seed_folders(config, workdir)}
-    result = combine(results)
-    write_json(workdir / RESULT_NAME, result)
+    with opened_on_first(open_workdir(workdir, config)):
+        results = {seed: train(config, seed, folder, interruption) for seed, folder in _seed_folders(config, workdir)}
+        result = combine(results)
+        on_first(lambda: write_json(workdir / RESULT_NAME, result))
     labelled = [{**one, "method": f"{one['method']}, seed {seed}"} for seed, one in results.items()]
     print("\n" + table([*labelled, {**result, "method": f"{result['method']}, mean"}]))
     return result
@@ -71,7 +72,8 @@ def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[
         job = prepare(config, seed)
         with jax.set_mesh(job.mesh):
             parts, trained, frozen = partition(
-                *load_adapter(folder / "adapter", job.base_model(), execution=job.config.peft.execution)
+                *load_adapter(folder / "adapter", job.base_model(), execution=job.config.peft.execution),
+                scan_layers=job.config.model.scan_layers,
             )
             trained, frozen = jax.device_put(trained, replicated(job.mesh)), put_base(frozen, job.mesh)
             task = job.task

@@ -1,4 +1,7 @@
-"""Long work shows itself: a bar with the time left on a terminal, plain lines elsewhere."""
+"""Long work shows itself: a bar with the time left on a terminal, plain lines elsewhere.
+
+Of several processes the first alone shows anything.
+"""
 
 import datetime
 import signal
@@ -8,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from types import FrameType
 
 import tqdm
+
+from surm_jax.training.processes import is_first
 
 
 class Progress:
@@ -22,7 +27,7 @@ class Progress:
     def __init__(self, what: str, total: int, start: int):
         self._what, self._total, self._start, self._began = what, total, start, time.monotonic()
         self._bar = tqdm.tqdm(
-            desc=what, total=total, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+            desc=what, total=total, initial=start, unit="step", disable=not _has_terminal(), dynamic_ncols=True
         )
 
     def __enter__(self) -> "Progress":
@@ -47,13 +52,18 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
-        self._bar.write(line, file=sys.stderr)
-        sys.stderr.flush()
+        if is_first():
+            self._bar.write(line, file=sys.stderr)
+            sys.stderr.flush()
 
 
 def track(batches: Iterable, what: str) -> Iterable:
     """Yields the batches, with a bar on a terminal that vanishes at the end."""
-    return tqdm.tqdm(batches, desc=what, leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    return tqdm.tqdm(batches, desc=what, leave=False, disable=not _has_terminal(), dynamic_ncols=True)
+
+
+def _has_terminal() -> bool:
+    return sys.stderr.isatty() and is_first()
 
 
 class Stopwatch:

@@ -28,6 +28,7 @@ def make_result(
     *,
     metrics: Sequence[str],
     classes: Sequence[str],
+    corrupt: Mapping[str, int],
     steps: int,
     seconds: float,
     examples_per_second: float | None,
@@ -41,6 +42,7 @@ def make_result(
       description: what was trained.
       metrics: names of the task's metrics; the first one of the first split is the one to look at.
       classes: names of the classes; empty where labels are numbers.
+      corrupt: how many examples of each split could not be read and were left out.
       steps: number of updates.
       seconds: from the start of the run, compilation and evaluation included, over all its interruptions.
       examples_per_second: of training without compilation, evaluation and checkpoints; None if there was one step.
@@ -53,6 +55,7 @@ def make_result(
         "metrics": measured,
         "classes": list(classes),
         "examples": {split: values["examples"] for split, values in tests.items()},
+        "corrupt_examples": dict(corrupt),
         "parameters": {
             "trainable": description.trainable,
             "adapter": description.adapter,
@@ -70,6 +73,8 @@ def make_result(
 def combine(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the result of several seeds: every metric with mean and standard deviation (n - 1 in its denominator).
 
+    Of corrupt examples it has the most that a seed met.
+
     Args:
       results: the result of each seed.
     """
@@ -82,6 +87,10 @@ def combine(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
         **first,
         "seeds": list(results),
         "metrics": metrics,
+        "corrupt_examples": {
+            split: max(result["corrupt_examples"][split] for result in results.values())
+            for split in first["corrupt_examples"]
+        },
         "seconds": round(sum(result["seconds"] for result in results.values()), 2),
     }
 

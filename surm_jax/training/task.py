@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import grain
 import jax
 from flax import nnx
 
 from surm_jax import data
+from surm_jax.errors import UserError
 from surm_jax.models import Bert, ViT
 from surm_jax.training.config import RunConfig
 from surm_jax.training.image_task import image_model_config, image_task
@@ -46,17 +46,17 @@ class Task(Protocol):
     def forward(self, model: nnx.Module, batch: Batch, key: jax.Array | None) -> jax.Array:
         """Returns the logits of a batch; the key draws dropout."""
 
-    def train_batches(self, seed: int) -> grain.DatasetIterator:
-        """Returns the endless, resumable batches of a run."""
+    def train_batches(self, seed: int) -> data.TrainBatches:
+        """Returns the endless, resumable batches of a run: this process's part of each."""
 
     def eval_batches(self, split: str) -> data.EvalBatches:
-        """Returns the batches of a pass over one of `splits`."""
+        """Returns the batches of a pass over one of `splits`: this process's part of each."""
 
     def export_options(self) -> dict[str, Any]:
         """Returns what `save_huggingface` is to write beside the weights."""
 
     def train_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """Returns every kind of batch that training will bring, by a name for people."""
+        """Returns every kind of batch that training will bring, all processes' parts together, by a name for people."""
 
 
 def make_task(config: RunConfig) -> Task:
@@ -65,7 +65,7 @@ def make_task(config: RunConfig) -> Task:
     Raises:
       UserError: for whatever does not fit.
     """
-    dataset = data.load(config.data.name, config.data.dir or None)
+    dataset = _load(config)
     return text_task(config, dataset) if isinstance(dataset, data.TextDataset) else image_task(config, dataset)
 
 
@@ -77,9 +77,19 @@ def model_maker(config: RunConfig) -> Callable[[int], nnx.Module]:
     Raises:
       UserError: for whatever does not fit.
     """
-    outputs = config.model.num_classes or max(1, len(data.load(config.data.name, config.data.dir or None).classes))
+    outputs = config.model.num_classes or max(1, len(_load(config).classes))
     if data.is_text(config.data.name):
         bert = text_model_config(config, outputs)
         return lambda seed: Bert(bert, rngs=nnx.Rngs(seed))
     vit = image_model_config(config, outputs)
     return lambda seed: ViT(vit, rngs=nnx.Rngs(seed))
+
+
+def _load(config: RunConfig) -> data.ImageDataset | data.TextDataset:
+    """Loads the data set, or the classes of it that are asked for."""
+    dataset, classes = data.load(config.data.name, config.data.dir or None), config.data.classes
+    if not classes:
+        return dataset
+    if isinstance(dataset, data.TextDataset):
+        raise UserError(f"config.data.classes is for sets of images, but {config.data.name} is text: leave it empty")
+    return data.keep_classes(dataset, classes)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 from flax import nnx
 
@@ -17,6 +16,7 @@ from surm_jax.training.adaptation import describe_model
 from surm_jax.training.config import RunConfig
 from surm_jax.training.model_config import find_model_config
 from surm_jax.training.objective import CLASSES, NUMBER, Objective
+from surm_jax.training.processes import share
 from surm_jax.training.step import Batch
 
 
@@ -81,16 +81,16 @@ class TextTask:
         """Returns the logits of a batch."""
         return model(batch["tokens"], mask=batch["token_mask"], token_types=batch["token_types"], rngs=key)
 
-    def train_batches(self, seed: int) -> grain.DatasetIterator:
-        """Returns the endless, resumable batches of a run."""
+    def train_batches(self, seed: int) -> data.TrainBatches:
+        """Returns the endless, resumable batches of a run: this process's part of each."""
         return data.text_train_batches(
-            self.train, batch_size=self.config.data.batch_size, lengths=self.config.data.lengths, seed=seed
+            self.train, **share(self.config.data.batch_size), lengths=self.config.data.lengths, seed=seed
         )
 
     def eval_batches(self, split: str) -> data.EvalBatches:
-        """Returns the batches of a pass over a split."""
+        """Returns the batches of a pass over a split: this process's part of each."""
         return data.text_eval_batches(
-            self.evaluated[split], batch_size=self.config.data.eval_batch_size, lengths=self.config.data.lengths
+            self.evaluated[split], **share(self.config.data.eval_batch_size), lengths=self.config.data.lengths
         )
 
     def export_options(self) -> dict[str, Any]:
@@ -132,7 +132,8 @@ def text_task(config: RunConfig, dataset: data.TextDataset) -> TextTask:
     describe_model(config, lambda seed: Bert(bert, rngs=nnx.Rngs(seed)))
     checkpoint = locate(config.model.checkpoint)
     tokenizer = text_tokenizer(checkpoint, bert)
-    kept, held_out = data.hold_out(dataset.train, config.data.holdout)
+    train = data.first_examples(dataset.train, config.data.train_examples)
+    kept, held_out = data.hold_out(train, config.data.holdout)
     splits = {**dataset.tests, **({} if held_out is None else {"holdout": held_out})}
     length = config.data.lengths[-1]
     return TextTask(

@@ -1,6 +1,8 @@
 """The folder of a run: which run it belongs to, and the files that are written whole or not at all."""
 
+import contextlib
 import json
+import platform
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,37 +11,58 @@ from typing import Any
 from surm_jax.atomic import is_temporary, replacing
 from surm_jax.errors import UserError
 from surm_jax.training.config import RunConfig, parse, to_dict
+from surm_jax.training.lock import LOCK_NAME, locked
 
 CONFIG_NAME = "config.json"
 RESULT_NAME = "result.json"
 
 
-#: Where things are, not what they are: a run may go on with its data or weights somewhere else.
-LOCATIONS = ("data.dir", "model.checkpoint")
+#: Where things are, not what they are: a run may go on with its data or weights somewhere else. The last says how equal
+#: blocks are compiled, which changes numbers by their rounding alone.
+LOCATIONS = ("data.dir", "model.checkpoint", "model.scan_layers")
 
 
-def open_workdir(workdir: Path, config: RunConfig) -> None:
-    """Makes the folder of a run, or checks that it is the folder of this very run.
+@contextlib.contextmanager
+def open_workdir(workdir: Path, config: RunConfig) -> Iterator[None]:
+    """Makes the folder of a run, or checks that it is the folder of this very run; no other process has it meanwhile.
 
     A folder with nothing but a configuration is free: that start failed before its first step.
 
     Raises:
-      UserError: if it cannot be written, or holds another run or something else.
+      UserError: if it cannot be written, another process is using it, or it holds another run or something else.
     """
     _require_writable(workdir)
+    with locked(workdir):
+        _require_this_run(workdir, config)
+        write_json(workdir / CONFIG_NAME, to_dict(config))
+        yield
+
+
+def _require_this_run(workdir: Path, config: RunConfig) -> None:
     files = [path for path in workdir.rglob("*") if path.is_file() and not is_temporary(path)]
-    if any(path.name != CONFIG_NAME for path in files):
-        if workdir / CONFIG_NAME not in files:
-            raise UserError(
-                f"{workdir} holds files but no run (no {CONFIG_NAME}): choose another folder with --workdir"
-            )
-        if changes := config_changes(to_dict(read_config(workdir)), to_dict(config)):
-            more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
-            raise UserError(
-                f"{workdir} holds another run; there {'; '.join(changes[:5])}{more}."
-                " Choose another folder with --workdir, or delete that one"
-            )
-    write_json(workdir / CONFIG_NAME, to_dict(config))
+    if all(path.name in (CONFIG_NAME, LOCK_NAME) for path in files):
+        return
+    if workdir / CONFIG_NAME not in files:
+        raise UserError(f"{workdir} holds files but no run (no {CONFIG_NAME}): choose another folder with --workdir")
+    if changes := config_changes(to_dict(read_config(workdir)), to_dict(config)):
+        more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
+        raise UserError(
+            f"{workdir} holds another run; there {'; '.join(changes[:5])}{more}."
+            " Choose another folder with --workdir, or delete that one"
+        )
+
+
+def require_shared(workdir: Path) -> None:
+    """Checks that the folder of a run, which the first of several processes opened, is this one's as well.
+
+    Raises:
+      UserError: if it is on another file system.
+    """
+    if not (workdir / CONFIG_NAME).exists():
+        raise UserError(
+            f"{platform.node()} does not see the run in {workdir.absolute()}: all processes need the same folder, on a"
+            " file system that they share"
+        )
 
 
 def locations(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:

@@ -64,6 +64,30 @@ def test_bank(tmp_path):
     assert done.returncode != 0 and "--adapters=3 does not divide --batch=4" in done.stdout + done.stderr
 
 
+def test_input(tmp_path):
+    out = tmp_path / "rows.json"
+    done = run("input", f"--out={out}", "--set=digits_5to9", "--variant=digits", "--batch=2", "--steps=2")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())
+    assert (row["model"], row["set"], row["image_size"], row["batch"]) == ("ViT-digits", "digits_5to9", 8, 2)
+    assert 0 <= row["wait_ms"] < row["ms"] and row["images_per_s"] > 0
+    assert math.isclose(row["share_waiting"], row["wait_ms"] / row["ms"])
+    assert math.isclose(row["images_needed_per_s"], 2e3 / row["one_batch_ms"])
+    done = run("input", "--set=cifar11", f"--data={tmp_path}")
+    assert done.returncode != 0 and "cifar11" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+def test_depth(tmp_path):
+    out = tmp_path / "rows.json"
+    done = run("depth", f"--out={out}", "--depths=2,3", "--width=4")
+    assert done.returncode == 0, done.stderr
+    rows = {(row["depth"], row["layers"]): row for row in json.loads(out.read_text())}
+    assert [*rows] == [(2, "looped"), (2, "scanned"), (3, "looped"), (3, "scanned")]
+    assert all(row["trace_s"] > 0 and row["compile_s"] > 0 and row["temp_bytes"] > 0 for row in rows.values())
+    assert rows[3, "looped"]["instructions"] > rows[2, "looped"]["instructions"]
+    assert rows[3, "scanned"]["instructions"] == rows[2, "scanned"]["instructions"]
+
+
 def test_peers(tmp_path):
     for name in ("torch", "peft"):
         pytest.importorskip(name, reason="compares with PyTorch: pip install -r requirements-peers.txt")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from surm_jax.data import TextSource, hold_out
+from surm_jax.data import TextSource, first_examples, hold_out
 from surm_jax.errors import UserError
 
 
@@ -48,3 +48,13 @@ def test_holding_out_nothing_or_everything():
     for count in (-1, 4, 5):
         with pytest.raises(UserError, match=f"cannot hold out {count} examples of 4"):
             hold_out(source, count)
+
+
+def test_the_first_examples_are_nested():
+    few, more = (first_examples(numbered(30), count) for count in (4, 12))
+    assert (len(few), len(more)) == (4, 12)
+    assert set(few.labels) < set(more.labels)
+    assert few.sentences == [(f"first {i}", f"second {i}") for i in few.labels]
+    assert list(few.labels) != [0, 1, 2, 3]
+    with pytest.raises(UserError, match="cannot train on 31 examples: there are 30"):
+        first_examples(numbered(30), 31)

@@ -1,5 +1,6 @@
 """Prepared TFDS folders: written here in miniature, and the real CIFAR-10 where it is at hand."""
 
+import functools
 import io
 import json
 import re
@@ -12,7 +13,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from PIL import Image
 
-from surm_jax.data import eval_batches, load, train_batches
+from surm_jax.data import eval_batches, load, tfds_sets, train_batches
 from surm_jax.errors import UserError
 
 # A tf.train.Example is built by hand, so that no TensorFlow is needed; field numbers from example.proto, feature.proto.
@@ -46,39 +47,41 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, 5, 6, 3), dtype=np.uint8)
 RECORDS = {"train": [(png(image), i) for i, image in enumerate(IMAGES)], "test": [(png(IMAGES[0]), 2)]}
 
 
+def write_set(root, name="shapes", version="1.0.0", records=RECORDS, features=None, file_format="array_record"):
+    """Writes a prepared set below a folder."""
+    folder = root.joinpath(*name.split("/"), version)
+    folder.mkdir(parents=True)
+    base = name.split("/")[0]
+    features = features or {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": tfds.features.ClassLabel(names=["disc", "ring", "star"]),
+    }
+    (folder / "features.json").write_text(json.dumps(tfds.features.FeaturesDict(features).to_json()))
+    for key, feature in features.items():
+        feature.save_metadata(folder, key)
+    splits = [
+        {
+            "name": split,
+            "numBytes": "1",
+            "shardLengths": [str(len(rows))],
+            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        }
+        for split, rows in records.items()
+    ]
+    info = {"name": base, "version": version, "fileFormat": file_format, "splits": splits}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    for split, rows in records.items():
+        path = folder / f"{base}-{split}.array_record-00000-of-00001"
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+        for row in rows:
+            writer.write(example(*row))
+        writer.close()
+    return folder
+
+
 @pytest.fixture
 def prepare(tmp_path):
-    def prepare(name="shapes", version="1.0.0", records=RECORDS, features=None, file_format="array_record"):
-        folder = tmp_path.joinpath(*name.split("/"), version)
-        folder.mkdir(parents=True)
-        base = name.split("/")[0]
-        features = features or {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "label": tfds.features.ClassLabel(names=["disc", "ring", "star"]),
-        }
-        (folder / "features.json").write_text(json.dumps(tfds.features.FeaturesDict(features).to_json()))
-        for key, feature in features.items():
-            feature.save_metadata(folder, key)
-        splits = [
-            {
-                "name": split,
-                "numBytes": "1",
-                "shardLengths": [str(len(rows))],
-                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-            }
-            for split, rows in records.items()
-        ]
-        info = {"name": base, "version": version, "fileFormat": file_format, "splits": splits}
-        (folder / "dataset_info.json").write_text(json.dumps(info))
-        for split, rows in records.items():
-            path = folder / f"{base}-{split}.array_record-00000-of-00001"
-            writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-            for row in rows:
-                writer.write(example(*row))
-            writer.close()
-        return folder
-
-    return prepare
+    return functools.partial(write_set, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["shapes", "shapes:1.0.0", "shapes/small", "shapes/small:1.0.0"])
@@ -92,6 +95,16 @@ def test_a_prepared_set_is_read_back(prepare, tmp_path, name):
         np.testing.assert_array_equal(data.train[i]["image"], image)
         assert data.train[i]["label"] == i
     assert data.test[0]["label"] == 2
+    assert (data.train.labels.tolist(), data.test.labels.tolist()) == ([0, 1, 2], [2])
+
+
+def test_labels_are_read_in_chunks_and_no_image_is_decoded(prepare, tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds_sets, "_CHUNK", 2)
+    prepare(records={"train": [(b"no image", label) for label in (2, 0, 1, 1, 0)], "test": [(b"", 1), (b"", 5)]})
+    data = load("shapes", tmp_path)
+    assert data.train.labels.tolist() == [2, 0, 1, 1, 0]
+    with pytest.raises(UserError, match="split test: example 1 has label 5, outside 0 to 2"):
+        data.test.labels  # noqa: B018
 
 
 def test_the_newest_version_is_taken_by_number(prepare, tmp_path):
@@ -207,6 +220,8 @@ def test_a_truncated_shard_is_named_when_read(prepare, tmp_path):
     shard.write_bytes(shard.read_bytes()[:200])
     with pytest.raises(UserError, match="shapes, split train: example 2 cannot be read, its file is damaged"):
         load("shapes", tmp_path).train[2]
+    with pytest.raises(UserError, match=r"shapes, split train: example \d cannot be read, its file is damaged"):
+        load("shapes", tmp_path).train.labels  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -230,7 +245,7 @@ class WithoutTensorFlow(PathFinder):
 sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTensorFlow
 def refuse(*args): raise OSError("no network")
 socket.socket.connect = refuse
-from surm_jax.data import eval_batches, load, train_batches
+from surm_jax.data import eval_batches, load, tfds_sets, train_batches
 begin = time.perf_counter()
 data = load("shapes", sys.argv[1])
 train = next(train_batches(data.train, batch_size=2, image_size=4, augment="crop_flip", seed=0))
@@ -257,6 +272,8 @@ def test_real_cifar10(shared):
     assert (len(data.classes), data.image_shape) == (10, (32, 32, 3))
     builder = tfds.builder_from_directory(shared / "tfds" / "cifar10" / "3.0.2")
     assert data.classes == tuple(builder.info.features["label"].names)
+    np.testing.assert_array_equal(np.bincount(data.test.labels), [1000] * 10)
+    assert data.test.labels[:20].tolist() == [data.test[i]["label"] for i in range(20)]
     batches = eval_batches(data.test, batch_size=64, image_size=32)
     assert len(batches) == 157
     batch, reference = next(iter(batches)), builder.as_data_source("test")

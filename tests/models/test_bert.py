@@ -355,7 +355,7 @@ class TestAdaptersAndRemat:
 
             return total, arrays
 
-        (plain, arrays), (again, _) = build(False), build(True)
+        (plain, arrays), (again, _) = build("none"), build("block")
         value, gradient = jax.jit(jax.value_and_grad(plain))(arrays)
         remat_value, remat_gradient = jax.jit(jax.value_and_grad(again))(arrays)
         np.testing.assert_allclose(remat_value, value, rtol=1e-6)

@@ -5,7 +5,17 @@ import pytest
 import scipy.special
 from flax import nnx
 
-from surm_jax.models.layers import ACTIVATIONS, MLP, Attention, call_block, drop, split_key
+from surm_jax.models.layers import (
+    ACTIVATIONS,
+    MLP,
+    REMAT,
+    Attention,
+    Blocks,
+    call_block,
+    drop,
+    split_block_keys,
+    split_key,
+)
 
 ORACLES = {
     "gelu": lambda x: x * 0.5 * (1 + scipy.special.erf(x / np.sqrt(2))),
@@ -119,6 +129,34 @@ def test_split_key():
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 3
 
 
+def test_split_block_keys():
+    assert split_block_keys(None, 3) == (None, None)
+    first, keys = split_block_keys(jax.random.key(0), 3)
+    drawn = [tuple(jax.random.key_data(key).tolist()) for key in (first, *keys)]
+    assert drawn == [tuple(jax.random.key_data(key).tolist()) for key in split_key(jax.random.key(0), 4)]
+
+
+class TestBlocks:
+    def test_each_reads_what_the_one_before_it_made(self):
+        blocks = Blocks([Add(1.0), Add(2.0)])
+        x, keys = jnp.ones((1, 2, 3)), jax.random.split(jax.random.key(0), 2)
+        states = blocks.run(x, jnp.full((1, 2, 3), 10.0), keys=keys, remat="none", every=True)
+        assert [float(state[0, 0, 0]) for state in states] == [1, 12, 24]
+        (last,) = blocks.run(x, jnp.full((1, 2, 3), 10.0), keys=keys, remat="block", every=False)
+        np.testing.assert_array_equal(last, states[-1])
+        with pytest.raises(AssertionError):
+            blocks.run(x, x, keys=None, remat="none", every=True)
+
+
+class Add(nnx.Module):
+    def __init__(self, number):
+        self.number = number
+
+    def __call__(self, x, y, key):
+        assert key is not None
+        return x + y + self.number
+
+
 class TestCallBlock:
     def test_same_values_and_gradients_from_the_arguments_alone(self):
         graphdef, state = nnx.split(attention())
@@ -127,17 +165,22 @@ class TestCallBlock:
         def loss(state, x, remat):
             return call_block(nnx.merge(graphdef, state), x, mask, remat=remat).sum()
 
-        plain, again = (jax.jit(jax.value_and_grad(loss), static_argnums=2)(state, x, remat) for remat in (False, True))
-        for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
+        gradient = jax.jit(jax.value_and_grad(loss), static_argnums=2)
+        plain, *again = (jax.tree.leaves(gradient(state, x, remat)) for remat in REMAT)
+        for policy in again:
+            for one, other in zip(plain, policy, strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
         # Of what the block computes nothing is kept: only its parameters and its arguments.
-        kept = {remat: _residuals(loss, state, x, remat) for remat in (False, True)}
-        assert kept[True] <= sum(leaf.size for leaf in jax.tree.leaves(state)) + x.size + mask.size < kept[False]
+        kept = {remat: _residuals(loss, state, x, remat) for remat in REMAT}
+        assert kept["block"] <= sum(leaf.size for leaf in jax.tree.leaves(state)) + x.size + mask.size
+        # Queries, keys, values and the output, which nothing reads; not the scores of attention.
+        assert kept["dots"] == kept["block"] + 3 * x.size
+        assert kept["dots"] < kept["none"]
 
     def test_without_key(self):
         block = MLP(6, 9, activation="relu", dropout=0.5, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
         x = jnp.ones((1, 2, 6))
-        np.testing.assert_allclose(call_block(block, x, None, remat=True), block(x, None), rtol=1e-6)
+        np.testing.assert_allclose(call_block(block, x, None, remat="block"), block(x, None), rtol=1e-6)
 
 
 def _residuals(loss, state, x, remat):

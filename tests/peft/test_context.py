@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from surm_jax.peft import adapter_dropout
-from surm_jax.peft.context import adapter_of_examples, drop, dropout_key, example_adapters
+from surm_jax.peft.context import (
+    adapter_of_examples,
+    drop,
+    dropout_key,
+    example_adapters,
+    keys_drawn,
+    set_keys_drawn,
+)
 
 
 def data(key):
@@ -41,6 +48,24 @@ def test_keys_are_drawn_in_order_from_the_blocks_key():
     with adapter_dropout(jax.random.key(1)):
         other = [data(dropout_key()) for _ in range(3)]
     assert len({str(key) for key in first + other}) == 6
+
+
+def test_a_scan_draws_the_keys_of_a_loop():
+    assert keys_drawn() is None
+    set_keys_drawn(None)
+    with adapter_dropout(jax.random.key(0)):
+        looped = [data(dropout_key()) for _ in range(5)]
+        assert keys_drawn() == 5
+
+    def body(drawn, _):
+        set_keys_drawn(drawn)
+        keys = jax.random.key_data(jnp.stack([dropout_key(), dropout_key()]))
+        return keys_drawn(), keys
+
+    with adapter_dropout(jax.random.key(0)):
+        drawn, scanned = jax.lax.scan(body, jnp.int32(keys_drawn()), length=2)
+        set_keys_drawn(drawn)
+        assert [*scanned.reshape(4, -1).tolist(), data(dropout_key())] == looped
 
 
 def test_blocks_nest_and_end():

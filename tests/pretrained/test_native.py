@@ -189,8 +189,12 @@ def rewrite(path, alter):
             "depth must be at most 100",
         ),
         (
-            lambda header, tensors: header.update(config=header["config"].replace('"remat": false', '"remat": "no"')),
-            "ViTConfig.remat must be True or False, got 'no'",
+            lambda header, tensors: header.update(config=header["config"].replace('_norm": true', '_norm": "no"')),
+            "ViTConfig.final_norm must be True or False, got 'no'",
+        ),
+        (
+            lambda header, tensors: header.update(config=header["config"].replace('"remat": "none"', '"remat": "no"')),
+            "ViTConfig.remat must be one of .*, got 'no'",
         ),
         (
             lambda header, tensors: header.update(

@@ -8,11 +8,11 @@ import scipy.linalg
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.hlo import gathered_sizes
 from surm_jax.errors import UserError
 from surm_jax.structured import Circulant
 from surm_jax.structured.block_circulant import BlockCirculant
 from tests.structured.cases import ProjectionContract, assert_close
-from tests.structured.hlo import gathered_sizes
 
 GRIDS = [(1, 1, 8), (2, 3, 5), (3, 2, 4), (2, 4, 1), (4, 1, 6)]
 

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.hlo import gathered_sizes
 from surm_jax.errors import UserError
 from surm_jax.structured import (
     EXECUTIONS,
@@ -19,7 +20,6 @@ from surm_jax.structured import (
     updated_matmul,
 )
 from tests.structured.cases import TOLERANCES, assert_close
-from tests.structured.hlo import gathered_sizes
 
 # What `init` of a family needs besides a shape.
 OPTIONS = {

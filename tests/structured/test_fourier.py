@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.hlo import gathered_sizes
 from surm_jax.errors import UserError
 from surm_jax.structured import (
     BATCH_AXES,
@@ -18,7 +19,6 @@ from surm_jax.structured import (
     skew_convolve,
 )
 from tests.structured.cases import assert_close
-from tests.structured.hlo import gathered_sizes
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 MESHES = {

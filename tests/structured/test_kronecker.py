@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.hlo import gathered_sizes
 from surm_jax.errors import UserError
 from surm_jax.structured.kronecker import Kronecker, near_square_factors
 from tests.structured.cases import ProjectionContract, assert_close
-from tests.structured.hlo import gathered_sizes
 
 
 class TestKronecker(ProjectionContract):

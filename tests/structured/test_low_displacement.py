@@ -8,10 +8,10 @@ import scipy.linalg
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.hlo import gathered_sizes
 from surm_jax.errors import UserError
 from surm_jax.structured import LowDisplacementRank, low_displacement
 from tests.structured.cases import StructuredMatrixContract, assert_close
-from tests.structured.hlo import gathered_sizes
 
 
 def paper_W(G: np.ndarray, H: np.ndarray) -> np.ndarray:

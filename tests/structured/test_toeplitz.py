@@ -10,10 +10,10 @@ import scipy.linalg
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.hlo import gathered_sizes
 from surm_jax.errors import UserError
 from surm_jax.structured.toeplitz import SymmetricToeplitz, Toeplitz
 from tests.structured.cases import ProjectionContract, assert_close
-from tests.structured.hlo import gathered_sizes
 
 FAMILIES = [Toeplitz, SymmetricToeplitz]
 

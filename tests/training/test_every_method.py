@@ -1,20 +1,26 @@
 """Every registered method trains on the digits: the loss falls, and what is called trained moves, all else stays.
 
-And what frozen weights must not have: a gradient, a slot in the optimiser, a place in what a step gives back.
+And what frozen weights must not have: a gradient, a slot in the optimiser, a place in what a step gives back. And that
+eight devices, with a base that is split and blocks in a scan, compute what one device computes with blocks in a loop.
 """
 
 import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 
+from benchmarks.hlo import collectives
 from surm_jax.peft import METHODS
+from surm_jax.training import mesh as meshes
 from surm_jax.training.config import base_config, parse
-from surm_jax.training.mesh import put_batch
+from surm_jax.training.mesh import make_mesh, put_base, put_batch
+from surm_jax.training.objective import CLASSES
 from surm_jax.training.optimizer import Rates, make_optimizer
+from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
-from tests.training import tiny
+from tests.training import small, tiny
 
 # What a model of width 64 and two blocks needs, and a rate that does something in a few steps.
 VALUES = {
@@ -96,3 +102,45 @@ def test_memory_holds_frozen_weights_once_and_trained_ones_three_times(method):
     if method != "full":
         largest = max(leaf.size for leaf in jax.tree.leaves(built.frozen))
         assert not [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.size >= largest]
+
+
+def ten_steps(kind, method, mesh, scan):
+    """Losses and gradient norms, the arrays before and after each step, the size of all gradients that come at a time,
+    the frozen state, and the collectives of the program."""
+    built, sgd = small.build(kind, method), optax.sgd(0.1)
+    parts, trained, frozen = partition(built.model, built.adapter, scan_layers=scan)
+    with jax.set_mesh(mesh):
+        state, frozen, batch = init_state(trained, sgd, mesh), put_base(frozen, mesh), put_batch(built.batch, mesh)
+        step = make_train_step(parts, built.forward, CLASSES, sgd, mesh).lower(state, frozen, batch, KEY, {}).compile()
+        losses, arrays = [], [tiny.host(parts.by_block(state.trained))]
+        for _ in range(10):
+            state, metrics = step(state, frozen, batch, KEY, {})
+            losses.append([float(metrics[name]) for name in ("train_loss", "gradient_norm")])
+            arrays.append(tiny.host(parts.by_block(state.trained)))
+    # One layer's at a time: that of a stack, which has its blocks one after the other, is a part of it.
+    gradients = sum(slot.variable.size // len(slot.names) for slot in parts.slots)
+    return np.array(losses), arrays, gradients, frozen, collectives(step.as_text())
+
+
+@pytest.mark.parametrize("kind", small.KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_eight_devices_compute_what_one_computes_and_exchange_gradients_and_weights_alone(kind, method, monkeypatch):
+    monkeypatch.setattr(meshes, "SMALLEST_SPLIT", 200)
+    losses, arrays, _, _, _ = ten_steps(kind, method, make_mesh(1, {}), scan=False)
+    eight_losses, eight_arrays, gradients, frozen, found = ten_steps(kind, method, make_mesh(4, {}, fsdp=2), scan=True)
+    np.testing.assert_allclose(eight_losses, losses, rtol=1e-6, atol=1e-6)
+    # The first step shows the gradients.
+    assert max(np.abs(arrays[1][name] - start).max() for name, start in arrays[0].items()) > 1e-3
+    tiny.assert_close(arrays[1], eight_arrays[1], 1e-6)
+    tiny.assert_close(arrays[10], eight_arrays[10], 1e-6)
+    weights = {
+        leaf.size // (small.DEPTH if "stacked" in jax.tree_util.keystr(path) else 1)
+        for path, leaf in jax.tree.leaves_with_path(frozen)
+        if not leaf.sharding.is_fully_replicated
+    }
+    assert max(weights, default=0) < small.BATCH * 5 * 16  # or activations would be taken for weights
+    assert {kind for kind, _, _ in found} == ({"all-reduce", "all-gather"} if weights else {"all-reduce"})
+    assert {size for kind, sizes, _ in found for size in sizes if kind == "all-gather"} <= weights
+    # Those of the head, those of the blocks one after the other, and the loss.
+    reduced = sum(size for kind, sizes, _ in found for size in sizes if kind == "all-reduce")
+    assert 3 * 16 + 3 < reduced <= gradients + 4

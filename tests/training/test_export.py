@@ -100,7 +100,7 @@ def test_a_model_of_text_is_refused(tiny_files, tmp_path):
 
 
 def test_a_base_in_bfloat16_trains_float32_adapters(tiny_files, source, tmp_path):
-    values = {"model.param_dtype": "bfloat16", "model.dtype": "bfloat16", "model.remat": True}
+    values = {"model.param_dtype": "bfloat16", "model.dtype": "bfloat16", "model.remat": "block"}
     half = config(tiny_files, source, **values)
     # The backward pass of jax.nn.dot_product_attention in bfloat16 asks for it.
     with jax.numpy_dtype_promotion("standard"):

@@ -11,6 +11,7 @@ from surm_jax.models import ViT, ViTConfig
 from surm_jax.training.adaptation import describe_model
 from surm_jax.training.config import base_config, parse
 from surm_jax.training.job import prepare
+from surm_jax.training.task import model_maker
 from tests.training import tiny
 
 
@@ -30,6 +31,18 @@ def test_what_is_prepared(tiny_files):
     assert prepare(tiny.make_config(tiny_files), 3).task.holdout is None
 
 
+def test_a_part_of_the_data(tiny_files):
+    values = {"data.classes": ("2", "0"), "data.train_examples": 9, "data.holdout": 4, "mesh.data": 4}
+    config = tiny.make_config(tiny_files, **values)
+    task = prepare(config, 3).task
+    assert (task.classes, task.model_config.num_classes) == (("2", "0"), 2)
+    # 7 of the 21 test examples are of the class 1.
+    assert (task.examples, len(task.holdout), len(task.dataset.test)) == (5, 4, 14)
+    assert task.dataset.test.labels.tolist() == [1, 0] * 7
+    # What is described without weights has as many outputs.
+    assert model_maker(config)(0).head.bias.shape == (2,)
+
+
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
@@ -45,6 +58,9 @@ def test_what_is_prepared(tiny_files):
         ({"data.name": "nowhere/data.npz"}, ["no data file", "nowhere/data.npz"]),
         ({"data.name": "cifar10", "data.dir": "/nowhere"}, ["cifar10", "/nowhere"]),
         ({"data.holdout": 40}, ["hold out 40", "40"]),
+        ({"data.train_examples": 41}, ["cannot train on 41", "40"]),
+        ({"data.train_examples": 10, "data.holdout": 10}, ["hold out 10", "10"]),
+        ({"data.classes": ("0", "20")}, ["no class '20'", "did you mean '2' or '0'"]),
         ({"model.num_classes": 4}, ["config.model.num_classes=4", "asks for 3"]),
         ({"model.variant": "mini"}, ["1 channel", "reads 3"]),
         ({"model.image_size": 10}, ["patch", "10"]),

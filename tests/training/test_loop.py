@@ -154,7 +154,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(tiny_files, t
         return put(batch, mesh)
 
     monkeypatch.setattr(loop, "put_batch", put_batch)
-    with pytest.raises(UserError, match="train_loss is nan at step 4"):
+    last = f"The last good checkpoint is that of step 3, {tmp_path / 'run' / 'checkpoints' / '3'}"
+    with pytest.raises(UserError, match=rf"train_loss is nan at step 4: .*\. {last}$"):
         start(config, 0, tmp_path / "run")
     assert tiny.read_checkpoints(tmp_path / "run").keys() == {2, 3}
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3]
@@ -167,7 +168,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(tiny_files, t
 
 def test_a_learning_rate_beyond_reason_stops_with_the_step(tiny_files, tmp_path):
     config = tiny.make_config(tiny_files, "full", **{"optim.learning_rate.full": 1e30, "log.checkpoint_every": 0})
-    with pytest.raises(UserError, match=r"is (nan|inf) at step [23]: look at the data, or lower the learning rate"):
+    message = r"is (nan|inf) at step [23]: look at the data, or lower the learning rate\. There is no checkpoint yet$"
+    with pytest.raises(UserError, match=message):
         start(config, 0, tmp_path)
     assert not (tmp_path / "adapter").exists() and not (tmp_path / "result.json").exists()
     assert list((tmp_path / "checkpoints").iterdir()) == []
@@ -193,14 +195,13 @@ def test_checkpoints_of_another_base_are_refused(tiny_files, tmp_path, signal_at
     assert tiny.read_checkpoints(tmp_path / "run").keys() == {1}
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
 def test_a_damaged_checkpoint_deleted_as_advised_lets_the_run_go_on(tiny_files, tmp_path, signal_at, monkeypatch):
     config = tiny.make_config(tiny_files, "linear_probe", **{"optim.steps": 4, "log.evaluate_every": 2})
     signal_at(signal.SIGTERM, 3)
     with pytest.raises(InterruptedRunError):
         start(config, 0, tmp_path)
     monkeypatch.undo()
-    (chunk, *_) = (tmp_path / "checkpoints" / "3" / "state" / "d").iterdir()
+    chunk = max((tmp_path / "checkpoints" / "3").rglob("d/*"))
     chunk.write_bytes(chunk.read_bytes()[:100])
     with pytest.raises(
         UserError, match=f"{tmp_path}/checkpoints/3 is damaged .*delete that folder to go on from step 2"

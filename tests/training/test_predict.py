@@ -152,7 +152,8 @@ def test_runs_that_have_no_answer(files, tiny_files, tmp_path):
         ),
     }
     for name, (config, message) in runs.items():
-        open_workdir(tmp_path / name, config)
+        with open_workdir(tmp_path / name, config):
+            pass
         with pytest.raises(UserError, match=message):
             predict_run(tmp_path / name, {}, source, target)
     with pytest.raises(UserError, match="no run in"):

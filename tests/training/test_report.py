@@ -14,6 +14,7 @@ DESCRIPTION = Description((), adapter=30, besides=12, total=2000)
 
 def result_of(accuracy, **changed):
     options = {"steps": 9, "seconds": 1.234, "examples_per_second": 56.78, "adapter_bytes": 9210, **changed}
+    options = {"corrupt": {"train": 0, "test": 2}, **options}
     tests = {"test": {"accuracy": accuracy, "loss": 2 - accuracy, "examples": 21}}
     return make_result("lora", tests, DESCRIPTION, metrics=("accuracy",), classes=("cat", "dog"), **options)
 
@@ -28,6 +29,7 @@ def test_a_result_has_what_it_must_have():
             "metrics": {"test_accuracy": 0.75, "test_loss": 1.25},
             "classes": ["cat", "dog"],
             "examples": {"test": 21},
+            "corrupt_examples": {"train": 0, "test": 2},
             "parameters": {"trainable": 42, "adapter": 30, "total": 2000},
             "steps": 9,
             "seconds": 1.23,
@@ -46,7 +48,10 @@ def test_a_run_of_one_step_has_no_speed():
 
 def test_seeds_are_combined_into_mean_and_sample_deviation():
     accuracies = [0.5, 0.75, 0.8]
-    result = combine({seed: result_of(accuracy) for seed, accuracy in zip((3, 1, 7), accuracies, strict=True)})
+    corrupt = ({"train": 1, "test": 0}, {"train": 4, "test": 0}, {"train": 2, "test": 0})
+    runs = zip((3, 1, 7), accuracies, corrupt, strict=True)
+    result = combine({seed: result_of(accuracy, corrupt=met) for seed, accuracy, met in runs})
+    assert result["corrupt_examples"] == {"train": 4, "test": 0}
     assert result["seeds"] == [3, 1, 7]
     measured = result["metrics"]["test_accuracy"]
     assert measured["seeds"] == accuracies

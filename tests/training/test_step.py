@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks.hlo import gathered_sizes
 from surm_jax.structured import execution, fourier
 from surm_jax.training.image_task import ImageTask
 from surm_jax.training.mesh import make_mesh, put_batch, replicated
@@ -15,7 +16,6 @@ from surm_jax.training.objective import CLASSES, NUMBER, cross_entropy, squared_
 from surm_jax.training.optimizer import Rates, make_optimizer
 from surm_jax.training.partition import Partition
 from surm_jax.training.step import init_state, make_train_step
-from tests.structured.hlo import gathered_sizes
 from tests.training import tiny
 
 # Gradients themselves, where an update by Adam would hide their size and blow up their rounding.

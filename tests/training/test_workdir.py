@@ -18,39 +18,45 @@ def changed(**values):
     return parse(config)
 
 
+def opened(folder, config):
+    """Opens a folder, and lets it go."""
+    with open_workdir(folder, config):
+        pass
+
+
 def begun(folder, config=CONFIG):
     """A folder in which a run has begun to work."""
-    open_workdir(folder, config)
+    opened(folder, config)
     (folder / "metrics.jsonl").write_text("")
 
 
 def test_a_new_folder_has_the_whole_configuration(tmp_path):
     config = changed(peft__lora__rank=3, seeds=(4,), optim__steps=12)
-    open_workdir(tmp_path / "a" / "b", config)
+    opened(tmp_path / "a" / "b", config)
     assert read_config(tmp_path / "a" / "b") == config
     assert json.loads((tmp_path / "a" / "b" / "config.json").read_text())["peft"]["lora"]["rank"] == 3
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["config.json"]
 
 
 def test_an_empty_folder_and_the_same_run_are_welcome(tmp_path):
-    open_workdir(tmp_path, CONFIG)
+    opened(tmp_path, CONFIG)
     (tmp_path / "metrics.jsonl").write_text("")
     before = (tmp_path / "config.json").read_bytes()
-    open_workdir(tmp_path, dataclasses.replace(CONFIG))
+    opened(tmp_path, dataclasses.replace(CONFIG))
     assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_a_start_that_failed_leaves_the_folder_free(tmp_path):
-    open_workdir(tmp_path, CONFIG)
-    open_workdir(tmp_path / "seed-0", CONFIG)
+    opened(tmp_path, CONFIG)
+    opened(tmp_path / "seed-0", CONFIG)
     (tmp_path / ".config.json.0123abcd.tmp").write_text("{")
-    open_workdir(tmp_path, changed(optim__steps=7))
+    opened(tmp_path, changed(optim__steps=7))
     assert read_config(tmp_path).optim.steps == 7
 
 
 def test_data_and_weights_may_move(tmp_path):
     begun(tmp_path)
-    open_workdir(tmp_path, changed(data__dir="/elsewhere", model__checkpoint="/other.npz"))
+    opened(tmp_path, changed(data__dir="/elsewhere", model__checkpoint="/other.npz"))
     assert read_config(tmp_path).data.dir == "/elsewhere"
     moved = locations(read_config(tmp_path), {"data.dir": "/third"})
     assert (moved.data.dir, moved.model.checkpoint, moved.optim) == ("/third", "/other.npz", CONFIG.optim)
@@ -71,7 +77,7 @@ def test_another_run_is_refused_by_what_differs(tmp_path, values, named):
     begun(tmp_path)
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(UserError, match=f"holds another run; there {named}") as error:
-        open_workdir(tmp_path, changed(**values))
+        opened(tmp_path, changed(**values))
     assert "--workdir" in str(error.value)
     assert (tmp_path / "config.json").read_bytes() == before
 
@@ -81,13 +87,13 @@ def test_many_differences_are_counted(tmp_path):
     many = changed(optim__steps=7, seeds=(1,), data__name="x", data__augment="none", model__dtype="bfloat16",
                    peft__method="lora", log__metrics_every=1)  # fmt: skip
     with pytest.raises(UserError, match="and 2 more"):
-        open_workdir(tmp_path, many)
+        opened(tmp_path, many)
 
 
 def test_files_of_something_else_are_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("dear")
     with pytest.raises(UserError, match=r"holds files but no run \(no config\.json\)"):
-        open_workdir(tmp_path, CONFIG)
+        opened(tmp_path, CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -95,7 +101,7 @@ def test_files_of_something_else_are_left_alone(tmp_path):
 def test_a_file_is_no_folder(tmp_path, below):
     (tmp_path / "file").write_text("content")
     with pytest.raises(UserError, match=f"{tmp_path}/file.* (is a file|lies below a file)"):
-        open_workdir(tmp_path / "file" / below, CONFIG)
+        opened(tmp_path / "file" / below, CONFIG)
     assert (tmp_path / "file").read_text() == "content"
 
 
@@ -103,7 +109,7 @@ def test_a_file_is_no_folder(tmp_path, below):
 def test_a_folder_that_cannot_be_written(folder):
     # Not even root can write there.
     with pytest.raises(UserError, match=f"{folder} cannot be written .*--workdir"):
-        open_workdir(Path(folder), CONFIG)
+        opened(Path(folder), CONFIG)
 
 
 def test_a_folder_without_a_run(tmp_path):
@@ -120,7 +126,7 @@ def test_a_damaged_configuration_is_told_by_its_file(tmp_path, content):
         read_config(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match=f"{tmp_path}/config.json"):
-        open_workdir(tmp_path, CONFIG)
+        opened(tmp_path, CONFIG)
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -113,14 +113,14 @@ def assert_close(one: dict[str, np.ndarray], other: dict[str, np.ndarray], toler
 
 
 def read_checkpoints(workdir: Path) -> dict[int, tuple[dict[str, np.ndarray], dict[str, Any]]]:
-    """The leaves and the record, but for the clock, of every checkpoint of a run, read without the library."""
-    with ocp.training.Checkpointer(workdir / "checkpoints") as checkpointer:
-        found = {}
-        for checkpoint in checkpointer.checkpoints:
-            record = dict(checkpointer.metadata(checkpoint.step).custom_metadata["record"])
-            del record["seconds"]
-            found[checkpoint.step] = (host(checkpointer.load(checkpoint.step)), record)
-        return found
+    """The leaves and the record of every checkpoint of a run, read without the library, but for clocks and sums."""
+    found = {}
+    for path in (workdir / "checkpoints").iterdir():
+        record = json.loads((path / "checkpoint.json").read_text())
+        for name in ("seconds", "files", "sha256"):
+            del record[name]
+        found[int(path.name)] = (host(ocp.load(path / "arrays")), record)
+    return found
 
 
 def assert_same_run(one: Path, other: Path) -> None:

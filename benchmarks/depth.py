@@ -1,0 +1,82 @@
+"""How long the training step takes to compile, against the number of blocks: in a loop, and in a scan.
+
+    python -m benchmarks.depth [--out=FILE.json] [--depths=12,24,48] [--width=64] [--method=circulant] [--remat=none]
+
+A narrow ViT with random weights, the method at its default settings on the modules that it is meant for, with a trained
+head and AdamW. `trace_s` is the time until the program is written down, `compile_s` the compiler's, `instructions` the
+size of the compiled program, `temp_bytes` what it holds beside arguments and results.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import app, flags
+from flax import nnx
+
+from benchmarks.timing import device, setting, table
+from surm_jax.models import REMAT, TARGETS, ViT, ViTConfig
+from surm_jax.peft import METHODS, Rule, Selection, adapt, make_method
+from surm_jax.pretrained import load
+from surm_jax.training.image_task import ImageTask
+from surm_jax.training.mesh import make_mesh
+from surm_jax.training.objective import CLASSES
+from surm_jax.training.partition import partition
+from surm_jax.training.step import init_state, make_train_step
+
+OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
+DEPTHS = flags.DEFINE_list("depths", ["12", "24", "48"], "Numbers of blocks.")
+WIDTH = flags.DEFINE_integer("width", 64, "Features; four heads divide it.", lower_bound=4)
+METHOD = flags.DEFINE_enum("method", "circulant", sorted(METHODS), "What is trained.")
+REMAT_NAME = flags.DEFINE_enum("remat", "none", list(REMAT), "What of the activations is computed a second time.")
+BATCH = 8
+COLUMNS = {"depth": "", "layers": "", "trace_s": ".1f", "compile_s": ".1f", "instructions": ",", "temp_bytes": ","}
+
+
+def measure(depth: int, scan: bool, mesh: jax.sharding.Mesh) -> dict[str, float]:
+    """Compiles one step."""
+    config = ViTConfig.from_variant(
+        "digits", num_classes=10, depth=depth, width=WIDTH.value, mlp_width=4 * WIDTH.value, remat=REMAT_NAME.value
+    )
+    method = make_method(METHOD.value, {})
+    rules = [] if isinstance(method, Selection) else [Rule(TARGETS[method.target], method)]
+    train = ["head/.*", *(method.patterns if isinstance(method, Selection) else [])]
+    model = load(lambda: ViT(config, rngs=nnx.Rngs(0)), None)
+    parts, trained, frozen = partition(*adapt(model, rules, train=train, rngs=nnx.Rngs(1)), scan_layers=scan)
+    optimizer = optax.adamw(1e-4)
+    state = init_state(trained, optimizer, mesh)
+    batch = {"image": jnp.zeros((BATCH, 8, 8, 1)), "label": jnp.zeros(BATCH, jnp.int32)}
+    began = time.perf_counter()
+    step = make_train_step(parts, ImageTask.forward, CLASSES, optimizer, mesh)
+    lowered = step.lower(state, frozen, batch, jax.random.key(0), {})
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    return {
+        "trace_s": traced - began,
+        "compile_s": time.perf_counter() - traced,
+        "instructions": compiled.as_text().count(" = "),
+        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def main(_: list[str]) -> None:
+    """Compiles all steps, prints a table and writes the file asked for."""
+    mesh, rows = make_mesh(1, {}), []
+    with jax.set_mesh(mesh):
+        measure(1, False, mesh)  # what is made once for all programs
+        for depth in map(int, DEPTHS.value):
+            for layers in ("looped", "scanned"):
+                print(f"{depth} blocks, {layers}", flush=True)
+                row = {"depth": depth, "layers": layers, "method": METHOD.value, "width": WIDTH.value, "batch": BATCH}
+                rows.append(row | {"remat": REMAT_NAME.value} | setting() | measure(depth, layers == "scanned", mesh))
+    print(f"width {WIDTH.value}, {METHOD.value}, batch {BATCH}, on {device()}, jax {jax.__version__}")
+    print(table(rows, COLUMNS))
+    if OUT.value:
+        Path(OUT.value).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

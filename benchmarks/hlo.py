@@ -1,0 +1,46 @@
+"""Reading compiled programs: what their devices send each other."""
+
+import math
+import re
+from typing import NamedTuple
+
+_COLLECTIVE = re.compile(
+    r" = (\(.*?\)|\S+) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+_SHAPE = re.compile(r"\b([a-z]+)(\d+)\[([\d,]*)\]")
+
+
+class Collective(NamedTuple):
+    """An operation between devices: its name in HLO, how many numbers each of its results has, and all their bytes."""
+
+    name: str
+    sizes: tuple[int, ...]
+    bytes: int
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """Returns the operations between devices in the text of a compiled program, with what one device gets.
+
+    One in the body of a loop counts once.
+
+    >>> collectives("  %r = (f32[2,3]{1,0}, bf16[]) all-reduce(%a, %b), channel_id=1")
+    [Collective(name='all-reduce', sizes=(6, 1), bytes=26)]
+    """
+    found = []
+    for result, name in _COLLECTIVE.findall(hlo):
+        shapes = [
+            (math.prod(int(length) for length in shape.split(",") if length), int(bits))
+            for _, bits, shape in _SHAPE.findall(result)
+        ]
+        sizes = tuple(size for size, _ in shapes)
+        found.append(Collective(name, sizes, sum(size * bits // 8 for size, bits in shapes)))
+    return found
+
+
+def gathered_sizes(hlo: str) -> list[int]:
+    """Returns how many numbers the largest result of every all-gather has.
+
+    >>> gathered_sizes("  %all-gather = f32[16,5,64]{2,1,0} all-gather(%param), channel_id=1")
+    [5120]
+    """
+    return [max(found.sizes) for found in collectives(hlo) if found.name == "all-gather"]

@@ -1,0 +1,147 @@
+"""How long a training step waits for its data: real images through the input pipeline into a step of ViT-B/16.
+
+    python -m benchmarks.input --data=FOLDER [--out=FILE.json] [--set=cifar10] [--variant=B/16] [--batch=8] [--steps=20]
+
+Circulant updates of Q, K and V are trained; images are cropped, resized and flipped (`crop_flip`). The loop is that of
+a run: the next batch is taken while the device works on the step before. `wait_ms` is the time in which it stands still
+because the batch is not there yet, `share_waiting` that over the whole time of a step. Beside it the same step runs on
+one batch over and over: where input and model share the processors, `ratio_to_one_batch` shows what the input takes
+from the model. `images_per_s` is what the pipeline makes with nothing else to do, and `images_needed_per_s` what the
+step on one batch would use up. The first two steps of each are left out.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import app, flags
+from flax import nnx
+from tqdm import tqdm
+
+from benchmarks.timing import device, setting, table
+from surm_jax import data
+from surm_jax.errors import UserError
+from surm_jax.models import TARGETS, ViT, ViTConfig
+from surm_jax.peft import CirculantUpdate, Rule, adapt
+from surm_jax.training.image_task import ImageTask
+from surm_jax.training.mesh import make_mesh, put_batch
+from surm_jax.training.objective import CLASSES
+from surm_jax.training.partition import partition
+from surm_jax.training.step import init_state, make_train_step
+
+DATA = flags.DEFINE_string("data", None, "The folder of prepared TFDS sets.")
+SET = flags.DEFINE_string("set", "cifar10", "The images.")
+OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
+VARIANT = flags.DEFINE_string("variant", "B/16", "The ViT.")
+BATCH = flags.DEFINE_integer("batch", 8, "Images per step.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 20, "Steps that are timed.", lower_bound=1)
+WARM_UP = 2
+COLUMNS = {
+    "ms": ".1f",
+    "wait_ms": ".2f",
+    "share_waiting": ".2%",
+    "one_batch_ms": ".1f",
+    "ratio_to_one_batch": ".3f",
+    "images_per_s": ",.0f",
+    "images_needed_per_s": ",.1f",
+}
+
+
+class Model:
+    """A model in training; one call is one step, and returns when the one before has ended."""
+
+    def __init__(self, classes: int, channels: int, image_size: int | None):
+        geometry = {} if image_size is None else {"image_size": image_size}
+        config = ViTConfig.from_variant(VARIANT.value, num_classes=classes, channels=channels, **geometry)
+        rules = [Rule(TARGETS["qkv"], CirculantUpdate())]
+        model = ViT(config, rngs=nnx.Rngs(0))
+        model, adapter = adapt(model, rules, train=["head/.*"], rngs=nnx.Rngs(1))
+        self.image_size, self.mesh = config.image_size, jax.sharding.get_mesh()
+        parts, trained, self.frozen = partition(model, adapter)
+        optimizer = optax.adamw(1e-4)
+        self.state, self.key = init_state(trained, optimizer, self.mesh), jax.random.key(0)
+        self.step = make_train_step(parts, ImageTask.forward, CLASSES, optimizer, self.mesh)
+        self.before: dict[str, jax.Array] | None = None
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> None:
+        """Starts a step, and waits for the one before."""
+        self.state, metrics = self.step(self.state, self.frozen, put_batch(batch, self.mesh), self.key, {})
+        jax.device_get(self.before)
+        self.before = metrics
+
+
+def timed(model: Model, batches: Iterator[dict[str, np.ndarray]], what: str) -> tuple[float, float]:
+    """Returns the mean milliseconds of a step, and those of them that it waited for its batch."""
+    waits, ends = [], []
+    for _ in tqdm(range(WARM_UP + STEPS.value), desc=what, leave=False):
+        began = time.perf_counter()
+        batch = next(batches)
+        waits.append(time.perf_counter() - began)
+        model(batch)
+        ends.append(time.perf_counter())
+    return 1e3 * (ends[-1] - ends[WARM_UP - 1]) / STEPS.value, 1e3 * statistics.mean(waits[WARM_UP:])
+
+
+def alone(batches: Iterator[dict[str, np.ndarray]]) -> float:
+    """Returns the images per second that the pipeline makes by itself."""
+    # What was read ahead before the clock started does not count.
+    for _ in range(WARM_UP + 8):
+        next(batches)
+    began = time.perf_counter()
+    for _ in range(STEPS.value):
+        next(batches)
+    return BATCH.value * STEPS.value / (time.perf_counter() - began)
+
+
+def repeated(batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """Yields one batch for ever."""
+    while True:
+        yield batch
+
+
+def main(_: list[str]) -> None:
+    """Times both, prints a table and writes the file asked for."""
+    try:
+        images = data.load(SET.value, DATA.value)
+    except UserError as error:
+        raise app.UsageError(str(error)) from None
+    with jax.set_mesh(make_mesh(1, {})):
+        small = images.image_shape[0] if SET.value.startswith("digits") else None
+        model = Model(len(images.classes), images.channels, small)
+
+        def batches() -> data.TrainBatches:
+            options = {"batch_size": BATCH.value, "image_size": model.image_size, "augment": "crop_flip"}
+            return data.train_batches(images.train, **options, seed=0)
+
+        images_per_s = alone(batches())
+        ms, wait_ms = timed(model, batches(), "real data")
+        one_batch_ms, _ = timed(model, repeated(next(batches())), "one batch")
+    row: dict[str, Any] = {
+        "model": f"ViT-{VARIANT.value}",
+        "set": SET.value,
+        "image_size": model.image_size,
+        "batch": BATCH.value,
+        "steps": STEPS.value,
+        **setting(),
+        "ms": ms,
+        "wait_ms": wait_ms,
+        "share_waiting": wait_ms / ms,
+        "one_batch_ms": one_batch_ms,
+        "ratio_to_one_batch": ms / one_batch_ms,
+        "images_per_s": images_per_s,
+        "images_needed_per_s": 1e3 * BATCH.value / one_batch_ms,
+    }
+    print(f"{SET.value} at {model.image_size} pixels, ViT-{VARIANT.value}, batch {BATCH.value}, on {device()}")
+    print(table([row], COLUMNS))
+    if OUT.value:
+        Path(OUT.value).write_text(json.dumps([row], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,167 @@
+"""How much data each method needs: accuracy against the share of the training set that is used, the paper's Figure 6.
+
+    python experiments/low_data.py --data=FOLDER_OF_PREPARED_TFDS_SETS
+
+adapts what `pretrain_cifar.py` made to the five classes of CIFAR-10 that it never saw, with 1, 2, 5, 10, 20 and 100 %
+of their 25,000 images. A share is the same images for every method and seed, and all of the smaller ones are in it.
+With a backbone and a set of your own:
+
+    python experiments/low_data.py --name=dtd --model=hf://openai/clip-vit-base-patch16 --set=dtd --steps=2000 \\
+        --data=FOLDER_OF_PREPARED_TFDS_SETS
+
+What makes it fit into about 90 minutes on two CPU cores: 300 steps of 64 images in every run, whatever the share (so
+few images are seen often, and all of them not even once), and one search per method for its learning rate, the best of
+three by the accuracy on held-out images, with a tenth of the data (2,000 images and 500 held out) instead of one for
+every share. What counts is the accuracy on the whole test set after the last step of three other seeds.
+
+Every finished run is a row of `experiments/results/low_data_NAME.csv` and is not made again: the command goes on where
+it was stopped, and with more shares, methods or rates it makes what is missing. Two processes may share the work, each
+with `--methods` of its own. `--report` only draws the table and the picture of the rows that are there.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from experiments import grid, image_grid
+from experiments.grid import Grid, Row, Run
+from experiments.image_grid import Settings
+from surm_jax.errors import UserError
+from surm_jax.training.progress import Interruption
+
+RESULTS = grid.RESULTS
+RUNS = Path("runs/low_data")
+# In percent of the training set.
+FRACTIONS = (1.0, 2.0, 5.0, 10.0, 20.0, 100.0)
+SEARCHED = 10.0
+
+
+def task_of(fraction: float) -> str:
+    """Returns the name of the task to learn from so many percent.
+
+    >>> task_of(0.5), task_of(20.0)
+    ('0.5%', '20%')
+    """
+    return f"{fraction:g}%"
+
+
+def fraction_of(task: str) -> float:
+    """Returns the percent in the name of a task."""
+    return float(task.removesuffix("%"))
+
+
+def examples_of(fraction: float, examples: int) -> int:
+    """Returns how many of so many training examples a share is.
+
+    >>> examples_of(1.0, 25_000), examples_of(100.0, 25_000)
+    (250, 25000)
+
+    Raises:
+      UserError: if it is no share, or so small that nothing can be learned and held out.
+    """
+    if not 0 < fraction <= 100:
+        raise UserError(f"--fractions are percent of the training set, above 0 and up to 100, got {fraction:g}")
+    count = round(fraction / 100 * examples)
+    if count < 5:
+        raise UserError(f"--fractions {fraction:g}: {count} of {examples} training examples are too few")
+    return count
+
+
+def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
+    """Draws accuracy against the share, a line for every method: means, and bars of one standard deviation."""
+    figure = Figure(figsize=(7.4, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for method in whole.rates:
+        cells = {task: whole.scores(rows, task, method) for task in whole.tasks}
+        cells = {task: values for task, values in cells.items() if len(values) == len(whole.seeds)}
+        if cells:
+            axes.errorbar(
+                [fraction_of(task) for task in cells],
+                [statistics.mean(values) for values in cells.values()],
+                [statistics.pstdev(values) for values in cells.values()],
+                marker="o",
+                ms=4,
+                capsize=2,
+                label=f"{method} ({whole.trained(rows, method):,})",
+            )
+    axes.set_xscale("log")
+    fractions = [fraction_of(task) for task in whole.tasks]
+    axes.set_xticks(fractions, [f"{fraction:g}" for fraction in fractions])
+    axes.minorticks_off()
+    axes.set_xlabel("training examples used, %")
+    axes.set_ylabel("test accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(
+            title="method (numbers trained)", frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
+    figure.savefig(path, dpi=150)
+
+
+def report(whole: Grid, rows: Sequence[Row], settings: Settings, path: Path) -> None:
+    """Writes the table and the picture beside the rows."""
+    whole = dataclasses.replace(whole, tasks=tuple(sorted(whole.tasks, key=fraction_of)))
+    text = f"""# Little data: {path.stem.removeprefix("low_data_")}
+
+By `python experiments/low_data.py`. {image_grid.describe(settings)}
+
+A column is the share of the training examples that was learned from. {len(whole.seeds)} seeds, mean ± standard
+deviation on the test set, in percent. Empty: not measured yet. Every run is in `{path.name}`.
+
+{whole.table(rows, mean=False)}
+![accuracy against the share of the training set]({path.stem}.png)
+
+Learning rates, chosen by the accuracy on held-out training examples with {SEARCHED:g} % of the data, for all shares;
+*: at an end of what was tried, so a better one may lie beyond.
+
+{whole.rates_table(rows)}"""
+    path.with_suffix(".md").write_text(text)
+    draw(whole, rows, path.with_suffix(".png"))
+
+
+def make_missing(options: argparse.Namespace, path: Path) -> None:
+    """Makes the runs that are asked for and have no row yet, and reports after each."""
+    rates, name = image_grid.rates_of(options), options.set or "cifar10"
+    classes = image_grid.classes_of(options, [options.set] if options.set else [])
+    examples = len(image_grid.load_images(name, options.data, classes).train)
+    sizes = {task_of(fraction): examples_of(fraction, examples) for fraction in (*options.fractions, SEARCHED)}
+    settings = image_grid.settings_of(options, classes, f"{examples:,} training examples of {name}")
+    image_grid.note_settings(path, settings)
+
+    def make(run: Run, interruption: Interruption) -> Row:
+        config = image_grid.run_config(settings, run, name, options.data, sizes[run.task])
+        return grid.measure(run, config, RUNS / options.name, interruption)
+
+    asked = Grid(tuple(map(task_of, options.fractions)), rates, tuple(options.seeds), task_of(SEARCHED))
+    image_grid.work(asked, path, make, lambda whole, rows: report(whole, rows, settings, path))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Makes what is missing of the grid, or only reports."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    image_grid.add_options(parser)
+    parser.add_argument("--set", default="", help="as config.data.name; empty: five classes of CIFAR-10")
+    parser.add_argument("--fractions", nargs="+", type=float, default=FRACTIONS, help="in percent of the training set")
+    options = parser.parse_args(arguments)
+    path = RESULTS / f"low_data_{options.name}.csv"
+    if options.report:
+        rows = grid.read_rows(path)
+        whole = image_grid.extended(Grid((), {}, (), task_of(SEARCHED)), rows)
+        report(whole, rows, image_grid.read_settings(path), path)
+    else:
+        make_missing(options, path)
+    print(path.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    grid.command(main)

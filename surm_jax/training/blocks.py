@@ -1,0 +1,151 @@
+"""How a program that trains or evaluates runs the blocks of a model: equal ones in a scan, over weights that are split.
+
+A loop over the blocks is a program that grows with their number. `jax.lax.scan` compiles one block, and runs it on each
+slice of arrays `[depth, ...]` that hold the numbers of all. Over a mesh that splits the base every block puts its own
+weights together, in the forward pass and once more in the backward pass, so that no device keeps more than one whole.
+"""
+
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from surm_jax.models import REMAT, Blocks
+from surm_jax.peft.context import keys_drawn, set_keys_drawn
+from surm_jax.training.mesh import FSDP_AXIS, all_but_gathered, whole
+
+
+class Stack(nnx.Module):
+    """Equal blocks as one: `stacked` is a block whose arrays have a first axis of `depth`, one slice for each."""
+
+    def __init__(self, stacked: nnx.Module, depth: int) -> None:
+        self.stacked, self.depth = stacked, depth
+
+
+class StepBlocks(Blocks):
+    """The blocks of a model as a step runs them; several equal ones may be a `Stack`."""
+
+    def run(
+        self, x: jax.Array, *arguments: jax.Array | None, keys: jax.Array | None, remat: str, every: bool
+    ) -> tuple[jax.Array, ...]:
+        """As `Blocks.run`. Numbers are the same to rounding: dropout draws the keys that it draws there."""
+        states, first = [x], 0
+        for part in self:
+            if isinstance(part, Stack):
+                key = None if keys is None else keys[first : first + part.depth]
+                states += _scan(part.stacked, states[-1], arguments, key, remat, every)
+                first += part.depth
+            else:
+                key = None if keys is None else keys[first]
+                states.append(_call(part, states[-1], arguments, key, remat))
+                first += 1
+        return tuple(states if every else states[-1:])
+
+
+def _scan(
+    stacked: nnx.Module,
+    x: jax.Array,
+    arguments: tuple[jax.Array | None, ...],
+    keys: jax.Array | None,
+    remat: str,
+    every: bool,
+) -> list[jax.Array]:
+    """Returns the state after every block of a stack, or after the last."""
+    graphdef, arrays = nnx.split(stacked)
+    # Even where nothing is computed again: what the backward pass reads of the weights would else be kept, all of it.
+    policy = REMAT[remat] or all_but_gathered
+    layer = jax.checkpoint(_layer(graphdef, arguments), prevent_cse=False, policy=policy)
+
+    def body(carry: tuple, inputs: tuple) -> tuple:
+        x, drawn = layer(*carry, *inputs)
+        return (x, drawn), x if every else None
+
+    drawn = keys_drawn()
+    drawn = None if drawn is None else jnp.asarray(drawn, jnp.int32)
+    (x, drawn), states = jax.lax.scan(body, (x, drawn), (arrays, keys))
+    set_keys_drawn(drawn)
+    return list(states) if every else [x]
+
+
+def _call(
+    block: nnx.Module, x: jax.Array, arguments: tuple[jax.Array | None, ...], key: jax.Array | None, remat: str
+) -> jax.Array:
+    """Returns the state after one block."""
+    if not _is_split() and REMAT[remat] is None:
+        return block(x, *arguments, key)
+    graphdef, arrays = nnx.split(block)
+    layer = jax.checkpoint(_layer(graphdef, arguments), policy=REMAT[remat] or all_but_gathered)
+    x, drawn = layer(x, keys_drawn(), arrays, key)
+    set_keys_drawn(drawn)
+    return x
+
+
+def _layer(graphdef: nnx.GraphDef, arguments: tuple[jax.Array | None, ...]) -> Callable:
+    """Returns `(x, number of keys drawn, the block's arrays, its key) -> (its output, number of keys drawn)`."""
+
+    def layer(x: jax.Array, drawn: jax.Array | None, arrays: nnx.State, key: jax.Array | None) -> tuple:
+        if _is_split():
+            arrays = whole(arrays, jax.sharding.get_abstract_mesh())
+        set_keys_drawn(drawn)
+        return nnx.merge(graphdef, arrays)(x, *arguments, key), keys_drawn()
+
+    return layer
+
+
+def _is_split() -> bool:
+    """Whether the mesh that `jax.set_mesh` set splits the base."""
+    return jax.sharding.get_abstract_mesh().shape.get(FSDP_AXIS, 1) > 1
+
+
+def runs_of(blocks: Blocks, kind_of: Callable[[tuple], Hashable]) -> list[int]:
+    """Returns how many neighbours are equal: the lengths of all runs, in order.
+
+    Args:
+      blocks: of a model.
+      kind_of: of a variable by block and path in it, `(3, "attention", "query", "kernel")`: what must be equal besides
+        the blocks' structure, and shapes and dtypes of their variables.
+    """
+
+    def signature(index: int) -> Hashable:
+        graphdef, state = nnx.split(blocks[index])
+        kinds = [(*path, v.shape, v.dtype, kind_of((index, *path))) for path, v in nnx.to_flat_state(state)]
+        return graphdef, tuple(kinds)
+
+    return [len(list(run)) for _, run in itertools.groupby(range(len(blocks)), signature)]
+
+
+def as_parts(blocks: Blocks, runs: Sequence[int]) -> StepBlocks:
+    """Returns the blocks as a step runs them, with a stack for every run of several.
+
+    It takes the arrays of these over: one by one they are deleted when they are in the stack, so that the blocks are
+    never twice in memory.
+    """
+    ends = itertools.accumulate(runs)
+    members = [blocks[end - depth : end] for end, depth in zip(ends, runs, strict=True)]
+    return StepBlocks(run[0] if len(run) == 1 else Stack(_stacked(run), len(run)) for run in members)
+
+
+def as_blocks(parts: StepBlocks) -> Blocks:
+    """Returns the blocks one by one; those of stacks are copies."""
+    return Blocks(block for part in parts for block in (_unstacked(part) if isinstance(part, Stack) else [part]))
+
+
+def _stacked(blocks: Sequence[nnx.Module]) -> nnx.Module:
+    def stacked(arrays: list[jax.Array]) -> jax.Array:
+        together = jnp.stack(arrays)
+        for array in arrays:
+            array.delete()
+        return together
+
+    flat = zip(*(nnx.to_flat_state(nnx.state(block)) for block in blocks), strict=True)
+    state = [(each[0][0], each[0][1].copy(stacked([variable[...] for _, variable in each]))) for each in flat]
+    return nnx.merge(nnx.graphdef(blocks[0]), nnx.from_flat_state(state))
+
+
+def _unstacked(stack: Stack) -> Iterator[nnx.Module]:
+    graphdef, state = nnx.split(stack.stacked)
+    leaves, treedef = jax.tree.flatten(state)
+    for arrays in zip(*(jnp.unstack(leaf) for leaf in leaves), strict=True):
+        yield nnx.merge(graphdef, jax.tree.unflatten(treedef, arrays))

@@ -1,0 +1,246 @@
+"""Grids of runs: which run comes next, what is made of the rows, and going on after an interruption."""
+
+import dataclasses
+import itertools
+import signal
+import sys
+
+import pytest
+
+from experiments import grid
+from experiments.grid import Grid, Run, add_row, read_rows, work
+from surm_jax.errors import UserError
+from surm_jax.training import base_config, parse
+from surm_jax.training.loop import InterruptedRunError
+from surm_jax.training.metrics import NotFiniteError
+from surm_jax.training.progress import Interruption
+from tests.training import tiny
+
+RATES = {"linear_probe": (0.1, 0.2, 0.4), "lora": (0.01, 0.02, 0.04)}
+GRID = Grid(("stsb", "rte"), RATES, (0, 1))
+
+
+def row_of(run, score, loss=0.5):
+    metric = {"stsb": "spearman", "rte": "accuracy"}[run.task]
+    measured = {"metric": metric, "score": score, "loss": loss}
+    return {**run._asdict(), **measured, "trainable": 40 if run.task == "rte" else 30, "steps": 4, "seconds": 1.5}
+
+
+def searched(task, method, scores, losses=(0.5, 0.5, 0.5)):
+    rows = zip(RATES[method], scores, losses, strict=True)
+    return [row_of(Run(task, method, "search", rate, 10), score, loss) for rate, score, loss in rows]
+
+
+def all_runs(whole):
+    """The runs in the order in which they are made, and their rows: the middle rate is always the best one."""
+    rows, runs = [], []
+    while run := whole.next_run(rows):
+        assert whole.done(rows) == len(runs)
+        runs.append(run)
+        rates = RATES[run.method]
+        rows.append(row_of(run, (0.1, 0.3, 0.2)[rates.index(run.learning_rate)]))
+    return runs, rows
+
+
+def test_the_grid_is_made_in_order_and_each_run_once():
+    runs, rows = all_runs(GRID)
+    assert len(runs) == len(set(runs)) == GRID.size() == 2 * 2 * (3 + 2)
+    assert runs[:5] == [
+        *(Run("stsb", "linear_probe", "search", rate, 10) for rate in (0.1, 0.2, 0.4)),
+        *(Run("stsb", "linear_probe", "final", 0.2, seed) for seed in (0, 1)),
+    ]
+    assert [key for key, _ in itertools.groupby((run.task, run.method) for run in runs)] == [
+        ("stsb", "linear_probe"), ("stsb", "lora"), ("rte", "linear_probe"), ("rte", "lora"),
+    ]  # fmt: skip
+    # Whichever row is lost, that run comes next.
+    for lost in rows:
+        if lost["part"] == "final":
+            assert GRID.next_run([row for row in rows if row is not lost])._asdict().items() <= lost.items()
+
+
+def test_a_part_of_a_grid_counts_its_own_runs_alone():
+    _, rows = all_runs(GRID)
+    part = dataclasses.replace(GRID, tasks=("rte",), rates={"lora": RATES["lora"]})
+    assert part.next_run(rows) is None
+    assert part.done(rows) == part.size() == 5
+    assert part.done(row for row in rows if row["task"] == "stsb") == 0
+
+
+def test_one_search_for_all_tasks():
+    whole = dataclasses.replace(GRID, searched="rte")
+    runs, rows = all_runs(whole)
+    assert len(runs) == len(set(runs)) == whole.size() == 2 * 3 + 2 * 2 * 2
+    assert {run.task for run in runs if run.part == "search"} == {"rte"}
+    assert runs[3] == Run("stsb", "linear_probe", "final", 0.2, 0)
+    assert whole.rates_table(rows).splitlines() == [
+        "| method | tried | rte |",
+        "|---|---|---:|",
+        "| linear_probe | 0.1, 0.2, 0.4 | 0.2 |",
+        "| lora | 0.01, 0.02, 0.04 | 0.02 |",
+    ]
+    # The task that was searched need not be one that counts.
+    other = dataclasses.replace(whole, tasks=("stsb",))
+    assert other.next_run(rows) is None
+    assert other.done(rows) == other.size() == 2 * 3 + 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("scores", "losses", "best"),
+    [
+        ((0.1, 0.3, 0.2), (0.5, 0.5, 0.5), 0.02),
+        ((0.4, 0.3, 0.2), (0.5, 0.1, 0.1), 0.01),
+        ((0.3, 0.3, 0.3), (0.5, 0.6, 0.4), 0.04),
+        ((-0.2, -0.1, -0.3), (0.5, 0.5, 0.5), 0.02),
+    ],
+)
+def test_the_best_rate_has_the_best_score_and_then_the_smallest_loss(scores, losses, best):
+    rows = searched("rte", "lora", scores, losses)
+    assert GRID.best_rate(rows, "rte", "lora") == best
+    assert GRID.best_rate(rows[:2], "rte", "lora") is GRID.best_rate(rows, "stsb", "lora") is None
+    # What the final seeds scored has no say.
+    assert GRID.best_rate([*rows, row_of(Run("rte", "lora", "final", 0.01, 0), 0.99)], "rte", "lora") == best
+    # Nor has a rate that may not be chosen any more.
+    old = row_of(Run("rte", "lora", "search", 7.0, 10), 0.99)
+    assert GRID.best_rate([*rows, old], "rte", "lora") == best
+
+
+def test_tables_of_an_unfinished_grid():
+    rows = searched("rte", "lora", (0.1, 0.3, 0.2)) + searched("rte", "linear_probe", (0.1, 0.2, 0.3))
+    rows += [row_of(Run("rte", "lora", "final", 0.02, seed), score) for seed, score in ((0, 0.5), (1, 0.7))]
+    # Runs with a rate that is not the best any more do not count.
+    rows += [row_of(Run("rte", "linear_probe", "final", rate, seed), 0.5) for rate, seed in ((0.4, 0), (0.2, 1))]
+    # Sample deviation of two; a cell that lacks a seed is empty, and so is a mean that lacks a task.
+    assert GRID.table(rows).splitlines() == [
+        "| method | trained | rte (accuracy) | mean |",
+        "|---|---:|---:|---:|",
+        "| linear_probe | 40 |  |  |",
+        "| lora | 40 | 60.0 ± 14.1 |  |",
+    ]
+    assert GRID.rates_table(rows).splitlines()[2:] == [
+        "| linear_probe | 0.1, 0.2, 0.4 |  | 0.4 * |",
+        "| lora | 0.01, 0.02, 0.04 |  | 0.02 |",
+    ]
+    rows += searched("stsb", "lora", (0.1, 0.3, 0.2))
+    rows += [row_of(Run("stsb", "lora", "final", 0.02, seed), 0.8) for seed in (0, 1)]
+    assert GRID.table(rows).splitlines()[-1] == "| lora | 40 | 80.0 ± 0.0 | 60.0 ± 14.1 | 70.0 |"
+    assert GRID.table(rows, mean=False).splitlines()[-1] == "| lora | 40 | 80.0 ± 0.0 | 60.0 ± 14.1 |"
+    assert GRID.table([]).splitlines()[2:] == ["| linear_probe |  |  |", "| lora |  |  |"]
+
+
+def test_rows_are_read_back_as_they_were(tmp_path):
+    path = tmp_path / "rows.csv"
+    assert read_rows(path) == []
+    rows = [*searched("rte", "lora", (0.125, -0.25, 0.3)), row_of(Run("stsb", "lora", "final", 3e-5, 2), 0.1)]
+    for row in rows:
+        add_row(path, row)
+    assert read_rows(path) == rows
+    assert [[type(value) for value in row.values()] for row in read_rows(path)] == [
+        [type(value) for value in row.values()] for row in rows
+    ]
+    header, *lines = path.read_text().splitlines()
+    assert header == "task,method,part,learning_rate,seed,metric,score,loss,trainable,steps,seconds"
+    assert lines[-1] == "stsb,lora,final,3e-05,2,spearman,0.1,0.5,30,4,1.5"
+
+
+def test_a_grid_goes_on_where_it_was_stopped(tmp_path, capsys):
+    path, made, reported = tmp_path / "results" / "rows.csv", [], []
+
+    def make(run, interruption):
+        made.append(run)
+        if len(made) == 4:
+            raise InterruptedRunError("SIGTERM: saved step 2 of 4", 143)
+        return row_of(run, run.learning_rate)
+
+    with pytest.raises(InterruptedRunError):
+        work(GRID, path, make, reported.append)
+    assert read_rows(path) == reported[-1] and len(reported[-1]) == 3
+    work(GRID, path, make, reported.append)
+    # The fourth run is made again, and nothing else.
+    assert made[4] == made[3] and len(made) == 21
+    assert [Run(*(row[name] for name in Run._fields)) for row in read_rows(path)] == made[:3] + made[4:]
+    said = capsys.readouterr().out
+    assert "run 4 of 20" in said and "run 20 of 20" in said
+    work(GRID, path, make, reported.append)
+    path.write_text("\n".join(path.read_text().splitlines()[:5]) + "\n")
+    work(GRID, path, make, reported.append, only_report=True)
+    assert len(made) == 21
+    assert len(reported[-1]) == 4 and reported[-1] == reported[3]
+
+
+def test_a_signal_between_two_runs_starts_no_other(tmp_path):
+    made = []
+
+    def make(run, interruption):
+        made.append(run)
+        signal.raise_signal(signal.SIGINT)
+        return row_of(run, 0.5)
+
+    work(GRID, tmp_path / "rows.csv", make, lambda rows: None)
+    assert len(made) == len(read_rows(tmp_path / "rows.csv")) == 1
+
+
+def test_two_processes_on_parts_of_one_grid(tmp_path):
+    path, rows = tmp_path / "rows.csv", all_runs(GRID)[1]
+    parts = [dataclasses.replace(GRID, rates={method: rates}) for method, rates in RATES.items()]
+    makers = [iter([row for row in rows if row["method"] == method]) for method in RATES]
+
+    # While the first makes its third run, the second one makes all of its own.
+    def make_first(run, interruption):
+        if sum(row["method"] == "linear_probe" for row in read_rows(path)) == 2 and parts[1].next_run(read_rows(path)):
+            work(parts[1], path, lambda run, interruption: next(makers[1]), lambda rows: None)
+        return next(makers[0])
+
+    work(parts[0], path, make_first, lambda rows: None)
+    assert sorted(map(repr, read_rows(path))) == sorted(map(repr, rows))
+    assert GRID.next_run(read_rows(path)) is None
+
+
+def test_what_a_run_measured(tmp_path):
+    files = tiny.write_files(tmp_path)
+    values = {"model.variant": "", "optim.steps": 2}
+    for run, config in (
+        (Run("a/b:1.0.0", "lora", "search", 0.01, 3), tiny.make_config(files, "lora", **values, **{"data.holdout": 8})),
+        (Run("a/b:1.0.0", "lora", "final", 0.01, 3), tiny.make_config(files, "lora", **values)),
+    ):
+        with Interruption() as interruption:
+            row = grid.measure(run, config, tmp_path / "runs", interruption)
+        folder = tmp_path / "runs" / "a_b_1.0.0" / f"lora-{run.part}-0.01-3"
+        assert (folder / "result.json").is_file()
+        assert list(row) == list(grid.COLUMNS)
+        assert row.items() >= {**run._asdict(), "metric": "accuracy", "steps": 2, "trainable": 93}.items()
+        # Of 8 held-out examples, or of 21 for testing.
+        count = 8 if run.part == "search" else 21
+        assert count * row["score"] == pytest.approx(round(count * row["score"]), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [(InterruptedRunError("SIGTERM: saved", 143), 143, "SIGTERM: saved"), (UserError("no"), "error: no", "")],
+)
+def test_a_script_ends_with_one_line(error, status, said, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        grid.command(main)
+    assert exit_.value.code == status
+    assert said in capsys.readouterr().err
+    grid.command(lambda: print("done", file=sys.stderr))
+    assert "done" in capsys.readouterr().err
+
+
+def test_a_search_that_diverges_is_the_worst(tmp_path, monkeypatch):
+    def diverges(config, seed, folder, interruption):
+        raise NotFiniteError("train_loss is nan at step 3")
+
+    monkeypatch.setattr(grid, "train", diverges)
+    with Interruption() as interruption:
+        found = grid.measure(Run("rte", "lora", "search", 0.04, 10), parse(base_config()), tmp_path, interruption)
+        add_row(tmp_path / "rows.csv", found)
+        with pytest.raises(NotFiniteError, match="nan at step 3"):
+            grid.measure(Run("rte", "lora", "final", 0.04, 0), parse(base_config()), tmp_path, interruption)
+    rows = read_rows(tmp_path / "rows.csv")
+    assert rows == [found]
+    others = [row for row in searched("rte", "lora", (0.0, -0.2, 0.0)) if row["learning_rate"] != 0.04]
+    assert GRID.best_rate([*rows, *others], "rte", "lora") == 0.01
+    assert GRID.metrics([*others, *rows]) == {"rte": "accuracy"}

@@ -1,0 +1,155 @@
+"""Accuracy against the share of the data: a small grid from end to end, its picture, and what is refused."""
+
+import numpy as np
+import pytest
+
+from experiments import image_grid, low_data
+from experiments.grid import Grid, Run, read_rows
+from surm_jax.errors import UserError
+from surm_jax.training.job import prepare
+from surm_jax.training.loop import InterruptedRunError
+from surm_jax.training.workdir import read_config
+from tests.training import tiny
+
+MEASURED = {"metric": "accuracy", "loss": 0.5, "trainable": 7, "steps": 2, "seconds": 1.0}
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A folder to work in, with the tiny job's data and weights, and calls with them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(low_data, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(low_data, "SEARCHED", 50.0)
+    tiny.write_files(tmp_path)
+
+    def call(*arguments):
+        low_data.main(
+            ["--name=small", "--model=weights.safetensors", "--set=data.npz", "--augment=none", "--steps=2",
+             "--batch-size=8", "--seeds", "0", "1", "--methods", "linear_probe", "--rates", "linear_probe=0.1",
+             "--fractions", "25", "100", *arguments]
+        )  # fmt: skip
+        return read_rows(tmp_path / "results" / "low_data_small.csv")
+
+    return call
+
+
+def test_a_small_grid(small, tmp_path, capsys):
+    rows = small()
+    assert [(row["task"], row["part"], row["learning_rate"], row["seed"], row["steps"]) for row in rows] == [
+        ("50%", "search", 0.1, 10, 2),
+        *((share, "final", 0.1, seed, 2) for share in ("25%", "100%") for seed in (0, 1)),
+    ]
+    runs, seen = tmp_path / "runs" / "low_data" / "small", {}
+    for row in rows:
+        folder = runs / row["task"] / f"linear_probe-{row['part']}-{row['learning_rate']:g}-{row['seed']}"
+        task = prepare(read_config(folder), row["seed"]).task
+        held_out = len(task.holdout) if task.holdout else 0
+        images = {task.dataset.train[index]["image"].tobytes() for index in range(task.examples)}
+        seen.setdefault(row["task"], []).append(images)
+        assert (task.examples, held_out) == {"50%": (16, 4), "25%": (10, 0), "100%": (40, 0)}[row["task"]]
+        assert len(task.dataset.test) == 21
+    # Every seed sees the same images, and the small share's are among the larger one's.
+    assert all(images == several[0] for several in seen.values() for images in several)
+    assert seen["25%"][0] < seen["100%"][0]
+    text = (tmp_path / "results" / "low_data_small.md").read_text()
+    assert "| method | trained | 25% (accuracy) | 100% (accuracy) |\n" in text
+    means = [100 * np.mean([row["score"] for row in rows if row["task"] == share]) for share in ("25%", "100%")]
+    (line,) = [line for line in text.splitlines() if line.startswith("| linear_probe | 33 |")]
+    assert [cell.split(" ±")[0].strip() for cell in line.split("|")[3:5]] == [f"{mean:.1f}" for mean in means]
+    assert "| method | tried | 50% |" in text
+    assert (tmp_path / "results" / "low_data_small.png").stat().st_size > 5000
+    # Nothing is made twice.
+    capsys.readouterr()
+    assert small() == rows
+    assert "== run" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Runs are not made but noted, with scores that follow from their learning rates."""
+    made = []
+
+    def measure(run, config, root, interruption):
+        made.append(run)
+        return {**run._asdict(), "score": run.learning_rate + run.seed / 100, **MEASURED}
+
+    monkeypatch.setattr(low_data.grid, "measure", measure)
+    return made
+
+
+def test_other_calls_add_shares(small, pretended, tmp_path):
+    small()
+    rows = small("--fractions", "50")
+    assert len(pretended) == 7
+    assert [(row["task"], row["part"], row["seed"]) for row in rows[5:]] == [("50%", "final", 0), ("50%", "final", 1)]
+    # In their place, whatever the order in which they were made; and a report needs neither data nor model.
+    path = tmp_path / "results" / "low_data_small.md"
+    text = path.read_text()
+    for name in ("data.npz", "weights.safetensors", str(path)):
+        (tmp_path / name).unlink()
+    low_data.main(["--name=small", "--report"])
+    assert path.read_text() == text
+    assert "| method | trained | 25% (accuracy) | 50% (accuracy) | 100% (accuracy) |\n" in text
+    assert "| linear_probe | 7 | 10.5 ± 0.7 | 10.5 ± 0.7 | 10.5 ± 0.7 |\n" in text
+
+
+def test_it_goes_on_after_an_interruption(small, pretended, monkeypatch):
+    measure = low_data.grid.measure
+
+    def stopped(run, config, root, interruption):
+        row = measure(run, config, root, interruption)
+        if len(pretended) == 3:
+            raise InterruptedRunError("SIGINT: saved step 1 of 2", 130)
+        return row
+
+    monkeypatch.setattr(low_data.grid, "measure", stopped)
+    with pytest.raises(InterruptedRunError):
+        small()
+    assert len(small()) == 5
+    assert len(pretended) == 6 and pretended[2] == pretended[3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "lore"], "unknown method 'lore'; did you mean 'lora'"),
+        (["--fractions", "0"], "above 0 and up to 100, got 0"),
+        (["--fractions", "50", "101"], "above 0 and up to 100, got 101"),
+        (["--fractions", "nan"], "above 0 and up to 100, got nan"),
+        (["--fractions", "1"], "--fractions 1: 0 of 40 training examples are too few"),
+        (["--set=dat.npz"], "no data file .*dat.npz; did you mean 'data.npz'"),
+        (["--model=weigths.safetensors"], "no checkpoint 'weigths.safetensors'.*did you mean 'weights.safetensors'"),
+        (["--model="], "there is no runs/pretrain_cifar/model.safetensors: python experiments/pretrain_cifar.py"),
+        (["--name=none", "--report"], "nothing to report: .*low_data_none.json does not exist"),
+    ],
+)
+def test_what_cannot_be_is_one_message(small, arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        small(*arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_the_default_shares_of_the_default_set():
+    counts = [low_data.examples_of(fraction, 25_000) for fraction in low_data.FRACTIONS]
+    assert counts == [250, 500, 1250, 2500, 5000, 25_000]
+    assert image_grid.held_out(low_data.examples_of(low_data.SEARCHED, 25_000)) == 500
+    tasks = [low_data.task_of(fraction) for fraction in low_data.FRACTIONS]
+    assert [low_data.fraction_of(task) for task in tasks] == list(low_data.FRACTIONS)
+
+
+def test_the_picture_shows_complete_cells_by_share(tmp_path):
+    whole = Grid(("1%", "100%"), {"lora": (0.1,), "full": (0.1,)}, (0, 1), searched="10%")
+    rows = []
+    for run, score in (
+        (Run("10%", "lora", "search", 0.1, 10), 0.5),
+        *((Run(task, "lora", "final", 0.1, seed), 0.5) for task in whole.tasks for seed in whole.seeds),
+    ):
+        rows.append({**run._asdict(), "score": score, **MEASURED})
+    low_data.draw(whole, [], tmp_path / "empty.png")
+    low_data.draw(whole, rows[:3], tmp_path / "one.png")
+    low_data.draw(whole, rows, tmp_path / "two.png")
+    pictures = [(tmp_path / f"{name}.png").read_bytes() for name in ("empty", "one", "two")]
+    assert len(set(pictures)) == 3
+    # A cell that lacks a seed is not drawn.
+    low_data.draw(whole, rows[:-1], tmp_path / "lacking.png")
+    assert (tmp_path / "lacking.png").read_bytes() == pictures[1]

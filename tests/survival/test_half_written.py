@@ -1,0 +1,106 @@
+"""What is killed while it writes leaves the old file or the new one under the name, and never a part."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from surm_jax import atomic
+from surm_jax.atomic import is_temporary, remove_folder, remove_temporaries, replacing, replacing_folder
+
+# Writes a file and a folder over and over, each time filled with one letter. Blocks make half-written states likely.
+WRITER = """
+import itertools, sys
+from pathlib import Path
+from surm_jax.atomic import replacing, replacing_folder
+root = Path(sys.argv[1])
+def fill(path, letter):
+    with path.open("wb", buffering=0) as file:
+        for _ in range(64):
+            file.write(letter * 4096)
+for letter in itertools.cycle([b"a", b"b", b"c"]):
+    with replacing(root / "file") as temporary:
+        fill(temporary, letter)
+    with replacing_folder(root / "folder") as temporary:
+        for name in "12":
+            fill(temporary / name, letter)
+    print(letter, flush=True)
+"""
+WHOLE = [letter * 64 * 4096 for letter in (b"a", b"b", b"c")]
+
+
+def test_a_killed_writer(tmp_path):
+    half_written = 0
+    for kill in range(8):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(0.007 * kill)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        assert (tmp_path / "file").read_bytes() in WHOLE
+        leftovers = [path for path in tmp_path.iterdir() if is_temporary(path)]
+        # Killed between two renames: the folder that was to be replaced has another name, but all of it is there.
+        folder = tmp_path / "folder" if (tmp_path / "folder").is_dir() else _old(leftovers)
+        first, second = (path.read_bytes() for path in sorted(folder.iterdir()))
+        assert first == second and first in WHOLE
+        half_written += bool(leftovers)
+        remove_temporaries(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} <= {"file", "folder"}
+    print(f"8 kills, {half_written} of them while something was half written")
+    assert half_written
+
+
+def _old(leftovers):
+    (old,) = (path for path in leftovers if path.suffix == ".old")
+    return old
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What is forced onto the disk and renamed, in order."""
+    noted = []
+    fsync, replace = os.fsync, os.replace
+
+    def noting_fsync(descriptor):
+        noted.append(("sync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def noting_replace(source, target):
+        noted.append(("rename", os.path.basename(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(atomic.os, "fsync", noting_fsync)
+    monkeypatch.setattr(atomic.os, "replace", noting_replace)
+    return noted
+
+
+def test_content_is_on_the_disk_before_it_has_its_name_and_then_the_name(tmp_path, calls):
+    with replacing(tmp_path / "file") as temporary:
+        temporary.write_text("content")
+    assert calls == [("sync", temporary.name), ("rename", "file"), ("sync", tmp_path.name)]
+    del calls[:]
+    with replacing_folder(tmp_path / "folder") as temporary:
+        (temporary / "below").mkdir()
+        (temporary / "below" / "file").write_text("content")
+    assert {("sync", "below"), ("sync", "file"), ("sync", temporary.name)} == set(calls[:3])
+    assert calls[3:] == [("rename", "folder"), ("sync", tmp_path.name)]
+
+
+def test_a_folder_is_removed_at_once_or_not(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("content")
+
+    def killed(path, **_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_folder(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    remove_temporaries(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,37 @@
+"""SIGKILL at any moment, a checkpoint half written included: what is started again ends like what was left alone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.training import tiny
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CHAINS, KILLS, STEPS, SEED = 2, 10, 24, 20
+
+
+def test_twenty_kills_change_no_bit_of_the_end(tmp_path):
+    tiny.write_files(tmp_path)
+    # Programs are compiled once, as on a machine of one's own.
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    arguments = [tmp_path, CHAINS, KILLS, STEPS, SEED]
+    command = [sys.executable, "-m", "tests.survival.kills", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    logs = "".join(path.read_text()[-2000:] for path in tmp_path.glob("log-of-*"))
+    assert done.returncode == 0, done.stderr + logs
+    print(done.stdout)
+    kills = [line for line in done.stdout.splitlines() if ", kill " in line]
+    assert len(kills) == CHAINS * KILLS
+    assert any("while it wrote" in line for line in kills)
+    runs = [*tmp_path.glob("killed-*"), *tmp_path.glob("complete-*")]
+    assert len(runs) >= CHAINS
+    for run in runs:
+        tiny.assert_same_run(tmp_path / "whole", run)
+        assert not [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
+        assert not (run / ".lock").exists()

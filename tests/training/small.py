@@ -1,0 +1,93 @@
+"""A small ViT and a small BERT with any method, and a batch for each: for tests of steps without data sets and jobs."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from surm_jax.models import Bert, BertConfig, ViT, ViTConfig
+from surm_jax.peft import Adapter, AdapterScale
+from surm_jax.training.adaptation import adapt_model
+from surm_jax.training.config import base_config, parse
+from surm_jax.training.image_task import ImageTask
+from surm_jax.training.step import Batch, Forward
+from surm_jax.training.text_task import TextTask
+
+KINDS = ("vit", "bert")
+BATCH, DEPTH = 16, 2
+# What a width of 16 and two blocks need.
+VALUES = {
+    "c3a": {"peft.c3a.block": 8},
+    "adapter_drop": {"peft.adapter_drop.skip": 1},
+    "lokr": {"peft.lokr.rank": 2},
+    "compacter": {"peft.compacter.reduction": 4},
+    "structured": {"peft.structured.family": "circulant_pair + low_rank"},
+}
+
+
+class Small(NamedTuple):
+    model: nnx.Module
+    adapter: Adapter
+    forward: Forward
+    batch: Batch
+
+
+def build(kind: str, method: str, values: dict[str, Any] | None = None, **fields: Any) -> Small:
+    """Builds a model whose arrays nothing else holds.
+
+    Args:
+      kind: one of `KINDS`.
+      method: of `surm_jax.peft.METHODS`.
+      values: further values of the configuration by key.
+      **fields: of the model's configuration.
+    """
+    graphdef, state, adapter = _built(kind, method, tuple((values or {}).items()), tuple(fields.items()))
+    model = nnx.merge(graphdef, jax.tree.map(jnp.array, state))
+    rng = np.random.default_rng(2)
+    batch = {"label": np.arange(BATCH, dtype=np.int32) % 3}
+    if kind == "vit":
+        return Small(model, adapter, ImageTask.forward, batch | {"image": _normal(rng, BATCH, 8, 8, 1)})
+    tokens = rng.integers(0, 30, (BATCH, 5), np.int32)
+    texts = {"tokens": tokens, "token_types": tokens % 2, "token_mask": np.arange(5) < rng.integers(2, 6, (BATCH, 1))}
+    return Small(model, adapter, TextTask.forward, batch | texts)
+
+
+@functools.cache
+def _built(kind: str, method: str, values: tuple, fields: tuple) -> tuple[nnx.GraphDef, Any, Adapter]:
+    config = base_config()
+    config.update_from_flattened_dict({"peft.method": method, **VALUES.get(method, {}), **dict(values)})
+    # Numbers that hide no mistake: at the start of training one of two factors has no gradient.
+    model, adapter = adapt_model(nnx.eval_shape(_MAKERS[kind](**dict(fields))), parse(config).peft, 0)
+    graphdef, state = nnx.split(model)
+    rng = np.random.default_rng(1)
+
+    def values(variable: nnx.Variable) -> np.ndarray:
+        if isinstance(variable, AdapterScale):
+            return np.ones((), np.float32)
+        return (0.3 * _normal(rng, *variable.shape)).astype(variable.dtype)
+
+    flat = [(path, variable.copy(values(variable))) for path, variable in nnx.to_flat_state(state)]
+    return graphdef, nnx.from_flat_state(flat), adapter
+
+
+def _vit(**fields: Any) -> Callable[[], ViT]:
+    sizes = {"image_size": 8, "channels": 1, "patch_size": 4, "width": 16, "depth": DEPTH, "heads": 2, "mlp_width": 24}
+    config = ViTConfig(num_classes=3, **{**sizes, **fields})
+    return lambda: ViT(config, rngs=nnx.Rngs(0))
+
+
+def _bert(**fields: Any) -> Callable[[], Bert]:
+    sizes = {"vocab_size": 30, "max_positions": 9, "width": 16, "depth": DEPTH, "heads": 2, "mlp_width": 24}
+    config = BertConfig(num_classes=3, type_vocab_size=2, **{**sizes, **fields})
+    return lambda: Bert(config, rngs=nnx.Rngs(0))
+
+
+def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+_MAKERS = {"vit": _vit, "bert": _bert}
