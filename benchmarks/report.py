@@ -152,6 +152,50 @@ examples of one adapter after those of the other.
 {markdown(rows, columns | {"bank_to_one": ".3f", "loop_to_bank": ".2f"})}"""
 
 
+def depth_section() -> str:
+    """What is in depth.json."""
+    rows = read("depth.json")
+    first = rows[0]
+    columns = {"depth": "", "layers": "", "trace_s": ".1f", "compile_s": ".1f", "instructions": ",", "temp_bytes": ","}
+    return f"""## Compiling deep models
+
+`python -m benchmarks.depth`, a ViT of width {first["width"]}, batch {first["batch"]}, {first["method"]} on Q, K and V,
+`config.model.remat={first["remat"]}`, on {first["device"]}, jax {first["jax"]}. `scanned`: with
+`config.model.scan_layers`. A scan keeps more for the gradient than a loop: use it with `config.model.remat=block`.
+
+{markdown(rows, columns)}"""
+
+
+def input_section() -> str:
+    """What is in input.json."""
+    (row,) = read("input.json")
+    columns = {"ms": ",.0f", "wait_ms": ".2f", "share_waiting": ".2%", "ratio_to_one_batch": ".3f"}
+    columns |= {"images_per_s": ",.0f", "images_needed_per_s": ",.1f"}
+    return f"""## Waiting for data
+
+`python -m benchmarks.input`, {row["set"]} at {row["image_size"]} pixels into a training step of {row["model"]}, batch
+{row["batch"]}, {row["steps"]} steps, on {row["device"]}, jax {row["jax"]}. `share_waiting` is the part of a step in
+which no batch was ready; `images_per_s` what the input makes alone on these cores, `images_needed_per_s` what the step
+would take.
+
+{markdown([row], columns)}"""
+
+
+def devices_section() -> str:
+    """What is in devices.json."""
+    rows = read("devices.json")
+    columns = {"method": "", "devices": "", "ms": ",.0f", "examples_per_s": ".1f", "MB on a device": ",.0f"}
+    rows = [{**row, "MB on a device": row["peak_bytes"] / 1e6} for row in rows]
+    first = rows[0]
+    return f"""## Several devices
+
+`python -m benchmarks.step --devices=1,2,4,8`, {first["model"]}, batch {first["batch"]}, on {first["device"]}, jax
+{first["jax"]}. The devices are simulated and share the two cores, so that examples a second can only stay the same:
+what falls is what parallel devices cost here. Bytes are those on one device.
+
+{markdown(rows, columns)}"""
+
+
 def figure() -> Figure:
     """Bars: the time of a layer by family, `auto`, as a multiple of the frozen layer's."""
     rows = [row for row in read("structured.json") if row["tokens"] == 6304 and row["dtype"] == "float32"]
@@ -182,6 +226,9 @@ def main() -> None:
                 step_section(),
                 bert_section(),
                 bank_section(),
+                depth_section(),
+                input_section(),
+                devices_section(),
                 TAIL.rstrip(),
             ]
         )

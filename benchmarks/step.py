@@ -1,12 +1,15 @@
 """A training step of ViT-B/16 (batch 8, 224 pixels, random weights) with each method.
 
     python -m benchmarks.step [--out=FILE.json] [--methods=lora,circulant,full] [--variant=B/16] [--batch=8]
-                              [--rounds=5] [--execution=auto]
+                              [--rounds=5] [--execution=auto] [--devices=1,2,4]
 
 Every method of the registry at its default settings, on the modules that it is meant for (Q, K and V for updates), with
 a trained head. The whole step is timed: forward, backward, AdamW. Beside LoRA r = 1 stands as a reference `frozen`:
 forward and the gradient of the image, with nothing trained. `peak_bytes` is what the compiled program holds of
 arguments, results and temporaries together, `optimizer_bytes` what AdamW keeps.
+
+With `--devices` every step is timed over so many devices, the same batch split over them; on a CPU these are simulated
+and share its cores.
 """
 
 import dataclasses
@@ -17,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
@@ -29,7 +31,7 @@ from surm_jax.models import TARGETS, ViT, ViTConfig
 from surm_jax.peft import METHODS, Rule, Selection, adapt, make_method
 from surm_jax.structured import EXECUTIONS
 from surm_jax.training.image_task import ImageTask
-from surm_jax.training.mesh import make_mesh
+from surm_jax.training.mesh import make_mesh, put_base, put_batch, replicated
 from surm_jax.training.objective import CLASSES, cross_entropy
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
@@ -39,12 +41,15 @@ METHOD_NAMES = flags.DEFINE_list("methods", None, "Methods to time beside lora; 
 VARIANT = flags.DEFINE_string("variant", "B/16", "The ViT.")
 BATCH = flags.DEFINE_integer("batch", 8, "Images per step.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each step is timed.", lower_bound=1)
+DEVICES = flags.DEFINE_list("devices", ["1"], "Numbers of devices that share a batch.")
 EXECUTION = flags.DEFINE_enum("execution", "auto", EXECUTIONS, "How the updates are computed.")
 NUM_CLASSES = 100
 COLUMNS = {
     "method": "",
+    "devices": "",
     "parameters": ",",
     "ms": ".1f",
+    "examples_per_s": ".1f",
     "ratio_to_frozen": ".3f",
     "ratio_to_lora": ".3f",
     "temp_bytes": ",",
@@ -63,20 +68,18 @@ class Step:
     optimizer_bytes: int = 0
 
 
-def images_and_labels(model: ViT) -> dict[str, jax.Array]:
-    """A batch of noise."""
+def images_and_labels(model: ViT, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """A batch of noise, on the devices."""
     config, rng = model.config, np.random.default_rng(0)
     shape = (BATCH.value, config.image_size, config.image_size, config.channels)
-    return {
-        "image": jnp.asarray(rng.normal(size=shape), jnp.float32),
-        "label": jnp.asarray(rng.integers(NUM_CLASSES, size=BATCH.value), jnp.int32),
-    }
+    labels = rng.integers(NUM_CLASSES, size=BATCH.value).astype(np.int32)
+    return put_batch({"image": rng.normal(size=shape).astype(np.float32), "label": labels}, mesh)
 
 
-def frozen_step(model: ViT) -> Step:
+def frozen_step(model: ViT, mesh: jax.sharding.Mesh) -> Step:
     """The reference: forward, and the gradient of the loss by the images."""
     graphdef, state = nnx.split(model)
-    batch = images_and_labels(model)
+    state, batch = put_base(state, mesh), images_and_labels(model, mesh)
 
     def loss(image: jax.Array, state: nnx.State, label: jax.Array) -> jax.Array:
         return cross_entropy(nnx.merge(graphdef, state)(image), label).mean()
@@ -99,9 +102,10 @@ def method_step(model: ViT, name: str, mesh: jax.sharding.Mesh) -> Step:
     adapted, adapter = adapt(model, rules, train=train, execution=EXECUTION.value, rngs=nnx.Rngs(1))
     parts, trained, frozen = partition(adapted, adapter)
     optimizer = optax.adamw(1e-4)
-    state, batch = init_state(trained, optimizer, mesh), images_and_labels(model)
+    state, batch = init_state(trained, optimizer, mesh), images_and_labels(model, mesh)
+    frozen = put_base(frozen, mesh)
     step = make_train_step(parts, ImageTask.forward, CLASSES, optimizer, mesh)
-    key = jax.random.key(0)
+    key = jax.device_put(jax.random.key(0), replicated(mesh))
     compiled = step.lower(state, frozen, batch, key, {}).compile()
     optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
 
@@ -114,43 +118,55 @@ def method_step(model: ViT, name: str, mesh: jax.sharding.Mesh) -> Step:
     return Step(compiled, program, sum(array.size for array in trained.values()), optimizer_bytes)
 
 
+def row_of(name: str, devices: int, step: Step) -> dict[str, Any]:
+    """What is known of a step before it is timed; bytes are those on one device."""
+    memory = step.compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "method": name,
+        "devices": devices,
+        "execution": EXECUTION.value if step.parameters else "frozen",
+        "model": f"ViT-{VARIANT.value}",
+        "batch": BATCH.value,
+        **setting(),
+        "parameters": step.parameters,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "optimizer_bytes": step.optimizer_bytes,
+        "peak_bytes": memory.temp_size_in_bytes + held,
+    }
+
+
 def main(_: list[str]) -> None:
     """Times all steps, prints a table and writes the file asked for."""
     names = list(dict.fromkeys(["lora", *(METHOD_NAMES.value or METHODS)]))
     unknown = set(names) - set(METHODS)
     if unknown:
         raise app.UsageError(f"unknown methods {', '.join(sorted(unknown))}; known: {', '.join(METHODS)}")
-    mesh = make_mesh(1, {})
+    try:
+        counts = [int(count) for count in DEVICES.value]
+        # Before JAX looks for devices; no other kind of device is simulated.
+        jax.config.update("jax_num_cpu_devices", max(counts))
+        meshes = {count: make_mesh(count, {"--batch": BATCH.value}) for count in counts}
+    except (UserError, ValueError) as error:
+        raise app.UsageError(f"--devices={','.join(DEVICES.value)}: {error}") from None
     rows, programs = [], {}
-    with jax.set_mesh(mesh):
-        model = ViT(ViTConfig.from_variant(VARIANT.value, num_classes=NUM_CLASSES), rngs=nnx.Rngs(0))
-        for name in ["frozen", *names]:
-            print(f"compiling {name}", flush=True)
-            try:
-                step = frozen_step(model) if name == "frozen" else method_step(model, name, mesh)
-            except UserError as error:
-                raise app.UsageError(f"--methods={name} --variant={VARIANT.value}: {error}") from None
-            memory = step.compiled.memory_analysis()
-            programs[name] = step.run
-            held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            rows.append(
-                {
-                    "method": name,
-                    "execution": EXECUTION.value if step.parameters else "frozen",
-                    "model": f"ViT-{VARIANT.value}",
-                    "batch": BATCH.value,
-                    **setting(),
-                    "parameters": step.parameters,
-                    "temp_bytes": memory.temp_size_in_bytes,
-                    "optimizer_bytes": step.optimizer_bytes,
-                    "peak_bytes": memory.temp_size_in_bytes + held,
-                }
-            )
-        times = medians(programs, ROUNDS.value)
+    for count, mesh in meshes.items():
+        with jax.set_mesh(mesh):
+            model = ViT(ViTConfig.from_variant(VARIANT.value, num_classes=NUM_CLASSES), rngs=nnx.Rngs(0))
+            for name in ["frozen", *names]:
+                print(f"compiling {name} for {count} devices", flush=True)
+                try:
+                    step = frozen_step(model, mesh) if name == "frozen" else method_step(model, name, mesh)
+                except UserError as error:
+                    raise app.UsageError(f"--methods={name} --variant={VARIANT.value}: {error}") from None
+                programs[name, count] = step.run
+                rows.append(row_of(name, count, step))
+    times = medians(programs, ROUNDS.value)
     for row in rows:
-        seconds = times[row["method"]]
-        row["ms"] = 1e3 * seconds
-        row["ratio_to_frozen"], row["ratio_to_lora"] = seconds / times["frozen"], seconds / times["lora"]
+        seconds = times[row["method"], row["devices"]]
+        row["ms"], row["examples_per_s"] = 1e3 * seconds, BATCH.value / seconds
+        row["ratio_to_frozen"] = seconds / times["frozen", row["devices"]]
+        row["ratio_to_lora"] = seconds / times["lora", row["devices"]]
     print(f"ViT-{VARIANT.value}, batch {BATCH.value}, float32, on {device()}, jax {jax.__version__}")
     print(table(rows, COLUMNS))
     if OUT.value:

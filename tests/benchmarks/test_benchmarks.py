@@ -41,15 +41,25 @@ def test_structured(tmp_path):
 
 def test_step(tmp_path):
     out = tmp_path / "rows.json"
-    done = run("step", f"--out={out}", "--methods=bitfit,full", "--variant=digits", "--batch=2", "--rounds=1")
+    options = ("--variant=digits", "--batch=2", "--rounds=1", "--devices=1,2")
+    done = run("step", f"--out={out}", "--methods=bitfit,full", *options)
     assert done.returncode == 0, done.stderr
-    rows = {row["method"]: row for row in json.loads(out.read_text())}
-    assert [*rows] == ["frozen", "lora", "bitfit", "full"]
+    found = json.loads(out.read_text())
+    assert [row["devices"] for row in found] == [1] * 4 + [2] * 4
+    rows = {row["method"]: row for row in found[:4]}
+    assert [*rows] == [row["method"] for row in found[4:]] == ["frozen", "lora", "bitfit", "full"]
     assert rows["full"]["parameters"] > rows["lora"]["parameters"] > rows["frozen"]["parameters"] == 0
-    assert all(row["ms"] > 0 and row["peak_bytes"] > 0 for row in rows.values())
     # AdamW keeps two float32 numbers for each that is trained, and a counter.
-    for row in rows.values():
+    for row in found:
+        assert row["ms"] > 0 and row["peak_bytes"] > 0
         assert row["optimizer_bytes"] == (8 * row["parameters"] + 4 if row["parameters"] else 0)
+        assert math.isclose(row["examples_per_s"], 2 / (row["ms"] / 1e3))
+
+
+@pytest.mark.parametrize(("devices", "message"), [("1,3", "does not divide over 3 devices"), ("two", "--devices=two")])
+def test_devices_that_cannot_be(devices, message):
+    done = run("step", "--variant=digits", "--batch=4", f"--devices={devices}")
+    assert done.returncode != 0 and message in done.stderr
 
 
 def test_bank(tmp_path):
