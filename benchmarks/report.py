@@ -189,9 +189,9 @@ def devices_section() -> str:
     first = rows[0]
     return f"""## Several devices
 
-`python -m benchmarks.step --devices=1,2,4,8`, {first["model"]}, batch {first["batch"]}, on {first["device"]}, jax
-{first["jax"]}. The devices are simulated and share the two cores, so that examples a second can only stay the same:
-what falls is what parallel devices cost here. Bytes are those on one device.
+`python -m benchmarks.step --devices=1,2,4,8 --variant=S/16 --methods=circulant`, {first["model"]}, batch
+{first["batch"]}, on {first["device"]}, jax {first["jax"]}. The devices are simulated and share the two cores, so that
+examples a second can only stay the same. Bytes are those on one device.
 
 {markdown(rows, columns)}"""
 
