@@ -4,7 +4,7 @@ import jax
 import pytest
 from flax import nnx
 
-from benchmarks import scale
+from benchmarks import plan, scale
 from benchmarks.hlo import collectives
 from surm_jax.models import TARGETS, ViT, ViTConfig
 from surm_jax.peft import Rule, adapt, make_method
@@ -17,9 +17,9 @@ def numbers(model):
 def test_numbers_are_those_of_the_model():
     config = ViTConfig.from_variant("B/16", num_classes=1000)
     abstract = nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))
-    assert scale.MODELS["ViT-B/16"].numbers == numbers(abstract) == 86_567_656
+    assert plan.MODELS["ViT-B/16"].numbers == numbers(abstract) == 86_567_656
     # https://arxiv.org/abs/2307.09288 calls it 7 B; its checkpoints hold 6,738,415,616 numbers.
-    assert scale.MODELS["decoder, 7 B"].numbers == 6_738_415_616
+    assert plan.MODELS["decoder, 7 B"].numbers == 6_738_415_616
 
 
 @pytest.mark.parametrize(("method", "settings"), [("circulant", {}), ("lora", {"rank": 16})])
@@ -31,7 +31,7 @@ def test_trained_numbers_are_those_of_the_adapter(method, settings):
         return adapt(model, [Rule(TARGETS["qkv"], make_method(method, settings))], rngs=nnx.Rngs(0))[0]
 
     before = numbers(nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0))))
-    assert scale.trained_numbers(scale.MODELS["ViT-B/16"], method) == numbers(nnx.eval_shape(adapted)) - before
+    assert plan.trained_numbers(plan.MODELS["ViT-B/16"], method) == numbers(nnx.eval_shape(adapted)) - before
 
 
 @pytest.mark.parametrize(("method", "mesh"), [("lora", (2, 4)), ("full", (8, 1))])
@@ -51,11 +51,11 @@ def test_compiled_programs_hold_and_send_what_the_formulas_say(method, mesh):
 
 
 def test_a_plan_splits_the_base_as_little_as_it_must():
-    chip, model = scale.CHIPS["TPU v5e"], scale.MODELS["decoder, 7 B"]
-    alone, eight = (scale.plan(model, "circulant", chip, chips) for chips in (1, 8))
+    chip, model = plan.CHIPS["TPU v5e"], plan.MODELS["decoder, 7 B"]
+    alone, eight = (plan.plan(model, "circulant", chip, chips) for chips in (1, 8))
     assert not alone.fits
     assert eight.fits and eight.fsdp > 1
-    assert not scale.Plan(model, "circulant", chip, 8, eight.fsdp // 2).fits
+    assert not plan.Plan(model, "circulant", chip, 8, eight.fsdp // 2).fits
     assert eight.seconds >= eight.compute_seconds + eight.update_seconds
 
 
