@@ -7,7 +7,6 @@ from experiments import image_grid, low_data
 from experiments.grid import Grid, Run, read_rows
 from surm_jax.errors import UserError
 from surm_jax.training.job import prepare
-from surm_jax.training.loop import InterruptedRunError
 from surm_jax.training.workdir import read_config
 from tests.training import tiny
 
@@ -91,22 +90,6 @@ def test_other_calls_add_shares(small, pretended, tmp_path):
     assert path.read_text() == text
     assert "| method | trained | 25% (accuracy) | 50% (accuracy) | 100% (accuracy) |\n" in text
     assert "| linear_probe | 7 | 10.5 ± 0.7 | 10.5 ± 0.7 | 10.5 ± 0.7 |\n" in text
-
-
-def test_it_goes_on_after_an_interruption(small, pretended, monkeypatch):
-    measure = low_data.grid.measure
-
-    def stopped(run, config, root, interruption):
-        row = measure(run, config, root, interruption)
-        if len(pretended) == 3:
-            raise InterruptedRunError("SIGINT: saved step 1 of 2", 130)
-        return row
-
-    monkeypatch.setattr(low_data.grid, "measure", stopped)
-    with pytest.raises(InterruptedRunError):
-        small()
-    assert len(small()) == 5
-    assert len(pretended) == 6 and pretended[2] == pretended[3]
 
 
 @pytest.mark.parametrize(
