@@ -11,7 +11,8 @@ of three other seeds. The grid is meant for about three hours on two CPU cores: 
 are seen, 11,200 of CoLA, where usual fine-tuning passes three to eighty times over the training set.
 
 Every finished run is a row of `experiments/results/glue_minilm.csv`, and is not made again: the command goes on where
-it was stopped. `--report` only draws the table and the picture of the rows that are there.
+it was stopped. Two processes may share the work, each with `--tasks` or `--methods` of its own. `--report` only draws
+the table and the picture of the rows that are there.
 """
 
 import argparse
@@ -162,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", default="", help="folder of prepared TFDS sets")
     parser.add_argument("--model", help="folder of a BERT of transformers, with its tokeniser")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="only these")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="only these")
     parser.add_argument("--report", action="store_true", help="only write the table and the picture")
     options = parser.parse_args(arguments)
 
@@ -169,7 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = config_of(run, options.data, options.model or find_model())
         return grid.measure(run, config, RUNS, interruption)
 
-    part = dataclasses.replace(whole_grid(), tasks=tuple(options.tasks))
+    rates = {method: METHODS[method] for method in options.methods}
+    part = dataclasses.replace(whole_grid(), tasks=tuple(options.tasks), rates=rates)
     grid.work(part, RESULTS / "glue_minilm.csv", make, report, only_report=options.report)
     print((RESULTS / "glue_minilm.md").read_text())
 
