@@ -8,16 +8,14 @@ single one; how large its random vector is; two Toeplitz matrices or one; the ra
     python experiments/ablations.py --name=cifar --config=configs/vit_cifar.py --steps=1000 --holdout=2000 \\
         --set data.dir=FOLDER_OF_PREPARED_TFDS_SETS
 
-Every variant has the best of three learning rates by held-out training examples, and then three other seeds. Finished
-runs are rows of `experiments/results/ablations_NAME.csv` and are not made again; `--report` only writes the table and
-the picture of the rows that are there.
+Every variant has the best of three or more learning rates by held-out training examples, and then three other seeds.
+Finished runs are rows of `experiments/results/ablations_NAME.csv` and are not made again; `--report` only writes the
+table and the picture of the rows that are there.
 """
 
 import argparse
 import ast
 import dataclasses
-import importlib.util
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +28,10 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments import grid
-from experiments.grid import Grid, Row, Run
+from experiments.grid import Grid
+from experiments.jobs import load_job
+from experiments.pictures import draw_scores
+from experiments.rows import Row, Run, note_settings, read_settings
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.training import parse
 from surm_jax.training.config import keys
@@ -47,7 +48,7 @@ class Variant:
 
     Attributes:
       method: as `config.peft.method`.
-      rates: the learning rates that it may choose from.
+      rates: the learning rates that it chooses from at least.
       settings: of the method.
       target: as `config.peft.target`; empty: what the method is meant for.
     """
@@ -91,22 +92,9 @@ QUESTIONS: dict[str, dict[str, Variant]] = {
         f"rank {rank}": Variant("low_displacement", MIDDLE, {"rank": rank, "scale": 0.1}) for rank in (1, 2, 4, 8)
     },
 }
+# What `config_of` sets.
+SET_HERE = ("seeds", "peft.method", "peft.target", "optim.learning_rate", "optim.steps", "optim.epochs", "data.holdout")
 VARIANTS = {name: variant for variants in QUESTIONS.values() for name, variant in variants.items()}
-
-
-def load_config(text: str) -> ml_collections.ConfigDict:
-    """Returns what `FILE.py`, or `FILE.py:ARGUMENT`, makes.
-
-    Raises:
-      UserError: if there is no such file.
-    """
-    path, _, argument = text.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"--config: there is no file {path!r}, such as {DIGITS}")
-    spec = importlib.util.spec_from_file_location("job", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(argument) if argument else module.get_config()
 
 
 def config_of(run: Run, options: argparse.Namespace) -> ml_collections.ConfigDict:
@@ -115,7 +103,8 @@ def config_of(run: Run, options: argparse.Namespace) -> ml_collections.ConfigDic
     Raises:
       UserError: for a missing file, or a key or value of `--set` that cannot be.
     """
-    config, variant = load_config(options.config), VARIANTS[run.method]
+    config, variant = load_job(options.config), VARIANTS[run.method]
+    config = with_values(config, options.set)
     config.seeds, config.peft.method, config.peft.target = (run.seed,), variant.method, variant.target
     config.peft[variant.method].update(variant.settings)
     config.optim.steps, config.optim.epochs = options.steps, 0.0
@@ -123,10 +112,23 @@ def config_of(run: Run, options: argparse.Namespace) -> ml_collections.ConfigDic
     config.log.evaluate_every = 0
     if run.part == "search":
         config.data.holdout = options.holdout
-    for text in options.set:
+    return config
+
+
+def with_values(config: ml_collections.ConfigDict, texts: Sequence[str]) -> ml_collections.ConfigDict:
+    """Sets keys of a configuration, each by a text `KEY=VALUE`, and returns it.
+
+    Raises:
+      UserError: for a key or value that cannot be, or a key that the variants set.
+    """
+    for text in texts:
         key, _, value = text.partition("=")
         if key not in keys(config):
             raise UserError(f"--set {text}: the configuration has no key {key!r}{did_you_mean(key, keys(config))}")
+        if key.startswith(SET_HERE):
+            raise UserError(
+                f"--set {text}: {key} is what the variants and their seeds differ in, or an option of its own"
+            )
         try:
             config.update_from_flattened_dict({key: _literal(value)})
         except (TypeError, ValueError) as error:
@@ -141,21 +143,23 @@ def _literal(text: str) -> Any:
         return text
 
 
-def report(whole: Grid, rows: Sequence[Row], path: Path, how: str) -> None:
+def report(whole: Grid, rows: Sequence[Row], path: Path, settings: Mapping[str, Any]) -> None:
     """Writes a table for every question, and the picture."""
+    job = f"`{settings['config']}`" + "".join(f", {text}" for text in settings["set"])
     parts = [
         f"""# Ablations: {path.stem.removeprefix("ablations_")}
 
-`python experiments/ablations.py`{how}: {len(whole.seeds)} seeds, mean ± standard deviation on the test set, in percent;
-`trained` counts the head too. Empty: not measured yet. Every run is in `{path.name}`. Differences of the size of the
-deviations are noise. Learning rates: see the end.
+`python experiments/ablations.py`: the job {job}; {settings["steps"]:,} steps; {len(whole.seeds)} seeds, mean ± standard
+deviation on the test set, in percent; `trained` counts the head too. Empty: not measured yet. Every run is in
+`{path.name}`. Differences of the size of the deviations are noise. Learning rates: see the end.
 """
     ]
     for question, variants in QUESTIONS.items():
         part = dataclasses.replace(whole, rates={name: whole.rates[name] for name in variants})
         parts.append(f"## {question}\n\n{part.table(rows, mean=False)}")
     parts.append(f"![scores by question]({path.stem}.png)\n")
-    parts.append(f"## Learning rates\n\n*: at an end of what was tried.\n\n{whole.rates_table(rows)}")
+    legend = "*: at an end of what was tried. -: all gave the same score."
+    parts.append(f"## Learning rates\n\n{settings['holdout']} held out. {legend}\n\n{whole.rates_table(rows)}")
     path.with_suffix(".md").write_text("\n".join(parts))
     draw(whole, rows, path.with_suffix(".png"))
 
@@ -167,16 +171,9 @@ def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
     panels = figure.subplots(2, 3, sharex=True).flat
     (task,) = whole.tasks
     for axes, (question, variants) in zip(panels, QUESTIONS.items(), strict=True):
-        for place, name in enumerate(variants):
-            values = whole.scores(rows, task, name)
-            line = axes.plot(values, [place] * len(values), "o", ms=5, alpha=0.7)[0]
-            if values:
-                axes.plot(statistics.mean(values), place, "|", ms=16, mew=2.5, color=line.get_color())
+        draw_scores(axes, whole, rows, task, variants)
         axes.set_title(question, fontsize=10)
-        axes.set_yticks(range(len(variants)), variants, fontsize=8)
-        axes.set_ylim(len(variants) - 0.5, -0.5)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params("y", labelsize=8)
     figure.supxlabel(f"{whole.metrics(rows).get(task, 'score')} on the test set, %", fontsize=10)
     figure.savefig(path, dpi=130)
 
@@ -193,15 +190,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="only write the tables and the picture")
     options = parser.parse_args(arguments)
     path = RESULTS / f"ablations_{options.name}.csv"
-    given = {"config": DIGITS, "steps": 500, "holdout": 150}
-    how = "".join(f" --{key}={getattr(options, key)}" for key, usual in given.items() if getattr(options, key) != usual)
     whole = Grid((options.name,), {name: variant.rates for name, variant in VARIANTS.items()}, (0, 1, 2))
     part = dataclasses.replace(whole, rates={name: whole.rates[name] for name in options.variants})
+    if not options.report:
+        with_values(load_job(options.config), options.set)
+        note_settings(path, {name: getattr(options, name) for name in ("config", "set", "steps", "holdout")})
+    settings = read_settings(path)
 
     def make(run: Run, interruption: Interruption) -> Row:
         return grid.measure(run, parse(config_of(run, options)), RUNS, interruption)
 
-    grid.work(part, path, make, lambda rows: report(whole, rows, path, how), only_report=options.report)
+    grid.work(part, path, make, lambda rows: report(whole, rows, path, settings), only_report=options.report)
     print(path.with_suffix(".md").read_text())
 
 

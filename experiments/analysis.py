@@ -20,7 +20,6 @@ Writes tables (`.csv`, `.md`) and pictures to `experiments/results/analysis_<nam
 import argparse
 import csv
 import itertools
-import runpy
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments import energy
 from experiments.cka import linear_cka
+from experiments.jobs import load_job
 from experiments.updates import LEGEND, Update, block_of, changes, examine, kernels, kind_of, table
 from surm_jax.errors import UserError
 from surm_jax.peft import Adapter, load_adapter
@@ -104,13 +104,9 @@ def read_any(where: str, overrides: Mapping[str, Any]) -> RunConfig:
     Raises:
         UserError: There is neither.
     """
-    file, _, argument = where.partition(":")
-    if not file.endswith(".py"):
-        return locations(read_config(Path(where)), overrides)
-    if not Path(file).is_file():
-        raise UserError(f"there is no configuration {file}")
-    make = runpy.run_path(file)["get_config"]
-    return locations(parse(make(argument) if argument else make()), overrides)
+    if where.partition(":")[0].endswith(".py"):
+        return locations(parse(load_job(where)), overrides)
+    return locations(read_config(Path(where)), overrides)
 
 
 def open_run(config: RunConfig, workdir: Path) -> Run:

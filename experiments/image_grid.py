@@ -1,28 +1,22 @@
-"""What the grids on images share: the backbone, the methods and their learning rates, the settings of all runs.
-
-The rows of a grid belong together only if everything but task, method, rate and seed is the same. So its settings stand
-in a file beside its rows, and a grid does not go on with others.
-"""
+"""What the grids on images share: the backbone, the methods and their learning rates, the settings of all runs."""
 
 import argparse
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import grid, pretrain_cifar
-from experiments.grid import Grid, Row, Run
+from experiments import pretrain_cifar
+from experiments.grid import Grid
+from experiments.rows import Row, Run, read_settings
 from surm_jax import data
-from surm_jax.atomic import replacing
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.peft import METHODS
 from surm_jax.training import base_config, parse
 from surm_jax.training.config import RunConfig
-from surm_jax.training.progress import Interruption
 
-# The methods, and the learning rates that each may choose from; those from lora to circulant_adapter train equally many
-# numbers. Where the rates lie was chosen by first tries: 100 steps on 2,000 images, with what `pretrain_cifar.py`
-# makes in four passes.
+# The methods, and the learning rates that each chooses from at least; from lora to circulant_adapter all train as many
+# numbers. Where the rates lie was chosen by first tries: 100 steps on 2,000 images, with what `pretrain_cifar.py` makes
+# in four passes.
 RATES = {
     "linear_probe": (1e-2, 3e-2, 1e-1),
     "lora": (3e-3, 1e-2, 3e-2),
@@ -109,41 +103,6 @@ def describe(settings: Settings) -> str:
     return f"Model {model}; {settings.about}{of}; {steps}."
 
 
-def settings_path(path: Path) -> Path:
-    """Returns where the settings of the rows in a csv file are."""
-    return path.with_suffix(".json")
-
-
-def read_settings(path: Path) -> Settings:
-    """Reads the settings of the rows in a csv file.
-
-    Raises:
-      UserError: if there are none.
-    """
-    if not settings_path(path).is_file():
-        raise UserError(f"there is nothing to report: {settings_path(path)} does not exist")
-    tree = json.loads(settings_path(path).read_text())
-    return Settings(**{**tree, "classes": tuple(tree["classes"])})
-
-
-def note_settings(path: Path, settings: Settings) -> None:
-    """Writes the settings beside the csv file of rows, or checks that they are those of the rows that are there.
-
-    Raises:
-      UserError: naming what differs.
-    """
-    if not settings_path(path).is_file():
-        with replacing(settings_path(path)) as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
-    changes = [
-        f"{name} was {value!r}, now {getattr(settings, name)!r}"
-        for name, value in vars(read_settings(path)).items()
-        if getattr(settings, name) != value
-    ]
-    if changes:
-        raise UserError(f"{settings_path(path)} is of another grid: {'; '.join(changes)}. Choose another --name")
-
-
 def rates_of(options: argparse.Namespace) -> dict[str, tuple[float, ...]]:
     """Returns the learning rates to try for every method that is asked for.
 
@@ -169,38 +128,25 @@ def _around(method: str) -> tuple[float, ...]:
     return tuple(float(f"{factor * middle:g}") for factor in (0.3, 1, 3))
 
 
-def work(
-    asked: Grid, path: Path, make: Callable[[Run, Interruption], Row], report: Callable[[Grid, list[Row]], None]
-) -> None:
-    """Makes the runs that are asked for and have no row yet; learning rates that were tried in another call count too.
+def settings_there(path: Path) -> Settings:
+    """Reads the settings of the rows in a csv file.
 
-    Args:
-      asked: the runs to make.
-      path: the csv file of rows.
-      make: makes a run and returns its row.
-      report: writes what is made of the rows, with the grid of all that was ever asked for.
+    Raises:
+      UserError: if there are none.
     """
-    rates = extended(asked, grid.read_rows(path)).rates
-    part = dataclasses.replace(asked, rates={method: rates[method] for method in asked.rates})
-    grid.work(part, path, make, lambda rows: report(extended(asked, rows), rows))
+    tree = read_settings(path)
+    return Settings(**{**tree, "classes": tuple(tree["classes"])})
 
 
 def extended(asked: Grid, rows: Sequence[Row]) -> Grid:
-    """Returns a grid with the tasks, methods, learning rates and seeds that the rows have beside its own."""
+    """Returns a grid with the tasks, methods and seeds that the rows have beside its own."""
     final = [row for row in rows if row["part"] == "final"]
-    tasks = dict.fromkeys((*asked.tasks, *(row["task"] for row in final)))
-    seeds = dict.fromkeys((*asked.seeds, *(row["seed"] for row in final)))
-    rates = {method: set(values) for method, values in asked.rates.items()}
-    for row in rows:
-        tried = rates.setdefault(row["method"], set())
-        if row["part"] == "search":
-            tried.add(row["learning_rate"])
-    methods = sorted(rates, key=[*RATES, *METHODS].index)
+    methods = {*asked.rates, *(row["method"] for row in rows)}
     return dataclasses.replace(
         asked,
-        tasks=tuple(tasks),
-        rates={method: tuple(sorted(rates[method])) for method in methods},
-        seeds=tuple(seeds),
+        tasks=tuple(dict.fromkeys((*asked.tasks, *(row["task"] for row in final)))),
+        rates={method: asked.rates.get(method, ()) for method in sorted(methods, key=[*RATES, *METHODS].index)},
+        seeds=tuple(dict.fromkeys((*asked.seeds, *(row["seed"] for row in final)))),
     )
 
 

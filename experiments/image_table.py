@@ -13,14 +13,15 @@ about 25 minutes on two CPU cores. With a backbone and sets of your own:
 all.
 
 Every method makes as many steps, with the same optimiser, a new head and no tuning but its learning rate: the best of
-three by the accuracy on training examples that are held out (one seed). What counts is the test set after the last
-step of three other seeds. Every finished run is a row of `experiments/results/image_table_NAME.csv` and is not made
-again: the command goes on where it was stopped, and with more sets, methods or rates it makes what is missing. Two
+three or more by the accuracy on training examples that are held out (one seed). What counts is the test set after the
+last step of three other seeds. Every finished run is a row of `experiments/results/image_table_NAME.csv` and is not
+made again: the command goes on where it was stopped, and with more sets, methods or rates it makes what is missing. Two
 processes may share the work, each with `--methods` of its own. `--report` only draws the table and the picture of the
 rows that are there.
 """
 
 import argparse
+import dataclasses
 import statistics
 import sys
 from collections.abc import Sequence
@@ -32,8 +33,9 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments import grid, image_grid
-from experiments.grid import Grid, Row, Run
+from experiments.grid import Grid
 from experiments.image_grid import Settings
+from experiments.rows import Row, Run, note_settings, read_rows
 from surm_jax.training.progress import Interruption
 
 RESULTS = grid.RESULTS
@@ -100,14 +102,14 @@ def make_missing(options: argparse.Namespace, path: Path) -> None:
         sizes[task] = VTAB_EXAMPLES if options.vtab else examples
     about = f"{VTAB_EXAMPLES:,} training examples of each set" if options.vtab else "all training examples"
     settings = image_grid.settings_of(options, classes, about)
-    image_grid.note_settings(path, settings)
+    note_settings(path, dataclasses.asdict(settings))
 
     def make(run: Run, interruption: Interruption) -> Row:
         config = image_grid.run_config(settings, run, run.task, options.data, sizes[run.task])
         return grid.measure(run, config, RUNS / options.name, interruption)
 
     asked = Grid(tuple(sizes), rates, tuple(options.seeds))
-    image_grid.work(asked, path, make, lambda whole, rows: report(whole, rows, settings, path))
+    grid.work(asked, path, make, lambda rows: report(image_grid.extended(asked, rows), rows, settings, path))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -119,8 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     path = RESULTS / f"image_table_{options.name}.csv"
     if options.report:
-        rows = grid.read_rows(path)
-        report(image_grid.extended(Grid((), {}, ()), rows), rows, image_grid.read_settings(path), path)
+        rows = read_rows(path)
+        report(image_grid.extended(Grid((), {}, ()), rows), rows, image_grid.settings_there(path), path)
     else:
         make_missing(options, path)
     print(path.with_suffix(".md").read_text())

@@ -11,8 +11,8 @@ With a backbone and a set of your own:
 
 What makes it fit into about 90 minutes on two CPU cores: 300 steps of 64 images in every run, whatever the share (so
 few images are seen often, and all of them not even once), and one search per method for its learning rate, the best of
-three by the accuracy on held-out images, with a tenth of the data (2,000 images and 500 held out) instead of one for
-every share. What counts is the accuracy on the whole test set after the last step of three other seeds.
+three or more by the accuracy on held-out images, with a tenth of the data (2,000 images and 500 held out) instead of
+one for every share. What counts is the accuracy on the whole test set after the last step of three other seeds.
 
 Every finished run is a row of `experiments/results/low_data_NAME.csv` and is not made again: the command goes on where
 it was stopped, and with more shares, methods or rates it makes what is missing. Two processes may share the work, each
@@ -32,8 +32,9 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments import grid, image_grid
-from experiments.grid import Grid, Row, Run
+from experiments.grid import Grid
 from experiments.image_grid import Settings
+from experiments.rows import Row, Run, note_settings, read_rows
 from surm_jax.errors import UserError
 from surm_jax.training.progress import Interruption
 
@@ -87,7 +88,7 @@ def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
             axes.errorbar(
                 [fraction_of(task) for task in cells],
                 [statistics.mean(values) for values in cells.values()],
-                [statistics.pstdev(values) for values in cells.values()],
+                [statistics.stdev(values) if len(values) > 1 else 0.0 for values in cells.values()],
                 marker="o",
                 ms=4,
                 capsize=2,
@@ -136,14 +137,14 @@ def make_missing(options: argparse.Namespace, path: Path) -> None:
     examples = len(image_grid.load_images(name, options.data, classes).train)
     sizes = {task_of(fraction): examples_of(fraction, examples) for fraction in (*options.fractions, SEARCHED)}
     settings = image_grid.settings_of(options, classes, f"{examples:,} training examples of {name}")
-    image_grid.note_settings(path, settings)
+    note_settings(path, dataclasses.asdict(settings))
 
     def make(run: Run, interruption: Interruption) -> Row:
         config = image_grid.run_config(settings, run, name, options.data, sizes[run.task])
         return grid.measure(run, config, RUNS / options.name, interruption)
 
     asked = Grid(tuple(map(task_of, options.fractions)), rates, tuple(options.seeds), task_of(SEARCHED))
-    image_grid.work(asked, path, make, lambda whole, rows: report(whole, rows, settings, path))
+    grid.work(asked, path, make, lambda rows: report(image_grid.extended(asked, rows), rows, settings, path))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -155,9 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     path = RESULTS / f"low_data_{options.name}.csv"
     if options.report:
-        rows = grid.read_rows(path)
+        rows = read_rows(path)
         whole = image_grid.extended(Grid((), {}, (), task_of(SEARCHED)), rows)
-        report(whole, rows, image_grid.read_settings(path), path)
+        report(whole, rows, image_grid.settings_there(path), path)
     else:
         make_missing(options, path)
     print(path.with_suffix(".md").read_text())

@@ -4,8 +4,8 @@ import argparse
 
 import pytest
 
-from experiments import ablations, grid
-from experiments.grid import Run
+from experiments import ablations, grid, rows
+from experiments.rows import Run
 from surm_jax.errors import UserError
 from surm_jax.training import parse
 
@@ -42,25 +42,35 @@ def test_runs_go_on_and_are_reported(tmp_path, monkeypatch, capsys):
     name = "circulant, Q V"
     command = ["--variants", name, "--steps=2", "--holdout=20", "--set", "log.metrics_every=1"]
     ablations.main(command)
-    rows = grid.read_rows(tmp_path / "ablations_digits.csv")
-    assert [(row["part"], row["seed"]) for row in rows] == [("search", 10)] * 3 + [("final", seed) for seed in range(3)]
+    made = rows.read_rows(tmp_path / "ablations_digits.csv")
+    searches = [row for row in made if row["part"] == "search"]
+    assert 3 <= len(searches) <= grid.MOST_RATES
+    assert [(row["part"], row["seed"]) for row in made[len(searches) :]] == [("final", seed) for seed in range(3)]
     # A circulant pair on Q and V of four blocks of width 64, and the head.
-    assert {row["trainable"] for row in rows} == {4 * 2 * 2 * 64 + 64 * 5 + 5}
+    assert {row["trainable"] for row in made} == {4 * 2 * 2 * 64 + 64 * 5 + 5}
     ablations.main(command)
-    assert grid.read_rows(tmp_path / "ablations_digits.csv") == rows
+    assert rows.read_rows(tmp_path / "ablations_digits.csv") == made
     text = (tmp_path / "ablations_digits.md").read_text()
-    mean = grid.mean_and_deviation([100 * row["score"] for row in rows if row["part"] == "final"])
+    mean = grid.mean_and_deviation([100 * row["score"] for row in made if row["part"] == "final"])
     assert f"| circulant, Q V | 1,349 | {mean} |" in text
     assert "| LoRA, Q V |  |  |" in text
+    assert "the job `configs/digits.py`, log.metrics_every=1; 2 steps; 3 seeds" in text
     assert (tmp_path / "ablations_digits.png").stat().st_size > 10_000
+    # A report needs no options; other settings are another grid.
+    (tmp_path / "ablations_digits.md").unlink()
+    ablations.main(["--report"])
+    assert (tmp_path / "ablations_digits.md").read_text() == text
+    with pytest.raises(UserError, match="another grid: steps was 2, now 3"):
+        ablations.main([*command, "--steps=3"])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config": "configs/digit.py"}, "no file 'configs/digit.py'"),
+        ({"config": "configs/digit.py"}, "no configuration 'configs/digit.py'"),
         ({"set": ["data.nme=x"]}, "no key 'data.nme'; did you mean 'data.name'"),
         ({"set": ["data.batch_size=many"]}, "data.batch_size=many"),
+        ({"set": ["peft.method=lora"]}, "peft.method is what the variants and their seeds differ in"),
     ],
 )
 def test_wrong_input(changes, message):

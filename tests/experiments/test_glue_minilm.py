@@ -6,7 +6,7 @@ import pytest
 
 from experiments import glue_minilm
 from experiments.glue_minilm import Task, report
-from experiments.grid import Run, add_row, read_rows
+from experiments.rows import Run, add_row, note_settings, read_rows
 from surm_jax.errors import UserError
 from tests.training import tiny_text
 
@@ -35,20 +35,24 @@ def rows_of_lora():
 
 
 def test_the_table_and_the_picture(tmp_path):
-    report(rows_of_lora())
+    commonest = {**row_of(Run("rte", glue_minilm.COMMONEST, "final", 0.0, 0), 0.527), "steps": 0, "trainable": 0}
+    report([*rows_of_lora(), commonest], {"model": "a model"})
     text = (tmp_path / "results" / "glue_minilm.md").read_text()
     assert "| method | trained | rte (accuracy) | mean |" in text
     assert "| lora | 40 | 60.0 ± 14.1 |  |" in text
     assert "| method | tried | stsb | rte |" in text
     assert "| lora | 0.01, 0.02, 0.04 |  | 0.02 |" in text
-    assert "Steps of 16 examples: stsb 4, rte 4," in text
+    assert "| the commonest answer | 0 | 52.7 | |" in text
+    assert "stsb 4 and 8, rte 4 and 8;" in text and "5 runs" in text
     assert (tmp_path / "results" / "glue_minilm.png").stat().st_size > 5000
 
 
 def test_a_report_needs_neither_data_nor_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(glue_minilm, "PACKAGE", "no_such_package_anywhere")
+    path = tmp_path / "results" / "glue_minilm.csv"
+    note_settings(path, {"model": "a model"})
     for row in rows_of_lora():
-        add_row(tmp_path / "results" / "glue_minilm.csv", row)
+        add_row(path, row)
     glue_minilm.main(["--report"])
     assert "| lora | 40 | 60.0 ± 14.1 |  |" in capsys.readouterr().out
     assert read_rows(tmp_path / "results" / "glue_minilm.csv") == rows_of_lora()
@@ -65,7 +69,9 @@ def test_a_small_grid(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(glue_minilm, "METHODS", {"linear_probe": (0.1, 0.5)})
     glue_minilm.main([f"--data={files / 'tfds'}", f"--model={files / 'bert'}", "--tasks", "stsb"])
-    rows = read_rows(tmp_path / "results" / "glue_minilm.csv")
+    none, *rows = read_rows(tmp_path / "results" / "glue_minilm.csv")
+    # A constant has no rank correlation.
+    assert (none["method"], none["metric"], none["score"]) == ("commonest_answer", "spearman", 0.0)
     assert [(row["part"], row["seed"], row["steps"]) for row in rows] == [
         ("search", 10, 4), ("search", 10, 4), ("final", 0, 4), ("final", 1, 4),
     ]  # fmt: skip

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from experiments import grid
-from experiments.grid import Grid, Run, add_row, read_rows, work
+from experiments.grid import Grid, next_rate, work
+from experiments.rows import COLUMNS, Run, add_row, note_settings, read_rows, read_settings
 from surm_jax.errors import UserError
 from surm_jax.training import base_config, parse
 from surm_jax.training.loop import InterruptedRunError
@@ -44,7 +45,7 @@ def all_runs(whole):
 
 def test_the_grid_is_made_in_order_and_each_run_once():
     runs, rows = all_runs(GRID)
-    assert len(runs) == len(set(runs)) == GRID.size() == 2 * 2 * (3 + 2)
+    assert len(runs) == len(set(runs)) == GRID.size(rows) == 2 * 2 * (3 + 2)
     assert runs[:5] == [
         *(Run("stsb", "linear_probe", "search", rate, 10) for rate in (0.1, 0.2, 0.4)),
         *(Run("stsb", "linear_probe", "final", 0.2, seed) for seed in (0, 1)),
@@ -62,14 +63,14 @@ def test_a_part_of_a_grid_counts_its_own_runs_alone():
     _, rows = all_runs(GRID)
     part = dataclasses.replace(GRID, tasks=("rte",), rates={"lora": RATES["lora"]})
     assert part.next_run(rows) is None
-    assert part.done(rows) == part.size() == 5
-    assert part.done(row for row in rows if row["task"] == "stsb") == 0
+    assert part.done(rows) == part.size(rows) == 5
+    assert part.done([row for row in rows if row["task"] == "stsb"]) == 0
 
 
 def test_one_search_for_all_tasks():
     whole = dataclasses.replace(GRID, searched="rte")
     runs, rows = all_runs(whole)
-    assert len(runs) == len(set(runs)) == whole.size() == 2 * 3 + 2 * 2 * 2
+    assert len(runs) == len(set(runs)) == whole.size(rows) == 2 * 3 + 2 * 2 * 2
     assert {run.task for run in runs if run.part == "search"} == {"rte"}
     assert runs[3] == Run("stsb", "linear_probe", "final", 0.2, 0)
     assert whole.rates_table(rows).splitlines() == [
@@ -81,15 +82,14 @@ def test_one_search_for_all_tasks():
     # The task that was searched need not be one that counts.
     other = dataclasses.replace(whole, tasks=("stsb",))
     assert other.next_run(rows) is None
-    assert other.done(rows) == other.size() == 2 * 3 + 2 * 2
+    assert other.done(rows) == other.size(rows) == 2 * 3 + 2 * 2
 
 
 @pytest.mark.parametrize(
     ("scores", "losses", "best"),
     [
         ((0.1, 0.3, 0.2), (0.5, 0.5, 0.5), 0.02),
-        ((0.4, 0.3, 0.2), (0.5, 0.1, 0.1), 0.01),
-        ((0.3, 0.3, 0.3), (0.5, 0.6, 0.4), 0.04),
+        ((0.1, 0.3, 0.3), (0.5, 0.4, 0.5), 0.02),
         ((-0.2, -0.1, -0.3), (0.5, 0.5, 0.5), 0.02),
     ],
 )
@@ -99,16 +99,56 @@ def test_the_best_rate_has_the_best_score_and_then_the_smallest_loss(scores, los
     assert GRID.best_rate(rows[:2], "rte", "lora") is GRID.best_rate(rows, "stsb", "lora") is None
     # What the final seeds scored has no say.
     assert GRID.best_rate([*rows, row_of(Run("rte", "lora", "final", 0.01, 0), 0.99)], "rte", "lora") == best
-    # Nor has a rate that may not be chosen any more.
-    old = row_of(Run("rte", "lora", "search", 7.0, 10), 0.99)
-    assert GRID.best_rate([*rows, old], "rte", "lora") == best
+    # A rate that another call tried has.
+    other = row_of(Run("rte", "lora", "search", 0.03, 10), 0.99)
+    assert GRID.best_rate([*rows, other], "rte", "lora") == 0.03
+
+
+def tried(scores):
+    """The rows of a search with these scores, by learning rate."""
+    return [row_of(Run("rte", "lora", "search", rate, 10), score) for rate, score in scores.items()]
+
+
+@pytest.mark.parametrize(
+    ("scores", "beyond"),
+    [
+        ({0.01: 0.1, 0.02: 0.3, 0.04: 0.2}, None),
+        ({0.01: 0.1, 0.02: 0.3, 0.04: 0.4}, 0.1),
+        ({0.01: 0.5, 0.02: 0.3, 0.04: 0.4}, 0.003),
+        # It goes on while the best is at an end, up to five.
+        ({0.003: 0.6, 0.01: 0.5, 0.02: 0.3, 0.04: 0.4}, 0.001),
+        ({0.001: 0.7, 0.003: 0.6, 0.01: 0.5, 0.02: 0.3, 0.04: 0.4}, None),
+        # All the same, constant answers mostly: smaller ones.
+        ({0.01: 0.0, 0.02: 0.0, 0.04: 0.0}, 0.003),
+        # Not all of its own are tried yet.
+        ({0.01: 0.1, 0.04: 0.4}, 0.02),
+    ],
+)
+def test_a_search_goes_beyond_its_ends(scores, beyond):
+    rows = tried(scores)
+    rates = GRID.to_try(rows, "rte", "lora")
+    assert {*rates} - {*scores} == ({beyond} - {None})
+    best = None if beyond else max(scores, key=scores.get)
+    assert GRID.best_rate(rows, "rte", "lora") == best
+
+
+def test_a_short_list_of_rates_is_all_that_is_tried():
+    short = dataclasses.replace(GRID, rates={"lora": (0.01, 0.02)})
+    assert short.best_rate(tried({0.01: 0.1, 0.02: 0.4}), "rte", "lora") == 0.02
+
+
+def test_the_scale_of_rates():
+    ladder = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0]
+    assert [next_rate(rate, 1) for rate in ladder[:-1]] == ladder[1:]
+    assert [next_rate(rate, -1) for rate in ladder[1:]] == ladder[:-1]
 
 
 def test_tables_of_an_unfinished_grid():
     rows = searched("rte", "lora", (0.1, 0.3, 0.2)) + searched("rte", "linear_probe", (0.1, 0.2, 0.3))
+    rows += [row_of(Run("rte", "linear_probe", "search", rate, 10), 0.3 + rate) for rate in (1.0, 3.0)]
     rows += [row_of(Run("rte", "lora", "final", 0.02, seed), score) for seed, score in ((0, 0.5), (1, 0.7))]
     # Runs with a rate that is not the best any more do not count.
-    rows += [row_of(Run("rte", "linear_probe", "final", rate, seed), 0.5) for rate, seed in ((0.4, 0), (0.2, 1))]
+    rows += [row_of(Run("rte", "linear_probe", "final", rate, seed), 0.5) for rate, seed in ((3.0, 0), (0.2, 1))]
     # Sample deviation of two; a cell that lacks a seed is empty, and so is a mean that lacks a task.
     assert GRID.table(rows).splitlines() == [
         "| method | trained | rte (accuracy) | mean |",
@@ -117,9 +157,11 @@ def test_tables_of_an_unfinished_grid():
         "| lora | 40 | 60.0 ± 14.1 |  |",
     ]
     assert GRID.rates_table(rows).splitlines()[2:] == [
-        "| linear_probe | 0.1, 0.2, 0.4 |  | 0.4 * |",
+        "| linear_probe | 0.1, 0.2, 0.4, 1, 3 |  | 3 * |",
         "| lora | 0.01, 0.02, 0.04 |  | 0.02 |",
     ]
+    flat = [row_of(Run("rte", "lora", "search", rate, 10), 0.5) for rate in (0.001, 0.003, 0.01, 0.02, 0.04)]
+    assert GRID.rates_table(flat).splitlines()[-1].endswith(" 0.001 - |")
     rows += searched("stsb", "lora", (0.1, 0.3, 0.2))
     rows += [row_of(Run("stsb", "lora", "final", 0.02, seed), 0.8) for seed in (0, 1)]
     assert GRID.table(rows).splitlines()[-1] == "| lora | 40 | 80.0 ± 0.0 | 60.0 ± 14.1 | 70.0 |"
@@ -149,7 +191,7 @@ def test_a_grid_goes_on_where_it_was_stopped(tmp_path, capsys):
         made.append(run)
         if len(made) == 4:
             raise InterruptedRunError("SIGTERM: saved step 2 of 4", 143)
-        return row_of(run, run.learning_rate)
+        return row_of(run, (0.1, 0.3, 0.2)[RATES[run.method].index(run.learning_rate)])
 
     with pytest.raises(InterruptedRunError):
         work(GRID, path, make, reported.append)
@@ -206,7 +248,7 @@ def test_what_a_run_measured(tmp_path):
             row = grid.measure(run, config, tmp_path / "runs", interruption)
         folder = tmp_path / "runs" / "a_b_1.0.0" / f"lora-{run.part}-0.01-3"
         assert (folder / "result.json").is_file()
-        assert list(row) == list(grid.COLUMNS)
+        assert list(row) == list(COLUMNS)
         assert row.items() >= {**run._asdict(), "metric": "accuracy", "steps": 2, "trainable": 93}.items()
         # Of 8 held-out examples, or of 21 for testing.
         count = 8 if run.part == "search" else 21
@@ -229,7 +271,7 @@ def test_a_script_ends_with_one_line(error, status, said, capsys):
     assert "done" in capsys.readouterr().err
 
 
-def test_a_search_that_diverges_is_the_worst(tmp_path, monkeypatch):
+def test_a_run_that_diverges_has_a_row(tmp_path, monkeypatch):
     def diverges(config, seed, folder, interruption):
         raise NotFiniteError("train_loss is nan at step 3")
 
@@ -237,10 +279,27 @@ def test_a_search_that_diverges_is_the_worst(tmp_path, monkeypatch):
     with Interruption() as interruption:
         found = grid.measure(Run("rte", "lora", "search", 0.04, 10), parse(base_config()), tmp_path, interruption)
         add_row(tmp_path / "rows.csv", found)
-        with pytest.raises(NotFiniteError, match="nan at step 3"):
-            grid.measure(Run("rte", "lora", "final", 0.04, 0), parse(base_config()), tmp_path, interruption)
+        final = grid.measure(Run("rte", "lora", "final", 0.02, 0), parse(base_config()), tmp_path, interruption)
+        add_row(tmp_path / "rows.csv", final)
     rows = read_rows(tmp_path / "rows.csv")
-    assert rows == [found]
-    others = [row for row in searched("rte", "lora", (0.0, -0.2, 0.0)) if row["learning_rate"] != 0.04]
-    assert GRID.best_rate([*rows, *others], "rte", "lora") == 0.01
+    assert rows[0] == found
+    # A search is the worst of all.
+    others = [row for row in searched("rte", "lora", (0.0, 0.2, 0.0)) if row["learning_rate"] != 0.04]
+    assert GRID.best_rate([*rows, *others], "rte", "lora") == 0.02
     assert GRID.metrics([*others, *rows]) == {"rte": "accuracy"}
+    # A final run is told, and the grid goes on.
+    rows += [*others, row_of(Run("rte", "lora", "final", 0.02, 1), 0.5)]
+    assert GRID.table(rows).splitlines()[-1] == "| lora | 40 | 1 of 2 diverged |  |"
+    assert GRID.next_run(rows).method == "linear_probe"
+
+
+def test_rows_of_other_settings_are_not_gone_on_with(tmp_path):
+    path = tmp_path / "results" / "rows.csv"
+    # While there is no row, nothing is lost by a change.
+    for steps in (4, 5):
+        note_settings(path, {"steps": steps, "set": ("a=1",)})
+    add_row(path, row_of(Run("rte", "lora", "search", 0.01, 10), 0.5))
+    note_settings(path, {"steps": 5, "set": ("a=1",)})
+    with pytest.raises(UserError, match=r"another grid: steps was 5, now 6; set was \['a=1'\], now \[\]\. Move its"):
+        note_settings(path, {"steps": 6, "set": ()})
+    assert read_settings(path) == {"steps": 5, "set": ["a=1"]}

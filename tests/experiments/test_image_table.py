@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from experiments import image_grid, image_table, pretrain_cifar
-from experiments.grid import Grid, Run, read_rows
+from experiments.grid import Grid
+from experiments.rows import Run, note_settings, read_rows
 from surm_jax.errors import UserError
 from surm_jax.training import base_config, parse
 from surm_jax.training.adaptation import describe_model
@@ -44,7 +45,7 @@ def pretended(monkeypatch):
 
     def measure(run, config, root, interruption):
         made.append(run)
-        return row_of(run, run.learning_rate + run.seed / 100, 7)
+        return row_of(run, (run.learning_rate if run.learning_rate < 0.5 else 0) + run.seed / 100, 7)
 
     monkeypatch.setattr(image_table.grid, "measure", measure)
     return made
@@ -87,14 +88,15 @@ def test_other_calls_add_methods_and_rates(small, pretended, tmp_path):
     small("--methods", "lora", "--rates", "lora=0.1,0.2")
     assert len(pretended) == 4
     small("--methods", "circulant", "--rates", "circulant=0.1")
-    # Rates that were tried before count: the new one is the best of three, and its seeds are made.
+    # Rates that were tried before count: the new one is the best of three, and the next above is not better.
     small("--methods", "lora", "--rates", "lora=0.3")
     assert pretended[7:] == [
         Run("data.npz", "lora", "search", 0.3, 10),
+        Run("data.npz", "lora", "search", 1.0, 10),
         *(Run("data.npz", "lora", "final", 0.3, seed) for seed in (0, 1)),
     ]
     small("--methods", "lora", "--rates", "lora=0.2")
-    assert len(pretended) == 10
+    assert len(pretended) == 11
     # A report shows all of it, without options, data or model.
     path = tmp_path / "results" / "image_table_small.md"
     text = path.read_text()
@@ -108,7 +110,7 @@ def test_other_calls_add_methods_and_rates(small, pretended, tmp_path):
         "| lora | 7 | 30.5 ± 0.7 | 30.5 |\n"
         "| circulant | 7 | 10.5 ± 0.7 | 10.5 |\n\n"
     ) in text
-    assert "| lora | 0.1, 0.2, 0.3 | 0.3 * |" in text
+    assert "| lora | 0.1, 0.2, 0.3, 1 | 0.3 |" in text
 
 
 def test_a_grid_that_was_stopped_goes_on_with_the_same_run(small, pretended, monkeypatch):
@@ -188,15 +190,10 @@ def options_of(*arguments):
     return parser.parse_args(arguments)
 
 
-def test_settings_that_differ_from_those_of_the_rows_are_named(tmp_path):
-    path = tmp_path / "grid.csv"
+def test_settings_are_read_back_as_they_were(tmp_path):
     settings = image_grid.settings_of(options_of("--model=a", "--steps=5"), ("cat", "dog"), "all")
-    for _ in range(2):
-        image_grid.note_settings(path, settings)
-        assert image_grid.read_settings(path) == settings
-    with pytest.raises(UserError, match=r"another grid: model was 'a', now 'b'; steps was 5, now 6\. Choose another"):
-        image_grid.note_settings(path, dataclasses.replace(settings, model="b", steps=6))
-    assert image_grid.read_settings(path) == settings
+    note_settings(tmp_path / "grid.csv", dataclasses.asdict(settings))
+    assert image_grid.settings_there(tmp_path / "grid.csv") == settings
 
 
 def test_rates_of_methods_without_any_here_lie_around_their_own():
@@ -225,7 +222,7 @@ def test_panels_of_several_sets(tmp_path):
         rows += [row_of(Run(task, "lora", "final", 0.1, seed), 0.5 + seed / 10, trained) for seed in (0, 1)]
     asked = Grid(("a",), {"full": (0.1,)}, (0, 1))
     whole = image_grid.extended(asked, rows)
-    assert (whole.tasks, whole.rates) == (("a", "b", "c", "d"), {"lora": (0.1,), "full": (0.1,)})
+    assert (whole.tasks, whole.rates) == (("a", "b", "c", "d"), {"lora": (), "full": (0.1,)})
     image_table.draw(whole, rows, tmp_path / "panels.png")
     assert (tmp_path / "panels.png").stat().st_size > 10_000
     image_table.draw(asked, [], tmp_path / "empty.png")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from experiments import image_grid, low_data
-from experiments.grid import Grid, Run, read_rows
+from experiments.grid import Grid
+from experiments.rows import Run, read_rows
 from surm_jax.errors import UserError
 from surm_jax.training.job import prepare
 from surm_jax.training.workdir import read_config
