@@ -186,6 +186,7 @@ class _Run:
             self.config.peft.method,
             tests,
             self.description,
+            seed=self.job.seed,
             metrics=self.job.task.metrics,
             classes=self.job.task.classes,
             corrupt={
