@@ -75,11 +75,11 @@ def get_config(options: str = "") -> ml_collections.ConfigDict:
     config.optim.warmup_ratio = 0.06
     config.optim.decay = "linear"
     config.optim.clip_norm = 0.0
-    # No decay on biases and norms, such as DoRA's: they fall into groups of their own.
+    # No decay on biases, norms and scales, DoRA's magnitudes and learned alphas included: groups of their own.
     groups = config.optim.groups
-    groups.adapter.pattern = r"(.*/)?(delta|branch)/(?!.*(bias|magnitude)).*"
+    groups.adapter.pattern = r"(.*/)?(delta|branch)/(?!.*(bias|magnitude|alpha)$).*"
     groups.head.pattern = r"head/kernel"
-    groups.bias.pattern = r"(.*/)?\w*(bias|magnitude)"
+    groups.bias.pattern = r"(.*/)?(\w*bias|magnitude|alpha)"
     for group in (groups.adapter, groups.head, groups.rest):
         group.weight_decay = 0.01 if method in PRETRAINED else 0.25
     return config

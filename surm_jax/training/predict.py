@@ -133,7 +133,7 @@ def _logits(config: RunConfig, adapter: Path, outputs: int, sentences: list[tupl
     mesh = make_mesh(config.mesh.data, sizes, config.mesh.fsdp)
     with jax.set_mesh(mesh):
         base = load(
-            lambda: Bert(bert, rngs=nnx.Rngs(0)),
+            lambda: Bert(bert, rngs=nnx.Rngs(config.seeds[0])),
             checkpoint,
             sharding=lambda path, shape: base_sharding(mesh, shape.shape),
         )
