@@ -108,6 +108,8 @@ def main(arguments: Sequence[str]) -> None:
     workdir = Path(workdir).expanduser() if workdir else default_workdir(name, overrides)
     if mode != "train" and processes.several():
         raise UserError(f"--mode={mode} is the work of one process: start it alone, without a coordinator")
+    if mode in ("train", "describe") and "optim.steps" in overrides and "optim.epochs" not in overrides:
+        _require_no_epochs(config.optim.epochs)
     match mode:
         case "train":
             train_run(parse(config), workdir)
@@ -123,6 +125,14 @@ def main(arguments: Sequence[str]) -> None:
             predict_run(workdir, overrides, Path(flags.FLAGS.input), Path(flags.FLAGS.output))
         case "describe":
             describe_run(parse(config))
+
+
+def _require_no_epochs(epochs: float) -> None:
+    if epochs:
+        raise UserError(
+            f"config.optim.epochs={epochs:g} says how many steps there are: give --config.optim.epochs=0 with"
+            " --config.optim.steps"
+        )
 
 
 def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> Any:

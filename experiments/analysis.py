@@ -149,11 +149,17 @@ class Alike(NamedTuple):
 
 
 def compare(run: Run, full: nnx.Module, examples: int) -> list[Alike]:
-    """Compares a run and the pretrained model with a fully tuned network, on whole batches spread over the test set."""
+    """Compares a run and the pretrained model with a fully tuned network.
+
+    On so many test examples or a few more, in whole batches evenly spread over the test set; on all, if it has less.
+    """
     batches = run.job.task.eval_batches(run.job.task.tests[0])
-    count = min(len(batches), -(-examples // run.job.config.data.eval_batch_size))
-    places = {int(place) for place in np.linspace(0, len(batches) - 1, count)}
-    chosen = [batch for place, batch in enumerate(batches) if place in places]
+    every = max(1, len(batches) // -(-examples // run.job.config.data.eval_batch_size))
+    chosen, seen = [], 0
+    for place, batch in enumerate(batches):
+        if place % every == 0 and seen < examples:
+            chosen.append(batch)
+            seen += int(batch["mask"].sum())
     wanted = hidden_states(run.job, full, chosen)
     rows = {}
     for name, model in (("run", run.tuned), ("base", run.base)):
@@ -266,8 +272,9 @@ def analyse(workdir: Path, full: Path | None, overrides: Mapping[str, Any], out:
     config = read_run(workdir, overrides)
     if full:
         theirs = read_full(full, {})
-        if theirs.data.name != config.data.name:
-            raise UserError(f"{full} was trained on {theirs.data.name}, but {workdir} on {config.data.name}")
+        data, theirs = ((one.data.name, one.data.classes) for one in (config, theirs))
+        if theirs != data:
+            raise UserError(f"{full} was trained on {_data(*theirs)}, but {workdir} on {_data(*data)}")
     run = open_run(config, workdir)
     if full:
         try:
@@ -293,8 +300,12 @@ def analyse(workdir: Path, full: Path | None, overrides: Mapping[str, Any], out:
     return "\n".join(text)
 
 
+def _data(name: str, classes: Sequence[str]) -> str:
+    return f"the classes {', '.join(classes)} of {name}" if classes else name
+
+
 CKA = """Linear CKA of hidden states with those of the fully tuned network in `{full}`, every
-token of at least {examples} test examples a row; that of the pretrained network as a yardstick.
+token of {examples} test examples or a few more a row; that of the pretrained network as a yardstick.
 """
 
 

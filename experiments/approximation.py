@@ -33,6 +33,8 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.descent import MOMENTUM, descend, relative_errors
+from experiments.grid import command
+from surm_jax.errors import UserError
 from surm_jax.structured import FAMILIES, StructuredMatrix, refine
 
 RESULTS = Path(__file__).parent / "results"
@@ -378,6 +380,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=10, help="how many targets of each kind, at least 2")
     parser.add_argument("--steps", type=int, default=2000, help="how many of gradient descent")
     options = parser.parse_args(arguments)
+    if options.trials < 2 or options.steps < 1:
+        raise UserError(f"--trials must be at least 2 and --steps 1, got {options.trials} and {options.steps}")
     results = fit_all(options.trials, options.steps)
     RESULTS.mkdir(exist_ok=True)
     write_csv(results)
@@ -387,4 +391,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

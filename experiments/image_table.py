@@ -63,7 +63,7 @@ def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
             axes.plot(count, statistics.mean(values), "_", ms=18, mew=2.5, color=color, label=method)
         axes.set_xscale("log")
         axes.set_title(task, fontsize=10)
-        axes.set_xlabel("trained parameters")
+        axes.set_xlabel("trained parameters, with the head")
         axes.set_ylabel("test accuracy, %")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -79,14 +79,14 @@ def report(whole: Grid, rows: Sequence[Row], settings: Settings, path: Path) -> 
 
 By `python experiments/image_table.py`. {image_grid.describe(settings)}
 
-{len(whole.seeds)} seeds, mean ± standard deviation on the test set, in percent. Empty: not measured yet. Every run is
-in `{path.name}`.
+{len(whole.seeds)} seeds, mean ± standard deviation on the test set, in percent; `trained` counts the head. Empty: not
+measured yet. Every run is in `{path.name}`.
 
 {whole.table(rows)}
 ![accuracy against trained parameters]({path.stem}.png)
 
-Learning rates, chosen by the accuracy on held-out training examples; *: at an end of what was tried, so a better one
-may lie beyond.
+Learning rates, chosen by the accuracy on held-out training examples, of three, and of more where the best was at an
+end. *: still at an end of what was tried. -: all gave the same accuracy, and the loss decided.
 
 {whole.rates_table(rows)}"""
     path.with_suffix(".md").write_text(text)

@@ -72,7 +72,8 @@ def examples_of(fraction: float, examples: int) -> int:
         raise UserError(f"--fractions are percent of the training set, above 0 and up to 100, got {fraction:g}")
     count = round(fraction / 100 * examples)
     if count < 5:
-        raise UserError(f"--fractions {fraction:g}: {count} of {examples} training examples are too few")
+        searched = ", with which the learning rates are chosen" if fraction == SEARCHED else ""
+        raise UserError(f"{fraction:g} %{searched}: {count} of {examples} training examples are too few")
     return count
 
 
@@ -117,13 +118,15 @@ def report(whole: Grid, rows: Sequence[Row], settings: Settings, path: Path) -> 
 By `python experiments/low_data.py`. {image_grid.describe(settings)}
 
 A column is the share of the training examples that was learned from. {len(whole.seeds)} seeds, mean ± standard
-deviation on the test set, in percent. Empty: not measured yet. Every run is in `{path.name}`.
+deviation on the test set, in percent; `trained` counts the head. Empty: not measured yet. Every run is in
+`{path.name}`.
 
 {whole.table(rows, mean=False)}
 ![accuracy against the share of the training set]({path.stem}.png)
 
-Learning rates, chosen by the accuracy on held-out training examples with {SEARCHED:g} % of the data, for all shares;
-*: at an end of what was tried, so a better one may lie beyond.
+Learning rates, chosen by the accuracy on held-out training examples with {SEARCHED:g} % of the data, for all shares:
+of three, and of more where the best was at an end. *: still at an end of what was tried. -: all gave the same accuracy,
+and the loss decided.
 
 {whole.rates_table(rows)}"""
     path.with_suffix(".md").write_text(text)

@@ -39,6 +39,8 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.descent import MOMENTUM, descend, relative_errors
+from experiments.grid import command
+from surm_jax.errors import UserError
 from surm_jax.structured import Circulant, Kronecker, LowRank, SymmetricToeplitz
 
 RESULTS = Path(__file__).parent / "results"
@@ -303,6 +305,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=10, help="how many targets of each kind, at least 2")
     parser.add_argument("--steps", type=int, default=5000, help="how many of gradient descent")
     options = parser.parse_args(arguments)
+    if options.trials < 2 or options.steps < 1:
+        raise UserError(f"--trials must be at least 2 and --steps 1, got {options.trials} and {options.steps}")
     study = run(options.trials, options.steps)
     RESULTS.mkdir(exist_ok=True)
     write_csv(study)
@@ -312,4 +316,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

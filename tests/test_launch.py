@@ -147,6 +147,7 @@ def test_the_default_folder_names_the_run():
         ([f"{GLUE}:task=rt"], ["unknown task 'rt'", "did you mean 'rte'"]),
         ([f"{GLUE}:task=rte,method=circulent"], ["unknown method 'circulent'", "did you mean 'circulant'"]),
         ([f"{GLUE}:taks=rte"], ["unknown option 'taks'", "did you mean 'task'"]),
+        ([f"{GLUE}:task=rte", "--config.optim.steps=20"], ["config.optim.epochs=80", "--config.optim.epochs=0"]),
         ([f"{GLUE}:task=cola", "--config.data.dir=/nowhere"], ["glue/cola", "/nowhere"]),
         (["--mode=predict"], ["needs --input=FILE.tsv and --output=FILE.tsv"]),
         (["--mode=predict", "--input=in.tsv"], ["needs --input=FILE.tsv and --output=FILE.tsv"]),

@@ -45,7 +45,7 @@ def train_image(
         augment: "crop_flip" resizes to 8/7 of `image_size`, rounded up (256 for 224), cuts `image_size` x `image_size`
             at random and mirrors left to right with probability 1/2. "affine" turns (by up to 0.3), shears (0.2),
             scales each axis (0.85 to 1.2) and moves (a tenth of `image_size`) around the centre, all uniformly, and
-            fills with zeros: for digits and letters on black, which must not be mirrored. "none" does what
+            fills with black: for digits and letters on black, which must not be mirrored. "none" does what
             `eval_image` does.
     """
     if augment == "none":
@@ -109,8 +109,11 @@ def _resample(
         picture = Image.fromarray(np.ascontiguousarray(plane))
         if affine_map is None:
             return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
+        black = 0 if plane.dtype == np.uint8 else -1.0
         return np.asarray(
-            picture.transform((size, size), Image.Transform.AFFINE, affine_map, Image.Resampling.BILINEAR)
+            picture.transform(
+                (size, size), Image.Transform.AFFINE, affine_map, Image.Resampling.BILINEAR, fillcolor=black
+            )
         )
 
     if image.dtype == np.uint8 and image.shape[-1] == 3:

@@ -2,7 +2,7 @@
 
 from surm_jax.models.bert import BERT_VARIANTS, Bert, BertConfig
 from surm_jax.models.layers import REMAT, Blocks
-from surm_jax.models.targets import TARGETS
+from surm_jax.models.targets import HEAD, TARGETS
 from surm_jax.models.vit import VARIANTS, ViT, ViTConfig
 
-__all__ = ["BERT_VARIANTS", "REMAT", "TARGETS", "VARIANTS", "Bert", "BertConfig", "Blocks", "ViT", "ViTConfig"]
+__all__ = ["BERT_VARIANTS", "HEAD", "REMAT", "TARGETS", "VARIANTS", "Bert", "BertConfig", "Blocks", "ViT", "ViTConfig"]

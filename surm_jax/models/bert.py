@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from surm_jax.errors import UserError
 from surm_jax.models.layers import ACTIVATIONS, MLP, Attention, Blocks, drop, split_block_keys, split_key
 from surm_jax.models.settings import check_choice, check_sizes, check_transformer, from_variant
-from surm_jax.models.targets import TARGETS
+from surm_jax.models.targets import HEAD, TARGETS
 
 HEADS = ("classifier", "mlm")
 POSITIONS = ("absolute", "after_padding")
@@ -128,6 +128,17 @@ class BertConfig:
             UserError: no such variant or field, or the fields do not fit together.
         """
         return from_variant(cls, "BERT", BERT_VARIANTS, name, fields)
+
+    @property
+    def new_head(self) -> tuple[str, ...]:
+        """Patterns of the parameters that a new task begins with anew, and has to train.
+
+        Nothing of a masked language model: its head is pretrained, and a new task has none of its own. RoBERTa's
+        classifier has two layers, both of which a new task has for itself; the first is our pooler.
+        """
+        if self.head == "mlm":
+            return ()
+        return (*HEAD, r"pooler/.*") if self.positions == "after_padding" and self.pooler else HEAD
 
     @property
     def max_tokens(self) -> int:

@@ -15,3 +15,6 @@ TARGETS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Named sets of modules for adapters: patterns for `re.fullmatch` over module paths."""
+
+HEAD = (r"head/.*",)
+"""Patterns of the parameters of the head: what a new task begins with anew, of RoBERTa the pooler besides."""

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from surm_jax.errors import UserError
 from surm_jax.models import settings
 from surm_jax.models.layers import ACTIVATIONS, MLP, Attention, Blocks, drop, split_block_keys, split_key
-from surm_jax.models.targets import TARGETS
+from surm_jax.models.targets import HEAD, TARGETS
 
 POOLS = ("token", "mean", "patches", "token+patches")
 
@@ -108,6 +108,9 @@ class ViTConfig:
     # reads: a checkpoint may differ from the model in the former, and in the latter where the head is not loaded.
     RUNTIME_FIELDS: ClassVar[tuple[str, ...]] = ("dropout", "dtype", "param_dtype", "remat")
     HEAD_FIELDS: ClassVar[tuple[str, ...]] = ("num_classes", "head_bias", "pool", "final_norm")
+
+    # Patterns of the parameters that a new task begins with anew, and has to train.
+    new_head: ClassVar[tuple[str, ...]] = HEAD
 
     def __post_init__(self):
         settings.check_sizes(

@@ -106,6 +106,8 @@ class Adapter:
             compile_pattern(pattern)
         if not isinstance(self.name, str) or not re.fullmatch(r"[\w-]+", self.name):
             raise UserError(f"the name of an adapter has letters, digits, _ and -, got {self.name!r}")
+        if hasattr(nnx.Dict, self.name):  # It would hide that method of where the adapters of a module are.
+            raise UserError(f"an adapter cannot be called {self.name!r}, as a method of nnx.Dict")
         if self.name in SLOTS:  # `adapter_of` could not tell it from the slot, and nothing of it would be trained
             raise UserError(f"an adapter cannot be called {self.name!r}, as the part of a module where adapters are")
 

@@ -21,7 +21,7 @@ from surm_jax.peft.branch import Branch
 from surm_jax.peft.context import example_adapters
 from surm_jax.peft.files import load_adapter
 from surm_jax.peft.inject import adapted_modules, base_parameters
-from surm_jax.peft.layers import is_linear, matrix_view
+from surm_jax.peft.layers import check_call, is_linear, matrix_view
 from surm_jax.peft.lifecycle import adapter_names
 from surm_jax.peft.variables import AdapterConstant, AdapterScale
 from surm_jax.structured import Dense, Dot, LowRank, StructuredMatrix, Sum
@@ -169,7 +169,8 @@ def load_bank(folders: Sequence[str | os.PathLike], model: nnx.Module) -> nnx.Mo
 
     Raises:
       UserError: if a folder cannot be loaded (`load_adapter`), or has updates or branches of another structure than
-        the first, or trained something else than linear layers; or if the model has adapters.
+        the first, or trained something else than linear layers, or such whose `__call__` goes past `super()`; or if the
+        model has adapters.
     """
     if isinstance(folders, str | os.PathLike):
         raise UserError(f"folders must be a list, got one: write [{str(folders)!r}]")
@@ -181,6 +182,7 @@ def load_bank(folders: Sequence[str | os.PathLike], model: nnx.Module) -> nnx.Mo
     result = nnx.clone(model)
     modules = {join(path): module for path, module in nnx.iter_modules(result)}
     for path in sorted({path for found in (*kernels, *biases) for path in found}):
+        check_call(modules[path], path, "delta")
         m, n = matrix_view(modules[path], path).shape
         nothing = LowRank(A=jnp.zeros((n, 1), jnp.float32), B=jnp.zeros((m, 1), jnp.float32))
         matrices = _rows(path, kernels, lambda matrix: matrix.times(0.0)) or [nothing] * len(folders)

@@ -7,7 +7,9 @@ Both are given for a block of code, inside the function that is differentiated a
         with surm_jax.adapter_dropout(key):
             logits = model(batch["image"])
 
-They are read while JAX traces the block: around a call of a function that is compiled already they change nothing.
+They are read while JAX traces the block: around a call of a function that is compiled already they change nothing. A
+function that JAX traces once for several calls, such as a method under `nnx.remat` or `nnx.jit` in a model of your own,
+counts as compiled: what it read in the first call, it has in all. Wrap a new function for each call there.
 """
 
 import contextlib
@@ -37,6 +39,9 @@ _EXAMPLES: contextvars.ContextVar[Array | None] = contextvars.ContextVar("adapte
 def adapter_dropout(key: jax.Array | None) -> Iterator[None]:
     """Within the block, adapters with dropout drop: each layer draws from `key` in the order of the calls.
 
+    To be used inside the compiled function. A model whose own blocks are under `nnx.remat` or `nnx.jit` is traced once
+    for all of them, and they would drop alike.
+
     Args:
       key: a JAX key; `None` means no dropout, as without the block.
     """
@@ -49,7 +54,11 @@ def adapter_dropout(key: jax.Array | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def adapter_of_examples(ids: Int[Array, "batch"]) -> Iterator[None]:
-    """Within the block, example i of the batch has the adapter number `ids[i]` of a bank (`surm_jax.peft.bank`)."""
+    """Within the block, example i of the batch has the adapter number `ids[i]` of a bank (`surm_jax.peft.bank`).
+
+    To be used inside the compiled function, which gets `ids` as an argument: around a compiled one, the first `ids`
+    would be constants of its program.
+    """
     token = _EXAMPLES.set(ids)
     try:
         yield

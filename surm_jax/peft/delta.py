@@ -92,9 +92,12 @@ class Delta(StoredMatrix):
         return (self.scale[...] * (gain * (y + moved).astype(jnp.float32) - y.astype(jnp.float32))).astype(y.dtype)
 
     def gain(self, kernel: Float[Array, "in out"], dense: Float[Array, "in out"]) -> Float[Array, "out"]:
-        """Returns what the columns of `kernel + dense` are multiplied with where they are normalised, in float32."""
-        moved = kernel.astype(jnp.float32) + dense.astype(jnp.float32)
-        return self.magnitude[...] / jax.lax.stop_gradient(_norms(moved))
+        """Returns what the columns of `kernel + dense` are multiplied with where they are normalised, in float32.
+
+        A column of zeros has no direction, and stays zero.
+        """
+        norms = jax.lax.stop_gradient(_norms(kernel.astype(jnp.float32) + dense.astype(jnp.float32)))
+        return self.magnitude[...] / jnp.where(norms == 0, 1.0, norms)
 
 
 def _norms(kernel: Float[Array, "in out"]) -> Float[Array, "out"]:

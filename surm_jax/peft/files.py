@@ -151,8 +151,8 @@ def load_adapter(
     parameters = base_parameters(model)
     trained = [path for pattern in adapter.train for path in require_match(pattern, list(parameters), "parameter")]
     for path in dict.fromkeys(trained):
-        old = parameters[path][...]
-        parameters[path][...] = tensors.take(path, old.shape).astype(old.dtype)
+        variable = parameters[path]
+        variable.set_value(jnp.asarray(tensors.take(path, variable.shape).astype(variable.dtype)))
     if tensors.left:
         name = min(tensors.left)
         raise UserError(

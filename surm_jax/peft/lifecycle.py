@@ -46,7 +46,7 @@ def set_scale(model: nnx.Module, name: str, scale: float) -> nnx.Module:
     checked_names(model, (name,))
     for _, owner, part, _ in adapted_modules(model):
         if owner == name:
-            part.scale[...] = jnp.asarray(scale, jnp.float32)
+            part.scale.set_value(jnp.asarray(scale, jnp.float32))
     return model
 
 
@@ -61,7 +61,7 @@ def set_active(model: nnx.Module, names: Iterable[str]) -> nnx.Module:
     """
     model, names = nnx.clone(model), checked_names(model, names)
     for _, name, part, _ in adapted_modules(model):
-        part.scale[...] = jnp.asarray(float(name in names), jnp.float32)
+        part.scale.set_value(jnp.asarray(float(name in names), jnp.float32))
     return model
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 from surm_jax.errors import UserError
 from surm_jax.peft.attach import detach
 from surm_jax.peft.branch import Branch
+from surm_jax.peft.delta import Delta
 from surm_jax.peft.inject import adapted_modules
 from surm_jax.peft.layers import matrix_view
 from surm_jax.peft.lifecycle import adapter_names, checked_names
@@ -40,7 +41,7 @@ def merge(model: nnx.Module, names: Iterable[str] | None = None) -> tuple[nnx.Mo
 
     Raises:
       UserError: if a branch is among them, which no kernel can hold, or an adapter is not there, or an update is not
-        finite.
+        finite, or another adapter's on the same layer is normalised (DoRA) and stays.
     """
     model = nnx.clone(model)
     names = adapter_names(model) if names is None else checked_names(model, names)
@@ -50,6 +51,13 @@ def merge(model: nnx.Module, names: Iterable[str] | None = None) -> tuple[nnx.Mo
             raise UserError(
                 f"{path} has a branch of the adapter {name!r}, which is not linear, so no kernel can hold it:"
                 " deploy the base with the adapter's folder, where its matrices are stored fused"
+            )
+    touched = {path for path, *_ in parts}
+    for path, name, part, _ in adapted_modules(model):
+        if path in touched and name not in names and isinstance(part, Delta) and part.normalized:
+            raise UserError(
+                f"{path} has an update of the adapter {name!r} that is normalised (DoRA): it would take back what a"
+                " merged one does to the norms. Merge both, or delete it first"
             )
     deviation = 0.0
     for path, rows in itertools.groupby(parts, key=lambda row: row[0]):
@@ -62,7 +70,8 @@ def merge(model: nnx.Module, names: Iterable[str] | None = None) -> tuple[nnx.Mo
             raise UserError(f"{path} cannot be merged: its update or its kernel holds values that are not finite")
         merged = jnp.asarray(exact.astype(np.float32)).astype(kernel.dtype)
         deviation = max(deviation, float(np.max(np.abs(_float64(merged) - exact), initial=0.0)))
-        layer.kernel[...] = merged.reshape(kernel.shape)
+        # A variable of its own: other layers may share the one that it had, and a NumPy array is shared with `model`.
+        layer.kernel = layer.kernel.copy(merged.reshape(kernel.shape))
         for _, name, _, _ in rows:
             detach(layer, name)
     return model, deviation

@@ -131,10 +131,6 @@ class Name:
     in_body: bool = True
 
 
-HEAD = (r"head/.*",)
-"""The parameters that a new task begins with anew, in most models."""
-
-
 @dataclass(frozen=True)
 class Architecture:
     """One `model_type` of transformers.
@@ -150,7 +146,6 @@ class Architecture:
         names: our configuration -> the pairs of names.
         ignore: our configuration -> patterns of keys that are not read, without the prefix.
         fillers: our configuration -> arrays to write that our model does not have, by full name.
-        new_head: our configuration -> patterns of the parameters that a new task begins with anew.
     """
 
     model_type: str
@@ -161,7 +156,6 @@ class Architecture:
     names: Callable[[Any], Sequence[Name]]
     ignore: Callable[[Any], Sequence[str]]
     fillers: Callable[[Any], dict[str, np.ndarray]] = dataclasses.field(default=lambda config: {})
-    new_head: Callable[[Any], Sequence[str]] = dataclasses.field(default=lambda config: HEAD)
 
     def key_rules(self, config: Any) -> list[KeyRule]:
         """Returns the rules that read a checkpoint."""

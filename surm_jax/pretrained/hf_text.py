@@ -15,7 +15,6 @@ from surm_jax.models.settings import from_variant
 from surm_jax.pretrained.architecture import (
     ACTIVATIONS,
     EMBEDDING,
-    HEAD,
     LINEAR,
     LINEAR_OUT,
     NORM,
@@ -198,16 +197,6 @@ def _ignore(model_type: str, config: BertConfig) -> tuple[str, ...]:
     return (*_IGNORED[model_type, config.head], *without_pooler)
 
 
-def _new_head(model_type: str, config: BertConfig) -> tuple[str, ...]:
-    """Nothing of a masked language model: its head is pretrained, and a new task has none of its own.
-
-    RoBERTa's classifier has two layers, both of which a new task has for itself; the first is our pooler.
-    """
-    if config.head == "mlm":
-        return ()
-    return (*HEAD, r"pooler/.*") if model_type == "roberta" and config.pooler else HEAD
-
-
 def _architecture(model_type: str) -> Architecture:
     return Architecture(
         model_type=model_type,
@@ -217,7 +206,6 @@ def _architecture(model_type: str) -> Architecture:
         write_config=partial(_write_config, model_type),
         names=partial(_names, model_type),
         ignore=partial(_ignore, model_type),
-        new_head=partial(_new_head, model_type),
     )
 
 

@@ -22,7 +22,7 @@ from surm_jax.errors import UserError, did_you_mean
 from surm_jax.models import BertConfig
 from surm_jax.paths import join
 from surm_jax.pretrained import hf_text, hf_vision
-from surm_jax.pretrained.architecture import HEAD, Architecture, Names
+from surm_jax.pretrained.architecture import Architecture, Names
 from surm_jax.pretrained.configs import MODELS, config_class, require_fields, require_same
 from surm_jax.pretrained.normalization import PREPROCESSOR_NAME, preprocessor_fields
 from surm_jax.pretrained.rules import fill
@@ -103,13 +103,6 @@ def read(
     rules, ignored = architecture.key_rules(config), architecture.ignored(config)
     with _open(path) as file:
         return fill(file.keys, file.read, targets, rules, ignore=ignored, fresh=fresh, origin=str(path))
-
-
-def new_head(path: Path, config: Any) -> Sequence[str]:
-    """Returns patterns of the parameters that a new task begins with anew, for the model in a folder."""
-    architecture, _ = read_architecture(path)
-    # That it is another kind of model altogether is said on reading.
-    return architecture.new_head(config) if MODELS[type(config)] is architecture.model else HEAD
 
 
 def save_huggingface(

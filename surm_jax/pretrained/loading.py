@@ -12,7 +12,6 @@ from surm_jax.errors import UserError
 from surm_jax.models import ViT, ViTConfig
 from surm_jax.paths import join, require_match
 from surm_jax.pretrained import augreg, huggingface, native
-from surm_jax.pretrained.architecture import HEAD
 from surm_jax.pretrained.sources import locate
 from surm_jax.pretrained.tensor_files import SUFFIX
 
@@ -25,13 +24,11 @@ class _Format(NamedTuple):
     read: Callable[..., dict[str, jax.Array]]
     # (path, overrides) -> class of the model, its configuration; None where files hold none
     read_config: Callable[..., tuple[type[nnx.Module], Any]] | None
-    # (path, config of the model) -> patterns of the parameters that a new task begins with anew
-    new_head: Callable[[Path, Any], Sequence[str]] = lambda path, config: HEAD
 
 
 AUGREG = _Format(augreg.read, None)
 NATIVE = _Format(native.read, native.read_config)
-HUGGING_FACE = _Format(huggingface.read, huggingface.read_config, huggingface.new_head)
+HUGGING_FACE = _Format(huggingface.read, huggingface.read_config)
 
 
 def load(
@@ -74,11 +71,10 @@ def load(
     if checkpoint is None:
         values = _initial(make_model, shapes)
     else:
-        kind = _format_of(checkpoint)
-        fresh = kind.new_head(checkpoint, model.config) if fresh is None else fresh
+        fresh = model.config.new_head if fresh is None else fresh
         fresh_paths = {path for pattern in fresh for path in require_match(pattern, list(variables), "parameter")}
         targets = {path: shape for path, shape in shapes.items() if path not in fresh_paths}
-        values = kind.read(checkpoint, model.config, targets, fresh_paths)
+        values = _format_of(checkpoint).read(checkpoint, model.config, targets, fresh_paths)
         values |= _initial(make_model, {path: shapes[path] for path in fresh_paths})
     filled = [(path, variable.copy(values[name])) for name, (path, variable) in variables.items()]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))

@@ -1,12 +1,13 @@
 """What a configuration puts into a model, and what that trains."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from flax import nnx
 
 from surm_jax.errors import UserError
+from surm_jax.models import HEAD
 from surm_jax.paths import join
 from surm_jax.peft import Adapter, Description, Rule, Selection, adapt, describe, make_method
 from surm_jax.training.config import PeftConfig, RunConfig
@@ -44,12 +45,17 @@ def adapt_model(model: nnx.Module, peft: PeftConfig, seed: int) -> tuple[nnx.Mod
     """
     # Not the stream that drew the model: its first keys would come again.
     rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
-    rules, train = rules_of(peft)
+    rules, train = rules_of(peft, model.config.new_head)
     return adapt(model, rules, train=train, execution=peft.execution, rngs=rngs)
 
 
-def rules_of(peft: PeftConfig) -> tuple[list[Rule], tuple[str, ...]]:
-    """Returns the rules of a configuration, and the patterns of what is trained besides."""
+def rules_of(peft: PeftConfig, new_head: Sequence[str]) -> tuple[list[Rule], tuple[str, ...]]:
+    """Returns the rules of a configuration, and the patterns of what is trained besides.
+
+    Where that is the head, it is all of it that a new task begins with anew: of RoBERTa two layers.
+    """
+    trained = [part for pattern in peft.train for part in (pattern, *(new_head if (pattern,) == HEAD else ()))]
+    train = tuple(dict.fromkeys(trained))
     rules = [
         Rule(r.target, make_method(r.method, dict(r.settings)) if r.method else None, r.parts, r.which)
         for r in peft.rules
@@ -61,7 +67,7 @@ def rules_of(peft: PeftConfig) -> tuple[list[Rule], tuple[str, ...]]:
                 f"config.peft.target={peft.target}, but {peft.method} trains parameters of the model by patterns of its"
                 " own: leave target empty"
             )
-        return rules, (*peft.train, *method.patterns)
+        return rules, (*train, *method.patterns)
     if peft.target != "none":
         rules.append(Rule(peft.target or method.target, method))
-    return rules, peft.train
+    return rules, train

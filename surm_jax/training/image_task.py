@@ -116,7 +116,7 @@ def image_task(config: RunConfig, dataset: data.ImageDataset) -> ImageTask:
     train, holdout = data.hold_out(train, config.data.holdout)
     vit = image_model_config(config, len(dataset.classes))
     dataset.require_channels(vit.channels)
-    # Before anything is downloaded.
+    # Before the weights of a named variant are downloaded.
     describe_model(config, lambda seed: ViT(vit, rngs=nnx.Rngs(seed)))
     checkpoint = locate(config.model.checkpoint, config.model.variant or None)
     if checkpoint is None:

@@ -1,6 +1,5 @@
 """A run from its first step to its result: train, evaluate, save, and go on after an interruption, bit for bit."""
 
-import contextlib
 import dataclasses
 import functools
 import signal
@@ -23,7 +22,7 @@ from surm_jax.training.mesh import batch_sharding, put_base, put_batch, replicat
 from surm_jax.training.metrics import MetricWriter, NotFiniteError, StepLog
 from surm_jax.training.optimizer import Rates, groups_of, make_optimizer
 from surm_jax.training.partition import partition
-from surm_jax.training.processes import Agreement, meet, model_on_first, on_first, opened_on_first, union
+from surm_jax.training.processes import Agreement, meet, model_on_first, on_first, opened_on_first, several, union
 from surm_jax.training.progress import Interruption, Progress, Stopwatch, track
 from surm_jax.training.report import draw_curves, make_result
 from surm_jax.training.step import TrainState, init_state, make_train_step
@@ -163,9 +162,17 @@ class _Run:
                 self.watch.stop()
                 score = None
                 if evaluates:
-                    # Save all the same if the evaluation is interrupted.
-                    with contextlib.suppress(InterruptedRunError):
+                    # Save all the same if the evaluation is interrupted, or fails: the steps were good.
+                    try:
                         score = self._evaluate_while_training(state, writer, progress)
+                    except InterruptedRunError:
+                        pass
+                    except NotFiniteError:
+                        raise
+                    except Exception:
+                        if not several():
+                            save(None)
+                        raise
                 save(score)
                 if self._interrupted():
                     raise self._interruption_at(step)
@@ -186,6 +193,7 @@ class _Run:
             self.config.peft.method,
             tests,
             self.description,
+            seed=self.job.seed,
             metrics=self.job.task.metrics,
             classes=self.job.task.classes,
             corrupt={

@@ -194,8 +194,9 @@ def predict_run(workdir: Path, overrides: Mapping[str, Any], source: Path, targe
 
 
 def describe_run(config: RunConfig) -> None:
-    """Prints what a configuration would train: every adapted layer and the totals. Needs no weights.
+    """Prints what a configuration would train: every adapted layer and the totals.
 
+    Needs no weights if `config.model.variant` says which model it is; where that is empty, the checkpoint says it.
     The data set is read for its number of classes alone, and not even that if `config.model.num_classes` says it.
 
     Raises:

@@ -40,7 +40,7 @@ class Rows(NamedTuple):
 def read_rows(path: Path, columns: Sequence[str]) -> Rows:
     """Reads a table of sentences: UTF-8, a row a line, columns separated by tabs, quotes without meaning.
 
-    A first line that holds the names of the columns is left out; so are empty lines.
+    A first line that holds the names of the columns, in any case, is left out; so are empty lines.
 
     Args:
       path: the file.
@@ -61,7 +61,8 @@ def read_rows(path: Path, columns: Sequence[str]) -> Rows:
         except UnicodeDecodeError as error:
             rows.malformed.append(f"{path}, line {number}: not UTF-8 (byte {error.start + 1})")
             continue
-        if not line or (number == 1 and sentences == tuple(columns)):
+        names = tuple(sentence.strip().casefold() for sentence in sentences)
+        if not line or (number == 1 and names == tuple(columns)):
             continue
         if len(sentences) != len(columns):
             rows.malformed.append(
@@ -98,6 +99,10 @@ def predict_text(config: RunConfig, adapter: Path, classes: Sequence[str], sourc
     # Before the work, and not after it.
     if not target.parent.is_dir():
         raise UserError(f"cannot write {target}: there is no folder {target.parent}")
+    if target.is_dir():
+        raise UserError(f"cannot write {target}: it is a folder")
+    if target.resolve() == source.resolve():
+        raise UserError(f"the answers would replace the sentences in {source}: give another --output")
     logits = _logits(config, adapter, max(1, len(classes)), rows.sentences)
     text = io.StringIO()
     table = csv.writer(text, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None)
@@ -128,7 +133,7 @@ def _logits(config: RunConfig, adapter: Path, outputs: int, sentences: list[tupl
     mesh = make_mesh(config.mesh.data, sizes, config.mesh.fsdp)
     with jax.set_mesh(mesh):
         base = load(
-            lambda: Bert(bert, rngs=nnx.Rngs(0)),
+            lambda: Bert(bert, rngs=nnx.Rngs(config.seeds[0])),
             checkpoint,
             sharding=lambda path, shape: base_sharding(mesh, shape.shape),
         )

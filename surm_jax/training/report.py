@@ -26,6 +26,7 @@ def make_result(
     tests: Mapping[str, Mapping[str, float]],
     description: Description,
     *,
+    seed: int,
     metrics: Sequence[str],
     classes: Sequence[str],
     corrupt: Mapping[str, int],
@@ -40,6 +41,7 @@ def make_result(
       method: its name.
       tests: the evaluation after the last step by split: the metrics, `loss` and `examples`.
       description: what was trained.
+      seed: of the run.
       metrics: names of the task's metrics; the first one of the first split is the one to look at.
       classes: names of the classes; empty where labels are numbers.
       corrupt: how many examples of each split could not be read and were left out.
@@ -51,6 +53,7 @@ def make_result(
     measured = {f"{split}_{name}": values[name] for split, values in tests.items() for name in (*metrics, "loss")}
     return {
         "method": method,
+        "seeds": [seed],
         "metric": next(iter(measured)),
         "metrics": measured,
         "classes": list(classes),

@@ -1,6 +1,7 @@
 """The folder of a run: which run it belongs to, and the files that are written whole or not at all."""
 
 import contextlib
+import functools
 import json
 import platform
 import tempfile
@@ -17,9 +18,17 @@ CONFIG_NAME = "config.json"
 RESULT_NAME = "result.json"
 
 
-#: Where things are, not what they are: a run may go on with its data or weights somewhere else. The last says how equal
-#: blocks are compiled, which changes numbers by their rounding alone.
-LOCATIONS = ("data.dir", "model.checkpoint", "model.scan_layers")
+#: Where a run's data and weights are, and how it is computed, which changes numbers by their rounding alone: a run may
+#: go on, be evaluated or exported elsewhere and on other devices.
+CHANGEABLE = (
+    "data.dir",
+    "data.eval_batch_size",
+    "model.checkpoint",
+    "model.scan_layers",
+    "model.remat",
+    "mesh.data",
+    "mesh.fsdp",
+)
 
 
 @contextlib.contextmanager
@@ -66,24 +75,25 @@ def require_shared(workdir: Path) -> None:
 
 
 def locations(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
-    """Returns the configuration of a finished run with its data and weights at other places.
+    """Returns the configuration of a finished run with its data and weights at other places, or for other devices.
 
     Args:
       config: of the run.
-      overrides: values by key, such as `data.dir`.
+      overrides: values by key, such as `data.dir`. Those that the run has anyway change nothing.
 
     Raises:
-      UserError: for a key that is not in `LOCATIONS`: what a run was cannot be changed.
+      UserError: for another value of a key that is not in `CHANGEABLE`: what a run was cannot be changed.
     """
     tree = to_dict(config)
     for key, value in overrides.items():
-        if key not in LOCATIONS:
+        *sections, name = key.split(".")
+        section = functools.reduce(dict.__getitem__, sections, tree)
+        if key not in CHANGEABLE and _jsonable(section[name]) != _jsonable(value):
             raise UserError(
                 f"config.{key} belongs to the run that is in the folder and cannot be changed now"
-                f" (only {' and '.join(LOCATIONS)} can)"
+                f" (only {', '.join(CHANGEABLE)} can)"
             )
-        section, name = key.split(".")
-        tree[section][name] = value
+        section[name] = value
     return parse(tree)
 
 
@@ -147,12 +157,12 @@ def _require_writable(folder: Path) -> None:
 
 
 def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Returns what differs between two configurations but for `LOCATIONS`, as text.
+    """Returns what differs between two configurations but for `CHANGEABLE`, as text.
 
     >>> config_changes({"optim": {"steps": 9}, "data": {"dir": "a"}}, {"optim": {"steps": 8}, "data": {"dir": "b"}})
     ['config.optim.steps is 9, here 8']
     """
-    ignored = [f"config.{key} " for key in LOCATIONS]
+    ignored = [f"config.{key} " for key in CHANGEABLE]
     return [change for change in differences(old, new, "config") if not change.startswith(tuple(ignored))]
 
 

@@ -140,7 +140,7 @@ def test_every_method_has_settings_on_glue(method):
     assert config.optim.learning_rate[method] > 0
 
 
-@pytest.mark.parametrize("method", ["circulant_adapter", "bottleneck", "lora", "full"])
+@pytest.mark.parametrize("method", ["circulant_adapter", "bottleneck", "lora", "dora", "full"])
 def test_no_bias_and_no_norm_decays_and_all_else_does(method):
     config = parse(bert_glue.get_config(f"task=rte,method={method}"))
     model = nnx.eval_shape(lambda: Bert(tiny_text.BERT, rngs=nnx.Rngs(0)))
@@ -149,7 +149,8 @@ def test_no_bias_and_no_norm_decays_and_all_else_does(method):
     paths = [join(path) for path, _ in nnx.to_flat_state(trained)]
     norms = [join(path) for path, module in nnx.iter_graph(model) if isinstance(module, nnx.LayerNorm)]
     assert len(norms) == 3
-    spared = {path for path in paths if path.endswith("bias") or path.rpartition("/")[0] in norms}
+    # DoRA's magnitudes are norms too, of the columns of weights.
+    spared = {path for path in paths if path.endswith(("bias", "magnitude")) or path.rpartition("/")[0] in norms}
     assert len(spared) > 1 or method == "lora"
     assert method != "full" or {f"{norm}/{name}" for norm in norms for name in ("scale", "bias")} < spared
     for path, group in groups_of(paths, config.optim.groups).items():

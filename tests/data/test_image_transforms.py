@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from surm_jax.data import eval_image, train_image
+from surm_jax.data.image_transforms import scale
 
 
 def random_image(*shape, seed=0) -> np.ndarray:
@@ -85,7 +86,7 @@ def recovered_map(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5)
     image = np.stack([x, y, np.ones_like(x)], axis=-1).astype(np.float32) / size
     out = train_image(image, np.random.default_rng(seed), image_size=size, augment="affine") * size
-    # Interpolation of a plane is exact. Near what was filled with zeros there is another slope.
+    # Interpolation of a plane is exact. Near what was filled there is another slope.
     inside = np.all([np.roll(out[..., 2], move, axis) > 1 - 1e-3 for axis in (0, 1) for move in (-1, 0, 1)], axis=0)
     inside[[0, -1]] = inside[:, [0, -1]] = False
     design = np.stack([x[inside] - size / 2, y[inside] - size / 2, np.ones(inside.sum())], axis=1)
@@ -107,6 +108,14 @@ def test_affine_draws_keep_their_bounds_and_fill_them():
     width = bounds[:, 1] - bounds[:, 0]
     assert (least >= bounds[:, 0] - 1e-3).all() and (most <= bounds[:, 1] + 1e-3).all()
     assert (least < bounds[:, 0] + 0.1 * width).all() and (most > bounds[:, 1] - 0.1 * width).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_affine_fills_with_black_whatever_the_numbers_of_an_image(seed):
+    black = np.zeros((8, 8, 1), np.uint8)
+    for image in (black, scale(black)):
+        out = train_image(image, np.random.default_rng(seed), image_size=8, augment="affine")
+        np.testing.assert_array_equal(out, -1)
 
 
 def test_every_window_and_both_directions_are_drawn_evenly():

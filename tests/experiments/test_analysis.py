@@ -513,7 +513,7 @@ def test_what_is_no_finished_run_is_refused(runs, tmp_path):
     several = copied(runs / "circulant", tmp_path / "several", seeds=[4, 5])
     with pytest.raises(UserError, match=r"a run for each of 2 seeds: choose one, such as .*several/seed-4"):
         analysis.main([str(several), f"--out={tmp_path / 'x'}"])
-    with pytest.raises(UserError, match=r"there is no configuration configs/digit\.py"):
+    with pytest.raises(UserError, match=r"there is no configuration 'configs/digit\.py'"):
         analysis.main(["configs/digit.py", "--energy=gradient", f"--out={tmp_path / 'x'}"])
     for option in ("batches", "examples"):
         with pytest.raises(UserError, match=f"--{option} must be at least 1, got 0"):
@@ -529,6 +529,9 @@ def test_only_full_fine_tuning_of_the_same_model_and_data_is_compared_with(runs,
     other = copied(runs / "full", tmp_path / "other", data={**data, "name": "digits_5to9"})
     with pytest.raises(UserError, match=r"other was trained on digits_5to9, but .*circulant on .*data\.npz"):
         analysis.main([circulant, f"--full={other}", out])
+    few = copied(runs / "full", tmp_path / "few", data={**data, "classes": ["0", "2"]})
+    with pytest.raises(UserError, match=r"few was trained on the classes 0, 2 of .*npz, but .*circulant on .*npz"):
+        analysis.main([circulant, f"--full={few}", out])
     wide = copied(runs / "full", tmp_path / "wide")
     shutil.rmtree(wide / "adapter")
     vit = ViT(ViTConfig(**{**tiny.GEOMETRY, "width": 12}, num_classes=3), rngs=nnx.Rngs(0))

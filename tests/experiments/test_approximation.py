@@ -8,6 +8,7 @@ import scipy.linalg
 
 from experiments import approximation
 from experiments.approximation import Kind
+from surm_jax.errors import UserError
 
 SIDE = 12
 
@@ -139,3 +140,10 @@ def test_table_marks_the_nearest_of_a_budget():
     lines = approximation.table(results, "nearest").splitlines()[2:]
     # The circulant is alone in its budget; of the others, low rank.
     assert ["**" in line for line in lines] == [True, False, True, False]
+
+
+def test_a_deviation_needs_two_trials(tmp_path, monkeypatch):
+    monkeypatch.setattr(approximation, "RESULTS", tmp_path)
+    with pytest.raises(UserError, match="--trials must be at least 2 and --steps 1, got 1 and 5"):
+        approximation.main(["--trials=1", "--steps=5"])
+    assert not [*tmp_path.iterdir()]

@@ -100,7 +100,7 @@ def test_other_calls_add_shares(small, pretended, tmp_path):
         (["--fractions", "0"], "above 0 and up to 100, got 0"),
         (["--fractions", "50", "101"], "above 0 and up to 100, got 101"),
         (["--fractions", "nan"], "above 0 and up to 100, got nan"),
-        (["--fractions", "1"], "--fractions 1: 0 of 40 training examples are too few"),
+        (["--fractions", "1"], "1 %: 0 of 40 training examples are too few"),
         (["--set=dat.npz"], "no data file .*dat.npz; did you mean 'data.npz'"),
         (["--model=weigths.safetensors"], "no checkpoint 'weigths.safetensors'.*did you mean 'weights.safetensors'"),
         (["--model="], "there is no runs/pretrain_cifar/model.safetensors: python experiments/pretrain_cifar.py"),

@@ -8,6 +8,7 @@ import scipy.linalg
 import scipy.optimize
 
 from experiments import psd
+from surm_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +103,10 @@ def test_study_descends_to_the_optimum_and_writes_what_it_found(tmp_path, monkey
     assert [int(line.split("|")[-2]) for line in claims] == [sum(by_hand[:2]), sum(by_hand[2:])]
     assert text in capsys.readouterr().out
     assert (tmp_path / "psd.png").stat().st_size > 30_000
+
+
+def test_a_deviation_needs_two_trials(tmp_path, monkeypatch):
+    monkeypatch.setattr(psd, "RESULTS", tmp_path)
+    with pytest.raises(UserError, match="--trials must be at least 2 and --steps 1, got 1 and 5"):
+        psd.main(["--trials=1", "--steps=5"])
+    assert not [*tmp_path.iterdir()]

@@ -59,6 +59,12 @@ def test_names_that_cannot_be_a_part_of_a_path(name):
         Adapter((), name=name)
 
 
+@pytest.mark.parametrize("name", ["items", "values", "update"])
+def test_names_that_would_hide_a_method(name):
+    with pytest.raises(UserError, match=f"an adapter cannot be called '{name}', as a method of nnx.Dict"):
+        Adapter((), name=name)
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [

@@ -15,7 +15,9 @@ from surm_jax.peft import (
     DoRA,
     KroneckerUpdate,
     LoRA,
+    Rule,
     StructuredUpdate,
+    adapt,
     adapter_names,
     adapter_of_examples,
     delete,
@@ -307,3 +309,18 @@ def test_it_works_in_tree_mode(tmp_path):
         with adapter_of_examples(jnp.array(IDS)):
             output = load_bank(folders, net())(batch())
         assert relative_error(output, alone(folders, net(), batch(), IDS)) < 1e-5
+
+
+class CosineHead(nnx.Linear):
+    """Goes past `nnx.Linear.__call__`."""
+
+    def __call__(self, x):
+        return x @ (self.kernel[...] / jnp.linalg.norm(self.kernel[...], axis=0))
+
+
+def test_a_trained_layer_with_a_call_of_its_own_is_refused(tmp_path):
+    base = nnx.Dict(body=nnx.Linear(4, 4, rngs=nnx.Rngs(0)), head=CosineHead(4, 2, rngs=nnx.Rngs(1)))
+    model, adapter = adapt(base, [Rule("body", LoRA())], train=["head/.*"], rngs=nnx.Rngs(2))
+    save_adapter(tmp_path / "one", model, adapter)
+    with pytest.raises(UserError, match=r"head cannot be adapted: .*__call__"):
+        load_bank([tmp_path / "one"], base)

@@ -4,7 +4,7 @@ import pytest
 from flax import nnx
 
 from surm_jax.errors import UserError
-from surm_jax.peft import CirculantAdapter, CirculantUpdate, LoRA, Rule, adapt, adapted_modules, merge
+from surm_jax.peft import CirculantAdapter, CirculantUpdate, DoRA, LoRA, Rule, adapt, adapted_modules, merge
 from tests.peft.cases import CASES, trained
 from tests.peft.models import MODELS, TOLERANCES, base, inputs, materialize, relative_error, run, same_bits
 
@@ -79,3 +79,64 @@ def test_the_scale_is_merged(method):
     for _, _, delta, _ in adapted_modules(model):
         delta.scale[...] = jnp.float32(0.3)
     assert relative_error(run(merge(model)[0], inputs("mlp")), run(model, inputs("mlp"))) <= TOLERANCES["float32"]
+
+
+class Tied(nnx.Module):
+    """Two layers that share a kernel."""
+
+    def __init__(self):
+        self.q = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.k = nnx.Linear(4, 4, rngs=nnx.Rngs(1))
+        self.k.kernel = self.q.kernel
+
+    def __call__(self, x):
+        return self.q(x), self.k(x)
+
+
+@pytest.mark.parametrize("pattern", ["q", "k", "q|k"])
+def test_a_kernel_that_layers_share_is_merged_for_each_alone(pattern):
+    original = Tied()
+    model, _ = adapt(original, [Rule(pattern, LoRA())], rngs=nnx.Rngs(2))
+    for scale, layer in ((0.5, model.q), (0.25, model.k)):
+        if hasattr(layer, "delta"):
+            layer.delta["default"].B[...] = scale * jnp.ones((4, 1))
+            layer.delta["default"].A[...] = jnp.ones((4, 1))
+    x = jnp.eye(4)
+    merged, _ = merge(model)
+    for ours, expected in zip(merged(x), model(x), strict=True):
+        assert relative_error(ours, expected) <= TOLERANCES["float32"]
+    assert same_bits(model.q.kernel[...], original.q.kernel[...])
+
+
+def test_parameters_that_are_numpy_arrays_stay_the_callers():
+    layer = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    kernel = np.array(layer.kernel[...])
+    layer.kernel.set_value(kernel)
+    before = kernel.copy()
+    model, _ = adapt(layer, [Rule("", LoRA())], rngs=nnx.Rngs(1))
+    model.delta["default"].A[...] = jnp.ones((4, 1))
+    model.delta["default"].B[...] = jnp.ones((4, 1))
+    once, _ = merge(model)
+    twice, _ = merge(model)
+    np.testing.assert_array_equal(kernel, before)
+    assert same_bits(once.kernel[...], twice.kernel[...])
+    assert not np.array_equal(once.kernel[...], before)
+
+
+def test_a_normalised_update_that_stays_is_in_the_way():
+    model, _ = adapt(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [Rule("", LoRA())], name="plain", rngs=nnx.Rngs(1))
+    model, _ = adapt(model, [Rule("", DoRA())], name="norms", rngs=nnx.Rngs(2))
+    with pytest.raises(UserError, match="the adapter 'norms' that is normalised"):
+        merge(model, ["plain"])
+    for names in (["norms"], ["plain", "norms"]):
+        for _, _, part, _ in adapted_modules(model):
+            part.A[...] = jnp.ones((4, 1)) / 2
+        x = jnp.eye(4)
+        assert relative_error(merge(model, names)[0](x), model(x)) <= TOLERANCES["float32"]
+
+
+def test_columns_of_zeros_are_left_as_they_are():
+    layer = nnx.Linear(4, 4, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
+    model, _ = adapt(layer, [Rule("", DoRA())], rngs=nnx.Rngs(1))
+    assert np.array_equal(model(jnp.eye(4)), np.zeros((4, 4)))
+    assert np.array_equal(merge(model)[0](jnp.eye(4)), np.zeros((4, 4)))

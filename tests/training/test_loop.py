@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -127,6 +128,27 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_next_start_makes_it(tiny_
     assert batches == 2
     start(config, 0, tmp_path / "parts")
     tiny.assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_an_evaluation_that_fails_loses_no_step(tiny_files, tmp_path, monkeypatch):
+    config = tiny.make_config(tiny_files, **{"optim.steps": 2, "log.metrics_every": 1, "log.checkpoint_every": 0})
+    start(config, 0, tmp_path / "whole")
+
+    def put_batch(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(evaluate, "put_batch", put_batch)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        start(config, 0, tmp_path / "parts")
+    monkeypatch.undo()
+    # With what cures it.
+    smaller = dataclasses.replace(config, data=dataclasses.replace(config.data, eval_batch_size=24))
+    assert smaller.data.eval_batch_size != config.data.eval_batch_size
+    start(smaller, 0, tmp_path / "parts")
+    whole, parts = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts"))
+    assert parts["metrics"] == pytest.approx(whole["metrics"], rel=1e-5)
+    steps = [line["step"] for line in metrics_of(tmp_path / "parts") if "train_loss" in line]
+    assert steps == [1, 2]
 
 
 def test_a_signal_in_the_last_step_saves_it(tiny_files, tmp_path, signal_at, monkeypatch):

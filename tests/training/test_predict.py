@@ -1,6 +1,7 @@
 """Answers to new sentences: the table that is read, the table that is written, and runs that have none."""
 
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -121,6 +122,25 @@ def test_scores_are_numbers(files, tmp_path):
     np.testing.assert_allclose([float(row["score"]) for row in rows], expected, rtol=0, atol=2e-6)
 
 
+def test_roberta_trains_both_layers_of_its_classifier(files, tmp_path):
+    folder = tmp_path / "roberta"
+    tiny_text.write_bert(folder, dataclasses.replace(tiny_text.BERT, positions="after_padding"))
+    # With another seed than the 0 that the base is built with for answers.
+    values = {"model.checkpoint": str(folder), "optim.learning_rate.lora": 0.1, "seeds": (3,)}
+    train_run(tiny_text.make_config(files, "rte", "lora", **values), tmp_path / "run")
+    base = prepare(read_config(tmp_path / "run"), 3).base_model()
+    model, adapter = load_adapter(tmp_path / "run" / "adapter", base)
+    assert adapter.train == ("head/.*", "pooler/.*")
+    assert not np.array_equal(model.pooler.kernel[...], base.pooler.kernel[...])
+    source, target = tmp_path / "in.tsv", tmp_path / "out.tsv"
+    source.write_text("".join(f"{first}\t{second}\n" for first, second in PAIRS))
+    predict_run(tmp_path / "run", {}, source, target)
+    logits = tiny_text.logits_one_by_one(model, folder, PAIRS).astype(np.float64)
+    expected = 1 / (1 + np.exp(logits[:, 1] - logits[:, 0]))
+    answers = [float(row["entailment"]) for row in table_of(target)]
+    np.testing.assert_allclose(answers, expected, rtol=0, atol=2e-6)
+
+
 def test_files_that_will_not_do(run, tmp_path, monkeypatch):
     source = tmp_path / "in.tsv"
     source.write_text("a\tb\n")
@@ -133,7 +153,12 @@ def test_files_that_will_not_do(run, tmp_path, monkeypatch):
         predict_run(run, {}, tmp_path / "none.tsv", tmp_path / "out.tsv")
     with pytest.raises(UserError, match=f"cannot write {tmp_path / 'no' / 'out.tsv'}: there is no folder"):
         predict_run(run, {}, source, tmp_path / "no" / "out.tsv")
-    for content in ("", "\n", "sentence1\tsentence2\n", "one\n"):
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}: it is a folder"):
+        predict_run(run, {}, source, tmp_path)
+    with pytest.raises(UserError, match=f"the answers would replace the sentences in {source}"):
+        predict_run(run, {}, source, tmp_path / "." / "in.tsv")
+    assert source.read_text() == "a\tb\n"
+    for content in ("", "\n", "sentence1\tsentence2\n", "Sentence1\tSENTENCE2 \n", "one\n"):
         source.write_text(content)
         with pytest.raises(UserError, match=f"{source} has no row to predict for"):
             predict_run(run, {}, source, tmp_path / "out.tsv")

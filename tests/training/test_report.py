@@ -16,7 +16,7 @@ def result_of(accuracy, **changed):
     options = {"steps": 9, "seconds": 1.234, "examples_per_second": 56.78, "adapter_bytes": 9210, **changed}
     options = {"corrupt": {"train": 0, "test": 2}, **options}
     tests = {"test": {"accuracy": accuracy, "loss": 2 - accuracy, "examples": 21}}
-    return make_result("lora", tests, DESCRIPTION, metrics=("accuracy",), classes=("cat", "dog"), **options)
+    return make_result("lora", tests, DESCRIPTION, seed=3, metrics=("accuracy",), classes=("cat", "dog"), **options)
 
 
 def test_a_result_has_what_it_must_have():
@@ -25,6 +25,7 @@ def test_a_result_has_what_it_must_have():
         result.items()
         >= {
             "method": "lora",
+            "seeds": [3],
             "metric": "test_accuracy",
             "metrics": {"test_accuracy": 0.75, "test_loss": 1.25},
             "classes": ["cat", "dog"],

@@ -62,6 +62,16 @@ def test_data_and_weights_may_move(tmp_path):
     assert (moved.data.dir, moved.model.checkpoint, moved.optim) == ("/third", "/other.npz", CONFIG.optim)
     with pytest.raises(UserError, match=r"config\.optim\.steps belongs to the run"):
         locations(CONFIG, {"optim.steps": 3})
+    # What the run has anyway may be said again.
+    same = {"optim.steps": CONFIG.optim.steps, "peft.lora.rank": CONFIG.peft.methods["lora"].rank, "seeds": (0,)}
+    assert locations(CONFIG, same) == CONFIG
+
+
+def test_other_devices_may_go_on(tmp_path):
+    begun(tmp_path)
+    opened(tmp_path, changed(mesh__fsdp=2, model__remat="block", data__eval_batch_size=8))
+    assert read_config(tmp_path).mesh.fsdp == 2
+    assert locations(read_config(tmp_path), {"mesh.fsdp": 1}).mesh.fsdp == 1
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def _read_modules(
         for part, (variable, layout) in modules[path].items():
             theirs = jax.eval_shape(layout.write, jax.ShapeDtypeStruct(variable.shape, variable.dtype))
             array = layout.read(tensors.take(f"{module}.{part}", theirs.shape), variable.shape)
-            variable[...] = jnp.asarray(array.astype(variable.dtype))
+            variable.set_value(jnp.asarray(array.astype(variable.dtype)))
     return tuple(f"{pattern}/.*" for pattern in _patterns(read, list(modules)))
 
 
