@@ -167,7 +167,8 @@ def report(rows: Sequence[Row], settings: Mapping[str, Any]) -> None:
 `python experiments/glue_minilm.py --data=FOLDER_OF_PREPARED_TFDS_SETS`: {len(SEEDS)} seeds, mean ± standard
 deviation on the whole validation set, in percent; `trained` counts the head. Empty: not measured yet. Every run is in
 `glue_minilm.csv`, those with rates that were tried and not chosen included: {runs} runs, {hours:.1f} hours by their own
-clocks, many of them with other work beside.
+clocks, many of them with other work beside. Final runs with a rate that is not the chosen one belong to
+searches that were shorter, or had fewer rates.
 
 {table}
 
