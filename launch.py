@@ -11,7 +11,7 @@ import functools
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +108,8 @@ def main(arguments: Sequence[str]) -> None:
     workdir = Path(workdir).expanduser() if workdir else default_workdir(name, overrides)
     if mode != "train" and processes.several():
         raise UserError(f"--mode={mode} is the work of one process: start it alone, without a coordinator")
-    if mode in ("train", "describe") and "optim.steps" in overrides and "optim.epochs" not in overrides:
-        _require_no_epochs(config.optim.epochs)
+    if mode in ("train", "describe"):
+        _check_steps(config.optim.epochs, overrides)
     match mode:
         case "train":
             train_run(parse(config), workdir)
@@ -127,8 +127,8 @@ def main(arguments: Sequence[str]) -> None:
             describe_run(parse(config))
 
 
-def _require_no_epochs(epochs: float) -> None:
-    if epochs:
+def _check_steps(epochs: float, overrides: Mapping[str, Any]) -> None:
+    if epochs and "optim.steps" in overrides and "optim.epochs" not in overrides:
         raise UserError(
             f"config.optim.epochs={epochs:g} says how many steps there are: give --config.optim.epochs=0 with"
             " --config.optim.steps"

@@ -7,8 +7,9 @@ The model is all-MiniLM-L6-v2 (6 layers, width 384; https://huggingface.co/sente
 of that package, or out of `--model=FOLDER`. Every method makes the same number of steps on a task, with a new head. Its
 learning rate is the best of three or more, by the task's metric on training examples that are held out (one seed, the
 same steps: a rate that is good for half of them may diverge later); what counts is the validation set, after the last
-step of three other seeds. The grid is meant for about three hours on two CPU cores: 3,200 examples of STS-B, MRPC and
-RTE are seen, 11,200 of CoLA, where usual fine-tuning passes three to eighty times over the training set.
+step of three other seeds. The grid was planned for three hours on two CPU cores, and its searches took longer: 3,200
+examples of STS-B, MRPC and RTE are seen, 11,200 of CoLA, where usual fine-tuning passes three to eighty times over the
+training set.
 
 Every finished run is a row of `experiments/results/glue_minilm.csv`, and is not made again: the command goes on where
 it was stopped. Two processes may share the work, each with `--tasks` or `--methods` of its own. `--report` only draws

@@ -9,10 +9,11 @@ With a backbone and a set of your own:
     python experiments/low_data.py --name=dtd --model=hf://openai/clip-vit-base-patch16 --set=dtd --steps=2000 \\
         --data=FOLDER_OF_PREPARED_TFDS_SETS
 
-What makes it fit into about 90 minutes on two CPU cores: 300 steps of 64 images in every run, whatever the share (so
-few images are seen often, and all of them not even once), and one search per method for its learning rate, the best of
-three or more by the accuracy on held-out images, with a tenth of the data (2,000 images and 500 held out) instead of
-one for every share. What counts is the accuracy on the whole test set after the last step of three other seeds.
+What is to make it fit into about 90 minutes on two CPU cores, which is an estimate: 300 steps of 64 images in every
+run, whatever the share (so few images are seen often, and all of them not even once), and one search per method for its
+learning rate, the best of three or more by the accuracy on held-out images, with a tenth of the data (2,000 images and
+500 held out) instead of one for every share. What counts is the accuracy on the whole test set after the last step of
+three other seeds.
 
 Every finished run is a row of `experiments/results/low_data_NAME.csv` and is not made again: the command goes on where
 it was stopped, and with more shares, methods or rates it makes what is missing. Two processes may share the work, each

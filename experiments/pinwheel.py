@@ -8,8 +8,7 @@ pair of symmetric Toeplitz matrices, or one Toeplitz matrix (127). The bottom la
 2,000 epochs, five seeds. The paper reports that the loss of LoRA stays several times higher, and that the structured
 matrices reach the dense layer. Here the training loss of LoRA is 2.7 (frozen) and 7.9 times that of the dense layer,
 that of the others 0.9 to 1.9 times; on new points LoRA's is 2.2 and 1.7 times as large, that of the others 1.0 to 1.3.
-How large such a ratio is, hangs on when the training ends: with a learning rate of 0.03 LoRA with a trained bottom
-fits its points to 0.00015, and does worse on others.
+Such ratios hang on the learning rate: with 0.03 LoRA with a trained bottom fits its points to 0.00015.
 
 What the paper leaves open is done like this. The network is `tanh(tanh(x B + b) M + m) T + t` with `M` the matrix
 itself, not an update of one; biases are trained, but for a frozen bottom's. `B` is drawn from N(0, 1) and `T` from

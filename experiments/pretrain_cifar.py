@@ -8,8 +8,8 @@ sees an automobile, cat, dog, horse or truck.
 
 It is the variant "mini" with patches of 8 pixels instead of 4: 2.7 million parameters as well, but a quarter of the
 tokens, and so three to five times the images in the same time. 40 passes over the 25,000 images take about 40 minutes
-on two CPU cores. The training is an ordinary run of the library in `runs/pretrain_cifar`: the same command goes on
-where it was stopped.
+on two CPU cores, by estimate. The training is an ordinary run of the library in `runs/pretrain_cifar`: the same command
+goes on where it was stopped.
 """
 
 import argparse
