@@ -232,6 +232,9 @@ def work(
       make: makes a run and returns its row.
       report: writes what is made of the rows.
       only_report: makes no run.
+
+    Raises:
+      InterruptedRunError: when it was stopped, in a run or between two.
     """
     use_compilation_cache()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -245,6 +248,9 @@ def work(
             rows = read_rows(path)
             report(rows)
     report(rows)
+    if interruption.signal:
+        made = f"{grid.done(rows)} of {grid.size(rows)} runs are in {path}"
+        raise InterruptedRunError(f"stopped: {made}; the same command goes on", 128 + interruption.signal)
 
 
 def command(main: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class Settings:
 
     Attributes:
       model: the weights, as `config.model.checkpoint`.
+      digest: of the file or folder of the weights; empty: they are not a file here, but known by their name.
       variant: as `config.model.variant`; empty: what the weights say themselves.
       classes: the only classes of every set, by name; empty: all.
       augment: as `config.data.augment`.
@@ -45,6 +47,7 @@ class Settings:
     """
 
     model: str
+    digest: str
     variant: str
     classes: tuple[str, ...]
     augment: str
@@ -80,8 +83,10 @@ def settings_of(options: argparse.Namespace, classes: tuple[str, ...], about: st
             f"there is no {pretrain_cifar.MODEL}: python experiments/pretrain_cifar.py writes it; or give another"
             " model with --model"
         )
+    model = options.model or str(pretrain_cifar.MODEL)
     return Settings(
-        model=options.model or str(pretrain_cifar.MODEL),
+        model=model,
+        digest=digest_of(Path(model).expanduser()),
         variant=options.variant,
         classes=classes,
         augment=options.augment,
@@ -91,10 +96,29 @@ def settings_of(options: argparse.Namespace, classes: tuple[str, ...], about: st
     )
 
 
+def digest_of(path: Path) -> str:
+    """Returns what tells the content of a file, or of a folder, from another's; empty if there is none."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    digests = []
+    for file in filter(Path.is_file, files):
+        with file.open("rb") as opened:
+            digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16] if digests else ""
+
+
+def runs_of(root: Path, name: str, settings: Settings) -> Path:
+    """Returns the folder of a grid's runs: weights that were replaced by others at the same place have another.
+
+    >>> runs_of(Path("runs"), "cifar", Settings("vit.npz", "0123456789abcdef", "", (), "none", 20, 64, "")).name
+    'cifar-01234567'
+    """
+    return root / "-".join(filter(None, (name, settings.digest[:8])))
+
+
 def describe(settings: Settings) -> str:
     """Returns the settings as a sentence.
 
-    >>> describe(Settings("vit.npz", "B/16", ("cat", "dog"), "none", 2000, 64, "all training examples"))
+    >>> describe(Settings("vit.npz", "", "B/16", ("cat", "dog"), "none", 2000, 64, "all training examples"))
     'Model vit.npz B/16; all training examples of the classes cat, dog; 2,000 steps of 64 examples, augmentation none.'
     """
     model = f"{settings.model} {settings.variant}".rstrip()

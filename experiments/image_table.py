@@ -103,10 +103,11 @@ def make_missing(options: argparse.Namespace, path: Path) -> None:
     about = f"{VTAB_EXAMPLES:,} training examples of each set" if options.vtab else "all training examples"
     settings = image_grid.settings_of(options, classes, about)
     note_settings(path, dataclasses.asdict(settings))
+    runs = image_grid.runs_of(RUNS, options.name, settings)
 
     def make(run: Run, interruption: Interruption) -> Row:
         config = image_grid.run_config(settings, run, run.task, options.data, sizes[run.task])
-        return grid.measure(run, config, RUNS / options.name, interruption)
+        return grid.measure(run, config, runs, interruption)
 
     asked = Grid(tuple(sizes), rates, tuple(options.seeds))
     grid.work(asked, path, make, lambda rows: report(image_grid.extended(asked, rows), rows, settings, path))

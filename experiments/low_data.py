@@ -4,10 +4,10 @@
 
 adapts what `pretrain_cifar.py` made to the five classes of CIFAR-10 that it never saw, with 1, 2, 5, 10, 20 and 100 %
 of their 25,000 images. A share is the same images for every method and seed, and all of the smaller ones are in it.
-With a backbone and a set of your own:
+With a backbone and sets of your own, each a table and a picture:
 
-    python experiments/low_data.py --name=dtd --model=hf://openai/clip-vit-base-patch16 --set=dtd --steps=2000 \\
-        --data=FOLDER_OF_PREPARED_TFDS_SETS
+    python experiments/low_data.py --name=clip --model=hf://openai/clip-vit-base-patch16 --sets dtd sun397 \\
+        --steps=2000 --data=FOLDER_OF_PREPARED_TFDS_SETS
 
 What is to make it fit into about 90 minutes on two CPU cores, which is an estimate: 300 steps of 64 images in every
 run, whatever the share (so few images are seen often, and all of them not even once), and one search per method for its
@@ -15,13 +15,15 @@ learning rate, the best of three or more by the accuracy on held-out images, wit
 500 held out) instead of one for every share. What counts is the accuracy on the whole test set after the last step of
 three other seeds.
 
-Every finished run is a row of `experiments/results/low_data_NAME.csv` and is not made again: the command goes on where
-it was stopped, and with more shares, methods or rates it makes what is missing. Two processes may share the work, each
-with `--methods` of its own. `--report` only draws the table and the picture of the rows that are there.
+Every finished run is a row of `experiments/results/low_data_NAME.csv`, with `--sets` of `low_data_NAME_SET.csv`, and is
+not made again: the command goes on where it was stopped, and with more shares, methods or rates it makes what is
+missing. Two processes may share the work, each with `--methods` of its own. `--report` only draws the table and the
+picture of the rows that are there.
 """
 
 import argparse
 import dataclasses
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -134,38 +136,64 @@ and the loss decided.
     draw(whole, rows, path.with_suffix(".png"))
 
 
-def make_missing(options: argparse.Namespace, path: Path) -> None:
-    """Makes the runs that are asked for and have no row yet, and reports after each."""
-    rates, name = image_grid.rates_of(options), options.set or "cifar10"
-    classes = image_grid.classes_of(options, [options.set] if options.set else [])
-    examples = len(image_grid.load_images(name, options.data, classes).train)
-    sizes = {task_of(fraction): examples_of(fraction, examples) for fraction in (*options.fractions, SEARCHED)}
+def sizes_of(options: argparse.Namespace, name: str) -> tuple[int, dict[str, int]]:
+    """Returns how many training examples a set has, and how many each share of it is.
+
+    Raises:
+      UserError: if the set is not there, or a share cannot be.
+    """
+    examples = len(image_grid.load_images(name, options.data, image_grid.classes_of(options, options.sets)).train)
+    return examples, {task_of(share): examples_of(share, examples) for share in (*options.fractions, SEARCHED)}
+
+
+def make_missing(options: argparse.Namespace, name: str, path: Path) -> None:
+    """Makes the runs on a set that are asked for and have no row yet, and reports after each."""
+    rates, (examples, sizes) = image_grid.rates_of(options), sizes_of(options, name)
+    classes = image_grid.classes_of(options, options.sets)
     settings = image_grid.settings_of(options, classes, f"{examples:,} training examples of {name}")
     note_settings(path, dataclasses.asdict(settings))
+    runs = image_grid.runs_of(RUNS, path.stem.removeprefix("low_data_"), settings)
 
     def make(run: Run, interruption: Interruption) -> Row:
         config = image_grid.run_config(settings, run, name, options.data, sizes[run.task])
-        return grid.measure(run, config, RUNS / options.name, interruption)
+        return grid.measure(run, config, runs, interruption)
 
     asked = Grid(tuple(map(task_of, options.fractions)), rates, tuple(options.seeds), task_of(SEARCHED))
     grid.work(asked, path, make, lambda rows: report(image_grid.extended(asked, rows), rows, settings, path))
+
+
+def paths_of(name: str, sets: Sequence[str]) -> dict[str, Path]:
+    """Returns where the rows of every set are; of the five classes of CIFAR-10, if none is asked for.
+
+    >>> [path.name for path in paths_of("clip", ["dtd", "glue/x"]).values()], paths_of("small", [])["cifar10"].name
+    (['low_data_clip_dtd.csv', 'low_data_clip_glue_x.csv'], 'low_data_small.csv')
+    """
+    if not sets:
+        return {"cifar10": RESULTS / f"low_data_{name}.csv"}
+    return {one: RESULTS / f"low_data_{name}_{re.sub('[^A-Za-z0-9.-]', '_', one)}.csv" for one in sets}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Makes what is missing of the grid, or only reports."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     image_grid.add_options(parser)
-    parser.add_argument("--set", default="", help="as config.data.name; empty: five classes of CIFAR-10")
+    parser.add_argument("--sets", nargs="+", default=[], help="as config.data.name; none: five classes of CIFAR-10")
     parser.add_argument("--fractions", nargs="+", type=float, default=FRACTIONS, help="in percent of the training set")
     options = parser.parse_args(arguments)
-    path = RESULTS / f"low_data_{options.name}.csv"
+    paths = paths_of(options.name, options.sets)
     if options.report:
-        rows = read_rows(path)
-        whole = image_grid.extended(Grid((), {}, (), task_of(SEARCHED)), rows)
-        report(whole, rows, image_grid.settings_there(path), path)
+        for path in paths.values():
+            rows = read_rows(path)
+            whole = image_grid.extended(Grid((), {}, (), task_of(SEARCHED)), rows)
+            report(whole, rows, image_grid.settings_there(path), path)
     else:
-        make_missing(options, path)
-    print(path.with_suffix(".md").read_text())
+        # What cannot be, of any set, is said before the first is trained on.
+        for name in paths:
+            sizes_of(options, name)
+        for name, path in paths.items():
+            make_missing(options, name, path)
+    for path in paths.values():
+        print(path.with_suffix(".md").read_text())
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def read_settings(path: Path) -> dict[str, Any]:
       UserError: if there are none.
     """
     if not settings_path(path).is_file():
-        raise UserError(f"there is nothing to report: {settings_path(path)} does not exist")
+        what = "nobody knows the settings of the rows in {path}" if read_rows(path) else "there is nothing to report"
+        raise UserError(f"{what.format(path=path)}: {settings_path(path)} does not exist")
     return json.loads(settings_path(path).read_text())
 
 
@@ -75,10 +76,10 @@ def note_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Writes the settings beside the csv file of rows, or checks that they are those of the rows that are there.
 
     Raises:
-      UserError: naming what differs.
+      UserError: naming what differs, or if there are rows without settings.
     """
     new = json.loads(json.dumps(settings))
-    if read_rows(path) and settings_path(path).is_file():
+    if read_rows(path):
         old = read_settings(path)
         if changed := [name for name in new if new[name] != old.get(name)]:
             changes = "; ".join(f"{name} was {old.get(name)!r}, now {new[name]!r}" for name in changed)

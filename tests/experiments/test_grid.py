@@ -217,7 +217,9 @@ def test_a_signal_between_two_runs_starts_no_other(tmp_path):
         signal.raise_signal(signal.SIGINT)
         return row_of(run, 0.5)
 
-    work(GRID, tmp_path / "rows.csv", make, lambda rows: None)
+    with pytest.raises(InterruptedRunError, match=r"1 of \d+ runs are in .*rows.csv; the same command goes on") as stop:
+        work(GRID, tmp_path / "rows.csv", make, lambda rows: None)
+    assert stop.value.status == 130
     assert len(made) == len(read_rows(tmp_path / "rows.csv")) == 1
 
 
@@ -303,3 +305,7 @@ def test_rows_of_other_settings_are_not_gone_on_with(tmp_path):
     with pytest.raises(UserError, match=r"another grid: steps was 5, now 6; set was \['a=1'\], now \[\]\. Move its"):
         note_settings(path, {"steps": 6, "set": ()})
     assert read_settings(path) == {"steps": 5, "set": ["a=1"]}
+    # Nor with rows of which nobody knows the settings.
+    path.with_suffix(".json").unlink()
+    with pytest.raises(UserError, match=r"nobody knows the settings of the rows in .*rows.csv: .*json does not exist"):
+        note_settings(path, {"steps": 5, "set": ()})

@@ -65,9 +65,9 @@ def test_a_small_grid(small, tmp_path, capsys):
         *(("data.npz", "linear_probe", "final", best, seed) for seed in (0, 1)),
     ]
     assert {row["trainable"] for row in rows} == {33}
-    runs = tmp_path / "runs" / "image_table" / "small" / "data.npz"
+    (runs,) = (tmp_path / "runs" / "image_table").glob("small-????????")
     for row in rows:
-        folder = runs / f"{row['method']}-{row['part']}-{row['learning_rate']:g}-{row['seed']}"
+        folder = runs / "data.npz" / f"{row['method']}-{row['part']}-{row['learning_rate']:g}-{row['seed']}"
         config = json.loads((folder / "config.json").read_text())
         # A fifth of the 40 training examples is held out while searching.
         assert config["data"]["holdout"] == (8 if row["part"] == "search" else 0)
@@ -131,7 +131,7 @@ def test_a_grid_that_was_stopped_goes_on_with_the_same_run(small, pretended, mon
 
 
 def test_vtab_takes_a_thousand_examples_and_a_fifth_of_them_to_choose(tmp_path):
-    settings = image_grid.Settings("m", "", (), "none", 5, 8, "")
+    settings = image_grid.Settings("m", "", "", (), "none", 5, 8, "")
     search, final = (
         image_grid.run_config(settings, Run("dtd", "lora", part, 0.5, 3), "dtd", "", image_table.VTAB_EXAMPLES)
         for part in ("search", "final")
@@ -152,7 +152,8 @@ def test_by_default_the_classes_are_those_that_the_model_never_saw(tmp_path, mon
     image_table.main([*arguments, "--rates", "linear_probe=0.1", "--seeds", "0", "--vtab"])
     search, final = read_rows(tmp_path / "results" / "image_table_cifar.csv")
     assert (search["part"], final["part"]) == ("search", "final")
-    task = prepare(read_config(tmp_path / "runs/image_table/cifar/cifar10/linear_probe-final-0.1-0"), 0).task
+    (runs,) = (tmp_path / "runs" / "image_table").glob("cifar-????????")
+    task = prepare(read_config(runs / "cifar10" / "linear_probe-final-0.1-0"), 0).task
     assert task.classes == ("automobile", "cat", "dog", "horse", "truck")
     # Without --vtab there are 40.
     assert (task.examples, len(task.dataset.test)) == (15, 10)
@@ -160,6 +161,10 @@ def test_by_default_the_classes_are_those_that_the_model_never_saw(tmp_path, mon
         UserError, match=r"cifar\.json is of another grid: about was '15 tr.*', now 'all tr.*another --name"
     ):
         image_table.main(arguments)
+    # Nor does it go on with another model at the same place.
+    pretrain_cifar.MODEL.write_bytes(pretrain_cifar.MODEL.read_bytes() + b" ")
+    with pytest.raises(UserError, match=r"digest was '\w{16}', now '\w{16}'"):
+        image_table.main([*arguments, "--vtab"])
 
 
 @pytest.mark.parametrize(

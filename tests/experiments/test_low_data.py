@@ -24,11 +24,11 @@ def small(tmp_path, monkeypatch):
 
     def call(*arguments):
         low_data.main(
-            ["--name=small", "--model=weights.safetensors", "--set=data.npz", "--augment=none", "--steps=2",
+            ["--name=small", "--model=weights.safetensors", "--sets", "data.npz", "--augment=none", "--steps=2",
              "--batch-size=8", "--seeds", "0", "1", "--methods", "linear_probe", "--rates", "linear_probe=0.1",
              "--fractions", "25", "100", *arguments]
         )  # fmt: skip
-        return read_rows(tmp_path / "results" / "low_data_small.csv")
+        return read_rows(tmp_path / "results" / "low_data_small_data.npz.csv")
 
     return call
 
@@ -39,7 +39,8 @@ def test_a_small_grid(small, tmp_path, capsys):
         ("50%", "search", 0.1, 10, 2),
         *((share, "final", 0.1, seed, 2) for share in ("25%", "100%") for seed in (0, 1)),
     ]
-    runs, seen = tmp_path / "runs" / "low_data" / "small", {}
+    (runs,) = (tmp_path / "runs" / "low_data").glob("small_data.npz-????????")
+    seen = {}
     for row in rows:
         folder = runs / row["task"] / f"linear_probe-{row['part']}-{row['learning_rate']:g}-{row['seed']}"
         task = prepare(read_config(folder), row["seed"]).task
@@ -51,13 +52,13 @@ def test_a_small_grid(small, tmp_path, capsys):
     # Every seed sees the same images, and the small share's are among the larger one's.
     assert all(images == several[0] for several in seen.values() for images in several)
     assert seen["25%"][0] < seen["100%"][0]
-    text = (tmp_path / "results" / "low_data_small.md").read_text()
+    text = (tmp_path / "results" / "low_data_small_data.npz.md").read_text()
     assert "| method | trained | 25% (accuracy) | 100% (accuracy) |\n" in text
     means = [100 * np.mean([row["score"] for row in rows if row["task"] == share]) for share in ("25%", "100%")]
     (line,) = [line for line in text.splitlines() if line.startswith("| linear_probe | 33 |")]
     assert [cell.split(" ±")[0].strip() for cell in line.split("|")[3:5]] == [f"{mean:.1f}" for mean in means]
     assert "| method | tried | 50% |" in text
-    assert (tmp_path / "results" / "low_data_small.png").stat().st_size > 5000
+    assert (tmp_path / "results" / "low_data_small_data.npz.png").stat().st_size > 5000
     # Nothing is made twice.
     capsys.readouterr()
     assert small() == rows
@@ -83,14 +84,23 @@ def test_other_calls_add_shares(small, pretended, tmp_path):
     assert len(pretended) == 7
     assert [(row["task"], row["part"], row["seed"]) for row in rows[5:]] == [("50%", "final", 0), ("50%", "final", 1)]
     # In their place, whatever the order in which they were made; and a report needs neither data nor model.
-    path = tmp_path / "results" / "low_data_small.md"
+    path = tmp_path / "results" / "low_data_small_data.npz.md"
     text = path.read_text()
     for name in ("data.npz", "weights.safetensors", str(path)):
         (tmp_path / name).unlink()
-    low_data.main(["--name=small", "--report"])
+    low_data.main(["--name=small", "--sets", "data.npz", "--report"])
     assert path.read_text() == text
     assert "| method | trained | 25% (accuracy) | 50% (accuracy) | 100% (accuracy) |\n" in text
     assert "| linear_probe | 7 | 10.5 ± 0.7 | 10.5 ± 0.7 | 10.5 ± 0.7 |\n" in text
+
+
+def test_several_sets_have_a_table_each(small, pretended, tmp_path):
+    (tmp_path / "other.npz").write_bytes((tmp_path / "data.npz").read_bytes())
+    small("--sets", "data.npz", "other.npz")
+    results = tmp_path / "results"
+    one, other = (read_rows(results / f"low_data_small_{name}.csv") for name in ("data.npz", "other.npz"))
+    assert one == other and len(pretended) == 2 * len(one) == 10
+    assert "40 training examples of other.npz" in (results / "low_data_small_other.npz.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -101,10 +111,10 @@ def test_other_calls_add_shares(small, pretended, tmp_path):
         (["--fractions", "50", "101"], "above 0 and up to 100, got 101"),
         (["--fractions", "nan"], "above 0 and up to 100, got nan"),
         (["--fractions", "1"], "1 %: 0 of 40 training examples are too few"),
-        (["--set=dat.npz"], "no data file .*dat.npz; did you mean 'data.npz'"),
+        (["--sets", "data.npz", "dat.npz"], "no data file .*dat.npz; did you mean 'data.npz'"),
         (["--model=weigths.safetensors"], "no checkpoint 'weigths.safetensors'.*did you mean 'weights.safetensors'"),
         (["--model="], "there is no runs/pretrain_cifar/model.safetensors: python experiments/pretrain_cifar.py"),
-        (["--name=none", "--report"], "nothing to report: .*low_data_none.json does not exist"),
+        (["--name=none", "--report"], "nothing to report: .*low_data_none_data.npz.json does not exist"),
     ],
 )
 def test_what_cannot_be_is_one_message(small, arguments, message):
