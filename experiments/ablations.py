@@ -92,9 +92,19 @@ QUESTIONS: dict[str, dict[str, Variant]] = {
         f"rank {rank}": Variant("low_displacement", MIDDLE, {"rank": rank, "scale": 0.1}) for rank in (1, 2, 4, 8)
     },
 }
-# What `config_of` sets.
-SET_HERE = ("seeds", "peft.method", "peft.target", "optim.learning_rate", "optim.steps", "optim.epochs", "data.holdout")
 VARIANTS = {name: variant for variants in QUESTIONS.values() for name, variant in variants.items()}
+# What `config_of` sets.
+SET_HERE = (
+    "seeds",
+    "peft.method",
+    "peft.target",
+    "optim.learning_rate",
+    "optim.steps",
+    "optim.epochs",
+    "data.holdout",
+    "log.evaluate_every",
+    *(f"peft.{variant.method}.{setting}" for variant in VARIANTS.values() for setting in variant.settings),
+)
 
 
 def config_of(run: Run, options: argparse.Namespace) -> ml_collections.ConfigDict:
@@ -189,6 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="only these")
     parser.add_argument("--report", action="store_true", help="only write the tables and the picture")
     options = parser.parse_args(arguments)
+    if options.holdout < 1:
+        raise UserError(f"--holdout must be at least 1, for the learning rates are chosen by it, got {options.holdout}")
     path = RESULTS / f"ablations_{options.name}.csv"
     whole = Grid((options.name,), {name: variant.rates for name, variant in VARIANTS.items()}, (0, 1, 2))
     part = dataclasses.replace(whole, rates={name: whole.rates[name] for name in options.variants})

@@ -20,6 +20,7 @@ Writes tables (`.csv`, `.md`) and pictures to `experiments/results/analysis_<nam
 import argparse
 import csv
 import itertools
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -284,6 +285,9 @@ def analyse(workdir: Path, full: Path | None, overrides: Mapping[str, Any], out:
     found = tqdm.tqdm(changes(run.base, run.tuned).items(), desc="updates", unit="layer")
     updates = [examine(layer, change) for layer, change in found]
     alike = compare(run, fully_tuned, n) if full else []
+    for suffix in (".csv", ".cka.csv", ".png"):
+        # Of an earlier analysis under the same name, which may have had what this one has not.
+        _with(out, suffix).unlink(missing_ok=True)
     head = f"{config.peft.method} on {config.data.name}"
     text = [f"# What fine-tuning did: {head}\n", f"`{command}`\n", "## Updates\n"]
     if updates:
@@ -328,6 +332,18 @@ then those after a first small step of the head alone.
 """
 
 
+def name_of(source: str) -> str:
+    """Returns what the files of results are named by: a run's folder, of one of several seeds with the run's, or a job.
+
+    >>> name_of("runs/rte"), name_of("runs/rte/seed-1"), name_of("configs/bert_glue.py:task=rte")
+    ('rte', 'rte_seed-1', 'bert_glue_task=rte')
+    """
+    file, _, argument = source.partition(":")
+    path = Path(file.removesuffix(".py")).resolve()
+    names = [path.parent.name, path.name] if path.name.startswith("seed-") else [path.name]
+    return re.sub(r"[^\w.=-]", "_", "_".join(filter(None, [*names, argument])))
+
+
 def _with(out: Path, suffix: str) -> Path:
     # Not `with_suffix`: a name may hold a point, as one with a learning rate does.
     return out.parent / (out.name + suffix)
@@ -354,8 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = {"data.dir": options.data, "model.checkpoint": options.model}
     overrides = {key: value for key, value in given.items() if value}
     command = f"python experiments/analysis.py {shlex.join(arguments)}"
-    name = options.workdir.partition(":")[0].removesuffix(".py")
-    out = options.out or RESULTS / f"analysis_{Path(name).resolve().name}"
+    out = options.out or RESULTS / f"analysis_{name_of(options.workdir)}"
     out.parent.mkdir(parents=True, exist_ok=True)
     if not options.energy:
         text = analyse(workdir, options.full, overrides, out, command, options.examples)

@@ -1,6 +1,7 @@
 """What the files of results say of each of the paper's claims: the measured numbers in words, and a verdict.
 
-Where a claim compares means over seeds, a difference counts if it is larger than twice its standard error.
+Where a claim compares means over seeds, a difference counts as far as its 95 % confidence interval is on one side of
+what is claimed.
 """
 
 import csv
@@ -12,8 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from scipy import stats
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from experiments import pretrain_cifar
 from experiments.grid import Grid, mean_and_deviation
 from experiments.rows import read_rows, read_settings
 
@@ -53,40 +57,80 @@ def values(rows: Sequence[Row], column: str, **where: str) -> list[float]:
     return [float(row[column]) for row in rows if all(row[key] == value for key, value in where.items())]
 
 
-def final_scores(name: str, task: str, method: str) -> list[float]:
-    """Returns the scores of a cell of a grid in percent, with the rate that its search chose; none if unfinished."""
-    rows = read_rows(RESULTS / name)
+def cell_of(rows: Sequence[Row], task: str, method: str) -> Grid:
+    """Returns the grid of one cell. A grid may search with one task for all."""
     searched = dict.fromkeys(row["task"] for row in rows if (row["method"], row["part"]) == (method, "search"))
-    # A grid may search with one task for all.
-    cell = Grid((task,), {method: ()}, (), "" if task in searched else next(iter(searched), ""))
-    scores = cell.scores(rows, task, method)
-    return scores if len(scores) >= SEEDS and all(map(math.isfinite, scores)) else []
+    return Grid((task,), {method: ()}, (), "" if task in searched else next(iter(searched), ""))
+
+
+def final_scores(name: str, task: str, method: str) -> list[float]:
+    """Returns the scores of a cell of a grid in percent, with the rate that its search chose; none if unfinished.
+
+    NaN is the score of a run that diverged.
+    """
+    rows = read_rows(RESULTS / name)
+    scores = cell_of(rows, task, method).scores(rows, task, method)
+    return scores if len(scores) >= SEEDS else []
 
 
 def trained(name: str, task: str, method: str) -> int:
     """Returns how many numbers a method trains beside the head, which is what a linear probe trains."""
     rows = [row for row in read_rows(RESULTS / name) if row["task"] == task]
-    count = {row["method"]: row["trainable"] for row in rows}
-    return count[method] - count["linear_probe"]
+    count, head = (cell_of(rows, task, one).trained(rows, one) for one in (method, "linear_probe"))
+    return count - head
 
 
-def gap(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """Returns the difference of two means, and twice its standard error.
+class Gap(NamedTuple):
+    """A difference of two means, and half the width of its 95 % confidence interval; NaN if a run diverged."""
 
-    >>> gap([3.0, 4.0, 5.0], [1.0, 1.0, 1.0])
-    (3.0, 1.1547005383792517)
+    difference: float
+    error: float
+
+    def __str__(self) -> str:
+        return "unknown, since runs diverged" if math.isnan(self.difference) else f"{self[0]:+.1f} ± {self[1]:.1f}"
+
+
+def gap(first: Sequence[float], second: Sequence[float]) -> Gap:
+    """Returns the difference of two means over seeds, by Welch's t-test.
+
+    >>> print(gap([3.0, 4.0, 5.0], [1.0, 1.5, 2.0]))
+    +2.5 ± 2.1
     """
-    error = math.sqrt(sum(statistics.variance(sample) / len(sample) for sample in (first, second)))
-    return statistics.mean(first) - statistics.mean(second), 2 * error
+    difference = statistics.mean(first) - statistics.mean(second)
+    if len({*first}) == len({*second}) == 1:
+        # No seed changes anything, and the test knows no degrees of freedom.
+        return Gap(difference, 0.0)
+    low, high = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    return Gap(difference, (high - low) / 2)
 
 
-def at_most(limit: float, difference: float, error: float) -> str:
-    """Returns the verdict for a claim that a difference, known to within an error, is at most so much.
+def at_most(limit: float, found: Gap) -> str:
+    """Returns the verdict for a claim that a difference is at most so much.
 
-    >>> at_most(1.0, 0.5, 2.0), at_most(1.0, 2.5, 2.0), at_most(1.0, 2.5, 0.2)
+    >>> at_most(1.0, Gap(0.5, 0.2)), at_most(1.0, Gap(0.5, 2.0)), at_most(1.0, Gap(2.5, 0.2))
     ('holds', 'undecided', 'does not hold')
     """
-    return HOLDS if difference <= limit else UNDECIDED if difference - error <= limit else FAILS
+    if found.difference + found.error <= limit:
+        return HOLDS
+    return FAILS if found.difference - found.error > limit else UNDECIDED
+
+
+def at_least(limit: float, found: Gap) -> str:
+    """Returns the verdict for a claim that a difference is at least so much.
+
+    >>> at_least(5.0, Gap(6.0, 0.5)), at_least(5.0, Gap(6.0, 2.0)), at_least(5.0, Gap(2.5, 0.2))
+    ('holds', 'undecided', 'does not hold')
+    """
+    return at_most(-limit, Gap(-found.difference, found.error))
+
+
+def somewhere(verdicts: Sequence[str]) -> str:
+    """Returns the verdict for a claim that something is true of some of these.
+
+    >>> somewhere(["does not hold", "holds"]), somewhere(["does not hold", "undecided"]), somewhere(["does not hold"])
+    ('holds', 'undecided', 'does not hold')
+    """
+    return HOLDS if HOLDS in verdicts else UNDECIDED if UNDECIDED in verdicts else FAILS
 
 
 def share(good: int, of: int) -> str:
@@ -207,48 +251,92 @@ def pinwheel() -> Measured | None:
     return Measured(text, share(sum(good), len(good)))
 
 
+# What the page calls a model that has no name.
+NAMES = {str(pretrain_cifar.MODEL): "ViT of 2.7 M parameters pretrained on five classes of CIFAR-10"}
+
+
 def _on(name: str) -> str:
     """Says what a grid on images was measured on."""
     settings = read_settings(RESULTS / name)
     classes = f" of the classes {', '.join(settings['classes'])}" if settings["classes"] else ""
-    model = f"{settings['model']} {settings['variant']}".rstrip()
+    model = f"{NAMES.get(settings['model'], settings['model'])} {settings['variant']}".rstrip()
     return f"{model}; {settings['about']}{classes}; {settings['steps']:,} steps of {settings['batch_size']}"
 
 
+def _tasks(name: str) -> list[str]:
+    return list(dict.fromkeys(row["task"] for row in read_rows(RESULTS / name) if row["part"] == "final"))
+
+
+# Tables of images of which the page makes another use.
+VTAB, LARGE = "image_table_vtab.csv", "image_table_large.csv"
+
+
 def images() -> Measured | None:
-    """The lead over LoRA on images."""
-    name = "image_table_cifar.csv"
-    tasks = dict.fromkeys(row["task"] for row in read_rows(RESULTS / name))
-    texts, leads = [], []
-    for task in tasks:
+    """The lead over LoRA on images, in all tables that there are."""
+    texts, verdicts, on = [], [], []
+    names = sorted(path.name for path in RESULTS.glob("image_table_*.csv") if path.name not in (VTAB, LARGE))
+    for name, task in [(table, column) for table in names for column in _tasks(table)]:
         cells = {m: final_scores(name, task, m) for m in ("lora", *STRUCTURED, "circulant_adapter", "full")}
-        if not all(cells.values()):
-            return None
-        lead = {m: gap(cells[m], cells["lora"]) for m in STRUCTURED}
-        best = max(lead, key=lambda method: lead[method][0])
-        leads.append(lead[best][0])
-        texts.append(f"{task}: {_cells(cells)}; {best} {lead[best][0]:+.1f} ± {lead[best][1]:.1f} over LoRA")
-    if not leads:
-        return None
-    return Measured("; ".join(texts), HOLDS if max(leads) >= 5 else FAILS, _on(name))
+        cells = {m: scores for m, scores in cells.items() if scores}
+        if not cells.keys() >= {"lora", *STRUCTURED}:
+            continue
+        leads = {m: gap(cells[m], cells["lora"]) for m in STRUCTURED}
+        verdicts += [at_least(5, lead) for lead in leads.values()]
+        texts.append(f"{task}: {_cells(cells)}; over LoRA {', '.join(f'{m} {lead}' for m, lead in leads.items())}")
+        on.append(_on(name))
+    return Measured("; ".join(texts), somewhere(verdicts), "; ".join(dict.fromkeys(on))) if texts else None
 
 
 def low_data() -> Measured | None:
-    """The share of the data with which circulants reach full fine-tuning on all of it."""
-    name = "low_data_cifar.csv"
-    tasks = {row["task"] for row in read_rows(RESULTS / name) if row["part"] == "final"}
-    cells = {
-        task: [final_scores(name, task, method) for method in ("circulant", "full")]
-        for task in sorted(tasks, key=lambda task: float(task[:-1]))
-    }
-    if not cells or not all(all(pair) for pair in cells.values()) or "100%" not in cells:
+    """The share of the data with which circulants come near full fine-tuning on all of it."""
+    texts, verdicts, on = [], [], []
+    for name in sorted(path.name for path in RESULTS.glob("low_data_*.csv")):
+        tasks = sorted(_tasks(name), key=lambda task: float(task[:-1]))
+        cells = {task: [final_scores(name, task, method) for method in ("circulant", "full")] for task in tasks}
+        cells = {task: pair for task, pair in cells.items() if all(pair)}
+        if not cells.keys() >= {"2%", "20%", "100%"}:
+            continue
+        below = {task: gap(cells["100%"][1], cells[task][0]) for task in ("2%", "20%")}
+        at_two, at_twenty = (at_most(1, found) for found in below.values())
+        verdicts.append(at_two if at_two != FAILS else IN_PART if at_twenty == HOLDS else at_twenty)
+        means = (f"{' and '.join(map(mean_and_deviation, pair))} with {task}" for task, pair in cells.items())
+        behind = ", ".join(f"with {task} {found}" for task, found in below.items())
+        texts.append(f"circulant and full: {', '.join(means)}; full with 100% is above circulants {behind}")
+        on.append(_on(name))
+    if not texts:
         return None
-    goal = statistics.mean(cells["100%"][1])
-    reached = [float(task[:-1]) for task, (circulant, _) in cells.items() if statistics.mean(circulant) >= goal]
-    texts = (f"{' and '.join(map(mean_and_deviation, pair))} with {task}" for task, pair in cells.items())
-    first = min(reached, default=math.inf)
-    verdict = HOLDS if first <= 2 else IN_PART if first <= 20 else FAILS
-    return Measured(f"circulant and full: {', '.join(texts)}", verdict, _on(name))
+    verdict = verdicts[0] if len({*verdicts}) == 1 else IN_PART if {*verdicts} & {HOLDS, IN_PART} else UNDECIDED
+    return Measured("; ".join(texts), verdict, "; ".join(on))
+
+
+def vtab() -> Measured | None:
+    """On how many sets of VTAB-1k circulants are among the two best methods of those that were measured."""
+    places = []
+    for task in _tasks(VTAB):
+        cells = {m: final_scores(VTAB, task, m) for m in dict.fromkeys(r["method"] for r in read_rows(RESULTS / VTAB))}
+        means = {m: statistics.mean(scores) for m, scores in cells.items() if scores}
+        if "circulant" in means and len(means) > 2:
+            places.append(sum(mean > means["circulant"] for mean in means.values()) + 1)
+    if not places:
+        return None
+    good = sum(place <= 2 for place in places)
+    text = f"in the top 2 on {good} of {len(places)} sets; its places: {', '.join(map(str, places))}"
+    return Measured(text, HOLDS if good >= 10 else IN_PART if good else FAILS, _on(VTAB))
+
+
+def large() -> Measured | None:
+    """How far circulants are below full fine-tuning on large sets."""
+    texts, verdicts = [], []
+    for task in _tasks(LARGE):
+        cells = {m: final_scores(LARGE, task, m) for m in ("full", "circulant")}
+        if all(cells.values()):
+            below = gap(*cells.values())
+            verdicts.append(at_most(1, below))
+            texts.append(f"{task}: {_cells(cells)}; full is above by {below}")
+    if not texts:
+        return None
+    verdict = verdicts[0] if len({*verdicts}) == 1 else IN_PART if HOLDS in verdicts else UNDECIDED
+    return Measured("; ".join(texts), verdict, _on(LARGE))
 
 
 GLUE = ("stsb", "mrpc", "cola", "rte")
@@ -260,22 +348,44 @@ def glue_cells(*methods: str) -> dict[str, dict[str, list[float]]] | None:
     return cells if all(all(found.values()) for found in cells.values()) else None
 
 
-def _seed_means(cell: Mapping[str, list[float]]) -> list[float]:
+def glue_model() -> str:
+    """Says what GLUE was measured with."""
+    return f"{read_settings(RESULTS / 'glue_minilm.csv')['model']}, validation sets"
+
+
+def blind(method: str) -> list[str]:
+    """Returns the tasks of GLUE on which all learning rates of a method gave the same score: nothing was chosen."""
+    rows, found = read_rows(RESULTS / "glue_minilm.csv"), []
+    for task in GLUE:
+        cell = (task, method, "search")
+        scores = [row["score"] for row in rows if (row["task"], row["method"], row["part"]) == cell]
+        if len(scores) > 1 and len({*scores}) == 1:
+            found.append(task)
+    return found
+
+
+def _seed_means(cell: Mapping[str, list[float]], without: Sequence[str] = ()) -> list[float]:
     """The mean over tasks for each seed."""
-    return [statistics.mean(scores) for scores in zip(*cell.values(), strict=True)]
+    return [statistics.mean(scores) for scores in zip(*(cell[t] for t in cell if t not in without), strict=True)]
 
 
 def glue_adapters() -> Measured | None:
-    """Circulant adapters beside bottleneck adapters."""
+    """Circulant adapters beside bottleneck adapters, with and without the tasks on which a search found nothing."""
     cells = glue_cells("circulant_adapter", "bottleneck")
-    if cells is None:
+    if cells is None or glue_cells("linear_probe") is None:
         return None
     counts = {m: trained("glue_minilm.csv", GLUE[0], m) for m in cells}
-    less, error = gap(_seed_means(cells["bottleneck"]), _seed_means(cells["circulant_adapter"]))
-    text = "; ".join(f"{m} {_cells(found)}, {counts[m]:,} numbers beside the head" for m, found in cells.items())
     ratio = counts["bottleneck"] / counts["circulant_adapter"]
-    text += f": {ratio:.0f} x fewer, {-less:+.1f} ± {error:.1f} on average"
-    return Measured(text, at_most(1, less, error) if ratio >= 12 else FAILS)
+    less = gap(_seed_means(cells["bottleneck"]), _seed_means(cells["circulant_adapter"]))
+    text = "; ".join(f"{m} {_cells(found)}, {counts[m]:,} numbers beside the head" for m, found in cells.items())
+    text += f": {ratio:.0f} x fewer; the bottleneck is above by {less} on average"
+    verdicts = {at_most(1, less)}
+    if flat := [task for task in GLUE if any(task in blind(m) for m in cells)]:
+        seeing = gap(_seed_means(cells["bottleneck"], flat), _seed_means(cells["circulant_adapter"], flat))
+        verdicts.add(at_most(1, seeing))
+        text += f", by {seeing} without {' and '.join(flat)}, where a search gave the same score for every rate"
+    verdict = UNDECIDED if len(verdicts) > 1 else verdicts.pop()
+    return Measured(text, verdict if ratio >= 12 else FAILS, glue_model())
 
 
 def glue_best() -> Measured | None:
@@ -285,10 +395,11 @@ def glue_best() -> Measured | None:
         return None
     means = {m: _seed_means(found) for m, found in cells.items()}
     text = "; ".join(f"{m} {_cells(found)}, mean {mean_and_deviation(means[m])}" for m, found in cells.items())
-    leads = [gap(means["circulant"], means[other]) for other in STRUCTURED if other != "circulant"]
-    if all(lead > error for lead, error in leads):
-        return Measured(text, HOLDS)
-    return Measured(text, FAILS if any(lead < -error for lead, error in leads) else UNDECIDED)
+    leads = {m: gap(means["circulant"], means[m]) for m in STRUCTURED if m != "circulant"}
+    text += f"; circulant is above {', '.join(f'{m} by {lead}' for m, lead in leads.items())}"
+    verdicts = [at_least(0, lead) for lead in leads.values()]
+    verdict = FAILS if FAILS in verdicts else UNDECIDED if UNDECIDED in verdicts else HOLDS
+    return Measured(text, verdict, glue_model())
 
 
 def _cells(cells: Mapping[str, list[float]]) -> str:
@@ -305,8 +416,8 @@ def without_keys() -> Measured | None:
     cells = _ablation("circulant, Q K V", "circulant, Q V")
     if cells is None:
         return None
-    difference, error = gap(*cells.values())
-    return Measured(f"{_cells(cells)}; {difference:+.1f} ± {error:.1f} by K", at_most(1, abs(difference), error))
+    found = gap(*cells.values())
+    return Measured(f"{_cells(cells)}; {found} by K", at_most(1, Gap(abs(found.difference), found.error)))
 
 
 def adapter_bias() -> Measured | None:
@@ -316,31 +427,39 @@ def adapter_bias() -> Measured | None:
     if cells is None:
         return None
     gains = {f: gap(cells[f], cells[f"{f}, no bias"]) for f in families}
-    text = ", ".join(f"{family} {gain:+.1f} ± {error:.1f}" for family, (gain, error) in gains.items())
+    text = ", ".join(f"{family} {gain}" for family, gain in gains.items())
     text += f" points by the bias ({_cells(cells)})"
-    if any(gain < -error for gain, error in gains.values()):
-        return Measured(text, FAILS)
-    if any(gain <= error for gain, error in gains.values()):
-        return Measured(text, UNDECIDED)
-    return Measured(text, HOLDS if min(gains, key=gains.get) == "kronecker" else IN_PART)
+    verdicts = [at_least(0, gain) for gain in gains.values()]
+    if FAILS in verdicts or UNDECIDED in verdicts:
+        return Measured(text, FAILS if FAILS in verdicts else UNDECIDED)
+    most = sum(gains["kronecker"])
+    least = all(most <= gain.difference - gain.error for f, gain in gains.items() if f != "kronecker")
+    return Measured(text, HOLDS if least else IN_PART)
+
+
+# The files of the analyses, and what the updates are called there.
+ANALYSES = {
+    "circulant": ("analysis_digits.csv", "Circulant"),
+    "toeplitz": ("analysis_digits_toeplitz.csv", "SymmetricToeplitzPair"),
+    "kronecker": ("analysis_digits_kronecker.csv", "Kronecker"),
+}
 
 
 def ranks() -> Measured | None:
-    """Whether the updates that were learned have full rank, and how well conditioned they are."""
-    names = {"circulant": "analysis_digits.csv"}
-    names |= {method: f"analysis_digits_{method}.csv" for method in ("toeplitz", "kronecker")}
+    """Whether the updates that were learned have the largest rank that they can, and how well conditioned they are."""
     texts, good = [], []
-    for method, name in names.items():
-        if not (rows := read(name)):
-            continue
-        full = [int(row["rank"]) == min(int(row["rows"]), int(row["columns"])) for row in rows]
+    for method, (name, family) in ANALYSES.items():
+        rows = [row for row in read(name) if row["family"] == family]
+        if not rows:
+            return None
+        full = [row["rank"] == row["largest_rank"] for row in rows]
         conditions = values(rows, "condition")
         texts.append(
-            f"{method}: {sum(full)} of {len(full)} updates have full rank, condition {min(conditions):,.0f} to"
+            f"{method}: {sum(full)} of {len(full)} updates have the largest rank, condition {min(conditions):,.0f} to"
             f" {max(conditions):,.0f}"
         )
         good.append(all(full))
-    return Measured("; ".join(texts), share(sum(good), len(names))) if texts else None
+    return Measured("; ".join(texts), share(sum(good), len(good)))
 
 
 def toeplitz_time() -> Measured | None:

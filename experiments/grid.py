@@ -111,7 +111,7 @@ class Grid:
         return {task: named[task] for task in self.tasks if task in named}
 
     def table(self, rows: Sequence[Row], mean: bool = True) -> str:
-        """Returns the table of all cells in markdown; cells without all their seeds are empty.
+        """Returns the table of all cells in markdown; of cells without all their seeds it says how many they have.
 
         Args:
           rows: of all runs so far.
@@ -123,13 +123,16 @@ class Grid:
         for method in self.rates:
             cells = [self.scores(rows, task, method) for task in metrics]
             complete = [cell for cell in cells if len(cell) == len(self.seeds)]
-            texts = [mean_and_deviation(cell) if len(cell) == len(self.seeds) else "" for cell in cells]
+            texts = ["" if not cell else mean_and_deviation(cell) + self._lacking(cell) for cell in cells]
             if mean:
                 over = [statistics.mean(cell) for cell in complete if not any(map(math.isnan, cell))]
                 texts.append(f"{statistics.mean(over):.1f}" if over and len(over) == len(self.tasks) else "")
             trained = self.trained(rows, method)
             lines.append(f"| {method} | {'' if trained is None else f'{trained:,}'} | " + " | ".join(texts) + " |")
         return "\n".join(lines) + "\n"
+
+    def _lacking(self, cell: Sequence[float]) -> str:
+        return f" ({len(cell)} of {len(self.seeds)} seeds)" if len(cell) < len(self.seeds) else ""
 
     def rates_table(self, rows: Sequence[Row]) -> str:
         """Returns the learning rates that were chosen.
@@ -202,9 +205,10 @@ def measure(run: Run, config: RunConfig, root: Path, interruption: Interruption)
     metric = result["metric"].removeprefix("test_")
     if run.part == "search":
         measured = list(read_metrics(folder))[-1]
-        score, loss = measured[f"holdout_{metric}"], measured["holdout_loss"]
+        score, loss = _first(measured, "holdout_", ""), measured["holdout_loss"]
     else:
-        score, loss = result["metrics"][f"test_{metric}"], result["metrics"]["test_loss"]
+        # Of several splits for testing, as MNLI has, the first one counts.
+        score, loss = result["metrics"][result["metric"]], _first(result["metrics"], "", "_loss")
     return {
         **run._asdict(),
         "metric": metric,
@@ -214,6 +218,10 @@ def measure(run: Run, config: RunConfig, root: Path, interruption: Interruption)
         "steps": result["steps"],
         "seconds": result["seconds"],
     }
+
+
+def _first(values: Mapping[str, float], prefix: str, suffix: str) -> float:
+    return next(value for name, value in values.items() if name.startswith(prefix) and name.endswith(suffix))
 
 
 def work(

@@ -143,6 +143,8 @@ def rates_of(options: argparse.Namespace) -> dict[str, tuple[float, ...]]:
     for method in (*options.methods, *given):
         if method not in METHODS:
             raise UserError(f"unknown method {method!r}{did_you_mean(method, METHODS)} (known: {', '.join(METHODS)})")
+    if unused := [method for method in given if method not in options.methods]:
+        raise UserError(f"--rates of {', '.join(unused)}, which --methods leaves out")
     return {method: given.get(method, RATES.get(method) or _around(method)) for method in options.methods}
 
 

@@ -87,7 +87,7 @@ def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
     axes = figure.subplots()
     for method in whole.rates:
         cells = {task: whole.scores(rows, task, method) for task in whole.tasks}
-        cells = {task: values for task, values in cells.items() if len(values) == len(whole.seeds)}
+        cells = {task: values for task, values in cells.items() if values}
         if cells:
             axes.errorbar(
                 [fraction_of(task) for task in cells],

@@ -95,6 +95,7 @@ class Update(NamedTuple):
     family: str
     numbers: int
     rank: int
+    largest_rank: int
     theory: str
     stable_rank: float
     condition: float
@@ -107,12 +108,14 @@ def examine(layer: str, change: Change) -> Update:
     """Measures an update, numerically with the tolerances of float32, in which it was learned.
 
     The stable rank is the squared Frobenius norm by the square of the largest singular value: how many directions
-    matter. The condition of a matrix that has not full rank is infinite. The displacement rank is left out where there
-    is no structure.
+    matter. The condition is the largest singular value by the last of as many as the structure can have above zero. The
+    displacement rank is left out where there is no structure.
     """
     added = change.added.astype(np.float32)
     values = singular_values(added)
     rank, matrix = numerical_rank(added), change.matrix
+    largest = min(added.shape) if matrix is None else largest_rank(matrix)
+    last = values[largest - 1]
     return Update(
         layer=layer,
         rows=added.shape[0],
@@ -120,9 +123,10 @@ def examine(layer: str, change: Change) -> Update:
         family="dense" if matrix is None else type(matrix).__name__,
         numbers=added.size if matrix is None else matrix.num_params,
         rank=rank,
+        largest_rank=largest,
         theory="" if matrix is None else rank_in_theory(matrix),
         stable_rank=float(np.sum(np.square(values)) / values[0] ** 2) if rank else 0.0,
-        condition=float(values[0] / values[-1]) if rank == len(values) else math.inf,
+        condition=float(values[0] / last) if last else math.inf,
         displacement_rank="" if matrix is None else displacement_rank(added),
         relative_norm=float(np.linalg.norm(change.added) / np.linalg.norm(change.before)),
         one_minus_cosine=one_minus_cosine(change.before, change.before + change.added),
@@ -136,6 +140,22 @@ def one_minus_cosine(one: Float[np.ndarray, "in out"], other: Float[np.ndarray, 
     (0.0, 1.0)
     """
     return float(np.sum(np.square(one / np.linalg.norm(one) - other / np.linalg.norm(other))) / 2)
+
+
+def largest_rank(matrix: StructuredMatrix) -> int:
+    """Returns the largest rank that a matrix of this structure and size can have.
+
+    >>> import jax
+    >>> largest_rank(Kronecker.init(jax.random.key(0), (768, 768), scale=1.0))
+    576
+    """
+    match matrix:
+        case Kronecker():
+            terms = zip(matrix.A, matrix.B, strict=True)
+            return min(*matrix.shape, sum(min(A.shape) * min(B.shape) for A, B in terms))
+        case LowRank():
+            return min(*matrix.shape, matrix.rank)
+    return min(matrix.shape)
 
 
 def rank_in_theory(matrix: StructuredMatrix) -> str:
@@ -169,22 +189,22 @@ def rank_in_theory(matrix: StructuredMatrix) -> str:
 def table(updates: Sequence[Update]) -> str:
     """Returns the table of all updates in markdown."""
     lines = [
-        "| layer | shape | update | numbers | rank | in theory | stable rank | condition | displacement rank"
-        " | norm, of the kernel's | 1 - cosine |",
-        "|---|---|---|" + "---:|" * 2 + "---|" + "---:|" * 5,
+        "| layer | shape | update | numbers | rank | of at most | in theory | stable rank | condition"
+        " | displacement rank | norm, of the kernel's | 1 - cosine |",
+        "|---|---|---|" + "---:|" * 3 + "---|" + "---:|" * 5,
     ]
     for row in updates:
-        condition = "" if math.isinf(row.condition) else f"{row.condition:.3g}"
         lines.append(
-            f"| {row.layer} | {row.rows} x {row.columns} | {row.family} | {row.numbers:,} | {row.rank} | {row.theory}"
-            f" | {row.stable_rank:.1f} | {condition} | {row.displacement_rank} | {row.relative_norm:.3g}"
-            f" | {row.one_minus_cosine:.2g} |"
+            f"| {row.layer} | {row.rows} x {row.columns} | {row.family} | {row.numbers:,} | {row.rank}"
+            f" | {row.largest_rank} | {row.theory} | {row.stable_rank:.1f} | {row.condition:.3g}"
+            f" | {row.displacement_rank} | {row.relative_norm:.3g} | {row.one_minus_cosine:.2g} |"
         )
     return "\n".join(lines) + "\n"
 
 
 LEGEND = """What was added to the kernels of linear layers, those of the head left out. **Rank**: numerical, with the
 tolerance of float32; **in theory**: what the structure says of it. **Stable rank**: the squared Frobenius norm by the
-square of the largest singular value. **Condition**: empty where the rank is not full. The norm is the Frobenius norm,
+square of the largest singular value. **Condition**: the largest singular value by the last of as many as the structure
+can have above zero; beyond some 100,000 it is rounding. The norm is the Frobenius norm,
 the cosine that of the tuned and the pretrained kernel.
 """

@@ -149,11 +149,11 @@ def test_tables_of_an_unfinished_grid():
     rows += [row_of(Run("rte", "lora", "final", 0.02, seed), score) for seed, score in ((0, 0.5), (1, 0.7))]
     # Runs with a rate that is not the best any more do not count.
     rows += [row_of(Run("rte", "linear_probe", "final", rate, seed), 0.5) for rate, seed in ((3.0, 0), (0.2, 1))]
-    # Sample deviation of two; a cell that lacks a seed is empty, and so is a mean that lacks a task.
+    # Sample deviation of two; a cell that lacks a seed says so, and a mean that lacks a task or a seed is empty.
     assert GRID.table(rows).splitlines() == [
         "| method | trained | rte (accuracy) | mean |",
         "|---|---:|---:|---:|",
-        "| linear_probe | 40 |  |  |",
+        "| linear_probe | 40 | 50.0 (1 of 2 seeds) |  |",
         "| lora | 40 | 60.0 ± 14.1 |  |",
     ]
     assert GRID.rates_table(rows).splitlines()[2:] == [

@@ -172,6 +172,7 @@ def test_by_default_the_classes_are_those_that_the_model_never_saw(tmp_path, mon
     [
         (["--methods", "circulent"], "unknown method 'circulent'; did you mean 'circulant'"),
         (["--rates", "lara=0.1"], "unknown method 'lara'; did you mean 'lora'"),
+        (["--rates", "full=0.1"], "--rates of full, which --methods leaves out"),
         (["--rates", "lora"], "--rates lora: expected METHOD=RATE,RATE,"),
         (["--rates", "lora=0.1,fast"], "--rates lora=0.1,fast: expected METHOD=RATE,RATE,"),
         (["--sets", "dat.npz"], "no data file .*dat.npz; did you mean 'data.npz'"),
