@@ -62,7 +62,6 @@ def _open_current(path: Path) -> TextIO:
                 file.seek(0)
                 raise UserError(
                     f"{path.parent} is in use by {_owner(file.read())}: wait for it, stop it, or choose another folder"
-                    " with --workdir"
                 ) from None
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):

@@ -60,7 +60,7 @@ def train(config: RunConfig, seed: int, workdir: Path, interruption: Interruptio
     with opened_on_first(open_workdir(workdir, one_seed)):
         require_shared(workdir)
         if (done := on_first(functools.partial(_result, workdir))) is not None:
-            print(f"{workdir} is complete: this is its result. Choose another --workdir to run again")
+            print(f"{workdir} is complete: this is its result. Delete it, or choose another folder, to run again")
             return done
         began = time.monotonic()
         job = prepare(config, seed)

@@ -5,7 +5,7 @@ import functools
 import json
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ RESULT_NAME = "result.json"
 
 
 #: Where a run's data and weights are, and how it is computed, which changes numbers by their rounding alone: a run may
-#: go on, be evaluated or exported elsewhere and on other devices.
+#: go on, be evaluated or exported elsewhere and on other devices. That the weights are the same is checked where they
+#: are loaded.
 CHANGEABLE = (
     "data.dir",
     "data.eval_batch_size",
@@ -52,12 +53,15 @@ def _require_this_run(workdir: Path, config: RunConfig) -> None:
     if all(path.name in (CONFIG_NAME, LOCK_NAME) for path in files):
         return
     if workdir / CONFIG_NAME not in files:
-        raise UserError(f"{workdir} holds files but no run (no {CONFIG_NAME}): choose another folder with --workdir")
-    if changes := config_changes(to_dict(read_config(workdir)), to_dict(config)):
+        raise UserError(f"{workdir} holds files but no run (no {CONFIG_NAME}): choose another folder")
+    # Beside a result no weights are loaded, and it would pass for that of others.
+    complete = any(path.name == RESULT_NAME for path in files)
+    changeable = [key for key in CHANGEABLE if not (complete and key == "model.checkpoint")]
+    if changes := config_changes(to_dict(read_config(workdir)), to_dict(config), changeable):
         more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
         raise UserError(
             f"{workdir} holds another run; there {'; '.join(changes[:5])}{more}."
-            " Choose another folder with --workdir, or delete that one"
+            " Choose another folder, or delete that one"
         )
 
 
@@ -147,22 +151,24 @@ def _require_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
     except FileExistsError:
-        raise UserError(f"the run's folder {folder} is a file: choose another folder with --workdir") from None
+        raise UserError(f"the run's folder {folder} is a file: choose another folder") from None
     except NotADirectoryError:
-        raise UserError(f"the run's folder {folder} lies below a file: choose another with --workdir") from None
+        raise UserError(f"the run's folder {folder} lies below a file: choose another folder") from None
     except OSError as error:
         raise UserError(
-            f"the run's folder {folder} cannot be written ({error.strerror}): choose another with --workdir"
+            f"the run's folder {folder} cannot be written ({error.strerror}): choose another folder"
         ) from None
 
 
-def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Returns what differs between two configurations but for `CHANGEABLE`, as text.
+def config_changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], changeable: Collection[str] = CHANGEABLE
+) -> list[str]:
+    """Returns what differs between two configurations but for the keys in `changeable`, as text.
 
     >>> config_changes({"optim": {"steps": 9}, "data": {"dir": "a"}}, {"optim": {"steps": 8}, "data": {"dir": "b"}})
     ['config.optim.steps is 9, here 8']
     """
-    ignored = [f"config.{key} " for key in CHANGEABLE]
+    ignored = [f"config.{key} " for key in changeable]
     return [change for change in differences(old, new, "config") if not change.startswith(tuple(ignored))]
 
 

@@ -38,7 +38,7 @@ def holder(tmp_path):
 
 
 def test_a_second_process_is_told_of_the_first_and_a_killed_one_leaves_nothing(holder, tmp_path, tiny_files):
-    message = f"{tmp_path} is in use by the process {holder.pid} on {platform.node()}: .* --workdir"
+    message = f"{tmp_path} is in use by the process {holder.pid} on {platform.node()}: .* choose another folder"
     with pytest.raises(UserError, match=message), locked(tmp_path):
         pass
     # The run itself says the same, and touches nothing.

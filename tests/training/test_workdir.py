@@ -67,6 +67,22 @@ def test_data_and_weights_may_move(tmp_path):
     assert locations(CONFIG, same) == CONFIG
 
 
+@pytest.mark.parametrize("where", ["", "seed-1"])
+def test_a_result_is_that_of_its_weights(tmp_path, where):
+    for folder in {tmp_path, tmp_path / where}:
+        begun(folder)
+    write_json(tmp_path / where / "result.json", {})
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(
+        UserError, match=r"another run; there config\.model\.checkpoint is 'augreg', here '/other\.npz'"
+    ):
+        opened(tmp_path, changed(model__checkpoint="/other.npz"))
+    assert (tmp_path / "config.json").read_bytes() == before
+    opened(tmp_path, changed(data__dir="/elsewhere", mesh__fsdp=2))
+    # It can be evaluated with them all the same, which looks at their numbers.
+    assert locations(read_config(tmp_path), {"model.checkpoint": "/other.npz"}).model.checkpoint == "/other.npz"
+
+
 def test_other_devices_may_go_on(tmp_path):
     begun(tmp_path)
     opened(tmp_path, changed(mesh__fsdp=2, model__remat="block", data__eval_batch_size=8))
@@ -88,7 +104,7 @@ def test_another_run_is_refused_by_what_differs(tmp_path, values, named):
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(UserError, match=f"holds another run; there {named}") as error:
         opened(tmp_path, changed(**values))
-    assert "--workdir" in str(error.value)
+    assert str(error.value).endswith("Choose another folder, or delete that one")
     assert (tmp_path / "config.json").read_bytes() == before
 
 
@@ -118,7 +134,7 @@ def test_a_file_is_no_folder(tmp_path, below):
 @pytest.mark.parametrize("folder", ["/proc/self", "/proc/runs/a"])
 def test_a_folder_that_cannot_be_written(folder):
     # Not even root can write there.
-    with pytest.raises(UserError, match=f"{folder} cannot be written .*--workdir"):
+    with pytest.raises(UserError, match=f"{folder} cannot be written .*: choose another folder"):
         opened(Path(folder), CONFIG)
 
 
