@@ -64,11 +64,11 @@ def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[
       overrides: where its data and weights are now, if not where they were.
 
     Raises:
-      UserError: if there is no run, its adapter is missing, damaged or of another base, or something else is
-      overridden.
+      UserError: if there is no run, it is not complete, its adapter is missing, damaged or of another base, or
+        something else is overridden.
     """
     config, evaluations = locations(read_config(workdir), overrides), {}
-    for seed, folder in _seed_folders(config, workdir):
+    for seed, folder in _complete_folders(config, workdir):
         job = prepare(config, seed)
         with jax.set_mesh(job.mesh):
             parts, trained, frozen = partition(
@@ -111,7 +111,7 @@ def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
       UserError: see `evaluate_run`.
     """
     config, paths = locations(read_config(workdir), overrides), []
-    for seed, folder in _seed_folders(config, workdir):
+    for seed, folder in _complete_folders(config, workdir):
         job = prepare(config, seed)
         with jax.set_mesh(job.mesh):
             model, _ = load_adapter(folder / "adapter", job.base_model(), execution=job.config.peft.execution)
@@ -143,7 +143,7 @@ def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[P
       UserError: see `evaluate_run`; or the model or the method has no counterpart there.
     """
     config, folders = locations(read_config(workdir), overrides), []
-    for seed, folder in _seed_folders(config, workdir):
+    for seed, folder in _complete_folders(config, workdir):
         job = prepare(config, seed)
         with jax.set_mesh(job.mesh):
             base = job.base_model()
@@ -189,8 +189,7 @@ def predict_run(workdir: Path, overrides: Mapping[str, Any], source: Path, targe
         )
     if not data.is_text(config.data.name):
         raise UserError(f"--mode=predict reads sentences, but the run in {workdir} is about {config.data.name}")
-    classes = read_json(workdir / RESULT_NAME, f"the run in {workdir} is not complete")["classes"]
-    predict_text(config, workdir / "adapter", classes, source, target)
+    predict_text(config, workdir / "adapter", _result(workdir)["classes"], source, target)
 
 
 def describe_run(config: RunConfig) -> None:
@@ -208,6 +207,20 @@ def describe_run(config: RunConfig) -> None:
 def _seed_folders(config: RunConfig, workdir: Path) -> Iterator[tuple[int, Path]]:
     for seed in config.seeds:
         yield seed, workdir if len(config.seeds) == 1 else workdir / f"seed-{seed}"
+
+
+def _complete_folders(config: RunConfig, workdir: Path) -> list[tuple[int, Path]]:
+    """Returns the folder of every seed, before anything is loaded for the first."""
+    folders = list(_seed_folders(config, workdir))
+    for _, folder in folders:
+        _result(folder)
+    return folders
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    return read_json(
+        folder / RESULT_NAME, f"the run in {folder} is not complete (the training command goes on with it)"
+    )
 
 
 def _test_batch(job: Job) -> dict[str, np.ndarray]:

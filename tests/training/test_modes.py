@@ -17,7 +17,7 @@ from surm_jax.training import loop, modes
 from surm_jax.training.config import base_config, parse
 from surm_jax.training.job import prepare
 from surm_jax.training.loop import InterruptedRunError
-from surm_jax.training.modes import describe_run, evaluate_run, merge_run, train_run
+from surm_jax.training.modes import describe_run, evaluate_run, export_run, merge_run, train_run
 from tests.training import tiny
 
 
@@ -132,6 +132,24 @@ def test_a_damaged_or_missing_adapter_is_told(run, tmp_path):
         tensors.write_bytes(content)
     with pytest.raises(UserError, match=f"no run in {tmp_path}"):
         evaluate_run(tmp_path, {})
+
+
+def test_what_is_not_complete_is_told_before_anything_is_loaded(run, monkeypatch):
+    folder, _, _ = run
+    result = folder / "seed-2" / "result.json"
+    content = result.read_bytes()
+
+    def fail(*_):
+        raise AssertionError("nothing is to be loaded")
+
+    monkeypatch.setattr(modes, "prepare", fail)
+    try:
+        result.unlink()
+        for mode in (evaluate_run, merge_run, lambda *given: export_run(*given, "hf")):
+            with pytest.raises(UserError, match=rf"the run in {result.parent} is not complete \(the training command"):
+                mode(folder, {})
+    finally:
+        result.write_bytes(content)
 
 
 def test_describing_needs_neither_weights_nor_data(capsys):
