@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -24,6 +26,7 @@ from surm_jax.training.compilation import use_compilation_cache
 from surm_jax.training.config import base_config, keys, parse
 from surm_jax.training.loop import InterruptedRunError
 from surm_jax.training.modes import describe_run, evaluate_run, export_run, merge_run, predict_run, train_run
+from surm_jax.training.workdir import CHANGEABLE
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -44,10 +47,13 @@ FLAGS = ("config", "workdir", "mode", "format", "input", "output", "coordinator"
 def default_workdir(config_name: str, overrides: dict[str, object]) -> Path:
     """Returns `runs/<configuration>`, with the values that were given on the command line in its name.
 
-    >>> default_workdir("digits", {"peft.method": "lora", "seeds": (0, 1)}).as_posix()
+    What a run may go on without is left out, all but its weights.
+
+    >>> default_workdir("digits", {"peft.method": "lora", "seeds": (0, 1), "data.dir": "/data"}).as_posix()
     'runs/digits,peft.method=lora,seeds=(0,1)'
     """
-    text = ",".join([config_name, *(f"{key}={value}" for key, value in sorted(overrides.items()))]).replace(" ", "")
+    telling = [key for key in sorted(overrides) if key == "model.checkpoint" or key not in CHANGEABLE]
+    text = ",".join([config_name, *(f"{key}={overrides[key]}" for key in telling)]).replace(" ", "")
     name = re.sub(r"[^\w.,=()+-]", "_", text)[:150]
     # What does not fit into a name must still tell one run from another.
     return Path("runs") / (name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
@@ -60,16 +66,23 @@ def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
       UserError: for an unknown configuration, key or flag (the message names the nearest), or a bad value.
     """
     # ml_collections reads the keys while the flag is being defined, and would answer a mistyped one with a traceback.
-    known = keys(base_config())
+    defaults = base_config()
+    known = keys(defaults)
     for argument in arguments[1:]:
         key = re.match(r"--?config\.([\w.]+)", argument)
         if key and key[1] not in known:
-            raise UserError(f"the configuration has no key {key[1]!r}{did_you_mean(key[1], known)}")
+            near = _keys_that_end_in(key[1]) or did_you_mean(key[1], known)
+            raise UserError(f"the configuration has no key {key[1]!r}{near}")
+        if key and isinstance(defaults[key[1]], ml_collections.ConfigDict):
+            inside = _values_in(key[1])
+            near = f": give one of its keys, such as --config.{inside[0]}" if inside else " without keys"
+            raise UserError(f"config.{key[1]} is a section{near}")
     files = re.findall(r"(?:^|\n)--?config[=\n]([^:\n]+)", "\n".join(arguments))
     for file in files:
         if not Path(file).is_file():
             there = sorted(f"configs/{path.name}" for path in CONFIGS.glob("*.py"))
-            raise UserError(f"there is no configuration {file!r}{did_you_mean(file, there)}")
+            near = did_you_mean(file, there) if Path.cwd() == CONFIGS.parent else f"; this program's are in {CONFIGS}"
+            raise UserError(f"there is no configuration {file!r} (looked for from {Path.cwd()}){near}")
     try:
         config_flags.DEFINE_config_file(
             "config", str(CONFIGS / "digits.py"), "a file of configs/, and values of its keys"
@@ -84,7 +97,7 @@ def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
         flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{mode}: {what}" for mode, what in MODES.items()))
         return flags.FLAGS(arguments)
     except flags.UnrecognizedFlagError as error:
-        near = did_you_mean(error.flagname, FLAGS)
+        near = _keys_that_end_in(error.flagname) or did_you_mean(error.flagname, FLAGS)
         raise UserError(f"unknown flag --{error.flagname}{near}") from None
     except Exception as error:  # The configuration is a program, and can raise anything.
         last = str(error).strip().splitlines()[-1]
@@ -93,6 +106,24 @@ def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
             raise UserError(last.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from None
         what = files[-1] if files else "the configuration"
         raise UserError(f"{what} does not work with these flags: {type(error).__name__}: {last}") from None
+
+
+def _values_in(key: str) -> list[str]:
+    """Returns the keys of the values in a section, the nearest first, or the key itself if it is that of a value.
+
+    Where each method has one, the default method's comes before the others.
+    """
+    config = base_config()
+    values = [known for known in keys(config) if not isinstance(config[known], ml_collections.ConfigDict)]
+    inside = [value for value in values if f"{value}.".startswith(f"{key}.")]
+    return sorted(inside, key=lambda value: (value.count("."), not value.endswith(f".{config.peft.method}"), value))
+
+
+def _keys_that_end_in(name: str) -> str:
+    """Returns a question for the keys, at most three, of which the last parts or all were given; or an empty string."""
+    ends = [key for key in keys(base_config()) if f".{key}".endswith(f".{name}")]
+    meant = [inside[0] for key in sorted(ends, key=lambda key: key.count(".")) if (inside := _values_in(key))]
+    return f"; did you mean {' or '.join(f'--config.{key}' for key in meant[:3])}?" if meant else ""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -122,7 +153,8 @@ def main(arguments: Sequence[str]) -> None:
         case "predict":
             if not (flags.FLAGS.input and flags.FLAGS.output):
                 raise UserError("--mode=predict needs --input=FILE.tsv and --output=FILE.tsv")
-            predict_run(workdir, overrides, Path(flags.FLAGS.input), Path(flags.FLAGS.output))
+            source, target = (Path(path).expanduser() for path in (flags.FLAGS.input, flags.FLAGS.output))
+            predict_run(workdir, overrides, source, target)
         case "describe":
             describe_run(parse(config))
 
@@ -146,6 +178,12 @@ def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> A
             "SIGINT: stopped at once; the same command goes on from the last checkpoint, if there is one", 130
         )
     except Exception as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            error = UserError(
+                "it does not fit into the device's memory: take a smaller config.data.batch_size (or eval_batch_size),"
+                " config.optim.accumulate=4, config.model.remat=block, or several devices with config.mesh.fsdp"
+                f" ({str(error).splitlines()[0]})"
+            )
         if not isinstance(error, UserError | OSError) and not processes.several():
             raise
         processes.leave_for(error)

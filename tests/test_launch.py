@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import pytest
 from absl import flags
 
@@ -115,10 +116,13 @@ def test_the_default_folder_names_the_run():
     assert named == Path("runs/vit,optim.steps=3,peft.method=lora")
     # What cannot stand in a name still tells one run from another.
     awkward = [{"peft.target": r"blocks/\d/(a|b)"}, {"peft.target": "blocks/d/(ab)"}]
-    awkward += [{"data.dir": "x" * 500, "peft.method": method} for method in ("lora", "full")]
+    awkward += [{"data.name": "x" * 500, "peft.method": method} for method in ("lora", "full")]
     names = [launch.default_workdir("vit", overrides) for overrides in awkward]
     assert len(set(names)) == 4
     assert all(name.parent == Path("runs") and len(name.name) <= 200 for name in names)
+    # The same run goes on elsewhere and on other devices, but not with other weights.
+    elsewhere = {"data.dir": "/data", "mesh.fsdp": 8, "model.remat": "block", "model.checkpoint": "none"}
+    assert launch.default_workdir("vit", elsewhere) == Path("runs/vit,model.checkpoint=none")
 
 
 @pytest.mark.parametrize(
@@ -127,14 +131,25 @@ def test_the_default_folder_names_the_run():
         (["--config.peft.metod=lora"], ["no key 'peft.metod'", "'peft.method'"]),
         (["--config.optm.steps=3"], ["no key 'optm.steps'", "'optim.steps'"]),
         (["--config.peft.lora.rang=3"], ["no key 'peft.lora.rang'", "'peft.lora.rank'"]),
+        (["--config.learning_rate=3"], ["no key 'learning_rate'", "mean --config.optim.learning_rate.circulant or"]),
         (["--workdr=x"], ["unknown flag --workdr", "'workdir'"]),
+        (["--method=lora"], ["unknown flag --method; did you mean --config.peft.method?"]),
+        (["--peft.method=lora"], ["unknown flag --peft.method; did you mean --config.peft.method?"]),
+        (["--steps=3"], ["unknown flag --steps; did you mean --config.optim.steps?"]),
+        (["--batch_size", "3"], ["unknown flag --batch_size; did you mean --config.data.batch_size?"]),
+        (["--num_classes=3"], ["unknown flag --num_classes; did you mean --config.model.num_classes?"]),
+        (["--full=3"], ["unknown flag --full; did you mean --config.optim.learning_rate.full?"]),
         (["--mode=evalute"], ["mode", "evaluate"]),
         (["train"], ["unknown argument 'train'"]),
         (["--config=configs/digit.py"], ["no configuration 'configs/digit.py'", "did you mean 'configs/digits.py'"]),
+        (["--config=/no/digits.py"], ["no configuration '/no/digits.py'", "did you mean 'configs/digits.py'"]),
         (["--config.optim.steps=1.5"], ["config.optim.steps", "1.5"]),
         (["--config.optim.steps=many"], ["config.optim.steps", "many"]),
         (["--config.optim.clip_norm=much"], ["config.optim.clip_norm", "much"]),
-        (["--config.optim=3"], ["config.optim", "3"]),
+        (["--config.optim=3"], ["config.optim is a section: give one of its keys, such as --config.optim.accumulate"]),
+        (["--config.optim.learning_rate=1e-3"], ["is a section", "such as --config.optim.learning_rate.circulant"]),
+        (["--config.peft.full=True"], ["config.peft.full is a section without keys"]),
+        (["--config.data.classes=cat,dog"], ["config.data.classes", "\"('cat','dog')\"", "got 'cat,dog'"]),
         (["--config.seeds=(0,1.5)"], ["config.seeds", "1.5"]),
         (["--config.peft.method=circulent"], ["config.peft.method", "did you mean 'circulant'"]),
         (["--config.peft.target=blocks/0/attention/qeury"], ["qeury", "blocks/0/attention/query"]),
@@ -160,6 +175,23 @@ def test_a_mistake_has_one_message_and_status_one(launched, tmp_path, arguments,
     assert answer.status == 1
     assert answer.message.startswith("error: ") and "\n" not in answer.message
     assert [part for part in parts if part not in answer.message] == []
+
+
+def test_a_configuration_is_looked_for_from_here(launched, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answer = launched("--config=configs/digits.py")
+    assert answer.status == 1 and "did you mean" not in answer.message
+    assert f"'configs/digits.py' (looked for from {tmp_path})" in answer.message
+    assert str(ROOT / "configs") in answer.message
+
+
+def test_a_home_is_expanded(launched, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(launch, "predict_run", lambda *arguments: given.extend(arguments))
+    answer = launched("--mode=predict", "--workdir=~/run", "--input=~/in.tsv", "--output=~/out.tsv")
+    assert answer.status == 0
+    assert given == [tmp_path / "run", {}, tmp_path / "in.tsv", tmp_path / "out.tsv"]
 
 
 @pytest.mark.parametrize("mistake", ["file", "below", "foreign", "unwritable"])
@@ -198,6 +230,22 @@ def test_an_interruption_has_the_status_of_its_signal(capsys):
             launch.guarded(step, [])
         assert end.value.code == status
         assert part in capsys.readouterr().err
+
+
+def test_too_little_memory_has_one_message(capsys):
+    def large(_):
+        jax.block_until_ready(jax.jit(lambda: jnp.zeros(2**45))())
+
+    with pytest.raises(SystemExit) as end:
+        launch.guarded(large, [])
+    assert end.value.code.startswith("error: it does not fit into the device's memory: take a smaller")
+    assert "RESOURCE_EXHAUSTED" in end.value.code and "\n" not in end.value.code
+
+    def other(_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        launch.guarded(other, [])
 
 
 def test_a_bug_keeps_its_traceback():
