@@ -57,7 +57,7 @@ def load_npz(path: str) -> ImageDataset:
         UserError: the file or an array is missing or damaged, or an array has a wrong shape, dtype or value; the
             message names the array and, for a value, its index.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     if not file.is_file():
         near = [other.name for other in sorted(file.parent.glob("*.npz"))] if file.parent.is_dir() else []
         raise UserError(f"no data file {file.absolute()}{did_you_mean(file.name, near)}")

@@ -15,7 +15,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageData
     Args:
         name: One of
             - `digits`, `digits_0to4`, `digits_5to9`: embedded, 8 x 8 grey images (see `load_digits`);
-            - a path ending in `.npz`, relative to the working directory (see `load_npz`);
+            - a path ending in `.npz`, from the working directory or `~` (see `load_npz`);
             - a task of GLUE, prepared before by TensorFlow Datasets: `glue/rte`, `glue/rte:version` (see `load_glue`);
             - another set of TensorFlow Datasets, of images, prepared before: `cifar10`, `name:version`, `name/config`
               (see `load_tfds`).

@@ -87,9 +87,10 @@ class DataConfig:
     # A name that surm_jax.data.load knows: "digits_5to9", a TFDS name such as "cifar10" or "glue/rte", or a path to an
     # .npz file.
     name: str = "cifar10"
-    # The folder of prepared TFDS sets; empty: TFDS's own (~/tensorflow_datasets).
+    # The folder of prepared TFDS sets; empty: $TFDS_DATA_DIR, or else ~/tensorflow_datasets.
     dir: str = ""
-    # The only classes of images, by name: labels count them in this order; empty: all.
+    # The only classes of images, by name, on the command line "('cat','dog')": labels count them in this order; empty:
+    # all.
     classes: tuple[str, ...] = ()
     # Only so many training examples, the same ones in every run: a smaller number takes some of a larger one's. 0: all.
     train_examples: int = 0
@@ -112,7 +113,9 @@ class DataConfig:
         if not self.lengths or min(self.lengths) < 1 or sorted(set(self.lengths)) != list(self.lengths):
             raise UserError(f"config.data.lengths must be positive and increase, got {self.lengths}")
         if len(self.classes) == 1:
-            raise UserError(f"config.data.classes must name two or more, got {self.classes[0]!r} alone")
+            raise UserError(
+                f"config.data.classes must name two or more, such as \"('cat','dog')\", got {self.classes[0]!r} alone"
+            )
         _at_least("data.train_examples", self.train_examples, 0)
         _at_least("data.holdout", self.holdout, 0)
         _at_least("data.max_corrupt", self.max_corrupt, 0)

@@ -146,6 +146,12 @@ def test_npz_that_is_damaged_says_so(write, tmp_path):
             load(path)
 
 
+def test_npz_below_the_home_folder(write, tmp_path, monkeypatch):
+    write()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(load("~/set.npz").train) == 6
+
+
 def test_npz_that_is_not_there_names_its_neighbour(write, tmp_path):
     write()
     with pytest.raises(UserError, match=r"no data file .*sets\.npz; did you mean 'set\.npz'\?"):
