@@ -1,4 +1,4 @@
-"""The arrows between the rooms, read from the source itself."""
+"""The arrows between the packages, read from the source itself."""
 
 import ast
 import os
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "surm_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# What each room may import besides itself. A new room needs a line here.
+# What each package (or module beside them) may import besides itself. A new one needs a line here.
 FLOOR = {"errors", "paths", "atomic", "gather", "untrusted"}
 ARROWS = {
     "errors": set(),
@@ -31,7 +31,7 @@ ARROWS = {
 NOWHERE = {"torch", "torchvision", "tensorflow", "transformers", "peft"}
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     """The first part of a file's place below the package."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
@@ -55,16 +55,16 @@ def file_id(path: Path) -> str:
     return str(path.relative_to(PACKAGE))
 
 
-def test_every_room_is_in_the_table():
-    assert {room_of(path) for path in FILES} == ARROWS.keys()
+def test_every_package_is_in_the_table():
+    assert {package_of(path) for path in FILES} == ARROWS.keys()
 
 
 @pytest.mark.parametrize("path", FILES, ids=file_id)
 def test_arrows_go_one_way(path):
-    room = room_of(path)
+    package = package_of(path)
     ours = [name.split(".") for name in imported(path) if name.split(".")[0] == "surm_jax"]
-    assert all(len(parts) > 1 for parts in ours), "the package itself imports peft: import from a room"
-    assert {parts[1] for parts in ours} - {room} <= ARROWS[room]
+    assert all(len(parts) > 1 for parts in ours), "the package itself imports peft: import from a part of it"
+    assert {parts[1] for parts in ours} - {package} <= ARROWS[package]
 
 
 @pytest.mark.parametrize("path", FILES, ids=file_id)
@@ -72,7 +72,7 @@ def test_other_frameworks_are_imported_nowhere(path):
     assert not {name.split(".")[0] for name in imported(path)} & NOWHERE
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if room_of(path) == "structured"], ids=file_id)
+@pytest.mark.parametrize("path", [path for path in FILES if package_of(path) == "structured"], ids=file_id)
 def test_structured_matrices_are_pure_jax(path):
     assert not [name for name in imported(path) if name.split(".")[0] == "flax"]
 

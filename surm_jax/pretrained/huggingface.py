@@ -176,8 +176,8 @@ def huggingface_names(config: Any) -> Names:
 
 
 def _architecture_of(config: Any) -> Architecture:
-    rooms = hf_text if isinstance(config, BertConfig) else hf_vision
-    return rooms.architecture_of(config)
+    kind = hf_text if isinstance(config, BertConfig) else hf_vision
+    return kind.architecture_of(config)
 
 
 def _read_config(path: Path, architecture: Architecture, fields: dict[str, Any], overrides: Mapping[str, Any]) -> Any:

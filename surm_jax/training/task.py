@@ -18,7 +18,7 @@ from surm_jax.training.text_task import text_model_config, text_task
 
 
 class Task(Protocol):
-    """What the training room asks of a kind of data and its model.
+    """What training asks of a kind of data and its model.
 
     Attributes:
       model_config: of the model: geometry and precision.

@@ -232,9 +232,9 @@ class TestForward:
 
         x = images().reshape(2, 16, 12)[:, :5]
         for name in ("attention/query", "attention/key", "attention/value", "attention/out", "mlp/up", "mlp/down"):
-            block, (room, layer) = tiny().blocks[0], name.split("/")
+            block, (part, layer) = tiny().blocks[0], name.split("/")
             before = apply_block(block, x)
-            parent = getattr(block, room)
+            parent = getattr(block, part)
             setattr(parent, layer, Doubled(getattr(parent, layer)))
             assert jnp.abs(apply_block(block, x) - before).max() > 1e-3, name
 

@@ -1,4 +1,4 @@
-"""Models, inputs and tolerances that the tests of this room share."""
+"""Models, inputs and tolerances that the tests of this folder share."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The tiny job of the training room."""
+"""The tiny job of tests/training."""
 
 from tests.training.conftest import tiny_files, tiny_variant
 

@@ -1,4 +1,4 @@
-"""The tiny job for the tests of this room."""
+"""The tiny job for the tests of this folder."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from surm_jax.models import VARIANTS
 from tests.training import tiny
 
 
-# Not for the whole session: other rooms compare VARIANTS with what the package has.
+# Not for the whole session: other folders compare VARIANTS with what the package has.
 @pytest.fixture(scope="module", autouse=True)
 def tiny_variant() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
