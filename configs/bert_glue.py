@@ -7,7 +7,9 @@ Tasks: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli. The model is `bert-ba
 or any BERT or RoBERTa by `--config.model.checkpoint=` a folder of transformers with its tokeniser, or hf://owner/name.
 AdamW, warm-up over 6 % of the steps, linear decay, length 128, batch 64 and no weight decay on biases and norms are the
 settings of SURM (arXiv 2406.17740, section 5; its baselines had batch 32). Weight decay 0.25 and dropout 0.15 are those
-of the authors' script, for its circulant adapter on RTE; that they suit other tasks and methods is not tried.
+of the authors' script, for its circulant adapter on RTE; that they suit other tasks and methods is not tried. The
+methods `full` and `attention_only`, which train the pretrained numbers themselves, take 3 epochs, the rate 3e-5 and
+weight decay 0.01 instead, as BERT (arXiv 1810.04805).
 """
 
 from typing import NamedTuple
