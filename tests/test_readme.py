@@ -1,16 +1,21 @@
 """The README's Python runs as it stands, and its shell commands are those of .ci/run."""
 
 import re
+import tomllib
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import surm_jax
+from configs.digits import get_config
 from surm_jax.models import ViT, ViTConfig
 from surm_jax.pretrained import save_huggingface
+from surm_jax.training.config import parse
+from surm_jax.training.job import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,9 +38,10 @@ def code(language: str) -> list[str]:
 
 def test_the_three_lines_and_what_follows_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    names = {"surm_jax": surm_jax, "nnx": nnx, "model": Model(nnx.Rngs(0)), "base_model": Model(nnx.Rngs(0))}
+    names = {"model": Model(nnx.Rngs(0)), "base_model": Model(nnx.Rngs(0))}
     first, second, several, *_ = code("python")
-    assert len(first.splitlines()) == 3
+    imports, lines = first.split("\n\n")
+    assert len(lines.splitlines()) == 3 and imports == "import surm_jax\nfrom flax import nnx"
     exec(first, names)
     trained = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(names["trainable"])]
     assert trained == [
@@ -64,11 +70,28 @@ def test_a_pretrained_model(tmp_path, monkeypatch):
     assert isinstance(names["vit"], ViT) and names["vit"].head.kernel.shape == (64, 10)
 
 
+def test_a_finished_run(tmp_path, monkeypatch):
+    # As `python launch.py` leaves it, but that its numbers are drawn here, where it learns them.
+    job = prepare(parse(get_config()), 0)
+    trained, adapter = job.adapt(job.base_model())
+    graphdef, numbers, rest = nnx.split(trained, adapter.trainable, ...)
+    rng = np.random.default_rng(0)
+    numbers = jax.tree.map(lambda a: jnp.asarray(rng.normal(scale=0.1, size=a.shape), a.dtype), numbers)
+    trained = nnx.merge(graphdef, numbers, rest)
+    surm_jax.save_adapter(tmp_path / "runs" / "digits" / "adapter", trained, adapter)
+    monkeypatch.chdir(tmp_path)
+    names = {"image": job.task.dataset.test[3]["image"]}
+    exec(code("python")[4], names)
+    images = next(iter(job.task.eval_batches("test")))["image"]
+    np.testing.assert_allclose(names["logits"], trained(images[3:4]), rtol=1e-4, atol=1e-5)
+    assert np.ptp(names["logits"]) > 0.1
+
+
 def test_the_matrices_on_their_own(capsys):
     rng = np.random.default_rng(0)
     W, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8, 8), (3, 8)))
     names = {"W": W, "x": x}
-    exec(code("python")[4], names)
+    exec(code("python")[5], names)
     W, M = np.asarray(W, np.float64), names["C"].to_dense()
     U, S, Vt = np.linalg.svd(W)
     np.testing.assert_allclose(names["y"], x @ (W + 0.1 * M + (U[:, :2] * S[:2]) @ Vt[:2]), rtol=1e-4)
@@ -86,13 +109,17 @@ def test_the_commands_are_those_of_ci():
         assert any(command in block for block in code("sh")) and command in ci
 
 
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def test_every_extra_is_named():
+    assert {*re.findall(r"\.\[(\w+)\]", README)} == EXTRAS.keys() - {"test", "peers"}
+
+
 @pytest.mark.parametrize("name", ["test", "peers"])
 def test_extras_are_the_requirements_files(name):
-    import tomllib
-
-    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][name]
     lines = (ROOT / f"requirements-{name}.txt").read_text().splitlines()
-    assert extra == [line for line in lines if line and not line.startswith(("#", "-r"))]
+    assert EXTRAS[name] == [line for line in lines if line and not line.startswith(("#", "-r"))]
 
 
 @pytest.mark.parametrize("path", re.findall(r"\((?!http)([^)\s]+\.\w+)\)|`(\w+(?:/\w+)*/|launch\.py)`", README))
