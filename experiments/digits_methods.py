@@ -1,19 +1,22 @@
-"""Every method on the embedded digits job, three seeds each: a table and a picture.
+"""Six methods on the embedded digits job, three seeds each: a table and a picture.
 
     python experiments/digits_methods.py
 
-Runs `configs/digits.py` for each method (in `runs/digits_methods/`; what is complete is not run again) and writes
-`experiments/results/digits_methods.csv`, `.md` and `.png`.
+Runs `configs/digits.py` for each of linear_probe, lora, circulant, toeplitz, kronecker and full (in
+`runs/digits_methods/`; what is complete is not run again) and writes `experiments/results/digits_methods.csv`, `.md`
+and `.png`.
 
     python experiments/digits_methods.py --search
 
-compares learning rates for `configs/digits.py`, three for every method, by the accuracy on 150 held-out training images
-(mean of two seeds), and writes `experiments/results/digits_search.md`.
+compares learning rates for `configs/digits.py`, three for each of them, by the accuracy on 150 held-out training images
+(mean of two seeds, runs in `runs/digits_search/`), and writes `experiments/results/digits_search.md`.
 """
 
+import argparse
 import csv
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +26,18 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configs import digits
+from experiments.grid import command
 from surm_jax.training import parse
 from surm_jax.training.metrics import read_metrics
 from surm_jax.training.modes import train_run
 
-METHODS = ("linear_probe", "lora", "circulant", "full")
+METHODS = ("linear_probe", "lora", "circulant", "toeplitz", "kronecker", "full")
 SEEDS = (0, 1, 2)
 RESULTS = Path(__file__).parent / "results"
 SEARCH_SEEDS = (10, 11)
 # Times the middle of each method's grid: what trains few numbers bears larger steps than what trains all.
 GRID = (0.3, 1.0, 3.0)
-MIDDLE = {"linear_probe": 1e-1, "lora": 2e-2, "circulant": 1e-2, "full": 1e-3}
+MIDDLE = {"linear_probe": 1e-1, "lora": 2e-2, "circulant": 1e-2, "toeplitz": 1e-2, "kronecker": 2e-2, "full": 1e-3}
 
 
 def run_all() -> dict[str, dict[str, Any]]:
@@ -104,9 +108,11 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
     figure.savefig(RESULTS / "digits_methods.png", dpi=150)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs, writes and draws."""
-    if sys.argv[1:] == ["--search"]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--search", action="store_true", help="compare learning rates instead")
+    if parser.parse_args(arguments).search:
         search()
         return
     results = run_all()
@@ -117,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -15,7 +15,7 @@ descent stands beside the exact optimum, which all four have:
 The paper reports the same order in each of 10 trials: rank one is the worst, then Kronecker, circulant, Toeplitz. The
 order is checked and printed, for two readings of "rows of unit length", and for factors of other widths.
 
-Writes `experiments/results/psd.csv`, `.md` and `.png`.
+Writes `experiments/results/psd.csv`, `.md` and `.png`; with `--out=FOLDER` they go there.
 """
 
 import argparse
@@ -193,9 +193,9 @@ def _cell(errors: Sequence[float]) -> str:
     return f"{mean:.4f} ± {deviation:.4f}"
 
 
-def write_csv(study: Study) -> None:
+def write_csv(study: Study, path: Path) -> None:
     """Writes the errors of every trial; those for other widths have no descent."""
-    with (RESULTS / "psd.csv").open("w", newline="") as file:
+    with path.open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["target", "width", "family", "trial", "descent", "optimum"])
         for target in TARGETS:
@@ -253,7 +253,7 @@ def report(study: Study, trials: int, steps: int) -> str:
     return "\n".join(lines) + "\n\n![errors by family, training curves, errors by width](psd.png)\n"
 
 
-def draw(study: Study) -> None:
+def draw(study: Study, path: Path) -> None:
     """Draws errors by family, training curves, and the optima against the width of the factor."""
     figure = Figure(figsize=(12, 3.9), layout="constrained")
     FigureCanvasAgg(figure)
@@ -281,7 +281,7 @@ def draw(study: Study) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     by_family.set_ylabel("relative Frobenius error")
-    figure.savefig(RESULTS / "psd.png", dpi=150)
+    figure.savefig(path, dpi=150)
 
 
 def _draw_families(axes: Axes, study: Study, target: str) -> None:
@@ -304,15 +304,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trials", type=int, default=10, help="how many targets of each kind, at least 2")
     parser.add_argument("--steps", type=int, default=5000, help="how many of gradient descent")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder to write to")
     options = parser.parse_args(arguments)
     if options.trials < 2 or options.steps < 1:
         raise UserError(f"--trials must be at least 2 and --steps 1, got {options.trials} and {options.steps}")
+    options.out.mkdir(parents=True, exist_ok=True)
     study = run(options.trials, options.steps)
-    RESULTS.mkdir(exist_ok=True)
-    write_csv(study)
-    draw(study)
-    (RESULTS / "psd.md").write_text(report(study, options.trials, options.steps))
-    print((RESULTS / "psd.md").read_text())
+    write_csv(study, options.out / "psd.csv")
+    draw(study, options.out / "psd.png")
+    (options.out / "psd.md").write_text(text := report(study, options.trials, options.steps))
+    print(text)
 
 
 if __name__ == "__main__":

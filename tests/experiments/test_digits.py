@@ -3,6 +3,7 @@
 import csv
 
 import numpy as np
+import pytest
 from flax import nnx
 
 from experiments import digits_methods, pretrain_digits
@@ -13,15 +14,55 @@ from surm_jax.pretrained import load
 
 def test_pretraining_writes_weights_that_the_job_can_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrain_digits, "DIGITS_WEIGHTS", tmp_path / "weights.safetensors")
-    pretrain_digits.main(steps=60)
+    shipped = tmp_path / "weights.safetensors"
+    shipped.write_bytes(b"what adapters were trained on")
+    monkeypatch.setattr(pretrain_digits, "DIGITS_WEIGHTS", shipped)
+    pretrain_digits.main(["--steps=60"])
+    assert shipped.read_bytes() == b"what adapters were trained on"
     arrays = np.load(tmp_path / "runs" / "pretrain_digits.npz")
     # Five digits in four directions, and nothing of the others.
     assert set(arrays["train_labels"]) == set(arrays["test_labels"]) == set(range(20))
     assert len(arrays["train_images"]) == 4 * len(data.load("digits_0to4").train)
     config = ViTConfig.from_variant("digits", num_classes=5)
-    model = load(lambda: ViT(config, rngs=nnx.Rngs(0)), tmp_path / "weights.safetensors")
+    written = tmp_path / "runs" / "pretrain_digits" / "model.safetensors"
+    model = load(lambda: ViT(config, rngs=nnx.Rngs(0)), written)
     assert np.asarray(model.blocks[0].attention.query.kernel[...]).any()
+    # The run is complete, and only the file is to be replaced.
+    pretrain_digits.main(["--steps=60", "--replace"])
+    assert shipped.read_bytes() == written.read_bytes()
+
+
+@pytest.mark.parametrize("experiment", [digits_methods, pretrain_digits])
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--serach", 2)])
+def test_help_and_a_mistyped_flag_start_no_runs(experiment, argument, status, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiment, "train_run", None)
+    with pytest.raises(SystemExit) as end:
+        experiment.main([argument])
+    assert end.value.code == status
+    assert not [*tmp_path.iterdir()]
+    said = capsys.readouterr()
+    assert "usage" in (said.err if status else said.out)
+
+
+def test_the_search_knows_a_rate_for_every_method(tmp_path, monkeypatch):
+    asked = []
+
+    def read_metrics(folder):
+        return [{"holdout_accuracy": 0.5}]
+
+    monkeypatch.setattr(digits_methods, "RESULTS", tmp_path)
+    monkeypatch.setattr(digits_methods, "read_metrics", read_metrics)
+    monkeypatch.setattr(digits_methods, "train_run", lambda config, workdir: asked.append(config))
+    digits_methods.main(["--search"])
+    rates = {}
+    for config in asked:
+        assert config.data.holdout == 150
+        rates.setdefault(config.peft.method, []).append(config.optim.learning_rate[config.peft.method])
+    assert [*rates] == ["linear_probe", "lora", "circulant", "toeplitz", "kronecker", "full"]
+    np.testing.assert_allclose(rates["toeplitz"], [3e-3, 1e-2, 3e-2])
+    np.testing.assert_allclose(rates["kronecker"], [6e-3, 2e-2, 6e-2])
+    assert (tmp_path / "digits_search.md").read_text().count("| 50.0 % |") == 18
 
 
 def test_a_quarter_turn_is_one():

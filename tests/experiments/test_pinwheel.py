@@ -109,13 +109,12 @@ def test_the_rate_is_chosen_on_held_out_points():
 
 @pytest.mark.usefixtures("adam")
 def test_the_whole_experiment(tmp_path, monkeypatch):
-    monkeypatch.setattr(pinwheel, "RESULTS", tmp_path)
     monkeypatch.setattr(pinwheel, "LAYERS", {name: pinwheel.LAYERS[name] for name in ("dense", "lora", "toeplitz")})
     monkeypatch.setattr(pinwheel, "EPOCHS", 3)
     monkeypatch.setattr(pinwheel, "SEEDS", (0, 1))
     monkeypatch.setattr(pinwheel, "SEARCH_SEEDS", (10,))
     monkeypatch.setattr(pinwheel, "RATES", (1e-3, 1e-2, 1e-1, 1.0))
-    pinwheel.main([])
+    pinwheel.main([f"--out={tmp_path}"])
     with (tmp_path / "pinwheel.csv").open() as file:
         rows = list(csv.DictReader(file))
     cells = [(layer, bottom, seed) for layer in pinwheel.LAYERS for bottom in ("frozen", "trained") for seed in "01"]

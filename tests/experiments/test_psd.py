@@ -82,9 +82,8 @@ def test_order_counts_trials():
 
 
 def test_study_descends_to_the_optimum_and_writes_what_it_found(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(psd, "RESULTS", tmp_path)
     monkeypatch.setattr(psd, "WIDTHS", (2, 500))
-    psd.main(["--trials=2", "--steps=2000"])
+    psd.main(["--trials=2", "--steps=2000", f"--out={tmp_path}"])
     rows = list(csv.DictReader((tmp_path / "psd.csv").open()))
     assert len(rows) == 2 * 4 * 2 + 2 * 4 * 2
     for row in rows:
@@ -105,8 +104,7 @@ def test_study_descends_to_the_optimum_and_writes_what_it_found(tmp_path, monkey
     assert (tmp_path / "psd.png").stat().st_size > 30_000
 
 
-def test_a_deviation_needs_two_trials(tmp_path, monkeypatch):
-    monkeypatch.setattr(psd, "RESULTS", tmp_path)
+def test_a_deviation_needs_two_trials(tmp_path):
     with pytest.raises(UserError, match="--trials must be at least 2 and --steps 1, got 1 and 5"):
-        psd.main(["--trials=1", "--steps=5"])
+        psd.main(["--trials=1", "--steps=5", f"--out={tmp_path}"])
     assert not [*tmp_path.iterdir()]
