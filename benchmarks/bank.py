@@ -8,7 +8,6 @@ example of the batch its adapter in one program (`surm_jax.load_bank`). `loop` r
 those of the other, each with its adapter alone, compiled once. `one` runs the whole batch with a single adapter.
 """
 
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +15,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
+from benchmarks.command import command, numbers, write
 from benchmarks.timing import device, medians, setting, table
 from surm_jax.errors import UserError
 from surm_jax.models import TARGETS, ViT, ViTConfig
 from surm_jax.peft import (
+    METHODS,
     Rule,
     Update,
     adapt,
@@ -33,9 +34,9 @@ from surm_jax.peft import (
     save_adapter,
 )
 
-OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
+UPDATES = sorted(name for name, method in METHODS.items() if issubclass(method, Update))
 ADAPTERS = flags.DEFINE_list("adapters", ["1", "8", "64"], "Numbers of adapters; each must divide the batch.")
-METHOD = flags.DEFINE_string("method", "circulant", "The update on Q, K and V.")
+METHOD = flags.DEFINE_enum("method", "circulant", UPDATES, "The update on Q, K and V.")
 VARIANT = flags.DEFINE_string("variant", "S/16", "The ViT.")
 BATCH = flags.DEFINE_integer("batch", 64, "Images.", lower_bound=1)
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 64, "Side of the images in pixels.", lower_bound=1)
@@ -53,10 +54,7 @@ COLUMNS = {
 
 def noisy_adapters(base: ViT, count: int, folder: Path) -> list[Path]:
     """Writes adapters with random numbers."""
-    method = make_method(METHOD.value, {})
-    if not isinstance(method, Update):
-        raise UserError(f"--method={METHOD.value} is no update of kernels")
-    folders = []
+    method, folders = make_method(METHOD.value, {}), []
     for number in range(count):
         model, adapter = adapt(base, [Rule(TARGETS["qkv"], method)], train=["head/.*"], rngs=nnx.Rngs(number))
         graphdef, trained, frozen = nnx.split(model, adapter.trainable, ...)
@@ -96,16 +94,18 @@ def programs(base: ViT, folders: list[Path], images: jax.Array) -> dict[str, Cal
     }
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Times all programs, prints a table and writes the file asked for."""
+    counts = numbers(ADAPTERS)
+    for count in counts:
+        if BATCH.value % count:
+            raise UserError(f"--adapters={count} does not divide --batch={BATCH.value}")
     config = ViTConfig.from_variant(VARIANT.value, num_classes=CLASSES, image_size=IMAGE_SIZE.value)
     base = ViT(config, rngs=nnx.Rngs(0))
     shape = (BATCH.value, config.image_size, config.image_size, config.channels)
     images = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     rows = []
-    for count in map(int, ADAPTERS.value):
-        if count < 1 or BATCH.value % count:
-            raise app.UsageError(f"--adapters={count} does not divide --batch={BATCH.value}")
+    for count in counts:
         print(f"{count} adapters", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             times = medians(programs(base, noisy_adapters(base, count, Path(folder)), images), ROUNDS.value)
@@ -124,9 +124,8 @@ def main(_: list[str]) -> None:
         )
     print(f"ViT-{VARIANT.value}, {METHOD.value}, batch {BATCH.value}, on {device()}, jax {jax.__version__}")
     print(table(rows, COLUMNS))
-    if OUT.value:
-        Path(OUT.value).write_text(json.dumps(rows, indent=1) + "\n")
+    write(rows)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command(main)

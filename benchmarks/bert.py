@@ -15,10 +15,8 @@ is timed, the first steps of all programs must have the same loss: updates begin
 time of a program over that of `ours circulant`.
 """
 
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,9 +26,10 @@ import optax
 import peft
 import torch
 import transformers
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
+from benchmarks.command import command, write
 from benchmarks.timing import device, medians, setting, table
 from surm_jax.errors import UserError
 from surm_jax.models import Bert, BertConfig
@@ -38,7 +37,6 @@ from surm_jax.paths import join
 from surm_jax.peft import CirculantUpdate, LoRA, Rule, Update, adapt
 from surm_jax.pretrained.huggingface import huggingface_names
 
-OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
 VARIANT = flags.DEFINE_string("variant", "base", "The BERT.")
 BATCH = flags.DEFINE_integer("batch", 16, "Examples per step.", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", 128, "Tokens per example.", lower_bound=1)
@@ -122,14 +120,13 @@ def torch_step(base: torch.nn.Module, config: peft.PeftConfig, batch: Batch) -> 
     return program, sum(parameter.numel() for parameter in trained)
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Times all steps, prints a table and writes the file asked for."""
-    try:
-        config = BertConfig.from_variant(VARIANT.value, num_classes=CLASSES)
-        if LENGTH.value > config.max_tokens:
-            raise UserError(f"it has positions for {config.max_tokens} tokens, got --length={LENGTH.value}")
-    except UserError as error:
-        raise app.UsageError(f"--variant={VARIANT.value}: {error}") from None
+    config = BertConfig.from_variant(VARIANT.value, num_classes=CLASSES)
+    if LENGTH.value > config.max_tokens:
+        raise UserError(
+            f"--variant={VARIANT.value} has positions for {config.max_tokens} tokens, got --length={LENGTH.value}"
+        )
     model, batch = Bert(config, rngs=nnx.Rngs(0)), random_batch(config)
     layers = {"target_modules": ["query", "key", "value"], "modules_to_save": ["classifier"]}
     c3a = peft.C3AConfig(block_size=config.width, init_weights=True, **layers)
@@ -169,9 +166,8 @@ def main(_: list[str]) -> None:
         f" peft {peft.__version__}, jax {jax.__version__}"
     )
     print(table(rows, COLUMNS))
-    if OUT.value:
-        Path(OUT.value).write_text(json.dumps(rows, indent=1) + "\n")
+    write(rows)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command(main)

@@ -7,16 +7,15 @@ head and AdamW. `trace_s` is the time until the program is written down, `compil
 size of the compiled program, `temp_bytes` what it holds beside arguments and results.
 """
 
-import json
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
+from benchmarks.command import command, numbers, write
 from benchmarks.timing import device, setting, table
 from surm_jax.models import REMAT, TARGETS, ViT, ViTConfig
 from surm_jax.peft import METHODS, Rule, Selection, adapt, make_method
@@ -27,7 +26,6 @@ from surm_jax.training.objective import CLASSES
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
 
-OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
 DEPTHS = flags.DEFINE_list("depths", ["12", "24", "48"], "Numbers of blocks.")
 WIDTH = flags.DEFINE_integer("width", 64, "Features; four heads divide it.", lower_bound=4)
 METHOD = flags.DEFINE_enum("method", "circulant", sorted(METHODS), "What is trained.")
@@ -62,21 +60,20 @@ def measure(depth: int, scan: bool, mesh: jax.sharding.Mesh) -> dict[str, float]
     }
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Compiles all steps, prints a table and writes the file asked for."""
-    mesh, rows = make_mesh(1, {}), []
+    depths, mesh, rows = numbers(DEPTHS), make_mesh(1, {}), []
     with jax.set_mesh(mesh):
         measure(1, False, mesh)  # what is made once for all programs
-        for depth in map(int, DEPTHS.value):
+        for depth in depths:
             for layers in ("looped", "scanned"):
                 print(f"{depth} blocks, {layers}", flush=True)
                 row = {"depth": depth, "layers": layers, "method": METHOD.value, "width": WIDTH.value, "batch": BATCH}
                 rows.append(row | {"remat": REMAT_NAME.value} | setting() | measure(depth, layers == "scanned", mesh))
     print(f"width {WIDTH.value}, {METHOD.value}, batch {BATCH}, on {device()}, jax {jax.__version__}")
     print(table(rows, COLUMNS))
-    if OUT.value:
-        Path(OUT.value).write_text(json.dumps(rows, indent=1) + "\n")
+    write(rows)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command(main)

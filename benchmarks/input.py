@@ -10,20 +10,19 @@ from the model. `images_per_s` is what the pipeline makes with nothing else to d
 step on one batch would use up. The first two steps of each are left out.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from tqdm import tqdm
 
+from benchmarks.command import command, write
 from benchmarks.timing import device, setting, table
 from surm_jax import data
 from surm_jax.errors import UserError
@@ -37,7 +36,6 @@ from surm_jax.training.step import init_state, make_train_step
 
 DATA = flags.DEFINE_string("data", None, "The folder of prepared TFDS sets.")
 SET = flags.DEFINE_string("set", "cifar10", "The images.")
-OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
 VARIANT = flags.DEFINE_string("variant", "B/16", "The ViT.")
 BATCH = flags.DEFINE_integer("batch", 8, "Images per step.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 20, "Steps that are timed.", lower_bound=1)
@@ -105,12 +103,11 @@ def repeated(batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         yield batch
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Times both, prints a table and writes the file asked for."""
-    try:
-        images = data.load(SET.value, DATA.value)
-    except UserError as error:
-        raise app.UsageError(str(error)) from None
+    images = data.load(SET.value, DATA.value)
+    if not isinstance(images, data.ImageDataset):
+        raise UserError(f"--set={SET.value} has no images")
     with jax.set_mesh(make_mesh(1, {})):
         small = images.image_shape[0] if SET.value.startswith("digits") else None
         model = Model(len(images.classes), images.channels, small)
@@ -139,9 +136,8 @@ def main(_: list[str]) -> None:
     }
     print(f"{SET.value} at {model.image_size} pixels, ViT-{VARIANT.value}, batch {BATCH.value}, on {device()}")
     print(table([row], COLUMNS))
-    if OUT.value:
-        Path(OUT.value).write_text(json.dumps([row], indent=1) + "\n")
+    write([row])
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command(main)

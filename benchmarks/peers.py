@@ -16,9 +16,7 @@ our matrix of the same kind with `auto`.
 """
 
 import functools
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,14 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import torch
-from absl import app, flags
+from absl import flags
 
+from benchmarks.command import command, write
 from benchmarks.layer import frozen_step, random_update, step
 from benchmarks.timing import device, medians, setting, table
 
-OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
-WIDTH = flags.DEFINE_integer("width", 768, "Features in and out.")
-TOKENS = flags.DEFINE_integer("tokens", 6304, "Rows of the input.")
+WIDTH = flags.DEFINE_integer("width", 768, "Features in and out.", lower_bound=1)
+TOKENS = flags.DEFINE_integer("tokens", 6304, "Rows of the input.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 11, "How often each program is timed.", lower_bound=1)
 
 #: Our program beside each peer's: (family, options).
@@ -110,7 +108,7 @@ def torch_step(layer: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Cal
     return lambda: torch.autograd.grad(layer(x), [x, *trained], dy) and None
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Times all layers, prints a table and writes the file asked for."""
     width, tokens = WIDTH.value, TOKENS.value
     rng = np.random.default_rng(0)
@@ -155,9 +153,8 @@ def main(_: list[str]) -> None:
         f" {torch.get_num_threads()} threads, peft {peft.__version__}, jax {jax.__version__}"
     )
     print(table(rows, {"layer": "", "ms": ".2f", "ratio_to_ours": ".2f"}))
-    if OUT.value:
-        Path(OUT.value).write_text(json.dumps(rows, indent=1) + "\n")
+    write(rows)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command(main)

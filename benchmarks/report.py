@@ -3,7 +3,10 @@
 python -m benchmarks.report
 """
 
+import argparse
 import json
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,9 @@ Row = dict[str, Any]
 HEAD = """# Speed
 
 What a structured update costs beside the frozen layer and LoRA of rank 1. Written by `python -m benchmarks.report`
-from `benchmarks/results/`; the command above each table measures it anew. Times are medians over rounds in which all
-programs take turns. Every layer program computes the output, the gradient of the input and those of the update's
-parameters.
+from `benchmarks/results/`; the command above each table measures its rows anew, from the project's root, and puts them
+there. Times are medians over rounds in which all programs take turns. Every layer program computes the output, the
+gradient of the input and those of the update's parameters.
 
 `frozen` is the kernel alone, the floor. `LoRA` is the textbook form `x @ W + (x @ B) @ A^T`. The executions `fft`,
 `dense`, `fused` and `auto` are explained in `surm_jax/structured/execution.py`: `auto` takes what
@@ -57,6 +60,19 @@ def markdown(rows: list[Row], columns: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def measured_by(module: str, file: str, **flags: Any) -> str:
+    """The command that measures all rows of a file anew, as a block of markdown."""
+    words = [f"python -m benchmarks.{module}", *(f"--{name}={value}" for name, value in flags.items())]
+    text = " ".join([*words, f"--out=benchmarks/results/{file}"])
+    lines = textwrap.wrap(text, 110, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return "```sh\n" + " \\\n".join(lines) + "\n```"
+
+
+def listed(rows: list[Row], key: str) -> str:
+    """The values of a column for a flag that lists them; what is frozen is always timed."""
+    return ",".join(dict.fromkeys(str(row[key]) for row in rows if row[key] != "frozen"))
+
+
 def layer_rows(rows: list[Row]) -> list[Row]:
     """One line for each variant: the times of its executions side by side, as multiples of LoRA's."""
     lines: dict[str, Row] = {}
@@ -81,11 +97,15 @@ def layer_sections() -> list[str]:
         columns = {"family": "", "numbers": ","} | dict.fromkeys(executions, ".2f")
         columns |= {"ms": ".1f", "to frozen": ".2f", "MB at peak": ".1f"}
         frozen = next(row for row in here if row["family"] == "frozen")
+        flags = {"families": listed(here, "family"), "sizes": f"{width}x{tokens}", "dtypes": dtype}
+        again = measured_by("structured", "structured.json", **flags)
         parts.append(f"""## One layer, {width} x {width}, {tokens:,} tokens, {dtype}
 
-`python -m benchmarks.structured --sizes={width}x{tokens} --dtypes={dtype}`, on {frozen["device"]}, jax
-{frozen["jax"]}. Multiples of LoRA's time by execution; `ms`, `to frozen` and `MB at peak` (arguments, results and
-temporaries) are those of `auto`. The frozen layer takes {frozen["ms"]:.1f} ms and {frozen["peak_bytes"] / 1e6:.1f} MB.
+{again}
+
+On {frozen["device"]}, jax {frozen["jax"]}. Multiples of LoRA's time by execution; `ms`, `to frozen` and `MB at peak`
+(arguments, results and temporaries) are those of `auto`.
+The frozen layer takes {frozen["ms"]:.1f} ms and {frozen["peak_bytes"] / 1e6:.1f} MB.
 
 {markdown(layer_rows(here), columns)}""")
     return parts
@@ -97,7 +117,9 @@ def peer_section() -> str:
     first = rows[0]
     return f"""## Beside PyTorch and peft
 
-`python -m benchmarks.peers`, width {first["width"]}, {first["tokens"]:,} tokens, float32, on {first["device"]};
+{measured_by("peers", "peers.json", width=first["width"], tokens=first["tokens"])}
+
+Width {first["width"]}, {first["tokens"]:,} tokens, float32, on {first["device"]}; needs requirements-peers.txt:
 torch {first["torch"]}, peft {first["peft"]}, jax {first["jax"]}. `ratio_to_ours`: the peer's time over that of our
 matrix of the same kind. The gradient that peft's C3A computes for its input is not the right one: see
 `benchmarks/peers.py`.
@@ -112,12 +134,25 @@ def bert_section() -> str:
     columns = {"step": "", "parameters": ",", "ms": ",.0f", "examples_per_s": ".1f", "ratio_to_circulant": ".2f"}
     return f"""## A training step of {first["model"]} beside PyTorch
 
-`python -m benchmarks.bert`, batch {first["batch"]}, {first["length"]} tokens, float32, on {first["device"]}; torch
-{first["torch"]}, transformers {first["transformers"]}, peft {first["peft"]}, jax {first["jax"]}. Updates of Q, K and V
-and a trained classifier, same weights and batch; forward, backward and AdamW. peft's C3A computes a wrong gradient for
-its input: see `benchmarks/peers.py`.
+{measured_by("bert", "bert.json", variant=variant(first), batch=first["batch"], length=first["length"])}
+
+Batch {first["batch"]}, {first["length"]} tokens, float32, on {first["device"]}; needs requirements-peers.txt:
+torch {first["torch"]}, transformers {first["transformers"]}, peft {first["peft"]}, jax {first["jax"]}.
+Updates of Q, K and V and a trained classifier, same weights and batch; forward, backward and AdamW. peft's C3A computes
+a wrong gradient for its input: see `benchmarks/peers.py`.
 
 {markdown(rows, columns)}"""
+
+
+def variant(row: Row) -> str:
+    """The flag of a row's model: `B/16` of `ViT-B/16`."""
+    return row["model"].partition("-")[2]
+
+
+def step_command(file: str, rows: list[Row], **flags: Any) -> str:
+    """The command of a file that `benchmarks.step` wrote."""
+    flags |= {"variant": variant(rows[0]), "batch": rows[0]["batch"], "methods": listed(rows, "method")}
+    return measured_by("step", file, **flags)
 
 
 def step_section() -> str:
@@ -130,9 +165,11 @@ def step_section() -> str:
     first = rows[0]
     return f"""## A training step of {first["model"]}
 
-`python -m benchmarks.step`, batch {first["batch"]}, float32, on {first["device"]}, jax
-{first["jax"]}. Forward, backward and AdamW; `frozen`: forward and the gradient of the image. Updates run as `auto`
-says, on Q, K and V; adapters stand after attention and MLP.
+{step_command("step.json", rows)}
+
+Batch {first["batch"]}, float32, on {first["device"]}, jax {first["jax"]}. Forward, backward and AdamW; `frozen`:
+forward and the gradient of the image. Updates run as `auto` says, on Q, K and V; adapters stand after attention and
+MLP.
 
 {markdown(rows, columns | {"MB of AdamW": ",.1f", "MB at peak": ",.0f"})}"""
 
@@ -142,10 +179,14 @@ def bank_section() -> str:
     rows = read("bank.json")
     columns = {"adapters": "", "one_ms": ",.0f", "bank_ms": ",.0f", "loop_ms": ",.0f"}
     first = rows[0]
+    flags = {"variant": variant(first), "adapters": listed(rows, "adapters")}
+    flags |= {name: first[name] for name in ("method", "batch", "image_size")}
     return f"""## Many adapters in one batch
 
-`python -m benchmarks.bank`, {first["model"]} at {first["image_size"]} pixels, batch {first["batch"]}, {first["method"]}
-updates on Q, K and V and a head for every adapter, forward pass, float32, on {first["device"]}, jax {first["jax"]}.
+{measured_by("bank", "bank.json", **flags)}
+
+{first["model"]} at {first["image_size"]} pixels, batch {first["batch"]}, {first["method"]} updates on Q, K and V and a
+head for every adapter, forward pass, float32, on {first["device"]}, jax {first["jax"]}.
 `bank`: each example has its own adapter, in one program (`surm_jax.load_bank`). `one`: one adapter for all. `loop`: the
 examples of one adapter after those of the other.
 
@@ -157,9 +198,12 @@ def depth_section() -> str:
     rows = read("depth.json")
     first = rows[0]
     columns = {"depth": "", "layers": "", "trace_s": ".1f", "compile_s": ".1f", "instructions": ",", "temp_bytes": ","}
+    flags = {name: first[name] for name in ("width", "method", "remat")}
     return f"""## Compiling deep models
 
-`python -m benchmarks.depth`, a ViT of width {first["width"]}, batch {first["batch"]}, {first["method"]} on Q, K and V,
+{measured_by("depth", "depth.json", depths=listed(rows, "depth"), **flags)}
+
+A ViT of width {first["width"]}, batch {first["batch"]}, {first["method"]} on Q, K and V,
 `config.model.remat={first["remat"]}`, on {first["device"]}, jax {first["jax"]}. `scanned`: with
 `config.model.scan_layers`. A scan keeps more for the gradient than a loop: use it with `config.model.remat=block`.
 
@@ -171,9 +215,12 @@ def input_section() -> str:
     (row,) = read("input.json")
     columns = {"ms": ",.0f", "wait_ms": ".2f", "share_waiting": ".2%", "ratio_to_one_batch": ".3f"}
     columns |= {"images_per_s": ",.0f", "images_needed_per_s": ",.1f"}
+    flags = {"set": row["set"], "variant": variant(row), "batch": row["batch"], "steps": row["steps"]}
     return f"""## Waiting for data
 
-`python -m benchmarks.input`, {row["set"]} at {row["image_size"]} pixels into a training step of {row["model"]}, batch
+{measured_by("input", "input.json", data="FOLDER_OF_PREPARED_TFDS_SETS", **flags)}
+
+{row["set"]} at {row["image_size"]} pixels into a training step of {row["model"]}, batch
 {row["batch"]}, {row["steps"]} steps, on {row["device"]}, jax {row["jax"]}. `share_waiting` is the part of a step in
 which no batch was ready; `images_per_s` what the input makes alone on these cores, `images_needed_per_s` what the step
 would take.
@@ -189,9 +236,10 @@ def devices_section() -> str:
     first = rows[0]
     return f"""## Several devices
 
-`python -m benchmarks.step --devices=1,2,4,8 --variant=S/16 --methods=circulant`, {first["model"]}, batch
-{first["batch"]}, on {first["device"]}, jax {first["jax"]}. The devices are simulated and share the two cores, so that
-examples a second can only stay the same. Bytes are those on one device.
+{step_command("devices.json", rows, devices=listed(rows, "devices"))}
+
+{first["model"]}, batch {first["batch"]}, on {first["device"]}, jax {first["jax"]}. The devices are simulated and
+share the two cores, so that examples a second can only stay the same. Bytes are those on one device.
 
 {markdown(rows, columns)}"""
 
@@ -215,25 +263,27 @@ def figure() -> Figure:
     return picture
 
 
-def main() -> None:
+def page() -> str:
+    """The text of docs/speed.md."""
+    parts = [
+        HEAD.rstrip(),
+        *layer_sections(),
+        peer_section(),
+        step_section(),
+        bert_section(),
+        bank_section(),
+        depth_section(),
+        input_section(),
+        devices_section(),
+        TAIL.rstrip(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Writes both files."""
-    (ROOT / "docs" / "speed.md").write_text(
-        "\n\n".join(
-            [
-                HEAD.rstrip(),
-                *layer_sections(),
-                peer_section(),
-                step_section(),
-                bert_section(),
-                bank_section(),
-                depth_section(),
-                input_section(),
-                devices_section(),
-                TAIL.rstrip(),
-            ]
-        )
-        + "\n"
-    )
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args(arguments)
+    (ROOT / "docs" / "speed.md").write_text(page())
     figure().savefig(ROOT / "docs" / "speed.png", dpi=120)
 
 

@@ -6,7 +6,8 @@ The formulas are in `benchmarks/plan.py` and in the page. What they say of argum
 programs that are compiled for eight simulated devices. Times are expectations: no such machine was measured.
 """
 
-from collections.abc import Iterable
+import argparse
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,9 @@ def page() -> str:
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the page."""
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args(arguments)
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_platforms", "cpu")
     PAGE.write_text(page())

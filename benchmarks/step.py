@@ -14,17 +14,16 @@ and share its cores.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
+from benchmarks.command import command, numbers, write
 from benchmarks.timing import device, medians, setting, table
 from surm_jax.errors import UserError
 from surm_jax.models import TARGETS, ViT, ViTConfig
@@ -36,10 +35,9 @@ from surm_jax.training.objective import CLASSES, cross_entropy
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
 
-OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
 METHOD_NAMES = flags.DEFINE_list("methods", None, "Methods to time beside lora; all of them by default.")
 VARIANT = flags.DEFINE_string("variant", "B/16", "The ViT.")
-BATCH = flags.DEFINE_integer("batch", 8, "Images per step.")
+BATCH = flags.DEFINE_integer("batch", 8, "Images per step.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each step is timed.", lower_bound=1)
 DEVICES = flags.DEFINE_list("devices", ["1"], "Numbers of devices that share a batch.")
 EXECUTION = flags.DEFINE_enum("execution", "auto", EXECUTIONS, "How the updates are computed.")
@@ -136,19 +134,19 @@ def row_of(name: str, devices: int, step: Step) -> dict[str, Any]:
     }
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Times all steps, prints a table and writes the file asked for."""
     names = list(dict.fromkeys(["lora", *(METHOD_NAMES.value or METHODS)]))
     unknown = set(names) - set(METHODS)
     if unknown:
-        raise app.UsageError(f"unknown methods {', '.join(sorted(unknown))}; known: {', '.join(METHODS)}")
+        raise UserError(f"unknown methods {', '.join(sorted(unknown))}; known: {', '.join(METHODS)}")
+    counts = numbers(DEVICES)
+    # Before JAX looks for devices; no other kind of device is simulated.
+    jax.config.update("jax_num_cpu_devices", max(counts))
     try:
-        counts = [int(count) for count in DEVICES.value]
-        # Before JAX looks for devices; no other kind of device is simulated.
-        jax.config.update("jax_num_cpu_devices", max(counts))
         meshes = {count: make_mesh(count, {"--batch": BATCH.value}) for count in counts}
-    except (UserError, ValueError) as error:
-        raise app.UsageError(f"--devices={','.join(DEVICES.value)}: {error}") from None
+    except UserError as error:
+        raise UserError(f"--devices={','.join(DEVICES.value)}: {error}") from None
     rows, programs = [], {}
     for count, mesh in meshes.items():
         with jax.set_mesh(mesh):
@@ -158,7 +156,7 @@ def main(_: list[str]) -> None:
                 try:
                     step = frozen_step(model, mesh) if name == "frozen" else method_step(model, name, mesh)
                 except UserError as error:
-                    raise app.UsageError(f"--methods={name} --variant={VARIANT.value}: {error}") from None
+                    raise UserError(f"--methods={name} --variant={VARIANT.value}: {error}") from None
                 programs[name, count] = step.run
                 rows.append(row_of(name, count, step))
     times = medians(programs, ROUNDS.value)
@@ -169,9 +167,8 @@ def main(_: list[str]) -> None:
         row["ratio_to_lora"] = seconds / times["lora", row["devices"]]
     print(f"ViT-{VARIANT.value}, batch {BATCH.value}, float32, on {device()}, jax {jax.__version__}")
     print(table(rows, COLUMNS))
-    if OUT.value:
-        Path(OUT.value).write_text(json.dumps(rows, indent=1) + "\n")
+    write(rows)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command(main)

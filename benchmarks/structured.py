@@ -9,7 +9,8 @@ textbook form `x @ W + (x @ B) @ A^T` with r = 1, the row `low_rank`, `fft`.
 
 Of each row: `ms`, the median over rounds in which all programs of a size take turns; its ratios to `frozen` and to
 `lora`; `temp_bytes`, what the compiled program allocates besides arguments and results; `peak_bytes`, all of it
-together. `--write_table` makes the fastest execution of each case what `auto` stands for from now on
+together. In the file of `--out` they take the place of what is there of the same width, tokens and dtype; the rest
+stays. `--write_table` makes the fastest execution of each case what `auto` stands for from now on
 (`surm_jax/structured/choice.json`).
 """
 
@@ -23,15 +24,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from benchmarks.command import OUT, command, write
 from benchmarks.layer import VARIANTS, check_sizes, frozen_step, random_update, step
 from benchmarks.timing import device, medians, setting, table
 from surm_jax.errors import UserError
 from surm_jax.structured import EXECUTIONS, FAMILIES
 from surm_jax.structured.choice import TABLE
 
-OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
 FAMILY_NAMES = flags.DEFINE_list("families", None, "Families to time; all of them by default.")
 SIZES = flags.DEFINE_list("sizes", "768x256,768x1576,768x6304,4096x2048", "Widths and tokens.")
 DTYPES = flags.DEFINE_list("dtypes", "float32", "Of input and kernel: float32, bfloat16.")
@@ -124,31 +125,47 @@ def write_table(rows: list[dict[str, Any]]) -> None:
     TABLE.write_text(json.dumps(measured, indent=1) + "\n")
 
 
-def main(_: list[str]) -> None:
+def rows_there() -> dict[tuple[int, int, str], list[dict[str, Any]]]:
+    """Returns the rows that the file of `--out` holds by now, by width, tokens and dtype.
+
+    Raises:
+      UserError: if it holds something else.
+    """
+    sizes: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
+    if OUT.value is not None and Path(OUT.value).exists():
+        try:
+            for row in json.loads(Path(OUT.value).read_text()):
+                sizes.setdefault((row["width"], row["tokens"], row["dtype"]), []).append(row)
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"--out={OUT.value} holds something else than rows of this benchmark") from None
+    return sizes
+
+
+def main() -> None:
     """Times what the flags say, prints a table and writes the files asked for."""
     families = FAMILY_NAMES.value or list(FAMILIES)
     unknown = set(families) - set(FAMILIES)
     if unknown:
-        raise app.UsageError(f"unknown families {', '.join(sorted(unknown))}; known: {', '.join(FAMILIES)}")
+        raise UserError(f"unknown families {', '.join(sorted(unknown))}; known: {', '.join(FAMILIES)}")
     for size in SIZES.value:
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
-            raise app.UsageError(f"--sizes={size}: a size is width x tokens, such as 768x6304")
+            raise UserError(f"--sizes={size}: a size is width x tokens, such as 768x6304")
         try:
             check_sizes(families, int(size.split("x")[0]))
         except UserError as error:
-            raise app.UsageError(f"--sizes={size}: {error}") from None
+            raise UserError(f"--sizes={size}: {error}") from None
     for dtype in DTYPES.value:
         if dtype not in ("float32", "bfloat16"):
-            raise app.UsageError(f"--dtypes={dtype}: known are float32 and bfloat16")
-    rows = []
+            raise UserError(f"--dtypes={dtype}: known are float32 and bfloat16")
+    rows, sizes = [], rows_there()
     for dtype in DTYPES.value:
         for size in SIZES.value:
             width, tokens = map(int, size.split("x"))
             print(f"\nwidth {width}, {tokens} tokens, {dtype}, on {device()}", flush=True)
-            rows += (new := measure(families, width, tokens, dtype, ROUNDS.value))
+            new = sizes[width, tokens, dtype] = measure(families, width, tokens, dtype, ROUNDS.value)
+            rows += new
             print(table([{**row, "options": _options(row)} for row in new], COLUMNS), flush=True)
-            if OUT.value:
-                Path(OUT.value).write_text(json.dumps(rows, indent=1) + "\n")
+            write([row for size in sizes.values() for row in size])
     if WRITE_TABLE.value:
         write_table(rows)
 
@@ -158,4 +175,4 @@ def _options(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command(main)

@@ -43,7 +43,7 @@ def example(name: str) -> StructuredMatrix:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes one PNG for each family into a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help="default: all")
+    parser.add_argument("families", nargs="*", choices=EXAMPLES, metavar="FAMILY", help="default: all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "structured", help="default: %(default)s")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)

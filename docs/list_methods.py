@@ -3,8 +3,10 @@
 python -m docs.list_methods
 """
 
+import argparse
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 
 from flax import nnx
@@ -52,8 +54,9 @@ def row(name: str, method: type[Method], models: dict[str, nnx.Module]) -> str:
     return f"| `{name}` | {what} | {settings} | {target} | {' | '.join(counts)} |"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the page."""
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args(arguments)
     vit = ViTConfig.from_variant("B/16", num_classes=10)
     bert = BertConfig.from_variant("base", num_classes=2)
     models = {

@@ -39,6 +39,18 @@ def test_structured(tmp_path):
     assert "ratio_to_lora" in done.stdout and "width 16, 8 tokens, float32" in done.stdout
 
 
+def test_structured_replaces_the_rows_of_its_sizes_alone(tmp_path):
+    out = tmp_path / "rows.json"
+    old = [{"width": 16, "tokens": tokens, "dtype": "float32", "family": "frozen", "ms": -1} for tokens in (4, 8, 2)]
+    out.write_text(json.dumps(old))
+    done = run("structured", f"--out={out}", "--families=circulant", "--sizes=16x8", "--rounds=1")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())
+    assert rows[0] == old[0] and rows[-1] == old[2]
+    assert len(rows) == 2 + 9
+    assert all(row["tokens"] == 8 and row["ms"] > 0 for row in rows[1:-1])
+
+
 def test_step(tmp_path):
     out = tmp_path / "rows.json"
     options = ("--variant=digits", "--batch=2", "--rounds=1", "--devices=1,2")
@@ -131,6 +143,39 @@ def test_bert(tmp_path):
         assert math.isclose(row["first_loss"], ours["first_loss"], rel_tol=1e-5)
     done = run("bert", "--variant=tiny", "--length=513")
     assert done.returncode != 0 and "positions for 512 tokens" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("step", ["lora"], "error: unknown argument 'lora': flags begin with --"),
+        ("step", ["--batch=0"], "--batch=0"),
+        ("structured", ["--out=missing/x.json"], "error: --out=missing/x.json must name a file, in a folder that is"),
+        ("structured", ["--out=README.md"], "error: --out=README.md holds something else than rows"),
+        ("bank", ["--method=foo"], "--method=foo"),
+        ("bank", ["--adapters=a"], "error: --adapters=a must list whole numbers"),
+        ("bank", ["--variant=X"], "error: there is no ViT 'X'"),
+        ("depth", ["--depths=a"], "error: --depths=a must list whole numbers"),
+        ("depth", ["--width=65"], "error: ViTConfig.heads must divide the width"),
+        ("input", ["--set=digits_5to9", "--variant=foo"], "error: there is no ViT 'foo'"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_timed(module, arguments, message):
+    done = run(module, *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not done.stdout
+
+
+def test_sentences_are_no_images(shared):
+    done = run("input", f"--data={shared / 'tfds'}", "--set=glue/rte")
+    assert done.returncode == 1
+    assert "error: --set=glue/rte has no images" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_lists_the_file_for_the_rows():
+    done = run("depth", "--help")
+    assert "--depths: " in done.stdout and "--out: " in done.stdout
 
 
 @pytest.mark.parametrize(("module", "what"), [("structured", "families"), ("step", "methods")])
