@@ -154,32 +154,44 @@ Written by `python -m benchmarks.scale`.
 
 ## Commands
 
-With `--workdir` on a file system that all hosts share; `config.data.batch_size` is that of all devices together. One
-process on each host of a TPU pod (on GKE the same command in every pod of the job):
+All hosts need the folder of the run, the prepared data and the weights, on a file system that they share (`/shared`
+below). Without `--config.data.dir` each looks for data in its own `~/tensorflow_datasets`, and nothing is prepared
+there. `SURM_JAX_CACHE` is where weights are downloaded to, by one process while the others wait, and where compiled
+programs are kept; without it each host has its own `~/.cache/surm_jax`.
+
+`config.data.batch_size` and `config.data.eval_batch_size` are those of all devices together, and must be multiples of
+their number; with `config.optim.accumulate` the same holds for the batch divided by it. The job's 64 do not divide over
+256 chips, so the commands say 256; its learning rate and steps are those for 64.
+
+One process on each host of a TPU pod (on GKE the same command in every pod of the job):
 
 ```sh
 gcloud compute tpus tpu-vm ssh NAME --worker=all \\
-    --command="cd surm_jax && python launch.py --config=configs/vit_cifar.py --workdir=/shared/run"
+    --command="cd surm_jax && SURM_JAX_CACHE=/shared/cache python launch.py --config=configs/vit_cifar.py \\
+    --workdir=/shared/run --config.data.dir=/shared/tfds \\
+    --config.data.batch_size=256 --config.data.eval_batch_size=256"
 ```
 
 One process for each GPU under Slurm. Every task must see all GPUs of its node (`--gpus-per-node`, not
 `--gpus-per-task`), of which JAX gives it the one with its number:
 
 ```sh
-srun --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 \\
-    python launch.py --config=configs/vit_cifar.py --workdir=/shared/run
+SURM_JAX_CACHE=/shared/cache srun --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 \\
+    python launch.py --config=configs/vit_cifar.py --workdir=/shared/run --config.data.dir=/shared/tfds \\
+    --config.data.batch_size=256 --config.data.eval_batch_size=256
 ```
 
 By hand, on host I of N:
 
 ```sh
-python launch.py --config=configs/vit_cifar.py --workdir=/shared/run \\
+SURM_JAX_CACHE=/shared/cache python launch.py --config=configs/vit_cifar.py --workdir=/shared/run \\
+    --config.data.dir=/shared/tfds --config.data.batch_size=256 --config.data.eval_batch_size=256 \\
     --coordinator=HOST0:8476 --process_id=I --num_processes=N
 ```
 
-Only the last was run, with two and four processes of one machine (`tests/training/test_processes.py`): same losses and
-evaluation counts as one process, and the others stop with a message when one is killed. For a base that does not fit
-on one device, `--config.mesh.fsdp=8 --config.model.scan_layers=True --config.model.remat=block`.
+Only the last way was run, with two and four processes of one machine (`tests/training/test_processes.py`): same losses
+and evaluation counts as one process, and the others stop with a message when one is killed. For a base that does not
+fit on one device, `--config.mesh.fsdp=8 --config.model.scan_layers=True --config.model.remat=block`.
 
 ## What is where
 

@@ -2,11 +2,15 @@
 
 import json
 import re
+import shlex
 
 import pytest
 
 from benchmarks import report, scale
 from docs import draw_families, list_methods
+from surm_jax.pretrained.download import cache_root
+from surm_jax.training import base_config
+from surm_jax.training.config import keys
 
 PAGE = (report.ROOT / "docs" / "speed.md").read_text()
 COMMANDS = [block.replace("\\\n", " ").split() for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)]
@@ -46,3 +50,21 @@ def test_commands_name_flags_that_are_there_and_the_rows_of_their_file(words):
 
 def test_every_table_of_the_page_has_a_command():
     assert len(COMMANDS) == PAGE.count("\n## ") - 1 == len(re.findall(r"\n\|[-:|]+\|\n", PAGE))
+
+
+def test_the_commands_for_many_chips_are_on_their_page():
+    ours = scale.TEXT.partition("## What is where")[0]
+    assert "/shared/tfds" in ours and scale.PAGE.read_text().startswith(ours)
+
+
+@pytest.mark.parametrize("command", re.findall(r"```sh\n(.*?)```", scale.TEXT, re.DOTALL), ids=["tpu", "slurm", "hand"])
+def test_commands_for_many_chips_have_data_weights_and_a_batch_that_divides(command, monkeypatch):
+    words = [part for word in shlex.split(command.replace("\\\n", " ")) for part in shlex.split(word)]
+    config = dict(word.removeprefix("--config.").split("=") for word in words if word.startswith("--config."))
+    assert config.keys() <= {*keys(base_config())}
+    assert config["data.dir"].startswith("/shared/")
+    # A pod of 256 chips, or four nodes of eight.
+    assert all(int(config[f"data.{size}"]) % 256 == 0 for size in ("batch_size", "eval_batch_size"))
+    (cache,) = [word.partition("=") for word in words if word.startswith("SURM_JAX_CACHE=")]
+    monkeypatch.setenv(cache[0], cache[2])
+    assert str(cache_root()) == "/shared/cache"
