@@ -64,7 +64,7 @@ def main() -> None:
     """Compiles all steps, prints a table and writes the file asked for."""
     depths, mesh, rows = numbers(DEPTHS), make_mesh(1, {}), []
     with jax.set_mesh(mesh):
-        measure(1, False, mesh)  # what is made once for all programs
+        measure(min(depths), False, mesh)  # what is made once for all programs
         for depth in depths:
             for layers in ("looped", "scanned"):
                 print(f"{depth} blocks, {layers}", flush=True)

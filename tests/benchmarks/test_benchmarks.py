@@ -108,6 +108,9 @@ def test_depth(tmp_path):
     assert all(row["trace_s"] > 0 and row["compile_s"] > 0 and row["temp_bytes"] > 0 for row in rows.values())
     assert rows[3, "looped"]["instructions"] > rows[2, "looped"]["instructions"]
     assert rows[3, "scanned"]["instructions"] == rows[2, "scanned"]["instructions"]
+    # It leaves out the first five blocks, and no shorter model is tried before.
+    done = run("depth", "--depths=6", "--width=4", "--method=adapter_drop")
+    assert done.returncode == 0, done.stderr
 
 
 def test_peers(tmp_path):
