@@ -55,7 +55,7 @@ def config_of(data_dir: str, epochs: float) -> RunConfig:
     config.data.dir, config.data.classes = data_dir, classes_of(LEARNED, data_dir)
     config.peft.method = "full"
     config.optim.epochs = epochs
-    config.optim.learning_rate.full = 1e-3
+    config.optim.learning_rate.full = 3e-4
     for group in ("head", "rest"):
         config.optim.groups[group].weight_decay = 0.05
     config.optim.warmup_ratio, config.optim.label_smoothing = 0.05, 0.1
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, and writes the model and its accuracy."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="", help="folder of prepared TFDS sets")
-    parser.add_argument("--epochs", type=float, default=40.0, help="passes over the training set")
+    parser.add_argument("--epochs", type=float, default=15.0, help="passes over the training set")
     options = parser.parse_args(arguments)
     use_compilation_cache()
     config = config_of(options.data, options.epochs)
