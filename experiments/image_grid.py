@@ -66,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", default=list(RATES), help="any of docs/methods.md")
     parser.add_argument("--rates", nargs="+", default=[], metavar="METHOD=RATE,RATE", help="learning rates to try")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--augment", default="crop_flip", help="as config.data.augment")
     parser.add_argument("--report", action="store_true", help="only write the table and the picture")

@@ -7,8 +7,8 @@ reached to `experiments/results/pretrain_cifar.md`. The model learns airplanes, 
 sees an automobile, cat, dog, horse or truck.
 
 It is the variant "mini" with patches of 8 pixels instead of 4: 2.7 million parameters as well, but a quarter of the
-tokens, and so three to five times the images in the same time. 40 passes over the 25,000 images take about 40 minutes
-on two CPU cores, by estimate. The training is an ordinary run of the library in `runs/pretrain_cifar`: the same command
+tokens, and so three to five times the images in the same time. 15 passes over the 25,000 images take about 16 minutes
+on two CPU cores. The training is an ordinary run of the library in `runs/pretrain_cifar`: the same command
 goes on where it was stopped.
 """
 
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments import grid
 from surm_jax import data
+from surm_jax.errors import UserError
 from surm_jax.training import base_config, parse
 from surm_jax.training.compilation import use_compilation_cache
 from surm_jax.training.config import RunConfig
@@ -69,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", default="", help="folder of prepared TFDS sets")
     parser.add_argument("--epochs", type=float, default=15.0, help="passes over the training set")
     options = parser.parse_args(arguments)
+    if not options.epochs > 0:
+        raise UserError(f"--epochs must be above 0, got {options.epochs:g}")
     use_compilation_cache()
     config = config_of(options.data, options.epochs)
     result = train_run(config, WORKDIR)

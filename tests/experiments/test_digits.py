@@ -59,10 +59,10 @@ def test_the_search_knows_a_rate_for_every_method(tmp_path, monkeypatch):
     for config in asked:
         assert config.data.holdout == 150
         rates.setdefault(config.peft.method, []).append(config.optim.learning_rate[config.peft.method])
-    assert [*rates] == ["linear_probe", "lora", "circulant", "toeplitz", "kronecker", "full"]
-    np.testing.assert_allclose(rates["toeplitz"], [3e-3, 1e-2, 3e-2])
-    np.testing.assert_allclose(rates["kronecker"], [6e-3, 2e-2, 6e-2])
-    assert (tmp_path / "digits_search.md").read_text().count("| 50.0 % |") == 18
+    assert [*rates] == ["linear_probe", "lora", "circulant", "full"]
+    np.testing.assert_allclose(rates["circulant"], [3e-3, 1e-2, 3e-2])
+    np.testing.assert_allclose(rates["lora"], [6e-3, 2e-2, 6e-2])
+    assert (tmp_path / "digits_search.md").read_text().count("| 50.0 % |") == 12
 
 
 def test_a_quarter_turn_is_one():

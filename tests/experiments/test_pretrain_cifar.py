@@ -44,3 +44,5 @@ def test_the_classes_are_those_of_the_prepared_set(tmp_path):
 def test_without_the_data_it_says_how_to_prepare_it(tmp_path):
     with pytest.raises(UserError, match=r"cifar10.*tfds build cifar10"):
         pretrain_cifar.main([f"--data={tmp_path}"])
+    with pytest.raises(UserError, match="--epochs must be above 0, got 0"):
+        pretrain_cifar.main([f"--data={tmp_path}", "--epochs=0"])
