@@ -36,7 +36,8 @@ CHANGEABLE = (
 def open_workdir(workdir: Path, config: RunConfig) -> Iterator[None]:
     """Makes the folder of a run, or checks that it is the folder of this very run; no other process has it meanwhile.
 
-    A folder with nothing but a configuration is free: that start failed before its first step.
+    A folder with nothing but a configuration is free: that start failed before its first step. Where data and devices
+    are is noted anew by each start, but not once there is a result: nothing shows then that they are there.
 
     Raises:
       UserError: if it cannot be written, another process is using it, or it holds another run or something else.
@@ -44,7 +45,8 @@ def open_workdir(workdir: Path, config: RunConfig) -> Iterator[None]:
     _require_writable(workdir)
     with locked(workdir):
         _require_this_run(workdir, config)
-        write_json(workdir / CONFIG_NAME, to_dict(config))
+        if not (workdir / RESULT_NAME).exists():
+            write_json(workdir / CONFIG_NAME, to_dict(config))
         yield
 
 

@@ -69,7 +69,7 @@ def test_data_and_weights_may_move(tmp_path):
 
 @pytest.mark.parametrize("where", ["", "seed-1"])
 def test_a_result_is_that_of_its_weights(tmp_path, where):
-    for folder in {tmp_path, tmp_path / where}:
+    for folder in dict.fromkeys((tmp_path, tmp_path / where)):
         begun(folder)
     write_json(tmp_path / where / "result.json", {})
     before = (tmp_path / "config.json").read_bytes()
@@ -78,7 +78,9 @@ def test_a_result_is_that_of_its_weights(tmp_path, where):
     ):
         opened(tmp_path, changed(model__checkpoint="/other.npz"))
     assert (tmp_path / "config.json").read_bytes() == before
-    opened(tmp_path, changed(data__dir="/elsewhere", mesh__fsdp=2))
+    # Nor is noted where data would be that nobody looked for.
+    opened(tmp_path / where, changed(data__dir="/elsewhere", mesh__fsdp=2))
+    assert read_config(tmp_path / where) == CONFIG
     # It can be evaluated with them all the same, which looks at their numbers.
     assert locations(read_config(tmp_path), {"model.checkpoint": "/other.npz"}).model.checkpoint == "/other.npz"
 
