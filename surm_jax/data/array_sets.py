@@ -50,8 +50,8 @@ def load_npz(path: str) -> ImageDataset:
 
     The file holds `train_images`, `train_labels`, `test_images`, `test_labels` and, if wanted, `classes` (strings;
     without them classes are called "0", "1", ... up to the largest training label). Images are (n, height, width,
-    channels), all of one size: uint8 0..255, or floats already scaled to [-1, 1]. Labels are integers from 0. Pickled
-    objects are refused.
+    channels), all of one size: uint8 0..255, or floats already scaled to [-1, 1] (those that are all from 0 on are
+    refused: they were scaled to [0, 1]). Labels are integers from 0. Pickled objects are refused.
 
     Raises:
         UserError: the file or an array is missing or damaged, or an array has a wrong shape, dtype or value; the
@@ -68,7 +68,10 @@ def load_npz(path: str) -> ImageDataset:
                 f"{did_you_mean(missing[0], archive.keys)}"
             )
         arrays = {key: archive.read(key) for key in archive.keys if key in (*_REQUIRED, "classes")}
-    images = {split: _checked_images(path, f"{split}_images", arrays[f"{split}_images"]) for split in ("train", "test")}
+    # Taken out, so that what is converted is not kept besides.
+    images = {
+        split: _checked_images(path, f"{split}_images", arrays.pop(f"{split}_images")) for split in ("train", "test")
+    }
     if images["train"].shape[1:] != images["test"].shape[1:]:
         raise UserError(
             f"{path}: train_images are {images['train'].shape[1:]} and test_images {images['test'].shape[1:]}; "
@@ -101,16 +104,21 @@ def _checked_images(path: str, key: str, images: np.ndarray) -> np.ndarray:
         return images
     if not np.issubdtype(images.dtype, np.floating):
         raise UserError(f"{path}: {key} is {images.dtype}, but must be uint8 (0..255) or floating point ([-1, 1])")
-    images = images.astype(np.float32)
+    lowest, highest, most = images.min(), images.max(), 1 + 1e-5
     # Written so that NaN, for which every comparison is False, is wrong too.
-    wrong = ~(np.abs(images) <= 1 + 1e-5)
-    if wrong.any():
+    if not (lowest >= -most and highest <= most):
+        wrong = ~(np.abs(images) <= most)
         index = tuple(map(int, np.unravel_index(np.argmax(wrong), wrong.shape)))
         raise UserError(
             f"{path}: {key}[{', '.join(map(str, index))}] is {images[index]}, but floating-point images must be finite "
             "and already scaled to [-1, 1]; store pixels 0..255 as uint8"
         )
-    return images
+    if lowest >= 0:
+        raise UserError(
+            f"{path}: {key} lies in [{lowest:.3g}, {highest:.3g}], but floating-point images are scaled to [-1, 1], "
+            "and their black is -1: store pixels 0..255 as uint8, or 2 * images - 1 of images in [0, 1]"
+        )
+    return images.astype(np.float32, copy=False)
 
 
 def _checked_labels(path: str, key: str, labels: np.ndarray, count: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Embedded digits and .npz files: contents against scikit-learn and numpy, and every way a file can be wrong."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from sklearn import datasets
@@ -87,6 +89,17 @@ def test_npz_float_images_keep_their_values_as_float32(write):
     np.testing.assert_array_equal(image, images[3].astype(np.float32))
 
 
+def test_npz_float32_images_are_in_memory_once(write):
+    images = np.linspace(-1, 1, 6 * 300 * 300 * 3, dtype=np.float32).reshape(6, 300, 300, 3)
+    path = write(train_images=images, test_images=images[:1, ...], test_labels=np.array([0]))
+    load(path)  # What is imported on first use does not count.
+    tracemalloc.start()
+    load(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert images.nbytes < peak < 1.6 * images.nbytes
+
+
 def with_value(value, dtype=np.float32):
     images = np.zeros((2, 4, 5, 3), dtype)
     images[1, 2, 3, 0] = value
@@ -103,6 +116,10 @@ def with_value(value, dtype=np.float32):
         (
             {"test_images": with_value(255.0, np.float64)},
             r"test_images\[1, 2, 3, 0\] is 255.0.*already scaled to \[-1, 1\]",
+        ),
+        (
+            {"train_images": np.linspace(0, 1, 360, dtype=np.float32).reshape(6, 4, 5, 3)},
+            r"train_images lies in \[0, 1\], but .* \[-1, 1\], and their black is -1: .*2 \* images - 1",
         ),
         ({"test_images": with_value(7, np.int64)}, "test_images is int64, but must be uint8"),
         ({"train_images": np.zeros((6, 4, 5), np.uint8)}, r"\(6, 4, 5\).*images\[..., None\]"),
