@@ -44,9 +44,13 @@ def evaluate(
     """Returns the metrics (names in `surm_jax.training.scores.SCORES`), the mean `loss` and the number of `examples`.
 
     Metrics are those of all examples together, not means over batches. What the device computes stays there until the
-    end: it never waits for the host.
+    end. Two batches are in its memory at a time: while it works on one, the host brings the next.
     """
-    outputs = jax.device_get([eval_step(trained, frozen, put_batch(batch, mesh)) for batch in batches])
+    outputs = []
+    for batch in batches:
+        outputs.append(eval_step(trained, frozen, put_batch(batch, mesh)))
+        jax.block_until_ready(outputs[-2:-1])
+    outputs = jax.device_get(outputs)
     every = {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
     kept = {name: values[every["mask"]] for name, values in every.items()}
     return {

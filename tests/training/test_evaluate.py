@@ -42,6 +42,30 @@ def test_metrics_of_an_odd_number_of_examples(built, expected, devices, batch_si
     assert type(measured["examples"]) is int
 
 
+class Pending(np.ndarray):
+    """What a device has not computed until somebody waits for it."""
+
+    def block_until_ready(self):
+        self.flat[:] = 1
+
+
+def test_batches_wait_for_the_device():
+    asked = []
+
+    def step(trained, frozen, batch):
+        asked.append(np.zeros(2, int).view(Pending))
+        return {**batch, "prediction": asked[-1]}
+
+    def batches():
+        for _ in range(6):
+            # This device finishes nothing that nobody waits for.
+            assert all(pending.all() for pending in asked[:-1])
+            yield {"label": np.ones(2, int), "loss": np.zeros(2), "mask": np.ones(2, bool)}
+
+    assert evaluate(step, {}, {}, batches(), ["accuracy"], make_mesh(1, {}))["examples"] == 12
+    assert len(asked) == 6
+
+
 @pytest.mark.parametrize("label", [0, 1, 2])
 @pytest.mark.parametrize("poison", [np.nan, 1e30])
 def test_padding_never_counts(built, expected, poison, label):
