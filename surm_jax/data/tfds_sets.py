@@ -63,7 +63,8 @@ class TfdsSource:
         label = self._label(index, record)
         try:
             image = np.asarray(Image.open(io.BytesIO(record["image"])).convert(_MODES[self.channels]))
-        except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG.
+        except Exception as error:
+            # What Pillow trips over has no type in common: SyntaxError for a broken PNG, one of its own for a bomb.
             raise CorruptExampleError(
                 f"{self.name}: the image of example {index} cannot be decoded ({error})"
             ) from error

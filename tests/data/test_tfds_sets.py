@@ -4,8 +4,10 @@ import functools
 import io
 import json
 import re
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -41,6 +43,17 @@ def png(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """A part of a PNG file."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def with_chunk(image: bytes, kind: bytes, content: bytes) -> bytes:
+    """A PNG with a chunk of this kind, in place of its header or after it."""
+    signature, header, rest = image[:8], image[8:33], image[33:]
+    return signature + (b"" if kind == b"IHDR" else header) + chunk(kind, content) + rest
 
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 5, 6, 3), dtype=np.uint8)
@@ -145,6 +158,16 @@ def test_grey_files_in_a_colour_set_become_colour(prepare, tmp_path):
     [
         ((b"no image", 0), "shapes, split train: the image of example 1 cannot be decoded"),
         ((RECORDS["train"][1][0][:60], 0), "the image of example 1 cannot be decoded"),
+        (
+            # A header that promises 40,000 x 40,000 pixels.
+            (with_chunk(RECORDS["train"][1][0], b"IHDR", struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)), 0),
+            "the image of example 1 cannot be decoded .*1600000000 pixels",
+        ),
+        (
+            # A comment that unpacks to 2 MiB.
+            (with_chunk(RECORDS["train"][1][0], b"zTXt", b"comment\0\0" + zlib.compress(bytes(2**21))), 0),
+            "the image of example 1 cannot be decoded .*Decompressed data too large",
+        ),
         ((RECORDS["train"][1][0], -1), "example 1 has label -1, outside 0 to 2"),
     ],
 )
