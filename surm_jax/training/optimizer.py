@@ -58,8 +58,19 @@ def learning_rates(config: OptimConfig, method: str, paths: Iterable[str]) -> di
 
     >>> learning_rates(OptimConfig(learning_rate={"lora": 0.02}), "lora", ["head/bias"])
     {'head': 0.02}
+
+    Raises:
+      UserError: if a group with a learning rate of its own takes none of them, or no pattern matches a path.
     """
-    taken = set(groups_of(paths, config.groups).values())
+    groups = groups_of(paths, config.groups)
+    taken = set(groups.values())
+    for name, group in vars(config.groups).items():
+        if group.learning_rate and name not in taken:
+            trained = ", ".join(sorted(groups)[:4]) + ", ..." * (len(groups) > 4)
+            raise UserError(
+                f"config.optim.groups.{name} has learning_rate={group.learning_rate:g}, but no parameter:"
+                f" {group.pattern} matches none that is trained ({trained}), or groups before it take them"
+            )
     return {
         name: group.learning_rate or config.learning_rate[method]
         for name, group in vars(config.groups).items()

@@ -57,6 +57,25 @@ def test_a_parameter_in_no_group_is_refused_by_name():
         groups_of(["head/bias", "position_embed"], groups)
 
 
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"head": GroupConfig(pattern="classifier/.*", learning_rate=5e-3)},
+        # The group before it takes what it would take.
+        {"adapter": GroupConfig(pattern="head/.*"), "head": GroupConfig(pattern="head/.*", learning_rate=5e-3)},
+    ],
+)
+def test_a_learning_rate_of_a_group_without_parameters_is_refused(groups):
+    config, paths = OptimConfig(learning_rate=RATES, groups=GroupsConfig(**groups)), ["head/kernel", "head/bias"]
+    message = "optim.groups.head has learning_rate=0.005, but no parameter: .*trained .head/bias, head/kernel."
+    with pytest.raises(UserError, match=message):
+        Rates(config, "lora", paths)
+    # Without a rate it is as if it were not there: shipped settings serve methods that train other parameters.
+    groups["head"] = dataclasses.replace(groups["head"], learning_rate=0.0, weight_decay=0.1)
+    config = dataclasses.replace(config, groups=GroupsConfig(**groups))
+    assert set(Rates(config, "lora", paths).before(1).values()) == {np.float32(RATES["lora"])}
+
+
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
 def test_updates_are_those_of_adamw_by_hand(clip_norm):
     config = OptimConfig(
