@@ -21,7 +21,8 @@ def schedule(config: OptimConfig) -> optax.Schedule:
     >>> [round(float(rate(step)), 2) for step in (0, 1, 2, 6, 10)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
-    warmup_steps = round(config.warmup_ratio * config.steps)
+    # Rounded, it may be all of the steps; the last is left for the peak.
+    warmup_steps = min(round(config.warmup_ratio * config.steps), config.steps - 1)
     steps = config.steps - warmup_steps
     after = {
         "cosine": lambda: optax.cosine_decay_schedule(1.0, steps),

@@ -31,6 +31,14 @@ def test_schedule_is_its_definition_at_every_step(decay, warmup):
     assert values[warmup] == 1
 
 
+@pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(("steps", "ratio"), [(10, 0.95), (1, 0.6)])
+def test_warm_up_leaves_the_last_step_at_the_peak(decay, steps, ratio):
+    rate = schedule(OptimConfig(steps=steps, warmup_ratio=ratio, decay=decay))
+    expected = [step / max(1, steps - 1) for step in range(steps - 1)] + [1]
+    np.testing.assert_allclose([float(rate(step)) for step in range(steps)], expected, rtol=1e-6)
+
+
 def test_the_first_group_that_matches_takes_a_parameter():
     paths = {
         "blocks/0/attention/query/delta/r1": "adapter",
