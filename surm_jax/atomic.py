@@ -50,7 +50,7 @@ def move_folder(temporary: Path, folder: Path) -> None:
     """Gives a complete folder its final name, in the place of a folder that may be there.
 
     The old one is renamed first, and removed last. Cut off between, its content is still there under a temporary name
-    that ends in `.old`.
+    that ends in `.old`, and `remove_temporaries` gives it back its own.
     """
     for path in temporary.rglob("*"):
         _sync(path)
@@ -65,14 +65,15 @@ def move_folder(temporary: Path, folder: Path) -> None:
             os.replace(old, folder)
         raise
     _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        remove_folder(old)
 
 
 def remove_folder(folder: Path) -> None:
     """Removes a folder so that, cut off at any moment, it is there as a whole or not under its name."""
-    old = _beside(folder).with_suffix(".old")
-    os.replace(folder, old)
-    shutil.rmtree(old, ignore_errors=True)
+    temporary = _beside(folder)
+    os.replace(folder, temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_temporary(path: Path) -> bool:
@@ -81,9 +82,16 @@ def is_temporary(path: Path) -> bool:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Removes what killed processes left in a folder. Only for who knows that nobody writes there now."""
-    for path in folder.iterdir():
-        if is_temporary(path):
+    """Removes what killed processes left in a folder. Only for who knows that nobody writes there now.
+
+    A folder that was to be replaced, and is not yet, has its name again afterwards.
+    """
+    for path in filter(is_temporary, list(folder.iterdir())):
+        # .NAME.RANDOM.old
+        name = path.name[1:].rsplit(".", 2)[0]
+        if path.suffix == ".old" and not (folder / name).exists():
+            os.replace(path, folder / name)
+        else:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -1,4 +1,6 @@
+import os
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,8 @@ import numpy as np
 import pytest
 from orbax.checkpoint.experimental import v1 as ocp
 
+from surm_jax import atomic
+from surm_jax.atomic import remove_folder
 from surm_jax.errors import UserError
 from surm_jax.training.checkpoints import Checkpoints, last_checkpoint
 from surm_jax.training.mesh import make_mesh, replicated
@@ -108,14 +112,38 @@ def test_another_structure_is_refused_by_the_leaves_that_differ(tmp_path, templa
     assert "does not fit this run" in str(error.value)
 
 
-def test_what_was_cut_off_while_it_was_written_or_removed_is_not_there(tmp_path):
+def killed(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_what_was_cut_off_while_it_was_written_or_removed_is_not_there(tmp_path, monkeypatch):
     Checkpoints(tmp_path, BASE, CONFIG).save(state_at(1), PLACE, 0.0)
     shutil.copytree(tmp_path / "1", tmp_path / ".2.tmp")
-    shutil.copytree(tmp_path / "1", tmp_path / ".3.0123abcd.old")
+    shutil.copytree(tmp_path / "1", tmp_path / ".1.0123abcd.old")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(atomic.shutil, "rmtree", killed)
+        remove_folder(shutil.copytree(tmp_path / "1", tmp_path / "3"))
     checkpoints = Checkpoints(tmp_path, BASE, CONFIG)
     assert names_in(tmp_path) == ["1"] and checkpoints.latest == 1
     checkpoints.save(state_at(2), PLACE, 0.0)
     assert_equal_bits(host(checkpoints.restore(state_at(0)).state), host(state_at(2)))
+
+
+def test_what_was_cut_off_while_it_was_replaced_is_there_as_it_was(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, BASE, CONFIG)
+    checkpoints.save(state_at(1), PLACE, 0.0)
+    checkpoints.save(state_at(2), PLACE, 1.0)
+    replace = os.replace
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        # Between the two: the old one has lost its name, the new one has not got it.
+        patch.setattr(atomic.os, "replace", lambda old, new: killed() if Path(new).name == "2" else replace(old, new))
+        checkpoints.save(state_at(2), PLACE, 2.0, 0.5)
+    assert not (tmp_path / "2").exists()
+    checkpoints = Checkpoints(tmp_path, BASE, CONFIG)
+    assert names_in(tmp_path) == ["1", "2"]
+    restored = checkpoints.restore(state_at(0))
+    assert_equal_bits(host(restored.state), host(state_at(2)))
+    assert (restored.seconds, restored.score) == (1.0, None)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
