@@ -122,16 +122,22 @@ class _Run:
 
     def train(self) -> TrainState:
         """Makes the steps that are left, and returns the state after the last one."""
+        # The first step takes over the initial state; one that was restored takes its place. It is kept by nobody else.
         config, state = self.config, self.initial_state
+        del self.initial_state
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
         total = config.optim.steps
         batches = self.batches
         one_seed = to_dict(dataclasses.replace(config, seeds=(self.job.seed,)))
         checkpoints = Checkpoints(self.workdir / CHECKPOINTS_NAME, self.base, one_seed)
-        restored = checkpoints.restore(self.partition.by_block(state)) if checkpoints.latest is not None else None
-        if restored is not None:
+        last_score = None
+        if checkpoints.latest is not None:
+            restored = checkpoints.restore(self.partition.by_block(state))
             state = self.partition.by_step(restored.state)
             batches.set_state(restored.data)
             self.began -= restored.seconds
+            last_score = restored.score
+            del restored
         start = int(state.step)
 
         def save(score: float | None) -> None:
@@ -143,12 +149,12 @@ class _Run:
             MetricWriter(self.workdir, start) as writer,
             Progress(config.peft.method, total, start) as progress,
         ):
-            if restored is not None:
+            if start:
                 progress.say(f"going on from step {start} of {total}")
-                if restored.score is None and self._due(start, config.log.evaluate_every):
+                if last_score is None and self._due(start, config.log.evaluate_every):
                     # It was interrupted between the step and its evaluation.
                     save(self._evaluate_while_training(state, writer, progress))
-            steps = self._compile(progress) if start < total else {}
+            steps = self._compile(shapes, progress) if start < total else {}
             log = StepLog(writer, progress, self.watch, config.log.metrics_every, total, self._rates)
             for step in range(start + 1, total + 1):
                 batch = put_batch(next(batches), self.job.mesh)
@@ -211,8 +217,8 @@ class _Run:
     def _due(self, step: int, every: int) -> bool:
         return step == self.config.optim.steps or (every > 0 and step % every == 0)
 
-    def _compile(self, progress: Progress) -> dict[Shape, Callable]:
-        """Compiles the step for every kind of batch, and says so."""
+    def _compile(self, state: TrainState, progress: Progress) -> dict[Shape, Callable]:
+        """Compiles the step for an abstract state and every kind of batch, and says so."""
         programs, mesh = {}, self.job.mesh
         for name, shapes in self.job.task.train_shapes().items():
             began = time.monotonic()
@@ -220,7 +226,7 @@ class _Run:
                 key: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=batch_sharding(mesh))
                 for key, part in shapes.items()
             }
-            lowered = self.train_step.lower(self.initial_state, self.frozen, batch, self.key, self.rates.before(step=1))
+            lowered = self.train_step.lower(state, self.frozen, batch, self.key, self.rates.before(step=1))
             programs[_shape_of(batch)] = lowered.compile()
             progress.say(f"compiled for batches of {name} in {time.monotonic() - began:.1f} s")
         meet()

@@ -1,9 +1,11 @@
 import dataclasses
+import gc
 import json
 import os
 import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 
@@ -105,6 +107,32 @@ def test_an_interrupted_run_ends_like_one_that_was_not(tiny_files, tmp_path, sig
         monkeypatch.undo()
     start(config, 0, tmp_path / "parts")
     tiny.assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.filterwarnings("ignore:.*RANDOM weights")
+def test_a_run_that_goes_on_holds_no_more_than_one_that_was_never_stopped(tiny_files, tmp_path, signal_at, monkeypatch):
+    values = {"model.checkpoint": "none", "model.depth": 2, "model.scan_layers": True, "optim.steps": 3}
+    config = tiny.make_config(tiny_files, "full", **values)
+
+    def bytes_held(workdir):
+        """Of all arrays, before the last step."""
+        held, put = [], loop.put_batch
+
+        def put_batch(*arguments):
+            gc.collect()
+            held.append(sum(array.nbytes for array in jax.live_arrays()))
+            return put(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "put_batch", put_batch)
+            start(config, 0, workdir)
+        return held[-1]
+
+    signal_at(signal.SIGTERM, 2)
+    with pytest.raises(InterruptedRunError):
+        start(config, 0, tmp_path / "parts")
+    monkeypatch.undo()
+    assert 0 < bytes_held(tmp_path / "parts") <= bytes_held(tmp_path / "whole")
 
 
 def test_a_signal_during_an_evaluation_ends_it_and_the_next_start_makes_it(tiny_files, tmp_path, monkeypatch):
