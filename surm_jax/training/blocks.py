@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from surm_jax.models import REMAT, Blocks
@@ -128,7 +129,7 @@ def as_parts(blocks: Blocks, runs: Sequence[int]) -> StepBlocks:
 
 
 def as_blocks(parts: StepBlocks) -> Blocks:
-    """Returns the blocks one by one; those of stacks are copies."""
+    """Returns the blocks one by one; those of stacks are copies on the host, and take no memory of the devices."""
     return Blocks(block for part in parts for block in (_unstacked(part) if isinstance(part, Stack) else [part]))
 
 
@@ -146,6 +147,6 @@ def _stacked(blocks: Sequence[nnx.Module]) -> nnx.Module:
 
 def _unstacked(stack: Stack) -> Iterator[nnx.Module]:
     graphdef, state = nnx.split(stack.stacked)
-    leaves, treedef = jax.tree.flatten(state)
-    for arrays in zip(*(jnp.unstack(leaf) for leaf in leaves), strict=True):
-        yield nnx.merge(graphdef, jax.tree.unflatten(treedef, arrays))
+    arrays = jax.tree.map(np.asarray, state)
+    for index in range(stack.depth):
+        yield nnx.merge(graphdef, jax.tree.map(lambda array: array[index, ...], arrays))  # noqa: B023

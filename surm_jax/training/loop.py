@@ -22,7 +22,7 @@ from surm_jax.training.mesh import batch_sharding, put_base, put_batch, replicat
 from surm_jax.training.metrics import MetricWriter, NotFiniteError, StepLog
 from surm_jax.training.optimizer import Rates, groups_of, make_optimizer
 from surm_jax.training.partition import partition
-from surm_jax.training.processes import Agreement, meet, model_on_first, on_first, opened_on_first, several, union
+from surm_jax.training.processes import Agreement, meet, on_first, opened_on_first, several, tree_on_first, union
 from surm_jax.training.progress import Interruption, Progress, Stopwatch, track
 from surm_jax.training.report import draw_curves, make_result
 from surm_jax.training.step import TrainState, init_state, make_train_step
@@ -188,7 +188,8 @@ class _Run:
 
     def model_on_first(self, state: TrainState) -> nnx.Module | None:
         """Returns the trained model to the first process."""
-        return model_on_first(self.partition.model(state.trained, self.frozen))
+        arrays = tree_on_first((state.trained, self.frozen))
+        return None if arrays is None else self.partition.model(*arrays)
 
     def write(self, model: nnx.Module, tests: dict[str, dict[str, float]]) -> dict[str, Any]:
         """Writes adapter, curves and result of the trained model, and returns the result."""

@@ -52,7 +52,7 @@ class Partition:
         return nnx.merge(self.graphdef, nnx.from_flat_state(state), frozen)
 
     def model(self, trained: Mapping[str, jax.Array], frozen: nnx.State) -> nnx.Module:
-        """Returns the model with these arrays, as it was; what was stacked is copied."""
+        """Returns the model with these arrays, as it was; what was stacked is copied to the host."""
         model = self.merge(trained, frozen)
         model.blocks = as_blocks(model.blocks)
         return model

@@ -19,12 +19,11 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
@@ -41,6 +40,8 @@ LAST_WORDS = 2
 # Of errors that mean that another process is gone: the collectives of CPUs, of GPUs, and the coordination service.
 _LOST = ("Gloo", "NCCL", "coordination service", "CoordinationService", "UNAVAILABLE")
 _DAY = 24 * 3600 * 1000
+
+Tree = TypeVar("Tree")
 
 _numbers = itertools.count()
 
@@ -156,17 +157,16 @@ def opened_on_first(context: contextlib.AbstractContextManager) -> Iterator[None
         yield
 
 
-def model_on_first(model: nnx.Module) -> nnx.Module | None:
-    """Brings a model to the first process, whose host then holds all of it, and returns None in the others.
+def tree_on_first(tree: Tree) -> Tree | None:
+    """Brings arrays to the first process, whose host then holds all of them, and returns None in the others.
 
-    All processes must ask. A process alone gets the model as it is.
+    All processes must ask. A process alone gets the arrays as they are.
     """
     if not several():
-        return model
-    graphdef, state = nnx.split(model)
+        return tree
     # Array by array: a process that does not keep them has one at a time.
-    arrays = jax.tree.map(lambda array: whole(array) if is_first() else whole(array) is None, state)
-    return nnx.merge(graphdef, arrays) if is_first() else None
+    arrays = jax.tree.map(lambda array: whole(array) if is_first() else whole(array) is None, tree)
+    return arrays if is_first() else None
 
 
 def union(numbers: set[int], most: int) -> set[int]:
