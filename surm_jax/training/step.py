@@ -72,8 +72,10 @@ def make_train_step(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def loss_and_rest(trained: Arrays, frozen: nnx.State, batch: Batch, key: jax.Array):
-        with adapter_dropout(jax.random.fold_in(key, 1)):
-            logits = forward(partition.merge(trained, frozen), batch, key)
+        # Both draw further keys from theirs: from one key those would meet, and drop alike.
+        model_key, adapter_key = jax.random.split(key)
+        with adapter_dropout(adapter_key):
+            logits = forward(partition.merge(trained, frozen), batch, model_key)
         rest = {}
         if objective.classifies:
             rest["train_accuracy"] = (objective.predict(logits) == batch["label"]).mean()

@@ -9,6 +9,8 @@ import optax
 import pytest
 
 from benchmarks.hlo import gathered_sizes
+from surm_jax.models.layers import split_block_keys, split_key
+from surm_jax.peft.context import dropout_key
 from surm_jax.structured import execution, fourier
 from surm_jax.training.image_task import ImageTask
 from surm_jax.training.mesh import make_mesh, put_batch, replicated
@@ -200,10 +202,31 @@ def test_another_seed_draws_other_keys():
 
 def test_every_micro_batch_has_its_own_key():
     key = jax.random.fold_in(jax.random.key(0), 0)
-    keys = [jax.random.fold_in(key, index) for index in range(4)]
+    # Of each, the model has one half, the adapter the other.
+    keys = [jax.random.split(jax.random.fold_in(key, index))[0] for index in range(4)]
     losses = [float(cross_entropy(key_logits(key), jnp.zeros(1, jnp.int32))[0]) for key in keys]
     assert len(set(losses)) == 4
     assert drawn(1, accumulate=4)[0] == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+def test_the_model_and_its_adapter_never_draw_the_same_dropout():
+    drawn = {}
+
+    def forward(model, batch, key):
+        embedding, blocks = split_block_keys(key, 3)
+        keys = {"embedding": embedding, **{f"block {index}": blocks[index] for index in range(3)}}
+        keys |= {f"{name}, {part}": own for name in list(keys) for part, own in enumerate(split_key(keys[name], 3))}
+        keys |= {f"adapter {index}": dropout_key() for index in range(9)}
+        for name, own in keys.items():
+            jax.debug.callback(functools.partial(drawn.__setitem__, name), jax.random.key_data(own))
+        return model(batch["image"], key)
+
+    step = make_train_step(Toy, forward, CLASSES, SGD, make_mesh(1, {}))
+    batch = {"image": jnp.zeros((2, 1)), "label": jnp.zeros(2, jnp.int32)}
+    step(init_state({"w": jnp.zeros(())}, SGD, make_mesh(1, {})), {}, batch, KEY, {})
+    jax.effects_barrier()
+    assert len(drawn) == 4 + 4 * 3 + 9
+    assert len({tuple(np.asarray(own).tolist()) for own in drawn.values()}) == len(drawn)
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32(built_for):
