@@ -10,15 +10,18 @@ from surm_jax.gather import whole
 from surm_jax.paths import join
 from surm_jax.peft.variables import AdapterParam
 
+BASE = nnx.All(nnx.Param, nnx.Not(AdapterParam))
+"""Parameters, those of adapters left out."""
 
-def fingerprint(frozen: nnx.State) -> dict[str, str]:
-    """Returns 16 hexadecimal digits for every parameter of a state, by its path; those of adapters are left out.
+
+def fingerprint(frozen: nnx.State, kind: nnx.filterlib.Filter = BASE) -> dict[str, str]:
+    """Returns 16 hexadecimal digits for every variable of a kind in a state, by its path; of the base if not told.
 
     They depend on path, shape, dtype and every bit. Cost: one SHA-256 over the weights, one array after the other. Of
     several processes all must ask.
     """
     digests = {}
-    for path, variable in nnx.to_flat_state(nnx.filter_state(frozen, nnx.All(nnx.Param, nnx.Not(AdapterParam)))):
+    for path, variable in nnx.to_flat_state(nnx.filter_state(frozen, kind)):
         array = whole(variable[...])
         digest = hashlib.sha256(f"{join(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from surm_jax.errors import UserError
-from surm_jax.peft import Adapter, describe, fingerprint, save_adapter
+from surm_jax.peft import Adapter, AdapterConstant, describe, fingerprint, save_adapter
 from surm_jax.training.checkpoints import Checkpoints, last_checkpoint
 from surm_jax.training.config import RunConfig, to_dict
 from surm_jax.training.evaluate import evaluate, make_eval_step
@@ -92,7 +92,8 @@ class _Run:
         self.began, self.interruption = began, interruption
         self.description = describe(model, adapter)
         _, _, frozen = nnx.split(model, adapter.trainable, ...)
-        self.base = fingerprint(frozen)
+        # Another version of the library may draw the constants otherwise, and checkpoints do not hold them.
+        self.base = fingerprint(frozen) | fingerprint(frozen, AdapterConstant)
         optim, task = self.config.optim, job.task
         self.partition, trained, frozen = partition(
             model,

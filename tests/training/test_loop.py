@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from surm_jax.errors import UserError
-from surm_jax.training import evaluate, loop
+from surm_jax.training import evaluate, job, loop
+from surm_jax.training.adaptation import adapt_model
 from surm_jax.training.loop import InterruptedRunError, train
 from surm_jax.training.progress import Interruption
 from tests.training import tiny
@@ -243,6 +244,20 @@ def test_checkpoints_of_another_base_are_refused(tiny_files, tmp_path, signal_at
     finally:
         weights.write_bytes(content)
     assert tiny.read_checkpoints(tmp_path / "run").keys() == {1}
+
+
+def test_a_frozen_factor_that_is_drawn_otherwise_is_refused(tiny_files, tmp_path, signal_at, monkeypatch):
+    config = tiny.make_config(tiny_files, "lora_fix", **{"optim.steps": 3})
+    signal_at(signal.SIGTERM, 1)
+    with pytest.raises(InterruptedRunError):
+        start(config, 0, tmp_path)
+    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        # As another version of the library might.
+        patch.setattr(job, "adapt_model", lambda model, peft, seed: adapt_model(model, peft, seed + 1))
+        with pytest.raises(UserError, match=r"checkpoint .*/1 was .* values in blocks/0/attention/key/delta/default/"):
+            start(config, 0, tmp_path)
+    assert start(config, 0, tmp_path)["steps"] == 3
 
 
 def test_a_damaged_checkpoint_deleted_as_advised_lets_the_run_go_on(tiny_files, tmp_path, signal_at, monkeypatch):
