@@ -19,7 +19,8 @@ from surm_jax.paths import join
 from surm_jax.peft.attach import attach
 from surm_jax.peft.branch import Branch
 from surm_jax.peft.context import example_adapters
-from surm_jax.peft.files import load_adapter
+from surm_jax.peft.files import read_adapter
+from surm_jax.peft.fingerprint import check_fingerprint, fingerprint
 from surm_jax.peft.inject import adapted_modules, base_parameters
 from surm_jax.peft.layers import check_call, is_linear, matrix_view
 from surm_jax.peft.lifecycle import adapter_names
@@ -178,7 +179,8 @@ def load_bank(folders: Sequence[str | os.PathLike], model: nnx.Module) -> nnx.Mo
         raise UserError(f"a bank needs a base model without adapters, and this one has {', '.join(names)}")
     if not folders:
         raise UserError("load_bank needs at least one adapter folder")
-    kernels, gains, biases, branches = zip(*(_changes(model, folder) for folder in folders), strict=True)
+    base = fingerprint(nnx.state(model))  # Once: it reads all weights.
+    kernels, gains, biases, branches = zip(*(_changes(model, base, folder) for folder in folders), strict=True)
     result = nnx.clone(model)
     modules = {join(path): module for path, module in nnx.iter_modules(result)}
     for path in sorted({path for found in (*kernels, *biases) for path in found}):
@@ -209,10 +211,13 @@ def _switched_off(branch: Branch) -> Branch:
 
 
 def _changes(
-    model: nnx.Module, folder: str | os.PathLike
+    model: nnx.Module, base: Mapping[str, str], folder: str | os.PathLike
 ) -> tuple[dict[str, StructuredMatrix], dict[str, Array], dict[str, Array], dict[str, Branch]]:
     """Returns what the adapter of a folder brings, by path: changes of kernels, gains, changes of biases, branches."""
-    loaded, _ = load_adapter(folder, model)
+    loaded, adapter, expected = read_adapter(folder, model)
+    _, _, frozen = nnx.split(loaded, adapter.trainable, ...)
+    paths = {join(path) for path, _ in nnx.to_flat_state(frozen)}
+    check_fingerprint({path: base[path] for path in base.keys() & paths}, expected, f"the adapter {folder}")
     kernels, biases = _trained_layers(model, loaded, folder)
     gains, branches = {}, {}
     for path, _, part, layer in adapted_modules(loaded):

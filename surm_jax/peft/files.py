@@ -132,6 +132,20 @@ def load_adapter(
     Raises:
       UserError: naming what is missing, damaged, of another shape, or of another base.
     """
+    model, adapter, base = read_adapter(folder, model, name=name, execution=execution)
+    _, _, frozen = nnx.split(model, adapter.trainable, ...)
+    check_fingerprint(fingerprint(frozen), base, f"the adapter {folder}")
+    return model, adapter
+
+
+def read_adapter(
+    folder: str | os.PathLike, model: nnx.Module, *, name: str = DEFAULT_NAME, execution: str = "auto"
+) -> tuple[nnx.Module, Adapter, dict[str, str]]:
+    """Does what `load_adapter` does, but for the check of the base, and returns its fingerprint as well.
+
+    Raises:
+      UserError: naming what is missing, damaged or of another shape.
+    """
     folder = Path(folder)
     config, adapter = _read_config(folder, name)
     _require_intact(folder, config)
@@ -158,9 +172,7 @@ def load_adapter(
         raise UserError(
             f"{tensors.path} holds {name!r}, which the model has no place for{did_you_mean(name, parameters)}"
         )
-    _, _, frozen = nnx.split(model, adapter.trainable, ...)
-    check_fingerprint(fingerprint(frozen), config["base"], f"the adapter {folder}")
-    return model, adapter
+    return model, adapter, config["base"]
 
 
 def _read_config(folder: Path, name: str) -> tuple[dict[str, Any], Adapter]:

@@ -1,4 +1,5 @@
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -293,6 +294,16 @@ def test_folders_that_cannot_be_served_together_are_refused(tmp_path):
     other.body[0].bias[...] = other.body[0].bias[...] + 1
     with pytest.raises(UserError, match=r"the base model is not the one that .*good was trained on: .*body/0/bias"):
         load_bank([good], other)
+
+
+def test_the_base_is_read_once_for_all_adapters(tmp_path, monkeypatch):
+    base, hashed = net(), []
+    folders = saved(tmp_path, base, [LoRA(), LoRA(), LoRA()], train=["head/bias"])
+    module = importlib.import_module("surm_jax.peft.fingerprint")
+    whole = module.whole
+    monkeypatch.setattr(module, "whole", lambda array: hashed.append(array) or whole(array))
+    load_bank(folders, base)
+    assert len(hashed) == len(jax.tree.leaves(nnx.state(base, nnx.Param)))
 
 
 def test_a_base_with_adapters_is_refused(tmp_path):
