@@ -67,7 +67,7 @@ class ImageDataset:
     """An image classification set.
 
     Attributes:
-        name: The name or path that `load` was given.
+        name: The name or path that `load` was given; of a prepared set with the version that was found.
         train: Training examples.
         test: Test examples (a set without a test split gives its validation split here).
         classes: Class names; the label `k` stands for `classes[k]`.

@@ -24,16 +24,23 @@ class PreparedSet:
 
     Attributes:
         name: The name that was asked for.
+        version: The version that was found, such as "3.0.2".
         features: The set's features by name, as tensorflow_datasets describes them.
         splits: Names of the splits.
         data_dir: The folder of prepared sets that it was found in.
     """
 
     name: str
+    version: str
     features: Mapping[str, Any]
     splits: tuple[str, ...]
     data_dir: Path
     _builder: Any
+
+    @property
+    def full_name(self) -> str:
+        """The name with the version."""
+        return f"{self.name.partition(':')[0]}:{self.version}"
 
     def records(self, split: str, decoders: Mapping[str, Any] | None = None) -> Sequence[dict[str, Any]]:
         """Opens a split for random access; a damaged file shows as a RuntimeError when it is read.
@@ -83,7 +90,8 @@ def open_prepared(name: str, data_dir: str | os.PathLike[str] | None = None) -> 
             f"{set_folder} holds {', '.join(sorted(available))} files, which allow no random access. "
             + _how_to_prepare(name, folder)
         )
-    return PreparedSet(name, dict(builder.info.features.items()), tuple(builder.info.splits), folder, builder)
+    features, splits = dict(builder.info.features.items()), tuple(builder.info.splits)
+    return PreparedSet(name, set_folder.name, features, splits, folder, builder)
 
 
 def _find(name: str, folder: Path) -> Path:

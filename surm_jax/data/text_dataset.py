@@ -50,7 +50,7 @@ class TextDataset:
     """A set of labelled sentences or pairs of sentences.
 
     Attributes:
-        name: The name that `load` was given.
+        name: The name that `load` was given; of a prepared set with the version that was found.
         train: Training examples.
         tests: What to test on, by name: "test", or several such as "test_matched" and "test_mismatched".
         classes: Class names; the label `k` stands for `classes[k]`. Empty if labels are scores.

@@ -113,7 +113,7 @@ def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> Imag
         )
         for split in _splits(prepared)
     ]
-    return ImageDataset(name, *sources, tuple(label.names), (*image.shape[:2], channels))
+    return ImageDataset(prepared.full_name, *sources, tuple(label.names), (*image.shape[:2], channels))
 
 
 def _features(prepared: PreparedSet, tfds: Any) -> tuple[Any, Any]:

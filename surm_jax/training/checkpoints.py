@@ -23,7 +23,7 @@ from surm_jax.errors import UserError
 from surm_jax.peft import check_fingerprint
 from surm_jax.training.processes import is_first, on_first
 from surm_jax.training.step import TrainState
-from surm_jax.training.workdir import config_changes
+from surm_jax.training.workdir import config_changes, differences
 from surm_jax.untrusted import read_json
 
 ARRAYS_NAME = "arrays"
@@ -53,15 +53,22 @@ class Checkpoints:
       folder: made if it is not there. What a process that was killed left half written in it is removed.
       base: the fingerprint of the frozen weights.
       config: the configuration of the run.
+      dataset: what tells its data from others: JSON values by name.
 
     Raises:
       UserError: if the folder cannot be read or made, or a checkpoint in it is damaged; the message names it, and the
         last one that is not.
     """
 
-    def __init__(self, folder: str | os.PathLike, base: Mapping[str, str], config: Mapping[str, Any]):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        base: Mapping[str, str],
+        config: Mapping[str, Any],
+        dataset: Mapping[str, Any],
+    ):
         self.folder = Path(folder).absolute()
-        self._base, self._config = dict(base), dict(config)
+        self._base, self._config, self._dataset = dict(base), dict(config), dict(dataset)
         try:
             on_first(self._open)
         except OSError as error:
@@ -104,6 +111,7 @@ class Checkpoints:
             "step": step,
             "config": self._config,
             "base": self._base,
+            "dataset": self._dataset,
             "data": data,
             "seconds": seconds,
             "score": score,
@@ -129,7 +137,7 @@ class Checkpoints:
           template: a state of the same structure, on the devices where the arrays shall go.
 
         Raises:
-          UserError: if it is damaged, of another structure, or of another base.
+          UserError: if it is damaged, of another structure, or of another base or other data.
         """
         step = self.latest
         path = self.folder / str(step)
@@ -139,6 +147,8 @@ class Checkpoints:
             raise UserError(self._damaged(step, error)) from None
         if changes := config_changes(record["config"], self._config):
             raise UserError(f"the checkpoint {path} is of another run; there {'; '.join(changes[:5])}")
+        if changes := list(differences(record["dataset"], self._dataset, "data")):
+            raise UserError(f"the checkpoint {path} is of other data; there {'; '.join(changes[:5])}")
         check_fingerprint(self._base, record["base"], f"the checkpoint {path}")
         expected = _digest(template)["leaves"]
         if record["leaves"] != expected:
@@ -197,6 +207,7 @@ _RECORD = {
     "step": int,
     "config": dict,
     "base": dict,
+    "dataset": dict,
     "data": dict,
     "seconds": (int, float),
     "score": (int, float, type(None)),

@@ -130,7 +130,10 @@ class _Run:
         total = config.optim.steps
         batches = self.batches
         one_seed = to_dict(dataclasses.replace(config, seeds=(self.job.seed,)))
-        checkpoints = Checkpoints(self.workdir / CHECKPOINTS_NAME, self.base, one_seed)
+        task = self.job.task
+        classes = {str(label): name for label, name in enumerate(task.classes)}
+        dataset = {"name": task.dataset.name, "examples": task.examples, "classes": classes}
+        checkpoints = Checkpoints(self.workdir / CHECKPOINTS_NAME, self.base, one_seed, dataset)
         last_score = None
         if checkpoints.latest is not None:
             restored = checkpoints.restore(self.partition.by_block(state))

@@ -21,6 +21,7 @@ class Task(Protocol):
     """What training asks of a kind of data and its model.
 
     Attributes:
+      dataset: the data, with its name.
       model_config: of the model: geometry and precision.
       checkpoint: the file or folder of the pretrained weights, or None for random ones.
       classes: the names of the classes; empty where labels are numbers.
@@ -31,6 +32,7 @@ class Task(Protocol):
       objective: what the model's outputs mean.
     """
 
+    dataset: data.ImageDataset | data.TextDataset
     model_config: Any
     checkpoint: Path | None
     classes: tuple[str, ...]

@@ -68,7 +68,7 @@ def test_a_task_is_read_back(prepare, tmp_path, name):
     # The official test split has no labels: it must not be touched.
     prepare("rte", {"train": RTE, "validation": RTE[1:], "test": [{**RTE[0], "label": -1}]})
     data = load(name, tmp_path)
-    assert (data.name, data.classes) == (name, ("entailment", "not_entailment"))
+    assert (data.name, data.classes) == ("glue/rte:2.0.0", ("entailment", "not_entailment"))
     assert (data.columns, data.metrics) == (("sentence1", "sentence2"), ("accuracy",))
     assert data.train.sentences == [("It rains.", "It is wet."), ("Zoë said „no“ \x12 雨", "")]
     np.testing.assert_array_equal(data.train.labels, [0, 1])

@@ -123,8 +123,9 @@ def test_labels_are_read_in_chunks_and_no_image_is_decoded(prepare, tmp_path, mo
 def test_the_newest_version_is_taken_by_number(prepare, tmp_path):
     for version, rows in (("9.0.0", 1), ("10.0.0", 2)):
         prepare(version=version, records={"train": RECORDS["train"][:rows], "test": RECORDS["test"]})
-    assert len(load("shapes", tmp_path).train) == 2
-    assert len(load("shapes:9.0.0", tmp_path).train) == 1
+    newest, older = load("shapes", tmp_path), load("shapes:9.0.0", tmp_path)
+    assert (newest.name, len(newest.train)) == ("shapes:10.0.0", 2)
+    assert (older.name, len(older.train)) == ("shapes:9.0.0", 1)
     with pytest.raises(UserError, match=r"holds shapes in version 9\.0\.0, 10\.0\.0, not 8\.0\.0"):
         load("shapes:8.0.0", tmp_path)
 
