@@ -7,7 +7,7 @@ reached to `experiments/results/pretrain_cifar.md`. The model learns airplanes, 
 sees an automobile, cat, dog, horse or truck.
 
 It is the variant "mini" with patches of 8 pixels instead of 4: 2.7 million parameters as well, but a quarter of the
-tokens, and so three to five times the images in the same time. 15 passes over the 25,000 images take about 16 minutes
+tokens, and so three to five times the images in the same time. 15 passes over the 25,000 images took 18 minutes
 on two CPU cores. The training is an ordinary run of the library in `runs/pretrain_cifar`: the same command
 goes on where it was stopped.
 """
