@@ -21,6 +21,7 @@ from surm_jax.peft import (
     adapter_dropout,
     merge,
 )
+from surm_jax.peft.context import drop
 from tests.peft.cases import (
     ADDED,
     BRANCHES,
@@ -50,6 +51,7 @@ from tests.peft.models import (
     same_bits,
     trainable_paths,
 )
+from tests.peft.oracles import low_rank
 
 SELECTED = [(model, method) for method in SELECTIONS for model in OURS]
 
@@ -315,6 +317,27 @@ def test_dropout(method):
     assert same_bits(run(model, x), plain)
     # The frozen model knows of no dropout.
     assert same_bits(run(base("mlp"), x, key), run(base("mlp"), x))
+
+
+@pytest.mark.parametrize("method", ADDED)
+def test_what_is_dropped_is_the_input_of_what_is_added_at_the_rate_of_the_method(method):
+    layer, x = trained("mlp", method)[0].tail.gate, jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), "float32")
+    case, key = CASES[method], jax.random.key(0)
+    with adapter_dropout(key):
+        kept = np.asarray(drop(jnp.ones_like(x), 0.4), np.float64)
+    assert 0 < np.count_nonzero(kept) < kept.size
+    found, arrays, frozen = run(layer, x, key), part_arrays(layer, "", case.slot), base("mlp").tail.gate
+    x, W, b = (np.asarray(array, np.float64) for array in (x, frozen.kernel[...], frozen.bias[...]))
+    if method in BRANCHES:
+        y = x @ W + b
+        expected = y + case.branch(arrays, y * kept)
+    elif method == "dora":
+        added = case.method.alpha / case.method.rank * low_rank(arrays)
+        gain = arrays["magnitude"] / np.linalg.norm(W + added, axis=0)
+        expected = gain * (x @ W + (x * kept) @ added) + b
+    else:
+        expected = x @ W + b + (x * kept) @ case.change(case.method.alpha, arrays, W)
+    assert relative_error(found, expected) <= TOLERANCES["float32"]
 
 
 @pytest.mark.parametrize("method", ["circulant", "lora"])
