@@ -177,11 +177,15 @@ def test_half_precision_does_not_lose_a_small_update(how):
 
 @pytest.mark.parametrize(("of_x", "of_kernel"), [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_auto_does_not_fold_where_x_and_kernel_differ(of_x, of_kernel):
-    update = Circulant(jnp.arange(768.0) / 768, (768, 768))
-    x, kernel = jnp.ones((2000, 768), of_x), jnp.ones((768, 768), of_kernel)
+    # As above. Folded into the kernel of 8, the update would be lost in bfloat16, and keep three digits in float32.
+    rng = np.random.default_rng(0)
+    update = Circulant(jnp.asarray(1e-4 * rng.normal(size=64), jnp.float32), (64, 64))
+    x = jnp.asarray(rng.permuted(np.tile([1.0, -1.0], (8, 32)), axis=1), of_x)
     dot = lambda x, kernel: jnp.matmul(x.astype("float32"), kernel.astype("float32"))  # noqa: E731
-    y = updated_matmul(x, kernel, update, dot=dot)
-    np.testing.assert_allclose(y, 768 + np.full((2000, 768), 383.5), rtol=2e-2)
+    y = updated_matmul(x, jnp.full((64, 64), 8.0, of_kernel), update, dot=dot)
+    assert y.dtype == jnp.float32
+    M = np.asarray(update.to_dense().astype(of_x), np.float64)
+    assert_close(y, np.asarray(x, np.float64) @ M, "float32")
 
 
 def test_fused_is_refused_in_half_precision():
