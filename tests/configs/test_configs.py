@@ -1,6 +1,5 @@
 """Every file in configs/ builds, is valid, and trains two steps on small shapes, offline."""
 
-import dataclasses
 import importlib
 import itertools
 from pathlib import Path
@@ -18,6 +17,7 @@ from surm_jax.training.adaptation import adapt_model
 from surm_jax.training.config import base_config, keys, parse, with_steps
 from surm_jax.training.modes import describe_run, train_run
 from surm_jax.training.optimizer import groups_of, learning_rates
+from tests.experiments import tiny_cifar
 from tests.training import tiny_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,8 +29,8 @@ SMALL = {
     "digits": {"data.holdout": 0},
     "vit_cifar": {"model.variant": "small", "model.checkpoint": "none", "data.holdout": 0},
 }
-# Sets of the data folder, by configuration: cut to so many test examples.
-ON_DISK = {"bert_glue": 24, "vit_cifar": 24}
+# What writes the prepared data set of a configuration, a small one under its own name, into a folder.
+ON_DISK = {"bert_glue": lambda folder: tiny_text.write_task(folder, "rte", 0), "vit_cifar": tiny_cifar.write_data}
 
 
 def get_config(name):
@@ -76,7 +76,7 @@ def test_it_describes_what_it_trains(name, bert, capsys):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore:config.model.checkpoint=none")
-def test_two_steps(name, bert, tmp_path, request, monkeypatch):
+def test_two_steps(name, bert, tmp_path, monkeypatch):
     monkeypatch.setitem(VARIANTS, "small", SMALL_VIT)
     config = get_config(name)
     _small_bert(config, bert)
@@ -84,8 +84,8 @@ def test_two_steps(name, bert, tmp_path, request, monkeypatch):
         {"data.batch_size": 8, "data.eval_batch_size": 8, "optim.steps": 2, "optim.warmup_ratio": 0.0, **SMALL[name]}
     )
     if name in ON_DISK:
-        config.data.dir = str(request.getfixturevalue("shared") / "tfds")
-        _cut_test_sets(monkeypatch, ON_DISK[name])
+        config.data.dir = str(tmp_path / "tfds")
+        ON_DISK[name](tmp_path / "tfds")
     result = train_run(parse(config), tmp_path / "run")
     assert result["steps"] == 2
     assert 0 <= result["metrics"]["test_accuracy"] <= 1
@@ -96,21 +96,6 @@ def _small_bert(config, folder):
     """Instead of one from the Hub."""
     if config.model.checkpoint.startswith("hf://"):
         config.model.checkpoint = str(folder)
-
-
-def _cut_test_sets(monkeypatch, count):
-    """Ten thousand images would take a minute, and long sentences a program more."""
-    load = data.load
-
-    def load_few(*arguments):
-        dataset = load(*arguments)
-        if isinstance(dataset, data.TextDataset):
-            tests = {name: source.select(range(count)) for name, source in dataset.tests.items()}
-            return dataclasses.replace(dataset, train=dataset.train.select(range(count)), tests=tests)
-        _, few = data.hold_out(dataset.test, count)
-        return dataclasses.replace(dataset, test=few)
-
-    monkeypatch.setattr(data, "load", load_few)
 
 
 @pytest.mark.parametrize(
