@@ -54,9 +54,8 @@ def row(name: str, method: type[Method], models: dict[str, nnx.Module]) -> str:
     return f"| `{name}` | {what} | {settings} | {target} | {' | '.join(counts)} |"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes the page."""
-    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args(arguments)
+def page() -> str:
+    """Returns the page."""
     vit = ViTConfig.from_variant("B/16", num_classes=10)
     bert = BertConfig.from_variant("base", num_classes=2)
     models = {
@@ -68,7 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lines = [f"| method | what | settings | on | {' | '.join(models)} |", "|---|---|---|---|---:|---:|"]
         lines += [row(name, method, models) for name, method in METHODS.items() if issubclass(method, kind)]
         parts.append(f"## {title}\n\n" + "\n".join(lines) + "\n")
-    OUT.write_text("\n".join(parts))
+    return "\n".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the page."""
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args(arguments)
+    OUT.write_text(page())
 
 
 if __name__ == "__main__":
