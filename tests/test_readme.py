@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import launch
 import surm_jax
 from configs.digits import get_config
 from surm_jax.models import ViT, ViTConfig
 from surm_jax.pretrained import save_huggingface
-from surm_jax.training.config import parse
+from surm_jax.training.config import base_config, keys, parse
 from surm_jax.training.job import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +108,24 @@ def test_the_commands_are_those_of_ci():
     ci = (ROOT / ".ci" / "run").read_text()
     for command in ("pip install -r requirements.txt", "python launch.py", "python -m pytest"):
         assert any(command in block for block in code("sh")) and command in ci
+
+
+@pytest.mark.parametrize("key", sorted(set(re.findall(r"--config\.([\w.]+\w)", README))))
+def test_every_key_of_its_commands_is_one_of_the_configuration(key):
+    # METHOD stands for the name of one.
+    assert key.replace("METHOD", "lora") in keys(base_config())
+
+
+@pytest.mark.parametrize(("flag", "known"), [("mode", launch.MODES), ("format", launch.FORMATS)])
+def test_every_mode_and_format_of_its_commands_is_known(flag, known):
+    named = set(re.findall(rf"--{flag}=(\w+)", README))
+    assert named and named <= set(known)
+
+
+def test_every_other_flag_of_its_commands_is_one_of_the_command_line():
+    lines = [line for block in code("sh") for line in block.replace("\\\n", " ").splitlines() if "launch.py " in line]
+    flags = {flag for line in lines for flag in re.findall(r" --(\w+)=", line)}
+    assert {"config", "mode", "workdir"} <= flags <= set(launch.FLAGS)
 
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
