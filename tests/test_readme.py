@@ -1,5 +1,6 @@
 """The README's Python runs as it stands, and its shell commands are those of .ci/run."""
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from flax import nnx
 
 import launch
@@ -37,29 +39,71 @@ def code(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def test_all_of_its_python_is_run_here():
+    assert len(code("python")) == 6
+
+
 def test_the_three_lines_and_what_follows_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {"model": Model(nnx.Rngs(0)), "base_model": Model(nnx.Rngs(0))}
     first, second, several, *_ = code("python")
     imports, lines = first.split("\n\n")
     assert len(lines.splitlines()) == 3 and imports == "import surm_jax\nfrom flax import nnx"
-    exec(first, names)
+    begin, save = first.rstrip().rsplit("\n", 1)
+    exec(begin, names)
     trained = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(names["trainable"])]
     assert trained == [
         *(f"attention/{layer}/delta/default/{r}" for layer in ("query", "value") for r in ("r1", "r2")),
         "head/bias",
         "head/kernel",
     ]
+    # "train `trainable` alone": an adapter at its start adds nothing, and would hide whatever the rest loses.
+    rng = np.random.default_rng(0)
+    learn = lambda a: a + jnp.asarray(0.7 * rng.normal(size=a.shape), a.dtype)  # noqa: E731
+    names["trainable"] = jax.tree.map(learn, names["trainable"])
+    exec(save, names)
+    x, deltas = jnp.asarray(rng.normal(size=(3, 4, 8)), jnp.float32), names["trainable"]["attention"]
+    learned = {name: circulant(deltas[name]["delta"]["default"]) for name in ("query", "value")}
+    expected = with_kernels(names["base_model"], names["trainable"]["head"], learned)(x)
+    assert np.abs(expected - with_kernels(names["base_model"], names["trainable"]["head"], {})(x)).max() > 1e-2
+    assert np.abs(expected - names["base_model"](x)).max() > 1e-2
+
     exec(second, names)
     assert "attention/query" in capsys.readouterr().out
-    x = jnp.ones((1, 4, 8))
-    np.testing.assert_allclose(names["plain"](x), names["base_model"](x), rtol=1e-5)
+    for name in ("model", "plain"):
+        np.testing.assert_allclose(names[name](x), expected, rtol=1e-5, atol=1e-5)
+    assert surm_jax.adapter_names(names["plain"]) == ()
 
-    names |= {"x": jnp.ones((3, 4, 8)), "ids": jnp.array([1, 0, 1])}
+    names |= {"x": x, "ids": jnp.array([1, 0, 1])}
     exec(several, names)
+    np.testing.assert_allclose(names["y"], expected, rtol=1e-5, atol=1e-5)
+    halved = {name: M / 2 for name, M in learned.items()}
+    expected = with_kernels(names["base_model"], names["trainable"]["head"], halved)(x)
+    np.testing.assert_allclose(names["model"](x), expected, rtol=1e-5, atol=1e-5)
     assert surm_jax.adapter_names(names["low_rank"]) == ("converted",)
-    assert names["errors"].keys() == {"attention/query", "attention/value"}
-    np.testing.assert_allclose(names["y"], names["base_model"](names["x"]), rtol=1e-5)
+    errors, (converted, _) = {}, surm_jax.merge(names["low_rank"])
+    for name, M in halved.items():
+        kernels = (np.asarray(getattr(m.attention, name).kernel[...]) for m in (converted, names["base_model"]))
+        found, S = np.subtract(*kernels).reshape(M.shape), np.linalg.svd(M, compute_uv=False)
+        assert np.linalg.matrix_rank(found, tol=1e-4) == 4
+        errors[f"attention/{name}"] = np.linalg.norm(S[4:]) / np.linalg.norm(S)
+        assert np.linalg.norm(found - M) / np.linalg.norm(M) == pytest.approx(errors[f"attention/{name}"], rel=1e-4)
+    assert names["errors"] == pytest.approx(errors, rel=1e-4)
+
+
+def circulant(delta) -> np.ndarray:
+    """The update of a layer from what it learned, by scipy."""
+    return scipy.linalg.circulant(np.asarray(delta["r1"][...] * delta["r2"][...], np.float64)).T
+
+
+def with_kernels(model: Model, head, added: dict[str, np.ndarray]) -> Model:
+    """The base with a head, and with matrices added to layers of its attention."""
+    model = nnx.clone(model)
+    model.head.kernel[...], model.head.bias[...] = head["kernel"][...], head["bias"][...]
+    for name, M in added.items():
+        kernel = getattr(model.attention, name).kernel
+        kernel[...] = kernel[...] + jnp.asarray(M.reshape(kernel.shape), kernel.dtype)
+    return model
 
 
 def test_a_pretrained_model(tmp_path, monkeypatch):
@@ -90,13 +134,17 @@ def test_a_finished_run(tmp_path, monkeypatch):
 
 def test_the_matrices_on_their_own(capsys):
     rng = np.random.default_rng(0)
-    W, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8, 8), (3, 8)))
+    W, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((40, 40), (3, 40)))
     names = {"W": W, "x": x}
     exec(code("python")[5], names)
-    W, M = np.asarray(W, np.float64), names["C"].to_dense()
+    W, M = np.asarray(W, np.float64), np.asarray(names["C"].to_dense(), np.float64)
     U, S, Vt = np.linalg.svd(W)
-    np.testing.assert_allclose(names["y"], x @ (W + 0.1 * M + (U[:, :2] * S[:2]) @ Vt[:2]), rtol=1e-4)
-    assert "'kronecker': 0." in capsys.readouterr().out
+    np.testing.assert_allclose(names["y"], x @ (W + 0.1 * M + (U[:, :2] * S[:2]) @ Vt[:2]), rtol=1e-4, atol=1e-4)
+    # A low rank has 80 numbers for each, so 19 of them.
+    energies = ast.literal_eval(capsys.readouterr().out)
+    assert energies["low_rank"] == pytest.approx(np.sum(S[:19] ** 2) / np.sum(S**2), rel=1e-5)
+    assert energies["circulant"] == pytest.approx(np.sum(M**2) / np.sum(W**2), rel=1e-5)
+    assert 0.5 < energies["kronecker"] < 1
 
 
 def test_its_numbers_are_those_that_were_measured():
