@@ -118,11 +118,17 @@ def test_nearest_is_the_least_squares_solution(shape):
         assert_close(v, np.linalg.lstsq(basis, target.ravel(), rcond=1e-14)[0])
 
 
-def test_nearest_for_factors_whose_square_is_out_of_range():
-    for f in (1e-30, 1e30):
-        matrix = FCirculant(jnp.array([1.0, 2.0, 3.0]), shape=(2, 3), f=f)
-        np.testing.assert_allclose(FCirculant.nearest(matrix.to_dense(), f=f).v, matrix.v, rtol=1e-6)
-        np.testing.assert_allclose(FCirculant.nearest(matrix.to_dense().T, f=1 / f).v.shape, (3,))
+@pytest.mark.parametrize("f", [1e-30, 1e30])
+def test_nearest_for_factors_whose_square_is_out_of_range(f):
+    matrix = FCirculant(jnp.array([1.0, 2.0, 3.0]), shape=(2, 3), f=f)
+    np.testing.assert_allclose(FCirculant.nearest(matrix.to_dense(), f=f).v, matrix.v, rtol=1e-6)
+    # A target that is none of them: in float64, where each entry is that of one number and least squares a projection.
+    target = np.asarray(matrix.to_dense().T, np.float64).ravel()
+    basis = np.stack([cut(paper_f_circulant(unit, 1 / f), (3, 2)).ravel() for unit in np.eye(3)])
+    assert (np.count_nonzero(basis, axis=0) == 1).all()
+    found = FCirculant.nearest(matrix.to_dense().T, f=1 / f).v
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, basis @ target / np.sum(basis**2, axis=1), rtol=1e-6)
 
 
 def test_the_factor_is_structure():
