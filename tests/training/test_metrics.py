@@ -1,7 +1,9 @@
 import json
+import struct
 
 import jax.numpy as jnp
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from surm_jax.errors import UserError
 from surm_jax.training.metrics import JSONL_NAME, MetricWriter, StepLog, read_metrics
@@ -27,10 +29,22 @@ def test_metrics_are_lines_of_json_at_once(tmp_path):
     assert list(read_metrics(tmp_path)) == expected
 
 
+def events_of(path):
+    """The scalars of a TensorBoard file, (step, name, value): records between their length and two checksums."""
+    found, data = [], path.read_bytes()
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        event, data = Event.FromString(data[12 : 12 + size]), data[12 + size + 4 :]
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return found
+
+
 def test_tensorboard_has_them_too(tmp_path):
-    write(tmp_path, [1, 2])
+    with MetricWriter(tmp_path, 0) as writer:
+        writer.write(1, {"train_loss": 0.25, "gradient_norm": 3.0})
+        writer.write(2, {"train_loss": 0.5})
     (events,) = (tmp_path / "tensorboard").iterdir()
-    assert events.read_bytes().count(b"train_loss") == 2
+    assert events_of(events) == [(1, "train_loss", 0.25), (1, "gradient_norm", 3.0), (2, "train_loss", 0.5)]
 
 
 def test_going_on_drops_what_comes_again(tmp_path):
