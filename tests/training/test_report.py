@@ -4,9 +4,12 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
+import scipy.linalg
 from flax import nnx
+from matplotlib.figure import Figure
 
 from surm_jax.peft import CirculantUpdate, Description, Rule, adapt
+from surm_jax.training import report
 from surm_jax.training.report import combine, draw_curves, make_result, table
 
 DESCRIPTION = Description((), adapter=30, besides=12, total=2000)
@@ -87,7 +90,21 @@ def picture(folder, model):
     return matplotlib.image.imread(folder / "curves.png")
 
 
-def test_curves_become_a_picture(tmp_path, recwarn):
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, in a list."""
+    made = []
+
+    class Kept(Figure):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(report, "Figure", Kept)
+    return made
+
+
+def test_curves_become_a_picture(tmp_path, recwarn, figures):
     plain = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
     write_metrics(tmp_path, 9)
     long = picture(tmp_path, plain)
@@ -95,14 +112,29 @@ def test_curves_become_a_picture(tmp_path, recwarn):
     short = picture(tmp_path, plain)
     assert long.shape == short.shape and not np.array_equal(long, short)
     assert not recwarn.list
+    for figure, last in zip(figures, (9, 4), strict=True):
+        steps = np.arange(1, last)
+        curves = {"loss": (1 / steps, 0.3), "accuracy": (0.1 * steps, 0.7)}
+        assert [axes.get_ylabel() for axes in figure.axes] == list(curves)
+        for axes, (train, test) in zip(figure.axes, curves.values(), strict=True):
+            assert [line.get_label() for line in axes.lines] == ["train", "test"]
+            np.testing.assert_allclose(axes.lines[0].get_xydata(), np.stack([steps, train], axis=1), rtol=1e-12)
+            np.testing.assert_array_equal(axes.lines[1].get_xydata(), [[last, test]])
 
 
-def test_the_picture_shows_the_largest_update(tmp_path):
+def test_the_picture_shows_the_largest_update(tmp_path, figures):
     layers = nnx.Dict(small=nnx.Linear(4, 4, rngs=nnx.Rngs(0)), large=nnx.Linear(4, 4, rngs=nnx.Rngs(1)))
     model, _ = adapt(layers, [Rule("small|large", CirculantUpdate())], rngs=nnx.Rngs(2))
     model.small.delta["default"].r1[...], model.large.delta["default"].r1[...] = jnp.ones(4), 9 * jnp.ones(4)
     write_metrics(tmp_path, 4)
     both = picture(tmp_path, model)
+    # The learned circulant of 9 * r2, in colours from minus its largest entry to that, named by its layer.
+    axes = figures[0].axes[2]
+    (image,) = axes.images
+    update = scipy.linalg.circulant(9 * np.asarray(model.large.delta["default"].r2[...])).T
+    np.testing.assert_allclose(image.get_array(), update, rtol=1e-5)
+    assert axes.get_title() == "update of large"
+    assert image.get_clim() == pytest.approx((-np.abs(update).max(), np.abs(update).max()), rel=1e-5)
     assert both.shape[1] > picture(tmp_path, layers).shape[1]
     model.small.delta["default"].r1[...] = 2 * jnp.ones(4)
     assert np.array_equal(picture(tmp_path, model), both)
