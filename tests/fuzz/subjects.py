@@ -2,6 +2,7 @@
 
 import functools
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -122,8 +123,17 @@ def _native() -> Subject:
     def write(folder: Path) -> None:
         model = _vit()
         save_model(folder / "vit.safetensors", model, model.config)
+        _sort_header(folder / "vit.safetensors")
 
     return Subject(write, lambda folder: _arrays(from_pretrained(folder / "vit.safetensors")))
+
+
+def _sort_header(path: Path) -> None:
+    """Gives a safetensors file the same bytes each time: the library writes its metadata in a random order."""
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode().ljust(size)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + size :])
 
 
 def _huggingface(make: Callable[[], nnx.Module]) -> Subject:

@@ -1,6 +1,20 @@
 """Some hundred of the damaged files that `python -m tests.fuzz` makes by the thousand."""
 
+import pytest
+
 from tests.fuzz.run import run
+from tests.fuzz.subjects import SUBJECTS
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_what_is_damaged_has_the_same_bytes_each_time(name, tmp_path):
+    # So that the seed and the number repeat an example.
+    contents = []
+    for folder in (tmp_path / "one" / name, tmp_path / "other" / name, tmp_path / "third" / name):
+        folder.mkdir(parents=True)
+        SUBJECTS[name].write(folder)
+        contents.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert contents[0] and contents[0] == contents[1] == contents[2]
 
 
 def test_damaged_files_give_errors(tmp_path):
