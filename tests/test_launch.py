@@ -89,8 +89,11 @@ def test_every_value_can_be_given(monkeypatch):
         str: lambda old: f"{old}x",
         tuple: lambda old: old * 2,
     }
-    new = {key: changed[type(value)](value) for key, value in values_of(base_config())}
+    default = dict(values_of(base_config()))
+    new = {key: changed[type(value)](value) for key, value in default.items()}
+    new |= {"data.classes": ("cat", "dog"), "peft.rules": ({"target": "mlp", "method": "lora", "which": (0, 2)},)}
     assert len(new) > 40
+    assert [key for key in new if new[key] == default[key]] == []
     config = parsed(monkeypatch, *(f"--config.{key}={value}" for key, value in new.items()))
     assert dict(values_of(config)) == new
     assert {key: type(value) for key, value in values_of(config)} == {key: type(value) for key, value in new.items()}
