@@ -16,7 +16,7 @@ from absl import flags
 
 import launch
 from surm_jax.training import compilation
-from surm_jax.training.config import base_config
+from surm_jax.training.config import base_config, parse
 from surm_jax.training.loop import InterruptedRunError
 from tests.training import tiny, tiny_text
 
@@ -195,6 +195,30 @@ def test_a_home_is_expanded(launched, tmp_path, monkeypatch):
     answer = launched("--mode=predict", "--workdir=~/run", "--input=~/in.tsv", "--output=~/out.tsv")
     assert answer.status == 0
     assert given == [tmp_path / "run", {}, tmp_path / "in.tsv", tmp_path / "out.tsv"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ("train_run", "config", "workdir")),
+        (["--mode=train"], ("train_run", "config", "workdir")),
+        (["--mode=evaluate"], ("evaluate_run", "workdir", "overrides")),
+        (["--mode=merge"], ("merge_run", "workdir", "overrides")),
+        (["--mode=export"], ("export_run", "workdir", "overrides", "hf")),
+        (["--mode=export", "--format=peft"], ("export_run", "workdir", "overrides", "peft")),
+        (["--mode=predict", "--input=i", "--output=o"], ("predict_run", "workdir", "overrides", Path("i"), Path("o"))),
+        (["--mode=describe"], ("describe_run", "config")),
+    ],
+)
+def test_every_mode_is_its_own(launched, tmp_path, monkeypatch, arguments, expected):
+    given = []
+    for name in [name for name in vars(launch) if name.endswith("_run")]:
+        monkeypatch.setattr(launch, name, lambda *arguments, name=name: given.append((name, *arguments)))
+    config = parse(parsed(monkeypatch, "--config.data.dir=/d"))
+    assert config.data.dir == "/d"
+    assert launched("--config.data.dir=/d", f"--workdir={tmp_path}", *arguments).status == 0
+    values = {"config": config, "workdir": tmp_path, "overrides": {"data.dir": "/d"}}
+    assert given == [tuple(values.get(part, part) for part in expected)]
 
 
 @pytest.mark.parametrize("mistake", ["file", "below", "foreign", "unwritable"])
