@@ -7,11 +7,16 @@ import signal
 
 import jax
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from surm_jax.errors import UserError
+from surm_jax.peft import adapter_dropout
 from surm_jax.training import evaluate, job, loop
+from surm_jax.training import mesh as meshes
 from surm_jax.training.adaptation import adapt_model
+from surm_jax.training.blocks import Stack
 from surm_jax.training.loop import InterruptedRunError, train
 from surm_jax.training.progress import Interruption
 from tests.training import tiny
@@ -81,6 +86,96 @@ def test_what_a_run_leaves_behind(tiny_files, tmp_path, monkeypatch, capsys):
     again = start(config, 0, tmp_path)
     assert (again["metrics"], again["steps"]) == (result["metrics"], 5)
     assert metrics_of(tmp_path) == lines
+
+
+def written_out(config, seed, factors):
+    """The losses of a run, by a loop over its micro-batches and optax's AdamW on one device.
+
+    Args:
+      config: of two micro-batches, labels smoothed by 0.1, and the rates, decay and clipping that are repeated here.
+      seed: of the run.
+      factors: on the peak learning rate of each update.
+    """
+    prepared = job.prepare(config, seed)
+    model, adapter = prepared.adapt(prepared.base_model())
+    graphdef, trained, frozen = nnx.split(model, adapter.trainable, ...)
+    trained, frozen = jax.tree.map(lambda array: jax.numpy.asarray(np.asarray(array)), (trained, frozen))
+
+    def loss(trained, images, labels, key):
+        model_key, adapter_key = jax.random.split(key)
+        with adapter_dropout(adapter_key):
+            logits = nnx.merge(graphdef, trained, frozen)(images, rngs=model_key)
+        targets = 0.9 * jax.nn.one_hot(labels, 3) + 0.1 / 3
+        return -(targets * jax.nn.log_softmax(logits)).sum(-1).mean()
+
+    def adamw(peak, decay):
+        return optax.adamw(lambda count: jax.numpy.array(factors)[count] * peak, weight_decay=decay)
+
+    group = jax.tree.map_with_path(lambda path, _: "head" if path[0].key == "head" else "adapter", trained)
+    groups = {"adapter": adamw(0.05, 0.0), "head": adamw(0.02, 0.1)}
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.partition(groups, group))
+
+    def update(trained, state, gradients):
+        updates, state = optimizer.update(gradients, state, trained)
+        return optax.apply_updates(trained, updates), state
+
+    gradient, update = jax.jit(jax.value_and_grad(loss)), jax.jit(update)
+    state, batches, losses = optimizer.init(trained), prepared.task.train_batches(seed), []
+    for step in range(len(factors)):
+        batch, key = next(batches), jax.random.fold_in(jax.random.key(seed), step)
+        halves = [
+            gradient(trained, batch["image"][half::2], batch["label"][half::2], jax.random.fold_in(key, half))
+            for half in (0, 1)
+        ]
+        losses.append(np.mean([float(value) for value, _ in halves]))
+        with jax.numpy_dtype_promotion("standard"):
+            trained, state = update(trained, state, jax.tree.map(lambda a, b: (a + b) / 2, *(g for _, g in halves)))
+    return losses
+
+
+def test_a_run_is_a_loop_that_is_written_out(tiny_files, tmp_path):
+    values = {
+        "optim.steps": 8,
+        "optim.warmup_ratio": 0.25,
+        "optim.decay": "linear",
+        "optim.accumulate": 2,
+        "optim.label_smoothing": 0.1,
+        "optim.clip_norm": 0.5,
+        "optim.learning_rate.lora": 0.05,
+        "optim.groups.head.learning_rate": 0.02,
+        "optim.groups.head.weight_decay": 0.1,
+        # By which one micro-batch differs from two.
+        "model.dropout": 0.2,
+        "peft.lora.dropout": 0.2,
+        "log.metrics_every": 1,
+    }
+    config = tiny.make_config(tiny_files, "lora", **values)
+    start(config, 3, tmp_path)
+    lines = [line for line in metrics_of(tmp_path) if "train_loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    factors = [0, 1 / 2, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    for group, peak in (("adapter", 0.05), ("head", 0.02)):
+        rates = [line[f"learning_rate_{group}"] for line in lines]
+        assert rates == pytest.approx([peak * factor for factor in factors], rel=1e-6)
+    assert [line["train_loss"] for line in lines] == pytest.approx(written_out(config, 3, factors), rel=1e-5)
+    # At some steps the gradient is cut off, at others not.
+    norms = [line["gradient_norm"] for line in lines]
+    assert min(norms) < 0.5 < max(norms)
+
+
+@pytest.mark.filterwarnings("ignore:.*RANDOM weights")
+def test_a_run_is_split_and_stacked_as_its_configuration_says(tiny_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(meshes, "SMALLEST_SPLIT", 30)
+    values = {"model.checkpoint": "none", "model.depth": 2, "model.scan_layers": True, "mesh.fsdp": 2}
+    prepared = job.prepare(tiny.make_config(tiny_files, "lora", **values), 0)
+    assert prepared.mesh.shape == {"data": 4, "fsdp": 2}
+    with jax.set_mesh(prepared.mesh), Interruption() as interruption:
+        run = loop._Run(prepared, *prepared.adapt(prepared.base_model()), tmp_path, 0.0, interruption)
+    (blocks,) = run.partition.merge(run.initial_state.trained, run.frozen).blocks
+    assert type(blocks) is Stack and blocks.depth == 2
+    kernel = run.frozen["blocks"][0]["stacked"]["mlp"]["up"]["kernel"][...]
+    # Of two blocks, each (10, 14).
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 10, 7)
 
 
 def test_checkpoints_hold_no_base_weights(tiny_files, tmp_path):
