@@ -40,17 +40,17 @@ def loss_and_gradients(built: small.Small, scan: bool, key: jax.Array | None = N
     return float(value), tiny.host(parts.by_block(gradients))
 
 
-def assert_same(looped, scanned, tolerance):
-    assert scanned[0] == pytest.approx(looped[0], rel=tolerance)
+def assert_same(looped, scanned):
+    assert scanned[0] == pytest.approx(looped[0], rel=1e-6)
     assert max(np.abs(gradient).max() for gradient in looped[1].values()) > 1e-2
-    tiny.assert_close(looped[1], scanned[1], tolerance)
+    tiny.assert_close(looped[1], scanned[1], 1e-6)
 
 
 @pytest.mark.parametrize("kind", small.KINDS)
 @pytest.mark.parametrize("method", ["circulant", "lora", "dora", "bottleneck", "norm_tuning", "full"])
 def test_values_and_gradients_are_those_of_a_loop(kind, method):
     looped, scanned = (loss_and_gradients(small.build(kind, method), scan) for scan in (False, True))
-    assert_same(looped, scanned, 1e-6)
+    assert_same(looped, scanned)
 
 
 @pytest.mark.parametrize("kind", small.KINDS)
@@ -61,7 +61,7 @@ def test_dropout_draws_the_same_keys(kind, method, remat):
     looped, scanned = (
         loss_and_gradients(small.build(kind, method, values, **options), scan, KEY) for scan in (False, True)
     )
-    assert_same(looped, scanned, 1e-6)
+    assert_same(looped, scanned)
 
 
 @pytest.mark.parametrize("remat", ["none", "block"])
@@ -71,7 +71,9 @@ def test_bfloat16(remat):
             loss_and_gradients(small.build("bert", "circulant", remat=remat, dtype="bfloat16"), scan)
             for scan in (False, True)
         )
-    assert_same(looped, scanned, 2e-2)
+    assert scanned[0] == pytest.approx(looped[0], rel=1e-2)
+    assert all(gradient.any() for gradient in looped[1].values())
+    tiny.assert_near(looped[1], scanned[1], 2e-2)
 
 
 @pytest.mark.parametrize("kind", small.KINDS)
@@ -99,7 +101,7 @@ def test_blocks_that_differ_are_not_stacked():
     parts, trained, frozen = partition(built.model, built.adapter, scan_layers=True)
     # The first block has no adapter.
     assert kinds(parts.merge(trained, frozen).blocks) == [1, 3]
-    assert_same(looped, loss_and_gradients(small.build("vit", "adapter_drop", depth=4), True), 1e-6)
+    assert_same(looped, loss_and_gradients(small.build("vit", "adapter_drop", depth=4), True))
 
 
 def test_blocks_in_different_groups_of_the_optimiser_are_not_stacked():

@@ -239,7 +239,14 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32(built_for):
     assert {array.dtype for array in rounded_arrays.values()} == {np.dtype("float32")}
     assert rounded_metrics["train_loss"] != metrics["train_loss"]
     assert rounded_metrics["train_loss"] == pytest.approx(metrics["train_loss"], rel=2e-2)
-    tiny.assert_close(arrays, rounded_arrays, 5e-2)
+    start = tiny.host(exact.trained)
+    gradients, rounded_gradients = (
+        {name: start[name] - after[name] for name in start} for after in (arrays, rounded_arrays)
+    )
+    # One of the two factors of each update is zero at the start, and the other is still.
+    still = {name for name, gradient in gradients.items() if not gradient.any()}
+    assert still == {name for name in start if name.endswith("/r2']")} and len(still) == 3
+    tiny.assert_near(gradients, rounded_gradients, 3e-2)
     assert "bf16[" in program
     assert gathered_sizes(program) == []
 

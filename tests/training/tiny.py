@@ -112,6 +112,14 @@ def assert_close(one: dict[str, np.ndarray], other: dict[str, np.ndarray], toler
         np.testing.assert_allclose(other[name], array, rtol=0, atol=tolerance * scale, err_msg=name)
 
 
+def assert_near(exact: dict[str, np.ndarray], rounded: dict[str, np.ndarray], tolerance: float) -> None:
+    """The distance is relative to the norm of each array, however small that is: only zeros are near to zeros."""
+    assert exact.keys() == rounded.keys()
+    norms = {name: (np.linalg.norm(rounded[name] - array), np.linalg.norm(array)) for name, array in exact.items()}
+    far = {name: (distance, norm) for name, (distance, norm) in norms.items() if not distance <= tolerance * norm}
+    assert not far, far
+
+
 def read_checkpoints(workdir: Path) -> dict[int, tuple[dict[str, np.ndarray], dict[str, Any]]]:
     """The leaves and the record of every checkpoint of a run, read without the library, but for clocks and sums."""
     found = {}
