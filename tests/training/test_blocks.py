@@ -57,7 +57,7 @@ def test_values_and_gradients_are_those_of_a_loop(kind, method):
 @pytest.mark.parametrize(("method", "remat"), [("lora", "none"), ("bottleneck", "block"), ("lora", "dots")])
 def test_dropout_draws_the_same_keys(kind, method, remat):
     values = {f"peft.{method}.dropout": 0.3}
-    options = {"dropout": 0.2, "remat": remat, "depth": 3}
+    options = {"dropout": 0.2, "remat": remat}
     looped, scanned = (
         loss_and_gradients(small.build(kind, method, values, **options), scan, KEY) for scan in (False, True)
     )
@@ -191,5 +191,5 @@ def program_size(depth, scan):
 
 
 def test_the_program_does_not_grow_with_depth():
-    assert program_size(12, True) == program_size(48, True)
+    assert program_size(3, True) == program_size(6, True)
     assert program_size(4, False) > 1.5 * program_size(2, False)
