@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,20 @@ FORMAT = "surm_jax.model.1"
 RULES = (KeyRule(r"position_embed", r"position_embed", resize_position_embed), KeyRule(r"(.+)", r"\1"))
 
 
-def save_model(path: Path | str, model: nnx.Module, config: Any) -> None:
+def save_model(
+    path: Path | str,
+    model: nnx.Module,
+    config: Any,
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> None:
     """Writes all parameters of a model, each in its dtype, and its configuration to one file, atomically.
 
     Args:
         path: ends in `.safetensors`; replaced if it exists.
         model: its `nnx.Param`s are written, named by their `/`-joined paths.
         config: the frozen dataclass that the model was built from.
+        normalization: mean and standard deviation by channel of the pixels that the model was trained on, in [0, 1]
+            before; those in [-1, 1] if left out. `image_normalization` reads them again.
 
     Raises:
         UserError: another suffix, or the file cannot be written.
@@ -41,6 +48,8 @@ def save_model(path: Path | str, model: nnx.Module, config: Any) -> None:
         join(keys): np.asarray(variable[...]) for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
     header = {"format": FORMAT, "model": type(config).__name__, "config": json.dumps(dataclasses.asdict(config))}
+    if normalization is not None:
+        header["normalization"] = json.dumps([[*map(float, values)] for values in normalization])
     try:
         with replacing(path) as temporary:
             write_tensors(temporary, tensors, header)
@@ -56,6 +65,21 @@ def is_native(path: Path) -> bool:
     """
     with open_tensors(path) as file:
         return file.header.get("format") == FORMAT
+
+
+def read_normalization(path: Path) -> tuple[Any, Any] | None:
+    """Returns mean and standard deviation in a file of `save_model`, of any type and size, or `None` without them.
+
+    Raises:
+        UserError: the header is damaged.
+    """
+    with open_tensors(path) as file:
+        entry = file.header.get("normalization")
+    try:
+        mean, std = (None, None) if entry is None else json.loads(entry)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: no mean and std of pixels in its header ({error})") from None
+    return None if entry is None else (mean, std)
 
 
 def read_config(path: Path, overrides: Mapping[str, Any]) -> tuple[type[nnx.Module], Any]:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from surm_jax.errors import UserError
+from surm_jax.pretrained.native import is_native, read_normalization
+from surm_jax.pretrained.tensor_files import SUFFIX
 from surm_jax.untrusted import read_json
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
@@ -41,10 +43,13 @@ def image_normalization(checkpoint: Path | None) -> Normalization | None:
         checkpoint: what `locate` returned.
 
     Raises:
-        UserError: its `preprocessor_config.json` is damaged.
+        UserError: its `preprocessor_config.json`, or the header of a file of `save_model`, is damaged.
     """
     if checkpoint is None:
         return None
+    if checkpoint.suffix == SUFFIX and checkpoint.is_file() and is_native(checkpoint):
+        stored = read_normalization(checkpoint)
+        return None if stored is None else _checked(checkpoint, *stored)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     if not (folder / "config.json").is_file() or checkpoint.suffix == ".npz":
         return None
@@ -78,9 +83,17 @@ def _read(path: Path) -> Normalization:
     try:
         if not fields.get("do_normalize", True):
             return Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-        mean, std = (tuple(map(float, fields[name])) for name in ("image_mean", "image_std"))
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        mean, std = fields["image_mean"], fields["image_std"]
+    except KeyError as error:
+        raise UserError(f"{path} is damaged: it has no {error}: fetch it again") from None
+    return _checked(path, mean, std)
+
+
+def _checked(path: Path, mean: Any, std: Any) -> Normalization:
+    try:
+        mean, std = tuple(map(float, mean)), tuple(map(float, std))
+    except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): fetch it again") from None
     if len(mean) != len(std) or not all(map(math.isfinite, mean)) or not all(0 < s < math.inf for s in std):
-        raise UserError(f"{path} is damaged: image_mean is {mean} and image_std {std}")
+        raise UserError(f"{path} is damaged: the mean of pixels is {mean} and their std {std}")
     return Normalization(mean, std)

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from surm_jax.errors import UserError
 from surm_jax.models import Bert, BertConfig, ViT, ViTConfig
-from surm_jax.pretrained import load, model_config, save_model
+from surm_jax.pretrained import image_normalization, load, model_config, save_model
 from surm_jax.pretrained.position_embed import resize_position_embed
 
 CONFIG = {
@@ -145,6 +145,24 @@ def test_position_embeddings_are_resized_as_augregs_are(saved):
     loaded = build(path=path, image_size=20)
     expected = resize_position_embed(np.asarray(model.position_embed[...]), (1, 26, 6))
     np.testing.assert_array_equal(loaded.position_embed[...], expected)
+
+
+def test_a_file_knows_how_pixels_were_normalised(saved):
+    path, model = saved
+    assert image_normalization(path) is None
+    save_model(path, model, config(), (np.float32([0.5, 0.25, 0.125]), (1, 2, 3)))
+    assert image_normalization(path) == ((0.5, 0.25, 0.125), (1.0, 2.0, 3.0))
+    build(path=path)
+    # What lies beside it is of another model.
+    (path.parent / "config.json").write_text('{"model_type": "clip"}')
+    assert image_normalization(path) == ((0.5, 0.25, 0.125), (1.0, 2.0, 3.0))
+
+
+@pytest.mark.parametrize("entry", ["[", "7", "[[1, 1, 1]]", "[[0, 0, 0], [1, 1, 0]]", '["a", "b"]', "[" * 100_000])
+def test_a_damaged_normalization_is_told(saved, entry):
+    rewrite(saved[0], lambda header, tensors: header.update(normalization=entry))
+    with pytest.raises(UserError, match=r"vit\.safetensors is damaged"):
+        image_normalization(saved[0])
 
 
 def test_runtime_fields_may_differ(saved):
