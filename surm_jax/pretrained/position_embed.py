@@ -30,8 +30,8 @@ def resize_position_embed(position_embed: np.ndarray, shape: tuple[int, ...]) ->
     >>> resize_position_embed(np.array([[[7.0], [0.0], [1.0], [2.0], [3.0]]]), (1, 10, 1))[0, :, 0].tolist()
     [7.0, 0.0, 0.5, 1.0, 1.0, 1.5, 2.0, 2.0, 2.5, 3.0]
     """
-    if position_embed.ndim != 3 or position_embed.shape[1] == shape[1]:
-        return position_embed  # what does not fit is reported with all other shapes
+    if _fits(position_embed, shape):
+        return position_embed
     old_class, old = _layout(position_embed.shape[1])
     new_class, new = _layout(shape[1])
     if new_class and not old_class:
@@ -64,8 +64,8 @@ def resize_position_embed_bicubic(
     >>> resize_position_embed_bicubic(np.array([[[0.0], [0.0], [8.0], [8.0]]]), (1, 9, 1), extra_tokens=0)[0, ::3, 0]
     array([-0.69444444,  4.        ,  8.69444444])
     """
-    if position_embed.ndim != 3 or position_embed.shape[1] == shape[1]:
-        return position_embed  # what does not fit is reported with all other shapes
+    if _fits(position_embed, shape):
+        return position_embed
     sides = []
     for tokens in (position_embed.shape[1], shape[1]):
         side = math.isqrt(max(0, tokens - extra_tokens))
@@ -77,6 +77,11 @@ def resize_position_embed_bicubic(
         sides.append(side)
     grid = _resize(position_embed[:, extra_tokens:], *sides, _bicubic)
     return np.concatenate([position_embed[:, :extra_tokens], grid], axis=1)
+
+
+def _fits(position_embed: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Says whether there is nothing to resize. What has other dimensions is reported with all other shapes."""
+    return position_embed.ndim != 3 or position_embed.shape[0] != 1 or position_embed.shape[1] == shape[1]
 
 
 def _layout(tokens: int) -> tuple[int, int]:

@@ -81,6 +81,9 @@ def fill(
     for target, (key, transform) in plan.items():
         wanted = targets[target]
         stored = read(key)
+        if not _holds(wanted.dtype, stored.dtype):
+            problems.append(f"{key!r} is {stored.dtype}, which {target!r} of {wanted.dtype} cannot hold exactly")
+            continue
         try:
             array = transform(stored, wanted.shape)
         except UserError as error:
@@ -88,8 +91,6 @@ def fill(
             continue
         if array.shape != wanted.shape:
             problems.append(f"{key!r} has shape {stored.shape}, but {target!r} is {wanted.shape}")
-        elif not _holds(wanted.dtype, array.dtype):
-            problems.append(f"{key!r} is {array.dtype}, which {target!r} of {wanted.dtype} cannot hold exactly")
         elif not is_finite(array):
             problems.append(f"{key!r} holds numbers that are not finite")
         elif not problems:

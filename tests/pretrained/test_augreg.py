@@ -141,6 +141,20 @@ def test_position_embeddings_that_are_no_grid(read):
         read(lambda arrays: arrays.update({POSITION: np.ones((1, 8, 15), np.float32)}))
 
 
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.ones((2, 10, 15), np.float32), rf"{POSITION!r} has shape \(2, 10, 15\), but 'position_embed' is \(1, 26,"),
+        (np.ones((0, 10, 15), np.float32), rf"{POSITION!r} has shape \(0, 10, 15\), but"),
+        (np.full((1, 10, 15), "one"), f"{POSITION!r} is <U3, which 'position_embed' of float32 cannot hold"),
+    ],
+    ids=["two", "none", "strings"],
+)
+def test_position_embeddings_that_are_none(read, array, message):
+    with pytest.raises(UserError, match=message):
+        read(lambda arrays: arrays.update({POSITION: array}), image_size=20)
+
+
 def damaged(tmp_path, tiny_geometry, content):
     path = tmp_path / "bad.npz"
     path.write_bytes(content)

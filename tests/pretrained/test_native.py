@@ -191,7 +191,7 @@ def rewrite(path, alter):
             lambda header, tensors: tensors.update({"norm/skale": np.ones(1)}),
             "'norm/skale'.* did you mean 'norm/scale'",
         ),
-        (lambda header, tensors: tensors.update({"cls_token": np.ones(2)}), r"'cls_token' has shape \(2,\)"),
+        (lambda header, tensors: tensors.update({"cls_token": np.ones(2, "f4")}), r"'cls_token' has shape \(2,\)"),
         (lambda header, tensors: header.update(format="pt"), "not written by save_model"),
         (
             lambda header, tensors: header.update(model="ViTConfigs"),

@@ -82,3 +82,12 @@ class TestBicubic:
 def test_a_size_that_only_a_damaged_configuration_has(resize):
     with pytest.raises(UserError, match="a grid of 2 x 2 position embeddings would grow to 100000 x 100000"):
         resize(random(1, 5, 6), (1, 10**10 + 1, 6))
+
+
+@pytest.mark.parametrize(
+    "resize",
+    [resize_position_embed, lambda embed, shape: resize_position_embed_bicubic(embed, shape, extra_tokens=1)],
+)
+@pytest.mark.parametrize("shape", [(2, 5, 6), (0, 5, 6), (5, 6)])
+def test_other_dimensions_are_left_to_who_compares_shapes(resize, shape):
+    assert resize(random(*shape), (1, 17, 6)).shape == shape
