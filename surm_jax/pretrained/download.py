@@ -5,6 +5,7 @@ import hashlib
 import http.client
 import logging
 import os
+import string
 import urllib.error
 import urllib.request
 from email.message import Message
@@ -18,6 +19,7 @@ from surm_jax.errors import UserError
 
 TIMEOUT_SECONDS = 10
 CHUNK_BYTES = 1 << 20
+_LONGEST_NAME = 255
 
 log = logging.getLogger(__name__)
 
@@ -31,18 +33,23 @@ def cache_path(url: str) -> Path:
     """Returns where the file of a URL is kept: `<cache_root()>/<host>/<path>`.
 
     Raises:
-        UserError: the URL does not end in a file name.
+        UserError: the URL does not end in a file name, or is none.
 
     >>> cache_path("https://example.org/vit/b16.npz").parts[-3:]
     ('example.org', 'vit', 'b16.npz')
     """
-    split = urlsplit(url)
+    try:
+        split = urlsplit(url)
+        port = split.port
+    except ValueError as error:
+        raise UserError(f"{url!r} is no URL: {error}") from None
     folders = [part for part in split.path.split("/") if part]
     if not split.hostname or not folders or split.path.endswith("/") or {".", ".."} & {*folders}:
         raise UserError(f"the URL must name a host and a file, such as https://example.org/vit.npz, got {url!r}")
     if split.query:  # another query may be another file
-        folders.insert(-1, quote(split.query, safe=""))
-    host = f"{split.hostname}_{split.port}" if split.port else split.hostname
+        query = quote(split.query, safe="")
+        folders.insert(-1, query if len(query) <= _LONGEST_NAME else hashlib.sha256(query.encode()).hexdigest())
+    host = f"{split.hostname}_{port}" if port else split.hostname
     return cache_root().joinpath(host, *folders)
 
 
@@ -70,7 +77,7 @@ def download(url: str) -> Path:
                 _fetch(url, partial)
                 os.replace(partial.path, target)
                 partial.discard()
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, UnicodeError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         kept = f"{partial.size()} bytes of it are kept, call again to fetch the rest; or " if partial.size() else ""
         raise UserError(
@@ -110,8 +117,9 @@ def _fetch(url: str, partial: _Partial) -> None:
         start = partial.size()
         # If-Range: the whole file, should it be another version by now.
         asked = {"Range": f"bytes={start}-", "If-Range": partial.version()} if start and partial.version() else {}
+        request = urllib.request.Request(quote(url, safe=string.punctuation), headers=asked)
         try:
-            response = urllib.request.urlopen(urllib.request.Request(url, headers=asked), timeout=TIMEOUT_SECONDS)
+            response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
         except urllib.error.HTTPError as error:
             if not asked or error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
                 raise
@@ -124,6 +132,8 @@ def _fetch(url: str, partial: _Partial) -> None:
             elif not (response.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
                 raise OSError(f"asked for bytes from {start}, got {response.headers.get('Content-Range')}")
             announced = response.headers.get("Content-Length")
+            if announced and not announced.isdecimal():
+                raise OSError(f"the server announces {announced!r} bytes")
             total = start + int(announced) if announced else None
             _append(response, partial.path, total)
         if total is not None and partial.size() != total:

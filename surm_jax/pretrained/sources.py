@@ -51,7 +51,10 @@ def locate(checkpoint: str, variant: str | None = None) -> Path | None:
         return download(checkpoint)
     if checkpoint.startswith(hub.PREFIX):
         return hub.fetch(checkpoint)
-    path = Path(checkpoint).expanduser()
+    try:
+        path = Path(checkpoint).expanduser()
+    except RuntimeError:
+        raise UserError(f"there is no checkpoint {checkpoint!r}: nobody here has that name") from None
     if not path.is_file() and not (path / CONFIG_NAME).is_file():
         raise UserError(f"there is no checkpoint {checkpoint!r}: {_what_is_wrong(path, checkpoint)}")
     return path

@@ -211,6 +211,24 @@ def test_several_processes_fetch_it_once(server):
     assert left(server.url) == {"vit.npz": len(CONTENT)}
 
 
+def test_a_path_that_is_not_ascii(server):
+    server.url = server.url.replace("models", "modèles à part")
+    assert download(server.url).read_bytes() == CONTENT
+    assert server.requests == [("/mod%C3%A8les%20%C3%A0%20part/vit.npz", None, None)]
+
+
+def test_the_query_of_a_signed_url_is_too_long_for_a_name(server):
+    urls = [f"{server.url}?signature={'a%2F' * 100}{i}" for i in range(2)]
+    assert [download(url).read_bytes() for url in urls] == [CONTENT] * 2
+    assert [request[0] for request in server.requests] == ["/models" + url.partition("/models")[2] for url in urls]
+
+
+def test_a_length_that_is_no_number(server):
+    server.sized, server.extra = False, {"Content-Length": "abc"}
+    with pytest.raises(UserError, match="the server announces 'abc' bytes"):
+        download(server.url)
+
+
 def test_absent(server):
     url = server.url.replace("models", "absent")
     with pytest.raises(UserError, match=r"404|Not Found") as error:
@@ -260,4 +278,10 @@ def test_cache_paths(monkeypatch, tmp_path):
 )
 def test_urls_without_a_file(url):
     with pytest.raises(UserError, match="must name a host and a file"):
+        download(url)
+
+
+@pytest.mark.parametrize("url", ["https://a.org:port/vit.npz", "http://[::1/vit.npz", "http://a.org:99999/vit.npz"])
+def test_what_is_no_url(url):
+    with pytest.raises(UserError, match="is no URL: "):
         download(url)

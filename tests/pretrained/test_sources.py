@@ -56,6 +56,11 @@ def test_missing_path_lists_similar_files(tmp_path):
         locate(str(tmp_path / "absent" / "vit.npz"), "B/16")
 
 
+def test_the_home_of_nobody():
+    with pytest.raises(UserError, match=r"no checkpoint '~no-such-user/vit\.npz': nobody here has that name"):
+        locate("~no-such-user/vit.npz")
+
+
 def test_folder(tmp_path):
     with pytest.raises(UserError, match=r"the folder holds no config\.json, .* and is empty"):
         locate(str(tmp_path))
