@@ -34,8 +34,9 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Does for a folder what `replacing` does for a file; yields an empty folder.
 
-    A folder that is there cannot be replaced in one step: see `move_folder`.
+    A folder that is there cannot be replaced in one step: see `move_folder`. Of a link, its target is replaced.
     """
+    folder = folder.resolve()  # links are renamed as links, and `.` has no name
     temporary = _beside(folder)
     temporary.mkdir(parents=True)
     try:
