@@ -33,7 +33,8 @@ BY_MODEL_TYPE = {
     "clip": CLIP,
     "clip_vision_model": CLIP,
 }
-"""What the image processors of transformers do where a folder has no `preprocessor_config.json`."""
+"""What the published models of each kind expect, for folders that do not say it. For DeiT, I-JEPA and DINOv2 it is not
+the default of their image processors in transformers."""
 
 
 def image_normalization(checkpoint: Path | None) -> Normalization | None:
@@ -43,7 +44,8 @@ def image_normalization(checkpoint: Path | None) -> Normalization | None:
         checkpoint: what `locate` returned.
 
     Raises:
-        UserError: its `preprocessor_config.json`, or the header of a file of `save_model`, is damaged.
+        UserError: its `preprocessor_config.json`, or the header of a file of `save_model`, is damaged, or the former
+            leaves pixels in [0, 255].
     """
     if checkpoint is None:
         return None
@@ -53,13 +55,12 @@ def image_normalization(checkpoint: Path | None) -> Normalization | None:
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     if not (folder / "config.json").is_file() or checkpoint.suffix == ".npz":
         return None
-    if (folder / PREPROCESSOR_NAME).is_file():
-        return _read(folder / PREPROCESSOR_NAME)
     try:
         model_type = read_json(folder / "config.json").get("model_type")
     except UserError:
-        return None  # a damaged config.json is reported by who reads the model
-    return BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
+        model_type = None  # a damaged config.json is reported by who reads the model
+    default = BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
+    return _read(folder / PREPROCESSOR_NAME, default) if (folder / PREPROCESSOR_NAME).is_file() else default
 
 
 def preprocessor_fields(normalization: tuple[Sequence[float], Sequence[float]], image_size: int) -> dict[str, Any]:
@@ -78,21 +79,26 @@ def preprocessor_fields(normalization: tuple[Sequence[float], Sequence[float]], 
     }
 
 
-def _read(path: Path) -> Normalization:
+def _read(path: Path, default: Normalization | None) -> Normalization | None:
     fields = read_json(path)
-    try:
-        if not fields.get("do_normalize", True):
-            return Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-        mean, std = fields["image_mean"], fields["image_std"]
-    except KeyError as error:
-        raise UserError(f"{path} is damaged: it has no {error}: fetch it again") from None
-    return _checked(path, mean, std)
+    if not fields.get("do_rescale", True):
+        raise UserError(f"{path} has do_rescale = false, so that pixels stay in [0, 255]: give it their rescale_factor")
+    mean, std = fields.get("image_mean"), fields.get("image_std")
+    if not fields.get("do_normalize", True):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    elif mean is None and std is None:
+        if default is None:
+            return None
+        mean, std = default
+    return _checked(path, mean, std, fields.get("rescale_factor", 1 / 255))
 
 
-def _checked(path: Path, mean: Any, std: Any) -> Normalization:
+def _checked(path: Path, mean: Any, std: Any, rescale_factor: Any = 1 / 255) -> Normalization:
+    """Returns `(255 f x - mean) / std`, which is meant for pixels x in [0, 1], with the factor in mean and std."""
     try:
-        mean, std = tuple(map(float, mean)), tuple(map(float, std))
-    except (ValueError, TypeError, OverflowError) as error:
+        scale = 255 * float(rescale_factor)
+        mean, std = (tuple(float(value) / scale for value in values) for values in (mean, std))
+    except (ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): fetch it again") from None
     if len(mean) != len(std) or not all(map(math.isfinite, mean)) or not all(0 < s < math.inf for s in std):
         raise UserError(f"{path} is damaged: the mean of pixels is {mean} and their std {std}")

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from surm_jax.errors import UserError
@@ -46,6 +47,38 @@ def test_not_to_normalise(folder):
     assert image_normalization(folder("vit", do_normalize=False)) == ((0.0,) * 3, (1.0,) * 3)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rescale_factor": 1 / 127.5, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]},  # to [-1, 1]
+        {"rescale_factor": 0.01, "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]},
+        {"rescale_factor": 0.01, "do_normalize": False},
+        {"do_normalize": False},
+    ],
+)
+def test_it_is_what_the_processor_of_transformers_computes(folder, fields):
+    reason = "compares with a PyTorch library: pip install -r requirements-peers.txt"
+    processor = pytest.importorskip("transformers", reason=reason).ViTImageProcessor(**fields, do_resize=False)
+    image = np.random.default_rng(0).integers(0, 256, (2, 2, 3), np.uint8)
+    expected = processor(image, input_data_format="channels_last", return_tensors="np")["pixel_values"][0]
+    mean, std = image_normalization(folder("vit", **fields))
+    np.testing.assert_allclose((image / 255 - mean) / std, np.moveaxis(expected, 0, -1), rtol=1e-5, atol=1e-5)
+
+
+def test_twice_the_factor(folder):
+    fields = {"rescale_factor": 1 / 127.5, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]}
+    assert image_normalization(folder("vit", **fields)) == HALF
+
+
+def test_a_folder_that_names_the_processor_alone(folder):
+    assert image_normalization(folder("clip", image_processor_type="CLIPImageProcessor")) == CLIP
+
+
+def test_pixels_that_are_not_rescaled_are_refused(folder):
+    with pytest.raises(UserError, match="do_rescale = false, so that pixels stay in"):
+        image_normalization(folder("vit", do_rescale=False, image_mean=[127] * 3, image_std=[127] * 3))
+
+
 def test_other_formats_have_none(tmp_path, folder):
     assert image_normalization(None) is None
     assert image_normalization(tmp_path / "vit.safetensors") is None
@@ -64,6 +97,9 @@ def test_other_formats_have_none(tmp_path, folder):
         {"image_mean": "a", "image_std": [1.0]},
         {"image_mean": [float("nan")], "image_std": [1.0]},
         {"image_mean": [10**400], "image_std": [1.0]},
+        {"image_mean": [1.0], "image_std": [1.0], "rescale_factor": 0},
+        {"image_mean": [1.0], "image_std": [1.0], "rescale_factor": -1},
+        {"image_mean": [1.0], "image_std": [1.0], "rescale_factor": "a"},
     ],
 )
 def test_a_damaged_file_is_told(folder, fields):
