@@ -12,7 +12,7 @@ _MOST_GROWTH = 16
 
 
 def resize_position_embed(position_embed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns position embeddings for another grid of patches: bilinear, corners aligned, in float64, cast back.
+    """Returns position embeddings for another grid of patches: bilinear, corners aligned, calculated in float64.
 
     For AugReg checkpoints. The same numbers as `scipy.ndimage.zoom(grid, order=1)`, which the sources call
     (https://github.com/google-research/vision_transformer/blob/main/vit_jax/checkpoint.py): patch `i` of `n` new ones
@@ -21,7 +21,7 @@ def resize_position_embed(position_embed: np.ndarray, shape: tuple[int, ...]) ->
     agree.
 
     Args:
-        position_embed: `(1, tokens, width)`.
+        position_embed: `(1, tokens, width)`; what is resized of half precision is float32.
         shape: what the model wants, `(1, tokens', width)`.
 
     Raises:
@@ -46,7 +46,7 @@ def resize_position_embed(position_embed: np.ndarray, shape: tuple[int, ...]) ->
 def resize_position_embed_bicubic(
     position_embed: np.ndarray, shape: tuple[int, ...], *, extra_tokens: int
 ) -> np.ndarray:
-    """Returns position embeddings for another grid of patches: bicubic, in float64, cast back.
+    """Returns position embeddings for another grid of patches: bicubic, calculated in float64.
 
     For checkpoints of Hugging Face transformers, whose `interpolate_pos_encoding` calls PyTorch's
     `interpolate(mode="bicubic", align_corners=False)`: patch `i` of `n` new ones reads the `m` old ones at
@@ -54,7 +54,7 @@ def resize_position_embed_bicubic(
     without antialiasing; beyond the border the outermost patch is repeated. Nothing is done where the lengths agree.
 
     Args:
-        position_embed: `(1, tokens, width)`.
+        position_embed: `(1, tokens, width)`; what is resized of half precision is float32.
         shape: what the model wants, `(1, tokens', width)`.
         extra_tokens: rows before those of the patches, on both sides, such as the class token's; they are copied.
 
@@ -100,7 +100,7 @@ def _resize(patches: np.ndarray, old: int, new: int, kernel: Callable[[int, int]
     weights = kernel(old, new)
     grid = patches[0].reshape(old, old, -1)
     grid = np.einsum("ai,bj,ijd->abd", weights, weights, grid.astype(np.float64), optimize=True)
-    return grid.reshape(1, new * new, -1).astype(patches.dtype)
+    return grid.reshape(1, new * new, -1).astype(np.promote_types(patches.dtype, np.float32))
 
 
 def _bilinear(old: int, new: int) -> np.ndarray:

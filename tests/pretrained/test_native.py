@@ -165,6 +165,13 @@ def test_a_damaged_normalization_is_told(saved, entry):
         image_normalization(saved[0])
 
 
+def test_position_embeddings_of_a_half_precision_model_are_resized_to_it(saved):
+    path, model = saved
+    model.position_embed = nnx.Param(model.position_embed[...].astype(jnp.bfloat16))
+    save_model(path, model, config())
+    assert build(path=path, image_size=20, param_dtype="bfloat16").position_embed.dtype == jnp.bfloat16
+
+
 def test_runtime_fields_may_differ(saved):
     assert build(path=saved[0], dtype="bfloat16", dropout=0.1).config.dtype == "bfloat16"
 

@@ -1,4 +1,5 @@
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -9,6 +10,12 @@ from surm_jax.pretrained.position_embed import resize_position_embed, resize_pos
 
 def random(*shape):
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+BOTH = pytest.mark.parametrize(
+    "resize",
+    [resize_position_embed, lambda embed, shape: resize_position_embed_bicubic(embed, shape, extra_tokens=1)],
+)
 
 
 @pytest.mark.parametrize(("old", "new"), [(14, 24), (14, 7), (14, 2), (3, 5), (2, 9), (24, 14), (5, 1), (1, 4)])
@@ -75,19 +82,22 @@ class TestBicubic:
             resize_position_embed_bicubic(random(1, old, 2), (1, new, 2), extra_tokens=10 - old)
 
 
-@pytest.mark.parametrize(
-    "resize",
-    [resize_position_embed, lambda embed, shape: resize_position_embed_bicubic(embed, shape, extra_tokens=1)],
-)
+@BOTH
 def test_a_size_that_only_a_damaged_configuration_has(resize):
     with pytest.raises(UserError, match="a grid of 2 x 2 position embeddings would grow to 100000 x 100000"):
         resize(random(1, 5, 6), (1, 10**10 + 1, 6))
 
 
-@pytest.mark.parametrize(
-    "resize",
-    [resize_position_embed, lambda embed, shape: resize_position_embed_bicubic(embed, shape, extra_tokens=1)],
-)
+@BOTH
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_between_points_of_half_precision_is_more_precision(resize, dtype):
+    embed = random(1, 5, 6).astype(dtype)
+    resized = resize(embed, (1, 17, 6))
+    assert resized.dtype == np.float32
+    np.testing.assert_array_equal(resized, resize(embed.astype(np.float32), (1, 17, 6)))
+
+
+@BOTH
 @pytest.mark.parametrize("shape", [(2, 5, 6), (0, 5, 6), (5, 6)])
 def test_other_dimensions_are_left_to_who_compares_shapes(resize, shape):
     assert resize(random(*shape), (1, 17, 6)).shape == shape
