@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from flax import nnx
 
 from surm_jax.atomic import replacing
 from surm_jax.errors import UserError, did_you_mean
+from surm_jax.models import ViTConfig
 from surm_jax.paths import join
 from surm_jax.pretrained.configs import MODELS, require_fields, require_same
 from surm_jax.pretrained.position_embed import resize_position_embed
@@ -19,8 +21,6 @@ from surm_jax.pretrained.rules import KeyRule, fill
 from surm_jax.pretrained.tensor_files import SUFFIX, open_tensors, write_tensors
 
 FORMAT = "surm_jax.model.1"
-
-RULES = (KeyRule(r"position_embed", r"position_embed", resize_position_embed), KeyRule(r"(.+)", r"\1"))
 
 
 def save_model(
@@ -102,7 +102,7 @@ def read(
     """Reads the parameters of a model from a file of `save_model`.
 
     The configuration in the file is compared first (see `surm_jax.pretrained.configs.require_same`). Position
-    embeddings are resized to the model's image size as AugReg's are.
+    embeddings are resized to the model's image size, bilinearly as AugReg's are.
 
     Args:
         path: the file.
@@ -116,7 +116,15 @@ def read(
     with open_tensors(path) as file:
         _, stored = _read_config(path, file.header, {})
         require_same(str(path), stored, config, targets)
-        return fill(file.keys, file.read, targets, RULES, fresh=fresh, origin=str(path))
+        return fill(file.keys, file.read, targets, _rules(config), fresh=fresh, origin=str(path))
+
+
+def _rules(config: Any) -> tuple[KeyRule, ...]:
+    same = KeyRule(r"(.+)", r"\1")
+    if not isinstance(config, ViTConfig):
+        return (same,)
+    resize = partial(resize_position_embed, extra_tokens=config.extra_tokens)
+    return KeyRule("position_embed", "position_embed", resize), same
 
 
 def _read_config(path: Path, header: Mapping[str, str], overrides: Mapping[str, Any]) -> tuple[type[nnx.Module], Any]:

@@ -11,27 +11,33 @@ from surm_jax.errors import UserError
 _MOST_GROWTH = 16
 
 
-def resize_position_embed(position_embed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def resize_position_embed(
+    position_embed: np.ndarray, shape: tuple[int, ...], *, extra_tokens: int | None = None
+) -> np.ndarray:
     """Returns position embeddings for another grid of patches: bilinear, corners aligned, calculated in float64.
 
     For AugReg checkpoints. The same numbers as `scipy.ndimage.zoom(grid, order=1)`, which the sources call
     (https://github.com/google-research/vision_transformer/blob/main/vit_jax/checkpoint.py): patch `i` of `n` new ones
-    reads the old grid at `i (m - 1) / (n - 1)`. A row for the class token, the first one where the length is a square
-    plus one, is copied untouched, or dropped where the model has no class token. Nothing is done where the lengths
-    agree.
+    reads the old grid at `i (m - 1) / (n - 1)`. Without `extra_tokens` a row for the class token, the first one where
+    the length is a square plus one, is copied untouched, or dropped where the model has no class token. Nothing is
+    done where the lengths agree.
 
     Args:
         position_embed: `(1, tokens, width)`; what is resized of half precision is float32.
         shape: what the model wants, `(1, tokens', width)`.
+        extra_tokens: as in `resize_position_embed_bicubic`.
 
     Raises:
-        UserError: a length that is neither a square nor a square plus one, or a class token that only the model has.
+        UserError: a length that is neither a square nor a square plus one, or not a square and the extra tokens; or a
+            class token that only the model has.
 
     >>> resize_position_embed(np.array([[[7.0], [0.0], [1.0], [2.0], [3.0]]]), (1, 10, 1))[0, :, 0].tolist()
     [7.0, 0.0, 0.5, 1.0, 1.0, 1.5, 2.0, 2.0, 2.5, 3.0]
     """
     if _fits(position_embed, shape):
         return position_embed
+    if extra_tokens is not None:
+        return _resize_patches(position_embed, shape, extra_tokens, _bilinear)
     old_class, old = _layout(position_embed.shape[1])
     new_class, new = _layout(shape[1])
     if new_class and not old_class:
@@ -66,6 +72,18 @@ def resize_position_embed_bicubic(
     """
     if _fits(position_embed, shape):
         return position_embed
+    return _resize_patches(position_embed, shape, extra_tokens, _bicubic)
+
+
+def _fits(position_embed: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Says whether there is nothing to resize. What has other dimensions is reported with all other shapes."""
+    return position_embed.ndim != 3 or position_embed.shape[0] != 1 or position_embed.shape[1] == shape[1]
+
+
+def _resize_patches(
+    position_embed: np.ndarray, shape: tuple[int, ...], extra_tokens: int, kernel: Callable[[int, int], np.ndarray]
+) -> np.ndarray:
+    """Returns position embeddings with the same extra tokens before another square grid."""
     sides = []
     for tokens in (position_embed.shape[1], shape[1]):
         side = math.isqrt(max(0, tokens - extra_tokens))
@@ -75,13 +93,8 @@ def resize_position_embed_bicubic(
                 "does the model have the class token of the checkpoint?"
             )
         sides.append(side)
-    grid = _resize(position_embed[:, extra_tokens:], *sides, _bicubic)
+    grid = _resize(position_embed[:, extra_tokens:], *sides, kernel)
     return np.concatenate([position_embed[:, :extra_tokens], grid], axis=1)
-
-
-def _fits(position_embed: np.ndarray, shape: tuple[int, ...]) -> bool:
-    """Says whether there is nothing to resize. What has other dimensions is reported with all other shapes."""
-    return position_embed.ndim != 3 or position_embed.shape[0] != 1 or position_embed.shape[1] == shape[1]
 
 
 def _layout(tokens: int) -> tuple[int, int]:

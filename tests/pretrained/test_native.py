@@ -147,6 +147,17 @@ def test_position_embeddings_are_resized_as_augregs_are(saved):
     np.testing.assert_array_equal(loaded.position_embed[...], expected)
 
 
+def test_position_embeddings_with_a_distillation_token_are_resized(tmp_path):
+    distilled = config(distillation=True)
+    model = load(lambda: ViT(distilled, rngs=nnx.Rngs(5)), None)
+    save_model(tmp_path / "vit.safetensors", model, distilled)
+    larger = build(path=tmp_path / "vit.safetensors", distillation=True, image_size=20)
+    embed = np.asarray(model.position_embed[...])
+    np.testing.assert_array_equal(larger.position_embed[:, :2], embed[:, :2])
+    plain = resize_position_embed(embed[:, 1:], (1, 26, 6))
+    np.testing.assert_array_equal(larger.position_embed[:, 1:], plain)
+
+
 def test_a_file_knows_how_pixels_were_normalised(saved):
     path, model = saved
     assert image_normalization(path) is None
