@@ -28,6 +28,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any, Self
 
+import jax
 from jaxtyping import Array, Float
 
 from surm_jax.errors import UserError
@@ -187,7 +188,9 @@ class Product(Composite):
 
     def _dense(self) -> Float[Array, "in out"]:
         first, *others = self.factors
-        return functools.reduce(lambda rows, factor: factor._apply(rows), others, first._dense())
+        # As every dense form, in full precision, also where accelerators multiply in a lower one by default.
+        with jax.default_matmul_precision("highest"):
+            return functools.reduce(lambda rows, factor: factor._apply(rows), others, first._dense())
 
 
 @matrix_pytree

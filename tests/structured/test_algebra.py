@@ -111,6 +111,13 @@ def test_operators(parts):
         assert_close(transpose, M.T, "float32")
 
 
+def test_dense_products_are_multiplied_in_full_precision():
+    product = zeros(Circulant, (4, 5)) @ zeros(LowRank, (5, 3), rank=2) @ zeros(FAMILIES["kronecker"], (3, 4), terms=1)
+    program = str(jax.make_jaxpr(lambda product: product.to_dense())(product))
+    precisions = re.findall(r"precision=(.*)", program)
+    assert len(precisions) >= 4 and {*precisions} == {"(Precision.HIGHEST, Precision.HIGHEST)"}, program
+
+
 def test_orientation_of_a_product():
     # Out of 2 features into 3, then into 1: x meets the first factor first.
     A = LowRank(A=jnp.array([[1.0], [2.0], [3.0]]), B=jnp.array([[1.0], [10.0]]))
