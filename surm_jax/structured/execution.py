@@ -104,7 +104,7 @@ def updated_matmul(
     if foldable and execution != "fft":
         return _folded(product, dot, x, kernel, update)
     y = dot(x, kernel)
-    moved = update.apply(x) if execution == "fft" and update.lean else product(dot, x, update)
+    moved = _at_once(x, update) if execution == "fft" and update.lean else product(dot, x, update)
     return y + moved.astype(y.dtype)
 
 
@@ -133,7 +133,7 @@ def matmul(
     if execution == "auto":
         execution = choose(update, math.prod(x.shape[:-1]), x.dtype)
     if execution == "fft" and update.lean:
-        return update.apply(x)
+        return _at_once(x, update)
     return (_through_dense if execution == "dense" else _in_pieces)(dot, x, update)
 
 
@@ -171,6 +171,13 @@ def _instantiated(tangent: Array | SymbolicZero) -> Array:
 def _through_dense(dot: Dot, x: Array, update: StructuredMatrix) -> Array:
     """`x @ update` with the matrix formed; the gradient of the matrix is reduced to its parameters on each device."""
     return batch_local(jax.checkpoint(lambda x, update: dot(x, update.to_dense().astype(x.dtype))))(x, update)
+
+
+def _at_once(x: Array, update: StructuredMatrix) -> Array:
+    """`x @ update` by a lean product, of which reverse mode would keep a float32 copy of an `x` in half precision."""
+    if x.dtype == update._compute_dtype(x.dtype):
+        return update.apply(x)
+    return jax.checkpoint(lambda x, update: update.apply(x))(x, update)
 
 
 def _in_pieces(dot: Dot, x: Array, update: StructuredMatrix) -> Array:

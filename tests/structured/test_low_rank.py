@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from surm_jax.errors import UserError
-from surm_jax.structured import LowRank
+from surm_jax.structured import LowRank, matmul, updated_matmul
 from tests.structured.cases import ProjectionContract, assert_close
 
 
@@ -74,3 +74,16 @@ def test_factors_that_do_not_fit():
         LowRank(A=jnp.ones((2, 3)), B=jnp.ones((2, 3)))
     with pytest.raises(UserError, match=r"A must be an array of shape \(out_features, r\)"):
         LowRank(A=jnp.ones(2), B=jnp.ones((2, 1)))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_beside_an_input_only_small_arrays_are_kept_for_its_gradients(precision):
+    x, kernel = jnp.ones((6, 8), precision), jnp.ones((8, 7), precision)
+    matrix = LowRank.init(jax.random.key(0), (8, 7), scale=1.0, rank=1)
+    for apply in (
+        lambda x, matrix: matmul(x, matrix, execution="fft"),
+        lambda x, matrix: updated_matmul(x, kernel, matrix, execution="fft"),
+    ):
+        _, pull = jax.vjp(apply, x, matrix)
+        kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.shape == x.shape]
+        assert [leaf.dtype for leaf in kept] == [x.dtype]
