@@ -234,6 +234,11 @@ class Scaled(Composite):
         return self.matrix.shape
 
     @property
+    def lean(self) -> bool:
+        """Whether the matrix is and alpha is constant: the gradient of an alpha needs the product with the matrix."""
+        return self._is_constant() and self.matrix.lean
+
+    @property
     def T(self) -> "Scaled":
         """The transpose: the multiple of the transpose."""
         return Scaled(self.matrix.T, self.alpha)

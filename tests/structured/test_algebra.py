@@ -118,6 +118,18 @@ def test_dense_products_are_multiplied_in_full_precision():
     assert len(precisions) >= 4 and {*precisions} == {"(Precision.HIGHEST, Precision.HIGHEST)"}, program
 
 
+def test_a_multiple_is_lean_if_its_factor_is_constant():
+    x, matrix = jnp.ones((64, 32)), zeros(LowRank, (32, 32), rank=1)
+
+    def kept(alpha):
+        _, pull = jax.vjp(lambda multiple: multiple.apply(x), alpha * matrix)
+        large = [leaf for leaf in jax.tree.leaves(pull) if leaf.size >= x.size and leaf is not x]
+        return (alpha * matrix).lean, len(large)
+
+    assert kept(2.0) == (True, 0)
+    assert kept(jnp.ones(())) == (False, 1)
+
+
 def test_orientation_of_a_product():
     # Out of 2 features into 3, then into 1: x meets the first factor first.
     A = LowRank(A=jnp.array([[1.0], [2.0], [3.0]]), B=jnp.array([[1.0], [10.0]]))
