@@ -145,6 +145,13 @@ def compute_dtype(*dtypes: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if any(jnp.dtype(d) == jnp.float64 for d in dtypes) else jnp.float32)
 
 
+def scaled_normal(
+    key: PRNGKeyArray, shape: tuple[int, ...], scale: float | Float[ArrayLike, ""], dtype: DTypeLike
+) -> Array:
+    """`scale * N(0, 1)` in `dtype`, whatever the type of the scale: a NumPy number would widen half precision."""
+    return jnp.asarray(scale, dtype) * jax.random.normal(key, shape, dtype)
+
+
 def checked_shape(owner: str, shape: Sequence[int]) -> tuple[int, int]:
     """Returns `shape` as `(in_features, out_features)`.
 

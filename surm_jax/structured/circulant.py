@@ -9,11 +9,18 @@ numbers. Inputs are padded with zeros and outputs truncated.
 
 from typing import Self
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, compute_dtype, family, static
+from surm_jax.structured.base import (
+    StructuredMatrix,
+    checked_dense,
+    checked_shape,
+    compute_dtype,
+    family,
+    scaled_normal,
+    static,
+)
 from surm_jax.structured.diagonals import from_wrapped_diagonals
 from surm_jax.structured.fourier import circular_convolve
 from surm_jax.structured.vector import LinearInVector
@@ -109,7 +116,7 @@ class CirculantPair(StructuredMatrix):
             UserError: The shape is not two positive integers.
         """
         shape = checked_shape(cls.__name__, shape)
-        r2 = scale * jax.random.normal(key, (max(shape),), dtype)
+        r2 = scaled_normal(key, (max(shape),), scale, dtype)
         return cls(r1=jnp.zeros_like(r2), r2=r2, shape=shape)
 
     @classmethod

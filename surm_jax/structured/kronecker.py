@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.errors import UserError
-from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family
+from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, scaled_normal
 from surm_jax.structured.fourier import batch_local
 
 Factors = tuple[tuple[int, int], tuple[int, int]]
@@ -97,7 +97,7 @@ class Kronecker(StructuredMatrix):
         """
         factors = checked_factors(cls.__name__, factors, checked_shape(cls.__name__, shape))
         check_terms(cls.__name__, terms, factors)
-        B = scale * jax.random.normal(key, (terms, *factors[1]), dtype)
+        B = scaled_normal(key, (terms, *factors[1]), scale, dtype)
         return cls(A=jnp.zeros((terms, *factors[0]), dtype), B=B)
 
     @classmethod

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.errors import UserError
-from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, static
+from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, scaled_normal, static
 from surm_jax.structured.fit import refine
 from surm_jax.structured.fourier import batch_local, inverse_skew_fft, skew_fft
 
@@ -96,7 +96,7 @@ class LowDisplacementRank(StructuredMatrix):
         """
         shape = checked_shape(cls.__name__, shape)
         _check_rank(rank, shape)
-        H = scale * jax.random.normal(key, (max(shape), rank), dtype)
+        H = scaled_normal(key, (max(shape), rank), scale, dtype)
         return cls(G=jnp.zeros_like(H), H=H, shape=shape)
 
     @classmethod

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.errors import UserError
-from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family
+from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, scaled_normal
 
 
 @family("low_rank")
@@ -67,7 +67,7 @@ class LowRank(StructuredMatrix):
         """
         m, n = checked_shape(cls.__name__, shape)
         _check_rank(rank, (m, n))
-        return cls(A=jnp.zeros((n, rank), dtype), B=scale * jax.random.normal(key, (m, rank), dtype))
+        return cls(A=jnp.zeros((n, rank), dtype), B=scaled_normal(key, (m, rank), scale, dtype))
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"], *, rank: int) -> Self:

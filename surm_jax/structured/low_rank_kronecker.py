@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.errors import UserError
-from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family
+from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, scaled_normal
 from surm_jax.structured.fit import refine
 from surm_jax.structured.kronecker import Factors, Kronecker, check_terms, checked_factors
 
@@ -109,8 +109,8 @@ class LowRankKronecker(StructuredMatrix):
         draw_U, draw_V = jax.random.split(key)
         return cls(
             A=jnp.zeros((terms, m1, n1), dtype),
-            U=scale * jax.random.normal(draw_U, (terms, m2, rank), dtype),
-            V=scale * jax.random.normal(draw_V, (terms, rank, n2), dtype),
+            U=scaled_normal(draw_U, (terms, m2, rank), scale, dtype),
+            V=scaled_normal(draw_V, (terms, rank, n2), scale, dtype),
         )
 
     @classmethod

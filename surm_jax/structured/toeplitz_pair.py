@@ -11,11 +11,10 @@ of square matrices of size N, as it is in the families of circulant type.
 import abc
 from typing import ClassVar, Self
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, static
+from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, scaled_normal, static
 from surm_jax.structured.fit import refine
 from surm_jax.structured.toeplitz import SymmetricToeplitz, Toeplitz, apply_in_turn
 
@@ -55,7 +54,7 @@ class _Pair(StructuredMatrix):
         """
         shape = checked_shape(cls.__name__, shape)
         count1, count2 = cls._counts(shape)
-        return cls(t1=jnp.zeros(count1, dtype), t2=scale * jax.random.normal(key, (count2,), dtype), shape=shape)
+        return cls(t1=jnp.zeros(count1, dtype), t2=scaled_normal(key, (count2,), scale, dtype), shape=shape)
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"], *, steps: int = 200, progress: bool = False) -> Self:

@@ -361,8 +361,9 @@ class StructuredMatrixContract(MatrixContract):
             return matrix.arrays()
 
         small, half, other = init(0, 0.02), init(0, 1.0, "bfloat16"), init(1, 1.0)
+        of_numpy, traced = init(0, np.float64(1), "bfloat16"), jax.jit(lambda scale: init(0, scale, "bfloat16"))(1.0)
         for name, leaf in init(0, 1.0).items():
-            assert half[name].dtype == jnp.bfloat16
+            assert {arrays[name].dtype for arrays in (half, of_numpy, traced)} == {jnp.dtype("bfloat16")}
             np.testing.assert_allclose(small[name], 0.02 * np.asarray(leaf), rtol=1e-6)
             if np.any(leaf):
                 assert not np.array_equal(leaf, other[name])
