@@ -22,7 +22,7 @@ _OPTIONS: dict[str, Callable[[tuple[int, int], int], dict[str, Any]]] = {
     "kronecker": lambda shape, budget: {"terms": _kronecker_terms(shape, budget)},
     "low_rank_kronecker": lambda shape, budget: {"rank": _kronecker_rank(shape, budget)},
     "block_circulant": lambda shape, budget: {"block": _block(shape, budget)},
-    "tiled": lambda shape, budget: {"side": math.isqrt(max(0, budget)) or None},
+    "tiled": lambda shape, budget: {"side": _side(shape, budget)},
     "f_circulant": lambda shape, budget: {"f": 0.0},
 }
 
@@ -104,6 +104,12 @@ def _kronecker_terms(shape: tuple[int, int], budget: int) -> int | None:
 def _kronecker_rank(shape: tuple[int, int], budget: int) -> int | None:
     (m1, n1), (m2, n2) = near_square_factors(shape)
     return _clip((budget - m1 * n1) // (m2 + n2), min(m2, n2))
+
+
+def _side(shape: tuple[int, int], budget: int) -> int | None:
+    # Of a tile no more is held than the matrix has of it.
+    square = math.isqrt(max(0, budget))
+    return (square if square <= min(shape) else min(budget // min(shape), max(shape))) or None
 
 
 def _block(shape: tuple[int, int], budget: int) -> int | None:

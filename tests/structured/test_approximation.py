@@ -52,6 +52,13 @@ def test_closed_forms_of_numpy():
     assert found["tiled"].energy == pytest.approx(4 * np.sum(tile**2) / total, rel=1e-5)
 
 
+@pytest.mark.parametrize(("shape", "side"), [((3, 20), 13), ((20, 3), 13), ((3, 10), 10), ((12, 12), 6)], ids=str)
+def test_the_tile_is_the_largest_that_the_budget_holds(shape, side):
+    found = approximations(gaussian(*shape), budget=39, steps=0)["tiled"]
+    assert found.options == {"side": side}
+    assert found.matrix.num_params == min(side, shape[0]) * min(side, shape[1])
+
+
 def test_every_target_of_a_family_is_kept_whole():
     c, t = gaussian(9), gaussian(2, 9)
     assert approximations(scipy.linalg.circulant(c), 18, steps=0)["circulant"].energy == pytest.approx(1, abs=1e-6)
