@@ -13,6 +13,7 @@ from surm_jax.errors import UserError
 from surm_jax.models import ViT
 from surm_jax.peft import load_adapter
 from surm_jax.pretrained import load
+from surm_jax.pretrained.normalization import image_normalization
 from surm_jax.training import loop, modes
 from surm_jax.training.config import base_config, parse
 from surm_jax.training.job import prepare
@@ -110,6 +111,8 @@ def test_a_merged_model_stands_alone_and_computes_the_same(run, capsys):
     query = load_file(paths[1])["blocks/0/attention/query/kernel"]
     assert np.abs(query - np.asarray(base.blocks[0].attention.query.kernel[...])).max() > 1e-3
     assert not [name for name in load_file(paths[1]) if "delta" in name]
+    # What pixels the model was trained on goes with it: here those in [-1, 1].
+    assert image_normalization(paths[1]) == ((0.5,), (0.5,))
     images = next(iter(data.eval_batches(job.task.dataset.test, batch_size=8, image_size=8)))["image"]
     logits = [np.asarray(model(images)) for model in (merged, adapted, base)]
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)
