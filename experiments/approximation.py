@@ -41,7 +41,8 @@ RESULTS = Path(__file__).parent / "results"
 SIDE = 100
 SIZES = (1, 2, 4, 8, 16, 20)
 NOISE = 0.05
-LOW_RANK = 4
+# With which W(G, H) of rank 4, the largest that the paper finds best, can hold them but for the noise.
+LOW_RANK = 2
 LEARNING_RATE = 0.2
 # Of the matrix that descent starts from, relative to the target's.
 START_NORM = 0.1

@@ -5,6 +5,7 @@ what is claimed.
 """
 
 import csv
+import itertools
 import json
 import math
 import statistics
@@ -133,6 +134,15 @@ def somewhere(verdicts: Sequence[str]) -> str:
     return HOLDS if HOLDS in verdicts else UNDECIDED if UNDECIDED in verdicts else FAILS
 
 
+def everywhere(verdicts: Sequence[str]) -> str:
+    """Returns the verdict for a claim that something is true of all of these.
+
+    >>> everywhere(["holds", "holds"]), everywhere(["holds", "undecided"]), everywhere(["does not hold", "undecided"])
+    ('holds', 'undecided', 'does not hold')
+    """
+    return FAILS if FAILS in verdicts else UNDECIDED if UNDECIDED in verdicts else HOLDS
+
+
 def share(good: int, of: int) -> str:
     """Returns the verdict for a claim that is true in so many of all cases.
 
@@ -167,12 +177,10 @@ def psd_order() -> Measured | None:
 
 
 class Errors(NamedTuple):
-    """Mean and deviation of the errors of `W(G, H)` by rank, over so many trials."""
+    """The errors of `W(G, H)` in all trials, by rank: of gradient descent, and of the nearest that is known."""
 
-    descent: dict[int, str]
-    nearest: dict[int, str]
-    means: dict[int, float]
-    trials: int
+    descent: dict[int, list[float]]
+    nearest: dict[int, list[float]]
 
 
 def errors_by_rank(target: str) -> Errors | None:
@@ -182,23 +190,18 @@ def errors_by_rank(target: str) -> Errors | None:
     if not rows:
         return None
     ranks = sorted({int(row["size"]) for row in rows})
-    found = {
-        column: {rank: values(rows, column, size=str(rank)) for rank in ranks} for column in ("descent", "nearest")
-    }
-    words = {
-        column: {r: f"{statistics.mean(e):.3f} ± {statistics.stdev(e):.3f}" for r, e in errors.items()}
-        for column, errors in found.items()
-    }
-    means = {rank: statistics.mean(errors) for rank, errors in found["descent"].items()}
-    return Errors(words["descent"], words["nearest"], means, len(found["descent"][ranks[0]]))
+    return Errors(
+        *({rank: values(rows, column, size=str(rank)) for rank in ranks} for column in ("descent", "nearest"))
+    )
 
 
 def _by_rank(errors: Errors) -> str:
     descent, nearest = (
-        ", ".join(f"{error} at r = {rank}" for rank, error in column.items())
-        for column in (errors.descent, errors.nearest)
+        ", ".join(f"{statistics.mean(e):.3f} ± {statistics.stdev(e):.3f} at r = {rank}" for rank, e in column.items())
+        for column in errors
     )
-    return f"error of gradient descent {descent}; of the nearest known {nearest} ({errors.trials} trials)"
+    trials = len(next(iter(errors.descent.values())))
+    return f"error of gradient descent {descent}; of the nearest known {nearest} ({trials} trials)"
 
 
 def near_low_rank() -> Measured | None:
@@ -206,8 +209,10 @@ def near_low_rank() -> Measured | None:
     errors = errors_by_rank("near low rank")
     if errors is None:
         return None
-    best = min(errors.means, key=errors.means.get)
-    return Measured(_by_rank(errors), HOLDS if best in (1, 2, 4) else FAILS)
+    claimed = {rank: e for rank, e in errors.descent.items() if rank in (1, 2, 4)}
+    best = min(claimed.values(), key=statistics.mean)
+    verdicts = [at_most(0, gap(best, e)) for rank, e in errors.descent.items() if rank not in claimed]
+    return Measured(_by_rank(errors), everywhere(verdicts))
 
 
 def random_targets() -> Measured | None:
@@ -215,8 +220,8 @@ def random_targets() -> Measured | None:
     errors = errors_by_rank("gaussian")
     if errors is None:
         return None
-    monotone = list(errors.means.values()) == sorted(errors.means.values(), reverse=True)
-    return Measured(_by_rank(errors), FAILS if monotone else HOLDS)
+    steps = itertools.pairwise(errors.descent.values())
+    return Measured(_by_rank(errors), somewhere([at_least(0, gap(larger, smaller)) for smaller, larger in steps]))
 
 
 def pinwheel() -> Measured | None:
@@ -398,8 +403,7 @@ def glue_best() -> Measured | None:
     leads = {m: gap(means["circulant"], means[m]) for m in STRUCTURED if m != "circulant"}
     text += f"; circulant is above {', '.join(f'{m} by {lead}' for m, lead in leads.items())}"
     verdicts = [at_least(0, lead) for lead in leads.values()]
-    verdict = FAILS if FAILS in verdicts else UNDECIDED if UNDECIDED in verdicts else HOLDS
-    return Measured(text, verdict, glue_model())
+    return Measured(text, everywhere(verdicts), glue_model())
 
 
 def _cells(cells: Mapping[str, list[float]]) -> str:
@@ -429,9 +433,9 @@ def adapter_bias() -> Measured | None:
     gains = {f: gap(cells[f], cells[f"{f}, no bias"]) for f in families}
     text = ", ".join(f"{family} {gain}" for family, gain in gains.items())
     text += f" points by the bias ({_cells(cells)})"
-    verdicts = [at_least(0, gain) for gain in gains.values()]
-    if FAILS in verdicts or UNDECIDED in verdicts:
-        return Measured(text, FAILS if FAILS in verdicts else UNDECIDED)
+    verdict = everywhere([at_least(0, gain) for gain in gains.values()])
+    if verdict != HOLDS:
+        return Measured(text, verdict)
     most = sum(gains["kronecker"])
     least = all(most <= gain.difference - gain.error for f, gain in gains.items() if f != "kronecker")
     return Measured(text, HOLDS if least else IN_PART)

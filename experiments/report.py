@@ -56,8 +56,8 @@ CLAIMS = (
     Claim(
         "Matrices",
         "Near low rank targets are best approximated with r = 1, 2 or 4 (Figure 5)",
-        "gradient descent has its smallest error at one of them",
-        "G H^T + 0.05 R, 100 x 100, with 4 columns of G and H, which is our choice: r = 8 can hold them",
+        "the smallest error of gradient descent at these is below that at all others",
+        "G H^T + 0.05 R, 100 x 100, with 2 columns of G and H, which is our choice: r = 4 can hold them",
         "python experiments/approximation.py",
         evidence.near_low_rank,
     ),

@@ -29,7 +29,8 @@ def test_targets_are_what_they_are_called():
     targets = dict(zip(approximation.TARGETS, approximation.draw_targets(1).astype(float), strict=True))
     np.testing.assert_array_equal(targets["gaussian"], approximation.draw_targets(2)[0])  # trials are what they were
     values = np.linalg.svd(targets["near low rank"], compute_uv=False)
-    assert values[3] > 1 > values[4] > 0
+    rank = approximation.LOW_RANK
+    assert values[rank - 1] > 1 > values[rank] > 0
     for name in ("sine", "slow sine"):
         # sin((k + 1) t) + sin((k - 1) t) = 2 cos(t) sin(k t): a row is known from its first two entries.
         M = targets[name]
