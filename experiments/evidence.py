@@ -303,10 +303,16 @@ def low_data() -> Measured | None:
             continue
         below = {task: gap(cells["100%"][1], cells[task][0]) for task in ("2%", "20%")}
         at_two, at_twenty = (at_most(1, found) for found in below.values())
-        verdicts.append(at_two if at_two != FAILS else IN_PART if at_twenty == HOLDS else at_twenty)
+        verdict = at_two if at_two != FAILS else IN_PART if at_twenty == HOLDS else at_twenty
         means = (f"{' and '.join(map(mean_and_deviation, pair))} with {task}" for task, pair in cells.items())
         behind = ", ".join(f"with {task} {found}" for task, found in below.items())
-        texts.append(f"circulant and full: {', '.join(means)}; full with 100% is above circulants {behind}")
+        text = f"circulant and full: {', '.join(means)}; full with 100% is above circulants {behind}"
+        probe = final_scores(name, "100%", "linear_probe")
+        if probe and statistics.mean(cells["100%"][1]) <= statistics.mean(probe):
+            verdict = UNDECIDED
+            text += f", and not above a linear probe ({mean_and_deviation(probe)}): too few steps for a yardstick"
+        verdicts.append(verdict)
+        texts.append(text)
         on.append(_on(name))
     if not texts:
         return None

@@ -262,6 +262,11 @@ def test_little_data(results, at_two, at_twenty, verdict):
     write(results / "low_data_cifar.csv", rows)
     assert evidence.low_data().verdict == verdict
     assert f"{100 * at_two:.1f} ± 0.0 and {100 * at_two - 7:.1f} ± 0.0 with 2%" in evidence.low_data().text
+    # What is no better than a linear probe is no yardstick.
+    probe = [*cell("10%", "linear_probe", []), *cell("100%", "linear_probe", [0.91, 0.91, 0.91])[1:]]
+    write(results / "low_data_cifar.csv", rows + probe)
+    assert evidence.low_data().verdict == evidence.UNDECIDED
+    assert "not above a linear probe (91.0 ± 0.0)" in evidence.low_data().text
     # Without 2 and 20 % nothing is said.
     write(results / "low_data_cifar.csv", [row for row in rows if row["task"] != "2%"])
     assert evidence.low_data() is None
