@@ -341,7 +341,7 @@ def name_of(source: str) -> str:
     file, _, argument = source.partition(":")
     path = Path(file.removesuffix(".py")).resolve()
     names = [path.parent.name, path.name] if path.name.startswith("seed-") else [path.name]
-    return re.sub(r"[^\w.=-]", "_", "_".join(filter(None, [*names, argument])))
+    return re.sub(r"[^\w.=-]", "_", "_".join(filter(None, [*names, argument])))[:150]
 
 
 def _with(out: Path, suffix: str) -> Path:

@@ -480,7 +480,8 @@ def test_an_energy_map(runs, files, tmp_path, source):
 def test_the_gradient_needs_no_run(files, tmp_path, monkeypatch):
     monkeypatch.setattr(analysis, "RESULTS", tmp_path)
     analysis.main([f"{Path(tiny.__file__).parent / 'tiny_job.py'}:{files}", "--energy=gradient", "--batches=1"])
-    of_file = read(tmp_path / "analysis_tiny_job_energy_gradient.csv")
+    (path,) = tmp_path.glob("analysis_tiny_job_*_energy_gradient.csv")
+    of_file = read(path)
     folder = tmp_path / "begun"
     folder.mkdir()
     config = to_dict(tiny.make_config(files))

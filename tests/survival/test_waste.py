@@ -50,7 +50,7 @@ def test_nothing_is_compiled_after_the_second_step(tiny_files, tmp_path, monkeyp
 def test_a_step_moves_nothing_between_host_and_device(tiny_files, tmp_path, monkeypatch, method):
     compile_programs, programs, calls = loop._Run._compile, [], 0
 
-    def guarded_programs(run, progress):
+    def guarded_programs(run, shapes, progress):
         def guard(program):
             def call(state, frozen, batch, key, rates):
                 nonlocal calls
@@ -62,7 +62,7 @@ def test_a_step_moves_nothing_between_host_and_device(tiny_files, tmp_path, monk
 
             return call
 
-        found = compile_programs(run, progress)
+        found = compile_programs(run, shapes, progress)
         programs.extend(found.values())
         return {shape: guard(program) for shape, program in found.items()}
 
