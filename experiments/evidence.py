@@ -5,39 +5,39 @@ what is claimed.
 """
 
 import csv
-import itertools
 import json
-import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments import pretrain_cifar
 from experiments.grid import Grid, mean_and_deviation
 from experiments.rows import read_rows, read_settings
+from experiments.verdicts import (
+    FAILS,
+    HOLDS,
+    IN_PART,
+    UNDECIDED,
+    Gap,
+    Measured,
+    at_least,
+    at_most,
+    everywhere,
+    gap,
+    share,
+    somewhere,
+    together,
+)
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks" / "results"
-HOLDS, IN_PART, FAILS, UNDECIDED = "holds", "holds in part", "does not hold", "undecided"
-VERDICTS = (HOLDS, IN_PART, FAILS, UNDECIDED)
 STRUCTURED = ("circulant", "toeplitz", "kronecker")
 SEEDS = 3
 
 Row = dict[str, str]
-
-
-class Measured(NamedTuple):
-    """What came out, in words with numbers, the verdict, and what it was measured on if the files say that."""
-
-    text: str
-    verdict: str
-    on: str = ""
 
 
 def read(name: str) -> list[Row]:
@@ -79,181 +79,6 @@ def trained(name: str, task: str, method: str) -> int:
     rows = [row for row in read_rows(RESULTS / name) if row["task"] == task]
     count, head = (cell_of(rows, task, one).trained(rows, one) for one in (method, "linear_probe"))
     return count - head
-
-
-class Gap(NamedTuple):
-    """A difference of two means, and half the width of its 95 % confidence interval; NaN if a run diverged."""
-
-    difference: float
-    error: float
-
-    def __str__(self) -> str:
-        return "unknown, since runs diverged" if math.isnan(self.difference) else f"{self[0]:+.1f} ± {self[1]:.1f}"
-
-
-def gap(first: Sequence[float], second: Sequence[float]) -> Gap:
-    """Returns the difference of two means over seeds, by Welch's t-test.
-
-    >>> print(gap([3.0, 4.0, 5.0], [1.0, 1.5, 2.0]))
-    +2.5 ± 2.1
-    """
-    difference = statistics.mean(first) - statistics.mean(second)
-    if len({*first}) == len({*second}) == 1:
-        # No seed changes anything, and the test knows no degrees of freedom.
-        return Gap(difference, 0.0)
-    low, high = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
-    return Gap(difference, (high - low) / 2)
-
-
-def at_most(limit: float, found: Gap) -> str:
-    """Returns the verdict for a claim that a difference is at most so much.
-
-    >>> at_most(1.0, Gap(0.5, 0.2)), at_most(1.0, Gap(0.5, 2.0)), at_most(1.0, Gap(2.5, 0.2))
-    ('holds', 'undecided', 'does not hold')
-    """
-    if found.difference + found.error <= limit:
-        return HOLDS
-    return FAILS if found.difference - found.error > limit else UNDECIDED
-
-
-def at_least(limit: float, found: Gap) -> str:
-    """Returns the verdict for a claim that a difference is at least so much.
-
-    >>> at_least(5.0, Gap(6.0, 0.5)), at_least(5.0, Gap(6.0, 2.0)), at_least(5.0, Gap(2.5, 0.2))
-    ('holds', 'undecided', 'does not hold')
-    """
-    return at_most(-limit, Gap(-found.difference, found.error))
-
-
-def somewhere(verdicts: Sequence[str]) -> str:
-    """Returns the verdict for a claim that something is true of some of these.
-
-    >>> somewhere(["does not hold", "holds"]), somewhere(["does not hold", "undecided"]), somewhere(["does not hold"])
-    ('holds', 'undecided', 'does not hold')
-    """
-    return HOLDS if HOLDS in verdicts else UNDECIDED if UNDECIDED in verdicts else FAILS
-
-
-def everywhere(verdicts: Sequence[str]) -> str:
-    """Returns the verdict for a claim that something is true of all of these.
-
-    >>> everywhere(["holds", "holds"]), everywhere(["holds", "undecided"]), everywhere(["does not hold", "undecided"])
-    ('holds', 'undecided', 'does not hold')
-    """
-    return FAILS if FAILS in verdicts else UNDECIDED if UNDECIDED in verdicts else HOLDS
-
-
-def share(good: int, of: int) -> str:
-    """Returns the verdict for a claim that is true in so many of all cases.
-
-    >>> share(3, 3), share(1, 3), share(0, 3)
-    ('holds', 'holds in part', 'does not hold')
-    """
-    return HOLDS if good == of else IN_PART if good else FAILS
-
-
-def psd_order() -> Measured | None:
-    """The order of errors of the PSD study."""
-    rows = read("psd.csv")
-    families = ("rank one", "Kronecker", "circulant", "Toeplitz")
-
-    def errors(width: str, target: str) -> list[list[float]]:
-        return [values(rows, "optimum", target=target, width=width, family=family) for family in families]
-
-    def ordered(columns: list[list[float]]) -> int:
-        return sum(list(trial) == sorted(trial, reverse=True) for trial in zip(*columns, strict=True))
-
-    square = errors("50", "unit factor rows")
-    if not all(square):
-        return None
-    wide = [row["width"] for row in rows if row["target"] == "other widths"]
-    holding = [w for w in sorted({*wide}, key=int) if ordered(errors(w, "other widths")) == len(square[0])]
-    text = ", ".join(f"{f} {statistics.mean(e):.3f}" for f, e in zip(families, square, strict=True))
-    text += f" (exact optima; the whole order in {ordered(square)} of {len(square[0])} trials)"
-    if holding:
-        text += f"; with factors of {holding[0]} columns or more the order holds in all trials"
-    good = ordered(square)
-    return Measured(text, HOLDS if good == len(square[0]) else IN_PART if good or holding else FAILS)
-
-
-class Errors(NamedTuple):
-    """The errors of `W(G, H)` in all trials, by rank: of gradient descent, and of the nearest that is known."""
-
-    descent: dict[int, list[float]]
-    nearest: dict[int, list[float]]
-
-
-def errors_by_rank(target: str) -> Errors | None:
-    """Returns the errors with `W(G, H)`; None if they were not measured."""
-    rows = [row for row in read("approximation.csv") if row["family"] == "low_displacement_rank"]
-    rows = [row for row in rows if row["target"] == target]
-    if not rows:
-        return None
-    ranks = sorted({int(row["size"]) for row in rows})
-    return Errors(
-        *({rank: values(rows, column, size=str(rank)) for rank in ranks} for column in ("descent", "nearest"))
-    )
-
-
-def _by_rank(errors: Errors) -> str:
-    descent, nearest = (
-        ", ".join(f"{statistics.mean(e):.3f} ± {statistics.stdev(e):.3f} at r = {rank}" for rank, e in column.items())
-        for column in errors
-    )
-    trials = len(next(iter(errors.descent.values())))
-    return f"error of gradient descent {descent}; of the nearest known {nearest} ({trials} trials)"
-
-
-def near_low_rank() -> Measured | None:
-    """The ranks that near low rank targets want."""
-    errors = errors_by_rank("near low rank")
-    if errors is None:
-        return None
-    claimed = {rank: e for rank, e in errors.descent.items() if rank in (1, 2, 4)}
-    best = min(claimed.values(), key=statistics.mean)
-    verdicts = [at_most(0, gap(best, e)) for rank, e in errors.descent.items() if rank not in claimed]
-    return Measured(_by_rank(errors), everywhere(verdicts))
-
-
-def random_targets() -> Measured | None:
-    """Whether the error on random targets grows anywhere with the rank."""
-    errors = errors_by_rank("gaussian")
-    if errors is None:
-        return None
-    steps = itertools.pairwise(errors.descent.values())
-    return Measured(_by_rank(errors), somewhere([at_least(0, gap(larger, smaller)) for smaller, larger in steps]))
-
-
-def pinwheel() -> Measured | None:
-    """Losses as multiples of the dense layer's of the same seed."""
-    rows, texts, good = read("pinwheel.csv"), [], []
-    if not rows:
-        return None
-    structured = ("circulant", "symmetric_toeplitz", "toeplitz")
-    for bottom in ("frozen", "trained"):
-        times = {
-            (column, layer): [
-                one / dense
-                for one, dense in zip(
-                    values(rows, column, layer=layer, bottom=bottom),
-                    values(rows, column, layer="dense", bottom=bottom),
-                    strict=True,
-                )
-            ]
-            for column in ("train_loss", "test_loss")
-            for layer in ("lora", *structured)
-        }
-        seeds = list(zip(*(times["train_loss", layer] for layer in ("lora", *structured)), strict=True))
-        good += [lora > 2 and max(others) < 2 for lora, *others in seeds]
-        training = ", ".join(
-            f"{layer} {mean_and_deviation(times['train_loss', layer])}" for layer in ("lora", *structured)
-        )
-        testing = f"lora {mean_and_deviation(times['test_loss', 'lora'])}"
-        texts.append(
-            f"bottom {bottom}: {training} times the dense layer's training loss, {testing} times its test loss"
-        )
-    text = f"{'; '.join(texts)}; so in {sum(good)} of {len(good)} pairs of a seed and a bottom"
-    return Measured(text, share(sum(good), len(good)))
 
 
 # What the page calls a model that has no name.
@@ -316,8 +141,7 @@ def low_data() -> Measured | None:
         on.append(_on(name))
     if not texts:
         return None
-    verdict = verdicts[0] if len({*verdicts}) == 1 else IN_PART if {*verdicts} & {HOLDS, IN_PART} else UNDECIDED
-    return Measured("; ".join(texts), verdict, "; ".join(on))
+    return Measured("; ".join(texts), together(verdicts), "; ".join(on))
 
 
 def vtab() -> Measured | None:
@@ -346,8 +170,7 @@ def large() -> Measured | None:
             texts.append(f"{task}: {_cells(cells)}; full is above by {below}")
     if not texts:
         return None
-    verdict = verdicts[0] if len({*verdicts}) == 1 else IN_PART if HOLDS in verdicts else UNDECIDED
-    return Measured("; ".join(texts), verdict, _on(LARGE))
+    return Measured("; ".join(texts), together(verdicts), _on(LARGE))
 
 
 GLUE = ("stsb", "mrpc", "cola", "rte")

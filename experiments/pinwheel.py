@@ -6,9 +6,7 @@ After Figures 4 and 9 of arXiv 2406.17740: points of the plane on a pinwheel of 
 with a hidden layer of 64 x 64 numbers, which is replaced by a matrix of 128: LoRA of rank 1, a pair of circulants, a
 pair of symmetric Toeplitz matrices, or one Toeplitz matrix (127). The bottom layer is frozen, or everything is trained;
 2,000 epochs, five seeds. The paper reports that the loss of LoRA stays several times higher, and that the structured
-matrices reach the dense layer. How many times larger a loss is than the dense layer's hangs on the learning rate: with
-larger ones the loss on the training points goes on falling where that on held-out points rises, and the tables have
-both for every rate that was tried.
+matrices reach the dense layer. How many times larger hangs on the learning rate: see the tables.
 
 What the paper leaves open is done like this. The network is `tanh(tanh(x B + b) M + m) T + t` with `M` the matrix
 itself, not an update of one; biases are trained, but for a frozen bottom's. `B` is drawn from N(0, 1) and `T` from
@@ -20,8 +18,7 @@ the training points and on new ones.
 CKA compares what the hidden layer gives for the new points with the dense network of the same seed, which has the same
 bottom and top at the start; and the dense network itself with that of the next seed, where all differs.
 
-Writes `experiments/results/pinwheel.csv`, `.md`, `.png` and `pinwheel_regions.png`, within five minutes on two cores;
-with `--out=FOLDER` they go there.
+Writes `pinwheel.csv`, `.md`, `.png` and `pinwheel_regions.png` to `experiments/results`, or to `--out`.
 """
 
 import argparse

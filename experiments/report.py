@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments import evidence
-from experiments.evidence import VERDICTS, Measured
+from experiments import evidence, matrix_evidence
 from experiments.grid import command
+from experiments.verdicts import VERDICTS, Measured
 
 
 class Claim(NamedTuple):
@@ -51,7 +51,7 @@ CLAIMS = (
         "in all trials; in part: in some, or with other factors of 50 x 50 matrices",
         "X X^T with normal X, 50 x 50, unit rows",
         "python experiments/psd.py",
-        evidence.psd_order,
+        matrix_evidence.psd_order,
     ),
     Claim(
         "Matrices",
@@ -59,7 +59,7 @@ CLAIMS = (
         "the smallest error of gradient descent at these is below that at all others",
         "G H^T + 0.05 R, 100 x 100, with 2 columns of G and H, which is our choice: r = 4 can hold them",
         "python experiments/approximation.py",
-        evidence.near_low_rank,
+        matrix_evidence.near_low_rank,
     ),
     Claim(
         "Matrices",
@@ -67,7 +67,7 @@ CLAIMS = (
         "gradient descent has a larger error somewhere; the nearest cannot",
         "i.i.d. normal, 100 x 100",
         "python experiments/approximation.py",
-        evidence.random_targets,
+        matrix_evidence.random_targets,
     ),
     Claim(
         "Matrices",
@@ -75,7 +75,7 @@ CLAIMS = (
         "training loss of LoRA above 2 x the dense layer's, of the others below, in every seed; in part: in some",
         "5 spokes, 64 x 64, learning rates chosen by held-out loss",
         "python experiments/pinwheel.py",
-        evidence.pinwheel,
+        matrix_evidence.pinwheel,
     ),
     Claim(
         "Images",

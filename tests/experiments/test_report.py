@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import evidence, report
+from experiments import evidence, matrix_evidence, report, verdicts
 from experiments.rows import COLUMNS
 
 GRID = dict.fromkeys(COLUMNS, "") | {"metric": "accuracy", "loss": "1.0", "steps": "1", "seconds": "1"}
@@ -59,9 +59,9 @@ def glue(**cells):
 @pytest.mark.parametrize(
     ("scores", "verdict"),
     [
-        ([0.795, 0.795, 0.795], evidence.HOLDS),
-        ([0.75, 0.75, 0.75], evidence.FAILS),
-        ([0.70, 0.80, 0.84], evidence.UNDECIDED),
+        ([0.795, 0.795, 0.795], verdicts.HOLDS),
+        ([0.75, 0.75, 0.75], verdicts.FAILS),
+        ([0.70, 0.80, 0.84], verdicts.UNDECIDED),
     ],
 )
 def test_adapters_on_glue(results, scores, verdict):
@@ -77,7 +77,7 @@ def test_adapters_on_glue(results, scores, verdict):
     write(results / "glue_minilm.csv", rows[:-1])
     assert evidence.glue_adapters() is None
     write(results / "glue_minilm.csv", [*rows[:-1], rows[-1] | {"score": "nan"}])
-    assert evidence.glue_adapters().verdict == evidence.UNDECIDED
+    assert evidence.glue_adapters().verdict == verdicts.UNDECIDED
     assert "1 of 3 diverged" in evidence.glue_adapters().text
     assert "above by unknown, since runs diverged" in evidence.glue_adapters().text
     # Nor without the probe, whose numbers are the head's.
@@ -92,21 +92,21 @@ def test_a_search_that_found_nothing_decides_nothing(results):
         if (row["task"], row["method"], row["part"]) == ("cola", "circulant_adapter", "final"):
             row["score"] = 0.1
     write(results / "glue_minilm.csv", rows)
-    assert evidence.glue_adapters().verdict == evidence.FAILS
+    assert evidence.glue_adapters().verdict == verdicts.FAILS
     # Four more rates on CoLA, as many as a search may try, with one score for all.
     search = next(r for r in rows if (r["task"], r["method"]) == ("cola", "circulant_adapter"))
     write(results / "glue_minilm.csv", [*rows, *(search | {"learning_rate": rate} for rate in (0.2, 0.3, 0.4, 0.5))])
     found = evidence.glue_adapters()
-    assert found.verdict == evidence.UNDECIDED
+    assert found.verdict == verdicts.UNDECIDED
     assert "by +0.5 ± 0.0 without cola, where a search gave the same score for every rate" in found.text
 
 
 @pytest.mark.parametrize(
     ("circulant", "kronecker", "verdict"),
     [
-        ([0.80, 0.81, 0.82], [0.7, 0.71, 0.72], evidence.HOLDS),
-        ([0.60, 0.61, 0.62], [0.7, 0.71, 0.72], evidence.FAILS),
-        ([0.70, 0.71, 0.73], [0.7, 0.71, 0.72], evidence.UNDECIDED),
+        ([0.80, 0.81, 0.82], [0.7, 0.71, 0.72], verdicts.HOLDS),
+        ([0.60, 0.61, 0.62], [0.7, 0.71, 0.72], verdicts.FAILS),
+        ([0.70, 0.71, 0.73], [0.7, 0.71, 0.72], verdicts.UNDECIDED),
     ],
 )
 def test_the_best_update_on_glue(results, circulant, kronecker, verdict):
@@ -126,13 +126,13 @@ def test_scores_are_those_of_the_rate_that_the_search_chose(results):
 
 @pytest.mark.parametrize(
     ("errors", "verdict"),
-    [((4, 3, 2, 1), evidence.HOLDS), ((1, 2, 3, 4), evidence.FAILS), ((3, 4, 2, 1), evidence.FAILS)],
+    [((4, 3, 2, 1), verdicts.HOLDS), ((1, 2, 3, 4), verdicts.FAILS), ((3, 4, 2, 1), verdicts.FAILS)],
 )
 def test_order_of_errors(results, errors, verdict):
     families = ("rank one", "Kronecker", "circulant", "Toeplitz")
     row = {"target": "unit factor rows", "width": "50", "trial": "0", "descent": ""}
     write(results / "psd.csv", [row | {"family": f, "optimum": e} for f, e in zip(families, errors, strict=True)])
-    assert evidence.psd_order().verdict == verdict
+    assert matrix_evidence.psd_order().verdict == verdict
 
 
 def test_the_order_at_other_widths_is_a_part(results):
@@ -143,16 +143,16 @@ def test_the_order_at_other_widths_is_a_part(results):
         for family, error in zip(families, errors, strict=True)
     ]
     write(results / "psd.csv", rows)
-    found = evidence.psd_order()
-    assert found.verdict == evidence.IN_PART and "of 100 columns or more the order holds" in found.text
+    found = matrix_evidence.psd_order()
+    assert found.verdict == verdicts.IN_PART and "of 100 columns or more the order holds" in found.text
 
 
 @pytest.mark.parametrize(
     ("errors", "near", "gaussian"),
     [
-        ({1: 0.5, 4: 0.1, 8: 0.2}, evidence.HOLDS, evidence.HOLDS),
-        ({1: 0.5, 4: 0.2, 8: 0.1}, evidence.FAILS, evidence.FAILS),
-        ({1: 0.5, 4: 0.2, 8: 0.2005}, evidence.UNDECIDED, evidence.UNDECIDED),
+        ({1: 0.5, 4: 0.1, 8: 0.2}, verdicts.HOLDS, verdicts.HOLDS),
+        ({1: 0.5, 4: 0.2, 8: 0.1}, verdicts.FAILS, verdicts.FAILS),
+        ({1: 0.5, 4: 0.2, 8: 0.2005}, verdicts.UNDECIDED, verdicts.UNDECIDED),
     ],
 )
 def test_errors_by_rank(results, errors, near, gaussian):
@@ -164,14 +164,14 @@ def test_errors_by_rank(results, errors, near, gaussian):
         for trial in (0, 1, 2)
     ]  # fmt: skip
     write(results / "approximation.csv", rows)
-    assert (evidence.near_low_rank().verdict, evidence.random_targets().verdict) == (near, gaussian)
-    assert "0.501 ± 0.001 at r = 1" in evidence.near_low_rank().text
-    assert evidence.near_low_rank().text.endswith("(3 trials)")
+    assert (matrix_evidence.near_low_rank().verdict, matrix_evidence.random_targets().verdict) == (near, gaussian)
+    assert "0.501 ± 0.001 at r = 1" in matrix_evidence.near_low_rank().text
+    assert matrix_evidence.near_low_rank().text.endswith("(3 trials)")
 
 
 @pytest.mark.parametrize(
     ("lora", "circulant", "verdict"),
-    [((3, 4), (1, 1), evidence.HOLDS), ((3, 1), (1, 1), evidence.IN_PART), ((3, 3), (2.5, 3), evidence.FAILS)],
+    [((3, 4), (1, 1), verdicts.HOLDS), ((3, 1), (1, 1), verdicts.IN_PART), ((3, 3), (2.5, 3), verdicts.FAILS)],
 )
 def test_pinwheel_seed_by_seed(results, lora, circulant, verdict):
     losses = {"dense": (1, 1), "lora": lora, "circulant": circulant, "symmetric_toeplitz": (1, 1), "toeplitz": (1, 1)}
@@ -182,7 +182,7 @@ def test_pinwheel_seed_by_seed(results, lora, circulant, verdict):
         for seed, loss in enumerate(pair)
     ]
     write(results / "pinwheel.csv", rows)
-    assert evidence.pinwheel().verdict == verdict
+    assert matrix_evidence.pinwheel().verdict == verdict
 
 
 SETTINGS = {"model": "m", "variant": "S/16", "classes": ["cat"], "about": "all", "steps": 300, "batch_size": 64}
@@ -190,7 +190,7 @@ SETTINGS = {"model": "m", "variant": "S/16", "classes": ["cat"], "about": "all",
 
 def test_the_confidence_interval_is_welchs():
     one, other = [0.9, 0.95, 0.97], [0.8, 0.82, 0.9]
-    found = evidence.gap(one, other)
+    found = verdicts.gap(one, other)
     # By hand: the standard error, and the quantile at Welch's degrees of freedom.
     parts = [np.var(sample, ddof=1) / 3 for sample in (one, other)]
     freedom = sum(parts) ** 2 / sum(part**2 / 2 for part in parts)
@@ -201,9 +201,9 @@ def test_the_confidence_interval_is_welchs():
 @pytest.mark.parametrize(
     ("circulant", "verdict"),
     [
-        ([0.55, 0.55, 0.55], evidence.HOLDS),
-        ([0.52, 0.52, 0.52], evidence.FAILS),
-        ([0.50, 0.55, 0.62], evidence.UNDECIDED),
+        ([0.55, 0.55, 0.55], verdicts.HOLDS),
+        ([0.52, 0.52, 0.52], verdicts.FAILS),
+        ([0.50, 0.55, 0.62], verdicts.UNDECIDED),
     ],
 )
 def test_the_lead_on_images(results, circulant, verdict):
@@ -223,7 +223,7 @@ def test_the_lead_on_images(results, circulant, verdict):
 def test_the_places_on_vtab(results):
     (results / evidence.VTAB).with_suffix(".json").write_text(json.dumps(SETTINGS))
     scores = {"lora": 0.5, "full": 0.8}
-    for sets, verdict in ((10, evidence.HOLDS), (9, evidence.IN_PART), (0, evidence.FAILS)):
+    for sets, verdict in ((10, verdicts.HOLDS), (9, verdicts.IN_PART), (0, verdicts.FAILS)):
         rows = []
         for place in range(10):
             circulant = 0.7 if place < sets else 0.4
@@ -237,7 +237,7 @@ def test_the_places_on_vtab(results):
 
 
 @pytest.mark.parametrize(
-    ("two", "verdict"), [((0.9, 0.9), evidence.HOLDS), ((0.9, 0.5), evidence.IN_PART), ((0.5, 0.5), evidence.FAILS)]
+    ("two", "verdict"), [((0.9, 0.9), verdicts.HOLDS), ((0.9, 0.5), verdicts.IN_PART), ((0.5, 0.5), verdicts.FAILS)]
 )
 def test_large_sets(results, two, verdict):
     (results / evidence.LARGE).with_suffix(".json").write_text(json.dumps(SETTINGS))
@@ -250,7 +250,7 @@ def test_large_sets(results, two, verdict):
 
 @pytest.mark.parametrize(
     ("at_two", "at_twenty", "verdict"),
-    [(0.895, 0.95, evidence.HOLDS), (0.8, 0.95, evidence.IN_PART), (0.5, 0.6, evidence.FAILS)],
+    [(0.895, 0.95, verdicts.HOLDS), (0.8, 0.95, verdicts.IN_PART), (0.5, 0.6, verdicts.FAILS)],
 )
 def test_little_data(results, at_two, at_twenty, verdict):
     (results / "low_data_cifar.json").write_text(json.dumps(SETTINGS))
@@ -265,7 +265,7 @@ def test_little_data(results, at_two, at_twenty, verdict):
     # What is no better than a linear probe is no yardstick.
     probe = [*cell("10%", "linear_probe", []), *cell("100%", "linear_probe", [0.91, 0.91, 0.91])[1:]]
     write(results / "low_data_cifar.csv", rows + probe)
-    assert evidence.low_data().verdict == evidence.UNDECIDED
+    assert evidence.low_data().verdict == verdicts.UNDECIDED
     assert "not above a linear probe (91.0 ± 0.0)" in evidence.low_data().text
     # Without 2 and 20 % nothing is said.
     write(results / "low_data_cifar.csv", [row for row in rows if row["task"] != "2%"])
@@ -275,9 +275,9 @@ def test_little_data(results, at_two, at_twenty, verdict):
 @pytest.mark.parametrize(
     ("two", "verdict"),
     [
-        ([0.9, 0.9, 0.9], evidence.HOLDS),
-        ([0.8, 0.8, 0.8], evidence.FAILS),
-        ([0.6, 0.9, 0.99], evidence.UNDECIDED),
+        ([0.9, 0.9, 0.9], verdicts.HOLDS),
+        ([0.8, 0.8, 0.8], verdicts.FAILS),
+        ([0.6, 0.9, 0.99], verdicts.UNDECIDED),
     ],
 )
 def test_without_keys(results, two, verdict):
@@ -289,10 +289,10 @@ def test_without_keys(results, two, verdict):
 @pytest.mark.parametrize(
     ("gains", "verdict"),
     [
-        ((0.15, 0.15, 0.05), evidence.HOLDS),
-        ((0.05, 0.1, 0.1), evidence.IN_PART),
-        ((0.1, 0.1, 0.001), evidence.UNDECIDED),
-        ((0.1, -0.1, 0.05), evidence.FAILS),
+        ((0.15, 0.15, 0.05), verdicts.HOLDS),
+        ((0.05, 0.1, 0.1), verdicts.IN_PART),
+        ((0.1, 0.1, 0.001), verdicts.UNDECIDED),
+        ((0.1, -0.1, 0.05), verdicts.FAILS),
     ],
 )
 def test_the_bias_of_adapters(results, gains, verdict):
@@ -314,17 +314,17 @@ def test_ranks(results):
         assert evidence.ranks() is None
         write(results / name, [row | {"family": family}, row | {"family": family, "condition": "120"}])
     found = evidence.ranks()
-    assert found.verdict == evidence.HOLDS
+    assert found.verdict == verdicts.HOLDS
     assert "circulant: 2 of 2 updates have the largest rank, condition 8 to 120; toeplitz: 2 of 2 " in found.text
-    verdicts = []
+    said = []
     for name, family in evidence.ANALYSES.values():
         write(results / name, [row | {"family": family, "rank": "55"}])
-        verdicts.append(evidence.ranks().verdict)
-    assert verdicts == [evidence.IN_PART, evidence.IN_PART, evidence.FAILS]
+        said.append(evidence.ranks().verdict)
+    assert said == [verdicts.IN_PART, verdicts.IN_PART, verdicts.FAILS]
 
 
 @pytest.mark.parametrize(
-    ("slow", "verdict"), [((2, 2), evidence.HOLDS), ((2, 1), evidence.IN_PART), ((1, 1), evidence.FAILS)]
+    ("slow", "verdict"), [((2, 2), verdicts.HOLDS), ((2, 1), verdicts.IN_PART), ((1, 1), verdicts.FAILS)]
 )
 def test_what_benchmarks_say(results, slow, verdict):
     layer = {"execution": "auto", "width": 768, "dtype": "float32"}
@@ -339,7 +339,7 @@ def test_what_benchmarks_say(results, slow, verdict):
     steps = [{"method": m, "ms": 20, "model": "ViT-B/16", "parameters": count} for m, count in counts.items()]
     (results / "step.json").write_text(json.dumps(steps))
     assert evidence.toeplitz_time().verdict == verdict
-    assert evidence.counted() == ("55,296 of 85,798,656, 0.06%", evidence.HOLDS, "")
+    assert evidence.counted() == ("55,296 of 85,798,656, 0.06%", verdicts.HOLDS, "")
 
 
 def test_every_number_of_the_page_here_follows_from_the_files():
