@@ -20,13 +20,13 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from surm_jax.devices import processes
+from surm_jax.devices.compilation import use_compilation_cache
 from surm_jax.errors import UserError, did_you_mean
-from surm_jax.training import processes
-from surm_jax.training.compilation import use_compilation_cache
+from surm_jax.record.workdir import CHANGEABLE
 from surm_jax.training.config import base_config, keys, parse
 from surm_jax.training.loop import InterruptedRunError
 from surm_jax.training.modes import describe_run, evaluate_run, export_run, merge_run, predict_run, train_run
-from surm_jax.training.workdir import CHANGEABLE
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -35,7 +35,7 @@ from surm_jax.errors import UserError
 from surm_jax.models import Bert, BertConfig
 from surm_jax.paths import join
 from surm_jax.peft import CirculantUpdate, LoRA, Rule, Update, adapt
-from surm_jax.pretrained.huggingface import huggingface_names
+from surm_jax.pretrained.hf.folder import huggingface_names
 
 VARIANT = flags.DEFINE_string("variant", "base", "The BERT.")
 BATCH = flags.DEFINE_integer("batch", 16, "Examples per step.", lower_bound=1)

@@ -17,12 +17,12 @@ from flax import nnx
 
 from benchmarks.command import command, numbers, write
 from benchmarks.timing import device, setting, table
+from surm_jax.devices.mesh import make_mesh
 from surm_jax.models import REMAT, TARGETS, ViT, ViTConfig
 from surm_jax.peft import METHODS, Rule, Selection, adapt, make_method
 from surm_jax.pretrained import load
-from surm_jax.training.image_task import ImageTask
-from surm_jax.training.mesh import make_mesh
-from surm_jax.training.objective import CLASSES
+from surm_jax.tasks.image_classification import ImageTask
+from surm_jax.tasks.objective import CLASSES
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
 

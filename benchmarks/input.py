@@ -25,12 +25,12 @@ from tqdm import tqdm
 from benchmarks.command import command, write
 from benchmarks.timing import device, setting, table
 from surm_jax import data
+from surm_jax.devices.mesh import make_mesh, put_batch
 from surm_jax.errors import UserError
 from surm_jax.models import TARGETS, ViT, ViTConfig
 from surm_jax.peft import CirculantUpdate, Rule, adapt
-from surm_jax.training.image_task import ImageTask
-from surm_jax.training.mesh import make_mesh, put_batch
-from surm_jax.training.objective import CLASSES
+from surm_jax.tasks.image_classification import ImageTask
+from surm_jax.tasks.objective import CLASSES
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
 

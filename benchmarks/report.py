@@ -26,10 +26,10 @@ there. Times are medians over rounds in which all programs take turns. Every lay
 gradient of the input and those of the update's parameters.
 
 `frozen` is the kernel alone, the floor. `LoRA` is the textbook form `x @ W + (x @ B) @ A^T`. The executions `fft`,
-`dense`, `fused` and `auto` are explained in `surm_jax/structured/execution.py`: `auto` takes what
-`surm_jax/structured/choice.json` found fastest, and `--config.peft.execution=` or `surm_jax.adapt(..., execution=)`
-forces one. Our own LoRA is the row `low_rank`. `auto` and the execution it stands for are one
-program: the difference between their columns is the noise of the measurement.
+`dense`, `fused` and `auto` are explained in `surm_jax/structured/products/execution.py`: `auto` takes what
+`surm_jax/structured/products/choice.json` found fastest, and `--config.peft.execution=` or
+`surm_jax.adapt(..., execution=)` forces one. Our own LoRA is the row `low_rank`. `auto` and the execution it stands for
+are one program: the difference between their columns is the noise of the measurement.
 
 ![cost of a layer by family](speed.png)
 """

@@ -19,11 +19,11 @@ from flax import nnx
 from benchmarks.hlo import collectives
 from benchmarks.plan import CHIPS, MODELS, UTILISATION, Chip, plan, vit
 from benchmarks.report import markdown
+from surm_jax.devices.mesh import batch_sharding, make_mesh, put_base
 from surm_jax.models import TARGETS, ViT, ViTConfig
 from surm_jax.peft import Rule, Selection, adapt, make_method
-from surm_jax.training.image_task import ImageTask
-from surm_jax.training.mesh import batch_sharding, make_mesh, put_base
-from surm_jax.training.objective import CLASSES
+from surm_jax.tasks.image_classification import ImageTask
+from surm_jax.tasks.objective import CLASSES
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
 
@@ -189,7 +189,7 @@ SURM_JAX_CACHE=/shared/cache python launch.py --config=configs/vit_cifar.py --wo
     --coordinator=HOST0:8476 --process_id=I --num_processes=N
 ```
 
-Only the last way was run, with two and four processes of one machine (`tests/training/test_processes.py`): same losses
+Only the last way was run, with two and four processes of one machine (`tests/devices/test_processes.py`): same losses
 and evaluation counts as one process, and the others stop with a message when one is killed. For a base that does not
 fit on one device, `--config.mesh.fsdp=8 --config.model.scan_layers=True --config.model.remat=block`.
 

@@ -25,13 +25,13 @@ from flax import nnx
 
 from benchmarks.command import command, numbers, write
 from benchmarks.timing import device, medians, setting, table
+from surm_jax.devices.mesh import make_mesh, put_base, put_batch, replicated
 from surm_jax.errors import UserError
 from surm_jax.models import TARGETS, ViT, ViTConfig
 from surm_jax.peft import METHODS, Rule, Selection, adapt, make_method
 from surm_jax.structured import EXECUTIONS
-from surm_jax.training.image_task import ImageTask
-from surm_jax.training.mesh import make_mesh, put_base, put_batch, replicated
-from surm_jax.training.objective import CLASSES, cross_entropy
+from surm_jax.tasks.image_classification import ImageTask
+from surm_jax.tasks.objective import CLASSES, cross_entropy
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
 

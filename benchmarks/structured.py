@@ -11,7 +11,7 @@ Of each row: `ms`, the median over rounds in which all programs of a size take t
 `lora`; `temp_bytes`, what the compiled program allocates besides arguments and results; `peak_bytes`, all of it
 together. In the file of `--out` they take the place of what is there of the same width, tokens and dtype; the rest
 stays. `--write_table` makes the fastest execution of each case what `auto` stands for from now on
-(`surm_jax/structured/choice.json`).
+(`surm_jax/structured/products/choice.json`).
 """
 
 import functools
@@ -31,7 +31,7 @@ from benchmarks.layer import VARIANTS, check_sizes, frozen_step, random_update, 
 from benchmarks.timing import device, medians, setting, table
 from surm_jax.errors import UserError
 from surm_jax.structured import EXECUTIONS, FAMILIES
-from surm_jax.structured.choice import TABLE
+from surm_jax.structured.products.choice import TABLE
 
 FAMILY_NAMES = flags.DEFINE_list("families", None, "Families to time; all of them by default.")
 SIZES = flags.DEFINE_list("sizes", "768x256,768x1576,768x6304,4096x2048", "Widths and tokens.")

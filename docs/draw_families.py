@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from surm_jax.structured import FAMILIES, StructuredMatrix
-from surm_jax.structured.draw import draw
+from surm_jax.structured.analysis.draw import draw
 
 EXAMPLES = {
     "circulant": ((8, 8), {}),

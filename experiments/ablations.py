@@ -33,9 +33,9 @@ from experiments.jobs import load_job
 from experiments.pictures import draw_scores
 from experiments.rows import Row, Run, note_settings, read_settings
 from surm_jax.errors import UserError, did_you_mean
+from surm_jax.record.progress import Interruption
 from surm_jax.training import parse
 from surm_jax.training.config import keys
-from surm_jax.training.progress import Interruption
 
 RESULTS = grid.RESULTS
 RUNS = Path("runs/ablations")

@@ -45,15 +45,15 @@ from experiments import energy
 from experiments.cka import linear_cka
 from experiments.jobs import load_job
 from experiments.updates import LEGEND, Update, block_of, changes, examine, kernels, kind_of, table
+from surm_jax.devices.compilation import use_compilation_cache
+from surm_jax.devices.mesh import put_batch
 from surm_jax.errors import UserError
 from surm_jax.peft import Adapter, load_adapter
+from surm_jax.record.workdir import RESULT_NAME, locations, read_config, read_json
 from surm_jax.training import parse
-from surm_jax.training.compilation import use_compilation_cache
 from surm_jax.training.config import RunConfig
-from surm_jax.training.job import Job, prepare
-from surm_jax.training.mesh import put_batch
 from surm_jax.training.partition import partition
-from surm_jax.training.workdir import RESULT_NAME, locations, read_config, read_json
+from surm_jax.training.setup import Job, prepare
 
 RESULTS = Path(__file__).parent / "results"
 # Of a head that starts at zero, the norm of its first step.

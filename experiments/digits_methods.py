@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configs import digits
 from experiments.grid import command
+from surm_jax.record.metrics import read_metrics
 from surm_jax.training import parse
-from surm_jax.training.metrics import read_metrics
 from surm_jax.training.modes import train_run
 
 METHODS = ("linear_probe", "lora", "circulant", "full")

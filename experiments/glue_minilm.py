@@ -38,10 +38,10 @@ from experiments.pictures import draw_scores
 from experiments.rows import Row, Run, add_row, note_settings, read_rows, read_settings
 from surm_jax import data
 from surm_jax.errors import UserError
+from surm_jax.record.progress import Interruption
+from surm_jax.tasks.scores import SCORES
 from surm_jax.training import parse
 from surm_jax.training.config import RunConfig
-from surm_jax.training.progress import Interruption
-from surm_jax.training.scores import SCORES
 
 RESULTS = grid.RESULTS
 RUNS = Path("runs/glue_minilm")

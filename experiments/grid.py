@@ -16,12 +16,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from experiments.rows import Row, Run, add_row, read_rows, run_of
+from surm_jax.devices.compilation import use_compilation_cache
 from surm_jax.errors import UserError
-from surm_jax.training.compilation import use_compilation_cache
+from surm_jax.record.metrics import NotFiniteError, read_metrics
+from surm_jax.record.progress import Interruption
 from surm_jax.training.config import RunConfig
 from surm_jax.training.loop import InterruptedRunError, train
-from surm_jax.training.metrics import NotFiniteError, read_metrics
-from surm_jax.training.progress import Interruption
 
 RESULTS = Path(__file__).parent / "results"
 SEARCH_SEED = 10

@@ -36,7 +36,7 @@ from experiments import grid, image_grid
 from experiments.grid import Grid
 from experiments.image_grid import Settings
 from experiments.rows import Row, Run, note_settings, read_rows
-from surm_jax.training.progress import Interruption
+from surm_jax.record.progress import Interruption
 
 RESULTS = grid.RESULTS
 RUNS = Path("runs/image_table")

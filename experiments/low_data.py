@@ -39,7 +39,7 @@ from experiments.grid import Grid
 from experiments.image_grid import Settings
 from experiments.rows import Row, Run, note_settings, read_rows
 from surm_jax.errors import UserError
-from surm_jax.training.progress import Interruption
+from surm_jax.record.progress import Interruption
 
 RESULTS = grid.RESULTS
 RUNS = Path("runs/low_data")

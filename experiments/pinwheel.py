@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.cka import linear_cka
 from surm_jax import structured
-from surm_jax.training.progress import Progress
+from surm_jax.record.progress import Progress
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH, SPOKES = 64, 5

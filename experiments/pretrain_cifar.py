@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments import grid
 from surm_jax import data
+from surm_jax.devices.compilation import use_compilation_cache
 from surm_jax.errors import UserError
 from surm_jax.training import base_config, parse
-from surm_jax.training.compilation import use_compilation_cache
 from surm_jax.training.config import RunConfig
 from surm_jax.training.modes import merge_run, train_run
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from surm_jax.paths import join
 from surm_jax.peft import Delta, adapted_modules
-from surm_jax.peft.layers import is_linear, matrix_view
+from surm_jax.peft.kernels import is_linear, matrix_view
 from surm_jax.structured import (
     BlockCirculant,
     Circulant,

@@ -1,9 +1,9 @@
 """Parameter-efficient fine-tuning with structured matrices (SURM, arXiv 2406.17740) in JAX and Flax NNX.
 
-    rules = [surm_jax.Rule(r".*/(query|key|value)", surm_jax.CirculantUpdate())]
-    model, adapter = surm_jax.adapt(model, rules, train=["head/.*"], rngs=nnx.Rngs(0))
-    graphdef, trainable, frozen = nnx.split(model, adapter.trainable, ...)   # train `trainable` alone
-    surm_jax.save_adapter("my_adapter", nnx.merge(graphdef, trainable, frozen), adapter)
+rules = [surm_jax.Rule(r".*/(query|key|value)", surm_jax.CirculantUpdate())]
+model, adapter = surm_jax.adapt(model, rules, train=["head/.*"], rngs=nnx.Rngs(0))
+graphdef, trainable, frozen = nnx.split(model, adapter.trainable, ...)   # train `trainable` alone
+surm_jax.save_adapter("my_adapter", nnx.merge(graphdef, trainable, frozen), adapter)
 """
 
 from surm_jax.errors import UserError as UserError

@@ -15,7 +15,7 @@ import pytest
 from absl import flags
 
 import launch
-from surm_jax.training import compilation
+from surm_jax.devices import compilation
 from surm_jax.training.config import base_config, parse
 from surm_jax.training.loop import InterruptedRunError
 from tests.training import tiny, tiny_text

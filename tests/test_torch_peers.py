@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from surm_jax.devices.mesh import make_mesh, put_batch, replicated
 from surm_jax.models import ViT, ViTConfig
 from surm_jax.models.targets import TARGETS
 from surm_jax.peft import AdapterParam, CirculantUpdate, LoRA, Rule, adapt, merge
-from surm_jax.pretrained.hf_vision import architecture_of
-from surm_jax.training import objective
+from surm_jax.pretrained.hf.vision import architecture_of
+from surm_jax.tasks import objective
+from surm_jax.tasks.image_classification import ImageTask
 from surm_jax.training.config import GroupConfig, OptimConfig
-from surm_jax.training.image_task import ImageTask
-from surm_jax.training.mesh import make_mesh, put_batch, replicated
 from surm_jax.training.optimizer import Rates, make_optimizer
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step

@@ -3,15 +3,15 @@
 For text, `load_tokenizer` and `encode` come between, then `text_train_batches` and `text_eval_batches`.
 """
 
-from surm_jax.data.dataset import ArraySource, ImageDataset, ImageSource, keep_classes
-from surm_jax.data.glue import GLUE_TASKS, glue_task
 from surm_jax.data.holdout import first_examples, hold_out
-from surm_jax.data.image_transforms import Augment, eval_image, train_image
+from surm_jax.data.images.dataset import ArraySource, ImageDataset, ImageSource, keep_classes
+from surm_jax.data.images.transforms import Augment, eval_image, train_image
 from surm_jax.data.pipeline import EvalBatches, TrainBatches, eval_batches, train_batches
 from surm_jax.data.sources import is_text, load
-from surm_jax.data.text_dataset import TextDataset, TextSource
-from surm_jax.data.text_pipeline import lengths_in_use, text_eval_batches, text_train_batches
-from surm_jax.data.tokenizer import Tokenizer, TokenSource, load_tokenizer
+from surm_jax.data.text.dataset import TextDataset, TextSource
+from surm_jax.data.text.glue import GLUE_TASKS, glue_task
+from surm_jax.data.text.pipeline import lengths_in_use, text_eval_batches, text_train_batches
+from surm_jax.data.text.tokenizer import Tokenizer, TokenSource, load_tokenizer
 
 __all__ = [
     "GLUE_TASKS",

@@ -5,8 +5,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from surm_jax.data.dataset import ImageSource, Subset
-from surm_jax.data.text_dataset import TextSource
+from surm_jax.data.images.dataset import ImageSource, Subset
+from surm_jax.data.text.dataset import TextSource
 from surm_jax.errors import UserError
 
 Source = TypeVar("Source", ImageSource, TextSource)

@@ -15,9 +15,9 @@ from typing import Any
 import grain
 import numpy as np
 
-from surm_jax.data.corrupt import CorruptExampleError, Readable, skipping
-from surm_jax.data.dataset import ImageSource
-from surm_jax.data.image_transforms import Augment, eval_image, normalize, train_image
+from surm_jax.data.images.corrupt import CorruptExampleError, Readable, skipping
+from surm_jax.data.images.dataset import ImageSource
+from surm_jax.data.images.transforms import Augment, eval_image, normalize, train_image
 from surm_jax.errors import UserError, did_you_mean
 
 Batch = dict[str, np.ndarray]

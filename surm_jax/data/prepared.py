@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surm_jax.data.array_sets import EMBEDDED
+from surm_jax.data.images.array_sets import EMBEDDED
 from surm_jax.errors import UserError, did_you_mean
 
 _NAME = re.compile(r"(?P<name>\w+(/[\w.+-]+)?)(:(?P<version>\d+\.\d+\.\d+))?")

@@ -16,8 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from surm_jax.errors import UserError
+from surm_jax.models.base import check_choice, check_sizes, check_transformer, from_variant
 from surm_jax.models.layers import ACTIVATIONS, MLP, Attention, Blocks, drop, split_block_keys, split_key
-from surm_jax.models.settings import check_choice, check_sizes, check_transformer, from_variant
 from surm_jax.models.targets import HEAD, TARGETS
 
 HEADS = ("classifier", "mlm")

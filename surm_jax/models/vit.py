@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from surm_jax.errors import UserError
-from surm_jax.models import settings
+from surm_jax.models import base as settings
 from surm_jax.models.layers import ACTIVATIONS, MLP, Attention, Blocks, drop, split_block_keys, split_key
 from surm_jax.models.targets import HEAD, TARGETS
 

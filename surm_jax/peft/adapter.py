@@ -11,7 +11,7 @@ from flax import nnx
 from surm_jax.errors import UserError
 from surm_jax.paths import compile_pattern, join
 from surm_jax.peft.methods.base import Bottleneck, Method, Update, make_method
-from surm_jax.peft.variables import AdapterParam
+from surm_jax.peft.parts.variables import AdapterParam
 
 DEFAULT_NAME = "default"
 SLOTS = ("delta", "branch")

@@ -16,15 +16,15 @@ from jaxtyping import Array, Float, Int
 
 from surm_jax.errors import UserError
 from surm_jax.paths import join
-from surm_jax.peft.attach import attach
-from surm_jax.peft.branch import Branch
-from surm_jax.peft.context import example_adapters
+from surm_jax.peft.adapt import adapted_modules, base_parameters
 from surm_jax.peft.files import read_adapter
 from surm_jax.peft.fingerprint import check_fingerprint, fingerprint
-from surm_jax.peft.inject import adapted_modules, base_parameters
-from surm_jax.peft.layers import check_call, is_linear, matrix_view
+from surm_jax.peft.kernels import check_call, is_linear, matrix_view
 from surm_jax.peft.lifecycle import adapter_names
-from surm_jax.peft.variables import AdapterConstant, AdapterScale
+from surm_jax.peft.parts.attach import attach
+from surm_jax.peft.parts.branch import Branch
+from surm_jax.peft.parts.context import example_adapters
+from surm_jax.peft.parts.variables import AdapterConstant, AdapterScale
 from surm_jax.structured import Dense, Dot, LowRank, StructuredMatrix, Sum
 
 T = TypeVar("T")

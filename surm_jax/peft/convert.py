@@ -15,13 +15,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from surm_jax.errors import UserError
+from surm_jax.peft.adapt import make_part, matched_modules
 from surm_jax.peft.adapter import Adapter
-from surm_jax.peft.attach import attach
-from surm_jax.peft.delta import Delta
-from surm_jax.peft.inject import make_part, matched_modules
-from surm_jax.peft.layers import matrix_view
+from surm_jax.peft.kernels import matrix_view
 from surm_jax.peft.lifecycle import delete, parts_of
 from surm_jax.peft.methods.base import Update
+from surm_jax.peft.parts.attach import attach
+from surm_jax.peft.parts.update import Delta
 from surm_jax.structured import Placed, Product, StructuredMatrix, Sum, refine
 
 

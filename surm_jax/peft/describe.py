@@ -6,11 +6,11 @@ import math
 from flax import nnx
 
 from surm_jax.paths import join
+from surm_jax.peft.adapt import adapted_modules
 from surm_jax.peft.adapter import Adapter
-from surm_jax.peft.branch import Branch
-from surm_jax.peft.inject import adapted_modules
 from surm_jax.peft.lifecycle import parts_of
-from surm_jax.peft.variables import AdapterParam
+from surm_jax.peft.parts.branch import Branch
+from surm_jax.peft.parts.variables import AdapterParam
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,19 +21,18 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from surm_jax.atomic import replacing_folder
 from surm_jax.errors import UserError, did_you_mean
+from surm_jax.files import read_json, replacing_folder, require_file
 from surm_jax.paths import join, require_match
+from surm_jax.peft.adapt import base_parameters, make_part, matched_modules
 from surm_jax.peft.adapter import DEFAULT_NAME, Adapter
-from surm_jax.peft.attach import attach
-from surm_jax.peft.branch import Branch
-from surm_jax.peft.delta import Delta
 from surm_jax.peft.fingerprint import check_fingerprint, fingerprint
-from surm_jax.peft.inject import base_parameters, make_part, matched_modules
 from surm_jax.peft.lifecycle import parts_of
+from surm_jax.peft.parts.attach import attach
+from surm_jax.peft.parts.branch import Branch
+from surm_jax.peft.parts.update import Delta
+from surm_jax.peft.parts.variables import AdapterParam
 from surm_jax.peft.tensor_file import TensorFile
-from surm_jax.peft.variables import AdapterParam
-from surm_jax.untrusted import read_json, require_file
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"

@@ -5,10 +5,10 @@ import hashlib
 import numpy as np
 from flax import nnx
 
+from surm_jax.devices.gather import whole
 from surm_jax.errors import UserError
-from surm_jax.gather import whole
 from surm_jax.paths import join
-from surm_jax.peft.variables import AdapterParam
+from surm_jax.peft.parts.variables import AdapterParam
 
 BASE = nnx.All(nnx.Param, nnx.Not(AdapterParam))
 """Parameters, those of adapters left out."""

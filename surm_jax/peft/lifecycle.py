@@ -15,11 +15,11 @@ from flax import nnx
 
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.paths import require_match
+from surm_jax.peft.adapt import adapted_modules
 from surm_jax.peft.adapter import DEFAULT_NAME, Adapter
-from surm_jax.peft.attach import detach
-from surm_jax.peft.branch import Branch
-from surm_jax.peft.delta import Delta
-from surm_jax.peft.inject import adapted_modules
+from surm_jax.peft.parts.attach import detach
+from surm_jax.peft.parts.branch import Branch
+from surm_jax.peft.parts.update import Delta
 
 
 def adapter_names(model: nnx.Module) -> tuple[str, ...]:

@@ -9,12 +9,12 @@ import numpy as np
 from flax import nnx
 
 from surm_jax.errors import UserError
-from surm_jax.peft.attach import detach
-from surm_jax.peft.branch import Branch
-from surm_jax.peft.delta import Delta
-from surm_jax.peft.inject import adapted_modules
-from surm_jax.peft.layers import matrix_view
+from surm_jax.peft.adapt import adapted_modules
+from surm_jax.peft.kernels import matrix_view
 from surm_jax.peft.lifecycle import adapter_names, checked_names
+from surm_jax.peft.parts.attach import detach
+from surm_jax.peft.parts.branch import Branch
+from surm_jax.peft.parts.update import Delta
 
 
 def merge(model: nnx.Module, names: Iterable[str] | None = None) -> tuple[nnx.Module, float]:

@@ -6,7 +6,7 @@ import numpy as np
 import safetensors
 
 from surm_jax.errors import UserError, did_you_mean
-from surm_jax.untrusted import is_finite, require_file
+from surm_jax.files import is_finite, require_file
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _MOST_TENSORS = 100_000

@@ -1,7 +1,7 @@
 """Pretrained weights: where they are, what their formats call each parameter, and how they get into a model and out."""
 
 from surm_jax.pretrained.augreg import AUGREG_URLS
-from surm_jax.pretrained.huggingface import huggingface_names, save_huggingface
+from surm_jax.pretrained.hf.folder import huggingface_names, save_huggingface
 from surm_jax.pretrained.loading import from_pretrained, load, model_config
 from surm_jax.pretrained.native import save_model
 from surm_jax.pretrained.normalization import image_normalization

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 
 from surm_jax.errors import UserError
+from surm_jax.files import open_npz
 from surm_jax.pretrained.position_embed import resize_position_embed
 from surm_jax.pretrained.rules import KeyRule, fill
-from surm_jax.untrusted import open_npz
 
 _BUCKET = "https://storage.googleapis.com/vit_models/augreg/"
 

@@ -16,17 +16,13 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from surm_jax.errors import UserError
+from surm_jax.files import cache_root
 
 TIMEOUT_SECONDS = 10
 CHUNK_BYTES = 1 << 20
 _LONGEST_NAME = 255
 
 log = logging.getLogger(__name__)
-
-
-def cache_root() -> Path:
-    """Returns the cache: the folder `$SURM_JAX_CACHE`, or else `~/.cache/surm_jax`."""
-    return Path(os.environ.get("SURM_JAX_CACHE") or Path.home() / ".cache" / "surm_jax").expanduser()
 
 
 def cache_path(url: str) -> Path:

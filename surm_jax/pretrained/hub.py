@@ -20,11 +20,11 @@ from huggingface_hub.errors import (
 )
 
 from surm_jax.errors import UserError
+from surm_jax.files import cache_root
 from surm_jax.models import Bert
-from surm_jax.pretrained.download import cache_root
-from surm_jax.pretrained.huggingface import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, read_architecture
+from surm_jax.pretrained.hf.folder import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, read_architecture
 from surm_jax.pretrained.normalization import PREPROCESSOR_NAME
-from surm_jax.pretrained.tensor_files import shards_of
+from surm_jax.tensor_files import shards_of
 
 PREFIX = "hf://"
 

@@ -11,9 +11,10 @@ from flax import nnx
 from surm_jax.errors import UserError
 from surm_jax.models import ViT, ViTConfig
 from surm_jax.paths import join, require_match
-from surm_jax.pretrained import augreg, huggingface, native
+from surm_jax.pretrained import augreg, native
+from surm_jax.pretrained.hf import folder as huggingface
 from surm_jax.pretrained.sources import locate
-from surm_jax.pretrained.tensor_files import SUFFIX
+from surm_jax.tensor_files import SUFFIX
 
 Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
 """Where a parameter is to be, by its path and shape."""

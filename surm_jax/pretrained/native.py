@@ -11,14 +11,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from surm_jax.atomic import replacing
 from surm_jax.errors import UserError, did_you_mean
+from surm_jax.files import replacing
 from surm_jax.models import ViTConfig
 from surm_jax.paths import join
 from surm_jax.pretrained.configs import MODELS, require_fields, require_same
 from surm_jax.pretrained.position_embed import resize_position_embed
 from surm_jax.pretrained.rules import KeyRule, fill
-from surm_jax.pretrained.tensor_files import SUFFIX, open_tensors, write_tensors
+from surm_jax.tensor_files import SUFFIX, open_tensors, write_tensors
 
 FORMAT = "surm_jax.model.1"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from surm_jax.errors import UserError
+from surm_jax.files import read_json
 from surm_jax.pretrained.native import is_native, read_normalization
-from surm_jax.pretrained.tensor_files import SUFFIX
-from surm_jax.untrusted import read_json
+from surm_jax.tensor_files import SUFFIX
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from surm_jax.errors import UserError, did_you_mean
-from surm_jax.untrusted import is_finite
+from surm_jax.files import is_finite
 
 MOST_LISTED = 8
 

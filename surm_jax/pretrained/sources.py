@@ -7,7 +7,7 @@ from surm_jax.errors import UserError, did_you_mean
 from surm_jax.pretrained import hub
 from surm_jax.pretrained.augreg import AUGREG_URLS
 from surm_jax.pretrained.download import download
-from surm_jax.pretrained.huggingface import CONFIG_NAME
+from surm_jax.pretrained.hf.folder import CONFIG_NAME
 
 DIGITS_WEIGHTS = Path(__file__).parent / "weights" / "vit_digits.safetensors"
 

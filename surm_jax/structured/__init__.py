@@ -9,33 +9,32 @@ CirculantPair(r1=float32[768], r2=float32[768], shape=(768, 768))
 """
 
 from surm_jax.structured.algebra import Product, Scaled, Sum
-from surm_jax.structured.approximation import Approximation, approximations
-from surm_jax.structured.base import FAMILIES, Family, StructuredMatrix, compute_dtype, family, static
-from surm_jax.structured.block_circulant import BlockCirculant
-from surm_jax.structured.circulant import Circulant, CirculantPair
-from surm_jax.structured.dense import Dense
-from surm_jax.structured.diagnostics import (
+from surm_jax.structured.analysis.approximation import Approximation, approximations
+from surm_jax.structured.analysis.diagnostics import (
     condition_number,
     displacement_rank,
     log_determinant,
     numerical_rank,
     singular_values,
 )
-from surm_jax.structured.execution import EXECUTIONS, Dot, check_execution, matmul, updated_matmul
-from surm_jax.structured.f_circulant import FCirculant, SkewCirculant
+from surm_jax.structured.base import FAMILIES, Family, StructuredMatrix, compute_dtype, family, static
+from surm_jax.structured.families.block_circulant import BlockCirculant
+from surm_jax.structured.families.circulant import Circulant, CirculantPair
+from surm_jax.structured.families.dense import Dense
+from surm_jax.structured.families.f_circulant import FCirculant, SkewCirculant
+from surm_jax.structured.families.kronecker import Kronecker, near_square_factors
+from surm_jax.structured.families.low_displacement import LowDisplacementRank
+from surm_jax.structured.families.low_rank import LowRank
+from surm_jax.structured.families.low_rank_kronecker import LowRankKronecker
+from surm_jax.structured.families.tiled import Tiled, tiled_side
+from surm_jax.structured.families.toeplitz import SymmetricToeplitz, Toeplitz
+from surm_jax.structured.families.toeplitz_pair import SymmetricToeplitzPair, ToeplitzPair
 from surm_jax.structured.fit import refine
-from surm_jax.structured.fourier import BATCH_AXES, batch_local, circular_convolve, fast_length, skew_convolve
-from surm_jax.structured.kronecker import Kronecker, near_square_factors
-from surm_jax.structured.low_displacement import LowDisplacementRank
-from surm_jax.structured.low_rank import LowRank
-from surm_jax.structured.low_rank_kronecker import LowRankKronecker
 from surm_jax.structured.placed import Placed
-from surm_jax.structured.tiled import Tiled, tiled_side
-from surm_jax.structured.toeplitz import SymmetricToeplitz, Toeplitz
-from surm_jax.structured.toeplitz_pair import SymmetricToeplitzPair, ToeplitzPair
+from surm_jax.structured.products.execution import EXECUTIONS, Dot, check_execution, matmul, updated_matmul
+from surm_jax.structured.products.fourier import circular_convolve, fast_length, skew_convolve
 
 __all__ = [
-    "BATCH_AXES",
     "EXECUTIONS",
     "FAMILIES",
     "Approximation",
@@ -62,7 +61,6 @@ __all__ = [
     "Toeplitz",
     "ToeplitzPair",
     "approximations",
-    "batch_local",
     "check_execution",
     "circular_convolve",
     "compute_dtype",

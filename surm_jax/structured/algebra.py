@@ -290,3 +290,22 @@ def _flattened(
 
 def _by(shape: tuple[int, int]) -> str:
     return f"{shape[0]} x {shape[1]}"
+
+
+class _Operators:
+    """What `+`, `@` and `*` of matrices return."""
+
+    @staticmethod
+    def add(left: StructuredMatrix, right: StructuredMatrix) -> Sum:
+        return Sum((left, right))
+
+    @staticmethod
+    def multiply(left: StructuredMatrix, right: StructuredMatrix) -> Product:
+        return Product((left, right))
+
+    @staticmethod
+    def scale(matrix: StructuredMatrix, factor: float | Float[Array, ""]) -> Scaled:
+        return Scaled(matrix, factor)
+
+
+StructuredMatrix._algebra = _Operators()

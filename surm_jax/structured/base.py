@@ -16,7 +16,6 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any, ClassVar, Protocol, Self, TypeVar, dataclass_transform
 
 import jax
@@ -190,6 +189,26 @@ def checked_dense(owner: str, dense: ArrayLike) -> Float[Array, "in out"]:
     return dense.astype(compute_dtype(dense.dtype))
 
 
+class Algebra(Protocol):
+    """What the operators of matrices do.
+
+    `surm_jax.structured.algebra` sets it: sums, products and multiples are matrices themselves, so that they stand
+    above this file.
+    """
+
+    def add(self, left: "StructuredMatrix", right: "StructuredMatrix") -> "StructuredMatrix":
+        """Returns `left + right`."""
+        ...
+
+    def multiply(self, left: "StructuredMatrix", right: "StructuredMatrix") -> "StructuredMatrix":
+        """Returns `left @ right`."""
+        ...
+
+    def scale(self, matrix: "StructuredMatrix", factor: float | Float[Array, ""]) -> "StructuredMatrix":
+        """Returns `factor * matrix`."""
+        ...
+
+
 class StructuredMatrix(abc.ABC):
     """A matrix `M` of shape (in_features, out_features) held as far fewer numbers, with a fast product `x @ M`.
 
@@ -213,6 +232,7 @@ class StructuredMatrix(abc.ABC):
 
     shape: tuple[int, int]
     lean: ClassVar[bool] = False
+    _algebra: ClassVar[Algebra]
     _leaf_names: ClassVar[tuple[str, ...]]
     _size_names: ClassVar[tuple[str, ...]]
 
@@ -298,7 +318,7 @@ class StructuredMatrix(abc.ABC):
 
     def __add__(self, other: "StructuredMatrix") -> "StructuredMatrix":
         """The sum `A + B`, held as its terms."""
-        return _algebra().Sum((self, other)) if isinstance(other, StructuredMatrix) else NotImplemented
+        return self._algebra.add(self, other) if isinstance(other, StructuredMatrix) else NotImplemented
 
     def __sub__(self, other: "StructuredMatrix") -> "StructuredMatrix":
         """The difference `A - B`, held as its terms."""
@@ -306,11 +326,11 @@ class StructuredMatrix(abc.ABC):
 
     def __matmul__(self, other: "StructuredMatrix") -> "StructuredMatrix":
         """The product `A @ B`, held as its factors."""
-        return _algebra().Product((self, other)) if isinstance(other, StructuredMatrix) else NotImplemented
+        return self._algebra.multiply(self, other) if isinstance(other, StructuredMatrix) else NotImplemented
 
     def __mul__(self, factor: float | Float[Array, ""]) -> "StructuredMatrix":
         """The multiple by a number, which is constant, or by an array of shape (), which is one more leaf."""
-        return NotImplemented if isinstance(factor, StructuredMatrix) else _algebra().Scaled(self, factor)
+        return NotImplemented if isinstance(factor, StructuredMatrix) else self._algebra.scale(self, factor)
 
     __rmul__ = __mul__
 
@@ -374,13 +394,6 @@ class StructuredMatrix(abc.ABC):
 
     def _astype(self, dtype: DTypeLike) -> Self:
         return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), self)
-
-
-def _algebra() -> ModuleType:
-    # Imported late: the composites that the operators return are themselves subclasses of StructuredMatrix.
-    from surm_jax.structured import algebra
-
-    return algebra
 
 
 def _describe(leaf: Any) -> str:

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from surm_jax.devices.mesh import FSDP_AXIS, all_but_gathered, whole
 from surm_jax.models import REMAT, Blocks
-from surm_jax.peft.context import keys_drawn, set_keys_drawn
-from surm_jax.training.mesh import FSDP_AXIS, all_but_gathered, whole
+from surm_jax.peft.parts.context import keys_drawn, set_keys_drawn
 
 
 class Stack(nnx.Module):

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from surm_jax.training.mesh import put_batch, replicated, with_whole_base
-from surm_jax.training.objective import Objective
+from surm_jax.devices.mesh import put_batch, replicated, with_whole_base
+from surm_jax.tasks.objective import Objective
+from surm_jax.tasks.scores import SCORES
 from surm_jax.training.partition import Arrays, Partition
-from surm_jax.training.scores import SCORES
 from surm_jax.training.step import Batch, Forward
 
 EvalStep = Callable[[Arrays, nnx.State, Batch], dict[str, jax.Array]]
@@ -41,7 +41,7 @@ def evaluate(
     metrics: Sequence[str],
     mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
-    """Returns the metrics (names in `surm_jax.training.scores.SCORES`), the mean `loss` and the number of `examples`.
+    """Returns the metrics (names in `surm_jax.tasks.scores.SCORES`), the mean `loss` and the number of `examples`.
 
     Metrics are those of all examples together, not means over batches. What the device computes stays there until the
     end. Two batches are in its memory at a time: while it works on one, the host brings the next.

@@ -12,21 +12,21 @@ import jax
 import numpy as np
 from flax import nnx
 
+from surm_jax.devices.mesh import batch_sharding, put_base, put_batch, replicated
+from surm_jax.devices.processes import Agreement, meet, on_first, opened_on_first, several, tree_on_first, union
 from surm_jax.errors import UserError
 from surm_jax.peft import Adapter, AdapterConstant, describe, fingerprint, save_adapter
-from surm_jax.training.checkpoints import Checkpoints, last_checkpoint
+from surm_jax.record.checkpoints import Checkpoints, last_checkpoint
+from surm_jax.record.metrics import MetricWriter, NotFiniteError, StepLog
+from surm_jax.record.progress import Interruption, Progress, Stopwatch, track
+from surm_jax.record.report import draw_curves, make_result
+from surm_jax.record.workdir import RESULT_NAME, open_workdir, read_json, require_shared, write_json
 from surm_jax.training.config import RunConfig, to_dict
 from surm_jax.training.evaluate import evaluate, make_eval_step
-from surm_jax.training.job import Job, prepare
-from surm_jax.training.mesh import batch_sharding, put_base, put_batch, replicated
-from surm_jax.training.metrics import MetricWriter, NotFiniteError, StepLog
 from surm_jax.training.optimizer import Rates, groups_of, make_optimizer
 from surm_jax.training.partition import partition
-from surm_jax.training.processes import Agreement, meet, on_first, opened_on_first, several, tree_on_first, union
-from surm_jax.training.progress import Interruption, Progress, Stopwatch, track
-from surm_jax.training.report import draw_curves, make_result
+from surm_jax.training.setup import Job, prepare
 from surm_jax.training.step import TrainState, init_state, make_train_step
-from surm_jax.training.workdir import RESULT_NAME, open_workdir, read_json, require_shared, write_json
 
 CHECKPOINTS_NAME = "checkpoints"
 Shape = tuple[tuple[str, tuple[int, ...]], ...]

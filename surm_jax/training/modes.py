@@ -9,22 +9,22 @@ import numpy as np
 from flax import nnx
 
 from surm_jax import data
+from surm_jax.devices.mesh import put_base, replicated
+from surm_jax.devices.processes import on_first, opened_on_first
 from surm_jax.errors import UserError
 from surm_jax.peft import load_adapter, load_hf_adapter, merge, save_hf_adapter
 from surm_jax.pretrained import from_pretrained, huggingface_names, save_huggingface, save_model
+from surm_jax.record.progress import Interruption, track
+from surm_jax.record.report import combine, table
+from surm_jax.record.workdir import RESULT_NAME, locations, open_workdir, read_config, read_json, write_json
+from surm_jax.tasks.base import model_maker
 from surm_jax.training.adaptation import describe_model
 from surm_jax.training.config import RunConfig
 from surm_jax.training.evaluate import evaluate, make_eval_step
-from surm_jax.training.job import Job, prepare
 from surm_jax.training.loop import train
-from surm_jax.training.mesh import put_base, replicated
 from surm_jax.training.partition import partition
 from surm_jax.training.predict import predict_text
-from surm_jax.training.processes import on_first, opened_on_first
-from surm_jax.training.progress import Interruption, track
-from surm_jax.training.report import combine, table
-from surm_jax.training.task import model_maker
-from surm_jax.training.workdir import RESULT_NAME, locations, open_workdir, read_config, read_json, write_json
+from surm_jax.training.setup import Job, prepare
 
 
 def train_run(config: RunConfig, workdir: Path) -> dict[str, Any]:

@@ -12,15 +12,15 @@ import numpy as np
 from flax import nnx
 
 from surm_jax import data
-from surm_jax.atomic import replacing
+from surm_jax.devices.mesh import base_sharding, make_mesh, put_batch
 from surm_jax.errors import UserError
+from surm_jax.files import replacing
 from surm_jax.models import Bert
 from surm_jax.peft import load_adapter
 from surm_jax.pretrained import load, locate
+from surm_jax.record.progress import track
+from surm_jax.tasks.glue import TextTask, text_model_config, text_tokenizer
 from surm_jax.training.config import RunConfig
-from surm_jax.training.mesh import base_sharding, make_mesh, put_batch
-from surm_jax.training.progress import track
-from surm_jax.training.text_task import TextTask, text_model_config, text_tokenizer
 
 
 class Rows(NamedTuple):

@@ -9,9 +9,9 @@ import numpy as np
 import optax
 from flax import nnx
 
+from surm_jax.devices.mesh import replicated, with_whole_base
 from surm_jax.peft import adapter_dropout
-from surm_jax.training.mesh import replicated, with_whole_base
-from surm_jax.training.objective import Objective
+from surm_jax.tasks.objective import Objective
 from surm_jax.training.partition import Arrays, Partition
 
 Batch = dict[str, jax.Array]
@@ -63,10 +63,10 @@ def make_train_step(
       forward: how the model reads a batch.
       objective: what its outputs mean.
       optimizer: what turns gradients into updates; `rates` reach it as an extra argument, if it takes such.
-      mesh: the devices. State and key are replicated, the base is where `surm_jax.training.mesh.put_base` puts it, the
+      mesh: the devices. State and key are replicated, the base is where `surm_jax.devices.mesh.put_base` puts it, the
         batch is split over all devices.
       accumulate: number of micro-batches; only one is worked on at a time. Must divide the batch.
-      label_smoothing: see `surm_jax.training.objective.cross_entropy`.
+      label_smoothing: see `surm_jax.tasks.objective.cross_entropy`.
     """
 
     optimizer = optax.with_extra_args_support(optimizer)

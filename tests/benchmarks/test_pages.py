@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import report, scale
 from docs import draw_families, list_methods
-from surm_jax.pretrained.download import cache_root
+from surm_jax.files import cache_root
 from surm_jax.training import base_config
 from surm_jax.training.config import keys
 

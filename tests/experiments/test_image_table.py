@@ -11,12 +11,12 @@ from experiments import image_grid, image_table, pretrain_cifar
 from experiments.grid import Grid
 from experiments.rows import Run, note_settings, read_rows
 from surm_jax.errors import UserError
+from surm_jax.record.workdir import read_config
+from surm_jax.tasks.base import model_maker
 from surm_jax.training import base_config, parse
 from surm_jax.training.adaptation import describe_model
-from surm_jax.training.job import prepare
 from surm_jax.training.loop import InterruptedRunError
-from surm_jax.training.task import model_maker
-from surm_jax.training.workdir import read_config
+from surm_jax.training.setup import prepare
 from tests.experiments import tiny_cifar
 from tests.training import tiny
 

@@ -7,8 +7,8 @@ from experiments import image_grid, low_data
 from experiments.grid import Grid
 from experiments.rows import Run, read_rows
 from surm_jax.errors import UserError
-from surm_jax.training.job import prepare
-from surm_jax.training.workdir import read_config
+from surm_jax.record.workdir import read_config
+from surm_jax.training.setup import prepare
 from tests.training import tiny
 
 MEASURED = {"metric": "accuracy", "loss": 0.5, "trainable": 7, "steps": 2, "seconds": 1.0}

@@ -16,7 +16,7 @@ from surm_jax.models import Bert, BertConfig, ViT, ViTConfig
 from surm_jax.peft import C3A, LoKr, LoRA, Rule, adapt, load_adapter, load_hf_adapter, save_adapter, save_hf_adapter
 from surm_jax.peft.methods import BottleneckAdapter, CirculantUpdate, StructuredUpdate
 from surm_jax.pretrained import from_pretrained, save_huggingface, save_model
-from tests.peft import hf_model
+from tests.peft.hf import hf_model
 from tests.peft.models import MLP_TARGET, base, materialize, perturb
 
 Content = dict[str, np.ndarray]

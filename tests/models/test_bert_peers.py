@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 from surm_jax.models import BERT_VARIANTS, Bert, BertConfig
 from surm_jax.pretrained import load, model_config
-from surm_jax.pretrained.hf_text import ARCHITECTURES, architecture_of
+from surm_jax.pretrained.hf.text import ARCHITECTURES, architecture_of
 from tests.peft.models import parameters, relative_error, same_bits
-from tests.pretrained.hf_trees import read_tree, written_tree
+from tests.pretrained.hf.hf_trees import read_tree, written_tree
 
 REASON = "compares with a PyTorch library: pip install -r requirements-peers.txt"
 torch = pytest.importorskip("torch", reason=REASON)

@@ -33,7 +33,7 @@ from tests.peft.oracles import (
     waisted_shapes,
     weight_decomposed,
 )
-from tests.structured.test_tiled import mora_dense
+from tests.structured.families.test_tiled import mora_dense
 
 
 @dataclasses.dataclass(frozen=True)

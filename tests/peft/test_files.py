@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save
 
 from surm_jax.errors import UserError
 from surm_jax.peft import LoRA, Rule, adapt, adapted_modules, load_adapter, merge, save_adapter, set_scale
-from surm_jax.peft.attach import detach
+from surm_jax.peft.parts.attach import detach
 from tests.peft.cases import UPDATES, fresh, trained
 from tests.peft.models import CONFIG, MLP, MODELS, TENSORS, base, by_path, inputs, materialize, perturb, same_bits
 

@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 
 from surm_jax.errors import UserError
 from surm_jax.models import ViT, ViTConfig, vit
-from surm_jax.pretrained import from_pretrained, huggingface, load, model_config
+from surm_jax.pretrained import from_pretrained, load, model_config
+from surm_jax.pretrained.hf import folder as huggingface
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 
 from surm_jax.errors import UserError
 from surm_jax.pretrained import image_normalization
-from surm_jax.pretrained.hf_vision import ARCHITECTURES
+from surm_jax.pretrained.hf.vision import ARCHITECTURES
 from surm_jax.pretrained.normalization import BY_MODEL_TYPE, CLIP, HALF, IMAGENET
 
 

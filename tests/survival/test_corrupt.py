@@ -15,10 +15,10 @@ from PIL import Image
 
 from surm_jax import data
 from surm_jax.data import ArraySource, eval_batches, train_batches
-from surm_jax.data.corrupt import CorruptExampleError
-from surm_jax.data.tfds_sets import TfdsSource
+from surm_jax.data.images.corrupt import CorruptExampleError
+from surm_jax.data.images.tfds_sets import TfdsSource
 from surm_jax.errors import UserError
-from surm_jax.training import task
+from surm_jax.tasks import base as task
 from surm_jax.training.modes import evaluate_run, train_run
 from tests.training import tiny
 from tests.training.several import ROOT, free_port
@@ -101,7 +101,7 @@ def test_processes_together_see_what_one_sees(process_count, warned):
 # What each process met, and what all of them know afterwards.
 UNION = """
 import sys
-from surm_jax.training import processes
+from surm_jax.devices import processes
 port, number = sys.argv[1:]
 processes.start(f"127.0.0.1:{port}", int(number), 2)
 print([sorted(processes.union(met[int(number)], 3)) for met in (({3, 10}, {7, 10}), (set(), set()))], file=sys.stderr)

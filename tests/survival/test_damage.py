@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from surm_jax.devices.mesh import make_mesh, replicated
 from surm_jax.errors import UserError
 from surm_jax.peft import CirculantUpdate, Rule, adapt, load_adapter, save_adapter
-from surm_jax.training.checkpoints import Checkpoints
-from surm_jax.training.mesh import make_mesh, replicated
+from surm_jax.record.checkpoints import Checkpoints
 from surm_jax.training.step import TrainState
 from tests.training.tiny import assert_equal_bits, host
 

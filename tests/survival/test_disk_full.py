@@ -56,7 +56,7 @@ third()
 
 CASES = {
     "checkpoint": """
-from surm_jax.training.checkpoints import Checkpoints
+from surm_jax.record.checkpoints import Checkpoints
 from surm_jax.training.step import TrainState
 def save(step):
     arrays = {"kernel": jax.random.normal(jax.random.key(step), (60, 50))}
@@ -87,7 +87,7 @@ def third():
     print("read:", adapter.rules[0].method.rank)
 """,
     "result": """
-from surm_jax.training.workdir import read_json, write_json
+from surm_jax.record.workdir import read_json, write_json
 def first():
     write_json(folder / "result.json", {"a": 1})
 def second():
@@ -96,7 +96,7 @@ def third():
     print("read:", read_json(folder / "result.json", "")["a"])
 """,
     "metrics": """
-from surm_jax.training.metrics import MetricWriter, read_metrics
+from surm_jax.record.metrics import MetricWriter, read_metrics
 def contents():
     return [line for line in read_metrics(folder) if line["step"] == 1]
 def first():

@@ -8,14 +8,14 @@ import time
 
 import pytest
 
-from surm_jax import atomic
-from surm_jax.atomic import is_temporary, remove_folder, remove_temporaries, replacing, replacing_folder
+from surm_jax import files as atomic
+from surm_jax.files import is_temporary, remove_folder, remove_temporaries, replacing, replacing_folder
 
 # Writes a file and a folder over and over, each time filled with one letter. Blocks make half-written states likely.
 WRITER = """
 import itertools, sys
 from pathlib import Path
-from surm_jax.atomic import replacing, replacing_folder
+from surm_jax.files import replacing, replacing_folder
 root = Path(sys.argv[1])
 def fill(path, letter):
     with path.open("wb", buffering=0) as file:

@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from surm_jax.errors import UserError
-from surm_jax.training import lock, loop
-from surm_jax.training.lock import LOCK_NAME, locked
+from surm_jax.record import lock
+from surm_jax.record.lock import LOCK_NAME, locked
+from surm_jax.training import loop
 from surm_jax.training.modes import train_run
 from tests.training import tiny
 
@@ -21,7 +22,7 @@ from tests.training import tiny
 HOLD = """
 import sys, time
 from pathlib import Path
-from surm_jax.training.lock import locked
+from surm_jax.record.lock import locked
 with locked(Path(sys.argv[1])):
     print("taken", flush=True)
     time.sleep(600)

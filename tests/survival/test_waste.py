@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from surm_jax.devices.mesh import replicated
 from surm_jax.training import loop
-from surm_jax.training.mesh import replicated
 from surm_jax.training.modes import train_run
 from tests.training import tiny
 

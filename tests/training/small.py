@@ -11,11 +11,11 @@ from flax import nnx
 
 from surm_jax.models import Bert, BertConfig, ViT, ViTConfig
 from surm_jax.peft import Adapter, AdapterScale
+from surm_jax.tasks.glue import TextTask
+from surm_jax.tasks.image_classification import ImageTask
 from surm_jax.training.adaptation import adapt_model
 from surm_jax.training.config import base_config, parse
-from surm_jax.training.image_task import ImageTask
 from surm_jax.training.step import Batch, Forward
-from surm_jax.training.text_task import TextTask
 
 KINDS = ("vit", "bert")
 BATCH, DEPTH = 16, 2

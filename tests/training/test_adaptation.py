@@ -5,7 +5,7 @@ from flax import nnx
 
 from surm_jax.models import ViT, ViTConfig
 from surm_jax.peft import METHODS, CirculantUpdate, LoRA, Rule
-from surm_jax.peft.inject import adapted_modules
+from surm_jax.peft.adapt import adapted_modules
 from surm_jax.structured import EXECUTIONS
 from surm_jax.training.adaptation import adapt_model
 from surm_jax.training.config import base_config, parse

@@ -9,18 +9,18 @@ import optax
 import pytest
 from flax import nnx
 
+from surm_jax.devices.mesh import make_mesh
 from surm_jax.models import Blocks
 from surm_jax.peft import adapter_dropout, load_adapter
+from surm_jax.record.progress import Interruption
+from surm_jax.tasks.objective import CLASSES
 from surm_jax.training.blocks import Stack, StepBlocks
 from surm_jax.training.config import OptimConfig
-from surm_jax.training.job import prepare
 from surm_jax.training.loop import train
-from surm_jax.training.mesh import make_mesh
 from surm_jax.training.modes import evaluate_run
-from surm_jax.training.objective import CLASSES
 from surm_jax.training.optimizer import make_optimizer
 from surm_jax.training.partition import partition
-from surm_jax.training.progress import Interruption
+from surm_jax.training.setup import prepare
 from surm_jax.training.step import init_state, make_train_step
 from tests.training import small, tiny
 

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from surm_jax import data
+from surm_jax.devices.mesh import make_mesh, replicated
 from surm_jax.training.evaluate import evaluate, make_eval_step
-from surm_jax.training.mesh import make_mesh, replicated
 from tests.training import tiny
 
 

@@ -14,9 +14,9 @@ from surm_jax.errors import UserError
 from surm_jax.models import Bert, BertConfig, ViT, ViTConfig
 from surm_jax.peft import load_adapter, merge
 from surm_jax.pretrained import from_pretrained, load, save_huggingface
-from surm_jax.training.job import prepare
+from surm_jax.record.workdir import read_config
 from surm_jax.training.modes import evaluate_run, export_run, train_run
-from surm_jax.training.workdir import read_config
+from surm_jax.training.setup import prepare
 from tests.training import tiny
 
 VIT = ViTConfig(

@@ -7,12 +7,12 @@ import pytest
 from flax import nnx
 
 from benchmarks.hlo import gathered_sizes
+from surm_jax.devices import mesh as meshes
+from surm_jax.devices.mesh import base_sharding, make_mesh, put_base, put_batch
 from surm_jax.errors import UserError
-from surm_jax.training import mesh as meshes
+from surm_jax.tasks.image_classification import ImageTask
+from surm_jax.tasks.objective import CLASSES
 from surm_jax.training.evaluate import evaluate, make_eval_step
-from surm_jax.training.image_task import ImageTask
-from surm_jax.training.mesh import base_sharding, make_mesh, put_base, put_batch
-from surm_jax.training.objective import CLASSES
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
 from tests.training import small, tiny

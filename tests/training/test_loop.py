@@ -11,14 +11,15 @@ import optax
 import pytest
 from flax import nnx
 
+from surm_jax.devices import mesh as meshes
 from surm_jax.errors import UserError
 from surm_jax.peft import adapter_dropout
-from surm_jax.training import evaluate, job, loop
-from surm_jax.training import mesh as meshes
+from surm_jax.record.progress import Interruption
+from surm_jax.training import evaluate, loop
+from surm_jax.training import setup as job
 from surm_jax.training.adaptation import adapt_model
 from surm_jax.training.blocks import Stack
 from surm_jax.training.loop import InterruptedRunError, train
-from surm_jax.training.progress import Interruption
 from tests.training import tiny
 
 

@@ -16,9 +16,9 @@ from surm_jax.pretrained import load
 from surm_jax.pretrained.normalization import image_normalization
 from surm_jax.training import loop, modes
 from surm_jax.training.config import base_config, parse
-from surm_jax.training.job import prepare
 from surm_jax.training.loop import InterruptedRunError
 from surm_jax.training.modes import describe_run, evaluate_run, export_run, merge_run, train_run
+from surm_jax.training.setup import prepare
 from tests.training import tiny
 
 

@@ -8,11 +8,11 @@ import pytest
 
 from surm_jax.errors import UserError
 from surm_jax.peft import load_adapter
+from surm_jax.record.workdir import open_workdir, read_config
 from surm_jax.training import predict
-from surm_jax.training.job import prepare
 from surm_jax.training.modes import predict_run, train_run
 from surm_jax.training.predict import read_rows
-from surm_jax.training.workdir import open_workdir, read_config
+from surm_jax.training.setup import prepare
 from tests.training import tiny, tiny_text
 
 PAIRS = [

@@ -9,12 +9,12 @@ import optax
 import pytest
 
 from benchmarks.hlo import gathered_sizes
+from surm_jax.devices.mesh import make_mesh, put_batch, replicated
 from surm_jax.models.layers import split_block_keys, split_key
-from surm_jax.peft.context import dropout_key
-from surm_jax.structured import execution, fourier
-from surm_jax.training.image_task import ImageTask
-from surm_jax.training.mesh import make_mesh, put_batch, replicated
-from surm_jax.training.objective import CLASSES, NUMBER, cross_entropy, squared_error
+from surm_jax.peft.parts.context import dropout_key
+from surm_jax.structured.products import execution, fourier
+from surm_jax.tasks.image_classification import ImageTask
+from surm_jax.tasks.objective import CLASSES, NUMBER, cross_entropy, squared_error
 from surm_jax.training.optimizer import Rates, make_optimizer
 from surm_jax.training.partition import Partition
 from surm_jax.training.step import init_state, make_train_step

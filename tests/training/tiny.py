@@ -14,8 +14,8 @@ from surm_jax.models import ViT, ViTConfig
 from surm_jax.peft import Adapter
 from surm_jax.pretrained import load, save_model
 from surm_jax.training.config import RunConfig, base_config, parse
-from surm_jax.training.job import Job, prepare
 from surm_jax.training.partition import Arrays, Partition, partition
+from surm_jax.training.setup import Job, prepare
 
 NAME = "tiny"
 # Every size is told from every other, and none from a batch of 16: shapes in a program say what they belong to.

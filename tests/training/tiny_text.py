@@ -15,7 +15,7 @@ from surm_jax import data
 from surm_jax.models import Bert, BertConfig
 from surm_jax.pretrained import load, save_huggingface
 from surm_jax.training.config import RunConfig, base_config, parse
-from tests.data.test_glue import example
+from tests.data.text.test_glue import example
 
 WORDS = ("the", "a", "cat", "dog", "bird", "sleeps", "sings", "eats", "not", "and", "old", "small", "big", ".", "?")
 VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS)

@@ -12,17 +12,17 @@ from flax import nnx
 
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.paths import join, matching
+from surm_jax.peft.adapt import base_parameters, matched_modules
 from surm_jax.peft.adapter import DEFAULT_NAME, Adapter, Rule
-from surm_jax.peft.attach import attach
-from surm_jax.peft.delta import Delta
 from surm_jax.peft.files import CONFIG_NAME, TENSORS_NAME
 from surm_jax.peft.hf.format import Format
 from surm_jax.peft.hf.formats import FORMATS
 from surm_jax.peft.hf.names import ROOT, ModuleNames, whole_modules
 from surm_jax.peft.hf.settings import Settings
-from surm_jax.peft.inject import base_parameters, matched_modules
-from surm_jax.peft.layers import is_linear, matrix_view
+from surm_jax.peft.kernels import is_linear, matrix_view
 from surm_jax.peft.methods import Update
+from surm_jax.peft.parts.attach import attach
+from surm_jax.peft.parts.update import Delta
 from surm_jax.peft.tensor_file import TensorFile
 from surm_jax.structured import StructuredMatrix
 

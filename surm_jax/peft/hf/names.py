@@ -25,7 +25,7 @@ class Layout(Protocol):
 
 
 class ModuleNames(Protocol):
-    """The names that transformers has for one of our models: `surm_jax.pretrained.architecture.Names` is one."""
+    """The names that transformers has for one of our models: `surm_jax.pretrained.hf.architecture.Names` is one."""
 
     def modules(self, path: str) -> tuple[str, ...]:
         """Returns the names of the module at a path, that in memory first; none where it has no name."""

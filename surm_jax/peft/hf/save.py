@@ -11,15 +11,15 @@ from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.paths import matching
+from surm_jax.peft.adapt import base_parameters
 from surm_jax.peft.adapter import Adapter
-from surm_jax.peft.branch import Branch
-from surm_jax.peft.delta import Delta
 from surm_jax.peft.files import require_unscaled, write_folder
 from surm_jax.peft.hf.format import LayerUpdate
 from surm_jax.peft.hf.formats import FORMATS
 from surm_jax.peft.hf.names import ROOT, ModuleNames, whole_modules
-from surm_jax.peft.inject import base_parameters
 from surm_jax.peft.lifecycle import parts_of
+from surm_jax.peft.parts.branch import Branch
+from surm_jax.peft.parts.update import Delta
 
 _MERGE = "merge the update into the model instead (surm_jax.merge, or --mode=merge)"
 

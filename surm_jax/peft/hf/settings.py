@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from surm_jax.errors import UserError
+from surm_jax.files import read_json
 from surm_jax.paths import is_fast
-from surm_jax.untrusted import read_json
 
 _MOST_BYTES = 2**20
 _LARGEST = 1e30

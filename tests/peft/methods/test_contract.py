@@ -21,7 +21,7 @@ from surm_jax.peft import (
     adapter_dropout,
     merge,
 )
-from surm_jax.peft.context import drop
+from surm_jax.peft.parts.context import drop
 from tests.peft.cases import (
     ADDED,
     BRANCHES,

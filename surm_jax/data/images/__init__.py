@@ -1,0 +1,1 @@
+"""Sets of images, and what their pixels go through."""

@@ -1,0 +1,202 @@
+"""Batches of tokenised text, padded little: examples of similar length share a batch.
+
+A batch is as long as the smallest of a few given lengths that holds its examples, so there are only so many shapes, and
+a program is compiled once for each. As with images, the batches that `process_count` processes make of `batch_size`
+examples each are, one below the other, the batch that one process would make of `process_count * batch_size`.
+"""
+
+import functools
+import itertools
+import sys
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from surm_jax.data.pipeline import Batch, EvalBatches, TrainBatches, check_batches, read_options
+from surm_jax.data.text.tokenizer import TokenSource
+from surm_jax.errors import UserError
+
+# Training batches among which examples are sorted by length: more waste less, but mix the lengths less.
+WINDOW = 16
+
+
+def text_train_batches(
+    source: TokenSource,
+    *,
+    batch_size: int,
+    lengths: Sequence[int],
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+    read_ahead: int = 4,
+) -> TrainBatches:
+    """Returns an endless iterator over shuffled batches.
+
+    Examples come epoch after epoch without a gap, each epoch in a new order; none is dropped. This stream is cut into
+    windows of 16 batches. The examples of a window are sorted by the length they are padded to, those of one length
+    staying in random order, and cut into batches, and the batches are shuffled. So where an epoch ends within a
+    window, the two epochs mix in it.
+
+    The iterator is resumable: `get_state()` is a small JSON-able dict, and `set_state` on an iterator of the same
+    arguments continues with the very next batch, without repeating what came before.
+
+    Args:
+        source: Tokenised examples.
+        batch_size: Examples per batch of this process.
+        lengths: The lengths that batches may have, increasing; the last holds the longest example.
+        seed: Non-negative; everything random follows from it.
+        process_index: This process, of `process_count`. All processes get the same length at the same time.
+        process_count: Number of processes that take batches in step.
+        threads: Batches made at the same time.
+        read_ahead: Batches begun or finished, and held in memory, before they are asked for; 0 makes each on demand.
+
+    Returns:
+        An iterator of `{"tokens": int32 (batch_size, t), "token_types": int32 (batch_size, t), "token_mask": bool
+        (batch_size, t), "label": int32 or float32 (batch_size,)}`; `t` is the smallest of `lengths` that holds the
+        examples of the batch, of all processes. Where the token mask is False the token is the source's `pad_token`
+        and its type 0.
+
+    Raises:
+        UserError: an argument is out of range, or the source is empty.
+
+    >>> source = TokenSource(np.arange(6), np.zeros(6, int), np.array([0, 3, 6]), np.array([0, 1]), pad_token=0)
+    >>> batch = next(text_train_batches(source, batch_size=2, lengths=(4, 8), seed=0))
+    >>> batch["tokens"].shape, int(batch["token_mask"].sum())
+    ((2, 4), 6)
+    """
+    check_batches(
+        source,
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+        threads=threads,
+        read_ahead=read_ahead,
+    )
+    buckets = _buckets(source, lengths)
+    if seed < 0:
+        raise UserError(f"seed is {seed}, but must be non-negative")
+    rows, mine = batch_size * process_count, slice(process_index * batch_size, (process_index + 1) * batch_size)
+
+    @functools.lru_cache(maxsize=4)
+    def epoch_order(epoch: int) -> Int[np.ndarray, "n"]:
+        return np.random.default_rng([seed, 0, epoch]).permutation(len(source))
+
+    @functools.lru_cache(maxsize=4)
+    def window(number: int) -> Int[np.ndarray, "batch row"]:
+        places = np.arange(number * WINDOW * rows, (number + 1) * WINDOW * rows)
+        epochs, places = np.divmod(places, len(source))
+        stream = np.concatenate([epoch_order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
+        by_length = stream[np.argsort(buckets[stream], kind="stable")]
+        return np.random.default_rng([seed, 1, number]).permutation(by_length.reshape(WINDOW, rows))
+
+    def batch(step: int) -> Batch:
+        indices = window(step // WINDOW)[step % WINDOW]
+        return _padded(source, indices[mine], lengths[buckets[indices].max()])
+
+    # Every step is made from its number alone, so that going on at any of them costs nothing.
+    batches = grain.MapDataset.range(sys.maxsize).map(batch)
+    return TrainBatches(iter(batches.to_iter_dataset(read_options(threads, read_ahead))))
+
+
+def text_eval_batches(
+    source: TokenSource,
+    *,
+    batch_size: int,
+    lengths: Sequence[int],
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+    read_ahead: int = 4,
+) -> EvalBatches:
+    """Returns batches that hold every example exactly once, from short to long; each pass starts anew.
+
+    What is left over is padded, never dropped. Every process yields the same number of batches, `ceil(n / (batch_size *
+    process_count))`; some rows of a process's last batch, or all, may be padding.
+
+    Args:
+        source: Tokenised examples.
+        batch_size: Examples per batch of this process.
+        lengths: As in `text_train_batches`.
+        process_index: This process, of `process_count`.
+        process_count: Number of processes that take batches in step.
+        threads: Batches made at the same time.
+        read_ahead: Batches begun or finished, and held in memory, before they are asked for; 0 makes each on demand.
+
+    Returns:
+        An iterable of what `text_train_batches` yields, and `"mask": bool (batch_size,)` and `"index": int32
+        (batch_size,)`, the place of each example in the source. A row of padding has mask False, index -1, label 0,
+        nothing but `pad_token`, and a token mask that is True at its first token alone: attention to nothing is NaN.
+
+    Raises:
+        UserError: an argument is out of range, or the source is empty.
+    """
+    check_batches(
+        source,
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+        threads=threads,
+        read_ahead=read_ahead,
+    )
+    buckets = _buckets(source, lengths)
+    rows = batch_size * process_count
+    steps = -(-len(source) // rows)
+    by_length = np.argsort(buckets, kind="stable")
+
+    def batch(step: int) -> Batch:
+        indices = by_length[step * rows : (step + 1) * rows]
+        mine = indices[process_index * batch_size : (process_index + 1) * batch_size]
+        padding = batch_size - len(mine)
+        made = _padded(source, mine, lengths[buckets[indices].max()], padding)
+        index = np.pad(mine, (0, padding), constant_values=-1).astype(np.int32)
+        return {**made, "mask": index >= 0, "index": index}
+
+    return EvalBatches(len(source), grain.MapDataset.range(steps).map(batch), read_options(threads, read_ahead))
+
+
+def lengths_in_use(source: TokenSource, lengths: Sequence[int]) -> tuple[int, ...]:
+    """Returns those of the lengths that batches of these examples can have.
+
+    Raises:
+        UserError: the lengths do not increase, or none holds the longest example.
+
+    >>> source = TokenSource(np.arange(9), np.zeros(9, int), np.array([0, 2, 9]), np.array([0, 1]), pad_token=0)
+    >>> lengths_in_use(source, (4, 6, 8, 16))
+    (4, 8)
+    """
+    return tuple(lengths[place] for place in np.unique(_buckets(source, lengths)))
+
+
+def _padded(source: TokenSource, indices: Int[np.ndarray, "n"], length: int, padding: int = 0) -> Batch:
+    """Returns the examples at `indices`, and below them so many rows of padding."""
+    shape = (len(indices) + padding, length)
+    batch = {
+        "tokens": np.full(shape, source.pad_token, np.int32),
+        "token_types": np.zeros(shape, np.int32),
+        "token_mask": np.zeros(shape, bool),
+        "label": np.zeros(shape[0], np.int32 if np.issubdtype(source.labels.dtype, np.integer) else np.float32),
+    }
+    for row, index in enumerate(indices):
+        place = slice(source.offsets[index], source.offsets[index + 1])
+        filled = slice(place.stop - place.start)
+        batch["tokens"][row, filled] = source.tokens[place]
+        batch["token_types"][row, filled] = source.token_types[place]
+        batch["token_mask"][row, filled] = True
+    batch["token_mask"][len(indices) :, 0] = True
+    batch["label"][: len(indices)] = source.labels[indices]
+    return batch
+
+
+def _buckets(source: TokenSource, lengths: Sequence[int]) -> Int[np.ndarray, "n"]:
+    """Returns for each example the place in `lengths` of the smallest that holds it."""
+    if not lengths or lengths[0] < 1 or any(after <= before for before, after in itertools.pairwise(lengths)):
+        raise UserError(f"lengths are {lengths}, but must be positive and increasing")
+    if (longest := source.lengths.max()) > lengths[-1]:
+        raise UserError(
+            f"the longest example has {longest} tokens, but lengths end with {lengths[-1]}: add a longer one, or "
+            f"encode with a max_length of {lengths[-1]}"
+        )
+    return np.searchsorted(lengths, source.lengths)

@@ -1,0 +1,243 @@
+"""Words to numbers: the tokenizers of BERT and RoBERTa, read from the files beside a model's weights.
+
+The work is done by the library `tokenizers`. Here it is told what `transformers` would tell it, so that the numbers
+are the same.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from jaxtyping import Float, Int
+from tokenizers import models, normalizers, pre_tokenizers, processors
+
+from surm_jax.data.text.dataset import TextSource
+from surm_jax.errors import UserError
+from surm_jax.paths import is_fast
+
+TOKENIZER_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
+WORD_PIECES_NAME = "vocab.txt"
+BYTE_PAIRS_NAMES = ("vocab.json", "merges.txt")
+_BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+_ROBERTA_TOKENS = ("<pad>", "<unk>", "<s>", "</s>")
+_SHORTEST = 8
+_LARGEST_TOKEN = 2**24
+_TRIAL = "a \uffff"
+_CHUNK = 1024  # The library's results are large: they are kept for so many examples at a time.
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """Tokenised examples in memory, of different lengths.
+
+    Attributes:
+        tokens: The tokens of all examples, one after the other.
+        token_types: For each token 0, or 1 for the second sentence of a pair where the model tells them apart.
+        offsets: Where examples begin: example `i` is `tokens[offsets[i] : offsets[i + 1]]`.
+        labels: Of each example, int64 classes or float32 scores.
+        pad_token: The token that fills up short examples.
+    """
+
+    tokens: Int[np.ndarray, "total"]
+    token_types: Int[np.ndarray, "total"]
+    offsets: Int[np.ndarray, "n+1"]
+    labels: Int[np.ndarray, "n"] | Float[np.ndarray, "n"]
+    pad_token: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> Int[np.ndarray, "n"]:
+        """Tokens of each example."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer, made by `load_tokenizer`.
+
+    Attributes:
+        pad_token: The token that fills up short examples.
+        files: What it was read from: all that another program needs to read it.
+    """
+
+    pad_token: int
+    files: tuple[Path, ...]
+    _library: tokenizers.Tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens are below it."""
+        return max(self._library.get_vocab().values()) + 1
+
+    def encode(self, source: TextSource, max_length: int) -> TokenSource:
+        """Returns the tokens of all examples, with the special tokens around them.
+
+        Args:
+            source: Sentences, or pairs of them.
+            max_length: Most tokens of an example, special tokens included. From a pair that is too long, tokens are
+                dropped at the end of the longer sentence until it fits.
+
+        Raises:
+            UserError: `max_length` is below 8, which leaves too little beside the special tokens.
+        """
+        if max_length < _SHORTEST:
+            raise UserError(f"max_length is {max_length}, but must be at least {_SHORTEST}")
+        self._library.enable_truncation(max_length, strategy="longest_first")
+        tokens, types = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+        offsets = np.zeros(len(source) + 1, np.int64)
+        for start in range(0, len(source), _CHUNK):
+            sentences = source.sentences[start : start + _CHUNK]
+            texts = [pair if len(pair) == 2 else pair[0] for pair in sentences]
+            for index, encoding in enumerate(self._library.encode_batch_fast(texts), start):
+                tokens.append(np.array(encoding.ids, np.int32))
+                types.append(np.array(encoding.type_ids, np.int32))
+                offsets[index + 1] = offsets[index] + len(tokens[-1])
+        return TokenSource(np.concatenate(tokens), np.concatenate(types), offsets, source.labels, self.pad_token)
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
+    """Reads the tokenizer of a model.
+
+    Args:
+        folder: A folder of `transformers`. Read is the first of: `tokenizer.json`; `vocab.txt`, BERT's word pieces;
+            `vocab.json` and `merges.txt`, RoBERTa's pairs of bytes. What the last two leave open is taken from
+            `tokenizer_config.json` where there is one. A length for padding or truncation kept in `tokenizer.json` has
+            no effect.
+
+    Raises:
+        UserError: the folder has none of these, a file is damaged, or special tokens of BERT or RoBERTa are missing.
+    """
+    folder = Path(folder)
+    if (folder / TOKENIZER_NAME).is_file():
+        names = (TOKENIZER_NAME,)
+        library = _whole(folder / TOKENIZER_NAME)
+    elif (folder / WORD_PIECES_NAME).is_file():
+        names = (WORD_PIECES_NAME,)
+        library = _word_pieces(folder)
+    elif all((folder / name).is_file() for name in BYTE_PAIRS_NAMES):
+        names = BYTE_PAIRS_NAMES
+        library = _byte_pairs(folder)
+    else:
+        raise UserError(
+            f"{folder} has no tokenizer: expected {TOKENIZER_NAME}, or {WORD_PIECES_NAME} (BERT), or "
+            f"{' and '.join(BYTE_PAIRS_NAMES)} (RoBERTa), as they lie beside the model's weights"
+        )
+    vocabulary = library.get_vocab()
+    known = [tokens for tokens in (_BERT_TOKENS, _ROBERTA_TOKENS) if vocabulary.keys() >= set(tokens)]
+    if not known or not library.num_special_tokens_to_add(is_pair=True):
+        raise UserError(
+            f"{folder} has the tokenizer of another model: one of BERT knows {' '.join(_BERT_TOKENS)}, one of RoBERTa "
+            f"{' '.join(_ROBERTA_TOKENS)}, and puts them around the sentences"
+        )
+    if (largest := max(vocabulary.values())) > _LARGEST_TOKEN:
+        raise UserError(f"{folder} has a tokenizer with the token {largest}; tokens are at most {_LARGEST_TOKEN}")
+    files = tuple(folder / name for name in (*names, CONFIG_NAME) if (folder / name).is_file())
+    return Tokenizer(vocabulary[known[0][0]], files, library)
+
+
+def _whole(path: Path) -> tokenizers.Tokenizer:
+    """Reads a `tokenizer.json`, which says how text is taken apart: by nothing that takes long, and to the end."""
+    tree = _read_json(path)
+    for pattern in _parse(path, lambda: list(_patterns(tree))):
+        try:
+            fast = isinstance(pattern, str) and is_fast(pattern)
+        except (re.error, OverflowError, RecursionError):
+            fast = False
+        if not fast:
+            raise UserError(f"{path} has the pattern {pattern!r:.200}, which could take very long to match")
+    library = _parse(path, tokenizers.Tokenizer.from_file, str(path))
+    library.no_padding()
+    library.no_truncation()
+    # Special tokens that are named and not there end the library's threads when the first text comes.
+    for texts in (_TRIAL,), (_TRIAL, _TRIAL):
+        if not {*_parse(path, library.encode, *texts).type_ids} <= {0, 1}:
+            raise UserError(f"{path} is damaged: the types of tokens must be 0 and 1")
+    return library
+
+
+def _patterns(tree: Any) -> Iterator[Any]:
+    """Yields the regular expressions in a `tokenizer.json`."""
+    if isinstance(tree, dict):
+        yield from ([tree["Regex"]] if "Regex" in tree else [])
+    for part in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from _patterns(part)
+
+
+def _word_pieces(folder: Path) -> tokenizers.Tokenizer:
+    path = folder / WORD_PIECES_NAME
+    text = _parse(path, path.read_text, "utf-8")
+    vocabulary = {line: index for index, line in enumerate(text.removesuffix("\n").split("\n"))}
+    _check_special_tokens(path, vocabulary, _BERT_TOKENS)
+    config = _config(folder)
+    library = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    library.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=_setting(folder, config, "tokenize_chinese_chars", True),
+        strip_accents=_setting(folder, config, "strip_accents", None),
+        lowercase=_setting(folder, config, "do_lower_case", True),
+    )
+    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    library.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    library.add_special_tokens([token for token in (*_BERT_TOKENS, "[MASK]") if token in vocabulary])
+    return library
+
+
+def _byte_pairs(folder: Path) -> tokenizers.Tokenizer:
+    vocabulary_path, merges_path = (folder / name for name in BYTE_PAIRS_NAMES)
+    vocabulary = _read_json(vocabulary_path)
+    _check_special_tokens(vocabulary_path, vocabulary, _ROBERTA_TOKENS)
+    model = _parse(merges_path, models.BPE.from_file, str(vocabulary_path), str(merges_path))
+    prefix = _setting(folder, _config(folder), "add_prefix_space", False)
+    library = tokenizers.Tokenizer(model)
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    library.post_processor = processors.RobertaProcessing(
+        ("</s>", vocabulary["</s>"]), ("<s>", vocabulary["<s>"]), trim_offsets=True, add_prefix_space=prefix
+    )
+    library.add_special_tokens([token for token in (*_ROBERTA_TOKENS, "<mask>") if token in vocabulary])
+    return library
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    return _read_json(path) if path.is_file() else {}
+
+
+def _setting(folder: Path, config: dict[str, Any], key: str, default: bool | None) -> bool | None:
+    value = config.get(key, default)
+    if value is not default and not isinstance(value, bool):
+        raise UserError(f"{folder / CONFIG_NAME}: {key} is {value!r}, but must be true or false")
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content = _parse(path, lambda: json.loads(path.read_text("utf-8")))
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds a {type(content).__name__} instead of an object")
+    return content
+
+
+def _parse(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns `read(*arguments)`; whatever it trips over is the fault of the file."""
+    try:
+        return read(*arguments)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # The library raises nothing more special, and its panics are no `Exception`.
+        raise UserError(f"{path} is damaged: {error}. Copy it anew from where the model came from") from error
+
+
+def _check_special_tokens(path: Path, vocabulary: dict[str, int], tokens: tuple[str, ...]) -> None:
+    if missing := [token for token in tokens if token not in vocabulary]:
+        raise UserError(f"{path} lacks the special tokens {' '.join(missing)}; it needs {' '.join(tokens)}")

@@ -1,0 +1,1 @@
+"""Where a run computes: the mesh, the processes, gathering and compilation."""

@@ -1,0 +1,272 @@
+"""Writing files so that they are complete or absent, and reading files that a stranger may have written.
+
+Writing: a file or folder never has its name before its content is on the disk, not after a kill and not after a power
+loss. Reading: nothing in a file is executed, its size in memory is known before memory is taken, and any damage is a
+`UserError` that names the file.
+"""
+
+import json
+import math
+import os
+import shutil
+import stat
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from surm_jax.errors import UserError
+
+_SUFFIXES = (".tmp", ".old")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; what is written there takes the place of `path` when the block succeeds.
+
+    Folders above `path` are made. If the block fails, the temporary file is removed and `path` stays as it was. The
+    content is on the disk before it has its name, and the name before this returns. An `OSError` names a file, which a
+    full disk alone does not.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    try:
+        with _naming(path):
+            yield temporary
+            _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Does for a folder what `replacing` does for a file; yields an empty folder.
+
+    A folder that is there cannot be replaced in one step: see `move_folder`. Of a link, its target is replaced.
+    """
+    folder = folder.resolve()  # links are renamed as links, and `.` has no name
+    temporary = _beside(folder)
+    temporary.mkdir(parents=True)
+    try:
+        with _naming(folder):
+            yield temporary
+        move_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_folder(temporary: Path, folder: Path) -> None:
+    """Gives a complete folder its final name, in the place of a folder that may be there.
+
+    The old one is renamed first, and removed last. Cut off between, its content is still there under a temporary name
+    that ends in `.old`, and `remove_temporaries` gives it back its own.
+    """
+    for path in temporary.rglob("*"):
+        _sync(path)
+    _sync(temporary)
+    old = _beside(folder).with_suffix(".old")
+    if folder.exists():
+        os.replace(folder, old)
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        if old.exists():
+            os.replace(old, folder)
+        raise
+    _sync(folder.parent)
+    if old.exists():
+        remove_folder(old)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder so that, cut off at any moment, it is there as a whole or not under its name."""
+    temporary = _beside(folder)
+    os.replace(folder, temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Says whether a path has a temporary name, left behind by a process that was killed while it wrote."""
+    return path.name.startswith(".") and path.suffix in _SUFFIXES
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what killed processes left in a folder. Only for who knows that nobody writes there now.
+
+    A folder that was to be replaced, and is not yet, has its name again afterwards.
+    """
+    for path in filter(is_temporary, list(folder.iterdir())):
+        # .NAME.RANDOM.old
+        name = path.name[1:].rsplit(".", 2)[0]
+        if path.suffix == ".old" and not (folder / name).exists():
+            os.replace(path, folder / name)
+        else:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        # One without a number shows its text alone, which a file name would take the place of.
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+_MOST_BYTES_OF_JSON = 2**24
+# Images of one colour pack to a thousandth; so do bombs, but no data set of a size that matters.
+_MOST_UNPACKED, _UNPACKED_IN_ANY_CASE = 100, 2**28
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def require_file(path: Path) -> int:
+    """Returns the size of a file in bytes. Pipes and devices, which need not end, are no files.
+
+    Raises:
+        UserError: there is none, or it is something else.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"cannot read {path}: it is no file")
+    return status.st_size
+
+
+def read_json(path: Path, most_bytes: int = _MOST_BYTES_OF_JSON) -> dict[str, Any]:
+    """Returns the object in a JSON file.
+
+    Raises:
+        UserError: there is no such file, it is too large, not JSON, not an object, or a name occurs twice in an object.
+    """
+    if (size := require_file(path)) > most_bytes:
+        raise UserError(f"{path} has {size:,} bytes: too many for what it should be, at most {most_bytes:,}")
+    try:
+        content = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return content
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Says whether an array holds neither NaN nor infinity, without an array of the answers.
+
+    >>> is_finite(np.ones(3, np.float16)), is_finite(np.array([1.0, np.inf, -np.inf], np.float32))
+    (True, False)
+    """
+    with np.errstate(invalid="ignore"):
+        return bool(np.isfinite(np.sum(array, dtype=np.float64)))
+
+
+@dataclass(frozen=True)
+class Npz:
+    """An open `.npz` file.
+
+    Attributes:
+        keys: the names of the arrays.
+        read: returns the array of a name.
+    """
+
+    keys: Sequence[str]
+    read: Callable[[str], np.ndarray]
+
+
+@contextmanager
+def open_npz(path: Path) -> Iterator[Npz]:
+    """Opens an `.npz` file.
+
+    Raises:
+        UserError: now or on reading, if it is missing, damaged, holds pickled objects or a name twice, or would unpack
+            to more than a hundred times its size.
+    """
+    size = require_file(path)
+    with path.open("rb") as file:
+        start = file.read(6)
+        if start == b"\x93NUMPY":
+            raise UserError(f"{path} holds a single array, not the named arrays of an .npz file")
+        if start.startswith(b"\x80"):
+            raise _pickled(path)
+        with _damage(path):
+            archive = zipfile.ZipFile(file)
+        members = {}
+        for member in archive.infolist():
+            if (key := member.filename.removesuffix(".npy")) in members:
+                raise UserError(f"{path} is damaged: it holds {key!r} twice")
+            members[key] = member
+        unpacked = sum(member.file_size for member in members.values())
+        if unpacked > _MOST_UNPACKED * size + _UNPACKED_IN_ANY_CASE:
+            raise UserError(f"{path} would unpack from {size:,} to {unpacked:,} bytes: it is not read")
+        yield Npz(tuple(members), lambda key: _read(path, archive, members[key]))
+
+
+def _read(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    with _damage(path):
+        with archive.open(member) as file:
+            shape, _, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
+            there = member.file_size - file.tell()
+        if dtype.hasobject:
+            raise _pickled(path)
+        # Of strings without characters any number takes no bytes.
+        if not dtype.itemsize or math.prod(shape) * dtype.itemsize != there:
+            raise ValueError(f"{member.filename} has {there} bytes for an array of shape {shape} and type {dtype}")
+        with archive.open(member) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _pickled(path: Path) -> UserError:
+    return UserError(f"{path} holds pickled objects, which are not loaded: loading them could run any code")
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turns whatever zipfile, its decompressors and NumPy raise into an error that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        what = str(error) or type(error).__name__
+        raise UserError(
+            f"{path} cannot be read as an .npz file ({what}): it is damaged or incomplete, fetch or write it again"
+        ) from error
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    content = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"it has {name!r} twice")
+        content[name] = value
+    return content
+
+
+def cache_root() -> Path:
+    """Returns the cache: the folder `$SURM_JAX_CACHE`, or else `~/.cache/surm_jax`."""
+    return Path(os.environ.get("SURM_JAX_CACHE") or Path.home() / ".cache" / "surm_jax").expanduser()

@@ -1,0 +1,1 @@
+"""What an adapter puts into a module."""

@@ -1,0 +1,276 @@
+"""Vision Transformers as transformers writes them: ViT, DeiT, DINOv2, I-JEPA, and the image tower of CLIP.
+
+All of them are our `ViT` with some of its fields fixed, and these fields decide as which of them a model is written.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+from surm_jax.errors import UserError
+from surm_jax.models.base import from_variant
+from surm_jax.models.vit import ViT, ViTConfig
+from surm_jax.pretrained.hf.architecture import ACTIVATIONS, Architecture, our_activation, refusal
+from surm_jax.pretrained.hf.vision_names import (
+    clip_fillers,
+    clip_ignore,
+    clip_names,
+    dinov2_fillers,
+    dinov2_names,
+    vit_names,
+)
+
+_VIT = {
+    "pool": "token",
+    "patch_bias": True,
+    "pre_norm": False,
+    "final_norm": True,
+    "layer_scale": False,
+    "distillation": False,
+    "head_bias": True,
+}
+_CLIP = {**_VIT, "qkv_bias": True, "patch_bias": False, "pre_norm": True}
+
+_CLASSES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "ViTForImageClassification": ("vit", _VIT),
+    "DeiTForImageClassification": ("deit", {**_VIT, "distillation": True}),
+    "Dinov2ForImageClassification": ("dinov2", {**_VIT, "pool": "token+patches", "layer_scale": True}),
+    "IJepaForImageClassification": ("ijepa", {**_VIT, "pool": "mean"}),
+    "CLIPForImageClassification": ("clip", {**_CLIP, "pool": "patches", "final_norm": False}),
+    "CLIPVisionModelWithProjection": ("clip_vision_model", {**_CLIP, "head_bias": False}),
+}
+"""Their classes: the `model_type`, and the fields of `ViTConfig` that have one value in all models of the class."""
+
+_FIELDS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "channels": "num_channels",
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "epsilon": "layer_norm_eps",
+    "qkv_bias": "qkv_bias",
+    "dropout": "hidden_dropout_prob",
+}
+"""Our fields and theirs, where the values are the same."""
+
+# What transformers takes for fields that config.json does not have.
+_VIT_DEFAULTS = {
+    "image_size": 224,
+    "patch_size": 16,
+    "num_channels": 3,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-12,
+    "qkv_bias": True,
+    "hidden_dropout_prob": 0.0,
+    "hidden_act": "gelu",
+}
+_CLIP_DEFAULTS = {
+    **_VIT_DEFAULTS,
+    "patch_size": 32,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "quick_gelu",
+    "projection_dim": 512,
+}
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "vit": _VIT_DEFAULTS,
+    "deit": _VIT_DEFAULTS,
+    "dinov2": {**_VIT_DEFAULTS, "patch_size": 14, "layer_norm_eps": 1e-6, "mlp_ratio": 4.0},
+    "ijepa": _VIT_DEFAULTS,
+    "clip": _CLIP_DEFAULTS,
+    "clip_vision_model": _CLIP_DEFAULTS,
+}
+
+_POOLER = r"pooler\.dense\.(weight|bias)"
+
+
+def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> ViTConfig:
+    """Returns our configuration of a `config.json`.
+
+    CLIP's has the head of `CLIPForImageClassification` where `architectures` says so, and otherwise the projection of
+    the class token into the space of images and texts. Dropout is `hidden_dropout_prob` in all places; that of
+    attention's probabilities and stochastic depth are left out: they change nothing in what a trained model computes.
+
+    Raises:
+        UserError: the file describes what `ViT` cannot express, or an override is no field of ours.
+    """
+    known = _known(model_type, fields)
+    if known.get("use_swiglu_ffn"):
+        raise refusal(model_type, "use_swiglu_ffn", True, "our MLP has two layers and no gate")
+    activation = our_activation(model_type, known["hidden_act"])
+    name = _read_as(model_type, known)
+    if name == "CLIPVisionModelWithProjection":
+        num_classes = known["projection_dim"]
+    else:
+        num_classes = len(known["id2label"]) if "id2label" in known else known.get("num_labels", 2)
+    ours = {
+        **{ours: known[theirs] for ours, theirs in _FIELDS.items()},
+        "activation": activation,
+        "num_classes": num_classes,
+        **_CLASSES[name][1],
+    }
+    config = from_variant(ViTConfig, "ViT", {model_type: ours}, model_type, overrides)
+    if known.get("head_dim", config.width // config.heads) != config.width // config.heads:
+        what = f"our heads have hidden_size / num_attention_heads = {config.width // config.heads} features"
+        raise refusal(model_type, "head_dim", known["head_dim"], what)
+    return config
+
+
+def _known(model_type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of the image model in a `config.json`, with the defaults of those that it does not have."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    if model_type == "clip":
+        # Old files have the values in `vision_config_dict`, and where they do these count.
+        section = "vision_config_dict" if "vision_config_dict" in given else "vision_config"
+        _check_type(model_type, section, given.setdefault(section, {}), Mapping)
+        own = ("architectures", "projection_dim", "id2label", "num_labels")
+        given = {**given[section], **{name: given[name] for name in own if name in given}}
+    if model_type.startswith("clip"):
+        # Fields of the same name mean nothing to CLIP.
+        given = {name: value for name, value in given.items() if name not in ("qkv_bias", "hidden_dropout_prob")}
+    known = {**_DEFAULTS[model_type], **given}
+    for name, default in _DEFAULTS[model_type].items():
+        if name in ("image_size", "patch_size"):
+            known[name] = _side(model_type, name, known[name])
+        _check_type(model_type, name, known[name], int | float if isinstance(default, float) else type(default))
+    _check_type(model_type, "id2label", known.get("id2label", {}), Mapping)
+    if model_type == "dinov2":
+        known["intermediate_size"] = int(known["hidden_size"] * known["mlp_ratio"])
+    return known
+
+
+def _check_type(model_type: str, name: str, value: Any, kind: Any) -> None:
+    if not isinstance(value, kind):
+        raise refusal(model_type, name, value, f"that must be {getattr(kind, '__name__', 'a number')}")
+
+
+def _read_as(model_type: str, known: Mapping[str, Any]) -> str:
+    """Returns the class of transformers whose fields a checkpoint is read with."""
+    if model_type == "clip" and "CLIPForImageClassification" not in known.get("architectures", ()):
+        return "CLIPVisionModelWithProjection"
+    return next(name for name, (its_type, _) in _CLASSES.items() if its_type == model_type)
+
+
+def _side(model_type: str, name: str, value: Any) -> Any:
+    """Returns one number for an image or a patch, which may be given as height and width."""
+    if not isinstance(value, list | tuple):
+        return value
+    if not value or any(side != value[0] for side in value):
+        raise refusal(model_type, name, value, "our images and patches are square")
+    return value[0]
+
+
+def _class_of(config: ViTConfig) -> str:
+    """Returns the class of transformers that a model is written as.
+
+    Raises:
+        UserError: there is none; names the nearest, and what would have to be otherwise.
+    """
+    different = {
+        name: {field: value for field, value in fixed.items() if getattr(config, field) != value}
+        for name, (_, fixed) in _CLASSES.items()
+    }
+    nearest = min(different, key=lambda name: len(different[name]))
+    if different[nearest]:
+        theirs = ", ".join(f"{field}={value!r}" for field, value in different[nearest].items())
+        ours = ", ".join(f"{field}={getattr(config, field)!r}" for field in different[nearest])
+        raise UserError(
+            f"transformers has no such ViT: the nearest, {nearest}, has {theirs}, the model has {ours}. Build the model"
+            " like that, or write it with save_model"
+        )
+    return nearest
+
+
+def _write_config(model_type: str, config: ViTConfig) -> dict[str, Any]:
+    """Returns the `config.json` of our configuration, with the number of classes and no names for them.
+
+    Raises:
+        UserError: transformers has no such model, or another `model_type` for it.
+    """
+    name = _class_of(config)
+    if _CLASSES[name][0] != model_type:
+        raise UserError(f"transformers' {model_type} has no such model: {name} is a {_CLASSES[name][0]}")
+    ours = {theirs: getattr(config, field) for field, theirs in _FIELDS.items()}
+    ours["hidden_act"] = next(theirs for theirs, field in ACTIVATIONS.items() if field == config.activation)
+    if model_type == "dinov2":
+        ours["mlp_ratio"], rest = divmod(ours.pop("intermediate_size"), config.width)
+        if rest or not ours["mlp_ratio"]:
+            raise UserError(
+                f"transformers' dinov2 has an MLP some whole times as wide as the model, not {config.mlp_width} for"
+                f" {config.width}"
+            )
+    if model_type.startswith("clip"):
+        del ours["qkv_bias"], ours["hidden_dropout_prob"]
+    head = {"num_labels": config.num_classes}
+    if model_type == "clip_vision_model":
+        head = {"projection_dim": config.num_classes}
+    if model_type == "clip":
+        ours = {"vision_config": {"model_type": "clip_vision_model", **ours}}
+    return {"architectures": [name], "model_type": model_type, **ours, **head}
+
+
+def _vit_like(model_type: str, ignored: tuple[str, ...]) -> Architecture:
+    return Architecture(
+        model_type=model_type,
+        prefix=f"{model_type}.",
+        model=ViT,
+        read_config=partial(_read_config, model_type),
+        write_config=partial(_write_config, model_type),
+        names=vit_names,
+        ignore=lambda config: ignored,
+    )
+
+
+def _clip_like(model_type: str) -> Architecture:
+    return Architecture(
+        model_type=model_type,
+        prefix="vision_model.",
+        model=ViT,
+        read_config=partial(_read_config, model_type),
+        write_config=partial(_write_config, model_type),
+        names=clip_names,
+        ignore=clip_ignore,
+        fillers=clip_fillers,
+    )
+
+
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {
+        "vit": _vit_like("vit", (_POOLER,)),
+        # The two heads of DeiTForImageClassificationWithTeacher read two tokens, ours reads one.
+        "deit": _vit_like("deit", (_POOLER, r"(cls|distillation)_classifier\.(weight|bias)")),
+        "dinov2": Architecture(
+            model_type="dinov2",
+            prefix="dinov2.",
+            model=ViT,
+            read_config=partial(_read_config, "dinov2"),
+            write_config=partial(_write_config, "dinov2"),
+            names=dinov2_names,
+            ignore=lambda config: (r"embeddings\.mask_token",),
+            fillers=dinov2_fillers,
+        ),
+        "ijepa": _vit_like("ijepa", (_POOLER,)),
+        "clip": _clip_like("clip"),
+        "clip_vision_model": _clip_like("clip_vision_model"),
+    }
+)
+"""By `model_type`."""
+
+
+def architecture_of(config: ViTConfig) -> Architecture:
+    """Returns the architecture that a model is written as.
+
+    Raises:
+        UserError: transformers has none; the message names the nearest, and what would have to be otherwise.
+
+    >>> architecture_of(ViTConfig.from_variant("B/16", num_classes=10)).model_type
+    'vit'
+    >>> architecture_of(ViTConfig.from_variant("digits", num_classes=10)).model_type
+    'ijepa'
+    """
+    return ARCHITECTURES[_CLASSES[_class_of(config)][0]]

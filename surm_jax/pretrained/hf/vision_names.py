@@ -1,0 +1,167 @@
+"""Names of the parts of Vision Transformers in transformers, beside our paths.
+
+Names are those of checkpoints on the Hub, which every version writes; transformers 5.24 calls some modules otherwise.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+
+from surm_jax.models.vit import ViTConfig
+from surm_jax.pretrained.hf.architecture import ARRAY, CONV, LINEAR, LINEAR_OUT, NORM, VECTOR, Name, Tensor
+from surm_jax.pretrained.position_embed import resize_position_embed_bicubic
+
+_LAYOUTS = {
+    "norm1": NORM,
+    "attention/query": LINEAR,
+    "attention/key": LINEAR,
+    "attention/value": LINEAR,
+    "attention/out": LINEAR_OUT,
+    "norm2": NORM,
+    "mlp/up": LINEAR,
+    "mlp/down": LINEAR,
+    "scale1": ARRAY,
+    "scale2": ARRAY,
+}
+
+
+def _blocks(stem: str, names: Mapping[str, str], alias_stem: str, aliases: Mapping[str, str]) -> tuple[Name, ...]:
+    """Returns the names of the parts of a block, with other ones where the modules in memory have them."""
+    found = []
+    for ours, theirs in names.items():
+        checkpoint, memory = f"{stem}.{theirs}", f"{alias_stem}.{aliases.get(ours, theirs)}"
+        other = (memory,) if memory != checkpoint else ()
+        found.append(Name(checkpoint, f"blocks/#/{ours}", _LAYOUTS[ours], aliases=other))
+    return tuple(found)
+
+
+_ATTENTION = {
+    "attention/query": "attention.attention.query",
+    "attention/key": "attention.attention.key",
+    "attention/value": "attention.attention.value",
+    "attention/out": "attention.output.dense",
+}
+_ATTENTION_ALIASES = {
+    "attention/query": "attention.q_proj",
+    "attention/key": "attention.k_proj",
+    "attention/value": "attention.v_proj",
+    "attention/out": "attention.o_proj",
+}
+_EMBEDDINGS = (
+    Name("embeddings.patch_embeddings.projection", "patch_embed", CONV),
+    Name("embeddings.cls_token", "cls_token", ARRAY),
+    Name("embeddings.distillation_token", "distillation_token", ARRAY),
+    Name("layernorm", "norm", NORM),
+)
+_VIT_NAMES = (
+    *_EMBEDDINGS,
+    *_blocks(
+        "encoder.layer.#",
+        {
+            **_ATTENTION,
+            "norm1": "layernorm_before",
+            "norm2": "layernorm_after",
+            "mlp/up": "intermediate.dense",
+            "mlp/down": "output.dense",
+        },
+        "layers.#",
+        {**_ATTENTION_ALIASES, "mlp/up": "mlp.fc1", "mlp/down": "mlp.fc2"},
+    ),
+)
+_DINOV2_NAMES = (
+    *_EMBEDDINGS,
+    *_blocks(
+        "encoder.layer.#",
+        {
+            **_ATTENTION,
+            "norm1": "norm1",
+            "norm2": "norm2",
+            "mlp/up": "mlp.fc1",
+            "mlp/down": "mlp.fc2",
+            "scale1": "layer_scale1.lambda1",
+            "scale2": "layer_scale2.lambda1",
+        },
+        "encoder.layer.#",
+        _ATTENTION_ALIASES,
+    ),
+)
+_CLIP_NAMES = (
+    Name("embeddings.patch_embedding", "patch_embed", CONV),
+    Name("embeddings.class_embedding", "cls_token", VECTOR),
+    Name("pre_layrnorm", "pre_norm", NORM),
+    Name("post_layernorm", "norm", NORM),
+    *_blocks(
+        "encoder.layers.#",
+        {
+            "attention/query": "self_attn.q_proj",
+            "attention/key": "self_attn.k_proj",
+            "attention/value": "self_attn.v_proj",
+            "attention/out": "self_attn.out_proj",
+            "norm1": "layer_norm1",
+            "norm2": "layer_norm2",
+            "mlp/up": "mlp.fc1",
+            "mlp/down": "mlp.fc2",
+        },
+        "encoder.layers.#",
+        {},
+    ),
+)
+
+
+def vit_names(config: ViTConfig) -> tuple[Name, ...]:
+    """Returns the names of ViT, DeiT and I-JEPA; those of tokens that a model does not have match nothing."""
+    return (*_VIT_NAMES, *_head_and_positions(config))
+
+
+def dinov2_names(config: ViTConfig) -> tuple[Name, ...]:
+    """Returns the names of DINOv2."""
+    return (*_DINOV2_NAMES, *_head_and_positions(config))
+
+
+def _head_and_positions(config: ViTConfig) -> tuple[Name, ...]:
+    resize = partial(resize_position_embed_bicubic, extra_tokens=config.extra_tokens)
+    positions = Tensor("", "", resize, lambda array: array)
+    return (
+        Name("embeddings.position_embeddings", "position_embed", (positions,)),
+        Name("classifier", "head", LINEAR, in_body=False),
+    )
+
+
+def clip_names(config: ViTConfig) -> tuple[Name, ...]:
+    """Returns the names of the image tower of CLIP, with a classifier or the projection as its head."""
+
+    def read(table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        return resize_position_embed_bicubic(table[None], shape, extra_tokens=config.extra_tokens)
+
+    positions = Tensor("weight", "", read, lambda array: array[0])
+    head = "classifier" if config.pool == "patches" else "visual_projection"
+    return (
+        *_CLIP_NAMES,
+        Name("embeddings.position_embedding", "position_embed", (positions,)),
+        Name(head, "head", LINEAR, in_body=False),
+    )
+
+
+def clip_ignore(config: ViTConfig) -> tuple[str, ...]:
+    """Returns the patterns of the text tower, of what old checkpoints store, and of what a classifier does not read."""
+    ignored = [r"text_model\..*", r"text_projection\.weight", "logit_scale", r"embeddings\.position_ids"]
+    if config.pool == "patches":
+        ignored.append(r"visual_projection\.weight")
+    if not config.final_norm:
+        ignored.append(r"post_layernorm\.(weight|bias)")
+    return tuple(ignored)
+
+
+def clip_fillers(config: ViTConfig) -> dict[str, np.ndarray]:
+    """Returns the norm after the last block, which `CLIPForImageClassification` has and does not use."""
+    if config.final_norm:
+        return {}
+    ones = np.ones(config.width, np.float32)
+    return {"vision_model.post_layernorm.weight": ones, "vision_model.post_layernorm.bias": np.zeros_like(ones)}
+
+
+def dinov2_fillers(config: ViTConfig) -> dict[str, np.ndarray]:
+    """Returns the token of masked patches, which DINOv2's pretraining alone uses."""
+    return {"dinov2.embeddings.mask_token": np.zeros((1, config.width), jnp.dtype(config.param_dtype))}

@@ -1,0 +1,275 @@
+"""Checkpoints of a run: what is trained, the optimiser, the place in the data; never the base weights.
+
+Each is a folder with the name of its step: `arrays/`, which Orbax writes, and `checkpoint.json`, which says what they
+belong to and the SHA-256 of every file. It is written under a temporary name and gets its own when all of it is on the
+disk. Kept are the last two and the one with the best evaluation. Reading is strict: another structure, other base
+weights or a single flipped bit in any file is an error that says so.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from orbax.checkpoint.experimental import v1 as ocp
+
+from surm_jax.devices.processes import is_first, on_first
+from surm_jax.errors import UserError
+from surm_jax.files import move_folder, read_json, remove_folder, remove_temporaries
+from surm_jax.peft import check_fingerprint
+from surm_jax.record.workdir import config_changes, differences
+from surm_jax.training.step import TrainState
+
+ARRAYS_NAME = "arrays"
+RECORD_NAME = "checkpoint.json"
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held.
+
+    Attributes:
+      state: arrays, where the template's were.
+      data: the state of the data iterator.
+      seconds: how long the run had worked.
+      score: of the evaluation at this step (the task's first metric), or None if there was none.
+    """
+
+    state: TrainState
+    data: dict[str, Any]
+    seconds: float
+    score: float | None
+
+
+class Checkpoints:
+    """The checkpoints in one folder. Of several processes all write the arrays, and the first does the rest.
+
+    Args:
+      folder: made if it is not there. What a process that was killed left half written in it is removed.
+      base: the fingerprint of the frozen weights.
+      config: the configuration of the run.
+      dataset: what tells its data from others: JSON values by name.
+
+    Raises:
+      UserError: if the folder cannot be read or made, or a checkpoint in it is damaged; the message names it, and the
+        last one that is not.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        base: Mapping[str, str],
+        config: Mapping[str, Any],
+        dataset: Mapping[str, Any],
+    ):
+        self.folder = Path(folder).absolute()
+        self._base, self._config, self._dataset = dict(base), dict(config), dict(dataset)
+        try:
+            on_first(self._open)
+        except OSError as error:
+            raise UserError(f"cannot open the checkpoints in {self.folder}: {error.strerror}") from None
+        self._scores: dict[int, float | None] = {}
+        damaged = {}
+        for step in _steps_in(self.folder):
+            try:
+                self._scores[step] = _read_record(self.folder / str(step))["score"]
+            except UserError as error:
+                damaged[step] = error
+        if damaged:
+            raise UserError(self._damaged(max(damaged), damaged[max(damaged)]))
+
+    def _open(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(self.folder)
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the last checkpoint, or None."""
+        return max(self._scores, default=None)
+
+    def save(self, state: TrainState, data: dict[str, Any], seconds: float, score: float | None = None) -> None:
+        """Writes a checkpoint, and removes those that are no longer among the last two or the best.
+
+        A checkpoint of the same step is replaced.
+
+        Args:
+          state: the arrays.
+          data: the state of the data iterator, as JSON values.
+          seconds: how long the run has worked.
+          score: of the evaluation at this step, if there was one; the larger the better.
+
+        Raises:
+          UserError: if it cannot be written; earlier checkpoints stay.
+        """
+        step = int(state.step)
+        record = {
+            "step": step,
+            "config": self._config,
+            "base": self._base,
+            "dataset": self._dataset,
+            "data": data,
+            "seconds": seconds,
+            "score": score,
+            **_digest(state),
+        }
+        temporary = self.folder / f".{step}.tmp"
+        try:
+            ocp.save(temporary / ARRAYS_NAME, state._asdict())
+            on_first(lambda: self._complete(temporary, record))
+            self._scores[step] = score
+            self._prune()
+        except Exception as error:  # Orbax raises whatever its storage raises.
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise UserError(
+                f"cannot write the checkpoint {self.folder / str(step)}: {_first_line(error)}. Earlier ones are as they"
+                " were"
+            ) from error
+
+    def restore(self, template: TrainState) -> Restored:
+        """Reads the last checkpoint.
+
+        Args:
+          template: a state of the same structure, on the devices where the arrays shall go.
+
+        Raises:
+          UserError: if it is damaged, of another structure, or of another base or other data.
+        """
+        step = self.latest
+        path = self.folder / str(step)
+        try:
+            record = _read_record(path)
+        except UserError as error:
+            raise UserError(self._damaged(step, error)) from None
+        if changes := config_changes(record["config"], self._config):
+            raise UserError(f"the checkpoint {path} is of another run; there {'; '.join(changes[:5])}")
+        if changes := list(differences(record["dataset"], self._dataset, "data")):
+            raise UserError(f"the checkpoint {path} is of other data; there {'; '.join(changes[:5])}")
+        check_fingerprint(self._base, record["base"], f"the checkpoint {path}")
+        expected = _digest(template)["leaves"]
+        if record["leaves"] != expected:
+            names = sorted(expected.keys() | record["leaves"].keys())
+            different = [name for name in names if expected.get(name) != record["leaves"].get(name)]
+            raise UserError(f"the checkpoint {path} does not fit this run: they differ in {', '.join(different[:6])}")
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), template
+        )
+        try:
+            state = TrainState(**ocp.load(path / ARRAYS_NAME, abstract._asdict()))
+        except Exception as error:
+            raise UserError(self._damaged(step, _first_line(error))) from error
+        if _digest(state)["arrays"] != record["arrays"]:
+            raise UserError(self._damaged(step, "its arrays are not those that were saved"))
+        return Restored(state, record["data"], record["seconds"], record["score"])
+
+    def _complete(self, temporary: Path, record: dict[str, Any]) -> None:
+        """Writes the record beside the arrays, and gives the folder its name."""
+        record["files"] = _files(temporary)
+        record["sha256"] = _sum(record)
+        (temporary / RECORD_NAME).write_text(json.dumps(record, indent=1))
+        move_folder(temporary, self.folder / str(record["step"]))
+
+    def _prune(self) -> None:
+        kept = set(sorted(self._scores)[-2:])
+        if scored := {step: score for step, score in self._scores.items() if score is not None}:
+            kept.add(max(scored, key=lambda step: (scored[step], step)))
+        for step in self._scores.keys() - kept:
+            if is_first():
+                remove_folder(self.folder / str(step))
+            del self._scores[step]
+
+    def _damaged(self, step: int, why: object) -> str:
+        others = [other for other in self._scores if other != step]
+        advice = f"go on from step {max(others)}" if others else "start from the beginning"
+        return f"the checkpoint {self.folder / str(step)} is damaged ({why}); delete that folder to {advice}"
+
+
+def last_checkpoint(folder: Path) -> str:
+    """Returns a sentence that names the last checkpoint in a folder.
+
+    >>> last_checkpoint(Path("nowhere"))
+    'There is no checkpoint yet'
+    """
+    if not (steps := _steps_in(folder)):
+        return "There is no checkpoint yet"
+    return f"The last good checkpoint is that of step {max(steps)}, {folder / str(max(steps))}"
+
+
+def _steps_in(folder: Path) -> list[int]:
+    return [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+
+
+_RECORD = {
+    "step": int,
+    "config": dict,
+    "base": dict,
+    "dataset": dict,
+    "data": dict,
+    "seconds": (int, float),
+    "score": (int, float, type(None)),
+    "leaves": dict,
+    "arrays": str,
+    "files": dict,
+    "sha256": str,
+}
+
+
+def _read_record(checkpoint: Path) -> dict[str, Any]:
+    """Reads `checkpoint.json`, and checks every file of the checkpoint against it.
+
+    Raises:
+      UserError: naming the file that is missing or damaged or belongs to something else.
+    """
+    record = read_json(checkpoint / RECORD_NAME)
+    if wrong := [key for key, kind in _RECORD.items() if not isinstance(record.get(key, ...), kind)]:
+        raise UserError(f"{RECORD_NAME} has no proper {wrong[0]!r}")
+    if record["sha256"] != _sum(record):
+        raise UserError(f"{RECORD_NAME} was changed")
+    if record["step"] != int(checkpoint.name):
+        raise UserError(f"{RECORD_NAME} is of step {record['step']}")
+    try:
+        there = _files(checkpoint)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+    del there[RECORD_NAME]
+    for name in sorted(there.keys() | record["files"].keys()):
+        if there.get(name) != record["files"].get(name):
+            if name not in record["files"]:
+                raise UserError(f"{name} does not belong to it")
+            raise UserError(f"{name} {'was changed' if name in there else 'is missing'}")
+    return record
+
+
+def _sum(record: Mapping[str, Any]) -> str:
+    """The SHA-256 of all of a record but this very sum."""
+    rest = {key: value for key, value in record.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file below a folder, by relative path."""
+    sums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def _digest(state: TrainState) -> dict[str, Any]:
+    """The names, shapes and dtypes of all leaves, and one SHA-256 over their bits."""
+    leaves, sha256 = {}, hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        leaves[name] = f"{leaf.dtype}{list(leaf.shape)}"
+        sha256.update(name.encode())
+        sha256.update(np.ascontiguousarray(jax.device_get(leaf)).view(np.uint8).data)
+    return {"leaves": leaves, "arrays": sha256.hexdigest()}
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:1000]}" if lines else type(error).__name__

@@ -1,0 +1,187 @@
+"""What a run ends with: `result.json`, a table on the terminal, and its curves as a picture."""
+
+import importlib.metadata
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from surm_jax.files import replacing
+from surm_jax.peft import Delta, Description, adapted_modules
+from surm_jax.record.metrics import read_metrics
+
+CURVES_NAME = "curves.png"
+_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
+
+
+def make_result(
+    method: str,
+    tests: Mapping[str, Mapping[str, float]],
+    description: Description,
+    *,
+    seed: int,
+    metrics: Sequence[str],
+    classes: Sequence[str],
+    corrupt: Mapping[str, int],
+    steps: int,
+    seconds: float,
+    examples_per_second: float | None,
+    adapter_bytes: int,
+) -> dict[str, Any]:
+    """Returns the result of one run as JSON values.
+
+    Args:
+      method: its name.
+      tests: the evaluation after the last step by split: the metrics, `loss` and `examples`.
+      description: what was trained.
+      seed: of the run.
+      metrics: names of the task's metrics; the first one of the first split is the one to look at.
+      classes: names of the classes; empty where labels are numbers.
+      corrupt: how many examples of each split could not be read and were left out.
+      steps: number of updates.
+      seconds: from the start of the run, compilation and evaluation included, over all its interruptions.
+      examples_per_second: of training without compilation, evaluation and checkpoints; None if there was one step.
+      adapter_bytes: size of the adapter folder.
+    """
+    measured = {f"{split}_{name}": values[name] for split, values in tests.items() for name in (*metrics, "loss")}
+    return {
+        "method": method,
+        "seeds": [seed],
+        "metric": next(iter(measured)),
+        "metrics": measured,
+        "classes": list(classes),
+        "examples": {split: values["examples"] for split, values in tests.items()},
+        "corrupt_examples": dict(corrupt),
+        "parameters": {
+            "trainable": description.trainable,
+            "adapter": description.adapter,
+            "total": description.total,
+        },
+        "steps": steps,
+        "seconds": round(seconds, 2),
+        "examples_per_second": examples_per_second and round(examples_per_second, 1),
+        "adapter_bytes": adapter_bytes,
+        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+def combine(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the result of several seeds: every metric with mean and standard deviation (n - 1 in its denominator).
+
+    Of corrupt examples it has the most that a seed met.
+
+    Args:
+      results: the result of each seed.
+    """
+    first = next(iter(results.values()))
+    metrics = {}
+    for name in first["metrics"]:
+        values = [result["metrics"][name] for result in results.values()]
+        metrics[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values), "seeds": values}
+    return {
+        **first,
+        "seeds": list(results),
+        "metrics": metrics,
+        "corrupt_examples": {
+            split: max(result["corrupt_examples"][split] for result in results.values())
+            for split in first["corrupt_examples"]
+        },
+        "seconds": round(sum(result["seconds"] for result in results.values()), 2),
+    }
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a table with a line for each result of one task.
+
+    >>> result = {"method": "circulant", "metric": "test_accuracy", "metrics": {"test_accuracy": 0.953},
+    ...           "seconds": 21.0, "adapter_bytes": 9210, "parameters": {"trainable": 1861, "total": 203525}}
+    >>> print(table([result]))
+    method     trained    share  test accuracy  seconds  adapter
+    circulant    1,861  0.914 %         95.3 %     21.0   9.2 kB
+    """
+    metric = results[0]["metric"]
+    rows = [("method", "trained", "share", metric.replace("_", " "), "seconds", "adapter")]
+    for result in results:
+        parameters = result["parameters"]
+        rows.append(
+            (
+                result["method"],
+                f"{parameters['trainable']:,}",
+                f"{100 * parameters['trainable'] / parameters['total']:.3f} %",
+                _percent(result["metrics"][metric]),
+                f"{result['seconds']:.1f}",
+                f"{result['adapter_bytes'] / 1000:,.1f} kB",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for method, *numbers in rows:
+        cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
+        lines.append("  ".join([method.ljust(widths[0]), *cells]))
+    return "\n".join(lines)
+
+
+def draw_curves(folder: Path, model: nnx.Module, metric: str) -> None:
+    """Draws a run's loss and metric by step, and the largest update that it learned, into `curves.png`.
+
+    Args:
+      folder: the run's, with its `metrics.jsonl`.
+      model: the adapted model; without updates there are only the curves.
+      metric: name of the metric to look at, such as "accuracy".
+    """
+    lines = list(read_metrics(folder))
+    largest = _largest_update(model)
+    figure = Figure(figsize=(12 if largest else 8.5, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, measured, *rest = figure.subplots(1, 3 if largest else 2)
+    _draw_curve(loss, lines, "loss")
+    _draw_curve(measured, lines, metric)
+    for axes in rest:
+        path, update = largest
+        reach = np.abs(update).max()
+        image = axes.imshow(update, cmap="RdBu", vmin=-reach, vmax=reach, interpolation="nearest")
+        figure.colorbar(image, ax=axes, fraction=0.046)
+        axes.set_title(f"update of {path}", fontsize=9)
+        axes.set_xlabel("output feature")
+        axes.set_ylabel("input feature")
+    with replacing(folder / CURVES_NAME) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def _largest_update(model: nnx.Module) -> tuple[str, np.ndarray] | None:
+    # One dense matrix at a time beside the largest so far.
+    largest, norm = None, -1.0
+    for path, _, part, layer in adapted_modules(model):
+        if not isinstance(part, Delta):
+            continue
+        update = np.asarray(part.change(layer.kernel[...].reshape(part.shape)))
+        if np.linalg.norm(update) > norm:
+            largest, norm = (path, update), np.linalg.norm(update)
+    return largest
+
+
+def _draw_curve(axes: Axes, lines: Sequence[Mapping[str, Any]], quantity: str) -> None:
+    ending = f"_{quantity}"
+    for name in dict.fromkeys(name for line in lines for name in line if name.endswith(ending)):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        label = name.removesuffix(ending)
+        axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else None, ms=4, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel(quantity)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _percent(metric: float | Mapping[str, float]) -> str:
+    if isinstance(metric, Mapping):
+        return f"{100 * metric['mean']:.1f} ± {100 * metric['std']:.1f} %"
+    return f"{100 * metric:.1f} %"

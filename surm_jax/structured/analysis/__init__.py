@@ -1,0 +1,1 @@
+"""Looking at matrices: which family fits one, its spectrum, and its picture."""

@@ -1,0 +1,396 @@
+"""Pictures of structured matrices: every parameter has a colour, and the dense matrix shows where it goes.
+
+After Figure 2 of arXiv 2406.17740, for any matrix of this package. An entry that is one parameter, up to a constant,
+has its colour, and an entry that is a product of parameters the product of theirs; darkened if the sign is negative. A
+matrix whose entries are sums is drawn by value, beside its factors, in which one sees the colours again.
+
+`draw` returns a `matplotlib.figure.Figure` and leaves pyplot alone. This module is not imported with the package.
+"""
+
+import functools
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from surm_jax.errors import UserError
+from surm_jax.structured.algebra import Product, Scaled, Sum
+from surm_jax.structured.analysis.origins import origins
+from surm_jax.structured.base import StructuredMatrix
+from surm_jax.structured.families.circulant import Circulant, CirculantPair
+from surm_jax.structured.families.f_circulant import FCirculant
+from surm_jax.structured.families.kronecker import Kronecker
+from surm_jax.structured.families.low_displacement import LowDisplacementRank
+from surm_jax.structured.families.low_rank import LowRank
+from surm_jax.structured.families.low_rank_kronecker import LowRankKronecker
+from surm_jax.structured.families.toeplitz_pair import SymmetricToeplitzPair, ToeplitzPair
+
+INK, FAINT, EMPTY = "#22303c", "#8a96a3", "#f3f1ec"
+
+PALETTES = tuple(
+    LinearSegmentedColormap.from_list(name, colours)
+    for name, colours in {
+        # Nine hues of one lightness (OKLCH 0.76, 0.125), so that a product with a grey keeps the hue.
+        "hues": "#8aafff #46c0ef #26cac3 #6ec88a #afba57 #dda64b #f49473 #f28eaa #d995dd".split(),
+        "slate": "#eef1f4 #8393a6".split(),
+        "dusk": "#e3b062 #de8285 #b07bb8 #7b7fca".split(),
+        "moss": "#edf4ea #7fae8b".split(),
+    }.items()
+)
+"""One for each array of a matrix, in turn: they are told apart, and any two neighbours multiply to clear colours."""
+
+VALUES = LinearSegmentedColormap.from_list("values", ["#1f6391", "#8dbbd6", "#f6f4ef", "#efb392", "#b8432a"])
+"""The colours of values, from negative over 0 to positive, where the entries are sums."""
+
+TIMES = "$\\times$"
+"""The sign between two factors."""
+
+BOX, GAP, MARGIN = 2.5, 0.5, 0.3  # inches: the longest side of a matrix, the space for a symbol, the border
+MOST_TERMS = 2
+"""How many terms of a sum are drawn."""
+
+MOST_LETTERS = 9
+"""How many rows or columns a matrix has whose entries are named."""
+
+
+def draw(matrix: StructuredMatrix) -> Figure:
+    """Draws a structured matrix beside its parameters, and beside its factors or terms where it has some.
+
+    Args:
+        matrix: Any matrix of this package, of sizes up to some hundreds. Entries of small ones are named, with the
+            letters of the parameters in the paper; numbers count from 0.
+
+    Returns:
+        A figure of its own, to be saved by `figure.savefig("matrix.png", dpi=150)`.
+
+    Raises:
+        UserError: It is no structured matrix, or a number in it is not finite.
+
+    >>> import jax.numpy as jnp
+    >>> figure = draw(Circulant(jnp.array([1.0, 2.0, 3.0]), shape=(3, 3)))
+    >>> figure.get_suptitle()
+    'Circulant, 3 x 3, 3 parameters'
+    """
+    if not isinstance(matrix, StructuredMatrix):
+        raise UserError(f"draw takes a structured matrix, not {matrix!r}")
+    values = _dense(matrix)
+    if not np.all(np.isfinite(values)):
+        raise UserError(f"draw: {matrix!r} holds numbers that are not finite")
+    numbers = _colours(matrix)
+    pieces = _expression(matrix, numbers)
+    whole = _Part("$M$", matrix, {} if pieces else numbers)
+    columns = [_column(piece) if isinstance(piece, _Part) else piece for piece in pieces + ["="] * bool(pieces)]
+    columns.append(_column(whole, numbers))
+    m, n = matrix.shape
+    count = f"{matrix.num_params:,} parameter{'s' * (matrix.num_params != 1)}"
+    return _compose(columns, f"{type(matrix).__name__}, {m} x {n}, {count}")
+
+
+class _Numbers(NamedTuple):
+    """The parameters of one array as they are drawn: a colour for each, (..., 3), and its name in TeX."""
+
+    colours: Float[np.ndarray, "... 3"]
+    names: np.ndarray
+
+    def __getitem__(self, index: Any) -> "_Numbers":
+        return _Numbers(self.colours[index], self.names[index])
+
+
+class _Part(NamedTuple):
+    """A factor or term to be drawn: a structured matrix with its parameters, or (None) the parameters as they stand."""
+
+    label: str
+    matrix: StructuredMatrix | None
+    numbers: dict[str, _Numbers]
+
+
+class _Grid(NamedTuple):
+    """Coloured cells, (rows, columns, 3), with their names where there is room."""
+
+    colours: Float[np.ndarray, "rows columns 3"]
+    names: np.ndarray | None
+
+
+class _Column(NamedTuple):
+    """A matrix with its label, the arrays of its parameters above it, and the range of its values if it shows them."""
+
+    label: str
+    grid: _Grid
+    strips: list[_Grid]
+    range: float | None
+
+
+# What is beside the matrix
+
+
+@functools.singledispatch
+def _expression(matrix: StructuredMatrix, numbers: dict[str, _Numbers]) -> list[_Part | str]:
+    """The factors or terms of a matrix and the signs between them; nothing if its arrays say all."""
+    del matrix, numbers
+    return []
+
+
+@_expression.register
+def _(matrix: CirculantPair, numbers: dict[str, _Numbers]) -> list[_Part | str]:
+    first, second = (
+        _Part(f"$Z_1({_letter(name)})^\\top$", Circulant(leaf, shape=matrix.shape), {"c": numbers[name]})
+        for name, leaf in matrix.arrays().items()
+    )
+    return [first, "$\\circ$", second]
+
+
+@_expression.register
+def _(matrix: LowRank, numbers: dict[str, _Numbers]) -> list[_Part | str]:
+    A = numbers["A"]
+    turned = _Numbers(A.colours.swapaxes(0, 1), A.names.T)
+    return [_Part("$B$", None, {"B": numbers["B"]}), TIMES, _Part("$A^\\top$", None, {"A": turned})]
+
+
+@_expression.register(ToeplitzPair)
+@_expression.register(SymmetricToeplitzPair)
+def _(matrix: ToeplitzPair | SymmetricToeplitzPair, numbers: dict[str, _Numbers]) -> list[_Part | str]:
+    first, second = (
+        _Part(f"$T_{i}^\\top$", factor, {"t": numbers[f"t{i}"]}) for i, factor in enumerate(matrix.factors(), 1)
+    )
+    return [first, TIMES, second]
+
+
+@_expression.register(Kronecker)
+@_expression.register(LowRankKronecker)
+def _(matrix: Kronecker | LowRankKronecker, numbers: dict[str, _Numbers]) -> list[_Part | str]:
+    def term(k: int) -> list[_Part | str]:
+        A, *B = (
+            _Part(f"${name}_{k}$" if matrix.terms > 1 else f"${name}$", None, {name: own[k]})
+            for name, own in numbers.items()
+        )
+        return [A, "$\\otimes$", B[0]] if len(B) == 1 else [A, "$\\otimes\\,($", B[0], TIMES, B[1], "$)$"]
+
+    return _sum([term(k) for k in range(min(matrix.terms, MOST_TERMS))], matrix.terms)
+
+
+@_expression.register
+def _(matrix: LowDisplacementRank, numbers: dict[str, _Numbers]) -> list[_Part | str]:
+    size = max(matrix.shape)
+    power = "" if matrix.transposed else "^\\top"
+
+    def factor(name: str, f: float, i: int) -> _Part:
+        v = matrix.arrays()[name][:, i]
+        member = FCirculant(v, shape=(size, size), f=f, transposed=matrix.transposed)
+        return _Part(f"$Z_{{{f:.0f}}}({name.lower()}_{i}){power}$", member, {"v": numbers[name][:, i]})
+
+    def term(i: int) -> list[_Part | str]:
+        circulant, skew = factor("G", 1.0, i), factor("H", -1.0, i)
+        return [circulant, TIMES, skew] if matrix.transposed else [skew, TIMES, circulant]
+
+    return _sum([term(i) for i in range(min(matrix.rank, MOST_TERMS))], matrix.rank)
+
+
+@_expression.register
+def _(matrix: Sum, numbers: dict[str, _Numbers]) -> list[_Part | str]:
+    terms = [_scaled(part) for part in _parts("terms", matrix.terms, numbers)]
+    return _sum(terms[:MOST_TERMS], len(terms))
+
+
+@_expression.register
+def _(matrix: Product, numbers: dict[str, _Numbers]) -> list[_Part | str]:
+    factors = [_scaled(part) for part in _parts("factors", matrix.factors, numbers)]
+    return [piece for factor in factors for piece in (TIMES, *factor)][1:]
+
+
+@_expression.register
+def _(matrix: Scaled, numbers: dict[str, _Numbers]) -> list[_Part | str]:
+    return _scaled(_Part("", matrix, numbers))
+
+
+def _sum(terms: list[list[_Part | str]], total: int) -> list[_Part | str]:
+    pieces = [piece for term in terms for piece in ("+", *term)][1:]
+    return pieces + ["$+\\cdots$"] * (len(terms) < total)
+
+
+def _parts(kind: str, matrices: tuple[StructuredMatrix, ...], numbers: dict[str, _Numbers]) -> list[_Part]:
+    return [
+        _Part(type(part).__name__, part, {name: numbers[f"{kind}_{i}_{name}"] for name in part.arrays()})
+        for i, part in enumerate(matrices)
+    ]
+
+
+def _scaled(part: _Part) -> list[_Part | str]:
+    """The part, with its factor before it if it is a multiple."""
+    if not isinstance(part.matrix, Scaled):
+        return [part]
+    inner, alpha = part.matrix.matrix, part.matrix.alpha
+    numbers = {name.removeprefix("matrix_"): own for name, own in part.numbers.items() if name != "alpha"}
+    letter = f"{alpha:g}" if isinstance(alpha, float) else "\\alpha"
+    return [f"${letter}\\,\\times$", *_scaled(_Part(type(inner).__name__, inner, numbers))]
+
+
+# What colours it has
+
+
+def _colours(matrix: StructuredMatrix) -> dict[str, _Numbers]:
+    """A colour and a name for every parameter: a palette for each array, with its longest axis along the ramp."""
+    numbers = {}
+    for i, (name, leaf) in enumerate(matrix.arrays().items()):
+        axes = sorted(range(leaf.ndim), key=lambda axis: leaf.shape[axis])
+        place = np.arange(leaf.size).reshape([leaf.shape[axis] for axis in axes]).transpose(np.argsort(axes))
+        colours = np.asarray(PALETTES[i % len(PALETTES)](place / max(leaf.size - 1, 1)))[..., :3]
+        names = np.full(leaf.shape, "", object)
+        if leaf.size <= (2 * MOST_LETTERS) ** 2:
+            for index in np.ndindex(leaf.shape):
+                # An axis with a single place needs no number, unless it is the only one.
+                names[index] = _letter(
+                    name, *(k for k, n in zip(index, leaf.shape, strict=True) if n > 1 or leaf.ndim == 1)
+                )
+        numbers[name] = _Numbers(colours, names)
+    return numbers
+
+
+def _letter(name: str, *index: int) -> str:
+    """`r_{1,0}` for number 0 of `r1`; the names of a composite's arrays end in those of its parts."""
+    letter, digits = re.fullmatch(r"(.*?)(\d*)", name.rpartition("_")[2]).groups()
+    letter = {"alpha": "\\alpha"}.get(letter, letter)
+    subscript = ",".join([*filter(None, [digits]), *map(str, index)])
+    return f"{letter}_{{{subscript}}}" if subscript else letter
+
+
+def _pick(leaf: np.ndarray, place: Int[np.ndarray, "m n"], absent: Any) -> np.ndarray:
+    """The numbers of the array at the given places, and `absent` where the place is -1."""
+    flat = np.concatenate([leaf.reshape(-1, *np.shape(absent)), np.asarray(absent)[None]])
+    return flat[place]
+
+
+def _column(part: _Part, numbers: dict[str, _Numbers] | None = None) -> _Column:
+    """What is to be drawn of a part, whose entries have the colours of `numbers` (its own if not given)."""
+    if part.matrix is None:
+        (own,) = part.numbers.values()
+        return _Column(part.label, _Grid(own.colours, own.names), [], None)
+    strips = [_strip(own) for own in part.numbers.values() if own.colours.ndim > 1]
+    found = origins(part.matrix)
+    if found is None:
+        values = _dense(part.matrix)
+        most = float(np.max(np.abs(values))) or 1.0
+        return _Column(part.label, _Grid(VALUES(values / most / 2 + 0.5)[..., :3], None), strips, most)
+    scale, places = found
+    colours = np.ones((*scale.shape, 3))
+    names = np.full(scale.shape, "", object)
+    for name, own in (numbers or part.numbers).items():
+        colours = colours * _pick(own.colours, places[name], np.ones(3))
+        names = names + _pick(own.names.astype(object), places[name], "")
+    size = np.minimum(np.abs(scale), 1)[..., None]
+    colours = np.where(scale[..., None] < 0, 0.55 * colours, colours) * size + _rgb(EMPTY) * (1 - size)
+    ones = np.isclose(np.abs(scale), 1)
+    front = np.where(ones, np.where(scale < 0, "-", ""), np.char.mod("%.2g\\,", scale))
+    names = np.where(scale == 0, "0", front.astype(object) + names)
+    return _Column(part.label, _Grid(colours, names), strips, None)
+
+
+def _strip(numbers: _Numbers) -> _Grid:
+    """An array as a flat grid, the longer axis of two from left to right."""
+    colours, names = numbers
+    if names.ndim == 2 and names.shape[0] > names.shape[1]:
+        colours, names = colours.swapaxes(0, 1), names.T
+    rows = 1 if names.ndim == 1 else names.shape[0]
+    return _Grid(colours.reshape(rows, -1, 3), names.reshape(rows, -1))
+
+
+def _dense(matrix: StructuredMatrix) -> Float[np.ndarray, "m n"]:
+    return np.asarray(matrix.to_dense(), np.float64)
+
+
+def _rgb(colour: str) -> Float[np.ndarray, "3"]:
+    return np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+
+
+# Where it is on the page
+
+
+def _compose(columns: list[_Column | str], title: str) -> Figure:
+    """Puts the matrices side by side, the symbols between them."""
+    drawn = [column for column in columns if isinstance(column, _Column)]
+    cell = BOX / max(max(column.grid.colours.shape[:2]) for column in drawn)
+    widths = [_width(column, cell) for column in columns]
+    above = max(sum(_strip_size(strip, cell)[1] + 0.12 for strip in column.strips) for column in drawn)
+    tall = max(_size(column.grid, cell)[1] for column in drawn)
+    width, below = max(sum(widths) + 2 * MARGIN, 0.085 * len(title) + 2 * MARGIN), 0.62
+    height = MARGIN + 0.42 + above + tall + below
+    figure = Figure(figsize=(width, height), facecolor="white")
+    figure.suptitle(
+        title, x=MARGIN / width, y=1 - 0.5 * MARGIN / height, ha="left", va="top", color=INK, size=11, weight="bold"
+    )
+
+    def axes(left: float, bottom: float, w: float, h: float) -> Axes:
+        return figure.add_axes((left / width, bottom / height, w / width, h / height))
+
+    left = (width - sum(widths)) / 2
+    for column, w in zip(columns, widths, strict=True):
+        middle = left + w / 2
+        if isinstance(column, str):
+            figure.text(
+                middle / width, (below + tall / 2) / height, column, ha="center", va="center", color=INK, size=17
+            )
+        else:
+            gw, gh = _size(column.grid, cell)
+            bottom = below + (tall - gh) / 2
+            _paint(axes(middle - gw / 2, bottom, gw, gh), column.grid, gw, gh)
+            top = bottom + gh + 0.12
+            for strip in reversed(column.strips):
+                sw, sh = _strip_size(strip, cell)
+                _paint(axes(middle - sw / 2, top, sw, sh), strip, sw, sh)
+                top += sh + 0.12
+            figure.text(
+                middle / width, (bottom - 0.08) / height, column.label, ha="center", va="top", color=INK, size=11
+            )
+            if column.range is not None:
+                _legend(axes(middle - 0.5, bottom - 0.42, 1.0, 0.07), column.range)
+        left += w
+    return figure
+
+
+def _width(column: _Column | str, cell: float) -> float:
+    if isinstance(column, str):
+        return GAP + 0.1 * len(re.sub(r"[\\$]|[a-z]{2,}", "", column))
+    return max(_size(column.grid, cell)[0], *(_strip_size(strip, cell)[0] for strip in column.strips), 0.0)
+
+
+def _size(grid: _Grid, cell: float) -> tuple[float, float]:
+    """Width and height of a matrix: true to the others, unless it would be too small to see."""
+    rows, columns = grid.colours.shape[:2]
+    cell = max(cell, 0.8 / max(rows, columns))
+    return max(columns * cell, 0.12), max(rows * cell, 0.12)
+
+
+def _strip_size(grid: _Grid, cell: float) -> tuple[float, float]:
+    rows, columns = grid.colours.shape[:2]
+    return min(max(columns * cell, 0.12), 1.4 * BOX), min(rows * max(min(cell, 0.24), 0.12), 0.6 * BOX)
+
+
+def _paint(axes: Axes, grid: _Grid, width: float, height: float) -> None:
+    rows, columns = grid.colours.shape[:2]
+    axes.imshow(np.clip(grid.colours, 0, 1), aspect="auto", interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(color=FAINT, linewidth=0.6)
+    if max(rows, columns) <= 4 * MOST_LETTERS:
+        axes.vlines(np.arange(1, columns) - 0.5, -0.5, rows - 0.5, color="white", linewidth=0.7)
+        axes.hlines(np.arange(1, rows) - 0.5, -0.5, columns - 0.5, color="white", linewidth=0.7)
+    if grid.names is None or rows * columns > (2 * MOST_LETTERS) ** 2:
+        return
+    longest = max(len(re.sub(r"[\\{}_,]|alpha", "", name)) for name in grid.names.flat)
+    size = min(9.0, 72 * min(width / columns / (0.62 * longest + 0.5), 0.6 * height / rows))
+    if size < 6:
+        return
+    for (i, j), name in np.ndenumerate(grid.names):
+        dark = grid.colours[i, j] @ np.array([0.3, 0.59, 0.11]) < 0.5
+        axes.text(j, i, f"${name}$", ha="center", va="center", size=size, color="white" if dark else INK)
+
+
+def _legend(axes: Axes, most: float) -> None:
+    """The ramp of values, from -most to most."""
+    axes.imshow(np.linspace(0, 1, 128)[None], cmap=VALUES, aspect="auto")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    for x, align, value in ((-0.04, "right", -most), (1.04, "left", most)):
+        axes.text(x, 0.5, f"{value:.2g}", ha=align, va="center", transform=axes.transAxes, size=7.5, color=FAINT)

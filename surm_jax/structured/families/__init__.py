@@ -1,0 +1,1 @@
+"""One file a family of matrices. `surm_jax.structured` exports them."""

@@ -1,0 +1,154 @@
+"""Circulant matrices, and the Hadamard product of two of them, the paper's update with the best results.
+
+In the paper (arXiv 2406.17740) `W x` with `W = Z_1(c)`, `W[i, j] = c[(i - j) mod N]`. Here `y = x @ M` with `M = W^T`,
+so that `M[i, j] = c[(j - i) mod N]`: the first ROW of `M` is `c`, and `y` is the circular convolution of `x` and `c`.
+
+Rectangular shapes: an m x n matrix is the top-left m x n block of the circulant of size `N = max(m, n)` and holds N
+numbers. Inputs are padded with zeros and outputs truncated.
+"""
+
+from typing import Self
+
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+from surm_jax.structured.base import (
+    StructuredMatrix,
+    checked_dense,
+    checked_shape,
+    compute_dtype,
+    family,
+    scaled_normal,
+    static,
+)
+from surm_jax.structured.products.diagonals import from_wrapped_diagonals
+from surm_jax.structured.products.fourier import circular_convolve
+from surm_jax.structured.vector import LinearInVector
+
+
+@family("circulant")
+class Circulant(LinearInVector):
+    """Circulant matrix `M[i, j] = c[(j - i) mod N]`, N = max(in, out): the transpose of `Z_1(c)` of arXiv 2406.17740.
+
+    `x @ M = irfft(rfft(x) * rfft(c))`: O(N log N) a row and N numbers, against N^2 of each for a dense matrix.
+    Products, sums and Hadamard products of circulants are circulant.
+
+    Attributes:
+        c: (N,), the first row of `M`, which is the first column of the paper's `W`.
+        shape: `(in_features, out_features)`.
+
+    >>> Circulant(jnp.array([1.0, 2.0, 3.0]), shape=(3, 3)).to_dense()
+    Array([[1., 2., 3.],
+           [3., 1., 2.],
+           [2., 3., 1.]], dtype=float32)
+    """
+
+    c: Float[Array, " N"]
+    shape: tuple[int, int] = static()
+
+    @classmethod
+    def nearest(cls, dense: Float[Array, "in out"]) -> Self:
+        """The circulant nearest to `dense` in the Frobenius norm: `c[k]` is the mean where j - i = k mod N.
+
+        These wrapped diagonals are disjoint, so the indicator matrices are an orthogonal basis and the projection is a
+        mean; in an m x n block each of the N diagonals has min(m, n) entries. O(m n).
+
+        Raises:
+            UserError: `dense` is not a floating-point matrix.
+        """
+        dense = checked_dense(cls.__name__, dense)
+        m, n = dense.shape
+        if m > n:
+            return cls.nearest(dense.T).T
+        # Rolling row i back by i turns every wrapped diagonal into a column.
+        rows = jnp.arange(m)[:, None]
+        return cls(c=dense[rows, (rows + jnp.arange(n)[None, :]) % n].mean(axis=0), shape=(m, n))
+
+    @property
+    def T(self) -> "Circulant":
+        """The transpose: the circulant of `c` read backwards, `c[-k mod N]`."""
+        return Circulant(c=_reverse(self.c), shape=self.shape[::-1])
+
+    def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        return circular_convolve(x, self.c)[..., : self.shape[1]]
+
+    def _dense(self) -> Float[Array, "in out"]:
+        return from_wrapped_diagonals(self.c, self.shape)
+
+
+@family("circulant_pair")
+class CirculantPair(StructuredMatrix):
+    """Hadamard product of two circulants, `C(r1) o C(r2) = C(r1 * r2)`, of arXiv 2406.17740.
+
+    Trains 2N numbers and stores N. The same matrices as `Circulant`, and the same cost, but another path of training:
+    the two factors let `M` start at zero while one of them is random.
+
+    Attributes:
+        r1: (N,), N = max(in, out); zero at the start.
+        r2: (N,); random at the start.
+        shape: `(in_features, out_features)`; rectangular shapes as in `Circulant`.
+
+    >>> CirculantPair(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]), shape=(2, 2)).to_dense()
+    Array([[3., 8.],
+           [8., 3.]], dtype=float32)
+    """
+
+    r1: Float[Array, " N"]
+    r2: Float[Array, " N"]
+    shape: tuple[int, int] = static()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", checked_shape(type(self).__name__, self.shape))
+        self._check_leaf("r1", (max(self.shape),))
+        self._check_leaf("r2", (max(self.shape),))
+
+    @classmethod
+    def init(cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32) -> Self:
+        """The zero matrix: `r1 = 0` and `r2 = scale * N(0, 1)`. With both at zero nothing would ever learn.
+
+        Args:
+            key: Draws `r2`.
+            shape: `(in_features, out_features)`.
+            scale: Standard deviation of `r2`.
+            dtype: Type of both factors.
+
+        Raises:
+            UserError: The shape is not two positive integers.
+        """
+        shape = checked_shape(cls.__name__, shape)
+        r2 = scaled_normal(key, (max(shape),), scale, dtype)
+        return cls(r1=jnp.zeros_like(r2), r2=r2, shape=shape)
+
+    @classmethod
+    def nearest(cls, dense: Float[Array, "in out"]) -> Self:
+        """The nearest circulant (`Circulant.nearest`), factored as `r1 = c`, `r2 = 1`.
+
+        Of the many factorisations this one is exact, and it leaves no entry where both factors are zero and nothing can
+        learn.
+
+        Raises:
+            UserError: `dense` is not a floating-point matrix.
+        """
+        circulant = Circulant.nearest(checked_dense(cls.__name__, dense))
+        return cls(r1=circulant.c, r2=jnp.ones_like(circulant.c), shape=circulant.shape)
+
+    @property
+    def T(self) -> "CirculantPair":
+        """The transpose: both factors read backwards."""
+        return CirculantPair(r1=_reverse(self.r1), r2=_reverse(self.r2), shape=self.shape[::-1])
+
+    def fused(self) -> Circulant:
+        """The circulant of `r1 * r2`, N numbers in place of 2N, with the product taken in at least float32."""
+        dtype = compute_dtype(self.r1.dtype, self.r2.dtype)
+        return Circulant(c=self.r1.astype(dtype) * self.r2.astype(dtype), shape=self.shape)
+
+    def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        return self.fused()._apply(x)
+
+    def _dense(self) -> Float[Array, "in out"]:
+        return self.fused()._dense()
+
+
+def _reverse(c: Float[Array, " N"]) -> Float[Array, " N"]:
+    """`c[-k mod N]`: the first number stays, the others turn round."""
+    return jnp.roll(jnp.flip(c), 1)

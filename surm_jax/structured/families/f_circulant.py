@@ -1,0 +1,192 @@
+"""f-circulant matrices: wrapped diagonals that take a factor f where they wrap; f = -1 is skew-circulant.
+
+In the paper (arXiv 2406.17740) `Z_f(v)` has the first column v, and `Z_f(v)[i, j] = v[i - j]` for i >= j and
+`f * v[N + i - j]` for i < j. Here `y = x @ M` with `M = Z_f(v)^T`, so that the first ROW of `M` is v: f = 1 gives
+`Circulant`, f = 0 the upper triangular Toeplitz matrices.
+
+Rectangular shapes: an m x n matrix is the top-left m x n block of the one of size `N = max(m, n)` and holds N numbers.
+Inputs are padded with zeros and outputs truncated.
+"""
+
+import dataclasses
+import math
+from typing import Self
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, DTypeLike, Float, PRNGKeyArray
+
+from surm_jax.errors import UserError
+from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, static
+from surm_jax.structured.products.diagonals import from_wrapped_diagonals
+from surm_jax.structured.products.fourier import circular_convolve, skew_convolve
+from surm_jax.structured.vector import LinearInVector
+
+
+@family("skew_circulant")
+class SkewCirculant(LinearInVector):
+    """Skew-circulant matrix `M = Z_{-1}(v)^T` of arXiv 2406.17740: `M[i, j] = v[j - i]`, or `-v[N + j - i]` if j < i.
+
+    `x @ M` is the product of polynomials modulo `z^N + 1`, at the cost of a `Circulant`: O(N log N) a row, N numbers.
+    Products and sums of skew-circulants are skew-circulant.
+
+    Attributes:
+        v: (N,), N = max(in, out): the first row of `M`, which is the first column of the paper's `W`.
+        shape: `(in_features, out_features)`.
+
+    >>> SkewCirculant(jnp.array([1.0, 2.0, 3.0]), shape=(3, 3)).to_dense()
+    Array([[ 1.,  2.,  3.],
+           [-3.,  1.,  2.],
+           [-2., -3.,  1.]], dtype=float32)
+    """
+
+    v: Float[Array, " N"]
+    shape: tuple[int, int] = static()
+
+    @classmethod
+    def nearest(cls, dense: Float[Array, "in out"]) -> Self:
+        """The skew-circulant nearest to `dense` in the Frobenius norm.
+
+        As for `Circulant.nearest`, `v[k]` is the mean where j - i = k mod N, with a minus where the diagonal wraps. O(m
+        n).
+
+        Raises:
+            UserError: `dense` is not a floating-point matrix.
+        """
+        dense = checked_dense(cls.__name__, dense)
+        if dense.shape[0] > dense.shape[1]:
+            return cls.nearest(dense.T).T
+        return cls(v=_diagonal_means(dense, -1.0, transposed=False), shape=dense.shape)
+
+    @property
+    def T(self) -> "SkewCirculant":
+        """The transpose: the skew-circulant of `v[0], -v[N-1], ..., -v[1]`."""
+        return SkewCirculant(v=_reverse(self.v, -1), shape=self.shape[::-1])
+
+    def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        return skew_convolve(x, self.v)[..., : self.shape[1]]
+
+    def _dense(self) -> Float[Array, "in out"]:
+        return from_wrapped_diagonals(self.v, self.shape, -1.0)
+
+
+@family("f_circulant")
+class FCirculant(StructuredMatrix):
+    """f-circulant matrix `M = Z_f(v)^T` of arXiv 2406.17740: `M[i, j] = v[j - i]`, or `f * v[N + j - i]` if j < i.
+
+    `Z_f = (1 + f)/2 Z_1 + (1 - f)/2 Z_{-1}` for every real f, so that `x @ M` is a circular and a skew-circular
+    convolution, O(N log N) a row; one of them alone for f = 1 and f = -1. The usual way, scaling by powers of the Nth
+    root of f into a circulant, loses digits as f goes to 0 and has no f = 0. Rounding errors are relative to the larger
+    of 1 and abs(f).
+
+    Attributes:
+        v: (N,), N = max(in, out): the first row of `M` (its first column, if transposed).
+        shape: `(in_features, out_features)`.
+        f: Any finite real number, part of the structure and not trained.
+        transposed: `M = Z_f(v)` in place of its transpose. The transpose of an f-circulant is a (1/f)-circulant, which
+            does not exist for f = 0 (and is badly scaled nearby), and so the structure remembers the direction.
+
+    >>> M = FCirculant(jnp.array([1.0, 2.0, 3.0]), shape=(3, 3), f=10.0)
+    >>> M.to_dense()
+    Array([[ 1.,  2.,  3.],
+           [30.,  1.,  2.],
+           [20., 30.,  1.]], dtype=float32)
+    >>> M.T
+    FCirculant(v=float32[3], shape=(3, 3), f=10.0, transposed=True)
+    """
+
+    v: Float[Array, " N"]
+    shape: tuple[int, int] = static()
+    f: float = static()
+    transposed: bool = dataclasses.field(default=False, metadata=static().metadata)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", checked_shape(type(self).__name__, self.shape))
+        object.__setattr__(self, "f", _checked_f(self.f))
+        self._check_leaf("v", (max(self.shape),))
+
+    @classmethod
+    def init(
+        cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, f: float, dtype: DTypeLike = jnp.float32
+    ) -> Self:
+        """The zero matrix. `M` is linear in `v`, which therefore learns from zero: `key` and `scale` change nothing.
+
+        Args:
+            key: Unused.
+            shape: `(in_features, out_features)`.
+            scale: Unused.
+            f: The factor of entries that wrap.
+            dtype: Type of `v`.
+
+        Raises:
+            UserError: The shape is not two positive integers, or f is not a finite real number.
+        """
+        shape = checked_shape(cls.__name__, shape)
+        return cls(v=jnp.zeros(max(shape), dtype), shape=shape, f=f)
+
+    @classmethod
+    def nearest(cls, dense: Float[Array, "in out"], *, f: float) -> Self:
+        """The f-circulant (not transposed) nearest to `dense` in the Frobenius norm.
+
+        `v[k] = sum(w D) / sum(w^2)` over the entries D of `dense` where j - i = k mod N, with w = f where the diagonal
+        wraps and w = 1 elsewhere: the indicator matrices with these weights are an orthogonal basis. `v[k]` is 0 where
+        no entry depends on it (f = 0 and a diagonal that only wraps). O(m n).
+
+        Args:
+            dense: (in_features, out_features).
+            f: The factor of entries that wrap. To fit the transposed direction, transpose the target and the result.
+
+        Raises:
+            UserError: `dense` is not a floating-point matrix, or f is not a finite real number.
+        """
+        dense, f = checked_dense(cls.__name__, dense), _checked_f(f)
+        m, n = dense.shape
+        v = _diagonal_means(dense.T, f, transposed=True) if m > n else _diagonal_means(dense, f, transposed=False)
+        return cls(v=v, shape=(m, n), f=f)
+
+    @property
+    def T(self) -> "FCirculant":
+        """The transpose: the same numbers with `transposed` turned over."""
+        return FCirculant(v=self.v, shape=self.shape[::-1], f=self.f, transposed=not self.transposed)
+
+    def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        terms = []
+        for weight, convolve, sign in (((1 + self.f) / 2, circular_convolve, 1), ((1 - self.f) / 2, skew_convolve, -1)):
+            if weight != 0:
+                terms.append(convolve(x, weight * (_reverse(self.v, sign) if self.transposed else self.v)))
+        return sum(terms[1:], terms[0])[..., : self.shape[1]]
+
+    def _dense(self) -> Float[Array, "in out"]:
+        if self.transposed:
+            return from_wrapped_diagonals(self.v, self.shape[::-1], self.f).T
+        return from_wrapped_diagonals(self.v, self.shape, self.f)
+
+
+def _checked_f(f: float) -> float:
+    try:
+        f = float(f)
+    except (TypeError, ValueError):
+        raise UserError(f"FCirculant: f must be a real number, not {f!r}") from None
+    if not math.isfinite(f):
+        raise UserError(f"FCirculant: f must be finite, not {f}")
+    return f
+
+
+def _reverse(v: Float[Array, " N"], sign: int) -> Float[Array, " N"]:
+    """`v[0], sign v[N-1], ..., sign v[1]`: for sign f = 1 or -1, `Z_f` of it is the transpose of `Z_f(v)`."""
+    return jnp.concatenate([v[:1], sign * v[:0:-1]])
+
+
+def _diagonal_means(dense: Float[Array, "m n"], f: float, *, transposed: bool) -> Float[Array, " n"]:
+    """The best v for a wide or square target, with the weights 1 and f of `FCirculant.nearest`."""
+    m, n = dense.shape
+    i, k = jnp.arange(m)[:, None], jnp.arange(n)[None, :]
+    # Row i, moved so that every wrapped diagonal becomes a column: the column of `dense` before it is reduced mod n.
+    j = i - k if transposed else i + k
+    entries = dense[i, j % n]
+    wraps: Bool[Array, "m n"] = (j < 0) if transposed else (j >= n)
+    weights = jnp.where(wraps, jnp.asarray(f, dense.dtype), 1)
+    # In units of the largest weight, so that the squares of very large and very small f stay in range.
+    unit = jnp.max(jnp.abs(weights), axis=0)
+    weights = weights / jnp.where(unit > 0, unit, 1)[None]
+    size = jnp.sum(jnp.square(weights), axis=0) * unit
+    return jnp.sum(weights * entries, axis=0) / jnp.where(size > 0, size, 1)

@@ -1,0 +1,293 @@
+"""Matrices of low displacement rank: between circulant and unrestricted, with one number to choose, the rank.
+
+In the paper (arXiv 2406.17740) `W(G, H) = sum_{i<r} Z_1(g_i) Z_{-1}(h_i)`, sums of products of a circulant and a
+skew-circulant matrix. Here `y = x @ M` with `M = W(G, H)^T`: x meets the skew-circulant factor first.
+
+Everything here follows from the displacement equation
+
+    Z_1 W - W Z_{-1} = 2 G (J H)^T,    J the reversal of rows,
+
+which holds since circulants commute with `Z_1` and skew-circulants with `Z_{-1}`, `Z_1 - Z_{-1} = 2 e_0 e_{N-1}^T`, and
+`J h` is the last row of `Z_{-1}(h)`. `Z_1` and `Z_{-1}` have no eigenvalue in common, so that the right-hand side
+determines W: a matrix is `W(G, H)` with r columns exactly when its displacement has rank r at most. Read along the
+diagonals the equation is a recurrence, which gives the dense form; a truncated SVD of the displacement of any matrix
+gives G and H.
+
+Rectangular shapes: an m x n matrix is the top-left m x n block of the one of size `N = max(m, n)`. Inputs are padded
+with zeros and outputs truncated.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+from surm_jax.devices.batch import batch_local
+from surm_jax.errors import UserError
+from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, scaled_normal, static
+from surm_jax.structured.fit import refine
+from surm_jax.structured.products.fourier import inverse_skew_fft, skew_fft
+
+
+@family("low_displacement_rank")
+class LowDisplacementRank(StructuredMatrix):
+    """Matrix of displacement rank at most r, `M = W(G, H)^T = sum_i Z_{-1}(h_i)^T Z_1(g_i)^T` of arXiv 2406.17740.
+
+    2Nr numbers, N = max(in, out). r = 1 holds every circulant and skew-circulant matrix, r = 2 every Toeplitz matrix
+    and the inverse of a square one, r = min(in, out) every matrix.
+
+    `x @ M` takes 2r + 2 real FFTs of length N a row: one of `x`, two for every term, and one back for the sum of all,
+    which is taken in the spectrum; reverse mode takes as many again. The dense form takes O(m n r) operations and no
+    FFT of more than a row.
+
+    Attributes:
+        G: (N, r), the first columns of the circulant factors; zero at the start.
+        H: (N, r), the first columns of the skew-circulant factors; random at the start.
+        shape: `(in_features, out_features)`.
+        transposed: `M = W(G, H)` in place of its transpose. The transpose of `W(G, H)` is a sum with the factors in the
+            other order, which takes up to r + 2 terms in this one, and so the structure remembers the direction.
+
+    >>> g, h = jnp.array([[1.0], [2.0], [3.0]]), jnp.array([[1.0], [0.0], [0.0]])
+    >>> LowDisplacementRank(G=g, H=h, shape=(3, 3)).to_dense()  # the circulant of g
+    Array([[1., 2., 3.],
+           [3., 1., 2.],
+           [2., 3., 1.]], dtype=float32)
+    >>> LowDisplacementRank(G=h, H=g, shape=(2, 3)).to_dense().round()  # two rows of the skew-circulant
+    Array([[ 1.,  2.,  3.],
+           [-3.,  1.,  2.]], dtype=float32)
+    """
+
+    G: Float[Array, "N r"]
+    H: Float[Array, "N r"]
+    shape: tuple[int, int] = static()
+    transposed: bool = dataclasses.field(default=False, metadata=static().metadata)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", checked_shape(type(self).__name__, self.shape))
+        ranks = [leaf.shape[1] for leaf in (self.G, self.H) if len(getattr(leaf, "shape", ())) == 2]
+        for name in ("G", "H"):
+            self._check_leaf(name, (max(self.shape), *ranks[:1]) if ranks else (max(self.shape), 1))
+        if ranks:
+            _check_rank(ranks[0], self.shape)
+
+    @property
+    def rank(self) -> int:
+        """The number r of columns of G and H."""
+        return self.G.shape[-1]
+
+    @classmethod
+    def init(
+        cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, rank: int, dtype: DTypeLike = jnp.float32
+    ) -> Self:
+        """The zero matrix: `G = 0` and `H = scale * N(0, 1)`. With both at zero nothing would ever learn.
+
+        Args:
+            key: Draws `H`.
+            shape: `(in_features, out_features)`.
+            scale: Standard deviation of `H`.
+            rank: Columns of G and H, from 1 to the larger of the two sizes.
+            dtype: Type of both.
+
+        Raises:
+            UserError: The shape is not two positive integers, or the rank is not possible for it.
+        """
+        shape = checked_shape(cls.__name__, shape)
+        _check_rank(rank, shape)
+        H = scaled_normal(key, (max(shape), rank), scale, dtype)
+        return cls(G=jnp.zeros_like(H), H=H, shape=shape)
+
+    @classmethod
+    def nearest(cls, dense: Float[Array, "in out"], *, rank: int, steps: int = 200, progress: bool = False) -> Self:
+        """The nearest `W(G, H)^T` that a search finds; the optimum has no closed form.
+
+        Starts from the truncated SVD of the displacement, and from a random point of the target's norm (always the same
+        one); refines both with `steps` steps of `surm_jax.structured.refine`, and keeps the nearest of all points seen.
+        So it is never worse than the SVD, nor than the search from the random point alone, nor than the zero matrix:
+        what is kept is the best multiple of either point, which matters without steps, as the SVD alone is often worse
+        than zero.
+
+        Exact, without any step, for every target if the rank is min(m, n) or more, for Toeplitz targets from rank 2 on,
+        and for square targets whose displacement has this rank.
+
+        O(N^3) for the SVD and O(m n rank) a step.
+
+        Args:
+            dense: (in_features, out_features).
+            rank: From 1 to the larger of the two sizes.
+            steps: The most steps of each search. With 0 it is the better one of the two starts.
+            progress: Shows a bar for each search.
+
+        Raises:
+            UserError: `dense` is not a floating-point matrix or holds numbers that are not finite, or the rank or the
+                number of steps is not possible.
+        """
+        dense = checked_dense(cls.__name__, dense)
+        _check_rank(rank, dense.shape)
+        starts = _from_displacement(dense, rank), _random(dense, rank)
+        return _nearer(*(refine(start, dense, steps=steps, progress=progress) for start in starts), dense)
+
+    @property
+    def T(self) -> "LowDisplacementRank":
+        """The transpose: the same numbers with `transposed` turned over."""
+        return dataclasses.replace(self, shape=self.shape[::-1], transposed=not self.transposed)
+
+    def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        product = _transposed_product if self.transposed else _product
+        return product(x, self.G, self.H)[..., : self.shape[1]]
+
+    def _dense(self) -> Float[Array, "in out"]:
+        rows, columns = self.shape if self.transposed else self.shape[::-1]
+        W = _block(self.G, self.H, rows, columns)
+        return W if self.transposed else W.T
+
+
+def _check_rank(rank: int, shape: tuple[int, int]) -> None:
+    if not isinstance(rank, int) or not 1 <= rank <= max(shape):
+        raise UserError(
+            f"LowDisplacementRank: a {shape[0]} x {shape[1]} matrix has a displacement rank from 1 to {max(shape)}, "
+            f"but {rank!r} was asked for"
+        )
+
+
+@batch_local
+def _product(x: Float[Array, "*batch m"], G: Float[Array, "N r"], H: Float[Array, "N r"]) -> Float[Array, "*batch N"]:
+    """`x @ W(G, H)^T`, that is `W x` of every row of `x`."""
+    N = G.shape[0]
+    G_hat, H_hat = _for_terms(jnp.fft.rfft(G.T), x), _for_terms(skew_fft(H.T, N), x)
+    terms = inverse_skew_fft(jnp.expand_dims(skew_fft(x, N), -2) * H_hat, N)
+    return jnp.fft.irfft(jnp.sum(jnp.fft.rfft(terms) * G_hat, axis=-2), n=N)
+
+
+@batch_local
+def _transposed_product(
+    x: Float[Array, "*batch m"], G: Float[Array, "N r"], H: Float[Array, "N r"]
+) -> Float[Array, "*batch N"]:
+    """`x @ W(G, H)`: the transposed factors in the other order, whose spectra are the conjugates."""
+    N = G.shape[0]
+    G_hat, H_hat = _for_terms(jnp.fft.rfft(G.T), x).conj(), _for_terms(skew_fft(H.T, N), x).conj()
+    terms = jnp.fft.irfft(jnp.expand_dims(jnp.fft.rfft(x, n=N), -2) * G_hat, n=N)
+    return inverse_skew_fft(jnp.sum(skew_fft(terms, N) * H_hat, axis=-2), N)
+
+
+def _for_terms(spectra: Array, x: Array) -> Array:
+    """(r, k) with an axis before for each of the batch dimensions of `x`."""
+    return jnp.expand_dims(spectra, tuple(range(x.ndim - 1)))
+
+
+def _block(G: Float[Array, "N r"], H: Float[Array, "N r"], rows: int, columns: int) -> Float[Array, "rows columns"]:
+    """The top-left block of `W(G, H)`, with N rows or N columns.
+
+    By the displacement equation, W's column k + 1 is its column k turned down by one place, less `2 G (J h)_k`; and
+    row a is `row a - 1, less 2 G_a (J H)^T`, turned by one place with a change of sign. So the block is its first
+    column or row and a sum of shifted outer products.
+    """
+    N = G.shape[0]
+    unit = jnp.zeros(N, G.dtype).at[0].set(1)
+    if rows == N:
+        return _rolling_sums(_product(unit, G, H), -2 * jnp.flip(H, axis=0)[: columns - 1], G, 1).T
+    H_turned = jnp.concatenate([H[:1], -jnp.flip(H[1:], axis=0)])
+    return _rolling_sums(_transposed_product(unit, G, H), 2 * G[1:rows], H_turned, -1)
+
+
+def _rolling_sums(
+    first: Float[Array, " N"], left: Float[Array, "k-1 r"], right: Float[Array, "N r"], sign: int
+) -> Float[Array, "k N"]:
+    """The rows `a_0 = first`, `a_{i+1} = turn(a_i) + left_i @ right^T`.
+
+    `turn` moves a row one place to the right, and what falls out comes in on the left times `sign`.
+    """
+    terms = jnp.concatenate([first[None], jnp.matmul(left, right.T, precision=jax.lax.Precision.HIGHEST)])
+    return _turned_rows(_running_sums(_turned_back_rows(terms, sign)), sign)
+
+
+def _running_sums(rows: Float[Array, "k N"]) -> Float[Array, "k N"]:
+    """The sum of the first i + 1 rows, for every i.
+
+    By matrix products on two levels, within blocks of about `sqrt(k)` rows and over the blocks. `jnp.cumsum` takes
+    twice as long on a CPU, forward and backward, and a loop would be a kernel a row on an accelerator.
+    """
+    k, N = rows.shape
+    size = math.isqrt(k - 1) + 1
+    blocks = jnp.pad(rows, ((0, -k % size), (0, 0))).reshape(-1, size, N)
+    within = jnp.einsum("ij,bjn->bin", jnp.tri(size, dtype=rows.dtype), blocks, precision=jax.lax.Precision.HIGHEST)
+    before = jnp.tri(len(blocks), k=-1, dtype=rows.dtype)
+    offsets = jnp.matmul(before, within[:, -1], precision=jax.lax.Precision.HIGHEST)
+    return (within + offsets[:, None]).reshape(-1, N)[:k]
+
+
+def _turned_back_rows(rows: Float[Array, "k N"], sign: int) -> Float[Array, "k N"]:
+    """Row i turned back by i places; k <= N. Without a gather, whose gradient is a slow scatter."""
+    k, N = rows.shape
+    wide = jnp.concatenate([rows, sign * rows[:, : k - 1]], axis=1).reshape(-1)
+    return jnp.pad(wide, (0, k)).reshape(k, N + k)[:, :N]
+
+
+def _turned_rows(rows: Float[Array, "k N"], sign: int) -> Float[Array, "k N"]:
+    """Row i turned by i places; the transpose of `_turned_back_rows`, step by step, and its inverse."""
+    k, N = rows.shape
+    wide = jnp.pad(rows, ((0, 0), (0, k))).reshape(-1)[:-k].reshape(k, N + k - 1)
+    return wide[:, :N] + jnp.pad(sign * wide[:, N:], ((0, 0), (0, N - k + 1)))
+
+
+@functools.partial(jax.jit, static_argnames="rank")
+def _from_displacement(dense: Float[Array, "in out"], rank: int) -> LowDisplacementRank:
+    """The matrix whose displacement is the truncated SVD of that of `dense`."""
+    W = _completed(dense)
+    displacement = jnp.roll(W, 1, axis=0) - jnp.concatenate([W[:, 1:], -W[:, :1]], axis=1)
+    U, S, Vt = jnp.linalg.svd(displacement / 2)
+    largest = jnp.where(S[0] > 0, S[0], 1)
+    # A term that is no more than rounding errors gets an H of full size, with which its G can learn.
+    empty = S.size * jnp.finfo(S.dtype).eps * largest >= S
+    norms = jnp.sqrt(jnp.where(empty, largest, S))[None, :rank]
+    G, JH = U[:, :rank] * (S[None, :rank] / norms), Vt[:rank].T * norms
+    return LowDisplacementRank(G=G, H=jnp.flip(JH, axis=0), shape=dense.shape)
+
+
+def _completed(dense: Float[Array, "in out"]) -> Float[Array, "N N"]:
+    """The square W with `W^T = dense` in its block, continued with a displacement of zeros but for one row or column.
+
+    So Toeplitz blocks stay Toeplitz, and the displacement rank is min(m, n) at most.
+    """
+    m, n = dense.shape
+    if m <= n:
+        last, missing = dense[-1], jnp.arange(1, n - m + 1)[:, None]
+        return jnp.concatenate([dense, last[(jnp.arange(n)[None] - missing) % n]]).T
+    last, missing = dense[:, -1], jnp.arange(1, m - n + 1)[:, None]
+    place = jnp.arange(m)[None] - missing
+    return jnp.concatenate([dense.T, jnp.where(place < 0, -last[place % m], last[place % m])])
+
+
+@functools.partial(jax.jit, static_argnames="rank")
+def _random(dense: Float[Array, "in out"], rank: int) -> LowDisplacementRank:
+    """Random G and H, with which the matrix has the norm of `dense` on average."""
+    G, H = jax.random.normal(jax.random.key(0), (2, max(dense.shape), rank), dense.dtype)
+    # The entries of W have the variance r N.
+    unit = _largest(dense)
+    scale = jnp.sqrt(unit) * (jnp.mean(jnp.square(dense / unit)) / (rank * max(dense.shape))) ** 0.25
+    return LowDisplacementRank(G=scale * G, H=scale * H, shape=dense.shape)
+
+
+@jax.jit
+def _nearer(one: LowDisplacementRank, other: LowDisplacementRank, dense: Float[Array, "in out"]) -> LowDisplacementRank:
+    """Of two matrices and their best multiples the nearest to `dense`."""
+    unit = _largest(dense)
+    target = dense / unit
+    points, distances = [], []
+    for matrix in (one, other):
+        M = matrix.to_dense() / unit
+        size = jnp.sum(jnp.square(M))
+        factor = jnp.sum(target * M) / jnp.where(size > 0, size, 1)
+        points += [matrix, dataclasses.replace(matrix, G=factor * matrix.G)]
+        distances += [jnp.linalg.norm(target - M), jnp.linalg.norm(target - factor * M)]
+    nearest = jnp.argmin(jnp.stack(distances))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves)[nearest], *points)
+
+
+def _largest(dense: Float[Array, "in out"]) -> Float[Array, ""]:
+    """The largest entry, in which unit squares neither vanish nor overflow; 1 if all are zero."""
+    largest = jnp.max(jnp.abs(dense))
+    return jnp.where(largest > 0, largest, 1)

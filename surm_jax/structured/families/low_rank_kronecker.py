@@ -1,0 +1,203 @@
+"""Sums of Kronecker products whose second factor is of low rank: the updates of LoKr, of Compacter and of KAdaptation.
+
+LoKr (arXiv 2309.14859) has one product, with a B of some rank; the parameterised hypercomplex layers of Compacter
+(arXiv 2106.04647) and KAdaptation (arXiv 2203.16329) have k of them, with k x k matrices A and B of rank 1. They write
+`W x`. Here `y = x @ M` with `M = W^T`: as in `Kronecker`, each factor is the transpose of theirs, and maps from its
+rows to its columns.
+
+Rectangular shapes: as `Kronecker`, nothing is padded.
+"""
+
+import functools
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+from surm_jax.errors import UserError
+from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, scaled_normal
+from surm_jax.structured.families.kronecker import Factors, Kronecker, check_terms, checked_factors
+from surm_jax.structured.fit import refine
+
+
+@family("low_rank_kronecker")
+class LowRankKronecker(StructuredMatrix):
+    """Sum of Kronecker products `M = sum_k A_k (x) (U_k V_k)`, the second factors of rank r at most.
+
+    k (m1 n1 + r (m2 + n2)) numbers. A row of x costs what it costs with the `Kronecker` of `B_k = U_k V_k`, which are
+    formed once for all rows. The rank of one product is rank A times r.
+
+    Attributes:
+        A: (k, m1, n1); zero at the start.
+        U: (k, m2, r); random at the start.
+        V: (k, r, n2); random at the start.
+
+    >>> M = LowRankKronecker(A=jnp.array([[[1.0, 2.0]]]), U=jnp.array([[[1.0], [10.0]]]), V=jnp.array([[[1.0, 3.0]]]))
+    >>> M.to_dense()
+    Array([[ 1.,  3.,  2.,  6.],
+           [10., 30., 20., 60.]], dtype=float32)
+    """
+
+    A: Float[Array, "k m1 n1"]
+    U: Float[Array, "k m2 r"]
+    V: Float[Array, "k r n2"]
+
+    def __post_init__(self) -> None:
+        if self.A is None and self.U is None and self.V is None:
+            return
+        self._check_dimensions(A="(k, m1, n1)", U="(k, m2, r)", V="(k, r, n2)")
+        m2, n2 = self.factors[1]
+        self._check_leaf("A", (self.terms, *self.factors[0]))
+        self._check_leaf("U", (self.terms, m2, self.rank))
+        self._check_leaf("V", (self.terms, self.rank, n2))
+        check_terms("LowRankKronecker", self.terms, self.factors)
+        _check_rank(self.rank, self.factors)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(in_features, out_features)`."""
+        (m1, n1), (m2, n2) = self.factors
+        return m1 * m2, n1 * n2
+
+    @property
+    def factors(self) -> Factors:
+        """The shapes of the two factors, `A_k` and `U_k V_k`."""
+        return tuple(self.A.shape[-2:]), (self.U.shape[-2], self.V.shape[-1])
+
+    @property
+    def terms(self) -> int:
+        """The number k of products that are summed."""
+        return self.A.shape[-3]
+
+    @property
+    def rank(self) -> int:
+        """The number r of columns of `U_k`."""
+        return self.U.shape[-1]
+
+    @classmethod
+    def init(
+        cls,
+        key: PRNGKeyArray,
+        shape: tuple[int, int],
+        *,
+        scale: float,
+        rank: int,
+        terms: int = 1,
+        factors: Factors | None = None,
+        dtype: DTypeLike = jnp.float32,
+    ) -> Self:
+        """The zero matrix: `A = 0`, and `U` and `V = scale * N(0, 1)`. With two of them at zero nothing would learn.
+
+        An entry of `U_k V_k` has the standard deviation `scale^2 sqrt(rank)`.
+
+        Args:
+            key: Draws `U` and `V`.
+            shape: `(in_features, out_features)`.
+            scale: Standard deviation of `U` and of `V`.
+            rank: Of the second factors, from 1 to min(m2, n2).
+            terms: How many products are summed, from 1 to the smaller number of entries of a factor.
+            factors: `((m1, n1), (m2, n2))` with m1 m2 = in_features and n1 n2 = out_features; by default
+                `near_square_factors(shape)`.
+            dtype: Type of all three.
+
+        Raises:
+            UserError: The shape is not two positive integers, or the factors, the terms or the rank are not possible
+                for it.
+        """
+        (m1, n1), (m2, n2) = _checked_sizes(checked_shape(cls.__name__, shape), rank, terms, factors)
+        draw_U, draw_V = jax.random.split(key)
+        return cls(
+            A=jnp.zeros((terms, m1, n1), dtype),
+            U=scaled_normal(draw_U, (terms, m2, rank), scale, dtype),
+            V=scaled_normal(draw_V, (terms, rank, n2), scale, dtype),
+        )
+
+    @classmethod
+    def nearest(
+        cls,
+        dense: Float[Array, "in out"],
+        *,
+        rank: int,
+        terms: int = 1,
+        factors: Factors | None = None,
+        steps: int = 200,
+        progress: bool = False,
+    ) -> Self:
+        """The nearest such matrix that a search finds; the optimum has no closed form.
+
+        Starts from `Kronecker.nearest` with every B truncated by SVD, which is the optimum at full rank min(m2, n2),
+        and for every target that is one product of this rank; refines it with `steps` steps of
+        `surm_jax.structured.refine`, and is never further from the target than the start is, nor than zero.
+
+        The start shares the size of a term equally between A and B, and that of B between U and V. Where the target
+        leaves a term or a direction empty, A or V is zero and the others are not: so it can still learn.
+
+        O(m n min(m1 n1, m2 n2)) for the SVD and O(m n terms) a step.
+
+        Args:
+            dense: (in_features, out_features).
+            rank: As in `init`.
+            terms: As in `init`.
+            factors: As in `init`.
+            steps: The most steps of the search.
+            progress: Shows a bar.
+
+        Raises:
+            UserError: `dense` is not a floating-point matrix or holds numbers that are not finite, or the factors, the
+                terms, the rank or the number of steps is not possible.
+        """
+        dense = checked_dense(cls.__name__, dense)
+        factors = _checked_sizes(dense.shape, rank, terms, factors)
+        # The search moves numbers of different powers of the target's size, which it needs in one unit.
+        unit = jnp.max(jnp.abs(dense))
+        unit = jnp.where(unit > 0, unit, 1)
+        start = _truncated(Kronecker.nearest(dense / unit, terms=terms, factors=factors), rank)
+        found = refine(start, dense / unit, steps=steps, progress=progress)
+        half, quarter = jnp.sqrt(unit), jnp.sqrt(jnp.sqrt(unit))
+        return cls(A=half * found.A, U=quarter * found.U, V=quarter * found.V)
+
+    @property
+    def T(self) -> "LowRankKronecker":
+        """The transpose: A is transposed, and U and V change places."""
+        return LowRankKronecker(A=self.A.swapaxes(-1, -2), U=self.V.swapaxes(-1, -2), V=self.U.swapaxes(-1, -2))
+
+    def fused(self) -> StructuredMatrix:
+        """The `Kronecker` of `U_k V_k` where that holds fewer numbers, itself elsewhere."""
+        m2, n2 = self.factors[1]
+        return self._astype(self._compute_dtype())._kronecker() if m2 * n2 < self.rank * (m2 + n2) else self
+
+    def _kronecker(self) -> Kronecker:
+        return Kronecker(A=self.A, B=jnp.matmul(self.U, self.V, precision=jax.lax.Precision.HIGHEST))
+
+    def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        return self._kronecker()._apply(x)
+
+    def _dense(self) -> Float[Array, "in out"]:
+        return self._kronecker()._dense()
+
+
+def _checked_sizes(shape: tuple[int, int], rank: int, terms: int, factors: Factors | None) -> Factors:
+    factors = checked_factors("LowRankKronecker", factors, shape)
+    check_terms("LowRankKronecker", terms, factors)
+    _check_rank(rank, factors)
+    return factors
+
+
+def _check_rank(rank: int, factors: Factors) -> None:
+    m2, n2 = factors[1]
+    if not isinstance(rank, int) or not 1 <= rank <= min(m2, n2):
+        raise UserError(
+            f"LowRankKronecker: a factor of {m2} x {n2} has a rank from 1 to {min(m2, n2)}, but {rank!r} was asked for"
+        )
+
+
+@functools.partial(jax.jit, static_argnames="rank")
+def _truncated(matrix: Kronecker, rank: int) -> LowRankKronecker:
+    """The same with every B replaced by the nearest of this rank, and its directions shared equally."""
+    U, S, Vt = jnp.linalg.svd(matrix.B, full_matrices=False)
+    largest = S[:, :1]  # not zero: no B of `Kronecker.nearest` is
+    empty = max(matrix.B.shape[1:]) * jnp.finfo(S.dtype).eps * largest >= S
+    norm = jnp.sqrt(jnp.where(empty, largest, S))[:, None, :rank]
+    V = Vt[:, :rank] * (S[:, None, :rank] / norm).swapaxes(1, 2)
+    return LowRankKronecker(A=matrix.A, U=U[..., :rank] * norm, V=V)

@@ -1,0 +1,157 @@
+"""Toeplitz matrices: constant along every diagonal, or depending on the distance from the main diagonal alone.
+
+The paper (arXiv 2406.17740) writes `W x`. Here `y = x @ M` with `M = W^T`: what is above the diagonal of `M` is below
+that of `W`, and symmetric square matrices are the same.
+
+Rectangular shapes are Toeplitz as they are, nothing is padded.
+"""
+
+from collections.abc import Callable
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from surm_jax.devices.batch import batch_local
+from surm_jax.structured.base import checked_dense, family, static
+from surm_jax.structured.products.diagonals import from_diagonals
+from surm_jax.structured.products.fourier import fast_length, inverse_skew_fft, skew_fft
+from surm_jax.structured.vector import LinearInVector
+
+
+@family("toeplitz")
+class Toeplitz(LinearInVector):
+    """Toeplitz matrix `M[i, j] = t[j - i + in - 1]`: `t` read along the diagonals; the transpose of the paper's `W`.
+
+    in + out - 1 numbers. A Toeplitz matrix is a block of a skew-circulant one of any size from in + out - 1 on, as it
+    is of a circulant one, and of the two the skew-circulant has the cheaper transforms, forward and in reverse mode: at
+    in = out they are complex FFTs of length in, without padding. O(N log N) a row, N = max(in, out).
+
+    Attributes:
+        t: (in + out - 1,), from the bottom left corner of `M` up its first column and on along its first row to the top
+            right.
+        shape: `(in_features, out_features)`.
+
+    >>> Toeplitz(jnp.array([1.0, 2.0, 3.0, 4.0]), shape=(2, 3)).to_dense()
+    Array([[2., 3., 4.],
+           [1., 2., 3.]], dtype=float32)
+    """
+
+    t: Float[Array, " diagonals"]
+    shape: tuple[int, int] = static()
+
+    @staticmethod
+    def _length(shape: tuple[int, int]) -> int:
+        """How many diagonals a matrix of this shape has."""
+        return sum(shape) - 1
+
+    @classmethod
+    def nearest(cls, dense: Float[Array, "in out"]) -> Self:
+        """The Toeplitz matrix nearest to `dense` in the Frobenius norm: the mean of every diagonal. O(in * out).
+
+        Raises:
+            UserError: `dense` is not a floating-point matrix.
+        """
+        dense = checked_dense(cls.__name__, dense)
+        m, n = dense.shape
+        return cls(t=_project(lambda t: from_diagonals(t, (m, n)), m + n - 1, dense), shape=(m, n))
+
+    @property
+    def T(self) -> "Toeplitz":
+        """The transpose: `t` read backwards."""
+        return Toeplitz(t=jnp.flip(self.t), shape=self.shape[::-1])
+
+    def _convolve(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """What `_apply` does on each device."""
+        m, n = self.shape
+        size = 2 * fast_length((m + n) // 2)  # an even length of at least m + n - 1
+        # What wraps around changes its sign in a skew-circulant matrix: hence the minus.
+        v = jnp.concatenate([self.t[m - 1 :], jnp.zeros(size - (m + n - 1), x.dtype), -self.t[: m - 1]])
+        spectrum = jnp.expand_dims(skew_fft(v, size), tuple(range(x.ndim - 1)))
+        return inverse_skew_fft(skew_fft(x, size) * spectrum, size)[..., :n]
+
+    def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        return apply_in_turn(x, self)
+
+    def _dense(self) -> Float[Array, "in out"]:
+        return from_diagonals(self.t, self.shape)
+
+
+@family("symmetric_toeplitz")
+class SymmetricToeplitz(LinearInVector):
+    """Symmetric Toeplitz matrix `M[i, j] = t[|i - j|]`: max(in, out) numbers; the transpose of the paper's `W`.
+
+    At in = out it is its own transpose. A rectangular one is the top left block of the square one of size max(in, out).
+    Products cost as much as those of `Toeplitz`.
+
+    Attributes:
+        t: (max(in, out),), by distance from the main diagonal: the longer one of the first row and the first column.
+        shape: `(in_features, out_features)`.
+
+    >>> SymmetricToeplitz(jnp.array([1.0, 2.0, 3.0]), shape=(2, 3)).to_dense()
+    Array([[1., 2., 3.],
+           [2., 1., 2.]], dtype=float32)
+    """
+
+    t: Float[Array, " N"]
+    shape: tuple[int, int] = static()
+
+    @classmethod
+    def nearest(cls, dense: Float[Array, "in out"]) -> Self:
+        """The symmetric Toeplitz matrix nearest to `dense` in the Frobenius norm. O(in * out).
+
+        `t[k]` is the mean over all entries at distance k from the main diagonal, above and below it. The formula in
+        arXiv 2406.17740 takes one side alone, which is the nearest only when `dense` is symmetric itself.
+
+        Raises:
+            UserError: `dense` is not a floating-point matrix.
+        """
+        dense = checked_dense(cls.__name__, dense)
+        shape = dense.shape
+        return cls(t=_project(lambda t: from_diagonals(_mirror(t, shape), shape), max(shape), dense), shape=shape)
+
+    @property
+    def T(self) -> "SymmetricToeplitz":
+        """The transpose: the same numbers, with the sizes exchanged."""
+        return SymmetricToeplitz(t=self.t, shape=self.shape[::-1])
+
+    def general(self) -> Toeplitz:
+        """The same matrix as a `Toeplitz`, with every diagonal written out."""
+        return Toeplitz(t=_mirror(self.t, self.shape), shape=self.shape)
+
+    def _convolve(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """What `_apply` does on each device."""
+        return self.general()._convolve(x)
+
+    def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        return apply_in_turn(x, self)
+
+    def _dense(self) -> Float[Array, "in out"]:
+        return self.general()._dense()
+
+
+@batch_local
+def apply_in_turn(x: Float[Array, "*batch in"], *matrices: Toeplitz | SymmetricToeplitz) -> Float[Array, "*batch out"]:
+    """`x @ M1 @ M2 ...`, everything in one dtype, float32 or float64; each device works on its part of the batch."""
+    for matrix in matrices:
+        x = matrix._convolve(x)
+    return x
+
+
+def _mirror(t: Float[Array, " N"], shape: tuple[int, int]) -> Float[Array, " diagonals"]:
+    """The numbers along all diagonals from those by distance."""
+    m, n = shape
+    return jnp.concatenate([jnp.flip(t[1:m]), t[:n]])
+
+
+def _project(
+    build: Callable[[Float[Array, " k"]], Float[Array, "in out"]], count: int, dense: Float[Array, "in out"]
+) -> Float[Array, " k"]:
+    """The mean of `dense` over the entries where `build` puts each of `count` numbers: their sum, over how many.
+
+    Each entry of the matrix is one of the numbers, so that the matrices which `build` makes of the unit vectors are
+    orthogonal, and the projection needs no more than its adjoint.
+    """
+    adjoint = jax.linear_transpose(build, jax.ShapeDtypeStruct((count,), dense.dtype))
+    return adjoint(dense)[0] / adjoint(jnp.ones_like(dense))[0]

@@ -1,0 +1,157 @@
+"""Circular and skew-circular convolution by FFT, kept local to each device's part of the batch.
+
+Every FFT over activations goes through `surm_jax.devices.batch.batch_local`, which says why.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Complex, DTypeLike, Float
+
+from surm_jax.devices.batch import batch_local
+from surm_jax.errors import UserError
+
+
+def circular_convolve(x: Float[Array, "*batch m"], c: Float[Array, " n"]) -> Float[Array, "*batch n"]:
+    """Circular convolution over the last axis: `y_j = sum_i x_i c_{(j-i) mod n}`, computed as `F y = F x * F c`.
+
+    Args:
+        x: (..., m) with m <= n; padded with zeros to n.
+        c: (n,), the same dtype as `x`.
+
+    Returns:
+        (..., n) in the dtype of `x`: float32 or float64, the two that `jnp.fft` knows.
+
+    Cost: two real FFTs of length n for each row of `x` and one for `c`, O(n log n) a row. Reverse mode keeps the
+    spectra of `x` and `c`; `jax.checkpoint` around the call keeps `x` and `c` alone.
+
+    Raises:
+        UserError: `x` is wider than `c`, or the dtypes differ or are not float32 or float64.
+
+    >>> circular_convolve(jnp.array([0.0, 1.0, 0.0]), jnp.array([1.0, 2.0, 3.0])).round().astype(jnp.int32)
+    Array([3, 1, 2], dtype=int32)
+    """
+    _check_operands("circular_convolve", x, "c", c)
+    return _convolve_rows(x, c)
+
+
+def skew_convolve(x: Float[Array, "*batch m"], v: Float[Array, " n"]) -> Float[Array, "*batch n"]:
+    """Skew-circular convolution over the last axis: `y_j = sum_{i<=j} x_i v_{j-i} - sum_{i>j} x_i v_{n+j-i}`.
+
+    The product of polynomials modulo `z^n + 1` (also called negacyclic), computed as `S y = S x * S v` with the
+    transform S of `skew_fft`.
+
+    Args:
+        x: (..., m) with m <= n; padded with zeros to n.
+        v: (n,), the same dtype as `x`.
+
+    Returns:
+        (..., n) in the dtype of `x`: float32 or float64, the two that `jnp.fft` knows.
+
+    Cost: as `circular_convolve` of the same length, whose residuals it also has in reverse mode.
+
+    Raises:
+        UserError: `x` is wider than `v`, or the dtypes differ or are not float32 or float64.
+
+    >>> skew_convolve(jnp.array([0.0, 1.0, 0.0]), jnp.array([1.0, 2.0, 3.0])).round().astype(jnp.int32)
+    Array([-3,  1,  2], dtype=int32)
+    """
+    _check_operands("skew_convolve", x, "v", v)
+    return _skew_convolve_rows(x, v)
+
+
+def skew_fft(x: Float[Array, "*batch m"], n: int) -> Complex[Array, "*batch k"]:
+    """The spectrum S x of x, padded with zeros to n: the values of its polynomial at half of the roots of `z^n = -1`.
+
+    The roots come in conjugate pairs (and -1 for odd n), so that one of each pair says all about a real `x`:
+
+    - n even: `z^n + 1 = (z^(n/2) - i)(z^(n/2) + i)`. Modulo the first factor x folds into `x_j + i x_{j+n/2}`, and
+      `z = w u` with `w = exp(i pi / n)` turns the factor into `u^(n/2) - 1`: one complex FFT of length k = n/2.
+    - n odd: `z = -u` turns `z^n + 1` into `1 - u^n`: one real FFT of length n, with k = (n+1)/2 values.
+
+    Either costs what `jnp.fft.rfft` costs at length n. The way by a complex root of -1 alone (arXiv 2406.17740) needs a
+    complex FFT of length n, twice as much. Not kept local to a device: call it inside `batch_local`.
+
+    Args:
+        x: (..., m) with m <= n, float32 or float64.
+        n: The length.
+    """
+    if n % 2:
+        return jnp.fft.rfft(x * _for_rows(_signs(n, x.dtype)[: x.shape[-1]], x), n=n)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n - x.shape[-1])])
+    folded = jax.lax.complex(x[..., : n // 2], x[..., n // 2 :])
+    return jnp.fft.fft(folded * _for_rows(_twist(n, folded.dtype), x))
+
+
+def inverse_skew_fft(spectrum: Complex[Array, "*batch k"], n: int) -> Float[Array, "*batch n"]:
+    """The real x of length n with `skew_fft(x, n) = spectrum`."""
+    if n % 2:
+        x = jnp.fft.irfft(spectrum, n=n)
+        return x * _for_rows(_signs(n, x.dtype), x)
+    folded = jnp.fft.ifft(spectrum)
+    folded = folded * _for_rows(_twist(n, folded.dtype).conj(), folded)
+    return jnp.concatenate([folded.real, folded.imag], axis=-1)
+
+
+def fast_length(n: int) -> int:
+    """The smallest length >= n with no prime factor above 5: FFT libraries are fast there, and slow at large primes.
+
+    The next power of two is up to twice as long as n; this length is longer by a seventh at most from n = 14 on, and by
+    a ninth from n = 33 on.
+
+    Args:
+        n: At least 1.
+
+    Raises:
+        UserError: n is smaller.
+
+    >>> [fast_length(n) for n in (1, 7, 601, 1535)]
+    [1, 8, 625, 1536]
+    """
+    if n < 1:
+        raise UserError(f"fast_length: n must be at least 1, not {n}")
+    best = 5 * n
+    five = 1
+    while five < best:
+        fifteen = five
+        while fifteen < best:
+            # The smallest power of two that lifts the odd part to n.
+            best = min(best, fifteen << (-(-n // fifteen) - 1).bit_length())
+            fifteen *= 3
+        five *= 5
+    return best
+
+
+def _check_operands(owner: str, x: Array, name: str, c: Array) -> None:
+    if x.ndim == 0 or c.ndim != 1 or x.shape[-1] > c.shape[0]:
+        raise UserError(f"{owner}: x (..., m) and {name} (n,) need m <= n, but have shapes {x.shape} and {c.shape}")
+    if x.dtype != c.dtype or x.dtype not in (jnp.float32, jnp.float64):
+        raise UserError(f"{owner}: x and {name} must both be float32 or both float64, not {x.dtype} and {c.dtype}")
+
+
+@batch_local
+def _convolve_rows(x: Float[Array, "*batch m"], c: Float[Array, " n"]) -> Float[Array, "*batch n"]:
+    n = c.shape[0]
+    # Without its length, irfft returns n - 1 numbers for every odd n.
+    return jnp.fft.irfft(jnp.fft.rfft(x, n=n) * _for_rows(jnp.fft.rfft(c), x), n=n)
+
+
+@batch_local
+def _skew_convolve_rows(x: Float[Array, "*batch m"], v: Float[Array, " n"]) -> Float[Array, "*batch n"]:
+    n = v.shape[0]
+    return inverse_skew_fft(skew_fft(x, n) * _for_rows(skew_fft(v, n), x), n)
+
+
+def _for_rows(row: Array, x: Array) -> Array:
+    """`row`, (n,), with the rank of `x`."""
+    return jnp.expand_dims(row, tuple(range(x.ndim - 1)))
+
+
+def _signs(n: int, dtype: DTypeLike) -> Float[Array, " n"]:
+    """`(-1)^j`: the powers of the real root of `z^n = -1` for odd n."""
+    return jnp.asarray(1 - 2 * (np.arange(n) % 2), dtype)
+
+
+def _twist(n: int, dtype: DTypeLike) -> Complex[Array, " n/2"]:
+    """`exp(i pi j / n)` for j < n/2: the powers of a root of `z^n = -1`, rounded once from double precision."""
+    return jnp.asarray(np.exp(1j * np.pi * np.arange(n // 2) / n), dtype)
