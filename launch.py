@@ -63,7 +63,7 @@ def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
     """Reads the command line.
 
     Raises:
-      UserError: for an unknown configuration, key or flag (the message names the nearest), or a bad value.
+        UserError: for an unknown configuration, key or flag (the message names the nearest), or a bad value.
     """
     # ml_collections reads the keys while the flag is being defined, and would answer a mistyped one with a traceback.
     defaults = base_config()

@@ -42,7 +42,7 @@ def numbers(flag: flags.FlagHolder[list[str]]) -> list[int]:
     """Returns the numbers that a flag lists.
 
     Raises:
-      UserError: if there are none, or not all are whole numbers from 1 on.
+        UserError: if there are none, or not all are whole numbers from 1 on.
     """
     if not flag.value or not all(re.fullmatch(r"[1-9]\d*", text) for text in flag.value):
         raise UserError(f"--{flag.name}={','.join(flag.value)} must list whole numbers from 1 on, such as 1,2,4")

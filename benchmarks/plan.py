@@ -12,16 +12,16 @@ class Model:
     """A transformer, and the work that one chip gets in a step.
 
     Attributes:
-      width: features of the residual stream.
-      depth: blocks.
-      mlp_width: features inside the MLP.
-      mlp_kernels: its kernels: two, or three with a gate.
-      heads: of attention.
-      vectors: numbers of a block's biases and norms.
-      outside: numbers outside the blocks.
-      outputs: outputs for every token, 0 where an example has a single row of logits.
-      sequence: tokens of an example.
-      batch: examples per chip and step.
+        width: features of the residual stream.
+        depth: blocks.
+        mlp_width: features inside the MLP.
+        mlp_kernels: its kernels: two, or three with a gate.
+        heads: of attention.
+        vectors: numbers of a block's biases and norms.
+        outside: numbers outside the blocks.
+        outputs: outputs for every token, 0 where an example has a single row of logits.
+        sequence: tokens of an example.
+        batch: examples per chip and step.
     """
 
     width: int
@@ -85,13 +85,13 @@ class Chip:
     """An accelerator and its network, per chip.
 
     Attributes:
-      flops: bfloat16 operations per second.
-      memory: bytes.
-      memory_rate: bytes per second between it and the chip.
-      near: how many chips the fast network joins.
-      near_rate: bytes per second that a chip sends in a ring over the fast network.
-      far_rate: the same over the slow network.
-      hop: seconds that a message needs at least.
+        flops: bfloat16 operations per second.
+        memory: bytes.
+        memory_rate: bytes per second between it and the chip.
+        near: how many chips the fast network joins.
+        near_rate: bytes per second that a chip sends in a ring over the fast network.
+        far_rate: the same over the slow network.
+        hop: seconds that a message needs at least.
     """
 
     flops: float
@@ -123,7 +123,7 @@ class Plan:
     """A run on so many chips.
 
     Attributes:
-      fsdp: chips that share the frozen base.
+        fsdp: chips that share the frozen base.
     """
 
     model: Model
@@ -135,7 +135,8 @@ class Plan:
     @property
     def base_bytes(self) -> float:
         """Of the frozen base, bfloat16, on one chip; of split blocks two are there as a whole, one in use, one on its
-        way."""
+        way.
+        """
         if self.method == "full":
             return 0.0
         whole = 2 * 2 * self.model.block if self.fsdp > 1 else 0

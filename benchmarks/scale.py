@@ -65,7 +65,7 @@ def compiled_step(method: str, data: int, fsdp: int) -> tuple[Any, int, int, lis
     """Compiles the training step of `SMALL`.
 
     Returns:
-      The program, the numbers that are trained, the numbers of the base, and those of its arrays that are split.
+        The program, the numbers that are trained, the numbers of the base, and those of its arrays that are split.
     """
     config = ViTConfig(
         image_size=32, patch_size=8, width=256, depth=4, heads=4, mlp_width=1024, num_classes=10, dropout=0.0

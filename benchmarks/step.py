@@ -90,7 +90,7 @@ def method_step(model: ViT, name: str, mesh: jax.sharding.Mesh) -> Step:
     """The training step of a method.
 
     Raises:
-      UserError: if the method is not possible for the model.
+        UserError: if the method is not possible for the model.
     """
     method = make_method(name, {})
     if isinstance(method, Selection):

@@ -129,7 +129,7 @@ def rows_there() -> dict[tuple[int, int, str], list[dict[str, Any]]]:
     """Returns the rows that the file of `--out` holds by now, by width, tokens and dtype.
 
     Raises:
-      UserError: if it holds something else.
+        UserError: if it holds something else.
     """
     sizes: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
     if OUT.value is not None and Path(OUT.value).exists():

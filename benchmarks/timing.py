@@ -19,11 +19,11 @@ def medians(programs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any,
     leaves them, which is how a training loop finds them, and not as another program does.
 
     Args:
-      programs: functions without arguments by name. What they return is waited for.
-      rounds: how often each is timed.
+        programs: functions without arguments by name. What they return is waited for.
+        rounds: how often each is timed.
 
     Returns:
-      The median time of each, in seconds.
+        The median time of each, in seconds.
     """
     times: dict[Any, list[float]] = {name: [] for name in programs}
     shuffled = random.Random(0)

@@ -1,4 +1,4 @@
-"""GLUE with BERT: a task, and a method.
+r"""GLUE with BERT: a task, and a method.
 
     python launch.py --config=configs/bert_glue.py:task=rte,method=circulant_adapter \\
         --config.data.dir=FOLDER_OF_PREPARED_TFDS_SETS
@@ -54,7 +54,7 @@ def get_config(options: str = "") -> ml_collections.ConfigDict:
     """Returns the configuration of a task and a method, `task=rte,method=circulant_adapter` by default.
 
     Raises:
-      UserError: for an unknown option, task or method.
+        UserError: for an unknown option, task or method.
     """
     chosen = {"task": "rte", "method": "circulant_adapter", **_parse(options)}
     _one_of("task", chosen["task"], TASKS)

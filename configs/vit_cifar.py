@@ -1,4 +1,4 @@
-"""ViT-B/16 (ImageNet-21k, AugReg) on CIFAR-10 with the settings of SURM (arXiv 2406.17740, section 5): Adam, learning
+r"""ViT-B/16 (ImageNet-21k, AugReg) on CIFAR-10 with the settings of SURM (arXiv 2406.17740, section 5): Adam, learning
 rate 5e-5, batch 64, 20,000 steps, circulant updates on query, key and value.
 
     python launch.py --config=configs/vit_cifar.py --config.data.dir=FOLDER_OF_PREPARED_TFDS_SETS

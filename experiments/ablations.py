@@ -1,4 +1,4 @@
-"""What parts of the method matter: one choice changed at a time, everything else equal.
+r"""What parts of the method matter: one choice changed at a time, everything else equal.
 
     python experiments/ablations.py
 
@@ -47,10 +47,10 @@ class Variant:
     """A method with its settings.
 
     Attributes:
-      method: as `config.peft.method`.
-      rates: the learning rates that it chooses from at least.
-      settings: of the method.
-      target: as `config.peft.target`; empty: what the method is meant for.
+        method: as `config.peft.method`.
+        rates: the learning rates that it chooses from at least.
+        settings: of the method.
+        target: as `config.peft.target`; empty: what the method is meant for.
     """
 
     method: str
@@ -111,7 +111,7 @@ def config_of(run: Run, options: argparse.Namespace) -> ml_collections.ConfigDic
     """Returns the configuration of a run.
 
     Raises:
-      UserError: for a missing file, or a key or value of `--set` that cannot be.
+        UserError: for a missing file, or a key or value of `--set` that cannot be.
     """
     config, variant = load_job(options.config), VARIANTS[run.method]
     config = with_values(config, options.set)
@@ -129,7 +129,7 @@ def with_values(config: ml_collections.ConfigDict, texts: Sequence[str]) -> ml_c
     """Sets keys of a configuration, each by a text `KEY=VALUE`, and returns it.
 
     Raises:
-      UserError: for a key or value that cannot be, or a key that the variants set.
+        UserError: for a key or value that cannot be, or a key that the variants set.
     """
     for text in texts:
         key, _, value = text.partition("=")

@@ -117,7 +117,7 @@ def commonest(task: str, data_dir: str) -> Row:
     """Returns the row of no model at all, which always gives the commonest answer of the training set.
 
     Raises:
-      UserError: if the task is not there.
+        UserError: if the task is not there.
     """
     dataset = data.load(f"glue/{task}", data_dir or None)
     answers, counts = np.unique(dataset.train.labels, return_counts=True)
@@ -196,7 +196,7 @@ def find_model() -> str:
     """Returns the folder of the model in its package.
 
     Raises:
-      UserError: if that is not installed.
+        UserError: if that is not installed.
     """
     package = importlib.util.find_spec(PACKAGE)
     if package is None:

@@ -34,10 +34,10 @@ class Grid:
     """Which runs there are, and what their rows say.
 
     Attributes:
-      tasks: names of the tasks, the columns of its table.
-      rates: by method, the learning rates that it chooses from at least. Others that were tried count too.
-      seeds: of the runs that count.
-      searched: the task on whose held-out examples the rates for all tasks are chosen; empty: each on its own.
+        tasks: names of the tasks, the columns of its table.
+        rates: by method, the learning rates that it chooses from at least. Others that were tried count too.
+        seeds: of the runs that count.
+        searched: the task on whose held-out examples the rates for all tasks are chosen; empty: each on its own.
     """
 
     tasks: tuple[str, ...]
@@ -114,8 +114,8 @@ class Grid:
         """Returns the table of all cells in markdown; of cells without all their seeds it says how many they have.
 
         Args:
-          rows: of all runs so far.
-          mean: whether the last column is the mean over tasks.
+            rows: of all runs so far.
+            mean: whether the last column is the mean over tasks.
         """
         metrics = self.metrics(rows)
         head = [f"{task} ({metric})" for task, metric in metrics.items()] + ["mean"] * mean
@@ -185,14 +185,14 @@ def measure(run: Run, config: RunConfig, root: Path, interruption: Interruption)
     One that diverges has a row too: a search the worst of all scores, a final run NaN.
 
     Args:
-      run: which one; the score of a search is that of the held-out examples.
-      config: its configuration.
-      root: where its folder is or will be.
-      interruption: asks it to save and stop.
+        run: which one; the score of a search is that of the held-out examples.
+        config: its configuration.
+        root: where its folder is or will be.
+        interruption: asks it to save and stop.
 
     Raises:
-      UserError: for bad input, see `surm_jax.training.loop.train`.
-      InterruptedRunError: when it was stopped.
+        UserError: for bad input, see `surm_jax.training.loop.train`.
+        InterruptedRunError: when it was stopped.
     """
     folder = root / re.sub(r"[/\\:]", "_", run.task) / f"{run.method}-{run.part}-{run.learning_rate:g}-{run.seed}"
     try:
@@ -235,14 +235,14 @@ def work(
     """Makes the runs of a grid that have no row yet, and reports after each.
 
     Args:
-      grid: the runs to make.
-      path: the csv file of rows.
-      make: makes a run and returns its row.
-      report: writes what is made of the rows.
-      only_report: makes no run.
+        grid: the runs to make.
+        path: the csv file of rows.
+        make: makes a run and returns its row.
+        report: writes what is made of the rows.
+        only_report: makes no run.
 
     Raises:
-      InterruptedRunError: when it was stopped, in a run or between two.
+        InterruptedRunError: when it was stopped, in a run or between two.
     """
     use_compilation_cache()
     path.parent.mkdir(parents=True, exist_ok=True)

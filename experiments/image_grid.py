@@ -36,14 +36,14 @@ class Settings:
     """What all runs of a grid have in common.
 
     Attributes:
-      model: the weights, as `config.model.checkpoint`.
-      digest: of the file or folder of the weights; empty: they are not a file here, but known by their name.
-      variant: as `config.model.variant`; empty: what the weights say themselves.
-      classes: the only classes of every set, by name; empty: all.
-      augment: as `config.data.augment`.
-      steps: of every run.
-      batch_size: of every run.
-      about: what else is the same, for people: sets or numbers of examples.
+        model: the weights, as `config.model.checkpoint`.
+        digest: of the file or folder of the weights; empty: they are not a file here, but known by their name.
+        variant: as `config.model.variant`; empty: what the weights say themselves.
+        classes: the only classes of every set, by name; empty: all.
+        augment: as `config.data.augment`.
+        steps: of every run.
+        batch_size: of every run.
+        about: what else is the same, for people: sets or numbers of examples.
     """
 
     model: str
@@ -76,7 +76,7 @@ def settings_of(options: argparse.Namespace, classes: tuple[str, ...], about: st
     """Returns the settings that the options ask for.
 
     Raises:
-      UserError: if no model is given, and `pretrain_cifar.py` has not made its own.
+        UserError: if no model is given, and `pretrain_cifar.py` has not made its own.
     """
     if not options.model and not pretrain_cifar.MODEL.is_file():
         raise UserError(
@@ -131,7 +131,7 @@ def rates_of(options: argparse.Namespace) -> dict[str, tuple[float, ...]]:
     """Returns the learning rates to try for every method that is asked for.
 
     Raises:
-      UserError: for an unknown method, or rates that are none.
+        UserError: for an unknown method, or rates that are none.
     """
     given = {}
     for text in options.rates:
@@ -158,7 +158,7 @@ def settings_there(path: Path) -> Settings:
     """Reads the settings of the rows in a csv file.
 
     Raises:
-      UserError: if there are none.
+        UserError: if there are none.
     """
     tree = read_settings(path)
     return Settings(**{**tree, "classes": tuple(tree["classes"])})
@@ -180,7 +180,7 @@ def classes_of(options: argparse.Namespace, sets: Sequence[str]) -> tuple[str, .
     """Returns the only classes to use: those asked for; of CIFAR-10, if no set is, those new to `pretrain_cifar.py`'s.
 
     Raises:
-      UserError: if CIFAR-10 is looked at and not there.
+        UserError: if CIFAR-10 is looked at and not there.
     """
     if options.classes or sets:
         return tuple(options.classes)
@@ -191,7 +191,7 @@ def load_images(name: str, data_dir: str, classes: Sequence[str]) -> data.ImageD
     """Loads a set of images, to look at its size before anything is trained.
 
     Raises:
-      UserError: if it is not there, has no such classes, or is text.
+        UserError: if it is not there, has no such classes, or is text.
     """
     dataset = data.load(name, data_dir or None)
     if isinstance(dataset, data.TextDataset):
@@ -212,14 +212,14 @@ def run_config(settings: Settings, run: Run, name: str, data_dir: str, examples:
     """Returns the configuration of a run.
 
     Args:
-      settings: of all runs.
-      run: method, learning rate (of all that is trained, the head included), seed, and whether it searches.
-      name: of the data set.
-      data_dir: the folder of prepared TFDS sets; empty: TFDS's own.
-      examples: so many training examples, as `config.data.train_examples`, those held out included.
+        settings: of all runs.
+        run: method, learning rate (of all that is trained, the head included), seed, and whether it searches.
+        name: of the data set.
+        data_dir: the folder of prepared TFDS sets; empty: TFDS's own.
+        examples: so many training examples, as `config.data.train_examples`, those held out included.
 
     Raises:
-      UserError: for a value that cannot be.
+        UserError: for a value that cannot be.
     """
     config = base_config()
     config.seeds = (run.seed,)

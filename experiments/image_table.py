@@ -1,4 +1,4 @@
-"""Sets of images with one backbone and any methods: the paper's Table 1 and Figure 7, and VTAB-1k of its Table 2.
+r"""Sets of images with one backbone and any methods: the paper's Table 1 and Figure 7, and VTAB-1k of its Table 2.
 
     python experiments/image_table.py --data=FOLDER_OF_PREPARED_TFDS_SETS
 

@@ -12,7 +12,7 @@ def load_job(name: str) -> ml_collections.ConfigDict:
     """Returns the configuration that `FILE.py`, or `FILE.py:ARGUMENT`, makes.
 
     Raises:
-      UserError: if there is no such file, it makes no configuration, or its argument is wrong.
+        UserError: if there is no such file, it makes no configuration, or its argument is wrong.
     """
     file, _, argument = name.partition(":")
     if not Path(file).is_file():

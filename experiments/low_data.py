@@ -1,4 +1,4 @@
-"""How much data each method needs: accuracy against the share of the training set that is used, the paper's Figure 6.
+r"""How much data each method needs: accuracy against the share of the training set that is used, the paper's Figure 6.
 
     python experiments/low_data.py --data=FOLDER_OF_PREPARED_TFDS_SETS
 
@@ -69,7 +69,7 @@ def examples_of(fraction: float, examples: int) -> int:
     (250, 25000)
 
     Raises:
-      UserError: if it is no share, or so small that nothing can be learned and held out.
+        UserError: if it is no share, or so small that nothing can be learned and held out.
     """
     if not 0 < fraction <= 100:
         raise UserError(f"--fractions are percent of the training set, above 0 and up to 100, got {fraction:g}")
@@ -140,7 +140,7 @@ def sizes_of(options: argparse.Namespace, name: str) -> tuple[int, dict[str, int
     """Returns how many training examples a set has, and how many each share of it is.
 
     Raises:
-      UserError: if the set is not there, or a share cannot be.
+        UserError: if the set is not there, or a share cannot be.
     """
     examples = len(image_grid.load_images(name, options.data, image_grid.classes_of(options, options.sets)).train)
     return examples, {task_of(share): examples_of(share, examples) for share in (*options.fractions, SEARCHED)}

@@ -13,11 +13,11 @@ def draw_scores(axes: Axes, grid: Grid, rows: Sequence[Row], task: str, methods:
     """Draws each method as a line of dots, one for every seed, with a bar for their mean; what diverged is left out.
 
     Args:
-      axes: to draw on; the methods go from top to bottom.
-      grid: that the rows are of.
-      rows: of all runs so far.
-      task: whose scores are drawn.
-      methods: names in `grid.rates`.
+        axes: to draw on; the methods go from top to bottom.
+        grid: that the rows are of.
+        rows: of all runs so far.
+        task: whose scores are drawn.
+        methods: names in `grid.rates`.
     """
     for place, method in enumerate(methods):
         values = grid.scores(rows, task, method)

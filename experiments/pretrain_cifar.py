@@ -39,7 +39,7 @@ def classes_of(numbers: Sequence[int], data_dir: str) -> tuple[str, ...]:
     """Returns what the prepared set calls some of its classes.
 
     Raises:
-      UserError: if it is not there.
+        UserError: if it is not there.
     """
     names = data.load("cifar10", data_dir or None).classes
     return tuple(names[number] for number in numbers)
@@ -49,7 +49,7 @@ def config_of(data_dir: str, epochs: float) -> RunConfig:
     """Returns the configuration of the run.
 
     Raises:
-      UserError: if the data set is not there.
+        UserError: if the data set is not there.
     """
     config = base_config()
     config.model.variant, config.model.patch_size, config.model.checkpoint = "mini", 8, "none"

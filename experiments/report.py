@@ -23,12 +23,12 @@ class Claim(NamedTuple):
     """A claim of the paper.
 
     Attributes:
-      topic: its section in the page.
-      text: what the paper says, and where.
-      rule: when it is said to hold here.
-      on: the model and the data that were used, or would be.
-      command: what measures it; empty: there is nothing here that would.
-      measure: what came out; None while it is not measured.
+        topic: its section in the page.
+        text: what the paper says, and where.
+        rule: when it is said to hold here.
+        on: the model and the data that were used, or would be.
+        command: what measures it; empty: there is nothing here that would.
+        measure: what came out; None while it is not measured.
     """
 
     topic: str

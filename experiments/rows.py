@@ -64,7 +64,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """Reads the settings of the rows in a csv file.
 
     Raises:
-      UserError: if there are none.
+        UserError: if there are none.
     """
     if not settings_path(path).is_file():
         what = "nobody knows the settings of the rows in {path}" if read_rows(path) else "there is nothing to report"
@@ -76,7 +76,7 @@ def note_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Writes the settings beside the csv file of rows, or checks that they are those of the rows that are there.
 
     Raises:
-      UserError: naming what differs, or if there are rows without settings.
+        UserError: naming what differs, or if there are rows without settings.
     """
     new = json.loads(json.dumps(settings))
     if read_rows(path):

@@ -13,7 +13,7 @@ _MOST_NAMES = 1000
 
 
 class UserError(ValueError):
-    """Bad input: the message says what is wrong, where, and what would be right.
+    r"""Bad input: the message says what is wrong, where, and what would be right.
 
     Names and values in it may come from files of strangers: control characters are shown as escapes, and of a very
     long message the middle is left out.

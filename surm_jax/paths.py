@@ -34,7 +34,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     """Compiles a path pattern.
 
     Raises:
-      UserError: if it is not a string, not a valid regular expression, or one that could take very long.
+        UserError: if it is not a string, not a valid regular expression, or one that could take very long.
     """
     if not isinstance(pattern, str):
         raise UserError(f"a path pattern must be a string, got {pattern!r}")
@@ -51,13 +51,13 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 @functools.lru_cache(4096)
 def is_fast(pattern: str) -> bool:
-    """Says whether matching a path takes little time for sure: the matcher tries all ways before it gives up.
+    r"""Says whether matching a path takes little time for sure: the matcher tries all ways before it gives up.
 
     >>> is_fast(r"(.*/)?blocks/\\d+/(query|value)"), is_fast("(a*)*b"), is_fast("(a|a)" * 40)
     (True, False, False)
 
     Raises:
-      re.error: if it is no regular expression; or `OverflowError`, `RecursionError`.
+        re.error: if it is no regular expression; or `OverflowError`, `RecursionError`.
     """
     if len(pattern) > _LONGEST_PATTERN:
         return False
@@ -100,7 +100,7 @@ def _ways_of_repeat(least: int, most: int, body: parser.SubPattern) -> tuple[flo
 
 
 def matching(pattern: str, paths: Iterable[str]) -> list[str]:
-    """Returns the paths that `pattern` matches as a whole.
+    r"""Returns the paths that `pattern` matches as a whole.
 
     >>> matching(r"blocks/\\d+/up", ["blocks/0/up", "blocks/0/up/kernel", "head"])
     ['blocks/0/up']
@@ -135,12 +135,12 @@ def require_match(pattern: str, paths: Sequence[str], what: str) -> list[str]:
     """Returns the paths that `pattern` matches as a whole, at least one.
 
     Args:
-      pattern: a regular expression for whole paths.
-      paths: the paths to choose from.
-      what: what the paths stand for, for the message, such as "parameter".
+        pattern: a regular expression for whole paths.
+        paths: the paths to choose from.
+        what: what the paths stand for, for the message, such as "parameter".
 
     Raises:
-      UserError: if nothing matches; the message lists the nearest paths.
+        UserError: if nothing matches; the message lists the nearest paths.
     """
     found = matching(pattern, paths)
     if not found:

@@ -50,3 +50,9 @@ def _no_network(monkeypatch):
 
     connect = socket.socket.connect
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how to run what the fast run leaves out."""
+    if left_out := len(terminalreporter.stats.get("deselected", ())):
+        terminalreporter.write_line(f"{left_out} exhaustive tests were left out: python -m pytest -m '' runs them too")

@@ -34,13 +34,13 @@ def make_mesh(data: int, batch_sizes: dict[str, int], fsdp: int = 1) -> jax.shar
     Those of a process lie together, in the order of the processes, and so do its rows of a batch.
 
     Args:
-      data: devices along the axis that only splits the batch; 0: as many as there are.
-      batch_sizes: the sizes that the mesh must divide, by the key of the configuration that has them.
-      fsdp: devices along the axis over which the base is split as well.
+        data: devices along the axis that only splits the batch; 0: as many as there are.
+        batch_sizes: the sizes that the mesh must divide, by the key of the configuration that has them.
+        fsdp: devices along the axis over which the base is split as well.
 
     Raises:
-      UserError: if there are fewer devices, a batch size does not divide over them, or one of several processes would
-        have none of them, or fewer than another.
+        UserError: if there are fewer devices, a batch size does not divide over them, or one of several processes would
+            have none of them, or fewer than another.
     """
     available = jax.device_count()
     data = data or max(1, available // fsdp)

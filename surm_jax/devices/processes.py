@@ -54,13 +54,13 @@ def start(coordinator: str | None = None, process_id: int | None = None, num_pro
     here on.
 
     Args:
-      coordinator: host and port of process 0, which all can reach.
-      process_id: the number of this process, from 0.
-      num_processes: how many there are.
+        coordinator: host and port of process 0, which all can reach.
+        process_id: the number of this process, from 0.
+        num_processes: how many there are.
 
     Raises:
-      UserError: if only some are given, they make no sense, or the port is in use. Where the others do not come within
-        five minutes, JAX itself ends the process with a message.
+        UserError: if only some are given, they make no sense, or the port is in use. Where the others do not come
+            within five minutes, JAX itself ends the process with a message.
     """
     given = {"coordinator": coordinator, "process_id": process_id, "num_processes": num_processes}
     if absent := [f"--{name}" for name, value in given.items() if value is None]:
@@ -121,13 +121,13 @@ def on_first(action: Callable[[], Any]) -> Any:
     """Does something in the first process alone, while the others wait; all of them must call it.
 
     Args:
-      action: must ask nothing of the other processes: no work on arrays that they have parts of.
+        action: must ask nothing of the other processes: no work on arrays that they have parts of.
 
     Returns:
-      What it returned, JSON values, in all processes.
+        What it returned, JSON values, in all processes.
 
     Raises:
-      UserError: in all processes, if it was raised in the first.
+        UserError: in all processes, if it was raised in the first.
     """
     if not several():
         return action()
@@ -150,7 +150,7 @@ def opened_on_first(context: contextlib.AbstractContextManager) -> Iterator[None
     """Enters a context in the first process alone, while the others wait; what it raises there is raised in all.
 
     Raises:
-      UserError: see `on_first`.
+        UserError: see `on_first`.
     """
     with contextlib.ExitStack() as stack:
         on_first(lambda: stack.enter_context(context))
@@ -186,7 +186,7 @@ class Agreement:
     each.
 
     Args:
-      mesh: all devices of all processes.
+        mesh: all devices of all processes.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):

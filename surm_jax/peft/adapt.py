@@ -41,21 +41,21 @@ def adapt(
     (8,)
 
     Args:
-      model: any NNX model, abstract ones included. Its class may have named targets for rules, `adapter_targets`:
-        {name: regular expression}.
-      rules: which modules get which method; the first that matches a module counts.
-      train: patterns of the paths of parameters that are trained besides.
-      name: of the adapter.
-      execution: how updates are computed: `auto`, `fft`, `dense` or `fused`; all give the same to
-        rounding (`surm_jax.structured.products.execution`).
-      rngs: the stream `params` draws the random factors.
+        model: any NNX model, abstract ones included. Its class may have named targets for rules, `adapter_targets`:
+            {name: regular expression}.
+        rules: which modules get which method; the first that matches a module counts.
+        train: patterns of the paths of parameters that are trained besides.
+        name: of the adapter.
+        execution: how updates are computed: `auto`, `fft`, `dense` or `fused`; all give the same to
+            rounding (`surm_jax.structured.products.execution`).
+        rngs: the stream `params` draws the random factors.
 
     Returns:
-      The adapted model, and the adapter with the filter of what is trained (`adapter.trainable`).
+        The adapted model, and the adapter with the filter of what is trained (`adapter.trainable`).
 
     Raises:
-      UserError: if a rule or a pattern matches nothing, or a module that cannot be adapted, or if the model has an
-        adapter of this name.
+        UserError: if a rule or a pattern matches nothing, or a module that cannot be adapted, or if the model has an
+            adapter of this name.
     """
     if isinstance(rules, Rule):
         raise UserError("rules must be a list of rules, got one: write [Rule(...)]")
@@ -120,8 +120,8 @@ def matched_modules(model: nnx.Module, adapter: Adapter) -> list[tuple[str, nnx.
     """Returns (path, module, rule) for every module that an adapter's rule gives something to, by path.
 
     Raises:
-      UserError: if a rule matches no module, or only modules that earlier rules have, or one that cannot be adapted, or
-        its method leaves out all that it matches, or if the model has an adapter of this name.
+        UserError: if a rule matches no module, or only modules that earlier rules have, or one that cannot be adapted,
+            or its method leaves out all that it matches, or if the model has an adapter of this name.
     """
     if any(name == adapter.name for _, name, *_ in adapted_modules(model)):
         raise UserError(

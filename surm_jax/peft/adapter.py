@@ -22,18 +22,18 @@ _MOST_PARTS, _MOST_PATTERNS = 64, 1000
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Gives the modules whose path `target` matches as a whole a method, or keeps later rules from them.
+    r"""Gives the modules whose path `target` matches as a whole a method, or keeps later rules from them.
 
     >>> from surm_jax.peft.methods import LoRA
     >>> Rule(r"blocks/\\d+/attention/(query|value)", LoRA(rank=4)).method.rank
     4
 
     Attributes:
-      target: a regular expression for module paths (`re.fullmatch`), or for `adapt` the name of one in the model's
-        `adapter_targets`.
-      method: an `Update` for linear layers, a `Bottleneck` for modules; `None`: these modules get nothing.
-      parts: an update may see the kernel as so many equal blocks of output features, as a fused qkv kernel has three.
-      which: the numbers of the blocks that it updates, from 0 on; empty: all.
+        target: a regular expression for module paths (`re.fullmatch`), or for `adapt` the name of one in the model's
+            `adapter_targets`.
+        method: an `Update` for linear layers, a `Bottleneck` for modules; `None`: these modules get nothing.
+        parts: an update may see the kernel as so many equal blocks of output features, as a fused qkv kernel has three.
+        which: the numbers of the blocks that it updates, from 0 on; empty: all.
     """
 
     target: str
@@ -90,9 +90,9 @@ class Adapter:
     """The recipe of an adapter; with an adapted model at hand, everything needed to train, save and load it.
 
     Attributes:
-      rules: of the rules that match a module the first counts.
-      train: patterns of the paths of parameters that are trained besides, such as `head/.*`.
-      name: tells it from other adapters of the same model.
+        rules: of the rules that match a module the first counts.
+        train: patterns of the paths of parameters that are trained besides, such as `head/.*`.
+        name: tells it from other adapters of the same model.
     """
 
     rules: tuple[Rule, ...]
@@ -139,7 +139,7 @@ class Adapter:
         """Reads what `to_json` wrote.
 
         Raises:
-          UserError: if it is something else.
+            UserError: if it is something else.
         """
         try:
             return cls(tuple(map(Rule.from_json, recipe["rules"])), tuple(recipe["train"]), name)

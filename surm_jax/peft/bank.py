@@ -37,10 +37,10 @@ class BankDelta(nnx.Module):
     """The updates of one layer by all adapters of a bank.
 
     Args:
-      matrices: one for each adapter, all of one structure.
-      gains: for each adapter what the columns of the kernel with its update are multiplied with (DoRA), (out,); `None`:
-        nothing.
-      biases: for each adapter what is added to the layer's bias, (out,); `None`: nothing.
+        matrices: one for each adapter, all of one structure.
+        gains: for each adapter what the columns of the kernel with its update are multiplied with (DoRA), (out,);
+            `None`: nothing.
+        biases: for each adapter what is added to the layer's bias, (out,); `None`: nothing.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class BankDelta(nnx.Module):
         """Refuses what needs one kernel for all examples.
 
         Raises:
-          UserError: always.
+            UserError: always.
         """
         raise UserError("each example has another update of a bank, which one kernel cannot hold: merge one adapter")
 
@@ -97,7 +97,7 @@ class BankBranch(Branch):
     """The branches of one module by all adapters of a bank.
 
     Args:
-      branches: one for each adapter, which differ in their numbers alone.
+        branches: one for each adapter, which differ in their numbers alone.
     """
 
     def __init__(self, branches: Sequence[Branch]) -> None:
@@ -164,14 +164,14 @@ def load_bank(folders: Sequence[str | os.PathLike], model: nnx.Module) -> nnx.Mo
     layers such as the head are each example's own as well. Nothing drops.
 
     Args:
-      folders: adapters of this base, of the same methods; example i gets the adapter `folders[ids[i]]`. In a compiled
-        function, where numbers are not known, one that is none of theirs gives NaN.
-      model: the base model, without adapters.
+        folders: adapters of this base, of the same methods; example i gets the adapter `folders[ids[i]]`. In a compiled
+            function, where numbers are not known, one that is none of theirs gives NaN.
+        model: the base model, without adapters.
 
     Raises:
-      UserError: if a folder cannot be loaded (`load_adapter`), or has updates or branches of another structure than
-        the first, or trained something else than linear layers, or such whose `__call__` goes past `super()`; or if the
-        model has adapters.
+        UserError: if a folder cannot be loaded (`load_adapter`), or has updates or branches of another structure than
+            the first, or trained something else than linear layers, or such whose `__call__` goes past `super()`; or if
+            the model has adapters.
     """
     if isinstance(folders, str | os.PathLike):
         raise UserError(f"folders must be a list, got one: write [{str(folders)!r}]")

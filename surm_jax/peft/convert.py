@@ -40,17 +40,17 @@ def convert(
     True
 
     Args:
-      model: has the adapter, at any scale, which is part of what is converted.
-      adapter: its recipe.
-      method: of the new updates. What it has of learned alphas starts at 1.
-      name: of the new adapter, which takes the place of the old one.
+        model: has the adapter, at any scale, which is part of what is converted.
+        adapter: its recipe.
+        method: of the new updates. What it has of learned alphas starts at 1.
+        name: of the new adapter, which takes the place of the old one.
 
     Returns:
-      The model, the new adapter, and the relative error of every update in the Frobenius norm, by the layer's path.
+        The model, the new adapter, and the relative error of every update in the Frobenius norm, by the layer's path.
 
     Raises:
-      UserError: if the adapter has branches, which are no matrices, or an update that is not finite, or the method is
-        no update, or not possible for a layer.
+        UserError: if the adapter has branches, which are no matrices, or an update that is not finite, or the method is
+            no update, or not possible for a layer.
     """
     if not isinstance(method, Update):
         raise UserError(f"an adapter is converted to an update such as LoRA(rank=4), not to {method!r}")
@@ -69,16 +69,16 @@ def combine(
     of the family.
 
     Args:
-      model: has all of the adapters, at any scales, which are part of what is combined. Parameters trained besides are
-        not: the model's own stay.
-      weights: of every adapter; they need not sum to 1.
-      name: of the new adapter. The others stay: switch them off with `set_active`.
+        model: has all of the adapters, at any scales, which are part of what is combined. Parameters trained besides
+            are not: the model's own stay.
+        weights: of every adapter; they need not sum to 1.
+        name: of the new adapter. The others stay: switch them off with `set_active`.
 
     Returns:
-      As `convert`.
+        As `convert`.
 
     Raises:
-      UserError: if the adapters have different rules, or branches, or updates that are not finite.
+        UserError: if the adapters have different rules, or branches, or updates that are not finite.
     """
     if not weights or not isinstance(weights, Mapping):
         raise UserError(f"combine needs a weight for every adapter, {{adapter: 0.5, ...}}, got {weights!r}")

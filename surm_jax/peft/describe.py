@@ -18,10 +18,10 @@ class Row:
     """One part of an adapter, or one parameter trained besides.
 
     Attributes:
-      path: the module's path, or the parameter's.
-      shape: the shape of the matrix (in_features, out_features), or the parameter's.
-      kind: the family of the matrix, or "trained".
-      trainable: how many numbers are trained there.
+        path: the module's path, or the parameter's.
+        shape: the shape of the matrix (in_features, out_features), or the parameter's.
+        kind: the family of the matrix, or "trained".
+        trainable: how many numbers are trained there.
     """
 
     path: str
@@ -35,10 +35,10 @@ class Description:
     """What is trained. `str()` of it is a table.
 
     Attributes:
-      rows: parts of adapters and parameters trained besides.
-      adapter: numbers trained in adapters.
-      besides: numbers trained besides, such as the head's.
-      total: all parameters of the adapted model.
+        rows: parts of adapters and parameters trained besides.
+        adapter: numbers trained in adapters.
+        besides: numbers trained besides, such as the head's.
+        total: all parameters of the adapted model.
     """
 
     rows: tuple[Row, ...]
@@ -80,11 +80,11 @@ def describe(model: nnx.Module, adapter: Adapter | None = None) -> Description:
     (16, 88)
 
     Args:
-      model: an adapted model.
-      adapter: the one that is trained; `None`: all that the model has, and nothing besides.
+        model: an adapted model.
+        adapter: the one that is trained; `None`: all that the model has, and nothing besides.
 
     Raises:
-      UserError: if the model has not the adapter.
+        UserError: if the model has not the adapter.
     """
     parts = adapted_modules(model) if adapter is None else parts_of(model, adapter)
     rows = [Row(path, *_of(part)) for path, _, part, _ in parts]

@@ -48,15 +48,15 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
     The folder is complete or absent at every moment.
 
     Args:
-      folder: where to; its parents are made.
-      model: the adapted model, trained or not.
-      adapter: what `adapt` or `load_adapter` returned beside it.
+        folder: where to; its parents are made.
+        model: the adapted model, trained or not.
+        adapter: what `adapt` or `load_adapter` returned beside it.
 
     Returns:
-      The number of bytes of the two files.
+        The number of bytes of the two files.
 
     Raises:
-      UserError: if the folder holds something else, or cannot be written, or the model has not the adapter's updates.
+        UserError: if the folder holds something else, or cannot be written, or the model has not the adapter's updates.
     """
     parts = parts_of(model, adapter)
     require_unscaled(parts)
@@ -86,7 +86,7 @@ def require_unscaled(parts: Iterable[tuple[str, str, Delta | Branch, nnx.Module]
     """Checks that parts of an adapter count as they were trained: files hold no scale.
 
     Raises:
-      UserError: if `set_scale` or `set_active` says otherwise.
+        UserError: if `set_scale` or `set_active` says otherwise.
     """
     for path, name, part, _ in parts:
         if (scale := float(part.scale[...])) != 1:
@@ -100,7 +100,7 @@ def write_folder(folder: Path, config: bytes, payload: bytes) -> None:
     """Writes the two files of an adapter folder, replacing one that is there in one step.
 
     Raises:
-      UserError: if the folder holds something else, or cannot be written.
+        UserError: if the folder holds something else, or cannot be written.
     """
     if folder.exists() and not (folder / CONFIG_NAME).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an adapter folder (no {CONFIG_NAME}): choose another name")
@@ -123,13 +123,13 @@ def load_adapter(
     trained on, bit for bit.
 
     Args:
-      folder: what `save_adapter` wrote.
-      model: the base model, with a head of the adapter's shape. It may have adapters of other names.
-      name: what the adapter is called in the model.
-      execution: how the updates are computed, as in `adapt`.
+        folder: what `save_adapter` wrote.
+        model: the base model, with a head of the adapter's shape. It may have adapters of other names.
+        name: what the adapter is called in the model.
+        execution: how the updates are computed, as in `adapt`.
 
     Raises:
-      UserError: naming what is missing, damaged, of another shape, or of another base.
+        UserError: naming what is missing, damaged, of another shape, or of another base.
     """
     model, adapter, base = read_adapter(folder, model, name=name, execution=execution)
     _, _, frozen = nnx.split(model, adapter.trainable, ...)
@@ -143,7 +143,7 @@ def read_adapter(
     """Does what `load_adapter` does, but for the check of the base, and returns its fingerprint as well.
 
     Raises:
-      UserError: naming what is missing, damaged or of another shape.
+        UserError: naming what is missing, damaged or of another shape.
     """
     folder = Path(folder)
     config, adapter = _read_config(folder, name)

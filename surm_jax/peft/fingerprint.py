@@ -33,7 +33,7 @@ def check_fingerprint(actual: dict[str, str], expected: dict[str, str], what: st
     """Checks that a base is the one that `what` was made with.
 
     Raises:
-      UserError: naming the parameters that differ.
+        UserError: naming the parameters that differ.
     """
     problems = []
     if absent := sorted(expected.keys() - actual.keys()):

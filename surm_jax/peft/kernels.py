@@ -21,10 +21,10 @@ class MatrixView:
     """How a linear layer acts as a matrix of shape (in_features, out_features) on vectors.
 
     Attributes:
-      in_shape: the shape of what the layer contracts, row-major.
-      out_shape: the shape of what it puts in place, row-major, at the end of its output.
-      axes: the axes of the input that are contracted. As in `nnx.LinearGeneral` their order says nothing: the first of
-        the input's axes belongs to the first number of `in_shape`.
+        in_shape: the shape of what the layer contracts, row-major.
+        out_shape: the shape of what it puts in place, row-major, at the end of its output.
+        axes: the axes of the input that are contracted. As in `nnx.LinearGeneral` their order says nothing: the first
+            of the input's axes belongs to the first number of `in_shape`.
     """
 
     in_shape: tuple[int, ...]
@@ -59,12 +59,12 @@ def check_call(module: nnx.Module, path: str, slot: str) -> None:
     would never be a part. A branch is added after any `__call__`.
 
     Args:
-      module: what a rule matched.
-      path: where it is in the model, for messages.
-      slot: "delta" for an update, "branch" for a branch.
+        module: what a rule matched.
+        path: where it is in the model, for messages.
+        slot: "delta" for an update, "branch" for a branch.
 
     Raises:
-      UserError: if a `__call__` on the way does not use `super()`, or the module has an attribute `slot` of its own.
+        UserError: if a `__call__` on the way does not use `super()`, or the module has an attribute `slot` of its own.
     """
     for name in ("delta", "branch"):
         adapted = hasattr(type(module), "original_class") and isinstance(getattr(module, name, None), nnx.Dict)
@@ -96,7 +96,7 @@ def output_width(module: nnx.Module, path: str) -> int:
     widths that its own linear layers read. Names and order of its layers say nothing, since copying a module sorts it.
 
     Raises:
-      UserError: if it is not to be found out, or there is not one axis of features.
+        UserError: if it is not to be found out, or there is not one axis of features.
     """
     if is_linear(module):
         shape = matrix_view(module, path).out_shape
@@ -135,11 +135,11 @@ def matrix_view(module: nnx.Module, path: str) -> MatrixView:
     """Returns the matrix view of a linear layer.
 
     Args:
-      module: an `nnx.Linear` or `nnx.LinearGeneral`.
-      path: where it is in the model, for messages.
+        module: an `nnx.Linear` or `nnx.LinearGeneral`.
+        path: where it is in the model, for messages.
 
     Raises:
-      UserError: if its kernel is not one matrix: batch axes, or a stack of layers.
+        UserError: if its kernel is not one matrix: batch axes, or a stack of layers.
     """
     if isinstance(module, nnx.LinearGeneral):
         if module.batch_axis:

@@ -38,7 +38,7 @@ def set_scale(model: nnx.Module, name: str, scale: float) -> nnx.Module:
     0.5
 
     Raises:
-      UserError: if the model has no adapter of this name.
+        UserError: if the model has no adapter of this name.
     """
     if not isinstance(scale, jax.core.Tracer) and not (isinstance(scale, Real | jax.Array) and math.isfinite(scale)):
         raise UserError(f"the scale of the adapter {name!r} must be a finite number, got {scale!r}")
@@ -57,7 +57,7 @@ def set_active(model: nnx.Module, names: Iterable[str]) -> nnx.Module:
     an adapter's own, and stay.
 
     Raises:
-      UserError: if the model has no adapter of one of these names.
+        UserError: if the model has no adapter of one of these names.
     """
     model, names = nnx.clone(model), checked_names(model, names)
     for _, name, part, _ in adapted_modules(model):
@@ -69,7 +69,7 @@ def delete(model: nnx.Module, name: str) -> nnx.Module:
     """Returns the model without an adapter. Parameters that were trained besides stay as they are.
 
     Raises:
-      UserError: if the model has no adapter of this name.
+        UserError: if the model has no adapter of this name.
     """
     model = nnx.clone(model)
     checked_names(model, (name,))
@@ -83,7 +83,7 @@ def checked_names(model: nnx.Module, names: Iterable[str]) -> tuple[str, ...]:
     """Returns the names, of adapters that a model has.
 
     Raises:
-      UserError: if it has not; the message says which there are.
+        UserError: if it has not; the message says which there are.
     """
     if isinstance(names, str):
         raise UserError(f"names must be a list of adapters, got one string: write [{names!r}]")
@@ -103,7 +103,7 @@ def parts_of(model: nnx.Module, adapter: Adapter) -> list[tuple[str, str, Delta 
     """Returns the rows of `adapted_modules` of one adapter; none for one without rules.
 
     Raises:
-      UserError: if the model has not the adapter, or one of its rules has nothing in it.
+        UserError: if the model has not the adapter, or one of its rules has nothing in it.
     """
     if not isinstance(adapter, Adapter):
         raise UserError(

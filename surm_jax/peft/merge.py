@@ -32,16 +32,16 @@ def merge(model: nnx.Module, names: Iterable[str] | None = None) -> tuple[nnx.Mo
     ('Linear', 0.0)
 
     Args:
-      model: an adapted model.
-      names: which adapters; all if `None`.
+        model: an adapted model.
+        names: which adapters; all if `None`.
 
     Returns:
-      The merged model, and the largest deviation of a merged entry from the exact sum (in float64): what rounding to
-      the kernel's dtype cost. For a bfloat16 kernel this can exceed a small update.
+        The merged model, and the largest deviation of a merged entry from the exact sum (in float64): what rounding to
+        the kernel's dtype cost. For a bfloat16 kernel this can exceed a small update.
 
     Raises:
-      UserError: if a branch is among them, which no kernel can hold, or an adapter is not there, or an update is not
-        finite, or another adapter's on the same layer is normalised (DoRA) and stays.
+        UserError: if a branch is among them, which no kernel can hold, or an adapter is not there, or an update is not
+            finite, or another adapter's on the same layer is normalised (DoRA) and stays.
     """
     model = nnx.clone(model)
     names = adapter_names(model) if names is None else checked_names(model, names)

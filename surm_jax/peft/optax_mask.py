@@ -20,11 +20,11 @@ def path_mask(tree: Any, patterns: Sequence[str]) -> Any:
     {'body': {'bias': True, 'kernel': False}, 'head': {'bias': True}}
 
     Args:
-      tree: any pytree.
-      patterns: regular expressions (`re.fullmatch`).
+        tree: any pytree.
+        patterns: regular expressions (`re.fullmatch`).
 
     Raises:
-      UserError: if a pattern matches no leaf; the message lists the nearest paths.
+        UserError: if a pattern matches no leaf; the message lists the nearest paths.
     """
     if isinstance(patterns, str):
         raise UserError(f"patterns must be a list, got one string: write [{patterns!r}]")
@@ -42,11 +42,11 @@ def train_only(transformation: optax.GradientTransformation, patterns: Sequence[
         optimizer = surm_jax.train_only(optax.adamw(1e-3), [r".*/delta/.*", "head/.*"])
 
     Args:
-      transformation: sees the trained leaves alone.
-      patterns: of the paths of the trained leaves, as in `path_mask`.
+        transformation: sees the trained leaves alone.
+        patterns: of the paths of the trained leaves, as in `path_mask`.
 
     Raises:
-      UserError: if there is no pattern; at `init`, if one matches no leaf.
+        UserError: if there is no pattern; at `init`, if one matches no leaf.
     """
     if not patterns:
         raise UserError("train_only needs at least one pattern: without any nothing would be trained")

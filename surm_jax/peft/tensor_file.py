@@ -16,15 +16,15 @@ class TensorFile:
     """A safetensors file, of which each tensor is read once, after a look at its shape.
 
     Attributes:
-      path: the file, for messages.
-      left: names of the tensors that were not taken yet.
+        path: the file, for messages.
+        left: names of the tensors that were not taken yet.
     """
 
     def __init__(self, path: Path) -> None:
         """Opens a file.
 
         Raises:
-          UserError: if it cannot be read, is damaged, or holds more tensors than any adapter.
+            UserError: if it cannot be read, is damaged, or holds more tensors than any adapter.
         """
         self.path = path
         require_file(path)
@@ -43,7 +43,7 @@ class TensorFile:
         """Returns a tensor, which must have this shape.
 
         Raises:
-          UserError: if there is none, or it is another one, or it holds NaN or infinity.
+            UserError: if there is none, or it is another one, or it holds NaN or infinity.
         """
         if name not in self.left:
             raise UserError(f"{self.path} lacks {name!r}{did_you_mean(name, self.left)}")

@@ -30,7 +30,7 @@ def as_is(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class KeyRule:
-    """Which parameter a key of a file fills, and how.
+    r"""Which parameter a key of a file fills, and how.
 
     >>> re.fullmatch(r"layer_(\\d+)/w", "layer_3/w").expand(r"blocks/\\1/kernel")
     'blocks/3/kernel'

@@ -33,10 +33,10 @@ class Restored(NamedTuple):
     """What a checkpoint held.
 
     Attributes:
-      state: arrays, where the template's were.
-      data: the state of the data iterator.
-      seconds: how long the run had worked.
-      score: of the evaluation at this step (the task's first metric), or None if there was none.
+        state: arrays, where the template's were.
+        data: the state of the data iterator.
+        seconds: how long the run had worked.
+        score: of the evaluation at this step (the task's first metric), or None if there was none.
     """
 
     state: TrainState
@@ -49,14 +49,14 @@ class Checkpoints:
     """The checkpoints in one folder. Of several processes all write the arrays, and the first does the rest.
 
     Args:
-      folder: made if it is not there. What a process that was killed left half written in it is removed.
-      base: the fingerprint of the frozen weights.
-      config: the configuration of the run.
-      dataset: what tells its data from others: JSON values by name.
+        folder: made if it is not there. What a process that was killed left half written in it is removed.
+        base: the fingerprint of the frozen weights.
+        config: the configuration of the run.
+        dataset: what tells its data from others: JSON values by name.
 
     Raises:
-      UserError: if the folder cannot be read or made, or a checkpoint in it is damaged; the message names it, and the
-        last one that is not.
+        UserError: if the folder cannot be read or made, or a checkpoint in it is damaged; the message names it, and the
+            last one that is not.
     """
 
     def __init__(
@@ -97,13 +97,13 @@ class Checkpoints:
         A checkpoint of the same step is replaced.
 
         Args:
-          state: the arrays.
-          data: the state of the data iterator, as JSON values.
-          seconds: how long the run has worked.
-          score: of the evaluation at this step, if there was one; the larger the better.
+            state: the arrays.
+            data: the state of the data iterator, as JSON values.
+            seconds: how long the run has worked.
+            score: of the evaluation at this step, if there was one; the larger the better.
 
         Raises:
-          UserError: if it cannot be written; earlier checkpoints stay.
+            UserError: if it cannot be written; earlier checkpoints stay.
         """
         step = int(state.step)
         record = {
@@ -133,10 +133,10 @@ class Checkpoints:
         """Reads the last checkpoint.
 
         Args:
-          template: a state of the same structure, on the devices where the arrays shall go.
+            template: a state of the same structure, on the devices where the arrays shall go.
 
         Raises:
-          UserError: if it is damaged, of another structure, or of another base or other data.
+            UserError: if it is damaged, of another structure, or of another base or other data.
         """
         step = self.latest
         path = self.folder / str(step)
@@ -221,7 +221,7 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
     """Reads `checkpoint.json`, and checks every file of the checkpoint against it.
 
     Raises:
-      UserError: naming the file that is missing or damaged or belongs to something else.
+        UserError: naming the file that is missing or damaged or belongs to something else.
     """
     record = read_json(checkpoint / RECORD_NAME)
     if wrong := [key for key, kind in _RECORD.items() if not isinstance(record.get(key, ...), kind)]:

@@ -24,10 +24,10 @@ def locked(folder: Path) -> Iterator[None]:
     lock, which then holds between machines; where a file system has no locks there is a warning and no protection.
 
     Args:
-      folder: must be there.
+        folder: must be there.
 
     Raises:
-      UserError: if another process has it; the message says which, and on which host.
+        UserError: if another process has it; the message says which, and on which host.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder, locked(Path(folder)):

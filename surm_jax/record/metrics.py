@@ -31,11 +31,11 @@ class MetricWriter:
     Of several processes the first alone writes; the others look at the numbers.
 
     Args:
-      folder: the run's folder.
-      step: the step from which the run goes on; what was written of later steps is dropped, since it comes again.
+        folder: the run's folder.
+        step: the step from which the run goes on; what was written of later steps is dropped, since it comes again.
 
     Raises:
-      UserError: if the file cannot be written.
+        UserError: if the file cannot be written.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -71,8 +71,8 @@ class MetricWriter:
         """Writes numbers under their names for one step.
 
         Raises:
-          NotFiniteError: if one of them is not finite.
-          UserError: if they cannot be written.
+            NotFiniteError: if one of them is not finite.
+            UserError: if they cannot be written.
         """
         require_finite(step, metrics)
         if self._jsonl is None:
@@ -95,7 +95,7 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
     """Yields the lines of a run's `metrics.jsonl`. A last line that was cut off is left out.
 
     Raises:
-      UserError: if another line is not a JSON object with a step.
+        UserError: if another line is not a JSON object with a step.
     """
     path = folder / JSONL_NAME
     lines = path.read_text().splitlines()
@@ -114,7 +114,7 @@ def require_finite(step: int, metrics: Mapping[str, float]) -> None:
     """Stops a run that has gone astray.
 
     Raises:
-      NotFiniteError: naming the step and the metric that is not finite.
+        NotFiniteError: naming the step and the metric that is not finite.
     """
     for name, value in metrics.items():
         if not math.isfinite(value):
@@ -127,12 +127,12 @@ class StepLog:
     Every step's metrics are looked at; those of every `every`-th step and of the last one are written.
 
     Args:
-      writer: where metrics go.
-      progress: where they are shown.
-      watch: started after the first step, whose time is compilation, and counted up with every later one.
-      every: how many steps lie between two that are written; 0: only the last one is.
-      last: the last step.
-      rates: gives what else belongs to a step, such as its learning rate.
+        writer: where metrics go.
+        progress: where they are shown.
+        watch: started after the first step, whose time is compilation, and counted up with every later one.
+        every: how many steps lie between two that are written; 0: only the last one is.
+        last: the last step.
+        rates: gives what else belongs to a step, such as its learning rate.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class StepLog:
         """Waits for the metrics that were noted last, and writes them if they are due.
 
         Raises:
-          NotFiniteError: if one of them is not finite.
+            NotFiniteError: if one of them is not finite.
         """
         if self._pending is None:
             return

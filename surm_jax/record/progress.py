@@ -19,9 +19,9 @@ class Progress:
     """Progress of a loop of known length. Use as a context manager.
 
     Args:
-      what: its name.
-      total: the steps of the whole run.
-      start: the steps already made.
+        what: its name.
+        total: the steps of the whole run.
+        start: the steps already made.
     """
 
     def __init__(self, what: str, total: int, start: int):
@@ -70,8 +70,8 @@ class Stopwatch:
     """Measures the rate of steps, without what stands between them.
 
     Attributes:
-      steps: steps counted while it ran.
-      seconds: for how long it ran.
+        steps: steps counted while it ran.
+        seconds: for how long it ran.
     """
 
     def __init__(self):
@@ -106,7 +106,7 @@ class Interruption:
     Use as a context manager around the loop.
 
     Attributes:
-      signal: the signal that came, or None.
+        signal: the signal that came, or None.
     """
 
     def __init__(self):

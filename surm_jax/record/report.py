@@ -38,17 +38,17 @@ def make_result(
     """Returns the result of one run as JSON values.
 
     Args:
-      method: its name.
-      tests: the evaluation after the last step by split: the metrics, `loss` and `examples`.
-      description: what was trained.
-      seed: of the run.
-      metrics: names of the task's metrics; the first one of the first split is the one to look at.
-      classes: names of the classes; empty where labels are numbers.
-      corrupt: how many examples of each split could not be read and were left out.
-      steps: number of updates.
-      seconds: from the start of the run, compilation and evaluation included, over all its interruptions.
-      examples_per_second: of training without compilation, evaluation and checkpoints; None if there was one step.
-      adapter_bytes: size of the adapter folder.
+        method: its name.
+        tests: the evaluation after the last step by split: the metrics, `loss` and `examples`.
+        description: what was trained.
+        seed: of the run.
+        metrics: names of the task's metrics; the first one of the first split is the one to look at.
+        classes: names of the classes; empty where labels are numbers.
+        corrupt: how many examples of each split could not be read and were left out.
+        steps: number of updates.
+        seconds: from the start of the run, compilation and evaluation included, over all its interruptions.
+        examples_per_second: of training without compilation, evaluation and checkpoints; None if there was one step.
+        adapter_bytes: size of the adapter folder.
     """
     measured = {f"{split}_{name}": values[name] for split, values in tests.items() for name in (*metrics, "loss")}
     return {
@@ -79,7 +79,7 @@ def combine(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     Of corrupt examples it has the most that a seed met.
 
     Args:
-      results: the result of each seed.
+        results: the result of each seed.
     """
     first = next(iter(results.values()))
     metrics = {}
@@ -133,9 +133,9 @@ def draw_curves(folder: Path, model: nnx.Module, metric: str) -> None:
     """Draws a run's loss and metric by step, and the largest update that it learned, into `curves.png`.
 
     Args:
-      folder: the run's, with its `metrics.jsonl`.
-      model: the adapted model; without updates there are only the curves.
-      metric: name of the metric to look at, such as "accuracy".
+        folder: the run's, with its `metrics.jsonl`.
+        model: the adapted model; without updates there are only the curves.
+        metric: name of the metric to look at, such as "accuracy".
     """
     lines = list(read_metrics(folder))
     largest = _largest_update(model)

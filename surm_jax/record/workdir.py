@@ -40,7 +40,7 @@ def open_workdir(workdir: Path, config: RunConfig) -> Iterator[None]:
     are is noted anew by each start, but not once there is a result: nothing shows then that they are there.
 
     Raises:
-      UserError: if it cannot be written, another process is using it, or it holds another run or something else.
+        UserError: if it cannot be written, another process is using it, or it holds another run or something else.
     """
     _require_writable(workdir)
     with locked(workdir):
@@ -71,7 +71,7 @@ def require_shared(workdir: Path) -> None:
     """Checks that the folder of a run, which the first of several processes opened, is this one's as well.
 
     Raises:
-      UserError: if it is on another file system.
+        UserError: if it is on another file system.
     """
     if not (workdir / CONFIG_NAME).exists():
         raise UserError(
@@ -84,11 +84,11 @@ def locations(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
     """Returns the configuration of a finished run with its data and weights at other places, or for other devices.
 
     Args:
-      config: of the run.
-      overrides: values by key, such as `data.dir`. Those that the run has anyway change nothing.
+        config: of the run.
+        overrides: values by key, such as `data.dir`. Those that the run has anyway change nothing.
 
     Raises:
-      UserError: for another value of a key that is not in `CHANGEABLE`: what a run was cannot be changed.
+        UserError: for another value of a key that is not in `CHANGEABLE`: what a run was cannot be changed.
     """
     tree = to_dict(config)
     for key, value in overrides.items():
@@ -107,7 +107,7 @@ def read_config(workdir: Path) -> RunConfig:
     """Reads the configuration of the run in a folder.
 
     Raises:
-      UserError: if there is none, or it is damaged.
+        UserError: if there is none, or it is damaged.
     """
     tree = read_json(workdir / CONFIG_NAME, f"no run in {workdir}")
     try:
@@ -120,7 +120,7 @@ def read_json(path: Path, absent: str) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-      UserError: if it cannot be read (the message begins with `absent`), or is damaged.
+        UserError: if it cannot be read (the message begins with `absent`), or is damaged.
     """
     try:
         tree = json.loads(path.read_bytes())
@@ -137,7 +137,7 @@ def write_json(path: Path, tree: Mapping[str, Any]) -> None:
     """Writes a JSON object, whole or not at all.
 
     Raises:
-      UserError: if it cannot be written.
+        UserError: if it cannot be written.
     """
     try:
         with replacing(path) as temporary:

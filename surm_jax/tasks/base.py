@@ -21,15 +21,15 @@ class Task(Protocol):
     """What training asks of a kind of data and its model.
 
     Attributes:
-      dataset: the data, with its name.
-      model_config: of the model: geometry and precision.
-      checkpoint: the file or folder of the pretrained weights, or None for random ones.
-      classes: the names of the classes; empty where labels are numbers.
-      metrics: names in `surm_jax.tasks.scores.SCORES`, the most important first.
-      tests: the names of the splits for testing.
-      splits: what can be evaluated: `tests`, and "holdout" if training examples are held out.
-      examples: number of training examples.
-      objective: what the model's outputs mean.
+        dataset: the data, with its name.
+        model_config: of the model: geometry and precision.
+        checkpoint: the file or folder of the pretrained weights, or None for random ones.
+        classes: the names of the classes; empty where labels are numbers.
+        metrics: names in `surm_jax.tasks.scores.SCORES`, the most important first.
+        tests: the names of the splits for testing.
+        splits: what can be evaluated: `tests`, and "holdout" if training examples are held out.
+        examples: number of training examples.
+        objective: what the model's outputs mean.
     """
 
     dataset: data.ImageDataset | data.TextDataset
@@ -65,7 +65,7 @@ def make_task(config: RunConfig) -> Task:
     """Loads the data and brings it together with model and files.
 
     Raises:
-      UserError: for whatever does not fit.
+        UserError: for whatever does not fit.
     """
     dataset = _load(config)
     return text_task(config, dataset) if isinstance(dataset, data.TextDataset) else image_task(config, dataset)
@@ -77,7 +77,7 @@ def model_maker(config: RunConfig) -> Callable[[int], nnx.Module]:
     The data set is looked at for that alone, and not even that if `config.model.num_classes` says it.
 
     Raises:
-      UserError: for whatever does not fit.
+        UserError: for whatever does not fit.
     """
     outputs = config.model.num_classes or max(1, len(_load(config).classes))
     if data.is_text(config.data.name):

@@ -25,13 +25,13 @@ class TextTask:
     """What a run on text is about; see `surm_jax.tasks.base.Task`.
 
     Attributes:
-      config: the whole configuration.
-      dataset: names of classes, sentences and metrics; the examples themselves are below.
-      train: training examples as tokens, without those held out.
-      evaluated: examples by split: those for testing, and "holdout" if there is one.
-      model_config: the model's geometry.
-      checkpoint: the folder of the pretrained weights.
-      tokenizer: the model's.
+        config: the whole configuration.
+        dataset: names of classes, sentences and metrics; the examples themselves are below.
+        train: training examples as tokens, without those held out.
+        evaluated: examples by split: those for testing, and "holdout" if there is one.
+        model_config: the model's geometry.
+        checkpoint: the folder of the pretrained weights.
+        tokenizer: the model's.
     """
 
     config: RunConfig
@@ -116,7 +116,7 @@ def text_task(config: RunConfig, dataset: data.TextDataset) -> TextTask:
     """Brings data, model and files together.
 
     Raises:
-      UserError: for whatever does not fit.
+        UserError: for whatever does not fit.
     """
     bert = text_model_config(config, max(1, len(dataset.classes)))
     if config.data.lengths[-1] > bert.max_tokens:
@@ -151,7 +151,7 @@ def text_model_config(config: RunConfig, outputs: int) -> BertConfig:
     """Returns the configuration of the BERT with so many outputs.
 
     Raises:
-      UserError: see `find_model_config`.
+        UserError: see `find_model_config`.
     """
     return find_model_config(config.model, Bert, BertConfig, outputs, "text")
 
@@ -160,11 +160,11 @@ def text_tokenizer(checkpoint: Path | None, bert: BertConfig) -> data.Tokenizer:
     """Returns the tokeniser that belongs to a model.
 
     Args:
-      checkpoint: what `surm_jax.pretrained.locate` returned.
-      bert: the model's configuration.
+        checkpoint: what `surm_jax.pretrained.locate` returned.
+        bert: the model's configuration.
 
     Raises:
-      UserError: if there is none beside the weights, or it is another model's.
+        UserError: if there is none beside the weights, or it is another model's.
     """
     if checkpoint is None:
         raise UserError(

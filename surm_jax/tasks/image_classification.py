@@ -25,12 +25,12 @@ class ImageTask:
     """What a run on images is about; see `surm_jax.tasks.base.Task`.
 
     Attributes:
-      config: the whole configuration.
-      dataset: training and test examples.
-      holdout: training examples that are evaluated while training, or None; `dataset.train` is without them.
-      model_config: the model's geometry.
-      checkpoint: the file or folder of the pretrained weights, or None for random ones.
-      normalization: mean and standard deviation by channel that the weights expect, or None for pixels in [-1, 1].
+        config: the whole configuration.
+        dataset: training and test examples.
+        holdout: training examples that are evaluated while training, or None; `dataset.train` is without them.
+        model_config: the model's geometry.
+        checkpoint: the file or folder of the pretrained weights, or None for random ones.
+        normalization: mean and standard deviation by channel that the weights expect, or None for pixels in [-1, 1].
     """
 
     config: RunConfig
@@ -110,7 +110,7 @@ def image_task(config: RunConfig, dataset: data.ImageDataset) -> ImageTask:
     """Brings data, model and files together.
 
     Raises:
-      UserError: for whatever does not fit.
+        UserError: for whatever does not fit.
     """
     train = data.first_examples(dataset.train, config.data.train_examples)
     train, holdout = data.hold_out(train, config.data.holdout)
@@ -139,6 +139,6 @@ def image_model_config(config: RunConfig, outputs: int) -> ViTConfig:
     """Returns the configuration of the ViT with so many outputs.
 
     Raises:
-      UserError: see `find_model_config`.
+        UserError: see `find_model_config`.
     """
     return find_model_config(config.model, ViT, ViTConfig, outputs, "images")

@@ -15,15 +15,15 @@ def find_model_config(config: ModelConfig, model: type[nnx.Module], cls: type, o
     """Returns the configuration of a model, an instance of `cls`.
 
     Args:
-      config: variant or checkpoint, and fields to set instead of theirs.
-      model: the kind of model that the task needs.
-      cls: of its configuration, with `from_variant`.
-      outputs: of its head.
-      reads: what the task's examples are, for messages.
+        config: variant or checkpoint, and fields to set instead of theirs.
+        model: the kind of model that the task needs.
+        cls: of its configuration, with `from_variant`.
+        outputs: of its head.
+        reads: what the task's examples are, for messages.
 
     Raises:
-      UserError: if its fields do not fit together, or the checkpoint that is to say them cannot be read or holds
-        another kind of model.
+        UserError: if its fields do not fit together, or the checkpoint that is to say them cannot be read or holds
+            another kind of model.
     """
     if config.num_classes not in (0, outputs):
         raise UserError(f"config.model.num_classes={config.num_classes}, but the data asks for {outputs}")

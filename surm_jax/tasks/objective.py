@@ -13,9 +13,9 @@ class Objective(NamedTuple):
     """How a model's outputs are trained and read.
 
     Attributes:
-      loss: `(logits, labels, smoothing)` to the loss of each example, float32 (batch,).
-      predict: logits to the prediction of each example, (batch,).
-      classifies: whether a prediction is a class, and not a number.
+        loss: `(logits, labels, smoothing)` to the loss of each example, float32 (batch,).
+        predict: logits to the prediction of each example, (batch,).
+        classifies: whether a prediction is a class, and not a number.
     """
 
     loss: Callable[[jax.Array, jax.Array, float], jax.Array]

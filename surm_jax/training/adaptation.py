@@ -17,11 +17,11 @@ def describe_model(config: RunConfig, make_model: Callable[[int], nnx.Module]) -
     """Says what a configuration trains, without weights or data.
 
     Args:
-      config: the whole configuration.
-      make_model: builds the model from a seed; called only while JAX traces.
+        config: the whole configuration.
+        make_model: builds the model from a seed; called only while JAX traces.
 
     Raises:
-      UserError: if a rule or pattern matches nothing, or a layer that cannot be adapted.
+        UserError: if a rule or pattern matches nothing, or a layer that cannot be adapted.
     """
     model, adapter = adapt_model(nnx.eval_shape(functools.partial(make_model, 0)), config.peft, 0)
     _, trained, _ = nnx.split(model, adapter.trainable, ...)
@@ -41,7 +41,7 @@ def adapt_model(model: nnx.Module, peft: PeftConfig, seed: int) -> tuple[nnx.Mod
     """Returns a model with what the configuration puts into it, and its adapter.
 
     Raises:
-      UserError: if a rule or pattern matches nothing, or a layer that cannot be adapted.
+        UserError: if a rule or pattern matches nothing, or a layer that cannot be adapted.
     """
     # Not the stream that drew the model: its first keys would come again.
     rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))

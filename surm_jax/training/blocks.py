@@ -104,9 +104,9 @@ def runs_of(blocks: Blocks, kind_of: Callable[[tuple], Hashable]) -> list[int]:
     """Returns how many neighbours are equal: the lengths of all runs, in order.
 
     Args:
-      blocks: of a model.
-      kind_of: of a variable by block and path in it, `(3, "attention", "query", "kernel")`: what must be equal besides
-        the blocks' structure, and shapes and dtypes of their variables.
+        blocks: of a model.
+        kind_of: of a variable by block and path in it, `(3, "attention", "query", "kernel")`: what must be equal
+            besides the blocks' structure, and shapes and dtypes of their variables.
     """
 
     def signature(index: int) -> Hashable:

@@ -145,7 +145,8 @@ class RuleConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeftConfig:
     """What is adapted, and how. `methods` has the settings of every method by name; in the configuration they stand
-    beside the others: `--config.peft.lora.rank=4`."""
+    beside the others: `--config.peft.lora.rank=4`.
+    """
 
     # One of METHODS.
     method: str = "circulant"
@@ -342,7 +343,7 @@ def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
     'B/16'
 
     Raises:
-      UserError: for an unknown key (the message names the nearest), a missing one, or a value that cannot be.
+        UserError: for an unknown key (the message names the nearest), a missing one, or a value that cannot be.
     """
     tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
     peft = dict(_section(tree.get("peft", {}), "config.peft"))

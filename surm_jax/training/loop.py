@@ -44,17 +44,17 @@ def train(config: RunConfig, seed: int, workdir: Path, interruption: Interruptio
     """Makes one run, or goes on with it, or returns its result if it is complete.
 
     Args:
-      config: the whole configuration.
-      seed: which of its seeds.
-      workdir: the folder of this seed's run.
-      interruption: asks it to save and stop.
+        config: the whole configuration.
+        seed: which of its seeds.
+        workdir: the folder of this seed's run.
+        interruption: asks it to save and stop.
 
     Returns:
-      What `result.json` holds.
+        What `result.json` holds.
 
     Raises:
-      UserError: for bad input, a folder of another run or in use, a damaged checkpoint, or a loss that is not finite.
-      InterruptedRunError: after SIGINT or SIGTERM, when a checkpoint is saved.
+        UserError: for bad input, a folder of another run or in use, a damaged checkpoint, or a loss that is not finite.
+        InterruptedRunError: after SIGINT or SIGTERM, when a checkpoint is saved.
     """
     one_seed = dataclasses.replace(config, seeds=(seed,))
     with opened_on_first(open_workdir(workdir, one_seed)):

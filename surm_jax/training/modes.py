@@ -34,7 +34,7 @@ def train_run(config: RunConfig, workdir: Path) -> dict[str, Any]:
     combines them.
 
     Raises:
-      UserError: see `surm_jax.training.loop.train`.
+        UserError: see `surm_jax.training.loop.train`.
     """
     with Interruption() as interruption:
         if len(config.seeds) == 1:
@@ -60,12 +60,12 @@ def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[
     """Evaluates the saved adapters of a run on all test examples, prints and returns what came out by seed and split.
 
     Args:
-      workdir: the folder of the run, whose configuration holds.
-      overrides: where its data and weights are now, if not where they were.
+        workdir: the folder of the run, whose configuration holds.
+        overrides: where its data and weights are now, if not where they were.
 
     Raises:
-      UserError: if there is no run, it is not complete, its adapter is missing, damaged or of another base, or
-        something else is overridden.
+        UserError: if there is no run, it is not complete, its adapter is missing, damaged or of another base, or
+            something else is overridden.
     """
     config, evaluations = locations(read_config(workdir), overrides), {}
     for seed, folder in _complete_folders(config, workdir):
@@ -104,11 +104,11 @@ def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
     Prints how far merged kernels are from the exact sums, and merged from unmerged logits on a batch of test examples.
 
     Args:
-      workdir: the folder of the run.
-      overrides: see `evaluate_run`.
+        workdir: the folder of the run.
+        overrides: see `evaluate_run`.
 
     Raises:
-      UserError: see `evaluate_run`.
+        UserError: see `evaluate_run`.
     """
     config, paths = locations(read_config(workdir), overrides), []
     for seed, folder in _complete_folders(config, workdir):
@@ -135,12 +135,12 @@ def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[P
     how far its logits are from the running model's on a batch of test examples.
 
     Args:
-      workdir: the folder of the run.
-      overrides: see `evaluate_run`.
-      form: "hf" or "peft".
+        workdir: the folder of the run.
+        overrides: see `evaluate_run`.
+        form: "hf" or "peft".
 
     Raises:
-      UserError: see `evaluate_run`; or the model or the method has no counterpart there.
+        UserError: see `evaluate_run`; or the model or the method has no counterpart there.
     """
     config, folders = locations(read_config(workdir), overrides), []
     for seed, folder in _complete_folders(config, workdir):
@@ -173,13 +173,13 @@ def predict_run(workdir: Path, overrides: Mapping[str, Any], source: Path, targe
     """Answers new sentences with the adapter of a run on text; its data set is not needed.
 
     Args:
-      workdir: the folder of the run, of one seed.
-      overrides: where its weights are now, if not where they were.
-      source: a table of sentences, see `surm_jax.training.predict.read_rows`.
-      target: where the labels and probabilities go.
+        workdir: the folder of the run, of one seed.
+        overrides: where its weights are now, if not where they were.
+        source: a table of sentences, see `surm_jax.training.predict.read_rows`.
+        target: where the labels and probabilities go.
 
     Raises:
-      UserError: if the run has several seeds, is not complete or not of text, or a file cannot be read or written.
+        UserError: if the run has several seeds, is not complete or not of text, or a file cannot be read or written.
     """
     config = locations(read_config(workdir), overrides)
     if len(config.seeds) > 1:
@@ -199,7 +199,7 @@ def describe_run(config: RunConfig) -> None:
     The data set is read for its number of classes alone, and not even that if `config.model.num_classes` says it.
 
     Raises:
-      UserError: for what does not fit.
+        UserError: for what does not fit.
     """
     print(describe_model(config, model_maker(config)))
 

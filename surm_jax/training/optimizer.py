@@ -41,7 +41,7 @@ def groups_of(paths: Iterable[str], groups: GroupsConfig) -> dict[str, str]:
     {'blocks/0/attention/query/delta/r1': 'adapter', 'head/bias': 'head', 'norm/scale': 'norm'}
 
     Raises:
-      UserError: if no pattern matches a path.
+        UserError: if no pattern matches a path.
     """
     patterns = {name: compile_pattern(group.pattern) for name, group in vars(groups).items()}
     labels = {}
@@ -61,7 +61,7 @@ def learning_rates(config: OptimConfig, method: str, paths: Iterable[str]) -> di
     {'head': 0.02}
 
     Raises:
-      UserError: if a group with a learning rate of its own takes none of them, or no pattern matches a path.
+        UserError: if a group with a learning rate of its own takes none of them, or no pattern matches a path.
     """
     groups = groups_of(paths, config.groups)
     taken = set(groups.values())
@@ -89,9 +89,9 @@ class Rates:
     ['0.020', '0.015', '0.010', '0.005']
 
     Args:
-      config: schedule, and peaks by method or group.
-      method: whose learning rate holds for the groups without one of their own.
-      paths: of the trained parameters; groups that take none of them have no rate.
+        config: schedule, and peaks by method or group.
+        method: whose learning rate holds for the groups without one of their own.
+        paths: of the trained parameters; groups that take none of them have no rate.
     """
 
     def __init__(self, config: OptimConfig, method: str, paths: Iterable[str]):
@@ -107,8 +107,8 @@ def make_optimizer(config: OptimConfig, paths: Iterable[str]) -> optax.GradientT
     """Builds the optimiser for the trained arrays with these paths; its `update` takes `rates` of `Rates.before`.
 
     Args:
-      config: groups and clipping.
-      paths: the keys of the dictionary of arrays that it will update.
+        config: groups and clipping.
+        paths: the keys of the dictionary of arrays that it will update.
     """
     groups = groups_of(paths, config.groups)
 

@@ -24,9 +24,9 @@ class Slot(NamedTuple):
     """A trained variable.
 
     Attributes:
-      path: its NNX path in the model that a step runs.
-      variable: abstract.
-      names: its path in the model; of a stack, the path in each of the blocks. The first is its key in `Arrays`.
+        path: its NNX path in the model that a step runs.
+        variable: abstract.
+        names: its path in the model; of a stack, the path in each of the blocks. The first is its key in `Arrays`.
     """
 
     path: tuple
@@ -39,8 +39,8 @@ class Partition:
     """How the trained arrays and the frozen state make a model again.
 
     Attributes:
-      graphdef: the structure of the model that a step runs.
-      slots: the trained variables.
+        graphdef: the structure of the model that a step runs.
+        slots: the trained variables.
     """
 
     graphdef: nnx.GraphDef
@@ -94,15 +94,15 @@ def partition(
     """Splits an adapted model once.
 
     Args:
-      model: has `blocks`. Those that are stacked lose their arrays: the model cannot be used any more.
-      adapter: says what is trained.
-      scan_layers: whether equal neighbours among the blocks are stacked, to be one program for a step. Blocks that
-        differ, because rules give something to some of them alone, are not; they cost what they cost without.
-      group_of: of the path of a trained variable, the group in which the optimiser has it. Blocks are equal if these
-        are.
+        model: has `blocks`. Those that are stacked lose their arrays: the model cannot be used any more.
+        adapter: says what is trained.
+        scan_layers: whether equal neighbours among the blocks are stacked, to be one program for a step. Blocks that
+            differ, because rules give something to some of them alone, are not; they cost what they cost without.
+        group_of: of the path of a trained variable, the group in which the optimiser has it. Blocks are equal if these
+            are.
 
     Returns:
-      The partition, the trained arrays by path, and the frozen state.
+        The partition, the trained arrays by path, and the frozen state.
     """
     trained = {path for path, _ in nnx.to_flat_state(nnx.state(model, adapter.trainable))}
 

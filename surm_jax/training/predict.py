@@ -27,9 +27,9 @@ class Rows(NamedTuple):
     """The rows of a table of sentences that can be read.
 
     Attributes:
-      lines: their line numbers, from 1.
-      sentences: of each, one or a pair.
-      malformed: what is wrong with the others, each with its line number.
+        lines: their line numbers, from 1.
+        sentences: of each, one or a pair.
+        malformed: what is wrong with the others, each with its line number.
     """
 
     lines: list[int]
@@ -43,11 +43,11 @@ def read_rows(path: Path, columns: Sequence[str]) -> Rows:
     A first line that holds the names of the columns, in any case, is left out; so are empty lines.
 
     Args:
-      path: the file.
-      columns: what the sentences of a row are called.
+        path: the file.
+        columns: what the sentences of a row are called.
 
     Raises:
-      UserError: if it cannot be read.
+        UserError: if it cannot be read.
     """
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -82,14 +82,14 @@ def predict_text(config: RunConfig, adapter: Path, classes: Sequence[str], sourc
     Where labels are numbers, there is the number alone. Malformed rows are named on the standard error, and left out.
 
     Args:
-      config: of the run.
-      adapter: the folder of what it trained.
-      classes: names of the classes; empty where labels are numbers.
-      source: the table of sentences, see `read_rows`.
-      target: where the answers go; written whole or not at all.
+        config: of the run.
+        adapter: the folder of what it trained.
+        classes: names of the classes; empty where labels are numbers.
+        source: the table of sentences, see `read_rows`.
+        target: where the answers go; written whole or not at all.
 
     Raises:
-      UserError: if a file cannot be read or written, or no row is well-formed.
+        UserError: if a file cannot be read or written, or no row is well-formed.
     """
     rows = read_rows(source, data.glue_task(config.data.name).columns)
     for line in rows.malformed:

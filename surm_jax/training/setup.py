@@ -19,10 +19,10 @@ class Job:
     """A run that is ready to be built.
 
     Attributes:
-      config: the whole configuration, with the number of steps that its epochs take.
-      seed: of the head, the updates, the order of the data and dropout.
-      mesh: the devices.
-      task: data and model.
+        config: the whole configuration, with the number of steps that its epochs take.
+        seed: of the head, the updates, the order of the data and dropout.
+        mesh: the devices.
+        task: data and model.
     """
 
     config: RunConfig
@@ -47,7 +47,7 @@ def prepare(config: RunConfig, seed: int) -> Job:
     """Checks all of a configuration against data, devices, files and the model's layers.
 
     Raises:
-      UserError: for whatever does not fit.
+        UserError: for whatever does not fit.
     """
     mesh = make_mesh(
         config.mesh.data,

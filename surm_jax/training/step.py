@@ -23,9 +23,9 @@ class TrainState(NamedTuple):
     """All that changes while training, and all that a checkpoint holds of arrays.
 
     Attributes:
-      step: number of updates made, int32.
-      trained: the trained arrays by path.
-      optimizer: optax's state for them.
+        step: number of updates made, int32.
+        trained: the trained arrays by path.
+        optimizer: optax's state for them.
     """
 
     step: jax.Array
@@ -59,16 +59,15 @@ def make_train_step(
     is drawn from (key, step, micro-batch), so a run that was resumed goes on as if it had not stopped.
 
     Args:
-      partition: how trained and frozen arrays make the model.
-      forward: how the model reads a batch.
-      objective: what its outputs mean.
-      optimizer: what turns gradients into updates; `rates` reach it as an extra argument, if it takes such.
-      mesh: the devices. State and key are replicated, the base is where `surm_jax.devices.mesh.put_base` puts it, the
-        batch is split over all devices.
-      accumulate: number of micro-batches; only one is worked on at a time. Must divide the batch.
-      label_smoothing: see `surm_jax.tasks.objective.cross_entropy`.
+        partition: how trained and frozen arrays make the model.
+        forward: how the model reads a batch.
+        objective: what its outputs mean.
+        optimizer: what turns gradients into updates; `rates` reach it as an extra argument, if it takes such.
+        mesh: the devices. State and key are replicated, the base is where `surm_jax.devices.mesh.put_base` puts it, the
+            batch is split over all devices.
+        accumulate: number of micro-batches; only one is worked on at a time. Must divide the batch.
+        label_smoothing: see `surm_jax.tasks.objective.cross_entropy`.
     """
-
     optimizer = optax.with_extra_args_support(optimizer)
 
     def loss_and_rest(trained: Arrays, frozen: nnx.State, batch: Batch, key: jax.Array):

@@ -52,12 +52,12 @@ def run(folder: Path, numbers: range, seed: int) -> tuple[collections.Counter[st
     """Reads damaged examples.
 
     Args:
-      folder: for files.
-      numbers: of the examples.
-      seed: of all of them.
+        folder: for files.
+        numbers: of the examples.
+        seed: of all of them.
 
     Returns:
-      How often which result came of which subject, and a text for each that must not be.
+        How often which result came of which subject, and a text for each that must not be.
     """
     whole, names = {}, list(SUBJECTS)
     for name, subject in SUBJECTS.items():

@@ -26,8 +26,8 @@ class Subject(NamedTuple):
     """Something that strangers write.
 
     Attributes:
-      write: makes a whole one in an empty folder.
-      read: the library's public function for it, and what it gives, by name.
+        write: makes a whole one in an empty folder.
+        read: the library's public function for it, and what it gives, by name.
     """
 
     write: Callable[[Path], None]

@@ -41,12 +41,12 @@ class UpdateCase:
     """What the suite knows of an update.
 
     Attributes:
-      method: an instance in which no setting has its default, but for `learn_alpha`.
-      zero: names of the arrays that start at zero; the others must not.
-      stored: the arrays' shapes in a file, for a matrix of shape (m, n).
-      change: what is added to a kernel, from alpha, the arrays, and the kernel (in, out) itself.
-      constant: names of the arrays that are not trained.
-      early: names of the arrays that get a gradient at the very start, besides those that are zero.
+        method: an instance in which no setting has its default, but for `learn_alpha`.
+        zero: names of the arrays that start at zero; the others must not.
+        stored: the arrays' shapes in a file, for a matrix of shape (m, n).
+        change: what is added to a kernel, from alpha, the arrays, and the kernel (in, out) itself.
+        constant: names of the arrays that are not trained.
+        early: names of the arrays that get a gradient at the very start, besides those that are zero.
     """
 
     method: peft.Update
@@ -70,12 +70,12 @@ class BranchCase:
     """What the suite knows of a bottleneck.
 
     Attributes:
-      method: an instance in which no setting has its default, but for `bias`.
-      zero: names of the arrays that start at zero; the others must not.
-      late: those of `zero` that get no gradient at the very start.
-      stored: the arrays' shapes in a file, for a module of so many output features.
-      branch: what is added to the output y, (..., width), from alpha, the activation, the arrays and y.
-      wants: the modules that are adapted among those that the rule matches.
+        method: an instance in which no setting has its default, but for `bias`.
+        zero: names of the arrays that start at zero; the others must not.
+        late: those of `zero` that get no gradient at the very start.
+        stored: the arrays' shapes in a file, for a module of so many output features.
+        branch: what is added to the output y, (..., width), from alpha, the activation, the arrays and y.
+        wants: the modules that are adapted among those that the rule matches.
     """
 
     method: peft.Bottleneck
@@ -99,8 +99,8 @@ class SelectionCase:
     """What the suite knows of a selection.
 
     Attributes:
-      method: an instance.
-      chosen: whether it trains the parameter at a path, besides the head.
+        method: an instance.
+        chosen: whether it trains the parameter at a path, besides the head.
     """
 
     method: peft.Selection

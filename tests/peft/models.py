@@ -50,15 +50,15 @@ class ModelCase:
     """A model to adapt.
 
     Attributes:
-      make: builds it.
-      target: the pattern of the layers that get updates.
-      shapes: their paths and matrices, (in_features, out_features).
-      inputs: the shape of its input.
-      branch_target: the pattern of the modules that get branches.
-      widths: their paths and the features of their outputs; empty: branches are not for this model.
-      train: patterns of what is trained besides.
-      precision: the dtype that it computes in.
-      vocabulary: the input is whole numbers below it, if it is not 0.
+        make: builds it.
+        target: the pattern of the layers that get updates.
+        shapes: their paths and matrices, (in_features, out_features).
+        inputs: the shape of its input.
+        branch_target: the pattern of the modules that get branches.
+        widths: their paths and the features of their outputs; empty: branches are not for this model.
+        train: patterns of what is trained besides.
+        precision: the dtype that it computes in.
+        vocabulary: the input is whole numbers below it, if it is not 0.
     """
 
     make: Callable[[], nnx.Module]

@@ -34,10 +34,10 @@ def launch_all(
     """Launches a process for each command line of `launch.py`, and waits until all have ended.
 
     Args:
-      folder: for what they print, and for the programs they compile: whoever starts again finds them.
-      commands: the arguments of each.
-      environments: variables for each, beside those of this process.
-      devices: how many each has.
+        folder: for what they print, and for the programs they compile: whoever starts again finds them.
+        commands: the arguments of each.
+        environments: variables for each, beside those of this process.
+        devices: how many each has.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training.processes_job", "launch"])

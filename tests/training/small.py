@@ -40,10 +40,10 @@ def build(kind: str, method: str, values: dict[str, Any] | None = None, **fields
     """Builds a model whose arrays nothing else holds.
 
     Args:
-      kind: one of `KINDS`.
-      method: of `surm_jax.peft.METHODS`.
-      values: further values of the configuration by key.
-      **fields: of the model's configuration.
+        kind: one of `KINDS`.
+        method: of `surm_jax.peft.METHODS`.
+        values: further values of the configuration by key.
+        **fields: of the model's configuration.
     """
     graphdef, state, adapter = _built(kind, method, tuple((values or {}).items()), tuple(fields.items()))
     model = nnx.merge(graphdef, jax.tree.map(jnp.array, state))

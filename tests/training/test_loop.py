@@ -93,9 +93,9 @@ def written_out(config, seed, factors):
     """The losses of a run, by a loop over its micro-batches and optax's AdamW on one device.
 
     Args:
-      config: of two micro-batches, labels smoothed by 0.1, and the rates, decay and clipping that are repeated here.
-      seed: of the run.
-      factors: on the peak learning rate of each update.
+        config: of two micro-batches, labels smoothed by 0.1, and the rates, decay and clipping that are repeated here.
+        seed: of the run.
+        factors: on the peak learning rate of each update.
     """
     prepared = job.prepare(config, seed)
     model, adapter = prepared.adapt(prepared.base_model())

@@ -28,9 +28,9 @@ class LayerUpdate:
     """What an adapted layer adds to its kernel: `factor * matrix`.
 
     Attributes:
-      path: the path of the layer.
-      matrix: the matrix.
-      factor: what it is multiplied with.
+        path: the path of the layer.
+        matrix: the matrix.
+        factor: what it is multiplied with.
     """
 
     path: str
@@ -42,9 +42,9 @@ class Format(abc.ABC):
     """One `peft_type`.
 
     Attributes:
-      settings: the settings that are read.
-      mark: what the last parts of the names of its tensors begin with.
-      description: which updates it holds, for messages.
+        settings: the settings that are read.
+        mark: what the last parts of the names of its tensors begin with.
+        description: which updates it holds, for messages.
     """
 
     settings: ClassVar[frozenset[str]]
@@ -64,15 +64,15 @@ class Format(abc.ABC):
         """Returns what the settings say of a module.
 
         Args:
-          settings: those of the file.
-          module: the name of the module there.
-          shape: (in_features, out_features) of the layer.
+            settings: those of the file.
+            module: the name of the module there.
+            shape: (in_features, out_features) of the layer.
 
         Returns:
-          Our update, and the shapes that the tensors must have.
+            Our update, and the shapes that the tensors must have.
 
         Raises:
-          UserError: if a setting is not possible.
+            UserError: if a setting is not possible.
         """
 
     @abc.abstractmethod

@@ -46,14 +46,14 @@ def load_hf_adapter(
     known to be right.
 
     Args:
-      folder: what peft's `save_pretrained` or `save_hf_adapter` wrote.
-      model: the base model, with a head of the adapter's shape.
-      names: what transformers calls the modules.
-      name: what the adapter is called in the model, which may have adapters of other names.
-      execution: how the updates are computed, as in `adapt`.
+        folder: what peft's `save_pretrained` or `save_hf_adapter` wrote.
+        model: the base model, with a head of the adapter's shape.
+        names: what transformers calls the modules.
+        name: what the adapter is called in the model, which may have adapters of other names.
+        execution: how the updates are computed, as in `adapt`.
 
     Raises:
-      UserError: naming what has no counterpart here, or is missing, superfluous, damaged or of another shape.
+        UserError: naming what has no counterpart here, or is missing, superfluous, damaged or of another shape.
     """
     folder = Path(folder)
     settings = Settings(folder / CONFIG_NAME)
@@ -93,7 +93,7 @@ class _Tensors:
         """Returns a tensor, which must have this shape.
 
         Raises:
-          UserError: as `TensorFile.take`.
+            UserError: as `TensorFile.take`.
         """
         return self._file.take(ROOT + name, shape)
 
@@ -105,7 +105,7 @@ class _Tensors:
         """Checks that no tensor is left over.
 
         Raises:
-          UserError: saying of the first what it might have been.
+            UserError: saying of the first what it might have been.
         """
         if not self._file.left:
             return

@@ -37,7 +37,7 @@ class LoKrFormat(Format):
         """Returns the factorization, rank and alpha, and the factors.
 
         Raises:
-          UserError: if the factors have other sizes than peft would give them.
+            UserError: if the factors have other sizes than peft would give them.
         """
         low = {module: update.matrix.rank for module, update in updates.items() if _is_low_rank(update.matrix)}
         # Where w2 is dense, any r that is not too small will do: the same for all layers, if possible.

@@ -14,9 +14,9 @@ class Layout(Protocol):
     """One array of a module in both layouts.
 
     Attributes:
-      theirs: the last part of its name there, such as "weight".
-      read: their layout to ours, `(array, shape of our parameter) -> array`.
-      write: our layout to theirs.
+        theirs: the last part of its name there, such as "weight".
+        read: their layout to ours, `(array, shape of our parameter) -> array`.
+        write: our layout to theirs.
     """
 
     theirs: str
@@ -43,8 +43,8 @@ def whole_modules(
     alone would be a part.
 
     Args:
-      parameters: those of the model by path.
-      names: what transformers calls them.
+        parameters: those of the model by path.
+        names: what transformers calls them.
     """
     paths = {path: path.rpartition("/")[0] for path in parameters}
     outer = {module[:end] for module in paths.values() for end, char in enumerate(module) if char == "/"}

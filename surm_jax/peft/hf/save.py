@@ -39,15 +39,15 @@ def save_hf_adapter(
     tensors are found with `PeftModel.from_pretrained(..., key_mapping={name: earlier name, ...})`.
 
     Args:
-      folder: where to; its parents are made.
-      model: the adapted model, trained or not.
-      adapter: what `adapt` or `load_adapter` returned beside it.
-      names: what transformers calls the modules.
-      base_model: name or path of the base model, noted for those who load it.
+        folder: where to; its parents are made.
+        model: the adapted model, trained or not.
+        adapter: what `adapt` or `load_adapter` returned beside it.
+        names: what transformers calls the modules.
+        base_model: name or path of the base model, noted for those who load it.
 
     Raises:
-      UserError: if an update or a trained parameter has no counterpart in peft, or the folder holds something else or
-        cannot be written.
+        UserError: if an update or a trained parameter has no counterpart in peft, or the folder holds something else or
+            cannot be written.
     """
     rows = parts_of(model, adapter)
     parts = {path: part for path, _, part, _ in rows}

@@ -34,15 +34,15 @@ class Settings:
     """What an `adapter_config.json` says.
 
     Attributes:
-      path: the file, for messages.
-      values: its content.
+        path: the file, for messages.
+        values: its content.
     """
 
     def __init__(self, path: Path) -> None:
         """Reads a file.
 
         Raises:
-          UserError: if it cannot be read, or is not an object of JSON, or far too large.
+            UserError: if it cannot be read, or is not an object of JSON, or far too large.
         """
         self.path = path
         if not path.is_file():
@@ -53,7 +53,7 @@ class Settings:
         """Checks that no setting besides the known ones changes what the adapter computes.
 
         Raises:
-          UserError: naming the first that does.
+            UserError: naming the first that does.
         """
         for name, value in self.values.items():
             if name not in known | _WHERE | _ABOUT_TRAINING and value not in _NEUTRAL:
@@ -96,15 +96,15 @@ class Settings:
         """Returns the value of a setting for one module.
 
         Args:
-          name: the setting, such as "r".
-          default: its value if the file does not have it.
-          exceptions: the setting with other values, such as "rank_pattern", by regular expressions: of those that match
-            the end of the module's name, as `peft.utils.other.get_pattern_key` has it, the first counts.
-          module: the name of the module there.
-          whole: whether the value must be a whole number of at least 1, and not just a finite one that is not 0.
+            name: the setting, such as "r".
+            default: its value if the file does not have it.
+            exceptions: the setting with other values, such as "rank_pattern", by regular expressions: of those that
+                match the end of the module's name, as `peft.utils.other.get_pattern_key` has it, the first counts.
+            module: the name of the module there.
+            whole: whether the value must be a whole number of at least 1, and not just a finite one that is not 0.
 
         Raises:
-          UserError: if the value is something else, or an expression cannot be used.
+            UserError: if the value is something else, or an expression cannot be used.
         """
         others = self.values.get(exceptions) or {}
         if not isinstance(others, dict):

@@ -32,8 +32,8 @@ class Method(abc.ABC):
     A number must be finite and not 0, unless its field says otherwise by `at_least`, `below_one` or `one_of`.
 
     Attributes:
-      target: the preset of the model that it is meant for, such as "qkv".
-      learning_rate: a peak to start a search from, for Adam; tasks differ.
+        target: the preset of the model that it is meant for, such as "qkv".
+        learning_rate: a peak to start a search from, for Adam; tasks differ.
     """
 
     name: ClassVar[str]
@@ -58,7 +58,7 @@ class Method(abc.ABC):
         """Returns those that get the method of the modules that a rule matches, by their paths; at least one.
 
         Raises:
-          UserError: if the method's settings leave none.
+            UserError: if the method's settings leave none.
         """
         return paths
 
@@ -104,13 +104,13 @@ class Update(Method):
     """A structured matrix beside a kernel: `W + alpha * unit * dW` (SURM, arXiv 2406.17740, section 4.1).
 
     Attributes:
-      alpha: what the update is multiplied with.
-      learn_alpha: whether alpha is trained too. It may then start at 0, and with it the update, whose matrix starts
-        away from zero.
-      dropout: probability of zeroing an entry of the update's input while training (`surm_jax.adapter_dropout`).
-      frozen: names of the matrix's arrays that are not trained.
-      zero: name of the array that is zero at the start; empty: the matrix's first one.
-      normalized: whether the columns of the sum have learned norms (DoRA).
+        alpha: what the update is multiplied with.
+        learn_alpha: whether alpha is trained too. It may then start at 0, and with it the update, whose matrix starts
+            away from zero.
+        dropout: probability of zeroing an entry of the update's input while training (`surm_jax.adapter_dropout`).
+        frozen: names of the matrix's arrays that are not trained.
+        zero: name of the array that is zero at the start; empty: the matrix's first one.
+        normalized: whether the columns of the sum have learned norms (DoRA).
     """
 
     target: ClassVar[str] = "qkv"
@@ -173,11 +173,11 @@ class Bottleneck(Method):
     that its factors can be stored as one. The second is Houlsby's (arXiv 1902.00751).
 
     Attributes:
-      alpha: what the branch is multiplied with.
-      bias: whether b (and d) are there; they start at 0.
-      activation: one of `ACTIVATIONS`.
-      dropout: probability of zeroing an entry of the branch's input while training.
-      waisted: whether there are two matrices, the first of them random at the start.
+        alpha: what the branch is multiplied with.
+        bias: whether b (and d) are there; they start at 0.
+        activation: one of `ACTIVATIONS`.
+        dropout: probability of zeroing an entry of the branch's input while training.
+        waisted: whether there are two matrices, the first of them random at the start.
     """
 
     target: ClassVar[str] = "houlsby"
@@ -202,7 +202,7 @@ class Selection(Method):
     """Trains parameters of the model itself.
 
     Attributes:
-      patterns: of the paths of parameters, `re.fullmatch`.
+        patterns: of the paths of parameters, `re.fullmatch`.
     """
 
     patterns: ClassVar[tuple[str, ...]]
@@ -216,7 +216,7 @@ def make_method(name: str, settings: dict[str, Any]) -> Method:
     2
 
     Raises:
-      UserError: for an unknown name or setting, or a value that cannot be; the message names the nearest one.
+        UserError: for an unknown name or setting, or a value that cannot be; the message names the nearest one.
     """
     if name not in METHODS:
         raise UserError(f"no method is called {name!r}{did_you_mean(name, METHODS)} (known: {', '.join(METHODS)})")

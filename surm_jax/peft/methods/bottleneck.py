@@ -16,8 +16,8 @@ class _Waisted(Bottleneck):
     """Settings of adapters with a waist.
 
     Attributes:
-      waist: features between the two matrices.
-      scale: standard deviation of the first matrix at the start; the second starts at zero.
+        waist: features between the two matrices.
+        scale: standard deviation of the first matrix at the start; the second starts at zero.
     """
 
     waisted: ClassVar[bool] = True
@@ -45,7 +45,7 @@ class AdapterDrop(_Waisted):
     """Bottleneck adapters that the first blocks do without (AdapterDrop, arXiv 2010.11918, "specialised").
 
     Attributes:
-      skip: how many of the first blocks have no adapter. The block of a module is the first number in its path.
+        skip: how many of the first blocks have no adapter. The block of a module is the first number in its path.
     """
 
     name: ClassVar[str] = "adapter_drop"
@@ -55,7 +55,7 @@ class AdapterDrop(_Waisted):
         """Returns the modules in blocks from `skip` on, and those in no block.
 
         Raises:
-          UserError: if there is none.
+            UserError: if there is none.
         """
         blocks = {path: _block(path) for path in paths}
         chosen = [path for path, block in blocks.items() if block is None or block >= self.skip]

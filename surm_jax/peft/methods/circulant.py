@@ -55,7 +55,7 @@ class C3A(Update):
     4608
 
     Attributes:
-      block: side of a block, which must divide both sizes; 0: the largest that does.
+        block: side of a block, which must divide both sizes; 0: the largest that does.
     """
 
     name: ClassVar[str] = "c3a"

@@ -37,8 +37,8 @@ class LoKr(Update):
     1088
 
     Attributes:
-      rank: of B; it also divides alpha.
-      divisor: first factor of both sizes; 0: as near to their square roots as they allow.
+        rank: of B; it also divides alpha.
+        divisor: first factor of both sizes; 0: as near to their square roots as they allow.
     """
 
     name: ClassVar[str] = "lokr"
@@ -72,9 +72,9 @@ class KAdaptation(Update):
     1600
 
     Attributes:
-      terms: number of products, and side of the A_k; must divide both sizes.
-      rank: of the second factors.
-      scale: standard deviation of A and U.
+        terms: number of products, and side of the A_k; must divide both sizes.
+        rank: of the second factors.
+        scale: standard deviation of A and U.
     """
 
     name: ClassVar[str] = "kadaptation"
@@ -96,10 +96,10 @@ class Compacter(Bottleneck):
     There the A_k are shared by all adapters; here each has its own, terms^3 numbers.
 
     Attributes:
-      terms: number of products, and side of the A_k; must divide the width and the waist.
-      reduction: width over waist.
-      rank: of the second factors.
-      scale: standard deviation of the entries of the first matrix at the start.
+        terms: number of products, and side of the A_k; must divide the width and the waist.
+        reduction: width over waist.
+        rank: of the second factors.
+        scale: standard deviation of the entries of the first matrix at the start.
     """
 
     name: ClassVar[str] = "compacter"

@@ -14,7 +14,7 @@ class _LowRankUpdate(Update):
     """What LoRA and its variants share.
 
     Attributes:
-      rank: of the update; it also divides alpha.
+        rank: of the update; it also divides alpha.
     """
 
     rank: int = 1

@@ -19,10 +19,10 @@ class _AnyFamily(Method):
     """Settings that choose a matrix.
 
     Attributes:
-      family: one of `surm_jax.structured.FAMILIES`, or an expression of them.
-      rank: of the families that have one; of tiles, the rank of the LoRA with as many numbers.
-      f: of f-circulants.
-      scale: standard deviation of random factors.
+        family: one of `surm_jax.structured.FAMILIES`, or an expression of them.
+        rank: of the families that have one; of tiles, the rank of the LoRA with as many numbers.
+        f: of f-circulants.
+        scale: standard deviation of random factors.
     """
 
     family: str = "circulant_pair"

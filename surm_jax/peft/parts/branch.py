@@ -19,8 +19,8 @@ class Branch(nnx.Module):
     Parameter paths: `down/<arrays>`, and `down_bias`, `up/<arrays>` where there is a waist; `bias`.
 
     Args:
-      method: with its settings.
-      matrices: M, or D and U.
+        method: with its settings.
+        matrices: M, or D and U.
     """
 
     def __init__(self, method: Bottleneck, matrices: tuple[StructuredMatrix, ...]) -> None:

@@ -43,7 +43,7 @@ def adapter_dropout(key: jax.Array | None) -> Iterator[None]:
     for all of them, and they would drop alike.
 
     Args:
-      key: a JAX key; `None` means no dropout, as without the block.
+        key: a JAX key; `None` means no dropout, as without the block.
     """
     token = _KEYS.set(None if key is None else _Keys(key))
     try:

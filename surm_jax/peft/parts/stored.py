@@ -12,8 +12,8 @@ class StoredMatrix(nnx.Module):
     """Holds a structured matrix.
 
     Args:
-      matrix: of shape (in_features, out_features).
-      frozen: names of arrays that are not trained; of arrays of a composite, such as `terms_0_B`, their last part.
+        matrix: of shape (in_features, out_features).
+        frozen: names of arrays that are not trained; of arrays of a composite, such as `terms_0_B`, their last part.
     """
 
     def __init__(self, matrix: StructuredMatrix, frozen: Collection[str] = ()) -> None:

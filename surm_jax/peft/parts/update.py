@@ -27,10 +27,10 @@ class Delta(StoredMatrix):
     """The update of one layer by one adapter.
 
     Args:
-      update: the method, with its settings.
-      matrix: the matrix dW, of shape (in_features, out_features).
-      kernel: the layer's, as a matrix of that shape; read for updates that start from its norms.
-      execution: how the product is computed, one of `surm_jax.structured.EXECUTIONS`.
+        update: the method, with its settings.
+        matrix: the matrix dW, of shape (in_features, out_features).
+        kernel: the layer's, as a matrix of that shape; read for updates that start from its norms.
+        execution: how the product is computed, one of `surm_jax.structured.EXECUTIONS`.
     """
 
     def __init__(self, update: Update, matrix: StructuredMatrix, kernel: jax.Array, execution: str = "auto") -> None:

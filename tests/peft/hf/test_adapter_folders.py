@@ -79,7 +79,7 @@ class TestWriting:
         ("target", "update"), [("blocks/0/up", C3A(alpha=0.7, block=3)), ("blocks/0/query", CirculantUpdate(alpha=0.7))]
     )
     def test_c3a(self, target, update, tmp_path):
-        """peft adds `y[q b + i] = sum_{p, a} x[p b + a] w[q, p, (a - i) mod b] / in`."""
+        """Peft adds `y[q b + i] = sum_{p, a} x[p b + a] w[q, p, (a - i) mod b] / in`."""
         model, settings, tensors = saved(tmp_path / "a", (target, update))
         ((name, w),) = tensors.items()
         assert name == f"base_model.model.{MODULES[target][1]}.c3a_kernel"
@@ -98,7 +98,7 @@ class TestWriting:
         ],
     )
     def test_lokr(self, rank, shapes, tmp_path):
-        """peft adds `alpha / r * kron(w1, w2)` to a weight (out, in); `factorization` has 6 = 2 x 3 and 9 = 3 x 3."""
+        """Peft adds `alpha / r * kron(w1, w2)` to a weight (out, in); `factorization` has 6 = 2 x 3 and 9 = 3 x 3."""
         update = LoKr(rank=rank, alpha=0.7)
         model, settings, tensors = saved(tmp_path / "a", ("blocks/0/up", update))
         tensors = {
