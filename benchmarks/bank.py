@@ -18,8 +18,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from benchmarks.command import command, numbers, write
-from benchmarks.timing import device, medians, setting, table
+from benchmarks.timing import benchmark, device, medians, numbers, setting, table, write
 from surm_jax.errors import UserError
 from surm_jax.models import TARGETS, ViT, ViTConfig
 from surm_jax.peft import (
@@ -128,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    benchmark(main)

@@ -29,8 +29,7 @@ import transformers
 from absl import flags
 from flax import nnx
 
-from benchmarks.command import command, write
-from benchmarks.timing import device, medians, setting, table
+from benchmarks.timing import benchmark, device, medians, setting, table, write
 from surm_jax.errors import UserError
 from surm_jax.models import Bert, BertConfig
 from surm_jax.paths import join
@@ -170,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    benchmark(main)

@@ -15,8 +15,7 @@ import optax
 from absl import flags
 from flax import nnx
 
-from benchmarks.command import command, numbers, write
-from benchmarks.timing import device, setting, table
+from benchmarks.timing import benchmark, device, numbers, setting, table, write
 from surm_jax.devices.mesh import make_mesh
 from surm_jax.models import REMAT, TARGETS, ViT, ViTConfig
 from surm_jax.peft import METHODS, Rule, Selection, adapt, make_method
@@ -76,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    benchmark(main)

@@ -22,8 +22,7 @@ from absl import flags
 from flax import nnx
 from tqdm import tqdm
 
-from benchmarks.command import command, write
-from benchmarks.timing import device, setting, table
+from benchmarks.timing import benchmark, device, setting, table, write
 from surm_jax import data
 from surm_jax.devices.mesh import make_mesh, put_batch
 from surm_jax.errors import UserError
@@ -140,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    benchmark(main)

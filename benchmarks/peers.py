@@ -26,9 +26,8 @@ import peft
 import torch
 from absl import flags
 
-from benchmarks.command import command, write
 from benchmarks.layer import frozen_step, random_update, step
-from benchmarks.timing import device, medians, setting, table
+from benchmarks.timing import benchmark, device, medians, setting, table, write
 
 WIDTH = flags.DEFINE_integer("width", 768, "Features in and out.", lower_bound=1)
 TOKENS = flags.DEFINE_integer("tokens", 6304, "Rows of the input.", lower_bound=1)
@@ -157,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    benchmark(main)

@@ -23,8 +23,7 @@ import optax
 from absl import flags
 from flax import nnx
 
-from benchmarks.command import command, numbers, write
-from benchmarks.timing import device, medians, setting, table
+from benchmarks.timing import benchmark, device, medians, numbers, setting, table, write
 from surm_jax.devices.mesh import make_mesh, put_base, put_batch, replicated
 from surm_jax.errors import UserError
 from surm_jax.models import TARGETS, ViT, ViTConfig
@@ -171,4 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    benchmark(main)

@@ -26,9 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks.command import OUT, command, write
 from benchmarks.layer import VARIANTS, check_sizes, frozen_step, random_update, step
-from benchmarks.timing import device, medians, setting, table
+from benchmarks.timing import OUT, benchmark, device, medians, setting, table, write
 from surm_jax.errors import UserError
 from surm_jax.structured import EXECUTIONS, FAMILIES
 from surm_jax.structured.products.choice import TABLE
@@ -175,4 +174,4 @@ def _options(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    command(main)
+    benchmark(main)

@@ -1,15 +1,60 @@
-"""Timing programs against each other: warm, in turn, by medians, so that what else runs beside them hits all alike."""
+"""What all benchmarks share: their command line, fair timing, and tables.
 
+Programs are timed against each other: warm, in turn, by medians, so that a disturbance hits all of them alike.
+"""
+
+import json
 import os
 import platform
 import random
+import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
+from absl import app, flags
 from tqdm import tqdm
+
+from experiments.command import command
+from surm_jax.errors import UserError
+
+OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
+
+
+def benchmark(main: Callable[[], None]) -> None:
+    """Read the flags and run a benchmark; a mistake becomes one line before anything is timed."""
+
+    def checked(arguments: list[str]) -> None:
+        if len(arguments) > 1:
+            raise UserError(f"unknown argument {arguments[1]!r}: flags begin with --")
+        if OUT.value is not None and (Path(OUT.value).is_dir() or not Path(OUT.value).parent.is_dir()):
+            raise UserError(f"--out={OUT.value} must name a file in an existing folder")
+        main()
+
+    # Without this `--help` lists only the flags that the benchmark's own module defines.
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["out"])
+    app.run(lambda arguments: command(lambda: checked(arguments)))
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Write the rows to the file of `--out`, if there is one."""
+    if OUT.value is not None:
+        Path(OUT.value).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def numbers(flag: flags.FlagHolder[list[str]]) -> list[int]:
+    """Return the numbers that a flag lists.
+
+    Raises:
+        UserError: The list is empty, or holds something else than whole numbers from 1 on.
+    """
+    if not flag.value or not all(re.fullmatch(r"[1-9]\d*", text) for text in flag.value):
+        raise UserError(f"--{flag.name}={','.join(flag.value)} must list whole numbers from 1 on, such as 1,2,4")
+    return [int(text) for text in flag.value]
 
 
 def medians(programs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:

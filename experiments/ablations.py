@@ -1,11 +1,11 @@
 r"""What parts of the method matter: one choice changed at a time, everything else equal.
 
-    python experiments/ablations.py
+    python -m experiments.ablations
 
 asks six questions on the embedded digits job: Q, K, V or Q, V; a bias in the adapter or none; the pair of vectors or a
 single one; how large its random vector is; two Toeplitz matrices or one; the rank of `W(G, H)`. With a job of your own,
 
-    python experiments/ablations.py --name=cifar --config=configs/vit_cifar.py --steps=1000 --holdout=2000 \\
+    python -m experiments.ablations --name=cifar --config=configs/vit_cifar.py --steps=1000 --holdout=2000 \\
         --set data.dir=FOLDER_OF_PREPARED_TFDS_SETS
 
 Every variant has the best of three or more learning rates by held-out training examples, and then three other seeds.
@@ -14,9 +14,7 @@ table and the picture of the rows that are there.
 """
 
 import argparse
-import ast
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,17 +23,14 @@ import ml_collections
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from experiments import grid
+from experiments.command import command, load_job, set_values
 from experiments.grid import Grid
-from experiments.jobs import load_job
 from experiments.pictures import draw_scores
 from experiments.rows import Row, Run, note_settings, read_settings
-from surm_jax.errors import UserError, did_you_mean
+from surm_jax.errors import UserError
 from surm_jax.record.progress import Interruption
 from surm_jax.training import parse
-from surm_jax.training.config import keys
 
 RESULTS = grid.RESULTS
 RUNS = Path("runs/ablations")
@@ -114,7 +109,7 @@ def config_of(run: Run, options: argparse.Namespace) -> ml_collections.ConfigDic
         UserError: for a missing file, or a key or value of `--set` that cannot be.
     """
     config, variant = load_job(options.config), VARIANTS[run.method]
-    config = with_values(config, options.set)
+    set_values(config, options.set, SET_HERE)
     config.seeds, config.peft.method, config.peft.target = (run.seed,), variant.method, variant.target
     config.peft[variant.method].update(variant.settings)
     config.optim.steps, config.optim.epochs = options.steps, 0.0
@@ -125,41 +120,13 @@ def config_of(run: Run, options: argparse.Namespace) -> ml_collections.ConfigDic
     return config
 
 
-def with_values(config: ml_collections.ConfigDict, texts: Sequence[str]) -> ml_collections.ConfigDict:
-    """Sets keys of a configuration, each by a text `KEY=VALUE`, and returns it.
-
-    Raises:
-        UserError: for a key or value that cannot be, or a key that the variants set.
-    """
-    for text in texts:
-        key, _, value = text.partition("=")
-        if key not in keys(config):
-            raise UserError(f"--set {text}: the configuration has no key {key!r}{did_you_mean(key, keys(config))}")
-        if key.startswith(SET_HERE):
-            raise UserError(
-                f"--set {text}: {key} is what the variants and their seeds differ in, or an option of its own"
-            )
-        try:
-            config.update_from_flattened_dict({key: _literal(value)})
-        except (TypeError, ValueError) as error:
-            raise UserError(f"--set {text}: {error}") from None
-    return config
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
-
-
 def report(whole: Grid, rows: Sequence[Row], path: Path, settings: Mapping[str, Any]) -> None:
     """Writes a table for every question, and the picture."""
     job = f"`{settings['config']}`" + "".join(f", {text}" for text in settings["set"])
     parts = [
         f"""# Ablations: {path.stem.removeprefix("ablations_")}
 
-`python experiments/ablations.py`: the job {job}; {settings["steps"]:,} steps; {len(whole.seeds)} seeds, mean ± standard
+`python -m experiments.ablations`: the job {job}; {settings["steps"]:,} steps; {len(whole.seeds)} seeds, mean ± standard
 deviation on the test set, in percent; `trained` counts the head too. Empty: not measured yet. Every run is in
 `{path.name}`. Differences of the size of the deviations are noise. Learning rates: see the end.
 """
@@ -205,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     whole = Grid((options.name,), {name: variant.rates for name, variant in VARIANTS.items()}, (0, 1, 2))
     part = dataclasses.replace(whole, rates={name: whole.rates[name] for name in options.variants})
     if not options.report:
-        with_values(load_job(options.config), options.set)
+        set_values(load_job(options.config), options.set, SET_HERE)
         note_settings(path, {name: getattr(options, name) for name in ("config", "set", "steps", "holdout")})
     settings = read_settings(path)
 
@@ -217,4 +184,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    grid.command(main)
+    command(main)

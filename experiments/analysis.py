@@ -1,13 +1,13 @@
 """What fine-tuning did to a network, layer by layer, and which structure its updates have.
 
-    python experiments/analysis.py WORKDIR [--full=WORKDIR_OF_A_FULL_RUN]
+    python -m experiments.analysis WORKDIR [--full=WORKDIR_OF_A_FULL_RUN]
 
 looks at a finished run of `launch.py`, of any method and model (section B.4 of arXiv 2406.17740): rank and condition of
 every update, beside what theory says of the rank; 1 - cosine similarity of tuned and pretrained weights; and, with
 `--full`, the linear CKA of the hidden states of every layer with those of the fully tuned network, on test examples.
 
-    python experiments/analysis.py WORKDIR --energy=full
-    python experiments/analysis.py WORKDIR_OR_CONFIG --energy=gradient
+    python -m experiments.analysis WORKDIR --energy=full
+    python -m experiments.analysis WORKDIR_OR_CONFIG --energy=gradient
 
 answers which structure fits a model and its data: how much of a dense update each family of matrices keeps at equal
 budget (`experiments/energy.py`). The update is what full fine-tuning has learned, in a finished run of the method
@@ -39,11 +39,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from experiments import energy
 from experiments.cka import linear_cka
-from experiments.jobs import load_job
+from experiments.command import command, load_job
 from experiments.updates import LEGEND, Update, block_of, changes, examine, kernels, kind_of, table
 from surm_jax.devices.compilation import use_compilation_cache
 from surm_jax.devices.mesh import put_batch
@@ -369,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     workdir = Path(options.workdir)
     given = {"data.dir": options.data, "model.checkpoint": options.model}
     overrides = {key: value for key, value in given.items() if value}
-    command = f"python experiments/analysis.py {shlex.join(arguments)}"
+    command = f"python -m experiments.analysis {shlex.join(arguments)}"
     out = options.out or RESULTS / f"analysis_{name_of(options.workdir)}"
     out.parent.mkdir(parents=True, exist_ok=True)
     if not options.energy:
@@ -391,7 +389,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+    command(main)

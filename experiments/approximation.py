@@ -1,6 +1,6 @@
 """How near structured matrices come to dense ones: five kinds of targets, six families, equal budgets.
 
-    python experiments/approximation.py
+    python -m experiments.approximation
 
 The approximation study of arXiv 2406.17740 (Figure 5), with low rank and Kronecker products beside its families at the
 same numbers of parameters. Every family is fitted by gradient descent, as there, and as well as we can: in closed form
@@ -16,7 +16,6 @@ import argparse
 import csv
 import functools
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,10 +30,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from experiments.command import command
 from experiments.descent import MOMENTUM, descend, relative_errors
-from experiments.grid import command
 from surm_jax.errors import UserError
 from surm_jax.structured import FAMILIES, StructuredMatrix, refine
 
@@ -348,7 +345,7 @@ def report(results: dict[Kind, Result], trials: int, steps: int) -> str:
     """Returns the text of `approximation.md`."""
     return f"""# Approximation of {SIDE} x {SIDE} matrices
 
-`python experiments/approximation.py`: relative Frobenius errors, mean ± standard deviation of {trials} trials. After
+`python -m experiments.approximation`: relative Frobenius errors, mean ± standard deviation of {trials} trials. After
 arXiv 2406.17740, Figure 5. Bold: the nearest family within a budget, to four digits.
 
 Targets: **gaussian** is i.i.d. N(0, 1); **near low rank** is `G H^T + {NOISE} R`, with normal G and H of {LOW_RANK}

@@ -1,11 +1,11 @@
 """Four methods on the embedded digits job, three seeds each: a table and a picture.
 
-    python experiments/digits_methods.py
+    python -m experiments.digits_methods
 
 Runs `configs/digits.py` for each of linear_probe, lora, circulant and full (in `runs/digits_methods/`; what is complete
 is not run again) and writes `experiments/results/digits_methods.csv`, `.md` and `.png`.
 
-    python experiments/digits_methods.py --search
+    python -m experiments.digits_methods --search
 
 compares learning rates for `configs/digits.py`, three for each of them, by the accuracy on 150 held-out training images
 (mean of two seeds, runs in `runs/digits_search/`), and writes `experiments/results/digits_search.md`.
@@ -14,7 +14,6 @@ compares learning rates for `configs/digits.py`, three for each of them, by the 
 import argparse
 import csv
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from configs import digits
-from experiments.grid import command
+from experiments.command import command
 from surm_jax.record.metrics import read_metrics
 from surm_jax.training import parse
 from surm_jax.training.modes import train_run

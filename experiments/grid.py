@@ -10,14 +10,12 @@ import dataclasses
 import math
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from experiments.rows import Row, Run, add_row, read_rows, run_of
 from surm_jax.devices.compilation import use_compilation_cache
-from surm_jax.errors import UserError
 from surm_jax.record.metrics import NotFiniteError, read_metrics
 from surm_jax.record.progress import Interruption
 from surm_jax.training.config import RunConfig
@@ -259,14 +257,3 @@ def work(
     if interruption.signal:
         made = f"{grid.done(rows)} of {grid.size(rows)} runs are in {path}"
         raise InterruptedRunError(f"stopped: {made}; the same command goes on", 128 + interruption.signal)
-
-
-def command(main: Callable[[], None]) -> None:
-    """Runs a script: what is wrong becomes one line, an interruption its exit status."""
-    try:
-        main()
-    except InterruptedRunError as interruption:
-        print(interruption, file=sys.stderr)
-        sys.exit(interruption.status)
-    except UserError as error:
-        sys.exit(f"error: {error}")

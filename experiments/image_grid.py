@@ -80,7 +80,7 @@ def settings_of(options: argparse.Namespace, classes: tuple[str, ...], about: st
     """
     if not options.model and not pretrain_cifar.MODEL.is_file():
         raise UserError(
-            f"there is no {pretrain_cifar.MODEL}: python experiments/pretrain_cifar.py writes it; or give another"
+            f"there is no {pretrain_cifar.MODEL}: python -m experiments.pretrain_cifar writes it; or give another"
             " model with --model"
         )
     model = options.model or str(pretrain_cifar.MODEL)

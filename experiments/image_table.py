@@ -1,11 +1,11 @@
 r"""Sets of images with one backbone and any methods: the paper's Table 1 and Figure 7, and VTAB-1k of its Table 2.
 
-    python experiments/image_table.py --data=FOLDER_OF_PREPARED_TFDS_SETS
+    python -m experiments.image_table --data=FOLDER_OF_PREPARED_TFDS_SETS
 
 adapts what `pretrain_cifar.py` made to the five classes of CIFAR-10 that it never saw, with all their 25,000 images, in
 200 steps of 64 (half a pass): some 15 minutes on two CPU cores. With a backbone and sets of your own:
 
-    python experiments/image_table.py --name=vit_b --model=augreg --variant=B/16 --steps=20000 \\
+    python -m experiments.image_table --name=vit_b --model=augreg --variant=B/16 --steps=20000 \\
         --sets cifar10 cifar100 dtd --methods circulant lora full --rates circulant=2e-5,5e-5,2e-4 \\
         --data=FOLDER_OF_PREPARED_TFDS_SETS
 
@@ -23,16 +23,14 @@ rows that are there.
 import argparse
 import dataclasses
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from experiments import grid, image_grid
+from experiments.command import command
 from experiments.grid import Grid
 from experiments.image_grid import Settings
 from experiments.rows import Row, Run, note_settings, read_rows
@@ -77,7 +75,7 @@ def report(whole: Grid, rows: Sequence[Row], settings: Settings, path: Path) -> 
     """Writes the table and the picture beside the rows."""
     text = f"""# Images: {path.stem.removeprefix("image_table_")}
 
-By `python experiments/image_table.py`. {image_grid.describe(settings)}
+By `python -m experiments.image_table`. {image_grid.describe(settings)}
 
 {len(whole.seeds)} seeds, mean ± standard deviation on the test set, in percent; `trained` counts the head. Empty: not
 measured yet. Every run is in `{path.name}`.
@@ -130,4 +128,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    grid.command(main)
+    command(main)

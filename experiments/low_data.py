@@ -1,12 +1,12 @@
 r"""How much data each method needs: accuracy against the share of the training set that is used, the paper's Figure 6.
 
-    python experiments/low_data.py --data=FOLDER_OF_PREPARED_TFDS_SETS
+    python -m experiments.low_data --data=FOLDER_OF_PREPARED_TFDS_SETS
 
 adapts what `pretrain_cifar.py` made to the five classes of CIFAR-10 that it never saw, with 1, 2, 5, 10, 20 and 100 %
 of their 25,000 images. A share is the same images for every method and seed, and all of the smaller ones are in it.
 With a backbone and sets of your own, each a table and a picture:
 
-    python experiments/low_data.py --name=clip --model=hf://openai/clip-vit-base-patch16 --sets dtd sun397 \\
+    python -m experiments.low_data --name=clip --model=hf://openai/clip-vit-base-patch16 --sets dtd sun397 \\
         --steps=2000 --data=FOLDER_OF_PREPARED_TFDS_SETS
 
 What made all of it but the bottleneck fit into 71 minutes on two CPU cores: 200 steps of 64 images in every run,
@@ -25,16 +25,14 @@ import argparse
 import dataclasses
 import re
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from experiments import grid, image_grid
+from experiments.command import command
 from experiments.grid import Grid
 from experiments.image_grid import Settings
 from experiments.rows import Row, Run, note_settings, read_rows
@@ -118,7 +116,7 @@ def report(whole: Grid, rows: Sequence[Row], settings: Settings, path: Path) -> 
     whole = dataclasses.replace(whole, tasks=tuple(sorted(whole.tasks, key=fraction_of)))
     text = f"""# Little data: {path.stem.removeprefix("low_data_")}
 
-By `python experiments/low_data.py`. {image_grid.describe(settings)}
+By `python -m experiments.low_data`. {image_grid.describe(settings)}
 
 A column is the share of the training examples that was learned from. {len(whole.seeds)} seeds, mean ± standard
 deviation on the test set, in percent; `trained` counts the head. Empty: not measured yet. Every run is in
@@ -197,4 +195,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    grid.command(main)
+    command(main)

@@ -2,11 +2,7 @@
 
 import itertools
 import statistics
-import sys
-from pathlib import Path
 from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.evidence import read, values
 from experiments.grid import mean_and_deviation

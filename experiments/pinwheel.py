@@ -1,6 +1,6 @@
 """Which structured matrix can stand for the hidden layer of a small network? A table, loss curves, decision regions.
 
-    python experiments/pinwheel.py
+    python -m experiments.pinwheel
 
 After Figures 4 and 9 of arXiv 2406.17740: points of the plane on a pinwheel of 5 spokes, one class each, and a network
 with a hidden layer of 64 x 64 numbers, which is replaced by a matrix of 128: LoRA of rank 1, a pair of circulants, a
@@ -26,7 +26,6 @@ import csv
 import functools
 import itertools
 import statistics
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -39,9 +38,8 @@ from jaxtyping import Array, Float, Int
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from experiments.cka import linear_cka
+from experiments.command import command
 from surm_jax import structured
 from surm_jax.record.progress import Progress
 
@@ -368,7 +366,7 @@ def report(trials: Sequence[Trial], runs: Sequence[Run], data: Data, folder: Pat
             rows.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in values])
     title = f"""# Pinwheel
 
-`python experiments/pinwheel.py`: {len(SEEDS)} seeds, {EPOCHS:,} epochs. The hidden layer of 64 x 64 is dense, or a
+`python -m experiments.pinwheel`: {len(SEEDS)} seeds, {EPOCHS:,} epochs. The hidden layer of 64 x 64 is dense, or a
 matrix of few numbers. Means over seeds, for accuracy and CKA ± standard deviation; every run is in `pinwheel.csv`. CKA
 is with the dense layer of the same seed, and that of the dense layer with another seed. The script says how it is done.
 """
@@ -397,4 +395,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

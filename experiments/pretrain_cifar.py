@@ -1,6 +1,6 @@
 """Pretrains a small ViT on five classes of CIFAR-10, from nothing, for the studies that adapt it to the other five.
 
-    python experiments/pretrain_cifar.py --data=FOLDER_OF_PREPARED_TFDS_SETS
+    python -m experiments.pretrain_cifar --data=FOLDER_OF_PREPARED_TFDS_SETS
 
 Writes `runs/pretrain_cifar/model.safetensors`, which `image_table.py` and `low_data.py` read, and the accuracy that it
 reached to `experiments/results/pretrain_cifar.md`. The model learns airplanes, birds, deer, frogs and ships; it never
@@ -13,13 +13,11 @@ goes on where it was stopped.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from experiments import grid
+from experiments.command import command
 from surm_jax import data
 from surm_jax.devices.compilation import use_compilation_cache
 from surm_jax.errors import UserError
@@ -81,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     minutes = result["seconds"] / 60
     text = f"""# A small ViT, pretrained on five classes of CIFAR-10
 
-`python experiments/pretrain_cifar.py --data=FOLDER_OF_PREPARED_TFDS_SETS`: airplane, bird, deer, frog and ship; random
+`python -m experiments.pretrain_cifar --data=FOLDER_OF_PREPARED_TFDS_SETS`: airplane, bird, deer, frog and ship; random
 weights at the start, test images of these classes.
 
 | parameters | passes | steps | test accuracy | minutes |
@@ -94,4 +92,4 @@ weights at the start, test images of these classes.
 
 
 if __name__ == "__main__":
-    grid.command(main)
+    command(main)

@@ -1,6 +1,6 @@
 """Pretrains the small ViT that the package ships, on handwritten digits 0 to 4, from nothing.
 
-    python experiments/pretrain_digits.py
+    python -m experiments.pretrain_digits
 
 Writes `runs/pretrain_digits/model.safetensors`. With `--replace` it also takes the place of the shipped file,
 `surm_jax/pretrained/weights/vit_digits.safetensors`, which `configs/digits.py` adapts to the digits 5 to 9. Adapters
@@ -13,16 +13,13 @@ the library, in `runs/pretrain_digits`; the images are in `runs/pretrain_digits.
 
 import argparse
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from configs import digits
-from experiments.grid import command
+from experiments.command import command
 from surm_jax import data
 from surm_jax.files import replacing
 from surm_jax.pretrained.sources import DIGITS_WEIGHTS

@@ -1,6 +1,6 @@
 """Which structure fits a positive semi-definite matrix best, with 50 numbers each: the order, and where it holds.
 
-    python experiments/psd.py
+    python -m experiments.psd
 
 The first study of arXiv 2406.17740 (Figure 1, left): a random 50 x 50 matrix is approximated by a matrix of rank one,
 `u u^T`; the Kronecker product `A (x) A^T` of a 10 x 5 matrix; a circulant; and a symmetric Toeplitz matrix. Gradient
@@ -22,7 +22,6 @@ import argparse
 import csv
 import itertools
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,10 +35,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from experiments.command import command
 from experiments.descent import MOMENTUM, descend, relative_errors
-from experiments.grid import command
 from surm_jax.errors import UserError
 from surm_jax.structured import Circulant, Kronecker, LowRank, SymmetricToeplitz
 
@@ -214,7 +211,7 @@ def report(study: Study, trials: int, steps: int) -> str:
     lines = [
         f"# A {SIDE} x {SIDE} positive semi-definite matrix in {SIDE} numbers",
         "",
-        f"`python experiments/psd.py`: relative Frobenius errors, mean ± standard deviation of {trials} trials. After "
+        f"`python -m experiments.psd`: relative Frobenius errors, mean ± standard deviation of {trials} trials. After "
         "arXiv 2406.17740, Figure 1, left.",
         f"Gradient descent: {steps:,} steps with learning rate {LEARNING_RATE} (the paper's) and momentum {MOMENTUM} "
         "on the squared relative error.",

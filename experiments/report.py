@@ -1,21 +1,17 @@
 """The paper's claims beside what was measured here: `experiments/results/README.md`.
 
-    python experiments/report.py
+    python -m experiments.report
 
 Reads the csv files in `experiments/results/`, and two of `benchmarks/results/`, and writes nothing that does not follow
 from them. A claim whose files are missing, or whose grid is not finished, is "not measured here".
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from experiments import evidence, matrix_evidence
-from experiments.grid import command
+from experiments.command import command
 from experiments.verdicts import VERDICTS, Measured
 
 
@@ -43,14 +39,14 @@ DIGITS = "ViT of 0.2 M parameters pretrained on the digits 0 to 4, digits 5 to 9
 CIFAR = "ViT of 2.7 M parameters pretrained on five classes of CIFAR-10, the other five"
 MINILM = "all-MiniLM-L6-v2, validation sets"
 DATA = "--data=FOLDER_OF_PREPARED_TFDS_SETS"
-PRETRAIN = f"python experiments/pretrain_cifar.py {DATA}"
+PRETRAIN = f"python -m experiments.pretrain_cifar {DATA}"
 CLAIMS = (
     Claim(
         "Matrices",
         "A 50 x 50 PSD matrix in 50 numbers: low rank is worst, then Kronecker, circulant, Toeplitz (Figure 1)",
         "in all trials; in part: in some, or with other factors of 50 x 50 matrices",
         "X X^T with normal X, 50 x 50, unit rows",
-        "python experiments/psd.py",
+        "python -m experiments.psd",
         matrix_evidence.psd_order,
     ),
     Claim(
@@ -58,7 +54,7 @@ CLAIMS = (
         "Near low rank targets are best approximated with r = 1, 2 or 4 (Figure 5)",
         "the smallest error of gradient descent at these is below that at all others",
         "G H^T + 0.05 R, 100 x 100, with 2 columns of G and H, which is our choice: r = 4 can hold them",
-        "python experiments/approximation.py",
+        "python -m experiments.approximation",
         matrix_evidence.near_low_rank,
     ),
     Claim(
@@ -66,7 +62,7 @@ CLAIMS = (
         "On random targets the error of W(G, H) is not monotone in r (Figure 5)",
         "gradient descent has a larger error somewhere; the nearest cannot",
         "i.i.d. normal, 100 x 100",
-        "python experiments/approximation.py",
+        "python -m experiments.approximation",
         matrix_evidence.random_targets,
     ),
     Claim(
@@ -74,7 +70,7 @@ CLAIMS = (
         "On the pinwheel LoRA's loss stays several times higher; structured layers reach the dense one (Figure 4)",
         "training loss of LoRA above 2 x the dense layer's, of the others below, in every seed; in part: in some",
         "5 spokes, 64 x 64, learning rates chosen by held-out loss",
-        "python experiments/pinwheel.py",
+        "python -m experiments.pinwheel",
         matrix_evidence.pinwheel,
     ),
     Claim(
@@ -90,7 +86,7 @@ CLAIMS = (
         "5 to 7 points above LoRA at equal parameters on some sets (Table 1)",
         "5 points by one of the three updates",
         CIFAR,
-        f"{PRETRAIN}; python experiments/image_table.py {DATA}",
+        f"{PRETRAIN}; python -m experiments.image_table {DATA}",
         evidence.images,
     ),
     Claim(
@@ -98,7 +94,7 @@ CLAIMS = (
         "About 2 % of the data reach full fine-tuning on all of it: CIFAR-10, STL-10; 20 %: SUN397 (Figure 6)",
         "circulants with 2 % at most 1 point below full fine-tuning with all, after as many steps; in part: with 20 %",
         CIFAR,
-        f"{PRETRAIN}; python experiments/low_data.py {DATA}",
+        f"{PRETRAIN}; python -m experiments.low_data {DATA}",
         evidence.low_data,
     ),
     Claim(
@@ -114,7 +110,7 @@ CLAIMS = (
         "In the top 2 on 10 sets of VTAB-1k (Table 2)",
         "on 10 sets or more; in part: on fewer",
         "ViT-B/16",
-        "python experiments/image_table.py --vtab --name=vtab --model=augreg --variant=B/16 --sets caltech101 dtd ..."
+        "python -m experiments.image_table --vtab --name=vtab --model=augreg --variant=B/16 --sets caltech101 dtd ..."
         f" {DATA}",
         evidence.vtab,
     ),
@@ -123,7 +119,7 @@ CLAIMS = (
         "iNat2021: full 69.98, circulant 69.01; ImageNet-1k comparable to full",
         "at most 1 point below full fine-tuning on both",
         "ViT-B/16",
-        "python experiments/image_table.py --name=large --model=augreg --variant=B/16"
+        "python -m experiments.image_table --name=large --model=augreg --variant=B/16"
         f" --sets i_naturalist2021 imagenet2012 --methods circulant full {DATA}",
         evidence.large,
     ),
@@ -132,7 +128,7 @@ CLAIMS = (
         "Adapters with up to 12 x fewer parameters at near-equal quality on GLUE",
         "12 x fewer beside the head, at most 1 point less on average",
         MINILM,
-        f"python experiments/glue_minilm.py {DATA}",
+        f"python -m experiments.glue_minilm {DATA}",
         evidence.glue_adapters,
     ),
     Claim(
@@ -140,7 +136,7 @@ CLAIMS = (
         "Of the structured updates the circulant is the most accurate on average",
         "its mean is above both others'",
         MINILM,
-        f"python experiments/glue_minilm.py {DATA}",
+        f"python -m experiments.glue_minilm {DATA}",
         evidence.glue_best,
     ),
     Claim(
@@ -164,8 +160,8 @@ CLAIMS = (
         "Trained circulants and Toeplitz matrices are non-singular everywhere, Kronecker products of maximal rank",
         "in every layer, all three; in part: one or two of them",
         DIGITS,
-        "python launch.py; python experiments/analysis.py runs/digits; with METHOD toeplitz and kronecker: python"
-        " launch.py --config.peft.method=METHOD --workdir=runs/digits_METHOD; python experiments/analysis.py"
+        "python launch.py; python -m experiments.analysis runs/digits; with METHOD toeplitz and kronecker: python"
+        " launch.py --config.peft.method=METHOD --workdir=runs/digits_METHOD; python -m experiments.analysis"
         " runs/digits_METHOD",
         evidence.ranks,
     ),
@@ -174,7 +170,7 @@ CLAIMS = (
         "Leaving out K changes little",
         "at most 1 point",
         DIGITS,
-        "python experiments/ablations.py",
+        "python -m experiments.ablations",
         evidence.without_keys,
     ),
     Claim(
@@ -182,7 +178,7 @@ CLAIMS = (
         "A bias helps every adapter, the Kronecker one least",
         "all gain, the Kronecker one less than the others; in part: not less",
         DIGITS,
-        "python experiments/ablations.py",
+        "python -m experiments.ablations",
         evidence.adapter_bias,
     ),
     Claim(
@@ -204,7 +200,7 @@ def page(claims: Sequence[Claim]) -> str:
     parts = [
         f"""# What the paper claims, and what was measured here
 
-arXiv 2406.17740. Written by `python experiments/report.py` from the files in this folder; what is not in them is not
+arXiv 2406.17740. Written by `python -m experiments.report` from the files in this folder; what is not in them is not
 here. Of {len(claims)} claims: {summary}, not measured here: {len(claims) - len(verdicts)}.
 "Holds" means: here, on a small model and small data, by the rule that is given; no more. The rules are ours. A
 difference of means is given with its 95 % confidence interval over seeds (Welch's t-test), which has to be on one side

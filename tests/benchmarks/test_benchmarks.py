@@ -153,7 +153,7 @@ def test_bert(tmp_path):
     [
         ("step", ["lora"], "error: unknown argument 'lora': flags begin with --"),
         ("step", ["--batch=0"], "--batch=0"),
-        ("structured", ["--out=missing/x.json"], "error: --out=missing/x.json must name a file, in a folder that is"),
+        ("structured", ["--out=missing/x.json"], "error: --out=missing/x.json must name a file in an existing folder"),
         ("structured", ["--out=README.md"], "error: --out=README.md holds something else than rows"),
         ("bank", ["--method=foo"], "--method=foo"),
         ("bank", ["--adapters=a"], "error: --adapters=a must list whole numbers"),

@@ -6,8 +6,8 @@ import shlex
 
 import pytest
 
-from benchmarks import report, scale
-from docs import draw_families, list_methods
+from benchmarks import pictures, report, scale
+from docs import list_methods
 from surm_jax.files import cache_root
 from surm_jax.training import base_config
 from surm_jax.training.config import keys
@@ -16,7 +16,7 @@ PAGE = (report.ROOT / "docs" / "speed.md").read_text()
 COMMANDS = [block.replace("\\\n", " ").split() for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)]
 
 
-@pytest.mark.parametrize("module", [report, scale, list_methods, draw_families])
+@pytest.mark.parametrize("module", [report, scale, list_methods, pictures])
 @pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("stray", 2)])
 def test_help_and_stray_words_write_nothing(module, argument, status, monkeypatch):
     for name in ("page", "row", "draw"):

@@ -70,7 +70,7 @@ def test_runs_go_on_and_are_reported(tmp_path, monkeypatch, capsys):
         ({"config": "configs/digit.py"}, "no configuration 'configs/digit.py'"),
         ({"set": ["data.nme=x"]}, "no key 'data.nme'; did you mean 'data.name'"),
         ({"set": ["data.batch_size=many"]}, "data.batch_size=many"),
-        ({"set": ["peft.method=lora"]}, "peft.method is what the variants and their seeds differ in"),
+        ({"set": ["peft.method=lora"]}, "the experiment sets peft.method itself"),
     ],
 )
 def test_wrong_input(changes, message):

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from experiments import grid
+from experiments.command import command
 from experiments.grid import Grid, next_rate, work
 from experiments.rows import COLUMNS, Run, add_row, note_settings, read_rows, read_settings
 from surm_jax.errors import UserError
@@ -266,10 +267,10 @@ def test_a_script_ends_with_one_line(error, status, said, capsys):
         raise error
 
     with pytest.raises(SystemExit) as exit_:
-        grid.command(main)
+        command(main)
     assert exit_.value.code == status
     assert said in capsys.readouterr().err
-    grid.command(lambda: print("done", file=sys.stderr))
+    command(lambda: print("done", file=sys.stderr))
     assert "done" in capsys.readouterr().err
 
 

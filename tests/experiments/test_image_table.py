@@ -178,7 +178,7 @@ def test_by_default_the_classes_are_those_that_the_model_never_saw(tmp_path, mon
         (["--sets", "dat.npz"], "no data file .*dat.npz; did you mean 'data.npz'"),
         (["--sets", "glue/rte"], "glue/rte"),
         (["--classes", "0", "7"], "'data.npz' has no class '7'"),
-        (["--model="], "there is no runs/pretrain_cifar/model.safetensors: python experiments/pretrain_cifar.py"),
+        (["--model="], "there is no runs/pretrain_cifar/model.safetensors: python -m experiments.pretrain_cifar"),
         (["--model=weigths.safetensors"], "no checkpoint 'weigths.safetensors'.*did you mean 'weights.safetensors'"),
         (["--steps=0"], "config.optim.steps must be at least 1"),
         (["--name=none", "--report"], "nothing to report: .*image_table_none.json does not exist"),

@@ -113,7 +113,7 @@ def test_several_sets_have_a_table_each(small, pretended, tmp_path):
         (["--fractions", "1"], "1 %: 0 of 40 training examples are too few"),
         (["--sets", "data.npz", "dat.npz"], "no data file .*dat.npz; did you mean 'data.npz'"),
         (["--model=weigths.safetensors"], "no checkpoint 'weigths.safetensors'.*did you mean 'weights.safetensors'"),
-        (["--model="], "there is no runs/pretrain_cifar/model.safetensors: python experiments/pretrain_cifar.py"),
+        (["--model="], "there is no runs/pretrain_cifar/model.safetensors: python -m experiments.pretrain_cifar"),
         (["--name=none", "--report"], "nothing to report: .*low_data_none_data.npz.json does not exist"),
     ],
 )

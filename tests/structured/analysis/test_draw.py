@@ -151,7 +151,7 @@ def test_the_package_does_not_load_matplotlib_and_drawing_not_pyplot():
 
 
 def test_every_family_is_on_the_page_with_its_picture():
-    from docs.draw_families import EXAMPLES
+    from benchmarks.pictures import EXAMPLES
 
     page = PAGE.read_text()
     headings = re.findall(r"^## .*`(\w+)`", page, re.MULTILINE)
@@ -180,9 +180,9 @@ def test_the_code_on_the_page_runs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["circulant", "kronecker"])
 def test_pictures_of_the_page_are_those_of_its_command(name, tmp_path):
-    from docs.draw_families import main
+    from benchmarks.pictures import main
 
-    assert "python -m docs.draw_families" in PAGE.read_text()
+    assert "python -m benchmarks.pictures" in PAGE.read_text()
     main(["--out", str(tmp_path), name])
     assert [path.name for path in tmp_path.iterdir()] == [f"{name}.png"]
     drawn, shown = (

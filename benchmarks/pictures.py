@@ -1,4 +1,4 @@
-"""Draws the picture of every family for docs/structured.md: `python -m docs.draw_families`, from the project's root."""
+"""Draw the picture of every family for docs/structured.md: `python -m benchmarks.pictures`, from the root."""
 
 import argparse
 import io
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Writes one PNG for each family into a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", choices=EXAMPLES, metavar="FAMILY", help="default: all")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "structured", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("docs/structured"), help="default: %(default)s")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.families or EXAMPLES:

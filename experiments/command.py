@@ -1,0 +1,70 @@
+"""What the command lines of experiments share: errors in one line, and jobs by name with values of their keys."""
+
+import ast
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from surm_jax.errors import UserError, did_you_mean
+from surm_jax.training.config import keys
+from surm_jax.training.loop import InterruptedRunError
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run a program: a `UserError` ends it with one line, an interruption with the status of its signal."""
+    try:
+        main()
+    except InterruptedRunError as interruption:
+        print(interruption, file=sys.stderr)
+        sys.exit(interruption.status)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def load_job(name: str) -> ml_collections.ConfigDict:
+    """Return the configuration that `FILE.py`, or `FILE.py:ARGUMENT`, makes.
+
+    Raises:
+        UserError: There is no such file, it makes no configuration, or its argument is wrong.
+    """
+    file, _, argument = name.partition(":")
+    if not Path(file).is_file():
+        raise UserError(f"there is no configuration {file!r}, such as configs/digits.py")
+    make = runpy.run_path(file).get("get_config")
+    if make is None:
+        raise UserError(f"{file} has no function get_config, which makes the configuration of a job")
+    return make(argument) if argument else make()
+
+
+def set_values(config: ml_collections.ConfigDict, texts: Sequence[str], reserved: Sequence[str]) -> None:
+    """Set keys of a configuration, each from a text `KEY=VALUE`.
+
+    Args:
+        config: What is changed.
+        texts: The values as a person types them after `--set`.
+        reserved: Keys, or the beginnings of keys, that the experiment sets itself.
+
+    Raises:
+        UserError: A key is unknown or reserved, or a value does not fit its key.
+    """
+    for text in texts:
+        key, _, value = text.partition("=")
+        if key not in keys(config):
+            raise UserError(f"--set {text}: the configuration has no key {key!r}{did_you_mean(key, keys(config))}")
+        if key.startswith(tuple(reserved)):
+            raise UserError(f"--set {text}: the experiment sets {key} itself")
+        try:
+            config.update_from_flattened_dict({key: _literal(value)})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--set {text}: {error}") from None
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
