@@ -134,8 +134,9 @@ class Plan:
 
     @property
     def base_bytes(self) -> float:
-        """Of the frozen base, bfloat16, on one chip; of split blocks two are there as a whole, one in use, one on its
-        way.
+        """Bytes of the frozen base on one chip, in bfloat16.
+
+        Two blocks of a split base are there as a whole: one in use, one on its way.
         """
         if self.method == "full":
             return 0.0

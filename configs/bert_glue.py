@@ -1,6 +1,6 @@
 r"""GLUE with BERT: a task, and a method.
 
-    python launch.py --config=configs/bert_glue.py:task=rte,method=circulant_adapter \\
+    python launch.py --config=configs/bert_glue.py:task=rte,method=circulant_adapter \
         --config.data.dir=FOLDER_OF_PREPARED_TFDS_SETS
 
 Tasks: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli. The model is `bert-base-uncased` from the Hugging Face Hub,

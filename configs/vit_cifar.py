@@ -1,12 +1,13 @@
-r"""ViT-B/16 (ImageNet-21k, AugReg) on CIFAR-10 with the settings of SURM (arXiv 2406.17740, section 5): Adam, learning
-rate 5e-5, batch 64, 20,000 steps, circulant updates on query, key and value.
+r"""ViT-B/16 (ImageNet-21k, AugReg) on CIFAR-10 with the settings of SURM (arXiv 2406.17740, section 5).
+
+They are Adam with the learning rate 5e-5, batch 64, 20,000 steps, and circulant updates on query, key and value.
 
     python launch.py --config=configs/vit_cifar.py --config.data.dir=FOLDER_OF_PREPARED_TFDS_SETS
 
 The weights are downloaded once. A small model on 32 x 32 pixels, from random weights, for a try without them:
 
-    python launch.py --config=configs/vit_cifar.py --config.model.variant=mini --config.model.checkpoint=none \\
-        --config.peft.method=full --config.optim.learning_rate.full=1e-3 --config.optim.warmup_ratio=0.15 \\
+    python launch.py --config=configs/vit_cifar.py --config.model.variant=mini --config.model.checkpoint=none \
+        --config.peft.method=full --config.optim.learning_rate.full=1e-3 --config.optim.warmup_ratio=0.15 \
         --config.optim.steps=300 --config.data.dir=FOLDER_OF_PREPARED_TFDS_SETS
 """
 

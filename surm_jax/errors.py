@@ -18,8 +18,8 @@ class UserError(ValueError):
     Names and values in it may come from files of strangers: control characters are shown as escapes, and of a very
     long message the middle is left out.
 
-    >>> str(UserError("no layer \\x1b[2J" + "a" * 10_000))[:20], len(str(UserError("a" * 10_000)))
-    ('no layer \\\\x1b[2Jaaaa', 4005)
+    >>> str(UserError("no layer \x1b[2J" + "a" * 10_000))[:20], len(str(UserError("a" * 10_000)))
+    ('no layer \\x1b[2Jaaaa', 4005)
     """
 
     def __str__(self) -> str:

@@ -25,7 +25,7 @@ class Rule:
     r"""Gives the modules whose path `target` matches as a whole a method, or keeps later rules from them.
 
     >>> from surm_jax.peft.methods import LoRA
-    >>> Rule(r"blocks/\\d+/attention/(query|value)", LoRA(rank=4)).method.rank
+    >>> Rule(r"blocks/\d+/attention/(query|value)", LoRA(rank=4)).method.rank
     4
 
     Attributes:
@@ -126,7 +126,7 @@ class Adapter:
             kind = getattr(variable, "type", type(variable))
             if issubclass(kind, AdapterParam):
                 return adapter_of(path) == self.name
-            return issubclass(kind, nnx.Param) and any(pattern.fullmatch(join(path)) for pattern in patterns)
+            return issubclass(kind, nnx.Param) and any(pattern.matches(join(path)) for pattern in patterns)
 
         return is_trainable
 

@@ -32,7 +32,7 @@ def as_is(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 class KeyRule:
     r"""Which parameter a key of a file fills, and how.
 
-    >>> re.fullmatch(r"layer_(\\d+)/w", "layer_3/w").expand(r"blocks/\\1/kernel")
+    >>> re.fullmatch(r"layer_(\d+)/w", "layer_3/w").expand(r"blocks/\1/kernel")
     'blocks/3/kernel'
     """
 

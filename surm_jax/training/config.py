@@ -144,8 +144,10 @@ class RuleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """What is adapted, and how. `methods` has the settings of every method by name; in the configuration they stand
-    beside the others: `--config.peft.lora.rank=4`.
+    """What is adapted, and how.
+
+    `methods` has the settings of every method by name; in the configuration they stand beside the other keys:
+    `--config.peft.lora.rank=4`.
     """
 
     # One of METHODS.

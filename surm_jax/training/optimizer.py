@@ -46,7 +46,7 @@ def groups_of(paths: Iterable[str], groups: GroupsConfig) -> dict[str, str]:
     patterns = {name: compile_pattern(group.pattern) for name, group in vars(groups).items()}
     labels = {}
     for path in paths:
-        labels[path] = next((name for name, pattern in patterns.items() if pattern.fullmatch(path)), None)
+        labels[path] = next((name for name, pattern in patterns.items() if pattern.matches(path)), None)
         if labels[path] is None:
             raise UserError(
                 f"no pattern of config.optim.groups matches {path}: the last group, rest, should take all (.*)"

@@ -105,8 +105,10 @@ def test_memory_holds_frozen_weights_once_and_trained_ones_three_times(method):
 
 
 def ten_steps(kind, method, mesh, scan):
-    """Losses and gradient norms, the arrays before and after each step, the size of all gradients that come at a time,
-    the frozen state, and the collectives of the program.
+    """Make ten steps.
+
+    Returns losses and gradient norms, the arrays before and after each step, the size of all gradients that come at a
+    time, the frozen state, and the collectives of the program.
     """
     built, sgd = small.build(kind, method), optax.sgd(0.1)
     parts, trained, frozen = partition(built.model, built.adapter, scan_layers=scan)

@@ -6,8 +6,7 @@ are the same.
 
 import json
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from surm_jax.data.text.dataset import TextSource
 from surm_jax.errors import UserError
-from surm_jax.paths import is_fast
 
 TOKENIZER_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
 WORD_PIECES_NAME = "vocab.txt"
@@ -144,15 +142,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _whole(path: Path) -> tokenizers.Tokenizer:
-    """Reads a `tokenizer.json`, which says how text is taken apart: by nothing that takes long, and to the end."""
-    tree = _read_json(path)
-    for pattern in _parse(path, lambda: list(_patterns(tree))):
-        try:
-            fast = isinstance(pattern, str) and is_fast(pattern)
-        except (re.error, OverflowError, RecursionError):
-            fast = False
-        if not fast:
-            raise UserError(f"{path} has the pattern {pattern!r:.200}, which could take very long to match")
+    """Read a `tokenizer.json`, and switch off its padding and truncation."""
+    _read_json(path)
     library = _parse(path, tokenizers.Tokenizer.from_file, str(path))
     library.no_padding()
     library.no_truncation()
@@ -161,14 +152,6 @@ def _whole(path: Path) -> tokenizers.Tokenizer:
         if not {*_parse(path, library.encode, *texts).type_ids} <= {0, 1}:
             raise UserError(f"{path} is damaged: the types of tokens must be 0 and 1")
     return library
-
-
-def _patterns(tree: Any) -> Iterator[Any]:
-    """Yields the regular expressions in a `tokenizer.json`."""
-    if isinstance(tree, dict):
-        yield from ([tree["Regex"]] if "Regex" in tree else [])
-    for part in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
-        yield from _patterns(part)
 
 
 def _word_pieces(folder: Path) -> tokenizers.Tokenizer:

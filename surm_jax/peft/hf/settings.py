@@ -4,13 +4,12 @@ Every value is checked before it is used, and a setting that would change what a
 counterpart here is refused by its name.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
 from surm_jax.errors import UserError
 from surm_jax.files import read_json
-from surm_jax.paths import is_fast
+from surm_jax.paths import compile_pattern
 
 _MOST_BYTES = 2**20
 _LARGEST = 1e30
@@ -111,10 +110,7 @@ class Settings:
             raise self.refusal(exceptions, "which must map names of modules to numbers")
         where, value = name, self.values.get(name, default)
         for pattern, other in others.items():
-            found = self._matches(pattern, module, end=True)
-            if found is None:
-                raise UserError(f"{self.path} has the pattern {_short(pattern)}: too intricate, name the modules")
-            if found:
+            if self._matches(pattern, module, end=True):
                 where, value = f"{exceptions}[{_short(pattern)}]", other
                 break
         what = "a whole number of at least 1" if whole else "a number other than 0"
@@ -140,17 +136,17 @@ class Settings:
         around = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
         return any(outer.endswith(name) for name in self.names("modules_to_save") for outer in around)
 
-    def _matches(self, pattern: str, module: str, *, end: bool = False) -> bool | None:
-        """Says whether a pattern matches a name; None if finding out could take years."""
-        whole = rf"(?:.*\.)?(?:{pattern})" if end else pattern
+    def _matches(self, pattern: str, module: str, *, end: bool = False) -> bool:
+        """Say whether a pattern matches a name.
+
+        Raises:
+            UserError: If it is not a regular expression, or takes very long to match.
+        """
         try:
-            if not (is_fast(pattern) and is_fast(whole)):
-                return None
-            return bool(re.fullmatch(whole, module))
-        except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(
-                f"{self.path} has the pattern {_short(pattern)}, which is no regular expression: {error}"
-            ) from None
+            compile_pattern(pattern)
+            return compile_pattern(rf"(?:.*\.)?(?:{pattern})" if end else pattern).matches(module)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
 
 
 def _short(value: Any) -> str:

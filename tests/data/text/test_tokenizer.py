@@ -184,11 +184,7 @@ def test_damaged_files_of_bert_are_named(bert, file, content, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda t: t["pre_tokenizer"].update(type="Split", pattern={"Regex": "(a*)*b"}),
-            r"pattern '\(a\*\)\*b', which",
-        ),
-        (lambda t: t["pre_tokenizer"].update(type="Split", pattern={"Regex": "("}), r"has the pattern '\(', which"),
+        (lambda t: t["pre_tokenizer"].update(type="Split", pattern={"Regex": "("}), "tokenizer.json is damaged"),
         (lambda t: t["post_processor"].update(special_tokens={}), "tokenizer.json is damaged"),
         (
             lambda t: t["post_processor"]["single"][0]["SpecialToken"].update(type_id=2**32 - 1),
