@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.batch_size = 64
     config.optim.steps = 1500
     config.optim.warmup_ratio = 1 / 30
-    # The best of experiments/results/digits_search.md. The scale was tried by hand on held-out images with an earlier
+    # The best of experiments/results/digits_methods.md. The scale was tried by hand on held-out images with an earlier
     # base (0.02, 0.1, 0.3, 1, 3): what it changes is less than what seeds do.
     config.optim.learning_rate.update({"circulant": 1e-2, "lora": 2e-2, "linear_probe": 1e-1, "full": 3e-3})
     config.peft.circulant.scale = 0.3

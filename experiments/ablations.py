@@ -1,16 +1,15 @@
-r"""What parts of the method matter: one choice changed at a time, everything else equal.
+r"""Which parts of a method matter: one choice changed at a time, everything else equal.
 
     python -m experiments.ablations
 
-asks six questions on the embedded digits job: Q, K, V or Q, V; a bias in the adapter or none; the pair of vectors or a
-single one; how large its random vector is; two Toeplitz matrices or one; the rank of `W(G, H)`. With a job of your own,
+asks six questions on the embedded digits job: adapt Q, K and V or only Q and V; an adapter with a bias or without; two
+vectors or one; how large the random vector is; two Toeplitz matrices or one; the rank of `W(G, H)`. For another job:
 
     python -m experiments.ablations --name=cifar --config=configs/vit_cifar.py --steps=1000 --holdout=2000 \\
         --set data.dir=FOLDER_OF_PREPARED_TFDS_SETS
 
-Every variant has the best of three or more learning rates by held-out training examples, and then three other seeds.
-Finished runs are rows of `experiments/results/ablations_NAME.csv` and are not made again; `--report` only writes the
-table and the picture of the rows that are there.
+Every variant is a method of a grid (`experiments/grid.py`) with the rows `experiments/results/ablations_NAME.csv`.
+`--report` makes no run, and shows the tables and the picture of the rows so far.
 """
 
 import argparse
@@ -20,16 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from experiments import grid
 from experiments.command import command, load_job, set_values
 from experiments.grid import Grid
-from experiments.pictures import draw_scores
-from experiments.rows import Row, Run, note_settings, read_settings
+from experiments.rows import Row, Run, note_settings, read_rows, read_settings
+from experiments.tables import draw_scores, new_figure, rate_table, score_table
 from surm_jax.errors import UserError
-from surm_jax.record.progress import Interruption
 from surm_jax.training import parse
 
 RESULTS = grid.RESULTS
@@ -39,13 +35,13 @@ DIGITS = "configs/digits.py"
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A method with its settings.
+    """A method with settings that differ from its defaults.
 
     Attributes:
-        method: as `config.peft.method`.
-        rates: the learning rates that it chooses from at least.
-        settings: of the method.
-        target: as `config.peft.target`; empty: what the method is meant for.
+        method: The value of `config.peft.method`.
+        rates: The learning rates that its search begins with.
+        settings: Settings of the method.
+        target: The value of `config.peft.target`; empty for the modules that the method is meant for.
     """
 
     method: str
@@ -88,7 +84,7 @@ QUESTIONS: dict[str, dict[str, Variant]] = {
     },
 }
 VARIANTS = {name: variant for variants in QUESTIONS.values() for name, variant in variants.items()}
-# What `config_of` sets.
+# Keys that `config_of` sets, which `--set` must leave alone.
 SET_HERE = (
     "seeds",
     "peft.method",
@@ -102,11 +98,16 @@ SET_HERE = (
 )
 
 
+def whole_grid(name: str) -> Grid:
+    """Return the grid of all variants on a job."""
+    return Grid((name,), {variant: one.rates for variant, one in VARIANTS.items()}, (0, 1, 2))
+
+
 def config_of(run: Run, options: argparse.Namespace) -> ml_collections.ConfigDict:
-    """Returns the configuration of a run.
+    """Return the configuration of a run.
 
     Raises:
-        UserError: for a missing file, or a key or value of `--set` that cannot be.
+        UserError: The job does not exist, or a text of `--set` is wrong.
     """
     config, variant = load_job(options.config), VARIANTS[run.method]
     set_values(config, options.set, SET_HERE)
@@ -120,31 +121,18 @@ def config_of(run: Run, options: argparse.Namespace) -> ml_collections.ConfigDic
     return config
 
 
-def report(whole: Grid, rows: Sequence[Row], path: Path, settings: Mapping[str, Any]) -> None:
-    """Writes a table for every question, and the picture."""
-    job = f"`{settings['config']}`" + "".join(f", {text}" for text in settings["set"])
-    parts = [
-        f"""# Ablations: {path.stem.removeprefix("ablations_")}
-
-`python -m experiments.ablations`: the job {job}; {settings["steps"]:,} steps; {len(whole.seeds)} seeds, mean ± standard
-deviation on the test set, in percent; `trained` counts the head too. Empty: not measured yet. Every run is in
-`{path.name}`. Differences of the size of the deviations are noise. Learning rates: see the end.
-"""
-    ]
+def tables(name: str = "digits") -> dict[str, str]:
+    """Return the scores of each question, and the learning rates, from the rows of a job."""
+    whole, rows, found = whole_grid(name), read_rows(RESULTS / f"ablations_{name}.csv"), {}
     for question, variants in QUESTIONS.items():
-        part = dataclasses.replace(whole, rates={name: whole.rates[name] for name in variants})
-        parts.append(f"## {question}\n\n{part.table(rows, mean=False)}")
-    parts.append(f"![scores by question]({path.stem}.png)\n")
-    legend = "*: at an end of what was tried. -: all gave the same score."
-    parts.append(f"## Learning rates\n\n{settings['holdout']} held out. {legend}\n\n{whole.rates_table(rows)}")
-    path.with_suffix(".md").write_text("\n".join(parts))
-    draw(whole, rows, path.with_suffix(".png"))
+        part = dataclasses.replace(whole, rates={variant: whole.rates[variant] for variant in variants})
+        found[question] = score_table(part, rows, mean=False)
+    return found | {"rates": rate_table(whole, rows)}
 
 
 def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
-    """Draws every question as a panel: a dot for every seed, a bar for their mean."""
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Draw a panel for each question."""
+    figure = new_figure(11, 5.2)
     panels = figure.subplots(2, 3, sharex=True).flat
     (task,) = whole.tasks
     for axes, (question, variants) in zip(panels, QUESTIONS.items(), strict=True):
@@ -156,31 +144,28 @@ def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Makes what is missing of the grid."""
+    """Make the missing runs of the grid and show the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--name", default="digits", help="of the files of the results")
+    parser.add_argument("--name", default="digits", help="name of the job in the files of results")
     parser.add_argument("--config", default=DIGITS, help="a job of configs/, or one of your own")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="values of its keys")
-    parser.add_argument("--steps", type=int, default=500, help="of every run")
-    parser.add_argument("--holdout", type=int, default=150, help="training examples that rates are chosen by")
+    parser.add_argument("--steps", type=int, default=500, help="steps of every run")
+    parser.add_argument("--holdout", type=int, default=150, help="training examples held out in searches")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="only these")
-    parser.add_argument("--report", action="store_true", help="only write the tables and the picture")
+    parser.add_argument("--report", action="store_true", help="make no run")
     options = parser.parse_args(arguments)
     if options.holdout < 1:
-        raise UserError(f"--holdout must be at least 1, for the learning rates are chosen by it, got {options.holdout}")
-    path = RESULTS / f"ablations_{options.name}.csv"
-    whole = Grid((options.name,), {name: variant.rates for name, variant in VARIANTS.items()}, (0, 1, 2))
-    part = dataclasses.replace(whole, rates={name: whole.rates[name] for name in options.variants})
-    if not options.report:
+        raise UserError(f"--holdout must be at least 1, since searches are scored on it, got {options.holdout}")
+    path, whole = RESULTS / f"ablations_{options.name}.csv", whole_grid(options.name)
+    if options.report:
+        read_settings(path)
+    else:
         set_values(load_job(options.config), options.set, SET_HERE)
         note_settings(path, {name: getattr(options, name) for name in ("config", "set", "steps", "holdout")})
-    settings = read_settings(path)
-
-    def make(run: Run, interruption: Interruption) -> Row:
-        return grid.measure(run, parse(config_of(run, options)), RUNS, interruption)
-
-    grid.work(part, path, make, lambda rows: report(whole, rows, path, settings), only_report=options.report)
-    print(path.with_suffix(".md").read_text())
+        part = dataclasses.replace(whole, rates={name: whole.rates[name] for name in options.variants})
+        grid.work(part, path, lambda run: parse(config_of(run, options)), RUNS)
+    draw(whole, read_rows(path), path.with_suffix(".png"))
+    print("\n\n".join(f"{title}\n\n{table}" for title, table in tables(options.name).items()))
 
 
 if __name__ == "__main__":

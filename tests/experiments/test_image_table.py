@@ -1,15 +1,14 @@
 """Tables of image sets: small grids from end to end, what other calls add to them, and what is refused."""
 
 import argparse
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from experiments import image_grid, image_table, pretrain_cifar
+from experiments import grid, image_grid, image_table, pretrain_cifar
 from experiments.grid import Grid
-from experiments.rows import Run, note_settings, read_rows
+from experiments.rows import Run, read_rows, read_settings
 from surm_jax.errors import UserError
 from surm_jax.record.workdir import read_config
 from surm_jax.tasks.base import model_maker
@@ -47,7 +46,7 @@ def pretended(monkeypatch):
         made.append(run)
         return row_of(run, (run.learning_rate if run.learning_rate < 0.5 else 0) + run.seed / 100, 7)
 
-    monkeypatch.setattr(image_table.grid, "measure", measure)
+    monkeypatch.setattr(grid, "measure", measure)
     return made
 
 
@@ -56,6 +55,7 @@ def row_of(run, score, trained):
     return {**run._asdict(), **measured}
 
 
+@pytest.mark.exhaustive
 def test_a_small_grid(small, tmp_path, capsys):
     arguments = ("--methods", "linear_probe", "--rates", "linear_probe=0.1,0.01")
     rows = small(*arguments)
@@ -73,9 +73,10 @@ def test_a_small_grid(small, tmp_path, capsys):
         assert config["data"]["holdout"] == (8 if row["part"] == "search" else 0)
         assert (config["optim"]["steps"], config["data"]["batch_size"], config["seeds"]) == (2, 8, [row["seed"]])
         assert config["optim"]["learning_rate"][row["method"]] == row["learning_rate"]
-    text = (tmp_path / "results" / "image_table_small.md").read_text()
+    text = image_table.tables("small")["scores"]
     assert "| method | trained | data.npz (accuracy) | mean |" in text
-    assert "Model weights.safetensors; all training examples; 2 steps of 8 examples, augmentation none." in text
+    noted = read_settings(tmp_path / "results" / "image_table_small.csv")
+    assert (noted["model"], noted["about"], noted["steps"]) == ("weights.safetensors", "all training examples", 2)
     assert f"| linear_probe | 33 | {100 * np.mean([row['score'] for row in rows[2:]]):.1f} ± " in text
     assert (tmp_path / "results" / "image_table_small.png").stat().st_size > 5000
     # Nothing is made twice.
@@ -84,7 +85,7 @@ def test_a_small_grid(small, tmp_path, capsys):
     assert "== run" not in capsys.readouterr().out
 
 
-def test_other_calls_add_methods_and_rates(small, pretended, tmp_path):
+def test_other_calls_add_methods_and_rates(small, pretended, tmp_path, capsys):
     small("--methods", "lora", "--rates", "lora=0.1,0.2")
     assert len(pretended) == 4
     small("--methods", "circulant", "--rates", "circulant=0.1")
@@ -98,12 +99,10 @@ def test_other_calls_add_methods_and_rates(small, pretended, tmp_path):
     small("--methods", "lora", "--rates", "lora=0.2")
     assert len(pretended) == 11
     # A report shows all of it, without options, data or model.
-    path = tmp_path / "results" / "image_table_small.md"
-    text = path.read_text()
-    for name in ("data.npz", "weights.safetensors", str(path)):
+    for name in ("data.npz", "weights.safetensors"):
         (tmp_path / name).unlink()
-    image_table.main(["--name=small", "--report"])
-    assert path.read_text() == text
+    (capsys.readouterr(), image_table.main(["--name=small", "--report"]))
+    text = capsys.readouterr().out
     assert (
         "| method | trained | data.npz (accuracy) | mean |\n"
         "|---|---:|---:|---:|\n"
@@ -114,7 +113,7 @@ def test_other_calls_add_methods_and_rates(small, pretended, tmp_path):
 
 
 def test_a_grid_that_was_stopped_goes_on_with_the_same_run(small, pretended, monkeypatch):
-    measure = image_table.grid.measure
+    measure = grid.measure
 
     def stopped(run, config, root, interruption):
         row = measure(run, config, root, interruption)
@@ -122,7 +121,7 @@ def test_a_grid_that_was_stopped_goes_on_with_the_same_run(small, pretended, mon
             raise InterruptedRunError("SIGINT: saved step 1 of 2", 130)
         return row
 
-    monkeypatch.setattr(image_table.grid, "measure", stopped)
+    monkeypatch.setattr(grid, "measure", stopped)
     call = ("--methods", "linear_probe", "--rates", "linear_probe=0.1")
     with pytest.raises(InterruptedRunError):
         small(*call)
@@ -131,10 +130,10 @@ def test_a_grid_that_was_stopped_goes_on_with_the_same_run(small, pretended, mon
 
 
 def test_vtab_takes_a_thousand_examples_and_a_fifth_of_them_to_choose(tmp_path):
-    settings = image_grid.Settings("m", "", "", (), "none", 5, 8, "")
+    settings = {"model": "m", "variant": "", "classes": (), "augment": "none", "steps": 5, "batch_size": 8}
+    source = image_grid.Source("dtd", image_table.VTAB_EXAMPLES)
     search, final = (
-        image_grid.run_config(settings, Run("dtd", "lora", part, 0.5, 3), "dtd", "", image_table.VTAB_EXAMPLES)
-        for part in ("search", "final")
+        image_grid.run_config(settings, Run("dtd", "lora", part, 0.5, 3), source, "") for part in ("search", "final")
     )
     assert (search.data.train_examples, search.data.holdout) == (1000, 200)
     assert (final.data.train_examples, final.data.holdout) == (1000, 0)
@@ -142,6 +141,7 @@ def test_vtab_takes_a_thousand_examples_and_a_fifth_of_them_to_choose(tmp_path):
     assert (final.seeds, final.data.name, final.optim.steps) == ((3,), "dtd", 5)
 
 
+@pytest.mark.exhaustive
 def test_by_default_the_classes_are_those_that_the_model_never_saw(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(image_table, "RESULTS", tmp_path / "results")
@@ -196,12 +196,6 @@ def options_of(*arguments):
     return parser.parse_args(arguments)
 
 
-def test_settings_are_read_back_as_they_were(tmp_path):
-    settings = image_grid.settings_of(options_of("--model=a", "--steps=5"), ("cat", "dog"), "all")
-    note_settings(tmp_path / "grid.csv", dataclasses.asdict(settings))
-    assert image_grid.settings_there(tmp_path / "grid.csv") == settings
-
-
 def test_rates_of_methods_without_any_here_lie_around_their_own():
     rates = image_grid.rates_of(options_of("--methods", "c3a", "lora", "--rates", "lora=3,1"))
     assert rates == {"c3a": (0.03, 0.1, 0.3), "lora": (1.0, 3.0)}
@@ -226,10 +220,10 @@ def test_panels_of_several_sets(tmp_path):
     for task, trained in (("a", 10), ("b", 20), ("c", 30), ("d", 40)):
         rows.append(row_of(Run(task, "lora", "search", 0.1, 10), 0.5, trained))
         rows += [row_of(Run(task, "lora", "final", 0.1, seed), 0.5 + seed / 10, trained) for seed in (0, 1)]
-    asked = Grid(("a",), {"full": (0.1,)}, (0, 1))
-    whole = image_grid.extended(asked, rows)
-    assert (whole.tasks, whole.rates) == (("a", "b", "c", "d"), {"lora": (), "full": (0.1,)})
+    rows.append(row_of(Run("d", "full", "search", 0.1, 10), 0.5, 90))
+    whole = Grid.of_rows(rows, order=("full", "toeplitz"))
+    assert whole == Grid(("a", "b", "c", "d"), {"full": (), "lora": ()}, (0, 1))
     image_table.draw(whole, rows, tmp_path / "panels.png")
     assert (tmp_path / "panels.png").stat().st_size > 10_000
-    image_table.draw(asked, [], tmp_path / "empty.png")
+    image_table.draw(Grid((), {}, ()), [], tmp_path / "empty.png")
     assert (tmp_path / "empty.png").stat().st_size > 2000

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from experiments import image_grid, low_data
+from experiments import grid, image_grid, low_data
 from experiments.grid import Grid
-from experiments.rows import Run, read_rows
+from experiments.rows import Run, read_rows, read_settings
 from surm_jax.errors import UserError
 from surm_jax.record.workdir import read_config
 from surm_jax.training.setup import prepare
@@ -26,13 +26,14 @@ def small(tmp_path, monkeypatch):
         low_data.main(
             ["--name=small", "--model=weights.safetensors", "--sets", "data.npz", "--augment=none", "--steps=2",
              "--batch-size=8", "--seeds", "0", "1", "--methods", "linear_probe", "--rates", "linear_probe=0.1",
-             "--fractions", "25", "100", *arguments]
+             "--shares", "25", "100", *arguments]
         )  # fmt: skip
         return read_rows(tmp_path / "results" / "low_data_small_data.npz.csv")
 
     return call
 
 
+@pytest.mark.exhaustive
 def test_a_small_grid(small, tmp_path, capsys):
     rows = small()
     assert [(row["task"], row["part"], row["learning_rate"], row["seed"], row["steps"]) for row in rows] == [
@@ -52,12 +53,12 @@ def test_a_small_grid(small, tmp_path, capsys):
     # Every seed sees the same images, and the small share's are among the larger one's.
     assert all(images == several[0] for several in seen.values() for images in several)
     assert seen["25%"][0] < seen["100%"][0]
-    text = (tmp_path / "results" / "low_data_small_data.npz.md").read_text()
-    assert "| method | trained | 25% (accuracy) | 100% (accuracy) |\n" in text
+    shown = capsys.readouterr().out
+    assert "| method | trained | 25% (accuracy) | 100% (accuracy) |\n" in shown
     means = [100 * np.mean([row["score"] for row in rows if row["task"] == share]) for share in ("25%", "100%")]
-    (line,) = [line for line in text.splitlines() if line.startswith("| linear_probe | 33 |")]
+    (line,) = [line for line in shown.splitlines() if line.startswith("| linear_probe | 33 |")]
     assert [cell.split(" ±")[0].strip() for cell in line.split("|")[3:5]] == [f"{mean:.1f}" for mean in means]
-    assert "| method | tried | 50% |" in text
+    assert "| method | tried | 50% |" in shown
     assert (tmp_path / "results" / "low_data_small_data.npz.png").stat().st_size > 5000
     # Nothing is made twice.
     capsys.readouterr()
@@ -74,22 +75,20 @@ def pretended(monkeypatch):
         made.append(run)
         return {**run._asdict(), "score": run.learning_rate + run.seed / 100, **MEASURED}
 
-    monkeypatch.setattr(low_data.grid, "measure", measure)
+    monkeypatch.setattr(grid, "measure", measure)
     return made
 
 
-def test_other_calls_add_shares(small, pretended, tmp_path):
+def test_other_calls_add_shares(small, pretended, tmp_path, capsys):
     small()
-    rows = small("--fractions", "50")
+    rows = small("--shares", "50")
     assert len(pretended) == 7
     assert [(row["task"], row["part"], row["seed"]) for row in rows[5:]] == [("50%", "final", 0), ("50%", "final", 1)]
     # In their place, whatever the order in which they were made; and a report needs neither data nor model.
-    path = tmp_path / "results" / "low_data_small_data.npz.md"
-    text = path.read_text()
-    for name in ("data.npz", "weights.safetensors", str(path)):
+    for name in ("data.npz", "weights.safetensors"):
         (tmp_path / name).unlink()
-    low_data.main(["--name=small", "--sets", "data.npz", "--report"])
-    assert path.read_text() == text
+    (capsys.readouterr(), low_data.main(["--name=small", "--sets", "data.npz", "--report"]))
+    text = capsys.readouterr().out
     assert "| method | trained | 25% (accuracy) | 50% (accuracy) | 100% (accuracy) |\n" in text
     assert "| linear_probe | 7 | 10.5 ± 0.7 | 10.5 ± 0.7 | 10.5 ± 0.7 |\n" in text
 
@@ -100,17 +99,17 @@ def test_several_sets_have_a_table_each(small, pretended, tmp_path):
     results = tmp_path / "results"
     one, other = (read_rows(results / f"low_data_small_{name}.csv") for name in ("data.npz", "other.npz"))
     assert one == other and len(pretended) == 2 * len(one) == 10
-    assert "40 training examples of other.npz" in (results / "low_data_small_other.npz.md").read_text()
+    assert read_settings(results / "low_data_small_other.npz.csv")["about"] == "40 training examples of other.npz"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--methods", "lore"], "unknown method 'lore'; did you mean 'lora'"),
-        (["--fractions", "0"], "above 0 and up to 100, got 0"),
-        (["--fractions", "50", "101"], "above 0 and up to 100, got 101"),
-        (["--fractions", "nan"], "above 0 and up to 100, got nan"),
-        (["--fractions", "1"], "1 %: 0 of 40 training examples are too few"),
+        (["--shares", "0"], "above 0 and up to 100, got 0"),
+        (["--shares", "50", "101"], "above 0 and up to 100, got 101"),
+        (["--shares", "nan"], "above 0 and up to 100, got nan"),
+        (["--shares", "1"], "1 %: 0 of 40 training examples are too few"),
         (["--sets", "data.npz", "dat.npz"], "no data file .*dat.npz; did you mean 'data.npz'"),
         (["--model=weigths.safetensors"], "no checkpoint 'weigths.safetensors'.*did you mean 'weights.safetensors'"),
         (["--model="], "there is no runs/pretrain_cifar/model.safetensors: python -m experiments.pretrain_cifar"),
@@ -124,11 +123,11 @@ def test_what_cannot_be_is_one_message(small, arguments, message):
 
 
 def test_the_default_shares_of_the_default_set():
-    counts = [low_data.examples_of(fraction, 25_000) for fraction in low_data.FRACTIONS]
+    counts = [low_data.examples_of(fraction, 25_000) for fraction in low_data.SHARES]
     assert counts == [250, 500, 1250, 2500, 5000, 25_000]
     assert image_grid.held_out(low_data.examples_of(low_data.SEARCHED, 25_000)) == 500
-    tasks = [low_data.task_of(fraction) for fraction in low_data.FRACTIONS]
-    assert [low_data.fraction_of(task) for task in tasks] == list(low_data.FRACTIONS)
+    tasks = [low_data.task_of(fraction) for fraction in low_data.SHARES]
+    assert [low_data.share_of(task) for task in tasks] == list(low_data.SHARES)
 
 
 def test_the_picture_shows_cells_by_share(tmp_path):

@@ -11,6 +11,7 @@ from surm_jax.pretrained import from_pretrained
 from tests.experiments import tiny_cifar
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:config.model.checkpoint=none")
 def test_it_writes_a_model_of_five_classes_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

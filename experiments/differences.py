@@ -1,0 +1,122 @@
+"""Differences between methods, with their 95 % confidence intervals over seeds: the table of results/README.md.
+
+    python -m experiments.differences
+
+reads the rows of grids in `experiments/results/`. What follows from a difference is for people to say.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from scipy import stats
+
+from experiments.grid import RESULTS, Grid
+from experiments.rows import read_rows
+from experiments.tables import markdown, mean_and_deviation
+
+GLUE = ("stsb", "mrpc", "cola", "rte")
+
+
+class Difference(NamedTuple):
+    """A difference of two means, and half the width of its 95 % confidence interval."""
+
+    value: float
+    error: float
+
+    def __str__(self) -> str:
+        return "unknown: runs diverged" if math.isnan(self.value) else f"{self.value:+.1f} ± {self.error:.1f}"
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Return the difference of two means over seeds, by Welch's t-test, which lets the variances differ.
+
+    >>> print(difference([3.0, 4.0, 5.0], [1.0, 1.5, 2.0]))
+    +2.5 ± 2.1
+    """
+    value = statistics.mean(first) - statistics.mean(second)
+    if len({*first}) == len({*second}) == 1:
+        # Without any variance the test has no degrees of freedom.
+        return Difference(value, 0.0)
+    low, high = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    return Difference(value, (high - low) / 2)
+
+
+class Cell(NamedTuple):
+    """The final runs of a method in a grid: on one task, or the mean over several for each seed."""
+
+    grid: str
+    tasks: tuple[str, ...]
+    method: str
+
+
+COMPARISONS: Mapping[str, tuple[Cell, Cell]] = {
+    **{
+        f"images: {method} - LoRA": (
+            Cell("image_table_cifar", ("cifar10",), method),
+            Cell("image_table_cifar", ("cifar10",), "lora"),
+        )
+        for method in ("circulant", "toeplitz", "kronecker")
+    },
+    **{
+        f"images: full with all data - circulant with {share}": (
+            Cell("low_data_cifar", ("100%",), "full"),
+            Cell("low_data_cifar", (share,), "circulant"),
+        )
+        for share in ("2%", "20%")
+    },
+    "images: full - linear probe, all data": (
+        Cell("low_data_cifar", ("100%",), "full"),
+        Cell("low_data_cifar", ("100%",), "linear_probe"),
+    ),
+    **{
+        f"GLUE mean: {first} - {second}": (Cell("glue_minilm", GLUE, first), Cell("glue_minilm", GLUE, second))
+        for first, second in (
+            ("bottleneck", "circulant_adapter"),
+            ("circulant", "toeplitz"),
+            ("circulant", "kronecker"),
+            ("circulant", "lora"),
+        )
+    },
+    "GLUE mean without CoLA: bottleneck - circulant_adapter": (
+        Cell("glue_minilm", ("stsb", "mrpc", "rte"), "bottleneck"),
+        Cell("glue_minilm", ("stsb", "mrpc", "rte"), "circulant_adapter"),
+    ),
+    "digits: circulant on Q, K, V - on Q, V": (
+        Cell("ablations_digits", ("digits",), "circulant, Q K V"),
+        Cell("ablations_digits", ("digits",), "circulant, Q V"),
+    ),
+    **{
+        f"digits: {family} adapter with bias - without": (
+            Cell("ablations_digits", ("digits",), family),
+            Cell("ablations_digits", ("digits",), f"{family}, no bias"),
+        )
+        for family in ("circulant", "toeplitz", "kronecker")
+    },
+}
+
+
+def scores(cell: Cell) -> list[float]:
+    """Return the scores of a cell in percent, one for each seed, with the learning rates that the searches chose."""
+    rows = read_rows(RESULTS / f"{cell.grid}.csv")
+    searched = {row["task"] for row in rows if row["part"] == "search"}
+    # A grid with one search for all tasks names it once.
+    grid = Grid.of_rows(rows, searched.pop() if len(searched) == 1 else "")
+    by_task = [grid.scores(rows, task, cell.method) for task in cell.tasks]
+    return [statistics.mean(values) for values in zip(*by_task, strict=True)]
+
+
+def tables() -> dict[str, str]:
+    """Return the table of all comparisons."""
+    rows = []
+    for title, cells in COMPARISONS.items():
+        first, second = map(scores, cells)
+        shown = {"first": mean_and_deviation(first), "second": mean_and_deviation(second)}
+        rows.append({"first - second": title, **shown, "difference": str(difference(first, second))})
+    columns = {"first - second": ""} | dict.fromkeys(("first", "second", "difference"), ">")
+    return {"differences": markdown(rows, columns)}
+
+
+if __name__ == "__main__":
+    print(tables()["differences"])
