@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and its shell commands are those of .ci/run."""
+"""The Python of the README and the guide runs as it stands, and their commands are known to the programs."""
 
 import ast
 import re
@@ -22,6 +22,8 @@ from surm_jax.training.setup import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "docs" / "guide.md").read_text()
+PAGES = README + GUIDE
 
 
 class Model(nnx.Module):
@@ -35,20 +37,23 @@ class Model(nnx.Module):
         return self.head(self.attention(x))
 
 
-def code(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def code(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
-def test_all_of_its_python_is_run_here():
-    assert len(code("python")) == 6
+def test_all_python_of_the_pages_is_run_here():
+    assert (len(code("python")), len(code("python", GUIDE))) == (2, 4)
 
 
-def test_the_three_lines_and_what_follows_them(tmp_path, monkeypatch, capsys):
+def test_the_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 120 and max(map(len, lines)) <= 100
+
+
+def test_your_own_model_and_several_adapters(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {"model": Model(nnx.Rngs(0)), "base_model": Model(nnx.Rngs(0))}
-    first, second, several, *_ = code("python")
-    imports, lines = first.split("\n\n")
-    assert len(lines.splitlines()) == 3 and imports == "import surm_jax\nfrom flax import nnx"
+    (first, second), (several, *_) = code("python"), code("python", GUIDE)
     begin, save = first.rstrip().rsplit("\n", 1)
     exec(begin, names)
     trained = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(names["trainable"])]
@@ -57,7 +62,7 @@ def test_the_three_lines_and_what_follows_them(tmp_path, monkeypatch, capsys):
         "head/bias",
         "head/kernel",
     ]
-    # "train `trainable` alone": an adapter at its start adds nothing, and would hide whatever the rest loses.
+    # An adapter at its start adds nothing, and would hide whatever the rest loses.
     rng = np.random.default_rng(0)
     learn = lambda a: a + jnp.asarray(0.7 * rng.normal(size=a.shape), a.dtype)  # noqa: E731
     names["trainable"] = jax.tree.map(learn, names["trainable"])
@@ -111,7 +116,7 @@ def test_a_pretrained_model(tmp_path, monkeypatch):
     save_huggingface(tmp_path / "vit", ViT(config, rngs=nnx.Rngs(0)), config)
     monkeypatch.setattr("surm_jax.pretrained.hub.fetch", lambda source: tmp_path / "vit")
     names = {}
-    exec(code("python")[3], names)
+    exec(code("python", GUIDE)[1], names)
     assert isinstance(names["vit"], ViT) and names["vit"].head.kernel.shape == (64, 10)
 
 
@@ -126,7 +131,7 @@ def test_a_finished_run(tmp_path, monkeypatch):
     surm_jax.save_adapter(tmp_path / "runs" / "digits" / "adapter", trained, adapter)
     monkeypatch.chdir(tmp_path)
     names = {"image": job.task.dataset.test[3]["image"]}
-    exec(code("python")[4], names)
+    exec(code("python", GUIDE)[2], names)
     images = next(iter(job.task.eval_batches("test")))["image"]
     np.testing.assert_allclose(names["logits"], trained(images[3:4]), rtol=1e-4, atol=1e-5)
     assert np.ptp(names["logits"]) > 0.1
@@ -136,7 +141,7 @@ def test_the_matrices_on_their_own(capsys):
     rng = np.random.default_rng(0)
     W, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((40, 40), (3, 40)))
     names = {"W": W, "x": x}
-    exec(code("python")[5], names)
+    exec(code("python", GUIDE)[3], names)
     W, M = np.asarray(W, np.float64), np.asarray(names["C"].to_dense(), np.float64)
     U, S, Vt = np.linalg.svd(W)
     np.testing.assert_allclose(names["y"], x @ (W + 0.1 * M + (U[:, :2] * S[:2]) @ Vt[:2]), rtol=1e-4, atol=1e-4)
@@ -158,7 +163,7 @@ def test_the_commands_are_those_of_ci():
         assert any(command in block for block in code("sh")) and command in ci
 
 
-@pytest.mark.parametrize("key", sorted(set(re.findall(r"--config\.([\w.]+\w)", README))))
+@pytest.mark.parametrize("key", sorted(set(re.findall(r"--config\.([\w.]+\w)", PAGES))))
 def test_every_key_of_its_commands_is_one_of_the_configuration(key):
     # METHOD stands for the name of one.
     assert key.replace("METHOD", "lora") in keys(base_config())
@@ -166,12 +171,14 @@ def test_every_key_of_its_commands_is_one_of_the_configuration(key):
 
 @pytest.mark.parametrize(("flag", "known"), [("mode", launch.MODES), ("format", launch.FORMATS)])
 def test_every_mode_and_format_of_its_commands_is_known(flag, known):
-    named = set(re.findall(rf"--{flag}=(\w+)", README))
+    named = set(re.findall(rf"--{flag}=(\w+)", PAGES))
     assert named and named <= set(known)
 
 
 def test_every_other_flag_of_its_commands_is_one_of_the_command_line():
-    lines = [line for block in code("sh") for line in block.replace("\\\n", " ").splitlines() if "launch.py " in line]
+    lines = [
+        line for block in code("sh", PAGES) for line in block.replace("\\\n", " ").splitlines() if "launch.py " in line
+    ]
     flags = {flag for line in lines for flag in re.findall(r" --(\w+)=", line)}
     assert {"config", "mode", "workdir"} <= flags <= set(launch.FLAGS)
 
@@ -180,11 +187,15 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 
 
 def test_every_extra_is_named():
-    assert {*re.findall(r"\.\[(\w+)\]", README)} == EXTRAS.keys()
+    assert {*re.findall(r"\.\[(\w+)\]", PAGES)} == EXTRAS.keys()
 
 
-@pytest.mark.parametrize("path", re.findall(r"\((?!http)([^)\s]+\.\w+)\)|`(\w+(?:/\w+)*/|launch\.py)`", README))
-def test_what_the_readme_points_at_is_there(path):
-    name = path[0] or path[1]
-    if name not in ("adapter/", "tensorboard/", "checkpoints/"):
-        assert (ROOT / name).exists()
+LINK = r"\]\((?!http)([^)\s#]+)"
+
+
+@pytest.mark.parametrize(
+    "page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/results/*.md")]), ids=str
+)
+def test_what_a_page_points_at_is_there(page):
+    missing = [name for name in re.findall(LINK, page.read_text()) if not (page.parent / name).exists()]
+    assert not missing
