@@ -4,8 +4,9 @@
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
+from typing import Any
 
 _LONGEST_MESSAGE = 4000
 _LONGEST_NAME = 100
@@ -44,3 +45,14 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
     some = [other for other in itertools.islice(known, _MOST_NAMES) if len(other) <= _LONGEST_NAME]
     close = get_close_matches(name, some, n=most, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def require_one_of(what: str, value: Any, known: Collection[str]) -> None:
+    """Raise a `UserError` that names the nearest unless a value is one of the known names.
+
+    >>> require_one_of("decay", "cosin", ("cosine", "linear"))
+    Traceback (most recent call last):
+    surm_jax.errors.UserError: decay must be one of ('cosine', 'linear'), got 'cosin'; did you mean 'cosine'?
+    """
+    if not isinstance(value, str) or value not in known:
+        raise UserError(f"{what} must be one of {tuple(known)}, got {value!r}{did_you_mean(str(value), known)}")

@@ -12,8 +12,7 @@ import pytest
 from flax import nnx
 
 from surm_jax.devices.mesh import make_mesh, put_batch, replicated
-from surm_jax.models import ViT, ViTConfig
-from surm_jax.models.targets import TARGETS
+from surm_jax.models import TARGETS, ViT, ViTConfig
 from surm_jax.peft import AdapterParam, CirculantUpdate, LoRA, Rule, adapt, merge
 from surm_jax.pretrained.hf.vision import architecture_of
 from surm_jax.tasks import objective

@@ -1,8 +1,36 @@
 """Models in Flax NNX, exact to the code their checkpoints come from. They know nothing of adapters."""
 
-from surm_jax.models.bert import BERT_VARIANTS, Bert, BertConfig
-from surm_jax.models.layers import REMAT, Blocks
-from surm_jax.models.targets import HEAD, TARGETS
-from surm_jax.models.vit import VARIANTS, ViT, ViTConfig
+from surm_jax.models.base import (
+    DTYPES,
+    HEAD,
+    MODELS,
+    Config,
+    Model,
+    model_class,
+    model_of_variant,
+    register_model,
+    variant_names,
+)
+from surm_jax.models.bert import Bert, BertConfig
+from surm_jax.models.layers import ACTIVATIONS, REMAT, TARGETS, Blocks
+from surm_jax.models.vit import ViT, ViTConfig
 
-__all__ = ["BERT_VARIANTS", "HEAD", "REMAT", "TARGETS", "VARIANTS", "Bert", "BertConfig", "Blocks", "ViT", "ViTConfig"]
+__all__ = [
+    "ACTIVATIONS",
+    "DTYPES",
+    "HEAD",
+    "MODELS",
+    "REMAT",
+    "TARGETS",
+    "Bert",
+    "BertConfig",
+    "Blocks",
+    "Config",
+    "Model",
+    "ViT",
+    "ViTConfig",
+    "model_class",
+    "model_of_variant",
+    "register_model",
+    "variant_names",
+]

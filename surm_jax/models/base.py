@@ -1,22 +1,203 @@
-"""Checks that the configurations of all models share. Each raises a `UserError` that names the field."""
+"""What a model offers to the other rooms, the registry of models, and checks that their configurations share.
+
+A new model is one file: a `Config`, a `Model` decorated with `register_model`, and for checkpoints of transformers an
+`Architecture` given to `surm_jax.pretrained.hf.register_architecture`. Importing the file registers them; nothing else
+has to be told.
+"""
 
 import dataclasses
 import math
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
-from surm_jax.errors import UserError, did_you_mean
-from surm_jax.models.layers import REMAT
+from flax import nnx
+
+from surm_jax.errors import UserError, did_you_mean, require_one_of
+from surm_jax.models.layers import REMAT, Blocks
 
 DTYPES = ("float32", "bfloat16")
-_LARGEST_SIZE = 2**31
-_MOST_BLOCKS = 100  # A file may say any number, and time goes into every one.
+# A file may give any number. JAX cannot count beyond this size, and every block costs time to build.
+_LARGEST_SIZE, _MOST_BLOCKS = 2**31, 100
 
-Config = TypeVar("Config")
+READS = ("images", "text")
+"""Kinds of input. Tasks choose a model by what it reads."""
+
+HEAD = (r"head/.*",)
+"""Patterns of the parameters of the head."""
 
 
-def check_sizes(config: Any, names: Iterable[str]) -> None:
-    """Raises a `UserError` unless each of the fields is a positive integer, and of a size that can be."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base class of the configurations of models: frozen dataclasses of numbers, booleans and strings.
+
+    A model of images also has the fields `image_size` and `channels`, a model of text `vocab_size`, `pad_token` and
+    `max_tokens`.
+
+    Attributes:
+        num_classes: Outputs of the head.
+    """
+
+    num_classes: int
+
+    VARIANTS: ClassVar[dict[str, Mapping[str, Any]]] = {}
+    """The fields that each named model sets."""
+
+    RUNTIME_FIELDS: ClassVar[tuple[str, ...]] = ()
+    """Fields that change how the model runs, but none of its parameters: a checkpoint may differ in them."""
+
+    HEAD_FIELDS: ClassVar[tuple[str, ...]] = ("num_classes",)
+    """Fields that change only the head and what it reads: a checkpoint may differ in them if its head is not loaded."""
+
+    @property
+    def new_head(self) -> tuple[str, ...]:
+        """Patterns of the parameters that a new task initialises and trains."""
+        return HEAD
+
+    @property
+    def position_grids(self) -> Mapping[str, int]:
+        """Position embeddings of a square grid of patches, which are resized to another `image_size`.
+
+        The path of each parameter is mapped to the number of tokens before the patches, such as the class token.
+        """
+        return {}
+
+    @classmethod
+    def build(cls, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> Self:
+        """Return the configuration with these fields, after the overrides have replaced or added some.
+
+        Raises:
+            UserError: An override is not a field, or the fields do not fit together.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in overrides:
+            if name not in known:
+                raise UserError(f"{cls.__name__} has no field {name!r}; it has {known}{did_you_mean(name, known)}")
+        return cls(**{**fields, **overrides})
+
+    @classmethod
+    def from_variant(cls, name: str, **fields: Any) -> Self:
+        """Return the configuration of a named model (`VARIANTS`), with some fields set or replaced.
+
+        Raises:
+            UserError: The name is not a variant, a field is unknown, or the fields do not fit together.
+        """
+        if name not in cls.VARIANTS:
+            raise UserError(
+                f"there is no {cls.__name__.removesuffix('Config')} {name!r}; there are {sorted(cls.VARIANTS)}"
+                f"{did_you_mean(name, cls.VARIANTS)}"
+            )
+        return cls.build(cls.VARIANTS[name], fields)
+
+
+class Model(nnx.Module):
+    """Base class of models.
+
+    A model is built as `Model(config, rngs=...)` and keeps its configuration as `config`. It returns float32 logits, of
+    shape (batch, num_classes) for a task of classes. A model of images is called as `model(images, rngs=key)`, a model
+    of text as `model(tokens, mask=..., token_types=..., rngs=key)`; `rngs` draws the dropout, and `None` means no
+    dropout. The head's parameters have paths `head/...`. A model with equal blocks keeps them in `blocks` and calls
+    `blocks.run`: then training can compile one block for all of them and split their weights over devices.
+    """
+
+    config_class: ClassVar[type[Config]]
+    """The class of the configuration. No other model has the same."""
+
+    reads: ClassVar[str]
+    """What the model reads, one of `READS`."""
+
+    adapter_targets: ClassVar[Mapping[str, str]] = {}
+    """Named sets of modules for adapters: patterns of module paths, see `surm_jax.peft.Rule`."""
+
+    config: Any
+    blocks: Blocks
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+        raise NotImplementedError(f"{type(self).__name__} must define __init__(config, *, rngs)")
+
+
+AnyModel = TypeVar("AnyModel", bound=Model)
+
+MODELS: dict[str, type[Model]] = {}
+"""The registered models by the name of their class."""
+
+
+def register_model(model: type[AnyModel]) -> type[AnyModel]:
+    """Add a model to the registry; to be used as a decorator of its class.
+
+    A class that is defined again under the same name in the same module, as in a notebook, replaces the earlier one.
+
+    Raises:
+        UserError: The class lacks a part of the protocol, or another model has its name, its configuration class or the
+            name of one of its variants.
+    """
+    name, config_class = model.__name__, getattr(model, "config_class", None)
+    if not (isinstance(config_class, type) and issubclass(config_class, Config)):
+        raise UserError(f"{name}.config_class must be a subclass of surm_jax.models.Config, got {config_class!r}")
+    require_one_of(f"{name}.reads", getattr(model, "reads", None), READS)
+    others = [other for other in MODELS.values() if _place(other) != _place(model)]
+    if name in {other.__name__ for other in others}:
+        raise UserError(f"there is already a model {name!r}, in {MODELS[name].__module__}: choose another name")
+    for other in others:
+        if other.config_class is config_class:
+            raise UserError(f"{name} needs its own configuration class: {config_class.__name__} is {other.__name__}'s")
+        if other.reads == model.reads and (same := other.config_class.VARIANTS.keys() & config_class.VARIANTS.keys()):
+            raise UserError(f"the variant {min(same)!r} of {name} is one of {other.__name__} already")
+    MODELS[name] = model
+    return model
+
+
+def _place(model: type[Model]) -> tuple[str, str]:
+    return model.__module__, model.__qualname__
+
+
+def model_class(config: Config) -> type[Model]:
+    """Return the model that is built from a configuration.
+
+    >>> from surm_jax.models import ViTConfig
+    >>> model_class(ViTConfig.from_variant("B/16", num_classes=10)).__name__
+    'ViT'
+
+    Raises:
+        UserError: No registered model has this class of configurations.
+    """
+    for model in MODELS.values():
+        if model.config_class is type(config):
+            return model
+    raise UserError(f"no model is registered for a {type(config).__name__}; there are {sorted(MODELS)}")
+
+
+def variant_names(reads: str | None = None) -> list[str]:
+    """Return the names of the variants of all models, or of those that read one kind of input.
+
+    >>> variant_names("text")
+    ['tiny', 'mini', 'small', 'medium', 'base', 'large']
+    """
+    models = [model for model in MODELS.values() if reads in (None, model.reads)]
+    return list(dict.fromkeys(name for model in models for name in model.config_class.VARIANTS))
+
+
+def model_of_variant(name: str, reads: str) -> type[Model]:
+    """Return the model that has a variant of this name.
+
+    >>> model_of_variant("mini", "images").__name__, model_of_variant("mini", "text").__name__
+    ('ViT', 'Bert')
+
+    Args:
+        name: The variant. Models that read different inputs may have variants of the same name.
+        reads: What the model is to read, one of `READS`.
+
+    Raises:
+        UserError: There is none; the message names the nearest.
+    """
+    for model in MODELS.values():
+        if model.reads == reads and name in model.config_class.VARIANTS:
+            return model
+    known = variant_names(reads)
+    raise UserError(f"there is no model of {reads} {name!r}; there are {sorted(known)}{did_you_mean(name, known)}")
+
+
+def check_sizes(config: Config, names: Iterable[str]) -> None:
+    """Raise a `UserError` unless each of the fields is a positive integer that can be a size."""
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -25,18 +206,17 @@ def check_sizes(config: Any, names: Iterable[str]) -> None:
             raise UserError(f"{type(config).__name__}.{name} must be at most {_LARGEST_SIZE}, got {value}")
 
 
-def check_choice(config: Any, name: str, known: Collection[str]) -> None:
-    """Raises a `UserError` with the nearest names unless the field is one of `known`."""
-    value = getattr(config, name)
-    if value not in known:
-        raise UserError(
-            f"{type(config).__name__}.{name} must be one of {tuple(known)}, got {value!r}"
-            f"{did_you_mean(str(value), known)}"
-        )
+def check_choice(config: Config, name: str, known: Collection[str]) -> None:
+    """Raise a `UserError` with the nearest names unless the field is one of `known`."""
+    require_one_of(f"{type(config).__name__}.{name}", getattr(config, name), known)
 
 
 def check_transformer(config: Any) -> None:
-    """Checks what every transformer's configuration has: heads, dropout, epsilon, dtypes, remat, switches."""
+    """Check what the configuration of every transformer has: heads, dropout, epsilon, dtypes, remat, switches.
+
+    Raises:
+        UserError: A value is not possible; the message names the field.
+    """
     kind = type(config).__name__
     for field in dataclasses.fields(config):
         if field.type is bool and not isinstance(getattr(config, field.name), bool):
@@ -52,27 +232,3 @@ def check_transformer(config: Any) -> None:
     check_choice(config, "dtype", DTYPES)
     check_choice(config, "param_dtype", DTYPES)
     check_choice(config, "remat", REMAT)
-
-
-def from_variant(
-    cls: type[Config], kind: str, variants: Mapping[str, Mapping[str, Any]], name: str, fields: Mapping[str, Any]
-) -> Config:
-    """Returns the configuration of a named model, with some fields set or replaced.
-
-    Args:
-        cls: the dataclass.
-        kind: what the error calls such a model, such as "ViT".
-        variants: fields of the named models.
-        name: one of them.
-        fields: further fields, and replacements.
-
-    Raises:
-        UserError: no such variant or field, or the fields do not fit together.
-    """
-    if name not in variants:
-        raise UserError(f"there is no {kind} {name!r}; there are {sorted(variants)}{did_you_mean(name, variants)}")
-    known = [field.name for field in dataclasses.fields(cls)]
-    for key in fields:
-        if key not in known:
-            raise UserError(f"{cls.__name__} has no field {key!r}; it has {known}{did_you_mean(key, known)}")
-    return cls(**{**variants[name], **fields})

@@ -7,7 +7,6 @@ Suffixes of local names: b batch, t tokens, d width, v vocabulary.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
@@ -16,44 +15,27 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from surm_jax.errors import UserError
-from surm_jax.models.base import check_choice, check_sizes, check_transformer, from_variant
-from surm_jax.models.layers import ACTIVATIONS, MLP, Attention, Blocks, drop, split_block_keys, split_key
-from surm_jax.models.targets import HEAD, TARGETS
+from surm_jax.models.base import HEAD, Config, Model, check_choice, check_sizes, check_transformer, register_model
+from surm_jax.models.layers import ACTIVATIONS, MLP, TARGETS, Attention, Blocks, drop, split_block_keys, split_key
 
 HEADS = ("classifier", "mlm")
 POSITIONS = ("absolute", "after_padding")
 
 
-def _geometry(depth: int, width: int) -> Mapping[str, int]:
-    return MappingProxyType(
-        {
-            "vocab_size": 30522,
-            "width": width,
-            "depth": depth,
-            "heads": width // 64,
-            "mlp_width": 4 * width,
-            "max_positions": 512,
-            "type_vocab_size": 2,
-        }
-    )
-
-
-BERT_VARIANTS: Mapping[str, Mapping[str, int]] = MappingProxyType(
-    {
-        # The miniatures of arXiv 1908.08962 (https://github.com/google-research/bert), and the two of the paper.
-        "tiny": _geometry(2, 128),
-        "mini": _geometry(4, 256),
-        "small": _geometry(4, 512),
-        "medium": _geometry(8, 512),
-        "base": _geometry(12, 768),
-        "large": _geometry(24, 1024),
+def _geometry(depth: int, width: int) -> dict[str, int]:
+    return {
+        "vocab_size": 30522,
+        "width": width,
+        "depth": depth,
+        "heads": width // 64,
+        "mlp_width": 4 * width,
+        "max_positions": 512,
+        "type_vocab_size": 2,
     }
-)
-"""Geometry of the named models, with the uncased English vocabulary: the fields of `BertConfig` that each sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BertConfig:
+class BertConfig(Config):
     """Geometry and precision of a `Bert`.
 
     Raises:
@@ -98,8 +80,16 @@ class BertConfig:
     # What of the inside of a block is computed a second time for the gradient: one of surm_jax.models.layers.REMAT.
     remat: str = "none"
 
-    # Fields that change how the model runs but none of its parameters, and those that change the head alone:
-    # a checkpoint may differ from the model in the former, and in the latter where the head is not loaded.
+    # The miniatures of arXiv 1908.08962 (https://github.com/google-research/bert), and the two of the paper, all with
+    # the uncased English vocabulary.
+    VARIANTS: ClassVar[dict[str, Mapping[str, Any]]] = {
+        "tiny": _geometry(2, 128),
+        "mini": _geometry(4, 256),
+        "small": _geometry(4, 512),
+        "medium": _geometry(8, 512),
+        "base": _geometry(12, 768),
+        "large": _geometry(24, 1024),
+    }
     RUNTIME_FIELDS: ClassVar[tuple[str, ...]] = ("dropout", "dtype", "param_dtype", "remat")
     HEAD_FIELDS: ClassVar[tuple[str, ...]] = ("num_classes", "head", "pooler")
 
@@ -119,15 +109,6 @@ class BertConfig:
                 f"BertConfig.max_positions must be above {self.pad_token + 1}: positions {self.positions!r} begin "
                 f"after pad_token {self.pad_token}, got {self.max_positions}"
             )
-
-    @classmethod
-    def from_variant(cls, name: str, **fields: Any) -> "BertConfig":
-        """Returns the configuration of a named model (`BERT_VARIANTS`), with some fields set or replaced.
-
-        Raises:
-            UserError: no such variant or field, or the fields do not fit together.
-        """
-        return from_variant(cls, "BERT", BERT_VARIANTS, name, fields)
 
     @property
     def new_head(self) -> tuple[str, ...]:
@@ -150,7 +131,7 @@ class Block(nnx.Module):
     """One post-norm encoder block: `norm1(x + attention(x))`, then `norm2(x + mlp(x))`."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        options = {
+        options: dict[str, Any] = {
             "dtype": jnp.dtype(config.dtype),
             "param_dtype": jnp.dtype(config.param_dtype),
             "kernel_init": _init,
@@ -208,7 +189,8 @@ class MaskedLMHead(nnx.Module):
         return scores_btv + self.bias[...][None, None]
 
 
-class Bert(nnx.Module):
+@register_model
+class Bert(Model):
     """BERT or RoBERTa, as a classifier of sequences or as a masked language model.
 
     Parameter paths: `{word,position,type}_embed/embedding`, `embed_norm/{scale,bias}`,
@@ -225,7 +207,8 @@ class Bert(nnx.Module):
     (2, 3)
     """
 
-    # What a rule may call its target, see surm_jax.peft.Rule.
+    config_class: ClassVar[type[Config]] = BertConfig
+    reads: ClassVar[str] = "text"
     adapter_targets: ClassVar[Mapping[str, str]] = TARGETS
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):

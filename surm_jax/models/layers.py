@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         heads_shape = (heads, width // heads)
-        options = {
+        options: dict[str, Any] = {
             "dtype": jnp.dtype(dtype),
             "param_dtype": jnp.dtype(param_dtype),
             "kernel_init": kernel_init,
@@ -107,7 +108,7 @@ class MLP(nnx.Module):
         bias_init: nnx.initializers.Initializer = _TINY,
         rngs: nnx.Rngs,
     ):
-        options = {
+        options: dict[str, Any] = {
             "dtype": jnp.dtype(dtype),
             "param_dtype": jnp.dtype(param_dtype),
             "kernel_init": kernel_init,
@@ -159,6 +160,20 @@ class Blocks(nnx.List):
             key = None if keys is None else keys[index]
             states.append(call_block(block, states[-1], *arguments, key, remat=remat))
         return tuple(states if every else states[-1:])
+
+
+TARGETS: Mapping[str, str] = MappingProxyType(
+    {
+        "qkv": r"blocks/\d+/attention/(query|key|value)",
+        "qv": r"blocks/\d+/attention/(query|value)",
+        "attention": r"blocks/\d+/attention/(query|key|value|out)",
+        "mlp": r"blocks/\d+/mlp/(up|down)",
+        "houlsby": r"blocks/\d+/(attention|mlp)",
+        "pfeiffer": r"blocks/\d+/mlp",
+        "all-linear": r"blocks/\d+/(attention/(query|key|value|out)|mlp/(up|down))",
+    }
+)
+"""Named sets of modules for adapters in a model with these layers, by the names that papers use: patterns of paths."""
 
 
 def split_key(key: jax.Array | None, count: int) -> tuple[jax.Array | None, ...]:

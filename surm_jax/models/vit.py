@@ -16,16 +16,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from surm_jax.errors import UserError
-from surm_jax.models import base as settings
-from surm_jax.models.layers import ACTIVATIONS, MLP, Attention, Blocks, drop, split_block_keys, split_key
-from surm_jax.models.targets import HEAD, TARGETS
+from surm_jax.models.base import Config, Model, check_choice, check_sizes, check_transformer, register_model
+from surm_jax.models.layers import ACTIVATIONS, MLP, TARGETS, Attention, Blocks, drop, split_block_keys, split_key
 
 POOLS = ("token", "mean", "patches", "token+patches")
 
 # Width, depth, heads and width of the MLP by size: table 2 of https://arxiv.org/abs/2106.04560.
 _SIZES = {"Ti": (192, 12, 3, 768), "S": (384, 12, 6, 1536), "B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096)}
 
-VARIANTS: Mapping[str, Mapping[str, int | str]] = {
+_VARIANTS: dict[str, Mapping[str, Any]] = {
     f"{size}/{patch_size}": {
         "image_size": 224,
         "patch_size": patch_size,
@@ -50,11 +49,10 @@ VARIANTS: Mapping[str, Mapping[str, int | str]] = {
         "pool": "mean",
     },
 }
-"""Geometry of the named models: the fields of `ViTConfig` that each of them sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTConfig:
+class ViTConfig(Config):
     """Geometry, parts and precision of a `ViT`.
 
     Raises:
@@ -104,37 +102,24 @@ class ViTConfig:
     # What of the inside of a block is computed a second time for the gradient: one of surm_jax.models.layers.REMAT.
     remat: str = "none"
 
-    # Fields that change how the model runs but none of its parameters' values, and those of the head and of what it
-    # reads: a checkpoint may differ from the model in the former, and in the latter where the head is not loaded.
+    VARIANTS: ClassVar[dict[str, Mapping[str, Any]]] = _VARIANTS
     RUNTIME_FIELDS: ClassVar[tuple[str, ...]] = ("dropout", "dtype", "param_dtype", "remat")
     HEAD_FIELDS: ClassVar[tuple[str, ...]] = ("num_classes", "head_bias", "pool", "final_norm")
 
-    # Patterns of the parameters that a new task begins with anew, and has to train.
-    new_head: ClassVar[tuple[str, ...]] = HEAD
-
     def __post_init__(self):
-        settings.check_sizes(
+        check_sizes(
             self, ("image_size", "patch_size", "channels", "width", "depth", "heads", "mlp_width", "num_classes")
         )
-        settings.check_transformer(self)
+        check_transformer(self)
         if self.image_size % self.patch_size:
             raise UserError(
                 "ViTConfig.patch_size must divide the image size, "
                 f"got patches of {self.patch_size} pixels for images of {self.image_size}"
             )
-        settings.check_choice(self, "pool", POOLS)
-        settings.check_choice(self, "activation", ACTIVATIONS)
+        check_choice(self, "pool", POOLS)
+        check_choice(self, "activation", ACTIVATIONS)
         if self.distillation and self.pool == "mean":
             raise UserError("ViTConfig.distillation needs a class token, which there is not with pool='mean'")
-
-    @classmethod
-    def from_variant(cls, name: str, *, num_classes: int, **overrides: Any) -> "ViTConfig":
-        """Returns the configuration of a named model (`VARIANTS`), with some fields replaced.
-
-        Raises:
-            UserError: no such variant or field, or the fields do not fit together.
-        """
-        return settings.from_variant(cls, "ViT", VARIANTS, name, {"num_classes": num_classes, **overrides})
 
     @property
     def grid(self) -> int:
@@ -151,6 +136,11 @@ class ViTConfig:
         """Length of the sequence."""
         return self.extra_tokens + self.grid**2
 
+    @property
+    def position_grids(self) -> Mapping[str, int]:
+        """The position embeddings, which begin with those of the extra tokens."""
+        return {"position_embed": self.extra_tokens}
+
 
 class Block(nnx.Module):
     """One pre-norm encoder block: `x + s1 attention(norm1(x))`, then `x + s2 mlp(norm2(x))`.
@@ -159,7 +149,7 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-        options = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
+        options: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
         self.norm1 = _norm(config, rngs)
         self.attention = Attention(config.width, config.heads, qkv_bias=config.qkv_bias, **options)
         self.norm2 = _norm(config, rngs)
@@ -179,7 +169,8 @@ class Block(nnx.Module):
         return x_btd + drop(self.dropout, y_btd, mlp_key)
 
 
-class ViT(nnx.Module):
+@register_model
+class ViT(Model):
     """Vision Transformer classifier.
 
     Parameter paths: `patch_embed/{kernel,bias}`, `cls_token` (unless `pool="mean"`), `distillation_token`,
@@ -194,7 +185,8 @@ class ViT(nnx.Module):
     (2, 10)
     """
 
-    # What a rule may call its target, see surm_jax.peft.Rule.
+    config_class: ClassVar[type[Config]] = ViTConfig
+    reads: ClassVar[str] = "images"
     adapter_targets: ClassVar[Mapping[str, str]] = TARGETS
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):

@@ -2,9 +2,8 @@
 
 from surm_jax.pretrained.augreg import AUGREG_URLS
 from surm_jax.pretrained.hf.folder import huggingface_names, save_huggingface
-from surm_jax.pretrained.loading import from_pretrained, load, model_config
+from surm_jax.pretrained.loading import from_pretrained, image_normalization, load, model_config
 from surm_jax.pretrained.native import save_model
-from surm_jax.pretrained.normalization import image_normalization
 from surm_jax.pretrained.sources import locate
 
 __all__ = [

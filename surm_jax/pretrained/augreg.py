@@ -1,7 +1,6 @@
-"""AugReg checkpoints: the official `.npz` files of "How to train your ViT?" (arXiv 2106.10270) and their like.
+"""AugReg checkpoints: the official `.npz` files of "How to train your ViT?" (arXiv 2106.10270), and others like them.
 
-Kernels of the attention are (width, heads, width / heads) there as here, so that everything but the position embeddings
-goes over as it is.
+Their attention kernels are (width, heads, width / heads) as ours are, so only position embeddings need a conversion.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,7 +10,9 @@ from typing import Any
 import jax
 
 from surm_jax.errors import UserError
-from surm_jax.files import open_npz
+from surm_jax.files import Npz
+from surm_jax.models import ViTConfig
+from surm_jax.pretrained.checkpoint import Checkpoint
 from surm_jax.pretrained.position_embed import resize_position_embed
 from surm_jax.pretrained.rules import KeyRule, fill
 
@@ -48,41 +49,53 @@ RULES = (
     KeyRule(r"head/(kernel|bias)", r"head/\1"),
 )
 
-# What the models of these files compute with, and no key of theirs tells.
+# The numerics of the models in these files, which no key of a file tells.
 _NUMERICS = {"activation": "gelu_tanh", "epsilon": 1e-6}
 
 
-def read(
-    path: Path, config: Any, targets: Mapping[str, jax.ShapeDtypeStruct], fresh: Collection[str]
-) -> dict[str, jax.Array]:
-    """Reads the parameters of a `ViT` from an `.npz` of the AugReg layout.
+class AugRegCheckpoint(Checkpoint):
+    """An open `.npz` of the AugReg layout; pickled arrays are refused."""
 
-    Position embeddings are resized to the model's image size. A layer before the head (`pre_logits`) is ignored when
-    the head is not loaded, and the class token when the model has none.
+    def __init__(self, path: Path, file: Npz) -> None:
+        self.path, self._file = path, file
 
-    Args:
-        path: the file; pickled arrays are refused.
-        config: of the model; the file holds none to compare it with, but all of its kind have one activation and one
-            epsilon.
-        targets: the parameters to read, by path.
-        fresh: the parameters that the file must not fill.
+    def config(self, variant: str | None, overrides: Mapping[str, Any]) -> ViTConfig:
+        """Return the configuration of a ViT by its name, since the file holds none."""
+        if variant is None or "num_classes" not in overrides:
+            raise UserError(
+                f"{self.path} holds no configuration, as no .npz file does: give variant=, such as 'B/16', and "
+                "num_classes="
+            )
+        return ViTConfig.from_variant(variant, **overrides)
 
-    Raises:
-        UserError: the file is damaged, holds pickles, or does not fit the model, or the model computes otherwise.
-    """
-    different = [
-        f"{name} is {value!r} in such files and {getattr(config, name)!r} in the model"
-        for name, value in _NUMERICS.items()
-        if getattr(config, name) != value
-    ]
-    if different:
-        raise UserError(f"{path} is of the AugReg layout and of another model: {'; '.join(different)}")
-    ignore = []
-    if "head/kernel" not in targets:
-        # With the head it belongs to the classifier, and leaving it out would change the logits: then it is an unknown
-        # key.
-        ignore.append(r"pre_logits/.*")
-    if "cls_token" not in targets and "cls_token" not in fresh:
-        ignore.append(r"cls")
-    with open_npz(path) as file:
-        return fill(file.keys, file.read, targets, RULES, ignore=ignore, fresh=fresh, origin=str(path))
+    def fill(
+        self, config: Any, targets: Mapping[str, jax.ShapeDtypeStruct], fresh: Collection[str]
+    ) -> dict[str, jax.Array]:
+        """Read the parameters of a `ViT`.
+
+        Position embeddings are resized to the model's image size. A layer before the head (`pre_logits`) is ignored if
+        the head is not loaded, and the class token if the model has none. The file holds no configuration to compare,
+        but all files of this layout have one activation and one epsilon.
+
+        Raises:
+            UserError: The file is damaged, holds pickles or does not fit the model, or the model computes something
+                else.
+        """
+        if not isinstance(config, ViTConfig):
+            raise UserError(f"{self.path} holds a ViT, not a model of {type(config).__name__}")
+        different = [
+            f"{name} is {value!r} in such files and {getattr(config, name)!r} in the model"
+            for name, value in _NUMERICS.items()
+            if getattr(config, name) != value
+        ]
+        if different:
+            raise UserError(f"{self.path} is of the AugReg layout and of another model: {'; '.join(different)}")
+        ignore = []
+        if "head/kernel" not in targets:
+            # If the head is loaded, this layer belongs to the classifier, and leaving it out would change the logits:
+            # then it is an unknown key.
+            ignore.append(r"pre_logits/.*")
+        if "cls_token" not in targets and "cls_token" not in fresh:
+            ignore.append(r"cls")
+        file = self._file
+        return fill(file.keys, file.read, targets, RULES, ignore=ignore, fresh=fresh, origin=str(self.path))

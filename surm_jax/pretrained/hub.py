@@ -21,7 +21,6 @@ from huggingface_hub.errors import (
 
 from surm_jax.errors import UserError
 from surm_jax.files import cache_root
-from surm_jax.models import Bert
 from surm_jax.pretrained.hf.folder import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, read_architecture
 from surm_jax.pretrained.normalization import PREPROCESSOR_NAME
 from surm_jax.tensor_files import shards_of
@@ -116,7 +115,7 @@ def _ask(repository: str, revision: str) -> None:
 def _input_names(folder: Path) -> tuple[str, ...]:
     """Returns the files that tell how the input of a model is made, whether its repository has them or not."""
     architecture, _ = read_architecture(folder)
-    return TOKENIZER_NAMES if architecture.model is Bert else (PREPROCESSOR_NAME,)
+    return TOKENIZER_NAMES if architecture.model.reads == "text" else (PREPROCESSOR_NAME,)
 
 
 def _fetch_present(repository: str, commit: str, names: tuple[str, ...]) -> None:

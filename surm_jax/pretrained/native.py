@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,13 @@ from flax import nnx
 
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.files import replacing
-from surm_jax.models import ViTConfig
+from surm_jax.models import MODELS, Config
 from surm_jax.paths import join
-from surm_jax.pretrained.configs import MODELS, require_fields, require_same
+from surm_jax.pretrained.checkpoint import Checkpoint, require_same
+from surm_jax.pretrained.normalization import Normalization, checked_normalization
 from surm_jax.pretrained.position_embed import resize_position_embed
 from surm_jax.pretrained.rules import KeyRule, fill
-from surm_jax.tensor_files import SUFFIX, open_tensors, write_tensors
+from surm_jax.tensor_files import SUFFIX, TensorFile, write_tensors
 
 FORMAT = "surm_jax.model.1"
 
@@ -57,90 +59,62 @@ def save_model(
         raise UserError(f"cannot write {path}: {error}") from error
 
 
-def is_native(path: Path) -> bool:
-    """Says whether a safetensors file was written by `save_model`.
+class NativeCheckpoint(Checkpoint):
+    """An open file of `save_model`."""
 
-    Raises:
-        UserError: the file is damaged.
-    """
-    with open_tensors(path) as file:
+    def __init__(self, path: Path, file: TensorFile) -> None:
+        self.path, self._file = path, file
+
+    @staticmethod
+    def holds(file: TensorFile) -> bool:
+        """Return whether `save_model` wrote a safetensors file."""
         return file.header.get("format") == FORMAT
 
+    def config(self, variant: str | None, overrides: Mapping[str, Any]) -> Config:
+        """Return the configuration in the header.
 
-def read_normalization(path: Path) -> tuple[Any, Any] | None:
-    """Returns mean and standard deviation in a file of `save_model`, of any type and size, or `None` without them.
+        Raises:
+            UserError: The header is damaged, or a field is unknown.
+        """
+        self._refuse_variant(variant)
+        stored = self._stored()
+        return stored.build(dataclasses.asdict(stored), overrides)
 
-    Raises:
-        UserError: the header is damaged.
-    """
-    with open_tensors(path) as file:
-        entry = file.header.get("normalization")
-    try:
-        mean, std = (None, None) if entry is None else json.loads(entry)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: no mean and std of pixels in its header ({error})") from None
-    return None if entry is None else (mean, std)
+    def fill(
+        self, config: Any, targets: Mapping[str, jax.ShapeDtypeStruct], fresh: Collection[str]
+    ) -> dict[str, jax.Array]:
+        """Read the parameters of a model whose configuration is the one in the header.
 
+        Position embeddings are resized to the model's image size, bilinearly as AugReg's are.
+        """
+        require_same(str(self.path), self._stored(), config, targets)
+        rules = [
+            KeyRule(re.escape(path), path, partial(resize_position_embed, extra_tokens=tokens))
+            for path, tokens in config.position_grids.items()
+        ]
+        rules.append(KeyRule(r"(.+)", r"\1"))
+        return fill(self._file.keys, self._file.read, targets, rules, fresh=fresh, origin=str(self.path))
 
-def read_config(path: Path, overrides: Mapping[str, Any]) -> tuple[type[nnx.Module], Any]:
-    """Returns the class and the configuration of the model in a file of `save_model`.
+    def normalization(self) -> Normalization | None:
+        """Return mean and standard deviation in the header, or `None` if there are none."""
+        entry = self._file.header.get("normalization")
+        if entry is None:
+            return None
+        try:
+            mean, std = json.loads(entry)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{self.path} is damaged: no mean and std of pixels in its header ({error})") from None
+        return checked_normalization(self.path, mean, std)
 
-    Args:
-        path: the file.
-        overrides: fields to set instead of what is in the file.
-
-    Raises:
-        UserError: the header is damaged, or a field is unknown.
-    """
-    with open_tensors(path) as file:
-        return _read_config(path, file.header, overrides)
-
-
-def read(
-    path: Path, config: Any, targets: Mapping[str, jax.ShapeDtypeStruct], fresh: Collection[str]
-) -> dict[str, jax.Array]:
-    """Reads the parameters of a model from a file of `save_model`.
-
-    The configuration in the file is compared first (see `surm_jax.pretrained.configs.require_same`). Position
-    embeddings are resized to the model's image size, bilinearly as AugReg's are.
-
-    Args:
-        path: the file.
-        config: of the model that is to be filled.
-        targets: the parameters to read, by path.
-        fresh: the parameters that the file must not fill.
-
-    Raises:
-        UserError: the file is damaged, is not of this format, or was written for another model.
-    """
-    with open_tensors(path) as file:
-        _, stored = _read_config(path, file.header, {})
-        require_same(str(path), stored, config, targets)
-        return fill(file.keys, file.read, targets, _rules(config), fresh=fresh, origin=str(path))
-
-
-def _rules(config: Any) -> tuple[KeyRule, ...]:
-    same = KeyRule(r"(.+)", r"\1")
-    if not isinstance(config, ViTConfig):
-        return (same,)
-    resize = partial(resize_position_embed, extra_tokens=config.extra_tokens)
-    return KeyRule("position_embed", "position_embed", resize), same
-
-
-def _read_config(path: Path, header: Mapping[str, str], overrides: Mapping[str, Any]) -> tuple[type[nnx.Module], Any]:
-    if header.get("format") != FORMAT:
-        raise UserError(
-            f"{path} was not written by save_model: its header has format {header.get('format')!r}, not {FORMAT!r}"
-        )
-    classes = {config.__name__: (config, model) for config, model in MODELS.items()}
-    name = header.get("model", "")
-    if name not in classes:
-        raise UserError(f"{path} holds a model of {name!r}; known are {sorted(classes)}{did_you_mean(name, classes)}")
-    config, model = classes[name]
-    require_fields(config, overrides)
-    try:
-        # Fields that are younger than the file have their defaults, which are what was there before them.
-        stored = config(**json.loads(header["config"]))
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"the header of {path} is damaged: no configuration of a {model.__name__} ({error})") from error
-    return model, dataclasses.replace(stored, **overrides)
+    def _stored(self) -> Config:
+        header = self._file.header
+        name = header.get("model", "")
+        classes = {model.config_class.__name__: model.config_class for model in MODELS.values()}
+        if name not in classes:
+            near = did_you_mean(name, classes)
+            raise UserError(f"{self.path} holds a model of {name!r}; known are {sorted(classes)}{near}")
+        try:
+            # Fields that are younger than the file get their defaults, which is how older models behaved.
+            return classes[name](**json.loads(header["config"]))
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"the header of {self.path} is damaged: it holds no {name} ({error})") from error

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 from surm_jax.errors import UserError
 from surm_jax.files import read_json
-from surm_jax.pretrained.native import is_native, read_normalization
-from surm_jax.tensor_files import SUFFIX
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
 
@@ -24,43 +22,6 @@ HALF = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 """To [-1, 1]: AugReg, and the ViTs of transformers."""
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-
-BY_MODEL_TYPE = {
-    "vit": HALF,
-    "ijepa": IMAGENET,
-    "deit": IMAGENET,
-    "dinov2": IMAGENET,
-    "clip": CLIP,
-    "clip_vision_model": CLIP,
-}
-"""What the published models of each kind expect, for folders that do not say it. For DeiT, I-JEPA and DINOv2 it is not
-the default of their image processors in transformers."""
-
-
-def image_normalization(checkpoint: Path | None) -> Normalization | None:
-    """Returns how images are normalised for the model in a checkpoint; `None`: to [-1, 1], all channels alike.
-
-    Args:
-        checkpoint: what `locate` returned.
-
-    Raises:
-        UserError: its `preprocessor_config.json`, or the header of a file of `save_model`, is damaged, or the former
-            leaves pixels in [0, 255].
-    """
-    if checkpoint is None:
-        return None
-    if checkpoint.suffix == SUFFIX and checkpoint.is_file() and is_native(checkpoint):
-        stored = read_normalization(checkpoint)
-        return None if stored is None else _checked(checkpoint, *stored)
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    if not (folder / "config.json").is_file() or checkpoint.suffix == ".npz":
-        return None
-    try:
-        model_type = read_json(folder / "config.json").get("model_type")
-    except UserError:
-        model_type = None  # a damaged config.json is reported by who reads the model
-    default = BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
-    return _read(folder / PREPROCESSOR_NAME, default) if (folder / PREPROCESSOR_NAME).is_file() else default
 
 
 def preprocessor_fields(normalization: tuple[Sequence[float], Sequence[float]], image_size: int) -> dict[str, Any]:
@@ -79,7 +40,12 @@ def preprocessor_fields(normalization: tuple[Sequence[float], Sequence[float]], 
     }
 
 
-def _read(path: Path, default: Normalization | None) -> Normalization | None:
+def read_preprocessor(path: Path, default: Normalization | None) -> Normalization | None:
+    """Return the normalisation in a `preprocessor_config.json`, or the default if it gives neither mean nor std.
+
+    Raises:
+        UserError: The file is damaged, or leaves pixels in [0, 255].
+    """
     fields = read_json(path)
     if not fields.get("do_rescale", True):
         raise UserError(f"{path} has do_rescale = false, so that pixels stay in [0, 255]: give it their rescale_factor")
@@ -90,11 +56,15 @@ def _read(path: Path, default: Normalization | None) -> Normalization | None:
         if default is None:
             return None
         mean, std = default
-    return _checked(path, mean, std, fields.get("rescale_factor", 1 / 255))
+    return checked_normalization(path, mean, std, fields.get("rescale_factor", 1 / 255))
 
 
-def _checked(path: Path, mean: Any, std: Any, rescale_factor: Any = 1 / 255) -> Normalization:
-    """Returns `(255 f x - mean) / std`, which is meant for pixels x in [0, 1], with the factor in mean and std."""
+def checked_normalization(path: Path, mean: Any, std: Any, rescale_factor: Any = 1 / 255) -> Normalization:
+    """Return the normalisation that equals `(255 f x - mean) / std` for pixels x in [0, 1] and the rescale factor f.
+
+    Raises:
+        UserError: The values, which may be of any type, are not such numbers.
+    """
     try:
         scale = 255 * float(rescale_factor)
         mean, std = (tuple(float(value) / scale for value in values) for values in (mean, std))

@@ -22,7 +22,7 @@ def locate(checkpoint: str, variant: str | None = None) -> Path | None:
             variant), "digits" (the small ViT that comes with this package), "hf://owner/name" or
             "hf://owner/name@revision" (a model of the Hugging Face Hub), an http(s) URL, or the path of a file or of a
             folder of transformers.
-        variant: the model's name in `surm_jax.models.VARIANTS`; for "augreg" alone.
+        variant: the model's name in `surm_jax.models.ViTConfig.VARIANTS`; for "augreg" alone.
 
     Returns:
         The file or folder, or `None` for "none".

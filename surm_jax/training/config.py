@@ -15,7 +15,7 @@ import ml_collections
 
 from surm_jax.data import Augment
 from surm_jax.errors import UserError, did_you_mean
-from surm_jax.models import BERT_VARIANTS, REMAT, VARIANTS
+from surm_jax.models import REMAT, variant_names
 from surm_jax.paths import compile_pattern
 from surm_jax.peft import METHODS, Method, make_method
 from surm_jax.structured import EXECUTIONS
@@ -39,8 +39,8 @@ def _at_least(key: str, value: float, least: float) -> None:
 class ModelConfig:
     """The pretrained model."""
 
-    # One of surm_jax.models.VARIANTS, such as "B/16", or for text one of BERT_VARIANTS, such as "base"; empty: what the
-    # checkpoint itself describes.
+    # One of surm_jax.models.variant_names("images"), such as "B/16", or for text of variant_names("text"), such as
+    # "base"; empty: what the checkpoint itself describes.
     variant: str = "B/16"
     # Where the weights come from: "augreg" (the official file of the variant), "digits" (shipped with the package),
     # "hf://owner/name" (the Hugging Face Hub), a folder of transformers, a file, a URL, or "none" for random weights.
@@ -70,7 +70,7 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.variant:
-            _one_of("model.variant", self.variant, {**VARIANTS, **BERT_VARIANTS})
+            _one_of("model.variant", self.variant, variant_names())
         _one_of("model.dtype", self.dtype, DTYPES)
         _one_of("model.param_dtype", self.param_dtype, DTYPES)
         _one_of("model.remat", self.remat, REMAT)

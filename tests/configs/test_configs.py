@@ -10,7 +10,7 @@ from flax import nnx
 from configs import bert_glue
 from surm_jax import data
 from surm_jax.errors import UserError
-from surm_jax.models import VARIANTS, Bert
+from surm_jax.models import Bert, ViTConfig
 from surm_jax.paths import join
 from surm_jax.peft import METHODS
 from surm_jax.training.adaptation import adapt_model
@@ -77,7 +77,7 @@ def test_it_describes_what_it_trains(name, bert, capsys):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore:config.model.checkpoint=none")
 def test_two_steps(name, bert, tmp_path, monkeypatch):
-    monkeypatch.setitem(VARIANTS, "small", SMALL_VIT)
+    monkeypatch.setitem(ViTConfig.VARIANTS, "small", SMALL_VIT)
     config = get_config(name)
     _small_bert(config, bert)
     config.update_from_flattened_dict(

@@ -19,7 +19,7 @@ from experiments import analysis, energy
 from experiments.cka import linear_cka
 from experiments.updates import block_of, changes, examine, kernels, one_minus_cosine, rank_in_theory
 from surm_jax.errors import UserError
-from surm_jax.models import VARIANTS, ViT, ViTConfig
+from surm_jax.models import ViT, ViTConfig
 from surm_jax.structured import (
     FAMILIES,
     BlockCirculant,
@@ -43,7 +43,7 @@ ADAPTER = "adapter_model.safetensors"
 @pytest.fixture(scope="module", autouse=True)
 def tiny_variant():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(VARIANTS, tiny.NAME, tiny.GEOMETRY)
+        patch.setitem(ViTConfig.VARIANTS, tiny.NAME, tiny.GEOMETRY)
         yield
 
 

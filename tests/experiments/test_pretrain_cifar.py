@@ -6,7 +6,7 @@ import pytest
 
 from experiments import pretrain_cifar
 from surm_jax.errors import UserError
-from surm_jax.models import VARIANTS
+from surm_jax.models import ViTConfig
 from surm_jax.pretrained import from_pretrained
 from tests.experiments import tiny_cifar
 
@@ -15,7 +15,7 @@ from tests.experiments import tiny_cifar
 @pytest.mark.filterwarnings("ignore:config.model.checkpoint=none")
 def test_it_writes_a_model_of_five_classes_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(VARIANTS, "mini", tiny_cifar.GEOMETRY)
+    monkeypatch.setitem(ViTConfig.VARIANTS, "mini", tiny_cifar.GEOMETRY)
     monkeypatch.setattr(pretrain_cifar, "RESULTS", tmp_path / "results")
     arguments = [f"--data={tiny_cifar.write_data(tmp_path / 'tfds')}", "--epochs=3"]
     pretrain_cifar.main(arguments)

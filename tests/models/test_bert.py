@@ -10,7 +10,7 @@ from flax import nnx
 
 from surm_jax import CirculantUpdate, LoRA, Rule, adapt, merge
 from surm_jax.errors import UserError
-from surm_jax.models import BERT_VARIANTS, TARGETS, Bert, BertConfig
+from surm_jax.models import TARGETS, Bert, BertConfig
 from surm_jax.peft import AdapterParam, adapted_modules
 from tests.peft.models import materialize, parameters, perturb, relative_error
 
@@ -137,7 +137,7 @@ def oracle(model, tokens, mask, types):
 
 class TestGeometry:
     def test_every_variant_has_a_golden_size(self):
-        assert SIZES.keys() == BERT_VARIANTS.keys()
+        assert SIZES.keys() == BertConfig.VARIANTS.keys()
 
     @pytest.mark.parametrize("variant", SIZES)
     def test_golden_size(self, variant):

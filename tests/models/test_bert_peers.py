@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from surm_jax.models import BERT_VARIANTS, Bert, BertConfig
+from surm_jax.models import Bert, BertConfig
 from surm_jax.pretrained import load, model_config
 from surm_jax.pretrained.hf.text import ARCHITECTURES, architecture_of
 from tests.peft.models import parameters, relative_error, same_bits
@@ -213,7 +213,7 @@ def test_as_many_parameters_as_transformers(variant):
         peer = transformers.BertModel(transformers.AutoConfig.for_model(**architecture_of(config).write_config(config)))
     state = nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0)))))
     assert sum(v.size for path, v in state if path[0] != "head") == peer.num_parameters()
-    assert variant in BERT_VARIANTS
+    assert variant in BertConfig.VARIANTS
 
 
 SENTENCES = [

@@ -11,9 +11,7 @@ from flax import nnx
 
 import surm_jax
 from surm_jax.errors import UserError
-from surm_jax.models import REMAT, ViT, ViTConfig
-from surm_jax.models.targets import TARGETS
-from surm_jax.models.vit import VARIANTS
+from surm_jax.models import REMAT, TARGETS, ViT, ViTConfig
 
 # Parameters with 1,000 classes. The official ones are MODEL_SIZES of vision_transformer's models_test.py.
 SIZES = {
@@ -75,7 +73,7 @@ def parameter_paths_of(state):
 class TestGeometry:
     def test_every_size_has_every_patch(self):
         expected = {f"{size}/{patch}" for size, patch in itertools.product(("Ti", "S", "B", "L"), (8, 14, 16, 32))}
-        assert VARIANTS.keys() == expected | {"mini", "digits"}
+        assert ViTConfig.VARIANTS.keys() == expected | {"mini", "digits"}
         for name in expected:
             size, patch = name.split("/")
             config = ViTConfig.from_variant(name, num_classes=1000)

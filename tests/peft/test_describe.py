@@ -4,8 +4,7 @@ import jax
 import pytest
 from flax import nnx
 
-from surm_jax.models import ViT, ViTConfig
-from surm_jax.models.targets import TARGETS
+from surm_jax.models import TARGETS, ViT, ViTConfig
 from surm_jax.peft import Adapter, CirculantUpdate, LoRA, Rule, adapt, adapted_modules, describe
 from surm_jax.peft.describe import Row
 from tests.peft.cases import fresh, trained

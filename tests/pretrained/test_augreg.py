@@ -9,7 +9,6 @@ from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.models import ViT, ViTConfig
-from surm_jax.models.vit import VARIANTS
 from surm_jax.pretrained import AUGREG_URLS, load
 
 KEY = "Transformer/encoderblock_1/MlpBlock_3/Dense_0/kernel"
@@ -195,7 +194,7 @@ def test_the_same_name_twice(tmp_path, tiny_geometry, augreg_arrays):
 
 
 def test_official_urls():
-    assert {"Ti/16", "S/16", "B/16", "B/32", "L/16"} <= AUGREG_URLS.keys() <= VARIANTS.keys()
+    assert {"Ti/16", "S/16", "B/16", "B/32", "L/16"} <= AUGREG_URLS.keys() <= ViTConfig.VARIANTS.keys()
     for variant, url in AUGREG_URLS.items():
         name = url.removeprefix("https://storage.googleapis.com/vit_models/augreg/")
         assert name.startswith(variant.replace("/", "_") + "-i21k-300ep-lr_0.001-")

@@ -215,7 +215,7 @@ def rewrite(path, alter):
             lambda header, tensors: header.update(model="ViTConfigs"),
             "of 'ViTConfigs'; known .*did you mean 'ViTConfig'",
         ),
-        (lambda header, tensors: header.update(model="BertConfig"), "no configuration of a Bert"),
+        (lambda header, tensors: header.update(model="BertConfig"), "it holds no BertConfig"),
         (lambda header, tensors: header.update(config="{"), "header of .* is damaged"),
         (lambda header, tensors: header.update(config="{}"), "header of .* is damaged: .*missing .*'image_size'"),
         (lambda header, tensors: header.update(config="[]"), "header of .* is damaged"),

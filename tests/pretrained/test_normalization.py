@@ -2,11 +2,12 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from surm_jax.errors import UserError
 from surm_jax.pretrained import image_normalization
-from surm_jax.pretrained.hf.vision import ARCHITECTURES
-from surm_jax.pretrained.normalization import BY_MODEL_TYPE, CLIP, HALF, IMAGENET
+from surm_jax.pretrained.hf import ARCHITECTURES
+from surm_jax.pretrained.normalization import CLIP, HALF, IMAGENET
 
 
 @pytest.fixture
@@ -23,7 +24,9 @@ def folder(tmp_path):
 def test_the_folder_says_it(folder):
     given = image_normalization(folder("clip", image_mean=[0.1, 0.2, 0.3], image_std=[1, 2, 3]))
     assert given == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
-    assert image_normalization(folder() / "model.safetensors") == given  # a file beside its config.json
+    weights = folder() / "model.safetensors"  # a file beside its config.json
+    save_file({}, weights)
+    assert image_normalization(weights) == given
 
 
 @pytest.mark.parametrize(("model_type", "expected"), [("vit", HALF), ("deit", IMAGENET), ("clip", CLIP)])
@@ -32,7 +35,8 @@ def test_without_a_word_it_is_that_of_the_kind_of_model(folder, model_type, expe
 
 
 def test_every_model_of_images_has_one():
-    assert BY_MODEL_TYPE.keys() == ARCHITECTURES.keys()
+    for architecture in ARCHITECTURES.values():
+        assert (architecture.normalization is not None) == (architecture.model.reads == "images")
 
 
 def test_the_constants_are_those_of_transformers():
@@ -81,8 +85,8 @@ def test_pixels_that_are_not_rescaled_are_refused(folder):
 
 def test_other_formats_have_none(tmp_path, folder):
     assert image_normalization(None) is None
-    assert image_normalization(tmp_path / "vit.safetensors") is None
     folder("clip")
+    np.savez(tmp_path / "augreg.npz", cls=np.zeros(1))
     assert image_normalization(tmp_path / "augreg.npz") is None
     folder("bert")
     assert image_normalization(tmp_path) is None

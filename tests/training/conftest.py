@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from surm_jax.models import VARIANTS
+from surm_jax.models import ViTConfig
 from tests.training import tiny
 
 
-# Not for the whole session: other folders compare VARIANTS with what the package has.
+# Not for the whole session: other folders compare ViTConfig.VARIANTS with what the package has.
 @pytest.fixture(scope="module", autouse=True)
 def tiny_variant() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(VARIANTS, tiny.NAME, tiny.GEOMETRY)
+        patch.setitem(ViTConfig.VARIANTS, tiny.NAME, tiny.GEOMETRY)
         yield
 
 

@@ -12,13 +12,13 @@ import jax
 import ml_collections
 
 from surm_jax.errors import UserError
-from surm_jax.models import VARIANTS
+from surm_jax.models import ViTConfig
 from surm_jax.training import base_config, loop
 from tests.training import tiny, tiny_text
 
 
 def get_config(files: str) -> ml_collections.ConfigDict:
-    VARIANTS[tiny.NAME] = tiny.GEOMETRY
+    ViTConfig.VARIANTS[tiny.NAME] = tiny.GEOMETRY
     if befalls := os.environ.get("BEFALLS"):
         process, step, what = befalls.split(":")
         befall(int(process), int(step), what)

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import ml_collections
 
-from surm_jax.models import VARIANTS
+from surm_jax.models import ViTConfig
 from surm_jax.training import base_config
 from tests.training import tiny
 
 
 def get_config(files: str) -> ml_collections.ConfigDict:
-    VARIANTS[tiny.NAME] = tiny.GEOMETRY
+    ViTConfig.VARIANTS[tiny.NAME] = tiny.GEOMETRY
     config = base_config()
     config.update_from_flattened_dict(tiny.flat_config(Path(files)))
     return config

@@ -1,1 +1,38 @@
-"""Folders of Hugging Face transformers, read and written."""
+"""Folders of Hugging Face transformers, read and written. Importing this registers the architectures of our models."""
+
+from surm_jax.pretrained.hf import text, vision
+from surm_jax.pretrained.hf.architecture import (
+    ARCHITECTURES,
+    ARRAY,
+    CONV,
+    EMBEDDING,
+    LINEAR,
+    LINEAR_OUT,
+    NORM,
+    VECTOR,
+    Architecture,
+    Name,
+    Names,
+    Tensor,
+    architecture_of,
+    register_architecture,
+)
+
+__all__ = [
+    "ARCHITECTURES",
+    "ARRAY",
+    "CONV",
+    "EMBEDDING",
+    "LINEAR",
+    "LINEAR_OUT",
+    "NORM",
+    "VECTOR",
+    "Architecture",
+    "Name",
+    "Names",
+    "Tensor",
+    "architecture_of",
+    "register_architecture",
+    "text",
+    "vision",
+]

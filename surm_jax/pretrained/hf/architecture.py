@@ -5,7 +5,6 @@ A checkpoint there names arrays by modules, `vit.encoder.layer.3.output.dense.we
 and key rules, names for writing and module names for adapters all come from that list.
 """
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from surm_jax.errors import UserError, did_you_mean
+from surm_jax.models import Config, Model, model_class
+from surm_jax.pretrained.normalization import Normalization
 from surm_jax.pretrained.rules import KeyRule, Transform
 
 ACTIVATIONS = {
@@ -136,26 +136,31 @@ class Architecture:
     """One `model_type` of transformers.
 
     Attributes:
-        model_type: what `config.json` calls it.
-        prefix: what names of the body begin with where the model has a head, such as "vit."; checkpoints of the bare
-            model lack it.
-        model: our class; built as `model(config, rngs=...)`.
-        read_config: their `config.json` and replacements of our fields -> our configuration. Raises a `UserError` for
+        model_type: What `config.json` calls it.
+        prefix: How names of the body begin if the model has a head, such as "vit."; checkpoints of the bare model lack
+            it.
+        model: Our class; it is built as `model(config, rngs=...)`.
+        read_config: Their `config.json` and replacements of our fields -> our configuration. Raises a `UserError` for
             what our model cannot express.
-        write_config: our configuration -> their `config.json`. Raises a `UserError` for what they cannot express.
-        names: our configuration -> the pairs of names.
-        ignore: our configuration -> patterns of keys that are not read, without the prefix.
-        fillers: our configuration -> arrays to write that our model does not have, by full name.
+        write_config: Our configuration -> their `config.json`. Raises a `UserError` for what they cannot express.
+        names: Our configuration -> the pairs of names.
+        ignore: Our configuration -> patterns of keys that are not read, without the prefix.
+        fillers: Our configuration -> arrays to write that our model does not have, by full name.
+        chosen: Our configuration -> whether a model is written as this `model_type`, where several share our class.
+            May raise a `UserError` that says why a model is written as none of them.
+        normalization: What the published models expect of pixels, for folders that do not say it.
     """
 
     model_type: str
     prefix: str
-    model: type[nnx.Module]
+    model: type[Model]
     read_config: Callable[[Mapping[str, Any], Mapping[str, Any]], Any]
     write_config: Callable[[Any], dict[str, Any]]
     names: Callable[[Any], Sequence[Name]]
-    ignore: Callable[[Any], Sequence[str]]
-    fillers: Callable[[Any], dict[str, np.ndarray]] = dataclasses.field(default=lambda config: {})
+    ignore: Callable[[Any], Sequence[str]] = lambda config: ()
+    fillers: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}
+    chosen: Callable[[Any], bool] = lambda config: True
+    normalization: Normalization | None = None
 
     def key_rules(self, config: Any) -> list[KeyRule]:
         """Returns the rules that read a checkpoint."""
@@ -188,6 +193,41 @@ class Architecture:
 
     def _full(self, name: Name) -> str:
         return self.prefix + name.theirs if name.in_body else name.theirs
+
+
+ARCHITECTURES: dict[str, Architecture] = {}
+"""What can be read and written, by `model_type`."""
+
+
+def register_architecture(architecture: Architecture) -> None:
+    """Make folders of one `model_type` readable and writable.
+
+    Raises:
+        UserError: Another architecture of another model has this `model_type`.
+    """
+    other = ARCHITECTURES.get(architecture.model_type)
+    if other is not None and other.model.__qualname__ != architecture.model.__qualname__:
+        raise UserError(f"the model_type {architecture.model_type!r} is that of {other.model.__name__} already")
+    ARCHITECTURES[architecture.model_type] = architecture
+
+
+def architecture_of(config: Config) -> Architecture:
+    """Return the architecture as which a model is written.
+
+    >>> from surm_jax.models import BertConfig, ViTConfig
+    >>> architecture_of(ViTConfig.from_variant("digits", num_classes=10)).model_type
+    'ijepa'
+    >>> architecture_of(BertConfig.from_variant("tiny", positions="after_padding")).model_type
+    'roberta'
+
+    Raises:
+        UserError: There is none.
+    """
+    model = model_class(config)
+    for architecture in ARCHITECTURES.values():
+        if architecture.model is model and architecture.chosen(config):
+            return architecture
+    raise UserError(f"no model_type of transformers is registered for a {model.__name__}: write it with save_model")
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,15 @@
 """Folders of Hugging Face transformers, in and out: `config.json` and `model.safetensors`, whole or in shards.
 
-Which model a folder holds, and what its arrays are called, say the architectures in `hf_vision` and `hf_text`.
+The registered architectures say which model a folder holds and what its arrays are called.
 """
 
 import json
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,13 +19,16 @@ from flax import nnx
 
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.files import read_json, replacing_folder
-from surm_jax.models import BertConfig
+from surm_jax.models import Config, model_class
 from surm_jax.paths import join
-from surm_jax.pretrained.configs import MODELS, config_class, require_fields, require_same
-from surm_jax.pretrained.hf import text as hf_text
-from surm_jax.pretrained.hf import vision as hf_vision
-from surm_jax.pretrained.hf.architecture import Architecture, Names
-from surm_jax.pretrained.normalization import PREPROCESSOR_NAME, preprocessor_fields
+from surm_jax.pretrained.checkpoint import Checkpoint, reads_head, require_same
+from surm_jax.pretrained.hf.architecture import ARCHITECTURES, Architecture, Names, architecture_of
+from surm_jax.pretrained.normalization import (
+    PREPROCESSOR_NAME,
+    Normalization,
+    preprocessor_fields,
+    read_preprocessor,
+)
 from surm_jax.pretrained.rules import fill
 from surm_jax.tensor_files import SUFFIX, TensorFile, open_shards, open_tensors, write_tensors
 
@@ -34,24 +37,69 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({**hf_vision.ARCHITECTURES, **hf_text.ARCHITECTURES})
-"""What can be read, by `model_type`."""
 
+class HuggingFaceCheckpoint(Checkpoint):
+    """A folder of transformers, or a safetensors file beside its `config.json`.
 
-def read_config(path: Path, overrides: Mapping[str, Any]) -> tuple[type[nnx.Module], Any]:
-    """Returns the class and the configuration of the model in a folder.
-
-    Args:
-        path: the folder, or a safetensors file beside its `config.json`.
-        overrides: fields of our configuration to set instead of what is in `config.json`.
-
-    Raises:
-        UserError: `config.json` is missing or damaged, describes a model that there is none of here, or a field is
-            unknown.
+    `config.json` is read once, when it is first asked for; the weights are opened by `fill`.
     """
-    architecture, fields = read_architecture(path)
-    require_fields(config_class(architecture.model), overrides)
-    return architecture.model, _read_config(path, architecture, fields, overrides)
+
+    def __init__(self, path: Path, file: TensorFile | None = None) -> None:
+        """Describe a folder, or a single file of weights.
+
+        Args:
+            path: The folder or the file.
+            file: The file, if it is open already.
+
+        Raises:
+            UserError: The file is one of several shards.
+        """
+        if file is not None and re.search(r"-\d+-of-\d+$", path.stem):
+            raise UserError(f"{path} is one of several shards: pass the folder {path.parent} instead")
+        self.path, self._file = path, file
+
+    def config(self, variant: str | None, overrides: Mapping[str, Any]) -> Config:
+        """Return the configuration in `config.json`."""
+        self._refuse_variant(variant)
+        return self._config(overrides)
+
+    def fill(
+        self, config: Any, targets: Mapping[str, jax.ShapeDtypeStruct], fresh: Collection[str]
+    ) -> dict[str, jax.Array]:
+        """Read the parameters of a model whose configuration is the one in `config.json`.
+
+        Position embeddings are resized to the model's image size as transformers does.
+
+        Raises:
+            UserError: The folder is damaged or incomplete, holds only pickles, or was written for another model.
+        """
+        architecture, _ = self._described
+        # A head that is not read may be of any kind, and the body may be read out in any way.
+        fields = () if reads_head(targets) or model_class(config) is not architecture.model else config.HEAD_FIELDS
+        stored = self._config({name: getattr(config, name) for name in fields})
+        require_same(str(self.path), stored, config, targets)
+        rules, ignored = architecture.key_rules(config), architecture.ignored(config)
+        with nullcontext(self._file) if self._file is not None else _open_weights(self.path) as file:
+            return fill(file.keys, file.read, targets, rules, ignore=ignored, fresh=fresh, origin=str(self.path))
+
+    def normalization(self) -> Normalization | None:
+        """Return what `preprocessor_config.json` says, or else what the published models of this type expect."""
+        default = self._described[0].normalization
+        preprocessor = _folder_of(self.path) / PREPROCESSOR_NAME
+        return read_preprocessor(preprocessor, default) if preprocessor.is_file() else default
+
+    @cached_property
+    def _described(self) -> tuple[Architecture, dict[str, Any]]:
+        return read_architecture(self.path)
+
+    def _config(self, overrides: Mapping[str, Any]) -> Config:
+        architecture, fields = self._described
+        try:
+            return architecture.read_config(fields, overrides)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise UserError(f"the {CONFIG_NAME} of {self.path} is damaged ({type(error).__name__}: {error})") from error
 
 
 def read_architecture(path: Path) -> tuple[Architecture, dict[str, Any]]:
@@ -60,7 +108,7 @@ def read_architecture(path: Path) -> tuple[Architecture, dict[str, Any]]:
     Raises:
         UserError: `config.json` is missing or damaged, or its `model_type` is none of `ARCHITECTURES`.
     """
-    config_path = (path if path.is_dir() else path.parent) / CONFIG_NAME
+    config_path = _folder_of(path) / CONFIG_NAME
     if not config_path.is_file():
         raise UserError(
             f"{path} was not written by save_model, and there is no {config_path}, which says what a model of "
@@ -74,35 +122,6 @@ def read_architecture(path: Path) -> tuple[Architecture, dict[str, Any]]:
             f"{did_you_mean(str(model_type), ARCHITECTURES)}"
         )
     return ARCHITECTURES[model_type], fields
-
-
-def read(
-    path: Path, config: Any, targets: Mapping[str, jax.ShapeDtypeStruct], fresh: Collection[str]
-) -> dict[str, jax.Array]:
-    """Reads the parameters of a model from a folder.
-
-    The configuration in `config.json` is compared first (see `surm_jax.pretrained.configs.require_same`). Position
-    embeddings are resized to the model's image size as transformers does.
-
-    Args:
-        path: the folder, or a safetensors file beside its `config.json`.
-        config: of the model that is to be filled.
-        targets: the parameters to read, by path.
-        fresh: the parameters that the folder must not fill.
-
-    Raises:
-        UserError: the folder is damaged or incomplete, has pickles only, or was written for another model.
-    """
-    architecture, fields = read_architecture(path)
-    # A head that is not read may be of any kind, and says how the body is read out.
-    reads_head = any(target.startswith("head/") for target in targets)
-    overrides = {} if reads_head else {name: getattr(config, name) for name in config.HEAD_FIELDS}
-    if MODELS[type(config)] is not architecture.model:
-        overrides = {}
-    require_same(str(path), _read_config(path, architecture, fields, overrides), config, targets)
-    rules, ignored = architecture.key_rules(config), architecture.ignored(config)
-    with _open(path) as file:
-        return fill(file.keys, file.read, targets, rules, ignore=ignored, fresh=fresh, origin=str(path))
 
 
 def save_huggingface(
@@ -133,7 +152,7 @@ def save_huggingface(
     """
     folder = Path(folder)
     _require_free(folder, {CONFIG_NAME, WEIGHTS_NAME, PREPROCESSOR_NAME, *(path.name for path in files)})
-    architecture = _architecture_of(config)
+    architecture = architecture_of(config)
     fields = architecture.write_config(config)
     if labels is not None:
         fields |= _label_fields(labels, config.num_classes)
@@ -172,36 +191,22 @@ def huggingface_names(config: Any) -> Names:
     >>> huggingface_names(ViTConfig.from_variant("B/16", num_classes=10)).modules("blocks/0/mlp/up")
     ('vit.layers.0.mlp.fc1', 'vit.encoder.layer.0.intermediate.dense')
     """
-    return Names(_architecture_of(config), config)
+    return Names(architecture_of(config), config)
 
 
-def _architecture_of(config: Any) -> Architecture:
-    kind = hf_text if isinstance(config, BertConfig) else hf_vision
-    return kind.architecture_of(config)
-
-
-def _read_config(path: Path, architecture: Architecture, fields: dict[str, Any], overrides: Mapping[str, Any]) -> Any:
-    try:
-        return architecture.read_config(fields, overrides)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise UserError(f"the {CONFIG_NAME} of {path} is damaged ({type(error).__name__}: {error})") from error
+def _folder_of(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[TensorFile]:
-    """Opens the weights of a folder, or a single file of weights."""
-    if not path.is_dir():
-        if re.search(r"-\d+-of-\d+$", path.stem):
-            raise UserError(f"{path} is one of several shards: pass the folder {path.parent} instead")
-        weights = path
-    elif (path / WEIGHTS_NAME).is_file():
-        weights = path / WEIGHTS_NAME
-    elif (path / INDEX_NAME).is_file():
-        weights = path / INDEX_NAME
+def _open_weights(folder: Path) -> Iterator[TensorFile]:
+    """Open the weights of a folder."""
+    if (folder / WEIGHTS_NAME).is_file():
+        weights = folder / WEIGHTS_NAME
+    elif (folder / INDEX_NAME).is_file():
+        weights = folder / INDEX_NAME
     else:
-        raise UserError(_no_weights(path))
+        raise UserError(_no_weights(folder))
     with (open_shards if weights.name == INDEX_NAME else open_tensors)(weights) as file:
         yield file
 
@@ -245,7 +250,7 @@ def _label_fields(labels: Sequence[str], num_classes: int) -> dict[str, dict[str
 
 def _require_plain(parameters: Mapping[str, nnx.Variable], config: Any) -> None:
     """Raises a `UserError` if parameters are not exactly those of the model that a configuration describes."""
-    abstract = nnx.eval_shape(lambda: MODELS[type(config)](config, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: model_class(config)(config, rngs=nnx.Rngs(0)))
     expected = {join(path): variable.shape for path, variable in nnx.to_flat_state(nnx.state(abstract, nnx.Param))}
     if extra := sorted(parameters.keys() - expected.keys()):
         raise UserError(

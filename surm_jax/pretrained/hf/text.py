@@ -6,12 +6,10 @@ Checkpoints of the bare models, and of BERT's pretraining with both its heads, a
 
 from collections.abc import Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 from surm_jax.errors import UserError
-from surm_jax.models.base import from_variant
-from surm_jax.models.bert import Bert, BertConfig
+from surm_jax.models import Bert, BertConfig
 from surm_jax.pretrained.hf.architecture import (
     ACTIVATIONS,
     EMBEDDING,
@@ -22,6 +20,7 @@ from surm_jax.pretrained.hf.architecture import (
     Name,
     our_activation,
     refusal,
+    register_architecture,
 )
 
 _BODY = (
@@ -147,7 +146,7 @@ def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[
         "positions": _POSITIONS[model_type],
         "activation": activation,
     }
-    config = from_variant(BertConfig, "BERT", {model_type: ours}, model_type, overrides)
+    config = BertConfig.build(ours, overrides)
     if config.head == "mlm":
         if not known.get("tie_word_embeddings", True):
             what = "our masked language model shares the word embeddings with its head"
@@ -188,6 +187,10 @@ def _write_config(model_type: str, config: BertConfig) -> dict[str, Any]:
     }
 
 
+def _has_positions(positions: str, config: BertConfig) -> bool:
+    return config.positions == positions
+
+
 def _names(model_type: str, config: BertConfig) -> tuple[Name, ...]:
     return (*_BODY, *_HEADS[model_type, config.head])
 
@@ -197,28 +200,16 @@ def _ignore(model_type: str, config: BertConfig) -> tuple[str, ...]:
     return (*_IGNORED[model_type, config.head], *without_pooler)
 
 
-def _architecture(model_type: str) -> Architecture:
-    return Architecture(
-        model_type=model_type,
-        prefix=f"{model_type}.",
-        model=Bert,
-        read_config=partial(_read_config, model_type),
-        write_config=partial(_write_config, model_type),
-        names=partial(_names, model_type),
-        ignore=partial(_ignore, model_type),
+for _model_type in ("bert", "roberta"):
+    register_architecture(
+        Architecture(
+            model_type=_model_type,
+            prefix=f"{_model_type}.",
+            model=Bert,
+            read_config=partial(_read_config, _model_type),
+            write_config=partial(_write_config, _model_type),
+            names=partial(_names, _model_type),
+            ignore=partial(_ignore, _model_type),
+            chosen=partial(_has_positions, _POSITIONS[_model_type]),
+        )
     )
-
-
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {model_type: _architecture(model_type) for model_type in ("bert", "roberta")}
-)
-"""By `model_type`."""
-
-
-def architecture_of(config: BertConfig) -> Architecture:
-    """Returns the architecture that a model is written as: RoBERTa where positions begin after padding, else BERT.
-
-    >>> architecture_of(BertConfig.from_variant("tiny", positions="after_padding")).model_type
-    'roberta'
-    """
-    return ARCHITECTURES["roberta" if config.positions == "after_padding" else "bert"]

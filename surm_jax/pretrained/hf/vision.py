@@ -3,15 +3,19 @@
 All of them are our `ViT` with some of its fields fixed, and these fields decide as which of them a model is written.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 from surm_jax.errors import UserError
-from surm_jax.models.base import from_variant
-from surm_jax.models.vit import ViT, ViTConfig
-from surm_jax.pretrained.hf.architecture import ACTIVATIONS, Architecture, our_activation, refusal
+from surm_jax.models import ViT, ViTConfig
+from surm_jax.pretrained.hf.architecture import (
+    ACTIVATIONS,
+    Architecture,
+    our_activation,
+    refusal,
+    register_architecture,
+)
 from surm_jax.pretrained.hf.vision_names import (
     clip_fillers,
     clip_ignore,
@@ -20,6 +24,7 @@ from surm_jax.pretrained.hf.vision_names import (
     dinov2_names,
     vit_names,
 )
+from surm_jax.pretrained.normalization import CLIP, HALF, IMAGENET, Normalization
 
 _VIT = {
     "pool": "token",
@@ -114,7 +119,7 @@ def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[
         "num_classes": num_classes,
         **_CLASSES[name][1],
     }
-    config = from_variant(ViTConfig, "ViT", {model_type: ours}, model_type, overrides)
+    config = ViTConfig.build(ours, overrides)
     if known.get("head_dim", config.width // config.heads) != config.width // config.heads:
         what = f"our heads have hidden_size / num_attention_heads = {config.width // config.heads} features"
         raise refusal(model_type, "head_dim", known["head_dim"], what)
@@ -214,63 +219,33 @@ def _write_config(model_type: str, config: ViTConfig) -> dict[str, Any]:
     return {"architectures": [name], "model_type": model_type, **ours, **head}
 
 
-def _vit_like(model_type: str, ignored: tuple[str, ...]) -> Architecture:
-    return Architecture(
-        model_type=model_type,
-        prefix=f"{model_type}.",
-        model=ViT,
-        read_config=partial(_read_config, model_type),
-        write_config=partial(_write_config, model_type),
-        names=vit_names,
-        ignore=lambda config: ignored,
-    )
-
-
-def _clip_like(model_type: str) -> Architecture:
-    return Architecture(
-        model_type=model_type,
-        prefix="vision_model.",
-        model=ViT,
-        read_config=partial(_read_config, model_type),
-        write_config=partial(_write_config, model_type),
-        names=clip_names,
-        ignore=clip_ignore,
-        fillers=clip_fillers,
-    )
-
-
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {
-        "vit": _vit_like("vit", (_POOLER,)),
-        # The two heads of DeiTForImageClassificationWithTeacher read two tokens, ours reads one.
-        "deit": _vit_like("deit", (_POOLER, r"(cls|distillation)_classifier\.(weight|bias)")),
-        "dinov2": Architecture(
-            model_type="dinov2",
-            prefix="dinov2.",
+def _register(model_type: str, prefix: str, normalization: Normalization, **parts: Any) -> None:
+    register_architecture(
+        Architecture(
+            model_type=model_type,
+            prefix=prefix,
             model=ViT,
-            read_config=partial(_read_config, "dinov2"),
-            write_config=partial(_write_config, "dinov2"),
-            names=dinov2_names,
-            ignore=lambda config: (r"embeddings\.mask_token",),
-            fillers=dinov2_fillers,
-        ),
-        "ijepa": _vit_like("ijepa", (_POOLER,)),
-        "clip": _clip_like("clip"),
-        "clip_vision_model": _clip_like("clip_vision_model"),
-    }
-)
-"""By `model_type`."""
+            read_config=partial(_read_config, model_type),
+            write_config=partial(_write_config, model_type),
+            chosen=lambda config: _CLASSES[_class_of(config)][0] == model_type,
+            normalization=normalization,
+            **parts,
+        )
+    )
 
 
-def architecture_of(config: ViTConfig) -> Architecture:
-    """Returns the architecture that a model is written as.
+def _ignoring(*patterns: str) -> Callable[[ViTConfig], tuple[str, ...]]:
+    return lambda config: patterns
 
-    Raises:
-        UserError: transformers has none; the message names the nearest, and what would have to be otherwise.
 
-    >>> architecture_of(ViTConfig.from_variant("B/16", num_classes=10)).model_type
-    'vit'
-    >>> architecture_of(ViTConfig.from_variant("digits", num_classes=10)).model_type
-    'ijepa'
-    """
-    return ARCHITECTURES[_CLASSES[_class_of(config)][0]]
+# What the published models expect of pixels: for DeiT, I-JEPA and DINOv2 it is not the default of their image
+# processors in transformers.
+_register("vit", "vit.", HALF, names=vit_names, ignore=_ignoring(_POOLER))
+# The two heads of DeiTForImageClassificationWithTeacher read two tokens, ours reads one.
+_DEIT_HEADS = r"(cls|distillation)_classifier\.(weight|bias)"
+_register("deit", "deit.", IMAGENET, names=vit_names, ignore=_ignoring(_POOLER, _DEIT_HEADS))
+_MASK_TOKEN = r"embeddings\.mask_token"
+_register("dinov2", "dinov2.", IMAGENET, names=dinov2_names, ignore=_ignoring(_MASK_TOKEN), fillers=dinov2_fillers)
+_register("ijepa", "ijepa.", IMAGENET, names=vit_names, ignore=_ignoring(_POOLER))
+for _model_type in ("clip", "clip_vision_model"):
+    _register(_model_type, "vision_model.", CLIP, names=clip_names, ignore=clip_ignore, fillers=clip_fillers)

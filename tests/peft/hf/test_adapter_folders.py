@@ -11,8 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from surm_jax.errors import UserError
-from surm_jax.models import ViT, ViTConfig
-from surm_jax.models.targets import TARGETS
+from surm_jax.models import TARGETS, ViT, ViTConfig
 from surm_jax.peft import (
     C3A,
     BottleneckAdapter,

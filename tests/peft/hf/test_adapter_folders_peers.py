@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from surm_jax.models.targets import TARGETS
+from surm_jax.models import TARGETS
 from surm_jax.peft import C3A, CirculantUpdate, LoKr, LoRA, Rule, adapt, load_hf_adapter, save_hf_adapter
 from surm_jax.pretrained.hf import text as hf_text
 from surm_jax.pretrained.hf import vision as hf_vision

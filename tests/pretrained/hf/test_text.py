@@ -6,8 +6,7 @@ from safetensors.numpy import load_file
 
 from surm_jax.errors import UserError
 from surm_jax.models import BertConfig
-from surm_jax.pretrained.hf.architecture import Names
-from surm_jax.pretrained.hf.text import ARCHITECTURES, architecture_of
+from surm_jax.pretrained.hf import ARCHITECTURES, Names, architecture_of
 from tests.peft.models import parameters
 from tests.pretrained.hf.hf_trees import read_tree, written_tree
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.models import ViT, ViTConfig
-from surm_jax.pretrained.hf.vision import ARCHITECTURES, architecture_of
+from surm_jax.pretrained.hf import ARCHITECTURES, architecture_of
 from tests.pretrained.hf.hf_trees import read_tree, written_tree
 
 TINY = {"image_size": 8, "patch_size": 4, "channels": 2, "width": 12, "depth": 2, "heads": 3, "mlp_width": 24}

@@ -1,0 +1,128 @@
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from surm_jax.errors import UserError
+from surm_jax.models import (
+    MODELS,
+    Bert,
+    BertConfig,
+    Config,
+    Model,
+    ViT,
+    ViTConfig,
+    model_class,
+    model_of_variant,
+    register_model,
+    variant_names,
+)
+
+CONFIGS = {
+    ViT: ViTConfig.from_variant("digits", num_classes=3),
+    Bert: BertConfig.from_variant("tiny", num_classes=3),
+}
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    """What a test registers is forgotten after it."""
+    monkeypatch.setattr("surm_jax.models.base.MODELS", {**MODELS})
+
+
+class TestEveryModel:
+    def test_has_a_case(self):
+        assert set(MODELS.values()) == CONFIGS.keys()
+
+    @pytest.mark.parametrize("model", CONFIGS)
+    def test_keeps_the_protocol(self, model):
+        config = CONFIGS[model]
+        assert model_class(config) is model
+        assert type(config) is model.config_class
+        assert {*config.RUNTIME_FIELDS, *config.HEAD_FIELDS} <= {field.name for field in dataclasses.fields(config)}
+        abstract = nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0)))
+        assert abstract.config == config
+        assert len(abstract.blocks) == config.depth
+        paths = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(abstract))}
+        assert any(path.startswith("head/") for path in paths)
+        assert config.position_grids.keys() <= paths
+
+    @pytest.mark.parametrize("model", CONFIGS)
+    def test_is_called_as_a_task_calls_it(self, model):
+        config = CONFIGS[model]
+        if model.reads == "images":
+            arguments = {"images_bhwc": jnp.zeros((2, config.image_size, config.image_size, config.channels))}
+        else:
+            tokens = jnp.zeros((2, 5), jnp.int32)
+            arguments = {"tokens_bt": tokens, "mask": tokens, "token_types": tokens}
+        key = jax.random.key(0)
+        logits = jax.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))(**arguments, rngs=key))
+        assert (logits.shape, logits.dtype) == ((2, 3), jnp.float32)
+
+    def test_is_found_by_its_variants(self):
+        for model in CONFIGS:
+            for name in model.config_class.VARIANTS:
+                assert model_of_variant(name, model.reads) is model
+        assert {"B/16", "digits", "mini"} <= {*variant_names("images")}
+        assert {*variant_names()} == {*variant_names("images"), *variant_names("text")}
+
+    def test_an_unknown_variant_names_the_nearest(self):
+        with pytest.raises(UserError, match=r"no model of images 'B/61'; there are .*did you mean 'B/16'"):
+            model_of_variant("B/61", "images")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnConfig(Config):
+    width: int = 3
+
+    VARIANTS: ClassVar = {"own": {"width": 4}}
+
+
+def make(name="Own", **attributes):
+    return type(name, (Model,), {"config_class": OwnConfig, "reads": "images", **attributes})
+
+
+class TestRegister:
+    def test_a_new_model_is_found(self):
+        model = register_model(make())
+        assert model_class(OwnConfig(num_classes=2)) is model
+        assert model_of_variant("own", "images") is model
+        assert OwnConfig.from_variant("own", num_classes=2) == OwnConfig(width=4, num_classes=2)
+
+    def test_the_same_definition_again_replaces_it(self):
+        register_model(make())
+        again = register_model(make())
+        assert model_class(OwnConfig(num_classes=2)) is again
+
+    @pytest.mark.parametrize(
+        ("attributes", "message"),
+        [
+            ({"reads": "image"}, "Own.reads must be one of .*did you mean 'images'"),
+            (
+                {"config_class": dict},
+                "Own.config_class must be a subclass of .*Config, got <class 'dict'>",
+            ),
+            ({"config_class": ViTConfig}, "Own needs its own configuration class: ViTConfig is ViT's"),
+            ({"name": "ViT"}, r"already a model 'ViT', in surm_jax\.models\.vit"),
+        ],
+    )
+    def test_mistakes(self, attributes, message):
+        with pytest.raises(UserError, match=message):
+            register_model(make(**attributes))
+
+    def test_a_variant_of_another_model(self, monkeypatch):
+        monkeypatch.setattr(OwnConfig, "VARIANTS", {"digits": {}})
+        with pytest.raises(UserError, match="the variant 'digits' of Own is one of ViT already"):
+            register_model(make())
+
+    def test_a_configuration_without_a_model(self):
+        with pytest.raises(UserError, match=r"no model is registered for a OwnConfig; there are \['Bert', 'ViT'\]"):
+            model_class(OwnConfig(num_classes=2))
+
+
+def test_an_unknown_field_names_the_nearest():
+    with pytest.raises(UserError, match=r"BertConfig has no field 'witdh'.*did you mean 'width'"):
+        BertConfig.build({}, {"depth": 1, "witdh": 2})

@@ -1,0 +1,28 @@
+import dataclasses
+
+import pytest
+
+from surm_jax.errors import UserError
+from surm_jax.models import BertConfig, ViTConfig
+from surm_jax.pretrained.checkpoint import require_same
+
+CONFIGS = [ViTConfig.from_variant("digits", num_classes=3), BertConfig.from_variant("tiny", num_classes=3)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+def test_every_other_field_is_compared(config):
+    """The changed values need not make sense: those of a file may be anything."""
+    for field in dataclasses.fields(config):
+        stored = dataclasses.replace(config)
+        object.__setattr__(stored, field.name, "other")
+        message = f"the file was written for another model: {field.name} is 'other' in the file and "
+        if field.name in (*config.RUNTIME_FIELDS, "image_size"):
+            require_same("the file", stored, config, ["head/kernel"])
+            continue
+        with pytest.raises(UserError, match=message):
+            require_same("the file", stored, config, ["head/kernel", "norm/scale"])
+        if field.name in config.HEAD_FIELDS:
+            require_same("the file", stored, config, ["norm/scale"])
+        else:
+            with pytest.raises(UserError, match=message):
+                require_same("the file", stored, config, ["norm/scale"])
