@@ -35,7 +35,8 @@ def registry(monkeypatch):
 
 class TestEveryModel:
     def test_has_a_case(self):
-        assert set(MODELS.values()) == CONFIGS.keys()
+        ours = {model for model in MODELS.values() if model.__module__.startswith("surm_jax.")}
+        assert ours == CONFIGS.keys()
 
     @pytest.mark.parametrize("model", CONFIGS)
     def test_keeps_the_protocol(self, model):
@@ -119,7 +120,7 @@ class TestRegister:
             register_model(make())
 
     def test_a_configuration_without_a_model(self):
-        with pytest.raises(UserError, match=r"no model is registered for a OwnConfig; there are \['Bert', 'ViT'\]"):
+        with pytest.raises(UserError, match="no model is registered for a OwnConfig; there are"):
             model_class(OwnConfig(num_classes=2))
 
 

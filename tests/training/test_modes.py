@@ -12,8 +12,7 @@ from surm_jax import data
 from surm_jax.errors import UserError
 from surm_jax.models import ViT
 from surm_jax.peft import load_adapter
-from surm_jax.pretrained import load
-from surm_jax.pretrained.normalization import image_normalization
+from surm_jax.pretrained import image_normalization, load
 from surm_jax.training import loop, modes
 from surm_jax.training.config import base_config, parse
 from surm_jax.training.loop import InterruptedRunError

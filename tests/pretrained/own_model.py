@@ -1,0 +1,90 @@
+"""A model that the package does not know: a small convolutional network of images, in one file.
+
+Importing the file registers the model, its configuration and its names in folders of transformers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from surm_jax.models import Config, Model, register_model
+from surm_jax.pretrained.hf import CONV, LINEAR, Architecture, Name, register_architecture
+from surm_jax.pretrained.normalization import HALF
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchMixerConfig(Config):
+    """Geometry of a `PatchMixer`."""
+
+    image_size: int = 8
+    channels: int = 1
+    patch_size: int = 4
+    width: int = 6
+    depth: int = 2
+    dropout: float = 0.0
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "none"
+
+    VARIANTS: ClassVar[dict[str, Mapping[str, Any]]] = {"patch-mixer": {"width": 8}}
+    RUNTIME_FIELDS: ClassVar[tuple[str, ...]] = ("dropout", "dtype", "param_dtype", "remat")
+
+
+@register_model
+class PatchMixer(Model):
+    """Patches, a few layers on each, their mean, and a head."""
+
+    config_class: ClassVar[type[Config]] = PatchMixerConfig
+    reads: ClassVar[str] = "images"
+    adapter_targets: ClassVar[Mapping[str, str]] = {"qkv": r"layers/\d+", "all-linear": r"layers/\d+"}
+
+    def __init__(self, config: PatchMixerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        patch = (config.patch_size, config.patch_size)
+        self.patches = nnx.Conv(config.channels, config.width, patch, strides=patch, padding="VALID", rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(config.width, config.width, rngs=rngs) for _ in range(config.depth)])
+        self.head = nnx.Linear(config.width, config.num_classes, rngs=rngs)
+
+    def __call__(self, images: jax.Array, *, rngs: nnx.Rngs | jax.Array | None = None) -> jax.Array:
+        """Return float32 logits; there is no dropout to draw."""
+        x = self.patches(images).reshape(len(images), -1, self.config.width)
+        for layer in self.layers:
+            x = x + jax.nn.relu(layer(x))
+        return self.head(x.mean(axis=1)).astype(jnp.float32)
+
+
+_FIELDS = {"image_size": "image_size", "channels": "num_channels", "patch_size": "patch", "width": "hidden_size"}
+
+
+def _read_config(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> PatchMixerConfig:
+    ours = {name: fields[theirs] for name, theirs in _FIELDS.items()}
+    ours |= {"depth": fields["num_layers"], "num_classes": fields["num_labels"]}
+    return PatchMixerConfig.build(ours, overrides)
+
+
+def _write_config(config: PatchMixerConfig) -> dict[str, Any]:
+    fields = {theirs: getattr(config, name) for name, theirs in _FIELDS.items()}
+    return {"model_type": "patch_mixer", **fields, "num_layers": config.depth, "num_labels": config.num_classes}
+
+
+_NAMES = (
+    Name("embed", "patches", CONV),
+    Name("mixer.#.dense", "layers/#", LINEAR),
+    Name("classifier", "head", LINEAR, in_body=False),
+)
+
+register_architecture(
+    Architecture(
+        model_type="patch_mixer",
+        prefix="body.",
+        model=PatchMixer,
+        read_config=_read_config,
+        write_config=_write_config,
+        names=lambda config: _NAMES,
+        normalization=HALF,
+    )
+)
