@@ -1,6 +1,7 @@
-"""The one exception for mistakes that the user can put right.
+"""The exception for mistakes that the user can correct.
 
-`launch.py` prints its message and exits with status 1, without a traceback. Whatever else reaches the user is a bug.
+`launch.py` prints its message and exits with status 1, without a traceback. Any other exception that reaches the user
+is a bug.
 """
 
 import itertools
@@ -16,8 +17,8 @@ _MOST_NAMES = 1000
 class UserError(ValueError):
     r"""Bad input: the message says what is wrong, where, and what would be right.
 
-    Names and values in it may come from files of strangers: control characters are shown as escapes, and of a very
-    long message the middle is left out.
+    The message may quote names and values from files of strangers. Control characters are therefore shown as escapes,
+    and the middle of a very long message is left out.
 
     >>> str(UserError("no layer \x1b[2J" + "a" * 10_000))[:20], len(str(UserError("a" * 10_000)))
     ('no layer \\x1b[2Jaaaa', 4005)
@@ -31,9 +32,10 @@ class UserError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
-    """Returns `"; did you mean 'a' or 'b'?"` for the known names nearest to `name`, or an empty string.
+    """Return `"; did you mean 'a' or 'b'?"` with the known names nearest to `name`, or an empty string.
 
-    Of names that a file holds by the million the first thousand are looked at, and none that is very long.
+    Only the first thousand names are compared, and only names of at most a hundred characters: a file may hold
+    millions.
 
     >>> did_you_mean("circulent", ["circulant", "lora"])
     "; did you mean 'circulant'?"

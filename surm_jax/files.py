@@ -27,11 +27,11 @@ _SUFFIXES = (".tmp", ".old")
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; what is written there takes the place of `path` when the block succeeds.
+    """Yield a temporary path beside `path`, and rename what is written there to `path` when the block succeeds.
 
-    Folders above `path` are made. If the block fails, the temporary file is removed and `path` stays as it was. The
-    content is on the disk before it has its name, and the name before this returns. An `OSError` names a file, which a
-    full disk alone does not.
+    Missing parent folders are created. If the block fails, the temporary file is removed and `path` stays as it was.
+    The content is synced to the disk before it gets its name, and the name before this returns. An `OSError` names the
+    file, which the system's error for a full disk does not.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
@@ -47,11 +47,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Does for a folder what `replacing` does for a file; yields an empty folder.
+    """Yield an empty temporary folder, and rename it to `folder` when the block succeeds.
 
-    A folder that is there cannot be replaced in one step: see `move_folder`. Of a link, its target is replaced.
+    An existing folder cannot be replaced in one step: see `move_folder`. If `folder` is a link, its target is replaced.
     """
-    folder = folder.resolve()  # links are renamed as links, and `.` has no name
+    folder = folder.resolve()  # Renaming would rename the link itself, and `.` has no name.
     temporary = _beside(folder)
     temporary.mkdir(parents=True)
     try:
@@ -63,10 +63,10 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def move_folder(temporary: Path, folder: Path) -> None:
-    """Gives a complete folder its final name, in the place of a folder that may be there.
+    """Rename a complete folder to its final name, and replace a folder of that name if there is one.
 
-    The old one is renamed first, and removed last. Cut off between, its content is still there under a temporary name
-    that ends in `.old`, and `remove_temporaries` gives it back its own.
+    The old folder is renamed first and removed last. If the process dies in between, the old content is still there
+    under a temporary name that ends in `.old`, and `remove_temporaries` renames it back.
     """
     for path in temporary.rglob("*"):
         _sync(path)
@@ -86,21 +86,21 @@ def move_folder(temporary: Path, folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder so that, cut off at any moment, it is there as a whole or not under its name."""
+    """Remove a folder so that its name never stands for a part of its content, even if the process dies meanwhile."""
     temporary = _beside(folder)
     os.replace(folder, temporary)
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_temporary(path: Path) -> bool:
-    """Says whether a path has a temporary name, left behind by a process that was killed while it wrote."""
+    """Return whether a path has a temporary name, which a killed process leaves behind."""
     return path.name.startswith(".") and path.suffix in _SUFFIXES
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Removes what killed processes left in a folder. Only for who knows that nobody writes there now.
+    """Remove what killed processes left in a folder, and rename a folder back that was about to be replaced.
 
-    A folder that was to be replaced, and is not yet, has its name again afterwards.
+    Call it only when no process writes to the folder.
     """
     for path in filter(is_temporary, list(folder.iterdir())):
         # .NAME.RANDOM.old
@@ -116,14 +116,14 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # One without a number shows its text alone, which a file name would take the place of.
+        # An error without a number shows only its text, which the name of a file would hide.
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -136,16 +136,16 @@ def _beside(path: Path) -> Path:
 
 
 _MOST_BYTES_OF_JSON = 2**24
-# Images of one colour pack to a thousandth; so do bombs, but no data set of a size that matters.
+# A compression bomb unpacks to a thousand times its size. Small sets of plain images may, but no large set does.
 _MOST_UNPACKED, _UNPACKED_IN_ANY_CASE = 100, 2**28
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def require_file(path: Path) -> int:
-    """Returns the size of a file in bytes. Pipes and devices, which need not end, are no files.
+    """Return the size of a regular file in bytes.
 
     Raises:
-        UserError: there is none, or it is something else.
+        UserError: If there is no such file, or it is a pipe or a device, which reading might never end.
     """
     try:
         status = path.stat()
@@ -157,10 +157,10 @@ def require_file(path: Path) -> int:
 
 
 def read_json(path: Path, most_bytes: int = _MOST_BYTES_OF_JSON) -> dict[str, Any]:
-    """Returns the object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
-        UserError: there is no such file, it is too large, not JSON, not an object, or a name occurs twice in an object.
+        UserError: If there is no such file, it is too large, it is not a JSON object, or an object has a name twice.
     """
     if (size := require_file(path)) > most_bytes:
         raise UserError(f"{path} has {size:,} bytes: too many for what it should be, at most {most_bytes:,}")
@@ -176,7 +176,7 @@ def read_json(path: Path, most_bytes: int = _MOST_BYTES_OF_JSON) -> dict[str, An
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Says whether an array holds neither NaN nor infinity, without an array of the answers.
+    """Return whether an array holds neither NaN nor infinity, without allocating an array of booleans.
 
     >>> is_finite(np.ones(3, np.float16)), is_finite(np.array([1.0, np.inf, -np.inf], np.float32))
     (True, False)
@@ -190,8 +190,8 @@ class Npz:
     """An open `.npz` file.
 
     Attributes:
-        keys: the names of the arrays.
-        read: returns the array of a name.
+        keys: The names of the arrays.
+        read: Returns the array of a name.
     """
 
     keys: Sequence[str]
@@ -200,11 +200,11 @@ class Npz:
 
 @contextmanager
 def open_npz(path: Path) -> Iterator[Npz]:
-    """Opens an `.npz` file.
+    """Open an `.npz` file.
 
     Raises:
-        UserError: now or on reading, if it is missing, damaged, holds pickled objects or a name twice, or would unpack
-            to more than a hundred times its size.
+        UserError: On opening or reading, if the file is missing or damaged, holds pickled objects or one name twice, or
+            would unpack to more than a hundred times its size.
     """
     size = require_file(path)
     with path.open("rb") as file:
@@ -233,7 +233,7 @@ def _read(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.n
             there = member.file_size - file.tell()
         if dtype.hasobject:
             raise _pickled(path)
-        # Of strings without characters any number takes no bytes.
+        # An array of empty strings takes no bytes, whatever shape it claims.
         if not dtype.itemsize or math.prod(shape) * dtype.itemsize != there:
             raise ValueError(f"{member.filename} has {there} bytes for an array of shape {shape} and type {dtype}")
         with archive.open(member) as file:
@@ -246,7 +246,7 @@ def _pickled(path: Path) -> UserError:
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Turns whatever zipfile, its decompressors and NumPy raise into an error that names the file."""
+    """Turn whatever zipfile, its decompressors and NumPy raise into an error that names the file."""
     try:
         yield
     except UserError:
@@ -268,5 +268,5 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def cache_root() -> Path:
-    """Returns the cache: the folder `$SURM_JAX_CACHE`, or else `~/.cache/surm_jax`."""
+    """Return the folder of downloads and compiled programs: `$SURM_JAX_CACHE`, or else `~/.cache/surm_jax`."""
     return Path(os.environ.get("SURM_JAX_CACHE") or Path.home() / ".cache" / "surm_jax").expanduser()
