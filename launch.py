@@ -25,8 +25,8 @@ from surm_jax.devices.compilation import use_compilation_cache
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.record.workdir import CHANGEABLE
 from surm_jax.training.config import base_config, keys, parse
-from surm_jax.training.loop import InterruptedRunError
 from surm_jax.training.modes import describe_run, evaluate_run, export_run, merge_run, predict_run, train_run
+from surm_jax.training.run import InterruptedRunError
 
 CONFIGS = Path(__file__).parent / "configs"
 

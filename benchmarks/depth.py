@@ -20,7 +20,7 @@ from surm_jax.devices.mesh import make_mesh
 from surm_jax.models import REMAT, TARGETS, ViT, ViTConfig
 from surm_jax.peft import METHODS, Rule, Selection, adapt, make_method
 from surm_jax.pretrained import load
-from surm_jax.tasks.image_classification import ImageTask
+from surm_jax.tasks import ImageClassification
 from surm_jax.tasks.objective import CLASSES
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
@@ -47,7 +47,7 @@ def measure(depth: int, scan: bool, mesh: jax.sharding.Mesh) -> dict[str, float]
     state = init_state(trained, optimizer, mesh)
     batch = {"image": jnp.zeros((BATCH, 8, 8, 1)), "label": jnp.zeros(BATCH, jnp.int32)}
     began = time.perf_counter()
-    step = make_train_step(parts, ImageTask.forward, CLASSES, optimizer, mesh)
+    step = make_train_step(parts, ImageClassification.forward, CLASSES, optimizer, mesh)
     lowered = step.lower(state, frozen, batch, jax.random.key(0), {})
     traced = time.perf_counter()
     compiled = lowered.compile()

@@ -28,7 +28,7 @@ from surm_jax.devices.mesh import make_mesh, put_batch
 from surm_jax.errors import UserError
 from surm_jax.models import TARGETS, ViT, ViTConfig
 from surm_jax.peft import CirculantUpdate, Rule, adapt
-from surm_jax.tasks.image_classification import ImageTask
+from surm_jax.tasks import ImageClassification
 from surm_jax.tasks.objective import CLASSES
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
@@ -63,7 +63,7 @@ class Model:
         parts, trained, self.frozen = partition(model, adapter)
         optimizer = optax.adamw(1e-4)
         self.state, self.key = init_state(trained, optimizer, self.mesh), jax.random.key(0)
-        self.step = make_train_step(parts, ImageTask.forward, CLASSES, optimizer, self.mesh)
+        self.step = make_train_step(parts, ImageClassification.forward, CLASSES, optimizer, self.mesh)
         self.before: dict[str, jax.Array] | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> None:

@@ -22,7 +22,7 @@ from benchmarks.report import markdown
 from surm_jax.devices.mesh import batch_sharding, make_mesh, put_base
 from surm_jax.models import TARGETS, ViT, ViTConfig
 from surm_jax.peft import Rule, Selection, adapt, make_method
-from surm_jax.tasks.image_classification import ImageTask
+from surm_jax.tasks import ImageClassification
 from surm_jax.tasks.objective import CLASSES
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
@@ -83,7 +83,7 @@ def compiled_step(method: str, data: int, fsdp: int) -> tuple[Any, int, int, lis
             "image": jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.float32, sharding=batch_sharding(mesh)),
             "label": jax.ShapeDtypeStruct((16,), jnp.int32, sharding=batch_sharding(mesh)),
         }
-        step = make_train_step(parts, ImageTask.forward, CLASSES, optimizer, mesh)
+        step = make_train_step(parts, ImageClassification.forward, CLASSES, optimizer, mesh)
         program = step.lower(state, frozen, batch, jax.random.key(0), {}).compile()
     leaves = jax.tree.leaves(frozen)
     split = [leaf.size for leaf in leaves if not leaf.sharding.is_fully_replicated]

@@ -29,7 +29,7 @@ from surm_jax.errors import UserError
 from surm_jax.models import TARGETS, ViT, ViTConfig
 from surm_jax.peft import METHODS, Rule, Selection, adapt, make_method
 from surm_jax.structured import EXECUTIONS
-from surm_jax.tasks.image_classification import ImageTask
+from surm_jax.tasks import ImageClassification
 from surm_jax.tasks.objective import CLASSES, cross_entropy
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
@@ -101,7 +101,7 @@ def method_step(model: ViT, name: str, mesh: jax.sharding.Mesh) -> Step:
     optimizer = optax.adamw(1e-4)
     state, batch = init_state(trained, optimizer, mesh), images_and_labels(model, mesh)
     frozen = put_base(frozen, mesh)
-    step = make_train_step(parts, ImageTask.forward, CLASSES, optimizer, mesh)
+    step = make_train_step(parts, ImageClassification.forward, CLASSES, optimizer, mesh)
     key = jax.device_put(jax.random.key(0), replicated(mesh))
     compiled = step.lower(state, frozen, batch, key, {}).compile()
     optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))

@@ -47,9 +47,9 @@ from surm_jax.devices.compilation import use_compilation_cache
 from surm_jax.devices.mesh import put_batch
 from surm_jax.errors import UserError
 from surm_jax.peft import Adapter, load_adapter
-from surm_jax.record.workdir import RESULT_NAME, locations, read_config, read_json
+from surm_jax.record.workdir import read_result, relocated
 from surm_jax.training import parse
-from surm_jax.training.config import RunConfig
+from surm_jax.training.config import RunConfig, saved_config, to_dict
 from surm_jax.training.partition import partition
 from surm_jax.training.setup import Job, prepare
 
@@ -72,13 +72,13 @@ def read_run(workdir: Path, overrides: Mapping[str, Any]) -> RunConfig:
     Raises:
         UserError: There is no run, it is not complete, or it is one of several seeds.
     """
-    config = locations(read_config(workdir), overrides)
+    config = saved_config(workdir, overrides)
     if len(config.seeds) > 1:
         raise UserError(
             f"{workdir} holds a run for each of {len(config.seeds)} seeds: choose one, such as"
             f" {workdir / f'seed-{config.seeds[0]}'}"
         )
-    read_json(workdir / RESULT_NAME, f"the run in {workdir} is not complete")
+    read_result(workdir)
     return config
 
 
@@ -104,8 +104,8 @@ def read_any(where: str, overrides: Mapping[str, Any]) -> RunConfig:
         UserError: There is neither.
     """
     if where.partition(":")[0].endswith(".py"):
-        return locations(parse(load_job(where)), overrides)
-    return locations(read_config(Path(where)), overrides)
+        return parse(relocated(to_dict(parse(load_job(where))), overrides))
+    return saved_config(Path(where), overrides)
 
 
 def open_run(config: RunConfig, workdir: Path) -> Run:

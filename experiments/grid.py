@@ -22,7 +22,8 @@ from surm_jax.devices.compilation import use_compilation_cache
 from surm_jax.record.metrics import NotFiniteError, read_metrics
 from surm_jax.record.progress import Interruption
 from surm_jax.training.config import RunConfig
-from surm_jax.training.loop import InterruptedRunError, train
+from surm_jax.training.loop import train
+from surm_jax.training.run import InterruptedRunError
 
 RESULTS = Path(__file__).parent / "results"
 SEARCH_SEED = 10

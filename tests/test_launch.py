@@ -17,7 +17,7 @@ from absl import flags
 import launch
 from surm_jax.devices import compilation
 from surm_jax.training.config import base_config, parse
-from surm_jax.training.loop import InterruptedRunError
+from surm_jax.training.run import InterruptedRunError
 from tests.training import tiny, tiny_text
 
 ROOT = Path(launch.__file__).resolve().parent

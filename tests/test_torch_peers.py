@@ -15,8 +15,7 @@ from surm_jax.devices.mesh import make_mesh, put_batch, replicated
 from surm_jax.models import TARGETS, ViT, ViTConfig
 from surm_jax.peft import AdapterParam, CirculantUpdate, LoRA, Rule, adapt, merge
 from surm_jax.pretrained.hf.vision import architecture_of
-from surm_jax.tasks import objective
-from surm_jax.tasks.image_classification import ImageTask
+from surm_jax.tasks import ImageClassification, objective
 from surm_jax.training.config import GroupConfig, OptimConfig
 from surm_jax.training.optimizer import Rates, make_optimizer
 from surm_jax.training.partition import partition
@@ -153,7 +152,9 @@ def train(model, adapter):
     config = dataclasses.replace(config, groups=dataclasses.replace(config.groups, **groups))
     parts, trained, frozen = partition(model, adapter)
     optimizer, rates, mesh = make_optimizer(config, trained), Rates(config, "lora", trained), make_mesh(1, {})
-    step = make_train_step(parts, ImageTask.forward, objective.CLASSES, optimizer, mesh, label_smoothing=SMOOTHING)
+    step = make_train_step(
+        parts, ImageClassification.forward, objective.CLASSES, optimizer, mesh, label_smoothing=SMOOTHING
+    )
     curve = []
     with jax.set_mesh(mesh):
         state, frozen = init_state(trained, optimizer, mesh), jax.device_put(frozen, replicated(mesh))

@@ -23,7 +23,9 @@ from surm_jax.errors import UserError
 from surm_jax.files import move_folder, read_json, remove_folder, remove_temporaries
 from surm_jax.peft import check_fingerprint
 from surm_jax.record.workdir import config_changes, differences
-from surm_jax.training.step import TrainState
+
+State = Any
+"""A named tuple of arrays and trees of arrays, with the number of updates in its field `step`."""
 
 ARRAYS_NAME = "arrays"
 RECORD_NAME = "checkpoint.json"
@@ -39,7 +41,7 @@ class Restored(NamedTuple):
         score: of the evaluation at this step (the task's first metric), or None if there was none.
     """
 
-    state: TrainState
+    state: State
     data: dict[str, Any]
     seconds: float
     score: float | None
@@ -91,7 +93,7 @@ class Checkpoints:
         """The step of the last checkpoint, or None."""
         return max(self._scores, default=None)
 
-    def save(self, state: TrainState, data: dict[str, Any], seconds: float, score: float | None = None) -> None:
+    def save(self, state: State, data: dict[str, Any], seconds: float, score: float | None = None) -> None:
         """Writes a checkpoint, and removes those that are no longer among the last two or the best.
 
         A checkpoint of the same step is replaced.
@@ -129,7 +131,7 @@ class Checkpoints:
                 " were"
             ) from error
 
-    def restore(self, template: TrainState) -> Restored:
+    def restore(self, template: State) -> Restored:
         """Reads the last checkpoint.
 
         Args:
@@ -158,7 +160,7 @@ class Checkpoints:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), template
         )
         try:
-            state = TrainState(**ocp.load(path / ARRAYS_NAME, abstract._asdict()))
+            state = template._replace(**ocp.load(path / ARRAYS_NAME, abstract._asdict()))
         except Exception as error:
             raise UserError(self._damaged(step, _first_line(error))) from error
         if _digest(state)["arrays"] != record["arrays"]:
@@ -259,7 +261,7 @@ def _files(folder: Path) -> dict[str, str]:
     return sums
 
 
-def _digest(state: TrainState) -> dict[str, Any]:
+def _digest(state: State) -> dict[str, Any]:
     """The names, shapes and dtypes of all leaves, and one SHA-256 over their bits."""
     leaves, sha256 = {}, hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):

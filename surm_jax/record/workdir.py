@@ -1,26 +1,31 @@
-"""The folder of a run: which run it belongs to, and the files that are written whole or not at all."""
+"""The folder of a run: which run it belongs to, who may use it, and files that are written whole or not at all.
+
+A configuration is a tree here: nested dictionaries of JSON values, as `surm_jax.training.config.to_dict` makes them.
+"""
 
 import contextlib
+import fcntl
 import functools
 import json
+import os
 import platform
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from surm_jax.errors import UserError
-from surm_jax.files import is_temporary, replacing
-from surm_jax.record.lock import LOCK_NAME, locked
-from surm_jax.training.config import RunConfig, parse, to_dict
+from surm_jax.files import is_temporary, read_json, replacing
 
 CONFIG_NAME = "config.json"
 RESULT_NAME = "result.json"
+LOCK_NAME = ".lock"
 
+Tree = Mapping[str, Any]
+Check = Callable[[Tree], Tree]
+"""Checks a configuration and fills in its defaults; raises a `UserError` for one that cannot be."""
 
-#: Where a run's data and weights are, and how it is computed, which changes numbers by their rounding alone: a run may
-#: go on, be evaluated or exported elsewhere and on other devices. That the weights are the same is checked where they
-#: are loaded.
 CHANGEABLE = (
     "data.dir",
     "data.eval_batch_size",
@@ -30,36 +35,46 @@ CHANGEABLE = (
     "mesh.data",
     "mesh.fsdp",
 )
+"""Keys that may change when a run is resumed, evaluated or exported.
+
+They say where its data and weights are, and how it is computed, which changes numbers only by rounding. Weights from
+another place are checked when they are loaded.
+"""
 
 
 @contextlib.contextmanager
-def open_workdir(workdir: Path, config: RunConfig) -> Iterator[None]:
-    """Makes the folder of a run, or checks that it is the folder of this very run; no other process has it meanwhile.
+def open_workdir(workdir: Path, config: Tree, check: Check) -> Iterator[None]:
+    """Make the folder of a run, or check that it belongs to this run; keep other processes out of it meanwhile.
 
-    A folder with nothing but a configuration is free: that start failed before its first step. Where data and devices
-    are is noted anew by each start, but not once there is a result: nothing shows then that they are there.
+    A folder that holds nothing but a configuration is free: that start failed before its first step. Each start saves
+    where data and devices are now, unless there is a result already: then nobody has checked that they are there.
+
+    Args:
+        workdir: The folder.
+        config: The configuration of the run.
+        check: Applied to the configuration that the folder holds.
 
     Raises:
-        UserError: if it cannot be written, another process is using it, or it holds another run or something else.
+        UserError: The folder cannot be written, another process uses it, or it holds another run or something else.
     """
     _require_writable(workdir)
     with locked(workdir):
-        _require_this_run(workdir, config)
+        _require_this_run(workdir, config, check)
         if not (workdir / RESULT_NAME).exists():
-            write_json(workdir / CONFIG_NAME, to_dict(config))
+            write_json(workdir / CONFIG_NAME, config)
         yield
 
 
-def _require_this_run(workdir: Path, config: RunConfig) -> None:
+def _require_this_run(workdir: Path, config: Tree, check: Check) -> None:
     files = [path for path in workdir.rglob("*") if path.is_file() and not is_temporary(path)]
     if all(path.name in (CONFIG_NAME, LOCK_NAME) for path in files):
         return
     if workdir / CONFIG_NAME not in files:
         raise UserError(f"{workdir} holds files but no run (no {CONFIG_NAME}): choose another folder")
-    # Beside a result no weights are loaded, and it would pass for that of others.
+    # A complete run loads no weights that could be checked: its result must not pass for that of other weights.
     complete = any(path.name == RESULT_NAME for path in files)
     changeable = [key for key in CHANGEABLE if not (complete and key == "model.checkpoint")]
-    if changes := config_changes(to_dict(read_config(workdir)), to_dict(config), changeable):
+    if changes := config_changes(read_config(workdir, check), config, changeable):
         more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
         raise UserError(
             f"{workdir} holds another run; there {'; '.join(changes[:5])}{more}."
@@ -68,10 +83,10 @@ def _require_this_run(workdir: Path, config: RunConfig) -> None:
 
 
 def require_shared(workdir: Path) -> None:
-    """Checks that the folder of a run, which the first of several processes opened, is this one's as well.
+    """Check that this process sees the folder that the first of several processes opened.
 
     Raises:
-        UserError: if it is on another file system.
+        UserError: It is on another file system.
     """
     if not (workdir / CONFIG_NAME).exists():
         raise UserError(
@@ -80,64 +95,64 @@ def require_shared(workdir: Path) -> None:
         )
 
 
-def locations(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
-    """Returns the configuration of a finished run with its data and weights at other places, or for other devices.
+def relocated(config: Tree, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a finished run with its data and weights at other places, or for other devices.
 
     Args:
-        config: of the run.
-        overrides: values by key, such as `data.dir`. Those that the run has anyway change nothing.
+        config: The configuration of the run.
+        overrides: Values by key, such as `data.dir`. A value that the run has already changes nothing.
 
     Raises:
-        UserError: for another value of a key that is not in `CHANGEABLE`: what a run was cannot be changed.
+        UserError: Another value is given for a key that is not in `CHANGEABLE`.
     """
-    tree = to_dict(config)
+    tree = jsonable(config)
     for key, value in overrides.items():
         *sections, name = key.split(".")
         section = functools.reduce(dict.__getitem__, sections, tree)
-        if key not in CHANGEABLE and _jsonable(section[name]) != _jsonable(value):
+        if key not in CHANGEABLE and section[name] != jsonable(value):
             raise UserError(
                 f"config.{key} belongs to the run that is in the folder and cannot be changed now"
                 f" (only {', '.join(CHANGEABLE)} can)"
             )
         section[name] = value
-    return parse(tree)
-
-
-def read_config(workdir: Path) -> RunConfig:
-    """Reads the configuration of the run in a folder.
-
-    Raises:
-        UserError: if there is none, or it is damaged.
-    """
-    tree = read_json(workdir / CONFIG_NAME, f"no run in {workdir}")
-    try:
-        return parse(tree)
-    except UserError as error:
-        raise UserError(f"{workdir / CONFIG_NAME}: {error}") from None
-
-
-def read_json(path: Path, absent: str) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        UserError: if it cannot be read (the message begins with `absent`), or is damaged.
-    """
-    try:
-        tree = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{absent}: cannot read {path} ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} is damaged: it does not hold a JSON object")
     return tree
 
 
-def write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    """Writes a JSON object, whole or not at all.
+def read_config(workdir: Path, check: Check) -> Tree:
+    """Read the configuration of the run in a folder.
 
     Raises:
-        UserError: if it cannot be written.
+        UserError: There is none, or it is damaged.
+    """
+    path = workdir / CONFIG_NAME
+    if not path.exists():
+        raise UserError(f"no run in {workdir}: there is no {path}")
+    tree = read_json(path)
+    try:
+        return check(tree)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def read_result(workdir: Path) -> dict[str, Any]:
+    """Read the result of the run in a folder.
+
+    Raises:
+        UserError: The run is not complete, or its result is damaged.
+    """
+    path = workdir / RESULT_NAME
+    if not path.exists():
+        raise UserError(
+            f"the run in {workdir} is not complete (the training command goes on with it): there is no {path}"
+        )
+    return read_json(path)
+
+
+def write_json(path: Path, tree: Tree) -> None:
+    """Write a JSON object, whole or not at all.
+
+    Raises:
+        UserError: It cannot be written.
     """
     try:
         with replacing(path) as temporary:
@@ -149,7 +164,7 @@ def write_json(path: Path, tree: Mapping[str, Any]) -> None:
 def _require_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Permissions do not tell all (read-only mounts, full disks, root): try.
+        # Permissions do not show everything (read-only mounts, full disks, root): try it.
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
     except FileExistsError:
@@ -162,20 +177,18 @@ def _require_writable(folder: Path) -> None:
         ) from None
 
 
-def config_changes(
-    old: Mapping[str, Any], new: Mapping[str, Any], changeable: Collection[str] = CHANGEABLE
-) -> list[str]:
-    """Returns what differs between two configurations but for the keys in `changeable`, as text.
+def config_changes(old: Tree, new: Tree, changeable: Collection[str] = CHANGEABLE) -> list[str]:
+    """Return the differences between two configurations as text, except for the keys in `changeable`.
 
     >>> config_changes({"optim": {"steps": 9}, "data": {"dir": "a"}}, {"optim": {"steps": 8}, "data": {"dir": "b"}})
     ['config.optim.steps is 9, here 8']
     """
-    ignored = [f"config.{key} " for key in changeable]
-    return [change for change in differences(old, new, "config") if not change.startswith(tuple(ignored))]
+    ignored = tuple(f"config.{key} " for key in changeable)
+    return [change for change in differences(old, new, "config") if not change.startswith(ignored)]
 
 
 def differences(old: Any, new: Any, path: str) -> Iterator[str]:
-    """Yields what differs between two configurations, as text.
+    """Yield the differences between two trees as text.
 
     >>> list(differences({"a": {"b": 1}}, {"a": {"b": 2}}, "config"))
     ['config.a.b is 1, here 2']
@@ -183,9 +196,71 @@ def differences(old: Any, new: Any, path: str) -> Iterator[str]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted(old.keys() | new.keys()):
             yield from differences(old.get(key), new.get(key), f"{path}.{key}")
-    elif _jsonable(old) != _jsonable(new):
-        yield f"{path} is {_jsonable(old)!r}, here {_jsonable(new)!r}"
+    elif jsonable(old) != jsonable(new):
+        yield f"{path} is {jsonable(old)!r}, here {jsonable(new)!r}"
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """Return a copy of a value as JSON keeps it: tuples become lists."""
     return json.loads(json.dumps(value))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep every other process out of a run's folder while the block runs.
+
+    The kernel holds the lock (`flock` on `<folder>/.lock`) and releases it when the process ends, however it ends: a
+    killed run leaves nothing behind that a person would have to remove. Over NFS, Linux asks the server for the lock,
+    which then also holds between machines. A file system without locks gives a warning and no protection.
+
+    Args:
+        folder: An existing folder.
+
+    Raises:
+        UserError: Another process has the lock; the message says which, and on which host.
+
+    >>> with tempfile.TemporaryDirectory() as folder, locked(Path(folder)):
+    ...     print(sorted(os.listdir(folder)))
+    ['.lock']
+    """
+    path = folder / LOCK_NAME
+    try:
+        file = _open_current(path)
+    except OSError as error:
+        warnings.warn(f"{path} cannot be locked ({error.strerror}): take care that no other run uses it", stacklevel=3)
+        yield
+        return
+    with file:
+        file.truncate(0)
+        json.dump({"process": os.getpid(), "host": platform.node()}, file)
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _open_current(path: Path) -> TextIO:
+    """Open and lock the file of this name, which its last owner may be removing."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(path.open("a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(
+                    f"{path.parent} is in use by {_owner(file.read())}: wait for it, stop it, or choose another folder"
+                ) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    stack.pop_all()
+                    return file
+
+
+def _owner(text: str) -> str:
+    try:
+        owner = json.loads(text)
+        return f"the process {owner['process']} on {owner['host']}"
+    except (ValueError, TypeError, KeyError):  # The owner has not written it yet.
+        return "another process"

@@ -1,1 +1,7 @@
-"""What a run learns: the data, the model, the objective and the scores, behind one protocol."""
+"""What a run learns: data, model, objective and scores behind one protocol."""
+
+from surm_jax.tasks.base import Batch, Forward, Questions, Task, register_task, task_for
+from surm_jax.tasks.glue import Glue
+from surm_jax.tasks.image_classification import ImageClassification
+
+__all__ = ["Batch", "Forward", "Glue", "ImageClassification", "Questions", "Task", "register_task", "task_for"]

@@ -1,97 +1,226 @@
-"""What a run is about: its examples, its model, and what is asked of it."""
+"""The protocol that every task keeps, and the registry of tasks.
 
+A task brings together data, model, objective and scores. To add one, write a subclass of `Task` in a file of its own
+and decorate it with `@register_task`. A task outside the package is registered when its module is imported: name the
+module in `config.plugins`.
+"""
+
+import abc
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 
 from surm_jax import data
 from surm_jax.errors import UserError
-from surm_jax.models import Bert, ViT
-from surm_jax.tasks.glue import text_model_config, text_task
-from surm_jax.tasks.image_classification import image_model_config, image_task
+from surm_jax.models.base import Config, Model, model_class, model_of_variant
+from surm_jax.pretrained import locate, model_config
+from surm_jax.tasks.config import GEOMETRY, DataConfig, ModelConfig
 from surm_jax.tasks.objective import Objective
-from surm_jax.training.config import RunConfig
-from surm_jax.training.step import Batch
+
+Batch = dict[str, jax.Array]
+Forward = Callable[[nnx.Module, Batch, jax.Array | None], jax.Array]
+"""`(model, batch, key of the dropout or None) -> logits`."""
 
 
-class Task(Protocol):
-    """What training asks of a kind of data and its model.
+class Questions(Protocol):
+    """New examples without labels, for predictions.
 
     Attributes:
-        dataset: the data, with its name.
-        model_config: of the model: geometry and precision.
-        checkpoint: the file or folder of the pretrained weights, or None for random ones.
-        classes: the names of the classes; empty where labels are numbers.
-        metrics: names in `surm_jax.tasks.scores.SCORES`, the most important first.
-        tests: the names of the splits for testing.
-        splits: what can be evaluated: `tests`, and "holdout" if training examples are held out.
-        examples: number of training examples.
-        objective: what the model's outputs mean.
+        count: Number of examples.
     """
 
-    dataset: data.ImageDataset | data.TextDataset
+    count: int
+
+    def batches(self, checkpoint: Path | None, geometry: Any, config: DataConfig) -> data.EvalBatches:
+        """Return the batches of one pass. A batch has the rows' `index`, and a `mask` that is False for padding."""
+
+    def write(self, target: Path, classes: tuple[str, ...], logits: np.ndarray) -> None:
+        """Write the answers to a file, whole or not at all, and print how many there are.
+
+        Args:
+            target: The file.
+            classes: Names of the classes; empty if the model predicts a number.
+            logits: (count, outputs).
+
+        Raises:
+            UserError: The file cannot be written.
+        """
+
+
+class Task(abc.ABC):
+    """What training asks of a kind of data and its model.
+
+    An instance holds data and files that are ready. The class methods answer questions that come before.
+
+    Attributes:
+        reads: What its models read, such as "images".
+        dataset: The data set, with `name` and `classes`.
+        model_config: The model's geometry and precision.
+        checkpoint: The file or folder of the pretrained weights, or None for random ones.
+        metrics: Names in `surm_jax.tasks.objective.SCORES`, the most important first.
+        tests: Names of the splits for testing.
+        splits: Names of the splits that can be evaluated: `tests`, and "holdout" if training examples are held out.
+        examples: Number of training examples.
+        objective: What the model's outputs mean.
+    """
+
+    reads: ClassVar[str]
+    dataset: Any
     model_config: Any
     checkpoint: Path | None
-    classes: tuple[str, ...]
     metrics: tuple[str, ...]
     tests: tuple[str, ...]
     splits: tuple[str, ...]
     examples: int
     objective: Objective
 
-    def make_model(self, seed: int) -> nnx.Module:
-        """Builds the model with random parameters."""
+    @classmethod
+    @abc.abstractmethod
+    def accepts(cls, config: DataConfig) -> bool:
+        """Say whether a data set belongs to this task, without reading it."""
 
-    def forward(self, model: nnx.Module, batch: Batch, key: jax.Array | None) -> jax.Array:
-        """Returns the logits of a batch; the key draws dropout."""
+    @classmethod
+    @abc.abstractmethod
+    def load(cls, config: DataConfig) -> Any:
+        """Load the data set.
 
+        Raises:
+            UserError: It is absent, damaged, or does not fit the configuration.
+        """
+
+    @classmethod
+    def geometry(cls, model: ModelConfig, config: DataConfig, outputs: int) -> Any:
+        """Return the configuration of the model with a number of outputs. Needs no weights if the variant is named.
+
+        Raises:
+            UserError: The configuration asks for a model that does not exist, or that this task cannot train.
+        """
+        return find_geometry(model, cls.reads, outputs)
+
+    @classmethod
+    @abc.abstractmethod
+    def build(cls, model: ModelConfig, config: DataConfig, dataset: Any, geometry: Any) -> "Task":
+        """Find the pretrained weights and bring everything together.
+
+        Args:
+            model: The model's section of the configuration.
+            config: The data's section of the configuration.
+            dataset: What `load` returned.
+            geometry: What `geometry` returned.
+
+        Raises:
+            UserError: Data, model and files do not fit together.
+        """
+
+    @classmethod
+    def read_questions(cls, config: DataConfig, source: Path) -> Questions:
+        """Read new examples, for predictions.
+
+        Raises:
+            UserError: The file cannot be read, or this task makes no predictions for files.
+        """
+        raise UserError(f"--mode=predict reads sentences, but this run is about {cls.reads} ({config.name})")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes; empty if labels are numbers."""
+        return self.dataset.classes
+
+    def make_model(self, seed: int) -> Model:
+        """Build the model with random parameters."""
+        return make_model(self.model_config, seed)
+
+    @staticmethod
+    @abc.abstractmethod
+    def forward(model: nnx.Module, batch: Batch, key: jax.Array | None) -> jax.Array:
+        """Return the logits of a batch; the key draws dropout, and None means no dropout."""
+
+    @abc.abstractmethod
     def train_batches(self, seed: int) -> data.TrainBatches:
-        """Returns the endless, resumable batches of a run: this process's part of each."""
+        """Return the endless, resumable batches of a run: this process's part of each."""
 
+    @abc.abstractmethod
     def eval_batches(self, split: str) -> data.EvalBatches:
-        """Returns the batches of a pass over one of `splits`: this process's part of each."""
+        """Return the batches of one pass over one of `splits`: this process's part of each."""
+
+    @abc.abstractmethod
+    def train_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """Return the shapes of every kind of training batch, all processes' parts together, by a name for people."""
 
     def export_options(self) -> dict[str, Any]:
-        """Returns what `save_huggingface` is to write beside the weights."""
-
-    def train_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """Returns every kind of batch that training will bring, all processes' parts together, by a name for people."""
+        """Return further arguments of `surm_jax.pretrained.save_huggingface`."""
+        return {}
 
 
-def make_task(config: RunConfig) -> Task:
-    """Loads the data and brings it together with model and files.
-
-    Raises:
-        UserError: for whatever does not fit.
-    """
-    dataset = _load(config)
-    return text_task(config, dataset) if isinstance(dataset, data.TextDataset) else image_task(config, dataset)
+_TASKS: list[type[Task]] = []
+SomeTask = TypeVar("SomeTask", bound=type[Task])
 
 
-def model_maker(config: RunConfig) -> Callable[[int], nnx.Module]:
-    """Returns what builds the model from a seed, without data but for its number of classes.
+def register_task(cls: SomeTask) -> SomeTask:
+    """Add a task to the registry. Use as a decorator."""
+    _TASKS.append(cls)
+    return cls
 
-    The data set is looked at for that alone, and not even that if `config.model.num_classes` says it.
+
+def task_for(config: DataConfig) -> type[Task]:
+    """Return the task that a data set belongs to. The task that was registered last is asked first.
 
     Raises:
-        UserError: for whatever does not fit.
+        UserError: No task accepts the data set.
     """
-    outputs = config.model.num_classes or max(1, len(_load(config).classes))
-    if data.is_text(config.data.name):
-        bert = text_model_config(config, outputs)
-        return lambda seed: Bert(bert, rngs=nnx.Rngs(seed))
-    vit = image_model_config(config, outputs)
-    return lambda seed: ViT(vit, rngs=nnx.Rngs(seed))
+    for task in reversed(_TASKS):
+        if task.accepts(config):
+            return task
+    raise UserError(f"no task accepts config.data.name={config.name}: is a module missing in config.plugins?")
 
 
-def _load(config: RunConfig) -> data.ImageDataset | data.TextDataset:
-    """Loads the data set, or the classes of it that are asked for."""
-    dataset, classes = data.load(config.data.name, config.data.dir or None), config.data.classes
-    if not classes:
-        return dataset
-    if isinstance(dataset, data.TextDataset):
-        raise UserError(f"config.data.classes is for sets of images, but {config.data.name} is text: leave it empty")
-    return data.keep_classes(dataset, classes)
+def make_model(geometry: Config, seed: int) -> Model:
+    """Build the model of a configuration with random parameters."""
+    return model_class(geometry)(geometry, rngs=nnx.Rngs(seed))
+
+
+def find_geometry(config: ModelConfig, reads: str, outputs: int) -> Config:
+    """Return the configuration of the model that a run asks for.
+
+    It comes from the named variant, or from the checkpoint; both are changed by the fields that are set beside them.
+
+    Args:
+        config: The model's section of the configuration.
+        reads: What the task's examples are, such as "images".
+        outputs: Number of outputs of the head.
+
+    Raises:
+        UserError: The fields do not fit together, or the checkpoint cannot be read or holds another kind of model.
+    """
+    if config.num_classes not in (0, outputs):
+        raise UserError(f"config.model.num_classes={config.num_classes}, but the data asks for {outputs}")
+    if config.variant and (config.checkpoint.startswith("hf://") or Path(config.checkpoint).expanduser().is_dir()):
+        raise UserError(
+            f"config.model.checkpoint={config.checkpoint} says itself which model it holds, down to its numerics:"
+            f" set config.model.variant to nothing (--config.model.variant=), not {config.variant!r}"
+        )
+    if config.variant:
+        model, found = model_of_variant(config.variant, reads), None
+    else:
+        checkpoint = locate(config.checkpoint)
+        if checkpoint is None:
+            raise UserError("config.model.variant is empty, but config.model.checkpoint=none does not describe a model")
+        model, found = model_config(checkpoint, num_classes=outputs)
+        if model.reads != reads:
+            raise UserError(
+                f"{checkpoint} holds a {model.__name__}, which reads {model.reads}, but config.data.name asks for a"
+                f" model of {reads}"
+            )
+    fields = {name: value for name in GEOMETRY if (value := getattr(config, name))}
+    known = {field.name for field in dataclasses.fields(model.config_class)}
+    for name in fields.keys() - known:
+        raise UserError(f"config.model.{name}={fields[name]}, but a {model.__name__}, which reads {reads}, has none")
+    fields |= {name: getattr(config, name) for name in model.config_class.RUNTIME_FIELDS}
+    if found is not None:
+        return dataclasses.replace(found, **fields)
+    return model.config_class.from_variant(config.variant, num_classes=outputs, **fields)

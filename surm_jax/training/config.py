@@ -9,118 +9,19 @@ import dataclasses
 import math
 import typing
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-from surm_jax.data import Augment
-from surm_jax.errors import UserError, did_you_mean
-from surm_jax.models import REMAT, variant_names
+from surm_jax.errors import UserError, did_you_mean, require_one_of
 from surm_jax.paths import compile_pattern
 from surm_jax.peft import METHODS, Method, make_method
+from surm_jax.record.workdir import read_config, relocated
 from surm_jax.structured import EXECUTIONS
+from surm_jax.tasks.config import DataConfig, ModelConfig, check_at_least, check_fraction
 
 DECAYS = ("cosine", "linear", "constant")
-DTYPES = ("float32", "bfloat16")
-GEOMETRY = ("image_size", "patch_size", "width", "depth", "heads", "mlp_width")
-
-
-def _one_of(key: str, value: str, known: Collection[str]) -> None:
-    if value not in known:
-        raise UserError(f"config.{key}: unknown {value!r}{did_you_mean(value, known)} (known: {', '.join(known)})")
-
-
-def _at_least(key: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise UserError(f"config.{key} must be at least {least}, got {value}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The pretrained model."""
-
-    # One of surm_jax.models.variant_names("images"), such as "B/16", or for text of variant_names("text"), such as
-    # "base"; empty: what the checkpoint itself describes.
-    variant: str = "B/16"
-    # Where the weights come from: "augreg" (the official file of the variant), "digits" (shipped with the package),
-    # "hf://owner/name" (the Hugging Face Hub), a folder of transformers, a file, a URL, or "none" for random weights.
-    # A text model's tokeniser comes from the same folder.
-    checkpoint: str = "augreg"
-    # Outputs of the new head; 0: as many as the data set has classes, one where labels are numbers.
-    num_classes: int = 0
-    # Geometry: the side of the square input and of a patch in pixels, features, blocks, ...; 0: the variant's. Text has
-    # neither image_size nor patch_size.
-    image_size: int = 0
-    patch_size: int = 0
-    width: int = 0
-    depth: int = 0
-    heads: int = 0
-    mlp_width: int = 0
-    dropout: float = 0.0
-    # Dtype of the computation, "float32" or "bfloat16".
-    dtype: str = "float32"
-    # Dtype of the base's parameters; what is trained is float32 always.
-    param_dtype: str = "float32"
-    # What of the activations inside a block is computed a second time for the gradient instead of being kept: "none",
-    # "block" (all) or "dots" (all but the outputs of layers); see surm_jax.models.REMAT.
-    remat: str = "none"
-    # Whether equal blocks are one program that is run for each of them, which compiles as fast for many as for one.
-    # Values are the same to rounding.
-    scan_layers: bool = False
-
-    def __post_init__(self):
-        if self.variant:
-            _one_of("model.variant", self.variant, variant_names())
-        _one_of("model.dtype", self.dtype, DTYPES)
-        _one_of("model.param_dtype", self.param_dtype, DTYPES)
-        _one_of("model.remat", self.remat, REMAT)
-        for name in ("num_classes", *GEOMETRY):
-            _at_least(f"model.{name}", getattr(self, name), 0)
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"config.model.dropout must lie in [0, 1), got {self.dropout}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The data set and its batches."""
-
-    # A name that surm_jax.data.load knows: "digits_5to9", a TFDS name such as "cifar10" or "glue/rte", or a path to an
-    # .npz file.
-    name: str = "cifar10"
-    # The folder of prepared TFDS sets; empty: $TFDS_DATA_DIR, or else ~/tensorflow_datasets.
-    dir: str = ""
-    # The only classes of images, by name, on the command line "('cat','dog')": labels count them in this order; empty:
-    # all.
-    classes: tuple[str, ...] = ()
-    # Only so many training examples, the same ones in every run: a smaller number takes some of a larger one's. 0: all.
-    train_examples: int = 0
-    # What training images go through: "none", "affine", "crop_flip".
-    augment: str = "crop_flip"
-    # Lengths in tokens to which batches of text are filled up: the smallest that holds the longest text of the batch.
-    # Each is compiled for; texts are cut off at the last.
-    lengths: tuple[int, ...] = (16, 32, 64, 96, 128)
-    # Training examples, of those above, that are held out and evaluated instead of the test set while training. The
-    # test set is then looked at once, at the end.
-    holdout: int = 0
-    # Images that may be skipped because they cannot be read, in each split; each is named, and the result counts them.
-    max_corrupt: int = 0
-    # Examples per step, over all devices and accumulated micro-batches.
-    batch_size: int = 64
-    eval_batch_size: int = 256
-
-    def __post_init__(self):
-        _one_of("data.augment", self.augment, typing.get_args(Augment))
-        if not self.lengths or min(self.lengths) < 1 or sorted(set(self.lengths)) != list(self.lengths):
-            raise UserError(f"config.data.lengths must be positive and increase, got {self.lengths}")
-        if len(self.classes) == 1:
-            raise UserError(
-                f"config.data.classes must name two or more, such as \"('cat','dog')\", got {self.classes[0]!r} alone"
-            )
-        _at_least("data.train_examples", self.train_examples, 0)
-        _at_least("data.holdout", self.holdout, 0)
-        _at_least("data.max_corrupt", self.max_corrupt, 0)
-        _at_least("data.batch_size", self.batch_size, 1)
-        _at_least("data.eval_batch_size", self.eval_batch_size, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +39,7 @@ class RuleConfig:
 
     def __post_init__(self):
         if self.method:
-            _one_of("peft.rules.*.method", self.method, METHODS)
+            require_one_of("config.peft.rules.*.method", self.method, METHODS)
             make_method(self.method, dict(self.settings))
 
 
@@ -146,7 +47,7 @@ class RuleConfig:
 class PeftConfig:
     """What is adapted, and how.
 
-    `methods` has the settings of every method by name; in the configuration they stand beside the other keys:
+    `methods` holds the settings of every method by name. In the configuration they stand beside the other keys:
     `--config.peft.lora.rank=4`.
     """
 
@@ -166,8 +67,8 @@ class PeftConfig:
     )
 
     def __post_init__(self):
-        _one_of("peft.method", self.method, METHODS)
-        _one_of("peft.execution", self.execution, EXECUTIONS)
+        require_one_of("config.peft.method", self.method, METHODS)
+        require_one_of("config.peft.execution", self.execution, EXECUTIONS)
         compile_pattern(self.target)
         for pattern in self.train:
             compile_pattern(pattern)
@@ -185,8 +86,8 @@ class GroupConfig:
 
     def __post_init__(self):
         compile_pattern(self.pattern)
-        _at_least("optim.groups.*.learning_rate", self.learning_rate, 0)
-        _at_least("optim.groups.*.weight_decay", self.weight_decay, 0)
+        check_at_least("optim.groups.*.learning_rate", self.learning_rate, 0)
+        check_at_least("optim.groups.*.weight_decay", self.weight_decay, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,17 +125,15 @@ class OptimConfig:
     label_smoothing: float = 0.0
 
     def __post_init__(self):
-        _one_of("optim.decay", self.decay, DECAYS)
-        _at_least("optim.steps", self.steps, 1)
-        _at_least("optim.accumulate", self.accumulate, 1)
-        _at_least("optim.clip_norm", self.clip_norm, 0)
+        require_one_of("config.optim.decay", self.decay, DECAYS)
+        check_at_least("optim.steps", self.steps, 1)
+        check_at_least("optim.accumulate", self.accumulate, 1)
+        check_at_least("optim.clip_norm", self.clip_norm, 0)
         for method, rate in self.learning_rate.items():
-            _at_least(f"optim.learning_rate.{method}", rate, 0)
-        _at_least("optim.epochs", self.epochs, 0)
-        if not 0 <= self.warmup_ratio < 1:
-            raise UserError(f"config.optim.warmup_ratio must lie in [0, 1), got {self.warmup_ratio}")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"config.optim.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+            check_at_least(f"optim.learning_rate.{method}", rate, 0)
+        check_at_least("optim.epochs", self.epochs, 0)
+        check_fraction("optim.warmup_ratio", self.warmup_ratio)
+        check_fraction("optim.label_smoothing", self.label_smoothing)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -247,7 +146,7 @@ class LogConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            _at_least(f"log.{field.name}", getattr(self, field.name), 0)
+            check_at_least(f"log.{field.name}", getattr(self, field.name), 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -260,8 +159,8 @@ class MeshConfig:
     fsdp: int = 1
 
     def __post_init__(self):
-        _at_least("mesh.data", self.data, 0)
-        _at_least("mesh.fsdp", self.fsdp, 1)
+        check_at_least("mesh.data", self.data, 0)
+        check_at_least("mesh.fsdp", self.fsdp, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -270,12 +169,12 @@ class RunConfig:
 
     # One run per seed; several go into folders of their own, and the result has mean and standard deviation.
     seeds: tuple[int, ...] = (0,)
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    peft: PeftConfig = PeftConfig()
-    optim: OptimConfig = OptimConfig()
-    log: LogConfig = LogConfig()
-    mesh: MeshConfig = MeshConfig()
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    peft: PeftConfig = dataclasses.field(default_factory=PeftConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
@@ -336,6 +235,25 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     tree = dataclasses.asdict(config)
     tree["peft"].update(tree["peft"].pop("methods"))
     return tree
+
+
+def complete(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a configuration that a run saved, and return it with the defaults of keys that it lacks."""
+    return to_dict(parse(tree))
+
+
+def saved_config(workdir: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read the configuration of the run in a folder.
+
+    Args:
+        workdir: The folder of the run.
+        overrides: Values by key: where its data and weights are now, and how it is computed
+            (`surm_jax.record.workdir.CHANGEABLE`).
+
+    Raises:
+        UserError: There is no run, its configuration is damaged, or another key is overridden.
+    """
+    return parse(relocated(read_config(workdir, complete), overrides or {}))
 
 
 def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:

@@ -1,5 +1,6 @@
-"""What `launch.py` can do with a run: train it, evaluate its adapter, merge, export or describe it, predict with it."""
+"""What `launch.py` can do with a run: train, evaluate, merge, export, predict, and describe."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,33 +9,32 @@ import jax
 import numpy as np
 from flax import nnx
 
-from surm_jax import data
-from surm_jax.devices.mesh import put_base, replicated
+from surm_jax.devices.mesh import make_mesh, put_base, put_batch, replicated
 from surm_jax.devices.processes import on_first, opened_on_first
 from surm_jax.errors import UserError
-from surm_jax.peft import load_adapter, load_hf_adapter, merge, save_hf_adapter
-from surm_jax.pretrained import from_pretrained, huggingface_names, save_huggingface, save_model
+from surm_jax.peft import Adapter, load_adapter, load_hf_adapter, merge, save_hf_adapter
+from surm_jax.pretrained import from_pretrained, huggingface_names, locate, save_huggingface, save_model
 from surm_jax.record.progress import Interruption, track
 from surm_jax.record.report import combine, table
-from surm_jax.record.workdir import RESULT_NAME, locations, open_workdir, read_config, read_json, write_json
-from surm_jax.tasks.base import model_maker
-from surm_jax.training.adaptation import describe_model
-from surm_jax.training.config import RunConfig
-from surm_jax.training.evaluate import evaluate, make_eval_step
+from surm_jax.record.workdir import RESULT_NAME, open_workdir, read_result, write_json
+from surm_jax.tasks.base import Forward, Questions, make_model, task_for
+from surm_jax.training.config import RunConfig, complete, saved_config, to_dict
 from surm_jax.training.loop import train
 from surm_jax.training.partition import partition
-from surm_jax.training.predict import predict_text
-from surm_jax.training.setup import Job, prepare
+from surm_jax.training.setup import Job, describe_config, load_base, prepare
+from surm_jax.training.step import evaluate, make_eval_step
+
+ADAPTER_NAME = "adapter"
 
 
 def train_run(config: RunConfig, workdir: Path) -> dict[str, Any]:
-    """Trains every seed that is not complete yet, prints the table, and returns the result.
+    """Train every seed that is not complete yet, print the table, and return the result.
 
-    One seed uses `workdir` itself; of several, each has a folder `seed-<seed>` in it, and `workdir/result.json`
-    combines them.
+    One seed uses `workdir` itself. Several seeds each use a folder `seed-<seed>` in it, and `workdir/result.json`
+    combines their results.
 
     Raises:
-        UserError: see `surm_jax.training.loop.train`.
+        UserError: See `surm_jax.training.loop.train`.
     """
     with Interruption() as interruption:
         if len(config.seeds) == 1:
@@ -47,7 +47,7 @@ def train_run(config: RunConfig, workdir: Path) -> dict[str, Any]:
 
 
 def _train_seeds(config: RunConfig, workdir: Path, interruption: Interruption) -> dict[str, Any]:
-    with opened_on_first(open_workdir(workdir, config)):
+    with opened_on_first(open_workdir(workdir, to_dict(config), complete)):
         results = {seed: train(config, seed, folder, interruption) for seed, folder in _seed_folders(config, workdir)}
         result = combine(results)
         on_first(lambda: write_json(workdir / RESULT_NAME, result))
@@ -57,35 +57,27 @@ def _train_seeds(config: RunConfig, workdir: Path, interruption: Interruption) -
 
 
 def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[str, dict[str, float]]]:
-    """Evaluates the saved adapters of a run on all test examples, prints and returns what came out by seed and split.
+    """Evaluate the saved adapters of a run on all test examples; print and return the metrics by seed and split.
 
     Args:
-        workdir: the folder of the run, whose configuration holds.
-        overrides: where its data and weights are now, if not where they were.
+        workdir: The folder of the run. Its configuration is used.
+        overrides: Values by key: where its data and weights are now, if not where they were.
 
     Raises:
-        UserError: if there is no run, it is not complete, its adapter is missing, damaged or of another base, or
-            something else is overridden.
+        UserError: There is no run, it is not complete, its adapter is missing, damaged or of another base, or another
+            key is overridden.
     """
-    config, evaluations = locations(read_config(workdir), overrides), {}
+    config, evaluations = saved_config(workdir, overrides), {}
     for seed, folder in _complete_folders(config, workdir):
         job = prepare(config, seed)
-        with jax.set_mesh(job.mesh):
-            parts, trained, frozen = partition(
-                *load_adapter(folder / "adapter", job.base_model(), execution=job.config.peft.execution),
-                scan_layers=job.config.model.scan_layers,
-            )
-            trained, frozen = jax.device_put(trained, replicated(job.mesh)), put_base(frozen, job.mesh)
-            task = job.task
-            eval_step = make_eval_step(parts, task.forward, task.objective, job.mesh)
+        task, mesh = job.task, job.mesh
+        with jax.set_mesh(mesh):
+            parts, trained, frozen = partition(*_load_adapted(job, folder)[1:], scan_layers=config.model.scan_layers)
+            trained, frozen = jax.device_put(trained, replicated(mesh)), put_base(frozen, mesh)
+            step = make_eval_step(parts, task.forward, task.objective, mesh)
             evaluations[seed] = {
                 split: evaluate(
-                    eval_step,
-                    trained,
-                    frozen,
-                    track(task.eval_batches(split), f"evaluate on {split}"),
-                    task.metrics,
-                    job.mesh,
+                    step, trained, frozen, track(task.eval_batches(split), f"evaluate on {split}"), task.metrics, mesh
                 )
                 for split in task.tests
             }
@@ -94,27 +86,28 @@ def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[
             for split, values in evaluations[seed].items()
             for name, value in values.items()
         )
-        print(f"{folder / 'adapter'}: {numbers}")
+        print(f"{folder / ADAPTER_NAME}: {numbers}")
     return evaluations
 
 
 def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
-    """Writes the full model of every adapter of a run to `<folder>/merged/model.safetensors`, and returns these paths.
+    """Write the full model of every adapter of a run to `<folder>/merged/model.safetensors`; return these paths.
 
-    Prints how far merged kernels are from the exact sums, and merged from unmerged logits on a batch of test examples.
+    Prints how far merged kernels are from the exact sums, and how far logits of the merged model are from those of the
+    unmerged one, on a batch of test examples.
 
     Args:
-        workdir: the folder of the run.
-        overrides: see `evaluate_run`.
+        workdir: The folder of the run.
+        overrides: See `evaluate_run`.
 
     Raises:
-        UserError: see `evaluate_run`.
+        UserError: See `evaluate_run`.
     """
-    config, paths = locations(read_config(workdir), overrides), []
+    config, paths = saved_config(workdir, overrides), []
     for seed, folder in _complete_folders(config, workdir):
         job = prepare(config, seed)
         with jax.set_mesh(job.mesh):
-            model, _ = load_adapter(folder / "adapter", job.base_model(), execution=job.config.peft.execution)
+            _, model, _ = _load_adapted(job, folder)
             merged, deviation = merge(model)
             batch = _test_batch(job)
             difference = np.abs(_logits(job, merged, batch) - _logits(job, model, batch)).max()
@@ -128,26 +121,25 @@ def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
 
 
 def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[Path]:
-    """Writes every adapter of a run for the libraries of Hugging Face, and returns the folders.
+    """Write every adapter of a run for the libraries of Hugging Face; return the folders.
 
-    As "hf", the merged model goes to `<folder>/hf`, for `from_pretrained` of transformers; as "peft", the adapter goes
-    to `<folder>/peft`, for `PeftModel.from_pretrained` on the base model there. What was written is read again; prints
-    how far its logits are from the running model's on a batch of test examples.
+    As "hf", the merged model goes to `<folder>/hf`, for `from_pretrained` of transformers. As "peft", the adapter goes
+    to `<folder>/peft`, for `PeftModel.from_pretrained` on the base model there. What was written is read again, and the
+    difference of its logits from the running model's is printed, for a batch of test examples.
 
     Args:
-        workdir: the folder of the run.
-        overrides: see `evaluate_run`.
+        workdir: The folder of the run.
+        overrides: See `evaluate_run`.
         form: "hf" or "peft".
 
     Raises:
-        UserError: see `evaluate_run`; or the model or the method has no counterpart there.
+        UserError: See `evaluate_run`; or the model or the method has no counterpart there.
     """
-    config, folders = locations(read_config(workdir), overrides), []
+    config, folders = saved_config(workdir, overrides), []
     for seed, folder in _complete_folders(config, workdir):
         job = prepare(config, seed)
         with jax.set_mesh(job.mesh):
-            base = job.base_model()
-            model, adapter = load_adapter(folder / "adapter", base, execution=job.config.peft.execution)
+            base, model, adapter = _load_adapted(job, folder)
             folders.append(folder / form)
             if form == "hf":
                 task, geometry = job.task, job.task.model_config
@@ -170,38 +162,68 @@ def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[P
 
 
 def predict_run(workdir: Path, overrides: Mapping[str, Any], source: Path, target: Path) -> None:
-    """Answers new sentences with the adapter of a run on text; its data set is not needed.
+    """Answer new examples with the adapter of a run. The data set of the run is not needed.
 
     Args:
-        workdir: the folder of the run, of one seed.
-        overrides: where its weights are now, if not where they were.
-        source: a table of sentences, see `surm_jax.training.predict.read_rows`.
-        target: where the labels and probabilities go.
+        workdir: The folder of a run of one seed.
+        overrides: Values by key: where its weights are now, if not where they were.
+        source: The new examples; for text a table, see `surm_jax.tasks.sentences.read_sentences`.
+        target: The file for the answers; written whole or not at all.
 
     Raises:
-        UserError: if the run has several seeds, is not complete or not of text, or a file cannot be read or written.
+        UserError: The run has several seeds, is not complete, or its task makes no predictions for files; or a file
+            cannot be read or written.
     """
-    config = locations(read_config(workdir), overrides)
+    config = saved_config(workdir, overrides)
     if len(config.seeds) > 1:
         raise UserError(
             f"{workdir} holds a run for each of {len(config.seeds)} seeds: choose one, such as"
             f" --workdir={workdir / f'seed-{config.seeds[0]}'}"
         )
-    if not data.is_text(config.data.name):
-        raise UserError(f"--mode=predict reads sentences, but the run in {workdir} is about {config.data.name}")
-    predict_text(config, workdir / "adapter", _result(workdir)["classes"], source, target)
+    questions = task_for(config.data).read_questions(config.data, source)
+    classes = tuple(read_result(workdir)["classes"])
+    _require_target(target, source)
+    questions.write(target, classes, _answers(config, workdir / ADAPTER_NAME, max(1, len(classes)), questions))
+
+
+def _require_target(target: Path, source: Path) -> None:
+    """Check that answers can go to a file, before they are computed."""
+    if not target.parent.is_dir():
+        raise UserError(f"cannot write {target}: there is no folder {target.parent}")
+    if target.is_dir():
+        raise UserError(f"cannot write {target}: it is a folder")
+    if target.resolve() == source.resolve():
+        raise UserError(f"the answers would replace the sentences in {source}: give another --output")
+
+
+def _answers(config: RunConfig, adapter: Path, outputs: int, questions: Questions) -> np.ndarray:
+    """Return the logits for each question, in order: (questions, outputs)."""
+    task = task_for(config.data)
+    geometry, checkpoint = task.geometry(config.model, config.data, outputs), locate(config.model.checkpoint)
+    batches = questions.batches(checkpoint, geometry, config.data)
+    sizes = {"config.data.eval_batch_size": config.data.eval_batch_size}
+    mesh = make_mesh(config.mesh.data, sizes, config.mesh.fsdp)
+    with jax.set_mesh(mesh):
+        base = load_base(functools.partial(make_model, geometry, config.seeds[0]), checkpoint, mesh)
+        model, _ = load_adapter(adapter, base, execution=config.peft.execution)
+        state, forward = _jitted(model, task.forward)
+        logits = np.zeros((questions.count, outputs), np.float32)
+        for batch in track(batches, "predict"):
+            kept = batch["mask"]
+            logits[batch["index"][kept]] = np.asarray(forward(state, put_batch(batch, mesh)))[kept]
+    return logits
 
 
 def describe_run(config: RunConfig) -> None:
-    """Prints what a configuration would train: every adapted layer and the totals.
+    """Print what a configuration would train: every adapted layer, and the totals.
 
-    Needs no weights if `config.model.variant` says which model it is; where that is empty, the checkpoint says it.
-    The data set is read for its number of classes alone, and not even that if `config.model.num_classes` says it.
+    Needs no weights if `config.model.variant` names the model; otherwise the checkpoint describes it. The data set is
+    read only for its number of classes, and not at all if `config.model.num_classes` gives it.
 
     Raises:
-        UserError: for what does not fit.
+        UserError: Something does not fit.
     """
-    print(describe_model(config, model_maker(config)))
+    print(describe_config(config))
 
 
 def _seed_folders(config: RunConfig, workdir: Path) -> Iterator[tuple[int, Path]]:
@@ -210,17 +232,17 @@ def _seed_folders(config: RunConfig, workdir: Path) -> Iterator[tuple[int, Path]
 
 
 def _complete_folders(config: RunConfig, workdir: Path) -> list[tuple[int, Path]]:
-    """Returns the folder of every seed, before anything is loaded for the first."""
+    """Return every seed and its folder; all are known to be complete before anything is loaded for the first."""
     folders = list(_seed_folders(config, workdir))
     for _, folder in folders:
-        _result(folder)
+        read_result(folder)
     return folders
 
 
-def _result(folder: Path) -> dict[str, Any]:
-    return read_json(
-        folder / RESULT_NAME, f"the run in {folder} is not complete (the training command goes on with it)"
-    )
+def _load_adapted(job: Job, folder: Path) -> tuple[nnx.Module, nnx.Module, Adapter]:
+    """Return the base of a run, the model with the adapter that the run saved, and the adapter's recipe."""
+    base = job.base_model()
+    return base, *load_adapter(folder / ADAPTER_NAME, base, execution=job.config.peft.execution)
 
 
 def _test_batch(job: Job) -> dict[str, np.ndarray]:
@@ -228,7 +250,11 @@ def _test_batch(job: Job) -> dict[str, np.ndarray]:
 
 
 def _logits(job: Job, model: nnx.Module, batch: dict[str, np.ndarray]) -> np.ndarray:
+    state, forward = _jitted(model, job.task.forward)
+    return np.asarray(forward(state, batch))
+
+
+def _jitted(model: nnx.Module, forward: Forward) -> tuple[nnx.State, Any]:
+    """Return the state of a model, and the compiled `(state, batch) -> logits`."""
     graphdef, state = nnx.split(model)
-    return np.asarray(
-        jax.jit(lambda state, batch: job.task.forward(nnx.merge(graphdef, state), batch, None))(state, batch)
-    )
+    return state, jax.jit(lambda state, batch: forward(nnx.merge(graphdef, state), batch, None))

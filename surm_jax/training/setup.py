@@ -1,17 +1,21 @@
-"""From a configuration to a model, its data and its adapter. What can be wrong is found here, before compilation."""
+"""From a configuration to a job: data, model and adapter. Whatever can be wrong is found here, before compilation."""
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 from flax import nnx
 
 from surm_jax.devices.mesh import base_sharding, make_mesh
-from surm_jax.peft import Adapter
+from surm_jax.errors import UserError
+from surm_jax.models import HEAD
+from surm_jax.paths import join
+from surm_jax.peft import Adapter, Description, Rule, Selection, adapt, describe, make_method
 from surm_jax.pretrained import load
-from surm_jax.tasks.base import Task, make_task
-from surm_jax.training.adaptation import adapt_model
-from surm_jax.training.config import RunConfig, with_steps
+from surm_jax.tasks.base import Task, make_model, task_for
+from surm_jax.training.config import PeftConfig, RunConfig, with_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +23,10 @@ class Job:
     """A run that is ready to be built.
 
     Attributes:
-        config: the whole configuration, with the number of steps that its epochs take.
-        seed: of the head, the updates, the order of the data and dropout.
-        mesh: the devices.
-        task: data and model.
+        config: The whole configuration, with the number of steps that its epochs take.
+        seed: Draws the head, the updates, the order of the data and dropout.
+        mesh: The devices.
+        task: Data and model.
     """
 
     config: RunConfig
@@ -31,23 +35,19 @@ class Job:
     task: Task
 
     def base_model(self) -> nnx.Module:
-        """Loads the pretrained model, with a fresh head, onto the mesh."""
-        return load(
-            functools.partial(self.task.make_model, self.seed),
-            self.task.checkpoint,
-            sharding=lambda path, shape: base_sharding(self.mesh, shape.shape),
-        )
+        """Load the pretrained model, with a new head, onto the mesh."""
+        return load_base(functools.partial(self.task.make_model, self.seed), self.task.checkpoint, self.mesh)
 
     def adapt(self, model: nnx.Module) -> tuple[nnx.Module, Adapter]:
-        """Returns the adapted model and its adapter."""
+        """Return the adapted model and its adapter."""
         return adapt_model(model, self.config.peft, self.seed)
 
 
 def prepare(config: RunConfig, seed: int) -> Job:
-    """Checks all of a configuration against data, devices, files and the model's layers.
+    """Check the whole configuration against devices, data, the model's layers and files, in this order.
 
     Raises:
-        UserError: for whatever does not fit.
+        UserError: Something does not fit.
     """
     mesh = make_mesh(
         config.mesh.data,
@@ -57,5 +57,104 @@ def prepare(config: RunConfig, seed: int) -> Job:
         },
         config.mesh.fsdp,
     )
-    task = make_task(config)
+    kind = task_for(config.data)
+    dataset = kind.load(config.data)
+    if config.optim.label_smoothing and not dataset.classes:
+        raise UserError(
+            f"config.optim.label_smoothing={config.optim.label_smoothing}, but the labels of {config.data.name} are"
+            " numbers, which cannot be smoothed: set it to 0"
+        )
+    geometry = kind.geometry(config.model, config.data, max(1, len(dataset.classes)))
+    # Before the weights of a named variant are downloaded.
+    describe_model(config, functools.partial(make_model, geometry))
+    task = kind.build(config.model, config.data, dataset, geometry)
     return Job(with_steps(config, task.examples), seed, mesh, task)
+
+
+def load_base(make: Callable[[], nnx.Module], checkpoint: Path | None, mesh: jax.sharding.Mesh) -> nnx.Module:
+    """Load pretrained weights onto the mesh.
+
+    Args:
+        make: Builds the model with random parameters.
+        checkpoint: The file or folder of the weights, or None for random ones.
+        mesh: The devices.
+    """
+    return load(make, checkpoint, sharding=lambda path, shape: base_sharding(mesh, shape.shape))
+
+
+def describe_config(config: RunConfig) -> Description:
+    """Say what a configuration trains, without weights.
+
+    The data set is read only for its number of classes, and not at all if `config.model.num_classes` gives it.
+
+    Raises:
+        UserError: Something does not fit.
+    """
+    kind = task_for(config.data)
+    outputs = config.model.num_classes or max(1, len(kind.load(config.data).classes))
+    geometry = kind.geometry(config.model, config.data, outputs)
+    return describe_model(config, functools.partial(make_model, geometry))
+
+
+def describe_model(config: RunConfig, make: Callable[[int], nnx.Module]) -> Description:
+    """Say what a configuration trains in a model, without weights or data.
+
+    Args:
+        config: The whole configuration.
+        make: Builds the model from a seed; called only while JAX traces.
+
+    Raises:
+        UserError: A rule or pattern matches nothing, or a layer that cannot be adapted; or nothing would be trained, or
+            something in half precision.
+    """
+    model, adapter = adapt_model(nnx.eval_shape(functools.partial(make, 0)), config.peft, 0)
+    _, trained, _ = nnx.split(model, adapter.trainable, ...)
+    for path, variable in nnx.to_flat_state(trained):
+        if variable.dtype != "float32":
+            raise UserError(
+                f"{join(path)} would be trained in {variable.dtype}, which loses small steps: leave"
+                " config.model.param_dtype at float32, or train adapters alone"
+            )
+    description = describe(model, adapter)
+    if not description.trainable:
+        raise UserError(f"nothing would be trained: config.peft.train is empty, and {config.peft.method} adds nothing")
+    return description
+
+
+def adapt_model(model: nnx.Module, peft: PeftConfig, seed: int) -> tuple[nnx.Module, Adapter]:
+    """Put what the configuration says into a model; return the model and its adapter.
+
+    Raises:
+        UserError: A rule or pattern matches nothing, or a layer that cannot be adapted.
+    """
+    # A stream of its own: the seed's first keys drew the model.
+    rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
+    rules, train = rules_of(peft, model.config.new_head)
+    return adapt(model, rules, train=train, execution=peft.execution, rngs=rngs)
+
+
+def rules_of(peft: PeftConfig, new_head: Sequence[str]) -> tuple[list[Rule], tuple[str, ...]]:
+    """Return the rules of a configuration, and the patterns of the parameters that are trained themselves.
+
+    Args:
+        peft: The adapter's section of the configuration.
+        new_head: Patterns of the parameters that a new task initialises. They are added where the head is trained:
+            RoBERTa's head has two layers.
+    """
+    trained = [part for pattern in peft.train for part in (pattern, *(new_head if (pattern,) == HEAD else ()))]
+    train = tuple(dict.fromkeys(trained))
+    rules = [
+        Rule(r.target, make_method(r.method, dict(r.settings)) if r.method else None, r.parts, r.which)
+        for r in peft.rules
+    ]
+    method = peft.methods[peft.method]
+    if isinstance(method, Selection):
+        if peft.target not in ("", "none"):
+            raise UserError(
+                f"config.peft.target={peft.target}, but {peft.method} trains parameters of the model by patterns of its"
+                " own: leave target empty"
+            )
+        return rules, (*train, *method.patterns)
+    if peft.target != "none":
+        rules.append(Rule(peft.target or method.target, method))
+    return rules, train

@@ -1,7 +1,7 @@
-"""One update: loss and gradient by the trained arrays alone, in one compiled function."""
+"""The two compiled functions of a run: one update of the trained arrays, and the evaluation of one batch."""
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,23 +9,23 @@ import numpy as np
 import optax
 from flax import nnx
 
-from surm_jax.devices.mesh import replicated, with_whole_base
+from surm_jax.devices.mesh import put_batch, replicated, with_whole_base
 from surm_jax.peft import adapter_dropout
-from surm_jax.tasks.objective import Objective
+from surm_jax.tasks.base import Batch, Forward
+from surm_jax.tasks.objective import SCORES, Objective
 from surm_jax.training.partition import Arrays, Partition
 
-Batch = dict[str, jax.Array]
-Forward = Callable[[nnx.Module, Batch, jax.Array | None], jax.Array]
-"""`(model, batch, key of the dropout or None) -> logits`."""
+Rates = Mapping[str, np.float32 | jax.Array]
+"""The learning rate of each group of the optimiser in one update."""
 
 
 class TrainState(NamedTuple):
-    """All that changes while training, and all that a checkpoint holds of arrays.
+    """Everything that changes while training, and all arrays that a checkpoint holds.
 
     Attributes:
-        step: number of updates made, int32.
-        trained: the trained arrays by path.
-        optimizer: optax's state for them.
+        step: Number of updates made, int32.
+        trained: The trained arrays by path.
+        optimizer: The state of the optimiser for them.
     """
 
     step: jax.Array
@@ -33,8 +33,12 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
+TrainStep = Callable[[TrainState, nnx.State, Batch, jax.Array, Rates], tuple[TrainState, dict[str, jax.Array]]]
+EvalStep = Callable[[Arrays, nnx.State, Batch], dict[str, jax.Array]]
+
+
 def init_state(trained: Arrays, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-    """Returns the state before the first update, on the mesh. The arrays are copies: the step may take them over."""
+    """Return the state before the first update, on the mesh. Arrays are copied, since the step takes their memory."""
     trained = {path: jnp.array(array, copy=True) for path, array in trained.items()}
     return jax.device_put(TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained)), replicated(mesh))
 
@@ -48,30 +52,28 @@ def make_train_step(
     *,
     accumulate: int = 1,
     label_smoothing: float = 0.0,
-) -> Callable[
-    [TrainState, nnx.State, Batch, jax.Array, Mapping[str, np.float32]], tuple[TrainState, dict[str, jax.Array]]
-]:
-    """Returns the compiled update `(state, frozen, batch, key, rates) -> (state, metrics)`.
+) -> Any:
+    """Return the jitted update, `TrainStep`: `(state, frozen, batch, key, rates) -> (state, metrics)`.
 
-    It takes over the memory of `state`. `key` is the run's, `rates` are the learning rates that the optimiser asks for:
-    as arguments, they leave the program the same for every seed and schedule, so that it is compiled once. `metrics`
-    has `train_loss` (mean over the batch), `train_accuracy` (of classes) and `gradient_norm` (before clipping). Dropout
-    is drawn from (key, step, micro-batch), so a run that was resumed goes on as if it had not stopped.
+    It takes the memory of `state`. `key` is the run's. `rates` are the learning rates that the optimiser asks for; they
+    are arguments, so that one program serves every seed and schedule. `metrics` holds `train_loss` (the mean over the
+    batch), `train_accuracy` (for classes) and `gradient_norm` (before clipping). Dropout is drawn from (key, step,
+    micro-batch): a resumed run draws what an uninterrupted one does.
 
     Args:
-        partition: how trained and frozen arrays make the model.
-        forward: how the model reads a batch.
-        objective: what its outputs mean.
-        optimizer: what turns gradients into updates; `rates` reach it as an extra argument, if it takes such.
-        mesh: the devices. State and key are replicated, the base is where `surm_jax.devices.mesh.put_base` puts it, the
-            batch is split over all devices.
-        accumulate: number of micro-batches; only one is worked on at a time. Must divide the batch.
-        label_smoothing: see `surm_jax.tasks.objective.cross_entropy`.
+        partition: How trained and frozen arrays make the model.
+        forward: How the model reads a batch.
+        objective: What its outputs mean.
+        optimizer: Turns gradients into updates. It gets `rates` as an extra argument if it takes one.
+        mesh: The devices. State and key are replicated, the base is where `surm_jax.devices.mesh.put_base` puts it, and
+            the batch is split over all devices.
+        accumulate: Number of micro-batches, which are worked on one after the other. Must divide the batch.
+        label_smoothing: See `surm_jax.tasks.objective.cross_entropy`.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
     def loss_and_rest(trained: Arrays, frozen: nnx.State, batch: Batch, key: jax.Array):
-        # Both draw further keys from theirs: from one key those would meet, and drop alike.
+        # Model and adapter each split their key further. From one key they would draw the same masks.
         model_key, adapter_key = jax.random.split(key)
         with adapter_dropout(adapter_key):
             logits = forward(partition.merge(trained, frozen), batch, model_key)
@@ -82,22 +84,9 @@ def make_train_step(
 
     gradient = jax.value_and_grad(with_whole_base(loss_and_rest, mesh), has_aux=True)
 
-    def train_step(state: TrainState, frozen: nnx.State, batch: Batch, key: jax.Array, rates: Mapping[str, np.float32]):
+    def train_step(state: TrainState, frozen: nnx.State, batch: Batch, key: jax.Array, rates: Rates):
         key = jax.random.fold_in(key, state.step)
-        if accumulate == 1:
-            (loss, rest), gradients = gradient(state.trained, frozen, batch, key)
-        else:
-            micro_batches = jax.tree.map(lambda array: _micro_batches(array, accumulate), batch)
-
-            def add(total, indexed):
-                index, micro_batch = indexed
-                part = gradient(state.trained, frozen, micro_batch, jax.random.fold_in(key, index))
-                return jax.tree.map(lambda sum_, new: sum_ + new / accumulate, total, part), None
-
-            first = jax.tree.map(lambda array: array[0], micro_batches)
-            shapes = jax.eval_shape(gradient, state.trained, frozen, first, key)
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            ((loss, rest), gradients), _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), micro_batches))
+        (loss, rest), gradients = _accumulated(gradient, accumulate)(state.trained, frozen, batch, key)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained, rates=rates)
         trained = optax.apply_updates(state.trained, updates)
         metrics = {"train_loss": loss, **rest, "gradient_norm": optax.tree.norm(gradients)}
@@ -106,6 +95,75 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(mesh))
 
 
+def _accumulated(gradient: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """Return `(trained, frozen, batch, key)` to the mean of a gradient over `count` micro-batches."""
+    if count == 1:
+        return gradient
+
+    def accumulated(trained: Arrays, frozen: nnx.State, batch: Batch, key: jax.Array) -> Any:
+        micro_batches = jax.tree.map(lambda array: _micro_batches(array, count), batch)
+
+        def add(total: Any, indexed: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+            index, micro_batch = indexed
+            part = gradient(trained, frozen, micro_batch, jax.random.fold_in(key, index))
+            return jax.tree.map(lambda sum_, new: sum_ + new / count, total, part), None
+
+        first = jax.tree.map(lambda array: array[0], micro_batches)
+        shapes = jax.eval_shape(gradient, trained, frozen, first, key)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.lax.scan(add, zeros, (jnp.arange(count), micro_batches))[0]
+
+    return accumulated
+
+
 def _micro_batches(array: jax.Array, count: int) -> jax.Array:
-    # Every count-th example goes into the same micro-batch, so that each device keeps the examples it has.
+    # A micro-batch takes every count-th example, so that each device keeps the examples that it has.
     return array.reshape(array.shape[0] // count, count, *array.shape[1:]).swapaxes(0, 1)
+
+
+def make_eval_step(partition: Partition, forward: Forward, objective: Objective, mesh: jax.sharding.Mesh) -> EvalStep:
+    """Return the jitted `(trained, frozen, batch) -> loss, prediction, label and mask of each example`."""
+
+    def logits_of(trained: Arrays, frozen: nnx.State, batch: Batch) -> jax.Array:
+        return forward(partition.merge(trained, frozen), batch, None)
+
+    def eval_step(trained: Arrays, frozen: nnx.State, batch: Batch):
+        logits = with_whole_base(logits_of, mesh)(trained, frozen, batch)
+        return {
+            "loss": objective.loss(logits, batch["label"], 0.0),
+            "prediction": objective.predict(logits),
+            "label": batch["label"],
+            "mask": batch["mask"],
+        }
+
+    return jax.jit(eval_step, out_shardings=replicated(mesh))
+
+
+def evaluate(
+    eval_step: EvalStep,
+    trained: Arrays,
+    frozen: nnx.State,
+    batches: Iterable[dict[str, np.ndarray]],
+    metrics: Sequence[str],
+    mesh: jax.sharding.Mesh,
+) -> dict[str, float]:
+    """Evaluate every example of a data set once, without the padding of batches.
+
+    Metrics are computed from all examples together, not as means over batches. Outputs stay on the device until the
+    end. At most two batches are on the device: while it works on one, the host prepares the next.
+
+    Returns:
+        The metrics (names in `surm_jax.tasks.objective.SCORES`), the mean `loss` and the number of `examples`.
+    """
+    outputs: list[dict[str, Any]] = []
+    for batch in batches:
+        outputs.append(eval_step(trained, frozen, put_batch(batch, mesh)))
+        jax.block_until_ready(outputs[-2:-1])
+    outputs = jax.device_get(outputs)
+    every = {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
+    kept = {name: values[every["mask"]] for name, values in every.items()}
+    return {
+        **{name: SCORES[name](kept["label"], kept["prediction"]) for name in metrics},
+        "loss": float(kept["loss"].mean(dtype=np.float64)),
+        "examples": len(kept["label"]),
+    }

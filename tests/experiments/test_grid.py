@@ -16,7 +16,7 @@ from surm_jax.errors import UserError
 from surm_jax.record.metrics import NotFiniteError
 from surm_jax.record.progress import Interruption
 from surm_jax.training import base_config, parse
-from surm_jax.training.loop import InterruptedRunError
+from surm_jax.training.run import InterruptedRunError
 from tests.training import tiny
 
 RATES = {"linear_probe": (0.1, 0.2, 0.4), "lora": (0.01, 0.02, 0.04)}

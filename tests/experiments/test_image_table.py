@@ -10,12 +10,10 @@ from experiments import grid, image_grid, image_table, pretrain_cifar
 from experiments.grid import Grid
 from experiments.rows import Run, read_rows, read_settings
 from surm_jax.errors import UserError
-from surm_jax.record.workdir import read_config
-from surm_jax.tasks.base import model_maker
 from surm_jax.training import base_config, parse
-from surm_jax.training.adaptation import describe_model
-from surm_jax.training.loop import InterruptedRunError
-from surm_jax.training.setup import prepare
+from surm_jax.training.config import saved_config
+from surm_jax.training.run import InterruptedRunError
+from surm_jax.training.setup import describe_config, prepare
 from tests.experiments import tiny_cifar
 from tests.training import tiny
 
@@ -153,7 +151,7 @@ def test_by_default_the_classes_are_those_that_the_model_never_saw(tmp_path, mon
     search, final = read_rows(tmp_path / "results" / "image_table_cifar.csv")
     assert (search["part"], final["part"]) == ("search", "final")
     (runs,) = (tmp_path / "runs" / "image_table").glob("cifar-????????")
-    task = prepare(read_config(runs / "cifar10" / "linear_probe-final-0.1-0"), 0).task
+    task = prepare(saved_config(runs / "cifar10" / "linear_probe-final-0.1-0"), 0).task
     assert task.classes == ("automobile", "cat", "dog", "horse", "truck")
     # Without --vtab there are 40.
     assert (task.examples, len(task.dataset.test)) == (15, 10)
@@ -209,7 +207,7 @@ def test_methods_at_equal_parameters_train_equally_many_numbers():
         config.model.variant, config.model.depth, config.model.num_classes = "mini", 2, 5
         config.peft.method = method
         parsed = parse(config)
-        counts[method] = describe_model(parsed, model_maker(parsed)).trainable
+        counts[method] = describe_config(parsed).trainable
     assert {counts[method] for method in equal} == {2 * 3 * 384 + 5 * 193}
     assert counts["linear_probe"] == 5 * 193
     assert counts["bottleneck"] > 30 * counts["lora"]

@@ -7,7 +7,7 @@ from experiments import grid, image_grid, low_data
 from experiments.grid import Grid
 from experiments.rows import Run, read_rows, read_settings
 from surm_jax.errors import UserError
-from surm_jax.record.workdir import read_config
+from surm_jax.training.config import saved_config
 from surm_jax.training.setup import prepare
 from tests.training import tiny
 
@@ -44,7 +44,7 @@ def test_a_small_grid(small, tmp_path, capsys):
     seen = {}
     for row in rows:
         folder = runs / row["task"] / f"linear_probe-{row['part']}-{row['learning_rate']:g}-{row['seed']}"
-        task = prepare(read_config(folder), row["seed"]).task
+        task = prepare(saved_config(folder), row["seed"]).task
         held_out = len(task.holdout) if task.holdout else 0
         images = {task.dataset.train[index]["image"].tobytes() for index in range(task.examples)}
         seen.setdefault(row["task"], []).append(images)

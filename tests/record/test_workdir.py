@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from surm_jax.errors import UserError
-from surm_jax.record.workdir import locations, open_workdir, read_config, read_json, write_json
-from surm_jax.training.config import RunConfig, base_config, parse
+from surm_jax.files import read_json
+from surm_jax.record.workdir import open_workdir, read_result, write_json
+from surm_jax.training.config import RunConfig, base_config, complete, parse, saved_config, to_dict
 
 CONFIG = RunConfig()
 
@@ -20,7 +21,7 @@ def changed(**values):
 
 def opened(folder, config):
     """Opens a folder, and lets it go."""
-    with open_workdir(folder, config):
+    with open_workdir(folder, to_dict(config), complete):
         pass
 
 
@@ -33,7 +34,7 @@ def begun(folder, config=CONFIG):
 def test_a_new_folder_has_the_whole_configuration(tmp_path):
     config = changed(peft__lora__rank=3, seeds=(4,), optim__steps=12)
     opened(tmp_path / "a" / "b", config)
-    assert read_config(tmp_path / "a" / "b") == config
+    assert saved_config(tmp_path / "a" / "b") == config
     assert json.loads((tmp_path / "a" / "b" / "config.json").read_text())["peft"]["lora"]["rank"] == 3
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["config.json"]
 
@@ -51,20 +52,20 @@ def test_a_start_that_failed_leaves_the_folder_free(tmp_path):
     opened(tmp_path / "seed-0", CONFIG)
     (tmp_path / ".config.json.0123abcd.tmp").write_text("{")
     opened(tmp_path, changed(optim__steps=7))
-    assert read_config(tmp_path).optim.steps == 7
+    assert saved_config(tmp_path).optim.steps == 7
 
 
 def test_data_and_weights_may_move(tmp_path):
     begun(tmp_path)
     opened(tmp_path, changed(data__dir="/elsewhere", model__checkpoint="/other.npz"))
-    assert read_config(tmp_path).data.dir == "/elsewhere"
-    moved = locations(read_config(tmp_path), {"data.dir": "/third"})
+    assert saved_config(tmp_path).data.dir == "/elsewhere"
+    moved = saved_config(tmp_path, {"data.dir": "/third"})
     assert (moved.data.dir, moved.model.checkpoint, moved.optim) == ("/third", "/other.npz", CONFIG.optim)
     with pytest.raises(UserError, match=r"config\.optim\.steps belongs to the run"):
-        locations(CONFIG, {"optim.steps": 3})
+        saved_config(tmp_path, {"optim.steps": 3})
     # What the run has anyway may be said again.
     same = {"optim.steps": CONFIG.optim.steps, "peft.lora.rank": CONFIG.peft.methods["lora"].rank, "seeds": (0,)}
-    assert locations(CONFIG, same) == CONFIG
+    assert saved_config(tmp_path, same) == saved_config(tmp_path)
 
 
 @pytest.mark.parametrize("where", ["", "seed-1"])
@@ -80,16 +81,16 @@ def test_a_result_is_that_of_its_weights(tmp_path, where):
     assert (tmp_path / "config.json").read_bytes() == before
     # Nor is noted where data would be that nobody looked for.
     opened(tmp_path / where, changed(data__dir="/elsewhere", mesh__fsdp=2))
-    assert read_config(tmp_path / where) == CONFIG
+    assert saved_config(tmp_path / where) == CONFIG
     # It can be evaluated with them all the same, which looks at their numbers.
-    assert locations(read_config(tmp_path), {"model.checkpoint": "/other.npz"}).model.checkpoint == "/other.npz"
+    assert saved_config(tmp_path, {"model.checkpoint": "/other.npz"}).model.checkpoint == "/other.npz"
 
 
 def test_other_devices_may_go_on(tmp_path):
     begun(tmp_path)
     opened(tmp_path, changed(mesh__fsdp=2, model__remat="block", data__eval_batch_size=8))
-    assert read_config(tmp_path).mesh.fsdp == 2
-    assert locations(read_config(tmp_path), {"mesh.fsdp": 1}).mesh.fsdp == 1
+    assert saved_config(tmp_path).mesh.fsdp == 2
+    assert saved_config(tmp_path, {"mesh.fsdp": 1}).mesh.fsdp == 1
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_a_folder_that_cannot_be_written(folder):
 
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(UserError, match=f"no run in {tmp_path}/nothing"):
-        read_config(tmp_path / "nothing")
+        saved_config(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_a_folder_without_a_run(tmp_path):
 def test_a_damaged_configuration_is_told_by_its_file(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=f"{tmp_path}/config.json"):
-        read_config(tmp_path)
+        saved_config(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match=f"{tmp_path}/config.json"):
         opened(tmp_path, CONFIG)
@@ -161,7 +162,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "result.json"
     write_json(path, {"a": 1})
     write_json(path, {"a": 2})
-    assert read_json(path, "none") == {"a": 2}
+    assert read_json(path) == {"a": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
     def full(*_):
@@ -170,9 +171,9 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match=r"cannot write .*result\.json: No space left on device"):
         write_json(path, {"a": 3})
-    assert read_json(path, "none") == {"a": 2}
+    assert read_json(path) == {"a": 2}
 
 
-def test_absent_json(tmp_path):
-    with pytest.raises(UserError, match=r"no result: cannot read .*x\.json \(No such file"):
-        read_json(tmp_path / "x.json", "no result")
+def test_a_run_without_a_result_is_not_complete(tmp_path):
+    with pytest.raises(UserError, match=rf"the run in {tmp_path} is not complete .*: there is no .*result\.json"):
+        read_result(tmp_path)

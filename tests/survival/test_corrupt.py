@@ -18,7 +18,7 @@ from surm_jax.data import ArraySource, eval_batches, train_batches
 from surm_jax.data.images.corrupt import CorruptExampleError
 from surm_jax.data.images.tfds_sets import TfdsSource
 from surm_jax.errors import UserError
-from surm_jax.tasks import base as task
+from surm_jax.tasks import image_classification
 from surm_jax.training.modes import evaluate_run, train_run
 from tests.training import tiny
 from tests.training.several import ROOT, free_port
@@ -217,7 +217,7 @@ def test_a_run_counts_what_it_skipped(tiny_files, tmp_path, monkeypatch, warned,
         train, test = Damaged(whole.train, frozenset({4, 30})), Damaged(whole.test, frozenset({0}))
         return dataclasses.replace(whole, train=train, test=test)
 
-    monkeypatch.setattr(task.data, "load", damaged_load)
+    monkeypatch.setattr(image_classification.data, "load", damaged_load)
     values = {"optim.steps": 6, "log.evaluate_every": 3}
     with pytest.raises(UserError, match=r"cannot be decoded; max_corrupt lets 1 such examples be skipped"):
         train_run(tiny.make_config(tiny_files, "linear_probe", **values, **{"data.max_corrupt": 1}), tmp_path / "one")

@@ -87,13 +87,13 @@ def third():
     print("read:", adapter.rules[0].method.rank)
 """,
     "result": """
-from surm_jax.record.workdir import read_json, write_json
+from surm_jax.record.workdir import read_result, write_json
 def first():
     write_json(folder / "result.json", {"a": 1})
 def second():
     write_json(folder / "result.json", {"a": "a" * 5000})
 def third():
-    print("read:", read_json(folder / "result.json", "")["a"])
+    print("read:", read_result(folder)["a"])
 """,
     "metrics": """
 from surm_jax.record.metrics import MetricWriter, read_metrics

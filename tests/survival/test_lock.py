@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from surm_jax.errors import UserError
-from surm_jax.record import lock
-from surm_jax.record.lock import LOCK_NAME, locked
+from surm_jax.record import workdir
+from surm_jax.record.workdir import LOCK_NAME, locked
 from surm_jax.training import loop
 from surm_jax.training.modes import train_run
 from tests.training import tiny
@@ -22,7 +22,7 @@ from tests.training import tiny
 HOLD = """
 import sys, time
 from pathlib import Path
-from surm_jax.record.lock import locked
+from surm_jax.record.workdir import locked
 with locked(Path(sys.argv[1])):
     print("taken", flush=True)
     time.sleep(600)
@@ -104,6 +104,6 @@ def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(lock.fcntl, "flock", no_locks)
+    monkeypatch.setattr(workdir.fcntl, "flock", no_locks)
     with pytest.warns(UserWarning, match=r"\.lock cannot be locked \(Operation not supported\)"), locked(tmp_path):
         pass

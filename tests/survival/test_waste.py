@@ -18,25 +18,24 @@ VALUES = {"optim.steps": 7, "log.metrics_every": 1, "log.checkpoint_every": 1, "
 @pytest.mark.parametrize("method", ["circulant", "full"])
 def test_nothing_is_compiled_after_the_second_step(tiny_files, tmp_path, monkeypatch, method):
     step, compiled = 0, []
-    put_batch, train = loop.put_batch, loop._Run.train
+    put_batch, train = loop.put_batch, loop.take_steps
 
     def counting_put_batch(*arguments):
         nonlocal step
         step += 1
         return put_batch(*arguments)
 
-    def counted_train(run):
+    def counted_train(*arguments):
         nonlocal step
-        state = train(run)
+        train(*arguments)
         step = 0
-        return state
 
     def note(event, duration, **_):
         if "backend_compile" in event:
             compiled.append(step)
 
     monkeypatch.setattr(loop, "put_batch", counting_put_batch)
-    monkeypatch.setattr(loop._Run, "train", counted_train)
+    monkeypatch.setattr(loop, "take_steps", counted_train)
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
         train_run(tiny.make_config(tiny_files, method, **VALUES), tmp_path)
@@ -48,9 +47,9 @@ def test_nothing_is_compiled_after_the_second_step(tiny_files, tmp_path, monkeyp
 
 @pytest.mark.parametrize("method", ["circulant", "full"])
 def test_a_step_moves_nothing_between_host_and_device(tiny_files, tmp_path, monkeypatch, method):
-    compile_programs, programs, calls = loop._Run._compile, [], 0
+    compile_programs, programs, calls = loop.compile_steps, [], 0
 
-    def guarded_programs(run, shapes, progress):
+    def guarded_programs(run, state, progress):
         def guard(program):
             def call(state, frozen, batch, key, rates):
                 nonlocal calls
@@ -62,11 +61,11 @@ def test_a_step_moves_nothing_between_host_and_device(tiny_files, tmp_path, monk
 
             return call
 
-        found = compile_programs(run, shapes, progress)
+        found = compile_programs(run, state, progress)
         programs.extend(found.values())
         return {shape: guard(program) for shape, program in found.items()}
 
-    monkeypatch.setattr(loop._Run, "_compile", guarded_programs)
+    monkeypatch.setattr(loop, "compile_steps", guarded_programs)
     train_run(tiny.make_config(tiny_files, method, **VALUES), tmp_path)
     assert calls == 7
     # Inside the program the guard does not look.

@@ -19,13 +19,13 @@ from surm_jax.errors import UserError
 from surm_jax.models import Bert
 from surm_jax.peft import load_adapter
 from surm_jax.pretrained import from_pretrained, load
-from surm_jax.record.workdir import read_config
 from surm_jax.training import loop
-from surm_jax.training.evaluate import make_eval_step
-from surm_jax.training.loop import InterruptedRunError
+from surm_jax.training.config import saved_config
 from surm_jax.training.modes import evaluate_run, export_run, merge_run, train_run
 from surm_jax.training.partition import partition
+from surm_jax.training.run import InterruptedRunError
 from surm_jax.training.setup import prepare
+from surm_jax.training.step import make_eval_step
 from tests.training import tiny, tiny_text
 
 # Runs of one method share their programs.
@@ -61,7 +61,7 @@ def metrics_of(folder):
 
 def adapted(folder):
     """The job of a run of one seed and its model with the adapter."""
-    job = prepare(read_config(folder), read_config(folder).seeds[0])
+    job = prepare(saved_config(folder), saved_config(folder).seeds[0])
     model, _ = load_adapter(folder / "adapter", job.base_model())
     return job, model
 

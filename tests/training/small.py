@@ -11,10 +11,9 @@ from flax import nnx
 
 from surm_jax.models import Bert, BertConfig, ViT, ViTConfig
 from surm_jax.peft import Adapter, AdapterScale
-from surm_jax.tasks.glue import TextTask
-from surm_jax.tasks.image_classification import ImageTask
-from surm_jax.training.adaptation import adapt_model
+from surm_jax.tasks import Glue, ImageClassification
 from surm_jax.training.config import base_config, parse
+from surm_jax.training.setup import adapt_model
 from surm_jax.training.step import Batch, Forward
 
 KINDS = ("vit", "bert")
@@ -50,10 +49,10 @@ def build(kind: str, method: str, values: dict[str, Any] | None = None, **fields
     rng = np.random.default_rng(2)
     batch = {"label": np.arange(BATCH, dtype=np.int32) % 3}
     if kind == "vit":
-        return Small(model, adapter, ImageTask.forward, batch | {"image": _normal(rng, BATCH, 8, 8, 1)})
+        return Small(model, adapter, ImageClassification.forward, batch | {"image": _normal(rng, BATCH, 8, 8, 1)})
     tokens = rng.integers(0, 30, (BATCH, 5), np.int32)
     texts = {"tokens": tokens, "token_types": tokens % 2, "token_mask": np.arange(5) < rng.integers(2, 6, (BATCH, 1))}
-    return Small(model, adapter, TextTask.forward, batch | texts)
+    return Small(model, adapter, Glue.forward, batch | texts)
 
 
 @functools.cache

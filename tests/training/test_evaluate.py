@@ -4,7 +4,7 @@ import pytest
 
 from surm_jax import data
 from surm_jax.devices.mesh import make_mesh, replicated
-from surm_jax.training.evaluate import evaluate, make_eval_step
+from surm_jax.training.step import evaluate, make_eval_step
 from tests.training import tiny
 
 

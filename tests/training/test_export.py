@@ -14,7 +14,7 @@ from surm_jax.errors import UserError
 from surm_jax.models import Bert, BertConfig, ViT, ViTConfig
 from surm_jax.peft import load_adapter, merge
 from surm_jax.pretrained import from_pretrained, load, save_huggingface
-from surm_jax.record.workdir import read_config
+from surm_jax.training.config import saved_config
 from surm_jax.training.modes import evaluate_run, export_run, train_run
 from surm_jax.training.setup import prepare
 from tests.training import tiny
@@ -152,7 +152,7 @@ def test_transformers_and_peft_give_our_logits(run, source):
     peft = pytest.importorskip("peft", reason=reason)
     for form in ("hf", "peft"):
         export_run(run, {}, form)
-    job = prepare(read_config(run), 0)
+    job = prepare(saved_config(run), 0)
     model, _ = load_adapter(run / "adapter", job.base_model())
     images = next(iter(job.task.eval_batches("test")))["image"]
     expected = np.asarray(merge(model)[0](images))

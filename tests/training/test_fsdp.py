@@ -10,11 +10,10 @@ from benchmarks.hlo import gathered_sizes
 from surm_jax.devices import mesh as meshes
 from surm_jax.devices.mesh import base_sharding, make_mesh, put_base, put_batch
 from surm_jax.errors import UserError
-from surm_jax.tasks.image_classification import ImageTask
+from surm_jax.tasks import ImageClassification
 from surm_jax.tasks.objective import CLASSES
-from surm_jax.training.evaluate import evaluate, make_eval_step
 from surm_jax.training.partition import partition
-from surm_jax.training.step import init_state, make_train_step
+from surm_jax.training.step import evaluate, init_state, make_eval_step, make_train_step
 from tests.training import small, tiny
 
 KEY = jax.random.key(0)
@@ -27,7 +26,7 @@ def split_small_arrays(monkeypatch):
 
 
 def run(built, mesh, steps=3):
-    step = make_train_step(built.partition, ImageTask.forward, CLASSES, SGD, mesh)
+    step = make_train_step(built.partition, ImageClassification.forward, CLASSES, SGD, mesh)
     with jax.set_mesh(mesh):
         state, frozen = init_state(built.trained, SGD, mesh), put_base(built.frozen, mesh)
         batch = put_batch(tiny.batch_of(built), mesh)
@@ -94,7 +93,7 @@ def test_evaluation_of_a_split_base(built_for):
     measured = []
     for mesh in (make_mesh(1, {}), make_mesh(4, {}, fsdp=2)):
         with jax.set_mesh(mesh):
-            step = make_eval_step(built.partition, ImageTask.forward, CLASSES, mesh)
+            step = make_eval_step(built.partition, ImageClassification.forward, CLASSES, mesh)
             batches = built.job.task.eval_batches("test")
             measured.append(evaluate(step, built.trained, put_base(built.frozen, mesh), batches, ("accuracy",), mesh))
     assert measured[1] == pytest.approx(measured[0], rel=1e-5)

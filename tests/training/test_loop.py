@@ -15,11 +15,13 @@ from surm_jax.devices import mesh as meshes
 from surm_jax.errors import UserError
 from surm_jax.peft import adapter_dropout
 from surm_jax.record.progress import Interruption
-from surm_jax.training import evaluate, loop
+from surm_jax.training import loop
 from surm_jax.training import setup as job
-from surm_jax.training.adaptation import adapt_model
+from surm_jax.training import step as step_programs
 from surm_jax.training.blocks import Stack
-from surm_jax.training.loop import InterruptedRunError, train
+from surm_jax.training.loop import train
+from surm_jax.training.run import InterruptedRunError, set_up
+from surm_jax.training.setup import adapt_model
 from tests.training import tiny
 
 
@@ -171,10 +173,10 @@ def test_a_run_is_split_and_stacked_as_its_configuration_says(tiny_files, tmp_pa
     prepared = job.prepare(tiny.make_config(tiny_files, "lora", **values), 0)
     assert prepared.mesh.shape == {"data": 4, "fsdp": 2}
     with jax.set_mesh(prepared.mesh), Interruption() as interruption:
-        run = loop._Run(prepared, *prepared.adapt(prepared.base_model()), tmp_path, 0.0, interruption)
-    (blocks,) = run.partition.merge(run.initial_state.trained, run.frozen).blocks
+        run, position = set_up(prepared, tmp_path, interruption, 0.0)
+    (blocks,) = run.model.partition.merge(position.state.trained, run.model.frozen).blocks
     assert type(blocks) is Stack and blocks.depth == 2
-    kernel = run.frozen["blocks"][0]["stacked"]["mlp"]["up"]["kernel"][...]
+    kernel = run.model.frozen["blocks"][0]["stacked"]["mlp"]["up"]["kernel"][...]
     # Of two blocks, each (10, 14).
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 10, 7)
 
@@ -235,7 +237,7 @@ def test_a_run_that_goes_on_holds_no_more_than_one_that_was_never_stopped(tiny_f
 def test_a_signal_during_an_evaluation_ends_it_and_the_next_start_makes_it(tiny_files, tmp_path, monkeypatch):
     config = tiny.make_config(tiny_files, **{"optim.steps": 4, "log.metrics_every": 1, "log.evaluate_every": 2})
     start(config, 0, tmp_path / "whole")
-    put, batches = evaluate.put_batch, 0
+    put, batches = step_programs.put_batch, 0
 
     def put_batch(*arguments):
         nonlocal batches
@@ -245,7 +247,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_next_start_makes_it(tiny_
 
     # The second time it is the evaluation that the first start left to be made.
     for _ in range(2):
-        monkeypatch.setattr(evaluate, "put_batch", put_batch)
+        monkeypatch.setattr(step_programs, "put_batch", put_batch)
         with pytest.raises(InterruptedRunError, match="SIGTERM: saved step 2 of 4"):
             start(config, 0, tmp_path / "parts")
         monkeypatch.undo()
@@ -262,7 +264,7 @@ def test_an_evaluation_that_fails_loses_no_step(tiny_files, tmp_path, monkeypatc
     def put_batch(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(evaluate, "put_batch", put_batch)
+    monkeypatch.setattr(step_programs, "put_batch", put_batch)
     with pytest.raises(RuntimeError, match="out of memory"):
         start(config, 0, tmp_path / "parts")
     monkeypatch.undo()

@@ -8,10 +8,11 @@ import pytest
 
 from surm_jax.errors import UserError
 from surm_jax.peft import load_adapter
-from surm_jax.record.workdir import open_workdir, read_config
-from surm_jax.training import predict
+from surm_jax.record.workdir import open_workdir
+from surm_jax.tasks.sentences import read_sentences
+from surm_jax.training import modes
+from surm_jax.training.config import complete, saved_config, to_dict
 from surm_jax.training.modes import predict_run, train_run
-from surm_jax.training.predict import read_rows
 from surm_jax.training.setup import prepare
 from tests.training import tiny, tiny_text
 
@@ -44,7 +45,7 @@ def table_of(path):
 
 
 def logits_by_hand(folder, sentences):
-    job = prepare(read_config(folder), 0)
+    job = prepare(saved_config(folder), 0)
     model, _ = load_adapter(folder / "adapter", job.base_model())
     return tiny_text.logits_one_by_one(model, job.task.checkpoint, sentences).astype(np.float64)
 
@@ -88,25 +89,25 @@ def test_malformed_rows_are_named_and_the_rest_is_answered(run, tmp_path, capsys
 @pytest.mark.parametrize(
     ("content", "lines", "sentences"),
     [
-        (b"sentence1\tsentence2\na\tb\n", [2], [("a", "b")]),
-        (b"\xef\xbb\xbfsentence1\tsentence2\r\na\tb\r\n\r\nc\td\r\n", [2, 4], [("a", "b"), ("c", "d")]),
+        (b"sentence1\tsentence2\na\tb\n", (2,), (("a", "b"),)),
+        (b"\xef\xbb\xbfsentence1\tsentence2\r\na\tb\r\n\r\nc\td\r\n", (2, 4), (("a", "b"), ("c", "d"))),
         # Names elsewhere are sentences.
-        (b"a\tb\nsentence1\tsentence2", [1, 2], [("a", "b"), ("sentence1", "sentence2")]),
+        (b"a\tb\nsentence1\tsentence2", (1, 2), (("a", "b"), ("sentence1", "sentence2"))),
         # Quotes mean nothing, and lines end at line feeds alone.
-        ('"a\t"b" \u2028\x0bc\n'.encode(), [1], [('"a', '"b" \u2028\x0bc')]),
-        (b"", [], []),
-        (b"\n\n", [], []),
+        ('"a\t"b" \u2028\x0bc\n'.encode(), (1,), (('"a', '"b" \u2028\x0bc'),)),
     ],
 )
 def test_tables_are_read(tmp_path, content, lines, sentences):
     (tmp_path / "in.tsv").write_bytes(content)
-    assert read_rows(tmp_path / "in.tsv", COLUMNS) == (lines, sentences, [])
+    read = read_sentences(tmp_path / "in.tsv", COLUMNS)
+    assert (read.lines, read.rows, read.malformed) == (lines, sentences, ())
+    assert read.count == len(lines)
 
 
 def test_a_sentence_of_spaces_is_empty(tmp_path):
     (tmp_path / "in.tsv").write_text("  \nfine\n")
-    rows = read_rows(tmp_path / "in.tsv", ("sentence",))
-    assert rows.sentences == [("fine",)] and rows.malformed == [f"{tmp_path / 'in.tsv'}, line 1: sentence is empty"]
+    read = read_sentences(tmp_path / "in.tsv", ("sentence",))
+    assert read.rows == (("fine",),) and read.malformed == (f"{tmp_path / 'in.tsv'}, line 1: sentence is empty",)
 
 
 def test_scores_are_numbers(files, tmp_path):
@@ -128,7 +129,7 @@ def test_roberta_trains_both_layers_of_its_classifier(files, tmp_path):
     # With another seed than the 0 that the base is built with for answers.
     values = {"model.checkpoint": str(folder), "optim.learning_rate.lora": 0.1, "seeds": (3,)}
     train_run(tiny_text.make_config(files, "rte", "lora", **values), tmp_path / "run")
-    base = prepare(read_config(tmp_path / "run"), 3).base_model()
+    base = prepare(saved_config(tmp_path / "run"), 3).base_model()
     model, adapter = load_adapter(tmp_path / "run" / "adapter", base)
     assert adapter.train == ("head/.*", "pooler/.*")
     assert not np.array_equal(model.pooler.kernel[...], base.pooler.kernel[...])
@@ -148,7 +149,7 @@ def test_files_that_will_not_do(run, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("nothing is to be loaded for this")
 
-    monkeypatch.setattr(predict, "load", fail)
+    monkeypatch.setattr(modes, "load_base", fail)
     with pytest.raises(UserError, match=f"cannot read {tmp_path / 'none.tsv'}: No such file"):
         predict_run(run, {}, tmp_path / "none.tsv", tmp_path / "out.tsv")
     with pytest.raises(UserError, match=f"cannot write {tmp_path / 'no' / 'out.tsv'}: there is no folder"):
@@ -173,11 +174,11 @@ def test_runs_that_have_no_answer(files, tiny_files, tmp_path):
         "begun": (tiny_text.make_config(files), "the run in .*begun is not complete"),
         "image": (
             tiny.make_config(tiny_files),
-            "reads sentences, but the run in .*image is about .*npz",
+            "reads sentences, but this run is about images .*npz",
         ),
     }
     for name, (config, message) in runs.items():
-        with open_workdir(tmp_path / name, config):
+        with open_workdir(tmp_path / name, to_dict(config), complete):
             pass
         with pytest.raises(UserError, match=message):
             predict_run(tmp_path / name, {}, source, target)

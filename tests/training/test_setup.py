@@ -8,10 +8,8 @@ from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.models import ViT, ViTConfig
-from surm_jax.tasks.base import model_maker
-from surm_jax.training.adaptation import describe_model
 from surm_jax.training.config import base_config, parse
-from surm_jax.training.setup import prepare
+from surm_jax.training.setup import describe_config, describe_model, prepare
 from tests.training import tiny
 
 
@@ -40,7 +38,8 @@ def test_a_part_of_the_data(tiny_files):
     assert (task.examples, len(task.holdout), len(task.dataset.test)) == (5, 4, 14)
     assert task.dataset.test.labels.tolist() == [1, 0] * 7
     # What is described without weights has as many outputs.
-    assert model_maker(config)(0).head.bias.shape == (2,)
+    assert task.make_model(0).head.bias.shape == (2,)
+    assert describe_config(config).besides == 2 * 10 + 2
 
 
 @pytest.mark.parametrize(

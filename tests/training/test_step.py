@@ -13,7 +13,7 @@ from surm_jax.devices.mesh import make_mesh, put_batch, replicated
 from surm_jax.models.layers import split_block_keys, split_key
 from surm_jax.peft.parts.context import dropout_key
 from surm_jax.structured.products import execution, fourier
-from surm_jax.tasks.image_classification import ImageTask
+from surm_jax.tasks import ImageClassification
 from surm_jax.tasks.objective import CLASSES, NUMBER, cross_entropy, squared_error
 from surm_jax.training.optimizer import Rates, make_optimizer
 from surm_jax.training.partition import Partition
@@ -26,7 +26,7 @@ KEY = jax.random.key(0)
 
 
 def make_step(partition, optimizer, mesh, **options):
-    return make_train_step(partition, ImageTask.forward, CLASSES, optimizer, mesh, **options)
+    return make_train_step(partition, ImageClassification.forward, CLASSES, optimizer, mesh, **options)
 
 
 class Trace(Partition):
