@@ -11,7 +11,7 @@ import ml_collections
 
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.training.config import keys
-from surm_jax.training.loop import InterruptedRunError
+from surm_jax.training.run import InterruptedRunError
 
 
 def command(main: Callable[[], None]) -> None:
