@@ -195,7 +195,7 @@ def test_a_configuration_cannot_be_changed():
     [
         (({"method": "lora"},), r"config\.peft\.rules\.0 lacks the key 'target'"),
         (({"target": "qkv"}, {"target": "mlp", "metod": "lora"}), r"peft\.rules\.1 has no key 'metod'.*'method'"),
-        (({"target": "qkv", "method": "lroa"},), r"unknown 'lroa'.*'lora'"),
+        (({"target": "qkv", "method": "lroa"},), r"got 'lroa'.*'lora'"),
         (({"target": "qkv", "method": "lora", "settings": {"rnak": 2}},), r"lora has no setting 'rnak'.*'rank'"),
         (({"target": 3},), r"config\.peft\.rules\.0\.target must be of the type str"),
     ],
