@@ -1,95 +1,163 @@
-"""Arrays by name out of safetensors files, one at a time: out of one file, or out of the shards that an index lists.
+"""Arrays by name in safetensors files, read one at a time: from one file, or from the shards that an index lists.
 
-Files and index come from strangers: names that leave the folder, and an index that does not say exactly what the shards
-hold, are refused.
+Files and indices may come from strangers. Names that leave the folder are refused, and so is an index that does not
+say exactly what the shards hold.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from surm_jax.errors import UserError, did_you_mean
-from surm_jax.files import read_json
+from surm_jax.files import is_finite, read_json, require_file
 
 SUFFIX = ".safetensors"
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-@dataclass(frozen=True)
 class TensorFile:
-    """An open safetensors file, or several that stand for one.
+    """An open safetensors file.
+
+    Arrays are read from the file (`pread`) and not mapped. The pages of a mapped file would count as memory of the
+    process beside the arrays that are made of them, and a mapped file that is cut off during reading ends the process.
 
     Attributes:
-        keys: the names of the arrays, in the order in which the files hold them.
-        read: returns the array of a name, in memory of its own.
-        header: the text entries of the file; empty for shards.
+        path: The file, for messages.
+        keys: The names of the arrays, in the order in which the file holds them.
+        header: The text entries of the file.
+        left: The names of the arrays that `take` has not returned yet.
     """
 
-    keys: Sequence[str]
-    read: Callable[[str], np.ndarray]
-    header: Mapping[str, str]
+    def __init__(self, path: Path) -> None:
+        """Open a file.
+
+        Raises:
+            UserError: The file cannot be read or is damaged.
+        """
+        self.path = path
+        require_file(path)
+        with self._damage():
+            self._file = safe_open(path, framework="numpy", backend="pread")
+            self.keys: Sequence[str] = tuple(self._file.offset_keys())
+            self.header: Mapping[str, str] = self._file.metadata() or {}
+        self.left = set(self.keys)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.__exit__(kind, error, trace)
+
+    def read(self, key: str) -> np.ndarray:
+        """Return an array, in memory of its own.
+
+        Raises:
+            UserError: The file is damaged, or NumPy has no such type or shape.
+        """
+        with self._damage():
+            return self._file.get_tensor(key)
+
+    def take(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Return an array that must be there, finite and of this shape, which is compared before memory is taken.
+
+        Raises:
+            UserError: There is no array of this name, it has another shape, is not of floating point, or holds NaN or
+                infinity.
+        """
+        if key not in self.left:
+            raise UserError(f"{self.path} lacks {key!r}{did_you_mean(key, self.left)}")
+        tensor = self._file.get_slice(key)
+        if (found := tuple(tensor.get_shape())) != shape:
+            raise UserError(f"{key} has the shape {found} in {self.path}, but the model needs {shape}")
+        if tensor.get_dtype() not in _FLOATS:
+            raise UserError(f"{key} in {self.path} is of type {tensor.get_dtype()}, not of {', '.join(_FLOATS)}")
+        array = self.read(key)
+        if not is_finite(array):
+            raise UserError(f"{key} in {self.path} holds numbers that are not finite")
+        self.left.remove(key)
+        return array
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        """Turn what the library raises into an error that names the file."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
+        except Exception as error:  # the library's own, NumPy's for shapes, AttributeError for types that NumPy lacks
+            hint = "it may be incomplete, fetch or write it again"
+            raise UserError(f"{self.path} is damaged: {error} ({hint})") from error
 
 
-@contextmanager
-def open_tensors(path: Path) -> Iterator[TensorFile]:
-    """Opens one safetensors file.
+class ShardedTensors:
+    """Several open safetensors files that an index (`model.safetensors.index.json`) lists, read as if they were one.
 
-    Arrays are read from the file (`pread`): pages of a mapped file would count as memory of the process beside the
-    arrays that are made of them.
-
-    Raises:
-        UserError: now or on reading, if the file is missing or damaged.
+    Attributes:
+        keys: The names of the arrays, shard by shard in the order in which the files hold them.
     """
-    with ExitStack() as stack:
-        with _damage(path):
-            file = stack.enter_context(safe_open(path, framework="numpy", backend="pread"))
-            keys, header = file.offset_keys(), file.metadata() or {}
 
-        def read(key: str) -> np.ndarray:
-            with _damage(path):
-                return file.get_tensor(key)
+    def __init__(self, index: Path) -> None:
+        """Open all shards.
 
-        yield TensorFile(keys, read, header)
+        Raises:
+            UserError: As `shards_of`; or a shard is missing or damaged, lacks an array that the index promises, or
+                holds one that the index does not give it.
+        """
+        self._shard_of = shards_of(index)
+        self._files: dict[str, TensorFile] = {}
+        self.keys: Sequence[str] = ()
+        with ExitStack() as stack:
+            for name in sorted(set(self._shard_of.values())):
+                if not (index.parent / name).is_file():
+                    raise UserError(f"{index} lists the shard {name!r}, which is not in {index.parent}: fetch it too")
+                file = stack.enter_context(TensorFile(index.parent / name))
+                self._require_promised(index, name, file.keys)
+                self._files[name] = file
+                self.keys = (*self.keys, *file.keys)
+            self._stack = stack.pop_all()
 
+    def __enter__(self) -> Self:
+        return self
 
-@contextmanager
-def open_shards(index: Path) -> Iterator[TensorFile]:
-    """Opens the files that an index (`model.safetensors.index.json`) lists as if they were one.
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
 
-    Raises:
-        UserError: as `shards_of`; or a shard is missing or damaged, lacks an array that the index promises, or holds
-            one that the index does not give it.
-    """
-    shard_of = shards_of(index)
-    with ExitStack() as stack:
-        readers, keys = {}, []
-        for name in sorted(set(shard_of.values())):
-            if not (index.parent / name).is_file():
-                raise UserError(f"{index} lists the shard {name!r}, which is not in {index.parent}: fetch it too")
-            file = stack.enter_context(open_tensors(index.parent / name))
-            promised = {key for key, shard in shard_of.items() if shard == name}
-            if absent := sorted(promised - {*file.keys}):
-                raise UserError(
-                    f"{index} says that {name!r} holds {absent[0]!r}, which it does not"
-                    f"{did_you_mean(absent[0], file.keys)}{_more(absent)}"
-                )
-            if extra := sorted({*file.keys} - promised):
-                where = f"puts into {shard_of[extra[0]]!r}" if extra[0] in shard_of else "does not list"
-                raise UserError(f"{name!r} holds {extra[0]!r}, which {index} {where}{_more(extra)}")
-            readers[name] = file.read
-            keys += file.keys
-        yield TensorFile(keys, lambda key: readers[shard_of[key]](key), {})
+    def read(self, key: str) -> np.ndarray:
+        """Return an array, in memory of its own.
+
+        Raises:
+            UserError: Its shard is damaged, or NumPy has no such type or shape.
+        """
+        return self._files[self._shard_of[key]].read(key)
+
+    def _require_promised(self, index: Path, name: str, keys: Sequence[str]) -> None:
+        """Raise a `UserError` unless a shard holds exactly what the index says."""
+        promised = {key for key, shard in self._shard_of.items() if shard == name}
+        if absent := sorted(promised - {*keys}):
+            raise UserError(
+                f"{index} says that {name!r} holds {absent[0]!r}, which it does not"
+                f"{did_you_mean(absent[0], keys)}{_more(absent)}"
+            )
+        if extra := sorted({*keys} - promised):
+            where = f"puts into {self._shard_of[extra[0]]!r}" if extra[0] in self._shard_of else "does not list"
+            raise UserError(f"{name!r} holds {extra[0]!r}, which {index} {where}{_more(extra)}")
 
 
 def shards_of(index: Path) -> dict[str, str]:
-    """Returns the file name of the shard of every array, as an index has it.
+    """Return the file name of the shard of every array in an index.
 
     Raises:
-        UserError: the index is damaged, names an array twice, or a shard is not a plain `.safetensors` file name.
+        UserError: The index is damaged, names an array twice, or a shard is not a plain `.safetensors` file name.
     """
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(name, str) for name in shard_of.values()):
@@ -101,10 +169,10 @@ def shards_of(index: Path) -> dict[str, str]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> None:
-    """Writes a safetensors file without a second copy of the arrays.
+    """Write a safetensors file without a second copy of the arrays.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: The file cannot be written.
     """
     path.touch()
     mode = path.stat().st_mode
@@ -114,19 +182,6 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], header: Mapping
         raise OSError(str(error)) from error
     # The library makes files that only their owner can read.
     path.chmod(mode)
-
-
-@contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Turns what the library raises into an error that names the file."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint file {path}") from error
-    except Exception as error:  # the library's own, NumPy's for shapes, AttributeError for types that NumPy has not
-        raise UserError(
-            f"{path} cannot be read as safetensors ({error}): it may be incomplete, fetch it again"
-        ) from error
 
 
 def _more(names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from safetensors.numpy import load_file, save_file
 
 from surm_jax.errors import UserError
 from surm_jax.files import read_json
-from surm_jax.tensor_files import open_shards, open_tensors, shards_of, write_tensors
+from surm_jax.tensor_files import ShardedTensors, TensorFile, shards_of, write_tensors
 
 ARRAYS = {
     "z": np.arange(6.0, dtype=np.float32).reshape(2, 3),
@@ -37,7 +37,7 @@ def test_one_file(tmp_path):
     assert load_file(tmp_path / "x.safetensors").keys() == ARRAYS.keys()
     (tmp_path / "plain").touch()
     assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
-    with open_tensors(tmp_path / "x.safetensors") as file:
+    with TensorFile(tmp_path / "x.safetensors") as file:
         assert_holds_arrays(file)
         assert file.header == {"format": "pt"}
         held = file.read("z")
@@ -54,18 +54,18 @@ def test_arrays_that_are_not_contiguous_are_written_as_they_look(tmp_path):
 def test_keys_are_in_the_order_of_the_file(tmp_path):
     write_tensors(tmp_path / "x.safetensors", ARRAYS, {})
     content = (tmp_path / "x.safetensors").read_bytes()
-    with open_tensors(tmp_path / "x.safetensors") as file:
+    with TensorFile(tmp_path / "x.safetensors") as file:
         places = [content.find(file.read(key).tobytes()) for key in file.keys]
     assert places == sorted(places)
 
 
 def test_missing_and_damaged_files(tmp_path):
     path = tmp_path / "x.safetensors"
-    with pytest.raises(UserError, match=f"no checkpoint file {path}"), open_tensors(path):
+    with pytest.raises(UserError, match=f"cannot read {path}: No such file"), TensorFile(path):
         pass
     write_tensors(path, ARRAYS, {})
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=f"{path} cannot be read as safetensors"), open_tensors(path):
+    with pytest.raises(UserError, match=f"{path} is damaged"), TensorFile(path):
         pass
 
 
@@ -77,30 +77,30 @@ def test_what_numpy_has_no_place_for(tmp_path, dtype, shape, size):
     header = json.dumps({"x": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * size)
-    with pytest.raises(UserError, match=f"{path} cannot be read as safetensors"), open_tensors(path) as file:
+    with pytest.raises(UserError, match=f"{path} is damaged"), TensorFile(path) as file:
         file.read("x")
 
 
 def test_what_is_raised_inside_is_not_blamed_on_the_file(tmp_path):
     write_tensors(tmp_path / "x.safetensors", ARRAYS, {})
-    with pytest.raises(OSError, match="of another"), open_tensors(tmp_path / "x.safetensors"):
+    with pytest.raises(OSError, match="of another"), TensorFile(tmp_path / "x.safetensors"):
         raise OSError("of another")
 
 
 def test_shards(tmp_path):
-    with open_shards(write_shards(tmp_path)) as file:
+    with ShardedTensors(write_shards(tmp_path)) as file:
         assert_holds_arrays(file)
 
 
 def refused(index, message):
-    with pytest.raises(UserError, match=message), open_shards(index):
+    with pytest.raises(UserError, match=message), ShardedTensors(index):
         pass
 
 
 def test_shards_that_are_missing_or_damaged(tmp_path):
     index = write_shards(tmp_path)
     (tmp_path / "model-1.safetensors").write_bytes(b"12345678")
-    refused(index, r"model-1\.safetensors cannot be read")
+    refused(index, r"model-1\.safetensors is damaged")
     (tmp_path / "model-1.safetensors").unlink()
     refused(index, r"lists the shard 'model-1\.safetensors', which is not in")
 

@@ -213,6 +213,7 @@ class Bert(Model):
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.head: nnx.Module
         self.word_embed = _embed(config.vocab_size, config, rngs)
         self.position_embed = _embed(config.max_positions, config, rngs)
         self.type_embed = _embed(config.type_vocab_size, config, rngs)

@@ -32,7 +32,7 @@ from surm_jax.peft.parts.attach import attach
 from surm_jax.peft.parts.branch import Branch
 from surm_jax.peft.parts.update import Delta
 from surm_jax.peft.parts.variables import AdapterParam
-from surm_jax.peft.tensor_file import TensorFile
+from surm_jax.tensor_files import TensorFile
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"

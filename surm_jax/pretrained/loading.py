@@ -19,7 +19,7 @@ from surm_jax.pretrained.hf.folder import PICKLE_SUFFIXES, HuggingFaceCheckpoint
 from surm_jax.pretrained.native import NativeCheckpoint
 from surm_jax.pretrained.normalization import Normalization
 from surm_jax.pretrained.sources import locate
-from surm_jax.tensor_files import SUFFIX, open_tensors
+from surm_jax.tensor_files import SUFFIX, TensorFile
 
 Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
 """Where a parameter is to be, by its path and shape."""
@@ -41,7 +41,7 @@ def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
         with open_npz(path) as arrays:
             yield AugRegCheckpoint(path, arrays)
     elif path.suffix == SUFFIX:
-        with open_tensors(path) as file:
+        with TensorFile(path) as file:
             yield NativeCheckpoint(path, file) if NativeCheckpoint.holds(file) else HuggingFaceCheckpoint(path, file)
     else:
         hint = f": pass its folder {path.parent} instead" if path.suffix == ".json" else ""

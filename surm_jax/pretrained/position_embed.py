@@ -84,17 +84,20 @@ def _resize_patches(
     position_embed: np.ndarray, shape: tuple[int, ...], extra_tokens: int, kernel: Callable[[int, int], np.ndarray]
 ) -> np.ndarray:
     """Returns position embeddings with the same extra tokens before another square grid."""
-    sides = []
-    for tokens in (position_embed.shape[1], shape[1]):
-        side = math.isqrt(max(0, tokens - extra_tokens))
-        if side == 0 or side**2 != tokens - extra_tokens:
-            raise UserError(
-                f"{tokens} position embeddings are not a square grid and {extra_tokens} more: "
-                "does the model have the class token of the checkpoint?"
-            )
-        sides.append(side)
-    grid = _resize(position_embed[:, extra_tokens:], *sides, kernel)
+    old, new = (_side(tokens, extra_tokens) for tokens in (position_embed.shape[1], shape[1]))
+    grid = _resize(position_embed[:, extra_tokens:], old, new, kernel)
     return np.concatenate([position_embed[:, :extra_tokens], grid], axis=1)
+
+
+def _side(tokens: int, extra_tokens: int) -> int:
+    """Return the side of the square grid of the tokens after the extra ones."""
+    side = math.isqrt(max(0, tokens - extra_tokens))
+    if side == 0 or side**2 != tokens - extra_tokens:
+        raise UserError(
+            f"{tokens} position embeddings are not a square grid and {extra_tokens} more: "
+            "does the model have the class token of the checkpoint?"
+        )
+    return side
 
 
 def _layout(tokens: int) -> tuple[int, int]:

@@ -132,10 +132,11 @@ def _assign(
     for key in keys:
         if any(re.fullmatch(pattern, key) for pattern in ignore):
             continue
-        match, rule = next(((m, rule) for rule in rules if (m := re.fullmatch(rule.source, key))), (None, None))
-        if match is None:
+        found = next(((match, rule) for rule in rules if (match := re.fullmatch(rule.source, key))), None)
+        if found is None:
             unknown.append(key)
             continue
+        match, rule = found
         target = match.expand(rule.target)
         if target in wanted:
             wanted[target].append((key, rule.transform))

@@ -37,7 +37,7 @@ def locate(checkpoint: str, variant: str | None = None) -> Path | None:
     if checkpoint == "none":
         return None
     if checkpoint == "augreg":
-        if variant not in AUGREG_URLS:
+        if variant is None or variant not in AUGREG_URLS:
             wrong = (
                 f"there is no official AugReg checkpoint of ViT {variant!r}" if variant else "augreg needs a variant"
             )

@@ -266,5 +266,5 @@ def test_altered_files(saved, alter, message):
 def test_truncated_files(saved, keep):
     path, _ = saved
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=f"{path} cannot be read as safetensors"):
+    with pytest.raises(UserError, match=f"{path} is damaged"):
         build(path=path)

@@ -23,8 +23,8 @@ from surm_jax.peft.kernels import is_linear, matrix_view
 from surm_jax.peft.methods import Update
 from surm_jax.peft.parts.attach import attach
 from surm_jax.peft.parts.update import Delta
-from surm_jax.peft.tensor_file import TensorFile
 from surm_jax.structured import StructuredMatrix
+from surm_jax.tensor_files import TensorFile
 
 
 def load_hf_adapter(

@@ -6,8 +6,8 @@ The registered architectures say which model a folder holds and what its arrays 
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from surm_jax.pretrained.normalization import (
     read_preprocessor,
 )
 from surm_jax.pretrained.rules import fill
-from surm_jax.tensor_files import SUFFIX, TensorFile, open_shards, open_tensors, write_tensors
+from surm_jax.tensor_files import SUFFIX, ShardedTensors, TensorFile, write_tensors
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -172,8 +172,8 @@ def save_huggingface(
             if normalization is not None:
                 preprocessor = preprocessor_fields(normalization, config.image_size)
                 (temporary / PREPROCESSOR_NAME).write_text(json.dumps(preprocessor, indent=2) + "\n")
-            for path in files:
-                shutil.copyfile(path, temporary / path.name)
+            for file in files:
+                shutil.copyfile(file, temporary / file.name)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from error
 
@@ -198,17 +198,13 @@ def _folder_of(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-@contextmanager
-def _open_weights(folder: Path) -> Iterator[TensorFile]:
+def _open_weights(folder: Path) -> TensorFile | ShardedTensors:
     """Open the weights of a folder."""
     if (folder / WEIGHTS_NAME).is_file():
-        weights = folder / WEIGHTS_NAME
-    elif (folder / INDEX_NAME).is_file():
-        weights = folder / INDEX_NAME
-    else:
-        raise UserError(_no_weights(folder))
-    with (open_shards if weights.name == INDEX_NAME else open_tensors)(weights) as file:
-        yield file
+        return TensorFile(folder / WEIGHTS_NAME)
+    if (folder / INDEX_NAME).is_file():
+        return ShardedTensors(folder / INDEX_NAME)
+    raise UserError(_no_weights(folder))
 
 
 def _no_weights(folder: Path) -> str:
