@@ -11,12 +11,12 @@ from surm_jax.structured import FAMILIES, StructuredMatrix, updated_matmul
 
 #: What `init` needs besides the shape, for each variant of a family that is timed.
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "low_rank": ({"rank": 1},),
-    "low_displacement_rank": ({"rank": 1}, {"rank": 4}),
-    "f_circulant": ({"f": 0.5},),
-    "block_circulant": ({"block": 128},),
-    "low_rank_kronecker": ({"rank": 1},),
-    "tiled": ({"side": 39}, {"side": 38, "rotate": True}),
+    "LowRank": ({"rank": 1},),
+    "LowDisplacementRank": ({"rank": 1}, {"rank": 4}),
+    "FCirculant": ({"f": 0.5},),
+    "BlockCirculant": ({"block": 128},),
+    "LowRankKronecker": ({"rank": 1},),
+    "Tiled": ({"side": 39}, {"side": 38, "rotate": True}),
 }
 
 

@@ -36,10 +36,10 @@ ROUNDS = flags.DEFINE_integer("rounds", 11, "How often each program is timed.", 
 #: Our program beside each peer's: (family, options).
 COUNTERPARTS = {
     "torch frozen": ("frozen", {}),
-    "torch lora": ("low_rank", {"rank": 1}),
-    "torch circulant": ("circulant", {}),
-    "torch toeplitz pair": ("symmetric_toeplitz_pair", {}),
-    "peft c3a": ("circulant", {}),
+    "torch lora": ("LowRank", {"rank": 1}),
+    "torch circulant": ("Circulant", {}),
+    "torch toeplitz pair": ("SymmetricToeplitzPair", {}),
+    "peft c3a": ("Circulant", {}),
 }
 
 

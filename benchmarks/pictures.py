@@ -14,20 +14,20 @@ from surm_jax.structured import FAMILIES, StructuredMatrix
 from surm_jax.structured.analysis.draw import draw
 
 EXAMPLES = {
-    "circulant": ((8, 8), {}),
-    "circulant_pair": ((6, 6), {}),
-    "skew_circulant": ((5, 8), {}),
-    "f_circulant": ((8, 8), {"f": 0.5}),
-    "toeplitz": ((6, 8), {}),
-    "symmetric_toeplitz": ((8, 8), {}),
-    "toeplitz_pair": ((5, 5), {}),
-    "symmetric_toeplitz_pair": ((8, 8), {}),
-    "low_displacement_rank": ((8, 8), {"rank": 1}),
-    "kronecker": ((12, 12), {}),
-    "low_rank_kronecker": ((8, 8), {"rank": 1, "factors": ((2, 2), (4, 4))}),
-    "low_rank": ((8, 6), {"rank": 1}),
-    "block_circulant": ((6, 9), {"block": 3}),
-    "tiled": ((6, 8), {"side": 3}),
+    "Circulant": ((8, 8), {}),
+    "CirculantPair": ((6, 6), {}),
+    "SkewCirculant": ((5, 8), {}),
+    "FCirculant": ((8, 8), {"f": 0.5}),
+    "Toeplitz": ((6, 8), {}),
+    "SymmetricToeplitz": ((8, 8), {}),
+    "ToeplitzPair": ((5, 5), {}),
+    "SymmetricToeplitzPair": ((8, 8), {}),
+    "LowDisplacementRank": ((8, 8), {"rank": 1}),
+    "Kronecker": ((12, 12), {}),
+    "LowRankKronecker": ((8, 8), {"rank": 1, "factors": ((2, 2), (4, 4))}),
+    "LowRank": ((8, 6), {"rank": 1}),
+    "BlockCirculant": ((6, 9), {"block": 3}),
+    "Tiled": ((6, 8), {"side": 3}),
 }
 """Of each family the shape and the options of the matrix that is drawn."""
 

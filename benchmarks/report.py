@@ -28,7 +28,7 @@ gradient of the input and those of the update's parameters.
 `frozen` is the kernel alone, the floor. `LoRA` is the textbook form `x @ W + (x @ B) @ A^T`. The executions `fft`,
 `dense`, `fused` and `auto` are explained in `surm_jax/structured/products/execution.py`: `auto` takes what
 `surm_jax/structured/products/choice.json` found fastest, and `--config.peft.execution=` or
-`surm_jax.adapt(..., execution=)` forces one. Our own LoRA is the row `low_rank`. `auto` and the execution it stands for
+`surm_jax.adapt(..., execution=)` forces one. Our own LoRA is the row `LowRank`. `auto` and the execution it stands for
 are one program: the difference between their columns is the noise of the measurement.
 
 ![cost of a layer by family](speed.png)
@@ -247,7 +247,7 @@ share the two cores, so that examples a second can only stay the same. Bytes are
 def figure() -> Figure:
     """Bars: the time of a layer by family, `auto`, as a multiple of the frozen layer's."""
     rows = [row for row in read("structured.json") if row["tokens"] == 6304 and row["dtype"] == "float32"]
-    lora = next(row["ratio_to_frozen"] for row in rows if (row["family"], row["execution"]) == ("low_rank", "fft"))
+    lora = next(row["ratio_to_frozen"] for row in rows if (row["family"], row["execution"]) == ("LowRank", "fft"))
     lines = layer_rows(rows)[::-1]
     picture = Figure(figsize=(7.5, 0.34 * len(lines) + 1), layout="constrained")
     axes = picture.subplots()

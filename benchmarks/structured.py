@@ -1,11 +1,11 @@
 """One linear layer with a structured update, forward and backward, beside the frozen layer and LoRA r = 1.
 
-    python -m benchmarks.structured [--out=FILE.json] [--families=circulant,kronecker] [--sizes=768x6304,4096x2048]
+    python -m benchmarks.structured [--out=FILE.json] [--families=Circulant,Kronecker] [--sizes=768x6304,4096x2048]
                                     [--dtypes=float32,bfloat16] [--rounds=11] [--write_table]
 
 Every program computes the output, the gradient of the input and the gradients of the update's parameters, from the
 input and a given gradient of the output. `frozen` is the kernel alone: `x @ W` and `dy @ W^T`, the floor. `lora` is the
-textbook form `x @ W + (x @ B) @ A^T` with r = 1, the row `low_rank`, `fft`.
+textbook form `x @ W + (x @ down) @ up` with r = 1, the row `LowRank`, `fft`.
 
 Of each row: `ms`, the median over rounds in which all programs of a size take turns; its ratios to `frozen` and to
 `lora`; `temp_bytes`, what the compiled program allocates besides arguments and results; `peak_bytes`, all of it
@@ -53,8 +53,8 @@ COLUMNS = {
 
 
 def cases(families: list[str], half: bool) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yields (family, options, execution); `low_rank` first, because the others are compared with it."""
-    for family in dict.fromkeys(["low_rank", *families]):
+    """Yields (family, options, execution); `LowRank` first, because the others are compared with it."""
+    for family in dict.fromkeys(["LowRank", *families]):
         for options in VARIANTS.get(family, ({},)):
             for execution in EXECUTIONS:
                 if not (half and execution == "fused"):
@@ -92,7 +92,7 @@ def measure(families: list[str], width: int, tokens: int, dtype: str, rounds: in
         )
     times = medians(programs, rounds)
     frozen = times[0]
-    lora = next(times[i] for i, row in enumerate(rows) if (row["family"], row["execution"]) == ("low_rank", "fft"))
+    lora = next(times[i] for i, row in enumerate(rows) if (row["family"], row["execution"]) == ("LowRank", "fft"))
     return [
         {**row, "ms": 1e3 * times[i], "ratio_to_frozen": times[i] / frozen, "ratio_to_lora": times[i] / lora}
         for i, row in enumerate(rows)

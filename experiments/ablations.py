@@ -66,7 +66,7 @@ QUESTIONS: dict[str, dict[str, Variant]] = {
     },
     "Two vectors or one": {
         "circulant, Q K V": PAIR,
-        "single circulant": Variant("structured", MIDDLE, {"family": "circulant"}),
+        "single circulant": Variant("structured", MIDDLE, {"family": "Circulant"}),
     },
     "How large the random vector is": {
         ("circulant, Q K V" if scale == 0.3 else f"scale {scale:g}"): dataclasses.replace(
@@ -77,7 +77,7 @@ QUESTIONS: dict[str, dict[str, Variant]] = {
     "Two Toeplitz matrices or one": {
         "symmetric pair": Variant("toeplitz", MIDDLE, {"scale": 0.3}),
         "general pair": Variant("toeplitz_asymmetric", MIDDLE, {"scale": 0.3}),
-        "one general": Variant("structured", MIDDLE, {"family": "toeplitz"}),
+        "one general": Variant("structured", MIDDLE, {"family": "Toeplitz"}),
     },
     "The rank of W(G, H)": {
         f"rank {rank}": Variant("low_displacement", MIDDLE, {"rank": rank, "scale": 0.1}) for rank in (1, 2, 4, 8)

@@ -94,14 +94,14 @@ class Kind(NamedTuple):
 
 
 TITLES = {
-    "circulant": "circulant",
-    "symmetric_toeplitz": "symmetric Toeplitz",
-    "toeplitz": "Toeplitz",
-    "low_displacement_rank": "W(G, H)",
-    "low_rank": "low rank",
-    "kronecker": "Kronecker",
+    "Circulant": "circulant",
+    "SymmetricToeplitz": "symmetric Toeplitz",
+    "Toeplitz": "Toeplitz",
+    "LowDisplacementRank": "W(G, H)",
+    "LowRank": "low rank",
+    "Kronecker": "Kronecker",
 }
-SIZED = {"low_displacement_rank": "rank", "low_rank": "rank", "kronecker": "terms"}
+SIZED = {"LowDisplacementRank": "rank", "LowRank": "rank", "Kronecker": "terms"}
 
 
 def kinds() -> list[Kind]:
@@ -133,7 +133,7 @@ def fit(kind: Kind, targets: Float[np.ndarray, "targets*trials n n"], steps: int
     """Fits one family at one size to every target, by descent and by `nearest`."""
     starts = _starts(kind, targets)
     last, curves = descend(_dense, starts, targets, steps=steps, learning_rate=LEARNING_RATE)
-    if kind.family == "low_displacement_rank":
+    if kind.family == "LowDisplacementRank":
         nearest, bound = _search(kind, targets, last), displacement_bound(targets, kind.size)
     else:
         nearest, bound = relative_errors(_nearest(kind, targets), targets), None
@@ -280,12 +280,12 @@ def bound_table(results: dict[Kind, Result]) -> str:
 
 
 COLOURS = {
-    "low_displacement_rank": "#1f77b4",
-    "low_rank": "#d62728",
-    "kronecker": "#ff7f0e",
-    "toeplitz": "#2ca02c",
-    "symmetric_toeplitz": "#9467bd",
-    "circulant": "#111111",
+    "LowDisplacementRank": "#1f77b4",
+    "LowRank": "#d62728",
+    "Kronecker": "#ff7f0e",
+    "Toeplitz": "#2ca02c",
+    "SymmetricToeplitz": "#9467bd",
+    "Circulant": "#111111",
 }
 
 
@@ -312,7 +312,7 @@ def draw(results: dict[Kind, Result]) -> None:
 def _draw_curves(axes: Axes, results: dict[Kind, Result], target: str) -> None:
     blues = iter(colormaps["Blues"](np.linspace(0.35, 1, len(SIZES))))
     for kind, result in results.items():
-        if kind.family in ("low_rank", "kronecker"):
+        if kind.family in ("LowRank", "Kronecker"):
             continue
         curves = result.curves[target]
         steps, mean, deviation = np.arange(curves.shape[1]), curves.mean(axis=0), curves.std(axis=0, ddof=1)

@@ -34,18 +34,18 @@ GAUSSIAN = "i.i.d. Gaussian"
 # In the order of the pictures. Left out: a pair of circulants, which holds the same matrices as one, and a pair of
 # general Toeplitz matrices, which has twice the numbers of the budget.
 TITLES = {
-    "circulant": "circulant",
-    "skew_circulant": "skew-circulant",
-    "f_circulant": "triangular Toeplitz",
-    "symmetric_toeplitz": "symmetric Toeplitz",
-    "toeplitz": "Toeplitz",
-    "symmetric_toeplitz_pair": "sym. Toeplitz pair",
-    "low_displacement_rank": "W(G, H)",
-    "block_circulant": "block-circulant",
-    "tiled": "tiled",
-    "kronecker": "Kronecker",
-    "low_rank_kronecker": "low-rank Kronecker",
-    "low_rank": "low rank",
+    "Circulant": "circulant",
+    "SkewCirculant": "skew-circulant",
+    "FCirculant": "triangular Toeplitz",
+    "SymmetricToeplitz": "symmetric Toeplitz",
+    "Toeplitz": "Toeplitz",
+    "SymmetricToeplitzPair": "sym. Toeplitz pair",
+    "LowDisplacementRank": "W(G, H)",
+    "BlockCirculant": "block-circulant",
+    "Tiled": "tiled",
+    "Kronecker": "Kronecker",
+    "LowRankKronecker": "low-rank Kronecker",
+    "LowRank": "low rank",
 }
 
 Shape = tuple[int, int]
@@ -96,7 +96,7 @@ def shares(matrix: Float[np.ndarray, "in out"]) -> dict[Family, float]:
         UserError: The matrix is zero, or holds numbers that are not finite.
 
     >>> kept = shares(np.roll(np.eye(4, dtype=np.float32), 1, axis=1))  # a circulant
-    >>> {family.name: round(share, 4) for family, share in kept.items()}["circulant"]
+    >>> {family.name: round(share, 4) for family, share in kept.items()}["Circulant"]
     1.0
     """
     norm = np.linalg.norm(matrix)

@@ -57,7 +57,7 @@ class Family(NamedTuple):
 
 
 def _rank_one(u: Float[Array, " n"]) -> Float[Array, "n n"]:
-    return LowRank(A=u[:, None], B=u[:, None]).to_dense()
+    return LowRank(down=u[:, None], up=u[None]).to_dense()
 
 
 def _kronecker(A: Float[Array, "m n"]) -> Float[Array, "mn mn"]:

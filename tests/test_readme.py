@@ -147,9 +147,9 @@ def test_the_matrices_on_their_own(capsys):
     np.testing.assert_allclose(names["y"], x @ (W + 0.1 * M + (U[:, :2] * S[:2]) @ Vt[:2]), rtol=1e-4, atol=1e-4)
     # A low rank has 80 numbers for each, so 19 of them.
     energies = ast.literal_eval(capsys.readouterr().out)
-    assert energies["low_rank"] == pytest.approx(np.sum(S[:19] ** 2) / np.sum(S**2), rel=1e-5)
-    assert energies["circulant"] == pytest.approx(np.sum(M**2) / np.sum(W**2), rel=1e-5)
-    assert 0.5 < energies["kronecker"] < 1
+    assert energies["LowRank"] == pytest.approx(np.sum(S[:19] ** 2) / np.sum(S**2), rel=1e-5)
+    assert energies["Circulant"] == pytest.approx(np.sum(M**2) / np.sum(W**2), rel=1e-5)
+    assert 0.5 < energies["Kronecker"] < 1
 
 
 def test_its_numbers_are_those_that_were_measured():

@@ -119,11 +119,11 @@ def test_our_lora_is_that_of_peft(inputs, outputs):
     config = peft.LoraConfig(r=3, lora_alpha=2, target_modules=["0"])
     model, peer = adapted_linear(inputs, outputs, LoRA(rank=3, alpha=2.0), config)
     lora_A, lora_B = (getattr(peer.base_model.model[0], name)["default"].weight for name in ("lora_A", "lora_B"))
-    lora_A.data, lora_B.data = tensor(model.delta["default"].B[...].T), tensor(model.delta["default"].A[...])
+    lora_A.data, lora_B.data = tensor(model.delta["default"].down[...].T), tensor(model.delta["default"].up[...].T)
 
     gradients = assert_same_layer(model, peer, normal(0, 2, 3, inputs), normal(1, 2, 3, outputs))
-    assert relative_error(gradients["B"], array(lora_A.grad).T) <= 1e-5
-    assert relative_error(gradients["A"], array(lora_B.grad)) <= 1e-5
+    assert relative_error(gradients["down"], array(lora_A.grad).T) <= 1e-5
+    assert relative_error(gradients["up"], array(lora_B.grad).T) <= 1e-5
 
 
 def random_vit():
@@ -192,8 +192,9 @@ def test_our_training_is_that_of_torch():
     layers = [module for module in peer.modules() if hasattr(module, "lora_A")]
     ours, factors = parameters(model), {}
     for path, layer in zip(paths, layers, strict=True):
-        factors[f"{path}/B"], factors[f"{path}/A"] = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        factors[f"{path}/B"].data, factors[f"{path}/A"].data = tensor(ours[f"{path}/B"].T), tensor(ours[f"{path}/A"])
+        factors[f"{path}/down"], factors[f"{path}/up"] = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        for name in ("down", "up"):
+            factors[f"{path}/{name}"].data = tensor(ours[f"{path}/{name}"].T)
 
     peer_curve = train_peer(peer, list(factors.values()), head)
     curve, trained = train(model, adapter)
@@ -201,7 +202,7 @@ def test_our_training_is_that_of_torch():
     assert (curve[:, 1] > CLIP).any()
     assert np.ptp(curve[:, 0]) > 0.1
     np.testing.assert_allclose(curve, peer_curve, rtol=1e-4)
-    factors = {path: array(factor).T if path.endswith("B") else array(factor) for path, factor in factors.items()}
+    factors = {path: array(factor).T for path, factor in factors.items()}
     factors.update({"head/kernel": array(head[0]).T, "head/bias": array(head[1])})
     assert trained.keys() == factors.keys()
     for path, factor in factors.items():

@@ -186,7 +186,7 @@ def load_bank(folders: Sequence[str | os.PathLike], model: nnx.Module) -> nnx.Mo
     for path in sorted({path for found in (*kernels, *biases) for path in found}):
         check_call(modules[path], path, "delta")
         m, n = matrix_view(modules[path], path).shape
-        nothing = LowRank(A=jnp.zeros((n, 1), jnp.float32), B=jnp.zeros((m, 1), jnp.float32))
+        nothing = LowRank(down=jnp.zeros((m, 1), jnp.float32), up=jnp.zeros((1, n), jnp.float32))
         matrices = _rows(path, kernels, lambda matrix: matrix.times(0.0)) or [nothing] * len(folders)
         _require_alike(path, folders, matrices)
         delta = BankDelta(matrices, _rows(path, gains, jnp.ones_like), _rows(path, biases, jnp.zeros_like))

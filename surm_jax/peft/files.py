@@ -36,7 +36,7 @@ from surm_jax.tensor_files import TensorFile
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
-FORMAT = 2
+FORMAT = 3
 
 _MOST_BYTES_OF_CONFIG = 2**22
 """The fingerprint has some seventy bytes for each parameter of the base."""

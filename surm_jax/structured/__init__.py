@@ -4,7 +4,7 @@
 >>> M = CirculantPair.init(jax.random.key(0), (768, 768), scale=1.0)
 >>> M
 CirculantPair(r1=float32[768], r2=float32[768], shape=(768, 768))
->>> M.num_params, M.fused().num_params
+>>> M.num_params, M.compact().num_params
 (1536, 768)
 """
 

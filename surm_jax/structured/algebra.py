@@ -10,13 +10,13 @@ a family's matrix goes. It is no family itself: it has no start of its own and n
 >>> import jax.numpy as jnp
 >>> from surm_jax.structured import Circulant, LowRank
 >>> C = Circulant(jnp.array([1.0, 2.0, 3.0]), shape=(3, 3))
->>> L = LowRank(A=jnp.array([[1.0], [0.0], [0.0]]), B=jnp.array([[1.0], [10.0], [100.0]]))
+>>> L = LowRank(down=jnp.array([[1.0], [10.0], [100.0]]), up=jnp.array([[1.0, 0.0, 0.0]]))
 >>> (C - 2.0 * L).to_dense()
 Array([[  -1.,    2.,    3.],
        [ -17.,    1.,    2.],
        [-198.,    3.,    1.]], dtype=float32)
 >>> list((L @ C + L).arrays())
-['terms_0_factors_0_A', 'terms_0_factors_0_B', 'terms_0_factors_1_c', 'terms_1_A', 'terms_1_B']
+['terms_0_factors_0_down', 'terms_0_factors_0_up', 'terms_0_factors_1_c', 'terms_1_down', 'terms_1_up']
 """
 
 import abc
@@ -56,13 +56,19 @@ class Composite(StructuredMatrix):
         first, *others = self._parts().values()
         return self._with_parts([first.times(alpha), *others])
 
+    @property
+    def linear_in(self) -> str:
+        """The array in which the first part is linear."""
+        name, part = next(iter(self._parts().items()))
+        return f"{name}_{part.linear_in}"
+
     def arrays(self) -> dict[str, Array]:
         """The array leaves of all parts, each name preceded by its part's: `terms_0_c` is `terms[0].c`."""
         return {f"{part}_{name}": leaf for part, m in self._parts().items() for name, leaf in m.arrays().items()}
 
-    def fused(self) -> StructuredMatrix:
-        """The same composite with each part fused."""
-        return self._with_parts([part.fused() for part in self._parts().values()])
+    def compact(self) -> StructuredMatrix:
+        """The same composite with each part in its compact form."""
+        return self._with_parts([part.compact() for part in self._parts().values()])
 
     def _structure(self) -> tuple[Any, ...]:
         return type(self), self._sizes(), *(part._structure() for part in self._parts().values())

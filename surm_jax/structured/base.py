@@ -15,7 +15,7 @@ import abc
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, Self, TypeVar, dataclass_transform
 
 import jax
@@ -29,14 +29,9 @@ Matrix = TypeVar("Matrix", bound="StructuredMatrix")
 
 
 class Family(Protocol):
-    """What the class of a family offers besides the methods of its matrices: a start and a projection.
-
-    Attributes:
-        name: The registered name.
-    """
+    """What the class of a family offers besides the methods of its matrices: a start and a projection."""
 
     __name__: str
-    name: str
 
     def init(
         self, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32, **options: Any
@@ -67,7 +62,7 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Family] = {}
-"""Every family by its registered name. The test suite fails when one of them has no test case."""
+"""Every family by its class name. The test suite fails when one of them has no test case."""
 
 
 def static() -> Any:
@@ -105,32 +100,26 @@ def matrix_pytree(cls: type[Matrix]) -> type[Matrix]:
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))
-def family(name: str) -> Callable[[type[Matrix]], type[Matrix]]:
-    """Makes a subclass of `StructuredMatrix` a frozen dataclass and a pytree, and registers it as `FAMILIES[name]`.
+def family(cls: type[Matrix]) -> type[Matrix]:
+    """Make a subclass of `StructuredMatrix` a frozen dataclass and a pytree, and register it under its class name.
 
     Fields declared with `static()` become structure, all others array leaves, in the order of their declaration.
 
     Args:
-        name: The family's name in configurations and messages, such as `"circulant"`.
+        cls: The class. `FAMILIES[cls.__name__]` is the class afterwards; configurations and messages use this name.
 
     Raises:
         UserError: The name is taken by another class, or the class lacks `init` or `nearest`.
     """
-
-    def register(cls: type[Matrix]) -> type[Matrix]:
-        if name in FAMILIES:
-            raise UserError(
-                f"the family name {name!r} is taken by {FAMILIES[name].__name__}; give {cls.__name__} another"
-            )
-        for method in ("init", "nearest"):
-            if not hasattr(cls, method):
-                raise UserError(f"{cls.__name__} lacks the class method {method}(), which every family has")
-        cls = matrix_pytree(cls)
-        cls.name = name
-        FAMILIES[name] = cls
-        return cls
-
-    return register
+    if cls.__name__ in FAMILIES:
+        raise UserError(
+            f"there already is a family {cls.__name__} ({FAMILIES[cls.__name__].__module__}): rename this one"
+        )
+    for method in ("init", "nearest"):
+        if not hasattr(cls, method):
+            raise UserError(f"{cls.__name__} lacks the class method {method}(), which every family has")
+    FAMILIES[cls.__name__] = cls = matrix_pytree(cls)
+    return cls
 
 
 def compute_dtype(*dtypes: DTypeLike) -> jnp.dtype:
@@ -278,17 +267,22 @@ class StructuredMatrix(abc.ABC):
         return self._astype(self._compute_dtype())._dense()
 
     def times(self, alpha: float | Float[Array, ""]) -> Self:
-        """`alpha * M` with the same structure: the first array, in which every family is linear, is multiplied.
+        """`alpha * M` with the same structure: the array `linear_in` is multiplied.
 
         Unlike `alpha * M`, which keeps alpha as a part of its own. An array of shape () may be anything that JAX
         traces: a scale that is switched while a compiled program stays.
         """
-        name, leaf = next(iter(self.arrays().items()))
-        return self._replace({name: leaf * jnp.asarray(alpha, leaf.dtype)})
+        leaf = self.arrays()[self.linear_in]
+        return self._replace({self.linear_in: leaf * jnp.asarray(alpha, leaf.dtype)})
 
-    def fused(self) -> "StructuredMatrix":
+    def compact(self) -> "StructuredMatrix":
         """The same matrix with the fewest stored numbers, for deployment; itself where nothing can be saved."""
         return self
+
+    @property
+    def linear_in(self) -> str:
+        """The name of one array in which the matrix is linear: the one that is zero at the start of training."""
+        return next(iter(self.arrays()))
 
     @property
     def num_params(self) -> int:

@@ -20,13 +20,13 @@ def run(module, *arguments):
 
 def test_structured(tmp_path):
     out = tmp_path / "rows.json"
-    done = run("structured", f"--out={out}", "--families=circulant", "--sizes=16x8", "--rounds=1")
+    done = run("structured", f"--out={out}", "--families=Circulant", "--sizes=16x8", "--rounds=1")
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())
     assert [(row["family"], row["execution"]) for row in rows] == [
         ("frozen", "frozen"),
-        *(("low_rank", execution) for execution in ("auto", "fft", "dense", "fused")),
-        *(("circulant", execution) for execution in ("auto", "fft", "dense", "fused")),
+        *(("LowRank", execution) for execution in ("auto", "fft", "dense", "fused")),
+        *(("Circulant", execution) for execution in ("auto", "fft", "dense", "fused")),
     ]
     lora = rows[2]
     for row in rows:
@@ -43,7 +43,7 @@ def test_structured_replaces_the_rows_of_its_sizes_alone(tmp_path):
     out = tmp_path / "rows.json"
     old = [{"width": 16, "tokens": tokens, "dtype": "float32", "family": "frozen", "ms": -1} for tokens in (4, 8, 2)]
     out.write_text(json.dumps(old))
-    done = run("structured", f"--out={out}", "--families=circulant", "--sizes=16x8", "--rounds=1")
+    done = run("structured", f"--out={out}", "--families=Circulant", "--sizes=16x8", "--rounds=1")
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())
     assert rows[0] == old[0] and rows[-1] == old[2]
@@ -190,7 +190,7 @@ def test_an_unknown_name(module, what):
 
 
 def test_a_width_that_a_family_cannot_have():
-    done = run("structured", "--families=circulant,block_circulant", "--sizes=768x8,100x8")
+    done = run("structured", "--families=Circulant,BlockCirculant", "--sizes=768x8,100x8")
     assert done.returncode != 0
     said = done.stdout + done.stderr
     assert "blocks of 128 do not divide both sizes of 100 x 100" in said

@@ -140,35 +140,35 @@ def test_shares_are_those_of_projections(shape):
     kept = {family.name: (share, family) for family, share in energy.shares(M).items()}
     assert all(family.parameters <= 2 * max(shape) for _, family in kept.values())
     bases = {
-        "circulant": circulants(m, n),
-        "toeplitz": toeplitz(m, n),
-        "symmetric_toeplitz": symmetric_toeplitz(m, n),
+        "Circulant": circulants(m, n),
+        "Toeplitz": toeplitz(m, n),
+        "SymmetricToeplitz": symmetric_toeplitz(m, n),
     }
     # Blocks of 2, the largest that divide 14 and 10, hold too many numbers.
-    assert ("block_circulant" in kept) == (m == n)
+    assert ("BlockCirculant" in kept) == (m == n)
     if m == n:
-        assert kept["block_circulant"][1].size == "block 5"
-        bases["block_circulant"] = grids(m, n, 5)
+        assert kept["BlockCirculant"][1].size == "block 5"
+        bases["BlockCirculant"] = grids(m, n, 5)
     for name, basis in bases.items():
         share, family = kept[name]
         assert family.parameters == len(basis) and not family.searched
         np.testing.assert_allclose(share, share_of_span(M, basis), rtol=1e-4, err_msg=name)
-    share, family = kept["low_rank"]
+    share, family = kept["LowRank"]
     rank = int(family.size.removeprefix("rank "))
     assert family.parameters == rank * (m + n)
     values = np.linalg.svd(M.astype(float), compute_uv=False) ** 2
     np.testing.assert_allclose(share, values[:rank].sum() / values.sum(), rtol=1e-4)
-    assert kept["low_displacement_rank"][1].searched
+    assert kept["LowDisplacementRank"][1].searched
 
 
 @pytest.mark.usefixtures("no_search")
 def test_structure_is_found_where_it_is():
     one, other = near_square_factors((10, 10))
     for name, M in {
-        "circulant": scipy.linalg.circulant(draw(0, 10)),
-        "kronecker": np.kron(draw(1, *one), draw(2, *other)),
-        "low_rank": np.outer(draw(3, 10), draw(4, 10)),
-        "toeplitz": scipy.linalg.toeplitz(draw(5, 10), draw(6, 10)),
+        "Circulant": scipy.linalg.circulant(draw(0, 10)),
+        "Kronecker": np.kron(draw(1, *one), draw(2, *other)),
+        "LowRank": np.outer(draw(3, 10), draw(4, 10)),
+        "Toeplitz": scipy.linalg.toeplitz(draw(5, 10), draw(6, 10)),
     }.items():
         kept = {family.name: share for family, share in energy.shares(np.asarray(M, np.float64) * 1e-20).items()}
         assert kept[name] == pytest.approx(1, abs=1e-5), name
@@ -182,11 +182,11 @@ def test_a_gaussian_matrix_keeps_parameters_by_entries(monkeypatch):
     assert (one.shape, list(one.shares), other.shape, list(other.shares)) == ((10, 10), ["a", "c"], (14, 10), ["b"])
     for found in (one, other):
         gaussian = {family.name: (share, family.parameters) for family, share in found.gaussian.items()}
-        for name in ("circulant", "toeplitz", "symmetric_toeplitz", "skew_circulant"):
+        for name in ("Circulant", "Toeplitz", "SymmetricToeplitz", "SkewCirculant"):
             share, parameters = gaussian[name]
             assert share == pytest.approx(parameters / np.prod(found.shape), rel=0.2), name
     # What a product keeps is more: the largest singular value of a Gaussian matrix is above average.
-    share, parameters = {family.name: (s, family.parameters) for family, s in one.gaussian.items()}["low_rank"]
+    share, parameters = {family.name: (s, family.parameters) for family, s in one.gaussian.items()}["LowRank"]
     expected = np.mean([
         np.linalg.norm(M, 2) ** 2 / np.linalg.norm(M) ** 2
         for M in (np.random.default_rng(seed).normal(size=(side, side)) for seed in range(40))
@@ -195,8 +195,8 @@ def test_a_gaussian_matrix_keeps_parameters_by_entries(monkeypatch):
 
 
 def test_all_families_that_can_be_so_small_have_a_title():
-    too_large = {"toeplitz_pair", "dense"}
-    assert set(FAMILIES) - set(energy.TITLES) == {"circulant_pair"} | too_large
+    too_large = {"ToeplitzPair", "Dense"}
+    assert set(FAMILIES) - set(energy.TITLES) == {"CirculantPair"} | too_large
     for name in too_large:
         assert FAMILIES[name].init(jax.random.key(0), (16, 16), scale=1.0).num_params > 2 * 16
 
@@ -223,7 +223,7 @@ def zeroed(c, *frequencies):
         (BlockCirculant(jnp.asarray(np.stack([draw(1, 1, 6)] * 2))), "= 6 (DFT of the blocks)"),
         (Kronecker(A=jnp.asarray(np.outer(draw(2, 3), draw(3, 4)))[None], B=draw(4, 1, 4, 3)), "= 1 x 3 (factors)"),
         (Kronecker(A=draw(5, 2, 3, 4), B=draw(6, 2, 4, 3)), "<= 12 (sum of products)"),
-        (LowRank(A=draw(7, 9, 2), B=draw(8, 12, 2)), "<= 2 (columns)"),
+        (LowRank(down=draw(8, 12, 2), up=draw(7, 9, 2).T), "<= 2 (columns)"),
         (SymmetricToeplitzPair(t1=draw(9, 8), t2=jnp.ones(8), shape=(8, 8)), "<= 1 (factors)"),
         (ToeplitzPair(t1=jnp.ones(15), t2=draw(10, 15), shape=(8, 8)), "<= 1 (factors)"),
         (LowDisplacementRank(G=draw(11, 6, 1), H=draw(12, 6, 1), shape=(6, 4)), "<= 4"),
@@ -274,7 +274,7 @@ def test_what_is_no_plain_update_is_dense():
     base = nnx.Dict(up=nnx.Linear(6, 4, rngs=nnx.Rngs(0)), down=nnx.Linear(4, 6, rngs=nnx.Rngs(1)))
     dora, _ = surm_jax.adapt(base, [surm_jax.Rule("up", surm_jax.peft.DoRA(rank=2))], rngs=nnx.Rngs(2))
     delta = dora.up.delta["default"]
-    delta.A[...], delta.magnitude[...] = jnp.asarray(draw(0, *delta.A.shape)), 2 * delta.magnitude[...]
+    delta.up[...], delta.magnitude[...] = jnp.asarray(draw(0, *delta.up.shape)), 2 * delta.magnitude[...]
     merged, _ = surm_jax.merge(dora)
     change = changes(base, dora)["up"]
     assert change.matrix is None and examine("up", change).theory == ""
@@ -283,7 +283,7 @@ def test_what_is_no_plain_update_is_dense():
     both, _ = surm_jax.adapt(
         base, [surm_jax.Rule("up", surm_jax.LoRA(rank=1))], train=[".*/kernel"], rngs=nnx.Rngs(3)
     )  # fmt: skip
-    both.up.delta["default"].A[...] = jnp.asarray(draw(1, *both.up.delta["default"].A.shape))
+    both.up.delta["default"].up[...] = jnp.asarray(draw(1, *both.up.delta["default"].up.shape))
     both.up.kernel[...] += jnp.asarray(draw(2, 6, 4))
     merged, _ = surm_jax.merge(both)
     found = changes(base, both)
@@ -466,7 +466,7 @@ def test_an_energy_map(runs, files, tmp_path, source):
     if source == "full":
         weights, adapter = load_file(files / "weights.safetensors"), load_file(runs / "full" / "adapter" / ADAPTER)
         for row in rows:
-            if row["family"] == "low_rank":
+            if row["family"] == "LowRank":
                 name, shape = f"{row['layer']}/kernel", (int(row["in"]), int(row["out"]))
                 values = np.linalg.svd((adapter[name] - weights[name]).reshape(shape), compute_uv=False) ** 2
                 assert row["size"] == "rank 1" and row["found"] == "exact"

@@ -42,7 +42,7 @@ def test_targets_are_what_they_are_called():
 
 def test_equal_budgets():
     assert [(kind.title, kind.parameters) for kind in approximation.kinds()[:6]] == [
-        ("circulant", 12),
+        ("Circulant", 12),
         ("symmetric Toeplitz", 12),
         ("Toeplitz", 23),
         ("W(G, H), rank 1", 24),
@@ -79,12 +79,12 @@ def test_closed_forms_are_optimal_and_descent_comes_near(study):
     _, rows, targets = study
     units, wide = np.eye(SIDE), np.eye(2 * SIDE - 1)
     oracles = {
-        "circulant": lambda M: _span(M, [scipy.linalg.circulant(u) for u in units]),
-        "symmetric_toeplitz": lambda M: _span(M, [scipy.linalg.toeplitz(u) for u in units]),
-        "toeplitz": lambda M: _span(M, [scipy.linalg.toeplitz(u[SIDE - 1 :: -1], u[SIDE - 1 :]) for u in wide]),
-        "low_rank": lambda M: _tail(M, 3),
+        "Circulant": lambda M: _span(M, [scipy.linalg.circulant(u) for u in units]),
+        "SymmetricToeplitz": lambda M: _span(M, [scipy.linalg.toeplitz(u) for u in units]),
+        "Toeplitz": lambda M: _span(M, [scipy.linalg.toeplitz(u[SIDE - 1 :: -1], u[SIDE - 1 :]) for u in wide]),
+        "LowRank": lambda M: _tail(M, 3),
         # 12 = 4 x 3 rows and 3 x 4 columns: the blocks of 3 x 4 numbers become rows.
-        "kronecker": lambda M: _tail(
+        "Kronecker": lambda M: _tail(
             np.stack([M[i : i + 3, j : j + 4].ravel() for i in range(0, 12, 3) for j in range(0, 12, 4)]), 3
         ),
     }
@@ -121,7 +121,7 @@ def test_study_writes_what_it_found(study):
     assert len(rows) == 6 * 2 * 2
     for row in rows:
         assert float(row["nearest"]) <= float(row["descent"]) + 1e-4
-        assert (row["family"] == "low_displacement_rank") == bool(row["bound"])
+        assert (row["family"] == "LowDisplacementRank") == bool(row["bound"])
         assert float(row["bound"] or 0) <= float(row["nearest"])
     curves = list(csv.DictReader((folder / "approximation.curves.csv").open()))
     last = [float(row["mean"]) for row in curves if (row["target"], row["step"]) == ("gaussian", "1500")]
@@ -132,7 +132,7 @@ def test_study_writes_what_it_found(study):
 
 
 def test_table_marks_the_nearest_of_a_budget():
-    kinds = [Kind("circulant"), *(Kind(family, option, 1) for family, option in approximation.SIZED.items())]
+    kinds = [Kind("Circulant"), *(Kind(family, option, 1) for family, option in approximation.SIZED.items())]
     errors = dict(zip(kinds, (0.9, 0.5, 0.4, 0.6), strict=True))
     results = {
         kind: approximation.Result({}, {target: np.array([e, e]) for target in approximation.TARGETS}, None, {})

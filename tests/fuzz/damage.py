@@ -20,7 +20,7 @@ ODD_VALUES: tuple[Any, ...] = (
     "\ud800", "\x1b[2J", "ü" * 50, [], {}, [0], [None], [[0]], {"": {}}, {"a": 1}, list(range(3000)), "(a*)*b",
     "(.*)*x", "((.*)*)*x", ".*" * 20 + "x", "(a|a|.)" * 30, "a{1000000}", "(" * 2000, "[", ".*", ".*/.*", "head/.*",
     "circulant", "lora", "dora", "c3a", "lokr", "mora", "kronecker", "structured", "low_displacement", "compacter",
-    "bottleneck", "adapter_drop", "circulant_adapter", "circulant + low_rank", "circulant+" * 3000 + "circulant",
+    "bottleneck", "adapter_drop", "circulant_adapter", "Circulant + LowRank", "Circulant+" * 3000 + "Circulant",
     "LORA", "C3A", "LOKR", "bert", "roberta", "vit", "clip", "dinov2", "F8_E4M3", "I64", "BF16", "C64", "gelu",
 )  # fmt: skip
 

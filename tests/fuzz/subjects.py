@@ -179,7 +179,7 @@ SUBJECTS: dict[str, Subject] = {
     "ours_circulant": _ours(Rule(MLP_TARGET, CirculantUpdate())),
     "ours_several": _ours(
         Rule("blocks/0", LoRA(rank=3)),
-        Rule("blocks/1", StructuredUpdate(family="circulant + low_rank"), parts=2, which=(0,)),
+        Rule("blocks/1", StructuredUpdate(family="Circulant + LowRank"), parts=2, which=(0,)),
         Rule("tail/gate", BottleneckAdapter(waist=2)),
     ),
     "peft_lora": _peft(LoRA(rank=2)),

@@ -128,24 +128,24 @@ UPDATES = {
         lambda alpha, a, W: alpha * kronecker(a),
     ),
     "lora": UpdateCase(
-        peft.LoRA(alpha=0.6, rank=2, **DROP), {"A"}, low_rank_shapes, lambda alpha, a, W: alpha / 2 * low_rank(a)
+        peft.LoRA(alpha=0.6, rank=2, **DROP), {"up"}, low_rank_shapes, lambda alpha, a, W: alpha / 2 * low_rank(a)
     ),
     "rslora": UpdateCase(
         peft.RankStabilizedLoRA(alpha=0.6, rank=2, **DROP),
-        {"A"},
+        {"up"},
         low_rank_shapes,
         lambda alpha, a, W: alpha / np.sqrt(2) * low_rank(a),
     ),
     "lora_fix": UpdateCase(
         peft.LoRAFix(alpha=0.9, rank=2, **DROP),
-        {"A"},
+        {"up"},
         low_rank_shapes,
         lambda alpha, a, W: alpha / 2 * low_rank(a),
-        constant=frozenset({"B"}),
+        constant=frozenset({"down"}),
     ),
     "dora": UpdateCase(
         peft.DoRA(alpha=0.6, rank=2, **DROP),
-        {"A"},
+        {"up"},
         lambda m, n: {**low_rank_shapes(m, n), "magnitude": (n,)},
         lambda alpha, a, W: weight_decomposed(alpha / 2, a, W),
         early=frozenset({"magnitude"}),
@@ -176,7 +176,7 @@ UPDATES = {
     ),
     "kadaptation": UpdateCase(
         peft.KAdaptation(alpha=0.7, terms=2, rank=2, scale=0.5, **DROP),
-        {"V"},
+        {"up"},
         lambda m, n: low_rank_kronecker_shapes(m, n, 2, 2, 2),
         lambda alpha, a, W: alpha * low_rank_kronecker(a),
     ),
@@ -187,11 +187,11 @@ UPDATES = {
         lambda alpha, a, W: alpha * mora_dense(a["M"], W.shape, rotate=True),
     ),
     "structured": UpdateCase(
-        peft.StructuredUpdate(alpha=0.5, family="circulant_pair + low_rank", rank=2, f=0.3, scale=0.4, **DROP),
-        {"terms_0_r1", "terms_1_A"},
+        peft.StructuredUpdate(alpha=0.5, family="CirculantPair + LowRank", rank=2, f=0.3, scale=0.4, **DROP),
+        {"terms_0_r1", "terms_1_up"},
         lambda m, n: {"terms_0_c": (max(m, n),), **{f"terms_1_{k}": v for k, v in low_rank_shapes(m, n).items()}},
         lambda alpha, a, W: (
-            alpha * (circulant(a["terms_0_r1"] * a["terms_0_r2"], *W.shape) + a["terms_1_B"] @ a["terms_1_A"].T)
+            alpha * (circulant(a["terms_0_r1"] * a["terms_0_r2"], *W.shape) + a["terms_1_down"] @ a["terms_1_up"])
         ),
     ),
 }
@@ -249,7 +249,7 @@ BRANCHES = {
     ),
     "structured_adapter": BranchCase(
         peft.StructuredAdapter(
-            alpha=0.6, family="toeplitz @ symmetric_toeplitz", rank=2, f=0.3, scale=0.4, activation="tanh", **DROP
+            alpha=0.6, family="Toeplitz @ SymmetricToeplitz", rank=2, f=0.3, scale=0.4, activation="tanh", **DROP
         ),
         {"down/factors_0_t", "bias"},
         lambda d: biased({"factors_0_t": (2 * d - 1,), "factors_1_t": (d,)}, d),

@@ -22,7 +22,7 @@ def kronecker(arrays: Arrays) -> np.ndarray:
 
 
 def low_rank(arrays: Arrays) -> np.ndarray:
-    return (arrays["A"] @ arrays["B"].T).T
+    return arrays["down"] @ arrays["up"]
 
 
 def low_displacement(arrays: Arrays, m: int, n: int) -> np.ndarray:
@@ -47,7 +47,7 @@ def toeplitz(arrays: Arrays, m: int, n: int) -> np.ndarray:
 
 
 def low_rank_kronecker(arrays: Arrays) -> np.ndarray:
-    return sum(np.kron(a, u @ v) for a, u, v in zip(arrays["A"], arrays["U"], arrays["V"], strict=True))
+    return sum(np.kron(a, u @ v) for a, u, v in zip(arrays["A"], arrays["down"], arrays["up"], strict=True))
 
 
 def toeplitz_product(arrays: Arrays, m: int, n: int) -> np.ndarray:
@@ -61,7 +61,7 @@ def weight_decomposed(alpha: float, arrays: Arrays, W: np.ndarray) -> np.ndarray
 
 
 def low_rank_shapes(m, n):
-    return {"A": (n, 2), "B": (m, 2)}
+    return {"down": (m, 2), "up": (2, n)}
 
 
 def low_rank_kronecker_shapes(m, n, terms, side, rank):
@@ -69,7 +69,7 @@ def low_rank_kronecker_shapes(m, n, terms, side, rank):
     m2, n2 = m // side, n // side
     if m2 * n2 < rank * (m2 + n2):
         return {"A": (terms, side, side), "B": (terms, m2, n2)}
-    return {"A": (terms, side, side), "U": (terms, m2, rank), "V": (terms, rank, n2)}
+    return {"A": (terms, side, side), "down": (terms, m2, rank), "up": (terms, rank, n2)}
 
 
 def kronecker_shapes(m, n):

@@ -265,7 +265,7 @@ def test_updates_and_branches_meet_in_one_module():
     model, _ = adapt(base("mlp"), [Rule("blocks/1", LoRA())], rngs=nnx.Rngs(1))
     model, _ = adapt(model, [Rule("blocks/1", CirculantAdapter())], name="second", rngs=nnx.Rngs(2))
     layer, x = model.blocks[1], jnp.ones((2, 10))
-    layer.delta["default"].A[...] = jnp.ones((4, 1))
+    layer.delta["default"].up[...] = jnp.ones((1, 4))
     updated = x @ (layer.kernel[...] + layer.delta["default"].matrix().to_dense())
     branch = layer.branch["second"]
     branch.down.r1[...], branch.bias[...] = jnp.arange(4.0), jnp.ones(4)

@@ -72,8 +72,8 @@ METHODS = {
     "lora": LoRA(rank=2, alpha=3.0),
     "learned_alpha": LoRA(rank=2, learn_alpha=True),
     "kronecker": KroneckerUpdate(alpha=0.8),
-    "sum": StructuredUpdate(family="toeplitz + low_rank", rank=2, alpha=0.5),
-    "product": StructuredUpdate(family="low_rank @ circulant", rank=2),
+    "sum": StructuredUpdate(family="Toeplitz + LowRank", rank=2, alpha=0.5),
+    "product": StructuredUpdate(family="LowRank @ Circulant", rank=2),
     "adapter": CirculantAdapter(alpha=0.7, dropout=0.5),
     "waisted": BottleneckAdapter(waist=3),
     "dora": DoRA(rank=2, alpha=3.0),
@@ -271,7 +271,9 @@ def test_folders_that_cannot_be_served_together_are_refused(tmp_path):
 
     good = folder("good", LoRA(rank=2))
     refused = {
-        folder("rank", LoRA(rank=3)): r"rank: body/0 has LowRank\(A=float32\[8,3\], .* but another adapter .*\[8,2\]",
+        folder(
+            "rank", LoRA(rank=3)
+        ): r"rank: body/0 has LowRank\(down=float32\[8,3\], .* but another adapter .*\[8,2\]",
         folder("family", CirculantUpdate()): r"family: body/0 has Circulant\(.* but another adapter .* LowRank\(",
         folder("norm", LoRA(rank=2), train=["norm/.*"]): "norm: norm/(bias|scale) was trained, and only linear layers",
         folder(

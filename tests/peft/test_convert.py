@@ -80,13 +80,13 @@ def test_a_low_rank_one_becomes_a_smaller_one():
         nearest, error = truncated(change, 2)
         assert errors[path] == pytest.approx(error, rel=1e-4) and error > 0.05
         assert relative_error(low_ranks(converted, "default", 1 / 2)[path], nearest) < 1e-5
-        assert part_arrays(converted, path, "delta")["A"].shape == (SHAPES[path][1], 2)
+        assert part_arrays(converted, path, "delta")["up"].shape == (2, SHAPES[path][1])
 
 
 def test_the_scale_is_converted_too():
     model, adapter = trained_circulant()
     changes = {path: 0.3 * change for path, change in circulants(model, alpha=0.7).items()}
-    converted, _, errors = convert(set_scale(model, "default", 0.3), adapter, StructuredUpdate(family="dense"))
+    converted, _, errors = convert(set_scale(model, "default", 0.3), adapter, StructuredUpdate(family="Dense"))
     assert max(errors.values()) < 1e-6
     assert relative_error(run(converted, batch()), expected(net(), batch(), changes)) < 1e-5
 
@@ -97,7 +97,7 @@ def test_dora_becomes_a_dense_update():
     for path in SHAPES:
         kernel = weights[f"{path}/kernel"].astype(np.float64)
         changes[path] = weight_decomposed(1.5, part_arrays(model, path, "delta"), kernel)
-    converted, recipe, errors = convert(model, adapter, StructuredUpdate(family="dense", alpha=0.5))
+    converted, recipe, errors = convert(model, adapter, StructuredUpdate(family="Dense", alpha=0.5))
     assert max(errors.values()) < 1e-6 and recipe.train == ("head/.*",)
     for path, change in changes.items():
         assert relative_error(0.5 * part_arrays(converted, path, "delta", "converted")["W"], change) < 1e-5
@@ -132,19 +132,19 @@ def test_a_learned_alpha_starts_at_one(alpha):
 
 def test_a_sum_or_product_is_searched_for():
     layer = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(0))
-    model, adapter = tuned(layer, StructuredUpdate(family="circulant + low_rank", alpha=0.5), target="")
+    model, adapter = tuned(layer, StructuredUpdate(family="Circulant + LowRank", alpha=0.5), target="")
     a = part_arrays(model, "", "delta")
-    target = 0.5 * (circulant(a["terms_0_c"], 4, 4) + a["terms_1_B"] @ a["terms_1_A"].T)
+    target = 0.5 * (circulant(a["terms_0_c"], 4, 4) + a["terms_1_down"] @ a["terms_1_up"])
     # What the terms do alone, one of them with the mean of every wrapped diagonal.
     means = [np.mean([target[i, (i + k) % 4] for i in range(4)]) for k in range(4)]
     apart = min(relative_error(circulant(np.array(means), 4, 4), target), truncated(target, 1)[1])
     lowest = {}
-    for family in ("circulant + low_rank", "toeplitz @ circulant"):
+    for family in ("Circulant + LowRank", "Toeplitz @ Circulant"):
         converted, _, errors = convert(model, adapter, StructuredUpdate(family=family))
         change = np.asarray(converted(jnp.eye(4)) - layer(jnp.eye(4)))
         lowest[family] = relative_error(change, target)
         assert lowest[family] == pytest.approx(errors[""], abs=1e-5)
-    assert lowest["circulant + low_rank"] < 1e-3 < 0.1 < apart and lowest["toeplitz @ circulant"] < apart
+    assert lowest["Circulant + LowRank"] < 1e-3 < 0.1 < apart and lowest["Toeplitz @ Circulant"] < apart
 
 
 def test_a_converted_adapter_is_saved_loaded_and_trained(tmp_path):
@@ -177,7 +177,7 @@ def test_an_update_of_zero_has_no_error_and_can_learn():
     converted, _, errors = convert(set_active(model, []), adapter, LoRA(rank=2))
     assert set(errors.values()) == {0.0}
     assert same_bits(run(set_active(converted, []), batch()), run(net(), batch()))
-    assert all(np.abs(part_arrays(converted, path, "delta", "converted")["B"]).max() > 0 for path in SHAPES)
+    assert all(np.abs(part_arrays(converted, path, "delta", "converted")["down"]).max() > 0 for path in SHAPES)
 
 
 def test_what_cannot_be_converted_is_refused():

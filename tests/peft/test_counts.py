@@ -60,8 +60,8 @@ UPDATES = {
     ("lokr", ()): 24 * 24 + 32 * 8 + 8 * 32,
     ("lokr", (("rank", 16),)): 24 * 24 + 32 * 32,
     ("kadaptation", ()): 4**3 + 4 * (D // 4 + D // 4),
-    ("structured", (("family", "skew_circulant + low_rank"), ("rank", 3))): D + 6 * D,
-    ("structured", (("family", "toeplitz @ f_circulant"),)): 2 * D - 1 + D,
+    ("structured", (("family", "SkewCirculant + LowRank"), ("rank", 3))): D + 6 * D,
+    ("structured", (("family", "Toeplitz @ FCirculant"),)): 2 * D - 1 + D,
     ("mora", ()): 111**2,  # the nearest whole number to sqrt(2 * 768 * 8)
     ("mora", (("rank", 1), ("rotate", True))): 38**2,
 }

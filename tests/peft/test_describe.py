@@ -38,7 +38,10 @@ def test_golden_counts_of_vit_b16(update, target, trained, stored):
     assert description.trainable == trained + 769_000
     assert description.total == BASE_SIZE + 769_000 + trained
     assert (
-        sum(jax.eval_shape(lambda m: m.fused(), delta.stored()).num_params for _, _, delta, _ in adapted_modules(model))
+        sum(
+            jax.eval_shape(lambda m: m.compact(), delta.stored()).num_params
+            for _, _, delta, _ in adapted_modules(model)
+        )
         == stored
     )
     layers = [row for row in description.rows if row.kind != "trained"]

@@ -99,7 +99,7 @@ class TestRoundTrip:
         model = perturb(model, adapter)
         save_adapter(tmp_path / "adapter", model, adapter)
         assert load_file(tmp_path / "adapter" / TENSORS).keys() == {
-            "head/bias", "head/kernel", "head/delta/A", "head/delta/B"
+            "head/bias", "head/kernel", "head/delta/down", "head/delta/up"
         }  # fmt: skip
         assert same_bits(load_adapter(tmp_path / "adapter", base("mlp"))[0](inputs("mlp")), model(inputs("mlp")))
 
@@ -236,7 +236,7 @@ class TestDamage:
             (lambda c: c["rules"][0].update(method="circulent"), f"{CONFIG}: .*did you mean 'circulant'"),
             (lambda c: c["rules"][0]["settings"].update(scael=1.0), f"{CONFIG}: .*did you mean 'scale'"),
             (lambda c: c["rules"][0]["settings"].update(alpha="1"), f"{CONFIG}: .*alpha must be a number"),
-            (lambda c: c["rules"][0].update(method="lora", settings={}), "lacks 'blocks/0/delta/A'"),
+            (lambda c: c["rules"][0].update(method="lora", settings={}), "lacks 'blocks/0/delta/down'"),
             (lambda c: c["rules"][0].update(target="blocks/0"), "holds 'blocks/1/delta/c'"),
             (lambda c: c["rules"][0].update(target="blocks/2"), "'blocks/2' matches no linear layer"),
             (lambda c: c.update(train=["head/bias"]), "holds 'head/kernel', which the model has no place"),
@@ -258,7 +258,7 @@ class TestDamage:
                 f"{CONFIG}: lora.rank must be finite and at most 1e\\+18",
             ),
             (
-                lambda c: c["rules"][0].update(method="structured", settings={"family": "dense+" * 999 + "dense"}),
+                lambda c: c["rules"][0].update(method="structured", settings={"family": "Dense+" * 999 + "Dense"}),
                 f"{CONFIG}: structured.family joins 1000 families",
             ),
         ],

@@ -13,18 +13,21 @@ def test_an_update_below_half_a_unit_of_bfloat16_is_reported_as_lost():
     layer = nnx.Linear(2, 2, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     layer.kernel[...] = jnp.ones((2, 2), jnp.bfloat16)
     model, _ = adapt(layer, [Rule("", LoRA())], rngs=nnx.Rngs(1))
-    model.delta["default"].A[...], model.delta["default"].B[...] = jnp.full((2, 1), 2.0**-5), jnp.full((2, 1), 2.0**-5)
+    model.delta["default"].down[...], model.delta["default"].up[...] = (
+        jnp.full((2, 1), 2.0**-5),
+        jnp.full((1, 2), 2.0**-5),
+    )
     merged, deviation = merge(model)
     assert same_bits(merged.kernel[...], layer.kernel[...])
     assert deviation == 2.0**-10
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("where", ["delta/B", "kernel"])
+@pytest.mark.parametrize("where", ["delta/down", "kernel"])
 def test_values_that_are_not_finite_are_refused_by_name(value, where):
     model = nnx.clone(trained("mlp", "lora")[0])
     layer = model.blocks[1]
-    variable = layer.kernel if where == "kernel" else layer.delta["default"].B
+    variable = layer.kernel if where == "kernel" else layer.delta["default"].down
     variable[...] = variable[...].at[0, 0].set(value)
     with pytest.raises(UserError, match=r"^blocks/1 cannot be merged: .*not finite"):
         merge(model)
@@ -99,8 +102,8 @@ def test_a_kernel_that_layers_share_is_merged_for_each_alone(pattern):
     model, _ = adapt(original, [Rule(pattern, LoRA())], rngs=nnx.Rngs(2))
     for scale, layer in ((0.5, model.q), (0.25, model.k)):
         if hasattr(layer, "delta"):
-            layer.delta["default"].B[...] = scale * jnp.ones((4, 1))
-            layer.delta["default"].A[...] = jnp.ones((4, 1))
+            layer.delta["default"].down[...] = scale * jnp.ones((4, 1))
+            layer.delta["default"].up[...] = jnp.ones((1, 4))
     x = jnp.eye(4)
     merged, _ = merge(model)
     for ours, expected in zip(merged(x), model(x), strict=True):
@@ -114,8 +117,8 @@ def test_parameters_that_are_numpy_arrays_stay_the_callers():
     layer.kernel.set_value(kernel)
     before = kernel.copy()
     model, _ = adapt(layer, [Rule("", LoRA())], rngs=nnx.Rngs(1))
-    model.delta["default"].A[...] = jnp.ones((4, 1))
-    model.delta["default"].B[...] = jnp.ones((4, 1))
+    model.delta["default"].up[...] = jnp.ones((1, 4))
+    model.delta["default"].down[...] = jnp.ones((4, 1))
     once, _ = merge(model)
     twice, _ = merge(model)
     np.testing.assert_array_equal(kernel, before)
@@ -130,7 +133,7 @@ def test_a_normalised_update_that_stays_is_in_the_way():
         merge(model, ["plain"])
     for names in (["norms"], ["plain", "norms"]):
         for _, _, part, _ in adapted_modules(model):
-            part.A[...] = jnp.ones((4, 1)) / 2
+            part.up[...] = jnp.ones((1, 4)) / 2
         x = jnp.eye(4)
         assert relative_error(merge(model, names)[0](x), model(x)) <= TOLERANCES["float32"]
 

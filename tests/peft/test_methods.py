@@ -14,7 +14,7 @@ from surm_jax.peft import METHODS, CirculantUpdate, LoRA, Update, make_method
     [
         (CirculantUpdate(), "r2", 1.0),
         (CirculantUpdate(scale=0.02), "r2", 0.02),
-        (LoRA(rank=8), "B", 768**-0.5),
+        (LoRA(rank=8), "down", 768**-0.5),
         (peft.ToeplitzUpdate(), "t2", 0.02),
         (peft.AsymmetricToeplitzUpdate(), "t2", 0.02),
         (peft.LowDisplacementUpdate(rank=4), "H", 0.02),
@@ -22,9 +22,9 @@ from surm_jax.peft import METHODS, CirculantUpdate, LoRA, Update, make_method
         (peft.KroneckerUpdate(), "B", (3 * 24) ** -0.5),
         (peft.KroneckerUpdate(scale=0.5), "B", 0.5 * (3 * 24) ** -0.5),
         (peft.LoKr(rank=16), "B", (3 * 32) ** -0.5),
-        (peft.LoKr(rank=8), "U", (3 * 32) ** -0.5),
-        (peft.LoKr(rank=8), "V", (3 * 8) ** -0.5),
-        (peft.KAdaptation(scale=0.3), "U", 0.3),
+        (peft.LoKr(rank=8), "down", (3 * 32) ** -0.5),
+        (peft.LoKr(rank=8), "up", (3 * 8) ** -0.5),
+        (peft.KAdaptation(scale=0.3), "down", 0.3),
     ],
 )
 def test_the_random_factor_has_the_documented_deviation(method, name, deviation):
@@ -86,8 +86,8 @@ def test_make_method_passes_settings_on():
         ("kadaptation", {"terms": 0}, r"kadaptation\.terms must be at least 1, got 0"),
         ("c3a", {"block": -1}, r"c3a\.block must be at least 0, got -1"),
         ("bottleneck", {"activation": "gleu"}, r"bottleneck\.activation must be one of .* 'gleu'; did you mean 'gelu'"),
-        ("structured", {"family": "toeplits"}, r"structured\.family: no family is called 'toeplits'; did you mean"),
-        ("structured_adapter", {"family": "circulant +"}, r"structured_adapter\.family: no family is called ''"),
+        ("structured", {"family": "Toeplits"}, r"structured\.family: no family is called 'Toeplits'; did you mean"),
+        ("structured_adapter", {"family": "Circulant +"}, r"structured_adapter\.family: no family is called ''"),
     ],
 )  # fmt: skip
 def test_make_method_names_what_is_wrong(name, settings, message):

@@ -124,9 +124,9 @@ class MatrixContract:
     @pytest.mark.usefixtures("x64")
     def test_fused_is_the_same_matrix_in_no_more_numbers(self):
         matrix, M = self.create((5, 12))
-        fused = matrix.fused()
+        fused = matrix.compact()
         assert fused.num_params <= matrix.num_params
-        assert fused.fused().num_params == fused.num_params
+        assert fused.compact().num_params == fused.num_params
         assert_close(fused.to_dense(), M)
 
     @pytest.mark.usefixtures("x64")
@@ -227,7 +227,7 @@ class MatrixContract:
         x = np.random.default_rng(1).normal(size=(5, 96)).astype(np.float32)
 
         def results(matrix):
-            return matrix.apply(x), matrix.to_dense(), matrix.fused().to_dense()
+            return matrix.apply(x), matrix.to_dense(), matrix.compact().to_dense()
 
         y, dense, fused = jax.jit(results)(matrix)
         assert_close(y, np.asarray(x, np.float64) @ M, "float32")

@@ -17,8 +17,8 @@ def target(dtype="float32", shape=SHAPE) -> np.ndarray:
 
 
 def start(dtype="float32") -> LowRank:
-    A, B = (np.random.default_rng(1).normal(size=(n, 3)).astype(dtype) for n in SHAPE[::-1])
-    return LowRank(A=jnp.asarray(A), B=jnp.asarray(B))
+    up, down = (np.random.default_rng(1).normal(size=(n, 3)).astype(dtype) for n in SHAPE[::-1])
+    return LowRank(down=jnp.asarray(down), up=jnp.asarray(up.T))
 
 
 def relative_error(matrix, target) -> float:
@@ -42,7 +42,7 @@ def test_reaches_the_truncated_svd():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_precision_is_that_of_the_arrays_where_doubles_exist(dtype):
     found = refine(start(dtype), target(dtype))
-    assert found.A.dtype == found.B.dtype == dtype
+    assert found.down.dtype == found.up.dtype == dtype
     assert abs(relative_error(found, target()) - best_error(target())) < {"float32": 1e-6, "float64": 1e-8}[dtype]
 
 
@@ -57,7 +57,7 @@ def test_finds_a_member_of_its_family_again():
 def test_composites():
     rng = np.random.default_rng(0)
     C = Circulant(jnp.asarray(rng.normal(size=12).astype(np.float32)), shape=(12, 12))
-    L = LowRank(*(jnp.asarray(rng.normal(size=(12, 2)).astype(np.float32)) for _ in range(2)))
+    L = LowRank(*(jnp.asarray(rng.normal(size=size).astype(np.float32)) for size in ((12, 2), (2, 12))))
     goal = (C @ L + C).to_dense()
     first = 0.5 * C @ L + C
     found = refine(first, goal, steps=100)
@@ -67,7 +67,7 @@ def test_composites():
 
 def test_half_precision_is_refined_in_single():
     found = refine(start(jnp.bfloat16), jnp.asarray(target(), jnp.bfloat16), steps=25)
-    assert found.A.dtype == found.B.dtype == jnp.float32
+    assert found.down.dtype == found.up.dtype == jnp.float32
 
 
 def test_more_steps_are_nearer_and_none_is_the_start():
@@ -93,7 +93,7 @@ def test_under_jit_and_vmap():
 
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_targets_of_any_scale(scale):
-    first = LowRank(A=start().A * np.sqrt(scale), B=start().B * np.sqrt(scale))
+    first = LowRank(down=start().down * np.sqrt(scale), up=start().up * np.sqrt(scale))
     assert abs(relative_error(refine(first, scale * target()), scale * target()) - best_error(target())) < 1e-3
 
 
@@ -103,8 +103,8 @@ def test_a_target_of_zeros():
 
 
 def test_a_start_that_cannot_learn_stays():
-    found = refine(LowRank(A=jnp.zeros((12, 3)), B=jnp.zeros((20, 3))), target())
-    assert not np.any(found.A) and not np.any(found.B)
+    found = refine(LowRank(down=jnp.zeros((20, 3)), up=jnp.zeros((3, 12))), target())
+    assert not np.any(found.down) and not np.any(found.up)
 
 
 def test_the_bar_shows_steps_and_relative_error(capsys):
@@ -168,6 +168,6 @@ def test_numbers_that_are_not_finite(value):
     with pytest.raises(UserError, match="refine: the target holds numbers that are not finite"):
         refine(start(), goal)
     with pytest.raises(UserError, match=r"refine: a leaf of LowRank\(.*\) holds numbers that are not finite"):
-        refine(LowRank(A=start().A.at[0, 0].set(value), B=start().B), target())
+        refine(LowRank(down=start().down.at[0, 0].set(value), up=start().up), target())
     found = jax.jit(lambda m, goal: refine(m, goal, steps=5))(start(), goal)
     jax.tree.map(np.testing.assert_array_equal, found, start())

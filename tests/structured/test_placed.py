@@ -50,18 +50,18 @@ def test_blocks_of_a_fused_kernel_sum_to_what_they_are_apart():
     rng = np.random.default_rng(0)
     query, value = (
         Circulant(jnp.asarray(rng.normal(size=6)), (6, 4)),
-        LowRank(jnp.asarray(rng.normal(size=(4, 2))), jnp.asarray(rng.normal(size=(6, 2)))),
+        LowRank(jnp.asarray(rng.normal(size=(6, 2))), jnp.asarray(rng.normal(size=(2, 4)))),
     )
     fused = Sum((Placed(query, (6, 12), (0, 0)), Placed(value, (6, 12), (0, 8))))
     x = rng.normal(size=(5, 6))
     assert_close(fused.apply(x), np.hstack([query.apply(x), np.zeros((5, 4)), value.apply(x)]))
-    assert list(fused.arrays()) == ["terms_0_matrix_c", "terms_1_matrix_A", "terms_1_matrix_B"]
+    assert list(fused.arrays()) == ["terms_0_matrix_c", "terms_1_matrix_down", "terms_1_matrix_up"]
 
 
 def test_the_block_is_fused_and_multiplied_in_its_place():
     pair = CirculantPair(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]), (2, 2))
     matrix = Placed(pair, (2, 4), (0, 2))
-    fused, twice = matrix.fused(), matrix.times(2.0)
+    fused, twice = matrix.compact(), matrix.times(2.0)
     assert isinstance(fused, Placed) and type(fused.matrix) is Circulant and fused.num_params == 2
     assert isinstance(twice, Placed) and twice.offset == (0, 2)
     np.testing.assert_array_equal(fused.to_dense(), [[0, 0, 3, 8], [0, 0, 8, 3]])
@@ -70,7 +70,7 @@ def test_the_block_is_fused_and_multiplied_in_its_place():
 
 
 def test_it_is_lean_where_its_block_is():
-    assert Placed(LowRank(A=jnp.ones((2, 1)), B=jnp.ones((2, 1))), (2, 4), (0, 0)).lean
+    assert Placed(LowRank(jnp.ones((2, 1)), jnp.ones((1, 2))), (2, 4), (0, 0)).lean
     assert not Placed(Circulant(jnp.ones(2), (2, 2)), (2, 4), (0, 0)).lean
 
 

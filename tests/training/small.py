@@ -24,7 +24,7 @@ VALUES = {
     "adapter_drop": {"peft.adapter_drop.skip": 1},
     "lokr": {"peft.lokr.rank": 2},
     "compacter": {"peft.compacter.reduction": 4},
-    "structured": {"peft.structured.family": "circulant_pair + low_rank"},
+    "structured": {"peft.structured.family": "CirculantPair + LowRank"},
 }
 
 

@@ -50,7 +50,7 @@ def test_rules_come_before_the_target_which_may_be_none(method, target, last, le
     assert adapter.rules == (*RULES, *last)
     assert adapter.train == ("head/.*", *train)
     assert parts.keys() == PLACES | left
-    assert parts["blocks/0/attention/key"].A.shape == (10, 3)
+    assert parts["blocks/0/attention/key"].up.shape == (3, 10)
     assert {path for path, part in parts.items() if hasattr(part, "r1")} == left
 
 

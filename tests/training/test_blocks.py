@@ -110,7 +110,7 @@ def test_blocks_in_different_groups_of_the_optimiser_are_not_stacked():
     parts, trained, frozen = partition(built.model, built.adapter, scan_layers=True, group_of=group_of)
     assert kinds(parts.merge(trained, frozen).blocks) == [2, 2]
     names = {slot.names for slot in parts.slots}
-    path = "attention/query/delta/default/A"
+    path = "attention/query/delta/default/up"
     assert {(f"blocks/0/{path}", f"blocks/1/{path}"), (f"blocks/2/{path}", f"blocks/3/{path}")} <= names
 
 

@@ -27,7 +27,7 @@ VALUES = {
     "c3a": {"peft.c3a.block": 32},
     "adapter_drop": {"peft.adapter_drop.skip": 1},
     "lokr": {"peft.lokr.rank": 2},
-    "structured": {"peft.structured.family": "circulant_pair + low_rank"},
+    "structured": {"peft.structured.family": "CirculantPair + LowRank"},
 }
 RATES = {"c3a": 0.3, "mora": 1e-2, "full": 3e-3, "attention_only": 3e-3}
 

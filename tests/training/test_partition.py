@@ -19,7 +19,7 @@ def test_what_is_trained(built):
     parameters = {join(path) for path, _ in nnx.to_flat_state(nnx.state(built.model, nnx.Param))}
     expected = {
         "circulant": {f"{path}/delta/default/{name}" for path in QKV for name in ("r1", "r2")} | HEAD,
-        "lora": {f"{path}/delta/default/{name}" for path in QKV for name in ("A", "B")} | HEAD,
+        "lora": {f"{path}/delta/default/{name}" for path in QKV for name in ("down", "up")} | HEAD,
         "linear_probe": HEAD,
         "full": parameters,
     }[built.job.config.peft.method]

@@ -33,7 +33,7 @@ class C3AFormat(Format):
         """Returns the size of the blocks, and the kernels."""
         kernels = {}
         for module, update in updates.items():
-            c = np.asarray(update.matrix.fused().c, np.float64)
+            c = np.asarray(update.matrix.compact().c, np.float64)
             c = c.reshape(1, 1, -1) if c.ndim == 1 else c
             kernel = update.factor * update.matrix.shape[0] * _backwards(c.swapaxes(0, 1))
             kernels[module] = {"c3a_kernel": kernel.astype(np.float32)}

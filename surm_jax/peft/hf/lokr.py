@@ -21,8 +21,9 @@ class LoKrFormat(Format):
     """`alpha / r * kron(w1, w2)`, the transpose of our `A (x) B`: w1 is A^T and w2 is B^T.
 
     The sizes of the factors are those that `decompose_factor` gives for all layers. With `r` below half of the larger
-    size of w2, w2 is `w2_a @ w2_b` of rank r: of our `LowRankKronecker` V^T and U^T. Otherwise r is nothing but a part
-    of the scale. With `decompose_both` w1 can be a product, too; it is read, and written multiplied out.
+    size of w2, w2 is `w2_a @ w2_b` of rank r: w2_a is up^T and w2_b is down^T of our
+    `LowRankKronecker`. Otherwise r is only a part of the scale. With `decompose_both` w1 can be a product too; it is
+    read, and written multiplied out.
     """
 
     settings = frozenset({"r", "alpha", "rank_pattern", "alpha_pattern", "decompose_factor", "decompose_both"})
@@ -82,7 +83,7 @@ class LoKrFormat(Format):
         if w2_a.shape[1] > min(w2_a.shape[0], w2_b.shape[1]):
             # A rank above what the sizes allow, as peft has it where w2 is far from square.
             return Kronecker(A=A, B=jnp.asarray((w2_a @ w2_b).T[None]))
-        return LowRankKronecker(A=A, U=jnp.asarray(w2_b.T[None]), V=jnp.asarray(w2_a.T[None]))
+        return LowRankKronecker(A=A, down=jnp.asarray(w2_b.T[None]), up=jnp.asarray(w2_a.T[None]))
 
 
 def _is_low_rank(matrix: Kronecker | LowRankKronecker) -> bool:
@@ -93,8 +94,12 @@ def _is_low_rank(matrix: Kronecker | LowRankKronecker) -> bool:
 def _factors(matrix: Kronecker | LowRankKronecker) -> Arrays:
     w1 = {"lokr_w1": np.asarray(matrix.A)[0].T}
     if _is_low_rank(matrix):
-        return w1 | {"lokr_w2_a": np.asarray(matrix.V)[0].T, "lokr_w2_b": np.asarray(matrix.U)[0].T}
-    B = np.asarray(matrix.B)[0] if isinstance(matrix, Kronecker) else np.asarray(matrix.U)[0] @ np.asarray(matrix.V)[0]
+        return w1 | {"lokr_w2_a": np.asarray(matrix.up)[0].T, "lokr_w2_b": np.asarray(matrix.down)[0].T}
+    B = (
+        np.asarray(matrix.B)[0]
+        if isinstance(matrix, Kronecker)
+        else np.asarray(matrix.down)[0] @ np.asarray(matrix.up)[0]
+    )
     return w1 | {"lokr_w2": B.T}
 
 

@@ -13,7 +13,7 @@ from surm_jax.structured import LowRank, StructuredMatrix
 
 
 class LoRAFormat(Format):
-    """`lora_alpha / r * lora_B @ lora_A`: of our `LowRank`, `lora_A` is B^T (r, in) and `lora_B` is A (out, r).
+    """`lora_alpha / r * lora_B @ lora_A`: of our `LowRank`, `lora_A` is down^T (r, in) and `lora_B` is up^T (out, r).
 
     With `use_rslora` the factor there is `lora_alpha / sqrt(r)`; it is read, and written as an alpha without.
     """
@@ -35,7 +35,7 @@ class LoRAFormat(Format):
             "bias": "none",
         }
         arrays = {
-            module: {"lora_A.weight": np.asarray(update.matrix.B).T, "lora_B.weight": np.asarray(update.matrix.A)}
+            module: {"lora_A.weight": np.asarray(update.matrix.down).T, "lora_B.weight": np.asarray(update.matrix.up).T}
             for module, update in updates.items()
         }
         return settings, arrays
@@ -49,4 +49,4 @@ class LoRAFormat(Format):
 
     def read(self, arrays: Arrays) -> LowRank:
         """Returns the matrix of low rank."""
-        return LowRank(A=jnp.asarray(arrays["lora_B.weight"]), B=jnp.asarray(arrays["lora_A.weight"].T))
+        return LowRank(down=jnp.asarray(arrays["lora_A.weight"].T), up=jnp.asarray(arrays["lora_B.weight"].T))

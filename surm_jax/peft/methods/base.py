@@ -109,7 +109,7 @@ class Update(Method):
             away from zero.
         dropout: probability of zeroing an entry of the update's input while training (`surm_jax.adapter_dropout`).
         frozen: names of the matrix's arrays that are not trained.
-        zero: name of the array that is zero at the start; empty: the matrix's first one.
+        zero: name of the array that is zero at the start; empty: the one that the matrix is linear in.
         normalized: whether the columns of the sum have learned norms (DoRA).
     """
 
@@ -146,12 +146,12 @@ class Update(Method):
 
 
 def _away_from_zero(matrix: StructuredMatrix, key: jax.Array, scale: float | None, zero: str) -> StructuredMatrix:
-    """Returns the matrix with random numbers in the array that is zero: its first one unless `zero` names another."""
+    """Returns the matrix with random numbers in the array that is zero: `linear_in` unless `zero` names another."""
     if isinstance(matrix, Sum):
         keys = jax.random.split(key, len(matrix.terms))
         return Sum([_away_from_zero(term, k, scale, zero) for term, k in zip(matrix.terms, keys, strict=True)])
     arrays = matrix.arrays()
-    name = zero or next(iter(arrays))
+    name = zero or matrix.linear_in
     shape = arrays[name].shape
     return matrix.with_arrays(**{name: (scale or math.prod(shape) ** -0.5) * jax.random.normal(key, shape)})
 

@@ -17,7 +17,7 @@ class CirculantUpdate(Update):
     first step of r1 grows with `scale`, that of the update with its square.
 
     >>> matrix = CirculantUpdate(scale=0.02).init(jax.random.key(0), (768, 768))
-    >>> matrix.num_params, matrix.fused().num_params
+    >>> matrix.num_params, matrix.compact().num_params
     (1536, 768)
     """
 

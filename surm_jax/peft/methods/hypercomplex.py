@@ -31,7 +31,7 @@ class LoKr(Update):
     """`alpha / rank * A (x) B`, as peft's LoKr (arXiv 2309.14859): A starts at 0, B Kaiming-uniform.
 
     Both sizes are factored by `balanced_factors`; A has the first factors of both, B the second. Where the rank is less
-    than half of B's longer side, B is a product `U V` of that rank.
+    than half of B's longer side, B is a product `down up` of that rank.
 
     >>> LoKr(rank=8).init(jax.random.key(0), (768, 768)).num_params
     1088
@@ -56,17 +56,17 @@ class LoKr(Update):
         A = jnp.zeros((1, m1, n1), jnp.float32)
         if self.rank >= max(m2, n2) / 2 or self.rank > min(m2, n2):
             return Kronecker(A, kaiming_uniform(key, (1, m2, n2), m2))
-        key_U, key_V = jax.random.split(key)
-        U = kaiming_uniform(key_U, (1, m2, self.rank), m2)
-        return LowRankKronecker(A, U, kaiming_uniform(key_V, (1, self.rank, n2), self.rank))
+        key_down, key_up = jax.random.split(key)
+        down = kaiming_uniform(key_down, (1, m2, self.rank), m2)
+        return LowRankKronecker(A, down, kaiming_uniform(key_up, (1, self.rank, n2), self.rank))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KAdaptation(Update):
-    """`sum_k A_k (x) (U_k V_k)` with small square A_k (arXiv 2203.16329).
+    """`sum_k A_k (x) (down_k up_k)` with small square A_k (arXiv 2203.16329).
 
-    A and U start at random, V at 0. The code that was released with it starts both U and V at 0, where neither ever
-    gets a gradient. There the A_k are shared by all layers; here each layer has its own.
+    A and down start at random, up at 0. The code that was released with it starts both down and up at 0, where neither
+    ever gets a gradient. There the A_k are shared by all layers; here each layer has its own.
 
     >>> KAdaptation().init(jax.random.key(0), (768, 768)).num_params
     1600
@@ -74,11 +74,11 @@ class KAdaptation(Update):
     Attributes:
         terms: number of products, and side of the A_k; must divide both sizes.
         rank: of the second factors.
-        scale: standard deviation of A and U.
+        scale: standard deviation of A and down.
     """
 
     name: ClassVar[str] = "kadaptation"
-    zero: ClassVar[str] = "V"
+    zero: ClassVar[str] = "up"
     terms: int = 4
     rank: int = 1
     scale: float = 0.1
@@ -86,12 +86,12 @@ class KAdaptation(Update):
     def init(self, key: jax.Array, shape: tuple[int, int]) -> LowRankKronecker:
         """Returns the zero matrix of the given shape as a product."""
         matrix = _hypercomplex(key, shape, self.terms, self.rank, self.scale, self.scale)
-        return matrix.with_arrays(V=jnp.zeros_like(matrix.V))
+        return matrix.with_arrays(up=jnp.zeros_like(matrix.up))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compacter(Bottleneck):
-    """A bottleneck adapter whose two matrices are `sum_k A_k (x) (U_k V_k)` (arXiv 2106.04647).
+    """A bottleneck adapter whose two matrices are `sum_k A_k (x) (down_k up_k)` (arXiv 2106.04647).
 
     There the A_k are shared by all adapters; here each has its own, terms^3 numbers.
 
@@ -121,7 +121,7 @@ class Compacter(Bottleneck):
 
 
 def _hypercomplex(
-    key: jax.Array, shape: tuple[int, int], terms: int, rank: int, scale_A: float, scale_UV: float
+    key: jax.Array, shape: tuple[int, int], terms: int, rank: int, scale_A: float, scale_low: float
 ) -> LowRankKronecker:
     """Returns the sum of `terms` products whose first factors are square of that side, all numbers random."""
     m, n = shape
@@ -129,5 +129,5 @@ def _hypercomplex(
         raise UserError(f"terms={terms} must divide both sizes of {m} x {n}")
     factors = ((terms, terms), (m // terms, n // terms))
     key_A, key_B = jax.random.split(key)
-    matrix = LowRankKronecker.init(key_B, shape, scale=scale_UV, rank=rank, terms=terms, factors=factors)
+    matrix = LowRankKronecker.init(key_B, shape, scale=scale_low, rank=rank, terms=terms, factors=factors)
     return matrix.with_arrays(A=scale_A * jax.random.normal(key_A, matrix.A.shape))

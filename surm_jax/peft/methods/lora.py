@@ -31,7 +31,7 @@ class _LowRankUpdate(Update):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA(_LowRankUpdate):
-    """LoRA (arXiv 2106.09685): `alpha / rank * A B^T`; A starts at 0, B at `N(0, 1 / in_features)`.
+    """LoRA (arXiv 2106.09685): `alpha / rank * down @ up`; up starts at 0, down at `N(0, 1 / in_features)`.
 
     >>> LoRA(rank=4).init(jax.random.key(0), (768, 768)).num_params
     6144
@@ -61,15 +61,15 @@ class LoRAFix(_LowRankUpdate):
     """
 
     name: ClassVar[str] = "lora_fix"
-    frozen: ClassVar[tuple[str, ...]] = ("B",)
+    frozen: ClassVar[tuple[str, ...]] = ("down",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoRA(_LowRankUpdate):
     """LoRA on the direction of every column of the kernel, and its length as a parameter (arXiv 2402.09353).
 
-    `W' = m (W + alpha / rank A B^T) / || W + alpha / rank A B^T ||`, with the norms of columns, which are output
-    features, and m starting at those of W: in * rank + out * rank + out numbers.
+    `W' = m (W + s down @ up) / || W + s down @ up ||` with `s = alpha / rank`, with the norms of
+    columns, which are output features, and m starting at those of W: in * rank + out * rank + out numbers.
     """
 
     name: ClassVar[str] = "dora"

@@ -25,7 +25,7 @@ class _AnyFamily(Method):
         scale: standard deviation of random factors.
     """
 
-    family: str = "circulant_pair"
+    family: str = "CirculantPair"
     rank: int = 1
     f: float = 0.5
     scale: float = 0.02
@@ -51,11 +51,11 @@ class _AnyFamily(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StructuredUpdate(_AnyFamily, Update):
-    """A family, such as `skew_circulant`; a sum, such as `circulant_pair + low_rank`; or a product, with `@`.
+    """A family, such as `SkewCirculant`; a sum, such as `CirculantPair + LowRank`; or a product, with `@`.
 
     A product binds tighter than a sum, and its first factor, which meets the input, starts at zero.
 
-    >>> update = StructuredUpdate(family="toeplitz @ circulant + low_rank", rank=2)
+    >>> update = StructuredUpdate(family="Toeplitz @ Circulant + LowRank", rank=2)
     >>> update.init(jax.random.key(0), (8, 8)).num_params
     55
     """
@@ -103,7 +103,8 @@ def _family(name: str, key: jax.Array, shape: tuple[int, int], options: dict[str
 
 
 def _random(matrix: StructuredMatrix, key: jax.Array, scale: float) -> StructuredMatrix:
-    """Returns the matrix with random numbers in the array that it is linear in, which is its first one."""
-    name, array = next(iter(matrix.arrays().items()))
+    """Returns the matrix with random numbers in the array that it is linear in, `linear_in`."""
+    name = matrix.linear_in
+    array = matrix.arrays()[name]
     random = scale * jax.random.normal(jax.random.fold_in(key, 1), array.shape, array.dtype)
     return matrix.with_arrays(**{name: random})

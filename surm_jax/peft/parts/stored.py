@@ -13,7 +13,7 @@ class StoredMatrix(nnx.Module):
 
     Args:
         matrix: of shape (in_features, out_features).
-        frozen: names of arrays that are not trained; of arrays of a composite, such as `terms_0_B`, their last part.
+        frozen: names of arrays that are not trained; of arrays of a composite, such as `terms_0_down`, their last part.
     """
 
     def __init__(self, matrix: StructuredMatrix, frozen: Collection[str] = ()) -> None:
@@ -40,7 +40,7 @@ class StoredMatrix(nnx.Module):
 
     def fuse(self) -> None:
         """Keeps the matrix in its smallest form from now on, in place: for deployment."""
-        fused = self.stored().fused()
+        fused = self.stored().compact()
         for name in self.names:
             delattr(self, name)
         self._keep(fused)

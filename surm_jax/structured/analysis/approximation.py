@@ -17,13 +17,13 @@ from surm_jax.structured.families.kronecker import near_square_factors
 #: The largest member of a family within a budget: the options of its `nearest` from (in, out) and the budget. A family
 #: that is not here has one size only.
 _OPTIONS: dict[str, Callable[[tuple[int, int], int], dict[str, Any]]] = {
-    "low_rank": lambda shape, budget: {"rank": _clip(budget // sum(shape), min(shape))},
-    "low_displacement_rank": lambda shape, budget: {"rank": _clip(budget // (2 * max(shape)), min(shape))},
-    "kronecker": lambda shape, budget: {"terms": _kronecker_terms(shape, budget)},
-    "low_rank_kronecker": lambda shape, budget: {"rank": _kronecker_rank(shape, budget)},
-    "block_circulant": lambda shape, budget: {"block": _block(shape, budget)},
-    "tiled": lambda shape, budget: {"side": _side(shape, budget)},
-    "f_circulant": lambda shape, budget: {"f": 0.0},
+    "LowRank": lambda shape, budget: {"rank": _clip(budget // sum(shape), min(shape))},
+    "LowDisplacementRank": lambda shape, budget: {"rank": _clip(budget // (2 * max(shape)), min(shape))},
+    "Kronecker": lambda shape, budget: {"terms": _kronecker_terms(shape, budget)},
+    "LowRankKronecker": lambda shape, budget: {"rank": _kronecker_rank(shape, budget)},
+    "BlockCirculant": lambda shape, budget: {"block": _block(shape, budget)},
+    "Tiled": lambda shape, budget: {"side": _side(shape, budget)},
+    "FCirculant": lambda shape, budget: {"f": 0.0},
 }
 
 
@@ -66,7 +66,7 @@ def approximations(
 
     >>> shift = jnp.roll(jnp.eye(6), 1, axis=1)  # a circulant, and of full rank
     >>> kept = approximations(shift, budget=12, steps=0)
-    >>> round(kept["circulant"].energy, 3), round(kept["low_rank"].energy, 3)
+    >>> round(kept["Circulant"].energy, 3), round(kept["LowRank"].energy, 3)
     (1.0, 0.167)
     """
     dense = checked_dense("approximations", dense)

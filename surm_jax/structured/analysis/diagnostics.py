@@ -173,7 +173,7 @@ def _fourier(v: Float[ArrayLike, " n"], shape: tuple[int, int], f: float) -> Com
 
 
 def _in_double(owner: str, matrix: AnyMatrix, *, square: bool = False) -> StructuredMatrix | Float[np.ndarray, "m n"]:
-    """The fused structured matrix with its leaves in float64, or the array, after all checks."""
+    """The compact form of the structured matrix with its leaves in float64, or the array, after all checks."""
     if not isinstance(matrix, StructuredMatrix):
         matrix = np.asarray(matrix)
         if matrix.ndim != 2 or 0 in matrix.shape or not jnp.issubdtype(matrix.dtype, jnp.floating):
@@ -190,7 +190,7 @@ def _in_double(owner: str, matrix: AnyMatrix, *, square: bool = False) -> Struct
     if not isinstance(matrix, StructuredMatrix):
         return doubles["matrix"]
     with jax.enable_x64(True):
-        return matrix.with_arrays(**doubles).fused()
+        return matrix.with_arrays(**doubles).compact()
 
 
 def _dense(matrix: StructuredMatrix | Float[np.ndarray, "m n"]) -> Float[np.ndarray, "m n"]:

@@ -145,9 +145,7 @@ def _(matrix: CirculantPair, numbers: dict[str, _Numbers]) -> list[_Part | str]:
 
 @_expression.register
 def _(matrix: LowRank, numbers: dict[str, _Numbers]) -> list[_Part | str]:
-    A = numbers["A"]
-    turned = _Numbers(A.colours.swapaxes(0, 1), A.names.T)
-    return [_Part("$B$", None, {"B": numbers["B"]}), TIMES, _Part("$A^\\top$", None, {"A": turned})]
+    return [_Part("$down$", None, {"down": numbers["down"]}), TIMES, _Part("$up$", None, {"up": numbers["up"]})]
 
 
 @_expression.register(ToeplitzPair)

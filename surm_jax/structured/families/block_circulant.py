@@ -19,7 +19,7 @@ from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_sh
 from surm_jax.structured.families.circulant import Circulant
 
 
-@family("block_circulant")
+@family
 class BlockCirculant(StructuredMatrix):
     """Grid of circulant b x b blocks, `M[p b + i, q b + j] = c[p, q, (j - i) mod b]`; the transpose of the paper's `W`.
 

@@ -26,7 +26,7 @@ from surm_jax.structured.products.fourier import circular_convolve
 from surm_jax.structured.vector import LinearInVector
 
 
-@family("circulant")
+@family
 class Circulant(LinearInVector):
     """Circulant matrix `M[i, j] = c[(j - i) mod N]`, N = max(in, out): the transpose of `Z_1(c)` of arXiv 2406.17740.
 
@@ -76,7 +76,7 @@ class Circulant(LinearInVector):
         return from_wrapped_diagonals(self.c, self.shape)
 
 
-@family("circulant_pair")
+@family
 class CirculantPair(StructuredMatrix):
     """Hadamard product of two circulants, `C(r1) o C(r2) = C(r1 * r2)`, of arXiv 2406.17740.
 
@@ -137,16 +137,16 @@ class CirculantPair(StructuredMatrix):
         """The transpose: both factors read backwards."""
         return CirculantPair(r1=_reverse(self.r1), r2=_reverse(self.r2), shape=self.shape[::-1])
 
-    def fused(self) -> Circulant:
+    def compact(self) -> Circulant:
         """The circulant of `r1 * r2`, N numbers in place of 2N, with the product taken in at least float32."""
         dtype = compute_dtype(self.r1.dtype, self.r2.dtype)
         return Circulant(c=self.r1.astype(dtype) * self.r2.astype(dtype), shape=self.shape)
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        return self.fused()._apply(x)
+        return self.compact()._apply(x)
 
     def _dense(self) -> Float[Array, "in out"]:
-        return self.fused()._dense()
+        return self.compact()._dense()
 
 
 def _reverse(c: Float[Array, " N"]) -> Float[Array, " N"]:

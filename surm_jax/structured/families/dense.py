@@ -10,7 +10,7 @@ from surm_jax.errors import UserError
 from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family
 
 
-@family("dense")
+@family
 class Dense(StructuredMatrix):
     """Any matrix: in * out numbers, and as many multiplications a row.
 

@@ -22,7 +22,7 @@ from surm_jax.structured.products.fourier import circular_convolve, skew_convolv
 from surm_jax.structured.vector import LinearInVector
 
 
-@family("skew_circulant")
+@family
 class SkewCirculant(LinearInVector):
     """Skew-circulant matrix `M = Z_{-1}(v)^T` of arXiv 2406.17740: `M[i, j] = v[j - i]`, or `-v[N + j - i]` if j < i.
 
@@ -69,7 +69,7 @@ class SkewCirculant(LinearInVector):
         return from_wrapped_diagonals(self.v, self.shape, -1.0)
 
 
-@family("f_circulant")
+@family
 class FCirculant(StructuredMatrix):
     """f-circulant matrix `M = Z_f(v)^T` of arXiv 2406.17740: `M[i, j] = v[j - i]`, or `f * v[N + j - i]` if j < i.
 

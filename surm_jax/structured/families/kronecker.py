@@ -25,7 +25,7 @@ Factors = tuple[tuple[int, int], tuple[int, int]]
 """The shapes `(m1, n1), (m2, n2)` of the two factors of a Kronecker product, of shape (m1 m2, n1 n2)."""
 
 
-@family("kronecker")
+@family
 class Kronecker(StructuredMatrix):
     """Sum of Kronecker products `M = sum_k A_k (x) B_k`; the transpose of the paper's `W` has each factor transposed.
 

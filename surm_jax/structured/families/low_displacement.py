@@ -33,7 +33,7 @@ from surm_jax.structured.fit import refine
 from surm_jax.structured.products.fourier import inverse_skew_fft, skew_fft
 
 
-@family("low_displacement_rank")
+@family
 class LowDisplacementRank(StructuredMatrix):
     """Matrix of displacement rank at most r, `M = W(G, H)^T = sum_i Z_{-1}(h_i)^T Z_1(g_i)^T` of arXiv 2406.17740.
 

@@ -10,56 +10,61 @@ from surm_jax.errors import UserError
 from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, scaled_normal
 
 
-@family("low_rank")
+@family
 class LowRank(StructuredMatrix):
-    """Matrix of rank at most r, `M = B A^T`; the paper (arXiv 2406.17740) writes its transpose, `W = A B^T`.
+    """Matrix of rank at most r, `M = down @ up`; the paper (arXiv 2406.17740) writes its transpose, `W = A B^T`.
 
-    `x @ M = (x @ B) @ A^T`: r (in + out) numbers, and as many multiplications a row. With `lora_A` (in, r) and `lora_B`
-    (r, out) as in Flax and other libraries, `B = lora_A` and `A = lora_B^T`: the names are the paper's.
+    `x @ M = (x @ down) @ up`: r (in + out) numbers, and as many multiplications a row. `down` is the paper's B and the
+    `lora_A` of Flax, `up` is the paper's A^T and the `lora_B` of Flax.
 
     Attributes:
-        A: (out_features, r); zero at the start.
-        B: (in_features, r); random at the start.
+        down: (in_features, r); random at the start.
+        up: (r, out_features); zero at the start.
 
-    >>> LowRank(A=jnp.array([[1.0], [2.0], [3.0]]), B=jnp.array([[1.0], [10.0]])).to_dense()
+    >>> LowRank(down=jnp.array([[1.0], [10.0]]), up=jnp.array([[1.0, 2.0, 3.0]])).to_dense()
     Array([[ 1.,  2.,  3.],
            [10., 20., 30.]], dtype=float32)
     """
 
     lean = True
 
-    A: Float[Array, "out r"]
-    B: Float[Array, "in r"]
+    down: Float[Array, "in r"]
+    up: Float[Array, "r out"]
 
     def __post_init__(self) -> None:
-        if self.A is None and self.B is None:
+        if self.down is None and self.up is None:
             return
-        self._check_dimensions(A="(out_features, r)", B="(in_features, r)")
-        self._check_leaf("A", (self.shape[1], self.rank))
-        self._check_leaf("B", (self.shape[0], self.rank))
+        self._check_dimensions(down="(in_features, r)", up="(r, out_features)")
+        self._check_leaf("down", (self.shape[0], self.rank))
+        self._check_leaf("up", (self.rank, self.shape[1]))
         _check_rank(self.rank, self.shape)
+
+    @property
+    def linear_in(self) -> str:
+        """`up`, the array that is zero at the start."""
+        return "up"
 
     @property
     def shape(self) -> tuple[int, int]:
         """`(in_features, out_features)`."""
-        return self.B.shape[-2], self.A.shape[-2]
+        return self.down.shape[-2], self.up.shape[-1]
 
     @property
     def rank(self) -> int:
-        """The number r of columns of both factors."""
-        return self.A.shape[-1]
+        """The number r of columns of `down`."""
+        return self.down.shape[-1]
 
     @classmethod
     def init(
         cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, rank: int, dtype: DTypeLike = jnp.float32
     ) -> Self:
-        """The zero matrix: `A = 0` and `B = scale * N(0, 1)`. With both at zero nothing would ever learn.
+        """Return the zero matrix: `up = 0` and `down = scale * N(0, 1)`. If both were zero, neither would ever learn.
 
         Args:
-            key: Draws `B`.
+            key: Draws `down`.
             shape: `(in_features, out_features)`.
-            scale: Standard deviation of `B`.
-            rank: Columns of both factors, from 1 to the smaller of the two sizes.
+            scale: Standard deviation of `down`.
+            rank: Columns of `down`, from 1 to the smaller of the two sizes.
             dtype: Type of both factors.
 
         Raises:
@@ -67,15 +72,15 @@ class LowRank(StructuredMatrix):
         """
         m, n = checked_shape(cls.__name__, shape)
         _check_rank(rank, (m, n))
-        return cls(A=jnp.zeros((n, rank), dtype), B=scaled_normal(key, (m, rank), scale, dtype))
+        return cls(down=scaled_normal(key, (m, rank), scale, dtype), up=jnp.zeros((rank, n), dtype))
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"], *, rank: int) -> Self:
-        """The matrix of rank at most `rank` nearest to `dense` in the Frobenius norm: the truncated SVD.
+        """Return the matrix of rank at most `rank` nearest to `dense` in the Frobenius norm: the truncated SVD.
 
-        Eckart and Young (1936). Of `dense = U S V^T`, `B` gets the leading columns of U and `A` those of V S. As at the
-        start of training, `B` is never zero, so that directions which the target leaves empty can still learn. O(m n
-        min(m, n)).
+        Eckart and Young (1936). With `dense = U S V^T`, `down` gets the leading columns of U and `up` the leading rows
+        of S V^T. As at the start of training, `down` is never zero, so that directions which the target leaves empty
+        can still learn. O(m n min(m, n)).
 
         Args:
             dense: (in_features, out_features).
@@ -87,18 +92,18 @@ class LowRank(StructuredMatrix):
         dense = checked_dense(cls.__name__, dense)
         _check_rank(rank, dense.shape)
         U, S, Vt = jnp.linalg.svd(dense, full_matrices=False)
-        return cls(A=Vt[:rank].T * S[None, :rank], B=U[:, :rank])
+        return cls(down=U[:, :rank], up=S[:rank, None] * Vt[:rank])
 
     @property
     def T(self) -> "LowRank":
-        """The transpose: the factors change places."""
-        return LowRank(A=self.B, B=self.A)
+        """The transpose: the transposed factors change places."""
+        return LowRank(down=self.up.swapaxes(-1, -2), up=self.down.swapaxes(-1, -2))
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        return (x @ self.B) @ self.A.T
+        return (x @ self.down) @ self.up
 
     def _dense(self) -> Float[Array, "in out"]:
-        return jnp.matmul(self.B, self.A.T, precision=jax.lax.Precision.HIGHEST)
+        return jnp.matmul(self.down, self.up, precision=jax.lax.Precision.HIGHEST)
 
 
 def _check_rank(rank: int, shape: tuple[int, int]) -> None:

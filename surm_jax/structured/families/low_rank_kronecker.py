@@ -21,36 +21,37 @@ from surm_jax.structured.families.kronecker import Factors, Kronecker, check_ter
 from surm_jax.structured.fit import refine
 
 
-@family("low_rank_kronecker")
+@family
 class LowRankKronecker(StructuredMatrix):
-    """Sum of Kronecker products `M = sum_k A_k (x) (U_k V_k)`, the second factors of rank r at most.
+    """Sum of Kronecker products `M = sum_k A_k (x) (down_k up_k)`, the second factors of rank r at most.
 
-    k (m1 n1 + r (m2 + n2)) numbers. A row of x costs what it costs with the `Kronecker` of `B_k = U_k V_k`, which are
-    formed once for all rows. The rank of one product is rank A times r.
+    k (m1 n1 + r (m2 + n2)) numbers. A row of x costs what it costs with the `Kronecker` of `B_k = down_k up_k`,
+    which are formed once for all rows. The rank of one product is rank A times r.
 
     Attributes:
         A: (k, m1, n1); zero at the start.
-        U: (k, m2, r); random at the start.
-        V: (k, r, n2); random at the start.
+        down: (k, m2, r); random at the start.
+        up: (k, r, n2); random at the start.
 
-    >>> M = LowRankKronecker(A=jnp.array([[[1.0, 2.0]]]), U=jnp.array([[[1.0], [10.0]]]), V=jnp.array([[[1.0, 3.0]]]))
+    >>> down, up = jnp.array([[[1.0], [10.0]]]), jnp.array([[[1.0, 3.0]]])
+    >>> M = LowRankKronecker(A=jnp.array([[[1.0, 2.0]]]), down=down, up=up)
     >>> M.to_dense()
     Array([[ 1.,  3.,  2.,  6.],
            [10., 30., 20., 60.]], dtype=float32)
     """
 
     A: Float[Array, "k m1 n1"]
-    U: Float[Array, "k m2 r"]
-    V: Float[Array, "k r n2"]
+    down: Float[Array, "k m2 r"]
+    up: Float[Array, "k r n2"]
 
     def __post_init__(self) -> None:
-        if self.A is None and self.U is None and self.V is None:
+        if self.A is None and self.down is None and self.up is None:
             return
-        self._check_dimensions(A="(k, m1, n1)", U="(k, m2, r)", V="(k, r, n2)")
+        self._check_dimensions(A="(k, m1, n1)", down="(k, m2, r)", up="(k, r, n2)")
         m2, n2 = self.factors[1]
         self._check_leaf("A", (self.terms, *self.factors[0]))
-        self._check_leaf("U", (self.terms, m2, self.rank))
-        self._check_leaf("V", (self.terms, self.rank, n2))
+        self._check_leaf("down", (self.terms, m2, self.rank))
+        self._check_leaf("up", (self.terms, self.rank, n2))
         check_terms("LowRankKronecker", self.terms, self.factors)
         _check_rank(self.rank, self.factors)
 
@@ -62,8 +63,8 @@ class LowRankKronecker(StructuredMatrix):
 
     @property
     def factors(self) -> Factors:
-        """The shapes of the two factors, `A_k` and `U_k V_k`."""
-        return tuple(self.A.shape[-2:]), (self.U.shape[-2], self.V.shape[-1])
+        """The shapes of the two factors, `A_k` and `down_k up_k`."""
+        return tuple(self.A.shape[-2:]), (self.down.shape[-2], self.up.shape[-1])
 
     @property
     def terms(self) -> int:
@@ -72,8 +73,8 @@ class LowRankKronecker(StructuredMatrix):
 
     @property
     def rank(self) -> int:
-        """The number r of columns of `U_k`."""
-        return self.U.shape[-1]
+        """The number r of columns of `down_k`."""
+        return self.down.shape[-1]
 
     @classmethod
     def init(
@@ -87,14 +88,14 @@ class LowRankKronecker(StructuredMatrix):
         factors: Factors | None = None,
         dtype: DTypeLike = jnp.float32,
     ) -> Self:
-        """The zero matrix: `A = 0`, and `U` and `V = scale * N(0, 1)`. With two of them at zero nothing would learn.
+        """Return the zero matrix: `A = 0`, `down` and `up` are `scale * N(0, 1)`. With two at zero nothing would learn.
 
-        An entry of `U_k V_k` has the standard deviation `scale^2 sqrt(rank)`.
+        An entry of `down_k up_k` has the standard deviation `scale^2 sqrt(rank)`.
 
         Args:
-            key: Draws `U` and `V`.
+            key: Draws `down` and `up`.
             shape: `(in_features, out_features)`.
-            scale: Standard deviation of `U` and of `V`.
+            scale: Standard deviation of `down` and of `up`.
             rank: Of the second factors, from 1 to min(m2, n2).
             terms: How many products are summed, from 1 to the smaller number of entries of a factor.
             factors: `((m1, n1), (m2, n2))` with m1 m2 = in_features and n1 n2 = out_features; by default
@@ -106,11 +107,11 @@ class LowRankKronecker(StructuredMatrix):
                 for it.
         """
         (m1, n1), (m2, n2) = _checked_sizes(checked_shape(cls.__name__, shape), rank, terms, factors)
-        draw_U, draw_V = jax.random.split(key)
+        draw_down, draw_up = jax.random.split(key)
         return cls(
             A=jnp.zeros((terms, m1, n1), dtype),
-            U=scaled_normal(draw_U, (terms, m2, rank), scale, dtype),
-            V=scaled_normal(draw_V, (terms, rank, n2), scale, dtype),
+            down=scaled_normal(draw_down, (terms, m2, rank), scale, dtype),
+            up=scaled_normal(draw_up, (terms, rank, n2), scale, dtype),
         )
 
     @classmethod
@@ -130,8 +131,8 @@ class LowRankKronecker(StructuredMatrix):
         and for every target that is one product of this rank; refines it with `steps` steps of
         `surm_jax.structured.refine`, and is never further from the target than the start is, nor than zero.
 
-        The start shares the size of a term equally between A and B, and that of B between U and V. Where the target
-        leaves a term or a direction empty, A or V is zero and the others are not: so it can still learn.
+        The start shares the size of a term equally between A and B, and that of B between down and up. Where the target
+        leaves a term or a direction empty, A or up is zero and the others are not: so it can still learn.
 
         O(m n min(m1 n1, m2 n2)) for the SVD and O(m n terms) a step.
 
@@ -155,20 +156,20 @@ class LowRankKronecker(StructuredMatrix):
         start = _truncated(Kronecker.nearest(dense / unit, terms=terms, factors=factors), rank)
         found = refine(start, dense / unit, steps=steps, progress=progress)
         half, quarter = jnp.sqrt(unit), jnp.sqrt(jnp.sqrt(unit))
-        return cls(A=half * found.A, U=quarter * found.U, V=quarter * found.V)
+        return cls(A=half * found.A, down=quarter * found.down, up=quarter * found.up)
 
     @property
     def T(self) -> "LowRankKronecker":
-        """The transpose: A is transposed, and U and V change places."""
-        return LowRankKronecker(A=self.A.swapaxes(-1, -2), U=self.V.swapaxes(-1, -2), V=self.U.swapaxes(-1, -2))
+        """The transpose: A is transposed, and down and up change places."""
+        return LowRankKronecker(A=self.A.swapaxes(-1, -2), down=self.up.swapaxes(-1, -2), up=self.down.swapaxes(-1, -2))
 
-    def fused(self) -> StructuredMatrix:
-        """The `Kronecker` of `U_k V_k` where that holds fewer numbers, itself elsewhere."""
+    def compact(self) -> StructuredMatrix:
+        """The `Kronecker` of `down_k up_k` where that holds fewer numbers, itself elsewhere."""
         m2, n2 = self.factors[1]
         return self._astype(self._compute_dtype())._kronecker() if m2 * n2 < self.rank * (m2 + n2) else self
 
     def _kronecker(self) -> Kronecker:
-        return Kronecker(A=self.A, B=jnp.matmul(self.U, self.V, precision=jax.lax.Precision.HIGHEST))
+        return Kronecker(A=self.A, B=jnp.matmul(self.down, self.up, precision=jax.lax.Precision.HIGHEST))
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         return self._kronecker()._apply(x)
@@ -199,5 +200,5 @@ def _truncated(matrix: Kronecker, rank: int) -> LowRankKronecker:
     largest = S[:, :1]  # not zero: no B of `Kronecker.nearest` is
     empty = max(matrix.B.shape[1:]) * jnp.finfo(S.dtype).eps * largest >= S
     norm = jnp.sqrt(jnp.where(empty, largest, S))[:, None, :rank]
-    V = Vt[:, :rank] * (S[:, None, :rank] / norm).swapaxes(1, 2)
-    return LowRankKronecker(A=matrix.A, U=U[..., :rank] * norm, V=V)
+    up = Vt[:, :rank] * (S[:, None, :rank] / norm).swapaxes(1, 2)
+    return LowRankKronecker(A=matrix.A, down=U[..., :rank] * norm, up=up)

@@ -20,7 +20,7 @@ from surm_jax.errors import UserError
 from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, static
 
 
-@family("tiled")
+@family
 class Tiled(StructuredMatrix):
     """Matrix made of copies of a small `M`, as MoRA (arXiv 2405.12130) writes them; `lora_A.weight` there is `M^T`.
 

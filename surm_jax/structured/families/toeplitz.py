@@ -20,7 +20,7 @@ from surm_jax.structured.products.fourier import fast_length, inverse_skew_fft, 
 from surm_jax.structured.vector import LinearInVector
 
 
-@family("toeplitz")
+@family
 class Toeplitz(LinearInVector):
     """Toeplitz matrix `M[i, j] = t[j - i + in - 1]`: `t` read along the diagonals; the transpose of the paper's `W`.
 
@@ -78,7 +78,7 @@ class Toeplitz(LinearInVector):
         return from_diagonals(self.t, self.shape)
 
 
-@family("symmetric_toeplitz")
+@family
 class SymmetricToeplitz(LinearInVector):
     """Symmetric Toeplitz matrix `M[i, j] = t[|i - j|]`: max(in, out) numbers; the transpose of the paper's `W`.
 

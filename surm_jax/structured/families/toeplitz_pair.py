@@ -102,7 +102,7 @@ class _Pair(StructuredMatrix):
         return second._convolve(first._dense())
 
 
-@family("toeplitz_pair")
+@family
 class ToeplitzPair(_Pair):
     """Product of two Toeplitz matrices, `M = T1^T T2^T`; the transpose of `W = T2 T1` of arXiv 2406.17740.
 
@@ -131,7 +131,7 @@ class ToeplitzPair(_Pair):
         return shape[0] + max(shape) - 1, max(shape) + shape[1] - 1
 
 
-@family("symmetric_toeplitz_pair")
+@family
 class SymmetricToeplitzPair(_Pair):
     """Product of two symmetric Toeplitz matrices, `M = T1 T2`; the transpose of `W = T2 T1` of arXiv 2406.17740.
 

@@ -40,7 +40,7 @@ def choose(update: StructuredMatrix, tokens: int, dtype: DTypeLike) -> str:
     def distance(row: dict[str, Any]) -> float:
         return math.dist(here, [math.log(max(1, row[key])) for key in ("width", "tokens", "parameters")])
 
-    rows = _measured().get((jax.default_backend(), getattr(update, "name", None), str(jax.numpy.dtype(dtype))), ())
+    rows = _measured().get((jax.default_backend(), type(update).__name__, str(jax.numpy.dtype(dtype))), ())
     return min(rows, key=distance)["execution"] if rows else "fft" if update.lean else "dense"
 
 

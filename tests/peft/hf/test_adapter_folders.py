@@ -35,8 +35,8 @@ class TestWriting:
         expected = {}
         for i in range(2):
             arrays = {name: parameters(model)[f"blocks/{i}/query/delta/default/{name}"] for name in "AB"}
-            expected[f"base_model.model.net.layers.{i}.query_proj.lora_A.weight"] = arrays["B"].T
-            expected[f"base_model.model.net.layers.{i}.query_proj.lora_B.weight"] = arrays["A"]
+            expected[f"base_model.model.net.layers.{i}.query_proj.lora_A.weight"] = arrays["down"].T
+            expected[f"base_model.model.net.layers.{i}.query_proj.lora_B.weight"] = arrays["up"].T
         assert tensors.keys() == expected.keys()
         assert all(same_bits(tensors[name], array) for name, array in expected.items())
         assert settings == {
@@ -253,9 +253,9 @@ class TestReading:
             tensors = {name: array.astype(dtype) for name, array in load_file(folder / TENSORS).items()}
             save_file(tensors, folder / TENSORS)
             model, _ = load_hf_adapter(folder, make(), NAMES)
-            A = model.blocks[0].up.delta["default"].A[...]
-            assert A.dtype == jnp.float32
-            assert same_bits(A, tensors["base_model.model.net.layers.0.up_proj.lora_B.weight"].astype(np.float32))
+            up = model.blocks[0].up.delta["default"].up[...]
+            assert up.dtype == jnp.float32
+            assert same_bits(up.T, tensors["base_model.model.net.layers.0.up_proj.lora_B.weight"].astype(np.float32))
 
     def test_rules_are_as_general_as_the_layers_allow(self, tmp_path):
         names = [f"net.layers.{i}.query_proj" for i in range(2)]

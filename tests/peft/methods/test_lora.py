@@ -33,7 +33,7 @@ def gradients(model, adapter):
 def numpy_dora(layer, model, alpha, rank):
     arrays = {path.rpartition("/")[2]: a.astype(np.float64) for path, a in adapter_arrays(model).items()}
     W = np.asarray(layer.kernel[...]).astype(np.float64)
-    V = W + alpha / rank * arrays["B"] @ arrays["A"].T
+    V = W + alpha / rank * arrays["down"] @ arrays["up"]
     return arrays, V, np.linalg.norm(V, axis=0)
 
 
@@ -59,12 +59,12 @@ def test_dora_and_its_gradients(param_dtype):
     found, by_x = gradients(model, adapter)
     dV = x.T @ (dy * m / c)
     assert relative_error(found["magnitude"], (dy * (x @ V / c)).sum(0)) <= 1e-5
-    assert relative_error(found["A"], 0.3 * dV.T @ arrays["B"]) <= 1e-5
-    assert relative_error(found["B"], 0.3 * dV @ arrays["A"]) <= 1e-5
+    assert relative_error(found["up"], 0.3 * arrays["down"].T @ dV) <= 1e-5
+    assert relative_error(found["down"], 0.3 * dV @ arrays["up"].T) <= 1e-5
     assert relative_error(by_x, dy @ (m * V / c).T) <= 1e-5
     # That the norms are constants shows: with their derivative the gradient would be another one.
     whole = dV - V / c**2 * (V * dV).sum(0)
-    assert relative_error(0.3 * whole @ arrays["A"], 0.3 * dV @ arrays["A"]) > 0.1
+    assert relative_error(0.3 * whole @ arrays["up"].T, 0.3 * dV @ arrays["up"].T) > 0.1
 
 
 def test_dora_beside_an_update_looks_at_the_frozen_kernel():
@@ -72,17 +72,17 @@ def test_dora_beside_an_update_looks_at_the_frozen_kernel():
     _, V, c = numpy_dora(layer, model, 0.6, 2)
     both, second = adapt(model, [Rule("", LoRA())], name="second", rngs=nnx.Rngs(2))
     both = perturb(both, second)
-    A, B = (np.asarray(v[...], np.float64) for v in (both.delta["second"].A, both.delta["second"].B))
-    kernel = np.asarray(model.delta["default"].magnitude[...]) * V / c + B @ A.T
+    up, down = (np.asarray(v[...], np.float64) for v in (both.delta["second"].up, both.delta["second"].down))
+    kernel = np.asarray(model.delta["default"].magnitude[...]) * V / c + down @ up
     assert relative_error(both(jnp.asarray(X)), X @ kernel + np.asarray(layer.bias[...])) <= 1e-5
     assert relative_error(merge(both)[0].kernel[...], kernel) <= 1e-6
 
 
 def test_lora_fix_trains_the_output_factor_alone():
     layer, model, adapter = layer_with(LoRAFix(rank=2))
-    assert isinstance(model.delta["default"].B, AdapterConstant)
+    assert isinstance(model.delta["default"].down, AdapterConstant)
     found, _ = gradients(model, adapter)
-    assert found.keys() == {"A"}
+    assert found.keys() == {"up"}
     graphdef, trainable, frozen = nnx.split(model, adapter.trainable, ...)
     optimizer, before = optax.adam(0.1), {**parameters(model), **adapter_arrays(model)}
     state = optimizer.init(trainable)
@@ -93,7 +93,7 @@ def test_lora_fix_trains_the_output_factor_alone():
         trainable = optax.apply_updates(trainable, moves)
     after = nnx.merge(graphdef, trainable, frozen)
     after = {**parameters(after), **adapter_arrays(after)}
-    assert {path for path in after if not same_bits(after[path], before[path])} == {"delta/default/A"}
+    assert {path for path in after if not same_bits(after[path], before[path])} == {"delta/default/up"}
     assert same_bits(layer.kernel[...], after["kernel"])
     # Two moments of the one factor, and the counter.
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 2 * 4 * 2 + 1

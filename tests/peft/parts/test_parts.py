@@ -101,7 +101,7 @@ def test_dora_normalises_all_columns():
     model, _, _ = fused_and_apart("linear", "dora", (1,))
     arrays, W = part_arrays(model, "qkv", "delta"), parameters(model)["qkv/kernel"].astype(np.float64)
     moved = W.copy()
-    moved[:, 4:8] += 0.3 * arrays["matrix_B"] @ arrays["matrix_A"].T
+    moved[:, 4:8] += 0.3 * arrays["matrix_down"] @ arrays["matrix_up"]
     kernel = arrays["magnitude"] * moved / np.linalg.norm(moved, axis=0)
     assert relative_error(model.qkv(jnp.asarray(X)), X @ kernel + parameters(model)["qkv/bias"]) <= 1e-5
 
@@ -109,7 +109,7 @@ def test_dora_normalises_all_columns():
 def test_the_constant_factor_of_a_part_is_not_trained():
     model, adapter, _ = fused_and_apart("linear", "lora_fix")
     _, trainable, _ = nnx.split(model, adapter.trainable, ...)
-    assert {path[-1] for path, _ in nnx.to_flat_state(trainable)} == {"terms_0_matrix_A", "terms_1_matrix_A"}
+    assert {path[-1] for path, _ in nnx.to_flat_state(trainable)} == {"terms_0_matrix_up", "terms_1_matrix_up"}
 
 
 def test_an_abstract_model_and_its_counts():

@@ -14,7 +14,7 @@ def pair():
 
 
 def low_rank():
-    return LowRank(A=jnp.ones((2, 1)), B=jnp.array([[1.0], [2.0], [3.0]]))
+    return LowRank(down=jnp.array([[1.0], [2.0], [3.0]]), up=jnp.ones((1, 2)))
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def low_rank():
         (pair(), ("r1", "r2")),
         (Dense(jnp.ones((3, 2))), ("W",)),
         (Placed(pair(), (3, 4), (0, 2)), ("matrix_r1", "matrix_r2")),
-        (Sum((pair(), low_rank())), ("terms_0_r1", "terms_0_r2", "terms_1_A", "terms_1_B")),
+        (Sum((pair(), low_rank())), ("terms_0_r1", "terms_0_r2", "terms_1_down", "terms_1_up")),
     ],
 )
 def test_arrays_are_parameters_by_the_names_of_the_matrix(matrix, names):
@@ -42,9 +42,9 @@ def test_arrays_are_parameters_by_the_names_of_the_matrix(matrix, names):
 
 
 def test_frozen_arrays_are_constants_wherever_in_a_composite():
-    part = StoredMatrix(Sum((Placed(low_rank(), (3, 4), (0, 2)), Placed(pair(), (3, 4), (0, 0)))), frozen=("B",))
+    part = StoredMatrix(Sum((Placed(low_rank(), (3, 4), (0, 2)), Placed(pair(), (3, 4), (0, 0)))), frozen=("down",))
     kinds = {name: type(getattr(part, name)) for name in part.names}
-    assert kinds.pop("terms_0_matrix_B") is AdapterConstant
+    assert kinds.pop("terms_0_matrix_down") is AdapterConstant
     assert set(kinds.values()) == {AdapterParam} and len(kinds) == 3
 
 
@@ -55,10 +55,10 @@ def test_what_changes_is_seen():
 
 
 def test_fusing():
-    part, dense = StoredMatrix(Sum((pair(), low_rank())), frozen=("B",)), Sum((pair(), low_rank())).to_dense()
+    part, dense = StoredMatrix(Sum((pair(), low_rank())), frozen=("down",)), Sum((pair(), low_rank())).to_dense()
     part.fuse()
-    assert part.names == ("terms_0_c", "terms_1_A", "terms_1_B")
-    assert not hasattr(part, "terms_0_r1") and type(part.terms_1_B) is AdapterConstant
+    assert part.names == ("terms_0_c", "terms_1_down", "terms_1_up")
+    assert not hasattr(part, "terms_0_r1") and type(part.terms_1_down) is AdapterConstant
     np.testing.assert_array_equal(part.stored().to_dense(), dense)
     structure = nnx.graphdef(part)
     part.fuse()

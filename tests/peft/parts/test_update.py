@@ -88,7 +88,7 @@ def test_every_way_to_call_a_linear_layer_works(call):
 
 def test_an_argument_of_a_subclass_arrives():
     layer, plain = layer_pair(Gated)
-    layer.delta["default"].A[...] = jnp.ones((4, 1))
+    layer.delta["default"].up[...] = jnp.ones((1, 4))
     x = jnp.ones((2, 6))
     np.testing.assert_allclose(layer(x, 3.0), 2.0 * layer(x, gain=1.5), rtol=1e-6)
     assert relative_error(layer(x, 3.0), plain(x, 3.0)) > 0.05
@@ -105,7 +105,7 @@ def test_delta_holds_adapter_parameters_under_the_names_of_the_matrix():
 
 def test_adapted_layers_work_under_transformations():
     layer, _ = layer_pair()
-    layer.delta["default"].A[...] = jnp.ones((4, 1))
+    layer.delta["default"].up[...] = jnp.ones((1, 4))
     graphdef, state = nnx.split(layer)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6)), jnp.float32)
     call = lambda state, x: nnx.merge(graphdef, state)(x)  # noqa: E731

@@ -19,7 +19,7 @@ def test_energy_is_that_of_the_matrix_and_the_budget_is_kept(shape):
     found = approximations(target, budget=48, steps=0)
     energies = [kept.energy for kept in found.values()]
     assert energies == sorted(energies, reverse=True)
-    assert set(found) == FAMILIES.keys() - {"dense"}  # which holds more numbers than the budget
+    assert set(found) == FAMILIES.keys() - {"Dense"}  # which holds more numbers than the budget
     for kept in found.values():
         assert kept.matrix.num_params <= 48 and kept.matrix.shape == shape
         lost = np.sum((target - np.asarray(kept.matrix.to_dense(), np.float64)) ** 2) / np.sum(target**2)
@@ -32,45 +32,45 @@ def test_closed_forms_of_numpy():
     found = approximations(target, budget=48, steps=0)
     total = np.sum(target**2)
     singular = np.linalg.svd(target, compute_uv=False) ** 2
-    assert found["low_rank"].options == {"rank": 2}
-    assert found["low_rank"].energy == pytest.approx(singular[:2].sum() / total, rel=1e-5)
+    assert found["LowRank"].options == {"rank": 2}
+    assert found["LowRank"].energy == pytest.approx(singular[:2].sum() / total, rel=1e-5)
     # Two terms of 4 x 3 (x) 3 x 4: the singular values of the blocks, each one a row.
-    assert found["kronecker"].options == {"terms": 2}
+    assert found["Kronecker"].options == {"terms": 2}
     blocks = target.reshape(4, 3, 3, 4).transpose(0, 2, 1, 3).reshape(12, 12)
     singular = np.linalg.svd(blocks, compute_uv=False) ** 2
-    assert found["kronecker"].energy == pytest.approx(singular[:2].sum() / total, rel=1e-5)
+    assert found["Kronecker"].energy == pytest.approx(singular[:2].sum() / total, rel=1e-5)
     means = [np.mean(np.diag(target, k)) ** 2 * (12 - abs(k)) for k in range(-11, 12)]
-    assert found["toeplitz"].energy == pytest.approx(sum(means) / total, rel=1e-5)
+    assert found["Toeplitz"].energy == pytest.approx(sum(means) / total, rel=1e-5)
     # Beside the 12 numbers of A there is room for rank 3, which is full for 3 x 4: the best single product.
-    assert found["low_rank_kronecker"].options == {"rank": 3}
-    assert found["low_rank_kronecker"].energy == pytest.approx(singular[:1].sum() / total, rel=1e-5)
+    assert found["LowRankKronecker"].options == {"rank": 3}
+    assert found["LowRankKronecker"].energy == pytest.approx(singular[:1].sum() / total, rel=1e-5)
     # In blocks of 3 there are 4 x 4 x 3 numbers.
-    assert found["block_circulant"].options == {"block": 3}
+    assert found["BlockCirculant"].options == {"block": 3}
     # The mean of 4 tiles of 6 x 6.
-    assert found["tiled"].options == {"side": 6}
+    assert found["Tiled"].options == {"side": 6}
     tile = target.reshape(2, 6, 2, 6).mean(axis=(0, 2))
-    assert found["tiled"].energy == pytest.approx(4 * np.sum(tile**2) / total, rel=1e-5)
+    assert found["Tiled"].energy == pytest.approx(4 * np.sum(tile**2) / total, rel=1e-5)
 
 
 @pytest.mark.parametrize(("shape", "side"), [((3, 20), 13), ((20, 3), 13), ((3, 10), 10), ((12, 12), 6)], ids=str)
 def test_the_tile_is_the_largest_that_the_budget_holds(shape, side):
-    found = approximations(gaussian(*shape), budget=39, steps=0)["tiled"]
+    found = approximations(gaussian(*shape), budget=39, steps=0)["Tiled"]
     assert found.options == {"side": side}
     assert found.matrix.num_params == min(side, shape[0]) * min(side, shape[1])
 
 
 def test_every_target_of_a_family_is_kept_whole():
     c, t = gaussian(9), gaussian(2, 9)
-    assert approximations(scipy.linalg.circulant(c), 18, steps=0)["circulant"].energy == pytest.approx(1, abs=1e-6)
+    assert approximations(scipy.linalg.circulant(c), 18, steps=0)["Circulant"].energy == pytest.approx(1, abs=1e-6)
     found = approximations(scipy.linalg.toeplitz(t[0], t[1]), 36, steps=0)
-    assert found["toeplitz"].energy == pytest.approx(1, abs=1e-5)
-    assert found["low_displacement_rank"].options == {"rank": 2}
-    assert found["low_displacement_rank"].energy == pytest.approx(1, abs=1e-5)
+    assert found["Toeplitz"].energy == pytest.approx(1, abs=1e-5)
+    assert found["LowDisplacementRank"].options == {"rank": 2}
+    assert found["LowDisplacementRank"].energy == pytest.approx(1, abs=1e-5)
 
 
 def test_families_that_are_too_large_are_left_out():
-    assert {"circulant", "symmetric_toeplitz"} <= set(approximations(gaussian(12, 12), budget=12, steps=0)) <= {
-        "circulant", "skew_circulant", "f_circulant", "block_circulant", "symmetric_toeplitz", "tiled"
+    assert {"Circulant", "SymmetricToeplitz"} <= set(approximations(gaussian(12, 12), budget=12, steps=0)) <= {
+        "Circulant", "SkewCirculant", "FCirculant", "BlockCirculant", "SymmetricToeplitz", "Tiled"
     }  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_targets_without_energy(bad):
 
 
 def test_other_mistakes():
-    assert set(approximations(gaussian(12, 12), 5)) == {"tiled"}
+    assert set(approximations(gaussian(12, 12), 5)) == {"Tiled"}
     for budget in (0, -1):
         with pytest.raises(UserError, match=f"no family holds a 12 x 12 matrix in {budget} numbers"):
             approximations(gaussian(12, 12), budget)

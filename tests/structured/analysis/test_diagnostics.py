@@ -45,7 +45,7 @@ def members(n: int, seed: int = 0):
             (FCirculant(jnp.asarray(v), shape=(n, n), f=1.0, transposed=True), paper_f_circulant(v, 1.0)),
             (FCirculant(jnp.asarray(v), shape=(n, n), f=-1.0, transposed=False), paper_f_circulant(v, -1.0).T),
             (FCirculant(jnp.asarray(v), shape=(n, n), f=0.5, transposed=False), paper_f_circulant(v, 0.5).T),
-            (LowRank(A=jnp.asarray(v[:, None]), B=jnp.asarray(u[:, None])), np.outer(u, v)),
+            (LowRank(down=jnp.asarray(u[:, None]), up=jnp.asarray(v[None])), np.outer(u, v)),
         ]
 
 
@@ -104,9 +104,9 @@ def test_the_rank_of_a_circulant_is_its_number_of_non_zero_frequencies(zeros):
 def test_ranks_of_other_matrices():
     rng = np.random.default_rng(0)
     A, B = (jnp.asarray(rng.normal(size=(n, 3)), jnp.float32) for n in (20, 30))
-    low_rank = LowRank(A=A, B=B)
+    low_rank = LowRank(down=B, up=A.T)
     assert numerical_rank(low_rank) == numerical_rank(low_rank.to_dense()) == 3
-    assert numerical_rank(low_rank.with_arrays(A=A.astype(jnp.bfloat16))) == 3
+    assert numerical_rank(low_rank.with_arrays(up=A.T.astype(jnp.bfloat16))) == 3
     circulant = Circulant(jnp.asarray(rng.normal(size=30), jnp.float32), shape=(30, 30))
     assert numerical_rank(circulant @ low_rank) == 3
     assert numerical_rank(circulant - low_rank @ low_rank.T) == 30

@@ -52,12 +52,12 @@ def test_origins_of_a_rectangular_circulant():
 def test_origins_of_products_of_parameters():
     scale, places = origins(-3.0 * zeros(LowRank, (2, 3), rank=1))
     np.testing.assert_allclose(scale, np.full((2, 3), -3.0))
-    np.testing.assert_array_equal(places["matrix_A"], [[0, 1, 2], [0, 1, 2]])
-    np.testing.assert_array_equal(places["matrix_B"], [[0, 0, 0], [1, 1, 1]])
+    np.testing.assert_array_equal(places["matrix_up"], [[0, 1, 2], [0, 1, 2]])
+    np.testing.assert_array_equal(places["matrix_down"], [[0, 0, 0], [1, 1, 1]])
 
 
 def test_origins_where_some_numbers_go_nowhere_and_some_entries_are_zero():
-    scale, places = origins(zeros(FAMILIES["f_circulant"], (3, 2), f=0.0))
+    scale, places = origins(zeros(FAMILIES["FCirculant"], (3, 2), f=0.0))
     np.testing.assert_array_equal(scale != 0, [[True, True], [False, True], [False, False]])
     np.testing.assert_array_equal(places["v"][scale != 0], [0, 1, 0])
 
@@ -101,11 +101,11 @@ def test_a_product_of_parameters_has_the_product_of_their_colours():
 def test_a_matrix_of_sums_is_drawn_by_value_beside_its_factors():
     matrix = random(zeros(LowRank, (6, 5), rank=2))
     figure = draw(matrix)
-    B, A, ramp, M = sorted(pictures(figure), key=lambda p: (p.ndim == 3 and p.shape[:2] == (6, 5), p.ndim == 2))
-    assert B.shape == (6, 2, 3) and A.shape == (2, 5, 3) and ramp.shape == (1, 128)
+    down, up, ramp, M = sorted(pictures(figure), key=lambda p: (p.ndim == 3 and p.shape[:2] == (6, 5), p.ndim == 2))
+    assert down.shape == (6, 2, 3) and up.shape == (2, 5, 3) and ramp.shape == (1, 128)
     dense = np.asarray(matrix.to_dense(), np.float64)
     np.testing.assert_allclose(M, VALUES(0.5 + dense / np.abs(dense).max() / 2)[..., :3])
-    assert symbols(figure) == ["$B$", "$\\times$", "$A^\\top$", "=", "$M$"]
+    assert symbols(figure) == ["$down$", "$\\times$", "$up$", "=", "$M$"]
 
 
 def test_a_sum_shows_its_terms():
@@ -156,7 +156,7 @@ def test_every_family_is_on_the_page_with_its_picture():
     page = PAGE.read_text()
     headings = re.findall(r"^## .*`(\w+)`", page, re.MULTILINE)
     # A dense matrix has no structure to show.
-    shown = {name: cls for name, cls in FAMILIES.items() if name != "dense"}
+    shown = {name: cls for name, cls in FAMILIES.items() if name != "Dense"}
     assert sorted(headings) == sorted(shown) == sorted(EXAMPLES)
     for name, cls in shown.items():
         assert cls.__name__ in page
@@ -178,7 +178,7 @@ def test_the_code_on_the_page_runs(tmp_path, monkeypatch):
     assert (tmp_path / "matrix.png").exists()
 
 
-@pytest.mark.parametrize("name", ["circulant", "kronecker"])
+@pytest.mark.parametrize("name", ["Circulant", "Kronecker"])
 def test_pictures_of_the_page_are_those_of_its_command(name, tmp_path):
     from benchmarks.pictures import main
 

@@ -136,7 +136,7 @@ def test_c3a_of_peft_is_this_family(grid):
 )
 def test_numbers_held(shape, block, numbers):
     matrix = jax.eval_shape(lambda: BlockCirculant.init(jax.random.key(0), shape, scale=1.0, block=block))
-    assert matrix.num_params == numbers and matrix.shape == shape and matrix.fused() is matrix
+    assert matrix.num_params == numbers and matrix.shape == shape and matrix.compact() is matrix
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)

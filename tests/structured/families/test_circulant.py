@@ -68,7 +68,7 @@ def test_nearest_is_the_mean_of_each_wrapped_diagonal(shape, family):
     target = np.random.default_rng(0).normal(size=shape)
     N = max(shape)
     diagonals = [[target[i, j] for i in range(shape[0]) for j in range(shape[1]) if (j - i) % N == k] for k in range(N)]
-    assert_close(family.nearest(jnp.asarray(target)).fused().c, [np.mean(d) for d in diagonals])
+    assert_close(family.nearest(jnp.asarray(target)).compact().c, [np.mean(d) for d in diagonals])
 
 
 @pytest.mark.parametrize(("shape", "single"), [((768, 768), 768), ((768, 3072), 3072), ((5, 3), 5)], ids=str)
@@ -78,7 +78,7 @@ def test_numbers_held(shape, single):
 
     assert abstract(Circulant).num_params == single
     assert abstract(CirculantPair).num_params == 2 * single
-    fused = jax.eval_shape(lambda pair: pair.fused(), abstract(CirculantPair))
+    fused = jax.eval_shape(lambda pair: pair.compact(), abstract(CirculantPair))
     assert type(fused) is Circulant and fused.num_params == single
 
 

@@ -27,7 +27,7 @@ def test_orientation():
 
 def test_it_holds_every_number_and_nothing_can_be_saved():
     matrix = jax.eval_shape(lambda: Dense.init(jax.random.key(0), (768, 3072), scale=1.0))
-    assert matrix.num_params == 768 * 3072 and matrix.fused() is matrix
+    assert matrix.num_params == 768 * 3072 and matrix.compact() is matrix
 
 
 def test_nearest_is_the_target_itself():

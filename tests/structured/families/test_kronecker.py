@@ -104,7 +104,7 @@ def test_products_and_transposes_go_through_the_factors():
 def test_default_factors_numbers_and_rank(shape, factors, numbers, rank):
     matrix = jax.eval_shape(lambda: Kronecker.init(jax.random.key(0), shape, scale=1.0))
     assert matrix.factors == near_square_factors(shape) == factors
-    assert matrix.num_params == numbers and matrix.shape == shape and matrix.fused() is matrix
+    assert matrix.num_params == numbers and matrix.shape == shape and matrix.compact() is matrix
     assert np.prod([min(factor) for factor in factors]) == rank
 
 

@@ -272,7 +272,7 @@ def test_no_activation_is_gathered(transposed, axis_type):
 @pytest.mark.parametrize(("shape", "rank", "numbers"), [((768, 768), 1, 1536), ((768, 3072), 4, 24576)], ids=str)
 def test_numbers_held(shape, rank, numbers):
     matrix = jax.eval_shape(lambda: LowDisplacementRank.init(jax.random.key(0), shape, scale=1.0, rank=rank))
-    assert matrix.num_params == numbers and matrix.rank == rank and matrix.fused() is matrix
+    assert matrix.num_params == numbers and matrix.rank == rank and matrix.compact() is matrix
 
 
 def test_starts_with_G_zero_and_H_random():

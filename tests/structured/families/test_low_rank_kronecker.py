@@ -12,9 +12,9 @@ from surm_jax.structured import Kronecker, LowRankKronecker, near_square_factors
 from tests.structured.cases import StructuredMatrixContract, assert_close
 
 
-def paper_W(A, U, V):
-    """`sum_k A_k (x) (U_k V_k)` of the transposes, which is how the papers write `W x`."""
-    return sum(np.kron(a.T, v.T @ u.T) for a, u, v in zip(A, U, V, strict=True))
+def paper_W(A, down, up):
+    """`sum_k A_k (x) (down_k up_k)` of the transposes, which is how the papers write `W x`."""
+    return sum(np.kron(a.T, v.T @ u.T) for a, u, v in zip(A, down, up, strict=True))
 
 
 class TestLowRankKronecker(StructuredMatrixContract):
@@ -47,7 +47,7 @@ def error(matrix, target):
 
 def test_orientation():
     # Out of 2 x 1 features into 1 x 3.
-    matrix = LowRankKronecker(A=jnp.array([[[1.0, 2.0]]]), U=jnp.array([[[1.0], [10.0]]]), V=jnp.array([[[3.0]]]))
+    matrix = LowRankKronecker(A=jnp.array([[[1.0, 2.0]]]), down=jnp.array([[[1.0], [10.0]]]), up=jnp.array([[[3.0]]]))
     assert matrix.shape == (2, 2) and matrix.factors == ((1, 2), (2, 1))
     np.testing.assert_array_equal(matrix.to_dense(), [[3, 6], [30, 60]])
     np.testing.assert_array_equal(matrix.apply(jnp.array([1.0, 0.0])), [3, 6])
@@ -67,20 +67,20 @@ def test_numbers_of_the_methods_that_use_it():
 
 @pytest.mark.parametrize(("rank", "fewer"), [(1, False), (2, False), (3, True), (4, True)])
 def test_fused_is_the_kronecker_where_that_holds_fewer_numbers(rank, fewer):
-    # B has 20 numbers, and U and V have 9 for each of their ranks.
+    # B has 20 numbers, and down and up have 9 for each of their ranks.
     matrix = draw(2, rank)
-    fused = matrix.fused()
+    fused = matrix.compact()
     assert isinstance(fused, Kronecker) == fewer and (fused is matrix) == (not fewer)
     assert fused.num_params == 2 * (6 + min(20, 9 * rank))
     assert_close(fused.to_dense(), paper_W(*map(np.asarray, matrix.arrays().values())).T, "float32")
 
 
-def test_starts_with_A_zero_and_U_and_V_random():
+def test_starts_with_A_zero_and_down_and_up_random():
     matrix = LowRankKronecker.init(jax.random.key(0), (600, 400), scale=0.5, rank=8, terms=3)
-    assert matrix.A.shape == (3, 25, 20) and matrix.U.shape == (3, 24, 8) and matrix.V.shape == (3, 8, 20)
+    assert matrix.A.shape == (3, 25, 20) and matrix.down.shape == (3, 24, 8) and matrix.up.shape == (3, 8, 20)
     assert not np.any(matrix.A)
-    assert np.std(matrix.U) == pytest.approx(0.5, rel=0.1) and np.std(matrix.V) == pytest.approx(0.5, rel=0.1)
-    assert abs(np.corrcoef(np.ravel(matrix.U)[:480], np.ravel(matrix.V)[:480])[0, 1]) < 0.2
+    assert np.std(matrix.down) == pytest.approx(0.5, rel=0.1) and np.std(matrix.up) == pytest.approx(0.5, rel=0.1)
+    assert abs(np.corrcoef(np.ravel(matrix.down)[:480], np.ravel(matrix.up)[:480])[0, 1]) < 0.2
 
 
 def test_nearest_to_one_product_needs_no_step():
@@ -88,7 +88,7 @@ def test_nearest_to_one_product_needs_no_step():
     found = LowRankKronecker.nearest(target, rank=2, factors=FACTORS, steps=0)
     assert_close(found.to_dense(), target, "float32")
     leaves = [np.linalg.norm(leaf) for leaf in found.arrays().values()]
-    assert leaves[0] == pytest.approx(np.linalg.norm(found.U[0] @ found.V[0]), rel=1e-5)
+    assert leaves[0] == pytest.approx(np.linalg.norm(found.down[0] @ found.up[0]), rel=1e-5)
     assert leaves[1] == pytest.approx(leaves[2], rel=1e-5)
 
 
@@ -133,10 +133,10 @@ def test_what_the_target_leaves_empty_can_still_learn(target):
     dense = jnp.zeros((12, 10)) if target == "zero" else draw(1, 1).to_dense()
     found = LowRankKronecker.nearest(dense, rank=3, terms=2, factors=FACTORS, steps=20)
     assert_close(np.asarray(found.to_dense()) + 1, np.asarray(dense) + 1, "float32")
-    # A product of three factors is stuck where two of them are zero: A has a UV to move by, a direction a U or a V.
+    # A product of three factors is stuck where two of them are zero: A needs a second factor, a direction one side.
     for k, i in itertools.product(range(2), range(3)):
-        assert np.linalg.norm(found.U[k, :, i]) + np.linalg.norm(found.V[k, i]) > 0.1
-        assert np.linalg.norm(found.U[k] @ found.V[k]) > 0.1
+        assert np.linalg.norm(found.down[k, :, i]) + np.linalg.norm(found.up[k, i]) > 0.1
+        assert np.linalg.norm(found.down[k] @ found.up[k]) > 0.1
     # And so a few steps of plain gradient descent from there reach another target of the family.
     other = draw(2, 3, seed=5).to_dense() / 10
 
@@ -176,12 +176,12 @@ def test_impossible_sizes(options, message):
 
 
 def test_arrays_that_do_not_fit():
-    A, U, V = draw(2, 3).arrays().values()
-    with pytest.raises(UserError, match=r"V must have shape \(2, 3, 5\), not \(2, 2, 5\)"):
-        LowRankKronecker(A=A, U=U, V=V[:, :2])
-    with pytest.raises(UserError, match=r"U must have shape \(2, 4, 3\), not \(1, 4, 3\)"):
-        LowRankKronecker(A=A, U=U[:1], V=V)
+    A, down, up = draw(2, 3).arrays().values()
+    with pytest.raises(UserError, match=r"up must have shape \(2, 3, 5\), not \(2, 2, 5\)"):
+        LowRankKronecker(A=A, down=down, up=up[:, :2])
+    with pytest.raises(UserError, match=r"down must have shape \(2, 4, 3\), not \(1, 4, 3\)"):
+        LowRankKronecker(A=A, down=down[:1], up=up)
     with pytest.raises(UserError, match=r"A must be an array of shape \(k, m1, n1\), not \(3, 2\)"):
-        LowRankKronecker(A=A[0], U=U, V=V)
+        LowRankKronecker(A=A[0], down=down, up=up)
     with pytest.raises(UserError, match="a factor of 4 x 5 has a rank from 1 to 4, but 5 was asked for"):
-        LowRankKronecker(A=A, U=jnp.ones((2, 4, 5)), V=jnp.ones((2, 5, 5)))
+        LowRankKronecker(A=A, down=jnp.ones((2, 4, 5)), up=jnp.ones((2, 5, 5)))

@@ -112,7 +112,7 @@ def test_two_transforms_of_half_the_embedding_and_two_in_reverse(family, shape, 
 def test_numbers_held(shape, general, symmetric):
     for family, numbers in zip(FAMILIES, (general, symmetric), strict=True):
         matrix = jax.eval_shape(lambda family=family: family.init(jax.random.key(0), shape, scale=1.0))
-        assert matrix.num_params == numbers and matrix.fused() is matrix
+        assert matrix.num_params == numbers and matrix.compact() is matrix
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)

@@ -111,7 +111,7 @@ def test_four_transforms_without_padding_and_four_in_reverse(family):
 def test_numbers_held(shape, general, symmetric):
     for (family, _), numbers in zip(FAMILIES, (general, symmetric), strict=True):
         matrix = jax.eval_shape(lambda family=family: family.init(jax.random.key(0), shape, scale=1.0))
-        assert matrix.num_params == numbers and matrix.fused() is matrix
+        assert matrix.num_params == numbers and matrix.compact() is matrix
 
 
 @pytest.mark.parametrize(("family", "count"), [(ToeplitzPair, 9), (SymmetricToeplitzPair, 5)])

@@ -15,12 +15,12 @@ from tests.structured.cases import TOLERANCES, assert_close
 
 # What `init` of a family needs besides a shape.
 OPTIONS = {
-    "low_rank": {"rank": 2},
-    "low_displacement_rank": {"rank": 2},
-    "f_circulant": {"f": 0.5},
-    "block_circulant": {"block": 4},
-    "low_rank_kronecker": {"rank": 1},
-    "tiled": {"side": 5},
+    "LowRank": {"rank": 2},
+    "LowDisplacementRank": {"rank": 2},
+    "FCirculant": {"f": 0.5},
+    "BlockCirculant": {"block": 4},
+    "LowRankKronecker": {"rank": 1},
+    "Tiled": {"side": 5},
 }
 
 
@@ -60,7 +60,7 @@ def test_all_executions_give_the_same_values_and_gradients(family, monkeypatch):
 
 @pytest.mark.parametrize("how", EXECUTIONS)
 def test_float32(how):
-    update, x, kernel, dy = case("circulant", (96, 96), (3, 50), "float32")
+    update, x, kernel, dy = case("Circulant", (96, 96), (3, 50), "float32")
     y, by_update, by_x, _ = jax.jit(outputs, static_argnums=4)(update, x, kernel, dy, how)
     exact, by_exact, by_x_exact, _ = outputs(
         *jax.tree.map(lambda leaf: np.asarray(leaf, "float64"), (update, x, kernel, dy)), how
@@ -74,7 +74,7 @@ def test_float32(how):
 @pytest.mark.parametrize("tokens", [19, 20, 23, 31])
 def test_pieces_of_any_number_of_tokens(tokens, monkeypatch):
     monkeypatch.setattr(execution, "PIECE_BYTES", 7 * 12 * 8)
-    update, x, kernel, dy = case("toeplitz", batch=(tokens,))
+    update, x, kernel, dy = case("Toeplitz", batch=(tokens,))
     *_, x_whole, _ = whole = outputs(update, x, kernel, dy, "dense")
     for how in ("fft", "fused"):
         y, by_update, by_x, _ = outputs(update, x, kernel, dy, how)
@@ -87,8 +87,8 @@ def test_pieces_of_any_number_of_tokens(tokens, monkeypatch):
 @pytest.mark.parametrize("how", ["fft", "dense", "fused"])
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3, 2)], ids=str)
 def test_transformations(how, batch):
-    update, x, kernel, _ = case("circulant_pair", (5, 7), batch)
-    moved, dx, _, _ = case("circulant_pair", (5, 7), batch, seed=1)
+    update, x, kernel, _ = case("CirculantPair", (5, 7), batch)
+    moved, dx, _, _ = case("CirculantPair", (5, 7), batch, seed=1)
     product = lambda update, x: updated_matmul(x, kernel, update, execution=how)  # noqa: E731
     y, dy = jax.jit(lambda at, by: jax.jvp(product, at, by))((update, x), (moved, dx))
     M, r1, r2 = update.to_dense(), update.r1 * moved.r2, moved.r1 * update.r2
@@ -106,7 +106,7 @@ def test_transformations(how, batch):
 
 
 @pytest.mark.parametrize("how", ["fft", "dense", "fused"])
-@pytest.mark.parametrize("family", ["circulant", "low_displacement_rank", "symmetric_toeplitz_pair", "kronecker"])
+@pytest.mark.parametrize("family", ["Circulant", "LowDisplacementRank", "SymmetricToeplitzPair", "Kronecker"])
 def test_reverse_mode_keeps_the_input_alone(family, how):
     update, x, kernel, _ = case(family, (12, 12), (64, 5), "float32")
     _, pull = jax.vjp(lambda update, x: updated_matmul(x, kernel, update, execution=how), update, x)
@@ -118,7 +118,7 @@ def test_reverse_mode_keeps_the_input_alone(family, how):
 
 @pytest.mark.parametrize("how", ["fft", "dense", "fused"])
 def test_no_gradient_of_the_kernel_unless_asked_for(how):
-    update, x, kernel, dy = case("circulant", (12, 8), (64,), "float32")
+    update, x, kernel, dy = case("Circulant", (12, 8), (64,), "float32")
 
     def products(argnums):
         loss = lambda update, x, kernel: jnp.vdot(updated_matmul(x, kernel, update, execution=how), dy)  # noqa: E731
@@ -193,7 +193,7 @@ def test_dot_is_used_for_every_product_with_a_kernel():
         calls.append(kernel.shape)
         return 2.0 * (x @ kernel)
 
-    x, kernel, update = jnp.ones((2, 3)), jnp.ones((3, 3)), LowRank(A=jnp.ones((3, 1)), B=jnp.ones((3, 1)))
+    x, kernel, update = jnp.ones((2, 3)), jnp.ones((3, 3)), LowRank(jnp.ones((3, 1)), jnp.ones((1, 3)))
     np.testing.assert_allclose(updated_matmul(x, kernel, update, execution="fused", dot=dot), 12.0)
     np.testing.assert_allclose(updated_matmul(x, kernel, update, execution="fft", dot=dot), 9.0)
     assert calls == [(3, 3), (3, 3)]
@@ -201,7 +201,7 @@ def test_dot_is_used_for_every_product_with_a_kernel():
 
 @pytest.mark.parametrize("how", ["fft", "dense", "fused"])
 def test_a_product_of_another_dtype_than_its_input_has_gradients(how):
-    update, x, kernel, _ = case("circulant", batch=(4,), dtype="float32")
+    update, x, kernel, _ = case("Circulant", batch=(4,), dtype="float32")
     dot = lambda x, kernel: jnp.matmul(x, kernel, preferred_element_type=jnp.bfloat16)  # noqa: E731
     y, pull = jax.vjp(lambda update: updated_matmul(x, kernel, update, execution=how, dot=dot), update)
     assert y.dtype == jnp.bfloat16
@@ -251,7 +251,7 @@ def test_the_product_with_the_update_alone(family):
 
 @pytest.mark.parametrize("how", EXECUTIONS)
 def test_the_product_with_the_update_alone_keeps_the_dtype_of_half_precision_inputs(how):
-    update, x, *_ = case("circulant", (96, 96), (3, 50), "float32")
+    update, x, *_ = case("Circulant", (96, 96), (3, 50), "float32")
     half = x.astype("bfloat16")
     y = matmul(half, update, execution=how)
     assert y.dtype == jnp.bfloat16
@@ -268,7 +268,7 @@ def test_dot_is_used_where_the_update_alone_is_formed():
         calls.append(matrix.shape)
         return 2.0 * (x @ matrix)
 
-    x, update = jnp.ones((2, 3)), LowRank(A=jnp.ones((4, 1)), B=jnp.ones((3, 1)))
+    x, update = jnp.ones((2, 3)), LowRank(jnp.ones((3, 1)), jnp.ones((1, 4)))
     np.testing.assert_allclose(matmul(x, update, execution="dense", dot=dot), np.full((2, 4), 6.0))
     np.testing.assert_allclose(matmul(x, update, execution="fft", dot=dot), np.full((2, 4), 3.0))
     assert calls == [(3, 4)]
