@@ -1,1 +1,1 @@
-"""Where a run computes: the mesh, the processes, gathering and compilation."""
+"""Where a run computes: the mesh of devices, the processes, and the cache of compiled programs."""

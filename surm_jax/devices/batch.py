@@ -1,8 +1,8 @@
-"""Computing on each device's part of a batch, without bringing the parts together.
+"""Computing on each device's part of a batch, without gathering the parts.
 
 Under `jax.jit`, XLA does not partition an FFT along its batch dimensions: with activations sharded over a mesh it
 gathers all of them on every device, forward and backward, although the output's sharding looks right
-(https://github.com/jax-ml/jax/issues/15680). `batch_local` runs a function in `jax.shard_map`, where nothing can be
+(https://github.com/jax-ml/jax/issues/15680). `batch_local` runs a function in `jax.shard_map`, where nothing is
 gathered.
 """
 
@@ -20,17 +20,16 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def batch_local(fn: Callable[..., Array]) -> Callable[..., Array]:
-    """Makes `fn(x, *replicated)` work on each device's part of the batch alone.
+    """Return `fn(x, *replicated)` that works only on each device's part of the batch.
 
-    The leading dimension of `x` and of the result is the batch; the other arguments are small and the same on every
-    device, and their gradients are summed over the devices. `fn` itself must treat the examples independently, and `x`
-    must have at least one dimension besides the batch for the wrapping to take place.
+    The leading dimension of `x` and of the result is the batch. The other arguments are small and the same on every
+    device; their gradients are summed over the devices. `fn` must treat the examples independently.
 
-    The mesh is the one set by `jax.set_mesh`. Of its `BATCH_AXES`, an `Auto` axis shards the leading dimension, an
-    `Explicit` one does where the type of `x` says so, and a `Manual` one has already done so (we are inside a
-    `jax.shard_map`). `fn` is called directly when no axis is left, when `x` has rank 1, and when the axes do not divide
-    the leading dimension (in a batch that cannot be sharded evenly there is nothing to keep local). Under `jax.vmap`
-    the mapped dimension is invisible here: keep the batch as the leading dimension instead of mapping over it.
+    The mesh is the one that `jax.set_mesh` set. An `Auto` axis among its `BATCH_AXES` shards the leading dimension. An
+    `Explicit` axis does so if the type of `x` says so. A `Manual` axis has already done so: the call is inside a
+    `jax.shard_map`. `fn` is called directly if no axis is left, if `x` has rank 1, and if the axes do not divide the
+    leading dimension: a batch that cannot be sharded evenly has no local parts. Under `jax.vmap` the mapped dimension
+    is invisible here, so keep the batch as the leading dimension instead of mapping over it.
 
     Returns:
         A function of the same arguments with the same value and gradients, for `jit` and for eager use.
@@ -43,8 +42,8 @@ def batch_local(fn: Callable[..., Array]) -> Callable[..., Array]:
             return fn(x, *replicated)
 
         def on_part(x: Array, *replicated: Array) -> Array:
-            # Gradients are summed where arrays cease to be the same on all devices: here, where they are small, and not
-            # where they meet `x`, perhaps as a dense matrix.
+            # JAX sums gradients where an array stops being the same on all devices. Do it here, where the arrays are
+            # small, and not where they meet `x`, perhaps as a dense matrix.
             return fn(x, *jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axes, to="varying"), replicated))
 
         specs = (P(axes), *(P() for _ in replicated))
@@ -54,12 +53,12 @@ def batch_local(fn: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def _batch_axes(x: Array) -> tuple[str, ...]:
-    """The mesh axes over which `batch_local` splits the leading dimension of `x`."""
+    """Return the mesh axes over which `batch_local` splits the leading dimension of `x`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or x.ndim < 2:
         return ()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    # shard_map asserts that its specs repeat what the types of explicit axes already say, their order included.
+    # shard_map requires its specs to repeat what the types of explicit axes say, in the same order.
     leading = jax.typeof(x).sharding.spec[0] or ()
     typed = (leading,) if isinstance(leading, str) else tuple(leading)
     explicit = tuple(axis for axis in typed if axis in BATCH_AXES and types[axis] == AxisType.Explicit)

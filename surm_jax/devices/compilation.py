@@ -1,4 +1,4 @@
-"""Compiled programs are kept on disk: a run that starts again, or with another seed, need not compile its step anew."""
+"""The cache of compiled programs: a run that is repeated or resumed does not compile its step again."""
 
 import jax
 
@@ -8,13 +8,14 @@ LARGEST = 2**31
 
 
 def use_compilation_cache() -> None:
-    """Turns on JAX's persistent compilation cache in `<cache>/programs`, unless JAX was told another place.
+    """Turn on JAX's persistent compilation cache in `<cache>/programs`, unless JAX was told another place.
 
-    It holds up to 2 GiB; what was not used for longest goes first. See
+    It holds up to 2 GiB; what was not used for longest is removed first. See
     https://docs.jax.dev/en/latest/persistent_compilation_cache.html, also for `JAX_COMPILATION_CACHE_DIR`.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    # JAX defines the attributes of its options while it is imported, unseen by a type checker.
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "programs"))
         jax.config.update("jax_compilation_cache_max_size", LARGEST)
-        # Below a second, reading a program is hardly faster than making it.
+        # Reading a program from the disk is hardly faster than compiling it in less than a second.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -1,8 +1,8 @@
-"""The device mesh: both its axes split the batch; over `fsdp` the large arrays of the frozen base are split as well.
+"""The device mesh: both axes split the batch, and `fsdp` also splits the large arrays of the frozen base.
 
-What is trained, its optimiser and small arrays are replicated. A split array is put together where it is used, in the
-forward pass and once more in the backward pass, so that no device ever keeps the whole base
-(fully sharded data parallelism: arXiv 1910.02054, stage 3, for the frozen weights).
+Trained arrays, their optimiser and small arrays are replicated. A split array is gathered where it is used, in the
+forward pass and again in the backward pass, so that no device ever keeps the whole base (fully sharded data
+parallelism, arXiv 1910.02054, stage 3, for the frozen weights).
 """
 
 import re
@@ -11,36 +11,37 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from surm_jax.devices.batch import BATCH_AXES
 from surm_jax.errors import UserError
 
 FSDP_AXIS = BATCH_AXES[1]
-# Smaller arrays are replicated: what a split saves is not worth a message.
+# Smaller arrays are replicated: the memory that a split saves is not worth a message.
 SMALLEST_SPLIT = 2**14
-# What the backward pass makes anew: arrays put together, and their copies in other shapes and dtypes.
+# Outputs that the backward pass computes again: gathered arrays, and their copies in other shapes and dtypes.
 _NOT_KEPT = ("sharding_constraint", "reshape", "convert_element_type", "transpose", "squeeze", "broadcast_in_dim")
-# Frozen arrays of the blocks, and those that hold the arrays of several equal blocks, one after the other.
+# Paths of the frozen arrays of blocks, and of the arrays that hold several equal blocks along their first axis.
 _IN_BLOCKS = re.compile(r"blocks/")
 _STACKED = re.compile(r"blocks/\d+/stacked/")
 
+AnyMesh = Mesh | AbstractMesh
 Tree = TypeVar("Tree")
 
 
 def make_mesh(data: int, batch_sizes: dict[str, int], fsdp: int = 1) -> jax.sharding.Mesh:
-    """Returns a mesh of `data` times `fsdp` devices.
+    """Return a mesh of `data` times `fsdp` devices.
 
-    Those of a process lie together, in the order of the processes, and so do its rows of a batch.
+    The devices of a process are neighbours, in the order of the processes, and so are its rows of a batch.
 
     Args:
-        data: devices along the axis that only splits the batch; 0: as many as there are.
-        batch_sizes: the sizes that the mesh must divide, by the key of the configuration that has them.
-        fsdp: devices along the axis over which the base is split as well.
+        data: Number of devices along the axis that only splits the batch; 0: as many as there are.
+        batch_sizes: Batch sizes that the mesh must divide, by their key of the configuration.
+        fsdp: Number of devices along the axis that also splits the base.
 
     Raises:
-        UserError: if there are fewer devices, a batch size does not divide over them, or one of several processes would
-            have none of them, or fewer than another.
+        UserError: There are fewer devices, a batch size does not divide over them, or a process would have fewer of
+            them than another.
     """
     available = jax.device_count()
     data = data or max(1, available // fsdp)
@@ -66,18 +67,18 @@ def make_mesh(data: int, batch_sizes: dict[str, int], fsdp: int = 1) -> jax.shar
     return jax.sharding.Mesh(np.array(devices).reshape(data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole: weights, adapters, optimiser state."""
+def replicated(mesh: AnyMesh) -> NamedSharding:
+    """Return the sharding of arrays that every device holds completely: adapters, optimiser state, small weights."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The sharding of batches: split along their first axis, over all devices."""
+    """Return the sharding of batches: along their first axis, over all devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def base_sharding(mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of an array of the frozen base: along its longest axis that divides, or none where it is small.
+def base_sharding(mesh: AnyMesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Return the sharding of an array of the frozen base: along the longest axis that divides, or none if it is small.
 
     >>> mesh = make_mesh(1, {}, fsdp=4)
     >>> base_sharding(mesh, (768, 12, 64)).spec, base_sharding(mesh, (768,)).spec
@@ -92,7 +93,7 @@ def base_sharding(mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> NamedShard
 
 
 def put_base(frozen: Tree, mesh: jax.sharding.Mesh) -> Tree:
-    """Puts the frozen arrays where they belong; those of stacked layers are split as each layer alone would be."""
+    """Put the frozen arrays on their devices. An array of stacked layers is split as an array of one layer would be."""
 
     def sharding(path: tuple, leaf: jax.Array) -> NamedSharding:
         if not _STACKED.match(_name(path)):
@@ -102,35 +103,35 @@ def put_base(frozen: Tree, mesh: jax.sharding.Mesh) -> Tree:
     return jax.device_put(frozen, jax.tree.map_with_path(sharding, frozen))
 
 
-def whole(tree: Tree, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Tree:
-    """Puts split arrays of the base together, inside of a program."""
+def gathered(tree: Tree, mesh: AnyMesh) -> Tree:
+    """Gather the split arrays of the base on every device, inside a compiled program."""
 
-    def gathered(leaf: jax.Array) -> jax.Array:
+    def gather(leaf: jax.Array) -> jax.Array:
         if base_sharding(mesh, leaf.shape).is_fully_replicated:
             return leaf
         return jax.lax.with_sharding_constraint(leaf, replicated(mesh))
 
-    return jax.tree.map(gathered, tree)
+    return jax.tree.map(gather, tree)
 
 
 def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy for `jax.checkpoint`: keeps all but arrays that were put together, and their copies in other forms."""
+    """Keep everything but gathered arrays and their copies in other forms: a policy for `jax.checkpoint`."""
     return primitive.name not in _NOT_KEPT
 
 
 def with_whole_base(fn: Callable, mesh: jax.sharding.Mesh) -> Callable:
-    """Returns `fn(trained, frozen, *rest)` for a frozen base that is split.
+    """Return `fn(trained, frozen, *rest)` for a frozen base that is split.
 
-    What lies outside of the blocks is put together when `fn` uses it; every block puts itself together, in the forward
-    pass and once more in the backward pass (`surm_jax.training.blocks`).
+    Arrays outside the blocks are gathered before `fn` uses them. Every block gathers its own, in the forward pass and
+    again in the backward pass (`surm_jax.training.blocks`).
     """
     if mesh.shape[FSDP_AXIS] == 1:
         return fn
 
-    def gathered(path: tuple, leaf: jax.Array) -> jax.Array:
-        return leaf if _IN_BLOCKS.match(_name(path)) else whole(leaf, mesh)
+    def gather(path: tuple, leaf: jax.Array) -> jax.Array:
+        return leaf if _IN_BLOCKS.match(_name(path)) else gathered(leaf, mesh)
 
-    return lambda trained, frozen, *rest: fn(trained, jax.tree.map_with_path(gathered, frozen), *rest)
+    return lambda trained, frozen, *rest: fn(trained, jax.tree.map_with_path(gather, frozen), *rest)
 
 
 def _name(path: tuple) -> str:
@@ -138,6 +139,6 @@ def _name(path: tuple) -> str:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Puts this process's part of a batch on its devices."""
+    """Put this process's part of a batch on its devices."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

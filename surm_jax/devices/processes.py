@@ -1,12 +1,9 @@
-"""The processes of one run: starting them, what the first alone does, and what all of them must agree on.
+"""The processes of one run: starting them, what only the first does, and what all of them must agree on.
 
-Every process runs the same program on its own devices and its own part of each batch. The first (number 0) alone writes
-and speaks; Orbax alone writes from all. Whatever decides what comes next must be the same for all, since a process that
-turns off leaves the others waiting for it: a signal that one of them got (`Agreement`), what the first found on the
-disk (`on_first`), an error (`leave`).
-
-What is not about arrays goes through the coordination service that `jax.distributed` starts. JAX keeps its client to
-itself, and Orbax takes it from the same place.
+Every process runs the same program on its own devices and its own part of each batch. Only the first (number 0) writes
+files and prints; Orbax alone writes from all. A process that takes another branch leaves the others waiting for it, so
+whatever decides the next step must be the same in all of them: a signal that one of them got (`Agreement`), what the
+first found on the disk (`on_first`), an error (`leave`).
 """
 
 import contextlib
@@ -24,20 +21,20 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from surm_jax.devices.gather import whole
+from surm_jax.devices import private
 from surm_jax.errors import UserError
 
-# Seconds without a sign of life after which a process counts as dead, and the others are stopped.
+# Seconds without a sign of life after which a process counts as dead and the others are stopped.
 HEARTBEAT = 30
-# Seconds in which processes that stop for the same reason find each other.
+# Seconds in which processes that stop for the same reason wait for each other.
 MEETING = 10
-# Seconds that the first process, which the others cannot do without, leaves them to say what they have to say.
+# Seconds that the first process gives the others to print their messages. They cannot live without it.
 LAST_WORDS = 2
-# Of errors that mean that another process is gone: the collectives of CPUs, of GPUs, and the coordination service.
+# Words in errors that mean that another process is gone: of collectives on CPUs and GPUs, and of the coordination
+# service.
 _LOST = ("Gloo", "NCCL", "coordination service", "CoordinationService", "UNAVAILABLE")
 _DAY = 24 * 3600 * 1000
 
@@ -47,38 +44,33 @@ _numbers = itertools.count()
 
 
 def start(coordinator: str | None = None, process_id: int | None = None, num_processes: int | None = None) -> None:
-    """Joins the other processes of this run, if there are any. To be called before anything else asks for a device.
+    """Join the other processes of this run, if there are any. Call it before anything asks for a device.
 
-    Without arguments, what JAX recognises counts: Slurm, Open MPI, Cloud TPU, GKE and other Kubernetes jobs; one
-    process there is left as it is. Of all processes but the first, the standard output and warnings are dropped from
-    here on.
+    Without arguments, JAX recognises the cluster: Slurm, Open MPI, Cloud TPU, GKE or another Kubernetes job. A single
+    process is left as it is. All processes but the first drop their standard output and warnings from here on.
 
     Args:
-        coordinator: host and port of process 0, which all can reach.
-        process_id: the number of this process, from 0.
-        num_processes: how many there are.
+        coordinator: Host and port of process 0, which all processes can reach.
+        process_id: The number of this process, from 0.
+        num_processes: The number of processes.
 
     Raises:
-        UserError: if only some are given, they make no sense, or the port is in use. Where the others do not come
+        UserError: Only some arguments are given, they make no sense, or the port is in use. If the others do not come
             within five minutes, JAX itself ends the process with a message.
     """
-    given = {"coordinator": coordinator, "process_id": process_id, "num_processes": num_processes}
-    if absent := [f"--{name}" for name, value in given.items() if value is None]:
+    if coordinator is not None and process_id is not None and num_processes is not None:
+        _require_place(coordinator, process_id, num_processes)
+    else:
+        given = {"coordinator": coordinator, "process_id": process_id, "num_processes": num_processes}
+        absent = [f"--{name}" for name, value in given.items() if value is None]
         if len(absent) < len(given):
             raise UserError(
                 "several processes need all of --coordinator=HOST:PORT, --process_id=I and --num_processes=N, but"
                 f" {' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing"
             )
-        if _processes_of_environment() < 2:
+        if private.process_count_of_environment() < 2:
             return
-    elif not 0 <= process_id < num_processes:
-        raise UserError(f"--process_id={process_id} must lie between 0 and {num_processes - 1} (--num_processes - 1)")
-    elif not coordinator.rpartition(":")[2].isdecimal() or ":" not in coordinator:
-        raise UserError(f"--coordinator={coordinator} must be HOST:PORT, of process 0, such as 10.0.0.1:8476")
-    elif process_id == 0:
-        _require_free(coordinator)
-        print(f"waiting at {coordinator} for the other processes, up to five minutes", file=sys.stderr, flush=True)
-    # A signal is agreed on here, and saves at the very next step.
+    # The processes agree on a signal by themselves, and save at the very next step.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator_address=coordinator,
@@ -87,22 +79,22 @@ def start(coordinator: str | None = None, process_id: int | None = None, num_pro
         heartbeat_timeout_seconds=HEARTBEAT,
     )
     if not is_first():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Open as long as the process lives.
         warnings.simplefilter("ignore")
 
 
 def several() -> bool:
-    """Whether this run has more than one process."""
-    return distributed.global_state.num_processes > 1
+    """Return whether this run has more than one process."""
+    return private.process_count() > 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks: the only one, or the first of several."""
-    return distributed.global_state.process_id == 0
+    """Return whether this process writes and prints: it is the only one, or the first of several."""
+    return private.process_index() == 0
 
 
 def share(batch_size: int) -> dict[str, int]:
-    """Returns what the input pipelines must know of this process to make its part of batches of this size.
+    """Return the arguments of an input pipeline that makes this process's part of each batch.
 
     >>> share(64)
     {'batch_size': 64, 'process_index': 0, 'process_count': 1}
@@ -111,27 +103,42 @@ def share(batch_size: int) -> dict[str, int]:
     return {"batch_size": batch_size // count, "process_index": jax.process_index(), "process_count": count}
 
 
+def whole_on_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    """Return the whole array on the host, including parts that only other processes hold.
+
+    Collective: call it from every process, array by array in the same order. Arrays that each process holds completely
+    are not transferred. Costs one copy.
+
+    >>> whole_on_host(jnp.arange(3))
+    array([0, 1, 2], dtype=int32)
+    """
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
 def meet() -> None:
-    """Waits for the other processes: gloo gives up if one comes half a minute late to its first collective."""
+    """Wait for the other processes: gloo gives up if one is half a minute late for its first collective."""
     if several():
-        distributed.global_state.client.wait_at_barrier(f"surm_jax/meet/{next(_numbers)}", _DAY)
+        private.coordination_client().wait_at_barrier(f"surm_jax/meet/{next(_numbers)}", _DAY)
 
 
 def on_first(action: Callable[[], Any]) -> Any:
-    """Does something in the first process alone, while the others wait; all of them must call it.
+    """Run a function only in the first process, while the others wait. Collective: call it from every process.
 
     Args:
-        action: must ask nothing of the other processes: no work on arrays that they have parts of.
+        action: Takes no arguments and returns JSON values. It must not work on arrays of which other processes hold
+            parts.
 
     Returns:
-        What it returned, JSON values, in all processes.
+        What the function returned, in all processes.
 
     Raises:
-        UserError: in all processes, if it was raised in the first.
+        UserError: In all processes, if the function raised it in the first.
     """
     if not several():
         return action()
-    client, key = distributed.global_state.client, f"surm_jax/on_first/{next(_numbers)}"
+    client, key = private.coordination_client(), f"surm_jax/on_first/{next(_numbers)}"
     if is_first():
         try:
             told = {"value": action()}
@@ -147,10 +154,10 @@ def on_first(action: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def opened_on_first(context: contextlib.AbstractContextManager) -> Iterator[None]:
-    """Enters a context in the first process alone, while the others wait; what it raises there is raised in all.
+    """Enter a context only in the first process, while the others wait. Collective: call it from every process.
 
     Raises:
-        UserError: see `on_first`.
+        UserError: In all processes, if the context raised it in the first.
     """
     with contextlib.ExitStack() as stack:
         on_first(lambda: stack.enter_context(context))
@@ -158,19 +165,19 @@ def opened_on_first(context: contextlib.AbstractContextManager) -> Iterator[None
 
 
 def tree_on_first(tree: Tree) -> Tree | None:
-    """Brings arrays to the first process, whose host then holds all of them, and returns None in the others.
+    """Bring arrays to the host of the first process, and return None in the others.
 
-    All processes must ask. A process alone gets the arrays as they are.
+    Collective: call it from every process. A single process gets the arrays as they are.
     """
     if not several():
         return tree
-    # Array by array: a process that does not keep them has one at a time.
-    arrays = jax.tree.map(lambda array: whole(array) if is_first() else whole(array) is None, tree)
+    # Array by array, so that a process that keeps none of them holds one at a time.
+    arrays = jax.tree.map(lambda array: whole_on_host(array) if is_first() else whole_on_host(array) is None, tree)
     return arrays if is_first() else None
 
 
 def union(numbers: set[int], most: int) -> set[int]:
-    """Returns what any process has, to all of them; each brings at most `most` numbers, not negative."""
+    """Return, in all processes, the numbers that any of them brings: at most `most` each, none negative."""
     if not several() or not most:
         return numbers
     mine = np.full(most, -1, np.int32)
@@ -179,14 +186,14 @@ def union(numbers: set[int], most: int) -> set[int]:
 
 
 class Agreement:
-    """Tells every process of a number that one of them has, without waiting for the devices.
+    """Tells every process a number that one of them has, without waiting for the devices.
 
-    Each call gives the largest number that any process brought to the call before. A process alone gets its own at
-    once. All processes must call it equally often, and every call has work for the devices: a maximum over one number
-    each.
+    Each call returns the largest number that any process brought to the previous call. A single process gets its own
+    number at once. Collective: all processes must call it equally often. Every call gives the devices a little work: a
+    maximum over one number each.
 
     Args:
-        mesh: all devices of all processes.
+        mesh: All devices of all processes.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):
@@ -195,7 +202,7 @@ class Agreement:
         self._before: jax.Array | None = None
 
     def __call__(self, number: int) -> int:
-        """Brings this process's number, not negative, and returns the largest of the call before (at first: 0)."""
+        """Bring this process's number, not negative; return the largest of the previous call, or 0 at the first."""
         if not several():
             return number
         mine = np.full(jax.local_device_count(), number, np.int32)
@@ -204,15 +211,15 @@ class Agreement:
 
 
 def leave(message: object, status: int) -> NoReturn:
-    """Ends this process with a message on the standard error.
+    """End this process with a message on the standard error.
 
-    What all processes leave for, the first alone says. One that leaves alone says so itself, and goes without the
-    others' consent: they find it gone, and stop as well.
+    If all processes leave, only the first prints the message. A process that leaves while the others stay prints its
+    own, and does not wait for them: they notice that it is gone, and stop as well.
     """
     if several():
         try:
-            distributed.global_state.client.wait_at_barrier("surm_jax/leave", MEETING * 1000)
-        except Exception:  # Whatever the service raises if somebody does not come.
+            private.coordination_client().wait_at_barrier("surm_jax/leave", MEETING * 1000)
+        except Exception:  # The service may raise anything if another process does not come.
             _go_alone(message, status)
     if not is_first():
         sys.exit(status)
@@ -223,9 +230,10 @@ def leave(message: object, status: int) -> NoReturn:
 
 
 def leave_for(error: Exception) -> NoReturn:
-    """Ends this process because of an error: what the user can put right is one message, anything else is shown whole.
+    """End this process because of an error.
 
-    Where the error says that another process is gone, this one says so, and goes alone.
+    An error that the user can put right is printed as one line, any other with its traceback. If the error says that
+    another process is gone, this one says so and does not wait.
     """
     if several() and is_lost(error):
         _go_alone(
@@ -238,7 +246,7 @@ def leave_for(error: Exception) -> NoReturn:
 
 
 def is_lost(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that another process is gone."""
+    """Return whether an error, or one of its causes, says that another process is gone."""
     while error is not None:
         if any(word in str(error) for word in _LOST):
             return True
@@ -247,26 +255,31 @@ def is_lost(error: BaseException | None) -> bool:
 
 
 def _go_alone(message: object, status: int) -> NoReturn:
-    state = distributed.global_state
-    print(f"process {state.process_id} of {state.num_processes}: {message}", file=sys.stderr, flush=True)
+    place = f"process {private.process_index()} of {private.process_count()}"
+    print(f"{place}: {message}", file=sys.stderr, flush=True)
     if is_first():
         time.sleep(LAST_WORDS)
-    # The proper way out would wait for the others.
+    # The usual exit would wait for the other processes.
     os._exit(status)
 
 
+def _require_place(coordinator: str, process_id: int, num_processes: int) -> None:
+    """Check what a person says of a process; process 0 must be able to listen."""
+    if not 0 <= process_id < num_processes:
+        raise UserError(f"--process_id={process_id} must lie between 0 and {num_processes - 1} (--num_processes - 1)")
+    if not coordinator.rpartition(":")[2].isdecimal() or ":" not in coordinator:
+        raise UserError(f"--coordinator={coordinator} must be HOST:PORT, of process 0, such as 10.0.0.1:8476")
+    if process_id == 0:
+        _require_free(coordinator)
+        print(f"waiting at {coordinator} for the other processes, up to five minutes", file=sys.stderr, flush=True)
+
+
 def _require_free(coordinator: str) -> None:
-    # JAX would crash.
+    # JAX would crash if the port is in use.
     try:
         socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
     except (OSError, OverflowError) as error:
         raise UserError(f"--coordinator={coordinator}: this process cannot listen there ({error})") from None
-
-
-def _processes_of_environment() -> int:
-    # JAX looks for these itself, but has no way to ask what it would find.
-    known = [env for env in clusters.ClusterEnv._cluster_types if not env.opt_in_only_method and env.is_env_present()]
-    return known[0].get_process_count() if known else 1
 
 
 def _first_line(error: Exception) -> str:

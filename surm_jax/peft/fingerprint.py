@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 from flax import nnx
 
-from surm_jax.devices.gather import whole
+from surm_jax.devices.processes import whole_on_host
 from surm_jax.errors import UserError
 from surm_jax.paths import join
 from surm_jax.peft.parts.variables import AdapterParam
@@ -22,7 +22,7 @@ def fingerprint(frozen: nnx.State, kind: nnx.filterlib.Filter = BASE) -> dict[st
     """
     digests = {}
     for path, variable in nnx.to_flat_state(nnx.filter_state(frozen, kind)):
-        array = whole(variable[...])
+        array = whole_on_host(variable[...])
         digest = hashlib.sha256(f"{join(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
         digests[join(path)] = digest.hexdigest()[:16]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from surm_jax.devices.mesh import FSDP_AXIS, all_but_gathered, whole
+from surm_jax.devices.mesh import FSDP_AXIS, all_but_gathered, gathered
 from surm_jax.models import REMAT, Blocks
 from surm_jax.peft.parts.context import keys_drawn, set_keys_drawn
 
@@ -88,7 +88,7 @@ def _layer(graphdef: nnx.GraphDef, arguments: tuple[jax.Array | None, ...]) -> C
 
     def layer(x: jax.Array, drawn: jax.Array | None, arrays: nnx.State, key: jax.Array | None) -> tuple:
         if _is_split():
-            arrays = whole(arrays, jax.sharding.get_abstract_mesh())
+            arrays = gathered(arrays, jax.sharding.get_abstract_mesh())
         set_keys_drawn(drawn)
         return nnx.merge(graphdef, arrays)(x, *arguments, key), keys_drawn()
 
