@@ -13,9 +13,12 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Many tests compile the same small programs: each of them once a run.
-_COMPILED = tempfile.TemporaryDirectory(prefix="surm_jax-compiled-")
-jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+# Many tests compile the same small programs. Each is compiled once a run: the processes that share the work inherit the
+# folder from the one that started them, which removes it.
+if "SURM_JAX_TESTS_COMPILED" not in os.environ:
+    _COMPILED = tempfile.TemporaryDirectory(prefix="surm_jax-compiled-")
+    os.environ["SURM_JAX_TESTS_COMPILED"] = _COMPILED.name
+jax.config.update("jax_compilation_cache_dir", os.environ["SURM_JAX_TESTS_COMPILED"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
