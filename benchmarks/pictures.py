@@ -43,9 +43,11 @@ def example(name: str) -> StructuredMatrix:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes one PNG for each family into a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", choices=EXAMPLES, metavar="FAMILY", help="default: all")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="default: all")
     parser.add_argument("--out", type=Path, default=Path("docs/structured"), help="default: %(default)s")
     options = parser.parse_args(arguments)
+    if unknown := [name for name in options.families if name not in EXAMPLES]:
+        parser.error(f"unknown family {unknown[0]!r} (known: {', '.join(EXAMPLES)})")
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.families or EXAMPLES:
         drawn = io.BytesIO()

@@ -2,21 +2,20 @@
 
     python -m experiments.approximation
 
-The approximation study of arXiv 2406.17740 (Figure 5), with low rank and Kronecker products beside its families at the
-same numbers of parameters. Every family is fitted by gradient descent, as there, and as well as we can: in closed form
-(circulant, Toeplitz, symmetric Toeplitz, low rank, Kronecker), or, for `W(G, H)`, which has none, by L-BFGS from two
-starts. A lower bound says how much could be missing there.
+The approximation study of arXiv 2406.17740 (Figure 5), with low-rank matrices and Kronecker products of the same
+numbers of parameters added. Every family is fitted twice: by gradient descent, as in the paper, and as well as we can.
+That is the optimum in closed form (circulant, Toeplitz, symmetric Toeplitz, low rank, Kronecker) or, for `W(G, H)`,
+the better of two searches by L-BFGS, together with a lower bound on the error of every `W(G, H)`.
 
 Writes `experiments/results/approximation.csv` (final errors of every trial), `approximation.curves.csv` (training
-curves, mean and standard deviation over trials), `approximation.md` and `.png`, in three and a half minutes on two
-cores.
+curves, mean and standard deviation over trials) and `approximation.png`, and prints the tables, in three and a half
+minutes on two CPU cores.
 """
 
 import argparse
-import csv
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,22 +26,22 @@ import tqdm
 from jaxtyping import Array, Float
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from experiments.command import command
-from experiments.descent import MOMENTUM, descend, relative_errors
+from experiments.descent import descend, relative_errors
+from experiments.grid import RESULTS
+from experiments.tables import markdown, mean_and_deviation, new_figure, read_csv, tidy, write_csv
 from surm_jax.errors import UserError
 from surm_jax.structured import FAMILIES, StructuredMatrix, refine
 
-RESULTS = Path(__file__).parent / "results"
 SIDE = 100
 SIZES = (1, 2, 4, 8, 16, 20)
 NOISE = 0.05
-# With which W(G, H) of rank 4, the largest that the paper finds best, can hold them but for the noise.
+# The rank of near-low-rank targets. W(G, H) of rank 4, the largest that the paper finds best, can hold such targets
+# except for the noise.
 LOW_RANK = 2
 LEARNING_RATE = 0.2
-# Of the matrix that descent starts from, relative to the target's.
+# The norm of the matrix that descent starts from, relative to the target's.
 START_NORM = 0.1
 SEARCH_STEPS = 200
 
@@ -71,7 +70,7 @@ TARGETS: dict[str, Callable[[np.random.Generator], Float[np.ndarray, "n n"]]] = 
 
 
 class Kind(NamedTuple):
-    """A family at one size: the name and value of the option that sets it, None where there is one size only."""
+    """A family at one size, with the name and value of the option that sets the size; None where there is no option."""
 
     family: str
     option: str | None = None
@@ -79,7 +78,7 @@ class Kind(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """What `init` and `nearest` of the family are given."""
+        """The options of the family's `init` and `nearest`."""
         return {} if self.option is None else {self.option: self.size}
 
     @property
@@ -89,8 +88,13 @@ class Kind(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """How many numbers it has."""
+        """The number of parameters."""
         return jax.eval_shape(lambda: _zero(self)).num_params
+
+    @property
+    def budget(self) -> int:
+        """The number of parameters in units of the side, rounded up, since a Toeplitz matrix has one fewer."""
+        return -(-self.parameters // SIDE)
 
 
 TITLES = {
@@ -105,52 +109,47 @@ SIZED = {"LowDisplacementRank": "rank", "LowRank": "rank", "Kronecker": "terms"}
 
 
 def kinds() -> list[Kind]:
-    """Returns all families at all sizes, in the order of their parameters."""
+    """Return all families at all sizes, ordered by the number of parameters."""
     fixed = [Kind(family) for family in TITLES if family not in SIZED]
     return fixed + [Kind(family, option, size) for size in SIZES for family, option in SIZED.items()]
 
 
-class Result(NamedTuple):
-    """What is known of a family at one size, by target: errors (trials,), and training curves (trials, steps + 1).
-
-    The bound is on the error of every matrix of the family; None where `nearest` is the optimum.
-    """
-
-    descent: dict[str, Float[np.ndarray, " trials"]]
-    nearest: dict[str, Float[np.ndarray, " trials"]]
-    bound: dict[str, Float[np.ndarray, " trials"]] | None
-    curves: dict[str, Float[np.ndarray, "trials steps+1"]]
-
-
 def draw_targets(trials: int) -> Float[np.ndarray, "targets*trials n n"]:
-    """Returns the targets in float32: all trials of the first kind, then of the next."""
+    """Return the targets in float32: all trials of the first kind, then of the next."""
     rngs = [np.random.default_rng([kind, trial]) for kind in range(len(TARGETS)) for trial in range(trials)]
     makers = [make for make in TARGETS.values() for _ in range(trials)]
     return np.stack([make(rng) for make, rng in zip(makers, rngs, strict=True)]).astype(np.float32)
 
 
+class Result(NamedTuple):
+    """The relative errors of a family at one size.
+
+    Attributes:
+        descent: After gradient descent, (targets*trials,).
+        nearest: Of the nearest matrix that is known, (targets*trials,).
+        bound: No matrix of the family has a smaller error, (targets*trials,); None where `nearest` is the optimum.
+        curves: Before the first step of descent and after each, (targets*trials, steps + 1).
+    """
+
+    descent: Float[np.ndarray, " targets*trials"]
+    nearest: Float[np.ndarray, " targets*trials"]
+    bound: Float[np.ndarray, " targets*trials"] | None
+    curves: Float[np.ndarray, "targets*trials steps+1"]
+
+
 def fit(kind: Kind, targets: Float[np.ndarray, "targets*trials n n"], steps: int) -> Result:
-    """Fits one family at one size to every target, by descent and by `nearest`."""
+    """Fit a family at one size to every target, by descent and by `nearest`."""
     starts = _starts(kind, targets)
     last, curves = descend(_dense, starts, targets, steps=steps, learning_rate=LEARNING_RATE)
     if kind.family == "LowDisplacementRank":
         nearest, bound = _search(kind, targets, last), displacement_bound(targets, kind.size)
     else:
         nearest, bound = relative_errors(_nearest(kind, targets), targets), None
-
-    def by_target(values: Array) -> dict[str, np.ndarray]:
-        return dict(zip(TARGETS, np.split(np.asarray(values), len(TARGETS)), strict=True))
-
-    return Result(
-        descent=by_target(curves[:, -1]),
-        nearest=by_target(nearest),
-        bound=None if bound is None else by_target(bound),
-        curves=by_target(curves),
-    )
+    return Result(np.asarray(curves[:, -1]), np.asarray(nearest), bound, np.asarray(curves))
 
 
 def displacement_bound(targets: Float[np.ndarray, "trials n n"], rank: int) -> Float[np.ndarray, " trials"]:
-    """Returns a relative error that no `W(G, H)` of this rank can go below.
+    """Return a lower bound on the relative error of every `W(G, H)` of this rank.
 
     `L(W) = Z_1 W - W Z_{-1}` has rank r at most for a `W(G, H)`, and `||L(E)||_F <= 2 ||E||_F` since both shifts are
     orthogonal. So `||M - W||_F >= ||L(M) - L(W)||_F / 2`, which is at least half of what the singular values of `L(M)`
@@ -171,7 +170,7 @@ def _zero(kind: Kind) -> StructuredMatrix:
 
 
 def _starts(kind: Kind, targets: Float[np.ndarray, "trials n n"]) -> StructuredMatrix:
-    """Random matrices, a tenth as large as their targets; of products, all factors are equally large."""
+    """Return random matrices a tenth as large as their targets, where all factors of a product are equally large."""
     zero, trials = _zero(kind), len(targets)
     keys = jax.random.split(jax.random.key(1), len(zero.arrays()))
     leaves = {
@@ -195,7 +194,7 @@ def _nearest(kind: Kind, targets: Float[np.ndarray, "trials n n"], **options: in
 def _search(
     kind: Kind, targets: Float[np.ndarray, "trials n n"], descended: StructuredMatrix
 ) -> Float[Array, " trials"]:
-    """The least errors that L-BFGS finds, from where descent ended and from the displacement's truncated SVD."""
+    """Return the smaller error of two L-BFGS searches: from the end of descent, and from the displacement's SVD."""
     nearest = functools.partial(FAMILIES[kind.family].nearest, **kind.options, steps=0)
     starts = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), descended, jax.jit(jax.vmap(nearest))(targets))
     twice = jnp.concatenate([targets, targets])
@@ -203,80 +202,74 @@ def _search(
     return relative_errors(found, twice).reshape(2, -1).min(axis=0)
 
 
-def fit_all(trials: int, steps: int) -> dict[Kind, Result]:
-    """Fits every family at every size; a bar shows the progress."""
-    targets = draw_targets(trials)
-    results = {}
+def run(trials: int, steps: int) -> tuple[list[tuple], list[tuple]]:
+    """Fit every family at every size; a bar shows the progress.
+
+    Returns:
+        The rows of the two csv files: errors, and training curves at about 25 steps.
+    """
+    targets, errors, curves = draw_targets(trials), [], []
     with tqdm.tqdm(kinds(), desc=f"{len(targets)} targets", unit="fit") as bar:
         for kind in bar:
             bar.set_postfix_str(kind.title)
-            results[kind] = fit(kind, targets, steps)
-    return results
+            result = fit(kind, targets, steps)
+            for place, target in enumerate(TARGETS):
+                mine = slice(place * trials, (place + 1) * trials)
+                columns = [result.descent, result.nearest, *([] if result.bound is None else [result.bound])]
+                for trial, values in enumerate(zip(*(column[mine] for column in columns), strict=True)):
+                    texts = [f"{value:.5f}" for value in values] + [""] * (3 - len(values))
+                    errors.append((target, kind.family, kind.size, kind.parameters, trial, *texts))
+                for step in np.unique(np.geomspace(1, steps + 1, 25).astype(int)) - 1:
+                    found = [float(value) for value in result.curves[mine, step]]
+                    texts = [f"{statistics.mean(found):.5f}", f"{statistics.stdev(found):.5f}"]
+                    curves.append((target, kind.family, kind.size, step, *texts))
+    return errors, curves
 
 
-def write_csv(results: dict[Kind, Result]) -> None:
-    """Writes the final errors of every trial, and the mean training curves at about 25 steps."""
-    with (RESULTS / "approximation.csv").open("w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["target", "family", "size", "parameters", "trial", "descent", "nearest", "bound"])
-        for kind, result in results.items():
-            for target in TARGETS:
-                for trial, errors in enumerate(zip(result.descent[target], result.nearest[target], strict=True)):
-                    bound = "" if result.bound is None else f"{result.bound[target][trial]:.5f}"
-                    known = [f"{error:.5f}" for error in errors]
-                    rows.writerow([target, kind.family, kind.size, kind.parameters, trial, *known, bound])
-    with (RESULTS / "approximation.curves.csv").open("w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["target", "family", "size", "step", "mean", "std"])
-        for kind, result in results.items():
-            for target, curves in result.curves.items():
-                for step in np.unique(np.geomspace(1, curves.shape[1], 25).astype(int)) - 1:
-                    errors = curves[:, step]
-                    rows.writerow([target, kind.family, kind.size, step, *(f"{v:.5f}" for v in _summary(errors))])
+ERROR_COLUMNS = ("target", "family", "size", "parameters", "trial", "descent", "nearest", "bound")
+CURVE_COLUMNS = ("target", "family", "size", "step", "mean", "std")
+Errors = Mapping[str, Mapping[Kind, list[float]]]
 
 
-def _summary(errors: Sequence[float]) -> tuple[float, float]:
-    values = [float(error) for error in errors]
-    return statistics.mean(values), statistics.stdev(values)
+def read_errors(folder: Path, column: str) -> Errors:
+    """Return a column of `approximation.csv` by target and kind, where it is not empty."""
+    errors: dict[str, dict[Kind, list[float]]] = {}
+    for row in read_csv(folder / "approximation.csv"):
+        if row[column]:
+            errors.setdefault(row["target"], {}).setdefault(_kind(row), []).append(float(row[column]))
+    return errors
 
 
-def table(results: dict[Kind, Result], column: str) -> str:
-    """Returns the errors in markdown, families of one budget together, the nearest of them in bold.
+def _kind(row: Mapping[str, str]) -> Kind:
+    return Kind(row["family"], SIZED[row["family"]], int(row["size"])) if row["size"] else Kind(row["family"])
 
-    Args:
-        results: Everything.
-        column: "nearest" or "descent".
-    """
-    lines = ["| family | parameters | " + " | ".join(TARGETS) + " |", "|---|" + "---:|" * (1 + len(TARGETS))]
-    means = {
-        kind: {target: _summary(errors)[0] for target, errors in getattr(result, column).items()}
-        for kind, result in results.items()
+
+def error_table(errors: Errors) -> str:
+    """Return the errors of all kinds, the nearest of each budget in bold."""
+    means = {target: {kind: statistics.mean(one) for kind, one in of.items()} for target, of in errors.items()}
+    lines = []
+    for kind in next(iter(errors.values())):
+        line = {"family": kind.title, "parameters": kind.parameters}
+        for target, of in errors.items():
+            rivals = [mean for other, mean in means[target].items() if other.budget == kind.budget]
+            line[target] = mean_and_deviation(of[kind], digits=4)
+            # A difference below four digits is no victory.
+            if round(means[target][kind], 4) <= round(min(rivals), 4):
+                line[target] = "**{}** ± {}".format(*line[target].split(" ± "))
+        lines.append(line)
+    return markdown(lines, {"family": "", "parameters": ","} | dict.fromkeys(errors, ">"))
+
+
+def tables(folder: Path = RESULTS) -> dict[str, str]:
+    """Return the errors of the nearest matrices and of gradient descent, and the lower bounds for `W(G, H)`."""
+    bounds = read_errors(folder, "bound")
+    lines = [
+        {"family": kind.title} | {target: statistics.mean(of[kind]) for target, of in bounds.items()}
+        for kind in next(iter(bounds.values()))
+    ]
+    return {name: error_table(read_errors(folder, name)) for name in ("nearest", "descent")} | {
+        "bound": markdown(lines, {"family": ""} | dict.fromkeys(bounds, ".4f"))
     }
-    for kind, result in results.items():
-        rivals = [other for other in results if _budget(other) == _budget(kind)]
-        cells = []
-        for target in TARGETS:
-            mean, deviation = _summary(getattr(result, column)[target])
-            # Four digits tell the families apart; a tie within them is no victory.
-            best = round(mean, 4) <= round(min(means[other][target] for other in rivals), 4)
-            cells.append(f"**{mean:.4f}** ± {deviation:.4f}" if best else f"{mean:.4f} ± {deviation:.4f}")
-        lines.append(f"| {kind.title} | {kind.parameters:,} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _budget(kind: Kind) -> int:
-    """The number of parameters, to the next multiple of the side: a Toeplitz matrix lacks one."""
-    return -(-kind.parameters // SIDE)
-
-
-def bound_table(results: dict[Kind, Result]) -> str:
-    """Returns what the error of every `W(G, H)` is at least, in markdown."""
-    lines = ["| family | " + " | ".join(TARGETS) + " |", "|---|" + "---:|" * len(TARGETS)]
-    for kind, result in results.items():
-        if result.bound is not None:
-            means = [_summary(result.bound[target])[0] for target in TARGETS]
-            lines.append(f"| {kind.title} | " + " | ".join(f"{mean:.4f}" for mean in means) + " |")
-    return "\n".join(lines) + "\n"
 
 
 COLOURS = {
@@ -289,49 +282,49 @@ COLOURS = {
 }
 
 
-def draw(results: dict[Kind, Result]) -> None:
-    """Draws the training curves of the paper's families, and below them all families at equal budget."""
-    figure = Figure(figsize=(3.1 * len(TARGETS), 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(2, len(TARGETS))
-    for target, above, below in zip(TARGETS, *panels, strict=True):
-        _draw_curves(above, results, target)
-        _draw_budgets(below, results, target)
+def draw(folder: Path) -> None:
+    """Draw the training curves of the paper's families, and below them all families at equal budgets."""
+    nearest, descent = (read_errors(folder, column) for column in ("nearest", "descent"))
+    curves = read_csv(folder / "approximation.curves.csv")
+    figure = new_figure(3.1 * len(nearest), 7)
+    panels = figure.subplots(2, len(nearest))
+    for target, above, below in zip(nearest, *panels, strict=True):
+        _draw_curves(above, [row for row in curves if row["target"] == target])
+        _draw_budgets(below, nearest[target], descent[target])
         above.set_title(target, fontsize=11)
         above.set_xlabel("steps of gradient descent")
         below.set_xlabel("parameters")
         for axes in (above, below):
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
+            tidy(axes)
     for row in panels:
         row[0].set_ylabel("relative Frobenius error")
         row[-1].legend(*row[0].get_legend_handles_labels(), frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(RESULTS / "approximation.png", dpi=130)
+    figure.savefig(folder / "approximation.png", dpi=130)
 
 
-def _draw_curves(axes: Axes, results: dict[Kind, Result], target: str) -> None:
+def _draw_curves(axes: Axes, rows: Sequence[Mapping[str, str]]) -> None:
+    lines: dict[Kind, list[list[float]]] = {}
+    for row in rows:
+        if row["family"] not in ("LowRank", "Kronecker"):
+            lines.setdefault(_kind(row), []).append([float(row[name]) for name in ("step", "mean", "std")])
     blues = iter(colormaps["Blues"](np.linspace(0.35, 1, len(SIZES))))
-    for kind, result in results.items():
-        if kind.family in ("LowRank", "Kronecker"):
-            continue
-        curves = result.curves[target]
-        steps, mean, deviation = np.arange(curves.shape[1]), curves.mean(axis=0), curves.std(axis=0, ddof=1)
-        if kind.option:
-            style = {"color": next(blues)}
-        else:
-            style = {"color": COLOURS[kind.family], "ls": "--"}
+    for kind, points in lines.items():
+        steps, mean, deviation = np.transpose(points)
+        style = {"color": next(blues)} if kind.option else {"color": COLOURS[kind.family], "ls": "--"}
         axes.plot(steps + 1, mean, lw=1.5, label=kind.title, **style)
         axes.fill_between(steps + 1, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, lw=0)
     axes.set_xscale("log")
 
 
-def _draw_budgets(axes: Axes, results: dict[Kind, Result], target: str) -> None:
+def _draw_budgets(axes: Axes, nearest: Mapping[Kind, list[float]], descent: Mapping[Kind, list[float]]) -> None:
     for family, title in TITLES.items():
-        mine = [kind for kind in results if kind.family == family]
+        mine = [kind for kind in nearest if kind.family == family]
         budgets = [kind.parameters for kind in mine]
-        means, deviations = zip(*(_summary(results[kind].nearest[target]) for kind in mine), strict=True)
+        means, deviations = zip(
+            *((statistics.mean(e), statistics.stdev(e)) for e in map(nearest.get, mine)), strict=True
+        )
         axes.errorbar(budgets, means, deviations, color=COLOURS[family], label=title, marker="o", ms=4, lw=1.5)
-        descended = [_summary(results[kind].descent[target])[0] for kind in mine]
+        descended = [statistics.mean(descent[kind]) for kind in mine]
         axes.plot(budgets, descended, "o", ms=8, mfc="none", color=COLOURS[family])
     axes.plot([], [], "o", ms=8, mfc="none", color="grey", label="by gradient descent")
     axes.plot([], [], "o-", ms=4, lw=1.5, color="grey", label="nearest known")
@@ -341,52 +334,21 @@ def _draw_budgets(axes: Axes, results: dict[Kind, Result], target: str) -> None:
     axes.minorticks_off()
 
 
-def report(results: dict[Kind, Result], trials: int, steps: int) -> str:
-    """Returns the text of `approximation.md`."""
-    return f"""# Approximation of {SIDE} x {SIDE} matrices
-
-`python -m experiments.approximation`: relative Frobenius errors, mean ± standard deviation of {trials} trials. After
-arXiv 2406.17740, Figure 5. Bold: the nearest family within a budget, to four digits.
-
-Targets: **gaussian** is i.i.d. N(0, 1); **near low rank** is `G H^T + {NOISE} R`, with normal G and H of {LOW_RANK}
-columns and normal R; row i of **sine** is `sin(k t_i)`, k = 1 to {SIDE}, **with noise** plus `{NOISE} R`. The rank and
-the times are ours: the t_i are uniform on [0, 2 pi), in increasing order, and on [0, 1) for **slow sine**, which shows
-how much hangs on that choice.
-
-## The nearest matrices that are known
-
-The optimum in closed form, but for `W(G, H)`, which has none: the best that {SEARCH_STEPS} steps of L-BFGS found, from
-where gradient descent ended and from the truncated SVD of the target's displacement.
-
-{table(results, "nearest")}
-No `W(G, H)` at all has an error below this (half of the tail of the target's displacement); the optimum is somewhere
-between the two:
-
-{bound_table(results)}
-## Gradient descent
-
-{steps:,} steps with momentum {MOMENTUM} and learning rate {LEARNING_RATE} on the squared relative error, from random
-factors a tenth as large as the target.
-
-{table(results, "descent")}
-![training curves, and errors at equal budget](approximation.png)
-"""
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fits, writes and draws."""
+    """Make the study, write and draw its results, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--trials", type=int, default=10, help="how many targets of each kind, at least 2")
-    parser.add_argument("--steps", type=int, default=2000, help="how many of gradient descent")
+    parser.add_argument("--trials", type=int, default=10, help="targets of each kind, at least 2")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of gradient descent")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder to write to")
     options = parser.parse_args(arguments)
     if options.trials < 2 or options.steps < 1:
         raise UserError(f"--trials must be at least 2 and --steps 1, got {options.trials} and {options.steps}")
-    results = fit_all(options.trials, options.steps)
-    RESULTS.mkdir(exist_ok=True)
-    write_csv(results)
-    draw(results)
-    (RESULTS / "approximation.md").write_text(report(results, options.trials, options.steps))
-    print((RESULTS / "approximation.md").read_text())
+    errors, curves = run(options.trials, options.steps)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_csv(options.out / "approximation.csv", ERROR_COLUMNS, errors)
+    write_csv(options.out / "approximation.curves.csv", CURVE_COLUMNS, curves)
+    draw(options.out)
+    print("\n\n".join(tables(options.out).values()))
 
 
 if __name__ == "__main__":

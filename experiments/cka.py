@@ -1,25 +1,36 @@
-"""How alike two representations of the same examples are: linear CKA, of which rotations and scales are no part."""
+"""How alike two networks represent the same examples: linear CKA, block by block."""
 
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
 import numpy as np
-from jaxtyping import ArrayLike, Float
+import tqdm
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float
 
+from experiments.runs import Run
+from experiments.tables import markdown
+from surm_jax.devices.mesh import put_batch
 from surm_jax.errors import UserError
+from surm_jax.training.setup import Job
 
 
 def linear_cka(x: Float[ArrayLike, "examples d1"], y: Float[ArrayLike, "examples d2"]) -> float:
-    """Returns the linear centred kernel alignment of two representations, from 0 to 1.
+    """Return the linear centred kernel alignment of two representations, from 0 to 1.
 
     `|Y^T X|^2 / (|X^T X| |Y^T Y|)` in Frobenius norms, every column centred: Kornblith et al. (2019), arXiv 1905.00414.
-    Rotations, shifts and multiples of either representation leave it as it is; other linear maps do not. Calculated in
+    Rotations, shifts and multiples of either representation leave it as it is; other linear maps do not. Computed in
     float64, O(examples d1 d2), without the Gram matrices of the definition.
 
     Args:
         x: (examples, d1), any real dtype.
-        y: (examples, d2), of the same examples in the same order.
+        y: (examples, d2), Of the same examples in the same order.
 
     Raises:
-        UserError: one is not a matrix, they differ in the number of examples, or one holds numbers that are not finite
-            or the same row for all examples, which leaves nothing to compare.
+        UserError: One is not a matrix, they have different numbers of examples, or one holds numbers that are not
+            finite or the same row for all examples.
 
     >>> points = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     >>> round(linear_cka(points, 3 * points[:, ::-1] + 1), 6)
@@ -35,7 +46,7 @@ def linear_cka(x: Float[ArrayLike, "examples d1"], y: Float[ArrayLike, "examples
 
 
 def _centred(which: str, values: ArrayLike) -> Float[np.ndarray, "examples d"]:
-    """The representation in float64, every column with mean 0."""
+    """Return the representation in float64, with mean 0 in every column."""
     values = np.asarray(values, np.float64)
     if values.ndim != 2:
         raise UserError(f"linear_cka: {which} representation must be a matrix (examples, d), not {values.shape}")
@@ -44,3 +55,66 @@ def _centred(which: str, values: ArrayLike) -> Float[np.ndarray, "examples d"]:
     if (values == values[:1]).all():
         raise UserError(f"linear_cka: {which} representation is the same for all {len(values)} examples")
     return values - values.mean(axis=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def _states(graphdef: nnx.GraphDef, state: nnx.State, batch: dict[str, Array]) -> tuple[Float[Array, "b t d"], ...]:
+    model = nnx.merge(graphdef, state)
+    if "image" in batch:
+        return model.hidden_states(batch["image"])
+    return model.hidden_states(batch["tokens"], mask=batch["token_mask"], token_types=batch["token_types"])
+
+
+def hidden_states(
+    job: Job, model: nnx.Module, batches: Iterable[dict[str, np.ndarray]]
+) -> list[Float[np.ndarray, "tokens d"]]:
+    """Return the input of the first block and the output of each block, one row for each token without padding."""
+    graphdef, state = nnx.split(model)
+    by_layer = []
+    with jax.set_mesh(job.mesh):
+        for batch in batches:
+            states = [np.asarray(one, np.float32) for one in _states(graphdef, state, put_batch(batch, job.mesh))]
+            kept = np.broadcast_to(batch["mask"][:, None], states[0].shape[:2]) & batch.get("token_mask", True)
+            by_layer.append([one[kept] for one in states])
+    return [np.concatenate(parts) for parts in zip(*by_layer, strict=True)]
+
+
+class Alike(NamedTuple):
+    """The linear CKA of a run, and of the pretrained model, with the fully tuned network after so many blocks."""
+
+    blocks: int
+    run: float
+    base: float
+
+
+def compare(run: Run, full: nnx.Module, examples: int) -> list[Alike]:
+    """Compare a run and the pretrained model with a fully tuned network.
+
+    Args:
+        run: The run, with its pretrained model.
+        full: The fully tuned network.
+        examples: The test examples to use at least; whole batches, evenly spread over the test set, are taken.
+    """
+    batches = run.job.task.eval_batches(run.job.task.tests[0])
+    every = max(1, len(batches) // -(-examples // run.job.config.data.eval_batch_size))
+    chosen, seen = [], 0
+    for place, batch in enumerate(batches):
+        if place % every == 0 and seen < examples:
+            chosen.append(batch)
+            seen += int(batch["mask"].sum())
+    wanted = hidden_states(run.job, full, chosen)
+    rows = {}
+    for name, model in (("run", run.tuned), ("base", run.base)):
+        states = hidden_states(run.job, model, chosen)
+        pairs = tqdm.tqdm(zip(states, wanted, strict=True), desc=f"CKA, {name}", total=len(wanted), unit="layer")
+        rows[name] = [linear_cka(*pair) for pair in pairs]
+    return [Alike(blocks, *pair) for blocks, pair in enumerate(zip(rows["run"], rows["base"], strict=True))]
+
+
+def alike_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return the table of CKA."""
+    lines = [
+        {"states after": f"{row['blocks']} blocks", "this run": float(row["run"]), "pretrained": float(row["base"])}
+        for row in rows
+    ]
+    return markdown(lines, {"states after": "", "this run": ".4f", "pretrained": ".4f"})

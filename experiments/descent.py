@@ -17,7 +17,7 @@ Point = TypeVar("Point")
 def relative_errors(
     matrices: Float[Array, "trials in out"], targets: Float[Array, "trials in out"]
 ) -> Float[Array, " trials"]:
-    """Returns `||target - M||_F / ||target||_F` of every trial.
+    """Return `||target - M||_F / ||target||_F` of every trial.
 
     >>> float(relative_errors(jnp.zeros((1, 2, 2)), jnp.eye(2)[None])[0])
     1.0
@@ -34,14 +34,14 @@ def descend(
     steps: int,
     learning_rate: float,
 ) -> tuple[Point, Float[Array, "trials steps+1"]]:
-    """Minimises `||target - M||_F^2 / ||target||_F^2` of every trial by gradient descent with momentum 0.9.
+    """Minimise `||target - M||_F^2 / ||target||_F^2` of every trial by gradient descent with momentum 0.9.
 
     Args:
-        dense_of: Makes the matrix M of one trial's parameters.
+        dense_of: Makes the matrix M from one trial's parameters.
         starts: The parameters at the start, float32, every leaf with an axis of trials in front.
         targets: (trials, in, out), none of them zero.
-        steps: How many.
-        learning_rate: Of every step.
+        steps: The number of steps.
+        learning_rate: The learning rate of every step.
 
     Returns:
         The last parameters, and the relative errors (not squared) before the first step and after each.

@@ -1,12 +1,11 @@
 """Which structure fits: how much of a matrix's energy the nearest matrix of each family keeps, layer by layer.
 
-The energy is the squared Frobenius norm. Every family gets the same budget, twice the longer side of the matrix (of a
-square one the numbers of a LoRA of rank one), and what it keeps is `surm_jax.structured.approximations`. A share means
-something only beside that of a matrix without any structure, so the same is done to matrices of independent normal
-numbers: a linear family of p numbers keeps p / (in * out) of these, products such as low rank more.
+The energy is the squared Frobenius norm. Every family gets the same budget, twice the longer side of the matrix, which
+for a square matrix is a LoRA of rank one. `surm_jax.structured.approximations` finds what it keeps. A share has to be
+compared with that of a matrix without structure, so matrices of independent normal numbers are measured too: a linear
+family of p numbers keeps p / (in * out) of their energy, and products such as low rank keep more.
 """
 
-import csv
 import inspect
 import io
 import statistics
@@ -21,18 +20,17 @@ import tqdm
 from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 
+from experiments.tables import markdown, new_figure, write_csv
 from surm_jax.errors import UserError
 from surm_jax.structured import FAMILIES, approximations
 
-# Matrices of independent normal numbers for each shape.
+# The number of Gaussian matrices for each shape.
 DRAWS = 3
 GAUSSIAN = "i.i.d. Gaussian"
-# In the order of the pictures. Left out: a pair of circulants, which holds the same matrices as one, and a pair of
-# general Toeplitz matrices, which has twice the numbers of the budget.
+# In the order of the pictures. Two pairs are left out: that of circulants contains the same matrices as a single one,
+# and that of general Toeplitz matrices exceeds the budget.
 TITLES = {
     "Circulant": "circulant",
     "SkewCirculant": "skew-circulant",
@@ -56,8 +54,8 @@ class Family(NamedTuple):
 
     Attributes:
         name: The registered name.
-        size: What was chosen, such as "rank 1"; empty where there is one size only.
-        parameters: How many numbers it has.
+        size: The chosen size, such as "rank 1"; empty where there is one size only.
+        parameters: The number of parameters.
     """
 
     name: str
@@ -66,12 +64,12 @@ class Family(NamedTuple):
 
     @property
     def searched(self) -> bool:
-        """Whether its share is what a search found, so that there may be more; otherwise it is exact."""
+        """Whether a search found its share, which may then be too small; otherwise the share is exact."""
         return "steps" in inspect.signature(FAMILIES[self.name].nearest).parameters
 
 
 class EnergyMap(NamedTuple):
-    """What families keep of the energy of matrices of one shape.
+    """The shares of energy that families keep of matrices of one shape.
 
     Attributes:
         shape: (in_features, out_features).
@@ -90,14 +88,10 @@ class EnergyMap(NamedTuple):
 
 
 def shares(matrix: Float[np.ndarray, "in out"]) -> dict[Family, float]:
-    """Returns the share of a matrix's energy that each family keeps.
+    """Return the share of a matrix's energy that each family keeps.
 
     Raises:
         UserError: The matrix is zero, or holds numbers that are not finite.
-
-    >>> kept = shares(np.roll(np.eye(4, dtype=np.float32), 1, axis=1))  # a circulant
-    >>> {family.name: round(share, 4) for family, share in kept.items()}["Circulant"]
-    1.0
     """
     norm = np.linalg.norm(matrix)
     if not (np.isfinite(norm) and norm > 0):
@@ -112,7 +106,7 @@ def shares(matrix: Float[np.ndarray, "in out"]) -> dict[Family, float]:
 
 
 def energy_maps(matrices: Mapping[str, Float[np.ndarray, "in out"]]) -> list[EnergyMap]:
-    """Returns the maps of some layers' matrices, one for each shape. Shows a bar: the searches take their time.
+    """Return the maps of some layers' matrices, one for each shape; a bar shows the progress.
 
     Raises:
         UserError: A matrix is zero, or holds numbers that are not finite; the message names the layer.
@@ -141,44 +135,51 @@ def energy_maps(matrices: Mapping[str, Float[np.ndarray, "in out"]]) -> list[Ene
     return maps
 
 
-def write_csv(maps: Sequence[EnergyMap], path: Path) -> None:
-    """Writes a row for every layer and family."""
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["layer", "in", "out", "family", "size", "parameters", "found", "share", "gaussian"])
-        for one in maps:
-            for layer, kept in one.shares.items():
-                for family in one.families:
-                    found = "search" if family.searched else "exact"
-                    values = [f"{share:.6f}" for share in (kept[family], one.gaussian[family])]
-                    rows.writerow([layer, *one.shape, family.name, family.size, family.parameters, found, *values])
+def write_maps(maps: Sequence[EnergyMap], path: Path) -> None:
+    """Write a csv row for every layer and family."""
+    rows = []
+    for one in maps:
+        for layer, kept in one.shares.items():
+            for family in one.families:
+                found = "search" if family.searched else "exact"
+                values = [f"{share:.6f}" for share in (kept[family], one.gaussian[family])]
+                rows.append([layer, *one.shape, family.name, family.size, family.parameters, found, *values])
+    write_csv(path, ("layer", "in", "out", "family", "size", "parameters", "found", "share", "gaussian"), rows)
 
 
-def table(one: EnergyMap) -> str:
-    """Returns what each family keeps on average over layers, in markdown."""
-    count = len(one.shares)
-    lines = [
-        f"| family | numbers | found by | mean of {count} layers | least | most | Gaussian | times that | best in |",
-        "|---|---:|---|" + "---:|" * 6,
-    ]
-    best = [max(kept, key=kept.get) for kept in one.shares.values()]
-    for family in one.families:
-        values = [kept[family] for kept in one.shares.values()]
-        mean, gaussian = statistics.mean(values), one.gaussian[family]
-        cells = [
-            TITLES[family.name] + (f", {family.size}" if family.size else ""),
-            f"{family.parameters:,}",
-            "search" if family.searched else "formula",
-            *(f"{percent(value)} %" for value in (mean, min(values), max(values), gaussian)),
-            f"{mean / gaussian:.1f}",
-            str(best.count(family)),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def energy_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return a table for each shape: what each family keeps on average over layers, from the rows of a csv file."""
+    shapes: dict[str, dict[tuple[str, str], list[Mapping[str, str]]]] = {}
+    for row in rows:
+        of_shape = shapes.setdefault(f"{row['in']} x {row['out']}", {})
+        of_shape.setdefault((row["family"], row["size"]), []).append(row)
+    return {shape: _table(families) for shape, families in shapes.items()}
+
+
+def _table(families: Mapping[tuple[str, str], Sequence[Mapping[str, str]]]) -> str:
+    shares = {family: np.array([float(row["share"]) for row in mine]) for family, mine in families.items()}
+    best, lines = np.argmax(np.stack(list(shares.values())), axis=0).tolist(), []
+    for place, ((name, size), mine) in enumerate(families.items()):
+        kept, gaussian = shares[name, size], float(mine[0]["gaussian"])
+        values = {f"mean of {len(kept)} layers": kept.mean(), "least": kept.min(), "most": kept.max()}
+        lines.append(
+            {
+                "family": TITLES[name] + (f", {size}" if size else ""),
+                "numbers": int(mine[0]["parameters"]),
+                "found by": "search" if mine[0]["found"] == "search" else "formula",
+                **{title: f"{percent(value)} %" for title, value in (values | {"Gaussian": gaussian}).items()},
+                "times that": kept.mean() / gaussian,
+                "best in": best.count(place),
+            }
+        )
+    texts = dict.fromkeys((*values, "Gaussian"), ">")
+    return markdown(
+        lines, {"family": "", "numbers": ",", "found by": ""} | texts | {"times that": ".1f", "best in": "d"}
+    )
 
 
 def percent(share: float) -> str:
-    """Returns a share in percent, with a digit or two after the point.
+    """Return a share in percent, with a digit or two after the point.
 
     >>> percent(0.1234), percent(0.00123)
     ('12.3', '0.12')
@@ -187,17 +188,16 @@ def percent(share: float) -> str:
 
 
 def draw(maps: Sequence[EnergyMap], title: str, path: Path) -> None:
-    """Draws a heat map for each shape, layers by families, with the Gaussian matrices as the last line."""
+    """Draw a heat map for each shape, layers by families, with the Gaussian matrices as the last line."""
     rows = [len(one.shares) + 1 for one in maps]
-    figure = Figure(figsize=(11.5, 0.7 + sum(1.1 + 0.23 * count for count in rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11.5, 0.7 + sum(1.1 + 0.23 * count for count in rows))
     panels = figure.subplots(len(maps), 1, squeeze=False, height_ratios=rows)[:, 0]
     for axes, one in zip(panels, maps, strict=True):
         _draw_map(axes, one)
     figure.suptitle(title, fontsize=11)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=100)
-    # Few colours make a small file, however many layers there are.
+    # Few colours keep the file small even with many layers.
     Image.open(picture).convert("RGB").quantize(256).save(path, optimize=True)
 
 
@@ -221,18 +221,3 @@ def _draw_map(axes: Axes, one: EnergyMap) -> None:
     axes.set_ylabel(f"{one.shape[0]} x {one.shape[1]}")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-
-
-def report(maps: Sequence[EnergyMap]) -> str:
-    """Returns the tables of all shapes with what they mean, in markdown."""
-    parts = [LEGEND]
-    for one in maps:
-        parts += [f"## {one.shape[0]} x {one.shape[1]}\n", table(one)]
-    return "\n".join(parts)
-
-
-LEGEND = f"""The share of the squared Frobenius norm that the nearest matrix of each family keeps, at the largest size
-that has at most twice as many numbers as the longer side of the matrix. **Gaussian**: of a matrix of independent normal
-numbers, mean of {DRAWS}. **Formula**: the optimum; **search**: the best that was found, so there may be more. **Best
-in**: how many layers. A share says how near a matrix lies to a family, not how well a network trains within it.
-"""

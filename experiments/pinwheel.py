@@ -1,72 +1,55 @@
-"""Which structured matrix can stand for the hidden layer of a small network? A table, loss curves, decision regions.
+"""Which structured matrix can replace the hidden layer of a small network? Losses, curves and decision regions.
 
     python -m experiments.pinwheel
 
-After Figures 4 and 9 of arXiv 2406.17740: points of the plane on a pinwheel of 5 spokes, one class each, and a network
-with a hidden layer of 64 x 64 numbers, which is replaced by a matrix of 128: LoRA of rank 1, a pair of circulants, a
-pair of symmetric Toeplitz matrices, or one Toeplitz matrix (127). The bottom layer is frozen, or everything is trained;
-2,000 epochs, five seeds. The paper reports that the loss of LoRA stays several times higher, and that the structured
-matrices reach the dense layer. How many times larger hangs on the learning rate: see the tables.
+After Figures 4 and 9 of arXiv 2406.17740. Points of the plane lie on a pinwheel of 5 spokes, one class each. A network
+has a hidden layer of 64 x 64 numbers, which is replaced by a matrix of 128: LoRA of rank 1, a pair of circulants, a
+pair of symmetric Toeplitz matrices, or one Toeplitz matrix (127). The bottom layer is frozen, or everything is trained,
+for 2,000 epochs and with five seeds. The paper reports that the loss of LoRA stays several times higher, and that the
+structured matrices reach the dense layer.
 
-What the paper leaves open is done like this. The network is `tanh(tanh(x B + b) M + m) T + t` with `M` the matrix
-itself, not an update of one; biases are trained, but for a frozen bottom's. `B` is drawn from N(0, 1) and `T` from
-N(0, 1/64), the same for all layers; the numbers of `M` are normal, with a deviation at which its entries have a
-variance of 1/64, too. Adam on all 500 training points at once; its learning rate falls to 0 by a cosine from the best
-of five, by the loss on held-out points after as many epochs, mean of two other seeds. What counts is the last epoch, on
-the training points and on new ones.
+What the paper leaves open is chosen as follows.
 
-CKA compares what the hidden layer gives for the new points with the dense network of the same seed, which has the same
-bottom and top at the start; and the dense network itself with that of the next seed, where all differs.
+- The network is `tanh(tanh(x B + b) M + m) T + t`, where `M` is the matrix itself and not an update of one. Biases are
+  trained, except for that of a frozen bottom layer.
+- `B` is drawn from N(0, 1) and `T` from N(0, 1/64), the same for all layers. The numbers of `M` are normal, with the
+  deviation at which the entries of `M` have a variance of 1/64 too.
+- Adam sees all 500 training points in each step. Its learning rate falls to 0 by a cosine. The first rate is the best
+  of five by the loss on held-out points at the end, mean of two other seeds.
+- Losses and accuracies are those after the last epoch, on the training points and on new points.
+- CKA compares the hidden layer's outputs for the new points with those of the dense network of the same seed, whose
+  bottom and top start alike. The dense network itself is compared with that of the next seed.
 
-Writes `pinwheel.csv`, `.md`, `.png` and `pinwheel_regions.png` to `experiments/results`, or to `--out`.
+Writes `pinwheel.csv`, `pinwheel.search.csv`, `pinwheel.png` and `pinwheel_regions.png` to `experiments/results`, or to
+`--out`, and prints the tables.
 """
 
 import argparse
-import csv
-import functools
 import itertools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float
 from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
 
 from experiments.cka import linear_cka
 from experiments.command import command
-from surm_jax import structured
+from experiments.grid import RESULTS
+from experiments.pinwheel_networks import LAYERS, SPOKES, Network, Points, evaluate, forward, pinwheel, starts, train
+from experiments.tables import markdown, mean_and_deviation, new_figure, read_csv, tidy, write_csv
 from surm_jax.record.progress import Progress
 
-RESULTS = Path(__file__).parent / "results"
-WIDTH, SPOKES = 64, 5
-# How a layer is made, and the standard deviation of its numbers at which entries of the matrix have one of about 1/8.
-LAYERS = {
-    "dense": (structured.Dense.init, WIDTH**-0.5),
-    "lora": (functools.partial(structured.LowRank.init, rank=1), WIDTH**-0.25),
-    "circulant": (structured.CirculantPair.init, WIDTH**-0.25),
-    "symmetric_toeplitz": (structured.SymmetricToeplitzPair.init, WIDTH**-0.5),
-    "toeplitz": (structured.Toeplitz.init, WIDTH**-0.5),
-}
-# What the steps of the bottom layer are multiplied by.
+# The factor of the bottom layer's steps.
 BOTTOMS = {"frozen": 0.0, "trained": 1.0}
 EPOCHS = 2000
 SEEDS = (0, 1, 2, 3, 4)
 SEARCH_SEEDS = (10, 11)
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 COLOURS = dict(zip(LAYERS, ("#4878a8", "#e0883a", "#5f9e5a", "#b8504f", "#8a6bb0"), strict=True))
-
-
-class Points(NamedTuple):
-    """Points of the plane, in float32, and their spokes."""
-
-    x: Float[np.ndarray, "points 2"]
-    labels: Int[np.ndarray, " points"]
 
 
 class Data(NamedTuple):
@@ -77,19 +60,8 @@ class Data(NamedTuple):
     test: Points
 
 
-class Network(NamedTuple):
-    """The parameters of a network, or of a stack of them; `hidden` is the layer that is replaced."""
-
-    bottom: Float[Array, "2 width"]
-    bottom_bias: Float[Array, " width"]
-    hidden: structured.StructuredMatrix
-    hidden_bias: Float[Array, " width"]
-    top: Float[Array, "width spokes"]
-    top_bias: Float[Array, " spokes"]
-
-
 class Run(NamedTuple):
-    """A trained network, the training loss by epoch, and what its hidden layer gives for the test points."""
+    """A trained network, its training loss by epoch, and its hidden layer's outputs for the test points."""
 
     layer: str
     bottom: str
@@ -115,100 +87,8 @@ class Trial(NamedTuple):
     held_out_loss: float
 
 
-def pinwheel(draws: np.random.Generator, per_spoke: int) -> Points:
-    """Returns points on a pinwheel, `per_spoke` on each spoke.
-
-    As in Johnson et al. (2016), arXiv 1603.06277: normal along a spoke (mean 1, standard deviation 0.3) and across it
-    (0.1), and turned by exp(distance) / 4.
-    """
-    labels = np.repeat(np.arange(SPOKES), per_spoke)
-    along, across = draws.normal(size=(2, labels.size)) * [[0.3], [0.1]] + [[1.0], [0.0]]
-    angle = 2 * np.pi * labels / SPOKES + np.exp(along) / 4
-    x, y = along * np.cos(angle) - across * np.sin(angle), along * np.sin(angle) + across * np.cos(angle)
-    return Points(np.stack([x, y], axis=1).astype(np.float32), labels)
-
-
-def start(layer: str, seed: int) -> Network:
-    """Returns a network with random weights; bottom and top depend on the seed alone, not on the layer."""
-    draws = np.random.default_rng(seed)
-
-    def normal(deviation: float, *shape: int) -> Float[np.ndarray, "..."]:
-        return draws.normal(0, deviation, shape).astype(np.float32)
-
-    bottom, top = normal(1.0, 2, WIDTH), normal(WIDTH**-0.5, WIDTH, SPOKES)
-    init, deviation = LAYERS[layer]
-    empty = jax.eval_shape(lambda: init(jax.random.key(0), (WIDTH, WIDTH), scale=1.0))
-    hidden = jax.tree.map(lambda array: normal(deviation, *array.shape), empty)
-    zeros = np.zeros(WIDTH, np.float32)
-    return Network(bottom, zeros, hidden, zeros, top, zeros[:SPOKES])
-
-
-def forward(network: Network, x: Float[Array, "points 2"]) -> tuple[Array, Array]:
-    """Returns what the hidden layer gives, (points, width), and the scores of the spokes, (points, spokes)."""
-    hidden = jnp.tanh(x @ network.bottom + network.bottom_bias[None])
-    # Forming so small a matrix costs less than transforms of the points.
-    hidden = jnp.tanh(structured.matmul(hidden, network.hidden, execution="dense") + network.hidden_bias[None])
-    return hidden, hidden @ network.top + network.top_bias[None]
-
-
-def cross_entropy(scores: Float[Array, "points spokes"], points: Points) -> Float[Array, ""]:
-    """Returns the loss, a mean over points."""
-    return optax.softmax_cross_entropy_with_integer_labels(scores, points.labels).mean()
-
-
-@functools.partial(jax.jit, static_argnames="epochs")
-def train(
-    networks: Network,
-    rates: Float[Array, " networks"],
-    bottoms: Float[Array, " networks"],
-    points: Points,
-    *,
-    epochs: int,
-) -> tuple[Network, Float[Array, "networks epochs"]]:
-    """Trains a stack of networks side by side: one program for all seeds, rates and both kinds of bottom.
-
-    Each has its own first learning rate, and its own number by which the steps of its bottom layer are multiplied.
-    Returns the trained networks, and the loss of each before every step.
-    """
-    adam, share = optax.scale_by_adam(), optax.cosine_decay_schedule(1.0, epochs)
-
-    def loss(network):
-        return cross_entropy(forward(network, points.x)[1], points)
-
-    def step(carry, epoch, rate, bottom):
-        network, state = carry
-        value, gradient = jax.value_and_grad(loss)(network)
-        moves, state = adam.update(gradient, state)
-        moves = moves._replace(bottom=bottom * moves.bottom, bottom_bias=bottom * moves.bottom_bias)
-        rate *= share(epoch)
-        return (jax.tree.map(lambda value, move: value - rate * move, network, moves), state), value
-
-    def train_one(network, rate, bottom):
-        steps = functools.partial(step, rate=rate, bottom=bottom)
-        (network, _), losses = jax.lax.scan(steps, (network, adam.init(network)), jnp.arange(epochs))
-        return network, losses
-
-    return jax.vmap(train_one)(networks, rates, bottoms)
-
-
-def starts(layer: str, seeds: Iterable[int]) -> Network:
-    """Returns a stack of starts, one for each seed."""
-    return jax.tree.map(lambda *arrays: np.stack(arrays), *(start(layer, seed) for seed in seeds))
-
-
-@jax.jit
-def evaluate(networks: Network, points: Points) -> tuple[Array, Array, Array]:
-    """Returns the loss and the accuracy of each network of a stack, and what its hidden layer gives."""
-
-    def evaluate_one(network):
-        hidden, scores = forward(network, points.x)
-        return cross_entropy(scores, points), (scores.argmax(axis=-1) == points.labels).mean(), hidden
-
-    return jax.vmap(evaluate_one)(networks)
-
-
 def search(layer: str, bottom: str, data: Data) -> list[Trial]:
-    """Tries all learning rates for a layer."""
+    """Try all learning rates for a layer."""
     rates, seeds = zip(*itertools.product(RATES, SEARCH_SEEDS), strict=True)
     multiples = np.full(len(seeds), BOTTOMS[bottom], np.float32)
     networks, _ = train(starts(layer, seeds), np.float32(rates), multiples, data.train, epochs=EPOCHS)
@@ -218,19 +98,23 @@ def search(layer: str, bottom: str, data: Data) -> list[Trial]:
 
 
 def select(rows: Iterable[Trial | Run], layer: str, bottom: str) -> list[Trial | Run]:
-    """Returns the trials or the runs of a cell, in their order."""
+    """Return the trials or runs of a layer and a kind of bottom layer."""
     return [row for row in rows if (row.layer, row.bottom) == (layer, bottom)]
 
 
 def best_rate(trials: Iterable[Trial], layer: str, bottom: str) -> float:
-    """Returns the learning rate with the smallest loss on held-out points."""
+    """Return the learning rate with the smallest loss on held-out points."""
     return min(select(trials, layer, bottom), key=lambda trial: trial.held_out_loss).learning_rate
 
 
 def measure(layer: str, rate_of: dict[str, float], data: Data, dense: Sequence[Run]) -> list[Run]:
-    """Trains a layer with every seed and both kinds of bottom, each of which has its learning rate.
+    """Train a layer with every seed and both kinds of bottom layer.
 
-    `dense` are the runs of the dense layer in the same order, or none while it is measured itself.
+    Args:
+        layer: The name of the layer.
+        rate_of: The learning rate for each kind of bottom layer.
+        data: The points.
+        dense: The runs of the dense layer in the same order; empty while it is measured itself.
     """
     cases = list(itertools.product(BOTTOMS, SEEDS))
     rates = [rate_of[bottom] for bottom, _ in cases]
@@ -261,7 +145,7 @@ def measure(layer: str, rate_of: dict[str, float], data: Data, dense: Sequence[R
 
 
 def measure_all(data: Data) -> tuple[list[Trial], list[Run]]:
-    """Searches and measures every layer, and shows how far it is."""
+    """Search and measure every layer, and show the progress."""
     trials, runs = [], []
     with Progress("pinwheel", len(LAYERS), 0) as progress:
         for done, layer in enumerate(LAYERS, 1):
@@ -274,37 +158,56 @@ def measure_all(data: Data) -> tuple[list[Trial], list[Run]]:
     return trials, runs
 
 
-def table(runs: Sequence[Run], bottom: str) -> str:
-    """Returns the table of a kind of bottom in markdown: means over seeds."""
-    columns = "numbers | rate | training loss | of dense | test loss | of dense | test accuracy | CKA"
-    lines = [f"| layer | {columns} |", "|---|" + "---:|" * 8]
-    for layer in LAYERS:
-        mine, dense = select(runs, layer, bottom), select(runs, "dense", bottom)
-        cells = [f"{mine[0].numbers:,}", f"{mine[0].learning_rate:g}"]
-        for name in ("train_loss", "test_loss"):
-            mean, of_dense = (statistics.mean(getattr(run, name) for run in group) for group in (mine, dense))
-            cells += [f"{mean:.2g}", f"{mean / of_dense:.1f} x"]
-        for factor, name, digits, unit in ((100, "test_accuracy", 1, " %"), (1, "cka", 2, "")):
-            values = [factor * getattr(run, name) for run in mine]
-            cells.append(f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}{unit}")
-        lines.append(f"| {layer} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+RUN_COLUMNS = Run._fields[: Run._fields.index("curve")]
 
 
-def search_table(trials: Sequence[Trial], bottom: str) -> str:
-    """Returns the losses of all learning rates in markdown, training and held-out; what was chosen is bold."""
-    lines = ["| layer | " + " | ".join(f"{rate:g}" for rate in RATES) + " |", "|---|" + "---:|" * len(RATES)]
-    for layer in LAYERS:
-        best = best_rate(trials, layer, bottom)
-        cells = {t.learning_rate: f"{t.train_loss:.2g} / {t.held_out_loss:.2g}" for t in select(trials, layer, bottom)}
-        cells[best] = f"**{cells[best]}**"
-        lines.append(f"| {layer} | " + " | ".join(cells.values()) + " |")
-    return "\n".join(lines) + "\n"
+def tables(folder: Path = RESULTS) -> dict[str, str]:
+    """Return, for each kind of bottom layer, the means over seeds and the losses of the search."""
+    runs, trials = read_csv(folder / "pinwheel.csv"), read_csv(folder / "pinwheel.search.csv")
+    found = {}
+    for bottom in dict.fromkeys(row["bottom"] for row in runs):
+        found[bottom] = run_table([row for row in runs if row["bottom"] == bottom])
+        found[f"search, {bottom}"] = search_table([row for row in trials if row["bottom"] == bottom])
+    return found
+
+
+def run_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return the means over seeds for every layer, and for losses also the multiple of the dense layer's."""
+    lines = []
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        line = {"layer": layer}
+        for column, title in (("train_loss", "training loss"), ("test_loss", "test loss")):
+            mean, dense = (statistics.mean(_values(rows, name, column)) for name in (layer, "dense"))
+            line |= {title: f"{mean:.2g}", f"{title}, of dense": f"{mean / dense:.1f} x"}
+        accuracy = [100 * value for value in _values(rows, layer, "test_accuracy")]
+        line |= {"test accuracy, %": mean_and_deviation(accuracy)}
+        line |= {"CKA": mean_and_deviation(_values(rows, layer, "cka"), digits=2)}
+        line |= {"numbers": int(_values(rows, layer, "numbers")[0]), "rate": _values(rows, layer, "learning_rate")[0]}
+        lines.append(line)
+    losses = ("training loss", "training loss, of dense", "test loss", "test loss, of dense")
+    texts = dict.fromkeys((*losses, "test accuracy, %", "CKA"), ">")
+    return markdown(lines, {"layer": "", "numbers": ",", "rate": "g"} | texts)
+
+
+def search_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return the training and held-out losses of all learning rates, the chosen rate in bold."""
+    lines = []
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        mine = [row for row in rows if row["layer"] == layer]
+        pairs = [f"{float(row['train_loss']):.2g} / {float(row['held_out_loss']):.2g}" for row in mine]
+        best = min(range(len(mine)), key=lambda place: float(mine[place]["held_out_loss"]))
+        pairs[best] = f"**{pairs[best]}**"
+        lines.append({"layer": layer, **dict(zip((row["learning_rate"] for row in mine), pairs, strict=True))})
+    return markdown(lines, {"layer": ""} | dict.fromkeys(list(lines[0])[1:], ">"))
+
+
+def _values(rows: Sequence[Mapping[str, str]], layer: str, column: str) -> list[float]:
+    return [float(row[column]) for row in rows if row["layer"] == layer]
 
 
 def draw_curves(runs: Sequence[Run], path: Path) -> None:
-    """Draws the training loss by epoch, median and range over seeds, and the CKA of every seed."""
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    """Draw the training loss by epoch, as median and range over seeds, and the CKA of every seed."""
+    figure = new_figure(11, 3.8)
     *panels, alike = figure.subplots(1, 3, width_ratios=(1, 1, 0.8))
     panels[1].sharey(panels[0])
     for axes, bottom in zip(panels, BOTTOMS, strict=True):
@@ -328,17 +231,16 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
     alike.set_xlabel("CKA")
     alike.set_title("hidden layer beside dense\n(full: frozen, open: trained)", fontsize=10)
     for axes in (*panels, alike):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     figure.legend(handles=lines, loc="outside lower center", ncols=len(LAYERS), frameon=False)
     figure.savefig(path, dpi=150)
 
 
 def draw_regions(runs: Sequence[Run], points: Points, path: Path) -> None:
-    """Draws the regions that the networks of the first seed give to the spokes, and the training points."""
+    """Draw the regions that networks of the first seed assign to the spokes, and the training points."""
     side = np.linspace(-2.4, 2.4, 300, dtype=np.float32)
     grid = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
-    figure, colours = Figure(figsize=(11, 4.9), layout="constrained"), ListedColormap(list(COLOURS.values()))
+    figure, colours = new_figure(11, 4.9), ListedColormap(list(COLOURS.values()))
     panels = figure.subplots(len(BOTTOMS), len(LAYERS))
     for row, bottom in zip(panels, BOTTOMS, strict=True):
         for axes, layer in zip(row, LAYERS, strict=True):
@@ -355,43 +257,20 @@ def draw_regions(runs: Sequence[Run], points: Points, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def report(trials: Sequence[Trial], runs: Sequence[Run], data: Data, folder: Path) -> str:
-    """Writes the runs, the tables and the pictures into a folder, and returns the text with the tables."""
-    columns = Run._fields[: Run._fields.index("curve")]
-    with (folder / "pinwheel.csv").open("w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(columns)
-        for run in runs:
-            values = [getattr(run, name) for name in columns]
-            rows.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in values])
-    title = f"""# Pinwheel
-
-`python -m experiments.pinwheel`: {len(SEEDS)} seeds, {EPOCHS:,} epochs. The hidden layer of 64 x 64 is dense, or a
-matrix of few numbers. Means over seeds, for accuracy and CKA ± standard deviation; every run is in `pinwheel.csv`. CKA
-is with the dense layer of the same seed, and that of the dense layer with another seed. The script says how it is done.
-"""
-    parts = [title]
-    for bottom in BOTTOMS:
-        parts += [f"## Bottom layer {bottom}\n", table(runs, bottom)]
-        parts += ["Training and held-out loss of the search, by learning rate; bold is what was chosen:\n"]
-        parts += [search_table(trials, bottom)]
-    parts += ["![training loss and CKA](pinwheel.png)\n", "![decision regions](pinwheel_regions.png)\n"]
-    (folder / "pinwheel.md").write_text(text := "\n".join(parts))
-    draw_curves(runs, folder / "pinwheel.png")
-    draw_regions(runs, data.train, folder / "pinwheel_regions.png")
-    return text
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Searches, measures, writes and draws."""
+    """Search and train, write and draw the results, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder to write to")
-    options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
+    folder = parser.parse_args(arguments).out
+    folder.mkdir(parents=True, exist_ok=True)
     draws = np.random.default_rng(0)
     data = Data(train=pinwheel(draws, 100), held_out=pinwheel(draws, 200), test=pinwheel(draws, 200))
     trials, runs = measure_all(data)
-    print(report(trials, runs, data, options.out))
+    write_csv(folder / "pinwheel.csv", RUN_COLUMNS, ([getattr(run, name) for name in RUN_COLUMNS] for run in runs))
+    write_csv(folder / "pinwheel.search.csv", Trial._fields, trials)
+    draw_curves(runs, folder / "pinwheel.png")
+    draw_regions(runs, data.train, folder / "pinwheel_regions.png")
+    print("\n\n".join(tables(folder).values()))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""Pretrains a small ViT on five classes of CIFAR-10, from nothing, for the studies that adapt it to the other five.
+"""Pretrain a small ViT on five classes of CIFAR-10, from random weights, for studies that adapt it to the other five.
 
     python -m experiments.pretrain_cifar --data=FOLDER_OF_PREPARED_TFDS_SETS
 
-Writes `runs/pretrain_cifar/model.safetensors`, which `image_table.py` and `low_data.py` read, and the accuracy that it
-reached to `experiments/results/pretrain_cifar.md`. The model learns airplanes, birds, deer, frogs and ships; it never
-sees an automobile, cat, dog, horse or truck.
+Writes `runs/pretrain_cifar/model.safetensors`, which `image_table` and `low_data` read, and the accuracy reached
+to `experiments/results/pretrain_cifar.csv`. The model learns airplanes, birds, deer, frogs and ships; it never sees an
+automobile, cat, dog, horse or truck.
 
-It is the variant "mini" with patches of 8 pixels instead of 4: 2.7 million parameters as well, but a quarter of the
-tokens, and so three to five times the images in the same time. 15 passes over the 25,000 images took 18 minutes
-on two CPU cores. The training is an ordinary run of the library in `runs/pretrain_cifar`: the same command
-goes on where it was stopped.
+It is the variant "mini" with patches of 8 pixels instead of 4: the same 2.7 million parameters but a quarter of the
+tokens, so that it sees three to five times the images in the same time. 15 passes over the 25,000 images took 18
+minutes on two CPU cores. The training is an ordinary run of the library: the same command continues it.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import grid
 from experiments.command import command
+from experiments.grid import RESULTS
+from experiments.tables import markdown, read_csv, write_csv
 from surm_jax import data
 from surm_jax.devices.compilation import use_compilation_cache
 from surm_jax.errors import UserError
@@ -25,29 +25,28 @@ from surm_jax.training import base_config, parse
 from surm_jax.training.config import RunConfig
 from surm_jax.training.modes import merge_run, train_run
 
-RESULTS = grid.RESULTS
 WORKDIR = Path("runs/pretrain_cifar")
 MODEL = WORKDIR / "model.safetensors"
-# Every other class: airplane, bird, deer, frog, ship. By number, since a prepared set may lack their names.
+# Airplane, bird, deer, frog and ship, by number since a prepared set may lack names.
 LEARNED = (0, 2, 4, 6, 8)
 OTHERS = (1, 3, 5, 7, 9)
 
 
 def classes_of(numbers: Sequence[int], data_dir: str) -> tuple[str, ...]:
-    """Returns what the prepared set calls some of its classes.
+    """Return the names of classes in the prepared set.
 
     Raises:
-        UserError: if it is not there.
+        UserError: The set does not exist.
     """
     names = data.load("cifar10", data_dir or None).classes
     return tuple(names[number] for number in numbers)
 
 
 def config_of(data_dir: str, epochs: float) -> RunConfig:
-    """Returns the configuration of the run.
+    """Return the configuration of the run.
 
     Raises:
-        UserError: if the data set is not there.
+        UserError: The data set does not exist.
     """
     config = base_config()
     config.model.variant, config.model.patch_size, config.model.checkpoint = "mini", 8, "none"
@@ -62,8 +61,15 @@ def config_of(data_dir: str, epochs: float) -> RunConfig:
     return parse(config)
 
 
+def tables() -> dict[str, str]:
+    """Return the table of the result."""
+    rows = [{name: float(value) for name, value in row.items()} for row in read_csv(RESULTS / "pretrain_cifar.csv")]
+    formats = {"parameters": ",.0f", "passes": "g", "steps": ",.0f", "test_accuracy": ".1%", "minutes": ".0f"}
+    return {"result": markdown(rows, formats)}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains, and writes the model and its accuracy."""
+    """Train, and write the model and its accuracy."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="", help="folder of prepared TFDS sets")
     parser.add_argument("--epochs", type=float, default=15.0, help="passes over the training set")
@@ -75,20 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = train_run(config, WORKDIR)
     (merged,) = merge_run(WORKDIR, {})
     merged.replace(MODEL)
-    total, accuracy = result["parameters"]["total"], 100 * result["metrics"]["test_accuracy"]
-    minutes = result["seconds"] / 60
-    text = f"""# A small ViT, pretrained on five classes of CIFAR-10
-
-`python -m experiments.pretrain_cifar --data=FOLDER_OF_PREPARED_TFDS_SETS`: airplane, bird, deer, frog and ship; random
-weights at the start, test images of these classes.
-
-| parameters | passes | steps | test accuracy | minutes |
-|---:|---:|---:|---:|---:|
-| {total:,} | {options.epochs:g} | {result["steps"]:,} | {accuracy:.1f} % | {minutes:.0f} |
-"""
+    row = (
+        result["parameters"]["total"],
+        options.epochs,
+        result["steps"],
+        result["metrics"]["test_accuracy"],
+        result["seconds"] / 60,
+    )
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "pretrain_cifar.md").write_text(text)
-    print(text)
+    write_csv(RESULTS / "pretrain_cifar.csv", ("parameters", "passes", "steps", "test_accuracy", "minutes"), [row])
+    print(tables()["result"])
 
 
 if __name__ == "__main__":

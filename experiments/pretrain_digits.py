@@ -1,14 +1,14 @@
-"""Pretrains the small ViT that the package ships, on handwritten digits 0 to 4, from nothing.
+"""Pretrain the small ViT that the package ships, on handwritten digits 0 to 4, from random weights.
 
     python -m experiments.pretrain_digits
 
-Writes `runs/pretrain_digits/model.safetensors`. With `--replace` it also takes the place of the shipped file,
-`surm_jax/pretrained/weights/vit_digits.safetensors`, which `configs/digits.py` adapts to the digits 5 to 9. Adapters
-know their base to the bit: those that were trained on the old file do not fit the new one.
+Writes `runs/pretrain_digits/model.safetensors`. With `--replace` it also replaces the shipped file,
+`surm_jax/pretrained/weights/vit_digits.safetensors`, which `configs/digits.py` adapts to the digits 5 to 9. An adapter
+is tied to the exact weights it was trained on: adapters of the old file do not fit the new one.
 
-To tell five digits apart takes little, and what is learned for it carries over badly. So the task is harder: 20
-classes, digit times quarter turn. It sees no digit above 4 and no test image. The training itself is an ordinary run of
-the library, in `runs/pretrain_digits`; the images are in `runs/pretrain_digits.npz`.
+Telling five digits apart is easy, and features learned for it transfer badly. So the task is harder: 20 classes, digit
+times quarter turn. The model sees no digit above 4 and no test image. The training is an ordinary run of the library in
+`runs/pretrain_digits`, on the images in `runs/pretrain_digits.npz`.
 """
 
 import argparse
@@ -31,13 +31,13 @@ MODEL = WORKDIR / "model.safetensors"
 
 
 def quarter_turns(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns all images in four directions; the class is digit + 5 * number of quarter turns."""
+    """Return all images in four directions; the class is digit + 5 * number of quarter turns."""
     turned = [np.rot90(images, turns, axes=(1, 2)) for turns in range(4)]
     return np.concatenate(turned), np.concatenate([labels + 5 * turns for turns in range(4)])
 
 
 def make_data(path: Path) -> None:
-    """Writes the 20-class data set."""
+    """Write the data set of 20 classes."""
     source = data.load("digits_0to4")
     train_images, train_labels = quarter_turns(source.train.images, source.train.labels)
     test_images, test_labels = quarter_turns(source.test.images, source.test.labels)
@@ -48,10 +48,10 @@ def make_data(path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Makes the data, trains, and writes the weights."""
+    """Make the data, train, and write the weights."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=3000, help="how many (default: %(default)s)")
-    parser.add_argument("--replace", action="store_true", help="let the new weights be the ones that are shipped")
+    parser.add_argument("--steps", type=int, default=3000, help="training steps (default: %(default)s)")
+    parser.add_argument("--replace", action="store_true", help="also replace the shipped weights")
     options = parser.parse_args(arguments)
     images = WORKDIR.with_suffix(".npz")
     make_data(images)

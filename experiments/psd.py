@@ -3,26 +3,25 @@
     python -m experiments.psd
 
 The first study of arXiv 2406.17740 (Figure 1, left): a random 50 x 50 matrix is approximated by a matrix of rank one,
-`u u^T`; the Kronecker product `A (x) A^T` of a 10 x 5 matrix; a circulant; and a symmetric Toeplitz matrix. Gradient
-descent stands beside the exact optimum, which all four have:
+`u u^T`; the Kronecker product `A (x) A^T` of a 10 x 5 matrix; a circulant; and a symmetric Toeplitz matrix. Each is
+fitted by gradient descent, and exactly, since all four have an optimum in closed form:
 
-- circulant and symmetric Toeplitz: the mean of the target over each (wrapped) diagonal;
-- rank one: for every N, `||N - a a^T||^2 = ||N||^2 - 2 a^T N a + ||a||^4` is smallest at the leading eigenvector of the
-  symmetric part of N, times the root of its eigenvalue;
-- Kronecker: with the entries of the target rearranged so that row (i, j) and column (q, p) hold entry
-  `(5 i + p, 10 j + q)`, `A (x) A^T` becomes `a a^T`, where a are the entries of A. So it is the same problem.
+- Circulant and symmetric Toeplitz: the mean of the target over each (wrapped) diagonal.
+- Rank one: for every N, `||N - a a^T||^2 = ||N||^2 - 2 a^T N a + ||a||^4` is smallest at the leading eigenvector of the
+  symmetric part of N, times the root of its eigenvalue.
+- Kronecker: rearrange the entries of the target so that row (i, j) and column (q, p) hold entry `(5 i + p, 10 j + q)`.
+  Then `A (x) A^T` becomes `a a^T`, where a are the entries of A, and the problem is the previous one.
 
 The paper reports the same order in each of 10 trials: rank one is the worst, then Kronecker, circulant, Toeplitz. The
-order is checked and printed, for two readings of "rows of unit length", and for factors of other widths.
+order is counted for two readings of "rows of unit length", and for factors of other widths.
 
-Writes `experiments/results/psd.csv`, `.md` and `.png`; with `--out=FOLDER` they go there.
+Writes `experiments/results/psd.csv` and `psd.png`, or to `--out=FOLDER`, and prints the tables.
 """
 
 import argparse
-import csv
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,15 +31,14 @@ import numpy as np
 import tqdm
 from jaxtyping import Array, Float
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from experiments.command import command
-from experiments.descent import MOMENTUM, descend, relative_errors
+from experiments.descent import descend, relative_errors
+from experiments.grid import RESULTS
+from experiments.tables import markdown, mean_and_deviation, new_figure, read_csv, tidy, write_csv
 from surm_jax.errors import UserError
 from surm_jax.structured import Circulant, Kronecker, LowRank, SymmetricToeplitz
 
-RESULTS = Path(__file__).parent / "results"
 SIDE = 50
 FACTOR = (10, 5)
 LEARNING_RATE = 0.1
@@ -49,7 +47,7 @@ WIDTHS = (2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 
 
 class Family(NamedTuple):
-    """A family of matrices: its parameters make a matrix, and a target has a nearest one."""
+    """A family: the shape of its parameters, the matrix that they make, and the nearest member to a target."""
 
     parameters: tuple[int, ...]
     dense: Callable[[Array], Float[Array, "n n"]]
@@ -65,12 +63,12 @@ def _kronecker(A: Float[Array, "m n"]) -> Float[Array, "mn mn"]:
 
 
 def nearest_rank_one(target: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """Returns the nearest `u u^T` in the Frobenius norm."""
+    """Return the nearest `u u^T` in the Frobenius norm."""
     return _rank_one(_leading(target))
 
 
 def nearest_kronecker(target: Float[Array, "mn mn"]) -> Float[Array, "mn mn"]:
-    """Returns the nearest `A (x) A^T` in the Frobenius norm, A of the shape `FACTOR`."""
+    """Return the nearest `A (x) A^T` in the Frobenius norm, where A has the shape `FACTOR`."""
     m, n = FACTOR
     # Axes i, p, j, q of the target become (i, j) and (q, p).
     rearranged = target.reshape(m, n, n, m).transpose(0, 2, 3, 1).reshape(m * n, m * n)
@@ -78,7 +76,7 @@ def nearest_kronecker(target: Float[Array, "mn mn"]) -> Float[Array, "mn mn"]:
 
 
 def _leading(N: Float[Array, "n n"]) -> Float[Array, " n"]:
-    """The vector a for which `a a^T` is nearest to N."""
+    """Return the vector a whose `a a^T` is nearest to N."""
     values, vectors = jnp.linalg.eigh((N + N.T) / 2)
     return jnp.sqrt(jnp.maximum(values[-1], 0)) * vectors[:, -1]
 
@@ -100,14 +98,14 @@ COLOURS = dict(zip(FAMILIES, ("#d62728", "#ff7f0e", "#111111", "#9467bd"), stric
 
 
 def gram(rng: np.random.Generator, width: int = SIDE) -> Float[np.ndarray, "n n"]:
-    """Returns `X X^T` with normal X, its rows scaled to unit length: positive semi-definite, ones on the diagonal."""
+    """Return `X X^T` for a normal X with rows scaled to unit length: positive semi-definite, ones on the diagonal."""
     X = rng.normal(size=(SIDE, width))
     X /= np.linalg.norm(X, axis=1, keepdims=True)
     return X @ X.T
 
 
 def scaled_rows(rng: np.random.Generator) -> Float[np.ndarray, "n n"]:
-    """Returns `X X^T` with normal X, whose own rows are then scaled to unit length: not symmetric any more."""
+    """Return `X X^T` for a normal X, with the rows of the product scaled to unit length: no longer symmetric."""
     X = rng.normal(size=(SIDE, SIDE))
     M = X @ X.T
     return M / np.linalg.norm(M, axis=1, keepdims=True)
@@ -116,22 +114,23 @@ def scaled_rows(rng: np.random.Generator) -> Float[np.ndarray, "n n"]:
 TARGETS = {"unit factor rows": gram, "unit matrix rows": scaled_rows}
 
 
-class Study(NamedTuple):
-    """Relative errors by target and family: after descent and at the optimum (trials,), curves (trials, steps + 1).
+class Row(NamedTuple):
+    """The relative errors of a family for one target, after descent and at the optimum; descent may be missing."""
 
-    `identity` is the error of the best multiple of the identity, one number, by target. `widths` has the errors at the
-    optimum by family, (widths, trials), for factors X of other widths.
-    """
+    target: str
+    width: int
+    family: str
+    trial: int
+    descent: float | None
+    optimum: float
 
-    descent: dict[str, dict[str, Float[np.ndarray, " trials"]]]
-    optimum: dict[str, dict[str, Float[np.ndarray, " trials"]]]
-    curves: dict[str, dict[str, Float[np.ndarray, "trials steps+1"]]]
-    identity: dict[str, Float[np.ndarray, " trials"]]
-    widths: dict[str, Float[np.ndarray, "widths trials"]]
+
+OTHER_WIDTHS, IDENTITY = "other widths", "identity"
+Curves = dict[str, Float[np.ndarray, "trials steps+1"]]
 
 
 def optimal_errors(targets: Float[np.ndarray, "trials n n"]) -> dict[str, Float[np.ndarray, " trials"]]:
-    """Returns the relative errors of the nearest matrix of every family."""
+    """Return the relative errors of the nearest matrix of every family."""
     return {
         name: np.asarray(relative_errors(jax.vmap(family.nearest)(targets), targets))
         for name, family in FAMILIES.items()
@@ -139,37 +138,48 @@ def optimal_errors(targets: Float[np.ndarray, "trials n n"]) -> dict[str, Float[
 
 
 def identity_errors(targets: Float[np.ndarray, "trials n n"]) -> Float[np.ndarray, " trials"]:
-    """Returns the relative errors of the best multiple of the identity."""
+    """Return the relative errors of the best multiple of the identity, which is a single number."""
     traces = np.trace(targets, axis1=1, axis2=2)
     return np.sqrt(1 - traces**2 / SIDE / np.sum(np.square(targets), axis=(1, 2)))
 
 
-def run(trials: int, steps: int) -> Study:
-    """Makes the whole study; a bar shows the progress."""
-    study = Study({}, {}, {}, {}, {})
+def run(trials: int, steps: int) -> tuple[list[Row], Curves]:
+    """Make the study; a bar shows the progress.
+
+    Returns:
+        The errors, and the training curves of each family for the first kind of target.
+    """
+    rows, curves = [], {}
+
+    def draw_targets(make: Callable[[np.random.Generator], np.ndarray]) -> Float[np.ndarray, "trials n n"]:
+        return np.stack([make(np.random.default_rng(trial)) for trial in range(trials)]).astype(np.float32)
+
     with tqdm.tqdm(total=len(TARGETS) * len(FAMILIES) + len(WIDTHS), unit="fit") as bar:
         for target, make in TARGETS.items():
-            targets = np.stack([make(np.random.default_rng(trial)) for trial in range(trials)]).astype(np.float32)
-            study.optimum[target], study.identity[target] = optimal_errors(targets), identity_errors(targets)
-            study.curves[target], study.descent[target] = {}, {}
+            targets = draw_targets(make)
+            optima = optimal_errors(targets)
             for name, family in FAMILIES.items():
                 bar.set_description(f"{target}, {name}")
                 starts = START_SCALE * jax.random.normal(jax.random.key(0), (trials, *family.parameters))
-                _, curves = descend(family.dense, starts, targets, steps=steps, learning_rate=LEARNING_RATE)
-                study.curves[target][name], study.descent[target][name] = np.asarray(curves), np.asarray(curves[:, -1])
+                _, errors = descend(family.dense, starts, targets, steps=steps, learning_rate=LEARNING_RATE)
+                curves.setdefault(name, np.asarray(errors))
+                pairs = enumerate(zip(np.asarray(errors)[:, -1], optima[name], strict=True))
+                rows += [Row(target, SIDE, name, trial, *map(float, pair)) for trial, pair in pairs]
                 bar.update()
-        by_width = []
+            identity = enumerate(identity_errors(targets))
+            rows += [Row(target, SIDE, IDENTITY, trial, None, float(error)) for trial, error in identity]
         for width in WIDTHS:
             bar.set_description(f"width {width}")
-            targets = np.stack([gram(np.random.default_rng(trial), width) for trial in range(trials)])
-            by_width.append(optimal_errors(targets.astype(np.float32)))
+            optima = optimal_errors(draw_targets(lambda rng, width=width: gram(rng, width)))
+            for name, errors in optima.items():
+                pairs = enumerate(map(float, errors))
+                rows += [Row(OTHER_WIDTHS, width, name, trial, None, error) for trial, error in pairs]
             bar.update()
-    study.widths.update({name: np.stack([errors[name] for errors in by_width]) for name in FAMILIES})
-    return study
+    return rows, curves
 
 
-def order(errors: dict[str, Float[np.ndarray, " trials"]]) -> dict[str, int]:
-    """Returns in how many trials each family is worse than the next, and in how many the whole order holds.
+def order(errors: Mapping[str, Float[np.ndarray, " trials"]]) -> dict[str, int]:
+    """Return in how many trials each family is worse than the next, and in how many the whole order holds.
 
     >>> order({"a": np.array([3, 3]), "b": np.array([2, 1]), "c": np.array([1, 2])})
     {'a > b': 2, 'b > c': 1, 'a > b > c': 1}
@@ -180,137 +190,111 @@ def order(errors: dict[str, Float[np.ndarray, " trials"]]) -> dict[str, int]:
     return {claim: int(np.sum(holds)) for claim, holds in worse.items()}
 
 
-def _summary(errors: Sequence[float]) -> tuple[float, float]:
-    values = [float(error) for error in errors]
-    return statistics.mean(values), statistics.stdev(values)
+def errors_of(rows: Sequence[Row], column: str, target: str, width: int = SIDE) -> dict[str, np.ndarray]:
+    """Return a column of errors by family, from the worst family to the best as the paper reports them."""
+    return {
+        name: np.array([getattr(row, column) for row in rows if row[:3] == (target, width, name)]) for name in FAMILIES
+    }
+
+
+def read(folder: Path) -> list[Row]:
+    """Return the rows of `psd.csv` in a folder."""
+    return [
+        Row(row["target"], int(row["width"]), row["family"], int(row["trial"]),
+            float(row["descent"]) if row["descent"] else None, float(row["optimum"]))
+        for row in read_csv(folder / "psd.csv")
+    ]  # fmt: skip
+
+
+def tables(folder: Path = RESULTS) -> dict[str, str]:
+    """Return the errors and the order for both kinds of targets, and the optima by width."""
+    rows, found = read(folder), {}
+    for target in TARGETS:
+        descent, optimum = (errors_of(rows, column, target) for column in ("descent", "optimum"))
+        identity = [row.optimum for row in rows if (row.target, row.family) == (target, IDENTITY)]
+        lines = [
+            {"family": name, "gradient descent": _cell(descent[name]), "optimum": _cell(optimum[name])}
+            for name in FAMILIES
+        ]
+        lines.append({"family": "a multiple of the identity (1 number)", "optimum": _cell(identity)})
+        found[target] = markdown(lines, {"family": "", "gradient descent": ">", "optimum": ">"})
+        counts = zip(order(descent).items(), order(optimum).values(), strict=True)
+        claim = f"worse than the next, in how many of {len(identity)} trials"
+        lines = [{claim: text, "gradient descent": one, "optimum": other} for (text, one), other in counts]
+        found[f"order, {target}"] = markdown(lines, {claim: "", "gradient descent": "d", "optimum": "d"})
+    lines = []
+    for width in sorted({row.width for row in rows if row.target == OTHER_WIDTHS}):
+        errors = errors_of(rows, "optimum", OTHER_WIDTHS, width)
+        *_, whole = order(errors).values()
+        cells = {name: _cell(values) for name, values in errors.items()}
+        lines.append({"width of X": width, **cells, "whole order": f"{whole} of {len(errors['circulant'])}"})
+    return found | {"widths": markdown(lines, {"width of X": "d"} | dict.fromkeys([*FAMILIES, "whole order"], ">"))}
 
 
 def _cell(errors: Sequence[float]) -> str:
-    mean, deviation = _summary(errors)
-    return f"{mean:.4f} ± {deviation:.4f}"
+    return mean_and_deviation([float(error) for error in errors], digits=4)
 
 
-def write_csv(study: Study, path: Path) -> None:
-    """Writes the errors of every trial; those for other widths have no descent."""
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["target", "width", "family", "trial", "descent", "optimum"])
-        for target in TARGETS:
-            for name in FAMILIES:
-                pairs = zip(study.descent[target][name], study.optimum[target][name], strict=True)
-                for trial, (descent, optimum) in enumerate(pairs):
-                    rows.writerow([target, SIDE, name, trial, f"{descent:.6f}", f"{optimum:.6f}"])
-        for name, by_width in study.widths.items():
-            for width, errors in zip(WIDTHS, by_width, strict=True):
-                for trial, error in enumerate(errors):
-                    rows.writerow(["other widths", width, name, trial, "", f"{error:.6f}"])
-
-
-def report(study: Study, trials: int, steps: int) -> str:
-    """Returns the text of `psd.md`."""
-    lines = [
-        f"# A {SIDE} x {SIDE} positive semi-definite matrix in {SIDE} numbers",
-        "",
-        f"`python -m experiments.psd`: relative Frobenius errors, mean ± standard deviation of {trials} trials. After "
-        "arXiv 2406.17740, Figure 1, left.",
-        f"Gradient descent: {steps:,} steps with learning rate {LEARNING_RATE} (the paper's) and momentum {MOMENTUM} "
-        "on the squared relative error.",
-        "The optimum is exact for every family; how it is found is said in `psd.py`.",
-        "",
-        '"Rows of unit length" can mean two things. **Unit factor rows**: `X X^T` with normal X, the rows of X scaled; '
-        "**unit matrix rows**:",
-        "the rows of `X X^T` itself scaled, which then is not symmetric.",
-    ]
-    for target in TARGETS:
-        lines += ["", f"## {target[0].upper()}{target[1:]}", "", "| family | gradient descent | optimum |"]
-        lines += ["|---|---:|---:|"]
-        for name in FAMILIES:
-            lines.append(f"| {name} | {_cell(study.descent[target][name])} | {_cell(study.optimum[target][name])} |")
-        lines += [f"| a multiple of the identity (1 number) | | {_cell(study.identity[target])} |", ""]
-        lines += [f"| worse than the next, in how many of {trials} trials | gradient descent | optimum |"]
-        lines += ["|---|---:|---:|"]
-        descent, optimum = order(study.descent[target]), order(study.optimum[target])
-        lines += [f"| {claim} | {holds} | {optimum[claim]} |" for claim, holds in descent.items()]
-    lines += [
-        "",
-        "## Where the order holds",
-        "",
-        f"The optima for `X X^T` with unit rows of a normal {SIDE} x width matrix X. The wider X is, the nearer is the "
-        "target to the identity,",
-        "which circulant and Toeplitz matrices hold, and of which a Kronecker product holds more than a matrix of rank "
-        "one.",
-        "",
-        "| width of X | " + " | ".join(FAMILIES) + " | whole order |",
-        "|---:|" + "---:|" * (len(FAMILIES) + 1),
-    ]
-    for index, width in enumerate(WIDTHS):
-        errors = {name: by_width[index] for name, by_width in study.widths.items()}
-        *_, whole = order(errors).values()
-        lines.append(f"| {width} | " + " | ".join(map(_cell, errors.values())) + f" | {whole} of {trials} |")
-    return "\n".join(lines) + "\n\n![errors by family, training curves, errors by width](psd.png)\n"
-
-
-def draw(study: Study, path: Path) -> None:
-    """Draws errors by family, training curves, and the optima against the width of the factor."""
-    figure = Figure(figsize=(12, 3.9), layout="constrained")
-    FigureCanvasAgg(figure)
-    by_family, curves, widths = figure.subplots(1, 3)
-    target = next(iter(TARGETS))
-    _draw_families(by_family, study, target)
-    for name, errors in study.curves[target].items():
+def draw(rows: Sequence[Row], curves: Curves, path: Path) -> None:
+    """Draw the errors by family, the training curves, and the optima against the width of the factor."""
+    figure = new_figure(12, 3.9)
+    by_family, by_step, by_width = figure.subplots(1, 3)
+    _draw_families(by_family, rows, next(iter(TARGETS)))
+    for name, errors in curves.items():
         steps, mean, deviation = np.arange(errors.shape[1]), errors.mean(axis=0), errors.std(axis=0, ddof=1)
-        curves.plot(steps + 1, mean, color=COLOURS[name], label=name)
-        curves.fill_between(steps + 1, mean - deviation, mean + deviation, color=COLOURS[name], alpha=0.2, lw=0)
-    curves.set_xscale("log")
-    curves.set_xlabel("steps of gradient descent")
-    curves.set_title(f"Mean ± deviation of {errors.shape[0]} trials", fontsize=10)
-    for name, errors in study.widths.items():
+        by_step.plot(steps + 1, mean, color=COLOURS[name], label=name)
+        by_step.fill_between(steps + 1, mean - deviation, mean + deviation, color=COLOURS[name], alpha=0.2, lw=0)
+    by_step.set_xlabel("steps of gradient descent")
+    by_step.set_title(f"Mean ± deviation of {len(errors)} trials", fontsize=10)
+    optima = [errors_of(rows, "optimum", OTHER_WIDTHS, width) for width in WIDTHS]
+    for name in FAMILIES:
+        errors = np.stack([of_width[name] for of_width in optima])
         mean, deviation = errors.mean(axis=1), errors.std(axis=1, ddof=1)
-        widths.errorbar(WIDTHS, mean, deviation, color=COLOURS[name], marker="o", ms=4, label=name)
-    widths.axvline(SIDE, color="grey", ls=":", lw=1)
-    widths.set_xscale("log")
-    widths.set_xlabel(f"width of the factor X (dotted: {SIDE}, as on the left)")
-    widths.set_title("Optima for other targets", fontsize=10)
-    widths.legend(frameon=False, loc="lower left")
-    for axes in (curves, widths):
+        by_width.errorbar(WIDTHS, mean, deviation, color=COLOURS[name], marker="o", ms=4, label=name)
+    by_width.axvline(SIDE, color="grey", ls=":", lw=1)
+    by_width.set_xlabel(f"width of the factor X (dotted: {SIDE}, as on the left)")
+    by_width.set_title("Optima for other targets", fontsize=10)
+    by_width.legend(frameon=False, loc="lower left")
+    for axes in (by_step, by_width):
+        axes.set_xscale("log")
         axes.set_ylim(0, 1.05)
-    for axes in (by_family, curves, widths):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+    for axes in (by_family, by_step, by_width):
+        tidy(axes)
     by_family.set_ylabel("relative Frobenius error")
     figure.savefig(path, dpi=150)
 
 
-def _draw_families(axes: Axes, study: Study, target: str) -> None:
-    spread = np.linspace(-0.25, 0.25, len(study.identity[target]))
+def _draw_families(axes: Axes, rows: Sequence[Row], target: str) -> None:
+    descent, optimum = (errors_of(rows, column, target) for column in ("descent", "optimum"))
     for place, name in enumerate(FAMILIES):
-        descent, optimum = study.descent[target][name], study.optimum[target][name]
-        axes.plot(place + spread, optimum, "_", ms=9, mew=2, color=COLOURS[name])
-        axes.plot(place + spread, descent, "o", ms=5, mfc="none", color=COLOURS[name])
+        spread = place + np.linspace(-0.25, 0.25, len(optimum[name]))
+        axes.plot(spread, optimum[name], "_", ms=9, mew=2, color=COLOURS[name])
+        axes.plot(spread, descent[name], "o", ms=5, mfc="none", color=COLOURS[name])
     axes.plot([], [], "_", ms=9, mew=2, color="grey", label="optimum")
     axes.plot([], [], "o", ms=5, mfc="none", color="grey", label="gradient descent")
-    axes.axhline(study.identity[target].mean(), color="grey", ls="--", lw=1, label="multiple of the identity")
+    identity = [row.optimum for row in rows if (row.target, row.family) == (target, IDENTITY)]
+    axes.axhline(statistics.mean(identity), color="grey", ls="--", lw=1, label="multiple of the identity")
     axes.set_xticks(range(len(FAMILIES)), FAMILIES)
     axes.set_ylim(0.65, 1)
-    axes.set_title("All trials (unit factor rows)", fontsize=10)
+    axes.set_title(f"All trials ({target})", fontsize=10)
     axes.legend(frameon=False, loc="center left")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs, writes, draws, and prints the order."""
+    """Make the study, write and draw its results, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--trials", type=int, default=10, help="how many targets of each kind, at least 2")
-    parser.add_argument("--steps", type=int, default=5000, help="how many of gradient descent")
+    parser.add_argument("--trials", type=int, default=10, help="targets of each kind, at least 2")
+    parser.add_argument("--steps", type=int, default=5000, help="steps of gradient descent")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder to write to")
     options = parser.parse_args(arguments)
     if options.trials < 2 or options.steps < 1:
         raise UserError(f"--trials must be at least 2 and --steps 1, got {options.trials} and {options.steps}")
     options.out.mkdir(parents=True, exist_ok=True)
-    study = run(options.trials, options.steps)
-    write_csv(study, options.out / "psd.csv")
-    draw(study, options.out / "psd.png")
-    (options.out / "psd.md").write_text(text := report(study, options.trials, options.steps))
-    print(text)
+    rows, curves = run(options.trials, options.steps)
+    lines = [(*row[:4], *("" if error is None else f"{error:.6f}" for error in row[4:])) for row in rows]
+    write_csv(options.out / "psd.csv", Row._fields, lines)
+    draw(rows, curves, options.out / "psd.png")
+    print("\n\n".join(tables(options.out).values()))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""What was added to the kernels of a network: rank, condition and size, beside what theory says of the rank."""
+"""Updates of a network's kernels: rank, condition and size, beside what theory says of the rank."""
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from experiments.tables import markdown
 from surm_jax.paths import join
 from surm_jax.peft import Delta, adapted_modules
 from surm_jax.peft.kernels import is_linear, matrix_view
@@ -28,7 +29,7 @@ from surm_jax.structured import (
 
 
 def kernels(model: nnx.Module) -> dict[str, Float[Array, "in out"]]:
-    """Returns the kernel of every linear layer but those of the head, as matrices, layers of one kind together.
+    """Return the kernels of all linear layers outside the head as matrices, layers of one kind together.
 
     >>> model = nnx.Dict(head=nnx.Linear(4, 2, rngs=nnx.Rngs(0)), up=nnx.Linear(2, 4, rngs=nnx.Rngs(1)))
     >>> {path: kernel.shape for path, kernel in kernels(model).items()}
@@ -42,7 +43,7 @@ def kernels(model: nnx.Module) -> dict[str, Float[Array, "in out"]]:
 
 
 def kind_of(path: str) -> str:
-    """Returns what layers at the same place of all blocks have in common.
+    """Return the part of a path that layers at the same place of all blocks share.
 
     >>> kind_of("blocks/11/attention/query"), kind_of("pooler")
     ('attention/query', 'pooler')
@@ -51,7 +52,7 @@ def kind_of(path: str) -> str:
 
 
 def block_of(path: str) -> int | None:
-    """Returns the number of the block that a layer belongs to.
+    """Return the number of the block that a layer belongs to, or None.
 
     >>> block_of("blocks/11/attention/query"), block_of("pooler")
     (11, None)
@@ -61,9 +62,9 @@ def block_of(path: str) -> int | None:
 
 
 class Change(NamedTuple):
-    """What became of a kernel: what it was, what was added to it, both float64, and that as a structured matrix.
+    """A kernel before fine-tuning and what was added to it, both in float64, and the addition as a structured matrix.
 
-    The matrix is None where the kernel itself was trained, or where its columns were normalised.
+    The matrix is None if the kernel itself was trained or its columns were normalised.
     """
 
     before: Float[np.ndarray, "in out"]
@@ -72,7 +73,7 @@ class Change(NamedTuple):
 
 
 def changes(base: nnx.Module, tuned: nnx.Module) -> dict[str, Change]:
-    """Returns the changes of all kernels that were trained or have an update, by layer."""
+    """Return the changes of all kernels that were trained or have an update, by layer."""
     deltas = {path: part for path, _, part, _ in adapted_modules(tuned) if isinstance(part, Delta)}
     before, found = kernels(base), {}
     for path, kernel in kernels(tuned).items():
@@ -87,7 +88,7 @@ def changes(base: nnx.Module, tuned: nnx.Module) -> dict[str, Change]:
 
 
 class Update(NamedTuple):
-    """A row of the table: what is known of the update of a layer. What does not apply is empty."""
+    """The measurements of a layer's update. What does not apply is empty."""
 
     layer: str
     rows: int
@@ -105,11 +106,11 @@ class Update(NamedTuple):
 
 
 def examine(layer: str, change: Change) -> Update:
-    """Measures an update, numerically with the tolerances of float32, in which it was learned.
+    """Measure an update, with the tolerances of float32, in which it was learned.
 
-    The stable rank is the squared Frobenius norm by the square of the largest singular value: how many directions
-    matter. The condition is the largest singular value by the last of as many as the structure can have above zero. The
-    displacement rank is left out where there is no structure.
+    The stable rank is the squared Frobenius norm over the square of the largest singular value; it tells how many
+    directions matter. The condition is the largest singular value over the smallest that the structure allows to be
+    above zero. A dense update has no displacement rank.
     """
     added = change.added.astype(np.float32)
     values = singular_values(added)
@@ -134,7 +135,7 @@ def examine(layer: str, change: Change) -> Update:
 
 
 def one_minus_cosine(one: Float[np.ndarray, "in out"], other: Float[np.ndarray, "in out"]) -> float:
-    """Returns 1 - the cosine similarity of two matrices as vectors; half a squared distance, so that no digits cancel.
+    """Return 1 - cosine similarity of two matrices as vectors, computed as half a squared distance to keep its digits.
 
     >>> round(one_minus_cosine(np.eye(2), 3 * np.eye(2)), 12), round(one_minus_cosine(np.eye(2), np.eye(2)[::-1]), 12)
     (0.0, 1.0)
@@ -143,7 +144,7 @@ def one_minus_cosine(one: Float[np.ndarray, "in out"], other: Float[np.ndarray, 
 
 
 def largest_rank(matrix: StructuredMatrix) -> int:
-    """Returns the largest rank that a matrix of this structure and size can have.
+    """Return the largest rank that a matrix of this structure and size can have.
 
     >>> import jax
     >>> largest_rank(Kronecker.init(jax.random.key(0), (768, 768), scale=1.0))
@@ -159,7 +160,7 @@ def largest_rank(matrix: StructuredMatrix) -> int:
 
 
 def rank_in_theory(matrix: StructuredMatrix) -> str:
-    """Returns what the structure says of the rank: of a sum or a product in general no more than a bound.
+    """Return what the structure says of the rank; for a sum or a product it is in general only a bound.
 
     >>> rank_in_theory(Circulant(np.ones(2, np.float32), shape=(2, 2)))
     '= 1 (non-zero DFT)'
@@ -169,7 +170,7 @@ def rank_in_theory(matrix: StructuredMatrix) -> str:
         case Circulant() | SkewCirculant() if m == n:
             return f"= {numerical_rank(matrix)} (non-zero DFT)"
         case BlockCirculant():
-            # A Fourier transform of the blocks makes the matrix block-diagonal, a block for each frequency.
+            # The Fourier transform makes the matrix block-diagonal, with a block for each frequency.
             blocks = np.moveaxis(np.fft.fft(np.asarray(matrix.c, np.float64)), -1, 0)
             values = np.linalg.svd(blocks, compute_uv=False)
             tolerance = values.max() * max(m, n) * np.finfo(np.float32).eps
@@ -186,25 +187,24 @@ def rank_in_theory(matrix: StructuredMatrix) -> str:
     return f"<= {min(m, n)}"
 
 
-def table(updates: Sequence[Update]) -> str:
-    """Returns the table of all updates in markdown."""
-    lines = [
-        "| layer | shape | update | numbers | rank | of at most | in theory | stable rank | condition"
-        " | displacement rank | norm, of the kernel's | 1 - cosine |",
-        "|---|---|---|" + "---:|" * 3 + "---|" + "---:|" * 5,
-    ]
-    for row in updates:
+def update_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return the table of the updates in a csv file."""
+    numbers = {"stable rank": ".1f", "condition": ".3g", "norm, of the kernel's": ".3g", "1 - cosine": ".2g"}
+    names = ("stable_rank", "condition", "relative_norm", "one_minus_cosine")
+    lines = []
+    for row in rows:
         lines.append(
-            f"| {row.layer} | {row.rows} x {row.columns} | {row.family} | {row.numbers:,} | {row.rank}"
-            f" | {row.largest_rank} | {row.theory} | {row.stable_rank:.1f} | {row.condition:.3g}"
-            f" | {row.displacement_rank} | {row.relative_norm:.3g} | {row.one_minus_cosine:.2g} |"
+            {
+                "layer": row["layer"],
+                "shape": f"{row['rows']} x {row['columns']}",
+                "update": row["family"],
+                "numbers": int(row["numbers"]),
+                "rank": int(row["rank"]),
+                "of at most": int(row["largest_rank"]),
+                "in theory": row["theory"],
+                "displacement rank": row["displacement_rank"],
+                **{title: float(row[name]) for title, name in zip(numbers, names, strict=True)},
+            }
         )
-    return "\n".join(lines) + "\n"
-
-
-LEGEND = """What was added to the kernels of linear layers, those of the head left out. **Rank**: numerical, with the
-tolerance of float32; **in theory**: what the structure says of it. **Stable rank**: the squared Frobenius norm by the
-square of the largest singular value. **Condition**: the largest singular value by the last of as many as the structure
-can have above zero; beyond some 100,000 it is rounding. The norm is the Frobenius norm,
-the cosine that of the tuned and the pretrained kernel.
-"""
+    columns = dict.fromkeys(("layer", "shape", "update"), "") | dict.fromkeys(("numbers", "rank", "of at most"), ",")
+    return markdown(lines, columns | {"in theory": "", "displacement rank": ">"} | numbers)

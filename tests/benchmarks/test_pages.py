@@ -1,43 +1,94 @@
-"""The pages that commands write: up to date, with commands that measure what they show, and written only when asked."""
+"""Pages with inserted tables: they are up to date, and their commands measure what they show."""
 
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
-from benchmarks import pictures, report, scale
-from docs import list_methods
+from benchmarks import pages, pictures
+from surm_jax.errors import UserError
 from surm_jax.files import cache_root
+from surm_jax.peft import METHODS
 from surm_jax.training import base_config
 from surm_jax.training.config import keys
 
-PAGE = (report.ROOT / "docs" / "speed.md").read_text()
-COMMANDS = [block.replace("\\\n", " ").split() for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)]
+ROOT = Path(__file__).resolve().parent.parent.parent
+SPEED, SCALE, COUNTED = (ROOT / "docs" / f"{name}.md" for name in ("speed", "scale", "methods"))
 
 
-@pytest.mark.parametrize("module", [report, scale, list_methods, pictures])
-@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("stray", 2)])
-def test_help_and_stray_words_write_nothing(module, argument, status, monkeypatch):
-    for name in ("page", "row", "draw"):
+def commands(page: Path) -> list[str]:
+    return [block.replace("\\\n", " ") for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)]
+
+
+@pytest.mark.parametrize(
+    "page", [path for path in pages.all_pages(ROOT) if path != COUNTED], ids=lambda path: path.stem
+)
+def test_tables_are_up_to_date(page):
+    pages.main(["--check", str(page)])
+
+
+@pytest.mark.exhaustive
+def test_counts_of_all_methods_are_up_to_date():
+    pages.main(["--check", str(COUNTED)])
+
+
+def test_every_method_is_listed():
+    assert sorted(re.findall(r"^\| `(\w+)` \|", COUNTED.read_text(), re.MULTILINE)) == sorted(METHODS)
+
+
+def test_a_stale_table_is_found_and_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "tables_of", lambda source: {"a b": "| new |"} if source == "m:x" else {})
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n\n<!-- table: m:x a b -->\n| old |\n<!-- end -->\n\nAfter.\n")
+    with pytest.raises(UserError, match=r"stale tables in .*page.md: run python -m benchmarks.pages"):
+        pages.main(["--check", str(page)])
+    assert "| old |" in page.read_text()
+    pages.main([str(page)])
+    assert page.read_text() == "Before.\n\n<!-- table: m:x a b -->\n\n| new |\n\n<!-- end -->\n\nAfter.\n"
+    pages.main(["--check", str(page)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- table: m:x ab -->\n<!-- end -->", r"m:x has no table 'ab'; did you mean 'a b'"),
+        ("<!-- table: m:x a b -->\n", "a table lacks its <!-- end -->"),
+        ("<!-- table: m -->\n<!-- end -->", "or its marker is not <!-- table: MODULE NAME -->"),
+    ],
+)
+def test_a_marker_that_cannot_be_filled_is_named(text, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "tables_of", lambda source: {"a b": "| new |"})
+    (tmp_path / "page.md").write_text(text)
+    with pytest.raises(UserError, match=r"page\.md: " + ".*" + message):
+        pages.main([str(tmp_path / "page.md")])
+
+
+def test_links_lead_somewhere():
+    for page in (SPEED, SCALE, COUNTED, *(ROOT / "experiments" / "results").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            assert re.match("https?:", target) or (page.parent / target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("module", [pages, pictures])
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--stray", 2)])
+def test_help_and_stray_flags_write_nothing(module, argument, status, monkeypatch):
+    for name in ("filled", "draw"):
         monkeypatch.setattr(module, name, None, raising=False)
     with pytest.raises(SystemExit) as end:
         module.main([argument])
     assert end.value.code == status
 
 
-def test_the_page_is_that_of_the_results():
-    assert report.page() == PAGE
-
-
-@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words)[10:60])
-def test_commands_name_flags_that_are_there_and_the_rows_of_their_file(words):
+@pytest.mark.parametrize("words", [text.split() for text in commands(SPEED)], ids=lambda words: " ".join(words)[10:60])
+def test_commands_have_flags_that_exist_and_measure_the_rows_of_their_file(words):
     assert words[:2] == ["python", "-m"]
     package, module = words[2].split(".")
-    source = (report.ROOT / package / f"{module}.py").read_text()
+    source = (ROOT / package / f"{module}.py").read_text()
     flags = dict(word.removeprefix("--").split("=", 1) for word in words[3:])
     assert {*flags} <= {"out", *re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', source)}
-    rows = json.loads((report.ROOT / flags["out"]).read_text())
+    rows = json.loads((ROOT / flags["out"]).read_text())
     columns = {"methods": "method", "families": "family", "adapters": "adapters", "depths": "depth"}
     columns |= {"devices": "devices"}
     if "sizes" in flags:
@@ -48,18 +99,13 @@ def test_commands_name_flags_that_are_there_and_the_rows_of_their_file(words):
         assert measured == {*flags[flag].split(",")}
 
 
-def test_every_table_of_the_page_has_a_command():
-    assert len(COMMANDS) == PAGE.count("\n## ") - 1 == len(re.findall(r"\n\|[-:|]+\|\n", PAGE))
+def test_every_table_of_speed_has_a_command():
+    assert len(commands(SPEED)) == SPEED.read_text().count("<!-- table:")
 
 
-def test_the_commands_for_many_chips_are_on_their_page():
-    ours = scale.TEXT.partition("## What is where")[0]
-    assert "/shared/tfds" in ours and scale.PAGE.read_text().startswith(ours)
-
-
-@pytest.mark.parametrize("command", re.findall(r"```sh\n(.*?)```", scale.TEXT, re.DOTALL), ids=["tpu", "slurm", "hand"])
+@pytest.mark.parametrize("command", commands(SCALE), ids=["tpu", "slurm", "hand"])
 def test_commands_for_many_chips_have_data_weights_and_a_batch_that_divides(command, monkeypatch):
-    words = [part for word in shlex.split(command.replace("\\\n", " ")) for part in shlex.split(word)]
+    words = [part for word in shlex.split(command) for part in shlex.split(word)]
     config = dict(word.removeprefix("--config.").split("=") for word in words if word.startswith("--config."))
     assert config.keys() <= {*keys(base_config())}
     assert config["data.dir"].startswith("/shared/")

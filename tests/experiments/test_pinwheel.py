@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from experiments import pinwheel
+from experiments import pinwheel_networks as networks
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def adam():
 
 @pytest.fixture(scope="module")
 def points():
-    return pinwheel.pinwheel(np.random.default_rng(0), 40)
+    return networks.pinwheel(np.random.default_rng(0), 40)
 
 
 def test_points_lie_on_their_spokes(points):
@@ -41,23 +42,23 @@ def test_points_lie_on_their_spokes(points):
     [("dense", 4096), ("lora", 128), ("circulant", 128), ("symmetric_toeplitz", 128), ("toeplitz", 127)],
 )
 def test_layers_start_alike(layer, numbers):
-    networks, dense = ([pinwheel.start(name, seed) for seed in range(20)] for name in (layer, "dense"))
-    assert networks[0].hidden.num_params == numbers
-    entries = np.stack(jax.jit(jax.vmap(lambda matrix: matrix.to_dense()))(pinwheel.starts(layer, range(20)).hidden))
+    mine, dense = ([networks.start(name, seed) for seed in range(20)] for name in (layer, "dense"))
+    assert mine[0].hidden.num_params == numbers
+    entries = np.stack(jax.jit(jax.vmap(lambda matrix: matrix.to_dense()))(networks.starts(layer, range(20)).hidden))
     np.testing.assert_allclose(entries.var(), 1 / 64, rtol=0.15)
-    for one, other in zip(networks, dense, strict=True):
+    for one, other in zip(mine, dense, strict=True):
         for name in ("bottom", "bottom_bias", "hidden_bias", "top", "top_bias"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-    assert not np.array_equal(networks[0].bottom, networks[1].bottom)
+    assert not np.array_equal(mine[0].bottom, mine[1].bottom)
 
 
 @pytest.mark.usefixtures("adam")
 def test_training_is_that_of_optax(points):
     epochs, rate = 6, 0.01
-    stack, losses = pinwheel.train(
-        pinwheel.starts("circulant", [0, 1]), jnp.full(2, rate), jnp.array([0.0, 1.0]), points, epochs=epochs
+    stack, losses = networks.train(
+        networks.starts("circulant", [0, 1]), jnp.full(2, rate), jnp.array([0.0, 1.0]), points, epochs=epochs
     )
-    network = pinwheel.start("circulant", 1)
+    network = networks.start("circulant", 1)
 
     def loss(network):
         matrix = network.hidden.to_dense()
@@ -81,8 +82,8 @@ def test_training_is_that_of_optax(points):
 
 @pytest.mark.usefixtures("adam")
 def test_a_frozen_bottom_stays_and_all_else_moves(points):
-    before = pinwheel.starts("toeplitz", [0, 0])
-    after, _ = pinwheel.train(before, jnp.full(2, 0.01), jnp.array([0.0, 1.0]), points, epochs=2)
+    before = networks.starts("toeplitz", [0, 0])
+    after, _ = networks.train(before, jnp.full(2, 0.01), jnp.array([0.0, 1.0]), points, epochs=2)
     moved = {
         jax.tree_util.keystr(path): np.asarray(leaf).reshape(2, -1).any(axis=1).tolist()
         for path, leaf in jax.tree_util.tree_leaves_with_path(jax.tree.map(np.not_equal, after, before))
@@ -107,6 +108,7 @@ def test_the_rate_is_chosen_on_held_out_points():
     assert pinwheel.best_rate(trials, "lora", "frozen") == 0.2
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("adam")
 def test_the_whole_experiment(tmp_path, monkeypatch):
     monkeypatch.setattr(pinwheel, "LAYERS", {name: pinwheel.LAYERS[name] for name in ("dense", "lora", "toeplitz")})
@@ -123,7 +125,7 @@ def test_the_whole_experiment(tmp_path, monkeypatch):
     assert all(0 < float(row["test_loss"]) < 3 for row in rows)
     # Two seeds: each is the other's next one.
     assert rows[0]["cka"] == rows[1]["cka"] != rows[2]["cka"]
-    text = (tmp_path / "pinwheel.md").read_text()
+    text = "\n".join(pinwheel.tables(tmp_path).values())
     assert text.count("| toeplitz | 127 |") == 2
     assert text.count("**") == 2 * len(pinwheel.LAYERS) * 2
     for name in ("pinwheel.png", "pinwheel_regions.png"):

@@ -26,11 +26,11 @@ def test_it_writes_a_model_of_five_classes_and_goes_on(tmp_path, monkeypatch):
     config = json.loads((tmp_path / "runs" / "pretrain_cifar" / "config.json").read_text())
     assert config["data"]["classes"] == ["airplane", "bird", "deer", "frog", "ship"]
     # 3 passes over 40 images in batches of 64.
-    text = (tmp_path / "results" / "pretrain_cifar.md").read_text()
+    text = pretrain_cifar.tables()["result"]
     assert "| 3 | 2 | " in text
     # The run is complete: the same command makes the same files again.
     pretrain_cifar.main(arguments)
-    assert (tmp_path / "results" / "pretrain_cifar.md").read_text() == text
+    assert pretrain_cifar.tables()["result"] == text
     assert (tmp_path / "runs" / "pretrain_cifar" / "model.safetensors").is_file()
 
 

@@ -1,0 +1,78 @@
+"""Insert tables into the pages that people write.
+
+    python -m benchmarks.pages [--check] [PAGE ...]
+
+In a page, `<!-- table: MODULE NAME -->` and `<!-- end -->` enclose the table NAME of `MODULE.tables()`; everything else
+is left alone. `MODULE:ARGUMENT` calls `tables(ARGUMENT)`. Without pages it takes README.md and all pages in `docs/` and
+`experiments/results/`. With `--check` it writes nothing, and fails if a table is stale.
+"""
+
+import argparse
+import functools
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from experiments.command import command
+from surm_jax.errors import UserError, did_you_mean
+
+MARKED = re.compile(r"(<!-- table: (\S+) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@functools.cache
+def tables_of(source: str) -> Mapping[str, str]:
+    """Return the tables of `MODULE` or `MODULE:ARGUMENT`."""
+    module, _, argument = source.partition(":")
+    make = importlib.import_module(module).tables
+    return make(argument) if argument else make()
+
+
+def filled(text: str) -> str:
+    """Return the text of a page with all its tables as they are now.
+
+    Raises:
+        UserError: A marker has no end, or names a table that does not exist.
+    """
+
+    def insert(match: re.Match[str]) -> str:
+        begin, source, name, end = match.groups()
+        tables = tables_of(source)
+        if name not in tables:
+            raise UserError(f"{source} has no table {name!r}{did_you_mean(name, tables)}")
+        return f"{begin}\n{tables[name].strip()}\n\n{end}"
+
+    if len(MARKED.findall(text)) != text.count("<!-- table:"):
+        raise UserError("a table lacks its <!-- end -->, or its marker is not <!-- table: MODULE NAME -->")
+    return MARKED.sub(insert, text)
+
+
+def all_pages(root: Path) -> list[Path]:
+    """Return README.md and the pages in the folders that hold pages."""
+    return [root / "README.md", *sorted(root.glob("docs/*.md")), *sorted(root.glob("experiments/results/*.md"))]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Insert the tables, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE", help="default: all")
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail if a table is stale")
+    options = parser.parse_args(arguments)
+    stale = []
+    for page in options.pages or all_pages(Path()):
+        try:
+            text = page.read_text()
+            new = filled(text)
+        except UserError as error:
+            raise UserError(f"{page}: {error}") from None
+        if new != text:
+            stale.append(str(page))
+            if not options.check:
+                page.write_text(new)
+    if options.check and stale:
+        raise UserError(f"stale tables in {', '.join(stale)}: run python -m benchmarks.pages")
+    print(f"{'stale' if options.check else 'written'}: {', '.join(stale) or 'nothing'}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,126 @@
+"""Runs of `launch.py` as experiments read them: their configurations and models, and the gradient they begin with."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from flax import nnx
+from jaxtyping import Array, Float
+
+from experiments.command import load_job
+from experiments.updates import kernels
+from surm_jax.devices.mesh import put_batch
+from surm_jax.errors import UserError
+from surm_jax.peft import Adapter, load_adapter
+from surm_jax.record.workdir import read_result, relocated
+from surm_jax.training import parse
+from surm_jax.training.config import RunConfig, saved_config, to_dict
+from surm_jax.training.partition import partition
+from surm_jax.training.setup import Job, prepare
+
+# The norm of the first step of a head that starts at zero.
+HEAD_STEP = 1e-3
+
+
+class Run(NamedTuple):
+    """A finished run: its job, the pretrained model and the tuned model."""
+
+    job: Job
+    base: nnx.Module
+    tuned: nnx.Module
+
+
+def read_run(workdir: Path, overrides: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration of a finished run of one seed.
+
+    Raises:
+        UserError: The run does not exist, is not complete, or has several seeds.
+    """
+    config = saved_config(workdir, overrides)
+    if len(config.seeds) > 1:
+        raise UserError(
+            f"{workdir} holds a run for each of {len(config.seeds)} seeds: choose one, such as"
+            f" {workdir / f'seed-{config.seeds[0]}'}"
+        )
+    read_result(workdir)
+    return config
+
+
+def read_full(workdir: Path, overrides: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration of a finished run that trained all parameters.
+
+    Raises:
+        UserError: As `read_run`, or the run has another method.
+    """
+    config = read_run(workdir, overrides)
+    if config.peft.method != "full":
+        raise UserError(
+            f"{workdir} holds a run of {config.peft.method}, but a fully tuned network is needed: make one with"
+            " --config.peft.method=full, and name it with --full"
+        )
+    return config
+
+
+def read_any(where: str, overrides: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration of a run, finished or not, or of a file such as `configs/digits.py`.
+
+    Raises:
+        UserError: Neither exists.
+    """
+    if where.partition(":")[0].endswith(".py"):
+        return parse(relocated(to_dict(parse(load_job(where))), overrides))
+    return saved_config(Path(where), overrides)
+
+
+def open_run(config: RunConfig, workdir: Path) -> Run:
+    """Load the models of a run. Their arrays live on the mesh of the job."""
+    job = prepare(config, config.seeds[0])
+    with jax.set_mesh(job.mesh):
+        base = job.base_model()
+        tuned, _ = load_adapter(workdir / "adapter", base, execution=job.config.peft.execution)
+    return Run(job, base, tuned)
+
+
+def first_gradient(job: Job, count: int) -> dict[str, Float[np.ndarray, "in out"]]:
+    """Return the gradient of the training loss with respect to every kernel, before full fine-tuning, by layer.
+
+    While the head is zero, as a ViT's is at the start, no gradient reaches the layers below. Then the head first makes
+    a small step of its own.
+
+    Args:
+        job: The job, whose model and training batches are used. Nothing is dropped out.
+        count: The number of batches in the mean.
+    """
+    batches = list(itertools.islice(job.task.train_batches(job.seed), count))
+    with jax.set_mesh(job.mesh):
+        model = job.base_model()
+        head = model.head.kernel
+        if not np.any(head[...]):
+            (step,) = _mean_gradient(job, model, "head/kernel", batches).values()
+            head[...] = -HEAD_STEP * step / jnp.linalg.norm(step)
+        gradients = _mean_gradient(job, model, "(?!head/).*/kernel", batches)
+    return {path: np.asarray(gradients[f"{path}/kernel"]).reshape(one.shape) for path, one in kernels(model).items()}
+
+
+def _mean_gradient(
+    job: Job, model: nnx.Module, pattern: str, batches: Sequence[dict[str, np.ndarray]]
+) -> dict[str, Array]:
+    parts, trained, frozen = partition(model, Adapter((), (pattern,)))
+    task = job.task
+
+    @jax.jit
+    @jax.grad
+    def gradient(trained: dict[str, Array], frozen: nnx.State, batch: dict[str, Array]) -> Float[Array, ""]:
+        outputs = task.forward(parts.merge(trained, frozen), batch, None)
+        return task.objective.loss(outputs, batch["label"], 0.0).mean()
+
+    total = None
+    for batch in tqdm.tqdm(batches, desc=f"gradient, {pattern}", unit="batch"):
+        new = gradient(trained, frozen, put_batch(batch, job.mesh))
+        total = new if total is None else jax.tree.map(jnp.add, total, new)
+    return {path: array.astype(jnp.float32) / len(batches) for path, array in total.items()}
