@@ -1,6 +1,7 @@
 """BERT (arXiv 1810.04805) and RoBERTa (arXiv 1907.11692) with the numerics of transformers' PyTorch models.
 
-Post-norm blocks, LayerNorm with epsilon 1e-12 (RoBERTa: 1e-5), GELU with the error function, learned positions:
+The blocks are post-norm, LayerNorm has epsilon 1e-12 (RoBERTa: 1e-5), GELU uses the error function, and position
+embeddings are learned:
 https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/bert/modeling_bert.py.
 Suffixes of local names: b batch, t tokens, d width, v vocabulary.
 """
@@ -39,8 +40,8 @@ class BertConfig(Config):
     """Geometry and precision of a `Bert`.
 
     Raises:
-        UserError: a size is not a positive integer, heads do not divide the width, the padding token is not in the
-            vocabulary, no position is left after it, dropout is outside [0, 1), epsilon is not positive, or `head`,
+        UserError: A size is not a positive integer, heads do not divide the width, the padding token is not in the
+            vocabulary or leaves no positions, dropout is outside [0, 1), epsilon is not positive, or `head`,
             `positions`, `activation` or a dtype is unknown.
 
     >>> config = BertConfig.from_variant("base", num_classes=3, dtype="bfloat16")
@@ -53,31 +54,31 @@ class BertConfig(Config):
     depth: int
     heads: int
     mlp_width: int
-    # Rows of the table of position embeddings.
+    # Number of position embeddings.
     max_positions: int
-    # Kinds of segments, such as the first and the second sentence.
+    # Number of segment types, such as first and second sentence.
     type_vocab_size: int
-    # Outputs of the classifier; a masked language model has one for every token of the vocabulary instead.
+    # Outputs of the classifier. A masked language model has one output for each token of the vocabulary instead.
     num_classes: int = 2
-    # "classifier": of the whole sequence, by its first token. "mlm": every token, by the word embeddings.
+    # "classifier" scores the sequence and reads its first token. "mlm" scores the words at every token.
     head: str = "classifier"
-    # Whether the classifier reads the first token through a dense layer and tanh; "mlm" has none of it in any case.
+    # Whether the classifier reads the first token through a dense layer and tanh; "mlm" has no such layer.
     pooler: bool = True
-    # "absolute": 0, 1, ... "after_padding", RoBERTa's: pad_token + 1, ... over the tokens that are not padding, which
-    # itself stays at pad_token.
+    # "absolute" numbers all tokens 0, 1, ... "after_padding" (RoBERTa) numbers the tokens that are not padding
+    # pad_token + 1, pad_token + 2, ... and gives padding the position pad_token.
     positions: str = "absolute"
-    # The token that fills up short sequences; it says nothing about who attends to what: that is the mask's.
+    # The token that fills up short sequences. It does not change the attention, which only the mask does.
     pad_token: int = 0
     epsilon: float = 1e-12
     activation: str = "gelu"
-    # Probability of zeroing an activation: after the embeddings, at the end of both branches, before the classifier.
+    # Probability of dropping an activation: after the embeddings, at the end of branches, before the classifier.
     dropout: float = 0.0
-    # Of the computation; norms and logits are float32 always.
+    # Dtype of the computation; norms and logits are always float32.
     dtype: str = "float32"
-    # Of the embeddings and of the layers in the blocks and before the vocabulary; norms, pooler, classifier and the
-    # bias of the vocabulary, which are small and trained with any method, are float32 always.
+    # Dtype of embeddings and layers. Norms, pooler, classifier and the bias of the vocabulary, which are small and
+    # trained by every method, are always float32.
     param_dtype: str = "float32"
-    # What of the inside of a block is computed a second time for the gradient: one of surm_jax.models.layers.REMAT.
+    # What a block computes again for its gradient: one of surm_jax.models.REMAT.
     remat: str = "none"
 
     # The miniatures of arXiv 1908.08962 (https://github.com/google-research/bert), and the two of the paper, all with
@@ -112,10 +113,10 @@ class BertConfig(Config):
 
     @property
     def new_head(self) -> tuple[str, ...]:
-        """Patterns of the parameters that a new task begins with anew, and has to train.
+        """Patterns of the parameters that a new task initialises and trains.
 
-        Nothing of a masked language model: its head is pretrained, and a new task has none of its own. RoBERTa's
-        classifier has two layers, both of which a new task has for itself; the first is our pooler.
+        There are none for a masked language model, whose head is pretrained. RoBERTa's classifier has two layers, and
+        a new task initialises both: the pooler and the head.
         """
         if self.head == "mlm":
             return ()
@@ -123,7 +124,7 @@ class BertConfig(Config):
 
     @property
     def max_tokens(self) -> int:
-        """The longest sequence for which there are positions."""
+        """Length of the longest sequence for which there are position embeddings."""
         return self.max_positions - (self.pad_token + 1 if self.positions == "after_padding" else 0)
 
 
@@ -154,19 +155,19 @@ class Block(nnx.Module):
     def __call__(
         self, x_btd: Float[Array, "b t d"], mask_bt: Bool[Array, "b t"] | None, key: jax.Array | None
     ) -> Float[Array, "b t d"]:
-        """Applies both branches; `key` draws their dropout, `None` means no dropout."""
+        """Apply both branches; `key` draws their dropout, and `None` means no dropout."""
         attention_key, mlp_key = split_key(key, 2)
         y_btd = drop(self.dropout, self.attention(x_btd, mask_bt), attention_key)
-        # The norms are float32; what the layers (and adapters on them) read has the compute dtype.
+        # The norms return float32; layers, and adapters on them, read the dtype of the computation.
         x_btd = self.norm1(x_btd + y_btd).astype(x_btd.dtype)
         y_btd = drop(self.dropout, self.mlp(x_btd, None), mlp_key)
         return self.norm2(x_btd + y_btd).astype(x_btd.dtype)
 
 
 class MaskedLMHead(nnx.Module):
-    """Scores of all words for every token, `norm(activation(x T + t)) E^T + b` with the table `E` of word embeddings.
+    """Scores of all words at every token: `norm(activation(x T + t)) E^T + b` with the word embeddings `E`.
 
-    `E` is an argument: it belongs to the model, which uses it at both ends (arXiv 1608.05859).
+    `E` is an argument, since the model shares it between input and output (arXiv 1608.05859).
     """
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
@@ -183,7 +184,7 @@ class MaskedLMHead(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((config.vocab_size,), jnp.float32))
 
     def __call__(self, x_btd: Float[Array, "b t d"], table_vd: Float[Array, "v d"]) -> Float[Array, "b t v"]:
-        """Returns float32 scores; products with the table have the dtype of `x_btd` and float32 sums."""
+        """Return float32 scores; products with the table have the dtype of `x_btd` and float32 sums."""
         y_btd = self.norm(ACTIVATIONS[self.activation](self.transform(x_btd))).astype(x_btd.dtype)
         scores_btv = jnp.einsum("btd,vd->btv", y_btd, table_vd.astype(x_btd.dtype), preferred_element_type=jnp.float32)
         return scores_btv + self.bias[...][None, None]
@@ -199,8 +200,8 @@ class Bert(Model):
     language model `head/transform/{kernel,bias}`, `head/norm/{scale,bias}` and `head/bias`. Kernels and embeddings
     start from N(0, 0.02^2), biases at zero.
 
-    Dropout differs from transformers' in two places: there is none on the probabilities of attention, which
-    `jax.nn.dot_product_attention` does not offer, and none before RoBERTa's pooler.
+    Dropout differs from transformers in two places: attention probabilities have no dropout, which
+    `jax.nn.dot_product_attention` does not offer, and neither has the input of RoBERTa's pooler.
 
     >>> config = BertConfig.from_variant("tiny", num_classes=3)
     >>> jax.eval_shape(lambda tokens: Bert(config, rngs=nnx.Rngs(0))(tokens), jnp.zeros((2, 16), jnp.int32)).shape
@@ -235,19 +236,18 @@ class Bert(Model):
         token_types: Int[Array, "b t"] | None = None,
         rngs: nnx.Rngs | jax.Array | None = None,
     ) -> Float[Array, "b num_classes"] | Float[Array, "b t v"]:
-        """Returns float32 logits: of the classes, or of the vocabulary for every token.
+        """Return float32 logits: of the classes, or of the vocabulary at every token.
 
         Args:
-            tokens_bt: numbers of words below `config.vocab_size` (the results of others are NaN).
-            mask: tokens to look at; padding is False or 0. `None` means all tokens, those equal to `config.pad_token`
-                included.
-            token_types: kinds of segments, below `config.type_vocab_size`; `None` means 0 everywhere.
-            rngs: draws the dropout, from the stream `dropout` of an `nnx.Rngs` or from a JAX key; `None` means no
-                dropout.
+            tokens_bt: Token numbers below `config.vocab_size` (larger ones give NaN).
+            mask: True or 1 for tokens to attend to, False or 0 for padding. `None` attends to all tokens, also to those
+                equal to `config.pad_token`.
+            token_types: Segment types below `config.type_vocab_size`; `None` means 0 everywhere.
+            rngs: Draws the dropout: an `nnx.Rngs` with the stream `dropout`, or a JAX key; `None` means no dropout.
 
         Raises:
-            UserError: the tokens are not a matrix of integers, there are more than `config.max_tokens` of them in a
-                row, or `mask` or `token_types` has another shape or dtype.
+            UserError: The tokens are not a matrix of integers, a row has more than `config.max_tokens`, or `mask` or
+                `token_types` has another shape or dtype.
         """
         key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
         body_key, head_key = split_key(key, 2)
@@ -267,9 +267,9 @@ class Bert(Model):
         token_types: Int[Array, "b t"] | None = None,
         rngs: nnx.Rngs | jax.Array | None = None,
     ) -> tuple[Float[Array, "b t d"], ...]:
-        """Returns the embeddings and what each block made of them: `depth + 1` arrays.
+        """Return the embeddings and the output of each block: `depth + 1` arrays.
 
-        Arguments and errors are those of `__call__`. What stands at padding means nothing.
+        Arguments and errors are those of `__call__`. The states of padding have no meaning.
         """
         key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
         return self._states(tokens_bt, mask, token_types, key, every=True)
@@ -283,7 +283,7 @@ class Bert(Model):
         *,
         every: bool,
     ) -> tuple[Float[Array, "b t d"], ...]:
-        """Returns all states, or the last alone."""
+        """Return all states, or only the last."""
         self._check(tokens_bt, mask, token_types)
         mask_bt = None if mask is None else mask.astype(jnp.bool_)
         types_bt = jnp.zeros_like(tokens_bt) if token_types is None else token_types
@@ -307,7 +307,7 @@ class Bert(Model):
                 f"this BERT has positions for {self.config.max_tokens} tokens, got sequences of {tokens_bt.shape[1]}: "
                 "truncate them"
             )
-        # A mask of floats would be one that others add to the scores, with 0 for what is kept.
+        # A mask of floats is refused: elsewhere such a mask is added to the scores, and 0 means a kept token.
         for name, array, kinds in (
             ("mask", mask, (jnp.bool_, jnp.integer)),
             ("token_types", token_types, (jnp.integer,)),
@@ -337,5 +337,5 @@ def _embed(rows: int, config: BertConfig, rngs: nnx.Rngs) -> nnx.Embed:
 
 
 def _norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The variance in two passes, as PyTorch has it: with so small an epsilon the difference of two means would not do.
+    # The variance takes two passes, as in PyTorch: with so small an epsilon the difference of two means is too inexact.
     return nnx.LayerNorm(config.width, epsilon=config.epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)

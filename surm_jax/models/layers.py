@@ -1,6 +1,6 @@
-"""What transformers of every kind are made of: attention, the MLP, activations, dropout, rematerialisation.
+"""Building blocks of all transformers: attention, MLP, activations, dropout and rematerialisation.
 
-Parameters have `param_dtype`, the computation `dtype`; the softmax is float32 whatever they are.
+Parameters have `param_dtype`, the computation has `dtype`, and the softmax is always float32.
 Suffixes of local names: b batch, t tokens, d width, m width inside the MLP, n heads, k width of a head.
 """
 
@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`x (1 + erf(x / sqrt 2)) / 2` (arXiv 1606.08415).
 
-    The formula of PyTorch. `jax.nn.gelu` goes through `erfc`, which is exact in the far tail too, but slower on a CPU.
+    This is the formula of PyTorch. `jax.nn.gelu` uses `erfc`, which is also exact in the far tail, but slower on a CPU.
     """
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
@@ -41,14 +41,14 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
         "relu": jax.nn.relu,
     }
 )
-"""Activations of the MLP by name; "gelu" is the exact one, with the error function."""
+"""Activations of the MLP by name. "gelu" is the exact function, with the error function."""
 
 
 class Attention(nnx.Module):
     """Multi-head self-attention, `softmax(Q K^T / sqrt(k)) V` for every head (arXiv 1706.03762, equation 1).
 
-    The four projections are called as modules, so that wrapping one of them changes the model. Kernels of `query`,
-    `key` and `value` are (d, n, k), that of `out` is (n, k, d).
+    The four projections are called as modules, so an adapter on one of them changes the model. The kernels of `query`,
+    `key` and `value` have shape (d, n, k), the kernel of `out` has (n, k, d).
     """
 
     def __init__(
@@ -78,22 +78,22 @@ class Attention(nnx.Module):
     def __call__(
         self, x_btd: Float[Array, "b t d"], mask_bt: Bool[Array, "b t"] | None = None
     ) -> Float[Array, "b t d"]:
-        """Mixes the tokens. Cost `O(t d^2 + t^2 d)` for each sequence.
+        """Mix the tokens. The cost is `O(t d^2 + t^2 d)` for each sequence.
 
         Args:
-            x_btd: the tokens.
-            mask_bt: tokens to look at: those where it is False get no weight. `None`: all of them.
+            x_btd: The tokens.
+            mask_bt: Whether each token is attended to; `None` means that all are.
         """
         q_btnk, k_btnk, v_btnk = self.query(x_btd), self.key(x_btd), self.value(x_btd)
         mask_bnts = None if mask_bt is None else mask_bt[:, None, None, :]
-        # jax.nn asks for the promotion of bfloat16 to float32, which strict promotion refuses even to answer.
+        # jax.nn asks how bfloat16 and float32 are promoted, and strict promotion raises an error even for the question.
         with jax.numpy_dtype_promotion("standard"):
             y_btnk = jax.nn.dot_product_attention(q_btnk, k_btnk, v_btnk, mask=mask_bnts)
         return self.out(y_btnk)
 
 
 class MLP(nnx.Module):
-    """`activation(x U + u) D + d` on every token alone; `(b, t, d) -> (b, t, d)`."""
+    """Two layers, `activation(x U + u) D + d`, that are applied to each token; `(b, t, d) -> (b, t, d)`."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class MLP(nnx.Module):
         self.dropout = nnx.Dropout(dropout)
 
     def __call__(self, x_btd: Float[Array, "b t d"], key: jax.Array | None) -> Float[Array, "b t d"]:
-        """Applies the two layers; `key` draws the dropout between them, `None` means no dropout."""
+        """Apply the two layers; `key` draws the dropout between them, and `None` means no dropout."""
         hidden_btm = ACTIVATIONS[self.activation](self.up(x_btd))
         return self.down(drop(self.dropout, hidden_btm, key))
 
@@ -133,27 +133,28 @@ REMAT: Mapping[str, Callable[..., bool] | None] = MappingProxyType(
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     }
 )
-"""What is kept for the gradient of the inside of a block; the rest is computed a second time (arXiv 1604.06174).
+"""Rematerialisation policies: what a block keeps for its gradient, and what it computes again (arXiv 1604.06174).
 
-"none" computes nothing again. "block" keeps nothing: memory for one block instead of for all of them, for a third more
-work. "dots" keeps the outputs of layers, but neither the scores of attention nor activations: little work.
+"none" keeps everything. "block" keeps only the block's input: it needs the memory of one block instead of all blocks,
+and a third more work. "dots" keeps the outputs of layers and computes attention scores and activations again, which is
+little work.
 """
 
 
 class Blocks(nnx.List):
-    """The blocks of a model, each of them called with what the one before it returned."""
+    """The blocks of a model. Each reads what the block before it returned."""
 
     def run(
         self, x: Array, *arguments: Array | None, keys: jax.Array | None, remat: str, every: bool
     ) -> tuple[Array, ...]:
-        """Returns the states: `x` and what each block makes of it, or, unless `every` is asked for, the last alone.
+        """Return the states between blocks: `x` and the output of each block, or only the last output.
 
         Args:
-            x: what the first block reads. All blocks return its shape and dtype.
-            *arguments: what every block reads besides.
-            keys: one for each block, its last argument; `None`: all are called with `None`.
-            remat: one of `REMAT`.
-            every: whether all states are wanted.
+            x: The input of the first block. All blocks return its shape and dtype.
+            *arguments: Further arguments of every block.
+            keys: A key for each block, its last argument; `None` calls all blocks with `None`.
+            remat: One of `REMAT`.
+            every: Whether to return all states; otherwise the tuple holds only the last.
         """
         states = [x]
         for index, block in enumerate(self):
@@ -177,12 +178,12 @@ TARGETS: Mapping[str, str] = MappingProxyType(
 
 
 def split_key(key: jax.Array | None, count: int) -> tuple[jax.Array | None, ...]:
-    """Returns `count` independent keys, or as many `None`."""
+    """Return `count` independent keys, or as many `None` if there is no key."""
     return (None,) * count if key is None else tuple(jax.random.split(key, count))
 
 
 def split_block_keys(key: jax.Array | None, depth: int) -> tuple[jax.Array | None, jax.Array | None]:
-    """Returns a key and an array of `depth` others, all independent, or two `None`."""
+    """Return a key and an array of `depth` more keys, all independent, or two `None` if there is no key."""
     if key is None:
         return None, None
     keys = jax.random.split(key, depth + 1)
@@ -190,14 +191,14 @@ def split_block_keys(key: jax.Array | None, depth: int) -> tuple[jax.Array | Non
 
 
 def drop(dropout: nnx.Dropout, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Dropout drawn from `key`; nothing is dropped without one."""
+    """Apply dropout that `key` draws; without a key nothing is dropped."""
     return dropout(x, deterministic=key is None, rngs=key)
 
 
 def call_block(block: nnx.Module, *arguments: Array | None, remat: str) -> Array:
-    """Returns `block(*arguments)`, computed a second time for the gradient as far as `remat` says, one of `REMAT`.
+    """Return `block(*arguments)`; its gradient computes a part of it again, as `remat` says (one of `REMAT`).
 
-    Values are the same. The block must not change its own state when it is called.
+    The values do not depend on `remat`. The block must not change its own state when it is called.
     """
     policy = REMAT[remat]
     if policy is None:

@@ -1,7 +1,7 @@
-"""Vision Transformer (arXiv 2010.11929): AugReg's by default, and with other settings ViT, DeiT, DINOv2, CLIP, I-JEPA.
+"""Vision Transformer (arXiv 2010.11929): AugReg by default; other settings give ViT, DeiT, DINOv2, CLIP and I-JEPA.
 
-Pre-norm blocks; by default LayerNorm with epsilon 1e-6, tanh GELU, position embeddings added after the class token, as
-in google-research/vision_transformer:
+The blocks are pre-norm. By default LayerNorm has epsilon 1e-6, GELU is the tanh approximation, and position embeddings
+are added after the class token is prepended, as in google-research/vision_transformer:
 https://github.com/google-research/vision_transformer/blob/main/vit_jax/models_vit.py.
 Suffixes of local names: b batch, h height, w width, c channels, t tokens, d width.
 """
@@ -36,7 +36,7 @@ _VARIANTS: dict[str, Mapping[str, Any]] = {
     for size, (width, depth, heads, mlp_width) in _SIZES.items()
     for patch_size in (8, 14, 16, 32)
 } | {
-    # Small enough for a CPU: CIFAR-sized images, and the 8 x 8 digits of scikit-learn.
+    # Small enough for a CPU: for CIFAR, and for the 8 x 8 digits of scikit-learn.
     "mini": {"image_size": 32, "patch_size": 4, "width": 192, "depth": 6, "heads": 3, "mlp_width": 768},
     "digits": {
         "image_size": 8,
@@ -56,8 +56,8 @@ class ViTConfig(Config):
     """Geometry, parts and precision of a `ViT`.
 
     Raises:
-        UserError: a size is not a positive integer, heads do not divide the width, patches do not divide the image,
-            a number or a name is not one of those allowed, or there is a distillation token without a class token.
+        UserError: A size is not a positive integer, heads do not divide the width, patches do not divide the image,
+            another value is not allowed, or there is a distillation token without a class token.
 
     >>> config = ViTConfig.from_variant("B/16", num_classes=10, dtype="bfloat16")
     >>> config.width, config.grid, config.tokens
@@ -74,32 +74,32 @@ class ViTConfig(Config):
     heads: int
     mlp_width: int
     num_classes: int
-    # What the head reads: "token", the class token; "mean", the mean over all patches, and there is no class token;
-    # "patches", the same mean beside a class token that only the blocks read; "token+patches", class token and mean
-    # side by side.
+    # What the head reads. "token": the class token. "mean": the mean over all patches; the model has no class token.
+    # "patches": the mean over all patches; the model has a class token, which only the blocks read. "token+patches":
+    # class token and mean, concatenated.
     pool: str = "token"
-    # One of surm_jax.models.layers.ACTIVATIONS.
+    # One of surm_jax.models.ACTIVATIONS.
     activation: str = "gelu_tanh"
-    # Of every LayerNorm.
+    # Epsilon of every LayerNorm.
     epsilon: float = 1e-6
     qkv_bias: bool = True
     patch_bias: bool = True
-    # A LayerNorm before the first block (CLIP).
+    # Whether there is a LayerNorm before the first block (CLIP).
     pre_norm: bool = False
-    # The LayerNorm after the last block.
+    # Whether there is a LayerNorm after the last block.
     final_norm: bool = True
-    # A factor for every feature of what each branch adds (arXiv 2103.17239; DINOv2).
+    # Whether the output of each branch is multiplied by a trained vector (arXiv 2103.17239; DINOv2).
     layer_scale: bool = False
-    # A second token after the class token (DeiT, arXiv 2012.12877), which the head does not read.
+    # Whether a second token follows the class token (DeiT, arXiv 2012.12877); the head does not read it.
     distillation: bool = False
     head_bias: bool = True
-    # Probability of zeroing an activation, after the position embeddings and at the end of and inside the branches.
+    # Probability of dropping an activation: after the position embeddings, inside the MLP, and at the end of branches.
     dropout: float = 0.0
-    # Of the computation; norms and logits are float32 always.
+    # Dtype of the computation; norms and logits are always float32.
     dtype: str = "float32"
-    # Of kernels, biases and embeddings; norms, layer scales and the head are float32 always.
+    # Dtype of kernels, biases and embeddings; norms, layer scales and the head are always float32.
     param_dtype: str = "float32"
-    # What of the inside of a block is computed a second time for the gradient: one of surm_jax.models.layers.REMAT.
+    # What a block computes again for its gradient: one of surm_jax.models.REMAT.
     remat: str = "none"
 
     VARIANTS: ClassVar[dict[str, Mapping[str, Any]]] = _VARIANTS
@@ -119,16 +119,16 @@ class ViTConfig(Config):
         check_choice(self, "pool", POOLS)
         check_choice(self, "activation", ACTIVATIONS)
         if self.distillation and self.pool == "mean":
-            raise UserError("ViTConfig.distillation needs a class token, which there is not with pool='mean'")
+            raise UserError("ViTConfig.distillation needs a class token, but pool='mean' has none")
 
     @property
     def grid(self) -> int:
-        """Patches along each side of an image."""
+        """Number of patches along each side of an image."""
         return self.image_size // self.patch_size
 
     @property
     def extra_tokens(self) -> int:
-        """Tokens before the patches: the class token and the distillation token, where there are such."""
+        """Number of tokens before the patches: the class token and the distillation token, if the model has them."""
         return (self.pool != "mean") + self.distillation
 
     @property
@@ -145,7 +145,7 @@ class ViTConfig(Config):
 class Block(nnx.Module):
     """One pre-norm encoder block: `x + s1 attention(norm1(x))`, then `x + s2 mlp(norm2(x))`.
 
-    The layer scales `s1` and `s2` are vectors, and are there with `layer_scale` alone.
+    The layer scales `s1` and `s2` are vectors; without `layer_scale` they are left out.
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
@@ -159,10 +159,9 @@ class Block(nnx.Module):
         self.scale2 = nnx.Param(jnp.ones(config.width, jnp.float32)) if config.layer_scale else None
 
     def __call__(self, x_btd: Float[Array, "b t d"], key: jax.Array | None) -> Float[Array, "b t d"]:
-        """Applies both branches; `key` draws their dropout, `None` means no dropout."""
+        """Apply both branches; `key` draws their dropout, and `None` means no dropout."""
         attention_key, hidden_key, mlp_key = split_key(key, 3)
-        # The norms are float32; what the branches (and adapters on their layers) read has the dtype of the residual
-        # stream.
+        # The norms return float32; the branches, and adapters on their layers, read the dtype of the residual stream.
         y_btd = _scaled(self.attention(self.norm1(x_btd).astype(x_btd.dtype)), self.scale1)
         x_btd = x_btd + drop(self.dropout, y_btd, attention_key)
         y_btd = _scaled(self.mlp(self.norm2(x_btd).astype(x_btd.dtype), hidden_key), self.scale2)
@@ -176,9 +175,8 @@ class ViT(Model):
     Parameter paths: `patch_embed/{kernel,bias}`, `cls_token` (unless `pool="mean"`), `distillation_token`,
     `position_embed`, `pre_norm/{scale,bias}`, `blocks/<i>/{norm1,norm2}/{scale,bias}`,
     `blocks/<i>/attention/{query,key,value,out}/{kernel,bias}`, `blocks/<i>/mlp/{up,down}/{kernel,bias}`,
-    `blocks/<i>/{scale1,scale2}`, `norm/{scale,bias}`, `head/{kernel,bias}`; parts that the configuration
-    leaves out have none. They are initialised as in vision_transformer: the head starts at zero, hence so do the
-    logits.
+    `blocks/<i>/{scale1,scale2}`, `norm/{scale,bias}`, `head/{kernel,bias}`; the configuration may leave out parts.
+    They are initialised as in vision_transformer: the head starts at zero, and so do the logits.
 
     >>> config = ViTConfig.from_variant("digits", num_classes=10)
     >>> jax.eval_shape(lambda images: ViT(config, rngs=nnx.Rngs(0))(images), jnp.zeros((2, 8, 8, 1))).shape
@@ -214,7 +212,7 @@ class ViT(Model):
         self.pre_norm = _norm(config, rngs) if config.pre_norm else None
         self.blocks = Blocks([Block(config, rngs=rngs) for _ in range(config.depth)])
         self.norm = _norm(config, rngs) if config.final_norm else None
-        # The head is float32 always: rounding the logits to bfloat16 would show in the loss.
+        # The head is always float32: the loss would show logits that are rounded to bfloat16.
         self.head = nnx.Linear(
             2 * config.width if config.pool == "token+patches" else config.width,
             config.num_classes,
@@ -230,16 +228,15 @@ class ViT(Model):
         *,
         rngs: nnx.Rngs | jax.Array | None = None,
     ) -> Float[Array, "b num_classes"]:
-        """Returns float32 logits.
+        """Return float32 logits.
 
         Args:
-            images_bhwc: images of `config.image_size` and `config.channels`; AugReg checkpoints expect values in [-1,
-                1].
-            rngs: draws the dropout, from the stream `dropout` of an `nnx.Rngs` or from a JAX key; `None` means no
-                dropout.
+            images_bhwc: Images of `config.image_size` and `config.channels`; AugReg checkpoints expect values in
+                [-1, 1].
+            rngs: Draws the dropout: an `nnx.Rngs` with the stream `dropout`, or a JAX key; `None` means no dropout.
 
         Raises:
-            UserError: the images are not of the configured shape.
+            UserError: The images do not have the configured shape.
         """
         x_btd = self._states(images_bhwc, rngs, every=False)[-1]
         x_btd = x_btd.astype(jnp.float32) if self.norm is None else self.norm(x_btd)
@@ -251,23 +248,23 @@ class ViT(Model):
         *,
         rngs: nnx.Rngs | jax.Array | None = None,
     ) -> tuple[Float[Array, "b t d"], ...]:
-        """Returns the `depth + 1` states of the residual stream: what the first block reads, and what each returns.
+        """Return the `depth + 1` states of the residual stream: the first block's input and the output of each block.
 
-        The last is not yet normed. These are the `hidden_states` of transformers' models.
+        The last state is not yet normalised. These are the `hidden_states` of transformers' models.
 
         Args:
-            images_bhwc: as in `__call__`.
-            rngs: as in `__call__`.
+            images_bhwc: As in `__call__`.
+            rngs: As in `__call__`.
 
         Raises:
-            UserError: the images are not of the configured shape.
+            UserError: The images do not have the configured shape.
         """
         return self._states(images_bhwc, rngs, every=True)
 
     def _states(
         self, images_bhwc: Float[Array, "b h w c"], rngs: nnx.Rngs | jax.Array | None, *, every: bool
     ) -> tuple[Float[Array, "b t d"], ...]:
-        """Returns all states, or the last alone."""
+        """Return all states, or only the last."""
         config = self.config
         expected = (config.image_size, config.image_size, config.channels)
         if images_bhwc.ndim != 4 or images_bhwc.shape[1:] != expected:
@@ -281,7 +278,7 @@ class ViT(Model):
         return self.blocks.run(x_btd, keys=keys, remat=config.remat, every=every)
 
     def _embed(self, images_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b t d"]:
-        """Returns patches and extra tokens, with their positions."""
+        """Return the extra tokens and the patches, with position embeddings added."""
         patches_bhwd = self.patch_embed(images_bhwc)
         batch, width = patches_bhwd.shape[0], self.config.width
         patches_btd = patches_bhwd.reshape(batch, self.config.grid**2, width)
@@ -292,7 +289,7 @@ class ViT(Model):
         return x_btd + self.position_embed[...].astype(x_btd.dtype)
 
     def _pool(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b d"]:
-        """Returns what the head reads of the last states."""
+        """Return the features that the head reads."""
         if self.config.pool == "token":
             return x_btd[:, 0]
         mean_bd = x_btd[:, self.config.extra_tokens :].mean(axis=1)
@@ -300,10 +297,10 @@ class ViT(Model):
 
 
 def _norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # Variance in two passes, as in PyTorch: E[x^2] - E[x]^2 loses digits where the mean is large.
+    # The variance takes two passes, as in PyTorch: E[x^2] - E[x]^2 loses digits if the mean is large.
     return nnx.LayerNorm(config.width, epsilon=config.epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
 
 
 def _scaled(y_btd: Float[Array, "b t d"], scale: nnx.Param | None) -> Float[Array, "b t d"]:
-    """Applies the layer scale, if there is one."""
+    """Apply the layer scale, if there is one."""
     return y_btd if scale is None else y_btd * scale[...].astype(y_btd.dtype)[None, None]
