@@ -96,7 +96,8 @@ class Model(nnx.Module):
     shape (batch, num_classes) for a task of classes. A model of images is called as `model(images, rngs=key)`, a model
     of text as `model(tokens, mask=..., token_types=..., rngs=key)`; `rngs` draws the dropout, and `None` means no
     dropout. The head's parameters have paths `head/...`. A model with equal blocks keeps them in `blocks` and calls
-    `blocks.run`: then training can compile one block for all of them and split their weights over devices.
+    `blocks.run`; training can then compile one block for all of them and split their weights over devices. A model
+    without such blocks has no `blocks`.
     """
 
     config_class: ClassVar[type[Config]]
@@ -122,7 +123,7 @@ MODELS: dict[str, type[Model]] = {}
 
 
 def register_model(model: type[AnyModel]) -> type[AnyModel]:
-    """Add a model to the registry; to be used as a decorator of its class.
+    """Add a model to the registry. Use it as the decorator of the class.
 
     A class that is defined again under the same name in the same module, as in a notebook, replaces the earlier one.
 
@@ -153,12 +154,12 @@ def _place(model: type[Model]) -> tuple[str, str]:
 def model_class(config: Config) -> type[Model]:
     """Return the model that is built from a configuration.
 
+    Raises:
+        UserError: No registered model has this class of configurations.
+
     >>> from surm_jax.models import ViTConfig
     >>> model_class(ViTConfig.from_variant("B/16", num_classes=10)).__name__
     'ViT'
-
-    Raises:
-        UserError: No registered model has this class of configurations.
     """
     for model in MODELS.values():
         if model.config_class is type(config):
@@ -179,15 +180,15 @@ def variant_names(reads: str | None = None) -> list[str]:
 def model_of_variant(name: str, reads: str) -> type[Model]:
     """Return the model that has a variant of this name.
 
-    >>> model_of_variant("mini", "images").__name__, model_of_variant("mini", "text").__name__
-    ('ViT', 'Bert')
-
     Args:
         name: The variant. Models that read different inputs may have variants of the same name.
         reads: What the model is to read, one of `READS`.
 
     Raises:
         UserError: There is none; the message names the nearest.
+
+    >>> model_of_variant("mini", "images").__name__, model_of_variant("mini", "text").__name__
+    ('ViT', 'Bert')
     """
     for model in MODELS.values():
         if model.reads == reads and name in model.config_class.VARIANTS:

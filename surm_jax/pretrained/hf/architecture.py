@@ -1,8 +1,8 @@
-"""What a model of Hugging Face transformers is called there and here: one description for reading and for writing.
+"""Names and array layouts of models in Hugging Face transformers beside ours: one description for both directions.
 
-A checkpoint there names arrays by modules, `vit.encoder.layer.3.output.dense.weight`; so do we,
-`blocks/3/mlp/down/kernel`. An `Architecture` lists the pairs of module names once, each with the layout of its arrays,
-and key rules, names for writing and module names for adapters all come from that list.
+Checkpoints there name arrays by modules, such as `vit.encoder.layer.3.output.dense.weight`, and so do we:
+`blocks/3/mlp/down/kernel`. An `Architecture` lists the pairs of module names once, each with the layout of its arrays.
+Key rules, names for writing and module names for adapters all come from that list.
 """
 
 import math
@@ -26,7 +26,7 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
-"""Their names of activations and ours; of several for one of ours the first is written."""
+"""Names of activations in Hugging Face transformers, mapped to ours. If several map to one, the first is written."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Tensor:
     """One array of a module in both layouts.
 
     Attributes:
-        theirs: last part of the name there, such as "weight"; empty if the name of the "module" is the array's.
-        ours: last part of the path here, such as "kernel", or empty.
-        read: their layout to ours, `(array, shape of our parameter) -> array`.
-        write: our layout to theirs.
-        aliases: other last parts that files have for it.
+        theirs: The last part of the name there, such as "weight"; empty if the array belongs to no module.
+        ours: The last part of the path here, such as "kernel"; empty if the array belongs to no module.
+        read: Their layout to ours, `(array, shape of our parameter) -> array`.
+        write: Our layout to theirs.
+        aliases: Other last parts that files use for it.
     """
 
     theirs: str
@@ -49,13 +49,13 @@ class Tensor:
 
 
 def _reshaped(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns an array of one axis in the wanted shape."""
+    """Return an array of one axis in the wanted shape."""
     _require_shape(array, (math.prod(shape),))
     return array.reshape(shape)
 
 
 def _require_shape(array: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Raises a `UserError`. An array that only looks like ours, not like theirs, must not pass for theirs."""
+    """Raise a `UserError` unless an array has their shape, even if it has ours already."""
     if array.shape != shape:
         raise UserError(f"it has shape {array.shape}, not {shape}")
 
@@ -65,10 +65,10 @@ def _flat(array: np.ndarray) -> np.ndarray:
 
 
 def linear(in_axes: int = 1) -> tuple[Tensor, ...]:
-    """A linear layer: weight (out, in) there, kernel (*in, *out) here; bias (out,) there, (*out,) here.
+    """Return the arrays of a linear layer: weight (out, in) and bias (out,) there, (*in, *out) and (*out,) here.
 
     Args:
-        in_axes: how many axes of our kernel are the input's: 2 for the output projection of attention.
+        in_axes: How many axes of our kernel belong to the input: 2 for the output projection of attention.
     """
 
     def read(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -83,10 +83,10 @@ def linear(in_axes: int = 1) -> tuple[Tensor, ...]:
 
 LINEAR = linear()
 LINEAR_OUT = linear(in_axes=2)
-"""The output projection of attention, whose kernel here is (heads, width of a head, out)."""
+"""The output projection of attention. Our kernel has shape (heads, width of a head, out)."""
 
 NORM = (
-    # Checkpoints from TensorFlow say gamma and beta; the original BERT is among them.
+    # Checkpoints that were converted from TensorFlow, such as the original BERT, say gamma and beta.
     Tensor("weight", "scale", _reshaped, _flat, aliases=("gamma",)),
     Tensor("bias", "bias", _reshaped, _flat, aliases=("beta",)),
 )
@@ -103,25 +103,25 @@ CONV = (
 
 EMBEDDING = (Tensor("weight", "embedding", lambda array, shape: array, lambda table: table),)
 ARRAY = (Tensor("", "", lambda array, shape: array, lambda array: array),)
-"""A parameter that belongs to no layer, with the same shape on both sides."""
+"""A parameter that belongs to no layer and has the same shape on both sides."""
 
 VECTOR = (Tensor("", "", _reshaped, _flat),)
-"""A parameter that belongs to no layer: one axis there, more of them here."""
+"""A parameter that belongs to no layer and has one axis there and several here."""
 
 
 @dataclass(frozen=True)
 class Name:
-    """The two names of one module (or of a parameter that belongs to none). `#` stands for the number of a block.
+    """Their name and ours of one module, or of a parameter that belongs to none. `#` stands for a block's number.
 
     >>> Name("encoder.layer.#.output.dense", "blocks/#/mlp/down", LINEAR).theirs
     'encoder.layer.#.output.dense'
 
     Attributes:
-        theirs: the module's name in checkpoints on the Hub; this is what is written.
-        ours: its path here.
-        tensors: its arrays; those that a model does not have, such as the bias of a layer without one, are left out.
-        aliases: other names; the first is that of the module in memory, where it differs from that in checkpoints.
-        in_body: whether the name begins with the prefix of the architecture.
+        theirs: The module's name in checkpoints on the Hub. This name is written.
+        ours: Its path here.
+        tensors: Its arrays. Those that a model does not have, such as the bias of a layer without one, are left out.
+        aliases: Other names. If the module in memory has another name than in checkpoints, it comes first.
+        in_body: Whether the name begins with the prefix of the architecture.
     """
 
     theirs: str
@@ -163,7 +163,7 @@ class Architecture:
     normalization: Normalization | None = None
 
     def key_rules(self, config: Any) -> list[KeyRule]:
-        """Returns the rules that read a checkpoint."""
+        """Return the rules that read a checkpoint."""
         rules = []
         for name in self.names(config):
             prefix = f"(?:{re.escape(self.prefix)})?" if name.in_body else ""
@@ -174,14 +174,14 @@ class Architecture:
         return rules
 
     def ignored(self, config: Any) -> list[str]:
-        """Returns the patterns of keys that are not read."""
+        """Return the patterns of keys that are not read."""
         return [f"(?:{re.escape(self.prefix)})?{pattern}" for pattern in self.ignore(config)]
 
     def tensor_name(self, config: Any, path: str) -> tuple[str, Tensor]:
-        """Returns the name of the array at a parameter path in a checkpoint, and its layouts.
+        """Return the name that checkpoints have for the array at a parameter path, and its layouts.
 
         Raises:
-            UserError: there is none.
+            UserError: There is none.
         """
         for name in self.names(config):
             for tensor in name.tensors:
@@ -232,18 +232,18 @@ def architecture_of(config: Config) -> Architecture:
 
 @dataclass(frozen=True)
 class Names:
-    """The names that an architecture has for the modules and arrays of one model, as adapters need them.
+    """The names of one model's modules and arrays in an architecture, for adapters.
 
     Attributes:
-        architecture: what the model is called there.
-        config: the model's configuration.
+        architecture: The architecture.
+        config: The model's configuration.
     """
 
     architecture: Architecture
     config: Any
 
     def modules(self, path: str) -> tuple[str, ...]:
-        """Returns the names of the module at a path, that in memory first; none where it has no name."""
+        """Return the names of the module at a path, its name in memory first; an empty tuple if it has none."""
         for name in self.architecture.names(self.config):
             match = re.fullmatch(_pattern(name.ours), path)
             if match and name.tensors[0].theirs:
@@ -253,24 +253,24 @@ class Names:
         return ()
 
     def tensor(self, path: str) -> tuple[str, Tensor]:
-        """Returns the name of the array at a parameter path in a checkpoint, and its layouts.
+        """Return the name that checkpoints have for the array at a parameter path, and its layouts.
 
         Raises:
-            UserError: there is none.
+            UserError: There is none.
         """
         return self.architecture.tensor_name(self.config, path)
 
 
 def refusal(model_type: str, name: str, value: Any, what: str) -> UserError:
-    """Returns the error of a `config.json` that our model cannot express."""
+    """Return the error for a `config.json` that our model cannot express."""
     return UserError(f"this {model_type} cannot be read: config.json says {name} = {value!r}, but {what}")
 
 
 def our_activation(model_type: str, theirs: Any) -> str:
-    """Returns our name of an activation.
+    """Return our name of an activation.
 
     Raises:
-        UserError: there is none.
+        UserError: There is none.
     """
     if not isinstance(theirs, str) or theirs not in ACTIVATIONS:
         known = f"there are {', '.join(map(repr, ACTIVATIONS))}{did_you_mean(str(theirs), ACTIVATIONS)}"
@@ -279,11 +279,11 @@ def our_activation(model_type: str, theirs: Any) -> str:
 
 
 def _pattern(name: str) -> str:
-    """Returns the regular expression of a name, with a group for the number of the block, if there is one."""
+    """Return the regular expression of a name; the number of a block, if there is one, is a group."""
     return re.escape(name).replace(r"\#", r"(\d+)")
 
 
 def _template(name: Name, tensor: Tensor) -> str:
     path = f"{name.ours}/{tensor.ours}" if tensor.ours else name.ours
-    # Each alias has a group of its own, of which one matches: KeyRule joins them.
+    # Each alias has its own group for the number, and one of them matches: the others expand to nothing.
     return path.replace("#", "".join(f"\\{group}" for group in range(1, 2 + len(name.aliases))))

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face transformers, in and out: `config.json` and `model.safetensors`, whole or in shards.
+"""Folders of Hugging Face transformers, read and written: `config.json` and `model.safetensors`, whole or in shards.
 
 The registered architectures say which model a folder holds and what its arrays are called.
 """
@@ -103,10 +103,10 @@ class HuggingFaceCheckpoint(Checkpoint):
 
 
 def read_architecture(path: Path) -> tuple[Architecture, dict[str, Any]]:
-    """Returns the architecture of the model in a folder, and what its `config.json` holds.
+    """Return the architecture of the model in a folder, and the content of its `config.json`.
 
     Raises:
-        UserError: `config.json` is missing or damaged, or its `model_type` is none of `ARCHITECTURES`.
+        UserError: `config.json` is missing or damaged, or its `model_type` is not registered.
     """
     config_path = _folder_of(path) / CONFIG_NAME
     if not config_path.is_file():
@@ -132,19 +132,19 @@ def save_huggingface(
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     files: Sequence[Path] = (),
 ) -> None:
-    """Writes a model as a folder that `from_pretrained` of transformers reads: `config.json` and `model.safetensors`.
+    """Write a model as a folder that `from_pretrained` of transformers reads: `config.json` and `model.safetensors`.
 
-    The folder is complete or absent at every moment. Arrays keep their dtypes. There is one file whatever the size of
-    the model: shards serve uploads, and nothing that reads folders needs them. Memory: a second copy of the model.
+    The folder is complete or absent at every moment. Arrays keep their dtypes. The weights are one file, whatever
+    their size: shards help uploads, and no reader needs them. Writing takes the memory of a second copy of the model.
 
     Args:
-        folder: where to; replaced if it holds such a model and nothing else.
-        model: without adapters: merge them first.
-        config: that the model was built from.
-        labels: the names of the classes, in the order of the outputs.
-        normalization: mean and standard deviation by channel of the pixels that the model was trained on, in [0, 1]
-            before; written as `preprocessor_config.json`.
-        files: copied beside the weights, such as those of the tokeniser.
+        folder: The folder, which is replaced if it holds such a model and nothing else.
+        model: The model, without adapters: merge them first.
+        config: The configuration that the model was built from.
+        labels: The names of the classes, in the order of the outputs.
+        normalization: Mean and standard deviation of each channel, with which pixels in [0, 1] were normalised for the
+            model; written as `preprocessor_config.json`.
+        files: Files to copy beside the weights, such as those of the tokenizer.
 
     Raises:
         UserError: transformers has no such model, the model is not what its configuration says, labels do not fit, or
@@ -162,7 +162,7 @@ def save_huggingface(
     for path, variable in parameters.items():
         name, tensor = architecture.tensor_name(config, path)
         tensors[name] = tensor.write(np.asarray(variable[...]))
-    # transformers casts everything to this one dtype: with bfloat16 it would round the norms.
+    # transformers casts all arrays to this dtype; bfloat16 would round the norms.
     exact = all(array.dtype == jnp.bfloat16 for array in tensors.values())
     fields["dtype"] = "bfloat16" if exact else "float32"
     try:
@@ -179,10 +179,10 @@ def save_huggingface(
 
 
 def huggingface_names(config: Any) -> Names:
-    """Returns what transformers calls the modules and arrays of a model, as adapters of peft name them.
+    """Return what transformers calls the modules and arrays of a model, as adapters of peft name them.
 
     Args:
-        config: that the model was built from.
+        config: The configuration that the model was built from.
 
     Raises:
         UserError: transformers has no such model.
@@ -224,10 +224,10 @@ def _no_weights(folder: Path) -> str:
 
 
 def _require_free(folder: Path, ours: set[str]) -> None:
-    """Raises a `UserError` if there is something else than our files under the name of a folder to be written."""
+    """Raise a `UserError` if a file or other files have the place of a folder to be written."""
     if folder.is_dir():
         if other := sorted({path.name for path in folder.iterdir()} - ours):
-            raise UserError(f"{folder} holds {other[0]!r}, which is not of a model: choose another name, or clear it")
+            raise UserError(f"{folder} holds {other[0]!r}, which does not belong to a model: choose another name, or clear it")
     elif folder.exists():
         raise UserError(f"{folder} is a file: choose another name for the folder")
 
@@ -245,13 +245,13 @@ def _label_fields(labels: Sequence[str], num_classes: int) -> dict[str, dict[str
 
 
 def _require_plain(parameters: Mapping[str, nnx.Variable], config: Any) -> None:
-    """Raises a `UserError` if parameters are not exactly those of the model that a configuration describes."""
+    """Raise a `UserError` unless the parameters are exactly those of the model that a configuration describes."""
     abstract = nnx.eval_shape(lambda: model_class(config)(config, rngs=nnx.Rngs(0)))
     expected = {join(path): variable.shape for path, variable in nnx.to_flat_state(nnx.state(abstract, nnx.Param))}
     if extra := sorted(parameters.keys() - expected.keys()):
         raise UserError(
-            f"the model has {extra[0]!r}, which a {type(config).__name__} does not describe: if it is of an adapter, "
-            "merge the adapter first (surm_jax.peft.merge)"
+            f"the model has {extra[0]!r}, which a {type(config).__name__} does not describe: if it belongs to an adapter, "
+            "merge that first (surm_jax.peft.merge)"
         )
     if missing := sorted(expected.keys() - parameters.keys()):
         raise UserError(f"the model lacks {missing[0]!r}, which its {type(config).__name__} describes")

@@ -1,7 +1,7 @@
 """BERT and RoBERTa as transformers writes them: their `config.json`, and their names for our parameters.
 
-Both heads of our model have one of theirs: `BertForSequenceClassification` and `BertForMaskedLM`, likewise for RoBERTa.
-Checkpoints of the bare models, and of BERT's pretraining with both its heads, are read by either.
+Our classifier is their `BertForSequenceClassification`, and our masked language model their `BertForMaskedLM`; likewise
+for RoBERTa. Both heads can also read checkpoints of the bare models, and of BERT's pretraining with its two heads.
 """
 
 from collections.abc import Mapping
@@ -60,9 +60,9 @@ _HEADS: Mapping[tuple[str, str], tuple[Name, ...]] = {
     ),
 }
 
-# Numbers 0, 1, ... that old checkpoints store.
+# The numbers 0, 1, ..., which old checkpoints store.
 _POSITION_IDS = r"embeddings\.position_ids"
-# The decoder of the vocabulary has the table of word embeddings and the bias of the head once more.
+# Keys that are not read. The decoder of the vocabulary repeats the word embeddings and the bias of the head.
 _IGNORED: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("bert", "classifier"): (_POSITION_IDS, r"cls\.predictions\..*", r"cls\.seq_relationship\..*"),
     ("bert", "mlm"): (
@@ -72,7 +72,7 @@ _IGNORED: Mapping[tuple[str, str], tuple[str, ...]] = {
         r"pooler\.dense\..*",
         r"classifier\..*",
     ),
-    # RoBERTa's classifier has a layer of its own in the place of the body's pooler.
+    # RoBERTa's classifier has its own layer instead of the body's pooler.
     ("roberta", "classifier"): (_POSITION_IDS, r"lm_head\..*", r"pooler\.dense\..*"),
     ("roberta", "mlm"): (_POSITION_IDS, r"lm_head\.decoder\..*", r"pooler\.dense\..*", r"classifier\..*"),
 }
@@ -97,9 +97,9 @@ _FIELDS = {
     "pad_token": "pad_token_id",
     "dropout": "hidden_dropout_prob",
 }
-"""Our fields and theirs, where the values are the same."""
+"""Our fields and theirs that have the same values."""
 
-# What transformers takes for fields that config.json does not have.
+# The values that transformers takes for fields that are not in config.json.
 _BERT_DEFAULTS = {
     "vocab_size": 30522,
     "hidden_size": 768,
@@ -119,14 +119,14 @@ _MLM_CLASSES = ("ForMaskedLM", "ForPreTraining")
 
 
 def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> BertConfig:
-    """Returns our configuration of a `config.json`.
+    """Return our configuration for a `config.json`.
 
-    The head is a masked language model's where `architectures` says so, unless `overrides` name a head or a number of
-    classes. Dropout is `hidden_dropout_prob` in all places; that of attention's probabilities is left out, as is a
-    different one of the classifier: neither changes what a trained model computes.
+    The head is a masked language model's if `architectures` says so, unless the overrides name a head or a number of
+    classes. Dropout is `hidden_dropout_prob` everywhere. The dropout of attention probabilities, and another one for
+    the classifier, are ignored: they do not change what a trained model computes.
 
     Raises:
-        UserError: the file describes what `Bert` cannot express, or an override is no field of ours.
+        UserError: The file describes what `Bert` cannot express, or an override is not a field of ours.
     """
     known = {**_DEFAULTS[model_type], **{name: value for name, value in fields.items() if value is not None}}
     for name in ("is_decoder", "is_encoder_decoder", "add_cross_attention", "pruned_heads"):
@@ -153,15 +153,15 @@ def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[
             raise refusal(model_type, "tie_word_embeddings", False, what)
         if model_type == "roberta" and config.activation != "gelu":
             raise refusal(
-                model_type, "hidden_act", known["hidden_act"], "RoBERTa's head has 'gelu' whatever its blocks have"
+                model_type, "hidden_act", known["hidden_act"], "RoBERTa's head always has 'gelu'"
             )
     return config
 
 
 def _write_config(model_type: str, config: BertConfig) -> dict[str, Any]:
-    """Returns the `config.json` of our configuration, with the number of classes and no names for them.
+    """Return the `config.json` for our configuration, with the number of classes but not their names.
 
-    Dropout on the probabilities of attention is 0, as it is here.
+    The dropout of attention probabilities is 0, as in our model.
 
     Raises:
         UserError: transformers has no such model.

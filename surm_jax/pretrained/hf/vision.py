@@ -1,6 +1,6 @@
 """Vision Transformers as transformers writes them: ViT, DeiT, DINOv2, I-JEPA, and the image tower of CLIP.
 
-All of them are our `ViT` with some of its fields fixed, and these fields decide as which of them a model is written.
+Each of them is our `ViT` with some fields fixed. These fields decide which of them a model is written as.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,7 +45,7 @@ _CLASSES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "CLIPForImageClassification": ("clip", {**_CLIP, "pool": "patches", "final_norm": False}),
     "CLIPVisionModelWithProjection": ("clip_vision_model", {**_CLIP, "head_bias": False}),
 }
-"""Their classes: the `model_type`, and the fields of `ViTConfig` that have one value in all models of the class."""
+"""Their classes: the `model_type`, and the fields of `ViTConfig` that all models of the class share."""
 
 _FIELDS = {
     "image_size": "image_size",
@@ -59,9 +59,9 @@ _FIELDS = {
     "qkv_bias": "qkv_bias",
     "dropout": "hidden_dropout_prob",
 }
-"""Our fields and theirs, where the values are the same."""
+"""Our fields and theirs that have the same values."""
 
-# What transformers takes for fields that config.json does not have.
+# The values that transformers takes for fields that are not in config.json.
 _VIT_DEFAULTS = {
     "image_size": 224,
     "patch_size": 16,
@@ -95,14 +95,14 @@ _POOLER = r"pooler\.dense\.(weight|bias)"
 
 
 def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> ViTConfig:
-    """Returns our configuration of a `config.json`.
+    """Return our configuration for a `config.json`.
 
-    CLIP's has the head of `CLIPForImageClassification` where `architectures` says so, and otherwise the projection of
-    the class token into the space of images and texts. Dropout is `hidden_dropout_prob` in all places; that of
-    attention's probabilities and stochastic depth are left out: they change nothing in what a trained model computes.
+    CLIP has the head of `CLIPForImageClassification` if `architectures` says so, and otherwise the projection of the
+    class token into the space that images and texts share. Dropout is `hidden_dropout_prob` everywhere. The dropout of
+    attention probabilities and stochastic depth are ignored: they do not change what a trained model computes.
 
     Raises:
-        UserError: the file describes what `ViT` cannot express, or an override is no field of ours.
+        UserError: The file describes what `ViT` cannot express, or an override is not a field of ours.
     """
     known = _known(model_type, fields)
     if known.get("use_swiglu_ffn"):
@@ -127,16 +127,16 @@ def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[
 
 
 def _known(model_type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of the image model in a `config.json`, with the defaults of those that it does not have."""
+    """Return the fields of the image model in a `config.json`, completed with the defaults."""
     given = {name: value for name, value in fields.items() if value is not None}
     if model_type == "clip":
-        # Old files have the values in `vision_config_dict`, and where they do these count.
+        # Old files have the values in `vision_config_dict`. If it is there, it counts.
         section = "vision_config_dict" if "vision_config_dict" in given else "vision_config"
         _check_type(model_type, section, given.setdefault(section, {}), Mapping)
         own = ("architectures", "projection_dim", "id2label", "num_labels")
         given = {**given[section], **{name: given[name] for name in own if name in given}}
     if model_type.startswith("clip"):
-        # Fields of the same name mean nothing to CLIP.
+        # CLIP ignores fields of these names.
         given = {name: value for name, value in given.items() if name not in ("qkv_bias", "hidden_dropout_prob")}
     known = {**_DEFAULTS[model_type], **given}
     for name, default in _DEFAULTS[model_type].items():
@@ -155,14 +155,14 @@ def _check_type(model_type: str, name: str, value: Any, kind: Any) -> None:
 
 
 def _read_as(model_type: str, known: Mapping[str, Any]) -> str:
-    """Returns the class of transformers whose fields a checkpoint is read with."""
+    """Return the class of transformers whose fixed fields a checkpoint is read with."""
     if model_type == "clip" and "CLIPForImageClassification" not in known.get("architectures", ()):
         return "CLIPVisionModelWithProjection"
     return next(name for name, (its_type, _) in _CLASSES.items() if its_type == model_type)
 
 
 def _side(model_type: str, name: str, value: Any) -> Any:
-    """Returns one number for an image or a patch, which may be given as height and width."""
+    """Return the side of an image or a patch, which may be given as height and width."""
     if not isinstance(value, list | tuple):
         return value
     if not value or any(side != value[0] for side in value):
@@ -171,10 +171,10 @@ def _side(model_type: str, name: str, value: Any) -> Any:
 
 
 def _class_of(config: ViTConfig) -> str:
-    """Returns the class of transformers that a model is written as.
+    """Return the class of transformers that a model is written as.
 
     Raises:
-        UserError: there is none; names the nearest, and what would have to be otherwise.
+        UserError: There is none; the message names the nearest class and the fields that differ.
     """
     different = {
         name: {field: value for field, value in fixed.items() if getattr(config, field) != value}
@@ -186,13 +186,13 @@ def _class_of(config: ViTConfig) -> str:
         ours = ", ".join(f"{field}={getattr(config, field)!r}" for field in different[nearest])
         raise UserError(
             f"transformers has no such ViT: the nearest, {nearest}, has {theirs}, the model has {ours}. Build the model"
-            " like that, or write it with save_model"
+            " with these fields, or write it with save_model"
         )
     return nearest
 
 
 def _write_config(model_type: str, config: ViTConfig) -> dict[str, Any]:
-    """Returns the `config.json` of our configuration, with the number of classes and no names for them.
+    """Return the `config.json` for our configuration, with the number of classes but not their names.
 
     Raises:
         UserError: transformers has no such model, or another `model_type` for it.
@@ -206,7 +206,7 @@ def _write_config(model_type: str, config: ViTConfig) -> dict[str, Any]:
         ours["mlp_ratio"], rest = divmod(ours.pop("intermediate_size"), config.width)
         if rest or not ours["mlp_ratio"]:
             raise UserError(
-                f"transformers' dinov2 has an MLP some whole times as wide as the model, not {config.mlp_width} for"
+                f"transformers' dinov2 has an MLP whose width is a whole multiple of the model's, not {config.mlp_width} for"
                 f" {config.width}"
             )
     if model_type.startswith("clip"):

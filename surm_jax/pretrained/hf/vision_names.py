@@ -1,6 +1,7 @@
 """Names of the parts of Vision Transformers in transformers, beside our paths.
 
-Names are those of checkpoints on the Hub, which every version writes; transformers 5.24 calls some modules otherwise.
+The names are those of checkpoints on the Hub, which every version writes. In memory, transformers 5.24 gives some
+modules other names, which are the aliases here.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ _LAYOUTS = {
 
 
 def _blocks(stem: str, names: Mapping[str, str], alias_stem: str, aliases: Mapping[str, str]) -> tuple[Name, ...]:
-    """Returns the names of the parts of a block, with other ones where the modules in memory have them."""
+    """Return the names of the parts of a block, with aliases for modules that have other names in memory."""
     found = []
     for ours, theirs in names.items():
         checkpoint, memory = f"{stem}.{theirs}", f"{alias_stem}.{aliases.get(ours, theirs)}"
@@ -111,12 +112,12 @@ _CLIP_NAMES = (
 
 
 def vit_names(config: ViTConfig) -> tuple[Name, ...]:
-    """Returns the names of ViT, DeiT and I-JEPA; those of tokens that a model does not have match nothing."""
+    """Return the names of ViT, DeiT and I-JEPA. Names of tokens that a model lacks match nothing."""
     return (*_VIT_NAMES, *_head_and_positions(config))
 
 
 def dinov2_names(config: ViTConfig) -> tuple[Name, ...]:
-    """Returns the names of DINOv2."""
+    """Return the names of DINOv2."""
     return (*_DINOV2_NAMES, *_head_and_positions(config))
 
 
@@ -130,7 +131,7 @@ def _head_and_positions(config: ViTConfig) -> tuple[Name, ...]:
 
 
 def clip_names(config: ViTConfig) -> tuple[Name, ...]:
-    """Returns the names of the image tower of CLIP, with a classifier or the projection as its head."""
+    """Return the names of the image tower of CLIP, whose head is a classifier or the projection."""
 
     def read(table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return resize_position_embed_bicubic(table[None], shape, extra_tokens=config.extra_tokens)
@@ -145,7 +146,7 @@ def clip_names(config: ViTConfig) -> tuple[Name, ...]:
 
 
 def clip_ignore(config: ViTConfig) -> tuple[str, ...]:
-    """Returns the patterns of the text tower, of what old checkpoints store, and of what a classifier does not read."""
+    """Return the patterns of keys that are not read: the text tower, leftovers of old versions, unused heads."""
     ignored = [r"text_model\..*", r"text_projection\.weight", "logit_scale", r"embeddings\.position_ids"]
     if config.pool == "patches":
         ignored.append(r"visual_projection\.weight")
@@ -155,7 +156,7 @@ def clip_ignore(config: ViTConfig) -> tuple[str, ...]:
 
 
 def clip_fillers(config: ViTConfig) -> dict[str, np.ndarray]:
-    """Returns the norm after the last block, which `CLIPForImageClassification` has and does not use."""
+    """Return the norm after the last block, which `CLIPForImageClassification` stores but does not use."""
     if config.final_norm:
         return {}
     ones = np.ones(config.width, np.float32)
@@ -163,5 +164,5 @@ def clip_fillers(config: ViTConfig) -> dict[str, np.ndarray]:
 
 
 def dinov2_fillers(config: ViTConfig) -> dict[str, np.ndarray]:
-    """Returns the token of masked patches, which DINOv2's pretraining alone uses."""
+    """Return the token of masked patches, which only the pretraining of DINOv2 uses."""
     return {"dinov2.embeddings.mask_token": np.zeros((1, config.width), jnp.dtype(config.param_dtype))}
