@@ -14,7 +14,7 @@ from flax import nnx
 from surm_jax.devices.mesh import make_mesh, put_batch, replicated
 from surm_jax.models import TARGETS, ViT, ViTConfig
 from surm_jax.peft import AdapterParam, CirculantUpdate, LoRA, Rule, adapt, merge
-from surm_jax.pretrained.hf.vision import architecture_of
+from surm_jax.pretrained.hf import architecture_of
 from surm_jax.tasks import ImageClassification, objective
 from surm_jax.training.config import GroupConfig, OptimConfig
 from surm_jax.training.optimizer import Rates, make_optimizer

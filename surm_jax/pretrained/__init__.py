@@ -1,4 +1,4 @@
-"""Pretrained weights: where they are, what their formats call each parameter, and how they get into a model and out."""
+"""Pretrained weights: where to find them, how their formats name parameters, and how to read and write them."""
 
 from surm_jax.pretrained.augreg import AUGREG_URLS
 from surm_jax.pretrained.hf.folder import huggingface_names, save_huggingface

@@ -29,7 +29,7 @@ AUGREG_URLS: Mapping[str, str] = {
     "B/8": _BUCKET + "B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0.npz",
     "L/16": _BUCKET + "L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0.npz",
 }
-"""The official checkpoint of each ViT that has one: ImageNet-21k, 224 pixels, inputs in [-1, 1]."""
+"""URLs of the official checkpoints by variant: ImageNet-21k, 224 pixels, inputs in [-1, 1]."""
 
 _BLOCK = r"Transformer/encoderblock_(\d+)/"
 

@@ -1,4 +1,4 @@
-"""Fetching a file once: cached, complete or absent, resumed where it was cut off, quick to give up offline."""
+"""Download of a file into the cache: complete or absent, resumed after a break, with a quick error when offline."""
 
 import base64
 import hashlib
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 
 def cache_path(url: str) -> Path:
-    """Returns where the file of a URL is kept: `<cache_root()>/<host>/<path>`.
+    """Return where the file of a URL is kept: `<cache_root()>/<host>/<path>`.
 
     Raises:
-        UserError: the URL does not end in a file name, or is none.
+        UserError: The URL is malformed or does not end in a file name.
 
     >>> cache_path("https://example.org/vit/b16.npz").parts[-3:]
     ('example.org', 'vit', 'b16.npz')
@@ -38,7 +38,7 @@ def cache_path(url: str) -> Path:
         split = urlsplit(url)
         port = split.port
     except ValueError as error:
-        raise UserError(f"{url!r} is no URL: {error}") from None
+        raise UserError(f"{url!r} is not a URL: {error}") from None
     folders = [part for part in split.path.split("/") if part]
     if not split.hostname or not folders or split.path.endswith("/") or {".", ".."} & {*folders}:
         raise UserError(f"the URL must name a host and a file, such as https://example.org/vit.npz, got {url!r}")
@@ -50,16 +50,16 @@ def cache_path(url: str) -> Path:
 
 
 def download(url: str) -> Path:
-    """Returns the local copy of a file, fetching it if it is not there yet.
+    """Return the local copy of a file, and download it if there is none yet.
 
-    The file appears under its name only when it is complete. What had arrived when a connection broke stays beside it
-    (`.part`), and the next call fetches the rest, if the server still has the same file (its ETag or its date says so).
-    An MD5 that Google Cloud Storage announces is compared. Of several processes one downloads and the others wait. A
-    progress bar is shown on a terminal.
+    The file gets its name only when it is complete. If a connection breaks, the bytes that have arrived stay beside it
+    (`.part`), and the next call downloads the rest if the server still has the same file by its ETag or its date. If
+    Google Cloud Storage announces an MD5, it is compared. One of several processes downloads, and the others wait. A
+    terminal shows a progress bar.
 
     Raises:
-        UserError: it cannot be fetched (no connection within 10 seconds, an HTTP error, fewer bytes than announced,
-            another MD5) or kept. The message says which file to put where by hand.
+        UserError: The file cannot be downloaded (no connection within 10 seconds, an HTTP error, fewer bytes than
+            announced, another MD5) or written. The message says which file to put where by hand.
     """
     target = cache_path(url)
     if target.is_file():
@@ -83,7 +83,7 @@ def download(url: str) -> Path:
 
 
 class _Partial:
-    """The beginning of a file, and which version of it: what the server says in `ETag` or `Last-Modified`."""
+    """The beginning of a file, and its version, which is what the server says in `ETag` or `Last-Modified`."""
 
     def __init__(self, target: Path):
         self.path = target.with_name(f"{target.name}.part")
@@ -96,7 +96,7 @@ class _Partial:
         return self._version.read_text() if self._version.is_file() else ""
 
     def start(self, version: str) -> None:
-        """Begins anew. Never are there bytes of one version beside the name of another."""
+        """Start again with no bytes. The old bytes go first, so bytes never lie beside the name of another version."""
         self.discard()
         if version:
             self._version.write_text(version)
@@ -108,10 +108,10 @@ class _Partial:
 
 
 def _fetch(url: str, partial: _Partial) -> None:
-    """Completes a partial file. On failure it is kept where the rest of it can be asked for, and else removed."""
+    """Complete a partial file. After a failure it is kept if its rest can be requested later, and else removed."""
     try:
         start = partial.size()
-        # If-Range: the whole file, should it be another version by now.
+        # If-Range asks for the whole file if the server has another version by now.
         asked = {"Range": f"bytes={start}-", "If-Range": partial.version()} if start and partial.version() else {}
         request = urllib.request.Request(quote(url, safe=string.punctuation), headers=asked)
         try:
@@ -142,10 +142,10 @@ def _fetch(url: str, partial: _Partial) -> None:
 
 
 def _append(response: http.client.HTTPResponse, path: Path, total: int | None) -> None:
-    """Writes the body of a response to the end of a file."""
+    """Append the body of a response to a file."""
     with (
         path.open("ab") as file,
-        # `disable=None` shows the bar on terminals only.
+        # `disable=None` shows the bar only on terminals.
         tqdm(
             total=total,
             initial=file.tell(),
@@ -162,13 +162,13 @@ def _append(response: http.client.HTTPResponse, path: Path, total: int | None) -
 
 
 def _version(headers: Message) -> str:
-    """Returns what names this version of a file in `If-Range`: weak ETags do not (RFC 9110, section 13.1.5)."""
+    """Return the name of this version for `If-Range`, which must not be a weak ETag (RFC 9110, section 13.1.5)."""
     tag = headers.get("ETag", "")
     return headers.get("Last-Modified", "") if tag.startswith("W/") or not tag else tag
 
 
 def _check_md5(partial: _Partial, headers: Message) -> None:
-    """Compares a file with `x-goog-hash: crc32c=...,md5=...`, if the server sent one, and removes it if it differs."""
+    """Compare a file with the MD5 in the header `x-goog-hash`, if there is one, and remove it if it differs."""
     hashes = ",".join(headers.get_all("x-goog-hash", [])).split(",")
     announced = [entry.strip().removeprefix("md5=") for entry in hashes if entry.strip().startswith("md5=")]
     if not announced:

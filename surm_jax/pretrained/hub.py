@@ -1,7 +1,7 @@
 """Models of the Hugging Face Hub by name, `hf://owner/name@revision`, through `huggingface_hub`.
 
-That library keeps the cache (`$HF_HOME`), shows progress and checks sizes and hashes. Here it is only said what to
-fetch, in which order, and what to do where there is no network.
+The library keeps the cache (`$HF_HOME`), shows progress and checks sizes and hashes. This module decides what to fetch,
+in which order, and what to say without a network.
 """
 
 import contextlib
@@ -28,24 +28,25 @@ from surm_jax.tensor_files import shards_of
 PREFIX = "hf://"
 
 TOKENIZER_NAMES = ("tokenizer.json", "vocab.txt", "merges.txt", "vocab.json", "tokenizer_config.json")
-"""What a tokenizer may be made of. No repository has to have all of them, or any."""
+"""Files that a tokenizer may consist of. A repository may lack any of them."""
 
 
 def fetch(source: str) -> Path:
-    """Returns the folder with a model of the Hub, fetching what is not in the cache of `huggingface_hub` yet.
+    """Return the folder with a model of the Hub, and download what the cache of `huggingface_hub` lacks.
 
-    `config.json` comes first: a model that there is none of here costs no download. Then comes what tells how its input
-    is made, as far as there is any: the tokenizer's files of a text model, `preprocessor_config.json` of another. Last
-    come the safetensors. All are of one commit. A model that is complete in the cache is used as it is, without asking
-    the Hub whether a branch has moved since: for another commit, name it. One that was cached without a tokenizer or
-    `preprocessor_config.json` is used without where the Hub has none or cannot be reached.
+    `config.json` comes first, so an unknown model costs no download. Next come the files that describe the input, if
+    the repository has them: the tokenizer's files for a model of text, `preprocessor_config.json` for a model of
+    images. The safetensors come last. All files belong to one commit. A model that is complete in the cache is used
+    without asking the Hub whether a branch has moved; to get another commit, name it. If a model was cached without the
+    files that describe its input, they are requested again, and the model is used without them if that fails.
 
     Args:
-        source: "hf://owner/name" or "hf://owner/name@revision", a branch, a tag, a commit or "refs/pr/1".
+        source: "hf://owner/name" or "hf://owner/name@revision"; the revision is a branch, a tag, a commit or
+            "refs/pr/1".
 
     Raises:
-        UserError: the name is malformed, there is no such repository, revision or safetensors in it, its model is none
-            of ours, or the Hub cannot be reached; the message then says which files to put into a folder by hand.
+        UserError: The name is malformed, the repository, its revision or its safetensors do not exist, its model is
+            unknown, or the Hub cannot be reached. In the last case the message says which files to put into a folder.
     """
     repository, revision = _parse(source)
     try:
@@ -79,7 +80,7 @@ def _parse(source: str) -> tuple[str, str]:
 
 
 def _cached(repository: str, revision: str) -> Path | None:
-    """Returns the folder of a model in the cache, if it is complete."""
+    """Return the folder of a model in the cache, or `None` if it is not complete."""
 
     def find(name: str) -> Path | None:
         found = try_to_load_from_cache(repository, name, revision=revision)
@@ -96,9 +97,9 @@ def _cached(repository: str, revision: str) -> Path | None:
 
 
 def _complete(repository: str, folder: Path) -> None:
-    """Fetches what tells how the input of a cached model is made, if that was never asked for and the Hub answers."""
+    """Download the files that describe a cached model's input, if they were never requested and the Hub answers."""
     commit, names = folder.name, _input_names(folder)
-    # A path, an object for what the Hub is known not to have, or None.
+    # For each name: a path, an object that means "the Hub does not have it", or None for "never requested".
     known = [try_to_load_from_cache(repository, name, revision=commit) for name in names]
     if None not in known or any(isinstance(path, str) for path in known):
         return
@@ -108,25 +109,25 @@ def _complete(repository: str, folder: Path) -> None:
 
 
 def _ask(repository: str, revision: str) -> None:
-    """Asks for the model once: hf_hub_download would repeat the question for 23 seconds where there is no network."""
+    """Send one request for the model: without a network hf_hub_download would repeat it for 23 seconds."""
     get_hf_file_metadata(hf_hub_url(repository, CONFIG_NAME, revision=revision))
 
 
 def _input_names(folder: Path) -> tuple[str, ...]:
-    """Returns the files that tell how the input of a model is made, whether its repository has them or not."""
+    """Return the names of the files that describe the input of a model; its repository may lack them."""
     architecture, _ = read_architecture(folder)
     return TOKENIZER_NAMES if architecture.model.reads == "text" else (PREPROCESSOR_NAME,)
 
 
 def _fetch_present(repository: str, commit: str, names: tuple[str, ...]) -> None:
-    """Fetches those of the files that there are."""
+    """Download the files that the repository has."""
     for name in names:
         with contextlib.suppress(RemoteEntryNotFoundError):
             hf_hub_download(repository, name, revision=commit)
 
 
 def _explain(error: Exception, source: str, repository: str, revision: str) -> NoReturn:
-    """Raises the one error that says what went wrong and what to do."""
+    """Raise an error that says what went wrong and what to do."""
     page = f"{constants.ENDPOINT}/{repository}"
     if isinstance(error, HFValidationError):
         message = str(error)
@@ -147,9 +148,9 @@ def _explain(error: Exception, source: str, repository: str, revision: str) -> N
         folder = cache_root() / "hub" / repository
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         message = (
-            f"there is no answer from the Hub ({reason}). On a machine that has one, fetch {CONFIG_NAME} and "
-            f"{WEIGHTS_NAME}, or {INDEX_NAME} with all files that it lists, of {page}/tree/{revision}, and what there "
-            f"is of {', '.join((*TOKENIZER_NAMES, PREPROCESSOR_NAME))}; put them into the folder {folder}, and pass "
-            "that folder as the checkpoint"
+            f"there is no answer from the Hub ({reason}). On a machine that has a connection, fetch {CONFIG_NAME} and "
+            f"{WEIGHTS_NAME}, or {INDEX_NAME} with all files that it lists, from {page}/tree/{revision}, and those of "
+            f"{', '.join((*TOKENIZER_NAMES, PREPROCESSOR_NAME))} that exist; put them into the folder {folder}, and "
+            "pass that folder as the checkpoint"
         )
     raise UserError(f"cannot fetch {source}: {message}") from error

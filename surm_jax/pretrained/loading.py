@@ -1,4 +1,4 @@
-"""Building a model with pretrained parameters, without ever holding them twice."""
+"""Building of a model with pretrained parameters, which are never in memory twice."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from surm_jax.pretrained.sources import locate
 from surm_jax.tensor_files import SUFFIX, TensorFile
 
 Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
-"""Where a parameter is to be, by its path and shape."""
+"""Says where a parameter is placed: `(path, shape and dtype) -> sharding`."""
 
 
 @contextmanager
@@ -59,25 +59,23 @@ def load(
     fresh: Sequence[str] | None = None,
     sharding: Sharding | None = None,
 ) -> Any:
-    """Returns a model whose parameters come from a checkpoint.
+    """Return a model whose parameters come from a checkpoint.
 
-    The model is built abstractly and filled array by array: each is read, brought into our layout, put on its devices
-    and forgotten before the next one. Parameters in `fresh` come from the model's own initialisers, in a compiled
-    function that returns them alone, so that the others are never computed. Memory on the host: the model where the
-    devices are the host's, and the largest array twice.
+    The model is built abstractly and filled array by array: each array is read, converted to our layout, put on its
+    devices and released before the next one. Parameters in `fresh` come from the model's initialisers, in a compiled
+    function that returns only them, so the others are never computed. The host needs memory for the largest array
+    twice, and for the model if its devices belong to the host.
 
     Args:
-        make_model: builds the model, which keeps its configuration as `config`; called only while JAX traces.
-        checkpoint: an AugReg `.npz`, a `.safetensors` of `save_model`, a folder of transformers, or a `.safetensors`
-            beside its `config.json`; `None` initialises everything.
-        fresh: patterns (`re.fullmatch`) of parameter paths that the checkpoint does not fill. The head by default
-            (of RoBERTa both its layers): a new task has its own classes, even where their number agrees. `()` loads
-            the head as well.
-        sharding: where each parameter is to be, `(path, shape and dtype) -> sharding`; on the default device if left
-            out.
+        make_model: Builds the model; it is called only while JAX traces.
+        checkpoint: An AugReg `.npz`, a `.safetensors` of `save_model`, a folder of transformers, or a `.safetensors`
+            beside its `config.json`; `None` initialises all parameters.
+        fresh: Patterns of parameter paths that the checkpoint does not fill. The default is `config.new_head`: a new
+            task has its own classes, even if their number is the same. `()` also loads the head.
+        sharding: Where each parameter is placed; on the default device if left out.
 
     Raises:
-        UserError: the checkpoint does not fit the model (see `surm_jax.pretrained.rules.fill` and
+        UserError: The checkpoint does not fit the model (see `surm_jax.pretrained.rules.fill` and
             `surm_jax.pretrained.checkpoint.require_same`), its format is unknown, or a pattern matches no parameter.
 
     >>> from surm_jax.models import ViT, ViTConfig
@@ -137,22 +135,22 @@ def from_pretrained(
     seed: int = 0,
     **overrides: Any,
 ) -> Any:
-    """Returns the model in a checkpoint: finds it, fetches it where needed, reads its configuration, and fills it.
+    """Return the model in a checkpoint: find and if needed download the checkpoint, build the model, and fill it.
 
     Args:
-        source: what `locate` takes: a folder of transformers, a file, "hf://owner/name", an http(s) URL, "augreg",
+        source: What `locate` takes: a folder of transformers, a file, "hf://owner/name", an http(s) URL, "augreg",
             "digits".
-        variant: the model in an `.npz` and of "augreg", which hold no configuration (`ViTConfig.VARIANTS`).
-        num_classes: outputs of a new head; the checkpoint's own head if left out.
-        fresh: patterns of parameters to initialise instead of reading. By default the head where `num_classes` is
-            given, and nothing otherwise.
-        sharding: where each parameter is to be, as in `load`.
-        seed: of what is initialised.
-        **overrides: fields of the configuration to set instead of the checkpoint's, such as `dtype`, `param_dtype`,
+        variant: The name in `ViTConfig.VARIANTS` of the model in an `.npz` or in "augreg", which hold no configuration.
+        num_classes: Outputs of a new head; if left out, the checkpoint's head is read.
+        fresh: Patterns of parameters to initialise instead of reading. The default is the head if `num_classes` is
+            given, and otherwise nothing.
+        sharding: Where each parameter is placed, as in `load`.
+        seed: The seed of the initialised parameters.
+        **overrides: Fields of the configuration that replace the checkpoint's, such as `dtype`, `param_dtype`,
             `dropout`, or `image_size`, to which position embeddings are resized.
 
     Raises:
-        UserError: as `locate`, `model_config` and `load`; or a variant is missing or too many.
+        UserError: As `locate`, `model_config` and `load`.
 
     >>> model = from_pretrained("digits", num_classes=5, dtype="bfloat16")
     >>> model.head.kernel.shape, model.config.depth
@@ -199,7 +197,7 @@ def _placed(path: str, variable: nnx.Variable, sharding: Sharding | None) -> jax
 
 
 def _initial(make_model: Callable[[], Model], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Returns the initial values of some parameters; the compiler drops the work for all others."""
+    """Return the initial values of some parameters; the compiler drops the work for all others."""
 
     def init() -> dict[str, jax.Array]:
         state = nnx.to_flat_state(nnx.state(make_model()))

@@ -1,4 +1,4 @@
-"""Our own model file: safetensors with the parameters' paths as names, and the model's configuration in the header."""
+"""Our own model files: safetensors with parameter paths as names and the model's configuration in the header."""
 
 import dataclasses
 import json
@@ -31,17 +31,17 @@ def save_model(
     config: Any,
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> None:
-    """Writes all parameters of a model, each in its dtype, and its configuration to one file, atomically.
+    """Write all parameters of a model, each in its dtype, and its configuration to one file, atomically.
 
     Args:
-        path: ends in `.safetensors`; replaced if it exists.
-        model: its `nnx.Param`s are written, named by their `/`-joined paths.
-        config: the frozen dataclass that the model was built from.
-        normalization: mean and standard deviation by channel of the pixels that the model was trained on, in [0, 1]
-            before; those in [-1, 1] if left out. `image_normalization` reads them again.
+        path: The file, which ends in `.safetensors` and is replaced if it exists.
+        model: The model, whose `nnx.Param`s are written under their `/`-joined paths.
+        config: The configuration that the model was built from.
+        normalization: Mean and standard deviation of each channel, with which pixels in [0, 1] were normalised for the
+            model; `None` means pixels in [-1, 1]. `image_normalization` reads them again.
 
     Raises:
-        UserError: another suffix, or the file cannot be written.
+        UserError: The path has another suffix, or the file cannot be written.
     """
     path = Path(path)
     if path.suffix != SUFFIX:

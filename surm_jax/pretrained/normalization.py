@@ -1,4 +1,4 @@
-"""What pixel values a checkpoint expects: every source normalises images in its own way."""
+"""The normalisation of pixels that a checkpoint expects: every source has its own."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ PREPROCESSOR_NAME = "preprocessor_config.json"
 
 
 class Normalization(NamedTuple):
-    """`(x - mean) / std` for pixels x in [0, 1], by channel."""
+    """Mean and standard deviation by channel: `(x - mean) / std` for pixels x in [0, 1]."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -25,7 +25,7 @@ CLIP = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613025
 
 
 def preprocessor_fields(normalization: tuple[Sequence[float], Sequence[float]], image_size: int) -> dict[str, Any]:
-    """Returns the `preprocessor_config.json` of images that are resized bilinearly and normalised."""
+    """Return the `preprocessor_config.json` for images that are resized bilinearly and normalised."""
     mean, std = normalization
     return {
         "image_processor_type": "ViTImageProcessor",

@@ -1,4 +1,4 @@
-"""Resizing learned position embeddings to another image size, each as its source does: bilinear or bicubic."""
+"""Resizing of learned position embeddings to another image size, bilinear or bicubic as in their source."""
 
 import math
 from collections.abc import Callable
@@ -7,29 +7,28 @@ import numpy as np
 
 from surm_jax.errors import UserError
 
-# The configuration of a stranger may name any size: more memory than the file has is not taken at its word.
+# The configuration of a stranger may name any size, and the file does not back it with bytes.
 _MOST_GROWTH = 16
 
 
 def resize_position_embed(
     position_embed: np.ndarray, shape: tuple[int, ...], *, extra_tokens: int | None = None
 ) -> np.ndarray:
-    """Returns position embeddings for another grid of patches: bilinear, corners aligned, calculated in float64.
+    """Return position embeddings for another grid of patches: bilinear, corners aligned, computed in float64.
 
-    For AugReg checkpoints. The same numbers as `scipy.ndimage.zoom(grid, order=1)`, which the sources call
-    (https://github.com/google-research/vision_transformer/blob/main/vit_jax/checkpoint.py): patch `i` of `n` new ones
-    reads the old grid at `i (m - 1) / (n - 1)`. Without `extra_tokens` a row for the class token, the first one where
-    the length is a square plus one, is copied untouched, or dropped where the model has no class token. Nothing is
-    done where the lengths agree.
+    This is for AugReg checkpoints and gives the numbers of `scipy.ndimage.zoom(grid, order=1)`, which their source
+    calls (https://github.com/google-research/vision_transformer/blob/main/vit_jax/checkpoint.py): new patch `i` of `n`
+    reads the old grid of side `m` at `i (m - 1) / (n - 1)`. Without `extra_tokens`, a length that is a square plus one
+    means that the first row belongs to the class token; the row is copied, or dropped if the model has no class token.
+    If the lengths agree, nothing changes.
 
     Args:
-        position_embed: `(1, tokens, width)`; what is resized of half precision is float32.
-        shape: what the model wants, `(1, tokens', width)`.
-        extra_tokens: as in `resize_position_embed_bicubic`.
+        position_embed: `(1, tokens, width)`. Half precision becomes float32 when it is resized.
+        shape: The shape in the model, `(1, tokens', width)`.
+        extra_tokens: As in `resize_position_embed_bicubic`; `None` finds out whether there is a class token.
 
     Raises:
-        UserError: a length that is neither a square nor a square plus one, or not a square and the extra tokens; or a
-            class token that only the model has.
+        UserError: A length does not fit a square grid, or only the model has a class token.
 
     >>> resize_position_embed(np.array([[[7.0], [0.0], [1.0], [2.0], [3.0]]]), (1, 10, 1))[0, :, 0].tolist()
     [7.0, 0.0, 0.5, 1.0, 1.0, 1.5, 2.0, 2.0, 2.5, 3.0]
@@ -52,20 +51,20 @@ def resize_position_embed(
 def resize_position_embed_bicubic(
     position_embed: np.ndarray, shape: tuple[int, ...], *, extra_tokens: int
 ) -> np.ndarray:
-    """Returns position embeddings for another grid of patches: bicubic, calculated in float64.
+    """Return position embeddings for another grid of patches: bicubic, computed in float64.
 
-    For checkpoints of Hugging Face transformers, whose `interpolate_pos_encoding` calls PyTorch's
-    `interpolate(mode="bicubic", align_corners=False)`: patch `i` of `n` new ones reads the `m` old ones at
+    This is for checkpoints of Hugging Face transformers, whose `interpolate_pos_encoding` calls PyTorch's
+    `interpolate(mode="bicubic", align_corners=False)`: new patch `i` of `n` reads the old grid of side `m` at
     `(i + 1/2) m / n - 1/2` by cubic convolution with `a = -3/4` (Keys, https://doi.org/10.1109/TASSP.1981.1163711),
-    without antialiasing; beyond the border the outermost patch is repeated. Nothing is done where the lengths agree.
+    without antialiasing. Beyond the border the outermost patch is repeated. If the lengths agree, nothing changes.
 
     Args:
-        position_embed: `(1, tokens, width)`; what is resized of half precision is float32.
-        shape: what the model wants, `(1, tokens', width)`.
-        extra_tokens: rows before those of the patches, on both sides, such as the class token's; they are copied.
+        position_embed: `(1, tokens, width)`. Half precision becomes float32 when it is resized.
+        shape: The shape in the model, `(1, tokens', width)`.
+        extra_tokens: The number of rows before the patches, such as the class token's, in both. They are copied.
 
     Raises:
-        UserError: without the extra tokens the length is not a square.
+        UserError: Without the extra tokens a length is not a square.
 
     >>> resize_position_embed_bicubic(np.array([[[0.0], [0.0], [8.0], [8.0]]]), (1, 9, 1), extra_tokens=0)[0, ::3, 0]
     array([-0.69444444,  4.        ,  8.69444444])
@@ -76,14 +75,14 @@ def resize_position_embed_bicubic(
 
 
 def _fits(position_embed: np.ndarray, shape: tuple[int, ...]) -> bool:
-    """Says whether there is nothing to resize. What has other dimensions is reported with all other shapes."""
+    """Say whether there is nothing to resize. Arrays of other dimensions are reported with all wrong shapes."""
     return position_embed.ndim != 3 or position_embed.shape[0] != 1 or position_embed.shape[1] == shape[1]
 
 
 def _resize_patches(
     position_embed: np.ndarray, shape: tuple[int, ...], extra_tokens: int, kernel: Callable[[int, int], np.ndarray]
 ) -> np.ndarray:
-    """Returns position embeddings with the same extra tokens before another square grid."""
+    """Return position embeddings with the same extra tokens before another square grid."""
     old, new = (_side(tokens, extra_tokens) for tokens in (position_embed.shape[1], shape[1]))
     grid = _resize(position_embed[:, extra_tokens:], old, new, kernel)
     return np.concatenate([position_embed[:, :extra_tokens], grid], axis=1)
@@ -101,7 +100,7 @@ def _side(tokens: int, extra_tokens: int) -> int:
 
 
 def _layout(tokens: int) -> tuple[int, int]:
-    """Returns the number of class tokens (0 or 1) and the side of the square grid of the others."""
+    """Return the number of class tokens (0 or 1) and the side of the square grid of the other tokens."""
     for class_tokens in (0, 1):
         side = math.isqrt(max(0, tokens - class_tokens))
         if side > 0 and side**2 == tokens - class_tokens:
@@ -110,7 +109,7 @@ def _layout(tokens: int) -> tuple[int, int]:
 
 
 def _resize(patches: np.ndarray, old: int, new: int, kernel: Callable[[int, int], np.ndarray]) -> np.ndarray:
-    """Returns `(1, new^2, width)` of `(1, old^2, width)`, with the same kernel along both sides of the grid."""
+    """Resize `(1, old^2, width)` to `(1, new^2, width)`, with the same kernel along both sides of the grid."""
     if new > _MOST_GROWTH * old:
         raise UserError(f"a grid of {old} x {old} position embeddings would grow to {new} x {new}: are both right?")
     weights = kernel(old, new)
@@ -120,13 +119,13 @@ def _resize(patches: np.ndarray, old: int, new: int, kernel: Callable[[int, int]
 
 
 def _bilinear(old: int, new: int) -> np.ndarray:
-    """Returns the `(new, old)` matrix that interpolates `old` points on a line linearly at `new` ones, ends on ends."""
+    """Return the `(new, old)` matrix of linear interpolation from `old` to `new` points between the same ends."""
     at = np.arange(new) * ((old - 1) / (new - 1) if new > 1 else 0.0)
     return np.maximum(0.0, 1.0 - np.abs(at[:, None] - np.arange(old)[None, :]))
 
 
 def _bicubic(old: int, new: int) -> np.ndarray:
-    """Returns the `(new, old)` matrix of the cubic convolution, with half a cell before the first point of a line."""
+    """Return the `(new, old)` matrix of the cubic convolution, with half a cell before the first point."""
     at = (np.arange(new) + 0.5) * (old / new) - 0.5
     weights = np.zeros((new, old))
     for step in (-1, 0, 1, 2):

@@ -1,7 +1,7 @@
 """From the names of a file to the parameters of a model: rules, and strict accounting both ways.
 
 Every key of the file must be used or ignored, every parameter must be filled exactly once, and shapes must fit.
-Whatever does not is reported in one error. Formats differ in their rules alone.
+One error reports all that does not. Formats differ only in their rules.
 """
 
 import re
@@ -19,18 +19,18 @@ from surm_jax.files import is_finite
 MOST_LISTED = 8
 
 Transform = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
-"""Turns an array of a file into a parameter: `(array, shape of the parameter) -> array`."""
+"""Converts an array of a file into a parameter: `(array, shape of the parameter) -> array`."""
 
 
 def as_is(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns the array itself: the file and the model have the same layout."""
+    """Return the array itself: the file and the model have the same layout."""
     del shape
     return array
 
 
 @dataclass(frozen=True)
 class KeyRule:
-    r"""Which parameter a key of a file fills, and how.
+    r"""A rule that says which parameter a key of a file fills, and how.
 
     >>> re.fullmatch(r"layer_(\d+)/w", "layer_3/w").expand(r"blocks/\1/kernel")
     'blocks/3/kernel'
@@ -40,7 +40,7 @@ class KeyRule:
     source: str
     # The parameter's path, with `\1` ... for the groups of `source`.
     target: str
-    # Layout of the file to layout of the model.
+    # Converts the layout of the file to the layout of the model.
     transform: Transform = as_is
 
 
@@ -54,27 +54,27 @@ def fill(
     fresh: Collection[str] = (),
     origin: str,
 ) -> dict[str, jax.Array]:
-    """Reads the parameters of a model from a file, one at a time, in the order of the file.
+    """Read the parameters of a model from a file, one at a time, in the order of the file.
 
-    Names are settled before anything is read. Floating-point arrays are widened to the parameter's dtype where that is
-    exact (bfloat16 and float16 to float32), and rounded to bfloat16 parameters, which whoever built the model chose;
-    other changes of dtype are refused, and so are NaN and infinity. Memory: the result and one array.
+    All names are matched before an array is read. Floating-point arrays are widened to the parameter's dtype where
+    this is exact (bfloat16 and float16 to float32), and rounded if the model was built with bfloat16 parameters. Other
+    changes of dtype are refused, and so are NaN and infinity. The memory needed is the result and one array.
 
     Args:
-        keys: the names in the file.
-        read: returns the array of a name.
-        targets: shapes and dtypes of the parameters to fill, by path, and where they are to be (`sharding`).
-        rules: the first one that matches a key counts.
-        ignore: patterns of keys that are not wanted, tried before the rules; they may match nothing.
-        fresh: paths of parameters that the model has but the file must not fill; keys that would are dropped.
-        origin: what the errors call the file.
+        keys: The names in the file.
+        read: Returns the array of a name.
+        targets: The shape, dtype and sharding of each parameter to fill, by path.
+        rules: The rules; the first that matches a key counts.
+        ignore: Patterns of keys that are not wanted, tried before the rules. They need not match any key.
+        fresh: Paths of parameters that the model has but the file must not fill; keys for them are skipped.
+        origin: What the errors call the file.
 
     Returns:
         An array for every target.
 
     Raises:
-        UserError: keys that no rule knows, parameters that nothing or that several keys fill, shapes or dtypes that do
-            not fit, numbers that are not finite. All problems of a kind are in one message, with the nearest names.
+        UserError: No rule knows a key, no key or several keys fill a parameter, a shape or dtype does not fit, or
+            numbers are not finite. One message holds all problems of a kind, with the nearest names.
     """
     plan = _assign(keys, targets, rules, ignore, fresh, origin)
     problems, filled = [], {}
@@ -100,19 +100,19 @@ def fill(
 
 
 def _holds(wanted: np.dtype, stored: np.dtype) -> bool:
-    """Says whether a parameter may be filled with numbers of a dtype."""
+    """Say whether a parameter may be filled with numbers of a dtype."""
     if not jnp.issubdtype(stored, jnp.floating):
         return False
     return np.can_cast(stored, wanted) or wanted == jnp.bfloat16
 
 
 def _place(array: np.ndarray, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-    """Returns an array on its devices. It is there on return: the next one is not read beside it."""
+    """Return an array on its devices, after the copy has ended: the next array is not read before."""
     array = array.astype(wanted.dtype, copy=False)
     if wanted.sharding is None:
         placed = jnp.asarray(array)
     else:
-        # Of several processes each copies its own parts alone.
+        # Each process copies only its own parts.
         placed = jax.make_array_from_callback(wanted.shape, wanted.sharding, lambda index: array[index])
     return jax.block_until_ready(placed)
 
@@ -125,7 +125,7 @@ def _assign(
     fresh: Collection[str],
     origin: str,
 ) -> dict[str, tuple[str, Transform]]:
-    """Returns the key and the transform of every target, in the order of the keys."""
+    """Return the key and the transform of every target, in the order of the keys."""
     wanted: dict[str, list[tuple[str, Transform]]] = {target: [] for target in targets}
     unknown, misplaced, recognised = [], [], []
     plan = {}
@@ -148,7 +148,7 @@ def _assign(
     filled = {target: sources[0][0] for target, sources in wanted.items() if sources}
     missing = [target for target in wanted if target not in filled]
     doubled = [target for target, sources in wanted.items() if len(sources) > 1]
-    # Nearest names are costly to find: only for what is listed.
+    # Nearest names are costly to find, so they are searched only for problems that are listed.
     problems = [f"nothing reads the key {key!r}{did_you_mean(key, recognised)}" for key in unknown[:MOST_LISTED]]
     problems += [
         f"the key {key!r} is for {target!r}, which the model does not have{did_you_mean(target, wanted)}"
@@ -165,7 +165,7 @@ def _assign(
 
 
 def _raise(origin: str, problems: Sequence[str], count: int, hint: str = "") -> None:
-    """Raises one error with the first of `count` problems, the number of the others, and a hint, if there are any."""
+    """If there are problems, raise one error with the first of them, the number of the others, and a hint."""
     if problems:
         listed = [f"  {problem}" for problem in problems[:MOST_LISTED]]
         if count > len(listed):

@@ -1,4 +1,4 @@
-"""Which file or folder a checkpoint's name stands for."""
+"""Names of checkpoints, and the files or folders that they stand for."""
 
 import re
 from pathlib import Path
@@ -15,21 +15,20 @@ NAMES = ("none", "augreg", "digits")
 
 
 def locate(checkpoint: str, variant: str | None = None) -> Path | None:
-    """Returns the local file or folder of a checkpoint, downloading it where needed.
+    """Return the local file or folder of a checkpoint, and download it if needed.
 
     Args:
         checkpoint: "none" (start from the initialisers), "augreg" (the official ImageNet-21k checkpoint of the
-            variant), "digits" (the small ViT that comes with this package), "hf://owner/name" or
-            "hf://owner/name@revision" (a model of the Hugging Face Hub), an http(s) URL, or the path of a file or of a
-            folder of transformers.
-        variant: the model's name in `surm_jax.models.ViTConfig.VARIANTS`; for "augreg" alone.
+            variant), "digits" (the small ViT in this package), "hf://owner/name" or "hf://owner/name@revision" (a
+            model of the Hugging Face Hub), an http(s) URL, or the path of a file or of a folder of transformers.
+        variant: The name in `ViTConfig.VARIANTS`; only "augreg" needs it.
 
     Returns:
         The file or folder, or `None` for "none".
 
     Raises:
-        UserError: no such file, no official checkpoint of that variant, or a download that fails; the message says what
-            there is, or which file to put where.
+        UserError: There is no such file or no official checkpoint of the variant, or the download fails. The message
+            says what exists, or which file to put where.
 
     >>> locate("none") is None
     True
@@ -54,14 +53,14 @@ def locate(checkpoint: str, variant: str | None = None) -> Path | None:
     try:
         path = Path(checkpoint).expanduser()
     except RuntimeError:
-        raise UserError(f"there is no checkpoint {checkpoint!r}: nobody here has that name") from None
+        raise UserError(f"there is no checkpoint {checkpoint!r}: no user of this machine has that name") from None
     if not path.is_file() and not (path / CONFIG_NAME).is_file():
         raise UserError(f"there is no checkpoint {checkpoint!r}: {_what_is_wrong(path, checkpoint)}")
     return path
 
 
 def _what_is_wrong(path: Path, checkpoint: str) -> str:
-    """Says why a path is neither a file nor a folder of transformers, with the names that were perhaps meant."""
+    """Say why a path is neither a file nor a folder of transformers, and which names may have been meant."""
     if path.is_dir():
         files = sorted(file.name for file in path.iterdir() if file.is_file())
         held = f", but {', '.join(files[:8])}" if files else " and is empty"

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from surm_jax.models import Bert, BertConfig
 from surm_jax.pretrained import load, model_config
-from surm_jax.pretrained.hf.text import ARCHITECTURES, architecture_of
+from surm_jax.pretrained.hf import ARCHITECTURES, architecture_of
 from tests.peft.models import parameters, relative_error, same_bits
 from tests.pretrained.hf.hf_trees import read_tree, written_tree
 

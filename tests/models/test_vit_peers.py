@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from surm_jax.pretrained.hf.vision import ARCHITECTURES, architecture_of
+from surm_jax.pretrained.hf import ARCHITECTURES, architecture_of
 from tests.pretrained.hf.hf_trees import read_tree, written_tree
 
 REASON = "compares with a PyTorch library: pip install -r requirements-peers.txt"

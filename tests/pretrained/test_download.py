@@ -283,5 +283,5 @@ def test_urls_without_a_file(url):
 
 @pytest.mark.parametrize("url", ["https://a.org:port/vit.npz", "http://[::1/vit.npz", "http://a.org:99999/vit.npz"])
 def test_what_is_no_url(url):
-    with pytest.raises(UserError, match="is no URL: "):
+    with pytest.raises(UserError, match="is not a URL: "):
         download(url)

@@ -57,7 +57,9 @@ def test_missing_path_lists_similar_files(tmp_path):
 
 
 def test_the_home_of_nobody():
-    with pytest.raises(UserError, match=r"no checkpoint '~no-such-user/vit\.npz': nobody here has that name"):
+    with pytest.raises(
+        UserError, match=r"no checkpoint '~no-such-user/vit\.npz': no user of this machine has that name"
+    ):
         locate("~no-such-user/vit.npz")
 
 

@@ -45,7 +45,7 @@ class HuggingFaceCheckpoint(Checkpoint):
     """
 
     def __init__(self, path: Path, file: TensorFile | None = None) -> None:
-        """Describe a folder, or a single file of weights.
+        """Remember a folder, or a single file of weights, without reading it.
 
         Args:
             path: The folder or the file.
@@ -227,7 +227,9 @@ def _require_free(folder: Path, ours: set[str]) -> None:
     """Raise a `UserError` if a file or other files have the place of a folder to be written."""
     if folder.is_dir():
         if other := sorted({path.name for path in folder.iterdir()} - ours):
-            raise UserError(f"{folder} holds {other[0]!r}, which does not belong to a model: choose another name, or clear it")
+            raise UserError(
+                f"{folder} holds {other[0]!r}, which does not belong to a model: choose another name, or clear it"
+            )
     elif folder.exists():
         raise UserError(f"{folder} is a file: choose another name for the folder")
 
@@ -250,8 +252,8 @@ def _require_plain(parameters: Mapping[str, nnx.Variable], config: Any) -> None:
     expected = {join(path): variable.shape for path, variable in nnx.to_flat_state(nnx.state(abstract, nnx.Param))}
     if extra := sorted(parameters.keys() - expected.keys()):
         raise UserError(
-            f"the model has {extra[0]!r}, which a {type(config).__name__} does not describe: if it belongs to an adapter, "
-            "merge that first (surm_jax.peft.merge)"
+            f"the model has {extra[0]!r}, which a {type(config).__name__} does not describe: if it belongs to an "
+            "adapter, merge that first (surm_jax.peft.merge)"
         )
     if missing := sorted(expected.keys() - parameters.keys()):
         raise UserError(f"the model lacks {missing[0]!r}, which its {type(config).__name__} describes")

@@ -152,9 +152,7 @@ def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[
             what = "our masked language model shares the word embeddings with its head"
             raise refusal(model_type, "tie_word_embeddings", False, what)
         if model_type == "roberta" and config.activation != "gelu":
-            raise refusal(
-                model_type, "hidden_act", known["hidden_act"], "RoBERTa's head always has 'gelu'"
-            )
+            raise refusal(model_type, "hidden_act", known["hidden_act"], "RoBERTa's head always has 'gelu'")
     return config
 
 

@@ -206,8 +206,8 @@ def _write_config(model_type: str, config: ViTConfig) -> dict[str, Any]:
         ours["mlp_ratio"], rest = divmod(ours.pop("intermediate_size"), config.width)
         if rest or not ours["mlp_ratio"]:
             raise UserError(
-                f"transformers' dinov2 has an MLP whose width is a whole multiple of the model's, not {config.mlp_width} for"
-                f" {config.width}"
+                "transformers' dinov2 has an MLP whose width is a whole multiple of the model's, not "
+                f"{config.mlp_width} for {config.width}"
             )
     if model_type.startswith("clip"):
         del ours["qkv_bias"], ours["hidden_dropout_prob"]

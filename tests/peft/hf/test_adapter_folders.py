@@ -267,8 +267,7 @@ class TestReading:
 
     def test_a_model_of_ours_from_end_to_end(self, tmp_path):
         """With the names of transformers' ViT, of which the blocks have two sets."""
-        from surm_jax.pretrained.hf.architecture import Names
-        from surm_jax.pretrained.hf.vision import architecture_of
+        from surm_jax.pretrained.hf import Names, architecture_of
 
         config = ViTConfig(image_size=8, patch_size=4, width=12, depth=2, heads=3, mlp_width=20, num_classes=7)
         names = Names(architecture_of(config), config)

@@ -16,8 +16,7 @@ from safetensors.numpy import load_file
 
 from surm_jax.models import TARGETS
 from surm_jax.peft import C3A, CirculantUpdate, LoKr, LoRA, Rule, adapt, load_hf_adapter, save_hf_adapter
-from surm_jax.pretrained.hf import text as hf_text
-from surm_jax.pretrained.hf import vision as hf_vision
+from surm_jax.pretrained.hf import ARCHITECTURES
 from surm_jax.pretrained.hf.architecture import Names
 from tests.peft.models import CONFIG, TENSORS, perturb, relative_error
 from tests.pretrained.hf.hf_trees import read_tree
@@ -62,7 +61,7 @@ def peer(name):
 def base(name):
     """Our model with the same numbers, and the names of its parts."""
     theirs = peer(name)
-    architecture = (hf_vision.ARCHITECTURES | hf_text.ARCHITECTURES)[theirs.config.model_type]
+    architecture = ARCHITECTURES[theirs.config.model_type]
     fields = json.loads(theirs.config.to_json_string(use_diff=False))
     config = architecture.read_config({**fields, "architectures": [type(theirs).__name__]}, {})
     arrays = {key: value.numpy() for key, value in theirs.state_dict().items()}

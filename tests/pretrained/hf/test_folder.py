@@ -328,7 +328,7 @@ def test_only_a_model_is_replaced(folder, vit):
     save_huggingface(folder, vit, vit.config, labels=["a", "b", "c"])
     assert "a" in (folder / "config.json").read_text()
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds 'notes\.txt', which is not of a model"):
+    with pytest.raises(UserError, match=r"holds 'notes\.txt', which does not belong to a model"):
         save_huggingface(folder, vit, vit.config)
     with pytest.raises(UserError, match=r"notes\.txt is a file"):
         save_huggingface(folder / "notes.txt", vit, vit.config)

@@ -263,7 +263,12 @@ class TestReadConfig:
             ("bert", {"add_cross_attention": True}, {}, "add_cross_attention = True"),
             ("bert", {"pruned_heads": {"0": [1]}}, {}, "pruned_heads = {'0': "),
             ("bert", {"tie_word_embeddings": False}, {"head": "mlm"}, "tie_word_embeddings = False"),
-            ("roberta", {"hidden_act": "relu"}, {"head": "mlm"}, "hidden_act = 'relu', but RoBERTa's head has 'gelu'"),
+            (
+                "roberta",
+                {"hidden_act": "relu"},
+                {"head": "mlm"},
+                "hidden_act = 'relu', but RoBERTa's head always has 'gelu'",
+            ),
             ("bert", {}, {"num_class": 3}, "no field 'num_class'.*did you mean 'num_classes'"),
             ("bert", {"num_attention_heads": 5}, {}, "5 heads for width 12"),
             ("bert", {"hidden_size": "12"}, {}, "width must be a positive integer, got '12'"),

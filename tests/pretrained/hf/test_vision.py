@@ -209,7 +209,7 @@ class TestWriteConfig:
 
     @pytest.mark.parametrize("mlp_width", [8, 30])
     def test_dinov2_has_a_ratio(self, mlp_width):
-        with pytest.raises(UserError, match=f"some whole times as wide as the model, not {mlp_width} for 12"):
+        with pytest.raises(UserError, match=f"a whole multiple of the model's, not {mlp_width} for 12"):
             ARCHITECTURES["dinov2"].write_config(config_of("dinov2", mlp_width=mlp_width))
 
 
