@@ -39,6 +39,7 @@ def test_structured(tmp_path):
     assert "ratio_to_lora" in done.stdout and "width 16, 8 tokens, float32" in done.stdout
 
 
+@pytest.mark.exhaustive
 def test_structured_replaces_the_rows_of_its_sizes_alone(tmp_path):
     out = tmp_path / "rows.json"
     old = [{"width": 16, "tokens": tokens, "dtype": "float32", "family": "frozen", "ms": -1} for tokens in (4, 8, 2)]
@@ -51,6 +52,7 @@ def test_structured_replaces_the_rows_of_its_sizes_alone(tmp_path):
     assert all(row["tokens"] == 8 and row["ms"] > 0 for row in rows[1:-1])
 
 
+@pytest.mark.exhaustive
 def test_step(tmp_path):
     out = tmp_path / "rows.json"
     options = ("--variant=digits", "--batch=2", "--rounds=1", "--devices=1,2")
@@ -69,11 +71,13 @@ def test_step(tmp_path):
 
 
 @pytest.mark.parametrize(("devices", "message"), [("1,3", "does not divide over 3 devices"), ("two", "--devices=two")])
+@pytest.mark.exhaustive
 def test_devices_that_cannot_be(devices, message):
     done = run("step", "--variant=digits", "--batch=4", f"--devices={devices}")
     assert done.returncode != 0 and message in done.stderr
 
 
+@pytest.mark.exhaustive
 def test_bank(tmp_path):
     out = tmp_path / "rows.json"
     options = ("--variant=digits", "--image_size=8", "--batch=4", "--rounds=1")
@@ -86,6 +90,7 @@ def test_bank(tmp_path):
     assert done.returncode != 0 and "--adapters=3 does not divide --batch=4" in done.stdout + done.stderr
 
 
+@pytest.mark.exhaustive
 def test_input(tmp_path):
     out = tmp_path / "rows.json"
     done = run("input", f"--out={out}", "--set=digits_5to9", "--variant=digits", "--batch=2", "--steps=2")
@@ -99,6 +104,7 @@ def test_input(tmp_path):
     assert done.returncode != 0 and "cifar11" in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.exhaustive
 def test_depth(tmp_path):
     out = tmp_path / "rows.json"
     done = run("depth", f"--out={out}", "--depths=2,3", "--width=4")
@@ -113,6 +119,7 @@ def test_depth(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.exhaustive
 def test_peers(tmp_path):
     for name in ("torch", "peft"):
         pytest.importorskip(name, reason="compares with PyTorch: pip install -r requirements-peers.txt")
@@ -125,6 +132,7 @@ def test_peers(tmp_path):
     assert all(rows[name]["ratio_to_ours"] > 0 for name in peers)
 
 
+@pytest.mark.exhaustive
 def test_bert(tmp_path):
     for name in ("torch", "transformers", "peft"):
         pytest.importorskip(name, reason="compares with PyTorch: pip install -r requirements-peers.txt")
@@ -163,6 +171,7 @@ def test_bert(tmp_path):
         ("input", ["--set=digits_5to9", "--variant=foo"], "error: there is no ViT 'foo'"),
     ],
 )
+@pytest.mark.exhaustive
 def test_mistakes_are_named_before_anything_is_timed(module, arguments, message):
     done = run(module, *arguments)
     assert done.returncode == 1
@@ -170,18 +179,21 @@ def test_mistakes_are_named_before_anything_is_timed(module, arguments, message)
     assert not done.stdout
 
 
+@pytest.mark.exhaustive
 def test_sentences_are_no_images(shared):
     done = run("input", f"--data={shared / 'tfds'}", "--set=glue/rte")
     assert done.returncode == 1
     assert "error: --set=glue/rte has no images" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.exhaustive
 def test_help_lists_the_file_for_the_rows():
     done = run("depth", "--help")
     assert "--depths: " in done.stdout and "--out: " in done.stdout
 
 
 @pytest.mark.parametrize(("module", "what"), [("structured", "families"), ("step", "methods")])
+@pytest.mark.exhaustive
 def test_an_unknown_name(module, what):
     done = run(module, f"--{what}=circulat")
     assert done.returncode != 0
@@ -189,6 +201,7 @@ def test_an_unknown_name(module, what):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.exhaustive
 def test_a_width_that_a_family_cannot_have():
     done = run("structured", "--families=Circulant,BlockCirculant", "--sizes=768x8,100x8")
     assert done.returncode != 0
@@ -197,6 +210,7 @@ def test_a_width_that_a_family_cannot_have():
     assert "Traceback" not in said and "tokens, float32" not in said
 
 
+@pytest.mark.exhaustive
 def test_a_model_that_a_method_cannot_adapt():
     done = run("step", "--methods=adapter_drop", "--variant=digits")
     assert done.returncode != 0

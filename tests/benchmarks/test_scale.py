@@ -29,7 +29,9 @@ def test_numbers_are_those_of_the_model():
     assert scale.MODELS["decoder, 7 B"][0].numbers == 6_738_415_616
 
 
-@pytest.mark.parametrize(("method", "settings"), [("circulant", {}), ("lora", {"rank": 16})])
+@pytest.mark.parametrize(
+    ("method", "settings"), [("circulant", {}), pytest.param("lora", {"rank": 16}, marks=pytest.mark.exhaustive)]
+)
 def test_trained_numbers_are_those_of_the_adapter(method, settings):
     config = ViTConfig.from_variant("B/16", num_classes=1000)
 

@@ -176,6 +176,7 @@ def test_structure_is_found_where_it_is():
 
 
 @pytest.mark.usefixtures("no_search")
+@pytest.mark.exhaustive
 def test_a_gaussian_matrix_keeps_parameters_by_entries(monkeypatch):
     monkeypatch.setattr(energy, "DRAWS", 40)
     side = 10
@@ -271,6 +272,7 @@ def test_tiny_angles_are_measured():
         np.testing.assert_allclose(one_minus_cosine(one, 5 * other), 2 * np.sin(angle / 2) ** 2, rtol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_what_is_no_plain_update_is_dense():
     base = nnx.Dict(up=nnx.Linear(6, 4, rngs=nnx.Rngs(0)), down=nnx.Linear(4, 6, rngs=nnx.Rngs(1)))
     dora, _ = surm_jax.adapt(base, [surm_jax.Rule("up", surm_jax.peft.DoRA(rank=2))], rngs=nnx.Rngs(2))
@@ -406,6 +408,7 @@ def _check_cka(rows, runs, files):
     assert float(rows[1]["run"]) < 0.999
 
 
+@pytest.mark.exhaustive
 def test_a_full_run_is_like_itself(runs, files, tmp_path):
     analysis.main([str(runs / "full"), f"--full={runs / 'full'}", f"--out={tmp_path / 'x'}"])
     assert [float(row["run"]) for row in read(tmp_path / "x.cka.csv")] == [1, 1]
@@ -458,7 +461,8 @@ def test_a_text_run(tmp_path):
 
 
 @pytest.mark.usefixtures("no_search")
-@pytest.mark.parametrize("source", ["full", pytest.param("gradient", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("source", ["full", "gradient"])
 def test_an_energy_map(runs, files, tmp_path, source):
     analysis.main([str(runs / "full"), f"--energy={source}", f"--out={tmp_path / 'x'}", "--batches=2"])
     rows = read(tmp_path / f"x_energy_{source}.csv")
@@ -479,6 +483,7 @@ def test_an_energy_map(runs, files, tmp_path, source):
 
 
 @pytest.mark.usefixtures("no_search")
+@pytest.mark.exhaustive
 def test_the_gradient_needs_no_run(files, tmp_path, monkeypatch):
     monkeypatch.setattr(analysis, "RESULTS", tmp_path)
     analysis.main([f"{Path(tiny.__file__).parent / 'tiny_job.py'}:{files}", "--energy=gradient", "--batches=1"])

@@ -42,7 +42,7 @@ def test_targets_are_what_they_are_called():
 
 def test_equal_budgets():
     assert [(kind.title, kind.parameters) for kind in approximation.kinds()[:6]] == [
-        ("Circulant", 12),
+        ("circulant", 12),
         ("symmetric Toeplitz", 12),
         ("Toeplitz", 23),
         ("W(G, H), rank 1", 24),
