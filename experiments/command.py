@@ -10,7 +10,7 @@ from typing import Any
 import ml_collections
 
 from surm_jax.errors import UserError, did_you_mean
-from surm_jax.training.config import keys
+from surm_jax.training.parsing import keys
 from surm_jax.training.run import InterruptedRunError
 
 

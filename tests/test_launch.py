@@ -16,7 +16,8 @@ from absl import flags
 
 import launch
 from surm_jax.devices import compilation
-from surm_jax.training.config import base_config, parse
+from surm_jax.peft import METHODS
+from surm_jax.training.parsing import base_config, parse
 from surm_jax.training.run import InterruptedRunError
 from tests.training import tiny, tiny_text
 
@@ -91,7 +92,7 @@ def test_every_value_can_be_given(monkeypatch):
     }
     default = dict(values_of(base_config()))
     new = {key: changed[type(value)](value) for key, value in default.items()}
-    new |= {"data.classes": ("cat", "dog"), "peft.rules": ({"target": "mlp", "method": "lora", "which": (0, 2)},)}
+    new |= {"data.classes": ("cat", "dog"), "plugins": ("json", "re"), "peft.rules": ({"target": "mlp", "method": "lora", "which": (0, 2)},)}
     assert len(new) > 40
     assert [key for key in new if new[key] == default[key]] == []
     config = parsed(monkeypatch, *(f"--config.{key}={value}" for key, value in new.items()))
@@ -111,21 +112,6 @@ def test_numbers_and_tuples(monkeypatch):
     assert config.seeds == (3, 4)
     assert config.peft.train == ("head/.*", "norm/.*")
     assert config.optim.clip_norm == 0.01
-
-
-def test_the_default_folder_names_the_run():
-    assert launch.default_workdir("digits", {}) == Path("runs/digits")
-    named = launch.default_workdir("vit", {"peft.method": "lora", "optim.steps": 3})
-    assert named == Path("runs/vit,optim.steps=3,peft.method=lora")
-    # What cannot stand in a name still tells one run from another.
-    awkward = [{"peft.target": r"blocks/\d/(a|b)"}, {"peft.target": "blocks/d/(ab)"}]
-    awkward += [{"data.name": "x" * 500, "peft.method": method} for method in ("lora", "full")]
-    names = [launch.default_workdir("vit", overrides) for overrides in awkward]
-    assert len(set(names)) == 4
-    assert all(name.parent == Path("runs") and len(name.name) <= 200 for name in names)
-    # The same run goes on elsewhere and on other devices, but not with other weights.
-    elsewhere = {"data.dir": "/data", "mesh.fsdp": 8, "model.remat": "block", "model.checkpoint": "none"}
-    assert launch.default_workdir("vit", elsewhere) == Path("runs/vit,model.checkpoint=none")
 
 
 @pytest.mark.parametrize(
@@ -154,6 +140,8 @@ def test_the_default_folder_names_the_run():
         (["--config.peft.full=True"], ["config.peft.full is a section without keys"]),
         (["--config.data.classes=cat,dog"], ["config.data.classes", "\"('cat','dog')\"", "got 'cat,dog'"]),
         (["--config.seeds=(0,1.5)"], ["config.seeds", "1.5"]),
+        (["--config.plugins=my_own"], ["config.plugins must be a tuple of modules", "\"('my_family',)\", got my_own"]),
+        (["--config.plugins=('no_such_module',)"], ["cannot import 'no_such_module'", "No module named"]),
         (["--config.peft.method=circulent"], ["config.peft.method", "did you mean 'circulant'"]),
         (["--config.peft.target=blocks/0/attention/qeury"], ["qeury", "blocks/0/attention/query"]),
         (["--config.data.name=none.npz"], ["no data file", "none.npz"]),
@@ -191,7 +179,7 @@ def test_a_configuration_is_looked_for_from_here(launched, tmp_path, monkeypatch
 def test_a_home_is_expanded(launched, tmp_path, monkeypatch):
     given = []
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(launch, "predict_run", lambda *arguments: given.extend(arguments))
+    monkeypatch.setattr(launch.modes, "predict_run", lambda *arguments: given.extend(arguments))
     answer = launched("--mode=predict", "--workdir=~/run", "--input=~/in.tsv", "--output=~/out.tsv")
     assert answer.status == 0
     assert given == [tmp_path / "run", {}, tmp_path / "in.tsv", tmp_path / "out.tsv"]
@@ -212,8 +200,8 @@ def test_a_home_is_expanded(launched, tmp_path, monkeypatch):
 )
 def test_every_mode_is_its_own(launched, tmp_path, monkeypatch, arguments, expected):
     given = []
-    for name in [name for name in vars(launch) if name.endswith("_run")]:
-        monkeypatch.setattr(launch, name, lambda *arguments, name=name: given.append((name, *arguments)))
+    for name in [name for name in vars(launch.modes) if name.endswith("_run")]:
+        monkeypatch.setattr(launch.modes, name, lambda *arguments, name=name: given.append((name, *arguments)))
     config = parse(parsed(monkeypatch, "--config.data.dir=/d"))
     assert config.data.dir == "/d"
     assert launched("--config.data.dir=/d", f"--workdir={tmp_path}", *arguments).status == 0
@@ -273,6 +261,46 @@ def test_too_little_memory_has_one_message(capsys):
 
     with pytest.raises(jax.errors.JaxRuntimeError):
         launch.guarded(other, [])
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """A module with a method of a user's own in the working directory; returns what forgets that it was imported."""
+    (tmp_path / "my_own.py").write_text(
+        "import dataclasses\nfrom surm_jax.peft import Selection\n\n"
+        "@dataclasses.dataclass(frozen=True, kw_only=True)\nclass Mine(Selection):\n"
+        "    name = 'mine'\n    patterns = ('.*/norm1/.*',)\n    order: int = 1\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def forget():
+        METHODS.pop("mine", None)
+        sys.modules.pop("my_own", None)
+
+    yield forget
+    forget()
+
+
+def test_a_method_of_ones_own_is_known_in_every_mode(launched, files, tmp_path, plugin):
+    values = {**tiny.flat_config(files), "optim.steps": 1}
+    values |= {"plugins": "('my_own',)", "peft.method": "mine", "peft.mine.order": 2, "optim.learning_rate.mine": 0.1}
+    # The variant of the tests is the only thing that the file of a configuration adds.
+    job = f"--config={ROOT / 'tests' / 'training' / 'tiny_job.py'}:{files}"
+    run = launched(job, f"--workdir={tmp_path / 'run'}", *(f"--config.{key}={value}" for key, value in values.items()))
+    assert (run.status, run.message) == (0, "")
+    assert "mine" in run.out
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (saved["plugins"], saved["peft"]["mine"]) == (["my_own"], {"order": 2})
+    # Later modes take the plugins from the run.
+    for mode in ("evaluate", "merge"):
+        plugin()
+        done = launched(f"--mode={mode}", f"--workdir={tmp_path / 'run'}")
+        assert (done.status, done.message) == (0, "")
+    plugin()
+    (tmp_path / "my_own.py").unlink()
+    gone = launched("--mode=evaluate", f"--workdir={tmp_path / 'run'}")
+    assert gone.status == 1 and "cannot import 'my_own'" in gone.message and "\n" not in gone.message
 
 
 def test_a_bug_keeps_its_traceback():

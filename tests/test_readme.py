@@ -17,7 +17,7 @@ import surm_jax
 from configs.digits import get_config
 from surm_jax.models import ViT, ViTConfig
 from surm_jax.pretrained import save_huggingface
-from surm_jax.training.config import base_config, keys, parse
+from surm_jax.training.parsing import base_config, keys, parse
 from surm_jax.training.setup import prepare
 
 ROOT = Path(__file__).resolve().parent.parent

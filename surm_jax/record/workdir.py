@@ -6,9 +6,11 @@ A configuration is a tree here: nested dictionaries of JSON values, as `surm_jax
 import contextlib
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import platform
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -40,6 +42,21 @@ CHANGEABLE = (
 They say where its data and weights are, and how it is computed, which changes numbers only by rounding. Weights from
 another place are checked when they are loaded.
 """
+
+
+def default_workdir(config_name: str, overrides: Mapping[str, object]) -> Path:
+    """Return `runs/<configuration>`, with the values that were given on the command line in its name.
+
+    Values with which a run can be resumed elsewhere are left out, except for its weights.
+
+    >>> default_workdir("digits", {"peft.method": "lora", "seeds": (0, 1), "data.dir": "/data"}).as_posix()
+    'runs/digits,peft.method=lora,seeds=(0,1)'
+    """
+    telling = [key for key in sorted(overrides) if key == "model.checkpoint" or key not in CHANGEABLE]
+    text = ",".join([config_name, *(f"{key}={overrides[key]}" for key in telling)]).replace(" ", "")
+    name = re.sub(r"[^\w.,=()+-]", "_", text)[:150]
+    # A name that was shortened or changed needs something else that tells it from others.
+    return Path("runs") / (name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Runs: from a configuration to a trained adapter, on any number of devices."""
 
-from surm_jax.training.config import RunConfig as RunConfig
-from surm_jax.training.config import base_config as base_config
-from surm_jax.training.config import parse as parse
+from surm_jax.training.config import RunConfig
+from surm_jax.training.parsing import base_config, parse
+
+__all__ = ["RunConfig", "base_config", "parse"]

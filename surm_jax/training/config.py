@@ -1,23 +1,18 @@
 """The configuration of a run: every key, its default, its unit, and its check.
 
-The files in `configs/` start from `base_config()` and change what they need, so every key can be overridden on the
-command line (`--config.optim.steps=100`). `parse` turns a configuration into frozen dataclasses, once; nothing else
-reads it.
+The sections `model` and `data` are in `surm_jax.tasks.config`. The files in `configs/` start from `base_config()` and
+change what they need; every key can be overridden on the command line (`--config.optim.steps=100`).
+`surm_jax.training.parsing` turns a configuration into these frozen dataclasses, once; nothing else reads it.
 """
 
 import dataclasses
 import math
-import typing
-from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import ml_collections
-
-from surm_jax.errors import UserError, did_you_mean, require_one_of
+from surm_jax.errors import UserError, require_one_of
 from surm_jax.paths import compile_pattern
 from surm_jax.peft import METHODS, Method, make_method
-from surm_jax.record.workdir import read_config, relocated
 from surm_jax.structured import EXECUTIONS
 from surm_jax.tasks.config import DataConfig, ModelConfig, check_at_least, check_fraction
 
@@ -26,14 +21,16 @@ DECAYS = ("cosine", "linear", "constant")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RuleConfig:
-    """A rule of its own for some modules: `{"target": r"blocks/0/.*", "method": "lora", "settings": {"rank": 4}}`."""
+    """A method for some modules: `{"target": r"blocks/0/.*", "method": "lora", "settings": {"rank": 4}}`."""
 
-    # A preset of the model, or a regular expression for module paths.
+    # Which modules: a preset of the model, such as "qkv", or a regular expression for whole module paths.
     target: str
-    # One of METHODS that is an update or a bottleneck; empty: these modules get nothing.
+    # An update or a branch, such as "lora" or "bottleneck". Empty: these modules get nothing.
     method: str = ""
+    # Settings of the method that differ from its defaults.
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    # For updates of fused kernels: how many equal blocks of output features there are, and which are updated.
+    # For updates of packed kernels, such as one kernel for query, key and value: the number of equal parts of the
+    # output features, and the numbers of the parts to update, from 0. Empty: all parts.
     parts: int = 1
     which: tuple[int, ...] = ()
 
@@ -51,16 +48,18 @@ class PeftConfig:
     `--config.peft.lora.rank=4`.
     """
 
-    # One of METHODS.
+    # The method, such as "circulant", "lora", "linear_probe" or "full". docs/methods.md lists all with their settings.
     method: str = "circulant"
-    # A preset of the model (surm_jax.models.TARGETS), or a regular expression for module paths; empty: the preset that
-    # the method is meant for; "none": what `rules` says and nothing else.
+    # Which modules get the method: a preset of the model, such as "qkv", "qv" or "mlp", or a regular expression for
+    # whole module paths. Empty: the preset that the method is meant for. "none": only the modules that `rules` names.
     target: str = ""
-    # Rules that come before the one of `method` and `target`: the first that matches a module counts.
+    # Methods for some modules, see `RuleConfig`. A module gets the method of the first rule that matches its path; the
+    # rule of `method` and `target` comes last.
     rules: tuple[RuleConfig, ...] = ()
-    # How the product with an update is computed: one of EXECUTIONS. All give the same to rounding.
+    # How the product with an update is computed: "fft", "dense" (as a dense matrix), "fused" (added to the kernel
+    # first, in float32 only), or "auto" (the fastest by measurement). Results are the same up to rounding.
     execution: str = "auto"
-    # Patterns of the paths of parameters that every method trains besides.
+    # Parameters of the model that are trained themselves, with every method: regular expressions for whole paths.
     train: tuple[str, ...] = ("head/.*",)
     methods: Mapping[str, Method] = dataclasses.field(
         default_factory=lambda: {name: cls() for name, cls in METHODS.items()}
@@ -69,19 +68,19 @@ class PeftConfig:
     def __post_init__(self):
         require_one_of("config.peft.method", self.method, METHODS)
         require_one_of("config.peft.execution", self.execution, EXECUTIONS)
-        compile_pattern(self.target)
-        for pattern in self.train:
+        for pattern in (self.target, *self.train):
             compile_pattern(pattern)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupConfig:
-    """The optimiser's settings for the trained parameters whose path `pattern` matches as a whole."""
+    """The optimiser's settings for some of the trained parameters."""
 
+    # Which parameters: a regular expression for whole paths.
     pattern: str
-    # Peak learning rate; 0: the method's, from optim.learning_rate.
+    # Peak learning rate. 0: that of the method, from optim.learning_rate.
     learning_rate: float = 0.0
-    # Decoupled weight decay, times the learning rate.
+    # Decoupled weight decay; each update subtracts learning rate times weight decay times the parameter.
     weight_decay: float = 0.0
 
     def __post_init__(self):
@@ -92,7 +91,7 @@ class GroupConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupsConfig:
-    """Groups of trained parameters; the first whose pattern matches a parameter takes it."""
+    """Groups of trained parameters. A parameter belongs to the first group whose pattern matches its path."""
 
     adapter: GroupConfig = GroupConfig(pattern=r"(.*/)?(delta|branch)/.*")
     head: GroupConfig = GroupConfig(pattern=r"head/.*")
@@ -103,25 +102,28 @@ class GroupsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW (Adam where the weight decay is 0), its schedule, and the loss."""
+    """The optimiser, AdamW (Adam where the weight decay is 0), its schedule, and the loss."""
 
-    # Number of updates.
+    # Number of updates, if `epochs` is 0.
     steps: int = 1000
-    # Passes over the training set, rounded up to whole steps; 0: as many as `steps` says.
+    # Number of passes over the training set, rounded up to whole updates. 0: make `steps` updates.
     epochs: float = 0.0
-    # Peak learning rate by method: each needs its own.
+    # Peak learning rate of each method, since methods differ: --config.optim.learning_rate.lora=0.01.
     learning_rate: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {name: method.learning_rate for name, method in METHODS.items()}
     )
+    # Settings for groups of parameters: --config.optim.groups.head.weight_decay=0.1.
     groups: GroupsConfig = GroupsConfig()
-    # Share of the steps that is linear warm-up from 0; then decay to 0 at the last step: "cosine", "linear", or
-    # "constant".
+    # Share of the updates, in [0, 1), in which the learning rate rises linearly from 0 to its peak.
     warmup_ratio: float = 0.0
+    # How the learning rate falls from its peak to 0 afterwards: "cosine", "linear", or "constant" (it does not fall).
     decay: str = "cosine"
-    # Largest global norm of the gradient; 0: no clipping.
+    # Largest global norm of the gradient; a longer gradient is scaled down to it. 0: no clipping.
     clip_norm: float = 1.0
-    # Micro-batches per update: the batch is worked on in so many parts, one after the other.
+    # Number of micro-batches per update. The batch is worked on in this many parts, one after the other, which takes
+    # less memory and gives the same update.
     accumulate: int = 1
+    # Share of a label's mass that is spread evenly over all classes, in [0, 1).
     label_smoothing: float = 0.0
 
     def __post_init__(self):
@@ -129,19 +131,22 @@ class OptimConfig:
         check_at_least("optim.steps", self.steps, 1)
         check_at_least("optim.accumulate", self.accumulate, 1)
         check_at_least("optim.clip_norm", self.clip_norm, 0)
+        check_at_least("optim.epochs", self.epochs, 0)
         for method, rate in self.learning_rate.items():
             check_at_least(f"optim.learning_rate.{method}", rate, 0)
-        check_at_least("optim.epochs", self.epochs, 0)
         check_fraction("optim.warmup_ratio", self.warmup_ratio)
         check_fraction("optim.label_smoothing", self.label_smoothing)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """How often a run speaks and saves, in steps. 0 means at the end only."""
+    """How often a run logs, evaluates and saves, in steps. The last step always does; 0: only the last step does."""
 
+    # Write the training loss, the gradient norm, the learning rates and the speed.
     metrics_every: int = 50
+    # Evaluate the held-out examples, or the test set if `data.holdout` is 0; save a checkpoint as well.
     evaluate_every: int = 0
+    # Save a checkpoint, from which an interrupted run goes on.
     checkpoint_every: int = 500
 
     def __post_init__(self):
@@ -153,9 +158,10 @@ class LogConfig:
 class MeshConfig:
     """How devices are used."""
 
-    # Devices over which the batch is split; 0: all there are, divided by `fsdp`.
+    # Number of devices over which the batch is split. 0: all devices, divided by `fsdp`.
     data: int = 0
-    # Devices over which the batch and the large arrays of the frozen base are split.
+    # Number of devices over which both the batch and the large arrays of the frozen base are split. A device then holds
+    # only its share of the base, at the price of gathering each block where it is used.
     fsdp: int = 1
 
     def __post_init__(self):
@@ -167,8 +173,12 @@ class MeshConfig:
 class RunConfig:
     """A whole run."""
 
-    # One run per seed; several go into folders of their own, and the result has mean and standard deviation.
+    # One run for each seed. Several seeds get a folder each, and the result has mean and standard deviation. On the
+    # command line: --config.seeds="(0,1,2)".
     seeds: tuple[int, ...] = (0,)
+    # Python modules that are imported first. They register methods, matrix families, models or tasks of your own, which
+    # every mode of the run then knows by name: --config.plugins="('my_family',)" --config.peft.method=mine.
+    plugins: tuple[str, ...] = ()
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     peft: PeftConfig = dataclasses.field(default_factory=PeftConfig)
@@ -194,7 +204,7 @@ class RunConfig:
 
 
 def with_steps(config: RunConfig, examples: int) -> RunConfig:
-    """Returns the configuration with the number of steps that its epochs over so many examples take.
+    """Return the configuration with the number of steps that its epochs over a number of examples take.
 
     >>> config = dataclasses.replace(RunConfig(), optim=OptimConfig(epochs=1.5))
     >>> with_steps(config, examples=100).optim.steps
@@ -204,118 +214,3 @@ def with_steps(config: RunConfig, examples: int) -> RunConfig:
         return config
     steps = math.ceil(config.optim.epochs * examples / config.data.batch_size)
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=steps))
-
-
-def base_config() -> ml_collections.ConfigDict:
-    """Returns a configuration with every key at its default.
-
-    >>> config = base_config()
-    >>> config.peft.lora.rank, config.optim.groups.head.weight_decay
-    (1, 0.0)
-    """
-    return ml_collections.ConfigDict(to_dict(RunConfig()))
-
-
-def keys(config: ml_collections.ConfigDict) -> list[str]:
-    """Returns all keys of a configuration, sections included, joined by dots.
-
-    >>> "peft.lora.rank" in keys(base_config())
-    True
-    """
-    found = []
-    for key, value in config.items():
-        found.append(key)
-        if isinstance(value, ml_collections.ConfigDict):
-            found += [f"{key}.{below}" for below in keys(value)]
-    return found
-
-
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Returns the configuration as nested dictionaries; `parse` reads them back."""
-    tree = dataclasses.asdict(config)
-    tree["peft"].update(tree["peft"].pop("methods"))
-    return tree
-
-
-def complete(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Check a configuration that a run saved, and return it with the defaults of keys that it lacks."""
-    return to_dict(parse(tree))
-
-
-def saved_config(workdir: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Read the configuration of the run in a folder.
-
-    Args:
-        workdir: The folder of the run.
-        overrides: Values by key: where its data and weights are now, and how it is computed
-            (`surm_jax.record.workdir.CHANGEABLE`).
-
-    Raises:
-        UserError: There is no run, its configuration is damaged, or another key is overridden.
-    """
-    return parse(relocated(read_config(workdir, complete), overrides or {}))
-
-
-def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
-    """Checks a configuration.
-
-    >>> parse(base_config()).model.variant
-    'B/16'
-
-    Raises:
-        UserError: for an unknown key (the message names the nearest), a missing one, or a value that cannot be.
-    """
-    tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-    peft = dict(_section(tree.get("peft", {}), "config.peft"))
-    settings = [field.name for field in dataclasses.fields(PeftConfig) if field.name != "methods"]
-    _known("config.peft", peft, (*settings, *METHODS))
-    methods = {
-        name: make_method(name, _section(peft.pop(name), f"config.peft.{name}")) for name in METHODS if name in peft
-    }
-    tree["peft"] = peft
-    parsed = _build(RunConfig, tree, "config")
-    return dataclasses.replace(
-        parsed, peft=dataclasses.replace(parsed.peft, methods={**parsed.peft.methods, **methods})
-    )
-
-
-def _section(value: Any, path: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise UserError(f"{path} must be a section with keys, got {value!r}")
-    return value
-
-
-def _known(path: str, given: Iterable[str], known: Collection[str]) -> None:
-    for key in given:
-        if key not in known:
-            raise UserError(f"{path} has no key {key!r}{did_you_mean(key, known)} (known: {', '.join(known)})")
-
-
-def _build(cls: type, tree: Mapping[str, Any], path: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    _known(path, tree, hints)
-    for field in dataclasses.fields(cls):
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and field.name not in tree:
-            raise UserError(f"{path} lacks the key {field.name!r}")
-    return cls(**{key: _value(hints[key], value, f"{path}.{key}") for key, value in tree.items()})
-
-
-def _value(hint: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, _section(value, path), path)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise UserError(f"{path} must be a tuple, got {value!r}")
-        return tuple(_value(arguments[0], item, f"{path}.{place}") for place, item in enumerate(value))
-    if origin is Mapping and arguments[1] is Any:
-        return dict(_section(value, path))
-    if origin is Mapping:
-        _known(path, _section(value, path), METHODS)
-        return {key: _value(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise UserError(f"{path} must be of the type {hint.__name__}, got {value!r}")
-    return value

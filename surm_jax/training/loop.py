@@ -26,7 +26,8 @@ from surm_jax.record.metrics import MetricWriter, NotFiniteError, StepLog
 from surm_jax.record.progress import Interruption, Progress, track
 from surm_jax.record.report import draw_curves, make_result
 from surm_jax.record.workdir import RESULT_NAME, open_workdir, read_result, require_shared, write_json
-from surm_jax.training.config import RunConfig, complete, to_dict
+from surm_jax.training.config import RunConfig
+from surm_jax.training.parsing import complete, to_dict
 from surm_jax.training.run import CHECKPOINTS_NAME, Evaluation, InterruptedRunError, Position, Run, set_up
 from surm_jax.training.setup import prepare
 from surm_jax.training.step import TrainState, evaluate

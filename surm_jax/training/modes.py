@@ -18,8 +18,9 @@ from surm_jax.record.progress import Interruption, track
 from surm_jax.record.report import combine, table
 from surm_jax.record.workdir import RESULT_NAME, open_workdir, read_result, write_json
 from surm_jax.tasks.base import Forward, Questions, make_model, task_for
-from surm_jax.training.config import RunConfig, complete, saved_config, to_dict
+from surm_jax.training.config import RunConfig
 from surm_jax.training.loop import train
+from surm_jax.training.parsing import complete, saved_config, to_dict
 from surm_jax.training.partition import partition
 from surm_jax.training.setup import Job, describe_config, load_base, prepare
 from surm_jax.training.step import evaluate, make_eval_step

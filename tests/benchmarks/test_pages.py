@@ -12,7 +12,7 @@ from surm_jax.errors import UserError
 from surm_jax.files import cache_root
 from surm_jax.peft import METHODS
 from surm_jax.training import base_config
-from surm_jax.training.config import keys
+from surm_jax.training.parsing import keys
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SPEED, SCALE, COUNTED = (ROOT / "docs" / f"{name}.md" for name in ("speed", "scale", "methods"))

@@ -13,9 +13,10 @@ from surm_jax.errors import UserError
 from surm_jax.models import Bert, ViTConfig
 from surm_jax.paths import join
 from surm_jax.peft import METHODS
-from surm_jax.training.config import base_config, keys, parse, with_steps
+from surm_jax.training.config import with_steps
 from surm_jax.training.modes import describe_run, train_run
 from surm_jax.training.optimizer import groups_of, learning_rates
+from surm_jax.training.parsing import base_config, keys, parse
 from surm_jax.training.setup import adapt_model
 from tests.experiments import tiny_cifar
 from tests.training import tiny_text

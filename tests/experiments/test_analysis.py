@@ -33,8 +33,8 @@ from surm_jax.structured import (
     approximations,
     near_square_factors,
 )
-from surm_jax.training.config import to_dict
 from surm_jax.training.modes import train_run
+from surm_jax.training.parsing import to_dict
 from surm_jax.training.setup import prepare
 from tests.training import tiny, tiny_text
 

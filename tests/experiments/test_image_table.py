@@ -11,7 +11,7 @@ from experiments.grid import Grid
 from experiments.rows import Run, read_rows, read_settings
 from surm_jax.errors import UserError
 from surm_jax.training import base_config, parse
-from surm_jax.training.config import saved_config
+from surm_jax.training.parsing import saved_config
 from surm_jax.training.run import InterruptedRunError
 from surm_jax.training.setup import describe_config, prepare
 from tests.experiments import tiny_cifar

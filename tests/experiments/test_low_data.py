@@ -7,7 +7,7 @@ from experiments import grid, image_grid, low_data
 from experiments.grid import Grid
 from experiments.rows import Run, read_rows, read_settings
 from surm_jax.errors import UserError
-from surm_jax.training.config import saved_config
+from surm_jax.training.parsing import saved_config
 from surm_jax.training.setup import prepare
 from tests.training import tiny
 

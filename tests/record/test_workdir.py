@@ -7,8 +7,9 @@ import pytest
 
 from surm_jax.errors import UserError
 from surm_jax.files import read_json
-from surm_jax.record.workdir import open_workdir, read_result, write_json
-from surm_jax.training.config import RunConfig, base_config, complete, parse, saved_config, to_dict
+from surm_jax.record.workdir import default_workdir, open_workdir, read_result, write_json
+from surm_jax.training.config import RunConfig
+from surm_jax.training.parsing import base_config, complete, parse, saved_config, to_dict
 
 CONFIG = RunConfig()
 
@@ -177,3 +178,18 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_run_without_a_result_is_not_complete(tmp_path):
     with pytest.raises(UserError, match=rf"the run in {tmp_path} is not complete .*: there is no .*result\.json"):
         read_result(tmp_path)
+
+
+def test_the_default_folder_names_the_run():
+    assert default_workdir("digits", {}) == Path("runs/digits")
+    named = default_workdir("vit", {"peft.method": "lora", "optim.steps": 3})
+    assert named == Path("runs/vit,optim.steps=3,peft.method=lora")
+    # What cannot stand in a name still tells one run from another.
+    awkward = [{"peft.target": r"blocks/\d/(a|b)"}, {"peft.target": "blocks/d/(ab)"}]
+    awkward += [{"data.name": "x" * 500, "peft.method": method} for method in ("lora", "full")]
+    names = [default_workdir("vit", overrides) for overrides in awkward]
+    assert len(set(names)) == 4
+    assert all(name.parent == Path("runs") and len(name.name) <= 200 for name in names)
+    # The same run goes on elsewhere and on other devices, but not with other weights.
+    elsewhere = {"data.dir": "/data", "mesh.fsdp": 8, "model.remat": "block", "model.checkpoint": "none"}
+    assert default_workdir("vit", elsewhere) == Path("runs/vit,model.checkpoint=none")

@@ -20,8 +20,8 @@ from surm_jax.models import Bert
 from surm_jax.peft import load_adapter
 from surm_jax.pretrained import from_pretrained, load
 from surm_jax.training import loop
-from surm_jax.training.config import saved_config
 from surm_jax.training.modes import evaluate_run, export_run, merge_run, train_run
+from surm_jax.training.parsing import saved_config
 from surm_jax.training.partition import partition
 from surm_jax.training.run import InterruptedRunError
 from surm_jax.training.setup import prepare
@@ -317,7 +317,7 @@ def test_a_folder_without_a_tokeniser_or_with_another_models(files, tmp_path):
     assert "the model knows 19" in message
     # The padding is another token.
     (tmp_path / "vocab.txt").write_text("".join(reversed(words.splitlines(keepends=True))))
-    assert "fills up with number 18, but the model knows 19 and expects 0" in refusal(config)
+    assert "pads with number 18, but the model knows 19 and expects 0" in refusal(config)
     (tmp_path / "vocab.txt").unlink()
     assert f"{tmp_path} has no tokenizer: expected tokenizer.json, or vocab.txt" in refusal(config)
 
@@ -326,7 +326,7 @@ def test_models_and_data_of_two_kinds(files, tmp_path):
     (tmp_path / "vit").mkdir()
     (tmp_path / "vit" / "config.json").write_text('{"model_type": "vit"}')
     message = refusal(tiny_text.make_config(files, **{"model.checkpoint": str(tmp_path / "vit")}))
-    assert "holds a ViT, but config.data.name asks for a model of text (Bert)" in message
+    assert "holds a ViT, which reads images, but config.data.name asks for a model of text" in message
     message = refusal(tiny_text.make_config(files, **{"data.name": "digits"}))
     assert "holds a Bert, but config.data.name asks for a model of images (ViT)" in message
     message = refusal(tiny_text.make_config(files, **{"model.variant": "B/16", "model.checkpoint": "none"}))

@@ -12,7 +12,7 @@ from flax import nnx
 from surm_jax.models import Bert, BertConfig, ViT, ViTConfig
 from surm_jax.peft import Adapter, AdapterScale
 from surm_jax.tasks import Glue, ImageClassification
-from surm_jax.training.config import base_config, parse
+from surm_jax.training.parsing import base_config, parse
 from surm_jax.training.setup import adapt_model
 from surm_jax.training.step import Batch, Forward
 

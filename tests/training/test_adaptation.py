@@ -7,7 +7,7 @@ from surm_jax.models import ViT, ViTConfig
 from surm_jax.peft import METHODS, CirculantUpdate, LoRA, Rule
 from surm_jax.peft.adapt import adapted_modules
 from surm_jax.structured import EXECUTIONS
-from surm_jax.training.config import base_config, parse
+from surm_jax.training.parsing import base_config, parse
 from surm_jax.training.setup import adapt_model
 from tests.training import tiny
 

@@ -6,7 +6,8 @@ import pytest
 
 from surm_jax.errors import UserError
 from surm_jax.peft import METHODS, LoRA
-from surm_jax.training.config import RunConfig, base_config, keys, parse, to_dict
+from surm_jax.training.config import RunConfig
+from surm_jax.training.parsing import base_config, keys, parse, to_dict
 
 
 def changed(**values):

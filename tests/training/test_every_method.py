@@ -16,8 +16,8 @@ from surm_jax.devices import mesh as meshes
 from surm_jax.devices.mesh import make_mesh, put_base, put_batch
 from surm_jax.peft import METHODS
 from surm_jax.tasks.objective import CLASSES
-from surm_jax.training.config import base_config, parse
 from surm_jax.training.optimizer import Rates, make_optimizer
+from surm_jax.training.parsing import base_config, parse
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
 from tests.training import small, tiny

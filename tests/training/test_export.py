@@ -14,8 +14,8 @@ from surm_jax.errors import UserError
 from surm_jax.models import Bert, BertConfig, ViT, ViTConfig
 from surm_jax.peft import load_adapter, merge
 from surm_jax.pretrained import from_pretrained, load, save_huggingface
-from surm_jax.training.config import saved_config
 from surm_jax.training.modes import evaluate_run, export_run, train_run
+from surm_jax.training.parsing import saved_config
 from surm_jax.training.setup import prepare
 from tests.training import tiny
 
@@ -80,7 +80,7 @@ def test_images_are_normalised_as_the_folder_says(tiny_files, source):
     ("values", "message"),
     [
         ({"model.variant": "B/16"}, "says itself which model it holds.*set config.model.variant to nothing"),
-        ({"model.checkpoint": "none"}, "config.model.variant is empty, but config.model.checkpoint=none says nothing"),
+        ({"model.checkpoint": "none"}, "config.model.variant is empty, but config.model.checkpoint=none does not describe a model"),
         ({"model.param_dtype": "bfloat16", "peft.method": "full"}, "would be trained in bfloat16"),
         ({"model.heads": 3}, "heads"),
         ({"peft.method": "bitfit", "peft.target": "mlp"}, "bitfit trains parameters of the model by patterns"),
@@ -95,7 +95,7 @@ def test_what_does_not_fit(tiny_files, source, values, message):
 def test_a_model_of_text_is_refused(tiny_files, tmp_path):
     text = BertConfig.from_variant("tiny", vocab_size=20, width=8, heads=2, mlp_width=8, depth=1)
     save_huggingface(tmp_path / "bert", load(lambda: Bert(text, rngs=nnx.Rngs(0)), None), text)
-    with pytest.raises(UserError, match=r"holds a Bert, but config\.data\.name asks for a model of images"):
+    with pytest.raises(UserError, match=r"holds a Bert, which reads text, but config\.data\.name asks for a model of images"):
         prepare(config(tiny_files, tmp_path / "bert"), 0)
 
 

@@ -14,8 +14,8 @@ from surm_jax.models import ViT
 from surm_jax.peft import load_adapter
 from surm_jax.pretrained import image_normalization, load
 from surm_jax.training import loop, modes
-from surm_jax.training.config import base_config, parse
 from surm_jax.training.modes import describe_run, evaluate_run, export_run, merge_run, train_run
+from surm_jax.training.parsing import base_config, parse
 from surm_jax.training.run import InterruptedRunError
 from surm_jax.training.setup import prepare
 from tests.training import tiny

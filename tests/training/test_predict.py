@@ -11,8 +11,8 @@ from surm_jax.peft import load_adapter
 from surm_jax.record.workdir import open_workdir
 from surm_jax.tasks.sentences import read_sentences
 from surm_jax.training import modes
-from surm_jax.training.config import complete, saved_config, to_dict
 from surm_jax.training.modes import predict_run, train_run
+from surm_jax.training.parsing import complete, saved_config, to_dict
 from surm_jax.training.setup import prepare
 from tests.training import tiny, tiny_text
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.models import ViT, ViTConfig
-from surm_jax.training.config import base_config, parse
+from surm_jax.training.parsing import base_config, parse
 from surm_jax.training.setup import describe_config, describe_model, prepare
 from tests.training import tiny
 

@@ -13,7 +13,8 @@ from orbax.checkpoint.experimental import v1 as ocp
 from surm_jax.models import ViT, ViTConfig
 from surm_jax.peft import Adapter
 from surm_jax.pretrained import load, save_model
-from surm_jax.training.config import RunConfig, base_config, parse
+from surm_jax.training.config import RunConfig
+from surm_jax.training.parsing import base_config, parse
 from surm_jax.training.partition import Arrays, Partition, partition
 from surm_jax.training.setup import Job, prepare
 

@@ -14,7 +14,8 @@ from flax import nnx
 from surm_jax import data
 from surm_jax.models import Bert, BertConfig
 from surm_jax.pretrained import load, save_huggingface
-from surm_jax.training.config import RunConfig, base_config, parse
+from surm_jax.training.config import RunConfig
+from surm_jax.training.parsing import base_config, parse
 from tests.data.text.test_glue import example
 
 WORDS = ("the", "a", "cat", "dog", "bird", "sleeps", "sings", "eats", "not", "and", "old", "small", "big", ".", "?")

@@ -1,0 +1,233 @@
+"""Reading configurations: from keys and values to the checked dataclasses of `surm_jax.training.config`, and back."""
+
+import ast
+import dataclasses
+import importlib
+import sys
+import typing
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from surm_jax.errors import UserError, did_you_mean
+from surm_jax.peft import METHODS, make_method
+from surm_jax.record.workdir import read_config, relocated
+from surm_jax.training.config import PeftConfig, RunConfig
+
+
+def base_config(plugins: Collection[str] = ()) -> ml_collections.ConfigDict:
+    """Return a configuration with every key at its default.
+
+    >>> config = base_config()
+    >>> config.peft.lora.rank, config.optim.groups.head.weight_decay
+    (1, 0.0)
+
+    Args:
+        plugins: Modules to import first, so that their methods have keys; becomes the key `plugins`.
+
+    Raises:
+        UserError: A plugin cannot be imported.
+    """
+    import_plugins(plugins)
+    return ml_collections.ConfigDict(to_dict(RunConfig(plugins=tuple(plugins))))
+
+
+def plugins_of(given: Sequence[str]) -> tuple[str, ...]:
+    """Return the modules that the last value of `--config.plugins` names.
+
+    >>> plugins_of(["('my_family',)"]), plugins_of([])
+    (('my_family',), ())
+
+    Raises:
+        UserError: The value is not a tuple of names.
+    """
+    try:
+        modules = ast.literal_eval(given[-1]) if given else ()
+    except (ValueError, SyntaxError):
+        modules = None
+    if not isinstance(modules, tuple) or not all(isinstance(module, str) for module in modules):
+        raise UserError(f"config.plugins must be a tuple of modules, such as \"('my_family',)\", got {given[-1]}")
+    return modules
+
+
+def import_plugins(modules: Iterable[str]) -> None:
+    """Import modules that register methods, matrix families, models and tasks.
+
+    They are looked up as Python does, and in the working directory.
+
+    Raises:
+        UserError: A module cannot be imported.
+    """
+    here = str(Path.cwd())
+    for module in modules:
+        if here not in sys.path:
+            sys.path.append(here)
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # A module is a program, and can raise anything.
+            raise UserError(
+                f"config.plugins: cannot import {module!r} ({type(error).__name__}: {error}); looked for in {here} and"
+                " in $PYTHONPATH"
+            ) from error
+
+
+def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
+    """Import the plugins of a configuration, and check all of its keys and values.
+
+    >>> parse(base_config()).model.variant
+    'B/16'
+
+    Raises:
+        UserError: A key is unknown (the message names the nearest) or missing, a value is impossible, or a plugin
+            cannot be imported.
+    """
+    tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    import_plugins(_value(tuple[str, ...], tree.get("plugins", ()), "config.plugins"))
+    peft = dict(_section(tree.get("peft", {}), "config.peft"))
+    settings = [field.name for field in dataclasses.fields(PeftConfig) if field.name != "methods"]
+    _require_known("config.peft", peft, (*settings, *METHODS))
+    methods = {
+        name: make_method(name, dict(_section(peft.pop(name), f"config.peft.{name}")))
+        for name in METHODS
+        if name in peft
+    }
+    tree["peft"] = peft
+    parsed = _build(RunConfig, tree, "config")
+    return dataclasses.replace(
+        parsed, peft=dataclasses.replace(parsed.peft, methods={**parsed.peft.methods, **methods})
+    )
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration as nested dictionaries; `parse` reads them back."""
+    tree = dataclasses.asdict(config)
+    tree["peft"].update(tree["peft"].pop("methods"))
+    return tree
+
+
+def complete(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a configuration that a run saved, and return it with the defaults of keys that it lacks."""
+    return to_dict(parse(tree))
+
+
+def saved_config(workdir: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read the configuration of the run in a folder.
+
+    Args:
+        workdir: The folder of the run.
+        overrides: Values by key: where its data and weights are now, and how it is computed
+            (`surm_jax.record.workdir.CHANGEABLE`).
+
+    Raises:
+        UserError: There is no run, its configuration is damaged, or another key is overridden.
+    """
+    return parse(relocated(read_config(workdir, complete), overrides or {}))
+
+
+def keys(config: ml_collections.ConfigDict) -> list[str]:
+    """Return all keys of a configuration joined by dots, sections included.
+
+    >>> "peft.lora.rank" in keys(base_config())
+    True
+    """
+    found = []
+    for key, value in config.items():
+        found.append(key)
+        if isinstance(value, ml_collections.ConfigDict):
+            found += [f"{key}.{below}" for below in keys(value)]
+    return found
+
+
+def require_key(config: ml_collections.ConfigDict, key: str) -> None:
+    """Check that a dotted key is that of a value.
+
+    Raises:
+        UserError: There is no such key (the message names the nearest), or it is a section.
+    """
+    known = keys(config)
+    if key not in known:
+        raise UserError(f"the configuration has no key {key!r}{meant_key(config, key) or did_you_mean(key, known)}")
+    if isinstance(config[key], ml_collections.ConfigDict):
+        inside = _values_in(config, key)
+        near = f": give one of its keys, such as --config.{inside[0]}" if inside else " without keys"
+        raise UserError(f"config.{key} is a section{near}")
+
+
+def require_steps(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]) -> None:
+    """Check that a number of steps that was given on the command line counts.
+
+    Raises:
+        UserError: `config.optim.epochs` gives the number of steps instead.
+    """
+    epochs = config.optim.epochs
+    if epochs and "optim.steps" in overrides and "optim.epochs" not in overrides:
+        raise UserError(
+            f"config.optim.epochs={epochs:g} says how many steps there are: give --config.optim.epochs=0 with"
+            " --config.optim.steps"
+        )
+
+
+def meant_key(config: ml_collections.ConfigDict, name: str) -> str:
+    """Return a question that names up to three keys that end in `name`, or an empty string.
+
+    >>> meant_key(base_config(), "rank_of_noise"), meant_key(base_config(), "checkpoint_every")
+    ('', '; did you mean --config.log.checkpoint_every?')
+    """
+    ends = [key for key in keys(config) if f".{key}".endswith(f".{name}")]
+    meant = [inside[0] for key in sorted(ends, key=lambda key: key.count(".")) if (inside := _values_in(config, key))]
+    return f"; did you mean {' or '.join(f'--config.{key}' for key in meant[:3])}?" if meant else ""
+
+
+def _values_in(config: ml_collections.ConfigDict, key: str) -> list[str]:
+    """Return the keys of the values in a section, or the key itself if it has a value.
+
+    The least nested come first. Where every method has a key, that of the chosen method comes before the others.
+    """
+    values = [known for known in keys(config) if not isinstance(config[known], ml_collections.ConfigDict)]
+    inside = [value for value in values if f"{value}.".startswith(f"{key}.")]
+    return sorted(inside, key=lambda value: (value.count("."), not value.endswith(f".{config.peft.method}"), value))
+
+
+def _section(value: Any, path: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path} must be a section with keys, got {value!r}")
+    return value
+
+
+def _require_known(path: str, given: Iterable[str], known: Collection[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise UserError(f"{path} has no key {key!r}{did_you_mean(key, known)} (known: {', '.join(known)})")
+
+
+def _build(cls: type, tree: Mapping[str, Any], path: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    _require_known(path, tree, hints)
+    for field in dataclasses.fields(cls):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in tree:
+            raise UserError(f"{path} lacks the key {field.name!r}")
+    return cls(**{key: _value(hints[key], value, f"{path}.{key}") for key, value in tree.items()})
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    """Return a value as the type of its field says."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _build(hint, _section(value, path), path)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{path} must be a tuple, got {value!r}")
+        return tuple(_value(arguments[0], item, f"{path}.{place}") for place, item in enumerate(value))
+    if origin is Mapping and arguments[1] is Any:
+        return dict(_section(value, path))
+    if origin is Mapping:
+        _require_known(path, _section(value, path), METHODS)
+        return {key: _value(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise UserError(f"{path} must be of the type {hint.__name__}, got {value!r}")
+    return value
