@@ -19,7 +19,8 @@ from surm_jax.errors import UserError
 from surm_jax.peft import Adapter, load_adapter
 from surm_jax.record.workdir import read_result, relocated
 from surm_jax.training import parse
-from surm_jax.training.config import RunConfig, saved_config, to_dict
+from surm_jax.training.config import RunConfig
+from surm_jax.training.parsing import saved_config, to_dict
 from surm_jax.training.partition import partition
 from surm_jax.training.setup import Job, prepare
 
