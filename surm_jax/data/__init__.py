@@ -1,12 +1,13 @@
-"""Data sets and the input pipelines: `load` a set, then `train_batches` and `eval_batches`.
+"""Data sets and input pipelines: `load` a set, then `train_batches` and `eval_batches`.
 
-For text, `load_tokenizer` and `encode` come between, then `text_train_batches` and `text_eval_batches`.
+For text, `load` the set, `load_tokenizer`, `encode` the sentences, then `text_train_batches` and `text_eval_batches`.
 """
 
+from surm_jax.data.batches import EvalBatches, TrainBatches
 from surm_jax.data.holdout import first_examples, hold_out
 from surm_jax.data.images.dataset import ArraySource, ImageDataset, ImageSource, keep_classes
+from surm_jax.data.images.pipeline import eval_batches, train_batches
 from surm_jax.data.images.transforms import Augment, eval_image, train_image
-from surm_jax.data.pipeline import EvalBatches, TrainBatches, eval_batches, train_batches
 from surm_jax.data.sources import is_text, load
 from surm_jax.data.text.dataset import TextDataset, TextSource
 from surm_jax.data.text.glue import GLUE_TASKS, glue_task

@@ -1,7 +1,6 @@
-"""Parts of a training set: a few examples to learn from, and some that are set aside to choose settings by."""
+"""Parts of a training set: a few examples for training, and examples held out to choose settings."""
 
-import functools
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -13,15 +12,15 @@ Source = TypeVar("Source", ImageSource, TextSource)
 
 
 def first_examples(train: Source, count: int) -> Source:
-    """Takes the first `count` examples of a training set in one random order, the same in every run.
+    """Take the first `count` examples of a training set in a random order that is the same in every run.
 
-    What is taken for a smaller `count` is taken for every larger one too.
+    The examples for a larger `count` include those for a smaller one.
 
     Returns:
-        These examples, in the order of the training set; all of it if `count` is 0.
+        These examples, in the order of the training set; all examples if `count` is 0.
 
     Raises:
-        UserError: there are not so many.
+        UserError: There are fewer examples.
 
     >>> from surm_jax.data import ArraySource
     >>> source = ArraySource(np.zeros((8, 4, 4, 1), np.uint8), np.arange(8))
@@ -36,13 +35,13 @@ def first_examples(train: Source, count: int) -> Source:
 
 
 def hold_out(train: Source, count: int) -> tuple[Source, Source | None]:
-    """Takes `count` examples out of a training set, the same ones in every run.
+    """Hold out `count` examples of a training set, the same in every run.
 
     Returns:
-        The training examples that are left, and those held out (None if `count` is 0).
+        The remaining training examples, and those held out (`None` if `count` is 0).
 
     Raises:
-        UserError: fewer than one would be left.
+        UserError: No example would remain.
 
     >>> from surm_jax.data import ArraySource
     >>> left, held_out = hold_out(ArraySource(np.zeros((5, 4, 4, 1), np.uint8), np.arange(5)), 2)
@@ -61,6 +60,6 @@ def _order(count: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(count)
 
 
-def _select(source: Source, indices: np.ndarray) -> Source:
-    select = source.select if isinstance(source, TextSource) else functools.partial(Subset, source)
-    return select(np.sort(indices))
+def _select(source: Any, indices: np.ndarray) -> Any:
+    indices = np.sort(indices)
+    return source.select(indices) if isinstance(source, TextSource) else Subset(source, indices)

@@ -1,21 +1,31 @@
 """Prepared folders of TensorFlow Datasets, opened without TensorFlow and without the network.
 
-The folder that `tfds build` wrote is opened directly (`builder_from_directory`): asking for a builder by name would run
-the set's own preparation code, which may look for a download.
+The folder that `tfds build` wrote is opened directly (`builder_from_directory`). A builder by name would run the
+preparation code of the set, which may look for a download.
 """
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from surm_jax.data.images.array_sets import EMBEDDED
 from surm_jax.errors import UserError, did_you_mean
 
 _NAME = re.compile(r"(?P<name>\w+(/[\w.+-]+)?)(:(?P<version>\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+class Records(Protocol):
+    """Records with random access, as tensorflow_datasets opens them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return many records at once, which is faster than one by one."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +52,15 @@ class PreparedSet:
         """The name with the version."""
         return f"{self.name.partition(':')[0]}:{self.version}"
 
-    def records(self, split: str, decoders: Mapping[str, Any] | None = None) -> Sequence[dict[str, Any]]:
-        """Opens a split for random access; a damaged file shows as a RuntimeError when it is read.
+    def records(self, split: str, decoders: Mapping[str, Any] | None = None) -> Records:
+        """Open a split for random access. A damaged file raises a RuntimeError when it is read.
 
         Args:
             split: One of `splits`.
-            decoders: By feature, what tensorflow_datasets shall decode otherwise than it does.
+            decoders: Decoders of tensorflow_datasets by feature, which replace the default ones.
 
         Raises:
-            UserError: a file of the split is missing.
+            UserError: A file of the split is missing.
         """
         missing = [path for path in self._builder.info.splits[split].filepaths if not Path(path).is_file()]
         if missing:
@@ -61,25 +71,28 @@ class PreparedSet:
         return self._builder.as_data_source(split, decoders=decoders, file_format="array_record")
 
 
-def open_prepared(name: str, data_dir: str | os.PathLike[str] | None = None) -> PreparedSet:
-    """Opens a prepared set; takes milliseconds after the import of tensorflow_datasets (half a second).
+def open_prepared(
+    name: str, data_dir: str | os.PathLike[str] | None = None, others: Collection[str] = ()
+) -> PreparedSet:
+    """Open a prepared set. This takes milliseconds after the import of tensorflow_datasets (half a second).
 
     Args:
         name: `cifar10`, `cifar10:3.0.2`, `name/config` or `name/config:version`; without a version the newest.
-        data_dir: The folder that holds prepared sets; `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`, if None.
+        data_dir: The folder of prepared sets; `None` means `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`.
+        others: Names of sets from other sources, for the message about an unknown name.
 
     Raises:
-        UserError: the name is unknown, the set is not prepared in `data_dir` (the message says how to prepare it;
+        UserError: The name is unknown, the set is not prepared in `data_dir` (the message says how to prepare it;
             nothing is ever downloaded), its description is damaged, or its files allow no random access.
     """
     folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-    set_folder = _find(name, folder)
-    import tensorflow_datasets as tfds  # Here, because other data sets need not pay for it.
+    set_folder = _find(name, folder, others)
+    import tensorflow_datasets as tfds  # Imported here: other data sets do not need it.
 
     try:
         builder = tfds.builder_from_directory(set_folder)
     except Exception as error:
-        # Whatever a damaged description trips over: protobuf, json and tfds have no error in common.
+        # Protobuf, json and tfds have no common class for the errors of a damaged description.
         raise UserError(
             f"{set_folder} is damaged: its dataset_info.json or features.json cannot be read ({error}). "
             + _how_to_prepare(name, folder)
@@ -94,8 +107,8 @@ def open_prepared(name: str, data_dir: str | os.PathLike[str] | None = None) -> 
     return PreparedSet(name, set_folder.name, features, splits, folder, builder)
 
 
-def _find(name: str, folder: Path) -> Path:
-    """Returns the folder of one version of the set, or explains why there is none."""
+def _find(name: str, folder: Path, others: Collection[str]) -> Path:
+    """Return the folder of one version of the set, or raise an error that says why there is none."""
     prepared = _prepared(folder)
     holds = (
         f"it holds {', '.join(f'{known}:{versions[-1]}' for known, versions in prepared.items()) or 'no prepared set'}"
@@ -108,13 +121,13 @@ def _find(name: str, folder: Path) -> Path:
         return folder / base / version
     import tensorflow_datasets as tfds
 
-    # Without the community sets, the list of which would be downloaded. GLUE is listed only where TensorFlow is.
+    # The list of community sets would be downloaded. GLUE is listed only if TensorFlow is installed.
     official = [*tfds.list_builders(with_community_datasets=False), "glue"]
     if not match or match["name"].split("/")[0] not in {*official, *(known.split("/")[0] for known in prepared)}:
-        near = did_you_mean(match["name"] if match else name, dict.fromkeys([*EMBEDDED, *prepared, *official]))
+        near = did_you_mean(match["name"] if match else name, dict.fromkeys([*others, *prepared, *official]))
         raise UserError(
-            f"unknown data set {name!r}{near or '.'} Known are {', '.join(EMBEDDED)}, a path ending in .npz, and the "
-            f"sets of TensorFlow Datasets prepared in a folder ({folder} was looked in: {holds})"
+            f"unknown data set {name!r}{near or '.'} Known are {', '.join([*others, ''])}a path ending in .npz, and "
+            f"the sets of TensorFlow Datasets in the folder {folder} ({holds})"
         )
     if not folder.is_dir():
         raise UserError(f"data set {name!r}: the data folder {folder} does not exist. " + _how_to_prepare(name, folder))
@@ -125,7 +138,7 @@ def _find(name: str, folder: Path) -> Path:
 
 
 def _prepared(folder: Path) -> dict[str, list[str]]:
-    """Returns {name or name/config: versions, oldest first} of the sets prepared below `folder`."""
+    """Return the sets below a folder: their names, with the configuration if any, and versions, oldest first."""
     prepared: dict[str, list[str]] = {}
     for pattern in ("*/*/dataset_info.json", "*/*/*/dataset_info.json"):
         for info in sorted(folder.glob(pattern)):

@@ -1,4 +1,4 @@
-"""One name, one data set: where `load` looks for it."""
+"""Data sets by name."""
 
 import os
 
@@ -10,22 +10,22 @@ from surm_jax.data.text.glue import load_glue
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageDataset | TextDataset:
-    """Loads a set of labelled images, or of labelled sentences. Never touches the network.
+    """Load a set of labelled images or of labelled sentences, without the network.
 
     Args:
         name: One of
             - `digits`, `digits_0to4`, `digits_5to9`: embedded, 8 x 8 grey images (see `load_digits`);
-            - a path ending in `.npz`, from the working directory or `~` (see `load_npz`);
-            - a task of GLUE, prepared before by TensorFlow Datasets: `glue/rte`, `glue/rte:version` (see `load_glue`);
-            - another set of TensorFlow Datasets, of images, prepared before: `cifar10`, `name:version`, `name/config`
-              (see `load_tfds`).
-        data_dir: The folder of the prepared TFDS sets; `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`, if None.
+            - a path that ends in `.npz` (see `load_npz`);
+            - a task of GLUE that TensorFlow Datasets has prepared: `glue/rte`, `glue/rte:version` (see `load_glue`);
+            - a set of images that TensorFlow Datasets has prepared: `cifar10`, `name:version`, `name/config` (see
+              `load_tfds`).
+        data_dir: The folder of prepared sets; `None` means `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`.
 
     Returns:
-        A `TextDataset` for a task of GLUE, else an `ImageDataset`.
+        A `TextDataset` for a task of GLUE, otherwise an `ImageDataset`.
 
     Raises:
-        UserError: there is no such set, or it is damaged or of another kind.
+        UserError: There is no such set, or it is damaged or of another kind.
 
     >>> data = load("digits_5to9")
     >>> len(data.train), len(data.test), data.classes, data.image_shape
@@ -41,7 +41,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageData
 
 
 def is_text(name: str) -> bool:
-    """Whether a name stands for sentences, and not for images.
+    """Return whether a name stands for sentences and not for images.
 
     >>> is_text("glue/rte"), is_text("cifar10")
     (True, False)

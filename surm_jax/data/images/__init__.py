@@ -1,1 +1,1 @@
-"""Sets of images, and what their pixels go through."""
+"""Sets of images, their transforms and their batches."""

@@ -9,7 +9,7 @@ from surm_jax.data.images.dataset import ArraySource, ImageDataset
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.files import open_npz
 
-# Name -> the digits it keeps.
+# The digits of each set, by its name.
 EMBEDDED: Mapping[str, range] = {"digits": range(10), "digits_0to4": range(5), "digits_5to9": range(5, 10)}
 
 _REQUIRED = ("train_images", "train_labels", "test_images", "test_labels")
@@ -17,20 +17,23 @@ _MOST_CLASSES = 1_000_000
 
 
 def load_digits(name: str) -> ImageDataset:
-    """Loads the handwritten digits that scikit-learn carries: 1,797 grey images of 8 x 8 pixels, no file, no network.
+    """Load the handwritten digits of scikit-learn: 1,797 grey images of 8 x 8 pixels, without a file or the network.
 
-    `digits` has all ten classes. `digits_0to4` (to pretrain on) and `digits_5to9` (to adapt to) are its halves, with
-    labels counted from 0 in each. All three cut the same fixed stratified split, a third for testing, so that an image
-    tested in one is never trained on in another; no seed of a run changes it.
+    `digits` has all ten classes. `digits_0to4` (to pretrain on) and `digits_5to9` (to adapt to) are its halves, each
+    with labels from 0. All three use the same fixed stratified split with a third for testing, whatever the seed of a
+    run, so an image that is tested in one is never a training image in another.
 
-    Pixels 0..16 become uint8 `round(255 * pixel / 16)` and travel the same road as any other image from there.
+    Pixels 0..16 become uint8 `round(255 * pixel / 16)`. From there on the images are treated as all others.
 
     Raises:
         UserError: `name` is not one of the three.
     """
     if name not in EMBEDDED:
         raise UserError(f"no embedded data set {name!r}: there are {', '.join(EMBEDDED)}{did_you_mean(name, EMBEDDED)}")
-    from sklearn import datasets, model_selection  # Here, because it takes a second that other data sets need not pay.
+    from sklearn import (
+        datasets,
+        model_selection,
+    )  # Imported here: it takes a second, which other data sets do not need.
 
     digits = datasets.load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
@@ -46,15 +49,15 @@ def load_digits(name: str) -> ImageDataset:
 
 
 def load_npz(path: str) -> ImageDataset:
-    """Loads a data set from an .npz file, checked completely before the first step.
+    """Load a data set from an .npz file, and check it completely.
 
-    The file holds `train_images`, `train_labels`, `test_images`, `test_labels` and, if wanted, `classes` (strings;
-    without them classes are called "0", "1", ... up to the largest training label). Images are (n, height, width,
-    channels), all of one size: uint8 0..255, or floats already scaled to [-1, 1] (those that are all from 0 on are
-    refused: they were scaled to [0, 1]). Labels are integers from 0. Pickled objects are refused.
+    The file holds `train_images`, `train_labels`, `test_images`, `test_labels` and optionally `classes` (strings;
+    without them the classes are "0", "1", ... up to the largest training label). Images are (n, height, width,
+    channels), all of one size: uint8 0..255, or floats already scaled to [-1, 1]. Floats without a negative value are
+    refused, since they were scaled to [0, 1]. Labels are integers from 0. Pickled objects are refused.
 
     Raises:
-        UserError: the file or an array is missing or damaged, or an array has a wrong shape, dtype or value; the
+        UserError: The file or an array is missing or damaged, or an array has a wrong shape, dtype or value. The
             message names the array and, for a value, its index.
     """
     file = Path(path).expanduser()
@@ -68,7 +71,7 @@ def load_npz(path: str) -> ImageDataset:
                 f"{did_you_mean(missing[0], archive.keys)}"
             )
         arrays = {key: archive.read(key) for key in archive.keys if key in (*_REQUIRED, "classes")}
-    # Taken out, so that what is converted is not kept besides.
+    # Each array is taken out of the dict, so it is released when its conversion replaces it.
     images = {
         split: _checked_images(path, f"{split}_images", arrays.pop(f"{split}_images")) for split in ("train", "test")
     }
@@ -94,7 +97,7 @@ def load_npz(path: str) -> ImageDataset:
 
 
 def _checked_images(path: str, key: str, images: np.ndarray) -> np.ndarray:
-    """Returns uint8 or float32 images of 4 dimensions and legal values."""
+    """Return uint8 or float32 images, after checking their dimensions and values."""
     if images.ndim != 4 or 0 in images.shape:
         raise UserError(
             f"{path}: {key} has shape {images.shape}, but must be a non-empty (n, height, width, channels)"
@@ -105,7 +108,7 @@ def _checked_images(path: str, key: str, images: np.ndarray) -> np.ndarray:
     if not np.issubdtype(images.dtype, np.floating):
         raise UserError(f"{path}: {key} is {images.dtype}, but must be uint8 (0..255) or floating point ([-1, 1])")
     lowest, highest, most = images.min(), images.max(), 1 + 1e-5
-    # Written so that NaN, for which every comparison is False, is wrong too.
+    # The comparison is False for NaN, so NaN is refused too.
     if not (lowest >= -most and highest <= most):
         wrong = ~(np.abs(images) <= most)
         index = tuple(map(int, np.unravel_index(np.argmax(wrong), wrong.shape)))
@@ -122,7 +125,7 @@ def _checked_images(path: str, key: str, images: np.ndarray) -> np.ndarray:
 
 
 def _checked_labels(path: str, key: str, labels: np.ndarray, count: int) -> np.ndarray:
-    """Returns int64 labels of the right shape; their range is checked once the classes are known."""
+    """Return int64 labels of the right shape; their range is checked when the classes are known."""
     if labels.shape != (count,):
         raise UserError(f"{path}: {key} has shape {labels.shape}, but its images need ({count},)")
     if not np.issubdtype(labels.dtype, np.integer):
@@ -131,7 +134,7 @@ def _checked_labels(path: str, key: str, labels: np.ndarray, count: int) -> np.n
 
 
 def _class_names(path: str, classes: np.ndarray | None, train_labels: np.ndarray) -> tuple[str, ...]:
-    """Returns the names in the file, or the numbers up to the largest training label."""
+    """Return the names in the file, or the numbers up to the largest training label."""
     if classes is None:
         if (largest := train_labels.max()) >= _MOST_CLASSES:
             where = f"{path}: train_labels[{train_labels.argmax()}] is {largest}"
@@ -143,5 +146,5 @@ def _class_names(path: str, classes: np.ndarray | None, train_labels: np.ndarray
         )
     try:
         return tuple(map(str, classes))
-    except (ValueError, SystemError) as error:  # numbers that are no characters
-        raise UserError(f"{path}: classes holds what is no text ({error})") from None
+    except (ValueError, SystemError) as error:  # code points that are not characters
+        raise UserError(f"{path}: classes holds strings that are not text ({error})") from None

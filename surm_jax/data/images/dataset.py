@@ -1,4 +1,4 @@
-"""What an image classification set is: two random-access sources, class names and an image shape."""
+"""Image classification sets: random-access sources for training and testing, class names and an image shape."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ class ImageSource(Protocol):
     """A random-access sequence of labelled images, safe to read from several threads.
 
     `source[i]` is `{"image": array (height, width, channels), "label": int}`. A uint8 image holds 0..255; a float image
-    is taken as already scaled to [-1, 1].
+    must already be scaled to [-1, 1].
     """
 
     @property
     def labels(self) -> Int[np.ndarray, "n"]:
-        """The labels of all examples, without a look at their images."""
+        """The labels of all examples. Their images are not decoded."""
 
     def __len__(self) -> int: ...
 
@@ -38,7 +38,7 @@ class ArraySource:
         labels: (n,), integers counted from 0.
 
     Raises:
-        UserError: the arrays differ in length or have the wrong number of dimensions.
+        UserError: The arrays differ in length or have the wrong number of dimensions.
 
     >>> source = ArraySource(np.zeros((2, 4, 4, 1), np.uint8), np.array([0, 1]))
     >>> len(source), source[1]["image"].shape, source[1]["label"]
@@ -67,11 +67,11 @@ class ImageDataset:
     """An image classification set.
 
     Attributes:
-        name: The name or path that `load` was given; of a prepared set with the version that was found.
+        name: The name or path that `load` was given; for a prepared set with the version that was found.
         train: Training examples.
-        test: Test examples (a set without a test split gives its validation split here).
+        test: Test examples. If the set has no test split, they are its validation split.
         classes: Class names; the label `k` stands for `classes[k]`.
-        image_shape: (height, width, channels); height and width are None where images differ in size.
+        image_shape: (height, width, channels); height and width are None if images differ in size.
     """
 
     name: str
@@ -86,10 +86,9 @@ class ImageDataset:
         return self.image_shape[-1]
 
     def require_channels(self, channels: int) -> None:
-        """Checks, before anything is trained, that a model of `channels` input channels can read these images.
+        """Raise a `UserError` unless a model with so many input channels can read these images.
 
-        Raises:
-            UserError: the numbers differ; channels are never repeated or dropped silently.
+        Channels are never repeated or dropped silently.
         """
         if channels != self.channels:
             raise UserError(
@@ -104,7 +103,7 @@ class Subset:
 
     Attributes:
         source: All examples.
-        indices: Which of them, in this order.
+        indices: The indices of the examples, in the order of the subset.
     """
 
     source: ImageSource
@@ -124,7 +123,7 @@ class Subset:
 
 @dataclass(frozen=True)
 class _Relabelled:
-    """Some examples of a source with labels of their own."""
+    """Some examples of a source, with other labels."""
 
     examples: Subset
     labels: Int[np.ndarray, "n"]
@@ -137,14 +136,14 @@ class _Relabelled:
 
 
 def keep_classes(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:
-    """Returns a data set with the examples of some classes alone, in the order in which they were.
+    """Return a data set with only the examples of some classes, in their old order.
 
     Args:
-        dataset: All classes.
-        classes: Those to keep, by name; labels count them in this order.
+        dataset: The set with all classes.
+        classes: The names of the classes to keep. Labels count them in this order.
 
     Raises:
-        UserError: a name is unknown or given twice, or a split has none of the examples.
+        UserError: A name is unknown or given twice, or a split has no example of these classes.
 
     >>> digits = ArraySource(np.zeros((4, 8, 8, 1), np.uint8), np.array([2, 0, 1, 2]))
     >>> kept = keep_classes(ImageDataset("digits", digits, digits, ("0", "1", "2"), (8, 8, 1)), ("2", "0"))
@@ -158,7 +157,7 @@ def keep_classes(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:
                 f" (its classes: {', '.join(dataset.classes)})"
             )
     if len(set(classes)) < len(classes):
-        raise UserError(f"every class can be named once, got {', '.join(classes)}")
+        raise UserError(f"every class can be named only once, got {', '.join(classes)}")
     new_labels = np.full(len(dataset.classes), -1)
     new_labels[[dataset.classes.index(name) for name in classes]] = np.arange(len(classes))
 

@@ -1,11 +1,11 @@
 """Image classification sets in the layout of TensorFlow Datasets, read without TensorFlow and without the network.
 
-Images are decoded here, by Pillow, so that pixels do not depend on whether OpenCV happens to be installed.
+Images are decoded here, by Pillow, so pixels do not depend on whether OpenCV is installed.
 """
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,14 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from surm_jax.data.images.corrupt import CorruptExampleError
+from surm_jax.data.corrupt import CorruptExampleError
+from surm_jax.data.images.array_sets import EMBEDDED
 from surm_jax.data.images.dataset import ImageDataset
-from surm_jax.data.prepared import PreparedSet, open_prepared
+from surm_jax.data.prepared import PreparedSet, Records, open_prepared
 from surm_jax.errors import UserError
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# Records that are read at once to look at their labels.
+# Number of records that are read at once to get their labels.
 _CHUNK = 1000
 
 
@@ -28,30 +29,30 @@ class TfdsSource:
     """An `ImageSource` over the encoded records of one split.
 
     Attributes:
-        records: Random-access records with the encoded bytes under "image" and a number under "label".
-        channels: Channels to decode to: 1, 3 or 4.
-        num_classes: Labels must be below it.
+        records: Random-access records with encoded bytes under "image" and a number under "label".
+        channels: Number of channels to decode to: 1, 3 or 4.
+        num_classes: Number of classes; labels must be below it.
         name: What error messages call this split.
 
     Raises:
-        CorruptExampleError: (when read) a record cannot be decoded, or has no label; the message names it.
+        CorruptExampleError: On reading, if a record cannot be decoded or has no label; the message names it.
     """
 
-    records: Sequence[dict[str, Any]]
+    records: Records
     channels: int
     num_classes: int
     name: str
 
     @property
     def labels(self) -> Int[np.ndarray, "n"]:
-        """The labels of all examples; the images are not decoded. 50,000 records take a second."""
-        labels = []
+        """The labels of all examples. The images are not decoded; 50,000 records take a second."""
+        labels: list[int] = []
         for start in range(0, len(self), _CHUNK):
             indices = range(start, min(start + _CHUNK, len(self)))
             try:
-                records = self.records.__getitems__(indices)
+                records: Iterable[dict[str, Any]] = self.records.__getitems__(indices)
             except RuntimeError:
-                records = map(self._record, indices)  # Which of them it is.
+                records = map(self._record, indices)  # One by one, to find the damaged one.
             labels += map(self._label, indices, records)
         return np.array(labels)
 
@@ -64,7 +65,7 @@ class TfdsSource:
         try:
             image = np.asarray(Image.open(io.BytesIO(record["image"])).convert(_MODES[self.channels]))
         except Exception as error:
-            # What Pillow trips over has no type in common: SyntaxError for a broken PNG, one of its own for a bomb.
+            # Pillow's errors have no common class: SyntaxError for a broken PNG, its own for a decompression bomb.
             raise CorruptExampleError(
                 f"{self.name}: the image of example {index} cannot be decoded ({error})"
             ) from error
@@ -73,7 +74,7 @@ class TfdsSource:
     def _record(self, index: int) -> dict[str, Any]:
         try:
             return self.records[index]
-        except RuntimeError as error:  # From the C++ reader, which opens a file when it is first read.
+        except RuntimeError as error:  # From the C++ reader, which opens a file only when it is read.
             raise CorruptExampleError(
                 f"{self.name}: example {index} cannot be read, its file is damaged ({error})"
             ) from error
@@ -88,23 +89,23 @@ class TfdsSource:
 
 
 def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageDataset:
-    """Opens a prepared TFDS set; takes milliseconds after the import of tensorflow_datasets (half a second).
+    """Open a prepared TFDS set. This takes milliseconds after the import of tensorflow_datasets (half a second).
 
     Args:
         name: `cifar10`, `cifar10:3.0.2`, `name/config` or `name/config:version`; without a version the newest.
-        data_dir: The folder that holds prepared sets; `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`, if None.
+        data_dir: The folder of prepared sets; `None` means `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`.
 
     Raises:
-        UserError: the name is unknown, the set is not prepared in `data_dir` (the message says how to prepare it;
-            nothing is ever downloaded), its files are missing or damaged, or it is no image classification set with
-            train and test splits.
+        UserError: The name is unknown, the set is not prepared in `data_dir` (the message says how to prepare it;
+            nothing is ever downloaded), its files are missing or damaged, or it is not an image classification set
+            with train and test splits.
     """
-    prepared = open_prepared(name, data_dir)
-    import tensorflow_datasets as tfds  # Here, because other data sets need not pay for it.
+    prepared = open_prepared(name, data_dir, EMBEDDED)
+    import tensorflow_datasets as tfds  # Imported here: other data sets do not need it.
 
     image, label = _features(prepared, tfds)
     channels = image.shape[-1] or 3
-    sources = [
+    train, test = (
         TfdsSource(
             prepared.records(split, {"image": tfds.decode.SkipDecoding()}),
             channels,
@@ -112,12 +113,12 @@ def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> Imag
             f"{name}, split {split}",
         )
         for split in _splits(prepared)
-    ]
-    return ImageDataset(prepared.full_name, *sources, tuple(label.names), (*image.shape[:2], channels))
+    )
+    return ImageDataset(prepared.full_name, train, test, tuple(label.names), (*image.shape[:2], channels))
 
 
 def _features(prepared: PreparedSet, tfds: Any) -> tuple[Any, Any]:
-    """Returns the image and the label feature."""
+    """Return the image feature and the label feature."""
     image, label = (prepared.features.get(key) for key in ("image", "label"))
     if (
         not isinstance(image, tfds.features.Image)
@@ -127,14 +128,14 @@ def _features(prepared: PreparedSet, tfds: Any) -> tuple[Any, Any]:
     ):
         has = ", ".join(f"{key} ({type(value).__name__})" for key, value in prepared.features.items())
         raise UserError(
-            f"data set {prepared.name!r} is no image classification set: it needs a uint8 'image' of 1, 3 or 4 "
+            f"data set {prepared.name!r} is not an image classification set: it needs a uint8 'image' of 1, 3 or 4 "
             f"channels and a class 'label', but its features are {has}"
         )
     return image, label
 
 
 def _splits(prepared: PreparedSet) -> tuple[str, str]:
-    """Returns the names of the training and the test split."""
+    """Return the names of the training split and the test split."""
     test = next((split for split in ("test", "validation") if split in prepared.splits), None)
     if "train" not in prepared.splits or test is None:
         raise UserError(

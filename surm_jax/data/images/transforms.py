@@ -1,9 +1,9 @@
-"""From a decoded image to what a model reads: float32 in [-1, 1], one size, with or without augmentation.
+"""Conversion of decoded images to the input of a model: float32 in [-1, 1], one size, possibly augmented.
 
-A uint8 image becomes `x / 127.5 - 1`, the convention of the AugReg checkpoints (arXiv 2106.10270). A float image is
-taken as already in [-1, 1]. Resizing is Pillow's bilinear filter with antialiasing, on uint8 as in the usual pipelines,
-so the result is rounded to whole pixel values there. Non-finite pixels are passed on, never repaired: the training loop
-stops at them.
+A uint8 image becomes `x / 127.5 - 1`, the convention of the AugReg checkpoints (arXiv 2106.10270). A float image must
+already lie in [-1, 1]. Images are resized with Pillow's bilinear filter with antialiasing. As in the usual pipelines,
+uint8 images are resized as uint8, so the result is rounded to whole pixel values. Pixels that are not finite are kept,
+and the training loop stops at them.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ Augment = Literal["crop_flip", "affine", "none"]
 def eval_image(
     image: Shaped[np.ndarray, "height width channels"], image_size: int
 ) -> Float[np.ndarray, "image_size image_size channels"]:
-    """Resizes to `image_size` x `image_size`, if the size differs, and scales to float32 in [-1, 1].
+    """Resize an image to `image_size` x `image_size`, and scale it to float32 in [-1, 1].
 
-    The aspect ratio is not kept and nothing is cut off, as in VTAB (arXiv 1910.04867).
+    The whole image is kept and its aspect ratio may change, as in VTAB (arXiv 1910.04867).
 
     >>> eval_image(np.full((8, 8, 1), 255, np.uint8), 4)[0, 0]
     array([1.], dtype=float32)
@@ -36,17 +36,17 @@ def train_image(
     image_size: int,
     augment: Augment,
 ) -> Float[np.ndarray, "image_size image_size channels"]:
-    """Augments an image and scales it to float32 in [-1, 1].
+    """Augment an image and scale it to float32 in [-1, 1].
 
     Args:
         image: (height, width, channels), uint8 or float in [-1, 1].
-        rng: The example's own generator, the only source of randomness.
+        rng: The generator of this example, the only source of randomness.
         image_size: Height and width of the result.
-        augment: "crop_flip" resizes to 8/7 of `image_size`, rounded up (256 for 224), cuts `image_size` x `image_size`
-            at random and mirrors left to right with probability 1/2. "affine" turns (by up to 0.3), shears (0.2),
-            scales each axis (0.85 to 1.2) and moves (a tenth of `image_size`) around the centre, all uniformly, and
-            fills with black: for digits and letters on black, which must not be mirrored. "none" does what
-            `eval_image` does.
+        augment: "crop_flip" resizes to 8/7 of `image_size`, rounded up (256 for 224), takes a random crop of
+            `image_size` x `image_size`, and mirrors it left to right with probability 1/2. "affine" is for digits and
+            letters on black, which must not be mirrored: it rotates (by up to 0.3), shears (0.2), scales each axis
+            (0.85 to 1.2) and shifts (a tenth of `image_size`), all uniformly and around the centre, and fills with
+            black. "none" does the same as `eval_image`.
     """
     if augment == "none":
         return eval_image(image, image_size)
@@ -59,9 +59,9 @@ def train_image(
 
 
 def resize(image: Shaped[np.ndarray, "height width channels"], size: int) -> Shaped[np.ndarray, "size size channels"]:
-    """Resizes to `size` x `size` (bilinear, antialiased), keeping uint8 as uint8 and floats as float32.
+    """Resize to `size` x `size` (bilinear, antialiased); uint8 stays uint8, and floats become float32.
 
-    An image that has the size already is returned as it is.
+    An image of this size is returned unchanged.
     """
     if image.shape[:2] == (size, size):
         return image
@@ -69,7 +69,7 @@ def resize(image: Shaped[np.ndarray, "height width channels"], size: int) -> Sha
 
 
 def scale(image: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """Returns float32 in [-1, 1]: `x / 127.5 - 1` for uint8, unchanged values for floats."""
+    """Return float32 in [-1, 1]: `x / 127.5 - 1` for uint8, unchanged values for floats."""
     scaled = image.astype(np.float32)
     if image.dtype == np.uint8:
         scaled /= np.float32(127.5)
@@ -80,17 +80,16 @@ def scale(image: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
 def normalize(
     image: Float[np.ndarray, "height width channels"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[np.ndarray, "height width channels"]:
-    """Returns `(x - mean) / std` by channel, where x is the image from [-1, 1] brought to [0, 1].
+    """Return `(x - mean) / std` by channel, where x is the image, scaled from [-1, 1] to [0, 1].
 
     >>> normalize(np.zeros((1, 1, 3), np.float32), (0.5, 0.4, 0.3), (0.5, 0.5, 0.5)).astype(float).round(2).tolist()
     [[[0.0, 0.2, 0.4]]]
     """
-    mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    return ((image + np.float32(1)) / np.float32(2) - mean) / std
+    return ((image + np.float32(1)) / np.float32(2) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
 def _affine_map(rng: np.random.Generator, size: int) -> tuple[float, ...]:
-    """Draws the six numbers of Pillow's affine transform: where in the input each output pixel (x, y) comes from."""
+    """Draw the six numbers of Pillow's affine transform, which maps each output pixel (x, y) to its input point."""
     angle, shear = rng.uniform(-0.3, 0.3), rng.uniform(-0.2, 0.2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     scale_x, scale_y = rng.uniform(0.85, 1.2, size=2)
@@ -103,7 +102,7 @@ def _affine_map(rng: np.random.Generator, size: int) -> tuple[float, ...]:
 def _resample(
     image: Shaped[np.ndarray, "height width channels"], size: int, affine_map: tuple[float, ...] | None = None
 ) -> Shaped[np.ndarray, "size size channels"]:
-    """Resizes with Pillow's bilinear filter or, given a map, transforms with bilinear interpolation."""
+    """Resize with Pillow's bilinear filter or, given a map, transform with bilinear interpolation."""
 
     def resampled(plane: np.ndarray) -> np.ndarray:
         picture = Image.fromarray(np.ascontiguousarray(plane))
@@ -118,6 +117,6 @@ def _resample(
 
     if image.dtype == np.uint8 and image.shape[-1] == 3:
         return resampled(image)
-    # Channel by channel: Pillow has no multi-channel float mode, and would take a fourth channel for opacity.
+    # Channels go one by one: Pillow has no float mode with several channels, and takes a fourth channel for opacity.
     image = image if image.dtype == np.uint8 else image.astype(np.float32)
     return np.stack([resampled(image[..., channel]) for channel in range(image.shape[-1])], axis=-1)

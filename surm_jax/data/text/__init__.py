@@ -1,1 +1,1 @@
-"""Sets of texts, their tokenizers, and their batches."""
+"""Sets of texts, their tokenizers and their batches."""

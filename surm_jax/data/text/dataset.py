@@ -1,4 +1,4 @@
-"""What a text classification set is: sentences or pairs of them in memory, with classes or scores as labels."""
+"""Text classification sets: sentences or pairs of sentences in memory, labelled with classes or scores."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ class TextSource:
     """Labelled sentences, or pairs of sentences.
 
     Attributes:
-        sentences: The sentences of each example: one, or two in all examples.
+        sentences: The sentences of each example: one in all examples, or two in all.
         labels: (n,), int64 classes counted from 0, or float32 scores.
 
     Raises:
-        UserError: sentences and labels differ in number, or some examples are pairs and some are not.
+        UserError: There are not as many labels as examples, or only some examples are pairs.
 
     >>> source = TextSource([("It rains.",), ("It pours.",), ("The sun shines.",)], np.array([0, 0, 1]))
     >>> len(source), source.select([2, 0]).sentences, source.select([2, 0]).labels
@@ -41,7 +41,7 @@ class TextSource:
         return len(self.labels)
 
     def select(self, indices: Sequence[int] | Int[np.ndarray, "k"]) -> "TextSource":
-        """Returns the examples at `indices`, in this order."""
+        """Return the examples at `indices`, in this order."""
         return TextSource([self.sentences[index] for index in indices], self.labels[indices])
 
 
@@ -50,9 +50,9 @@ class TextDataset:
     """A set of labelled sentences or pairs of sentences.
 
     Attributes:
-        name: The name that `load` was given; of a prepared set with the version that was found.
+        name: The name that `load` was given, with the version that was found.
         train: Training examples.
-        tests: What to test on, by name: "test", or several such as "test_matched" and "test_mismatched".
+        tests: Test examples by the name of the split: "test", or several such as "test_matched" and "test_mismatched".
         classes: Class names; the label `k` stands for `classes[k]`. Empty if labels are scores.
         columns: Names of the sentences of an example, such as ("sentence1", "sentence2").
         metrics: Names of the official metrics, the one to report first.

@@ -1,13 +1,12 @@
 """The tasks of GLUE (https://gluebenchmark.com), read from prepared folders of TensorFlow Datasets into memory.
 
-The official test splits have no labels, so the validation splits are what is tested on.
+The official test splits have no labels, so the validation splits serve for testing.
 """
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from surm_jax.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class GlueTask:
-    """What a task calls its sentences, and its metrics, the one to report first."""
+    """The names of a task's sentences, and of its metrics, the main one first."""
 
     columns: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
@@ -42,14 +41,14 @@ _TESTS = {
     "validation_matched": "test_matched",
     "validation_mismatched": "test_mismatched",
 }
-_HIGHEST_SCORE = 5  # of STS-B, the only task with scores
+_HIGHEST_SCORE = 5  # Of STS-B, the only task whose labels are scores.
 
 
 def glue_task(name: str) -> GlueTask:
-    """Returns what is known of a task, `glue/rte` or `glue/rte:2.0.0`, without its data.
+    """Return the description of a task, `glue/rte` or `glue/rte:2.0.0`, without its data.
 
     Raises:
-        UserError: there is no such task.
+        UserError: There is no such task.
 
     >>> glue_task("glue/mnli").columns
     ('premise', 'hypothesis')
@@ -57,25 +56,24 @@ def glue_task(name: str) -> GlueTask:
     task_name = name.partition(":")[0].removeprefix("glue/")
     if task_name not in GLUE_TASKS:
         near = did_you_mean(task_name.lower(), GLUE_TASKS)
-        raise UserError(
-            f"{name!r} is no task of GLUE{near or '.'} Known are {', '.join(f'glue/{known}' for known in GLUE_TASKS)}"
-        )
+        known = ", ".join(f"glue/{task}" for task in GLUE_TASKS)
+        raise UserError(f"{name!r} is not a task of GLUE{near or '.'} Known are {known}")
     return GLUE_TASKS[task_name]
 
 
 def load_glue(name: str, data_dir: str | os.PathLike[str] | None = None) -> TextDataset:
-    """Reads a prepared task of GLUE; SST-2 takes two seconds.
+    """Read a prepared task of GLUE; SST-2 takes two seconds.
 
     Args:
-        name: `glue/rte`, `glue/rte:2.0.0`; one of `GLUE_TASKS`, without a version the newest.
-        data_dir: The folder that holds prepared sets; `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`, if None.
+        name: `glue/rte` or `glue/rte:2.0.0`; one of `GLUE_TASKS`, without a version the newest.
+        data_dir: The folder of prepared sets; `None` means `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`.
 
     Returns:
-        The task. `tests` holds "test", the validation split; for MNLI "test_matched" and "test_mismatched", or the one
-        of them that is prepared. Scores (STS-B) are 0 to 5.
+        The task. `tests` holds "test", which is the validation split; for MNLI it holds "test_matched" and
+        "test_mismatched", or the one of them that is prepared. Scores (STS-B) are 0 to 5.
 
     Raises:
-        UserError: there is no such task, it is not prepared in `data_dir` (the message says how to prepare it), its
+        UserError: There is no such task, it is not prepared in `data_dir` (the message says how to prepare it), its
             files are missing or damaged, or an example has no label or an impossible one.
     """
     task = glue_task(name)
@@ -92,20 +90,20 @@ def load_glue(name: str, data_dir: str | os.PathLike[str] | None = None) -> Text
             + ", ".join(map(repr, _TESTS))
         )
     label = prepared.features["label"]
-    classes = tuple(getattr(label, "names", ()))  # a score's feature has no names
+    classes = tuple(getattr(label, "names", ()))  # The feature of a score has no names.
     sources = {ours: _read(prepared, split, task, len(classes)) for ours, split in {"train": "train", **tests}.items()}
     return TextDataset(prepared.full_name, sources.pop("train"), sources, classes, task.columns, task.metrics)
 
 
 def _read(prepared: PreparedSet, split: str, task: GlueTask, num_classes: int) -> TextSource:
-    """Reads a split; `num_classes` of 0 means scores."""
+    """Read a split; `num_classes` of 0 means that labels are scores."""
     records = prepared.records(split)
     where = f"{prepared.name}, split {split}"
     try:
-        rows: list[dict[str, Any]] = records.__getitems__(range(len(records)))  # at once: five times as fast
-    except RuntimeError as error:  # From the C++ reader, which opens a file when it is first read.
+        rows = records.__getitems__(range(len(records)))  # All at once is five times as fast.
+    except RuntimeError as error:  # From the C++ reader, which opens a file only when it is read.
         raise UserError(f"{where} cannot be read, its file is damaged ({error})") from error
-    labels = np.array([row["label"] for row in rows], np.int64 if num_classes else np.float32)
+    labels: np.ndarray = np.array([row["label"] for row in rows], np.int64 if num_classes else np.float32)
     highest = num_classes - 1 if num_classes else _HIGHEST_SCORE
     if (wrong := np.flatnonzero(~((labels >= 0) & (labels <= highest)))).size:
         raise UserError(

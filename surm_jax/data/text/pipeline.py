@@ -1,8 +1,7 @@
-"""Batches of tokenised text, padded little: examples of similar length share a batch.
+"""Batches of tokenised text with little padding: examples of similar length share a batch.
 
-A batch is as long as the smallest of a few given lengths that holds its examples, so there are only so many shapes, and
-a program is compiled once for each. As with images, the batches that `process_count` processes make of `batch_size`
-examples each are, one below the other, the batch that one process would make of `process_count * batch_size`.
+A batch has the smallest of a few given lengths that holds its examples. So batches have only a few shapes, and a
+program is compiled once for each.
 """
 
 import functools
@@ -14,11 +13,12 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from surm_jax.data.pipeline import Batch, EvalBatches, TrainBatches, check_batches, read_options
+from surm_jax.data.batches import Batch, EvalBatches, TrainBatches, check_batches, read_options
 from surm_jax.data.text.tokenizer import TokenSource
 from surm_jax.errors import UserError
 
-# Training batches among which examples are sorted by length: more waste less, but mix the lengths less.
+# Number of training batches whose examples are sorted by length together. More batches need less padding, but mix the
+# examples less.
 WINDOW = 16
 
 
@@ -33,34 +33,33 @@ def text_train_batches(
     threads: int = 2,
     read_ahead: int = 4,
 ) -> TrainBatches:
-    """Returns an endless iterator over shuffled batches.
+    """Return an endless iterator over shuffled batches.
 
-    Examples come epoch after epoch without a gap, each epoch in a new order; none is dropped. This stream is cut into
-    windows of 16 batches. The examples of a window are sorted by the length they are padded to, those of one length
-    staying in random order, and cut into batches, and the batches are shuffled. So where an epoch ends within a
-    window, the two epochs mix in it.
+    Epochs follow each other without a gap, each in a new order, and no example is dropped. This stream is cut into
+    windows of 16 batches. The examples of a window are sorted by their padded length, in random order within one
+    length, and cut into batches, which are then shuffled. If an epoch ends in a window, the window mixes two epochs.
 
-    The iterator is resumable: `get_state()` is a small JSON-able dict, and `set_state` on an iterator of the same
-    arguments continues with the very next batch, without repeating what came before.
+    The iterator can be resumed: `get_state()` returns a small dict for JSON, and `set_state` on an iterator with the
+    same arguments continues with the next batch, without making the earlier ones.
 
     Args:
         source: Tokenised examples.
         batch_size: Examples per batch of this process.
-        lengths: The lengths that batches may have, increasing; the last holds the longest example.
-        seed: Non-negative; everything random follows from it.
-        process_index: This process, of `process_count`. All processes get the same length at the same time.
+        lengths: The lengths that batches may have, in increasing order; the last must hold the longest example.
+        seed: Non-negative; determines the order.
+        process_index: Index of this process, below `process_count`. Batches of one step have one length everywhere.
         process_count: Number of processes that take batches in step.
-        threads: Batches made at the same time.
-        read_ahead: Batches begun or finished, and held in memory, before they are asked for; 0 makes each on demand.
+        threads: Number of batches that are made at the same time.
+        read_ahead: Number of batches that are made ahead of time and held in memory; 0 makes each on demand.
 
     Returns:
         An iterator of `{"tokens": int32 (batch_size, t), "token_types": int32 (batch_size, t), "token_mask": bool
         (batch_size, t), "label": int32 or float32 (batch_size,)}`; `t` is the smallest of `lengths` that holds the
-        examples of the batch, of all processes. Where the token mask is False the token is the source's `pad_token`
-        and its type 0.
+        examples of the batch in all processes. Where the token mask is False, the token is the source's `pad_token`
+        and its type is 0.
 
     Raises:
-        UserError: an argument is out of range, or the source is empty.
+        UserError: An argument is out of range, or the source is empty.
 
     >>> source = TokenSource(np.arange(6), np.zeros(6, int), np.array([0, 3, 6]), np.array([0, 1]), pad_token=0)
     >>> batch = next(text_train_batches(source, batch_size=2, lengths=(4, 8), seed=0))
@@ -74,10 +73,9 @@ def text_train_batches(
         process_count=process_count,
         threads=threads,
         read_ahead=read_ahead,
+        seed=seed,
     )
     buckets = _buckets(source, lengths)
-    if seed < 0:
-        raise UserError(f"seed is {seed}, but must be non-negative")
     rows, mine = batch_size * process_count, slice(process_index * batch_size, (process_index + 1) * batch_size)
 
     @functools.lru_cache(maxsize=4)
@@ -96,7 +94,7 @@ def text_train_batches(
         indices = window(step // WINDOW)[step % WINDOW]
         return _padded(source, indices[mine], lengths[buckets[indices].max()])
 
-    # Every step is made from its number alone, so that going on at any of them costs nothing.
+    # A batch depends only on the number of its step, so the iterator can resume at any step without a cost.
     batches = grain.MapDataset.range(sys.maxsize).map(batch)
     return TrainBatches(iter(batches.to_iter_dataset(read_options(threads, read_ahead))))
 
@@ -111,27 +109,28 @@ def text_eval_batches(
     threads: int = 2,
     read_ahead: int = 4,
 ) -> EvalBatches:
-    """Returns batches that hold every example exactly once, from short to long; each pass starts anew.
+    """Return batches that hold every example exactly once, from short to long; each pass starts at the first.
 
-    What is left over is padded, never dropped. Every process yields the same number of batches, `ceil(n / (batch_size *
-    process_count))`; some rows of a process's last batch, or all, may be padding.
+    Incomplete batches are padded, and no example is dropped. Every process yields the same number of batches,
+    `ceil(n / (batch_size * process_count))`; some or all rows of its last batch may be padding.
 
     Args:
         source: Tokenised examples.
         batch_size: Examples per batch of this process.
         lengths: As in `text_train_batches`.
-        process_index: This process, of `process_count`.
+        process_index: Index of this process, below `process_count`.
         process_count: Number of processes that take batches in step.
-        threads: Batches made at the same time.
-        read_ahead: Batches begun or finished, and held in memory, before they are asked for; 0 makes each on demand.
+        threads: Number of batches that are made at the same time.
+        read_ahead: Number of batches that are made ahead of time and held in memory; 0 makes each on demand.
 
     Returns:
-        An iterable of what `text_train_batches` yields, and `"mask": bool (batch_size,)` and `"index": int32
-        (batch_size,)`, the place of each example in the source. A row of padding has mask False, index -1, label 0,
-        nothing but `pad_token`, and a token mask that is True at its first token alone: attention to nothing is NaN.
+        An iterable of the batches that `text_train_batches` yields, with two more arrays: `"mask": bool
+        (batch_size,)`, and `"index": int32 (batch_size,)`, the place of each example in the source. A row of padding
+        has mask False, index -1, label 0 and only `pad_token`. Its token mask is True for the first token, since
+        attention to no token is NaN.
 
     Raises:
-        UserError: an argument is out of range, or the source is empty.
+        UserError: An argument is out of range, or the source is empty.
     """
     check_batches(
         source,
@@ -158,10 +157,10 @@ def text_eval_batches(
 
 
 def lengths_in_use(source: TokenSource, lengths: Sequence[int]) -> tuple[int, ...]:
-    """Returns those of the lengths that batches of these examples can have.
+    """Return those of the lengths that batches of these examples can have.
 
     Raises:
-        UserError: the lengths do not increase, or none holds the longest example.
+        UserError: The lengths do not increase, or none holds the longest example.
 
     >>> source = TokenSource(np.arange(9), np.zeros(9, int), np.array([0, 2, 9]), np.array([0, 1]), pad_token=0)
     >>> lengths_in_use(source, (4, 6, 8, 16))
@@ -171,7 +170,7 @@ def lengths_in_use(source: TokenSource, lengths: Sequence[int]) -> tuple[int, ..
 
 
 def _padded(source: TokenSource, indices: Int[np.ndarray, "n"], length: int, padding: int = 0) -> Batch:
-    """Returns the examples at `indices`, and below them so many rows of padding."""
+    """Return the examples at `indices`, with a number of rows of padding below them."""
     shape = (len(indices) + padding, length)
     batch = {
         "tokens": np.full(shape, source.pad_token, np.int32),
@@ -191,7 +190,7 @@ def _padded(source: TokenSource, indices: Int[np.ndarray, "n"], length: int, pad
 
 
 def _buckets(source: TokenSource, lengths: Sequence[int]) -> Int[np.ndarray, "n"]:
-    """Returns for each example the place in `lengths` of the smallest that holds it."""
+    """Return for each example the place in `lengths` of the smallest length that holds it."""
     if not lengths or lengths[0] < 1 or any(after <= before for before, after in itertools.pairwise(lengths)):
         raise UserError(f"lengths are {lengths}, but must be positive and increasing")
     if (longest := source.lengths.max()) > lengths[-1]:

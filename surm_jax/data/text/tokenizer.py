@@ -1,7 +1,6 @@
-"""Words to numbers: the tokenizers of BERT and RoBERTa, read from the files beside a model's weights.
+"""The tokenizers of BERT and RoBERTa, read from the files beside a model's weights.
 
-The work is done by the library `tokenizers`. Here it is told what `transformers` would tell it, so that the numbers
-are the same.
+The library `tokenizers` does the work. It is set up as `transformers` sets it up, so the tokens are the same.
 """
 
 import json
@@ -27,18 +26,19 @@ _ROBERTA_TOKENS = ("<pad>", "<unk>", "<s>", "</s>")
 _SHORTEST = 8
 _LARGEST_TOKEN = 2**24
 _TRIAL = "a \uffff"
-_CHUNK = 1024  # The library's results are large: they are kept for so many examples at a time.
+# Number of examples that are encoded at once. The results of the library are large and are not all kept.
+_CHUNK = 1024
 
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Tokenised examples in memory, of different lengths.
+    """Tokenised examples of different lengths, in memory.
 
     Attributes:
         tokens: The tokens of all examples, one after the other.
-        token_types: For each token 0, or 1 for the second sentence of a pair where the model tells them apart.
-        offsets: Where examples begin: example `i` is `tokens[offsets[i] : offsets[i + 1]]`.
-        labels: Of each example, int64 classes or float32 scores.
+        token_types: For each token 0, or 1 if it belongs to the second sentence and the model distinguishes them.
+        offsets: The starts of the examples: example `i` is `tokens[offsets[i] : offsets[i + 1]]`.
+        labels: The label of each example, int64 classes or float32 scores.
         pad_token: The token that fills up short examples.
     """
 
@@ -53,17 +53,17 @@ class TokenSource:
 
     @property
     def lengths(self) -> Int[np.ndarray, "n"]:
-        """Tokens of each example."""
+        """Number of tokens of each example."""
         return np.diff(self.offsets)
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer, made by `load_tokenizer`.
+    """A tokenizer that `load_tokenizer` has read.
 
     Attributes:
         pad_token: The token that fills up short examples.
-        files: What it was read from: all that another program needs to read it.
+        files: The files that it was read from, which another program needs to read it.
     """
 
     pad_token: int
@@ -72,19 +72,19 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens are below it."""
+        """The largest token plus one."""
         return max(self._library.get_vocab().values()) + 1
 
     def encode(self, source: TextSource, max_length: int) -> TokenSource:
-        """Returns the tokens of all examples, with the special tokens around them.
+        """Return the tokens of all examples, with the special tokens around them.
 
         Args:
             source: Sentences, or pairs of them.
-            max_length: Most tokens of an example, special tokens included. From a pair that is too long, tokens are
-                dropped at the end of the longer sentence until it fits.
+            max_length: Largest number of tokens of an example, including special tokens. If a pair is too long, tokens
+                are dropped at the end of its longer sentence until it fits.
 
         Raises:
-            UserError: `max_length` is below 8, which leaves too little beside the special tokens.
+            UserError: `max_length` is below 8, which leaves too few tokens beside the special ones.
         """
         if max_length < _SHORTEST:
             raise UserError(f"max_length is {max_length}, but must be at least {_SHORTEST}")
@@ -102,20 +102,20 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
-    """Reads the tokenizer of a model.
+    """Read the tokenizer of a model.
 
     Args:
-        folder: A folder of `transformers`. Read is the first of: `tokenizer.json`; `vocab.txt`, BERT's word pieces;
-            `vocab.json` and `merges.txt`, RoBERTa's pairs of bytes. What the last two leave open is taken from
-            `tokenizer_config.json` where there is one. A length for padding or truncation kept in `tokenizer.json` has
-            no effect.
+        folder: A folder of `transformers`. The first of these files is read: `tokenizer.json`; `vocab.txt`, the word
+            pieces of BERT; `vocab.json` and `merges.txt`, the byte pairs of RoBERTa. For the last two,
+            `tokenizer_config.json` gives further settings if it is there. Lengths for padding and truncation in
+            `tokenizer.json` are ignored.
 
     Raises:
-        UserError: the folder has none of these, a file is damaged, or special tokens of BERT or RoBERTa are missing.
+        UserError: The folder has none of these files, a file is damaged, or special tokens are missing.
     """
     folder = Path(folder)
     if (folder / TOKENIZER_NAME).is_file():
-        names = (TOKENIZER_NAME,)
+        names: tuple[str, ...] = (TOKENIZER_NAME,)
         library = _whole(folder / TOKENIZER_NAME)
     elif (folder / WORD_PIECES_NAME).is_file():
         names = (WORD_PIECES_NAME,)
@@ -147,8 +147,9 @@ def _whole(path: Path) -> tokenizers.Tokenizer:
     library = _parse(path, tokenizers.Tokenizer.from_file, str(path))
     library.no_padding()
     library.no_truncation()
-    # Special tokens that are named and not there end the library's threads when the first text comes.
-    for texts in (_TRIAL,), (_TRIAL, _TRIAL):
+    # If the file names a special token that is not in its vocabulary, the threads of the library would panic at the
+    # first text: two texts are tried here.
+    for texts in ([_TRIAL], [_TRIAL, _TRIAL]):
         if not {*_parse(path, library.encode, *texts).type_ids} <= {0, 1}:
             raise UserError(f"{path} is damaged: the types of tokens must be 0 and 1")
     return library
@@ -197,7 +198,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return _read_json(path) if path.is_file() else {}
 
 
-def _setting(folder: Path, config: dict[str, Any], key: str, default: bool | None) -> bool | None:
+def _setting(folder: Path, config: dict[str, Any], key: str, default: bool | None) -> Any:
     value = config.get(key, default)
     if value is not default and not isinstance(value, bool):
         raise UserError(f"{folder / CONFIG_NAME}: {key} is {value!r}, but must be true or false")
@@ -212,13 +213,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _parse(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns `read(*arguments)`; whatever it trips over is the fault of the file."""
+    """Return `read(*arguments)`; all its errors mean that the file is damaged."""
     try:
         return read(*arguments)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # The library raises nothing more special, and its panics are no `Exception`.
-        raise UserError(f"{path} is damaged: {error}. Copy it anew from where the model came from") from error
+    except BaseException as error:  # The library has no own class of errors, and its panics are not `Exception`s.
+        raise UserError(f"{path} is damaged: {error}. Copy it again from where the model came from") from error
 
 
 def _check_special_tokens(path: Path, vocabulary: dict[str, int], tokens: tuple[str, ...]) -> None:

@@ -134,7 +134,7 @@ def with_value(value, dtype=np.float32):
         ({"train_labels": np.array([0, 1, -1, 0, 1, 2])}, r"train_labels\[2\] is -1"),
         ({"train_labels": np.array([0, 1, 2**62, 0, 1, 2])}, r"train_labels\[2\] is 46\d+, but .* below 1,000,000"),
         ({"train_labels": np.array([0, 1, 2**64 - 1, 0, 1, 2], np.uint64)}, r"train_labels\[2\] is -1"),
-        ({"classes": np.array([2**31 - 1] * 3, np.uint32).view("<U1")}, "classes holds what is no text"),
+        ({"classes": np.array([2**31 - 1] * 3, np.uint32).view("<U1")}, "classes holds strings that are not text"),
         ({"classes": np.array(["a", "b"])}, r"train_labels\[2\] is 2, but labels must be 0 to 1 \(2 classes, named"),
         ({"classes": np.array([1, 2, 3])}, "classes has dtype int64"),
         ({"classes": np.array(["a", "b", "c"], dtype=object)}, "pickled objects"),

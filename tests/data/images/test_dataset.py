@@ -1,9 +1,9 @@
-"""The containers: what an array source gives back and refuses, the check of channels, parts of a set."""
+"""The containers: what an array source returns and refuses, the check of channels, and the choice of classes."""
 
 import numpy as np
 import pytest
 
-from surm_jax.data import ArraySource, ImageDataset, first_examples, hold_out, keep_classes
+from surm_jax.data import ArraySource, ImageDataset, first_examples, keep_classes
 from surm_jax.errors import UserError
 
 
@@ -29,28 +29,6 @@ def test_channels_must_be_the_models():
         data.require_channels(3)
 
 
-def test_held_out_examples_are_the_same_few_in_every_run_and_the_rest_stays():
-    source = ArraySource(np.arange(20, dtype=np.uint8).reshape(20, 1, 1, 1), np.arange(20))
-    left, held_out = hold_out(source, 6)
-    assert (len(left), len(held_out)) == (14, 6)
-    chosen = [held_out[i]["label"] for i in range(6)]
-    assert sorted([left[i]["label"] for i in range(14)] + chosen) == list(range(20))
-    assert chosen not in ([*range(6)], [*range(14, 20)])
-    assert held_out[2]["image"].item() == chosen[2]
-    again = hold_out(source, 6)[1]
-    assert [again[i]["label"] for i in range(6)] == chosen
-
-
-def test_holding_out_nothing_or_everything():
-    source = ArraySource(np.zeros((4, 1, 1, 1), np.uint8), np.arange(4))
-    left, held_out = hold_out(source, 0)
-    assert left is source
-    assert held_out is None
-    for count in (-1, 4, 5):
-        with pytest.raises(UserError, match=f"cannot hold out {count} examples of 4"):
-            hold_out(source, count)
-
-
 def numbered(labels):
     """Images that say which example they are."""
     return ArraySource(np.arange(len(labels), dtype=np.uint8)[:, None, None, None], np.array(labels))
@@ -58,27 +36,6 @@ def numbered(labels):
 
 def examples(source):
     return [(source[i]["image"].item(), source[i]["label"]) for i in range(len(source))]
-
-
-def test_the_first_examples_are_nested_and_the_same_in_every_run():
-    source = numbered(np.arange(100) % 7)
-    parts = {count: examples(first_examples(source, count)) for count in (1, 10, 35, 100)}
-    assert [len(part) for part in parts.values()] == list(parts)
-    assert set(parts[1]) < set(parts[10]) < set(parts[35]) < set(parts[100])
-    assert parts[100] == examples(source)
-    assert examples(first_examples(source, 10)) == parts[10] != examples(source)[:10]
-    assert first_examples(source, 10).labels.tolist() == [label for _, label in parts[10]]
-    assert first_examples(source, 0) is source
-    for count in (-1, 101):
-        with pytest.raises(UserError, match=f"cannot train on {count} examples: there are 100"):
-            first_examples(source, count)
-
-
-def test_held_out_examples_are_taken_out_of_the_first():
-    first = first_examples(numbered(np.arange(50)), 20)
-    left, held_out = hold_out(first, 5)
-    assert len(held_out) == 5
-    assert sorted(examples(left) + examples(held_out)) == examples(first)
 
 
 def test_classes_that_are_kept_are_relabelled_in_their_order():
@@ -97,7 +54,7 @@ def test_classes_that_are_kept_are_relabelled_in_their_order():
     ("classes", "message"),
     [
         (("cat", "dgo"), r"'pets' has no class 'dgo'; did you mean 'dog'\? \(its classes: cat, dog, eel\)"),
-        (("cat", "dog", "cat"), "every class can be named once, got cat, dog, cat"),
+        (("cat", "dog", "cat"), "every class can be named only once, got cat, dog, cat"),
         (("eel", "dog"), "'pets' has no test examples of the classes eel, dog"),
     ],
 )

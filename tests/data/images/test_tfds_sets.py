@@ -189,7 +189,7 @@ def test_a_bad_record_is_named_when_read(prepare, tmp_path, row, message):
         ({"file_format": "tfrecord"}, "holds tfrecord files.*--file_format=array_record"),
         (
             {"features": {"image": tfds.features.Image(shape=(5, 6, 3)), "caption": tfds.features.Text()}},
-            r"no image classification set.*its features are .*caption \(Text\)",
+            r"not an image classification set.*its features are .*caption \(Text\)",
         ),
         (
             {

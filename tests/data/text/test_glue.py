@@ -122,7 +122,7 @@ def test_an_impossible_label_is_named(prepare, tmp_path, task, label, message):
     ("name", "near"), [("glue/rtr", "rte"), ("glue/RTE", "rte"), ("glue/sst-2", "sst2"), ("glue/ax", None), ("glue", 0)]
 )
 def test_a_mistyped_task_lists_its_neighbours(tmp_path, name, near):
-    with pytest.raises(UserError, match=f"'{name}' is no task of GLUE.* Known are glue/cola, glue/sst2, ") as error:
+    with pytest.raises(UserError, match=f"'{name}' is not a task of GLUE.* Known are glue/cola, glue/sst2, ") as error:
         load(name, tmp_path)
     assert not near or f"did you mean '{near}'" in str(error.value)
 

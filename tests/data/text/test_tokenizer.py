@@ -166,7 +166,7 @@ def test_a_missing_folder_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("tokenizer.json", b'{"version": ', "tokenizer.json is damaged: .*Copy it anew"),
+        ("tokenizer.json", b'{"version": ', "tokenizer.json is damaged: .*Copy it again"),
         ("tokenizer.json", b"{}", "tokenizer.json is damaged"),
         ("vocab.txt", b"[PAD]\n[UNK]\n[SEP]\nit\n", r"vocab.txt lacks the special tokens \[CLS\]; it needs \[PAD\]"),
         ("vocab.txt", b"\xff\xfe", "vocab.txt is damaged"),

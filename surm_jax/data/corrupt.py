@@ -1,10 +1,9 @@
-"""Examples that cannot be read, such as a record whose image does not decode: skipped, named and counted to a limit."""
+"""Examples that cannot be read, such as a record whose image does not decode: they are skipped up to a limit."""
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from surm_jax.data.images.dataset import ImageSource
 from surm_jax.errors import UserError
 
 
@@ -12,25 +11,33 @@ class CorruptExampleError(UserError):
     """One example cannot be read; the others of its source can be."""
 
 
+class Examples(Protocol):
+    """A random-access sequence of examples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Readable:
-    """A source in whose place for a corrupt example stands the next one that can be read.
+    """A source that replaces each corrupt example by the next readable one.
 
-    Which example that is depends on the source alone: the others keep their places and their numbers, on however many
-    processes and however often a run is started again.
+    The replacement depends only on the source. The other examples keep their places and their numbers, whatever the
+    number of processes, and also after a run is resumed.
 
-    `source[i]` has beside image and label the entry `"corrupt"`: why each example that was skipped for it cannot be
-    read, by index.
+    `source[i]` has an additional entry `"corrupt"`: the indices of the examples that were skipped for it, each with the
+    reason why it cannot be read.
 
     Attributes:
         source: All examples.
-        max_corrupt: How many may be skipped.
+        max_corrupt: Number of examples that may be skipped.
 
     Raises:
-        CorruptExampleError: (when read) of the first that is one too many, or of the last if none can be read.
+        CorruptExampleError: On reading, if more examples than that are corrupt, or if no example can be read.
     """
 
-    source: ImageSource
+    source: Examples
     max_corrupt: int
 
     def __len__(self) -> int:
@@ -51,15 +58,15 @@ class Readable:
 
 
 def skipping(why: str, so_far: int, max_corrupt: int) -> None:
-    """Says that an example is skipped.
+    """Warn that an example is skipped.
 
     Args:
-        why: It cannot be read; names it.
-        so_far: How many were skipped, this one included.
-        max_corrupt: How many may be.
+        why: The reason why it cannot be read, which names the example.
+        so_far: Number of examples that were skipped, including this one.
+        max_corrupt: Number of examples that may be skipped.
 
     Raises:
-        CorruptExampleError: it is one too many.
+        CorruptExampleError: This is one too many.
     """
     if so_far > max_corrupt:
         raise one_too_many(why, max_corrupt)
@@ -67,5 +74,5 @@ def skipping(why: str, so_far: int, max_corrupt: int) -> None:
 
 
 def one_too_many(why: str, max_corrupt: int) -> CorruptExampleError:
-    """Returns the error that ends reading."""
+    """Return the error that ends reading."""
     return CorruptExampleError(f"{why}; max_corrupt lets {max_corrupt} such examples be skipped")

@@ -236,7 +236,7 @@ def test_arguments_out_of_range_are_refused(changes, message):
 def test_training_alone_checks_seed_and_augment():
     with pytest.raises(UserError, match="seed is -1"):
         training(numbered(4), seed=-1)
-    with pytest.raises(UserError, match=r"augment is 'crop-flip'.*did you mean 'crop_flip'"):
+    with pytest.raises(UserError, match=r"augment must be one of .*'crop-flip'; did you mean 'crop_flip'"):
         training(numbered(4), augment="crop-flip")
 
 

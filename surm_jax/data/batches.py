@@ -1,0 +1,113 @@
+"""What the pipelines of images and of text share: the two kinds of batches, and the checks of their arguments.
+
+One rule holds for all of them: put one below the other, the batches of `batch_size` examples that `process_count`
+processes make are the batch that one process would make of `process_count * batch_size` examples. So the number of
+hosts changes neither what a training step sees nor what an evaluation counts.
+
+grain makes the batches in threads, ahead of the device. Pillow and numpy release the interpreter lock for the heavy
+part, so worker processes are not needed.
+"""
+
+from collections.abc import Iterator, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+
+from surm_jax.data.corrupt import skipping
+from surm_jax.errors import UserError
+
+Batch = dict[str, Any]
+"""Arrays by name."""
+
+
+class TrainBatches:
+    """An endless iterator over batches that can be resumed; `train_batches` and `text_train_batches` make it.
+
+    Attributes:
+        corrupt: The indices of the unreadable examples that were skipped in the batches handed out so far.
+    """
+
+    def __init__(self, batches: grain.DatasetIterator[Batch], max_corrupt: int = 0):
+        self.corrupt: set[int] = set()
+        self._batches, self._max_corrupt = batches, max_corrupt
+
+    def __iter__(self) -> "TrainBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        for index, why in batch.pop("corrupt", {}).items():
+            if index not in self.corrupt:
+                self.corrupt.add(index)
+                skipping(why, len(self.corrupt), self._max_corrupt)
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the position in the data as JSON values. Batches that were read ahead do not count."""
+        corrupt = {"corrupt": sorted(self.corrupt)} if self.corrupt else {}
+        return {**self._batches.get_state(), **corrupt}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to a position that an iterator with the same arguments returned."""
+        self.corrupt = set(state.get("corrupt", ()))
+        self._batches.set_state({key: value for key, value in state.items() if key != "corrupt"})
+
+
+@dataclass(frozen=True)
+class EvalBatches:
+    """One pass over all examples, each time it is iterated; `len()` is the number of batches.
+
+    Attributes:
+        examples: Number of examples in the source. Corrupt examples are masked out of the batches.
+    """
+
+    examples: int
+    _batches: grain.MapDataset[Batch]
+    _options: grain.ReadOptions
+    _max_corrupt: int = 0
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        corrupt = 0
+        for batch in self._batches.to_iter_dataset(self._options):
+            for why in batch.pop("corrupt", ()):
+                corrupt += 1
+                skipping(why, corrupt, self._max_corrupt)
+            yield batch
+
+
+def read_options(threads: int, read_ahead: int) -> grain.ReadOptions:
+    """Return grain's options for a number of threads and of batches that are made ahead of time."""
+    # More threads than batches ahead would idle, and grain warns about them.
+    return grain.ReadOptions(num_threads=min(threads, read_ahead), prefetch_buffer_size=read_ahead)
+
+
+def check_batches(
+    source: Sized,
+    *,
+    batch_size: int,
+    process_index: int,
+    process_count: int,
+    threads: int,
+    read_ahead: int,
+    seed: int = 0,
+) -> None:
+    """Check the arguments that all pipelines share.
+
+    Raises:
+        UserError: An argument is out of range, or the source is empty.
+    """
+    for name, value in {"batch_size": batch_size, "process_count": process_count, "threads": threads}.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}, but must be at least 1")
+    if read_ahead < 0:
+        raise UserError(f"read_ahead is {read_ahead}, but must be at least 0")
+    if not 0 <= process_index < process_count:
+        raise UserError(f"process_index is {process_index}, but must be 0 to {process_count - 1}")
+    if seed < 0:
+        raise UserError(f"seed is {seed}, but must be non-negative")
+    if not len(source):
+        raise UserError("the data source is empty: there is nothing to make batches of")

@@ -1,0 +1,196 @@
+"""Batches of images for training and evaluation."""
+
+import functools
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from surm_jax.data.batches import Batch, EvalBatches, TrainBatches, check_batches, read_options
+from surm_jax.data.corrupt import CorruptExampleError, Readable
+from surm_jax.data.images.dataset import ImageSource
+from surm_jax.data.images.transforms import Augment, eval_image, normalize, train_image
+from surm_jax.errors import UserError, require_one_of
+
+MeanAndStd = tuple[Sequence[float], Sequence[float]]
+
+
+def train_batches(
+    source: ImageSource,
+    *,
+    batch_size: int,
+    image_size: int,
+    augment: Augment,
+    seed: int,
+    normalization: MeanAndStd | None = None,
+    max_corrupt: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+    read_ahead: int = 4,
+) -> TrainBatches:
+    """Return an endless iterator over shuffled, augmented batches.
+
+    Every epoch visits every example once, in a new order and with new augmentation, which depend only on `seed`. Epochs
+    follow each other without a gap: a batch may span two epochs (or more, if it is larger than the set), and no example
+    is dropped.
+
+    The iterator can be resumed: `get_state()` returns a small dict for JSON, and `set_state` on an iterator with the
+    same arguments continues with the next batch.
+
+    A corrupt example is replaced by the next one of the source that can be read, so nothing else changes. A warning
+    names each corrupt example once, and the process that meets it records it in `TrainBatches.corrupt`.
+
+    Args:
+        source: Labelled images, (height, width, channels) each. Sizes may differ, the number of channels may not.
+        batch_size: Examples per batch of this process.
+        image_size: Height and width of the images in the batch.
+        augment: "crop_flip", "affine" or "none", see `train_image`.
+        seed: Non-negative; determines order and augmentation.
+        normalization: Mean and standard deviation of each channel, of pixels in [0, 1]; `None` leaves [-1, 1].
+        max_corrupt: Number of examples that may be skipped because they cannot be read.
+        process_index: Index of this process, below `process_count`. Processes read disjoint examples.
+        process_count: Number of processes that take batches in step.
+        threads: Number of batches that are made at the same time.
+        read_ahead: Number of batches that are made ahead of time and held in memory; 0 makes each on demand.
+
+    Returns:
+        An iterator of `{"image": float32 (batch_size, image_size, image_size, channels), "label": int32
+        (batch_size,)}`.
+
+    Raises:
+        UserError: An argument is out of range, or the source is empty. The iterator raises it if one corrupt example
+            too many comes; the message names the example.
+    """
+    check_batches(
+        source,
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+        threads=threads,
+        read_ahead=read_ahead,
+        seed=seed,
+    )
+    readable = Readable(source, max_corrupt)
+    _channels(readable, image_size)
+    require_one_of("augment", augment, typing.get_args(Augment))
+    augmented = functools.partial(_train_example, image_size=image_size, augment=augment, normalization=normalization)
+    examples = grain.MapDataset.source(readable).seed(seed).shuffle().random_map(augmented).repeat()
+
+    def mine(place: int) -> dict[str, Any]:
+        step, row = divmod(place, batch_size)
+        return examples[(step * process_count + process_index) * batch_size + row]
+
+    # Processes share one order and one numbering of random generators, since the examples are divided after the
+    # shuffle. Elements are lazy: no process reads examples of another.
+    batches = grain.MapDataset.range(len(examples) // process_count).map(mine)
+    batches = batches.batch(batch_size, batch_fn=_stacked).to_iter_dataset(read_options(threads, read_ahead))
+    return TrainBatches(iter(batches), max_corrupt)
+
+
+def eval_batches(
+    source: ImageSource,
+    *,
+    batch_size: int,
+    image_size: int,
+    normalization: MeanAndStd | None = None,
+    max_corrupt: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+    read_ahead: int = 4,
+) -> EvalBatches:
+    """Return batches that hold every example exactly once, in order; each pass starts at the first example.
+
+    A corrupt example is masked out, and a warning names it.
+
+    Incomplete batches are padded, and no example is dropped. Every process yields the same number of batches,
+    `ceil(n / (batch_size * process_count))`, so collective operations stay in step; some batches of a process may hold
+    only padding.
+
+    Args:
+        source: Labelled images.
+        batch_size: Examples per batch of this process.
+        image_size: Height and width of the images in the batch.
+        normalization: As in `train_batches`.
+        max_corrupt: Number of examples that each process may mask out because they cannot be read.
+        process_index: Index of this process, below `process_count`.
+        process_count: Number of processes that take batches in step.
+        threads: Number of batches that are made at the same time.
+        read_ahead: Number of batches that are made ahead of time and held in memory; 0 makes each on demand.
+
+    Returns:
+        An iterable of `{"image": float32 (batch_size, image_size, image_size, channels), "label": int32
+        (batch_size,), "mask": bool (batch_size,)}`; where the mask is False the image and the label are zeros.
+
+    Raises:
+        UserError: An argument is out of range, or the source is empty. The iterator raises it if one corrupt example
+            too many comes; the message names the example.
+    """
+    check_batches(
+        source,
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+        threads=threads,
+        read_ahead=read_ahead,
+    )
+    channels = _channels(Readable(source, max_corrupt), image_size)
+
+    def padded_batch(step: int) -> Batch:
+        start = (step * process_count + process_index) * batch_size
+        batch: Batch = {
+            "image": np.zeros((batch_size, image_size, image_size, channels), np.float32),
+            "label": np.zeros(batch_size, np.int32),
+            "mask": np.zeros(batch_size, bool),
+            "corrupt": [],
+        }
+        for row, index in enumerate(range(start, min(start + batch_size, len(source)))):
+            try:
+                example = source[index]
+            except CorruptExampleError as error:
+                batch["corrupt"].append(str(error))
+                continue
+            image = eval_image(example["image"], image_size)
+            batch["image"][row] = normalize(image, *normalization) if normalization else image
+            batch["label"][row] = example["label"]
+            batch["mask"][row] = True
+        return batch
+
+    steps = -(-len(source) // (batch_size * process_count))
+    batches = grain.MapDataset.range(steps).map(padded_batch)
+    return EvalBatches(len(source), batches, read_options(threads, read_ahead), max_corrupt)
+
+
+def _train_example(
+    example: dict[str, Any],
+    rng: np.random.Generator,
+    *,
+    image_size: int,
+    augment: Augment,
+    normalization: MeanAndStd | None,
+) -> dict[str, Any]:
+    image = train_image(example["image"], rng, image_size=image_size, augment=augment)
+    if normalization:
+        image = normalize(image, *normalization)
+    return {**example, "image": image}
+
+
+def _stacked(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "image": np.stack([example["image"] for example in examples]),
+        "label": np.array([example["label"] for example in examples], np.int32),
+        "corrupt": {index: why for example in examples for index, why in example["corrupt"].items()},
+    }
+
+
+def _channels(source: Readable, image_size: int) -> int:
+    """Check the size of the images in a batch, and return the number of channels of the first readable image."""
+    if image_size < 1:
+        raise UserError(f"image_size is {image_size}, but must be at least 1")
+    shape = np.shape(source[0]["image"])
+    if len(shape) != 3:
+        raise UserError(f"the first image has shape {shape}, but images must be (height, width, channels)")
+    return shape[-1]
