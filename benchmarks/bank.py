@@ -1,11 +1,12 @@
-"""Serving many adapters in one batch, beside one adapter for all and beside the loop over adapters.
+"""Serve many adapters in one batch, compared with a single adapter and with a loop over adapters.
 
     python -m benchmarks.bank [--out=FILE.json] [--adapters=1,8,64] [--method=circulant] [--variant=S/16] [--batch=64]
                               [--image_size=64] [--rounds=5]
 
-A ViT with random weights, updates on Q, K and V and a head of its own for each adapter, forward pass. `bank` gives each
-example of the batch its adapter in one program (`surm_jax.load_bank`). `loop` runs the examples of one adapter after
-those of the other, each with its adapter alone, compiled once. `one` runs the whole batch with a single adapter.
+The model is a ViT with random weights; each adapter has updates on Q, K and V and a head. Only the forward pass is
+timed. `bank` gives each example of the batch its own adapter in one program (`surm_jax.load_bank`). `loop` runs the
+examples of each adapter in turn through a model with that adapter, which is compiled once. `one` runs the whole batch
+with a single adapter.
 """
 
 import tempfile
@@ -39,7 +40,7 @@ METHOD = flags.DEFINE_enum("method", "circulant", UPDATES, "The update on Q, K a
 VARIANT = flags.DEFINE_string("variant", "S/16", "The ViT.")
 BATCH = flags.DEFINE_integer("batch", 64, "Images.", lower_bound=1)
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 64, "Side of the images in pixels.", lower_bound=1)
-ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each program is timed.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds in which each program is timed.", lower_bound=1)
 CLASSES = 10
 COLUMNS = {
     "adapters": "",
@@ -52,7 +53,7 @@ COLUMNS = {
 
 
 def noisy_adapters(base: ViT, count: int, folder: Path) -> list[Path]:
-    """Writes adapters with random numbers."""
+    """Write adapters with random numbers, and return their folders."""
     method, folders = make_method(METHOD.value, {}), []
     for number in range(count):
         model, adapter = adapt(base, [Rule(TARGETS["qkv"], method)], train=["head/.*"], rngs=nnx.Rngs(number))
@@ -65,7 +66,7 @@ def noisy_adapters(base: ViT, count: int, folder: Path) -> list[Path]:
 
 
 def programs(base: ViT, folders: list[Path], images: jax.Array) -> dict[str, Callable[[], jax.Array]]:
-    """The three ways to serve the images, compiled."""
+    """Return the three ways to serve the images, compiled, after a check that bank and loop agree."""
     count = len(folders)
     ids = jnp.arange(len(images)) // (len(images) // count)
     graphdef, bank = nnx.split(load_bank(folders, base))
@@ -94,7 +95,7 @@ def programs(base: ViT, folders: list[Path], images: jax.Array) -> dict[str, Cal
 
 
 def main() -> None:
-    """Times all programs, prints a table and writes the file asked for."""
+    """Time all programs, print a table and write the rows."""
     counts = numbers(ADAPTERS)
     for count in counts:
         if BATCH.value % count:

@@ -1,17 +1,17 @@
-"""A training step of BERT-base (random weights) beside the same in PyTorch with transformers and peft, in one run.
+"""Compare a training step of BERT-base with the same step in PyTorch with transformers and peft, in one run.
 
     python -m benchmarks.bert [--out=FILE.json] [--variant=base] [--batch=16] [--length=128] [--rounds=5]
 
-Needs requirements-peers.txt. Every program has the same weights and batch (no padding, but a mask is given), updates of
-Q, K and V, a trained classifier of two classes, float32, no dropout, and AdamW for what is trained alone:
+Needs requirements-peers.txt. All programs have the same random weights and the same batch (no padding, but a mask is
+given), updates of Q, K and V, a trained classifier of two classes, float32, no dropout, and AdamW for the trained part:
 
 - `ours circulant`: circulant updates, each the product of two vectors;
 - `ours lora`, `peft lora`: LoRA r = 1;
 - `peft c3a`: `peft`'s circulant updates, one block of size n, so one vector each. Their gradient by the INPUT is wrong
   in peft 0.18.0 to 0.21.2 (see `benchmarks/peers.py`); the time is that of what it computes.
 
-The PyTorch side has `sdpa` attention, the fused AdamW and its own number of threads, one for each core. Before anything
-is timed, the first steps of all programs must have the same loss: updates begin at zero. `ratio_to_circulant` is the
+The PyTorch side uses `sdpa` attention, the fused AdamW and a thread for each core. Updates begin at zero, so the first
+steps of all programs must have the same loss; this is checked before anything is timed. `ratio_to_circulant` is the
 time of a program over that of `ours circulant`.
 """
 
@@ -49,7 +49,7 @@ Program = Callable[[], float]
 
 
 def random_batch(config: BertConfig) -> Batch:
-    """A batch of noise."""
+    """Return a batch of random tokens and labels."""
     rng, shape = np.random.default_rng(0), (BATCH.value, LENGTH.value)
     return {
         "tokens": rng.integers(config.vocab_size, size=shape),
@@ -59,7 +59,7 @@ def random_batch(config: BertConfig) -> Batch:
 
 
 def our_step(model: Bert, method: Update, batch: Batch) -> tuple[Program, int]:
-    """Our training step, which returns its loss, and how many numbers it trains."""
+    """Return our training step, which returns its loss, and how many numbers it trains."""
     rules = [Rule(r".*/(query|key|value)", method)]
     adapted, adapter = adapt(model, rules, train=["head/.*"], rngs=nnx.Rngs(1))
     graphdef, trained, frozen = nnx.split(adapted, adapter.trainable, ...)
@@ -75,7 +75,7 @@ def our_step(model: Bert, method: Update, batch: Batch) -> tuple[Program, int]:
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, trained)
         return (optax.apply_updates(trained, updates), optimizer_state), value
 
-    # The step takes over the memory of the state; that of the head is the model's.
+    # The step donates the memory of its state, and the head's is shared with the model.
     state = jax.tree.map(jnp.copy, (trained, optimizer.init(trained)))
     arrays = {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
     compiled = jax.jit(update, donate_argnums=0).lower(state, frozen, arrays).compile()
@@ -89,7 +89,7 @@ def our_step(model: Bert, method: Update, batch: Batch) -> tuple[Program, int]:
 
 
 def torch_model(model: Bert) -> torch.nn.Module:
-    """Our model in transformers, with the same weights."""
+    """Return our model in transformers, with the same weights."""
     names = huggingface_names(model.config)
     config = transformers.BertConfig(**names.architecture.write_config(model.config))
     theirs = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
@@ -102,7 +102,7 @@ def torch_model(model: Bert) -> torch.nn.Module:
 
 
 def torch_step(base: torch.nn.Module, config: peft.PeftConfig, batch: Batch) -> tuple[Program, int]:
-    """The training step of an adapter of peft, which returns its loss, and how many numbers it trains."""
+    """Return the training step of an adapter of peft, which returns its loss, and how many numbers it trains."""
     model = peft.get_peft_model(base, config).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=1e-4, fused=True)
@@ -120,7 +120,7 @@ def torch_step(base: torch.nn.Module, config: peft.PeftConfig, batch: Batch) -> 
 
 
 def main() -> None:
-    """Times all steps, prints a table and writes the file asked for."""
+    """Time all steps, print a table and write the rows."""
     config = BertConfig.from_variant(VARIANT.value, num_classes=CLASSES)
     if LENGTH.value > config.max_tokens:
         raise UserError(

@@ -1,10 +1,10 @@
-"""How long the training step takes to compile, against the number of blocks: in a loop, and in a scan.
+"""Measure how long a training step takes to compile, by the number of blocks, in a loop and in a scan.
 
     python -m benchmarks.depth [--out=FILE.json] [--depths=12,24,48] [--width=64] [--method=circulant] [--remat=none]
 
-A narrow ViT with random weights, the method at its default settings on the modules that it is meant for, with a trained
-head and AdamW. `trace_s` is the time until the program is written down, `compile_s` the compiler's, `instructions` the
-size of the compiled program, `temp_bytes` what it holds beside arguments and results.
+The model is a narrow ViT with random weights and a trained head. The method has its default settings, on the modules
+that it is meant for, and the optimiser is AdamW. `trace_s` is the time of tracing and lowering, `compile_s` that of the
+compiler, `instructions` the size of the compiled program, and `temp_bytes` its temporary memory.
 """
 
 import time
@@ -28,13 +28,13 @@ from surm_jax.training.step import init_state, make_train_step
 DEPTHS = flags.DEFINE_list("depths", ["12", "24", "48"], "Numbers of blocks.")
 WIDTH = flags.DEFINE_integer("width", 64, "Features; four heads divide it.", lower_bound=4)
 METHOD = flags.DEFINE_enum("method", "circulant", sorted(METHODS), "What is trained.")
-REMAT_NAME = flags.DEFINE_enum("remat", "none", list(REMAT), "What of the activations is computed a second time.")
+REMAT_NAME = flags.DEFINE_enum("remat", "none", list(REMAT), "Which activations are recomputed in the backward pass.")
 BATCH = 8
 COLUMNS = {"depth": "", "layers": "", "trace_s": ".1f", "compile_s": ".1f", "instructions": ",", "temp_bytes": ","}
 
 
 def measure(depth: int, scan: bool, mesh: jax.sharding.Mesh) -> dict[str, float]:
-    """Compiles one step."""
+    """Compile one step, and return the times and sizes."""
     config = ViTConfig.from_variant(
         "digits", num_classes=10, depth=depth, width=WIDTH.value, mlp_width=4 * WIDTH.value, remat=REMAT_NAME.value
     )
@@ -60,10 +60,10 @@ def measure(depth: int, scan: bool, mesh: jax.sharding.Mesh) -> dict[str, float]
 
 
 def main() -> None:
-    """Compiles all steps, prints a table and writes the file asked for."""
+    """Compile all steps, print a table and write the rows."""
     depths, mesh, rows = numbers(DEPTHS), make_mesh(1, {}), []
     with jax.set_mesh(mesh):
-        measure(min(depths), False, mesh)  # what is made once for all programs
+        measure(min(depths), False, mesh)  # warms up what all programs share
         for depth in depths:
             for layers in ("looped", "scanned"):
                 print(f"{depth} blocks, {layers}", flush=True)

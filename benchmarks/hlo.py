@@ -1,4 +1,4 @@
-"""Reading compiled programs: what their devices send each other."""
+"""Read compiled programs: what their devices send each other."""
 
 import math
 import re
@@ -11,7 +11,7 @@ _SHAPE = re.compile(r"\b([a-z]+)(\d+)\[([\d,]*)\]")
 
 
 class Collective(NamedTuple):
-    """An operation between devices: its name in HLO, how many numbers each of its results has, and all their bytes."""
+    """An operation between devices: its HLO name, the number of elements of each result, and their bytes together."""
 
     name: str
     sizes: tuple[int, ...]
@@ -19,9 +19,9 @@ class Collective(NamedTuple):
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """Returns the operations between devices in the text of a compiled program, with what one device gets.
+    """Return the operations between devices in the text of a compiled program, with the results on one device.
 
-    One in the body of a loop counts once.
+    An operation in the body of a loop counts once.
 
     >>> collectives("  %r = (f32[2,3]{1,0}, bf16[]) all-reduce(%a, %b), channel_id=1")
     [Collective(name='all-reduce', sizes=(6, 1), bytes=26)]
@@ -38,7 +38,7 @@ def collectives(hlo: str) -> list[Collective]:
 
 
 def gathered_sizes(hlo: str) -> list[int]:
-    """Returns how many numbers the largest result of every all-gather has.
+    """Return the number of elements of the largest result of every all-gather.
 
     >>> gathered_sizes("  %all-gather = f32[16,5,64]{2,1,0} all-gather(%param), channel_id=1")
     [5120]

@@ -1,13 +1,13 @@
-"""How long a training step waits for its data: real images through the input pipeline into a step of ViT-B/16.
+"""Measure how long a training step of ViT-B/16 waits for its data, with real images through the input pipeline.
 
     python -m benchmarks.input --data=FOLDER [--out=FILE.json] [--set=cifar10] [--variant=B/16] [--batch=8] [--steps=20]
 
-Circulant updates of Q, K and V are trained; images are cropped, resized and flipped (`crop_flip`). The loop is that of
-a run: the next batch is taken while the device works on the step before. `wait_ms` is the time in which it stands still
-because the batch is not there yet, `share_waiting` that over the whole time of a step. Beside it the same step runs on
-one batch over and over: where input and model share the processors, `ratio_to_one_batch` shows what the input takes
-from the model. `images_per_s` is what the pipeline makes with nothing else to do, and `images_needed_per_s` what the
-step on one batch would use up. The first two steps of each are left out.
+Circulant updates of Q, K and V are trained; images are cropped, resized and flipped (`crop_flip`). As in a run, the next
+batch is prepared while the device works on the current step. `wait_ms` is the time that a step waits for its batch, and
+`share_waiting` its share of the whole step. For comparison the same step runs repeatedly on one batch: where input and
+model share the processors, `ratio_to_one_batch` shows what the input takes from the model. `images_per_s` is the rate of
+the pipeline without a model, and `images_needed_per_s` the rate at which the step on one batch consumes images. The
+first two steps are not timed.
 """
 
 import statistics
@@ -51,7 +51,7 @@ COLUMNS = {
 
 
 class Model:
-    """A model in training; one call is one step, and returns when the one before has ended."""
+    """A model in training. A call starts one step, and returns when the previous step has ended."""
 
     def __init__(self, classes: int, channels: int, image_size: int | None):
         geometry = {} if image_size is None else {"image_size": image_size}
@@ -67,14 +67,14 @@ class Model:
         self.before: dict[str, jax.Array] | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> None:
-        """Starts a step, and waits for the one before."""
+        """Start a step, and wait for the previous one."""
         self.state, metrics = self.step(self.state, self.frozen, put_batch(batch, self.mesh), self.key, {})
         jax.device_get(self.before)
         self.before = metrics
 
 
 def timed(model: Model, batches: Iterator[dict[str, np.ndarray]], what: str) -> tuple[float, float]:
-    """Returns the mean milliseconds of a step, and those of them that it waited for its batch."""
+    """Return the mean milliseconds of a step, and how many of them it waited for its batch."""
     waits, ends = [], []
     for _ in tqdm(range(WARM_UP + STEPS.value), desc=what, leave=False):
         began = time.perf_counter()
@@ -85,9 +85,9 @@ def timed(model: Model, batches: Iterator[dict[str, np.ndarray]], what: str) -> 
     return 1e3 * (ends[-1] - ends[WARM_UP - 1]) / STEPS.value, 1e3 * statistics.mean(waits[WARM_UP:])
 
 
-def alone(batches: Iterator[dict[str, np.ndarray]]) -> float:
-    """Returns the images per second that the pipeline makes by itself."""
-    # What was read ahead before the clock started does not count.
+def pipeline_rate(batches: Iterator[dict[str, np.ndarray]]) -> float:
+    """Return the images per second that the pipeline makes while no model is running."""
+    # Skip the batches that were read ahead before the clock starts.
     for _ in range(WARM_UP + 8):
         next(batches)
     began = time.perf_counter()
@@ -97,13 +97,13 @@ def alone(batches: Iterator[dict[str, np.ndarray]]) -> float:
 
 
 def repeated(batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-    """Yields one batch for ever."""
+    """Yield one batch for ever."""
     while True:
         yield batch
 
 
 def main() -> None:
-    """Times both, prints a table and writes the file asked for."""
+    """Time both, print a table and write the row."""
     images = data.load(SET.value, DATA.value)
     if not isinstance(images, data.ImageDataset):
         raise UserError(f"--set={SET.value} has no images")
@@ -115,7 +115,7 @@ def main() -> None:
             options = {"batch_size": BATCH.value, "image_size": model.image_size, "augment": "crop_flip"}
             return data.train_batches(images.train, **options, seed=0)
 
-        images_per_s = alone(batches())
+        images_per_s = pipeline_rate(batches())
         ms, wait_ms = timed(model, batches(), "real data")
         one_batch_ms, _ = timed(model, repeated(next(batches())), "one batch")
     row: dict[str, Any] = {

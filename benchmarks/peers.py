@@ -1,10 +1,10 @@
-"""The layer step of `benchmarks.structured` beside the same in PyTorch, in one run.
+"""Compare the layer of `benchmarks.structured` with the same layer in PyTorch, in one run.
 
     python -m benchmarks.peers [--out=FILE.json] [--width=768] [--tokens=6304] [--rounds=11]
 
 Needs requirements-peers.txt. The PyTorch layers, all with a frozen `nn.Linear`, float32:
 
-- `torch frozen`: the linear layer alone, with the gradient of its input;
+- `torch frozen`: only the linear layer, with the gradient of its input;
 - `torch lora`: LoRA r = 1;
 - `torch circulant`: the circulant update by FFTs, as the released code of arXiv 2406.17740 has it;
 - `torch toeplitz pair`: two symmetric Toeplitz matrices by four FFTs, padded to a power of two as that code does;
@@ -33,7 +33,7 @@ WIDTH = flags.DEFINE_integer("width", 768, "Features in and out.", lower_bound=1
 TOKENS = flags.DEFINE_integer("tokens", 6304, "Rows of the input.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 11, "How often each program is timed.", lower_bound=1)
 
-#: Our program beside each peer's: (family, options).
+#: Our counterpart of each peer: (family, options).
 COUNTERPARTS = {
     "torch frozen": ("frozen", {}),
     "torch lora": ("LowRank", {"rank": 1}),
@@ -53,7 +53,7 @@ class LoRA(torch.nn.Module):
         self.B = torch.nn.Parameter(torch.randn(base.out_features, 1) * 0.02)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the updated product."""
+        """Return the updated product."""
         return self.base(x) + x @ self.A.T @ self.B.T
 
 
@@ -66,7 +66,7 @@ class Circulant(torch.nn.Module):
         self.c = torch.nn.Parameter(torch.randn(base.in_features) * 0.02)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the updated product."""
+        """Return the updated product."""
         n = self.c.shape[0]
         return self.base(x) + torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(self.c), n=n)
 
@@ -81,12 +81,12 @@ class SymmetricToeplitzPair(torch.nn.Module):
         self.t2 = torch.nn.Parameter(torch.randn(base.in_features) * 0.02)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the updated product."""
+        """Return the updated product."""
         return self.base(x) + self.product(self.t2, self.product(self.t1, x))
 
     @staticmethod
     def product(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """`T x`."""
+        """Return `T x`."""
         n = t.shape[0]
         size = 1 << (2 * n - 1).bit_length()
         column = torch.cat([t, t.new_zeros(size - 2 * n + 1), t[1:].flip(0)])
@@ -94,21 +94,21 @@ class SymmetricToeplitzPair(torch.nn.Module):
 
 
 def c3a(base: torch.nn.Linear) -> torch.nn.Module:
-    """`peft`'s adapted layer with one block of size n."""
+    """Return the adapted layer of `peft` with one block of size n."""
     model = torch.nn.Sequential(base)
     config = peft.C3AConfig(target_modules=["0"], block_size=base.in_features, init_weights=False)
     return peft.get_peft_model(model, config)
 
 
 def torch_step(layer: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], None]:
-    """A program that computes output and all gradients."""
+    """Return a program that computes the output and all gradients."""
     trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     x = x.clone().requires_grad_()
     return lambda: torch.autograd.grad(layer(x), [x, *trained], dy) and None
 
 
 def main() -> None:
-    """Times all layers, prints a table and writes the file asked for."""
+    """Time all layers, print a table and write the rows."""
     width, tokens = WIDTH.value, TOKENS.value
     rng = np.random.default_rng(0)
     shapes = ((tokens, width), (width, width), (tokens, width))

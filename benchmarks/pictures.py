@@ -29,11 +29,11 @@ EXAMPLES = {
     "BlockCirculant": ((6, 9), {"block": 3}),
     "Tiled": ((6, 8), {"side": 3}),
 }
-"""Of each family the shape and the options of the matrix that is drawn."""
+"""The shape and the options of the matrix that is drawn, for each family."""
 
 
 def example(name: str) -> StructuredMatrix:
-    """A member of the family with random numbers, always the same."""
+    """Return a member of the family with random numbers, the same on every call."""
     shape, options = EXAMPLES[name]
     start = FAMILIES[name].init(jax.random.key(0), shape, scale=1.0, **options)
     rng = np.random.default_rng(0)
@@ -41,7 +41,7 @@ def example(name: str) -> StructuredMatrix:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes one PNG for each family into a folder."""
+    """Write one PNG for each family into a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="default: all")
     parser.add_argument("--out", type=Path, default=Path("docs/structured"), help="default: %(default)s")
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.families or EXAMPLES:
         drawn = io.BytesIO()
         draw(example(name)).savefig(drawn, dpi=100)
-        # A hundred and some colours are enough, and take half the bytes.
+        # 128 colours are enough and halve the file.
         Image.open(drawn).convert("RGB").quantize(128).save(options.out / f"{name}.png", optimize=True)
 
 

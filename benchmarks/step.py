@@ -1,15 +1,15 @@
-"""A training step of ViT-B/16 (batch 8, 224 pixels, random weights) with each method.
+"""Time a training step of ViT-B/16 (batch 8, 224 pixels, random weights) with each method.
 
     python -m benchmarks.step [--out=FILE.json] [--methods=lora,circulant,full] [--variant=B/16] [--batch=8]
                               [--rounds=5] [--execution=auto] [--devices=1,2,4]
 
-Every method of the registry at its default settings, on the modules that it is meant for (Q, K and V for updates), with
-a trained head. The whole step is timed: forward, backward, AdamW. Beside LoRA r = 1 stands as a reference `frozen`:
-forward and the gradient of the image, with nothing trained. `peak_bytes` is what the compiled program holds of
-arguments, results and temporaries together, `optimizer_bytes` what AdamW keeps.
+Every registered method has its default settings, on the modules that it is meant for (Q, K and V for updates), and a
+trained head. The whole step is timed: forward, backward and AdamW. There are two references: LoRA r = 1, and `frozen`,
+which is the forward pass and the gradient of the image with nothing trained. `peak_bytes` counts the arguments, results
+and temporaries of the compiled program, `optimizer_bytes` the state of AdamW.
 
-With `--devices` every step is timed over so many devices, the same batch split over them; on a CPU these are simulated
-and share its cores.
+With `--devices` every step is timed for each number of devices, with the same batch split over them. On a CPU the
+devices are simulated and share its cores.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ from surm_jax.tasks.objective import CLASSES, cross_entropy
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
 
-METHOD_NAMES = flags.DEFINE_list("methods", None, "Methods to time beside lora; all of them by default.")
+METHOD_NAMES = flags.DEFINE_list("methods", None, "Methods to time; lora is always one of them. Default: all.")
 VARIANT = flags.DEFINE_string("variant", "B/16", "The ViT.")
 BATCH = flags.DEFINE_integer("batch", 8, "Images per step.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each step is timed.", lower_bound=1)
-DEVICES = flags.DEFINE_list("devices", ["1"], "Numbers of devices that share a batch.")
+DEVICES = flags.DEFINE_list("devices", ["1"], "Numbers of devices to split the batch over.")
 EXECUTION = flags.DEFINE_enum("execution", "auto", EXECUTIONS, "How the updates are computed.")
 NUM_CLASSES = 100
 COLUMNS = {
@@ -57,7 +57,7 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A compiled step: the program, how to run it, the numbers that it trains and the bytes of its optimiser."""
+    """A compiled step, a function that runs it, the numbers that it trains, and the bytes of its optimiser state."""
 
     compiled: Any
     run: Callable[[], Any]
@@ -66,7 +66,7 @@ class Step:
 
 
 def images_and_labels(model: ViT, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """A batch of noise, on the devices."""
+    """Return a batch of noise, on the devices."""
     config, rng = model.config, np.random.default_rng(0)
     shape = (BATCH.value, config.image_size, config.image_size, config.channels)
     labels = rng.integers(NUM_CLASSES, size=BATCH.value).astype(np.int32)
@@ -74,7 +74,7 @@ def images_and_labels(model: ViT, mesh: jax.sharding.Mesh) -> dict[str, jax.Arra
 
 
 def frozen_step(model: ViT, mesh: jax.sharding.Mesh) -> Step:
-    """The reference: forward, and the gradient of the loss by the images."""
+    """Return the reference: the forward pass, and the gradient of the loss with respect to the images."""
     graphdef, state = nnx.split(model)
     state, batch = put_base(state, mesh), images_and_labels(model, mesh)
 
@@ -86,10 +86,10 @@ def frozen_step(model: ViT, mesh: jax.sharding.Mesh) -> Step:
 
 
 def method_step(model: ViT, name: str, mesh: jax.sharding.Mesh) -> Step:
-    """The training step of a method.
+    """Return the training step of a method.
 
     Raises:
-        UserError: if the method is not possible for the model.
+        UserError: The method cannot adapt the model.
     """
     method = make_method(name, {})
     if isinstance(method, Selection):
@@ -107,7 +107,7 @@ def method_step(model: ViT, name: str, mesh: jax.sharding.Mesh) -> Step:
     optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
 
     def program() -> jax.Array:
-        # The step takes over the memory of the state, so that each call goes on from the last one.
+        # The step donates the memory of its state, so each call continues from the last.
         nonlocal state
         state, metrics = compiled(state, frozen, batch, key, {})
         return metrics["train_loss"]
@@ -116,7 +116,7 @@ def method_step(model: ViT, name: str, mesh: jax.sharding.Mesh) -> Step:
 
 
 def row_of(name: str, devices: int, step: Step) -> dict[str, Any]:
-    """What is known of a step before it is timed; bytes are those on one device."""
+    """Return the row of a step without its times. Bytes are those on one device."""
     memory = step.compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
@@ -134,13 +134,13 @@ def row_of(name: str, devices: int, step: Step) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Times all steps, prints a table and writes the file asked for."""
+    """Time all steps, print a table and write the rows."""
     names = list(dict.fromkeys(["lora", *(METHOD_NAMES.value or METHODS)]))
     unknown = set(names) - set(METHODS)
     if unknown:
         raise UserError(f"unknown methods {', '.join(sorted(unknown))}; known: {', '.join(METHODS)}")
     counts = numbers(DEVICES)
-    # Before JAX looks for devices; no other kind of device is simulated.
+    # This must come before JAX looks for devices. Only CPU devices are simulated.
     jax.config.update("jax_num_cpu_devices", max(counts))
     try:
         meshes = {count: make_mesh(count, {"--batch": BATCH.value}) for count in counts}

@@ -1,17 +1,16 @@
-"""One linear layer with a structured update, forward and backward, beside the frozen layer and LoRA r = 1.
+"""Time a linear layer with a structured update, forward and backward, against the frozen layer and LoRA r = 1.
 
     python -m benchmarks.structured [--out=FILE.json] [--families=Circulant,Kronecker] [--sizes=768x6304,4096x2048]
                                     [--dtypes=float32,bfloat16] [--rounds=11] [--write_table]
 
 Every program computes the output, the gradient of the input and the gradients of the update's parameters, from the
-input and a given gradient of the output. `frozen` is the kernel alone: `x @ W` and `dy @ W^T`, the floor. `lora` is the
+input and a given gradient of the output. `frozen` has no update: `x @ W` and `dy @ W^T`, the floor. `lora` is the
 textbook form `x @ W + (x @ down) @ up` with r = 1, the row `LowRank`, `fft`.
 
-Of each row: `ms`, the median over rounds in which all programs of a size take turns; its ratios to `frozen` and to
-`lora`; `temp_bytes`, what the compiled program allocates besides arguments and results; `peak_bytes`, all of it
-together. In the file of `--out` they take the place of what is there of the same width, tokens and dtype; the rest
-stays. `--write_table` makes the fastest execution of each case what `auto` stands for from now on
-(`surm_jax/structured/products/choice.json`).
+A row has `ms`, the median over rounds in which all programs of a size take turns; its ratios to `frozen` and to `lora`;
+`temp_bytes`, the temporary memory of the compiled program; and `peak_bytes`, which adds arguments and results. In the
+file of `--out` the rows replace those of the same width, tokens and dtype, and other rows stay. `--write_table` makes
+the fastest execution of each case the choice of `auto` (`surm_jax/structured/products/choice.json`).
 """
 
 import functools
@@ -38,7 +37,7 @@ DTYPES = flags.DEFINE_list("dtypes", "float32", "Of input and kernel: float32, b
 ROUNDS = flags.DEFINE_integer("rounds", 11, "How often each program is timed.", lower_bound=1)
 WRITE_TABLE = flags.DEFINE_bool("write_table", False, "Let `auto` choose by what was measured now.")
 
-#: What makes a case of the table of `auto`.
+#: The keys of a case in the table of `auto`.
 CASE = ("family", "dtype", "width", "tokens", "parameters")
 COLUMNS = {
     "family": "",
@@ -53,7 +52,7 @@ COLUMNS = {
 
 
 def cases(families: list[str], half: bool) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yields (family, options, execution); `LowRank` first, because the others are compared with it."""
+    """Yield (family, options, execution); `LowRank` first, because the others are compared with it."""
     for family in dict.fromkeys(["LowRank", *families]):
         for options in VARIANTS.get(family, ({},)):
             for execution in EXECUTIONS:
@@ -62,7 +61,7 @@ def cases(families: list[str], half: bool) -> Iterator[tuple[str, dict[str, Any]
 
 
 def measure(families: list[str], width: int, tokens: int, dtype: str, rounds: int) -> list[dict[str, Any]]:
-    """Times all programs of one size."""
+    """Time all programs of one size, and return their rows."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
     x, kernel, dy = draw(tokens, width), draw(width, width) * jnp.asarray(width**-0.5, dtype), draw(tokens, width)
@@ -100,7 +99,7 @@ def measure(families: list[str], width: int, tokens: int, dtype: str, rounds: in
 
 
 def fastest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of every case the execution that took the shortest time, as the table of `auto` has it."""
+    """Return the fastest execution of each case, as the table of `auto` stores it."""
     best: dict[tuple, dict[str, Any]] = {}
     for row in rows:
         if row["execution"] in ("auto", "frozen"):
@@ -112,7 +111,7 @@ def fastest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_table(rows: list[dict[str, Any]]) -> None:
-    """Puts what was measured into the table of `auto`; cases that were not measured now stay as they are."""
+    """Put the measured cases into the table of `auto`, and leave its other cases as they are."""
     measured = json.loads(TABLE.read_text())
     old = measured.get(jax.default_backend(), {}).get("fastest", [])
     best = {tuple(row[key] for key in CASE): row for row in [*old, *fastest(rows)]}
@@ -125,10 +124,10 @@ def write_table(rows: list[dict[str, Any]]) -> None:
 
 
 def rows_there() -> dict[tuple[int, int, str], list[dict[str, Any]]]:
-    """Returns the rows that the file of `--out` holds by now, by width, tokens and dtype.
+    """Return the rows in the file of `--out` by width, tokens and dtype.
 
     Raises:
-        UserError: if it holds something else.
+        UserError: The file holds something else.
     """
     sizes: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
     if OUT.value is not None and Path(OUT.value).exists():
@@ -141,7 +140,7 @@ def rows_there() -> dict[tuple[int, int, str], list[dict[str, Any]]]:
 
 
 def main() -> None:
-    """Times what the flags say, prints a table and writes the files asked for."""
+    """Time what the flags ask for, print tables and write the files."""
     families = FAMILY_NAMES.value or list(FAMILIES)
     unknown = set(families) - set(FAMILIES)
     if unknown:

@@ -58,17 +58,14 @@ def numbers(flag: flags.FlagHolder[list[str]]) -> list[int]:
 
 
 def medians(programs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
-    """Runs all programs in turn, `rounds` times, each round in another order.
+    """Return the median time of each program, in seconds.
 
-    Of two calls of a program in a row the second is timed: it finds caches and the allocator as the program itself
-    leaves them, which is how a training loop finds them, and not as another program does.
+    In each round every program is called twice in a row, and the second call is timed: then caches and allocator are as
+    the program itself left them, as in a training loop. The order of programs changes from round to round.
 
     Args:
-        programs: functions without arguments by name. What they return is waited for.
-        rounds: how often each is timed.
-
-    Returns:
-        The median time of each, in seconds.
+        programs: Functions without arguments, by name. A call ends when its result is ready.
+        rounds: The number of rounds.
     """
     times: dict[Any, list[float]] = {name: [] for name in programs}
     shuffled = random.Random(0)
@@ -82,12 +79,12 @@ def medians(programs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any,
 
 
 def setting() -> dict[str, str]:
-    """What every row says of where it was measured."""
+    """Return the part of a row that says where it was measured."""
     return {"device": device(), "jax": jax.__version__}
 
 
 def device() -> str:
-    """What the programs run on, in words."""
+    """Return the name of the device that programs run on."""
     first = jax.devices()[0]
     if first.platform != "cpu":
         return f"{jax.device_count()} x {first.device_kind}"
@@ -107,7 +104,7 @@ def _processor() -> str:
 
 
 def table(rows: list[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
-    """A text table: `columns` maps keys of the rows to format specifications."""
+    """Return a text table. `columns` maps keys of the rows to format specifications."""
     cells = [list(columns)] + [
         [format(row[key], spec) if row.get(key) is not None else "" for key, spec in columns.items()] for row in rows
     ]
