@@ -4,20 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from surm_jax.structured import FAMILIES, StructuredMatrix, updated_matmul
-
-#: The options of the variants that are timed, for families that have options.
-VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "LowRank": ({"rank": 1},),
-    "LowDisplacementRank": ({"rank": 1}, {"rank": 4}),
-    "FCirculant": ({"f": 0.5},),
-    "BlockCirculant": ({"block": 128},),
-    "LowRankKronecker": ({"rank": 1},),
-    "Tiled": ({"side": 39}, {"side": 38, "rotate": True}),
-}
 
 
 def step(x: jax.Array, kernel: jax.Array, update: StructuredMatrix, dy: jax.Array, *, execution: str) -> Any:
@@ -40,16 +28,10 @@ def check_sizes(families: Iterable[str], width: int) -> None:
         UserError: A variant does not exist; the message names it.
     """
     for family in families:
-        for options in VARIANTS.get(family, ({},)):
-            jax.eval_shape(
-                lambda family=family, options=options: FAMILIES[family].init(
-                    jax.random.key(0), (width, width), scale=1.0, **options
-                )
-            )
+        for options in FAMILIES[family].typical_options((width, width)):
+            FAMILIES[family].count((width, width), **options)
 
 
 def random_update(family: str, width: int, options: dict[str, Any]) -> StructuredMatrix:
     """Return a member of a family with random parameters."""
-    start = FAMILIES[family].init(jax.random.key(0), (width, width), scale=1.0, **options)
-    draw = np.random.default_rng(0).normal
-    return jax.tree.map(lambda leaf: jnp.asarray(draw(scale=0.02, size=leaf.shape), leaf.dtype), start)
+    return FAMILIES[family].random((width, width), scale=0.02, **options)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks.layer import VARIANTS, check_sizes, frozen_step, random_update, step
+from benchmarks.layer import check_sizes, frozen_step, random_update, step
 from benchmarks.timing import OUT, benchmark, device, medians, setting, table, write
 from surm_jax.errors import UserError
 from surm_jax.structured import EXECUTIONS, FAMILIES
@@ -51,10 +51,10 @@ COLUMNS = {
 }
 
 
-def cases(families: list[str], half: bool) -> Iterator[tuple[str, dict[str, Any], str]]:
+def cases(families: list[str], width: int, half: bool) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Yield (family, options, execution); `LowRank` first, because the others are compared with it."""
     for family in dict.fromkeys(["LowRank", *families]):
-        for options in VARIANTS.get(family, ({},)):
+        for options in FAMILIES[family].typical_options((width, width)):
             for execution in EXECUTIONS:
                 if not (half and execution == "fused"):
                     yield family, options, execution
@@ -66,7 +66,7 @@ def measure(families: list[str], width: int, tokens: int, dtype: str, rounds: in
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
     x, kernel, dy = draw(tokens, width), draw(width, width) * jnp.asarray(width**-0.5, dtype), draw(tokens, width)
     rows, programs = [], {}
-    for family, options, execution in [("frozen", {}, "frozen"), *cases(families, dtype != "float32")]:
+    for family, options, execution in [("frozen", {}, "frozen"), *cases(families, width, dtype != "float32")]:
         update = None if family == "frozen" else random_update(family, width, options)
         function = frozen_step if update is None else functools.partial(step, execution=execution)
         compiled = jax.jit(function).lower(x, kernel, update, dy).compile()

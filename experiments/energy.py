@@ -6,7 +6,6 @@ compared with that of a matrix without structure, so matrices of independent nor
 family of p numbers keeps p / (in * out) of their energy, and products such as low rank keep more.
 """
 
-import inspect
 import io
 import statistics
 import textwrap
@@ -29,22 +28,8 @@ from surm_jax.structured import FAMILIES, approximations
 # The number of Gaussian matrices for each shape.
 DRAWS = 3
 GAUSSIAN = "i.i.d. Gaussian"
-# In the order of the pictures. Two pairs are left out: that of circulants contains the same matrices as a single one,
-# and that of general Toeplitz matrices exceeds the budget.
-TITLES = {
-    "Circulant": "circulant",
-    "SkewCirculant": "skew-circulant",
-    "FCirculant": "triangular Toeplitz",
-    "SymmetricToeplitz": "symmetric Toeplitz",
-    "Toeplitz": "Toeplitz",
-    "SymmetricToeplitzPair": "sym. Toeplitz pair",
-    "LowDisplacementRank": "W(G, H)",
-    "BlockCirculant": "block-circulant",
-    "Tiled": "tiled",
-    "Kronecker": "Kronecker",
-    "LowRankKronecker": "low-rank Kronecker",
-    "LowRank": "low rank",
-}
+# A pair of circulants contains the same matrices as a single one.
+LEFT_OUT = {"CirculantPair"}
 
 Shape = tuple[int, int]
 
@@ -53,7 +38,7 @@ class Family(NamedTuple):
     """A family at the size that the budget allows.
 
     Attributes:
-        name: The registered name.
+        name: The name of its class.
         size: The chosen size, such as "rank 1"; empty where there is one size only.
         parameters: The number of parameters.
     """
@@ -65,7 +50,7 @@ class Family(NamedTuple):
     @property
     def searched(self) -> bool:
         """Whether a search found its share, which may then be too small; otherwise the share is exact."""
-        return "steps" in inspect.signature(FAMILIES[self.name].nearest).parameters
+        return FAMILIES[self.name].searches
 
 
 class EnergyMap(NamedTuple):
@@ -83,8 +68,14 @@ class EnergyMap(NamedTuple):
 
     @property
     def families(self) -> list[Family]:
-        """The families, in the order of the pictures."""
-        return sorted(self.gaussian, key=lambda family: list(TITLES).index(family.name))
+        """The families, in the order of the registry."""
+        return sorted(self.gaussian, key=lambda family: list(FAMILIES).index(family.name))
+
+
+def title_of(name: str) -> str:
+    """Return the title of a family, with the options that `approximations` chooses."""
+    family, shape = FAMILIES[name], (2, 2)
+    return family.random(shape, **(family.options_within(shape, 4) or {})).title
 
 
 def shares(matrix: Float[np.ndarray, "in out"]) -> dict[Family, float]:
@@ -98,7 +89,7 @@ def shares(matrix: Float[np.ndarray, "in out"]) -> dict[Family, float]:
         raise UserError("there is no energy to share: the matrix is zero, or holds numbers that are not finite")
     kept = {}
     for name, found in approximations(jnp.asarray(matrix / norm, jnp.float32), 2 * max(matrix.shape)).items():
-        if name not in TITLES:
+        if name in LEFT_OUT:
             continue
         size = ", ".join(f"{option} {value}" for option, value in found.options.items() if option != "f")
         kept[Family(name, size, found.matrix.num_params)] = found.energy
@@ -164,7 +155,7 @@ def _table(families: Mapping[tuple[str, str], Sequence[Mapping[str, str]]]) -> s
         values = {f"mean of {len(kept)} layers": kept.mean(), "least": kept.min(), "most": kept.max()}
         lines.append(
             {
-                "family": TITLES[name] + (f", {size}" if size else ""),
+                "family": title_of(name) + (f", {size}" if size else ""),
                 "numbers": int(mine[0]["parameters"]),
                 "found by": "search" if mine[0]["found"] == "search" else "formula",
                 **{title: f"{percent(value)} %" for title, value in (values | {"Gaussian": gaussian}).items()},
@@ -212,7 +203,7 @@ def _draw_map(axes: Axes, one: EnergyMap) -> None:
             axes.text(column, row, percent(share), ha="center", va="center", size=8, color=colour, weight=weight)
     axes.axhline(len(one.shares) - 0.5, color="black", lw=1)
     titles = [
-        "\n".join(filter(None, [textwrap.fill(TITLES[family.name], 13), family.size, f"{family.parameters:,}"]))
+        "\n".join(filter(None, [textwrap.fill(title_of(family.name), 13), family.size, f"{family.parameters:,}"]))
         for family in one.families
     ]
     axes.set_xticks(range(len(titles)), titles, fontsize=8)

@@ -183,7 +183,7 @@ def rank_in_theory(matrix: StructuredMatrix) -> str:
         case LowRank():
             return f"<= {matrix.rank} (columns)"
         case SymmetricToeplitzPair() | ToeplitzPair():
-            return f"<= {min(map(numerical_rank, matrix.factors()))} (factors)"
+            return f"<= {min(map(numerical_rank, matrix.factors))} (factors)"
     return f"<= {min(m, n)}"
 
 

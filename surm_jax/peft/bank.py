@@ -187,7 +187,7 @@ def load_bank(folders: Sequence[str | os.PathLike], model: nnx.Module) -> nnx.Mo
         check_call(modules[path], path, "delta")
         m, n = matrix_view(modules[path], path).shape
         nothing = LowRank(down=jnp.zeros((m, 1), jnp.float32), up=jnp.zeros((1, n), jnp.float32))
-        matrices = _rows(path, kernels, lambda matrix: matrix.times(0.0)) or [nothing] * len(folders)
+        matrices = _rows(path, kernels, lambda matrix: matrix.absorb(0.0)) or [nothing] * len(folders)
         _require_alike(path, folders, matrices)
         delta = BankDelta(matrices, _rows(path, gains, jnp.ones_like), _rows(path, biases, jnp.zeros_like))
         attach(modules[path], BANK, delta)

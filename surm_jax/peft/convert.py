@@ -5,7 +5,6 @@ a flat spectrum and loses much of itself in low rank: look at the errors.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 
 import jax
@@ -22,7 +21,7 @@ from surm_jax.peft.lifecycle import delete, parts_of
 from surm_jax.peft.methods.base import Update
 from surm_jax.peft.parts.attach import attach
 from surm_jax.peft.parts.update import Delta
-from surm_jax.structured import Placed, Product, StructuredMatrix, Sum, refine
+from surm_jax.structured import Family, Placed, Product, StructuredMatrix, Sum, refine
 
 
 def convert(
@@ -153,5 +152,6 @@ def _nearest_like(matrix: StructuredMatrix, dense: Float[Array, "in out"]) -> St
         (row, column), (rows, columns) = matrix.offset, matrix.matrix.shape
         block = dense[row : row + rows, column : column + columns]
         return Placed(_nearest_like(matrix.matrix, block), matrix.shape, matrix.offset)
-    wanted = inspect.signature(type(matrix).nearest).parameters
-    return type(matrix).nearest(dense, **{name: getattr(matrix, name) for name in wanted if hasattr(matrix, name)})
+    if not isinstance(matrix, Family):
+        raise UserError(f"a {type(matrix).__name__} is no family with a nearest matrix")
+    return matrix.nearest(dense, **matrix.options())

@@ -17,7 +17,8 @@ from surm_jax.structured.analysis.diagnostics import (
     numerical_rank,
     singular_values,
 )
-from surm_jax.structured.base import FAMILIES, Family, StructuredMatrix, compute_dtype, family, static
+from surm_jax.structured.base import Piece, StructuredMatrix, compute_dtype, static
+from surm_jax.structured.families.base import FAMILIES, Family, family
 from surm_jax.structured.families.block_circulant import BlockCirculant
 from surm_jax.structured.families.circulant import Circulant, CirculantPair
 from surm_jax.structured.families.dense import Dense
@@ -49,6 +50,7 @@ __all__ = [
     "LowDisplacementRank",
     "LowRank",
     "LowRankKronecker",
+    "Piece",
     "Placed",
     "Product",
     "Scaled",

@@ -32,7 +32,7 @@ import jax
 from jaxtyping import Array, Float
 
 from surm_jax.errors import UserError
-from surm_jax.structured.base import StructuredMatrix, matrix_pytree
+from surm_jax.structured.base import TIMES, Piece, StructuredMatrix, matrix_pytree, sum_pieces
 
 
 class Composite(StructuredMatrix):
@@ -43,18 +43,18 @@ class Composite(StructuredMatrix):
         """The parts by the names with which those of their arrays begin."""
 
     @abc.abstractmethod
-    def _with_parts(self, parts: Sequence[StructuredMatrix]) -> StructuredMatrix:
-        """The same composite of other parts."""
+    def _with_parts(self, parts: Sequence[StructuredMatrix]) -> Self:
+        """Return the same composite of other parts."""
 
     @property
-    def lean(self) -> bool:
+    def small_residuals(self) -> bool:
         """Whether every part is."""
-        return all(part.lean for part in self._parts().values())
+        return all(part.small_residuals for part in self._parts().values())
 
-    def times(self, alpha: float | Float[Array, ""]) -> StructuredMatrix:
-        """`alpha * M`: the first part is multiplied."""
+    def absorb(self, alpha: float | Float[Array, ""]) -> Self:
+        """Return `alpha * M` with the same structure: the first part absorbs alpha."""
         first, *others = self._parts().values()
-        return self._with_parts([first.times(alpha), *others])
+        return self._with_parts([first.absorb(alpha), *others])
 
     @property
     def linear_in(self) -> str:
@@ -69,6 +69,13 @@ class Composite(StructuredMatrix):
     def compact(self) -> StructuredMatrix:
         """The same composite with each part in its compact form."""
         return self._with_parts([part.compact() for part in self._parts().values()])
+
+    def _piece(self, name: str) -> list[Piece | str]:
+        """Return a part as it is drawn, with a constant or learned factor before it."""
+        part = self._parts()[name]
+        if isinstance(part, Scaled):
+            return [part._sign(), *_renamed(part._piece("matrix"), name)]
+        return [Piece(f"\\mathrm{{{type(part).__name__}}}", {a: (f"{name}_{a}", ...) for a in part.arrays()}, part)]
 
     def _structure(self) -> tuple[Any, ...]:
         return type(self), self._sizes(), *(part._structure() for part in self._parts().values())
@@ -129,15 +136,19 @@ class Sum(Composite):
         """The transpose: the sum of the transposes."""
         return Sum(tuple(term.T for term in self.terms))
 
-    def times(self, alpha: float | Float[Array, ""]) -> "Sum":
-        """`alpha * M`: every term is multiplied."""
-        return Sum(tuple(term.times(alpha) for term in self.terms))
+    def absorb(self, alpha: float | Float[Array, ""]) -> Self:
+        """Return `alpha * M` with the same structure: every term absorbs alpha."""
+        return self._with_parts([term.absorb(alpha) for term in self.terms])
+
+    def pieces(self) -> list[Piece | str]:
+        """Return the first terms."""
+        return sum_pieces(len(self.terms), lambda i: self._piece(f"terms_{i}"))
 
     def _parts(self) -> dict[str, StructuredMatrix]:
         return {f"terms_{i}": term for i, term in enumerate(self.terms)}
 
-    def _with_parts(self, parts: Sequence[StructuredMatrix]) -> "Sum":
-        return Sum(tuple(parts))
+    def _with_parts(self, parts: Sequence[StructuredMatrix]) -> Self:
+        return type(self)(tuple(parts))
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         return functools.reduce(operator.add, (term._apply(x) for term in self.terms))
@@ -157,8 +168,6 @@ class Product(Composite):
         factors: One matrix or more, the one that meets `x` first.
     """
 
-    lean = False  # What is between two factors is as large as `x`.
-
     factors: tuple[StructuredMatrix, ...]
 
     def __post_init__(self) -> None:
@@ -174,8 +183,13 @@ class Product(Composite):
                     )
 
     @property
+    def small_residuals(self) -> bool:
+        """False: what is between two factors is as large as `x`."""
+        return False
+
+    @property
     def shape(self) -> tuple[int, int]:
-        """`(in_features, out_features)`, those of the first and of the last factor."""
+        """`(in_features, out_features)` of the first and the last factor."""
         return self.factors[0].shape[0], self.factors[-1].shape[1]
 
     @property
@@ -183,11 +197,15 @@ class Product(Composite):
         """The transpose: the product of the transposes, in reverse."""
         return Product(tuple(factor.T for factor in reversed(self.factors)))
 
+    def pieces(self) -> list[Piece | str]:
+        """Return all factors."""
+        return [piece for name in self._parts() for piece in (TIMES, *self._piece(name))][1:]
+
     def _parts(self) -> dict[str, StructuredMatrix]:
         return {f"factors_{i}": factor for i, factor in enumerate(self.factors)}
 
-    def _with_parts(self, parts: Sequence[StructuredMatrix]) -> "Product":
-        return Product(tuple(parts))
+    def _with_parts(self, parts: Sequence[StructuredMatrix]) -> Self:
+        return type(self)(tuple(parts))
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         return functools.reduce(lambda x, factor: factor._apply(x), self.factors, x)
@@ -240,9 +258,9 @@ class Scaled(Composite):
         return self.matrix.shape
 
     @property
-    def lean(self) -> bool:
+    def small_residuals(self) -> bool:
         """Whether the matrix is and alpha is constant: the gradient of an alpha needs the product with the matrix."""
-        return self._is_constant() and self.matrix.lean
+        return self._is_constant() and self.matrix.small_residuals
 
     @property
     def T(self) -> "Scaled":
@@ -251,7 +269,14 @@ class Scaled(Composite):
 
     def arrays(self) -> dict[str, Array]:
         """The array leaves: the matrix's, such as `matrix_c`, and `alpha` where that is an array."""
-        return super().arrays() | ({} if self._is_constant() else {"alpha": self.alpha})
+        return super().arrays() | ({} if isinstance(self.alpha, float) else {"alpha": self.alpha})
+
+    def pieces(self) -> list[Piece | str]:
+        """Return the factor and the matrix."""
+        return [self._sign(), *self._piece("matrix")]
+
+    def _sign(self) -> str:
+        return f"{self.alpha:g}\\,\\times" if isinstance(self.alpha, float) else "\\alpha\\,\\times"
 
     def _replace(self, arrays: dict[str, Array]) -> "Scaled":
         scaled = super()._replace(arrays)
@@ -273,8 +298,8 @@ class Scaled(Composite):
     def _parts(self) -> dict[str, StructuredMatrix]:
         return {"matrix": self.matrix}
 
-    def _with_parts(self, parts: Sequence[StructuredMatrix]) -> "Scaled":
-        return Scaled(parts[0], self.alpha)
+    def _with_parts(self, parts: Sequence[StructuredMatrix]) -> Self:
+        return type(self)(parts[0], self.alpha)
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         return self.alpha * self.matrix._apply(x)
@@ -292,6 +317,16 @@ def _flattened(
     except TypeError:
         raise UserError(f"{kind.__name__}: {name} must be a sequence of structured matrices, not {parts!r}") from None
     return tuple(p for part in parts for p in (getattr(part, name) if isinstance(part, kind) else (part,)))
+
+
+def _renamed(pieces: list[Piece | str], prefix: str) -> list[Piece | str]:
+    """Return pieces of a part as pieces of the whole, in which the names of arrays have a prefix."""
+    return [
+        piece
+        if isinstance(piece, str)
+        else piece._replace(arrays={a: (f"{prefix}_{name}", index) for a, (name, index) in piece.arrays.items()})
+        for piece in pieces
+    ]
 
 
 def _by(shape: tuple[int, int]) -> str:

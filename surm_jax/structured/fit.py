@@ -6,7 +6,7 @@ polynomial of low degree, so that L-BFGS gets as far in fewer steps, and it has 
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +141,7 @@ def _advance(
     return jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), search))[1]
 
 
-def _best(search: _Search, structure: jax.tree_util.PyTreeDef) -> StructuredMatrix:
+def _best(search: _Search, structure: jax.tree_util.PyTreeDef) -> Any:
     return jax.tree.unflatten(structure, [search.unit * leaf for leaf in search.best])
 
 

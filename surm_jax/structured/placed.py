@@ -5,6 +5,7 @@ It is a composite like those of `surm_jax.structured.algebra`: its arrays are it
 """
 
 from collections.abc import Sequence
+from typing import Self
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -47,24 +48,15 @@ class Placed(Composite):
                 )
 
     @property
-    def lean(self) -> bool:
-        """Whether the block is."""
-        return self.matrix.lean
-
-    @property
     def T(self) -> "Placed":
         """The transpose: the block's, at the mirrored place."""
         return Placed(self.matrix.T, self.shape[::-1], self.offset[::-1])
 
-    def times(self, alpha: float | Float[Array, ""]) -> "Placed":
-        """`alpha * M` at the same place."""
-        return self._with_parts([self.matrix.times(alpha)])
-
     def _parts(self) -> dict[str, StructuredMatrix]:
         return {"matrix": self.matrix}
 
-    def _with_parts(self, parts: Sequence[StructuredMatrix]) -> "Placed":
-        return Placed(parts[0], self.shape, self.offset)
+    def _with_parts(self, parts: Sequence[StructuredMatrix]) -> Self:
+        return type(self)(parts[0], self.shape, self.offset)
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         (row, column), (rows, columns) = self.offset, self.matrix.shape

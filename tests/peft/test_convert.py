@@ -165,7 +165,7 @@ def test_a_converted_adapter_is_saved_loaded_and_trained(tmp_path):
     assert flat.keys() == {
         "head/kernel",
         "head/bias",
-        *(f"{path}/delta/converted/{factor}" for path in SHAPES for factor in "AB"),
+        *(f"{path}/delta/converted/{factor}" for path in SHAPES for factor in ("down", "up")),
     }
     assert all(float(jnp.abs(v[...]).max()) > 0 for v in flat.values())
     after, _ = gradient(jax.tree.map(lambda p, g: p - 0.01 * g, trainable, grads))

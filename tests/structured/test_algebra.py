@@ -16,9 +16,7 @@ from surm_jax.structured import (
     LowRank,
     Product,
     Scaled,
-    StructuredMatrix,
     Sum,
-    family,
 )
 from tests.structured.cases import MatrixContract, assert_close
 
@@ -124,7 +122,7 @@ def test_a_multiple_is_lean_if_its_factor_is_constant():
     def kept(alpha):
         _, pull = jax.vjp(lambda multiple: multiple.apply(x), alpha * matrix)
         large = [leaf for leaf in jax.tree.leaves(pull) if leaf.size >= x.size and leaf is not x]
-        return (alpha * matrix).lean, len(large)
+        return (alpha * matrix).small_residuals, len(large)
 
     assert kept(2.0) == (True, 0)
     assert kept(jnp.ones(())) == (False, 1)
@@ -216,16 +214,6 @@ def test_names_of_arrays_are_identifiers_and_lead_to_them(parts):
 def test_composites_are_no_families(parts):
     assert not {Sum, Product, Scaled} & set(FAMILIES.values())
     assert not any(hasattr(kind, method) for kind in (Sum, Product, Scaled) for method in ("init", "nearest"))
-
-
-def test_a_family_has_a_start_and_a_projection():
-    with pytest.raises(UserError, match=r"Half lacks the class method nearest\(\), which every family has"):
-
-        @family
-        class Half(StructuredMatrix):
-            init = Circulant.init
-
-    assert "Half" not in FAMILIES
 
 
 def test_parts_that_do_not_fit():

@@ -1,42 +1,17 @@
-"""The register of families: complete, named once, and every family tested."""
-
-import importlib
-import pkgutil
-from pathlib import Path
+"""The precision of products, and the orientation, which is stated once for the whole package."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-import surm_jax.structured
-from surm_jax.errors import UserError
-from surm_jax.structured import FAMILIES, StructuredMatrix, compute_dtype, family
-from tests.structured.cases import ProjectionContract, StructuredMatrixContract
+from surm_jax.structured import Toeplitz, compute_dtype
 
 
-def test_every_registered_family_has_a_test_case():
-    for module in pkgutil.iter_modules(surm_jax.structured.__path__):
-        importlib.import_module(f"surm_jax.structured.{module.name}")
-    for file in Path(__file__).parent.glob("test_*.py"):
-        importlib.import_module(f"tests.structured.{file.stem}")
-    cases = (*StructuredMatrixContract.__subclasses__(), *ProjectionContract.__subclasses__())
-    tested = {case.family for case in cases if case is not ProjectionContract}
-    assert {name for name, cls in FAMILIES.items() if cls not in tested} == set()
-
-
-def test_every_family_is_exported_under_its_name():
-    assert FAMILIES
-    for name, cls in FAMILIES.items():
-        assert cls.__name__ == name
-        assert getattr(surm_jax.structured, cls.__name__) is cls
-
-
-def test_a_name_is_given_once():
-    before = dict(FAMILIES)
-    with pytest.raises(
-        UserError, match=r"there already is a family Circulant \(surm_jax.structured.families.circulant\)"
-    ):
-        family(type("Circulant", (StructuredMatrix,), {}))
-    assert before == FAMILIES
+def test_orientation():
+    """`y = x @ M` with M of shape (in, out), as a Flax kernel."""
+    M = Toeplitz(jnp.array([1.0, 2.0, 3.0, 4.0]), shape=(2, 3))
+    np.testing.assert_array_equal(M.to_dense(), [[2, 3, 4], [1, 2, 3]])
+    np.testing.assert_allclose(M.apply(jnp.array([1.0, 10.0])), [12, 23, 34], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

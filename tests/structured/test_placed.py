@@ -61,7 +61,7 @@ def test_blocks_of_a_fused_kernel_sum_to_what_they_are_apart():
 def test_the_block_is_fused_and_multiplied_in_its_place():
     pair = CirculantPair(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]), (2, 2))
     matrix = Placed(pair, (2, 4), (0, 2))
-    fused, twice = matrix.compact(), matrix.times(2.0)
+    fused, twice = matrix.compact(), matrix.absorb(2.0)
     assert isinstance(fused, Placed) and type(fused.matrix) is Circulant and fused.num_params == 2
     assert isinstance(twice, Placed) and twice.offset == (0, 2)
     np.testing.assert_array_equal(fused.to_dense(), [[0, 0, 3, 8], [0, 0, 8, 3]])
@@ -70,8 +70,8 @@ def test_the_block_is_fused_and_multiplied_in_its_place():
 
 
 def test_it_is_lean_where_its_block_is():
-    assert Placed(LowRank(jnp.ones((2, 1)), jnp.ones((1, 2))), (2, 4), (0, 0)).lean
-    assert not Placed(Circulant(jnp.ones(2), (2, 2)), (2, 4), (0, 0)).lean
+    assert Placed(LowRank(jnp.ones((2, 1)), jnp.ones((1, 2))), (2, 4), (0, 0)).small_residuals
+    assert not Placed(Circulant(jnp.ones(2), (2, 2)), (2, 4), (0, 0)).small_residuals
 
 
 @pytest.mark.parametrize(("shape", "offset"), [((2, 3), (0, 2)), ((3, 3), (2, 0)), ((3, 3), (-1, 0)), ((1, 9), (0, 0))])

@@ -42,7 +42,9 @@ class LoKrFormat(Format):
         """
         low = {module: update.matrix.rank for module, update in updates.items() if _is_low_rank(update.matrix)}
         # Where w2 is dense, any r that is not too small will do: the same for all layers, if possible.
-        least = [-(-max(update.matrix.factors[1]) // 2) for module, update in updates.items() if module not in low]
+        least = [
+            -(-max(update.matrix.factor_shapes[1]) // 2) for module, update in updates.items() if module not in low
+        ]
         dense = max([*low.values(), *least])
         ranks = {module: low.get(module, dense) for module in updates}
         alphas = {module: tidy(update.factor * ranks[module]) for module, update in updates.items()}
@@ -65,7 +67,7 @@ class LoKrFormat(Format):
             matrix = jax.eval_shape(lambda: update.init(jax.random.key(0), shape))
         except UserError as error:
             raise UserError(f"{settings.path} describes an update of {module} that is not possible: {error}") from None
-        (m1, n1), (m2, n2) = matrix.factors
+        (m1, n1), (m2, n2) = matrix.factor_shapes
         shapes: Shapes = {"lokr_w1": (n1, m1)}
         if settings.flag("decompose_both") and rank < max(m1, n1) / 2:
             shapes = {"lokr_w1_a": (n1, rank), "lokr_w1_b": (rank, m1)}
@@ -88,7 +90,7 @@ class LoKrFormat(Format):
 
 def _is_low_rank(matrix: Kronecker | LowRankKronecker) -> bool:
     """Says whether peft has the second factor as a product of two."""
-    return isinstance(matrix, LowRankKronecker) and matrix.rank < max(matrix.factors[1]) / 2
+    return isinstance(matrix, LowRankKronecker) and matrix.rank < max(matrix.factor_shapes[1]) / 2
 
 
 def _factors(matrix: Kronecker | LowRankKronecker) -> Arrays:
@@ -105,15 +107,16 @@ def _factors(matrix: Kronecker | LowRankKronecker) -> Arrays:
 
 def _decompose_factor(updates: Mapping[str, LayerUpdate]) -> int:
     """Returns a `decompose_factor` with which peft gives all factors the sizes that they have."""
-    wanted = {update.matrix.factors: update for update in updates.values()}
+    wanted = {update.matrix.factor_shapes: update for update in updates.values()}
     largest = max(size for update in updates.values() for size in update.matrix.shape)
     for factor in (-1, *range(1, largest + 1)):
         if all(_sizes(update.matrix.shape, factor) == factors for factors, update in wanted.items()):
             return factor
     update = next(iter(updates.values()))
+    given = _text(_sizes(update.matrix.shape, -1))
     raise UserError(
         f"no decompose_factor of peft's LoKr gives the factors of these updates, such as"
-        f" {_text(update.matrix.factors)} at {update.path} (-1 gives {_text(_sizes(update.matrix.shape, -1))}): train"
+        f" {_text(update.matrix.factor_shapes)} at {update.path} (-1 gives {given}): train"
         " with the method lokr, or merge the update into the model (surm_jax.merge, or --mode=merge)"
     )
 

@@ -129,5 +129,5 @@ def _hypercomplex(
         raise UserError(f"terms={terms} must divide both sizes of {m} x {n}")
     factors = ((terms, terms), (m // terms, n // terms))
     key_A, key_B = jax.random.split(key)
-    matrix = LowRankKronecker.init(key_B, shape, scale=scale_low, rank=rank, terms=terms, factors=factors)
+    matrix = LowRankKronecker.init(key_B, shape, scale=scale_low, rank=rank, terms=terms, factor_shapes=factors)
     return matrix.with_arrays(A=scale_A * jax.random.normal(key_A, matrix.A.shape))

@@ -1,7 +1,6 @@
 """Any family of `surm_jax.structured` by its name, and sums and products of families."""
 
 import dataclasses
-import inspect
 import itertools
 from typing import Any, ClassVar
 
@@ -9,7 +8,7 @@ import jax
 
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.peft.methods.base import Bottleneck, Method, Update
-from surm_jax.structured import FAMILIES, Product, StructuredMatrix, Sum, tiled_side
+from surm_jax.structured import FAMILIES, Product, StructuredMatrix, Sum
 
 _MOST_FAMILIES = 16
 
@@ -97,9 +96,8 @@ def _zero(expression: str, key: jax.Array, shape: tuple[int, int], options: dict
 
 
 def _family(name: str, key: jax.Array, shape: tuple[int, int], options: dict[str, Any]) -> StructuredMatrix:
-    options = {**options, "side": tiled_side(shape, options["rank"])}
-    wanted = inspect.signature(FAMILIES[name].init).parameters
-    return FAMILIES[name].init(key, shape, **{key: value for key, value in options.items() if key in wanted})
+    family = FAMILIES[name]
+    return family.init(key, shape, scale=options["scale"], **family.options_from(shape, options))
 
 
 def _random(matrix: StructuredMatrix, key: jax.Array, scale: float) -> StructuredMatrix:

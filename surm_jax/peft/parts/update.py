@@ -52,7 +52,7 @@ class Delta(StoredMatrix):
         same bits.
         """
         alpha = self.alpha[...] if hasattr(self, "alpha") else 1.0
-        return self.stored().compact().times(self.factor * alpha * (1.0 if self.normalized else self.scale[...]))
+        return self.stored().compact().absorb(self.factor * alpha * (1.0 if self.normalized else self.scale[...]))
 
     @property
     def normalized(self) -> bool:

@@ -7,7 +7,6 @@ matrix whose entries are sums is drawn by value, beside its factors, in which on
 `draw` returns a `matplotlib.figure.Figure` and leaves pyplot alone. This module is not imported with the package.
 """
 
-import functools
 import re
 from typing import Any, NamedTuple
 
@@ -18,16 +17,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from surm_jax.errors import UserError
-from surm_jax.structured.algebra import Product, Scaled, Sum
 from surm_jax.structured.analysis.origins import origins
-from surm_jax.structured.base import StructuredMatrix
-from surm_jax.structured.families.circulant import Circulant, CirculantPair
-from surm_jax.structured.families.f_circulant import FCirculant
-from surm_jax.structured.families.kronecker import Kronecker
-from surm_jax.structured.families.low_displacement import LowDisplacementRank
-from surm_jax.structured.families.low_rank import LowRank
-from surm_jax.structured.families.low_rank_kronecker import LowRankKronecker
-from surm_jax.structured.families.toeplitz_pair import SymmetricToeplitzPair, ToeplitzPair
+from surm_jax.structured.base import Piece, StructuredMatrix
 
 INK, FAINT, EMPTY = "#22303c", "#8a96a3", "#f3f1ec"
 
@@ -46,13 +37,7 @@ PALETTES = tuple(
 VALUES = LinearSegmentedColormap.from_list("values", ["#1f6391", "#8dbbd6", "#f6f4ef", "#efb392", "#b8432a"])
 """The colours of values, from negative over 0 to positive, where the entries are sums."""
 
-TIMES = "$\\times$"
-"""The sign between two factors."""
-
 BOX, GAP, MARGIN = 2.5, 0.5, 0.3  # inches: the longest side of a matrix, the space for a symbol, the border
-MOST_TERMS = 2
-"""How many terms of a sum are drawn."""
-
 MOST_LETTERS = 9
 """How many rows or columns a matrix has whose entries are named."""
 
@@ -81,10 +66,13 @@ def draw(matrix: StructuredMatrix) -> Figure:
     if not np.all(np.isfinite(values)):
         raise UserError(f"draw: {matrix!r} holds numbers that are not finite")
     numbers = _colours(matrix)
-    pieces = _expression(matrix, numbers)
-    whole = _Part("$M$", matrix, {} if pieces else numbers)
-    columns = [_column(piece) if isinstance(piece, _Part) else piece for piece in pieces + ["="] * bool(pieces)]
-    columns.append(_column(whole, numbers))
+    columns: list[_Column | str] = [
+        f"${piece}$" if isinstance(piece, str) else _column(f"${piece.label}$", piece.matrix, _taken(piece, numbers))
+        for piece in matrix.pieces()
+    ]
+    # The arrays are shown above the pieces that they belong to, or above the matrix if it has none.
+    whole = _column("$M$", matrix, numbers, strips=not columns)
+    columns += ["$=$", whole] if columns else [whole]
     m, n = matrix.shape
     count = f"{matrix.num_params:,} parameter{'s' * (matrix.num_params != 1)}"
     return _compose(columns, f"{type(matrix).__name__}, {m} x {n}, {count}")
@@ -95,17 +83,6 @@ class _Numbers(NamedTuple):
 
     colours: Float[np.ndarray, "... 3"]
     names: np.ndarray
-
-    def __getitem__(self, index: Any) -> "_Numbers":
-        return _Numbers(self.colours[index], self.names[index])
-
-
-class _Part(NamedTuple):
-    """A factor or term to be drawn: a structured matrix with its parameters, or (None) the parameters as they stand."""
-
-    label: str
-    matrix: StructuredMatrix | None
-    numbers: dict[str, _Numbers]
 
 
 class _Grid(NamedTuple):
@@ -122,108 +99,6 @@ class _Column(NamedTuple):
     grid: _Grid
     strips: list[_Grid]
     range: float | None
-
-
-# What is beside the matrix
-
-
-@functools.singledispatch
-def _expression(matrix: StructuredMatrix, numbers: dict[str, _Numbers]) -> list[_Part | str]:
-    """The factors or terms of a matrix and the signs between them; nothing if its arrays say all."""
-    del matrix, numbers
-    return []
-
-
-@_expression.register
-def _(matrix: CirculantPair, numbers: dict[str, _Numbers]) -> list[_Part | str]:
-    first, second = (
-        _Part(f"$Z_1({_letter(name)})^\\top$", Circulant(leaf, shape=matrix.shape), {"c": numbers[name]})
-        for name, leaf in matrix.arrays().items()
-    )
-    return [first, "$\\circ$", second]
-
-
-@_expression.register
-def _(matrix: LowRank, numbers: dict[str, _Numbers]) -> list[_Part | str]:
-    return [_Part("$down$", None, {"down": numbers["down"]}), TIMES, _Part("$up$", None, {"up": numbers["up"]})]
-
-
-@_expression.register(ToeplitzPair)
-@_expression.register(SymmetricToeplitzPair)
-def _(matrix: ToeplitzPair | SymmetricToeplitzPair, numbers: dict[str, _Numbers]) -> list[_Part | str]:
-    first, second = (
-        _Part(f"$T_{i}^\\top$", factor, {"t": numbers[f"t{i}"]}) for i, factor in enumerate(matrix.factors(), 1)
-    )
-    return [first, TIMES, second]
-
-
-@_expression.register(Kronecker)
-@_expression.register(LowRankKronecker)
-def _(matrix: Kronecker | LowRankKronecker, numbers: dict[str, _Numbers]) -> list[_Part | str]:
-    def term(k: int) -> list[_Part | str]:
-        A, *B = (
-            _Part(f"${name}_{k}$" if matrix.terms > 1 else f"${name}$", None, {name: own[k]})
-            for name, own in numbers.items()
-        )
-        return [A, "$\\otimes$", B[0]] if len(B) == 1 else [A, "$\\otimes\\,($", B[0], TIMES, B[1], "$)$"]
-
-    return _sum([term(k) for k in range(min(matrix.terms, MOST_TERMS))], matrix.terms)
-
-
-@_expression.register
-def _(matrix: LowDisplacementRank, numbers: dict[str, _Numbers]) -> list[_Part | str]:
-    size = max(matrix.shape)
-    power = "" if matrix.transposed else "^\\top"
-
-    def factor(name: str, f: float, i: int) -> _Part:
-        v = matrix.arrays()[name][:, i]
-        member = FCirculant(v, shape=(size, size), f=f, transposed=matrix.transposed)
-        return _Part(f"$Z_{{{f:.0f}}}({name.lower()}_{i}){power}$", member, {"v": numbers[name][:, i]})
-
-    def term(i: int) -> list[_Part | str]:
-        circulant, skew = factor("G", 1.0, i), factor("H", -1.0, i)
-        return [circulant, TIMES, skew] if matrix.transposed else [skew, TIMES, circulant]
-
-    return _sum([term(i) for i in range(min(matrix.rank, MOST_TERMS))], matrix.rank)
-
-
-@_expression.register
-def _(matrix: Sum, numbers: dict[str, _Numbers]) -> list[_Part | str]:
-    terms = [_scaled(part) for part in _parts("terms", matrix.terms, numbers)]
-    return _sum(terms[:MOST_TERMS], len(terms))
-
-
-@_expression.register
-def _(matrix: Product, numbers: dict[str, _Numbers]) -> list[_Part | str]:
-    factors = [_scaled(part) for part in _parts("factors", matrix.factors, numbers)]
-    return [piece for factor in factors for piece in (TIMES, *factor)][1:]
-
-
-@_expression.register
-def _(matrix: Scaled, numbers: dict[str, _Numbers]) -> list[_Part | str]:
-    return _scaled(_Part("", matrix, numbers))
-
-
-def _sum(terms: list[list[_Part | str]], total: int) -> list[_Part | str]:
-    pieces = [piece for term in terms for piece in ("+", *term)][1:]
-    return pieces + ["$+\\cdots$"] * (len(terms) < total)
-
-
-def _parts(kind: str, matrices: tuple[StructuredMatrix, ...], numbers: dict[str, _Numbers]) -> list[_Part]:
-    return [
-        _Part(type(part).__name__, part, {name: numbers[f"{kind}_{i}_{name}"] for name in part.arrays()})
-        for i, part in enumerate(matrices)
-    ]
-
-
-def _scaled(part: _Part) -> list[_Part | str]:
-    """The part, with its factor before it if it is a multiple."""
-    if not isinstance(part.matrix, Scaled):
-        return [part]
-    inner, alpha = part.matrix.matrix, part.matrix.alpha
-    numbers = {name.removeprefix("matrix_"): own for name, own in part.numbers.items() if name != "alpha"}
-    letter = f"{alpha:g}" if isinstance(alpha, float) else "\\alpha"
-    return [f"${letter}\\,\\times$", *_scaled(_Part(type(inner).__name__, inner, numbers))]
 
 
 # What colours it has
@@ -249,10 +124,23 @@ def _colours(matrix: StructuredMatrix) -> dict[str, _Numbers]:
 
 def _letter(name: str, *index: int) -> str:
     """`r_{1,0}` for number 0 of `r1`; the names of a composite's arrays end in those of its parts."""
-    letter, digits = re.fullmatch(r"(.*?)(\d*)", name.rpartition("_")[2]).groups()
-    letter = {"alpha": "\\alpha"}.get(letter, letter)
+    name = name.rpartition("_")[2]
+    letter = name.rstrip("0123456789")
+    digits = name.removeprefix(letter)
+    if letter == "alpha":
+        letter = "\\alpha"
+    elif len(letter) > 1:
+        letter = f"\\mathrm{{{letter}}}"
     subscript = ",".join([*filter(None, [digits]), *map(str, index)])
     return f"{letter}_{{{subscript}}}" if subscript else letter
+
+
+def _taken(piece: Piece, numbers: dict[str, _Numbers]) -> dict[str, _Numbers]:
+    """The numbers of a piece, with the colours that they have in the whole matrix."""
+    return {
+        name: _Numbers(numbers[whole].colours[index], numbers[whole].names[index])
+        for name, (whole, index) in piece.arrays.items()
+    }
 
 
 def _pick(leaf: np.ndarray, place: Int[np.ndarray, "m n"], absent: Any) -> np.ndarray:
@@ -261,21 +149,23 @@ def _pick(leaf: np.ndarray, place: Int[np.ndarray, "m n"], absent: Any) -> np.nd
     return flat[place]
 
 
-def _column(part: _Part, numbers: dict[str, _Numbers] | None = None) -> _Column:
-    """What is to be drawn of a part, whose entries have the colours of `numbers` (its own if not given)."""
-    if part.matrix is None:
-        (own,) = part.numbers.values()
-        return _Column(part.label, _Grid(own.colours, own.names), [], None)
-    strips = [_strip(own) for own in part.numbers.values() if own.colours.ndim > 1]
-    found = origins(part.matrix)
+def _column(
+    label: str, matrix: StructuredMatrix | None, numbers: dict[str, _Numbers], *, strips: bool = True
+) -> _Column:
+    """A matrix as a column of the picture; if it is None, its only array as a dense matrix."""
+    if matrix is None:
+        (own,) = numbers.values()
+        return _Column(label, _Grid(own.colours, own.names), [], None)
+    above = [_strip(own) for own in numbers.values() if own.colours.ndim > 1] if strips else []
+    found = origins(matrix)
     if found is None:
-        values = _dense(part.matrix)
+        values = _dense(matrix)
         most = float(np.max(np.abs(values))) or 1.0
-        return _Column(part.label, _Grid(VALUES(values / most / 2 + 0.5)[..., :3], None), strips, most)
+        return _Column(label, _Grid(VALUES(values / most / 2 + 0.5)[..., :3], None), above, most)
     scale, places = found
     colours = np.ones((*scale.shape, 3))
     names = np.full(scale.shape, "", object)
-    for name, own in (numbers or part.numbers).items():
+    for name, own in numbers.items():
         colours = colours * _pick(own.colours, places[name], np.ones(3))
         names = names + _pick(own.names.astype(object), places[name], "")
     size = np.minimum(np.abs(scale), 1)[..., None]
@@ -283,7 +173,7 @@ def _column(part: _Part, numbers: dict[str, _Numbers] | None = None) -> _Column:
     ones = np.isclose(np.abs(scale), 1)
     front = np.where(ones, np.where(scale < 0, "-", ""), np.char.mod("%.2g\\,", scale))
     names = np.where(scale == 0, "0", front.astype(object) + names)
-    return _Column(part.label, _Grid(colours, names), strips, None)
+    return _Column(label, _Grid(colours, names), above, None)
 
 
 def _strip(numbers: _Numbers) -> _Grid:

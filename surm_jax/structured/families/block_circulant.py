@@ -7,7 +7,7 @@ Rectangular shapes: the block size divides both sizes. One that does not is refu
 """
 
 import math
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,13 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.devices.batch import batch_local
 from surm_jax.errors import UserError
-from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family
+from surm_jax.structured.base import checked_shape
+from surm_jax.structured.families.base import Family, checked_dense, family
 from surm_jax.structured.families.circulant import Circulant
 
 
 @family
-class BlockCirculant(StructuredMatrix):
+class BlockCirculant(Family):
     """Grid of circulant b x b blocks, `M[p b + i, q b + j] = c[p, q, (j - i) mod b]`; the transpose of the paper's `W`.
 
     in * out / b numbers. A row of x costs in / b real FFTs of length b, out / b inverse ones, and a complex matmul over
@@ -38,6 +39,9 @@ class BlockCirculant(StructuredMatrix):
     Array([[1., 2., 3., 4.],
            [2., 1., 4., 3.]], dtype=float32)
     """
+
+    option_names = ("block",)
+    _title = "block-circulant"
 
     c: Float[Array, "in_blocks out_blocks b"]
 
@@ -68,12 +72,12 @@ class BlockCirculant(StructuredMatrix):
         block: int | None = None,
         dtype: DTypeLike = jnp.float32,
     ) -> Self:
-        """The zero matrix. `M` is linear in `c`, which therefore learns from zero: `key` and `scale` change nothing.
+        """Return the zero matrix. `M` is linear in `c`, which learns from zero: `key` and `scale` are not used.
 
         Args:
-            key: Unused.
+            key: Not used.
             shape: `(in_features, out_features)`.
-            scale: Unused.
+            scale: Not used.
             block: The size of the blocks, a divisor of both sizes; by default the largest, which needs the fewest
                 numbers.
             dtype: Type of `c`.
@@ -101,6 +105,26 @@ class BlockCirculant(StructuredMatrix):
         b = _checked_block(block, (m, n))
         blocks = dense.reshape(m // b, b, n // b, b).swapaxes(1, 2)
         return cls(c=jax.vmap(jax.vmap(lambda one: Circulant.nearest(one).c))(blocks))
+
+    @classmethod
+    def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
+        """Return the smallest block that stays within the budget."""
+        # Smaller blocks hold more numbers.
+        m, n = shape
+        common = math.gcd(m, n)
+        fitting = (b for b in range(1, common + 1) if common % b == 0 and m * n // b <= budget)
+        return next(({"block": b} for b in fitting), None)
+
+    @classmethod
+    def typical_options(cls, shape: tuple[int, int]) -> tuple[dict[str, Any], ...]:
+        """Return the options that benchmarks time."""
+        del shape
+        return ({"block": 128},)
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small random member, always the same."""
+        return cls.random((6, 9), block=3)
 
     @property
     def T(self) -> "BlockCirculant":

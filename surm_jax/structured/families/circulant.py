@@ -12,18 +12,10 @@ from typing import Self
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from surm_jax.structured.base import (
-    StructuredMatrix,
-    checked_dense,
-    checked_shape,
-    compute_dtype,
-    family,
-    scaled_normal,
-    static,
-)
+from surm_jax.structured.base import Piece, checked_shape, compute_dtype, static
+from surm_jax.structured.families.base import Family, LinearInVector, checked_dense, family, scaled_normal
 from surm_jax.structured.products.diagonals import from_wrapped_diagonals
 from surm_jax.structured.products.fourier import circular_convolve
-from surm_jax.structured.vector import LinearInVector
 
 
 @family
@@ -59,7 +51,7 @@ class Circulant(LinearInVector):
         dense = checked_dense(cls.__name__, dense)
         m, n = dense.shape
         if m > n:
-            return cls.nearest(dense.T).T
+            return cls(c=_reverse(cls.nearest(dense.T).c), shape=(m, n))
         # Rolling row i back by i turns every wrapped diagonal into a column.
         rows = jnp.arange(m)[:, None]
         return cls(c=dense[rows, (rows + jnp.arange(n)[None, :]) % n].mean(axis=0), shape=(m, n))
@@ -77,7 +69,7 @@ class Circulant(LinearInVector):
 
 
 @family
-class CirculantPair(StructuredMatrix):
+class CirculantPair(Family):
     """Hadamard product of two circulants, `C(r1) o C(r2) = C(r1 * r2)`, of arXiv 2406.17740.
 
     Trains 2N numbers and stores N. The same matrices as `Circulant`, and the same cost, but another path of training:
@@ -104,7 +96,7 @@ class CirculantPair(StructuredMatrix):
 
     @classmethod
     def init(cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32) -> Self:
-        """The zero matrix: `r1 = 0` and `r2 = scale * N(0, 1)`. With both at zero nothing would ever learn.
+        """Return the zero matrix: `r1 = 0` and `r2 = scale * N(0, 1)`. If both were zero, neither would ever learn.
 
         Args:
             key: Draws `r2`.
@@ -131,6 +123,19 @@ class CirculantPair(StructuredMatrix):
         """
         circulant = Circulant.nearest(checked_dense(cls.__name__, dense))
         return cls(r1=circulant.c, r2=jnp.ones_like(circulant.c), shape=circulant.shape)
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small random member, always the same."""
+        return cls.random((6, 6))
+
+    def pieces(self) -> list[Piece | str]:
+        """Return both circulants."""
+        first, second = (
+            Piece(f"Z_1(r_{i})^\\top", {"c": (f"r{i}", ...)}, Circulant(leaf, shape=self.shape))
+            for i, leaf in enumerate((self.r1, self.r2), 1)
+        )
+        return [first, "\\circ", second]
 
     @property
     def T(self) -> "CirculantPair":

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.errors import UserError
-from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family
+from surm_jax.structured.base import checked_shape
+from surm_jax.structured.families.base import Family, checked_dense, family
 
 
 @family
-class Dense(StructuredMatrix):
+class Dense(Family):
     """Any matrix: in * out numbers, and as many multiplications a row.
 
     Attributes:
@@ -20,8 +21,6 @@ class Dense(StructuredMatrix):
     >>> Dense(jnp.array([[1.0, 2.0, 3.0]])).shape
     (1, 3)
     """
-
-    lean = True
 
     W: Float[Array, "in out"]
 
@@ -34,18 +33,24 @@ class Dense(StructuredMatrix):
         self._check_leaf("W", tuple(shape))
 
     @property
+    def small_residuals(self) -> bool:
+        """True: only `x` is kept."""
+        return True
+
+    @property
     def shape(self) -> tuple[int, int]:
         """`(in_features, out_features)`."""
-        return tuple(self.W.shape[-2:])
+        m, n = self.W.shape[-2:]
+        return m, n
 
     @classmethod
     def init(cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32) -> Self:
-        """The zero matrix. `M` is linear in `W`, which therefore learns from zero: `key` and `scale` change nothing.
+        """Return the zero matrix. `M` is linear in `W`, which learns from zero: `key` and `scale` are not used.
 
         Args:
-            key: Unused.
+            key: Not used.
             shape: `(in_features, out_features)`.
-            scale: Unused.
+            scale: Not used.
             dtype: Type of `W`.
 
         Raises:

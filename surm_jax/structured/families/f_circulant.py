@@ -8,18 +8,17 @@ Rectangular shapes: an m x n matrix is the top-left m x n block of the one of si
 Inputs are padded with zeros and outputs truncated.
 """
 
-import dataclasses
 import math
-from typing import Self
+from typing import Any, Self
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.errors import UserError
-from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, static
+from surm_jax.structured.base import checked_shape, static
+from surm_jax.structured.families.base import Family, LinearInVector, checked_dense, family
 from surm_jax.structured.products.diagonals import from_wrapped_diagonals
 from surm_jax.structured.products.fourier import circular_convolve, skew_convolve
-from surm_jax.structured.vector import LinearInVector
 
 
 @family
@@ -39,6 +38,8 @@ class SkewCirculant(LinearInVector):
            [-2., -3.,  1.]], dtype=float32)
     """
 
+    _title = "skew-circulant"
+
     v: Float[Array, " N"]
     shape: tuple[int, int] = static()
 
@@ -53,9 +54,15 @@ class SkewCirculant(LinearInVector):
             UserError: `dense` is not a floating-point matrix.
         """
         dense = checked_dense(cls.__name__, dense)
-        if dense.shape[0] > dense.shape[1]:
-            return cls.nearest(dense.T).T
-        return cls(v=_diagonal_means(dense, -1.0, transposed=False), shape=dense.shape)
+        m, n = dense.shape
+        if m > n:
+            return cls(v=_reverse(cls.nearest(dense.T).v, -1), shape=(m, n))
+        return cls(v=_diagonal_means(dense, -1.0, transposed=False), shape=(m, n))
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small random member, always the same."""
+        return cls.random((5, 8))
 
     @property
     def T(self) -> "SkewCirculant":
@@ -70,7 +77,7 @@ class SkewCirculant(LinearInVector):
 
 
 @family
-class FCirculant(StructuredMatrix):
+class FCirculant(Family):
     """f-circulant matrix `M = Z_f(v)^T` of arXiv 2406.17740: `M[i, j] = v[j - i]`, or `f * v[N + j - i]` if j < i.
 
     `Z_f = (1 + f)/2 Z_1 + (1 - f)/2 Z_{-1}` for every real f, so that `x @ M` is a circular and a skew-circular
@@ -94,10 +101,12 @@ class FCirculant(StructuredMatrix):
     FCirculant(v=float32[3], shape=(3, 3), f=10.0, transposed=True)
     """
 
+    option_names = ("f",)
+
     v: Float[Array, " N"]
     shape: tuple[int, int] = static()
     f: float = static()
-    transposed: bool = dataclasses.field(default=False, metadata=static().metadata)
+    transposed: bool = static(default=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", checked_shape(type(self).__name__, self.shape))
@@ -108,12 +117,12 @@ class FCirculant(StructuredMatrix):
     def init(
         cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, f: float, dtype: DTypeLike = jnp.float32
     ) -> Self:
-        """The zero matrix. `M` is linear in `v`, which therefore learns from zero: `key` and `scale` change nothing.
+        """Return the zero matrix. `M` is linear in `v`, which learns from zero: `key` and `scale` are not used.
 
         Args:
-            key: Unused.
+            key: Not used.
             shape: `(in_features, out_features)`.
-            scale: Unused.
+            scale: Not used.
             f: The factor of entries that wrap.
             dtype: Type of `v`.
 
@@ -142,6 +151,22 @@ class FCirculant(StructuredMatrix):
         m, n = dense.shape
         v = _diagonal_means(dense.T, f, transposed=True) if m > n else _diagonal_means(dense, f, transposed=False)
         return cls(v=v, shape=(m, n), f=f)
+
+    @property
+    def title(self) -> str:
+        """The family's name in tables and pictures; f = 0 has a name of its own."""
+        return "triangular Toeplitz" if self.f == 0 else "f-circulant"
+
+    @classmethod
+    def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
+        """Return f = 0, the triangular Toeplitz matrices, which are no circulants."""
+        return cls._if_within(shape, budget, {"f": 0.0})
+
+    @classmethod
+    def typical_options(cls, shape: tuple[int, int]) -> tuple[dict[str, Any], ...]:
+        """Return the options that benchmarks time."""
+        del shape
+        return ({"f": 0.5},)
 
     @property
     def T(self) -> "FCirculant":

@@ -11,7 +11,7 @@ factors with a single row or column, and then a matrix of rank 1.
 import math
 import operator
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,15 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.devices.batch import batch_local
 from surm_jax.errors import UserError
-from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, scaled_normal
+from surm_jax.structured.base import Piece, checked_shape, sum_pieces
+from surm_jax.structured.families.base import Family, checked_dense, family, largest_size, scaled_normal
 
-Factors = tuple[tuple[int, int], tuple[int, int]]
+FactorShapes = tuple[tuple[int, int], tuple[int, int]]
 """The shapes `(m1, n1), (m2, n2)` of the two factors of a Kronecker product, of shape (m1 m2, n1 n2)."""
 
 
 @family
-class Kronecker(StructuredMatrix):
+class Kronecker(Family):
     """Sum of Kronecker products `M = sum_k A_k (x) B_k`; the transpose of the paper's `W` has each factor transposed.
 
     `M[i1 m2 + i2, j1 n2 + j2] = sum_k A[k, i1, j1] B[k, i2, j2]`. With a row of x as an m1 x m2 matrix X, the row
@@ -43,6 +44,9 @@ class Kronecker(StructuredMatrix):
            [10., 20., 30.]], dtype=float32)
     """
 
+    option_names = ("terms", "factor_shapes")
+    _title = "Kronecker"
+
     A: Float[Array, "k m1 n1"]
     B: Float[Array, "k m2 n2"]
 
@@ -50,20 +54,21 @@ class Kronecker(StructuredMatrix):
         if self.A is None and self.B is None:
             return
         self._check_dimensions(A="(k, m1, n1)", B="(k, m2, n2)")
-        self._check_leaf("A", (self.terms, *self.factors[0]))
-        self._check_leaf("B", (self.terms, *self.factors[1]))
-        check_terms("Kronecker", self.terms, self.factors)
+        self._check_leaf("A", (self.terms, *self.factor_shapes[0]))
+        self._check_leaf("B", (self.terms, *self.factor_shapes[1]))
+        check_terms("Kronecker", self.terms, self.factor_shapes)
 
     @property
     def shape(self) -> tuple[int, int]:
         """`(in_features, out_features)`."""
-        (m1, n1), (m2, n2) = self.factors
+        (m1, n1), (m2, n2) = self.factor_shapes
         return m1 * m2, n1 * n2
 
     @property
-    def factors(self) -> Factors:
+    def factor_shapes(self) -> FactorShapes:
         """The shapes of the two factors."""
-        return tuple(self.A.shape[-2:]), tuple(self.B.shape[-2:])
+        (m1, n1), (m2, n2) = self.A.shape[-2:], self.B.shape[-2:]
+        return (m1, n1), (m2, n2)
 
     @property
     def terms(self) -> int:
@@ -78,30 +83,32 @@ class Kronecker(StructuredMatrix):
         *,
         scale: float,
         terms: int = 1,
-        factors: Factors | None = None,
+        factor_shapes: FactorShapes | None = None,
         dtype: DTypeLike = jnp.float32,
     ) -> Self:
-        """The zero matrix: `A = 0` and `B = scale * N(0, 1)`. With both at zero nothing would ever learn.
+        """Return the zero matrix: `A = 0` and `B = scale * N(0, 1)`. If both were zero, neither would ever learn.
 
         Args:
             key: Draws `B`.
             shape: `(in_features, out_features)`.
             scale: Standard deviation of `B`.
             terms: How many products are summed, from 1 to the smaller number of entries of a factor.
-            factors: `((m1, n1), (m2, n2))` with m1 m2 = in_features and n1 n2 = out_features; by default
+            factor_shapes: `((m1, n1), (m2, n2))` with m1 m2 = in_features and n1 n2 = out_features; by default
                 `near_square_factors(shape)`.
             dtype: Type of both factors.
 
         Raises:
             UserError: The shape is not two positive integers, or the factors or the terms are not possible for it.
         """
-        factors = checked_factors(cls.__name__, factors, checked_shape(cls.__name__, shape))
+        factors = checked_factors(cls.__name__, factor_shapes, checked_shape(cls.__name__, shape))
         check_terms(cls.__name__, terms, factors)
         B = scaled_normal(key, (terms, *factors[1]), scale, dtype)
         return cls(A=jnp.zeros((terms, *factors[0]), dtype), B=B)
 
     @classmethod
-    def nearest(cls, dense: Float[Array, "in out"], *, terms: int = 1, factors: Factors | None = None) -> Self:
+    def nearest(
+        cls, dense: Float[Array, "in out"], *, terms: int = 1, factor_shapes: FactorShapes | None = None
+    ) -> Self:
         """The sum of `terms` Kronecker products nearest to `dense` in the Frobenius norm.
 
         Van Loan and Pitsianis (1993): with the entries of `dense` rearranged so that each row is a block of size m2 x
@@ -114,13 +121,14 @@ class Kronecker(StructuredMatrix):
         Args:
             dense: (in_features, out_features).
             terms: As in `init`.
-            factors: As in `init`.
+            factor_shapes: As in `init`.
 
         Raises:
             UserError: `dense` is not a floating-point matrix, or the factors or the terms are not possible for it.
         """
         dense = checked_dense(cls.__name__, dense)
-        (m1, n1), (m2, n2) = factors = checked_factors(cls.__name__, factors, dense.shape)
+        m, n = dense.shape
+        (m1, n1), (m2, n2) = factors = checked_factors(cls.__name__, factor_shapes, (m, n))
         check_terms(cls.__name__, terms, factors)
         blocks = dense.reshape(m1, m2, n1, n2).transpose(0, 2, 1, 3).reshape(m1 * n1, m2 * n2)
         U, S, Vt = jnp.linalg.svd(blocks, full_matrices=False)
@@ -129,6 +137,24 @@ class Kronecker(StructuredMatrix):
         norm = jnp.sqrt(jnp.where(rounding < S, S, largest))[:terms, None]
         A, B = U[:, :terms].T * S[:terms, None] / norm, Vt[:terms] * norm
         return cls(A=A.reshape(terms, m1, n1), B=B.reshape(terms, m2, n2))
+
+    @classmethod
+    def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
+        """Return as many terms as the budget allows, with the default factors."""
+        (m1, n1), (m2, n2) = near_square_factors(shape)
+        terms = largest_size(budget // (m1 * n1 + m2 * n2), min(m1 * n1, m2 * n2))
+        return {"terms": terms} if terms else None
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small random member, always the same."""
+        return cls.random((12, 12))
+
+    def pieces(self) -> list[Piece | str]:
+        """Return the factors of the first terms."""
+        return sum_pieces(
+            self.terms, lambda k: [factor_piece("A", k, self.terms), "\\otimes", factor_piece("B", k, self.terms)]
+        )
 
     @property
     def T(self) -> "Kronecker":
@@ -142,7 +168,13 @@ class Kronecker(StructuredMatrix):
         return jnp.einsum("kab,kcd->acbd", self.A, self.B, precision=jax.lax.Precision.HIGHEST).reshape(self.shape)
 
 
-def near_square_factors(shape: tuple[int, int]) -> Factors:
+def factor_piece(name: str, k: int, terms: int) -> Piece:
+    """Return factor k of an array of factors, for a picture."""
+    label = name if len(name) == 1 else f"\\mathrm{{{name}}}"
+    return Piece(f"{label}_{k}" if terms > 1 else label, {name: (name, k)})
+
+
+def near_square_factors(shape: tuple[int, int]) -> FactorShapes:
     """The factor shapes that hold the fewest numbers `m1 n1 + m2 n2`, and of these the ones of the highest rank.
 
     At fixed size the sum is smallest when both factors hold equally many numbers, and the rank `min(m1, n1) min(m2,
@@ -162,18 +194,18 @@ def near_square_factors(shape: tuple[int, int]) -> Factors:
     """
     m, n = checked_shape("near_square_factors", shape)
 
-    def merit(factors: Factors) -> tuple[int, ...]:
+    def merit(factors: FactorShapes) -> tuple[int, ...]:
         (m1, n1), (m2, n2) = factors
         return m1 * n1 + m2 * n2, -min(m1, n1) * min(m2, n2), -m1
 
     return min((((m1, n1), (m // m1, n // n1)) for m1 in _divisors(m) for n1 in _divisors(n)), key=merit)
 
 
-def checked_factors(owner: str, factors: Sequence[Sequence[int]] | None, shape: tuple[int, int]) -> Factors:
-    """Returns the factor shapes, those of `near_square_factors` for None.
+def checked_factors(owner: str, factors: Sequence[Sequence[int]] | None, shape: tuple[int, int]) -> FactorShapes:
+    """Return the factor shapes, those of `near_square_factors` for None.
 
     Args:
-        owner: Who asks; the message starts with it.
+        owner: Name of the caller, with which the message starts.
         factors: `((m1, n1), (m2, n2))`, or None.
         shape: What they multiply to.
 
@@ -197,7 +229,7 @@ def checked_factors(owner: str, factors: Sequence[Sequence[int]] | None, shape: 
     return (m1, n1), (m2, n2)
 
 
-def check_terms(owner: str, terms: int, factors: Factors) -> None:
+def check_terms(owner: str, terms: int, factors: FactorShapes) -> None:
     """Checks that a sum of `terms` Kronecker products of these factors is no longer than every matrix needs.
 
     Raises:

@@ -20,7 +20,7 @@ with zeros and outputs truncated.
 import dataclasses
 import functools
 import math
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,15 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.devices.batch import batch_local
 from surm_jax.errors import UserError
-from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, scaled_normal, static
+from surm_jax.structured.base import TIMES, Piece, checked_shape, static, sum_pieces
+from surm_jax.structured.families.base import Family, checked_dense, family, largest_size, scaled_normal
+from surm_jax.structured.families.f_circulant import FCirculant
 from surm_jax.structured.fit import refine
 from surm_jax.structured.products.fourier import inverse_skew_fft, skew_fft
 
 
 @family
-class LowDisplacementRank(StructuredMatrix):
+class LowDisplacementRank(Family):
     """Matrix of displacement rank at most r, `M = W(G, H)^T = sum_i Z_{-1}(h_i)^T Z_1(g_i)^T` of arXiv 2406.17740.
 
     2Nr numbers, N = max(in, out). r = 1 holds every circulant and skew-circulant matrix, r = 2 every Toeplitz matrix
@@ -61,10 +63,14 @@ class LowDisplacementRank(StructuredMatrix):
            [-3.,  1.,  2.]], dtype=float32)
     """
 
+    option_names = ("rank",)
+    searches = True
+    _title = "W(G, H)"
+
     G: Float[Array, "N r"]
     H: Float[Array, "N r"]
     shape: tuple[int, int] = static()
-    transposed: bool = dataclasses.field(default=False, metadata=static().metadata)
+    transposed: bool = static(default=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", checked_shape(type(self).__name__, self.shape))
@@ -83,7 +89,7 @@ class LowDisplacementRank(StructuredMatrix):
     def init(
         cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, rank: int, dtype: DTypeLike = jnp.float32
     ) -> Self:
-        """The zero matrix: `G = 0` and `H = scale * N(0, 1)`. With both at zero nothing would ever learn.
+        """Return the zero matrix: `G = 0` and `H = scale * N(0, 1)`. If both were zero, neither would ever learn.
 
         Args:
             key: Draws `H`.
@@ -126,9 +132,37 @@ class LowDisplacementRank(StructuredMatrix):
                 number of steps is not possible.
         """
         dense = checked_dense(cls.__name__, dense)
-        _check_rank(rank, dense.shape)
+        m, n = dense.shape
+        _check_rank(rank, (m, n))
         starts = _from_displacement(dense, rank), _random(dense, rank)
         return _nearer(*(refine(start, dense, steps=steps, progress=progress) for start in starts), dense)
+
+    @classmethod
+    def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
+        """Return the largest rank that the budget allows."""
+        rank = largest_size(budget // (2 * max(shape)), min(shape))
+        return {"rank": rank} if rank else None
+
+    @classmethod
+    def typical_options(cls, shape: tuple[int, int]) -> tuple[dict[str, Any], ...]:
+        """Return the options that benchmarks time."""
+        del shape
+        return {"rank": 1}, {"rank": 4}
+
+    def pieces(self) -> list[Piece | str]:
+        """Return the circulant and the skew-circulant factor of the first terms, in the order in which x meets them."""
+        size, power = max(self.shape), "" if self.transposed else "^\\top"
+
+        def factor(name: str, f: float, i: int) -> Piece:
+            v = self.arrays()[name][:, i]
+            matrix = FCirculant(v, shape=(size, size), f=f, transposed=self.transposed)
+            return Piece(f"Z_{{{f:.0f}}}({name.lower()}_{i}){power}", {"v": (name, (slice(None), i))}, matrix)
+
+        def term(i: int) -> list[Piece | str]:
+            circulant, skew = factor("G", 1.0, i), factor("H", -1.0, i)
+            return [circulant, TIMES, skew] if self.transposed else [skew, TIMES, circulant]
+
+        return sum_pieces(self.rank, term)
 
     @property
     def T(self) -> "LowDisplacementRank":
@@ -244,7 +278,8 @@ def _from_displacement(dense: Float[Array, "in out"], rank: int) -> LowDisplacem
     empty = S.size * jnp.finfo(S.dtype).eps * largest >= S
     norms = jnp.sqrt(jnp.where(empty, largest, S))[None, :rank]
     G, JH = U[:, :rank] * (S[None, :rank] / norms), Vt[:rank].T * norms
-    return LowDisplacementRank(G=G, H=jnp.flip(JH, axis=0), shape=dense.shape)
+    m, n = dense.shape
+    return LowDisplacementRank(G=G, H=jnp.flip(JH, axis=0), shape=(m, n))
 
 
 def _completed(dense: Float[Array, "in out"]) -> Float[Array, "N N"]:
@@ -268,7 +303,8 @@ def _random(dense: Float[Array, "in out"], rank: int) -> LowDisplacementRank:
     # The entries of W have the variance r N.
     unit = _largest(dense)
     scale = jnp.sqrt(unit) * (jnp.mean(jnp.square(dense / unit)) / (rank * max(dense.shape))) ** 0.25
-    return LowDisplacementRank(G=scale * G, H=scale * H, shape=dense.shape)
+    m, n = dense.shape
+    return LowDisplacementRank(G=scale * G, H=scale * H, shape=(m, n))
 
 
 @jax.jit

@@ -1,17 +1,18 @@
 """Low rank, the update of LoRA (arXiv 2106.09685): the baseline that the other families are measured against."""
 
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.errors import UserError
-from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, scaled_normal
+from surm_jax.structured.base import TIMES, Piece, checked_shape
+from surm_jax.structured.families.base import Family, checked_dense, family, largest_size, scaled_normal
 
 
 @family
-class LowRank(StructuredMatrix):
+class LowRank(Family):
     """Matrix of rank at most r, `M = down @ up`; the paper (arXiv 2406.17740) writes its transpose, `W = A B^T`.
 
     `x @ M = (x @ down) @ up`: r (in + out) numbers, and as many multiplications a row. `down` is the paper's B and the
@@ -26,7 +27,7 @@ class LowRank(StructuredMatrix):
            [10., 20., 30.]], dtype=float32)
     """
 
-    lean = True
+    option_names = ("rank",)
 
     down: Float[Array, "in r"]
     up: Float[Array, "r out"]
@@ -43,6 +44,11 @@ class LowRank(StructuredMatrix):
     def linear_in(self) -> str:
         """`up`, the array that is zero at the start."""
         return "up"
+
+    @property
+    def small_residuals(self) -> bool:
+        """True: besides `x`, only `x @ down` is kept."""
+        return True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,9 +96,31 @@ class LowRank(StructuredMatrix):
             UserError: `dense` is not a floating-point matrix, or the rank is not possible for it.
         """
         dense = checked_dense(cls.__name__, dense)
-        _check_rank(rank, dense.shape)
+        m, n = dense.shape
+        _check_rank(rank, (m, n))
         U, S, Vt = jnp.linalg.svd(dense, full_matrices=False)
         return cls(down=U[:, :rank], up=S[:rank, None] * Vt[:rank])
+
+    @classmethod
+    def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
+        """Return the largest rank that the budget allows."""
+        rank = largest_size(budget // sum(shape), min(shape))
+        return {"rank": rank} if rank else None
+
+    @classmethod
+    def typical_options(cls, shape: tuple[int, int]) -> tuple[dict[str, Any], ...]:
+        """Return the options that benchmarks time."""
+        del shape
+        return ({"rank": 1},)
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small random member, always the same."""
+        return cls.random((8, 6), rank=1)
+
+    def pieces(self) -> list[Piece | str]:
+        """Return both factors."""
+        return [Piece("\\mathrm{down}", {"down": ("down", ...)}), TIMES, Piece("\\mathrm{up}", {"up": ("up", ...)})]
 
     @property
     def T(self) -> "LowRank":

@@ -9,20 +9,28 @@ Rectangular shapes: as `Kronecker`, nothing is padded.
 """
 
 import functools
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.errors import UserError
-from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, scaled_normal
-from surm_jax.structured.families.kronecker import Factors, Kronecker, check_terms, checked_factors
+from surm_jax.structured.base import TIMES, Piece, StructuredMatrix, checked_shape, sum_pieces
+from surm_jax.structured.families.base import Family, checked_dense, family, largest_size, scaled_normal
+from surm_jax.structured.families.kronecker import (
+    FactorShapes,
+    Kronecker,
+    check_terms,
+    checked_factors,
+    factor_piece,
+    near_square_factors,
+)
 from surm_jax.structured.fit import refine
 
 
 @family
-class LowRankKronecker(StructuredMatrix):
+class LowRankKronecker(Family):
     """Sum of Kronecker products `M = sum_k A_k (x) (down_k up_k)`, the second factors of rank r at most.
 
     k (m1 n1 + r (m2 + n2)) numbers. A row of x costs what it costs with the `Kronecker` of `B_k = down_k up_k`,
@@ -40,6 +48,10 @@ class LowRankKronecker(StructuredMatrix):
            [10., 30., 20., 60.]], dtype=float32)
     """
 
+    option_names = ("rank", "terms", "factor_shapes")
+    searches = True
+    _title = "low-rank Kronecker"
+
     A: Float[Array, "k m1 n1"]
     down: Float[Array, "k m2 r"]
     up: Float[Array, "k r n2"]
@@ -48,23 +60,24 @@ class LowRankKronecker(StructuredMatrix):
         if self.A is None and self.down is None and self.up is None:
             return
         self._check_dimensions(A="(k, m1, n1)", down="(k, m2, r)", up="(k, r, n2)")
-        m2, n2 = self.factors[1]
-        self._check_leaf("A", (self.terms, *self.factors[0]))
+        m2, n2 = self.factor_shapes[1]
+        self._check_leaf("A", (self.terms, *self.factor_shapes[0]))
         self._check_leaf("down", (self.terms, m2, self.rank))
         self._check_leaf("up", (self.terms, self.rank, n2))
-        check_terms("LowRankKronecker", self.terms, self.factors)
-        _check_rank(self.rank, self.factors)
+        check_terms("LowRankKronecker", self.terms, self.factor_shapes)
+        _check_rank(self.rank, self.factor_shapes)
 
     @property
     def shape(self) -> tuple[int, int]:
         """`(in_features, out_features)`."""
-        (m1, n1), (m2, n2) = self.factors
+        (m1, n1), (m2, n2) = self.factor_shapes
         return m1 * m2, n1 * n2
 
     @property
-    def factors(self) -> Factors:
+    def factor_shapes(self) -> FactorShapes:
         """The shapes of the two factors, `A_k` and `down_k up_k`."""
-        return tuple(self.A.shape[-2:]), (self.down.shape[-2], self.up.shape[-1])
+        m1, n1 = self.A.shape[-2:]
+        return (m1, n1), (self.down.shape[-2], self.up.shape[-1])
 
     @property
     def terms(self) -> int:
@@ -85,7 +98,7 @@ class LowRankKronecker(StructuredMatrix):
         scale: float,
         rank: int,
         terms: int = 1,
-        factors: Factors | None = None,
+        factor_shapes: FactorShapes | None = None,
         dtype: DTypeLike = jnp.float32,
     ) -> Self:
         """Return the zero matrix: `A = 0`, `down` and `up` are `scale * N(0, 1)`. With two at zero nothing would learn.
@@ -98,7 +111,7 @@ class LowRankKronecker(StructuredMatrix):
             scale: Standard deviation of `down` and of `up`.
             rank: Of the second factors, from 1 to min(m2, n2).
             terms: How many products are summed, from 1 to the smaller number of entries of a factor.
-            factors: `((m1, n1), (m2, n2))` with m1 m2 = in_features and n1 n2 = out_features; by default
+            factor_shapes: `((m1, n1), (m2, n2))` with m1 m2 = in_features and n1 n2 = out_features; by default
                 `near_square_factors(shape)`.
             dtype: Type of all three.
 
@@ -106,7 +119,7 @@ class LowRankKronecker(StructuredMatrix):
             UserError: The shape is not two positive integers, or the factors, the terms or the rank are not possible
                 for it.
         """
-        (m1, n1), (m2, n2) = _checked_sizes(checked_shape(cls.__name__, shape), rank, terms, factors)
+        (m1, n1), (m2, n2) = _checked_sizes(checked_shape(cls.__name__, shape), rank, terms, factor_shapes)
         draw_down, draw_up = jax.random.split(key)
         return cls(
             A=jnp.zeros((terms, m1, n1), dtype),
@@ -121,7 +134,7 @@ class LowRankKronecker(StructuredMatrix):
         *,
         rank: int,
         terms: int = 1,
-        factors: Factors | None = None,
+        factor_shapes: FactorShapes | None = None,
         steps: int = 200,
         progress: bool = False,
     ) -> Self:
@@ -140,7 +153,7 @@ class LowRankKronecker(StructuredMatrix):
             dense: (in_features, out_features).
             rank: As in `init`.
             terms: As in `init`.
-            factors: As in `init`.
+            factor_shapes: As in `init`.
             steps: The most steps of the search.
             progress: Shows a bar.
 
@@ -149,14 +162,42 @@ class LowRankKronecker(StructuredMatrix):
                 terms, the rank or the number of steps is not possible.
         """
         dense = checked_dense(cls.__name__, dense)
-        factors = _checked_sizes(dense.shape, rank, terms, factors)
+        m, n = dense.shape
+        factors = _checked_sizes((m, n), rank, terms, factor_shapes)
         # The search moves numbers of different powers of the target's size, which it needs in one unit.
         unit = jnp.max(jnp.abs(dense))
         unit = jnp.where(unit > 0, unit, 1)
-        start = _truncated(Kronecker.nearest(dense / unit, terms=terms, factors=factors), rank)
+        start = _truncated(Kronecker.nearest(dense / unit, terms=terms, factor_shapes=factors), rank)
         found = refine(start, dense / unit, steps=steps, progress=progress)
         half, quarter = jnp.sqrt(unit), jnp.sqrt(jnp.sqrt(unit))
         return cls(A=half * found.A, down=quarter * found.down, up=quarter * found.up)
+
+    @classmethod
+    def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
+        """Return the largest rank of one term that the budget allows, with the default factors."""
+        (m1, n1), (m2, n2) = near_square_factors(shape)
+        rank = largest_size((budget - m1 * n1) // (m2 + n2), min(m2, n2))
+        return {"rank": rank} if rank else None
+
+    @classmethod
+    def typical_options(cls, shape: tuple[int, int]) -> tuple[dict[str, Any], ...]:
+        """Return the options that benchmarks time."""
+        del shape
+        return ({"rank": 1},)
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small random member, always the same."""
+        return cls.random((8, 8), rank=1, factor_shapes=((2, 2), (4, 4)))
+
+    def pieces(self) -> list[Piece | str]:
+        """Return the factors of the first terms."""
+
+        def term(k: int) -> list[Piece | str]:
+            A, down, up = (factor_piece(name, k, self.terms) for name in ("A", "down", "up"))
+            return [A, "\\otimes\\,(", down, TIMES, up, ")"]
+
+        return sum_pieces(self.terms, term)
 
     @property
     def T(self) -> "LowRankKronecker":
@@ -165,7 +206,7 @@ class LowRankKronecker(StructuredMatrix):
 
     def compact(self) -> StructuredMatrix:
         """The `Kronecker` of `down_k up_k` where that holds fewer numbers, itself elsewhere."""
-        m2, n2 = self.factors[1]
+        m2, n2 = self.factor_shapes[1]
         return self._astype(self._compute_dtype())._kronecker() if m2 * n2 < self.rank * (m2 + n2) else self
 
     def _kronecker(self) -> Kronecker:
@@ -178,14 +219,14 @@ class LowRankKronecker(StructuredMatrix):
         return self._kronecker()._dense()
 
 
-def _checked_sizes(shape: tuple[int, int], rank: int, terms: int, factors: Factors | None) -> Factors:
-    factors = checked_factors("LowRankKronecker", factors, shape)
+def _checked_sizes(shape: tuple[int, int], rank: int, terms: int, factor_shapes: FactorShapes | None) -> FactorShapes:
+    factors = checked_factors("LowRankKronecker", factor_shapes, shape)
     check_terms("LowRankKronecker", terms, factors)
     _check_rank(rank, factors)
     return factors
 
 
-def _check_rank(rank: int, factors: Factors) -> None:
+def _check_rank(rank: int, factors: FactorShapes) -> None:
     m2, n2 = factors[1]
     if not isinstance(rank, int) or not 1 <= rank <= min(m2, n2):
         raise UserError(

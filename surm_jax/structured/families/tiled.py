@@ -9,7 +9,8 @@ own first features up to whole chunks, and the output is cut.
 import dataclasses
 import functools
 import math
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,12 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.errors import UserError
-from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, static
+from surm_jax.structured.base import checked_shape, static
+from surm_jax.structured.families.base import Family, checked_dense, family
 
 
 @family
-class Tiled(StructuredMatrix):
+class Tiled(Family):
     """Matrix made of copies of a small `M`, as MoRA (arXiv 2405.12130) writes them; `lora_A.weight` there is `M^T`.
 
     Below, a row of x is continued by itself, x[i] = x[i - in] from i = in on, up to the end of its last chunk of p.
@@ -50,10 +52,12 @@ class Tiled(StructuredMatrix):
            [3., 4., 3., 4., 3.]], dtype=float32)
     """
 
+    option_names = ("side", "rotate")
+
     M: Float[Array, "p q"]
     shape: tuple[int, int] = static()
-    rotate: bool = dataclasses.field(default=False, metadata=static().metadata)
-    transposed: bool = dataclasses.field(default=False, metadata=static().metadata)
+    rotate: bool = static(default=False)
+    transposed: bool = static(default=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", checked_shape(type(self).__name__, self.shape))
@@ -75,7 +79,7 @@ class Tiled(StructuredMatrix):
         return max(self.M.shape[-2:])
 
     @property
-    def lean(self) -> bool:
+    def small_residuals(self) -> bool:
         """Sharing keeps the compressed input, (..., p); rotation all of it."""
         return not self.rotate
 
@@ -90,12 +94,12 @@ class Tiled(StructuredMatrix):
         rotate: bool = False,
         dtype: DTypeLike = jnp.float32,
     ) -> Self:
-        """The zero matrix. It is linear in `M`, which therefore learns from zero: `key` and `scale` change nothing.
+        """Return the zero matrix. It is linear in `M`, which learns from zero: `key` and `scale` are not used.
 
         Args:
-            key: Unused.
+            key: Not used.
             shape: `(in_features, out_features)`.
-            scale: Unused.
+            scale: Not used.
             side: Rows and columns of `M`, or as many as there are features, which are all that can matter. Even for
                 rotation. `tiled_side` gives that of the paper.
             rotate: Rotation in place of sharing.
@@ -142,6 +146,30 @@ class Tiled(StructuredMatrix):
             inverse = jnp.asarray(np.linalg.pinv(_compression(m, p)), dense.dtype)
             M = jnp.matmul(inverse, _fold(dense, q), precision=jax.lax.Precision.HIGHEST)
         return cls(M=M / copies[None], shape=(m, n), rotate=rotate)
+
+    @classmethod
+    def options_from(cls, shape: tuple[int, int], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a side with as many numbers as LoRA of the rank in the settings (`tiled_side`)."""
+        return {"side": tiled_side(shape, settings["rank"])}
+
+    @classmethod
+    def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
+        """Return the largest side that the budget allows."""
+        # A side beyond one of the sizes counts only in the other direction.
+        square = math.isqrt(max(0, budget))
+        side = square if square <= min(shape) else min(budget // min(shape), max(shape))
+        return {"side": side} if side else None
+
+    @classmethod
+    def typical_options(cls, shape: tuple[int, int]) -> tuple[dict[str, Any], ...]:
+        """Return the options that benchmarks time."""
+        sharing, rotation = (tiled_side(shape, 1, rotate=rotate) for rotate in (False, True))
+        return {"side": sharing}, {"side": rotation, "rotate": True}
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small random member, always the same."""
+        return cls.random((6, 8), side=3)
 
     @property
     def T(self) -> "Tiled":

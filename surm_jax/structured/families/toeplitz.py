@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from surm_jax.devices.batch import batch_local
-from surm_jax.structured.base import checked_dense, family, static
+from surm_jax.structured.base import static
+from surm_jax.structured.families.base import LinearInVector, checked_dense, family
 from surm_jax.structured.products.diagonals import from_diagonals
 from surm_jax.structured.products.fourier import fast_length, inverse_skew_fft, skew_fft
-from surm_jax.structured.vector import LinearInVector
 
 
 @family
@@ -38,6 +38,8 @@ class Toeplitz(LinearInVector):
            [1., 2., 3.]], dtype=float32)
     """
 
+    _title = "Toeplitz"
+
     t: Float[Array, " diagonals"]
     shape: tuple[int, int] = static()
 
@@ -56,6 +58,11 @@ class Toeplitz(LinearInVector):
         dense = checked_dense(cls.__name__, dense)
         m, n = dense.shape
         return cls(t=_project(lambda t: from_diagonals(t, (m, n)), m + n - 1, dense), shape=(m, n))
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small random member, always the same."""
+        return cls.random((6, 8))
 
     @property
     def T(self) -> "Toeplitz":
@@ -94,6 +101,8 @@ class SymmetricToeplitz(LinearInVector):
            [2., 1., 2.]], dtype=float32)
     """
 
+    _title = "symmetric Toeplitz"
+
     t: Float[Array, " N"]
     shape: tuple[int, int] = static()
 
@@ -108,8 +117,9 @@ class SymmetricToeplitz(LinearInVector):
             UserError: `dense` is not a floating-point matrix.
         """
         dense = checked_dense(cls.__name__, dense)
-        shape = dense.shape
-        return cls(t=_project(lambda t: from_diagonals(_mirror(t, shape), shape), max(shape), dense), shape=shape)
+        m, n = dense.shape
+        t = _project(lambda t: from_diagonals(_mirror(t, (m, n)), (m, n)), max(m, n), dense)
+        return cls(t=t, shape=(m, n))
 
     @property
     def T(self) -> "SymmetricToeplitz":

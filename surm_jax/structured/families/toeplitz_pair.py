@@ -14,7 +14,8 @@ from typing import ClassVar, Self
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from surm_jax.structured.base import StructuredMatrix, checked_dense, checked_shape, family, scaled_normal, static
+from surm_jax.structured.base import TIMES, Piece, checked_shape, matrix_pytree, static
+from surm_jax.structured.families.base import Family, checked_dense, family, scaled_normal
 from surm_jax.structured.families.toeplitz import SymmetricToeplitz, Toeplitz, apply_in_turn
 from surm_jax.structured.fit import refine
 
@@ -22,11 +23,15 @@ Factor = Toeplitz | SymmetricToeplitz
 """One of the two factors of a pair."""
 
 
-class _Pair(StructuredMatrix):
+@matrix_pytree
+class _Pair(Family):
     """What the two families of this file have in common: all but the kind of their factors."""
 
-    t1: Array
-    t2: Array
+    t1: Float[Array, " count1"]
+    t2: Float[Array, " count2"]
+    shape: tuple[int, int] = static()
+
+    searches = True
     _factor: ClassVar[type[Factor]]
 
     @staticmethod
@@ -41,7 +46,7 @@ class _Pair(StructuredMatrix):
 
     @classmethod
     def init(cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32) -> Self:
-        """The zero matrix: `t1 = 0` and `t2 = scale * N(0, 1)`. With both at zero nothing would ever learn.
+        """Return the zero matrix: `t1 = 0` and `t2 = scale * N(0, 1)`. If both were zero, neither would ever learn.
 
         Args:
             key: Draws `t2`.
@@ -83,22 +88,30 @@ class _Pair(StructuredMatrix):
         t2 = jnp.pad(single.t / balance, (unreached, 0))
         return refine(cls(t1=identity.t * balance, t2=t2, shape=(m, n)), dense, steps=steps, progress=progress)
 
+    def pieces(self) -> list[Piece | str]:
+        """Return both factors."""
+        first, second = (
+            Piece(f"T_{i}^\\top", {"t": (f"t{i}", ...)}, factor) for i, factor in enumerate(self.factors, 1)
+        )
+        return [first, TIMES, second]
+
     @property
     def T(self) -> Self:
         """The transpose: the transposed factors in the other order."""
-        first, second = self.factors()
+        first, second = self.factors
         return type(self)(t1=second.T.t, t2=first.T.t, shape=self.shape[::-1])
 
+    @property
     def factors(self) -> tuple[Factor, Factor]:
         """The matrices whose product is `M`, of shapes (in_features, N) and (N, out_features), N = max(in, out)."""
         m, n = self.shape
         return self._factor(self.t1, shape=(m, max(m, n))), self._factor(self.t2, shape=(max(m, n), n))
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        return apply_in_turn(x, *self.factors())
+        return apply_in_turn(x, *self.factors)
 
     def _dense(self) -> Float[Array, "in out"]:
-        first, second = self.factors()
+        first, second = self.factors
         return second._convolve(first._dense())
 
 
@@ -120,11 +133,13 @@ class ToeplitzPair(_Pair):
            [2., 1.]], dtype=float32)
     """
 
-    t1: Float[Array, " diagonals1"]
-    t2: Float[Array, " diagonals2"]
-    shape: tuple[int, int] = static()
-
+    _title = "Toeplitz pair"
     _factor = Toeplitz
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small random member, always the same."""
+        return cls.random((5, 5))
 
     @staticmethod
     def _counts(shape: tuple[int, int]) -> tuple[int, int]:
@@ -148,10 +163,7 @@ class SymmetricToeplitzPair(_Pair):
            [2., 1.]], dtype=float32)
     """
 
-    t1: Float[Array, " N"]
-    t2: Float[Array, " N"]
-    shape: tuple[int, int] = static()
-
+    _title = "sym. Toeplitz pair"
     _factor = SymmetricToeplitz
 
     @staticmethod

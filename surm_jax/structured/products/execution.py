@@ -104,7 +104,7 @@ def updated_matmul(
     if foldable and execution != "fft":
         return _folded(product, dot, x, kernel, update)
     y = dot(x, kernel)
-    moved = _at_once(x, update) if execution == "fft" and update.lean else product(dot, x, update)
+    moved = _at_once(x, update) if execution == "fft" and update.small_residuals else product(dot, x, update)
     return y + moved.astype(y.dtype)
 
 
@@ -132,7 +132,7 @@ def matmul(
         raise UserError(f"matmul: x must be real floating point, not {x.dtype}")
     if execution == "auto":
         execution = choose(update, math.prod(x.shape[:-1]), x.dtype)
-    if execution == "fft" and update.lean:
+    if execution == "fft" and update.small_residuals:
         return _at_once(x, update)
     return (_through_dense if execution == "dense" else _in_pieces)(dot, x, update)
 
@@ -174,7 +174,10 @@ def _through_dense(dot: Dot, x: Array, update: StructuredMatrix) -> Array:
 
 
 def _at_once(x: Array, update: StructuredMatrix) -> Array:
-    """`x @ update` by a lean product, of which reverse mode would keep a float32 copy of an `x` in half precision."""
+    """Return `x @ update` by a product with small residuals.
+
+    For an `x` in half precision, reverse mode would keep a float32 copy of it; then the product is computed again.
+    """
     if x.dtype == update._compute_dtype(x.dtype):
         return update.apply(x)
     return jax.checkpoint(lambda x, update: update.apply(x))(x, update)

@@ -43,7 +43,7 @@ def rearranged(dense, factors):
 def test_orientation():
     # Out of 2 x 1 features into 1 x 3: row i of M is B[i] times A.
     matrix = Kronecker(A=jnp.array([[[1.0, 2.0, 3.0]]]), B=jnp.array([[[1.0], [10.0]]]))
-    assert matrix.shape == (2, 3) and matrix.factors == ((1, 3), (2, 1))
+    assert matrix.shape == (2, 3) and matrix.factor_shapes == ((1, 3), (2, 1))
     np.testing.assert_array_equal(matrix.to_dense(), [[1, 2, 3], [10, 20, 30]])
     np.testing.assert_array_equal(matrix.apply(jnp.array([1.0, 0.0])), [1, 2, 3])
     np.testing.assert_array_equal(matrix.T.apply(jnp.array([1.0, 0.0, 0.0])), [1, 10])
@@ -86,7 +86,7 @@ def test_products_and_transposes_go_through_the_factors():
     left, right = (Kronecker(A=jnp.asarray(a), B=jnp.asarray(b)) for a, b in ((A, B), (C, D)))
     both = Kronecker(A=jnp.asarray(A @ C), B=jnp.asarray(B @ D))
     assert_close(right.apply(left.to_dense()), both.to_dense())
-    assert left.T.factors == ((3, 4), (5, 2))
+    assert left.T.factor_shapes == ((3, 4), (5, 2))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_products_and_transposes_go_through_the_factors():
 )
 def test_default_factors_numbers_and_rank(shape, factors, numbers, rank):
     matrix = jax.eval_shape(lambda: Kronecker.init(jax.random.key(0), shape, scale=1.0))
-    assert matrix.factors == near_square_factors(shape) == factors
+    assert matrix.factor_shapes == near_square_factors(shape) == factors
     assert matrix.num_params == numbers and matrix.shape == shape and matrix.compact() is matrix
     assert np.prod([min(factor) for factor in factors]) == rank
 
@@ -124,7 +124,7 @@ def test_no_other_factors_hold_fewer_numbers_or_as_few_at_a_higher_rank(shape):
 def test_the_rank_is_the_product_of_the_ranks():
     A, B = random_factors(0, (1, 6, 4), (1, 4, 6))
     matrix = Kronecker(A=jnp.asarray(A), B=jnp.asarray(B))
-    assert matrix.factors == near_square_factors((24, 24))
+    assert matrix.factor_shapes == near_square_factors((24, 24))
     assert np.linalg.matrix_rank(np.asarray(matrix.to_dense())) == 16
 
 
@@ -134,11 +134,11 @@ def test_the_rank_is_the_product_of_the_ranks():
 )
 def test_nearest_leaves_the_singular_values_beyond_the_terms(factors, terms):
     target = np.random.default_rng(0).normal(size=(6, 6))
-    found = jax.jit(lambda dense: Kronecker.nearest(dense, terms=terms, factors=factors))(target)
+    found = jax.jit(lambda dense: Kronecker.nearest(dense, terms=terms, factor_shapes=factors))(target)
     singular = np.linalg.svd(rearranged(target, factors), compute_uv=False)
     M = sum(np.kron(a, b) for a, b in zip(*map(np.asarray, (found.A, found.B)), strict=True))
     assert abs(np.linalg.norm(target - M) - np.linalg.norm(singular[terms:])) < 1e-10
-    assert found.factors == factors and found.terms == terms
+    assert found.factor_shapes == factors and found.terms == terms
     # Balanced: each factor carries the square root of the size of its term.
     for leaf in (found.A, found.B):
         assert_close(np.linalg.norm(leaf, axis=(1, 2)), np.sqrt(singular[:terms]))
@@ -156,7 +156,7 @@ def test_the_nearest_to_zero_and_empty_terms_can_learn():
 
 
 def test_starts_with_A_zero_and_B_random():
-    matrix = Kronecker.init(jax.random.key(0), (6, 6), scale=0.5, terms=3, factors=((2, 3), (3, 2)))
+    matrix = Kronecker.init(jax.random.key(0), (6, 6), scale=0.5, terms=3, factor_shapes=((2, 3), (3, 2)))
     assert matrix.A.shape == (3, 2, 3) and not np.any(matrix.A)
     np.testing.assert_array_equal(matrix.B, 0.5 * jax.random.normal(jax.random.key(0), (3, 3, 2)))
 
@@ -185,8 +185,8 @@ def test_no_activation_is_gathered_and_values_equal_one_devices(factors, axis_ty
 def test_impossible_terms_name_all_numbers(terms):
     message = rf"6 terms of 2 x 3 \(x\) 3 x 2 reach every matrix, so terms is from 1 to 6, but {terms} was asked for"
     for build in (
-        lambda: Kronecker.init(jax.random.key(0), (6, 6), scale=1.0, terms=terms, factors=((2, 3), (3, 2))),
-        lambda: Kronecker.nearest(jnp.ones((6, 6)), terms=terms, factors=((2, 3), (3, 2))),
+        lambda: Kronecker.init(jax.random.key(0), (6, 6), scale=1.0, terms=terms, factor_shapes=((2, 3), (3, 2))),
+        lambda: Kronecker.nearest(jnp.ones((6, 6)), terms=terms, factor_shapes=((2, 3), (3, 2))),
     ):
         with pytest.raises(UserError, match=message):
             build()
@@ -195,12 +195,12 @@ def test_impossible_terms_name_all_numbers(terms):
 def test_impossible_factors_name_all_numbers():
     message = "factors of 2 x 3 and 3 x 3 multiply to 6 x 9, but the shape is 6 x 6; 3 x 2 and 2 x 3 would fit"
     with pytest.raises(UserError, match=message):
-        Kronecker.init(jax.random.key(0), (6, 6), scale=1.0, factors=((2, 3), (3, 3)))
+        Kronecker.init(jax.random.key(0), (6, 6), scale=1.0, factor_shapes=((2, 3), (3, 3)))
     with pytest.raises(UserError, match=message):
-        Kronecker.nearest(jnp.ones((6, 6)), factors=((2, 3), (3, 3)))
+        Kronecker.nearest(jnp.ones((6, 6)), factor_shapes=((2, 3), (3, 3)))
     for factors in (((2, 3),), ((2, 3), (3, 0)), ((2, 3), (3, 2.0)), 6):
         with pytest.raises(UserError, match=r"must be \(\(m1, n1\), \(m2, n2\)\), four positive integers, not"):
-            Kronecker.init(jax.random.key(0), (6, 6), scale=1.0, factors=factors)
+            Kronecker.init(jax.random.key(0), (6, 6), scale=1.0, factor_shapes=factors)
 
 
 def test_arrays_that_do_not_fit():

@@ -48,7 +48,7 @@ def error(matrix, target):
 def test_orientation():
     # Out of 2 x 1 features into 1 x 3.
     matrix = LowRankKronecker(A=jnp.array([[[1.0, 2.0]]]), down=jnp.array([[[1.0], [10.0]]]), up=jnp.array([[[3.0]]]))
-    assert matrix.shape == (2, 2) and matrix.factors == ((1, 2), (2, 1))
+    assert matrix.shape == (2, 2) and matrix.factor_shapes == ((1, 2), (2, 1))
     np.testing.assert_array_equal(matrix.to_dense(), [[3, 6], [30, 60]])
     np.testing.assert_array_equal(matrix.apply(jnp.array([1.0, 0.0])), [3, 6])
     np.testing.assert_array_equal(matrix.T.apply(jnp.array([1.0, 0.0])), [3, 30])
@@ -59,9 +59,9 @@ def test_numbers_of_the_methods_that_use_it():
         return jax.eval_shape(lambda: LowRankKronecker.init(jax.random.key(0), shape, scale=1.0, **options)).num_params
 
     # LoKr: one product, here of 24 x 24 and 32 x 32 at rank 4.
-    assert count((768, 768), rank=4, factors=((24, 24), (32, 32))) == 24**2 + 4 * (32 + 32)
+    assert count((768, 768), rank=4, factor_shapes=((24, 24), (32, 32))) == 24**2 + 4 * (32 + 32)
     # Compacter and KAdaptation: k = 4 products, of 4 x 4 and rank 1.
-    assert count((768, 3072), rank=1, terms=4, factors=((4, 4), (192, 768))) == 4 * (16 + 192 + 768)
+    assert count((768, 3072), rank=1, terms=4, factor_shapes=((4, 4), (192, 768))) == 4 * (16 + 192 + 768)
     assert count((768, 768), rank=2) == 32 * 24 + 2 * (24 + 32)
 
 
@@ -85,7 +85,7 @@ def test_starts_with_A_zero_and_down_and_up_random():
 
 def test_nearest_to_one_product_needs_no_step():
     target = draw(1, 2).to_dense()
-    found = LowRankKronecker.nearest(target, rank=2, factors=FACTORS, steps=0)
+    found = LowRankKronecker.nearest(target, rank=2, factor_shapes=FACTORS, steps=0)
     assert_close(found.to_dense(), target, "float32")
     leaves = [np.linalg.norm(leaf) for leaf in found.arrays().values()]
     assert leaves[0] == pytest.approx(np.linalg.norm(found.down[0] @ found.up[0]), rel=1e-5)
@@ -95,25 +95,25 @@ def test_nearest_to_one_product_needs_no_step():
 @pytest.mark.usefixtures("x64")
 def test_the_start_is_the_optimum_of_kronecker_with_every_B_truncated():
     target = np.random.default_rng(0).normal(size=(12, 10))
-    full = Kronecker.nearest(target, terms=3, factors=FACTORS)
+    full = Kronecker.nearest(target, terms=3, factor_shapes=FACTORS)
     expected = 0
     for a, b in zip(np.asarray(full.A), np.asarray(full.B), strict=True):
         U, S, Vt = np.linalg.svd(b)
         expected = expected + np.kron(a, U[:, :2] * S[:2] @ Vt[:2])
-    start = LowRankKronecker.nearest(target, terms=3, rank=2, factors=FACTORS, steps=0)
+    start = LowRankKronecker.nearest(target, terms=3, rank=2, factor_shapes=FACTORS, steps=0)
     assert_close(start.to_dense(), expected)
     # At full rank it is all of that optimum, which no search could improve.
-    whole = LowRankKronecker.nearest(target, terms=3, rank=4, factors=FACTORS, steps=0)
+    whole = LowRankKronecker.nearest(target, terms=3, rank=4, factor_shapes=FACTORS, steps=0)
     assert_close(whole.to_dense(), full.to_dense())
 
 
 def test_the_search_is_better_than_its_start_and_finds_a_member_again():
     target = draw(2, 1).to_dense()
-    near = [LowRankKronecker.nearest(target, rank=1, terms=2, factors=FACTORS, steps=steps) for steps in (0, 200)]
+    near = [LowRankKronecker.nearest(target, rank=1, terms=2, factor_shapes=FACTORS, steps=steps) for steps in (0, 200)]
     start, found = (error(matrix, target) / np.linalg.norm(target) for matrix in near)
     assert start > 0.05 and found < 1e-3
     noise = np.random.default_rng(1).normal(size=(12, 10)).astype(np.float32)
-    near = [LowRankKronecker.nearest(noise, rank=1, terms=2, factors=FACTORS, steps=steps) for steps in (0, 200)]
+    near = [LowRankKronecker.nearest(noise, rank=1, terms=2, factor_shapes=FACTORS, steps=steps) for steps in (0, 200)]
     start, found = (error(matrix, noise) / np.linalg.norm(noise) for matrix in near)
     assert found < start - 0.01 and start < 1
 
@@ -121,7 +121,9 @@ def test_the_search_is_better_than_its_start_and_finds_a_member_again():
 def test_the_search_does_not_depend_on_the_size_of_the_target():
     noise = np.random.default_rng(1).normal(size=(12, 10)).astype(np.float32)
     errors = [
-        error(LowRankKronecker.nearest(jnp.asarray(scale * noise), rank=1, terms=2, factors=FACTORS), scale * noise)
+        error(
+            LowRankKronecker.nearest(jnp.asarray(scale * noise), rank=1, terms=2, factor_shapes=FACTORS), scale * noise
+        )
         / (scale * np.linalg.norm(noise))
         for scale in np.float32([1e-20, 1, 1e20])
     ]
@@ -131,7 +133,7 @@ def test_the_search_does_not_depend_on_the_size_of_the_target():
 @pytest.mark.parametrize("target", ["zero", "one product of rank 1"])
 def test_what_the_target_leaves_empty_can_still_learn(target):
     dense = jnp.zeros((12, 10)) if target == "zero" else draw(1, 1).to_dense()
-    found = LowRankKronecker.nearest(dense, rank=3, terms=2, factors=FACTORS, steps=20)
+    found = LowRankKronecker.nearest(dense, rank=3, terms=2, factor_shapes=FACTORS, steps=20)
     assert_close(np.asarray(found.to_dense()) + 1, np.asarray(dense) + 1, "float32")
     # A product of three factors is stuck where two of them are zero: A needs a second factor, a direction one side.
     for k, i in itertools.product(range(2), range(3)):
@@ -153,7 +155,7 @@ def test_what_the_target_leaves_empty_can_still_learn(target):
 def test_nearest_to_numbers_that_are_not_finite():
     for bad in (jnp.nan, jnp.inf):
         with pytest.raises(UserError, match="the target holds numbers that are not finite"):
-            LowRankKronecker.nearest(jnp.zeros((12, 10)).at[1, 1].set(bad), rank=1, factors=FACTORS)
+            LowRankKronecker.nearest(jnp.zeros((12, 10)).at[1, 1].set(bad), rank=1, factor_shapes=FACTORS)
 
 
 @pytest.mark.parametrize(
@@ -163,12 +165,15 @@ def test_nearest_to_numbers_that_are_not_finite():
         ({"rank": 5}, "a factor of 4 x 5 has a rank from 1 to 4, but 5 was asked for"),
         ({"rank": 1.0}, "a factor of 4 x 5 has a rank from 1 to 4, but 1.0 was asked for"),
         ({"rank": 1, "terms": 7}, r"LowRankKronecker: 6 terms of 3 x 2 \(x\) 4 x 5 .* but 7 was asked for"),
-        ({"rank": 1, "factors": ((3, 2), (5, 4))}, "LowRankKronecker: factors of 3 x 2 and 5 x 4 multiply to 15 x 8"),
+        (
+            {"rank": 1, "factor_shapes": ((3, 2), (5, 4))},
+            "LowRankKronecker: factors of 3 x 2 and 5 x 4 multiply to 15 x 8",
+        ),
     ],
     ids=str,
 )
 def test_impossible_sizes(options, message):
-    options = {"factors": FACTORS, **options}
+    options = {"factor_shapes": FACTORS, **options}
     with pytest.raises(UserError, match=message):
         LowRankKronecker.init(jax.random.key(0), (12, 10), scale=1.0, **options)
     with pytest.raises(UserError, match=message):

@@ -138,7 +138,7 @@ def test_sharing_is_lean_and_rotation_not():
     def kept(rotate):
         matrix = Tiled(jnp.ones((4, 4)), shape=(32, 32), rotate=rotate)
         _, pull = jax.vjp(Tiled.apply, matrix, x)
-        return matrix.lean, max(leaf.size for leaf in jax.tree.leaves(pull))
+        return matrix.small_residuals, max(leaf.size for leaf in jax.tree.leaves(pull))
 
     assert kept(False) == (True, 64 * 4)
     assert kept(True) == (False, 64 * 32)

@@ -74,7 +74,7 @@ def test_orientation_and_order():
 @pytest.mark.parametrize("shape", [(5, 5), (3, 5), (5, 3)], ids=str)
 def test_transposing_exchanges_the_factors(shape):
     pair, _ = TestToeplitzPair().create(shape)
-    first, second = pair.factors()
+    first, second = pair.factors
     assert first.shape == (shape[0], 5) and second.shape == (5, shape[1])
     np.testing.assert_array_equal(pair.T.t1, second.T.t)
     np.testing.assert_array_equal(pair.T.t2, first.T.t)
@@ -127,7 +127,7 @@ def test_nearest_starts_at_the_nearest_single_one_with_balanced_factors(family, 
     target = jnp.asarray(np.random.default_rng(0).normal(size=(4, 7)))
     start = family.nearest(target, steps=0)
     assert_close(start.to_dense(), single.nearest(target).to_dense())
-    first, second = (np.linalg.norm(factor.to_dense()[:4]) for factor in start.factors())
+    first, second = (np.linalg.norm(factor.to_dense()[:4]) for factor in start.factors)
     assert abs(first - second) < 1e-10
 
 

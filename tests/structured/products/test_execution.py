@@ -13,23 +13,12 @@ from surm_jax.structured import EXECUTIONS, FAMILIES, Circulant, CirculantPair, 
 from surm_jax.structured.products import execution
 from tests.structured.cases import TOLERANCES, assert_close
 
-# What `init` of a family needs besides a shape.
-OPTIONS = {
-    "LowRank": {"rank": 2},
-    "LowDisplacementRank": {"rank": 2},
-    "FCirculant": {"f": 0.5},
-    "BlockCirculant": {"block": 4},
-    "LowRankKronecker": {"rank": 1},
-    "Tiled": {"side": 5},
-}
-
 
 def case(family, shape=(12, 8), batch=(4, 5), dtype="float64", seed=0):
     """An update with random leaves, x, W, and the cotangent of the output."""
     rng = np.random.default_rng(seed)
-    start = jax.eval_shape(
-        lambda: FAMILIES[family].init(jax.random.key(0), shape, scale=1.0, **OPTIONS.get(family, {}))
-    )
+    options = FAMILIES[family].options_within(shape, 4 * max(shape)) or {}
+    start = jax.eval_shape(lambda: FAMILIES[family].init(jax.random.key(0), shape, scale=1.0, **options))
     update = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), dtype), start)
     draw = lambda *size: jnp.asarray(rng.normal(size=size), dtype)  # noqa: E731
     return update, draw(*batch, shape[0]), draw(*shape), draw(*batch, shape[1])
