@@ -74,8 +74,8 @@ class EnergyMap(NamedTuple):
 
 def title_of(name: str) -> str:
     """Return the title of a family, with the options that `approximations` chooses."""
-    family, shape = FAMILIES[name], (2, 2)
-    return family.random(shape, **(family.options_within(shape, 4) or {})).title
+    family, shape = FAMILIES[name], (8, 8)
+    return family.random(shape, **(family.options_within(shape, 64) or {})).title
 
 
 def shares(matrix: Float[np.ndarray, "in out"]) -> dict[Family, float]:

@@ -288,7 +288,7 @@ def test_two_adapters_are_trained_by_two_optimisers():
     owned = {name: trainable_paths(model, adapter) for name, adapter in adapters.items()}
     assert owned == {
         "one": {f"body/{i}/delta/one/{r}" for i in (0, 1) for r in ("r1", "r2")},
-        "two": {f"{path}/delta/two/{factor}" for path in ("body/0", "head") for factor in "AB"},
+        "two": {f"{path}/delta/two/{factor}" for path in ("body/0", "head") for factor in ("down", "up")},
         "side": {f"body/1/branch/side/{rest}" for rest in ("bias", "down/r1", "down/r2")},
         "head": {"body/1/delta/head/r1", "body/1/delta/head/r2", "head/kernel", "head/bias"},
     }

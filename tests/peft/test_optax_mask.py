@@ -50,7 +50,7 @@ model, _ = tuned(net(), LoRA(rank=2), name="mine")
 TREES["nnx"] = (
     nnx.to_pure_dict(nnx.state(model, nnx.Param)),
     [".*/delta/mine/.*", "head/.*"],
-    {*(f"body/{i}/delta/mine/{factor}" for i in (0, 1) for factor in "AB"), "head/kernel", "head/bias"},
+    {*(f"body/{i}/delta/mine/{factor}" for i in (0, 1) for factor in ("down", "up")), "head/kernel", "head/bias"},
 )
 
 

@@ -34,7 +34,7 @@ class TestWriting:
         model, settings, tensors = saved(tmp_path / "a", (r"blocks/\d/query", LoRA(rank=2, alpha=0.3)))
         expected = {}
         for i in range(2):
-            arrays = {name: parameters(model)[f"blocks/{i}/query/delta/default/{name}"] for name in "AB"}
+            arrays = {name: parameters(model)[f"blocks/{i}/query/delta/default/{name}"] for name in ("down", "up")}
             expected[f"base_model.model.net.layers.{i}.query_proj.lora_A.weight"] = arrays["down"].T
             expected[f"base_model.model.net.layers.{i}.query_proj.lora_B.weight"] = arrays["up"].T
         assert tensors.keys() == expected.keys()
