@@ -2,12 +2,12 @@
 
     python -m benchmarks.input --data=FOLDER [--out=FILE.json] [--set=cifar10] [--variant=B/16] [--batch=8] [--steps=20]
 
-Circulant updates of Q, K and V are trained; images are cropped, resized and flipped (`crop_flip`). As in a run, the next
-batch is prepared while the device works on the current step. `wait_ms` is the time that a step waits for its batch, and
-`share_waiting` its share of the whole step. For comparison the same step runs repeatedly on one batch: where input and
-model share the processors, `ratio_to_one_batch` shows what the input takes from the model. `images_per_s` is the rate of
-the pipeline without a model, and `images_needed_per_s` the rate at which the step on one batch consumes images. The
-first two steps are not timed.
+Circulant updates of Q, K and V are trained; images are cropped, resized and flipped (`crop_flip`). As in a run, the
+next batch is prepared while the device works on the current step. `wait_ms` is the time that a step waits for its
+batch, and `share_waiting` its share of the whole step. For comparison the same step runs repeatedly on one batch:
+where input and model share the processors, `ratio_to_one_batch` shows what the input takes from the model.
+`images_per_s` is the rate of the pipeline without a model, and `images_needed_per_s` the rate at which the step on one
+batch consumes images. The first two steps are not timed.
 """
 
 import statistics

@@ -80,7 +80,7 @@ def hidden_states(
 
 
 class Alike(NamedTuple):
-    """The linear CKA of a run, and of the pretrained model, with the fully tuned network after so many blocks."""
+    """The linear CKA of a run, and of the pretrained model, with the fully tuned network, after a number of blocks."""
 
     blocks: int
     run: float

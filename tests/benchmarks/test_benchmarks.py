@@ -1,4 +1,4 @@
-"""The benchmarks run, on sizes at which their numbers mean nothing, and say what they promise."""
+"""The benchmarks run on sizes too small to mean anything, and write the rows that they promise."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def test_structured(tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_structured_replaces_the_rows_of_its_sizes_alone(tmp_path):
+def test_structured_replaces_only_the_rows_of_its_sizes(tmp_path):
     out = tmp_path / "rows.json"
     old = [{"width": 16, "tokens": tokens, "dtype": "float32", "family": "frozen", "ms": -1} for tokens in (4, 8, 2)]
     out.write_text(json.dumps(old))
@@ -63,7 +63,7 @@ def test_step(tmp_path):
     rows = {row["method"]: row for row in found[:4]}
     assert [*rows] == [row["method"] for row in found[4:]] == ["frozen", "lora", "bitfit", "full"]
     assert rows["full"]["parameters"] > rows["lora"]["parameters"] > rows["frozen"]["parameters"] == 0
-    # AdamW keeps two float32 numbers for each that is trained, and a counter.
+    # AdamW keeps two float32 numbers for each trained number, and a counter.
     for row in found:
         assert row["ms"] > 0 and row["peak_bytes"] > 0
         assert row["optimizer_bytes"] == (8 * row["parameters"] + 4 if row["parameters"] else 0)
@@ -114,7 +114,7 @@ def test_depth(tmp_path):
     assert all(row["trace_s"] > 0 and row["compile_s"] > 0 and row["temp_bytes"] > 0 for row in rows.values())
     assert rows[3, "looped"]["instructions"] > rows[2, "looped"]["instructions"]
     assert rows[3, "scanned"]["instructions"] == rows[2, "scanned"]["instructions"]
-    # It leaves out the first five blocks, and no shorter model is tried before.
+    # This method leaves out the first five blocks, so the benchmark must not try a shorter model first.
     done = run("depth", "--depths=6", "--width=4", "--method=adapter_drop")
     assert done.returncode == 0, done.stderr
 

@@ -1,4 +1,4 @@
-"""The ablations: every variant is a job, and the grid runs, goes on and reports."""
+"""Ablations: every variant is a valid job, and the grid runs, continues and reports."""
 
 import argparse
 
@@ -30,7 +30,7 @@ def test_every_variant_is_a_job(name):
 def test_variants_of_a_question_differ_from_each_other():
     for question, variants in ablations.QUESTIONS.items():
         assert len({repr(variant) for variant in variants.values()}) == len(variants) > 1, question
-    # Of one name there is one variant, whichever question asks for it.
+    # A name means the same variant in every question.
     for variants in ablations.QUESTIONS.values():
         for name, variant in variants.items():
             assert ablations.VARIANTS[name] == variant

@@ -1,4 +1,4 @@
-"""What fine-tuning did to a network, against numpy, and the commands from end to end on the smallest runs."""
+"""Analyses of updates against numpy, and the commands from end to end on the smallest runs."""
 
 import csv
 import functools
@@ -50,7 +50,7 @@ def tiny_variant():
 
 @pytest.fixture
 def no_search(monkeypatch):
-    """Families without a formula keep what their starting points do: searches take long to compile."""
+    """Let families without a formula keep their starting points, because searches take long to compile."""
     monkeypatch.setattr(energy, "approximations", functools.partial(approximations, steps=0))
 
 
@@ -61,7 +61,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(files, tmp_path_factory):
-    """Finished runs by method, two of them trained at rates that show."""
+    """Finished runs by method; two of them are trained, at rates large enough to see an effect."""
     folder = tmp_path_factory.mktemp("runs")
     for method in ("circulant", "full"):
         rate = {f"optim.learning_rate.{method}": 0.05, "optim.steps": 3}
@@ -71,7 +71,7 @@ def runs(files, tmp_path_factory):
 
 
 def make_run(config, folder):
-    """Writes what analysis reads of a finished run: training is a random step."""
+    """Write the files of a finished run that analysis reads, with a random step instead of training."""
     job = prepare(config, 0)
     model, adapter = job.adapt(job.base_model())
     rng = np.random.default_rng(0)
@@ -106,7 +106,7 @@ def draw(seed, *shape):
 
 
 def share_of_span(M, basis):
-    """What the nearest matrix in the span of some matrices keeps of the energy of M, by least squares."""
+    """The share of the energy of M that the nearest matrix in a span keeps, by least squares."""
     columns = np.stack([matrix.ravel() for matrix in basis], axis=1).astype(float)
     weights = np.linalg.lstsq(columns, M.ravel().astype(float), rcond=None)[0]
     return np.sum((columns @ weights) ** 2) / np.sum(M.astype(float) ** 2)
@@ -114,7 +114,7 @@ def share_of_span(M, basis):
 
 def circulants(m, n):
     N = max(m, n)
-    # The first row, not the first column, holds the numbers; transposing changes nothing of the span of square ones.
+    # Our circulants store their first row. Transposing does not change the span of square circulants.
     return [scipy.linalg.circulant(unit).T[:m, :n] for unit in np.eye(N)]
 
 
@@ -187,7 +187,7 @@ def test_a_gaussian_matrix_keeps_parameters_by_entries(monkeypatch):
         for name in ("Circulant", "Toeplitz", "SymmetricToeplitz", "SkewCirculant"):
             share, parameters = gaussian[name]
             assert share == pytest.approx(parameters / np.prod(found.shape), rel=0.2), name
-    # What a product keeps is more: the largest singular value of a Gaussian matrix is above average.
+    # A product keeps more, since the largest singular value of a Gaussian matrix is above average.
     share, parameters = {family.name: (s, family.parameters) for family, s in one.gaussian.items()}["LowRank"]
     expected = np.mean([
         np.linalg.norm(M, 2) ** 2 / np.linalg.norm(M) ** 2
@@ -270,7 +270,7 @@ def test_tiny_angles_are_measured():
     across = draw(1, 30, 30) - np.sum(draw(1, 30, 30) * one) / np.sum(one**2) * one
     for angle in (1e-7, 1e-3):
         other = one / np.linalg.norm(one) * np.cos(angle) + across / np.linalg.norm(across) * np.sin(angle)
-        # The difference of two numbers near 1 would have lost most digits of the smaller one.
+        # Subtracting two numbers near 1 would have lost most digits.
         np.testing.assert_allclose(one_minus_cosine(one, 5 * other), 2 * np.sin(angle / 2) ** 2, rtol=1e-6)
 
 
@@ -284,7 +284,7 @@ def test_what_is_no_plain_update_is_dense():
     change = changes(base, dora)["up"]
     assert change.matrix is None and examine("up", change).theory == ""
     np.testing.assert_allclose(change.added, merged.up.kernel[...] - base.up.kernel[...], atol=1e-6)
-    # A kernel that was trained beside its update.
+    # A kernel that was trained as well as its update.
     both, _ = surm_jax.adapt(
         base, [surm_jax.Rule("up", surm_jax.LoRA(rank=1))], train=[".*/kernel"], rngs=nnx.Rngs(3)
     )  # fmt: skip
@@ -310,7 +310,7 @@ def test_layers_of_one_kind_stand_together_in_the_order_of_blocks():
 
 
 def by_hand(model, batches, outputs_of):
-    """The gradient of the mean cross-entropy by all parameters of a plain model."""
+    """The gradient of the mean cross-entropy with respect to all parameters of a plain model."""
 
     def loss(model):
         outputs = [outputs_of(model, batch) for batch in batches]
@@ -330,7 +330,7 @@ def test_gradient_of_a_head_that_starts_at_zero_is_that_of_its_second_step(files
     batches = [next(stream) for _ in range(2)]
     model = job.base_model()
     assert not np.any(model.head.kernel[...])
-    # Zero scores: what the gradient by the head is, is known without differentiating.
+    # With zero scores the gradient with respect to the head is known without differentiating.
     labels = np.concatenate([batch["label"] for batch in batches])
     inputs = np.concatenate([
         np.asarray(model.norm(states_of(model, batch["image"])[-1]))[:, 0] for batch in batches
@@ -381,7 +381,7 @@ def test_a_run_beside_full_fine_tuning(runs, files, tmp_path, capsys):
     assert sorted(rows) == [f"blocks/0/attention/{name}" for name in ("key", "query", "value")]
     weights, adapter = load_file(files / "weights.safetensors"), load_file(runs / "circulant" / "adapter" / ADAPTER)
     for layer, row in rows.items():
-        # What is stored is the product of both vectors; the paper's factor is 1.
+        # The adapter stores the product of both vectors; the paper's factor is 1.
         D = scipy.linalg.circulant(adapter[f"{layer}/delta/c"].astype(np.float64)).T
         W = weights[f"{layer}/kernel"].reshape(10, 10).astype(np.float64)
         assert float(row["relative_norm"]) == pytest.approx(np.linalg.norm(D) / np.linalg.norm(W), rel=1e-4)
@@ -446,7 +446,7 @@ def test_a_text_run(tmp_path):
         ("LowRank", "1", "<= 1 (columns)")
     }
     rows = read(tmp_path / "x.cka.csv")
-    # Padding has no part in it: one example at a time, without any.
+    # Padding must not matter: compare with one example at a time, without padding.
     job = prepare(tiny_text.make_config(files, "stsb"), 0)
     base = job.base_model()
     full, _ = surm_jax.load_adapter(tmp_path / "full" / "adapter", base)

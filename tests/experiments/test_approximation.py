@@ -106,11 +106,11 @@ def test_bound_on_low_displacement_rank():
     G, H = rng.normal(size=(2, 2, SIDE))
     E = rng.normal(size=(SIDE, SIDE))
     W = sum(scipy.linalg.circulant(g) @ _skew_circulant(h) for g, h in zip(G, H, strict=True))
-    # One of the family: nothing is left.
+    # The bound of a member of the family is zero.
     exact = approximation.displacement_bound(W.T[None], 2)
     np.testing.assert_allclose(exact, 0, atol=1e-12)
     assert approximation.displacement_bound(W.T[None], 1)[0] > 0.01
-    # Beside it: W is as far as E is large, and the bound is not above that.
+    # Near the family: W is at most as far away as E is large, so the bound must not exceed that.
     M = W + 0.1 * E
     bound = approximation.displacement_bound(M.T[None], 2)[0]
     assert 0 < bound <= 0.1 * np.linalg.norm(E) / np.linalg.norm(M)
@@ -137,7 +137,7 @@ def test_table_marks_the_nearest_of_a_budget():
     kinds = [Kind("Circulant"), *(Kind(family, option, 1) for family, option in approximation.SIZED.items())]
     errors = dict(zip(kinds, (0.9, 0.5, 0.4, 0.6), strict=True))
     lines = approximation.error_table({"gaussian": {kind: [e, e] for kind, e in errors.items()}}).splitlines()[2:]
-    # The circulant is alone in its budget; of the others, low rank.
+    # The circulant has no rival in its budget; among the others low rank is the nearest.
     assert ["**" in line for line in lines] == [True, False, True, False]
 
 

@@ -21,14 +21,14 @@ def test_pretraining_writes_weights_that_the_job_can_read(tmp_path, monkeypatch)
     pretrain_digits.main(["--steps=60"])
     assert shipped.read_bytes() == b"what adapters were trained on"
     arrays = np.load(tmp_path / "runs" / "pretrain_digits.npz")
-    # Five digits in four directions, and nothing of the others.
+    # Five digits in four directions, and none of the other digits.
     assert set(arrays["train_labels"]) == set(arrays["test_labels"]) == set(range(20))
     assert len(arrays["train_images"]) == 4 * len(data.load("digits_0to4").train)
     config = ViTConfig.from_variant("digits", num_classes=5)
     written = tmp_path / "runs" / "pretrain_digits" / "model.safetensors"
     model = load(lambda: ViT(config, rngs=nnx.Rngs(0)), written)
     assert np.asarray(model.blocks[0].attention.query.kernel[...]).any()
-    # The run is complete, and only the file is to be replaced.
+    # The run is complete, so only the shipped file is replaced.
     pretrain_digits.main(["--steps=60", "--replace"])
     assert shipped.read_bytes() == written.read_bytes()
 

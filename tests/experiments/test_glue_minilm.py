@@ -1,4 +1,4 @@
-"""The grid on GLUE: its table and picture, what it says without a model, and a small grid from end to end."""
+"""The grid on GLUE: reports, a missing model, and a small grid from end to end."""
 
 import json
 
@@ -79,7 +79,7 @@ def test_a_small_grid(tmp_path, monkeypatch):
             f"linear_probe-{row['part']}-{row['learning_rate']:g}-{row['seed']}"
         )  # fmt: skip
         if row["part"] == "search":
-            # By what was held out, and not by the test set.
+            # A search is scored on held-out examples and not on the test set.
             (measured,) = [
                 line
                 for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())

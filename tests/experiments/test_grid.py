@@ -1,4 +1,4 @@
-"""Grids of runs: which run comes next, what is made of the rows, and going on after an interruption."""
+"""Grids of runs: the order of runs, searches, tables, rows, and continuing after an interruption."""
 
 import dataclasses
 import itertools
@@ -56,18 +56,18 @@ def test_the_grid_is_made_in_order_and_each_run_once():
     assert [key for key, _ in itertools.groupby((run.task, run.method) for run in runs)] == [
         ("stsb", "linear_probe"), ("stsb", "lora"), ("rte", "linear_probe"), ("rte", "lora"),
     ]  # fmt: skip
-    # Whichever row is lost, that run comes next.
+    # If a row is lost, its run comes next.
     for lost in rows:
         if lost["part"] == "final":
             assert GRID.missing([row for row in rows if row is not lost])[0]._asdict().items() <= lost.items()
 
 
-def test_a_part_of_a_grid_counts_its_own_runs_alone():
+def test_a_part_of_a_grid_counts_only_its_own_runs():
     _, rows = all_runs(GRID)
     part = dataclasses.replace(GRID, tasks=("rte",), rates={"lora": RATES["lora"]})
     assert not part.missing(rows)
     assert len(part.wanted(rows)) == part.size(rows) == 5
-    # Rows of another task are not its own: its search is still to be made.
+    # Rows of another task do not count.
     assert part.missing([row for row in rows if row["task"] == "stsb"]) == part.wanted([])
 
 
@@ -83,7 +83,7 @@ def test_one_search_for_all_tasks():
         "| linear_probe | 0.1, 0.2, 0.4 | 0.2 |",
         "| lora | 0.01, 0.02, 0.04 | 0.02 |",
     ]
-    # The task that was searched need not be one that counts.
+    # The searched task need not have final runs.
     other = dataclasses.replace(whole, tasks=("stsb",))
     assert not other.missing(rows)
     assert len(other.wanted(rows)) == other.size(rows) == 2 * 3 + 2 * 2
@@ -101,9 +101,9 @@ def test_the_best_rate_has_the_best_score_and_then_the_smallest_loss(scores, los
     rows = searched("rte", "lora", scores, losses)
     assert GRID.best_rate(rows, "rte", "lora") == best
     assert GRID.best_rate(rows[:2], "rte", "lora") is GRID.best_rate(rows, "stsb", "lora") is None
-    # What the final seeds scored has no say.
+    # Scores of final runs do not decide the rate.
     assert GRID.best_rate([*rows, row_of(Run("rte", "lora", "final", 0.01, 0), 0.99)], "rte", "lora") == best
-    # A rate that another call tried has.
+    # A rate that an earlier command tried does.
     other = row_of(Run("rte", "lora", "search", 0.03, 10), 0.99)
     assert GRID.best_rate([*rows, other], "rte", "lora") == 0.03
 
@@ -119,12 +119,12 @@ def tried(scores):
         ({0.01: 0.1, 0.02: 0.3, 0.04: 0.2}, None),
         ({0.01: 0.1, 0.02: 0.3, 0.04: 0.4}, 0.1),
         ({0.01: 0.5, 0.02: 0.3, 0.04: 0.4}, 0.003),
-        # It goes on while the best is at an end, up to five.
+        # The search continues while the best is at an end, up to five rates.
         ({0.003: 0.6, 0.01: 0.5, 0.02: 0.3, 0.04: 0.4}, 0.001),
         ({0.001: 0.7, 0.003: 0.6, 0.01: 0.5, 0.02: 0.3, 0.04: 0.4}, None),
-        # All the same, constant answers mostly: smaller ones.
+        # Equal scores are mostly constant answers: try smaller rates.
         ({0.01: 0.0, 0.02: 0.0, 0.04: 0.0}, 0.003),
-        # Not all of its own are tried yet.
+        # One of the first rates is not tried yet.
         ({0.01: 0.1, 0.04: 0.4}, 0.02),
     ],
 )
@@ -151,9 +151,9 @@ def test_tables_of_an_unfinished_grid():
     rows = searched("rte", "lora", (0.1, 0.3, 0.2)) + searched("rte", "linear_probe", (0.1, 0.2, 0.3))
     rows += [row_of(Run("rte", "linear_probe", "search", rate, 10), 0.3 + rate) for rate in (1.0, 3.0)]
     rows += [row_of(Run("rte", "lora", "final", 0.02, seed), score) for seed, score in ((0, 0.5), (1, 0.7))]
-    # Runs with a rate that is not the best any more do not count.
+    # Final runs with a rate that is no longer the best do not count.
     rows += [row_of(Run("rte", "linear_probe", "final", rate, seed), 0.5) for rate, seed in ((3.0, 0), (0.2, 1))]
-    # Sample deviation of two; a cell that lacks a seed says so, and a mean that lacks a task or a seed is empty.
+    # A cell that lacks a seed says so, and a mean that lacks a task or a seed is empty.
     assert score_table(GRID, rows).splitlines() == [
         "| method | trained | rte (accuracy) | mean |",
         "|---|---:|---:|---:|",
@@ -272,7 +272,7 @@ def test_what_a_run_measured(tmp_path):
         assert (folder / "result.json").is_file()
         assert list(row) == list(KINDS)
         assert row.items() >= {**run._asdict(), "metric": "accuracy", "steps": 2, "trainable": 93}.items()
-        # Of 8 held-out examples, or of 21 for testing.
+        # The score is a multiple of 1 / 8 (held out) or 1 / 21 (test set).
         count = 8 if run.part == "search" else 21
         assert count * row["score"] == pytest.approx(round(count * row["score"]), abs=1e-4)
 
@@ -305,11 +305,11 @@ def test_a_run_that_diverges_has_a_row(tmp_path, monkeypatch):
         add_row(tmp_path / "rows.csv", final)
     rows = read_rows(tmp_path / "rows.csv")
     assert rows[0] == found
-    # A search is the worst of all.
+    # A diverged search run has the worst score.
     others = [row for row in searched("rte", "lora", (0.0, 0.2, 0.0)) if row["learning_rate"] != 0.04]
     assert GRID.best_rate([*rows, *others], "rte", "lora") == 0.02
     assert GRID.metrics([*others, *rows]) == {"rte": "accuracy"}
-    # A final run is told, and the grid goes on.
+    # The table reports a diverged final run, and the grid continues.
     rows += [*others, row_of(Run("rte", "lora", "final", 0.02, 1), 0.5)]
     assert score_table(GRID, rows).splitlines()[-1] == "| lora | 40 | 1 of 2 diverged |  |"
     assert GRID.missing(rows)[0].method == "linear_probe"
@@ -317,7 +317,7 @@ def test_a_run_that_diverges_has_a_row(tmp_path, monkeypatch):
 
 def test_rows_of_other_settings_are_not_gone_on_with(tmp_path):
     path = tmp_path / "results" / "rows.csv"
-    # While there is no row, nothing is lost by a change.
+    # Without rows the settings may change.
     for steps in (4, 5):
         note_settings(path, {"steps": steps, "set": ("a=1",)})
     add_row(path, row_of(Run("rte", "lora", "search", 0.01, 10), 0.5))
@@ -325,7 +325,7 @@ def test_rows_of_other_settings_are_not_gone_on_with(tmp_path):
     with pytest.raises(UserError, match=r"another grid: steps was 5, now 6; set was \['a=1'\], now \[\]\. Move its"):
         note_settings(path, {"steps": 6, "set": ()})
     assert read_settings(path) == {"steps": 5, "set": ["a=1"]}
-    # Nor with rows of which nobody knows the settings.
+    # Rows without known settings are refused too.
     path.with_suffix(".json").unlink()
     with pytest.raises(UserError, match=r"the settings of the rows in .*rows.csv are unknown: .*json does not exist"):
         note_settings(path, {"steps": 5, "set": ()})

@@ -1,4 +1,4 @@
-"""Tables of image sets: small grids from end to end, what other calls add to them, and what is refused."""
+"""Tables of image sets: small grids from end to end, later commands that add to them, and mistakes."""
 
 import argparse
 import json
@@ -37,7 +37,7 @@ def small(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """Runs are not made but noted, with scores that follow from their learning rates."""
+    """Make no run, but note it and score it by its learning rate."""
     made = []
 
     def measure(run, config, root, interruption):
@@ -77,7 +77,7 @@ def test_a_small_grid(small, tmp_path, capsys):
     assert (noted["model"], noted["about"], noted["steps"]) == ("weights.safetensors", "all training examples", 2)
     assert f"| linear_probe | 33 | {100 * np.mean([row['score'] for row in rows[2:]]):.1f} ± " in text
     assert (tmp_path / "results" / "image_table_small.png").stat().st_size > 5000
-    # Nothing is made twice.
+    # No run is made twice.
     capsys.readouterr()
     assert small(*arguments) == rows
     assert "== run" not in capsys.readouterr().out
@@ -87,7 +87,7 @@ def test_other_calls_add_methods_and_rates(small, pretended, tmp_path, capsys):
     small("--methods", "lora", "--rates", "lora=0.1,0.2")
     assert len(pretended) == 4
     small("--methods", "circulant", "--rates", "circulant=0.1")
-    # Rates that were tried before count: the new one is the best of three, and the next above is not better.
+    # Rates tried before count: the new one is the best of three, and the next above is not better.
     small("--methods", "lora", "--rates", "lora=0.3")
     assert pretended[7:] == [
         Run("data.npz", "lora", "search", 0.3, 10),
@@ -159,7 +159,7 @@ def test_by_default_the_classes_are_those_that_the_model_never_saw(tmp_path, mon
         UserError, match=r"cifar\.json is of another grid: about was '15 tr.*', now 'all tr.*another --name"
     ):
         image_table.main(arguments)
-    # Nor does it go on with another model at the same place.
+    # Another model at the same path is refused too.
     pretrain_cifar.MODEL.write_bytes(pretrain_cifar.MODEL.read_bytes() + b" ")
     with pytest.raises(UserError, match=r"digest was '\w{16}', now '\w{16}'"):
         image_table.main([*arguments, "--vtab"])

@@ -1,4 +1,4 @@
-"""Accuracy against the share of the data: a small grid from end to end, its picture, and what is refused."""
+"""Accuracy against the share of the data: a small grid from end to end, its picture, and mistakes."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_a_small_grid(small, tmp_path, capsys):
         seen.setdefault(row["task"], []).append(images)
         assert (task.examples, held_out) == {"50%": (16, 4), "25%": (10, 0), "100%": (40, 0)}[row["task"]]
         assert len(task.dataset.test) == 21
-    # Every seed sees the same images, and the small share's are among the larger one's.
+    # Every seed sees the same images, and the smaller share is part of the larger one.
     assert all(images == several[0] for several in seen.values() for images in several)
     assert seen["25%"][0] < seen["100%"][0]
     shown = capsys.readouterr().out
@@ -60,7 +60,7 @@ def test_a_small_grid(small, tmp_path, capsys):
     assert [cell.split(" ±")[0].strip() for cell in line.split("|")[3:5]] == [f"{mean:.1f}" for mean in means]
     assert "| method | tried | 50% |" in shown
     assert (tmp_path / "results" / "low_data_small_data.npz.png").stat().st_size > 5000
-    # Nothing is made twice.
+    # No run is made twice.
     capsys.readouterr()
     assert small() == rows
     assert "== run" not in capsys.readouterr().out
@@ -68,7 +68,7 @@ def test_a_small_grid(small, tmp_path, capsys):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """Runs are not made but noted, with scores that follow from their learning rates."""
+    """Make no run, but note it and score it by its learning rate."""
     made = []
 
     def measure(run, config, root, interruption):
@@ -84,7 +84,7 @@ def test_other_calls_add_shares(small, pretended, tmp_path, capsys):
     rows = small("--shares", "50")
     assert len(pretended) == 7
     assert [(row["task"], row["part"], row["seed"]) for row in rows[5:]] == [("50%", "final", 0), ("50%", "final", 1)]
-    # In their place, whatever the order in which they were made; and a report needs neither data nor model.
+    # Shares are sorted, whatever the order of the runs, and a report needs neither data nor model.
     for name in ("data.npz", "weights.safetensors"):
         (tmp_path / name).unlink()
     (capsys.readouterr(), low_data.main(["--name=small", "--sets", "data.npz", "--report"]))
@@ -143,6 +143,6 @@ def test_the_picture_shows_cells_by_share(tmp_path):
     low_data.draw(whole, rows, tmp_path / "two.png")
     pictures = [(tmp_path / f"{name}.png").read_bytes() for name in ("empty", "one", "two")]
     assert len(set(pictures)) == 3
-    # So is a cell that lacks a seed.
+    # A cell that lacks a seed is drawn too.
     low_data.draw(whole, rows[:-1], tmp_path / "lacking.png")
     assert (tmp_path / "lacking.png").read_bytes() not in (pictures[0], pictures[1])

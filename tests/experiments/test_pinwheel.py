@@ -29,7 +29,7 @@ def test_points_lie_on_their_spokes(points):
     assert points.x.dtype == np.float32
     assert np.bincount(points.labels).tolist() == [40] * 5
     spoke = points.x[:, 0] + 1j * points.x[:, 1]
-    # Turned back by the angle of the spoke and by that of the distance, all points lie about (1, 0).
+    # Without the turns by spoke and by distance, all points lie around (1, 0).
     back = spoke * np.exp(-1j * (2 * np.pi * points.labels / 5 + np.exp(np.abs(spoke)) / 4))
     assert abs(back.real.mean() - 1) < 0.1
     assert 0.2 < back.real.std() < 0.4
@@ -123,7 +123,7 @@ def test_the_whole_experiment(tmp_path, monkeypatch):
     assert [(row["layer"], row["bottom"], row["seed"]) for row in rows] == cells
     assert all(0 < float(row["cka"]) < 1 for row in rows)
     assert all(0 < float(row["test_loss"]) < 3 for row in rows)
-    # Two seeds: each is the other's next one.
+    # With two seeds each is the next of the other.
     assert rows[0]["cka"] == rows[1]["cka"] != rows[2]["cka"]
     text = "\n".join(pinwheel.tables(tmp_path).values())
     assert text.count("| toeplitz | 127 |") == 2

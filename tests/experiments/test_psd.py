@@ -74,7 +74,7 @@ def test_no_search_finds_a_better_product(make, name, objective):
     rng = np.random.default_rng(0)
     starts = 0.3 * rng.normal(size=(3, 50))
     found = [scipy.optimize.minimize(objective, start, args=(M,), jac=True, method="L-BFGS-B").fun for start in starts]
-    # Quartic, but without local minima: every search arrives at the closed form, and none below.
+    # The objective is quartic but has no local minima: every search arrives at the closed form.
     np.testing.assert_allclose(np.sqrt(2 * np.array(found)) / np.linalg.norm(M), error, atol=1e-5)
 
 
@@ -92,7 +92,7 @@ def test_study_descends_to_the_optimum_and_writes_what_it_found(tmp_path, monkey
         if row["descent"]:
             assert float(row["optimum"]) - 1e-5 <= float(row["descent"]) <= float(row["optimum"]) + 2e-3
     text = capsys.readouterr().out
-    # By the exact optima: no trial of the order for two columns, every trial for five hundred.
+    # With exact optima the order holds in no trial for two columns, and in every trial for five hundred.
     whole = [line for line in text.splitlines() if line.startswith(("| 2 |", "| 500 |"))]
     assert [line.split("|")[-2].strip() for line in whole] == ["0 of 2", "2 of 2"]
     fitted = [row for row in rows if row["descent"]]
