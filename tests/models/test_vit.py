@@ -12,6 +12,7 @@ from flax import nnx
 import surm_jax
 from surm_jax.errors import UserError
 from surm_jax.models import REMAT, TARGETS, ViT, ViTConfig
+from tests.speeds import fast
 
 # Parameters with 1,000 classes. The official ones are MODEL_SIZES of vision_transformer's models_test.py.
 SIZES = {
@@ -80,7 +81,7 @@ class TestGeometry:
             assert (config.image_size, config.patch_size) == (224, int(patch))
             assert dataclasses.replace(config, patch_size=16) == ViTConfig.from_variant(f"{size}/16", num_classes=1000)
 
-    @pytest.mark.parametrize("variant", SIZES)
+    @pytest.mark.parametrize("variant", fast(SIZES))
     def test_golden_size(self, variant):
         model = abstract(ViTConfig.from_variant(variant, num_classes=1000))
         assert sum(variable.size for variable in parameter_paths(model).values()) == SIZES[variant]
@@ -245,7 +246,7 @@ class TestForward:
 
 
 class TestPrecisionAndMemory:
-    @pytest.mark.parametrize("execution", ["fft", "dense"])
+    @pytest.mark.parametrize("execution", fast(["fft", "dense"]))
     def test_adapters_are_float32_over_a_bfloat16_base(self, execution):
         base = tiny(dtype="bfloat16", param_dtype="bfloat16")
         rules = [surm_jax.Rule(TARGETS["qkv"], surm_jax.CirculantUpdate())]
@@ -266,6 +267,7 @@ class TestPrecisionAndMemory:
         assert kernels
         assert set(kernels.values()) == {jnp.dtype("bfloat16")}
 
+    @pytest.mark.exhaustive
     def test_remat_changes_memory_alone(self):
         def value_and_grad(remat):
             rules = [surm_jax.Rule(TARGETS["all-linear"], surm_jax.LoRA())]

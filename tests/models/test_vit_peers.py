@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from surm_jax.pretrained.hf import ARCHITECTURES, architecture_of
 from tests.pretrained.hf.hf_trees import read_tree, written_tree
+from tests.speeds import fast
 
 REASON = "compares with a PyTorch library: pip install -r requirements-peers.txt"
 torch = pytest.importorskip("torch", reason=REASON)
@@ -126,7 +127,7 @@ def relative_error(ours, theirs):
     return np.linalg.norm(np.asarray(ours) - theirs) / np.linalg.norm(theirs)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", fast(CASES))
 def test_hidden_states_logits_and_gradients(name):
     images, by_logits = normal(0, 3, 8, 8, 2), normal(1, 3, CLASSES)
     inputs = pixels(images).requires_grad_()
@@ -147,7 +148,7 @@ def test_hidden_states_logits_and_gradients(name):
     assert relative_error(by_images, inputs.grad.numpy().transpose(0, 2, 3, 1)) <= 1e-4
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", fast(CASES))
 def test_another_image_size(name):
     images = normal(2, 2, 12, 12, 2)
     # DINOv2 always interpolates where it has to.
@@ -161,7 +162,7 @@ def test_another_image_size(name):
     assert relative_error(ours, theirs) <= 1e-5
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", fast(CASES))
 def test_what_they_save_is_read_and_written_bit_for_bit(name, tmp_path):
     peer(name).save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
@@ -177,7 +178,7 @@ def test_what_they_save_is_read_and_written_bit_for_bit(name, tmp_path):
         assert written[key].tobytes() == array.tobytes(), key
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", fast(CASES))
 def test_configurations_go_there_and_back(name, tmp_path):
     model, architecture = read_peer(name)
     written = architecture.write_config(model.config)
@@ -203,7 +204,7 @@ def test_configurations_go_there_and_back(name, tmp_path):
         assert torch.equal(loaded.state_dict()[key], value), key
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", fast(OTHERS))
 def test_bodies_of_other_checkpoints(name, tmp_path):
     fresh = () if name == "text_and_images" else ("head/",)
     in_memory, architecture = read_peer(name, fresh)

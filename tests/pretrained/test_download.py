@@ -203,6 +203,7 @@ def _download(url):
     return download(url).read_bytes() == CONTENT
 
 
+@pytest.mark.exhaustive
 def test_several_processes_fetch_it_once(server):
     server.delay = 1.0
     with multiprocessing.get_context("spawn").Pool(3) as pool:

@@ -268,6 +268,7 @@ def test_no_network_says_at_once_what_to_put_where(fake, tmp_path, monkeypatch):
     assert_says_what_to_do(str(error.value), "http://127.0.0.1:9/google/vit", tmp_path / "ours")
 
 
+@pytest.mark.exhaustive
 def test_environment_and_offline_mode(fake, tmp_path):
     """The variables of the library count, and what is cached is used in its offline mode."""
     fake.repositories |= {"google/vit": {"main": WHOLE}, "google/bert": {"main": TEXT | TOKENIZERS[0]}}

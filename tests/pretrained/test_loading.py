@@ -193,6 +193,7 @@ print(held, memory("VmHWM") - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of memory from Linux's /proc")
+@pytest.mark.exhaustive
 def test_memory_is_the_model_once(tmp_path):
     """Of a model of 300 MB; what a small one needs, JAX and compiled programs, is not counted."""
     fields = {

@@ -8,6 +8,7 @@ import pytest
 
 from surm_jax.data import ArraySource, eval_batches, eval_image, load, train_batches
 from surm_jax.errors import UserError
+from tests.speeds import fast
 
 
 def numbered(count: int) -> ArraySource:
@@ -110,7 +111,7 @@ def test_going_back_discards_what_was_read_ahead():
     assert not np.array_equal(first[0]["label"], then[0]["label"])
 
 
-@pytest.mark.parametrize("process_count", [2, 3, 4])
+@pytest.mark.parametrize("process_count", fast([2, 3, 4]))
 def test_processes_together_make_the_batch_of_one(process_count):
     source = numbered(10)
     whole = take(training(source, batch_size=12), 9)

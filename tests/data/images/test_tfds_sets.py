@@ -283,6 +283,7 @@ print("read without TensorFlow")
 """
 
 
+@pytest.mark.exhaustive
 def test_tensorflow_is_not_needed(prepare, tmp_path):
     prepare()
     done = subprocess.run(
@@ -292,6 +293,7 @@ def test_tensorflow_is_not_needed(prepare, tmp_path):
     assert "read without TensorFlow" in done.stdout
 
 
+@pytest.mark.exhaustive
 def test_real_cifar10(shared):
     data = load("cifar10", shared / "tfds")
     assert (len(data.train), len(data.test)) == (50_000, 10_000)

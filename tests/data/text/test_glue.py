@@ -12,6 +12,7 @@ from array_record.python import array_record_module
 from surm_jax.data import GLUE_TASKS, load
 from surm_jax.errors import UserError
 from tests.data.images.test_tfds_sets import field, varint
+from tests.speeds import fast
 
 
 def example(row: dict[str, str | int | float]) -> bytes:
@@ -183,7 +184,7 @@ REAL = {
 }
 
 
-@pytest.mark.parametrize("task", REAL)
+@pytest.mark.parametrize("task", fast(REAL, "rte"))
 def test_the_real_tasks(shared, task):
     data = load(f"glue/{task}", shared / "tfds")
     train, tests, classes = REAL[task]
@@ -198,6 +199,7 @@ def test_the_real_tasks(shared, task):
         assert data.train.labels[index] == np.asarray(record["label"], data.train.labels.dtype)
 
 
+@pytest.mark.exhaustive
 def test_stray_control_characters_stay(shared):
     for task in ("cola", "stsb"):
         sentences = load(f"glue/{task}", shared / "tfds").train.sentences

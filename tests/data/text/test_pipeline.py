@@ -233,6 +233,7 @@ def test_sorting_wastes_less():
     assert_little_waste(source_of(sizes), (16, 32, 48, 64, 96, 128), 0.6)
 
 
+@pytest.mark.exhaustive
 def test_sorting_wastes_less_on_mrpc(shared, tmp_path):
     (tmp_path / "vocab.txt").write_bytes((shared / "data" / "weights" / "bert_base_uncased_vocab.txt").read_bytes())
     source = load_tokenizer(tmp_path).encode(load("glue/mrpc", shared / "tfds").train, 128)

@@ -11,6 +11,7 @@ import tokenizers
 
 from surm_jax.data import TextSource, load, load_tokenizer
 from surm_jax.errors import UserError
+from tests.speeds import fast
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 WORDS = ["it", "rain", "##s", "and", "pour", "zoe", "zoë", "It", "雨", "."]
@@ -281,8 +282,8 @@ def all_pairs(texts):
     return text(*[(first, second) for first in texts for second in texts])
 
 
-@pytest.mark.parametrize("max_length", [8, 32, 128])
-@pytest.mark.parametrize("task", ["rte", "mrpc", "stsb"])
+@pytest.mark.parametrize("max_length", fast([8, 32, 128], 32))
+@pytest.mark.parametrize("task", fast(["rte", "mrpc", "stsb"]))
 def test_real_pairs_with_the_files_of_minilm(shared, minilm, task, max_length):
     pairs = load(f"glue/{task}", shared / "tfds").tests["test"]
     lengths = assert_as_in_transformers(minilm, pairs, max_length)
@@ -299,6 +300,7 @@ def bert_base(shared, tmp_path):
 
 @pytest.mark.parametrize("max_length", [32, 128])
 @pytest.mark.parametrize("task", ["rte", "mrpc", "stsb", "cola"])
+@pytest.mark.exhaustive
 def test_real_pairs_with_the_vocabulary_of_bert(shared, bert_base, task, max_length):
     data = load(f"glue/{task}", shared / "tfds")
     for source in (data.train.select(range(500)), data.tests["test"]):
@@ -314,7 +316,7 @@ def test_hostile_text_with_the_vocabulary_of_bert(bert_base, config):
 
 
 @pytest.mark.parametrize("config", [{}, {"add_prefix_space": True}])
-@pytest.mark.parametrize("max_length", [8, 32, 512])
+@pytest.mark.parametrize("max_length", fast([8, 32, 512]))
 def test_hostile_text_with_byte_pairs(roberta, tmp_path, config, max_length):
     shutil.copytree(roberta, tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
@@ -323,6 +325,7 @@ def test_hostile_text_with_byte_pairs(roberta, tmp_path, config, max_length):
     assert_as_in_transformers(tmp_path, text(*[(sentence,) for sentence in HOSTILE]), max_length)
 
 
+@pytest.mark.exhaustive
 def test_real_pairs_with_byte_pairs(shared, roberta, tmp_path):
     shutil.copytree(roberta, tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.json").write_text('{"model_type": "roberta"}')

@@ -13,6 +13,7 @@ from flax import nnx
 
 from surm_jax.models import Bert, BertConfig, ViT, ViTConfig
 from surm_jax.pretrained import from_pretrained, save_huggingface
+from tests.speeds import fast
 
 REASON = "compares with a PyTorch library: pip install -r requirements-peers.txt"
 torch = pytest.importorskip("torch", reason=REASON)
@@ -97,7 +98,7 @@ def assert_close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", fast(CASES))
 def test_there_and_back(name, tmp_path):
     config = CASES[name]
     model = random_model(config)
@@ -122,6 +123,7 @@ def test_there_and_back(name, tmp_path):
         np.testing.assert_array_equal(ours[...], same[...], err_msg=str(path))
 
 
+@pytest.mark.exhaustive
 def test_half_precision_on_their_side(tmp_path):
     config = CASES["ViTForImageClassification"]
     save_huggingface(tmp_path / "ours", random_model(config), config)
@@ -132,6 +134,7 @@ def test_half_precision_on_their_side(tmp_path):
         assert_close(our_logits(ours, inputs_of(config)), their_logits(peer.float(), inputs_of(config)))
 
 
+@pytest.mark.exhaustive
 def test_a_bfloat16_model_is_theirs_to_the_bit(tmp_path):
     config = ViTConfig(**IMAGE, param_dtype="bfloat16")
     model = random_model(config)
@@ -141,6 +144,7 @@ def test_a_bfloat16_model_is_theirs_to_the_bit(tmp_path):
     assert_close(our_logits(model, inputs_of(config)), their_logits(peer, inputs_of(config)))
 
 
+@pytest.mark.exhaustive
 def test_pickles_and_their_way_out(tmp_path):
     config = CASES["ViTForImageClassification"]
     save_huggingface(tmp_path / "ours", random_model(config), config)
@@ -153,6 +157,7 @@ def test_pickles_and_their_way_out(tmp_path):
     assert from_pretrained(tmp_path / "ours").config == config
 
 
+@pytest.mark.exhaustive
 def test_the_body_of_a_clip_model_under_another_head(tmp_path):
     """What CLIPForImageClassification reads is another head of the same body."""
     theirs = transformers.CLIPVisionModelWithProjection(
