@@ -113,7 +113,7 @@ def with_kernels(model: Model, head, added: dict[str, np.ndarray]) -> Model:
 
 def test_a_pretrained_model(tmp_path, monkeypatch):
     config = ViTConfig.from_variant("digits", num_classes=5, pool="token", activation="gelu", epsilon=1e-12)
-    save_huggingface(tmp_path / "vit", ViT(config, rngs=nnx.Rngs(0)), config)
+    save_huggingface(tmp_path / "vit", ViT(config, rngs=nnx.Rngs(0)))
     monkeypatch.setattr("surm_jax.pretrained.hub.fetch", lambda source: tmp_path / "vit")
     names = {}
     exec(code("python", GUIDE)[1], names)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.files import replacing
-from surm_jax.models import MODELS, Config
+from surm_jax.models import MODELS, Config, Model
 from surm_jax.paths import join
 from surm_jax.pretrained.checkpoint import Checkpoint, require_same
 from surm_jax.pretrained.normalization import Normalization, checked_normalization
@@ -27,8 +27,7 @@ FORMAT = "surm_jax.model.1"
 
 def save_model(
     path: Path | str,
-    model: nnx.Module,
-    config: Any,
+    model: Model,
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> None:
     """Write all parameters of a model, each in its dtype, and its configuration to one file, atomically.
@@ -36,7 +35,6 @@ def save_model(
     Args:
         path: The file, which ends in `.safetensors` and is replaced if it exists.
         model: The model, whose `nnx.Param`s are written under their `/`-joined paths.
-        config: The configuration that the model was built from.
         normalization: Mean and standard deviation of each channel, with which pixels in [0, 1] were normalised for the
             model; `None` means pixels in [-1, 1]. `image_normalization` reads them again.
 
@@ -49,7 +47,11 @@ def save_model(
     tensors = {
         join(keys): np.asarray(variable[...]) for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
-    header = {"format": FORMAT, "model": type(config).__name__, "config": json.dumps(dataclasses.asdict(config))}
+    header = {
+        "format": FORMAT,
+        "model": type(model.config).__name__,
+        "config": json.dumps(dataclasses.asdict(model.config)),
+    }
     if normalization is not None:
         header["normalization"] = json.dumps([[*map(float, values)] for values in normalization])
     try:

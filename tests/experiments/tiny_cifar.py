@@ -33,4 +33,4 @@ def write_model(path: Path) -> None:
     """Writes a model of random weights."""
     config = ViTConfig(**GEOMETRY, num_classes=5)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_model(path, load(lambda: ViT(config, rngs=nnx.Rngs(5)), None), config)
+    save_model(path, load(lambda: ViT(config, rngs=nnx.Rngs(5)), None))

@@ -122,7 +122,7 @@ def _augreg(save) -> Subject:
 def _native() -> Subject:
     def write(folder: Path) -> None:
         model = _vit()
-        save_model(folder / "vit.safetensors", model, model.config)
+        save_model(folder / "vit.safetensors", model)
         _sort_header(folder / "vit.safetensors")
 
     return Subject(write, lambda folder: _arrays(from_pretrained(folder / "vit.safetensors")))
@@ -139,7 +139,7 @@ def _sort_header(path: Path) -> None:
 def _huggingface(make: Callable[[], nnx.Module]) -> Subject:
     def write(folder: Path) -> None:
         model = make()
-        save_huggingface(folder, model, model.config)
+        save_huggingface(folder, model)
 
     return Subject(write, lambda folder: _arrays(from_pretrained(folder)))
 
@@ -147,7 +147,7 @@ def _huggingface(make: Callable[[], nnx.Module]) -> Subject:
 def _shards() -> Subject:
     def write(folder: Path) -> None:
         model = _vit(activation="gelu")
-        save_huggingface(folder, model, model.config)
+        save_huggingface(folder, model)
         tensors = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
         names = sorted(tensors)

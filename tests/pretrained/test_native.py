@@ -50,7 +50,7 @@ def random_model():
 def saved(tmp_path):
     """A file, and the model in it."""
     model = random_model()
-    save_model(tmp_path / "deep" / "vit.safetensors", model, config())
+    save_model(tmp_path / "deep" / "vit.safetensors", model)
     return tmp_path / "deep" / "vit.safetensors", model
 
 
@@ -73,7 +73,7 @@ def test_head_is_fresh_by_default_even_if_its_shape_fits(saved):
 def test_tensors_are_named_by_path_and_keep_their_dtype(tmp_path):
     model = random_model()
     model.norm.scale = nnx.Param(jnp.full(6, 1.5, jnp.bfloat16))
-    save_model(tmp_path / "vit.safetensors", model, config())
+    save_model(tmp_path / "vit.safetensors", model)
     stored = load_file(tmp_path / "vit.safetensors")
     assert stored.keys() == arrays(model).keys()
     assert stored["norm/scale"].dtype == ml_dtypes.bfloat16
@@ -91,7 +91,7 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(UserError, match="disk full"):
-        save_model(path, model, config())
+        save_model(path, model)
     assert path.read_bytes() == before
     assert len(list(path.parent.iterdir())) == 1
 
@@ -104,7 +104,7 @@ def test_others_may_read_the_file(saved):
 
 def test_suffix(saved, tmp_path):
     with pytest.raises(UserError, match=r"ends in '.safetensors', got .*vit\.npz"):
-        save_model(tmp_path / "vit.npz", saved[1], config())
+        save_model(tmp_path / "vit.npz", saved[1])
 
 
 def test_another_geometry_names_the_fields(saved):
@@ -150,7 +150,7 @@ def test_position_embeddings_are_resized_as_augregs_are(saved):
 def test_position_embeddings_with_a_distillation_token_are_resized(tmp_path):
     distilled = config(distillation=True)
     model = load(lambda: ViT(distilled, rngs=nnx.Rngs(5)), None)
-    save_model(tmp_path / "vit.safetensors", model, distilled)
+    save_model(tmp_path / "vit.safetensors", model)
     larger = build(path=tmp_path / "vit.safetensors", distillation=True, image_size=20)
     embed = np.asarray(model.position_embed[...])
     np.testing.assert_array_equal(larger.position_embed[:, :2], embed[:, :2])
@@ -161,7 +161,7 @@ def test_position_embeddings_with_a_distillation_token_are_resized(tmp_path):
 def test_a_file_knows_how_pixels_were_normalised(saved):
     path, model = saved
     assert image_normalization(path) is None
-    save_model(path, model, config(), (np.float32([0.5, 0.25, 0.125]), (1, 2, 3)))
+    save_model(path, model, (np.float32([0.5, 0.25, 0.125]), (1, 2, 3)))
     assert image_normalization(path) == ((0.5, 0.25, 0.125), (1.0, 2.0, 3.0))
     build(path=path)
     # What lies beside it is of another model.
@@ -179,7 +179,7 @@ def test_a_damaged_normalization_is_told(saved, entry):
 def test_position_embeddings_of_a_half_precision_model_are_resized_to_it(saved):
     path, model = saved
     model.position_embed = nnx.Param(model.position_embed[...].astype(jnp.bfloat16))
-    save_model(path, model, config())
+    save_model(path, model)
     assert build(path=path, image_size=20, param_dtype="bfloat16").position_embed.dtype == jnp.bfloat16
 
 

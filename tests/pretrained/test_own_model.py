@@ -73,7 +73,7 @@ def test_a_folder_is_read(folder):
 
 def test_a_folder_is_written_as_it_was_read(folder, tmp_path):
     model = from_pretrained(folder)
-    save_huggingface(tmp_path / "written", model, model.config)
+    save_huggingface(tmp_path / "written", model)
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "written"))
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -84,7 +84,7 @@ def test_a_folder_is_written_as_it_was_read(folder, tmp_path):
 
 def test_a_file_of_our_own_is_written_and_read(folder, tmp_path):
     model = from_pretrained(folder)
-    save_model(tmp_path / "mixer.safetensors", model, model.config)
+    save_model(tmp_path / "mixer.safetensors", model)
     again = from_pretrained(tmp_path / "mixer.safetensors")
     for (path, one), (_, other) in zip(*(nnx.to_flat_state(nnx.state(m)) for m in (model, again)), strict=True):
         np.testing.assert_array_equal(one[...], other[...], err_msg=str(path))

@@ -34,7 +34,7 @@ def source(tmp_path_factory):
     graphdef, state = nnx.split(model)
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape).astype(np.float32), state)
-    save_huggingface(folder, nnx.merge(graphdef, state), VIT)
+    save_huggingface(folder, nnx.merge(graphdef, state))
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
     return folder
 
@@ -94,7 +94,7 @@ def test_what_does_not_fit(tiny_files, source, values, message):
 
 def test_a_model_of_text_is_refused(tiny_files, tmp_path):
     text = BertConfig.from_variant("tiny", vocab_size=20, width=8, heads=2, mlp_width=8, depth=1)
-    save_huggingface(tmp_path / "bert", load(lambda: Bert(text, rngs=nnx.Rngs(0)), None), text)
+    save_huggingface(tmp_path / "bert", load(lambda: Bert(text, rngs=nnx.Rngs(0)), None))
     with pytest.raises(UserError, match=r"holds a Bert, which reads text, but config\.data\.name asks for a model of images"):
         prepare(config(tiny_files, tmp_path / "bert"), 0)
 

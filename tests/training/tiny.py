@@ -33,7 +33,7 @@ def write_files(folder: Path) -> Path:
         arrays[f"{split}_labels"] = np.arange(count) % 3
     np.savez(folder / "data.npz", **arrays)
     vit = ViTConfig(**GEOMETRY, num_classes=3)
-    save_model(folder / "weights.safetensors", load(lambda: ViT(vit, rngs=nnx.Rngs(5)), None), vit)
+    save_model(folder / "weights.safetensors", load(lambda: ViT(vit, rngs=nnx.Rngs(5)), None))
     return folder
 
 

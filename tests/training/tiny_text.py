@@ -58,7 +58,7 @@ def write_bert(folder: Path, config: BertConfig) -> None:
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda array: array + 0.2 * rng.normal(size=array.shape).astype(np.float32), state)
     files = [folder.parent / name for name in ("vocab.txt", "tokenizer_config.json")]
-    save_huggingface(folder, nnx.merge(graphdef, state), config, files=files)
+    save_huggingface(folder, nnx.merge(graphdef, state), files=files)
 
 
 def write_task(folder: Path, task: str, seed: int) -> None:

@@ -19,7 +19,7 @@ from flax import nnx
 
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.files import read_json, replacing_folder
-from surm_jax.models import Config, model_class
+from surm_jax.models import Config, Model, model_class
 from surm_jax.paths import join
 from surm_jax.pretrained.checkpoint import Checkpoint, reads_head, require_same
 from surm_jax.pretrained.hf.architecture import ARCHITECTURES, Architecture, Names, architecture_of
@@ -126,8 +126,7 @@ def read_architecture(path: Path) -> tuple[Architecture, dict[str, Any]]:
 
 def save_huggingface(
     folder: Path | str,
-    model: nnx.Module,
-    config: Any,
+    model: Model,
     labels: Sequence[str] | None = None,
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     files: Sequence[Path] = (),
@@ -140,7 +139,6 @@ def save_huggingface(
     Args:
         folder: The folder, which is replaced if it holds such a model and nothing else.
         model: The model, without adapters: merge them first.
-        config: The configuration that the model was built from.
         labels: The names of the classes, in the order of the outputs.
         normalization: Mean and standard deviation of each channel, with which pixels in [0, 1] were normalised for the
             model; written as `preprocessor_config.json`.
@@ -152,6 +150,7 @@ def save_huggingface(
     """
     folder = Path(folder)
     _require_free(folder, {CONFIG_NAME, WEIGHTS_NAME, PREPROCESSOR_NAME, *(path.name for path in files)})
+    config = model.config
     architecture = architecture_of(config)
     fields = architecture.write_config(config)
     if labels is not None:

@@ -65,7 +65,7 @@ def vit():
 
 @pytest.fixture
 def folder(tmp_path, vit):
-    save_huggingface(tmp_path / "vit", vit, vit.config)
+    save_huggingface(tmp_path / "vit", vit)
     return tmp_path / "vit"
 
 
@@ -113,7 +113,7 @@ def test_one_file_beside_its_configuration(folder, vit):
 
 def test_our_own_file_in_their_folder(folder, vit):
     """What a file is, its header says: the name of the folder's files does not count."""
-    save_model(folder / "ours.safetensors", vit, vit.config)
+    save_model(folder / "ours.safetensors", vit)
     assert_same(read(folder / "ours.safetensors"), vit)
 
 
@@ -265,7 +265,7 @@ def test_from_pretrained(folder, vit):
 
 def test_a_new_task_has_both_layers_of_robertas_classifier_anew(tmp_path):
     roberta = random_model(Bert, BertConfig(**ROBERTA))
-    save_huggingface(tmp_path / "roberta", roberta, roberta.config)
+    save_huggingface(tmp_path / "roberta", roberta)
     model = from_pretrained(tmp_path / "roberta", num_classes=5)
     assert not np.allclose(model.pooler.kernel[...], roberta.pooler.kernel[...])
     np.testing.assert_array_equal(model.embed_norm.scale[...], roberta.embed_norm.scale[...])
@@ -282,7 +282,7 @@ def test_norms_under_the_names_of_tensorflow(tmp_path):
     """`google-bert/bert-base-uncased` is such a file: a prefix, gamma and beta, and the heads of pretraining."""
     config = BertConfig.from_variant("tiny", vocab_size=20, width=8, heads=2, mlp_width=8, depth=2)
     model = random_model(Bert, config)
-    save_huggingface(tmp_path / "bert", model, config)
+    save_huggingface(tmp_path / "bert", model)
 
     def age(tensors):
         old = {}
@@ -303,20 +303,20 @@ def test_norms_under_the_names_of_tensorflow(tmp_path):
 
 
 def test_labels(tmp_path, vit):
-    save_huggingface(tmp_path / "vit", vit, vit.config, labels=["cat", "dog", "owl"])
+    save_huggingface(tmp_path / "vit", vit, labels=["cat", "dog", "owl"])
     fields = json.loads((tmp_path / "vit" / "config.json").read_text())
     assert fields["id2label"] == {"0": "cat", "1": "dog", "2": "owl"}
     assert fields["label2id"] == {"cat": 0, "dog": 1, "owl": 2}
     assert model_config(tmp_path / "vit") == (ViT, vit.config)
     for labels, message in ((["cat"], "3 classes, but there are 1 labels"), (["a", "b", "a"], "got 'a' 2 times")):
         with pytest.raises(UserError, match=message):
-            save_huggingface(tmp_path / "other", vit, vit.config, labels=labels)
+            save_huggingface(tmp_path / "other", vit, labels=labels)
     assert not (tmp_path / "other").exists()
 
 
 def test_norms_of_a_bfloat16_model_are_not_rounded_on_their_side(tmp_path):
     model = random_model(ViT, ViTConfig(**VIT, param_dtype="bfloat16"))
-    save_huggingface(tmp_path / "vit", model, model.config)
+    save_huggingface(tmp_path / "vit", model)
     stored = load_file(tmp_path / "vit" / "model.safetensors")
     assert (stored[KERNEL].dtype, stored["vit.layernorm.weight"].dtype) == (jnp.bfloat16, jnp.float32)
     # `from_pretrained` of transformers casts all to this.
@@ -325,13 +325,13 @@ def test_norms_of_a_bfloat16_model_are_not_rounded_on_their_side(tmp_path):
 
 
 def test_only_a_model_is_replaced(folder, vit):
-    save_huggingface(folder, vit, vit.config, labels=["a", "b", "c"])
+    save_huggingface(folder, vit, labels=["a", "b", "c"])
     assert "a" in (folder / "config.json").read_text()
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds 'notes\.txt', which does not belong to a model"):
-        save_huggingface(folder, vit, vit.config)
+        save_huggingface(folder, vit)
     with pytest.raises(UserError, match=r"notes\.txt is a file"):
-        save_huggingface(folder / "notes.txt", vit, vit.config)
+        save_huggingface(folder / "notes.txt", vit)
     assert (folder / "notes.txt").read_text() == "mine"
 
 
@@ -343,9 +343,16 @@ def test_a_failed_save_leaves_the_old_folder(folder, vit, monkeypatch):
 
     monkeypatch.setattr(huggingface, "write_tensors", fail)
     with pytest.raises(UserError, match="disk full"):
-        save_huggingface(folder, vit, vit.config, labels=["a", "b", "c"])
+        save_huggingface(folder, vit, labels=["a", "b", "c"])
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["vit"]
+
+
+def described_by(model, config):
+    """The same parameters under another configuration."""
+    model = nnx.clone(model)
+    model.config = config
+    return model
 
 
 def test_what_is_saved_must_be_the_model_of_the_configuration(tmp_path, vit):
@@ -356,7 +363,7 @@ def test_what_is_saved_must_be_the_model_of_the_configuration(tmp_path, vit):
         ({"mlp_width": 12}, r"'blocks/0/mlp/.*' has shape \(10.*, but its configuration says \(12"),
     ):
         with pytest.raises(UserError, match=message):
-            save_huggingface(tmp_path / "vit", vit, ViTConfig(**{**VIT, **changes}))
+            save_huggingface(tmp_path / "vit", described_by(vit, ViTConfig(**{**VIT, **changes})))
     with pytest.raises(UserError, match="transformers has no such ViT"):
-        save_huggingface(tmp_path / "vit", vit, ViTConfig(**VIT, pre_norm=True))
+        save_huggingface(tmp_path / "vit", described_by(vit, ViTConfig(**VIT, pre_norm=True)))
     assert not (tmp_path / "vit").exists()

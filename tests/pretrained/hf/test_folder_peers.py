@@ -103,7 +103,7 @@ def test_there_and_back(name, tmp_path):
     config = CASES[name]
     model = random_model(config)
     labels = None if "MaskedLM" in name or "Projection" in name else ["ant", "bee", "cat", "dog", "elk"]
-    save_huggingface(tmp_path / "ours", model, config, labels)
+    save_huggingface(tmp_path / "ours", model, labels)
     peer, info = getattr(transformers, name).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
     if labels:
@@ -126,7 +126,7 @@ def test_there_and_back(name, tmp_path):
 @pytest.mark.exhaustive
 def test_half_precision_on_their_side(tmp_path):
     config = CASES["ViTForImageClassification"]
-    save_huggingface(tmp_path / "ours", random_model(config), config)
+    save_huggingface(tmp_path / "ours", random_model(config))
     for dtype in (torch.float16, torch.bfloat16):
         peer = transformers.ViTForImageClassification.from_pretrained(tmp_path / "ours", dtype=dtype)
         peer.save_pretrained(tmp_path / "half")
@@ -138,7 +138,7 @@ def test_half_precision_on_their_side(tmp_path):
 def test_a_bfloat16_model_is_theirs_to_the_bit(tmp_path):
     config = ViTConfig(**IMAGE, param_dtype="bfloat16")
     model = random_model(config)
-    save_huggingface(tmp_path / "ours", model, config)
+    save_huggingface(tmp_path / "ours", model)
     peer = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "ours")
     np.testing.assert_array_equal(model.norm.scale[...], peer.vit.layernorm.weight.detach().numpy())
     assert_close(our_logits(model, inputs_of(config)), their_logits(peer, inputs_of(config)))
@@ -147,7 +147,7 @@ def test_a_bfloat16_model_is_theirs_to_the_bit(tmp_path):
 @pytest.mark.exhaustive
 def test_pickles_and_their_way_out(tmp_path):
     config = CASES["ViTForImageClassification"]
-    save_huggingface(tmp_path / "ours", random_model(config), config)
+    save_huggingface(tmp_path / "ours", random_model(config))
     peer = transformers.ViTForImageClassification.from_pretrained(tmp_path / "ours")
     (tmp_path / "ours" / "model.safetensors").unlink()
     torch.save(peer.state_dict(), tmp_path / "ours" / "pytorch_model.bin")
