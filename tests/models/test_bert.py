@@ -262,7 +262,7 @@ class TestForward:
         assert {state.dtype for state in hidden} == {jnp.dtype("bfloat16")}
         assert 1e-4 < relative_error(logits, exact) < 0.05  # rounding to 8 bits shows, and no more
 
-    @pytest.mark.parametrize("name", ["classifier", "mlm"])
+    @pytest.mark.parametrize("name", fast(["classifier", "mlm"]))
     def test_gradients_reach_every_parameter_and_are_finite_even_of_padding_alone(self, name):
         graphdef, state = nnx.split(tiny(**MODELS[name]))
         tokens, mask, types = batch(3)

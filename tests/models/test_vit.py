@@ -207,7 +207,7 @@ class TestForward:
         expected = read @ np.asarray(model.head.kernel[...]) + np.asarray(model.head.bias[...])
         np.testing.assert_allclose(logits(model, images()), expected, rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("pool", ["token", "mean"])
+    @pytest.mark.parametrize("pool", fast(["token", "mean"]))
     def test_bfloat16_compute_is_near_float32(self, pool):
         exact = logits(tiny(pool=pool), images())
         model = tiny(pool=pool, dtype="bfloat16")

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from surm_jax.models import Config, Model, register_model
+from surm_jax.models import Blocks, Config, Model, register_model
 from surm_jax.pretrained.hf import CONV, LINEAR, Architecture, Name, register_architecture
-from surm_jax.pretrained.normalization import HALF
+from surm_jax.pretrained.normalization import Normalization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,29 +34,39 @@ class PatchMixerConfig(Config):
     RUNTIME_FIELDS: ClassVar[tuple[str, ...]] = ("dropout", "dtype", "param_dtype", "remat")
 
 
+class Layer(nnx.Module):
+    """`x + relu(x W + b)`."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        return x + jax.nn.relu(self.dense(x))
+
+
 @register_model
 class PatchMixer(Model):
     """Patches, a few layers on each, their mean, and a head."""
 
     config_class: ClassVar[type[Config]] = PatchMixerConfig
     reads: ClassVar[str] = "images"
-    adapter_targets: ClassVar[Mapping[str, str]] = {"qkv": r"layers/\d+", "all-linear": r"layers/\d+"}
+    adapter_targets: ClassVar[Mapping[str, str]] = {"qkv": r"blocks/\d+/dense"}
 
     def __init__(self, config: PatchMixerConfig, *, rngs: nnx.Rngs):
         self.config = config
         patch = (config.patch_size, config.patch_size)
         self.patches = nnx.Conv(config.channels, config.width, patch, strides=patch, padding="VALID", rngs=rngs)
-        self.layers = nnx.List([nnx.Linear(config.width, config.width, rngs=rngs) for _ in range(config.depth)])
+        self.blocks = Blocks([Layer(config.width, rngs=rngs) for _ in range(config.depth)])
         self.head = nnx.Linear(config.width, config.num_classes, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, rngs: nnx.Rngs | jax.Array | None = None) -> jax.Array:
         """Return float32 logits; there is no dropout to draw."""
         x = self.patches(images).reshape(len(images), -1, self.config.width)
-        for layer in self.layers:
-            x = x + jax.nn.relu(layer(x))
+        x = self.blocks.run(x, keys=None, remat=self.config.remat, every=False)[-1]
         return self.head(x.mean(axis=1)).astype(jnp.float32)
 
 
+GREY = Normalization((0.5,), (0.25,))
 _FIELDS = {"image_size": "image_size", "channels": "num_channels", "patch_size": "patch", "width": "hidden_size"}
 
 
@@ -73,7 +83,7 @@ def _write_config(config: PatchMixerConfig) -> dict[str, Any]:
 
 _NAMES = (
     Name("embed", "patches", CONV),
-    Name("mixer.#.dense", "layers/#", LINEAR),
+    Name("mixer.#.dense", "blocks/#/dense", LINEAR),
     Name("classifier", "head", LINEAR, in_body=False),
 )
 
@@ -85,6 +95,6 @@ register_architecture(
         read_config=_read_config,
         write_config=_write_config,
         names=lambda config: _NAMES,
-        normalization=HALF,
+        normalization=GREY,
     )
 )

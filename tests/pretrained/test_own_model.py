@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from surm_jax.errors import UserError
 from surm_jax.models import model_of_variant
+from surm_jax.peft import load_adapter
 from surm_jax.pretrained import (
     from_pretrained,
     huggingface_names,
@@ -18,8 +19,9 @@ from surm_jax.pretrained import (
     save_huggingface,
     save_model,
 )
-from surm_jax.pretrained.normalization import HALF
-from tests.pretrained.own_model import PatchMixer, PatchMixerConfig
+from surm_jax.training.modes import train_run
+from surm_jax.training.parsing import base_config, parse
+from tests.pretrained.own_model import GREY, PatchMixer, PatchMixerConfig
 
 FIELDS = {
     "model_type": "patch_mixer",
@@ -68,7 +70,7 @@ def test_a_folder_is_read(folder):
     images = np.random.default_rng(1).uniform(-1, 1, (3, 8, 8, 1)).astype(np.float32)
     expected = oracle(load_file(folder / "model.safetensors"), images)
     np.testing.assert_allclose(model(images), expected, rtol=1e-5, atol=1e-5)
-    assert image_normalization(folder) == HALF
+    assert image_normalization(folder) == GREY
 
 
 def test_a_folder_is_written_as_it_was_read(folder, tmp_path):
@@ -79,7 +81,7 @@ def test_a_folder_is_written_as_it_was_read(folder, tmp_path):
     for name, tensor in before.items():
         np.testing.assert_array_equal(after[name], tensor)
     assert model_config(tmp_path / "written") == model_config(folder)
-    assert huggingface_names(model.config).modules("layers/1") == ("body.mixer.1.dense",)
+    assert huggingface_names(model.config).modules("blocks/1/dense") == ("body.mixer.1.dense",)
 
 
 def test_a_file_of_our_own_is_written_and_read(folder, tmp_path):
@@ -93,7 +95,9 @@ def test_a_file_of_our_own_is_written_and_read(folder, tmp_path):
 def test_a_new_head(folder):
     model = from_pretrained(folder, num_classes=7)
     assert model.head.kernel.shape == (6, 7)
-    np.testing.assert_array_equal(model.layers[0].kernel[...], from_pretrained(folder).layers[0].kernel[...])
+    np.testing.assert_array_equal(
+        model.blocks[0].dense.kernel[...], from_pretrained(folder).blocks[0].dense.kernel[...]
+    )
 
 
 def test_mistakes_are_told_as_for_our_models(folder):
@@ -107,6 +111,31 @@ def test_mistakes_are_told_as_for_our_models(folder):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(UserError, match=r"nothing reads the key 'body\.mixer\.0\.dense\.wieght'; did you mean"):
         from_pretrained(folder)
+
+
+def test_it_is_trained_in_a_task(folder, tmp_path):
+    config = base_config()
+    config.update_from_flattened_dict(
+        {
+            "model.variant": "",
+            "model.checkpoint": str(folder),
+            "data.name": "digits_5to9",
+            "data.augment": "none",
+            "data.train_examples": 16,
+            "data.batch_size": 8,
+            "peft.method": "lora",
+            "optim.steps": 2,
+            "optim.warmup_ratio": 0.0,
+        }
+    )
+    result = train_run(parse(config), tmp_path / "run")
+    assert result["steps"] == 2
+    base = from_pretrained(folder, num_classes=5)
+    model, adapter = load_adapter(tmp_path / "run" / "adapter", base)
+    assert [rule.target for rule in adapter.rules] == [PatchMixer.adapter_targets["qkv"]]
+    # One of the factors starts at zero.
+    tensors = model.blocks[1].dense.delta["default"].tensors()
+    assert all(np.asarray(tensor[...]).any() for tensor in tensors.values())
 
 
 def test_it_has_a_variant():
