@@ -1,6 +1,6 @@
-"""The numbers of the PyTorch libraries that people come from: peft's C3A and LoRA, a training step.
+"""Our numbers beside those of PyTorch libraries: peft's C3A and LoRA, and a few training steps.
 
-Skipped where these are not installed; `requirements-peers.txt` names them.
+Skipped if the libraries in `requirements-peers.txt` are not installed.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 peft = pytest.importorskip("peft", reason=REASON)
 
-# No two axes of a stored array have the same size, but for the sides of a patch.
+# All axes of a stored array have different sizes, except the sides of a patch.
 GEOMETRY = {"image_size": 8, "patch_size": 4, "channels": 2, "width": 12, "depth": 2, "heads": 3, "mlp_width": 20}
 CLASSES = 7
 
@@ -46,7 +46,7 @@ def array(tensor):
 
 
 def hub_vit(model):
-    """The ViT of transformers with the weights of ours; updates are left out."""
+    """The ViT of transformers with our weights, without updates."""
     architecture = architecture_of(model.config)
     weights = {}
     for path, weight in parameters(model).items():
@@ -62,7 +62,7 @@ def hub_vit(model):
 
 
 def adapted_linear(inputs, outputs, update, config):
-    """Our linear layer with an update away from its start; torch's with the same weights and peft's update."""
+    """Our linear layer with a random update, and torch's layer with the same weights and peft's update."""
     base = materialize(lambda: nnx.Linear(inputs, outputs, rngs=nnx.Rngs(0)))
     model = perturb(*adapt(base, [Rule("", update)], rngs=nnx.Rngs(1)))
     linear = torch.nn.Linear(inputs, outputs)
@@ -71,9 +71,9 @@ def adapted_linear(inputs, outputs, update, config):
 
 
 def assert_same_layer(model, peer, x, dy):
-    """Compares outputs, merged kernels, and the gradients of `sum(dy * y)` by x.
+    """Compare outputs, merged kernels, and the gradients of `sum(dy * y)` with respect to x.
 
-    Returns our gradients by the update's arrays; those of peft are in its parameters afterwards.
+    Return our gradients with respect to the update's arrays. Those of peft are then in its parameters.
     """
     graphdef, arrays, frozen = nnx.split(model, AdapterParam, ...)
 
@@ -99,7 +99,7 @@ def assert_same_layer(model, peer, x, dy):
 def test_our_circulant_is_c3a_of_one_block(size):
     """C3A adds `y[i] = sum_a x[a] w[(a - i) mod n] / n`, ours `alpha * sum_a x[a] c[(i - a) mod n]`, c = r1 * r2.
 
-    So that `w[k] = n * alpha * c[-k mod n]`: C3A's kernel is ours read backwards, and n times as large.
+    So `w[k] = n * alpha * c[-k mod n]`: the kernel of C3A is ours in reverse order, times n.
     """
     alpha = 0.7
     config = peft.C3AConfig(block_size=size, target_modules=["0"])
@@ -128,7 +128,7 @@ def test_our_lora_is_that_of_peft(inputs, outputs):
 
 
 def random_vit():
-    """What is added to the residual stream is small in it, so that the epsilon of the norms shows."""
+    """A model whose residual stream is so small that the epsilon of the norms matters."""
     model = materialize(lambda: ViT(ViTConfig(**GEOMETRY, num_classes=CLASSES), rngs=nnx.Rngs(0)))
     layers = [model.patch_embed, *(layer for block in model.blocks for layer in (block.attention.out, block.mlp.down))]
     added = [model.cls_token, model.position_embed, *(v for layer in layers for v in (layer.kernel, layer.bias))]
@@ -147,7 +147,7 @@ BATCHES = [
 
 
 def train(model, adapter):
-    """Returns loss and gradient norm of every step, and the trained arrays after the last."""
+    """Loss and gradient norm of every step, and the trained arrays after the last."""
     config = OptimConfig(steps=STEPS, decay="constant", clip_norm=CLIP)
     groups = {"adapter": GroupConfig(pattern=".*/delta/.*", **ADAPTER), "head": GroupConfig(pattern="head/.*", **HEAD)}
     config = dataclasses.replace(config, groups=dataclasses.replace(config.groups, **groups))
@@ -166,7 +166,7 @@ def train(model, adapter):
 
 
 def train_peer(peer, adapter, head):
-    """The same for torch, with what is trained given in two lists."""
+    """The same for torch, with the trained parameters in two lists."""
     settings = [{"lr": group["learning_rate"], "weight_decay": group["weight_decay"]} for group in (ADAPTER, HEAD)]
     optimizer = torch.optim.AdamW([{"params": adapter, **settings[0]}, {"params": head, **settings[1]}])
     curve = []
@@ -200,7 +200,7 @@ def test_our_training_is_that_of_torch():
 
     peer_curve = train_peer(peer, list(factors.values()), head)
     curve, trained = train(model, adapter)
-    # Some gradients are clipped, and the losses move by far more than they may differ.
+    # Some gradients are clipped, and the losses change by far more than the tolerance.
     assert (curve[:, 1] > CLIP).any()
     assert np.ptp(curve[:, 0]) > 0.1
     np.testing.assert_allclose(curve, peer_curve, rtol=1e-4)

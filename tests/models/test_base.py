@@ -29,7 +29,7 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-    """What a test registers is forgotten after it."""
+    """Removes the models that a test registers."""
     monkeypatch.setattr("surm_jax.models.base.MODELS", {**MODELS})
 
 

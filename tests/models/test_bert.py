@@ -25,7 +25,7 @@ SIZES = {
     "large": 335_141_888,
 }
 
-# No two axes of an array have the same size, but for those of square kernels.
+# All axes of an array have different sizes, except in square kernels.
 TINY = {
     "vocab_size": 23,
     "width": 12,
@@ -37,7 +37,7 @@ TINY = {
     "num_classes": 5,
 }
 ROBERTA = {"positions": "after_padding", "pad_token": 3, "epsilon": 1e-5, "type_vocab_size": 1}
-# One model for every branch of the code.
+# Models that together run every branch of the code.
 MODELS = {
     "classifier": {},
     "mlm": {"head": "mlm", "activation": "gelu_tanh", **ROBERTA},
@@ -50,7 +50,7 @@ LENGTHS = (9, 5, 2)
 
 @functools.cache
 def tiny(**overrides):
-    """A tiny model of NumPy's random numbers: shared by the tests, which must not change it."""
+    """A tiny model of random numbers from NumPy. Tests share it and must not change it."""
     return materialize(lambda: Bert(BertConfig(**{**TINY, **overrides}), rngs=nnx.Rngs(0)))
 
 
@@ -63,7 +63,7 @@ def shapes(config):
 
 
 def batch(pad_token=0):
-    """Tokens, mask and token types of three sentences, two of them filled up."""
+    """Tokens, mask and token types of three sentences, two of them padded."""
     rng = np.random.default_rng(1)
     mask = np.arange(TOKENS)[None] < np.array(LENGTHS)[:, None]
     tokens = np.where(mask, rng.integers(4, TINY["vocab_size"], (BATCH, TOKENS)), pad_token)
@@ -228,7 +228,7 @@ class TestForward:
     def test_padding_is_not_looked_at(self):
         model, (tokens, mask, types) = tiny(), batch()
         noise = jnp.where(mask, tokens, 7)
-        # As 0 and 1, which tokenizers return; the graph is compiled once for each dtype.
+        # Tokenizers return 0 and 1; each dtype is compiled once.
         hidden = run(model, tokens, mask.astype(jnp.int32), types)[1]
         for before, after in zip(hidden, run(model, noise, mask.astype(jnp.int32), types)[1], strict=True):
             np.testing.assert_allclose(after[mask], before[mask], rtol=1e-6, atol=1e-6)
@@ -260,7 +260,7 @@ class TestForward:
         logits, hidden = run(model, tokens, mask)
         assert logits.dtype == jnp.float32
         assert {state.dtype for state in hidden} == {jnp.dtype("bfloat16")}
-        assert 1e-4 < relative_error(logits, exact) < 0.05  # rounding to 8 bits shows, and no more
+        assert 1e-4 < relative_error(logits, exact) < 0.05  # Rounding to 8 bits is visible, and nothing larger.
 
     @pytest.mark.parametrize("name", fast(["classifier", "mlm"]))
     def test_gradients_reach_every_parameter_and_are_finite_even_of_padding_alone(self, name):
@@ -271,7 +271,7 @@ class TestForward:
         for path, variable in nnx.to_flat_state(gradients):
             gradient = np.asarray(variable[...])
             assert np.isfinite(gradient).all(), path
-            if path[-2:] != ("key", "bias"):  # adds the same number to all scores of a query: the softmax removes it
+            if path[-2:] != ("key", "bias"):  # It adds one number to all scores of a query, which the softmax removes.
                 assert gradient.any(), path
 
 

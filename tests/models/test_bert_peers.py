@@ -1,6 +1,6 @@
 """The numbers of transformers' BERT and RoBERTa, on random weights and on real ones.
 
-Skipped where transformers is not installed; `requirements-peers.txt` names what is needed.
+Skipped if the libraries in `requirements-peers.txt` are not installed.
 """
 
 import functools
@@ -26,7 +26,7 @@ REASON = "compares with a PyTorch library: pip install -r requirements-peers.txt
 torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 
-# No two axes of an array have the same size, but for those of square kernels.
+# All axes of an array have different sizes, except in square kernels.
 SIZES = {
     "vocab_size": 23,
     "hidden_size": 12,
@@ -37,7 +37,7 @@ SIZES = {
     "num_labels": 5,
 }
 ROBERTA = {**SIZES, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
-# Their class, their configuration, and what ours must become of it.
+# Their class, the class of their configuration, its fields, and the fields of ours that must follow.
 CASES = {
     "bert classifier": ("BertForSequenceClassification", "BertConfig", SIZES, {}),
     "bert mlm": (
@@ -53,12 +53,12 @@ CASES = {
 
 
 HEADLESS = {name: ["head/"] if name == "bert" else [] for name in CASES}
-"""What of our model theirs does not have."""
+"""Parts of our model that theirs does not have."""
 
 
 @functools.cache
 def theirs(name):
-    """A model of transformers with random weights that are not small, so that every part of it shows."""
+    """A model of transformers whose random weights are large enough for every part to matter."""
     model, config, fields, _ = CASES[name]
     model = getattr(transformers, model)(getattr(transformers, config)(**fields, architectures=[model])).eval()
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +82,7 @@ def ours(name):
 
 
 def as_theirs(name, model):
-    """Our parameters as a checkpoint of their class has them."""
+    """Our parameters in the layout of a checkpoint of their class."""
     tensors = written_tree(architecture_of(model.config), model)
     if name == "bert":
         tensors = {key.removeprefix("bert."): value for key, value in tensors.items() if key.startswith("bert.")}
@@ -90,10 +90,11 @@ def as_theirs(name, model):
 
 
 def batch(config):
-    """Three sentences: one of full length, two filled up; two segments where there are two."""
+    """Three sentences, two of them padded, with two segments if the model has two."""
     rng = np.random.default_rng(1)
     place = np.arange(9)[None]
-    # In front too where no first token is read: the embedding of padding has no gradient in torch (`padding_idx`).
+    # Models that do not read the first token are also padded in front. In torch the embedding of padding has no
+    # gradient (`padding_idx`).
     third = place[0] >= 3 if config.head == "mlm" else place[0] < 2
     mask = np.stack([place[0] >= 0, place[0] < 5, third])
     tokens = np.where(mask, rng.integers(4, config.vocab_size, mask.shape), config.pad_token)
@@ -118,7 +119,7 @@ def test_hidden_states_logits_and_gradients(name):
     model, peer = ours(name), theirs(name)
     inputs = batch(model.config)
     expected = their_outputs(peer, *inputs)
-    # Of padding a masked language model's loss says nothing.
+    # The loss of a masked language model ignores padding.
     seen = inputs[1][..., None] if model.config.head == "mlm" else 1.0
     dy = (np.random.default_rng(2).normal(size=expected.logits.shape) * seen).astype(np.float32)
     peer.zero_grad()
@@ -137,7 +138,7 @@ def test_hidden_states_logits_and_gradients(name):
     wanted = {key: parameter.grad.numpy() for key, parameter in peer.named_parameters()}
     assert got.keys() == wanted.keys()
     for key in got:
-        if not key.endswith("key.bias"):  # it is zero: the same number is added to all scores of a query
+        if not key.endswith("key.bias"):  # It is zero, since the bias adds one number to all scores of a query.
             assert relative_error(got[key], wanted[key]) < 1e-5, key
 
 
@@ -252,10 +253,10 @@ def test_sentence_embeddings_of_real_weights():
         assert relative_error(got, wanted) < 1e-5
 
     def embedding(hidden):
-        """The mean over what is not padding, of length 1: as the model's README says."""
+        """The mean over tokens that are not padding, normalised to length 1, as the model's README says."""
         mean = (np.asarray(hidden) * inputs[1][..., None]).sum(1) / inputs[1].sum(1, keepdims=True)
         return mean / np.linalg.norm(mean, axis=1, keepdims=True)
 
     ours, theirs = embedding(hidden[-1]), embedding(expected.last_hidden_state)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
-    assert ours[0] @ ours[1] > ours[0] @ ours[3]  # music is nearer to music than a question mark is
+    assert ours[0] @ ours[1] > ours[0] @ ours[3]  # Two sentences on music are nearer.

@@ -30,7 +30,7 @@ def normal(seed, *shape):
 
 
 def materialize(make):
-    """A module of NumPy's random numbers."""
+    """A module of random numbers from NumPy."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
     rng = np.random.default_rng(0)
     flat = [
@@ -170,10 +170,10 @@ class TestCallBlock:
         for policy in again:
             for one, other in zip(plain, policy, strict=True):
                 np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
-        # Of what the block computes nothing is kept: only its parameters and its arguments.
+        # Only the parameters and the arguments of the block are kept, and nothing that it computes.
         kept = {remat: _residuals(loss, state, x, remat) for remat in REMAT}
         assert kept["block"] <= sum(leaf.size for leaf in jax.tree.leaves(state)) + x.size + mask.size
-        # Queries, keys, values and the output, which nothing reads; not the scores of attention.
+        # Queries, keys, values and the output are kept, although nothing reads the last; scores are not.
         assert kept["dots"] == kept["block"] + 3 * x.size
         assert kept["dots"] < kept["none"]
 
@@ -184,6 +184,6 @@ class TestCallBlock:
 
 
 def _residuals(loss, state, x, remat):
-    """How many numbers the backward pass is handed by the forward pass."""
+    """The number of values that the forward pass keeps for the backward pass."""
     _, backward = jax.vjp(lambda state, x: loss(state, x, remat), state, x)
     return sum(leaf.size for leaf in jax.tree.leaves(backward))

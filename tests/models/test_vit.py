@@ -30,7 +30,7 @@ TINY = {"image_size": 8, "patch_size": 4, "width": 12, "depth": 2, "heads": 3, "
 
 
 def tiny(**overrides):
-    """A tiny ViT of NumPy's random numbers (compiling the initialisers takes longer than everything else here)."""
+    """A tiny ViT of random numbers from NumPy: compiling the initialisers would take longer than all tests here."""
     config = ViTConfig(**{**TINY, **overrides})
     graphdef, state = nnx.split(abstract(config))
     rng = np.random.default_rng(0)
@@ -46,7 +46,7 @@ def _logits(graphdef, state, images_bhwc, key):
 
 
 def logits(model, images_bhwc, key=None):
-    """What the model returns, compiled."""
+    """The output of the compiled model."""
     return _logits(*nnx.split(model), images_bhwc, key)
 
 
@@ -215,7 +215,7 @@ class TestForward:
         assert rounded.dtype == jnp.float32
         assert {variable.dtype for variable in parameter_paths(model).values()} == {jnp.dtype("float32")}
         error = jnp.abs(rounded - exact).max() / jnp.abs(exact).max()
-        assert 1e-5 < error < 0.05  # rounding to 8 bits shows, and no more
+        assert 1e-5 < error < 0.05  # Rounding to 8 bits is visible, and nothing larger.
 
     def test_projections_are_called_and_can_be_wrapped(self):
         class Doubled(nnx.Module):
@@ -241,7 +241,7 @@ class TestForward:
         graphdef, state = nnx.split(tiny())
         grads = jax.jit(jax.grad(lambda state: (nnx.merge(graphdef, state)(images()) ** 2).sum()))(state)
         for path, variable in nnx.to_flat_state(grads):
-            if path[-2:] != ("key", "bias"):  # adds the same number to all scores of a query: the softmax removes it
+            if path[-2:] != ("key", "bias"):  # It adds one number to all scores of a query, which the softmax removes.
                 assert jnp.abs(variable[...]).max() > 0, path
 
 
@@ -260,7 +260,7 @@ class TestPrecisionAndMemory:
         assert grads.keys() == trained.keys()
         for path, variable in trained.items():
             assert variable.dtype == grads[path].dtype == jnp.float32, path
-            # r1 starts at zero, so that nothing reaches r2 yet; a bias of the key would have no gradient.
+            # r1 starts at zero, so r2 has no gradient yet; neither would a bias of the key.
             assert (jnp.abs(grads[path][...]).max() > 0) == (not path.endswith("r2")), path
         others = re.compile(".*(norm.*|/scale)")
         kernels = {path: v.dtype for path, v in parameter_paths_of(frozen).items() if not others.fullmatch(path)}
@@ -274,7 +274,7 @@ class TestPrecisionAndMemory:
             base = tiny(remat=remat, layer_scale=True, dropout=0.5, depth=1)
             model, adapter = surm_jax.adapt(base, rules, train=["norm/.*"], rngs=nnx.Rngs(0))
             graphdef, trained, frozen = nnx.split(model, adapter.trainable, ...)
-            # Away from the start, where one of the factors has no gradient.
+            # Moved from the start, where one of the factors has no gradient.
             trained = jax.tree.map(
                 lambda a: a + 0.3 * jnp.asarray(np.sin(np.arange(a.size)).reshape(a.shape), a.dtype), trained
             )
@@ -352,7 +352,7 @@ class TestInitialisation:
             "blocks/0/mlp/up/kernel": 96 + 384,
             "blocks/0/mlp/down/kernel": 384 + 96,
         }.items():
-            bound = np.sqrt(6 / fans)  # of the uniform distribution of Glorot and Bengio
+            bound = np.sqrt(6 / fans)  # The bound of the uniform distribution of Glorot and Bengio.
             assert 0.98 * bound < np.abs(values[path]).max() <= bound, path
             np.testing.assert_allclose(values[path].std(), bound / np.sqrt(3), rtol=0.05)
         assert (values["blocks/0/attention/query/kernel"] != values["blocks/0/attention/key/kernel"]).all()

@@ -1,6 +1,6 @@
-"""Our ViT beside the image models of PyTorch's transformers, with their names for everything.
+"""Our ViT beside the image models of transformers, in PyTorch.
 
-Skipped where these are not installed; `requirements-peers.txt` names them.
+Skipped if the libraries in `requirements-peers.txt` are not installed.
 """
 
 import functools
@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers", reason=REASON)
 
 CLASSES = 7
 
-# No two axes of a stored array have the same size, but for the sides of a patch. The epsilon shows.
+# All axes of a stored array have different sizes, except the sides of a patch. The epsilon is large enough to matter.
 GEOMETRY = {
     "image_size": 8,
     "patch_size": 4,
@@ -64,7 +64,7 @@ CASES = {
         transformers.CLIPVisionConfig(**GEOMETRY, projection_dim=CLASSES)
     ),
 }
-# Checkpoints that hold more than our model, or all of it but its head.
+# Checkpoints that hold more than our model, or lack its head.
 OTHERS = {
     "bare_vit": lambda: transformers.ViTModel(transformers.ViTConfig(**GEOMETRY)),
     "two_heads": lambda: transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**GEOMETRY)),
@@ -74,13 +74,13 @@ OTHERS = {
         transformers.CLIPConfig(vision_config=GEOMETRY, text_config=TEXT, projection_dim=CLASSES)
     ),
 }
-# What their models have and do not use; it is written as it starts.
+# Arrays that their models have but do not use; they are written with their initial values.
 UNUSED = {"clip": "post_layernorm", "dinov2": "mask_token"}
 
 
 @functools.cache
 def peer(name):
-    """One of their models, with random numbers everywhere."""
+    """One of their models, filled with random numbers."""
     torch.manual_seed(0)
     model = (CASES | OTHERS)[name]().eval()
     for path, parameter in model.named_parameters():
@@ -103,7 +103,7 @@ def arrays_of(model):
 
 @functools.cache
 def read_peer(name, fresh=()):
-    """Our model by the names of their modules, and its architecture."""
+    """Our model with their weights, and its architecture."""
     fields = full_config(peer(name))
     architecture = ARCHITECTURES[fields["model_type"]]
     return read_tree(architecture, architecture.read_config(fields, {}), arrays_of(peer(name)), fresh), architecture
@@ -151,7 +151,7 @@ def test_hidden_states_logits_and_gradients(name):
 @pytest.mark.parametrize("name", fast(CASES))
 def test_another_image_size(name):
     images = normal(2, 2, 12, 12, 2)
-    # DINOv2 always interpolates where it has to.
+    # DINOv2 interpolates without being asked.
     options = {} if name == "dinov2" else {"interpolate_pos_encoding": True}
     theirs = output(peer(name)(pixel_values=pixels(images), **options))
 
@@ -196,7 +196,7 @@ def test_configurations_go_there_and_back(name, tmp_path):
             fields["vision_config"] = {**fields["vision_config"], **dict.fromkeys(skipped)}
     assert ours == expected
     assert architecture.read_config(ours, {}) == architecture.read_config(written, {}) == model.config
-    # Their class takes what we write, with nothing missing and nothing left over.
+    # Their class reads what we write, without missing or unexpected keys.
     tensors = {key: torch.tensor(np.array(array)) for key, array in written_tree(architecture, model).items()}
     loaded, info = type(peer(name)).from_pretrained(None, config=theirs, state_dict=tensors, output_loading_info=True)
     assert not any(info.values()), info

@@ -13,7 +13,7 @@ def _augreg_arrays(*, image_size, patch_size, channels=3, width, depth, heads, m
 
     head_width = width // heads
     tokens = (image_size // patch_size) ** 2 + 1
-    # The first tokens are small: the epsilon of the first LayerNorm shows.
+    # The first tokens are so small that the epsilon of the first LayerNorm matters.
     small = 3e-3
     arrays = {
         "cls": normal(1, 1, width, scale=small),
@@ -50,5 +50,5 @@ def augreg_arrays():
 
 @pytest.fixture(scope="session")
 def tiny_geometry():
-    """Sizes that all differ, so that no two axes can be mistaken for each other."""
+    """Sizes that are all different, so exchanged axes are noticed."""
     return {"image_size": 12, "patch_size": 4, "width": 15, "depth": 2, "heads": 3, "mlp_width": 22, "num_classes": 7}

@@ -1,4 +1,4 @@
-"""A model that the package does not know: a small convolutional network of images, in one file.
+"""A model that the package does not know, in one file: a small network that reads images.
 
 Importing the file registers the model, its configuration and its names in folders of transformers.
 """
@@ -46,7 +46,7 @@ class Layer(nnx.Module):
 
 @register_model
 class PatchMixer(Model):
-    """Patches, a few layers on each, their mean, and a head."""
+    """A network that embeds patches, applies layers to each, and classifies their mean."""
 
     config_class: ClassVar[type[Config]] = PatchMixerConfig
     reads: ClassVar[str] = "images"

@@ -20,7 +20,7 @@ def layer_norm(x, scale, bias):
 
 
 def oracle(arrays, images, pool):
-    """The published architecture in float64 NumPy, straight from the arrays of the file."""
+    """The published architecture in float64 NumPy, computed from the arrays of the file."""
     a = {key: value.astype(np.float64) for key, value in arrays.items()}
     images = images.astype(np.float64)
     p = a["embedding/kernel"].shape[0]
@@ -103,7 +103,8 @@ def test_pre_logits_are_not_dropped_from_under_a_loaded_head(read):
 def test_missing_key(read):
     with pytest.raises(UserError, match="no key fills 'blocks/1/mlp/up/kernel'") as error:
         read(lambda arrays: arrays.pop(KEY))
-    assert "Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel" in str(error.value)  # what its like is called
+    # The message names the key of the same parameter in another block.
+    assert "Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel" in str(error.value)
 
 
 def test_extra_key(read):
@@ -167,7 +168,7 @@ def test_truncated_and_altered_files(tmp_path, tiny_geometry, augreg_arrays):
     content = (tmp_path / "vit.npz").read_bytes()
     assert "cannot be read" in damaged(tmp_path, tiny_geometry, content[:-200])
     assert "cannot be read" in damaged(tmp_path, tiny_geometry, b"")
-    at = content.find(b"embedding/bias.npy") + 180  # within the numbers of that array
+    at = content.find(b"embedding/bias.npy") + 180  # Inside the numbers of that array.
     assert "CRC" in damaged(tmp_path, tiny_geometry, content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
 
 

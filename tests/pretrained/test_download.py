@@ -17,7 +17,7 @@ HALF = len(CONTENT) // 2
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves `server.content`, in the way that the server's attributes say."""
+    """Serves `server.content` as the attributes of the server say."""
 
     def do_GET(self):
         server = self.server
@@ -71,12 +71,12 @@ def server(monkeypatch, tmp_path):
 
 
 def left(url):
-    """What is in the folder of the file, but for the lock, which stays."""
+    """The names in the folder of the file, without the lock, which stays."""
     return {path.name: path.stat().st_size for path in cache_path(url).parent.iterdir() if path.suffix != ".lock"}
 
 
 def cut(server, most=HALF):
-    """A first attempt, whose connection breaks."""
+    """A first attempt whose connection breaks."""
     server.most = most
     with pytest.raises(UserError) as error:
         download(server.url)
@@ -106,7 +106,7 @@ def test_a_broken_connection_is_resumed_with_the_rest_alone(server):
     assert str(cache_path(server.url)) in message
     assert left(server.url)["vit.npz.part"] == HALF
     assert not cache_path(server.url).exists()
-    # Were the first half sent again, it would be of the other version, and the content wrong.
+    # If the rest of the other version were appended, the content would be wrong.
     server.content = bytes(HALF) + CONTENT[HALF:]
     assert download(server.url).read_bytes() == CONTENT
     assert server.requests[1:] == [("/models/vit.npz", f"bytes={HALF}-", '"one"')]
@@ -168,7 +168,7 @@ def test_the_wrong_range_is_not_appended(server):
 
 
 def test_parts_of_a_process_that_was_killed(server):
-    """Bytes whose version is unknown are not continued."""
+    """A download is not resumed if the version of its bytes is unknown."""
     part = cache_path(server.url).with_name("vit.npz.part")
     part.parent.mkdir(parents=True)
     part.write_bytes(b"of another file")
@@ -250,7 +250,7 @@ def test_a_server_that_stalls(server, monkeypatch):
 def test_no_connection_says_at_once_which_file_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setenv("SURM_JAX_CACHE", str(tmp_path))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with socket.socket() as closed:  # bound, but nobody listens
+    with socket.socket() as closed:  # The port is bound, but nothing listens.
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/vit/b16.npz"
         start = time.monotonic()

@@ -1,4 +1,4 @@
-"""Against a hub of our own on this machine, which speaks as the real one does."""
+"""Downloads from a local server that answers as the Hub does."""
 
 import hashlib
 import json
@@ -73,7 +73,7 @@ def fake(monkeypatch, tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.requests, server.repositories = [], {}
         server.url = f"http://127.0.0.1:{server.server_port}"
-        # What HF_ENDPOINT and HF_HOME set when the library is imported.
+        # HF_ENDPOINT and HF_HOME set these when the library is imported.
         monkeypatch.setattr(hub.constants, "ENDPOINT", server.url)
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -96,10 +96,10 @@ def contents(folder):
 def test_whole_model_comes_once(fake):
     fake.repositories["google/vit"] = {"main": WHOLE}
     folder = locate("hf://google/vit")
-    # The pickle stays where it is.
+    # The pickle is not downloaded.
     assert contents(folder) == {"config.json": CONFIG, "model.safetensors": "whole"}
     assert got(fake) == ["config.json", "model.safetensors"]
-    # All of one commit, whatever happens to the branch meanwhile.
+    # All files belong to one commit, even if the branch moves meanwhile.
     assert [revision for command, revision, _ in fake.requests if command == "GET"] == ["main", COMMIT]
     fake.requests.clear()
     assert locate("hf://google/vit") == folder
@@ -145,7 +145,7 @@ def test_the_preprocessor_of_an_image_model(fake):
 
 
 def cached_without_tokenizer(fake):
-    """A folder as it was before tokenizers were fetched, or as another library leaves it."""
+    """A cached folder without the files of the tokenizer, as another library may leave it."""
     fake.repositories["google/bert"] = {"main": TEXT | TOKENIZERS[0]}
     for name in TEXT:
         folder = Path(hub.hf_hub_download("google/bert", name)).parent
@@ -158,7 +158,7 @@ def test_a_tokenizer_comes_later(fake):
     assert contents(folder) == TEXT
     assert hub.fetch("hf://google/bert") == folder
     assert contents(folder) == TEXT | TOKENIZERS[0]
-    # The weights that are there stay; what comes is of their commit.
+    # The weights stay, and the new files belong to their commit.
     assert sorted(got(fake)) == sorted(TOKENIZERS[0])
     assert {revision for _, revision, _ in fake.requests} == {COMMIT}
     fake.requests.clear()
@@ -184,7 +184,7 @@ def test_a_cached_model_does_without_a_tokenizer(fake, monkeypatch, why):
     assert time.monotonic() - start < 2
     assert contents(folder) == TEXT
     assert bool(fake.requests) == (why != "no network")
-    # What the Hub is known not to have is not asked for again.
+    # Files that the Hub is known to lack are not requested again.
     fake.requests.clear()
     assert hub.fetch("hf://google/bert") == folder
     assert bool(fake.requests) == (why in ("gone", "gated"))
@@ -270,7 +270,7 @@ def test_no_network_says_at_once_what_to_put_where(fake, tmp_path, monkeypatch):
 
 @pytest.mark.exhaustive
 def test_environment_and_offline_mode(fake, tmp_path):
-    """The variables of the library count, and what is cached is used in its offline mode."""
+    """The environment variables of the library work, and its offline mode uses the cache."""
     fake.repositories |= {"google/vit": {"main": WHOLE}, "google/bert": {"main": TEXT | TOKENIZERS[0]}}
     program = """
 import sys

@@ -28,7 +28,7 @@ def flat(state):
 
 @pytest.fixture(scope="module")
 def initial(tiny_geometry):
-    """The initial values of the tiny ViT, built the plain way."""
+    """The initial values of the tiny ViT, built without `load`."""
     return flat(nnx.state(ViT(ViTConfig(**tiny_geometry), rngs=nnx.Rngs(3))))
 
 
@@ -65,7 +65,7 @@ def test_the_model_is_never_built_with_numbers(checkpoint, tiny_geometry):
 
 
 def test_only_fresh_parameters_are_computed(checkpoint, tiny_geometry, monkeypatch):
-    """What the compiled initialiser returns is the head alone."""
+    """The compiled initialiser returns only the head."""
     returned = []
     jit = jax.jit
 
@@ -105,7 +105,7 @@ def test_unknown_formats(checkpoint, tiny_geometry, tmp_path):
 
 
 def test_every_parameter_is_where_it_is_wanted(checkpoint, initial, tiny_geometry):
-    """Kernels that divide are split over 8 devices, all else is on all of them; fresh parameters too."""
+    """Kernels with a divisible axis are split over 8 devices, others are replicated; so are fresh parameters."""
     geometry = {**tiny_geometry, "num_classes": 16}
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     asked = {}
@@ -184,7 +184,7 @@ def read(path):
     model, config = model_config(path)
     return load(lambda: model(config, rngs=nnx.Rngs(0)), path)
 read(small)
-pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # Reset the peak.
 before = memory("VmRSS")
 model = read(large)
 held = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
@@ -195,7 +195,7 @@ print(held, memory("VmHWM") - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of memory from Linux's /proc")
 @pytest.mark.exhaustive
 def test_memory_is_the_model_once(tmp_path):
-    """Of a model of 300 MB; what a small one needs, JAX and compiled programs, is not counted."""
+    """The model has 300 MB. Memory that a small model also needs (JAX, compiled programs) is not counted."""
     fields = {
         "model_type": "vit",
         "image_size": 32,
@@ -214,8 +214,8 @@ def test_memory_is_the_model_once(tmp_path):
     )
     held, peak = map(int, run.stdout.split())
     assert held > 300e6
-    # Two copies would be 2, and so would a mapped file beside the arrays. An array more or less, of 17 MB, is the
-    # allocator's affair.
+    # Two copies would need 2, and so would a mapped file beside the arrays. The allocator may keep an array of 17 MB
+    # more or less.
     assert 0.9 * held < peak < 1.5 * held
 
 

@@ -37,7 +37,7 @@ def build(fresh=(), path=None, **overrides):
 
 
 def random_model():
-    """A model of NumPy's random numbers, its head included."""
+    """A model of random numbers from NumPy, including its head."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: ViT(config(), rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     values = [
@@ -60,7 +60,7 @@ def test_round_trip_is_bit_exact(saved):
     assert loaded.keys() == arrays(model).keys()
     for name, array in arrays(model).items():
         np.testing.assert_array_equal(loaded[name], array)
-    assert [file.name for file in path.parent.iterdir()] == ["vit.safetensors"]  # nothing temporary is left
+    assert [file.name for file in path.parent.iterdir()] == ["vit.safetensors"]  # No temporary file is left.
 
 
 def test_head_is_fresh_by_default_even_if_its_shape_fits(saved):
@@ -164,7 +164,7 @@ def test_a_file_knows_how_pixels_were_normalised(saved):
     save_model(path, model, (np.float32([0.5, 0.25, 0.125]), (1, 2, 3)))
     assert image_normalization(path) == ((0.5, 0.25, 0.125), (1.0, 2.0, 3.0))
     build(path=path)
-    # What lies beside it is of another model.
+    # The file beside it belongs to another model.
     (path.parent / "config.json").write_text('{"model_type": "clip"}')
     assert image_normalization(path) == ((0.5, 0.25, 0.125), (1.0, 2.0, 3.0))
 

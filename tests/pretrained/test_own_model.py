@@ -1,4 +1,4 @@
-"""What a stranger's model in one file outside the package can do: `own_model.py`."""
+"""A model in one file outside the package (`own_model.py`) is read, written and trained as ours are."""
 
 import json
 

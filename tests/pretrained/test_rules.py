@@ -107,7 +107,7 @@ def test_half_precision_is_widened_exactly():
 def test_bfloat16_parameters_are_rounded_to_the_nearest():
     target = {**TARGETS, "blocks/0/bias": jax.ShapeDtypeStruct((3,), jnp.bfloat16)}
     step = 2.0**-7
-    stored = np.array([1 + 0.4 * step, 1 + 0.6 * step, 1 + 0.5 * step], np.float32)  # a tie goes to the even one
+    stored = np.array([1 + 0.4 * step, 1 + 0.6 * step, 1 + 0.5 * step], np.float32)  # A tie is rounded to even.
     for dtype in (np.float32, np.float64):
         filled = run(weights(**{"layer_0.bias": stored.astype(dtype)}), targets=target)
         assert filled["blocks/0/bias"].dtype == jnp.bfloat16

@@ -1,4 +1,4 @@
-"""Embedded digits and .npz files: contents against scikit-learn and numpy, and every way a file can be wrong."""
+"""Embedded digits and .npz files: their contents beside scikit-learn and numpy, and all kinds of wrong files."""
 
 import tracemalloc
 
@@ -92,7 +92,7 @@ def test_npz_float_images_keep_their_values_as_float32(write):
 def test_npz_float32_images_are_in_memory_once(write):
     images = np.linspace(-1, 1, 6 * 300 * 300 * 3, dtype=np.float32).reshape(6, 300, 300, 3)
     path = write(train_images=images, test_images=images[:1, ...], test_labels=np.array([0]))
-    load(path)  # What is imported on first use does not count.
+    load(path)  # The first call also imports modules, which does not count.
     tracemalloc.start()
     load(path)
     _, peak = tracemalloc.get_traced_memory()

@@ -12,7 +12,7 @@ from tests.speeds import fast
 
 
 def numbered(count: int) -> ArraySource:
-    """A source whose labels are the indices and whose images are random, but not at the centre of their range."""
+    """A source whose labels are the indices; its images are random and bright."""
     images = np.random.default_rng(1).integers(100, 256, (count, 8, 8, 1), dtype=np.uint8)
     return ArraySource(images, np.arange(count))
 
@@ -48,7 +48,7 @@ def test_training_batches_have_the_promised_form_and_values():
 
 @pytest.mark.parametrize("count", [1, 2, 7, 10])
 def test_every_epoch_is_a_new_permutation(count):
-    # A batch size that divides no count: batches span epochs, or several if larger than the set.
+    # The batch size does not divide any count, so batches span epochs; some are larger than the set.
     seen = labels(take(training(numbered(count), batch_size=3), 4 * count))[: 12 * count]
     epochs = seen.reshape(12, count)
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(count), (12, 1)))
@@ -71,10 +71,10 @@ def test_the_seed_decides_everything():
     assert_same(take(training(source), 12), take(training(source), 12))
     orders = {tuple(labels(take(training(source, seed=seed), 5))) for seed in range(20)}
     assert len(orders) == 20
-    # Neighbouring seeds must not be one another shifted by an epoch.
+    # The order of one seed must not be that of the next seed, shifted by an epoch.
     runs = [labels(take(training(source, seed=seed), 20)).reshape(4, 20) for seed in range(10)]
     assert len({tuple(epoch) for run in runs for epoch in run}) == 40
-    # Nor may augmentation be the same under another seed.
+    # Augmentation must not be the same with another seed.
     one = ArraySource(source.images[:1], np.zeros(1, np.int64))
     images = [take(training(one, batch_size=16, seed=seed), 1)[0]["image"] for seed in (0, 1)]
     assert (images[0] != images[1]).any()
@@ -131,7 +131,7 @@ def test_processes_together_make_the_batch_of_one(process_count):
 
 
 class Recording(ArraySource):
-    """Remembers what was read."""
+    """A source that records which examples were read."""
 
     def __getitem__(self, index):
         self.__dict__.setdefault("read", set()).add(index)
@@ -143,7 +143,7 @@ def test_processes_read_disjoint_examples():
     for process in range(2):
         source = Recording(numbered(20).images, np.arange(20))
         iterator = training(source, batch_size=5, process_index=process, process_count=2, read_ahead=0)
-        source.__dict__["read"].clear()  # One example was looked at to learn the shape.
+        source.__dict__["read"].clear()  # One example was read for its shape.
         take(iterator, 2)
         read.append(source.__dict__["read"])
     assert read[0] | read[1] == set(range(20))
@@ -175,7 +175,7 @@ def test_evaluation_sees_every_example_exactly_once(count, process_count):
 
 def test_evaluation_starts_anew_at_each_pass():
     batches = eval_batches(numbered(9), batch_size=4, image_size=8)
-    next(iter(batches))  # An abandoned pass must not leave a trace.
+    next(iter(batches))  # An abandoned pass must have no effect.
     first, second = list(batches), list(batches)
     assert_same(first, second)
     np.testing.assert_array_equal(labels(first), [*range(9), 0, 0, 0])

@@ -1,4 +1,4 @@
-"""Prepared TFDS folders: written here in miniature, and the real CIFAR-10 where it is at hand."""
+"""Prepared TFDS folders: small ones that are written here, and the real CIFAR-10 if it is available."""
 
 import functools
 import io
@@ -19,7 +19,7 @@ from surm_jax.data import eval_batches, load, train_batches
 from surm_jax.data.images import tfds_sets
 from surm_jax.errors import UserError
 
-# A tf.train.Example is built by hand, so that no TensorFlow is needed; field numbers from example.proto, feature.proto.
+# A tf.train.Example is built by hand, without TensorFlow. Field numbers are from example.proto and feature.proto.
 
 
 def field(number: int, payload: bytes) -> bytes:
@@ -259,7 +259,7 @@ def test_an_unknown_name_lists_its_neighbours(prepare, tmp_path, name, near):
     assert near is None or f"'{near}'" in str(error.value).split("Known are")[0]
 
 
-# Hides TensorFlow where it is installed, blocks every connection, then reads a training and an evaluation batch.
+# Hides TensorFlow, blocks every connection, and reads a training batch and an evaluation batch.
 _WITHOUT_TENSORFLOW = """
 import sys, socket, time
 from importlib.machinery import PathFinder

@@ -1,4 +1,4 @@
-"""Resizing, scaling and augmentation, against Pillow called another way and against numpy by hand."""
+"""Resizing, scaling and augmentation beside other calls of Pillow and plain numpy."""
 
 import numpy as np
 import pytest
@@ -82,11 +82,11 @@ def test_crops_are_windows_of_the_enlarged_image(size, large):
 
 
 def recovered_map(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The matrix and the shift of the centre that an "affine" draw used, read from what it did to coordinates."""
+    """The matrix and the shift of the centre of an "affine" draw, measured on an image of coordinates."""
     x, y = np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5)
     image = np.stack([x, y, np.ones_like(x)], axis=-1).astype(np.float32) / size
     out = train_image(image, np.random.default_rng(seed), image_size=size, augment="affine") * size
-    # Interpolation of a plane is exact. Near what was filled there is another slope.
+    # Interpolation of a plane is exact, except near filled pixels.
     inside = np.all([np.roll(out[..., 2], move, axis) > 1 - 1e-3 for axis in (0, 1) for move in (-1, 0, 1)], axis=0)
     inside[[0, -1]] = inside[:, [0, -1]] = False
     design = np.stack([x[inside] - size / 2, y[inside] - size / 2, np.ones(inside.sum())], axis=1)
@@ -134,7 +134,7 @@ def test_no_augmentation_is_evaluation():
 @pytest.mark.parametrize("augment", ["crop_flip", "affine", "none"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_augmented_images_stay_in_range(augment, channels):
-    image = random_image(10, 14, channels) // 255 * 255  # Only the extremes, where an overshoot would show.
+    image = random_image(10, 14, channels) // 255 * 255  # Only extreme values, where an overshoot would be visible.
     for out in augmented(image, 8, augment, 5):
         assert out.dtype == np.float32
         assert out.shape == (8, 8, channels)

@@ -1,4 +1,4 @@
-"""GLUE: tasks written here in miniature, and the real ones where they are at hand."""
+"""GLUE: small tasks that are written here, and the real ones if they are available."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def prepare(tmp_path):
 
 @pytest.mark.parametrize("name", ["glue/rte", "glue/rte:2.0.0"])
 def test_a_task_is_read_back(prepare, tmp_path, name):
-    # The official test split has no labels: it must not be touched.
+    # The official test split has no labels and must not be read.
     prepare("rte", {"train": RTE, "validation": RTE[1:], "test": [{**RTE[0], "label": -1}]})
     data = load(name, tmp_path)
     assert (data.name, data.classes) == ("glue/rte:2.0.0", ("entailment", "not_entailment"))
@@ -165,12 +165,13 @@ def test_damaged_and_missing_files_are_named(prepare, tmp_path):
 
 def test_the_tasks_are_those_that_tensorflow_datasets_prepares():
     official = {config.name: tuple(config.text_features) for config in tfds.text.Glue.BUILDER_CONFIGS}
-    # What more there is has no training examples.
+    # The other tasks have no training examples.
     assert official.keys() - GLUE_TASKS.keys() == {"ax", "mnli_matched", "mnli_mismatched"}
     assert {name: task.columns for name, task in GLUE_TASKS.items()} == {name: official[name] for name in GLUE_TASKS}
 
 
-# Training and test examples, from the table beside the prepared folders; class names from the official files.
+# Numbers of training and test examples are from the table beside the prepared folders, class names from the official
+# files.
 REAL = {
     "cola": (8551, {"test": 1043}, ("unacceptable", "acceptable")),
     "sst2": (67349, {"test": 872}, ("negative", "positive")),
@@ -190,7 +191,7 @@ def test_the_real_tasks(shared, task):
     train, tests, classes = REAL[task]
     assert (len(data.train), {name: len(test) for name, test in data.tests.items()}) == (train, tests)
     assert data.classes == classes
-    # Read at once, the examples are those that are read one by one.
+    # Reading all examples at once gives the same as reading them one by one.
     builder = tfds.builder_from_directory(shared / "tfds" / "glue" / task / "2.0.0")
     records = builder.as_data_source("train", file_format="array_record")
     for index in (0, 1, train // 2, train - 1):

@@ -15,7 +15,7 @@ WINDOW = 16  # batches
 
 
 def source_of(sizes, labels=None) -> TokenSource:
-    """Examples of so many tokens; the label of each is its place, and its tokens belong to no other."""
+    """Examples with these numbers of tokens. Their labels are their places, and they share no token."""
     sizes = np.asarray(sizes)
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     tokens = np.arange(offsets[-1], dtype=np.int32) + 10_000
@@ -82,7 +82,7 @@ def test_scores_stay_floats():
 
 @pytest.mark.parametrize("count", [1, 3, 40, 64, 100])
 def test_every_epoch_holds_every_example_once(count):
-    # Windows hold 64 examples: at the end of each, some epochs are over and one is begun.
+    # A window holds 64 examples and ends within an epoch.
     source = mixed(count)
     batches = take(training(source), 10 * WINDOW)
     for window in range(1, 11):
@@ -92,7 +92,7 @@ def test_every_epoch_holds_every_example_once(count):
 
 
 def test_every_epoch_is_in_a_new_order():
-    # One window is one epoch, of one length: nothing but chance decides.
+    # One window is one epoch, and all lengths are equal: only chance decides the order.
     epochs = labels(take(training(source_of([5] * 64)), 10 * WINDOW)).reshape(10, 64)
     np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(64), (10, 1)))
     assert len({tuple(epoch) for epoch in epochs}) == 10
@@ -124,7 +124,7 @@ def test_threads_change_nothing():
 @pytest.mark.parametrize("read_ahead", [0, 4])
 @pytest.mark.parametrize("split", [0, 1, 7, 15, 16, 17, 37])
 def test_resuming_continues_with_the_next_batch(read_ahead, split):
-    # The epoch of 50 examples ends within a batch, in the midst of a window.
+    # The epoch of 50 examples ends within a batch and within a window.
     source = mixed(50)
     straight = take(training(source, read_ahead=read_ahead), 45)
     interrupted = training(source, read_ahead=read_ahead)
@@ -145,12 +145,12 @@ def test_going_back_discards_what_was_read_ahead():
 
 
 def test_resuming_replays_nothing():
-    # What came before would take years.
+    # Making all earlier batches would take years.
     iterator = training(mixed(50))
     state = iterator.get_state()
     (key,) = state
     iterator.set_state({key: 10**12})
-    # The step is the first of a window, and of an epoch.
+    # The step is the first of a window and of an epoch.
     assert set(labels(take(iterator, WINDOW))) == set(range(50))
 
 
@@ -197,7 +197,7 @@ def test_evaluation_sees_every_example_exactly_once(count, process_count):
 def test_evaluation_goes_from_short_to_long_and_starts_anew_at_each_pass():
     source = source_of([20, 3, 9, 4, 8, 24])
     batches = evaluation(source)
-    next(iter(batches))  # An abandoned pass must not leave a trace.
+    next(iter(batches))  # An abandoned pass must have no effect.
     first = list(batches)
     assert_same(first, list(batches))
     assert [batch["index"].tolist() for batch in first] == [[1, 3, 4, 2], [0, 5, -1, -1]]
@@ -212,7 +212,7 @@ def test_the_lengths_in_use_are_those_that_batches_have():
 
 
 def unsorted_tokens(lengths, batch_size, allowed):
-    """Tokens, padding included, of an epoch whose shuffled examples are cut into batches as they come."""
+    """The number of tokens, with padding, of an epoch without sorting by length."""
     order = np.random.default_rng(0).permutation(len(lengths))
     batches = [lengths[order[i : i + batch_size]] for i in range(0, len(lengths) - batch_size + 1, batch_size)]
     return sum(batch_size * next(length for length in allowed if length >= batch.max()) for batch in batches)

@@ -1,4 +1,4 @@
-"""Tokenizers: small vocabularies by hand, damaged folders, and the numbers of transformers on real sentences."""
+"""Tokenizers: small vocabularies, damaged folders, and the tokens of transformers on real sentences."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ WORDS = ["it", "rain", "##s", "and", "pour", "zoe", "zoë", "It", "雨", "."]
 PAD, UNK, CLS, SEP, IT, RAIN, S, AND, POUR, ZOE, ZOE_ACCENT, CAPITAL_IT, AME, DOT = range(14)
 
 
-# To a length that no memory holds.
+# The length would not fit into memory.
 PADDING = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
            "pad_type_id": 0, "pad_token": "[PAD]"}  # fmt: skip
 
@@ -100,7 +100,7 @@ def test_the_files_that_were_read_are_known(bert, roberta):
 
 
 def longest_first(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
-    """Drops the last token of the longer sentence until both fit; of equal ones, of that which was the shorter."""
+    """Drops the last token of the longer sentence until both fit; if they are equal, of the one that was shorter."""
     longer, shorter = (list(first), list(second)) if len(first) > len(second) else (list(second), list(first))
     while len(longer) + len(shorter) > room:
         (longer if len(longer) > len(shorter) else shorter).pop()
@@ -121,7 +121,7 @@ def test_single_sentences_lose_their_end(bert):
     tokenizer = load_tokenizer(bert)
     source = text(("it rains and it pours and it rains",))
     assert listed(tokenizer.encode(source, 8)) == [[CLS, IT, RAIN, S, AND, IT, POUR, SEP]]
-    assert len(tokenizer.encode(source, 32).tokens) == 13  # the shorter limit has left no trace
+    assert len(tokenizer.encode(source, 32).tokens) == 13  # The shorter limit has no effect any more.
 
 
 def test_many_examples_keep_their_order(bert):
@@ -225,7 +225,7 @@ def test_damaged_files_of_roberta_are_named(roberta, tmp_path, file, content, me
 
 @pytest.mark.parametrize("special", [SPECIAL, ["<|endoftext|>"]])
 def test_the_tokenizer_of_another_model_is_refused(tmp_path, special):
-    """One without what stands around sentences, and one without the tokens for it."""
+    """One lacks the template with special tokens, the other the special tokens."""
     vocabulary = {token: i for i, token in enumerate([*special, "it"])}
     tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=special[0])).save(
         str(tmp_path / "tokenizer.json")
@@ -234,7 +234,7 @@ def test_the_tokenizer_of_another_model_is_refused(tmp_path, special):
         load_tokenizer(tmp_path)
 
 
-# Against transformers.
+# Comparisons with transformers.
 
 REASON = "compares with transformers: pip install -r requirements-peers.txt"
 HOSTILE = [
@@ -258,7 +258,7 @@ def minilm():
 
 
 def assert_as_in_transformers(folder, source, max_length):
-    """Compares every token and type; returns the numbers of tokens."""
+    """Compares every token and type, and returns the numbers of tokens."""
     transformers = pytest.importorskip("transformers", reason=REASON)
     theirs = transformers.AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True)
     ours = load_tokenizer(folder)
@@ -288,7 +288,7 @@ def test_real_pairs_with_the_files_of_minilm(shared, minilm, task, max_length):
     pairs = load(f"glue/{task}", shared / "tfds").tests["test"]
     lengths = assert_as_in_transformers(minilm, pairs, max_length)
     if max_length <= 32:
-        assert np.mean(lengths == max_length) > 0.2  # many are truncated
+        assert np.mean(lengths == max_length) > 0.2  # Many are truncated.
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Reading and writing trees of transformers by an architecture alone, without files."""
+"""Reading and writing of arrays by an architecture, without files."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ def read_tree(architecture, config, arrays, fresh=()):
 
 
 def written_tree(architecture, model):
-    """The arrays of our model as the architecture writes them, with those that only theirs has."""
+    """The arrays of our model as the architecture writes them, with the arrays that only their model has."""
     tensors = dict(architecture.fillers(model.config))
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name, tensor = architecture.tensor_name(model.config, "/".join(map(str, path)))

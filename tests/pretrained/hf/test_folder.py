@@ -39,7 +39,7 @@ KERNEL = "vit.encoder.layer.0.intermediate.dense.weight"
 
 
 def random_model(model, config):
-    """A model of NumPy's random numbers, its head included."""
+    """A model of random numbers from NumPy, including its head."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     values = [
@@ -112,7 +112,7 @@ def test_one_file_beside_its_configuration(folder, vit):
 
 
 def test_our_own_file_in_their_folder(folder, vit):
-    """What a file is, its header says: the name of the folder's files does not count."""
+    """The header of a file says what it is, whatever files lie beside it."""
     save_model(folder / "ours.safetensors", vit)
     assert_same(read(folder / "ours.safetensors"), vit)
 
@@ -319,7 +319,7 @@ def test_norms_of_a_bfloat16_model_are_not_rounded_on_their_side(tmp_path):
     save_huggingface(tmp_path / "vit", model)
     stored = load_file(tmp_path / "vit" / "model.safetensors")
     assert (stored[KERNEL].dtype, stored["vit.layernorm.weight"].dtype) == (jnp.bfloat16, jnp.float32)
-    # `from_pretrained` of transformers casts all to this.
+    # `from_pretrained` of transformers casts all arrays to this dtype.
     assert json.loads((tmp_path / "vit" / "config.json").read_text())["dtype"] == "float32"
     assert_same(read(tmp_path / "vit", param_dtype="bfloat16"), model)
 

@@ -1,6 +1,6 @@
-"""Folders in and out beside transformers itself: it reads what we write, we read what it writes, the logits agree.
+"""Folders beside transformers: it reads what we write, we read what it writes, and the logits agree.
 
-Skipped where PyTorch and transformers are not installed; `requirements-peers.txt` names them.
+Skipped if the libraries in `requirements-peers.txt` are not installed.
 """
 
 import json
@@ -19,7 +19,7 @@ REASON = "compares with a PyTorch library: pip install -r requirements-peers.txt
 torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 
-# No two axes of a stored array have the same size, but for the sides of a patch. The epsilon shows.
+# All axes of a stored array have different sizes, except the sides of a patch. The epsilon is large enough to matter.
 IMAGE = {
     "image_size": 8,
     "patch_size": 4,
@@ -61,7 +61,7 @@ CASES = {
 
 
 def random_model(config):
-    """A model of random numbers that are not small, its head included."""
+    """A model of random numbers that are not small, including its head."""
     model = ViT if isinstance(config, ViTConfig) else Bert
     graphdef, state = nnx.split(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
@@ -76,7 +76,7 @@ def inputs_of(config):
     rng = np.random.default_rng(1)
     if isinstance(config, ViTConfig):
         return rng.standard_normal((3, 8, 8, 2)).astype(np.float32)
-    return rng.integers(2, config.vocab_size, (3, 9))  # none of them is padding
+    return rng.integers(2, config.vocab_size, (3, 9))  # None of them is padding.
 
 
 def our_logits(model, inputs):
@@ -113,7 +113,7 @@ def test_there_and_back(name, tmp_path):
     logits = our_logits(model, inputs)
     assert_close(logits, their_logits(peer, inputs))
 
-    # Back, in shards that they cut.
+    # Read again, from shards that transformers wrote.
     peer.save_pretrained(tmp_path / "theirs", max_shard_size="4KB")
     index = json.loads((tmp_path / "theirs" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
@@ -159,7 +159,7 @@ def test_pickles_and_their_way_out(tmp_path):
 
 @pytest.mark.exhaustive
 def test_the_body_of_a_clip_model_under_another_head(tmp_path):
-    """What CLIPForImageClassification reads is another head of the same body."""
+    """CLIPForImageClassification puts another head on the same body."""
     theirs = transformers.CLIPVisionModelWithProjection(
         transformers.CLIPVisionConfig(
             hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20, image_size=8, patch_size=4

@@ -12,7 +12,7 @@ from tests.pretrained.hf.hf_trees import read_tree, written_tree
 
 BERT, ROBERTA = ARCHITECTURES["bert"], ARCHITECTURES["roberta"]
 
-# No two axes of an array have the same size, but for those of square kernels.
+# All axes of an array have different sizes, except in square kernels.
 SIZES = {
     "vocab_size": 23,
     "hidden_size": 12,
@@ -49,7 +49,7 @@ LAYER = {
     "output.LayerNorm.gamma": (12,),
     "output.LayerNorm.beta": (12,),
 }
-# What google-bert/bert-base-uncased and FacebookAI/roberta-base hold besides the body.
+# Arrays of google-bert/bert-base-uncased and FacebookAI/roberta-base outside the body.
 HEADS = {
     "bert": {
         "cls.predictions.bias": (23,),
@@ -73,7 +73,7 @@ HEADS = {
 
 
 def official(model_type):
-    """An array of random numbers for every name of the official file; RoBERTa's norms have the names of PyTorch."""
+    """Random arrays with the names of the official file; the norms of RoBERTa have the names of PyTorch."""
     body = {**BODY, **{f"encoder.layer.{i}.{name}": shape for i in range(2) for name, shape in LAYER.items()}}
     shapes = {**{f"{model_type}.{name}": shape for name, shape in body.items()}, **HEADS[model_type]}
     if model_type == "roberta":
@@ -84,7 +84,7 @@ def official(model_type):
 
 
 def expected_body(arrays, prefix):
-    """Our parameters of the body, from theirs, entry by entry."""
+    """Our parameters of the body, computed from theirs one by one."""
     arrays = {name.replace("gamma", "weight").replace("beta", "bias"): array for name, array in arrays.items()}
     result = {f"{n}_embed/embedding": arrays[f"{prefix}embeddings.{theirs}_embeddings.weight"]
               for n, theirs in (("word", "word"), ("position", "position"), ("type", "token_type"))}  # fmt: skip

@@ -1,4 +1,4 @@
-"""What needs no PyTorch; tests/models/test_vit_peers.py compares with transformers itself."""
+"""Tests without PyTorch; tests/models/test_vit_peers.py compares with transformers."""
 
 import re
 
@@ -16,7 +16,7 @@ from tests.pretrained.hf.hf_trees import read_tree, written_tree
 TINY = {"image_size": 8, "patch_size": 4, "channels": 2, "width": 12, "depth": 2, "heads": 3, "mlp_width": 24}
 CLIP = {"pre_norm": True, "patch_bias": False}
 
-# The fields of ours that each class of theirs stands for.
+# The fields of ours that each of their classes fixes.
 FIELDS = {
     "vit": {},
     "deit": {"distillation": True},
@@ -26,7 +26,7 @@ FIELDS = {
     "clip_vision_model": {**CLIP, "head_bias": False},
 }
 
-# What is in the config.json of models on the Hub, without what has no bearing on the model.
+# The config.json of models on the Hub, without fields that do not concern the model.
 VIT_BASE = {
     "architectures": ["ViTModel"],
     "attention_probs_dropout_prob": 0.0,
@@ -64,7 +64,7 @@ CLIP_LARGE = {
     "model_type": "clip",
     "projection_dim": 768,
     "text_config": {"hidden_size": 768, "hidden_act": "quick_gelu", "num_attention_heads": 12},
-    # The old files hold the defaults of all fields here, and those that differ there.
+    # Old files hold the defaults of all fields in one section, and those that differ in another.
     "vision_config": {"hidden_size": 768, "patch_size": 32, "dropout": 0.0, "num_hidden_layers": 12},
     "vision_config_dict": {
         "hidden_size": 1024,
