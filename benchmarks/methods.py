@@ -7,9 +7,9 @@ from flax import nnx
 
 from experiments.tables import markdown
 from surm_jax.models import TARGETS, Bert, BertConfig, ViT, ViTConfig
-from surm_jax.peft import METHODS, Bottleneck, Method, Rule, Selection, Update, adapt, describe
+from surm_jax.peft import METHODS, Branch, Method, Rule, Selection, Update, adapt, describe
 
-KINDS = {"updates": Update, "adapters": Bottleneck, "selections": Selection}
+KINDS = {"updates": Update, "adapters": Branch, "selections": Selection}
 
 
 def models() -> dict[str, nnx.Module]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from experiments.tables import markdown
 from surm_jax.paths import join
-from surm_jax.peft import Delta, adapted_modules
+from surm_jax.peft import KernelPart, iter_parts, kernel_change
 from surm_jax.peft.kernels import is_linear, matrix_view
 from surm_jax.structured import (
     BlockCirculant,
@@ -74,14 +74,14 @@ class Change(NamedTuple):
 
 def changes(base: nnx.Module, tuned: nnx.Module) -> dict[str, Change]:
     """Return the changes of all kernels that were trained or have an update, by layer."""
-    deltas = {path: part for path, _, part, _ in adapted_modules(tuned) if isinstance(part, Delta)}
+    parts = {row.path: row for row in iter_parts(tuned) if isinstance(row.part, KernelPart)}
     before, found = kernels(base), {}
     for path, kernel in kernels(tuned).items():
         was, now = (np.asarray(one).astype(np.float64) for one in (before[path], kernel))
-        trained, delta = not np.array_equal(was, now), deltas.get(path)
-        if delta:
-            added = now - was + np.asarray(delta.change(kernel))
-            found[path] = Change(was, added, None if trained or delta.normalized else delta.matrix())
+        trained, row = not np.array_equal(was, now), parts.get(path)
+        if row:
+            added = now - was + np.asarray(kernel_change(row))
+            found[path] = Change(was, added, None if trained else row.part.plain_matrix())
         elif trained:
             found[path] = Change(was, now - was, None)
     return found

@@ -22,12 +22,12 @@ from surm_jax.peft import delete as delete
 from surm_jax.peft import describe as describe
 from surm_jax.peft import load_adapter as load_adapter
 from surm_jax.peft import load_bank as load_bank
-from surm_jax.peft import load_hf_adapter as load_hf_adapter
+from surm_jax.peft import load_peft as load_peft
 from surm_jax.peft import make_method as make_method
 from surm_jax.peft import merge as merge
 from surm_jax.peft import path_mask as path_mask
 from surm_jax.peft import save_adapter as save_adapter
-from surm_jax.peft import save_hf_adapter as save_hf_adapter
+from surm_jax.peft import save_peft as save_peft
 from surm_jax.peft import set_active as set_active
 from surm_jax.peft import set_scale as set_scale
 from surm_jax.peft import train_only as train_only

@@ -1,33 +1,121 @@
-"""Parameter-efficient fine-tuning of Flax NNX models: what is put into a model, and what is trained."""
+"""Parameter-efficient fine-tuning of Flax NNX models: what is put into a model, and what is trained.
 
-from surm_jax.peft.adapt import adapt as adapt
-from surm_jax.peft.adapt import adapted_modules as adapted_modules
-from surm_jax.peft.adapter import DEFAULT_NAME as DEFAULT_NAME
-from surm_jax.peft.adapter import Adapter as Adapter
-from surm_jax.peft.adapter import Rule as Rule
-from surm_jax.peft.bank import load_bank as load_bank
-from surm_jax.peft.convert import combine as combine
-from surm_jax.peft.convert import convert as convert
-from surm_jax.peft.describe import Description as Description
-from surm_jax.peft.describe import describe as describe
-from surm_jax.peft.files import load_adapter as load_adapter
-from surm_jax.peft.files import save_adapter as save_adapter
-from surm_jax.peft.fingerprint import check_fingerprint as check_fingerprint
-from surm_jax.peft.fingerprint import fingerprint as fingerprint
-from surm_jax.peft.hf import load_hf_adapter as load_hf_adapter
-from surm_jax.peft.hf import save_hf_adapter as save_hf_adapter
-from surm_jax.peft.lifecycle import adapter_names as adapter_names
-from surm_jax.peft.lifecycle import delete as delete
-from surm_jax.peft.lifecycle import set_active as set_active
-from surm_jax.peft.lifecycle import set_scale as set_scale
-from surm_jax.peft.merge import merge as merge
-from surm_jax.peft.methods import *  # noqa: F403
-from surm_jax.peft.optax_mask import path_mask as path_mask
-from surm_jax.peft.optax_mask import train_only as train_only
-from surm_jax.peft.parts.branch import Branch as Branch
-from surm_jax.peft.parts.context import adapter_dropout as adapter_dropout
-from surm_jax.peft.parts.context import adapter_of_examples as adapter_of_examples
-from surm_jax.peft.parts.update import Delta as Delta
-from surm_jax.peft.parts.variables import AdapterConstant as AdapterConstant
-from surm_jax.peft.parts.variables import AdapterParam as AdapterParam
-from surm_jax.peft.parts.variables import AdapterScale as AdapterScale
+Importing this package imports, and so registers, every method of `surm_jax.peft.methods`.
+"""
+
+from surm_jax.peft.adapt import adapt
+from surm_jax.peft.adapter import DEFAULT_NAME, Adapter, Rule
+from surm_jax.peft.bank import load_bank
+from surm_jax.peft.convert import combine, convert
+from surm_jax.peft.describe import Description, describe
+from surm_jax.peft.files import check_fingerprint, fingerprint, load_adapter, save_adapter
+from surm_jax.peft.hf import load_peft, save_peft
+from surm_jax.peft.lifecycle import adapter_names, delete, kernel_change, set_active, set_scale
+from surm_jax.peft.merge import merge
+from surm_jax.peft.methods.base import METHODS, Method, PartMethod, make_method
+from surm_jax.peft.methods.bottleneck import AdapterDrop, BottleneckBranch
+from surm_jax.peft.methods.branch import Branch
+from surm_jax.peft.methods.circulant import C3A, CirculantBranch, CirculantUpdate
+from surm_jax.peft.methods.hypercomplex import Compacter, KAdaptation, LoKr
+from surm_jax.peft.methods.kronecker import KroneckerBranch, KroneckerUpdate
+from surm_jax.peft.methods.lora import DoRA, LoRA, LoRAFix, RankStabilizedLoRA
+from surm_jax.peft.methods.low_displacement import LowDisplacementBranch, LowDisplacementUpdate
+from surm_jax.peft.methods.mora import MoRA
+from surm_jax.peft.methods.selections import AttentionOnly, BitFit, Full, LinearProbe, NormTuning, Selection
+from surm_jax.peft.methods.settings import at_least, one_of
+from surm_jax.peft.methods.structured import StructuredBranch, StructuredUpdate
+from surm_jax.peft.methods.toeplitz import AsymmetricToeplitzUpdate, ToeplitzBranch, ToeplitzUpdate
+from surm_jax.peft.methods.update import Update
+from surm_jax.peft.optax_mask import path_mask, train_only
+from surm_jax.peft.parts.banked import adapter_of_examples
+from surm_jax.peft.parts.base import (
+    AdapterConstant,
+    AdapterParam,
+    AdapterScale,
+    AttachedPart,
+    KernelPart,
+    OutputPart,
+    Part,
+    Place,
+    iter_parts,
+)
+from surm_jax.peft.parts.branch import ACTIVATIONS, BranchPart
+from surm_jax.peft.parts.dropout import adapter_dropout
+from surm_jax.peft.parts.update import NormalizedPart, UpdatePart
+
+__all__ = [
+    "ACTIVATIONS",
+    "C3A",
+    "DEFAULT_NAME",
+    "METHODS",
+    "Adapter",
+    "AdapterConstant",
+    "AdapterDrop",
+    "AdapterParam",
+    "AdapterScale",
+    "AsymmetricToeplitzUpdate",
+    "AttachedPart",
+    "AttentionOnly",
+    "BitFit",
+    "BottleneckBranch",
+    "Branch",
+    "BranchPart",
+    "CirculantBranch",
+    "CirculantUpdate",
+    "Compacter",
+    "Description",
+    "DoRA",
+    "Full",
+    "KAdaptation",
+    "KernelPart",
+    "KroneckerBranch",
+    "KroneckerUpdate",
+    "LinearProbe",
+    "LoKr",
+    "LoRA",
+    "LoRAFix",
+    "LowDisplacementBranch",
+    "LowDisplacementUpdate",
+    "Method",
+    "MoRA",
+    "NormTuning",
+    "NormalizedPart",
+    "OutputPart",
+    "Part",
+    "PartMethod",
+    "Place",
+    "RankStabilizedLoRA",
+    "Rule",
+    "Selection",
+    "StructuredBranch",
+    "StructuredUpdate",
+    "ToeplitzBranch",
+    "ToeplitzUpdate",
+    "Update",
+    "UpdatePart",
+    "adapt",
+    "adapter_dropout",
+    "adapter_names",
+    "adapter_of_examples",
+    "at_least",
+    "check_fingerprint",
+    "combine",
+    "convert",
+    "delete",
+    "describe",
+    "fingerprint",
+    "iter_parts",
+    "kernel_change",
+    "load_adapter",
+    "load_bank",
+    "load_peft",
+    "make_method",
+    "merge",
+    "one_of",
+    "path_mask",
+    "save_adapter",
+    "save_peft",
+    "set_active",
+    "set_scale",
+    "train_only",
+]

@@ -1,21 +1,19 @@
 """Putting an adapter into a model."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 from flax import nnx
 
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.paths import join, matching, no_match_message, require_match
-from surm_jax.peft.adapter import DEFAULT_NAME, SLOTS, Adapter, Rule
-from surm_jax.peft.kernels import check_call, is_linear, matrix_view, output_width
-from surm_jax.peft.methods.base import Bottleneck, Update
-from surm_jax.peft.parts.attach import attach
-from surm_jax.peft.parts.branch import Branch
-from surm_jax.peft.parts.update import Delta
-from surm_jax.peft.parts.variables import AdapterParam
-from surm_jax.structured import Placed, StructuredMatrix, Sum
+from surm_jax.peft.adapter import DEFAULT_NAME, Adapter, Rule
+from surm_jax.peft.kernels import check_call, is_linear, kernel_matrix, output_width
+from surm_jax.peft.methods.base import PartMethod
+from surm_jax.peft.parts.base import KERNEL, AdapterParam, Part, Place, is_abstract, iter_parts
+from surm_jax.peft.parts.layers import attach
 
 
 def adapt(
@@ -27,10 +25,10 @@ def adapt(
     execution: str = "auto",
     rngs: nnx.Rngs,
 ) -> tuple[nnx.Module, Adapter]:
-    """Returns a model with an adapter that starts at zero, so that it computes what `model` computes.
+    """Put an adapter into a model. It starts at zero, so that the adapted model computes what `model` computes.
 
-    `model` itself stays as it is; both hold the same arrays, no copies. It may have adapters of other names: all are
-    added to the same outputs.
+    `model` itself stays as it is; both hold the same arrays, no copies. The model may have adapters of other names. All
+    adapters add to the same outputs.
 
     >>> import surm_jax
     >>> model = nnx.Dict(query=nnx.Linear(8, 8, rngs=nnx.Rngs(0)), head=nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
@@ -41,21 +39,21 @@ def adapt(
     (8,)
 
     Args:
-        model: any NNX model, abstract ones included. Its class may have named targets for rules, `adapter_targets`:
-            {name: regular expression}.
-        rules: which modules get which method; the first that matches a module counts.
-        train: patterns of the paths of parameters that are trained besides.
-        name: of the adapter.
-        execution: how updates are computed: `auto`, `fft`, `dense` or `fused`; all give the same to
-            rounding (`surm_jax.structured.products.execution`).
-        rngs: the stream `params` draws the random factors.
+        model: Any NNX model, also an abstract one. Its class may name targets for rules in `adapter_targets`, {name:
+            regular expression}.
+        rules: Which modules get which method; the first rule that matches a module counts.
+        train: Patterns for the paths of other parameters that are trained, such as `head/.*`.
+        name: The adapter's name in the model.
+        execution: How structured updates are computed: `auto`, `fft`, `dense` or `fused`. All give the same result up
+            to rounding (`surm_jax.structured.products.execution`).
+        rngs: Its stream `params` gives the keys of random numbers.
 
     Returns:
         The adapted model, and the adapter with the filter of what is trained (`adapter.trainable`).
 
     Raises:
-        UserError: if a rule or a pattern matches nothing, or a module that cannot be adapted, or if the model has an
-            adapter of this name.
+        UserError: If a rule or a pattern matches nothing, or matches a module that cannot be adapted, or if the model
+            has an adapter of this name.
     """
     if isinstance(rules, Rule):
         raise UserError("rules must be a list of rules, got one: write [Rule(...)]")
@@ -66,64 +64,68 @@ def adapt(
     if isinstance(train, str):
         raise UserError(f"train must be a list of patterns, got one string: write [{train!r}]")
     model, presets = nnx.clone(model), _presets(model)
-    rules = (dataclasses.replace(rule, target=presets.get(rule.target, rule.target)) for rule in rules)
-    adapter = Adapter(tuple(rules), tuple(train), name)
-    for path, module, rule in matched_modules(model, adapter):
-        if isinstance(rule.method, Update):
-            matrix_view(module, path)  # whose messages name the layer themselves
+    with_presets = tuple(dataclasses.replace(rule, target=presets.get(rule.target, rule.target)) for rule in rules)
+    adapter = Adapter(with_presets, tuple(train), name)
+    for matched in matched_modules(model, adapter):
         try:
-            attach(module, name, make_part(rule, path, module, execution, rngs.params()))
+            attach(matched.module, name, make_part(matched, execution, rngs.params()))
         except UserError as error:
-            raise UserError(f"{path or 'the model'} cannot be adapted: {error}") from None
+            raise UserError(f"{matched.path or 'the model'} cannot be adapted: {error}") from None
     base = list(base_parameters(model))
     for pattern in adapter.train:
         require_match(pattern, base, "parameter")
     return model, adapter
 
 
-def make_part(rule: Rule, path: str, module: nnx.Module, execution: str, key: jax.Array) -> Delta | Branch:
-    """Builds what a rule gives a module, as it is at the start of training; abstract where the module is."""
+class MatchedModule(NamedTuple):
+    """A module that a rule gives a part to.
 
-    def make(kernel: jax.Array | None, key: jax.Array) -> Delta | Branch:
-        if isinstance(rule.method, Bottleneck):
-            return Branch(rule.method, rule.method.init_branch(key, output_width(module, path)))
-        shape = matrix_view(module, path).shape
-        return Delta(rule.method, start_in_parts(rule, key, shape), kernel.reshape(shape), execution)
+    Attributes:
+        path: Path of the module.
+        module: The module.
+        rule: The rule.
+        method: The rule's method.
+    """
 
-    kernel = module.kernel.get_value() if isinstance(rule.method, Update) else None
-    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
-    return nnx.eval_shape(make, kernel, key) if abstract else make(kernel, key)
+    path: str
+    module: nnx.Module
+    rule: Rule
+    method: PartMethod
 
 
-def start_in_parts(rule: Rule, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
-    """Returns the matrix that an update starts from; where it updates some parts of a kernel, the sum of theirs."""
-    m, n = shape
-    if rule.parts == 1:
-        return rule.method.start(key, shape)
-    if n % rule.parts:
-        raise UserError(f"its {n} output features are not {rule.parts} equal parts")
-    width = n // rule.parts
-    blocks = [
-        Placed(rule.method.start(jax.random.fold_in(key, part), (m, width)), shape, (0, part * width))
-        for part in rule.which or range(rule.parts)
-    ]
-    return Sum(blocks) if len(blocks) > 1 else blocks[0]
+def make_part(matched: MatchedModule, execution: str, key: jax.Array) -> Part:
+    """Return the part of a module at the start of training; abstract where the module is.
+
+    Raises:
+        UserError: If the method does not fit the module; the message leaves out its path.
+    """
+    path, module, rule, method = matched
+    if method.part.slot == KERNEL:
+        kernel = kernel_matrix(module, path)
+        width = kernel.shape[1]
+    else:
+        kernel, width = None, output_width(module, path)
+
+    def make(kernel: jax.Array | None, key: jax.Array) -> Part:
+        return method.make_part(Place(width, kernel, rule.parts, rule.which, execution), key)
+
+    return nnx.eval_shape(make, kernel, key) if is_abstract(module) else make(kernel, key)
 
 
 def base_parameters(model: nnx.Module) -> dict[str, nnx.Param]:
-    """Returns the parameters that no adapter brought, by path."""
+    """Return the parameters that belong to no adapter, by path."""
     parameters = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {join(path): variable for path, variable in parameters if not isinstance(variable, AdapterParam)}
 
 
-def matched_modules(model: nnx.Module, adapter: Adapter) -> list[tuple[str, nnx.Module, Rule]]:
-    """Returns (path, module, rule) for every module that an adapter's rule gives something to, by path.
+def matched_modules(model: nnx.Module, adapter: Adapter) -> list[MatchedModule]:
+    """Return every module that an adapter's rules give a part to, sorted by path.
 
     Raises:
-        UserError: if a rule matches no module, or only modules that earlier rules have, or one that cannot be adapted,
-            or its method leaves out all that it matches, or if the model has an adapter of this name.
+        UserError: If a rule matches no module, or only modules of earlier rules, or one that cannot be adapted; if its
+            method leaves out all that it matches; or if the model has an adapter of this name.
     """
-    if any(name == adapter.name for _, name, *_ in adapted_modules(model)):
+    if any(row.name == adapter.name for row in iter_parts(model)):
         raise UserError(
             f"the model has an adapter called {adapter.name!r} already: merge or delete it, or choose another name"
         )
@@ -132,11 +134,13 @@ def matched_modules(model: nnx.Module, adapter: Adapter) -> list[tuple[str, nnx.
     callable_ = sorted(path for path, module in modules.items() if callable(module))
     chosen: dict[str, Rule] = {}
     for rule in adapter.rules:
-        candidates = linear if isinstance(rule.method, Update) else callable_
+        in_kernel = rule.method is not None and rule.method.part.slot == KERNEL
+        candidates = linear if in_kernel else callable_
         found = matching(rule.target, candidates)
         if not found:
             near = did_you_mean(rule.target, _presets(model))
-            raise UserError(_nothing_to_adapt(rule, candidates, modules) + near)
+            what = "linear layer" if in_kernel else "module"
+            raise UserError(_nothing_to_adapt(rule.target, candidates, modules, what) + near)
         if rule.method:
             try:
                 found = rule.method.choose(found)
@@ -146,21 +150,21 @@ def matched_modules(model: nnx.Module, adapter: Adapter) -> list[tuple[str, nnx.
         if not new:
             raise UserError(f"the rule {rule.target!r} has no effect: earlier rules take every module that it matches")
         chosen.update(dict.fromkeys(new, rule))
-    for path, rule in chosen.items():
-        if rule.method:
-            check_call(modules[path], path, "delta" if isinstance(rule.method, Update) else "branch")
-    return [(path, modules[path], chosen[path]) for path in sorted(chosen) if chosen[path].method]
+    rows = [MatchedModule(path, modules[path], rule, rule.method) for path, rule in chosen.items() if rule.method]
+    for row in rows:
+        check_call(row.module, row.path, row.method.part.slot)
+    return sorted(rows, key=lambda row: row.path)
 
 
 def _presets(model: nnx.Module) -> Mapping[str, str]:
-    """Returns the targets that a model has names for."""
+    """Return the targets that a model's class has names for."""
     return getattr(type(model), "adapter_targets", {})
 
 
 def _own_modules(model: nnx.Module) -> dict[str, nnx.Module]:
-    """Returns the modules that no adapter brought, by path. A name alone, such as `branch`, may be the model's own."""
+    """Return the modules that belong to no adapter, by path. The model itself may use the words of the slots."""
     modules = dict(nnx.iter_modules(model))
-    slots = {path[:-1] for path, module in modules.items() if isinstance(module, Delta | Branch)}
+    slots = {path[:-1] for path, module in modules.items() if isinstance(module, Part)}
     return {
         join(path): module
         for path, module in modules.items()
@@ -168,23 +172,12 @@ def _own_modules(model: nnx.Module) -> dict[str, nnx.Module]:
     }
 
 
-def _nothing_to_adapt(rule: Rule, candidates: list[str], modules: dict[str, nnx.Module]) -> str:
-    what = "linear layer" if isinstance(rule.method, Update) else "module"
-    others = [path for path in matching(rule.target, modules) if path not in candidates]
+def _nothing_to_adapt(target: str, candidates: list[str], modules: dict[str, nnx.Module], what: str) -> str:
+    others = [path for path in matching(target, modules) if path not in candidates]
     if not others:
-        return no_match_message(rule.target, candidates, what)
+        return no_match_message(target, candidates, what)
     kinds = ", ".join(f"{path} ({type(modules[path]).__name__})" for path in others[:5])
     return (
-        f"the pattern {rule.target!r} matches no {what}, only {kinds}; there are, for example,"
+        f"the pattern {target!r} matches no {what}, only {kinds}; there are, for example,"
         f" {', '.join(path for path in candidates[:8] if path)}"
     )
-
-
-def adapted_modules(model: nnx.Module) -> Iterator[tuple[str, str, Delta | Branch, nnx.Module]]:
-    """Yields (path, name of the adapter, its part, the module) for every part of an adapter, by path and name."""
-    found = []
-    for path, module in nnx.iter_modules(model):
-        for slot in SLOTS:
-            for name, part in vars(module).get(slot, {}).items() if hasattr(type(module), "original_class") else ():
-                found.append((join(path), name, part, module))
-    yield from sorted(found, key=lambda row: row[:2])

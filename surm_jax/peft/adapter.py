@@ -1,8 +1,7 @@
-"""What an adapter is made of: rules that say which modules get which method, and what is trained besides."""
+"""The recipe of an adapter: rules that say which modules get which method, and other parameters that are trained."""
 
 import dataclasses
 import functools
-import itertools
 import re
 from typing import Any
 
@@ -10,42 +9,39 @@ from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.paths import compile_pattern, join
-from surm_jax.peft.methods.base import Bottleneck, Method, Update, make_method
-from surm_jax.peft.parts.variables import AdapterParam
+from surm_jax.peft.methods.base import PartMethod, make_method
+from surm_jax.peft.parts.base import SLOTS, AdapterParam, adapter_of
 
 DEFAULT_NAME = "default"
-SLOTS = ("delta", "branch")
-"""Where in a module the parts of adapters are: `<module>/<slot>/<name of the adapter>/...`."""
-
-_MOST_PARTS, _MOST_PATTERNS = 64, 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    r"""Gives the modules whose path `target` matches as a whole a method, or keeps later rules from them.
+    r"""A method for all modules whose path a pattern matches; the first rule that matches a module counts.
 
-    >>> from surm_jax.peft.methods import LoRA
+    >>> from surm_jax.peft import LoRA
     >>> Rule(r"blocks/\d+/attention/(query|value)", LoRA(rank=4)).method.rank
     4
 
     Attributes:
-        target: a regular expression for module paths (`re.fullmatch`), or for `adapt` the name of one in the model's
-            `adapter_targets`.
-        method: an `Update` for linear layers, a `Bottleneck` for modules; `None`: these modules get nothing.
-        parts: an update may see the kernel as so many equal blocks of output features, as a fused qkv kernel has three.
-        which: the numbers of the blocks that it updates, from 0 on; empty: all.
+        target: A regular expression for whole module paths (`re.fullmatch`). For `adapt` it may also be the name of a
+            preset in the model's `adapter_targets`.
+        method: A method that puts a part into modules, such as an `Update` or a `Branch`. With `None`, the modules get
+            nothing from this rule or later ones.
+        parts: The number of equal blocks of output features in a packed kernel, such as 3 for query, key and value.
+        which: The numbers of the blocks that get an update, from 0 on; empty means all.
     """
 
     target: str
-    method: Method | None
+    method: PartMethod | None
     parts: int = 1
     which: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         compile_pattern(self.target)
-        if not (self.method is None or isinstance(self.method, Update | Bottleneck)):
+        if not (self.method is None or isinstance(self.method, PartMethod)):
             raise UserError(
-                f"the method of the rule {self.target!r} must be an update such as LoRA(), a bottleneck or None,"
+                f"the method of the rule {self.target!r} must be an update such as LoRA(), a branch or None,"
                 f" got {self.method!r}"
             )
         if isinstance(self.which, list | range):
@@ -57,18 +53,17 @@ class Rule:
             )
         if self.parts == 1 and not self.which:
             return
-        if not isinstance(self.method, Update):
+        if not (self.method and self.method.takes_packed):
             raise UserError(f"the rule {self.target!r} has parts, but only updates of kernels have parts")
-        if self.parts > _MOST_PARTS:
-            raise UserError(f"the rule {self.target!r} must have at most {_MOST_PARTS} parts, got {self.parts}")
-        if self.parts < 1 or len({*self.which}) < len(self.which) or not {*self.which} <= {*range(self.parts)}:
+        differ = len({*self.which}) == len(self.which)
+        if self.parts < 1 or not differ or not all(0 <= number < self.parts for number in self.which):
             raise UserError(
                 f"the rule {self.target!r} must have different numbers from 0 to {self.parts - 1} in `which`, as many"
                 f" as it says `parts`, got parts={self.parts}, which={self.which}"
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the rule as JSON values."""
+        """Return the rule as JSON values."""
         method = self.method
         return {
             "target": self.target,
@@ -80,19 +75,22 @@ class Rule:
 
     @classmethod
     def from_json(cls, rule: dict[str, Any]) -> "Rule":
-        """Reads what `to_json` wrote."""
+        """Return the rule that `to_json` wrote."""
         method = None if rule["method"] is None else make_method(rule["method"], rule["settings"])
-        return cls(rule["target"], method, rule["parts"], tuple(rule["which"]))
+        return cls(rule["target"], method, rule["parts"], tuple(rule["which"]))  # type: ignore[arg-type]  # it checks
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """The recipe of an adapter; with an adapted model at hand, everything needed to train, save and load it.
+    """The recipe of an adapter. Together with an adapted model it is all that training and saving need.
+
+    Functions that need only an adapter's parts in a model take an `Adapter` or its name; functions that need the rules
+    or the trained parameters as well take an `Adapter`.
 
     Attributes:
-        rules: of the rules that match a module the first counts.
-        train: patterns of the paths of parameters that are trained besides, such as `head/.*`.
-        name: tells it from other adapters of the same model.
+        rules: The first rule that matches a module counts.
+        train: Patterns for the paths of other parameters that are trained, such as `head/.*`.
+        name: The name that distinguishes the adapter from others in the same model.
     """
 
     rules: tuple[Rule, ...]
@@ -100,20 +98,18 @@ class Adapter:
     name: str = DEFAULT_NAME
 
     def __post_init__(self) -> None:
-        if (count := len(self.rules) + len(self.train)) > _MOST_PATTERNS:
-            raise UserError(f"an adapter has at most {_MOST_PATTERNS} rules and patterns, got {count:,}")
         for pattern in self.train:
             compile_pattern(pattern)
         if not isinstance(self.name, str) or not re.fullmatch(r"[\w-]+", self.name):
             raise UserError(f"the name of an adapter has letters, digits, _ and -, got {self.name!r}")
-        if hasattr(nnx.Dict, self.name):  # It would hide that method of where the adapters of a module are.
+        if hasattr(nnx.Dict, self.name):  # it would hide that method of a module's slot
             raise UserError(f"an adapter cannot be called {self.name!r}, as a method of nnx.Dict")
         if self.name in SLOTS:  # `adapter_of` could not tell it from the slot, and nothing of it would be trained
-            raise UserError(f"an adapter cannot be called {self.name!r}, as the part of a module where adapters are")
+            raise UserError(f"an adapter cannot be called {self.name!r}, as the slot of a module where parts are")
 
     @functools.cached_property
     def trainable(self) -> nnx.filterlib.Predicate:
-        """The one NNX filter of what is trained: parameters that this adapter brought, and `train`.
+        """The one NNX filter of what is trained: this adapter's own parameters, and those that `train` matches.
 
         >>> model = nnx.Dict(body=nnx.Linear(2, 3, rngs=nnx.Rngs(0)), head=nnx.Linear(3, 2, rngs=nnx.Rngs(1)))
         >>> graphdef, trainable, frozen = nnx.split(model, Adapter((), ("head/.*",)).trainable, ...)
@@ -131,29 +127,17 @@ class Adapter:
         return is_trainable
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the recipe as JSON values. The name is not part of it: whoever loads it chooses one."""
+        """Return the recipe as JSON values, without the name, which is chosen when the adapter is loaded."""
         return {"rules": [rule.to_json() for rule in self.rules], "train": list(self.train)}
 
     @classmethod
     def from_json(cls, recipe: dict[str, Any], name: str = DEFAULT_NAME) -> "Adapter":
-        """Reads what `to_json` wrote.
+        """Return the adapter that `to_json` wrote.
 
         Raises:
-            UserError: if it is something else.
+            UserError: If it is something else.
         """
         try:
             return cls(tuple(map(Rule.from_json, recipe["rules"])), tuple(recipe["train"]), name)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"not the recipe of an adapter ({type(error).__name__}: {error})") from None
-
-
-def adapter_of(path: tuple[Any, ...]) -> str | None:
-    """Returns the name of the adapter that a variable at an NNX path belongs to, or `None`.
-
-    >>> adapter_of(("blocks", 0, "query", "delta", "default", "r1"))
-    'default'
-    """
-    for name, slot in itertools.pairwise(reversed(path)):  # from the end: the model may have such names itself
-        if slot in SLOTS:
-            return name
-    return None

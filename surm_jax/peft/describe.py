@@ -6,22 +6,20 @@ import math
 from flax import nnx
 
 from surm_jax.paths import join
-from surm_jax.peft.adapt import adapted_modules
 from surm_jax.peft.adapter import Adapter
 from surm_jax.peft.lifecycle import parts_of
-from surm_jax.peft.parts.branch import Branch
-from surm_jax.peft.parts.variables import AdapterParam
+from surm_jax.peft.parts.base import AdapterParam, Part, iter_parts
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One part of an adapter, or one parameter trained besides.
+    """One part of an adapter, or one other parameter that is trained.
 
     Attributes:
-        path: the module's path, or the parameter's.
-        shape: the shape of the matrix (in_features, out_features), or the parameter's.
-        kind: the family of the matrix, or "trained".
-        trainable: how many numbers are trained there.
+        path: Path of the module or the parameter.
+        shape: Shape of the part, (in_features, out_features), or of the parameter.
+        kind: Kind of the part, such as the family of its matrix, or "trained" for a parameter.
+        trainable: Number of trained numbers.
     """
 
     path: str
@@ -32,13 +30,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What is trained. `str()` of it is a table.
+    """A summary of what is trained. `str()` of it is a table.
 
     Attributes:
-        rows: parts of adapters and parameters trained besides.
-        adapter: numbers trained in adapters.
-        besides: numbers trained besides, such as the head's.
-        total: all parameters of the adapted model.
+        rows: Parts of adapters, then other parameters that are trained.
+        adapter: Count of trained numbers in the parts of adapters.
+        besides: Count of other trained numbers, such as the head's.
+        total: Count of all parameters of the adapted model.
     """
 
     rows: tuple[Row, ...]
@@ -48,7 +46,7 @@ class Description:
 
     @property
     def trainable(self) -> int:
-        """All numbers that are trained."""
+        """The count of all trained numbers."""
         return self.adapter + self.besides
 
     def __str__(self) -> str:
@@ -69,7 +67,7 @@ class Description:
 
 
 def describe(model: nnx.Module, adapter: Adapter | None = None) -> Description:
-    """Says what of an adapted model is trained. The model may be abstract (`nnx.eval_shape`): nothing is computed.
+    """Return a table of what is trained in an adapted model, which may be abstract (`nnx.eval_shape`).
 
     >>> import surm_jax
     >>> model, adapter = surm_jax.adapt(
@@ -80,14 +78,14 @@ def describe(model: nnx.Module, adapter: Adapter | None = None) -> Description:
     (16, 88)
 
     Args:
-        model: an adapted model.
-        adapter: the one that is trained; `None`: all that the model has, and nothing besides.
+        model: An adapted model.
+        adapter: The adapter that is trained; `None`: all adapters of the model, and no other parameters.
 
     Raises:
-        UserError: if the model has not the adapter.
+        UserError: If the model does not have the adapter.
     """
-    parts = adapted_modules(model) if adapter is None else parts_of(model, adapter)
-    rows = [Row(path, *_of(part)) for path, _, part, _ in parts]
+    parts = iter_parts(model) if adapter is None else parts_of(model, adapter)
+    rows = [Row(row.path, row.part.shape, row.part.kind, _trained(row.part)) for row in parts]
     adapter_count = sum(row.trainable for row in rows)
     if adapter is not None:
         _, trained, _ = nnx.split(model, adapter.trainable, ...)
@@ -99,8 +97,6 @@ def describe(model: nnx.Module, adapter: Adapter | None = None) -> Description:
     return Description(tuple(rows), adapter_count, besides, total)
 
 
-def _of(part: nnx.Module) -> tuple[tuple[int, int], str, int]:
-    """Returns the shape, the family and the number of trained numbers of a part."""
-    trained = sum(math.prod(v.shape) for v in part.tensors().values() if isinstance(v, AdapterParam))
-    matrices = part.matrices() if isinstance(part, Branch) else (part.stored(),)
-    return (matrices[0].shape[0], matrices[-1].shape[1]), type(matrices[0]).__name__, trained
+def _trained(part: Part) -> int:
+    """Return how many numbers of a part are trained."""
+    return sum(variable.get_value().size for variable in part.tensors().values() if isinstance(variable, AdapterParam))

@@ -1,9 +1,9 @@
 """The adapter folder: `adapter_config.json` and `adapter_model.safetensors`, some hundred kilobytes.
 
-The tensors are the updates, each in its smallest form (of a Hadamard pair the product: n numbers), under
-`<layer>/delta/<array>`, branches under `<module>/branch/...`, and the parameters that were trained besides, such as the
-head, under their paths. The JSON holds the recipe, the fingerprint of the frozen base, and the SHA-256 of these and of
-the tensor file.
+The tensors are those of the parts in their smallest form, under `<layer>/delta/<array>` or `<module>/branch/<array>`,
+and other parameters that were trained, such as the head, under their paths. (The smallest form of a Hadamard pair of
+circulants is their product, n numbers.) The JSON holds the recipe, the fingerprint of the frozen base, and the SHA-256
+of these and of the tensor file.
 """
 
 import functools
@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +21,15 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
+from surm_jax.devices.processes import whole_on_host
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.files import read_json, replacing_folder, require_file
 from surm_jax.paths import join, require_match
-from surm_jax.peft.adapt import base_parameters, make_part, matched_modules
+from surm_jax.peft.adapt import MatchedModule, base_parameters, make_part, matched_modules
 from surm_jax.peft.adapter import DEFAULT_NAME, Adapter
-from surm_jax.peft.fingerprint import check_fingerprint, fingerprint
 from surm_jax.peft.lifecycle import parts_of
-from surm_jax.peft.parts.attach import attach
-from surm_jax.peft.parts.branch import Branch
-from surm_jax.peft.parts.update import Delta
-from surm_jax.peft.parts.variables import AdapterParam
+from surm_jax.peft.parts.base import AdapterParam, AttachedPart, Part
+from surm_jax.peft.parts.layers import attach
 from surm_jax.tensor_files import TensorFile
 
 CONFIG_NAME = "adapter_config.json"
@@ -41,66 +39,115 @@ FORMAT = 3
 _MOST_BYTES_OF_CONFIG = 2**22
 """The fingerprint has some seventy bytes for each parameter of the base."""
 
+BASE = nnx.All(nnx.Param, nnx.Not(AdapterParam))
+"""Selects the parameters that belong to no adapter."""
+
+
+def fingerprint(frozen: nnx.State, kind: nnx.filterlib.Filter = BASE) -> dict[str, str]:
+    """Return 16 hexadecimal digits for every variable of a state, by path, which identify its exact value.
+
+    They depend on path, shape, dtype and every bit. Cost: one SHA-256 over the weights, one array after the other.
+    With several processes the call is collective: all of them make it, in the same order.
+
+    Args:
+        frozen: The state.
+        kind: Which of its variables count; by default the parameters that belong to no adapter.
+    """
+    digests = {}
+    for path, variable in nnx.to_flat_state(nnx.filter_state(frozen, kind)):
+        array = whole_on_host(variable[...])
+        digest = hashlib.sha256(f"{join(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        digests[join(path)] = digest.hexdigest()[:16]
+    return digests
+
+
+def check_fingerprint(actual: dict[str, str], expected: dict[str, str], what: str) -> None:
+    """Check that a base model is the one that an adapter was trained on.
+
+    Args:
+        actual: Fingerprint of the base.
+        expected: Fingerprint of the right base.
+        what: What belongs to the right base, for the message, such as "the adapter NAME".
+
+    Raises:
+        UserError: If parameters differ; the message names some.
+    """
+    problems = []
+    if absent := sorted(expected.keys() - actual.keys()):
+        problems.append(f"it lacks {_some(absent)}")
+    if extra := sorted(actual.keys() - expected.keys()):
+        problems.append(f"it also has {_some(extra)}")
+    if changed := sorted(path for path in actual.keys() & expected.keys() if actual[path] != expected[path]):
+        problems.append(f"other shapes or values in {_some(changed)}")
+    if problems:
+        raise UserError(f"the base model is not the one that {what} was trained on: {'; '.join(problems)}")
+
+
+def _some(paths: list[str]) -> str:
+    rest = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
+    return ", ".join(paths[:4]) + rest
+
 
 def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter) -> int:
-    """Writes the adapter of an adapted model to a folder, replacing an adapter that is there.
+    """Write the adapter of an adapted model to a folder, replacing an adapter that is there.
 
     The folder is complete or absent at every moment.
 
     Args:
-        folder: where to; its parents are made.
-        model: the adapted model, trained or not.
-        adapter: what `adapt` or `load_adapter` returned beside it.
+        folder: Where to write. Its parents are made.
+        model: The adapted model, trained or not.
+        adapter: The adapter.
 
     Returns:
         The number of bytes of the two files.
 
     Raises:
-        UserError: if the folder holds something else, or cannot be written, or the model has not the adapter's updates.
+        UserError: If the folder holds something else or cannot be written, or the model does not have the adapter.
     """
-    parts = parts_of(model, adapter)
-    require_unscaled(parts)
-    tensors = {
-        f"{_prefix(path, part)}/{name}": np.asarray(variable[...])
-        for path, _, part, _ in parts
-        for name, variable in _fused(nnx.clone(part)).tensors().items()
-    }
-    _, trained, frozen = nnx.split(model, adapter.trainable, ...)
-    for path, variable in nnx.to_flat_state(trained):
-        if not isinstance(variable, AdapterParam):
-            tensors[join(path)] = np.asarray(variable[...])
-    payload = safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in tensors.items()})
-    config = {
-        "format": FORMAT,
-        "library": "surm_jax",
-        **adapter.to_json(),
-        "base": fingerprint(frozen),
-    }
+    rows = parts_of(model, adapter)
+    require_unscaled(rows)
+    tensors = {}
+    for row in rows:
+        part = nnx.clone(row.part)
+        part.compact()
+        tensors |= {_tensor_name(row.path, part, name): variable for name, variable in part.tensors().items()}
+    trained, frozen = _trained_and_frozen(model, adapter)
+    tensors |= {path: variable for path, variable in trained.items() if not isinstance(variable, AdapterParam)}
+    arrays = {name: np.asarray(variable[...], order="C") for name, variable in tensors.items()}
+    payload = safetensors.numpy.save(arrays)
+    config = {"format": FORMAT, "library": "surm_jax", **adapter.to_json(), "base": fingerprint(frozen)}
     config["sha256"] = _sha256(config, io.BytesIO(payload))
     text = json.dumps(config, indent=1).encode()
     write_folder(Path(folder), text, payload)
     return len(payload) + len(text)
 
 
-def require_unscaled(parts: Iterable[tuple[str, str, Delta | Branch, nnx.Module]]) -> None:
-    """Checks that parts of an adapter count as they were trained: files hold no scale.
+def _trained_and_frozen(model: nnx.Module, adapter: Adapter) -> tuple[dict[str, nnx.Variable], nnx.State]:
+    """Return the trained variables of a model by path, and the state of all others."""
+    _, trained, frozen = nnx.split(model, adapter.trainable, ...)  # type: ignore[misc]  # `...` selects the rest
+    return {join(path): variable for path, variable in nnx.to_flat_state(trained)}, frozen
+
+
+def require_unscaled(rows: Iterable[AttachedPart]) -> None:
+    """Check that the parts of an adapter have the scale with which they were trained: files hold no scale.
 
     Raises:
-        UserError: if `set_scale` or `set_active` says otherwise.
+        UserError: If `set_scale` or `set_active` gave them another one.
     """
-    for path, name, part, _ in parts:
-        if (scale := float(part.scale[...])) != 1:
+    for row in rows:
+        if (scale := float(row.part.scale[...])) != 1:
             raise UserError(
-                f"{path} has the adapter {name!r} at the scale {scale:g}, which files do not hold: save"
-                f" set_scale(model, {name!r}, 1.0), and set the scale again where it is loaded"
+                f"{row.path} has the adapter {row.name!r} at the scale {scale:g}, which files do not hold: save"
+                f" set_scale(model, {row.name!r}, 1.0), and set the scale again where it is loaded"
             )
 
 
 def write_folder(folder: Path, config: bytes, payload: bytes) -> None:
-    """Writes the two files of an adapter folder, replacing one that is there in one step.
+    """Write the two files of an adapter folder, replacing one that is there in one step.
 
     Raises:
-        UserError: if the folder holds something else, or cannot be written.
+        UserError: If the folder holds something else, or cannot be written.
     """
     if folder.exists() and not (folder / CONFIG_NAME).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an adapter folder (no {CONFIG_NAME}): choose another name")
@@ -117,22 +164,24 @@ def write_folder(folder: Path, config: bytes, payload: bytes) -> None:
 def load_adapter(
     folder: str | os.PathLike, model: nnx.Module, *, name: str = DEFAULT_NAME, execution: str = "auto"
 ) -> tuple[nnx.Module, Adapter]:
-    """Returns a base model with an adapter from a folder, and the adapter's recipe.
+    """Put an adapter from a folder into a base model, which itself stays as it is.
 
-    `model` itself stays as it is. What the folder does not hold comes from `model`, and must be what the adapter was
-    trained on, bit for bit.
+    Whatever the folder does not hold comes from `model`, and must be what the adapter was trained on, bit for bit.
 
     Args:
-        folder: what `save_adapter` wrote.
-        model: the base model, with a head of the adapter's shape. It may have adapters of other names.
-        name: what the adapter is called in the model.
-        execution: how the updates are computed, as in `adapt`.
+        folder: A folder that `save_adapter` wrote.
+        model: The base model, with a head of the adapter's shape. It may have adapters of other names.
+        name: The adapter's name in the model.
+        execution: How structured updates are computed, as in `adapt`.
+
+    Returns:
+        The adapted model and the adapter.
 
     Raises:
-        UserError: naming what is missing, damaged, of another shape, or of another base.
+        UserError: If something is missing, damaged, of another shape, or of another base; the message names it.
     """
     model, adapter, base = read_adapter(folder, model, name=name, execution=execution)
-    _, _, frozen = nnx.split(model, adapter.trainable, ...)
+    _, frozen = _trained_and_frozen(model, adapter)
     check_fingerprint(fingerprint(frozen), base, f"the adapter {folder}")
     return model, adapter
 
@@ -140,36 +189,36 @@ def load_adapter(
 def read_adapter(
     folder: str | os.PathLike, model: nnx.Module, *, name: str = DEFAULT_NAME, execution: str = "auto"
 ) -> tuple[nnx.Module, Adapter, dict[str, str]]:
-    """Does what `load_adapter` does, but for the check of the base, and returns its fingerprint as well.
+    """Do what `load_adapter` does without checking the base, and return the fingerprint of the right base as well.
 
     Raises:
-        UserError: naming what is missing, damaged or of another shape.
+        UserError: If something is missing, damaged or of another shape; the message names it.
     """
     folder = Path(folder)
     config, adapter = _read_config(folder, name)
     _require_intact(folder, config)
     tensors = TensorFile(folder / TENSORS_NAME)
     model = nnx.clone(model)
-    for path, module, rule in matched_modules(model, adapter):
-        make = functools.partial(make_part, rule, path, module, execution)
+    for matched in matched_modules(model, adapter):
         try:
-            part = nnx.eval_shape(lambda key, make=make: _fused(make(key)), jax.random.key(0))
+            part = nnx.eval_shape(functools.partial(_compact_part, matched, execution), jax.random.key(0))
         except UserError as error:
-            raise UserError(f"{folder / CONFIG_NAME}: {path or 'the model'} cannot be adapted: {error}") from None
+            place = matched.path or "the model"
+            raise UserError(f"{folder / CONFIG_NAME}: {place} cannot be adapted: {error}") from None
         for key, variable in part.tensors().items():
-            array = tensors.take(f"{_prefix(path, part)}/{key}", variable.shape)
+            array = tensors.take(_tensor_name(matched.path, part, key), variable.shape)
             variable.set_value(jnp.asarray(array.astype(variable.dtype)))
         part.scale.set_value(jnp.ones((), jnp.float32))
-        attach(module, adapter.name, part)
+        attach(matched.module, adapter.name, part)
     parameters = base_parameters(model)
     trained = [path for pattern in adapter.train for path in require_match(pattern, list(parameters), "parameter")]
     for path in dict.fromkeys(trained):
         variable = parameters[path]
         variable.set_value(jnp.asarray(tensors.take(path, variable.shape).astype(variable.dtype)))
     if tensors.left:
-        name = min(tensors.left)
+        left = min(tensors.left)
         raise UserError(
-            f"{tensors.path} holds {name!r}, which the model has no place for{did_you_mean(name, parameters)}"
+            f"{tensors.path} holds {left!r}, which the model has no place for{did_you_mean(left, parameters)}"
         )
     return model, adapter, config["base"]
 
@@ -181,8 +230,14 @@ def _read_config(folder: Path, name: str) -> tuple[dict[str, Any], Adapter]:
     config = read_json(path, _MOST_BYTES_OF_CONFIG)
     if config.get("library") != "surm_jax":
         raise UserError(f"{path} was not written by surm_jax")
-    if config.get("format") != FORMAT:
-        raise UserError(f"{path} has the format {config.get('format')!r}; this version reads {FORMAT}")
+    found = config.get("format")
+    if found in (1, 2):
+        raise UserError(
+            f"{path} has the adapter format {found}, which surm_jax wrote until it renamed the arrays of matrices; this"
+            f" version reads {FORMAT}. Train the adapter again, or load it with the version that wrote it and merge it"
+        )
+    if found != FORMAT:
+        raise UserError(f"{path} has the adapter format {found!r}; this version reads {FORMAT}")
     if not isinstance(config.get("sha256"), str) or not isinstance(config.get("base"), dict):
         raise UserError(f"{path} is damaged: it lacks 'sha256' or 'base'")
     try:
@@ -191,10 +246,10 @@ def _read_config(folder: Path, name: str) -> tuple[dict[str, Any], Adapter]:
         raise UserError(f"{path}: {error}") from None
 
 
-def _sha256(config: dict[str, Any], payload: IO[bytes]) -> str:
-    """Of the tensor file, and of all of the configuration but this very sum."""
+def _sha256(config: dict[str, Any], payload: BinaryIO) -> str:
+    """Return the SHA-256 of the tensor file followed by the configuration without its entry "sha256"."""
     rest = {key: value for key, value in config.items() if key != "sha256"}
-    digest = hashlib.file_digest(payload, "sha256")
+    digest = hashlib.file_digest(payload, "sha256")  # type: ignore[arg-type]  # any binary file will do
     digest.update(json.dumps(rest, sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -216,11 +271,11 @@ def _require_intact(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _fused(part: Delta | Branch) -> Delta | Branch:
-    part.fuse()
+def _compact_part(matched: MatchedModule, execution: str, key: jax.Array) -> Part:
+    part = make_part(matched, execution, key)
+    part.compact()
     return part
 
 
-def _prefix(path: str, part: Delta | Branch) -> str:
-    slot = "delta" if isinstance(part, Delta) else "branch"
-    return f"{path}/{slot}" if path else slot
+def _tensor_name(path: str, part: Part, name: str) -> str:
+    return f"{path}/{part.slot}/{name}" if path else f"{part.slot}/{name}"

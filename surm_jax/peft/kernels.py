@@ -1,4 +1,4 @@
-"""The matrix view of a linear layer: which layers can be adapted, and how their input and output become vectors.
+"""Linear layers as matrices: which layers can be adapted, and how their input and output become vectors.
 
 `nnx.Linear` has a kernel (in, out). `nnx.LinearGeneral`, of which attention is made, has a kernel of higher rank, such
 as (width, heads, head_dim): seen as a matrix it is (width, heads * head_dim).
@@ -7,6 +7,7 @@ as (width, heads, head_dim): seen as a matrix it is (width, heads * head_dim).
 import dataclasses
 import inspect
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from surm_jax.errors import UserError
+from surm_jax.peft.parts.base import OUTPUT, SLOTS, is_adapted, original_class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +23,10 @@ class MatrixView:
     """How a linear layer acts as a matrix of shape (in_features, out_features) on vectors.
 
     Attributes:
-        in_shape: the shape of what the layer contracts, row-major.
-        out_shape: the shape of what it puts in place, row-major, at the end of its output.
-        axes: the axes of the input that are contracted. As in `nnx.LinearGeneral` their order says nothing: the first
-            of the input's axes belongs to the first number of `in_shape`.
+        in_shape: Shape of the contracted axes of the input, row-major.
+        out_shape: Shape of the last axes of the output, which replace them, row-major.
+        axes: The contracted axes of the input. As in `nnx.LinearGeneral` their order has no meaning: the first of the
+            input's axes belongs to the first number of `in_shape`.
     """
 
     in_shape: tuple[int, ...]
@@ -37,46 +39,46 @@ class MatrixView:
         return math.prod(self.in_shape), math.prod(self.out_shape)
 
     def vectors(self, x: Float[Array, "..."]) -> Float[Array, "... in"]:
-        """Turns the layer's input into vectors of length in_features."""
+        """Return the layer's input as vectors of length in_features."""
         last = tuple(range(-len(self.axes), 0))
         x = jnp.moveaxis(x, sorted(axis % x.ndim for axis in self.axes), last)
         return x.reshape(*x.shape[: x.ndim - len(last)], self.shape[0])
 
     def outputs(self, y: Float[Array, "... out"]) -> Float[Array, "..."]:
-        """Turns vectors of length out_features into the shape of the layer's output."""
+        """Return vectors of length out_features in the shape of the layer's output."""
         return y.reshape(*y.shape[:-1], *self.out_shape)
 
 
 def is_linear(module: nnx.Module) -> bool:
-    """Says whether `module` is a linear layer that a rule may name."""
+    """Say whether `module` is a linear layer that a rule may name."""
     return isinstance(module, nnx.Linear | nnx.LinearGeneral)
 
 
 def check_call(module: nnx.Module, path: str, slot: str) -> None:
-    """Checks that an adapter can be added to what a module computes.
+    """Check that a part can be added to what a module computes.
 
-    An update is added in a linear layer's own `__call__`. Of a subclass's `__call__` that reads `self.kernel` itself it
-    would never be a part. A branch is added after any `__call__`.
+    A kernel part is added in the `__call__` of `nnx.Linear` or `nnx.LinearGeneral`. A subclass whose `__call__` reads
+    `self.kernel` itself would ignore it. An output part is added after any `__call__`.
 
     Args:
-        module: what a rule matched.
-        path: where it is in the model, for messages.
-        slot: "delta" for an update, "branch" for a branch.
+        module: The module that a rule matched.
+        path: Its path, for messages.
+        slot: The slot that the part goes to.
 
     Raises:
-        UserError: if a `__call__` on the way does not use `super()`, or the module has an attribute `slot` of its own.
+        UserError: If a `__call__` on the way does not use `super()`, or the module itself has an attribute with the
+            name of a slot, or its kernel is not one matrix.
     """
-    for name in ("delta", "branch"):
-        adapted = hasattr(type(module), "original_class") and isinstance(getattr(module, name, None), nnx.Dict)
-        if hasattr(module, name) and not adapted:
+    for name in SLOTS:
+        if hasattr(module, name) and not (is_adapted(module) and isinstance(getattr(module, name), nnx.Dict)):
             raise UserError(
                 f"{path} cannot be adapted: it has an attribute `{name}` of its own, where parts of adapters go"
             )
-    if slot == "branch":
+    if slot == OUTPUT:
         return
-    for cls in getattr(type(module), "original_class", type(module)).__mro__:
+    for cls in original_class(module).__mro__:
         if cls in (nnx.Linear, nnx.LinearGeneral):
-            return
+            break
         if "dot_general" in vars(cls) or "dot_general_cls" in vars(cls):
             raise UserError(
                 f"{path} cannot be adapted: {cls.__name__} defines its own dot_general, where the update is added"
@@ -87,16 +89,17 @@ def check_call(module: nnx.Module, path: str, slot: str) -> None:
                 f"{path} cannot be adapted: {cls.__name__}.__call__ does not call super().__call__,"
                 " where the update is added"
             )
+    matrix_view(module, path)
 
 
 def output_width(module: nnx.Module, path: str) -> int:
-    """Returns how many features the output of a module has.
+    """Return how many features the output of a module has.
 
-    A module that is no linear layer is asked, without computing anything: it is called with abstract inputs of the
-    widths that its own linear layers read. Names and order of its layers say nothing, since copying a module sorts it.
+    A module that is no linear layer is called with abstract inputs, so that nothing is computed. They have the widths
+    that its own linear layers read. The names and the order of these layers are not used: copying a module sorts them.
 
     Raises:
-        UserError: if it is not to be found out, or there is not one axis of features.
+        UserError: If the width cannot be found, or the output has several axes of features.
     """
     if is_linear(module):
         shape = matrix_view(module, path).out_shape
@@ -115,10 +118,10 @@ def output_width(module: nnx.Module, path: str) -> int:
 
 
 def _answer(module: nnx.Module, width: int) -> int | None:
-    """Returns the features of a module's output for an input of so many features, `None` if it takes no such input."""
+    """Return the features of a module's output for an input of `width` features; `None` if it takes no such input."""
     graphdef, state = nnx.split(module)
-    # That of a module with adapters passes everything on, and says nothing.
-    call = getattr(type(module), "original_class", type(module)).__call__
+    # The `__call__` of an adapted module takes `*args` and does not show its parameters.
+    call = original_class(module).__call__
     parameters = list(inspect.signature(call).parameters.values())[2:]
     others = [None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     for shape in ((1, 1, width), (1, width)):
@@ -131,15 +134,15 @@ def _answer(module: nnx.Module, width: int) -> int | None:
     return None
 
 
-def matrix_view(module: nnx.Module, path: str) -> MatrixView:
-    """Returns the matrix view of a linear layer.
+def matrix_view(module: Any, path: str) -> MatrixView:
+    """Return the matrix view of a linear layer.
 
     Args:
-        module: an `nnx.Linear` or `nnx.LinearGeneral`.
-        path: where it is in the model, for messages.
+        module: An `nnx.Linear` or `nnx.LinearGeneral`.
+        path: Its path in the model, for messages.
 
     Raises:
-        UserError: if its kernel is not one matrix: batch axes, or a stack of layers.
+        UserError: If its kernel is not one matrix, because of batch axes or a stack of layers.
     """
     if isinstance(module, nnx.LinearGeneral):
         if module.batch_axis:
@@ -156,3 +159,15 @@ def matrix_view(module: nnx.Module, path: str) -> MatrixView:
             f" one matrix would have {expected} (a stack of layers is not supported)"
         )
     return view
+
+
+def kernel_matrix(module: Any, path: str) -> Float[Array, "in out"]:
+    """Return the kernel of a linear layer as a matrix (in_features, out_features); abstract where the layer is.
+
+    Raises:
+        UserError: As `matrix_view`.
+    """
+    shape, kernel = matrix_view(module, path).shape, module.kernel.get_value()
+    if isinstance(kernel, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, kernel.dtype)  # type: ignore[return-value]  # as in `nnx.eval_shape`
+    return kernel.reshape(shape)

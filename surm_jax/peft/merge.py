@@ -1,7 +1,8 @@
-"""Folding updates into the kernels, for deployment."""
+"""Folding parts into the kernels, for deployment."""
 
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +10,17 @@ import numpy as np
 from flax import nnx
 
 from surm_jax.errors import UserError
-from surm_jax.peft.adapt import adapted_modules
-from surm_jax.peft.kernels import matrix_view
-from surm_jax.peft.lifecycle import adapter_names, checked_names
-from surm_jax.peft.parts.attach import detach
-from surm_jax.peft.parts.branch import Branch
-from surm_jax.peft.parts.update import Delta
+from surm_jax.peft.adapter import Adapter
+from surm_jax.peft.kernels import kernel_matrix
+from surm_jax.peft.lifecycle import adapter_names, checked_names, kernel_change
+from surm_jax.peft.parts.base import KernelPart, iter_parts
+from surm_jax.peft.parts.layers import detach
 
 
-def merge(model: nnx.Module, names: Iterable[str] | None = None) -> tuple[nnx.Module, float]:
-    """Returns a model whose kernels hold `W + alpha * dW`, summed in float32.
+def merge(model: nnx.Module, adapters: Iterable[Adapter | str] | None = None) -> tuple[nnx.Module, float]:
+    """Return a model whose kernels hold `W` plus what the parts of adapters add, summed in float64.
 
-    `model` itself stays as it is, with all of its bits: to unmerge, go on with it. Merging a model without updates
+    `model` itself stays as it is, with all of its bits: to unmerge, continue with it. Merging a model without adapters
     returns an equal model. A scale (`set_scale`) is merged too.
 
     >>> import surm_jax
@@ -32,48 +32,44 @@ def merge(model: nnx.Module, names: Iterable[str] | None = None) -> tuple[nnx.Mo
     ('Linear', 0.0)
 
     Args:
-        model: an adapted model.
-        names: which adapters; all if `None`.
+        model: An adapted model.
+        adapters: The adapters, or their names; `None` means all.
 
     Returns:
-        The merged model, and the largest deviation of a merged entry from the exact sum (in float64): what rounding to
-        the kernel's dtype cost. For a bfloat16 kernel this can exceed a small update.
+        The merged model, and the largest deviation of a merged entry from the exact sum, in float64. The deviation is
+        the cost of rounding to the kernel's dtype. For a bfloat16 kernel it can exceed a small update.
 
     Raises:
-        UserError: if a branch is among them, which no kernel can hold, or an adapter is not there, or an update is not
-            finite, or another adapter's on the same layer is normalised (DoRA) and stays.
+        UserError: If an adapter has a branch, which no kernel can hold, or is not in the model; if an update is not
+            finite; or if another adapter, which stays, has a part on the same layer that depends on the kernel (DoRA).
     """
     model = nnx.clone(model)
-    names = adapter_names(model) if names is None else checked_names(model, names)
-    parts = [row for row in adapted_modules(model) if row[1] in names]
-    for path, name, part, _ in parts:
-        if isinstance(part, Branch):
+    names = adapter_names(model) if adapters is None else checked_names(model, adapters)
+    every = list(iter_parts(model))
+    rows = [row for row in every if row.name in names]
+    touched = {row.path for row in rows}
+    for row in every:
+        stays = row.path in touched and row.name not in names
+        if stays and isinstance(row.part, KernelPart) and row.part.reads_kernel:
             raise UserError(
-                f"{path} has a branch of the adapter {name!r}, which is not linear, so no kernel can hold it:"
-                " deploy the base with the adapter's folder, where its matrices are stored fused"
-            )
-    touched = {path for path, *_ in parts}
-    for path, name, part, _ in adapted_modules(model):
-        if path in touched and name not in names and isinstance(part, Delta) and part.normalized:
-            raise UserError(
-                f"{path} has an update of the adapter {name!r} that is normalised (DoRA): it would take back what a"
-                " merged one does to the norms. Merge both, or delete it first"
+                f"{row.path} has a part of the adapter {row.name!r} that depends on the kernel, as a normalised one"
+                " (DoRA) does: merging another adapter would change what it adds. Merge both, or delete it first"
             )
     deviation = 0.0
-    for path, rows in itertools.groupby(parts, key=lambda row: row[0]):
-        rows = list(rows)
-        layer = rows[0][3]
+    for path, group in itertools.groupby(rows, key=lambda row: row.path):
+        parts = list(group)
+        layer: Any = parts[0].module
+        changes = [_float64(kernel_change(row)) for row in parts]
         kernel = layer.kernel[...]
-        matrix = kernel.reshape(matrix_view(layer, path).shape)
-        exact = _float64(matrix) + sum(_float64(delta.change(matrix)) for _, _, delta, _ in rows)
+        exact = _float64(kernel_matrix(layer, path)) + sum(changes)
         if not np.isfinite(exact).all():
             raise UserError(f"{path} cannot be merged: its update or its kernel holds values that are not finite")
         merged = jnp.asarray(exact.astype(np.float32)).astype(kernel.dtype)
         deviation = max(deviation, float(np.max(np.abs(_float64(merged) - exact), initial=0.0)))
         # A variable of its own: other layers may share the one that it had, and a NumPy array is shared with `model`.
         layer.kernel = layer.kernel.copy(merged.reshape(kernel.shape))
-        for _, name, _, _ in rows:
-            detach(layer, name)
+        for row in parts:
+            detach(layer, row.name)
     return model, deviation
 
 

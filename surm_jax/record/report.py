@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from surm_jax.files import replacing
-from surm_jax.peft import Delta, Description, adapted_modules
+from surm_jax.peft import Description, KernelPart, iter_parts, kernel_change
 from surm_jax.record.metrics import read_metrics
 
 CURVES_NAME = "curves.png"
@@ -159,12 +159,12 @@ def draw_curves(folder: Path, model: nnx.Module, metric: str) -> None:
 def _largest_update(model: nnx.Module) -> tuple[str, np.ndarray] | None:
     # One dense matrix at a time beside the largest so far.
     largest, norm = None, -1.0
-    for path, _, part, layer in adapted_modules(model):
-        if not isinstance(part, Delta):
+    for row in iter_parts(model):
+        if not isinstance(row.part, KernelPart):
             continue
-        update = np.asarray(part.change(layer.kernel[...].reshape(part.shape)))
+        update = np.asarray(kernel_change(row))
         if np.linalg.norm(update) > norm:
-            largest, norm = (path, update), np.linalg.norm(update)
+            largest, norm = (row.path, update), np.linalg.norm(update)
     return largest
 
 

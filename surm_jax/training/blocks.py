@@ -15,7 +15,7 @@ from flax import nnx
 
 from surm_jax.devices.mesh import FSDP_AXIS, all_but_gathered, gathered
 from surm_jax.models import REMAT, Blocks
-from surm_jax.peft.parts.context import keys_drawn, set_keys_drawn
+from surm_jax.peft.parts.dropout import keys_drawn, set_keys_drawn
 
 
 class Stack(nnx.Module):

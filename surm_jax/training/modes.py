@@ -12,7 +12,7 @@ from flax import nnx
 from surm_jax.devices.mesh import make_mesh, put_base, put_batch, replicated
 from surm_jax.devices.processes import on_first, opened_on_first
 from surm_jax.errors import UserError
-from surm_jax.peft import Adapter, load_adapter, load_hf_adapter, merge, save_hf_adapter
+from surm_jax.peft import Adapter, load_adapter, load_peft, merge, save_peft
 from surm_jax.pretrained import from_pretrained, huggingface_names, locate, save_huggingface, save_model
 from surm_jax.record.progress import Interruption, track
 from surm_jax.record.report import combine, table
@@ -150,8 +150,8 @@ def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[P
                 exported = from_pretrained(folders[-1], **runtime)
             else:
                 names = huggingface_names(job.task.model_config)
-                save_hf_adapter(folders[-1], model, adapter, names, base_model=config.model.checkpoint)
-                exported, _ = load_hf_adapter(folders[-1], base, names)
+                save_peft(folders[-1], model, adapter, names, base_model=config.model.checkpoint)
+                exported, _ = load_peft(folders[-1], base, names)
             batch = _test_batch(job)
             expected = _logits(job, model, batch)
             difference = np.abs(_logits(job, exported, batch) - expected).max()

@@ -13,8 +13,20 @@ from safetensors.numpy import load_file, save_file
 
 from surm_jax import data
 from surm_jax.models import Bert, BertConfig, ViT, ViTConfig
-from surm_jax.peft import C3A, LoKr, LoRA, Rule, adapt, load_adapter, load_hf_adapter, save_adapter, save_hf_adapter
-from surm_jax.peft.methods import BottleneckAdapter, CirculantUpdate, StructuredUpdate
+from surm_jax.peft import (
+    C3A,
+    BottleneckBranch,
+    CirculantUpdate,
+    LoKr,
+    LoRA,
+    Rule,
+    StructuredUpdate,
+    adapt,
+    load_adapter,
+    load_peft,
+    save_adapter,
+    save_peft,
+)
 from surm_jax.pretrained import from_pretrained, save_huggingface, save_model
 from tests.peft.hf import hf_model
 from tests.peft.models import MLP_TARGET, base, materialize, perturb
@@ -62,9 +74,9 @@ def _hf_base() -> nnx.Module:
 def _peft(method) -> Subject:
     def write(folder: Path) -> None:
         model, adapter = hf_model.trained((r"blocks/\d+/up", method), train=["head/.*"])
-        save_hf_adapter(folder, model, adapter, hf_model.NAMES)
+        save_peft(folder, model, adapter, hf_model.NAMES)
 
-    return Subject(write, lambda folder: _arrays(load_hf_adapter(folder, _hf_base(), hf_model.NAMES)[0]))
+    return Subject(write, lambda folder: _arrays(load_peft(folder, _hf_base(), hf_model.NAMES)[0]))
 
 
 def _npz(save) -> Subject:
@@ -180,7 +192,7 @@ SUBJECTS: dict[str, Subject] = {
     "ours_several": _ours(
         Rule("blocks/0", LoRA(rank=3)),
         Rule("blocks/1", StructuredUpdate(family="Circulant + LowRank"), parts=2, which=(0,)),
-        Rule("tail/gate", BottleneckAdapter(waist=2)),
+        Rule("tail/gate", BottleneckBranch(waist=2)),
     ),
     "peft_lora": _peft(LoRA(rank=2)),
     "peft_lokr": _peft(LoKr()),

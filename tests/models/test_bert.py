@@ -11,7 +11,7 @@ from flax import nnx
 from surm_jax import CirculantUpdate, LoRA, Rule, adapt, merge
 from surm_jax.errors import UserError
 from surm_jax.models import TARGETS, Bert, BertConfig
-from surm_jax.peft import AdapterParam, adapted_modules
+from surm_jax.peft import AdapterParam, iter_parts
 from tests.peft.models import materialize, parameters, perturb, relative_error
 from tests.speeds import fast
 
@@ -320,7 +320,7 @@ class TestAdaptersAndRemat:
     )
     def test_targets_select_linear_layers_of_every_block(self, name, per_block):
         model, _ = adapt(tiny(), [Rule(TARGETS[name], LoRA())], rngs=nnx.Rngs(1))
-        adapted = [path for path, *_ in adapted_modules(model)]
+        adapted = [path for path, *_ in iter_parts(model)]
         assert len(adapted) == 2 * per_block
         assert all(re.fullmatch(TARGETS[name], path) for path in adapted)
 

@@ -78,7 +78,7 @@ class BranchCase:
         wants: the modules that are adapted among those that the rule matches.
     """
 
-    method: peft.Bottleneck
+    method: peft.Branch
     zero: set[str]
     stored: Callable[[int], Shapes]
     branch: Callable[[Arrays, np.ndarray], np.ndarray]
@@ -198,31 +198,31 @@ UPDATES = {
 
 BRANCHES = {
     "circulant_adapter": BranchCase(
-        peft.CirculantAdapter(alpha=0.7, scale=0.5, activation="tanh", **DROP),
+        peft.CirculantBranch(alpha=0.7, scale=0.5, activation="tanh", **DROP),
         {"down/r1", "bias"},
         lambda d: biased({"c": (d,)}, d),
         surm(0.7, np.tanh, lambda a, m, n: circulant(a["r1"] * a["r2"], m, n)),
     ),
     "kronecker_adapter": BranchCase(
-        peft.KroneckerAdapter(alpha=0.8, scale=0.5, activation="gelu_tanh", **DROP),
+        peft.KroneckerBranch(alpha=0.8, scale=0.5, activation="gelu_tanh", **DROP),
         {"down/A", "bias"},
         lambda d: biased(kronecker_shapes(d, d), d),
         surm(0.8, gelu_tanh, lambda a, m, n: kronecker(a)),
     ),
     "low_displacement_adapter": BranchCase(
-        peft.LowDisplacementAdapter(alpha=0.5, rank=2, scale=0.3, activation="tanh", **DROP),
+        peft.LowDisplacementBranch(alpha=0.5, rank=2, scale=0.3, activation="tanh", **DROP),
         {"down/G", "bias"},
         lambda d: biased({"G": (d, 2), "H": (d, 2)}, d),
         surm(0.5, np.tanh, low_displacement),
     ),
     "toeplitz_adapter": BranchCase(
-        peft.ToeplitzAdapter(alpha=0.6, scale=0.3, activation="gelu_tanh", **DROP),
+        peft.ToeplitzBranch(alpha=0.6, scale=0.3, activation="gelu_tanh", **DROP),
         {"down/t1", "bias"},
         lambda d: biased({"t1": (d,), "t2": (d,)}, d),
         surm(0.6, gelu_tanh, symmetric_toeplitz),
     ),
     "bottleneck": BranchCase(
-        peft.BottleneckAdapter(alpha=0.7, waist=3, scale=0.5, activation="tanh", **DROP),
+        peft.BottleneckBranch(alpha=0.7, waist=3, scale=0.5, activation="tanh", **DROP),
         {"down_bias", "up/W", "bias"},
         lambda d: waisted_shapes(d, 3),
         waisted(0.7, np.tanh),
@@ -248,7 +248,7 @@ BRANCHES = {
         late=frozenset({"down_bias"}),
     ),
     "structured_adapter": BranchCase(
-        peft.StructuredAdapter(
+        peft.StructuredBranch(
             alpha=0.6, family="Toeplitz @ SymmetricToeplitz", rank=2, f=0.3, scale=0.4, activation="tanh", **DROP
         ),
         {"down/factors_0_t", "bias"},

@@ -11,7 +11,7 @@ from flax import nnx
 
 from surm_jax.models import TARGETS, Bert, BertConfig, ViT, ViTConfig
 from surm_jax.peft import adapter_dropout
-from surm_jax.peft.parts.variables import AdapterConstant, AdapterParam
+from surm_jax.peft.parts.base import AdapterConstant, AdapterParam
 
 # The files of an adapter folder.
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

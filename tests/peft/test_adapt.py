@@ -11,15 +11,15 @@ from surm_jax.models import TARGETS
 from surm_jax.peft import (
     Adapter,
     AdapterDrop,
-    BottleneckAdapter,
-    CirculantAdapter,
+    BottleneckBranch,
+    CirculantBranch,
     CirculantUpdate,
     LoRA,
     Rule,
     adapt,
-    adapted_modules,
+    iter_parts,
 )
-from surm_jax.peft.parts.update import Adapted
+from surm_jax.peft.parts.layers import AdaptedLayer
 from tests.peft.cases import CASES, EVERY, fresh, trained
 from tests.peft.models import MLP, MODELS, base, materialize, parameters, same_bits
 from tests.peft.test_kernels import ReadsKernel, stacked
@@ -31,7 +31,7 @@ def adapt_mlp(*rules, train=()):
 
 def kinds(model):
     """The family of every update, by the path of its layer."""
-    return {path: type(delta.stored()).__name__ for path, _, delta, _ in adapted_modules(model)}
+    return {path: type(delta.stored()).__name__ for path, _, delta, _ in iter_parts(model)}
 
 
 class Mixed(nnx.Module):
@@ -100,7 +100,7 @@ def test_the_random_numbers_come_from_the_stream_params():
 
 def test_an_abstract_model_is_adapted_without_arrays():
     model = nnx.eval_shape(lambda: adapt(MLP(rngs=nnx.Rngs(0)), [Rule(".*", LoRA())], rngs=nnx.Rngs(1))[0])
-    assert [path for path, *_ in adapted_modules(model)] == ["blocks/0", "blocks/1", "head", "tail/gate"]
+    assert [path for path, *_ in iter_parts(model)] == ["blocks/0", "blocks/1", "head", "tail/gate"]
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model)))
 
 
@@ -161,7 +161,7 @@ def test_an_impossible_rank_is_named_with_the_layer(rank):
 @pytest.mark.parametrize("method", ["lora", "circulant_adapter"])
 def test_a_name_is_given_once(target, method):
     model, _ = trained("mlp", method)
-    for new in (LoRA(), CirculantAdapter()):
+    for new in (LoRA(), CirculantBranch()):
         with pytest.raises(UserError, match=r"^the model has an adapter called 'default' already: merge or delete it"):
             adapt(model, [Rule(target, new)], rngs=nnx.Rngs(1))
         adapt(model, [Rule(target, new)], name="other", rngs=nnx.Rngs(1))
@@ -170,7 +170,7 @@ def test_a_name_is_given_once(target, method):
 def test_presets_of_the_vit_adapt_what_they_say():
     model, _ = adapt(base("deep"), [Rule(TARGETS["all-linear"], LoRA())], rngs=nnx.Rngs(1))
     assert len(kinds(model)) == 2 * 6
-    assert not isinstance(model.head, Adapted)
+    assert not isinstance(model.head, AdaptedLayer)
 
 
 class Named(MLP):
@@ -185,9 +185,9 @@ class TestNamedTargets:
         assert kinds(model) == {"blocks/0": "LowRank", "blocks/1": "LowRank"}
         # What is saved says what it means, whatever the names are where it is loaded.
         assert adapter.rules == (Rule(r"blocks/\d+", LoRA(rank=2)),)
-        rules = [Rule("tail/gate", None), Rule("all-linear", CirculantAdapter())]
+        rules = [Rule("tail/gate", None), Rule("all-linear", CirculantBranch())]
         model, _ = adapt(model, rules, name="second", rngs=nnx.Rngs(1))
-        assert [path for path, name, *_ in adapted_modules(model) if name == "second"] == [
+        assert [path for path, name, *_ in iter_parts(model) if name == "second"] == [
             "blocks/0", "blocks/1", "head"
         ]  # fmt: skip
 
@@ -218,7 +218,7 @@ def test_a_method_that_leaves_no_block_names_its_limit(skip):
         adapt(base("deep"), [Rule(TARGETS["houlsby"], AdapterDrop(skip=skip))], rngs=nnx.Rngs(1))
     for skip, blocks in ((1, {"1"}), (0, {"0", "1"})):
         model, _ = adapt(base("deep"), [Rule(TARGETS["houlsby"], AdapterDrop(skip=skip))], rngs=nnx.Rngs(1))
-        assert {path.split("/")[1] for path, *_ in adapted_modules(model)} == blocks
+        assert {path.split("/")[1] for path, *_ in iter_parts(model)} == blocks
 
 
 class TestExclusions:
@@ -233,9 +233,9 @@ class TestExclusions:
         assert kinds(model) == {"blocks/0": "LowRank"}
 
     def test_of_branches(self):
-        rules = [Rule("blocks/0/mlp", None), Rule(TARGETS["houlsby"], BottleneckAdapter())]
+        rules = [Rule("blocks/0/mlp", None), Rule(TARGETS["houlsby"], BottleneckBranch())]
         model, _ = adapt(base("deep"), rules, rngs=nnx.Rngs(1))
-        assert [path for path, *_ in adapted_modules(model)] == [
+        assert [path for path, *_ in iter_parts(model)] == [
             "blocks/0/attention", "blocks/1/attention", "blocks/1/mlp"
         ]  # fmt: skip
 
@@ -256,14 +256,14 @@ def test_one_dead_rule_among_many_is_named_with_its_near_misses():
     rules = [Rule(rf"blocks/{i}", LoRA()) for i in range(2)] + [Rule("tail/gat", LoRA()), Rule("head", LoRA())]
     with pytest.raises(UserError, match=r"'tail/gat' matches no linear layer .*nearest of 4: tail/gate"):
         adapt(base("mlp"), rules, rngs=nnx.Rngs(1))
-    rules = [Rule("head", LoRA()), Rule("tail/nrom", CirculantAdapter())]
+    rules = [Rule("head", LoRA()), Rule("tail/nrom", CirculantBranch())]
     with pytest.raises(UserError, match=r"'tail/nrom' matches no module .*: tail/norm"):
         adapt(base("mlp"), rules, rngs=nnx.Rngs(1))
 
 
 def test_updates_and_branches_meet_in_one_module():
     model, _ = adapt(base("mlp"), [Rule("blocks/1", LoRA())], rngs=nnx.Rngs(1))
-    model, _ = adapt(model, [Rule("blocks/1", CirculantAdapter())], name="second", rngs=nnx.Rngs(2))
+    model, _ = adapt(model, [Rule("blocks/1", CirculantBranch())], name="second", rngs=nnx.Rngs(2))
     layer, x = model.blocks[1], jnp.ones((2, 10))
     layer.delta["default"].up[...] = jnp.ones((1, 4))
     updated = x @ (layer.kernel[...] + layer.delta["default"].matrix().to_dense())
@@ -289,18 +289,18 @@ class Late(nnx.Module):
 
 @pytest.mark.parametrize("copy", [lambda m: m, nnx.clone])
 def test_the_width_of_a_branch_is_that_of_the_output_whatever_the_order_of_layers(copy):
-    model, _ = adapt(copy(Late(rngs=nnx.Rngs(0))), [Rule("", CirculantAdapter())], rngs=nnx.Rngs(1))
+    model, _ = adapt(copy(Late(rngs=nnx.Rngs(0))), [Rule("", CirculantBranch())], rngs=nnx.Rngs(1))
     assert model.branch["default"].down.shape == (5, 5)
     assert model(jnp.ones((2, 4)), None).shape == (2, 5)
     # What was found out once is found out again of a module that has a branch.
-    again, _ = adapt(copy(model), [Rule("", CirculantAdapter())], name="second", rngs=nnx.Rngs(2))
+    again, _ = adapt(copy(model), [Rule("", CirculantBranch())], name="second", rngs=nnx.Rngs(2))
     assert again.branch["second"].down.shape == (5, 5)
 
 
 def test_widths_of_the_transformers_of_this_package():
-    model, _ = adapt(base("deep"), [Rule(TARGETS["houlsby"], BottleneckAdapter(waist=3))], rngs=nnx.Rngs(1))
-    assert {part.down.shape for _, _, part, _ in adapted_modules(model)} == {(12, 3)}
-    assert {part.up.shape for _, _, part, _ in adapted_modules(model)} == {(3, 12)}
+    model, _ = adapt(base("deep"), [Rule(TARGETS["houlsby"], BottleneckBranch(waist=3))], rngs=nnx.Rngs(1))
+    assert {part.down.shape for _, _, part, _ in iter_parts(model)} == {(12, 3)}
+    assert {part.up.shape for _, _, part, _ in iter_parts(model)} == {(3, 12)}
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_widths_of_the_transformers_of_this_package():
 )
 def test_modules_that_no_branch_can_be_added_to_are_named(name, target, message):
     with pytest.raises(UserError, match=message):
-        adapt(base(name), [Rule(target, CirculantAdapter())], rngs=nnx.Rngs(1))
+        adapt(base(name), [Rule(target, CirculantBranch())], rngs=nnx.Rngs(1))
 
 
 @pytest.mark.parametrize("slot", ["delta", "branch"])

@@ -4,8 +4,8 @@ import pytest
 from flax import nnx
 
 from surm_jax.errors import UserError
-from surm_jax.peft import Adapter, BitFit, CirculantAdapter, CirculantUpdate, LoRA, Rule
-from surm_jax.peft.adapter import adapter_of
+from surm_jax.peft import Adapter, BitFit, CirculantBranch, CirculantUpdate, LoRA, Rule
+from surm_jax.peft.parts.base import adapter_of
 from tests.peft.cases import ADDED
 from tests.peft.models import base, parameters, trainable_paths
 
@@ -88,7 +88,7 @@ def test_parts_that_cannot_be(parts, which):
 
 
 def test_parts_are_for_updates():
-    for method in (None, CirculantAdapter()):
+    for method in (None, CirculantBranch()):
         with pytest.raises(UserError, match="the rule 'qkv' has parts, but only updates of kernels have parts"):
             Rule("qkv", method, parts=3)
 
@@ -123,7 +123,7 @@ def test_another_recipe_is_refused(recipe, message):
 def test_a_rule_needs_a_pattern_and_an_update():
     with pytest.raises(UserError, match=r"'blocks/\(' is not a regular expression"):
         Rule("blocks/(", LoRA())
-    with pytest.raises(UserError, match=r"rule 'blocks' must be an update .*, a bottleneck or None, got 'lora'"):
+    with pytest.raises(UserError, match=r"rule 'blocks' must be an update .*, a branch or None, got 'lora'"):
         Rule("blocks", "lora")
     with pytest.raises(UserError, match="must be an update"):
         Rule("blocks", CirculantUpdate)

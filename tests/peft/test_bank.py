@@ -10,8 +10,8 @@ from flax import nnx
 from surm_jax.errors import UserError
 from surm_jax.models import TARGETS
 from surm_jax.peft import (
-    BottleneckAdapter,
-    CirculantAdapter,
+    BottleneckBranch,
+    CirculantBranch,
     CirculantUpdate,
     DoRA,
     KroneckerUpdate,
@@ -74,8 +74,8 @@ METHODS = {
     "kronecker": KroneckerUpdate(alpha=0.8),
     "sum": StructuredUpdate(family="Toeplitz + LowRank", rank=2, alpha=0.5),
     "product": StructuredUpdate(family="LowRank @ Circulant", rank=2),
-    "adapter": CirculantAdapter(alpha=0.7, dropout=0.5),
-    "waisted": BottleneckAdapter(waist=3),
+    "adapter": CirculantBranch(alpha=0.7, dropout=0.5),
+    "waisted": BottleneckBranch(waist=3),
     "dora": DoRA(rank=2, alpha=3.0),
 }
 IDS = (2, 0, 0, 1)
@@ -105,7 +105,7 @@ def test_branches_against_numpy(tmp_path):
     folders, wanted = [], []
     branch = surm(0.7, gelu, lambda a, m, n: circulant(a["r1"] * a["r2"], m, n))
     for number in (0, 1):
-        model, adapter = tuned(net(), CirculantAdapter(alpha=0.7), target="body/1", train=["head/.*"], seed=number)
+        model, adapter = tuned(net(), CirculantBranch(alpha=0.7), target="body/1", train=["head/.*"], seed=number)
         folders.append(tmp_path / str(number))
         save_adapter(folders[-1], model, adapter)
         a = part_arrays(model, "body/1", "branch")
@@ -120,15 +120,26 @@ def test_a_layer_that_was_trained_and_updated(tmp_path):
     bank = load_bank(folders, net())
     assert relative_error(serve(bank, batch(), IDS), alone(folders, net(), batch(), IDS)) < 1e-5
     # No dense matrix where the bias alone was trained.
-    assert bank.body[0].delta["bank"].names == ("c",)
+    assert not hasattr(bank.body[0].delta["bank"], "kernels") and hasattr(bank.body[1].delta["bank"], "kernels")
+
+
+def test_a_kernel_that_only_one_adapter_trained_too(tmp_path):
+    folders = saved(tmp_path, net(), [LoRA(rank=2)] * 2)
+    for number, method in enumerate((LoRA(rank=2), DoRA(rank=2))):
+        model, adapter = tuned(net(), method, seed=number + 5, train=["body/1/kernel"])
+        folders.append(tmp_path / f"both_{number}")
+        save_adapter(folders[-1], model, adapter)
+    ids = (2, 0, 3, 1)
+    bank = load_bank(folders, net())
+    assert relative_error(serve(bank, batch(), ids), alone(folders, net(), batch(), ids)) < 1e-5
 
 
 def test_adapters_of_other_kinds_than_one_another(tmp_path):
     folders = []
     for name, target, method, train in (
-        ("a", "body/0", CirculantAdapter(), ("body/1/bias",)),
+        ("a", "body/0", CirculantBranch(), ("body/1/bias",)),
         ("b", "body/1", DoRA(rank=2), ("body/1/.*", "head/bias")),
-        ("c", BODY, CirculantAdapter(), ("head/bias",)),
+        ("c", BODY, CirculantBranch(), ("head/bias",)),
     ):
         model, adapter = tuned(net(), method, target=target, train=train, seed=len(folders) + 1)
         folders.append(tmp_path / name)
@@ -176,7 +187,7 @@ def test_a_base_in_bfloat16(tmp_path):
     folders = saved(tmp_path, base, [CirculantUpdate()] * 3, train=("head/.*",))
     bank = load_bank(folders, base)
     output = serve(bank, x, IDS)
-    assert output.dtype == jnp.bfloat16 and bank.body[0].delta["bank"].c[...].dtype == jnp.float32
+    assert output.dtype == jnp.bfloat16 and bank.body[0].delta["bank"].parts.first().c[...].dtype == jnp.float32
     assert relative_error(output, alone(folders, base, x, IDS)) < 2.0**-6
 
 
@@ -202,7 +213,7 @@ def test_one_program_serves_all_batches(tmp_path):
 
 
 def test_a_bank_of_branches_is_switched_described_and_deleted_as_an_adapter(tmp_path):
-    bank = load_bank(saved(tmp_path, net(), [BottleneckAdapter(waist=3)] * 3, target="body/1"), net())
+    bank = load_bank(saved(tmp_path, net(), [BottleneckBranch(waist=3)] * 3, target="body/1"), net())
     base = run(net(), batch())
     assert same_bits(serve(set_active(bank, []), batch(), IDS), base)
     assert [(row.path, row.shape, row.kind, row.trainable) for row in describe(bank).rows] == [
@@ -213,7 +224,7 @@ def test_a_bank_of_branches_is_switched_described_and_deleted_as_an_adapter(tmp_
     assert np.isnan(wrong[1:3]).all() and np.isfinite(wrong[0]).all() and np.isfinite(wrong[3]).all()
     bare = delete(bank, "bank")
     assert nnx.graphdef(bare) == nnx.graphdef(net()) and same_bits(run(bare, batch()), base)
-    with pytest.raises(UserError, match=r"^body/1 has a branch of the adapter 'bank'"):
+    with pytest.raises(UserError, match=r"^body/1 has a part of the adapter 'bank' that is added to the output"):
         merge(bank)
 
 
@@ -231,7 +242,7 @@ def test_a_bank_is_switched_described_and_deleted_as_an_adapter(tmp_path):
     }
     bare = delete(bank, "bank")
     assert nnx.graphdef(bare) == nnx.graphdef(net()) and same_bits(run(bare, batch()), base)
-    with pytest.raises(UserError, match="each example has another update of a bank"):
+    with pytest.raises(UserError, match="'bank' that is a bank, in which each example has another update"):
         merge(bank)
 
 
@@ -276,16 +287,13 @@ def test_folders_that_cannot_be_served_together_are_refused(tmp_path):
         ): r"rank: body/0 has LowRank\(down=float32\[8,3\], .* but another adapter .*\[8,2\]",
         folder("family", CirculantUpdate()): r"family: body/0 has Circulant\(.* but another adapter .* LowRank\(",
         folder("norm", LoRA(rank=2), train=["norm/.*"]): "norm: norm/(bias|scale) was trained, and only linear layers",
-        folder(
-            "both", LoRA(rank=2), train=["body/1/kernel"]
-        ): r"both: body/1 has Sum\(.* but another adapter .* LowRank",
         tmp_path / "absent": "^no adapter in .*absent",
     }
     for bad, message in refused.items():
         with pytest.raises(UserError, match=message):
             load_bank([good, bad], net())
-    branch = folder("branch", CirculantAdapter())
-    for bad in (folder("waist", BottleneckAdapter()), folder("alpha", CirculantAdapter(alpha=0.5))):
+    branch = folder("branch", CirculantBranch())
+    for bad in (folder("waist", BottleneckBranch()), folder("alpha", CirculantBranch(alpha=0.5))):
         with pytest.raises(UserError, match=rf"{bad.name}: body/0 has a branch of .* but another .* a branch of Circ"):
             load_bank([branch, bad], net())
     with pytest.raises(UserError, match=r"^load_bank needs at least one adapter folder"):
@@ -301,7 +309,7 @@ def test_folders_that_cannot_be_served_together_are_refused(tmp_path):
 def test_the_base_is_read_once_for_all_adapters(tmp_path, monkeypatch):
     base, hashed = net(), []
     folders = saved(tmp_path, base, [LoRA(), LoRA(), LoRA()], train=["head/bias"])
-    module = importlib.import_module("surm_jax.peft.fingerprint")
+    module = importlib.import_module("surm_jax.peft.files")
     whole = module.whole
     monkeypatch.setattr(module, "whole", lambda array: hashed.append(array) or whole(array))
     load_bank(folders, base)
@@ -318,7 +326,7 @@ def test_a_base_with_adapters_is_refused(tmp_path):
 
 def test_it_works_in_tree_mode(tmp_path):
     with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
-        folders = saved(tmp_path, net(), [CirculantUpdate(), CirculantUpdate(), CirculantAdapter()])
+        folders = saved(tmp_path, net(), [CirculantUpdate(), CirculantUpdate(), CirculantBranch()])
         with adapter_of_examples(jnp.array(IDS)):
             output = load_bank(folders, net())(batch())
         assert relative_error(output, alone(folders, net(), batch(), IDS)) < 1e-5

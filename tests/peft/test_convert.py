@@ -9,7 +9,7 @@ from flax import nnx
 from surm_jax.errors import UserError
 from surm_jax.peft import (
     Adapter,
-    CirculantAdapter,
+    CirculantBranch,
     CirculantUpdate,
     DoRA,
     KAdaptation,
@@ -183,10 +183,10 @@ def test_an_update_of_zero_has_no_error_and_can_learn():
 def test_what_cannot_be_converted_is_refused():
     model, adapter = trained_circulant()
     refused = {
-        LoRA(rank=7): r"^body/0 cannot be converted: .*rank from 1 to 6, but 7",
-        KAdaptation(terms=4): r"^body/0 cannot be converted: terms=4 must divide",
-        DoRA(): r"^dora cannot be converted to: it normalises",
-        CirculantAdapter(): r"converted to an update such as LoRA\(rank=4\), not to CirculantAdapter",
+        LoRA(rank=7): r"^body/0 cannot become lora: .*rank from 1 to 6, but 7",
+        KAdaptation(terms=4): r"^body/0 cannot become kadaptation: terms=4 must divide",
+        DoRA(): r"^body/0 cannot become dora: it normalises",
+        CirculantBranch(): r"converted to an update such as LoRA\(rank=4\), not to CirculantBranch",
         "lora": r"converted to an update such as LoRA\(rank=4\), not to 'lora'",
     }
     for method, message in refused.items():
@@ -196,8 +196,8 @@ def test_what_cannot_be_converted_is_refused():
         convert(net(), adapter, LoRA())
     with pytest.raises(UserError, match=r"^the adapter 'probe' has no update"):
         convert(model, Adapter((), ("head/.*",), "probe"), LoRA())
-    branched, branch = tuned(model, CirculantAdapter(), target="body/1", name="side")
-    with pytest.raises(UserError, match=r"^body/1 has a branch of the adapter 'side': branches are no matrices"):
+    branched, branch = tuned(model, CirculantBranch(), target="body/1", name="side")
+    with pytest.raises(UserError, match=r"^body/1 has a part of the adapter 'side' that .* no kernel can hold"):
         convert(branched, branch, LoRA())
     with pytest.raises(UserError, match=r"has an adapter called 'side' already"):
         convert(branched, adapter, LoRA(), name="side")
@@ -280,10 +280,10 @@ def test_what_cannot_be_combined_is_refused():
     with pytest.raises(UserError, match=r"^the model has no adapter 'two'"):
         combine(delete(model, "two"), {one: 0.5, two: 0.5})
     decomposed, first, second = pair(DoRA())
-    with pytest.raises(UserError, match=r"^dora cannot be converted to"):
+    with pytest.raises(UserError, match=r"^body/0 cannot become dora"):
         combine(decomposed, {first: 0.5, second: 0.5})
-    branched, side = tuned(net(), CirculantAdapter(), target="body/1", name="side")
-    with pytest.raises(UserError, match=r"^body/1 has a branch of the adapter 'side'"):
+    branched, side = tuned(net(), CirculantBranch(), target="body/1", name="side")
+    with pytest.raises(UserError, match=r"^body/1 has a part of the adapter 'side' that .* no kernel can hold"):
         combine(branched, {side: 1.0})
 
 

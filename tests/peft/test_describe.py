@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from surm_jax.models import TARGETS, ViT, ViTConfig
-from surm_jax.peft import Adapter, CirculantUpdate, LoRA, Rule, adapt, adapted_modules, describe
+from surm_jax.peft import Adapter, CirculantUpdate, LoRA, Rule, adapt, describe, iter_parts
 from surm_jax.peft.describe import Row
 from tests.peft.cases import fresh, trained
 from tests.peft.models import MLP, MODELS, base
@@ -38,10 +38,7 @@ def test_golden_counts_of_vit_b16(update, target, trained, stored):
     assert description.trainable == trained + 769_000
     assert description.total == BASE_SIZE + 769_000 + trained
     assert (
-        sum(
-            jax.eval_shape(lambda m: m.compact(), delta.stored()).num_params
-            for _, _, delta, _ in adapted_modules(model)
-        )
+        sum(jax.eval_shape(lambda m: m.compact(), delta.stored()).num_params for _, _, delta, _ in iter_parts(model))
         == stored
     )
     layers = [row for row in description.rows if row.kind != "trained"]

@@ -15,8 +15,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save
 
 from surm_jax.errors import UserError
-from surm_jax.peft import LoRA, Rule, adapt, adapted_modules, load_adapter, merge, save_adapter, set_scale
-from surm_jax.peft.parts.attach import detach
+from surm_jax.peft import LoRA, Rule, adapt, iter_parts, load_adapter, merge, save_adapter, set_scale
+from surm_jax.peft.parts.layers import detach
 from tests.peft.cases import UPDATES, fresh, trained
 from tests.peft.models import CONFIG, MLP, MODELS, TENSORS, base, by_path, inputs, materialize, perturb, same_bits
 
@@ -89,7 +89,7 @@ class TestRoundTrip:
         save_adapter(tmp_path / "adapter", model, adapter)
         loaded, recipe = load_adapter(tmp_path / "adapter", base("mlp"))
         assert recipe == adapter
-        assert {path: type(delta.stored()).__name__ for path, _, delta, _ in adapted_modules(loaded)} == {
+        assert {path: type(delta.stored()).__name__ for path, _, delta, _ in iter_parts(loaded)} == {
             "blocks/0": "LowRank", "blocks/1": "Circulant", "head": "Circulant", "tail/gate": "Circulant"
         }  # fmt: skip
         assert same_bits(loaded(inputs("mlp")), model(inputs("mlp")))

@@ -12,21 +12,21 @@ from flax import nnx
 from surm_jax.errors import UserError
 from surm_jax.models import TARGETS
 from surm_jax.peft import (
-    CirculantAdapter,
+    CirculantBranch,
     CirculantUpdate,
     DoRA,
     KroneckerUpdate,
     LoRA,
-    adapted_modules,
     adapter_names,
     combine,
     convert,
     delete,
     describe,
+    iter_parts,
     load_adapter,
     merge,
     save_adapter,
-    save_hf_adapter,
+    save_peft,
     set_active,
     set_scale,
 )
@@ -50,7 +50,7 @@ def three():
     """A model with two updates and a branch, all away from their starts, and what each of them adds by numpy."""
     model, one = tuned(net(), CirculantUpdate(alpha=0.7), name="one", seed=1)
     model, two = tuned(model, LoRA(rank=2, alpha=3.0), name="two", target="body/0|head", seed=2)
-    model, branch = tuned(model, CirculantAdapter(alpha=0.8), name="side", target="body/1", seed=3)
+    model, branch = tuned(model, CirculantBranch(alpha=0.8), name="side", target="body/1", seed=3)
     changes = {"one": {}, "two": {}}
     for path, shape in (("body/0", (6, 8)), ("body/1", (8, 6))):
         a = part_arrays(model, path, "delta", "one")
@@ -112,7 +112,7 @@ def test_with_all_switched_off_it_computes_the_bits_of_the_base(precision):
     model, _ = tuned(base, KroneckerUpdate(dropout=0.5), name="kronecker")
     model, _ = tuned(model, LoRA(rank=2, learn_alpha=True), target="body/0|head", name="lora", seed=2)
     model, _ = tuned(model, DoRA(rank=2), target="body/1", name="dora", seed=3)
-    model, _ = tuned(model, CirculantAdapter(), target="body/0", name="side", seed=4)
+    model, _ = tuned(model, CirculantBranch(), target="body/0", name="side", seed=4)
     off = set_active(model, [])
     for name in adapter_names(model):
         model = set_scale(model, name, 0.0)
@@ -194,7 +194,7 @@ def test_deleting_gives_the_plain_classes_back():
     model, _, _, _ = three()
     assert adapter_names(model) == ("one", "side", "two") and adapter_names(net()) == ()
     left = delete(model, "one")
-    assert [(path, name) for path, name, *_ in adapted_modules(left)] == [
+    assert [(path, name) for path, name, *_ in iter_parts(left)] == [
         ("body/0", "two"),
         ("body/1", "side"),
         ("head", "two"),
@@ -230,7 +230,7 @@ def renamed(name):
         delete,
         lambda model, name: describe(model, renamed(name)),
         lambda model, name: save_adapter("nowhere", model, renamed(name)),
-        lambda model, name: save_hf_adapter("nowhere", model, renamed(name), None),
+        lambda model, name: save_peft("nowhere", model, renamed(name), None),
         lambda model, name: convert(model, renamed(name), LoRA()),
         lambda model, name: combine(model, {renamed(name): 1.0}),
     ],
@@ -245,14 +245,22 @@ def test_an_unknown_name_is_refused_with_the_nearest(call, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_a_name_and_its_adapter_are_not_the_same():
+def test_an_adapter_is_given_by_itself_or_by_its_name_unless_the_recipe_is_needed():
     model, adapters, _, _ = three()
     for call in (set_active, merge):
-        with pytest.raises(UserError, match=r"^names must be a list of adapters, such as \['default'\], got Adapter\("):
-            call(model, adapters["one"])
+        for one in ("one", adapters["one"]):
+            with pytest.raises(
+                UserError, match=r"^adapters must be a list, got one adapter: write \[('one'|adapter)\]$"
+            ):
+                call(model, one)
+        with pytest.raises(UserError, match=r"^adapters must be a list, such as \['default'\], got 5$"):
+            call(model, 5)
     for call in (delete, lambda model, name: set_active(model, [name]), lambda model, name: merge(model, [name])):
-        with pytest.raises(UserError, match=r"^adapters are called by their names, such as 'default', got Adapter\("):
-            call(model, adapters["one"])
+        by_name, by_adapter = call(model, "one"), call(model, adapters["one"])
+        same = jax.tree.map(same_bits, *(nnx.state(x[0] if isinstance(x, tuple) else x) for x in (by_name, by_adapter)))
+        assert all(jax.tree.leaves(same))
+        with pytest.raises(UserError, match=r"^an adapter is given as an Adapter or by its name, .*, got 5$"):
+            call(model, 5)
     for call in (describe, lambda *args: save_adapter("nowhere", *args), lambda *args: convert(*args, LoRA())):
         with pytest.raises(UserError, match=r"^adapter must be what `adapt` or `load_adapter` returned .* got 'one'$"):
             call(model, "one")
@@ -264,11 +272,6 @@ def test_a_name_and_its_adapter_are_not_the_same():
 def test_a_name_that_would_hide_what_is_trained_is_refused(name):
     with pytest.raises(UserError, match=f"^an adapter cannot be called {name!r}"):
         tuned(net(), LoRA(), name=name)
-
-
-def test_one_name_instead_of_a_list_is_refused():
-    with pytest.raises(UserError, match=r"got one string: write \['one'\]"):
-        set_active(three()[0], "one")
 
 
 def test_each_adapter_is_saved_and_loaded_alone(tmp_path):
@@ -324,7 +327,7 @@ def test_two_adapters_are_trained_by_two_optimisers():
 def test_it_works_in_tree_mode():
     with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
         model, adapter = tuned(net(), LoRA(rank=2), name="one")
-        model, _ = tuned(model, CirculantAdapter(), target=BODY, name="two", seed=2)
+        model, _ = tuned(model, CirculantBranch(), target=BODY, name="two", seed=2)
         model = delete(set_scale(set_active(perturb(model, adapter, 3), ["one"]), "one", 0.5), "two")
         changes = {path: 0.25 * low_rank(part_arrays(model, path, "delta", "one")) for path in ("body/0", "body/1")}
         assert relative_error(model(batch()), expected(model, batch(), changes)) < 1e-5

@@ -4,7 +4,7 @@ import pytest
 from flax import nnx
 
 from surm_jax.errors import UserError
-from surm_jax.peft import CirculantAdapter, CirculantUpdate, DoRA, LoRA, Rule, adapt, adapted_modules, merge
+from surm_jax.peft import CirculantBranch, CirculantUpdate, DoRA, LoRA, Rule, adapt, iter_parts, merge
 from tests.peft.cases import CASES, trained
 from tests.peft.models import MODELS, TOLERANCES, base, inputs, materialize, relative_error, run, same_bits
 
@@ -57,7 +57,7 @@ def test_names():
     model.head.delta["other"].r1[...] = jnp.arange(4.0)
     x = inputs("mlp")
     part, _ = merge(model, ["other"])
-    assert {name for _, name, *_ in adapted_modules(part)} == {"default"} and type(part.head) is nnx.Linear
+    assert {name for _, name, *_ in iter_parts(part)} == {"default"} and type(part.head) is nnx.Linear
     assert relative_error(run(part, x), run(model, x)) <= TOLERANCES["float32"]
     whole, _ = merge(part)
     assert nnx.graphdef(whole) == nnx.graphdef(base("mlp"))
@@ -69,17 +69,17 @@ def test_names():
 
 
 def test_a_branch_of_another_adapter_does_not_hinder():
-    model, _ = adapt(trained("mlp", "lora")[0], [Rule("head", CirculantAdapter())], name="other", rngs=nnx.Rngs(1))
+    model, _ = adapt(trained("mlp", "lora")[0], [Rule("head", CirculantBranch())], name="other", rngs=nnx.Rngs(1))
     merged, _ = merge(model, ["default"])
-    assert {name for _, name, *_ in adapted_modules(merged)} == {"other"}
-    with pytest.raises(UserError, match=r"^head has a branch of the adapter 'other'"):
+    assert {name for _, name, *_ in iter_parts(merged)} == {"other"}
+    with pytest.raises(UserError, match=r"^head has a part of the adapter 'other' that .* is not linear"):
         merge(model)
 
 
 @pytest.mark.parametrize("method", ["circulant", "dora"])
 def test_the_scale_is_merged(method):
     model = nnx.clone(trained("mlp", method)[0])
-    for _, _, delta, _ in adapted_modules(model):
+    for _, _, delta, _ in iter_parts(model):
         delta.scale[...] = jnp.float32(0.3)
     assert relative_error(run(merge(model)[0], inputs("mlp")), run(model, inputs("mlp"))) <= TOLERANCES["float32"]
 
@@ -129,10 +129,10 @@ def test_parameters_that_are_numpy_arrays_stay_the_callers():
 def test_a_normalised_update_that_stays_is_in_the_way():
     model, _ = adapt(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [Rule("", LoRA())], name="plain", rngs=nnx.Rngs(1))
     model, _ = adapt(model, [Rule("", DoRA())], name="norms", rngs=nnx.Rngs(2))
-    with pytest.raises(UserError, match="the adapter 'norms' that is normalised"):
+    with pytest.raises(UserError, match="a part of the adapter 'norms' that depends on the kernel"):
         merge(model, ["plain"])
     for names in (["norms"], ["plain", "norms"]):
-        for _, _, part, _ in adapted_modules(model):
+        for _, _, part, _ in iter_parts(model):
             part.up[...] = jnp.ones((1, 4)) / 2
         x = jnp.eye(4)
         assert relative_error(merge(model, names)[0](x), model(x)) <= TOLERANCES["float32"]

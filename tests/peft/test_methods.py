@@ -35,7 +35,7 @@ def test_the_random_factor_has_the_documented_deviation(method, name, deviation)
 
 @pytest.mark.parametrize(
     ("method", "deviation"),
-    [(peft.BottleneckAdapter(scale=0.05), 0.05), (peft.Compacter(scale=0.05), 0.05)],
+    [(peft.BottleneckBranch(scale=0.05), 0.05), (peft.Compacter(scale=0.05), 0.05)],
 )
 def test_the_matrix_into_the_waist_has_the_documented_deviation(method, deviation):
     down, up = method.init_branch(jax.random.key(0), 768)

@@ -4,8 +4,7 @@ import pytest
 from flax import nnx
 
 from surm_jax.models import ViT, ViTConfig
-from surm_jax.peft import METHODS, CirculantUpdate, LoRA, Rule
-from surm_jax.peft.adapt import adapted_modules
+from surm_jax.peft import METHODS, CirculantUpdate, LoRA, Rule, iter_parts
 from surm_jax.structured import EXECUTIONS
 from surm_jax.training.parsing import base_config, parse
 from surm_jax.training.setup import adapt_model
@@ -34,7 +33,7 @@ def adapted(**values):
     config.update_from_flattened_dict({f"peft.{key}": value for key, value in values.items()})
     vit = ViTConfig(**{**tiny.GEOMETRY, "depth": 2}, num_classes=3)
     model, adapter = adapt_model(nnx.eval_shape(lambda: ViT(vit, rngs=nnx.Rngs(0))), parse(config).peft, 0)
-    return adapter, {path: part for path, _, part, _ in adapted_modules(model)}
+    return adapter, {path: part for path, _, part, _ in iter_parts(model)}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.hlo import gathered_sizes
 from surm_jax.devices.mesh import make_mesh, put_batch, replicated
 from surm_jax.models.layers import split_block_keys, split_key
-from surm_jax.peft.parts.context import dropout_key
+from surm_jax.peft.parts.dropout import dropout_key
 from surm_jax.structured.products import execution, fourier
 from surm_jax.tasks import ImageClassification
 from surm_jax.tasks.objective import CLASSES, NUMBER, cross_entropy, squared_error

@@ -1,5 +1,8 @@
-"""Adapters of Hugging Face's peft: its folders written from our adapters, and read into our models."""
+"""Adapter folders of Hugging Face's peft: written from our adapters, and read into our models."""
 
-from surm_jax.peft.hf.load import load_hf_adapter as load_hf_adapter
-from surm_jax.peft.hf.names import ModuleNames as ModuleNames
-from surm_jax.peft.hf.save import save_hf_adapter as save_hf_adapter
+from surm_jax.peft.hf import c3a, lokr, lora  # noqa: F401  # each registers its format
+from surm_jax.peft.hf.load import load_peft
+from surm_jax.peft.hf.names import ModuleNames
+from surm_jax.peft.hf.save import save_peft
+
+__all__ = ["ModuleNames", "load_peft", "save_peft"]

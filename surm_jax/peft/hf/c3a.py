@@ -9,7 +9,8 @@ import numpy as np
 from surm_jax.errors import UserError
 from surm_jax.peft.hf.format import Arrays, Format, LayerUpdate, Shapes, by_module
 from surm_jax.peft.hf.settings import Settings
-from surm_jax.peft.methods import C3A, Update
+from surm_jax.peft.methods.circulant import C3A
+from surm_jax.peft.methods.update import Update
 from surm_jax.structured import BlockCirculant, Circulant, CirculantPair, StructuredMatrix
 
 
@@ -20,6 +21,7 @@ class C3AFormat(Format):
     alpha, so that it goes into the numbers.
     """
 
+    peft_type = "C3A"
     settings = frozenset({"block_size", "block_size_pattern"})
     mark = "c3a_kernel"
     description = "blocks of circulants, or one square circulant"

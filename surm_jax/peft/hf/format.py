@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from surm_jax.peft.hf.settings import Settings
-from surm_jax.peft.methods import Update
+from surm_jax.peft.methods.update import Update
 from surm_jax.structured import StructuredMatrix
 
 Arrays = dict[str, np.ndarray]
@@ -38,18 +38,28 @@ class LayerUpdate:
     factor: float
 
 
+FORMATS: dict[str, "Format"] = {}
+"""The formats by `peft_type`. Importing a file of this folder registers the format in it."""
+
+
 class Format(abc.ABC):
-    """One `peft_type`.
+    """One `peft_type`: how updates are stored in the files of Hugging Face's peft.
 
     Attributes:
-        settings: the settings that are read.
-        mark: what the last parts of the names of its tensors begin with.
-        description: which updates it holds, for messages.
+        peft_type: The name of the format in `adapter_config.json`.
+        settings: The settings that are read.
+        mark: What the last parts of its tensors' names begin with.
+        description: Which updates it holds, for messages.
     """
 
+    peft_type: ClassVar[str]
     settings: ClassVar[frozenset[str]]
     mark: ClassVar[str]
     description: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        FORMATS[cls.peft_type] = cls()
 
     @abc.abstractmethod
     def holds(self, matrix: StructuredMatrix) -> bool:

@@ -15,19 +15,18 @@ from surm_jax.paths import join, matching
 from surm_jax.peft.adapt import base_parameters, matched_modules
 from surm_jax.peft.adapter import DEFAULT_NAME, Adapter, Rule
 from surm_jax.peft.files import CONFIG_NAME, TENSORS_NAME
-from surm_jax.peft.hf.format import Format
-from surm_jax.peft.hf.formats import FORMATS
+from surm_jax.peft.hf.format import FORMATS, Format
 from surm_jax.peft.hf.names import ROOT, ModuleNames, whole_modules
 from surm_jax.peft.hf.settings import Settings
-from surm_jax.peft.kernels import is_linear, matrix_view
-from surm_jax.peft.methods import Update
-from surm_jax.peft.parts.attach import attach
-from surm_jax.peft.parts.update import Delta
+from surm_jax.peft.kernels import is_linear, kernel_matrix, matrix_view
+from surm_jax.peft.methods.update import Update
+from surm_jax.peft.parts.base import Place
+from surm_jax.peft.parts.layers import attach
 from surm_jax.structured import StructuredMatrix
 from surm_jax.tensor_files import TensorFile
 
 
-def load_hf_adapter(
+def load_peft(
     folder: str | os.PathLike,
     model: nnx.Module,
     names: ModuleNames,
@@ -46,7 +45,7 @@ def load_hf_adapter(
     known to be right.
 
     Args:
-        folder: what peft's `save_pretrained` or `save_hf_adapter` wrote.
+        folder: what peft's `save_pretrained` or `save_peft` wrote.
         model: the base model, with a head of the adapter's shape.
         names: what transformers calls the modules.
         name: what the adapter is called in the model, which may have adapters of other names.
@@ -71,9 +70,10 @@ def load_hf_adapter(
     if not updates:
         raise UserError(f"{tensors.path} holds no update of a linear layer")
     adapter = Adapter(_rules(updates, model), train, name)
-    for path, layer, rule in matched_modules(model, adapter):
+    for path, layer, *_ in matched_modules(model, adapter):
         matrix = matrices[path]
-        attach(layer, name, Delta(rule.method, matrix, layer.kernel[...].reshape(matrix.shape), execution))
+        place = Place(matrix.shape[1], kernel_matrix(layer, path), execution=execution)
+        attach(layer, name, updates[path].part_with(matrix, place))
     return model, adapter
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from surm_jax.errors import UserError
 from surm_jax.peft.hf.format import Arrays, Format, LayerUpdate, Shapes, by_module, tidy
 from surm_jax.peft.hf.settings import Settings
-from surm_jax.peft.methods import LoKr, Update
-from surm_jax.peft.methods.hypercomplex import balanced_factors
+from surm_jax.peft.methods.hypercomplex import LoKr, balanced_factors
+from surm_jax.peft.methods.update import Update
 from surm_jax.structured import Kronecker, LowRankKronecker, StructuredMatrix
 
 Sizes = tuple[tuple[int, int], tuple[int, int]]
@@ -26,6 +26,7 @@ class LoKrFormat(Format):
     read, and written multiplied out.
     """
 
+    peft_type = "LOKR"
     settings = frozenset({"r", "alpha", "rank_pattern", "alpha_pattern", "decompose_factor", "decompose_both"})
     mark = "lokr_"
     description = "one Kronecker product"

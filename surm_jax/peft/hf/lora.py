@@ -8,7 +8,8 @@ import numpy as np
 
 from surm_jax.peft.hf.format import Arrays, Format, LayerUpdate, Shapes, by_module, tidy
 from surm_jax.peft.hf.settings import Settings
-from surm_jax.peft.methods import LoRA, RankStabilizedLoRA, Update
+from surm_jax.peft.methods.lora import LoRA, RankStabilizedLoRA
+from surm_jax.peft.methods.update import Update
 from surm_jax.structured import LowRank, StructuredMatrix
 
 
@@ -18,6 +19,7 @@ class LoRAFormat(Format):
     With `use_rslora` the factor there is `lora_alpha / sqrt(r)`; it is read, and written as an alpha without.
     """
 
+    peft_type = "LORA"
     settings = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"})
     mark = "lora_"
     description = "low rank"

@@ -14,17 +14,15 @@ from surm_jax.paths import matching
 from surm_jax.peft.adapt import base_parameters
 from surm_jax.peft.adapter import Adapter
 from surm_jax.peft.files import require_unscaled, write_folder
-from surm_jax.peft.hf.format import LayerUpdate
-from surm_jax.peft.hf.formats import FORMATS
+from surm_jax.peft.hf.format import FORMATS, LayerUpdate
 from surm_jax.peft.hf.names import ROOT, ModuleNames, whole_modules
 from surm_jax.peft.lifecycle import parts_of
-from surm_jax.peft.parts.branch import Branch
-from surm_jax.peft.parts.update import Delta
+from surm_jax.peft.parts.base import AttachedPart
 
 _MERGE = "merge the update into the model instead (surm_jax.merge, or --mode=merge)"
 
 
-def save_hf_adapter(
+def save_peft(
     folder: str | os.PathLike, model: nnx.Module, adapter: Adapter, names: ModuleNames, *, base_model: str = ""
 ) -> None:
     """Writes the adapter of an adapted model as a folder that `peft.PeftModel.from_pretrained` reads.
@@ -50,15 +48,14 @@ def save_hf_adapter(
             cannot be written.
     """
     rows = parts_of(model, adapter)
-    parts = {path: part for path, _, part, _ in rows}
-    if not parts:
+    if not rows:
         raise UserError(f"the model has nothing of the adapter {adapter.name!r}, and peft reads none without an update")
     require_unscaled(rows)
-    found = {path: _update(path, part) for path, part in parts.items()}
-    updates = {_name(names, path): update for path, update in found.items()}
+    found = [_update(row) for row in rows]
+    updates = {_name(names, update.path): update for update in found}
     peft_type = _peft_type(updates)
     settings, arrays = FORMATS[peft_type].write(updates)
-    saved = _saved_modules(model, adapter, names, parts)
+    saved = _saved_modules(model, adapter, names, [row.path for row in rows])
     tensors = {
         f"{ROOT}{module}.{part}": np.asarray(array, order="C")
         for module, parts in (arrays | saved).items()
@@ -87,13 +84,12 @@ def _name(names: ModuleNames, path: str) -> str:
     return found[0]
 
 
-def _update(path: str, part: Delta | Branch) -> LayerUpdate:
-    if isinstance(part, Branch):
-        raise UserError(f"{path} has a bottleneck added to its output, for which peft has no format")
-    if part.normalized:
-        raise UserError(f"the update of {path} has learned magnitudes (DoRA), which are not written: {_MERGE}")
-    alpha = float(part.alpha[...]) if hasattr(part, "alpha") else 1.0
-    return LayerUpdate(path, part.stored(), part.factor * alpha)
+def _update(row: AttachedPart) -> LayerUpdate:
+    try:
+        factor, matrix = row.part.multiple()
+    except UserError as error:
+        raise UserError(f"the part of {row.path} {error}, and peft has no format for it: {_MERGE}") from None
+    return LayerUpdate(row.path, matrix, factor)
 
 
 def _peft_type(updates: Mapping[str, LayerUpdate]) -> str:

@@ -7,12 +7,13 @@ from typing import ClassVar
 import jax
 
 from surm_jax.errors import UserError
-from surm_jax.peft.methods.base import Bottleneck, at_least
+from surm_jax.peft.methods.branch import Branch
+from surm_jax.peft.methods.settings import at_least
 from surm_jax.structured import Dense
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Waisted(Bottleneck):
+class _Waisted(Branch):
     """Settings of adapters with a waist.
 
     Attributes:
@@ -31,7 +32,7 @@ class _Waisted(Bottleneck):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BottleneckAdapter(_Waisted):
+class BottleneckBranch(_Waisted):
     """`X + gelu(X D + d) U + b` after attention and MLP (Houlsby, arXiv 1902.00751).
 
     With `--config.peft.target=pfeiffer`, after the MLP alone (arXiv 2005.00247).
@@ -42,7 +43,7 @@ class BottleneckAdapter(_Waisted):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterDrop(_Waisted):
-    """Bottleneck adapters that the first blocks do without (AdapterDrop, arXiv 2010.11918, "specialised").
+    """Branch adapters that the first blocks do without (AdapterDrop, arXiv 2010.11918, "specialised").
 
     Attributes:
         skip: how many of the first blocks have no adapter. The block of a module is the first number in its path.

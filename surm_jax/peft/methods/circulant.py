@@ -5,7 +5,9 @@ from typing import ClassVar
 
 import jax
 
-from surm_jax.peft.methods.base import Bottleneck, Update, at_least
+from surm_jax.peft.methods.branch import Branch
+from surm_jax.peft.methods.settings import at_least
+from surm_jax.peft.methods.update import Update
 from surm_jax.structured import BlockCirculant, CirculantPair
 
 
@@ -30,7 +32,7 @@ class CirculantUpdate(Update):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CirculantAdapter(Bottleneck):
+class CirculantBranch(Branch):
     """`X + gelu(X C) + b` with the circulant of `r1 * r2`: 3n numbers trained, 2n stored.
 
     SURM, arXiv 2406.17740, section 4.2; r2 starts at `scale * N(0, 1)` with the released code's 0.02.

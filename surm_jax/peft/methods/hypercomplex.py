@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from surm_jax.errors import UserError
-from surm_jax.peft.methods.base import Bottleneck, Update, at_least
+from surm_jax.peft.methods.branch import Branch
 from surm_jax.peft.methods.kronecker import kaiming_uniform
+from surm_jax.peft.methods.settings import at_least
+from surm_jax.peft.methods.update import Update
 from surm_jax.structured import Kronecker, LowRankKronecker
 
 
@@ -65,8 +67,8 @@ class LoKr(Update):
 class KAdaptation(Update):
     """`sum_k A_k (x) (down_k up_k)` with small square A_k (arXiv 2203.16329).
 
-    A and down start at random, up at 0. The code that was released with it starts both down and up at 0, where neither
-    ever gets a gradient. There the A_k are shared by all layers; here each layer has its own.
+    A and down start at random, up at 0. The code that was released with the paper starts both down and up at 0, where
+    neither ever gets a gradient. There the A_k are shared by all layers; here each layer has its own.
 
     >>> KAdaptation().init(jax.random.key(0), (768, 768)).num_params
     1600
@@ -90,7 +92,7 @@ class KAdaptation(Update):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compacter(Bottleneck):
+class Compacter(Branch):
     """A bottleneck adapter whose two matrices are `sum_k A_k (x) (down_k up_k)` (arXiv 2106.04647).
 
     There the A_k are shared by all adapters; here each has its own, terms^3 numbers.

@@ -6,7 +6,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from surm_jax.peft.methods.base import Bottleneck, Update
+from surm_jax.peft.methods.branch import Branch
+from surm_jax.peft.methods.update import Update
 from surm_jax.structured import Kronecker
 
 
@@ -41,7 +42,7 @@ class KroneckerUpdate(Update):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KroneckerAdapter(Bottleneck):
+class KroneckerBranch(Branch):
     """`X + gelu(X (A (x) B)) + b`: 3n numbers at 768 (arXiv 2406.17740, section 4.2)."""
 
     name: ClassVar[str] = "kronecker_adapter"

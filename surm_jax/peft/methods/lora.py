@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import jax
 
-from surm_jax.peft.methods.base import Update
+from surm_jax.peft.methods.update import Update
+from surm_jax.peft.parts.update import NormalizedPart, UpdatePart
 from surm_jax.structured import LowRank
 
 
@@ -73,4 +74,4 @@ class DoRA(_LowRankUpdate):
     """
 
     name: ClassVar[str] = "dora"
-    normalized: ClassVar[bool] = True
+    part: ClassVar[type[UpdatePart]] = NormalizedPart

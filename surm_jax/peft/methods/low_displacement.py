@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import jax
 
-from surm_jax.peft.methods.base import Bottleneck, Update
+from surm_jax.peft.methods.branch import Branch
+from surm_jax.peft.methods.update import Update
 from surm_jax.structured import LowDisplacementRank
 
 
@@ -29,7 +30,7 @@ class LowDisplacementUpdate(Update):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LowDisplacementAdapter(Bottleneck):
+class LowDisplacementBranch(Branch):
     """`X + gelu(X W(G, H)) + b`: 2nr + n numbers."""
 
     name: ClassVar[str] = "low_displacement_adapter"

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import jax
 
-from surm_jax.peft.methods.base import Update
+from surm_jax.peft.methods.update import Update
 from surm_jax.structured import Tiled, tiled_side
 
 

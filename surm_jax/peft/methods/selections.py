@@ -1,14 +1,24 @@
-"""Methods that add nothing to the model and train a part of what is there, besides the head."""
+"""The methods that put nothing into a model and train parameters that exist, together with the head."""
 
 import dataclasses
 from typing import ClassVar
 
-from surm_jax.peft.methods.base import Selection
+from surm_jax.peft.methods.base import Method
+
+
+class Selection(Method):
+    """A method that trains parameters of the model itself.
+
+    Attributes:
+        patterns: Regular expressions for the paths of the parameters (`re.fullmatch`).
+    """
+
+    patterns: ClassVar[tuple[str, ...]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearProbe(Selection):
-    """The head alone."""
+    """Training of the head only."""
 
     name: ClassVar[str] = "linear_probe"
     patterns: ClassVar[tuple[str, ...]] = ()
@@ -16,7 +26,7 @@ class LinearProbe(Selection):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Full(Selection):
-    """Full fine-tuning."""
+    """Full fine-tuning: training of all parameters."""
 
     name: ClassVar[str] = "full"
     learning_rate: ClassVar[float] = 5e-5
@@ -25,7 +35,7 @@ class Full(Selection):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionOnly(Selection):
-    """The attention layers whole, as in "Three things everyone should know about ViTs" (arXiv 2203.09795)."""
+    """Training of all attention layers, as in "Three things everyone should know about ViTs" (arXiv 2203.09795)."""
 
     name: ClassVar[str] = "attention_only"
     learning_rate: ClassVar[float] = 5e-5
@@ -34,7 +44,7 @@ class AttentionOnly(Selection):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BitFit(Selection):
-    """All biases, those of the norms included (arXiv 2106.10199)."""
+    """Training of all biases, including those of the norms (BitFit, arXiv 2106.10199)."""
 
     name: ClassVar[str] = "bitfit"
     patterns: ClassVar[tuple[str, ...]] = (r"(.*/)?bias",)
@@ -42,7 +52,7 @@ class BitFit(Selection):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormTuning(Selection):
-    """Scales and biases of all LayerNorms (arXiv 2302.08106)."""
+    """Training of the scales and biases of all LayerNorms (arXiv 2302.08106)."""
 
     name: ClassVar[str] = "norm_tuning"
     patterns: ClassVar[tuple[str, ...]] = (r"(.*/)?(\w+_)?norm\d*/(scale|bias)",)

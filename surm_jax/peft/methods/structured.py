@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import jax
 
 from surm_jax.errors import UserError, did_you_mean
-from surm_jax.peft.methods.base import Bottleneck, Method, Update
+from surm_jax.peft.methods.base import Method
+from surm_jax.peft.methods.branch import Branch
+from surm_jax.peft.methods.update import Update
 from surm_jax.structured import FAMILIES, Product, StructuredMatrix, Sum
-
-_MOST_FAMILIES = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,6 @@ class _AnyFamily(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         names = [name.strip() for term in self.family.split("+") for name in term.split("@")]
-        if len(names) > _MOST_FAMILIES:
-            raise UserError(
-                f"{self.name}.family joins {len(names)} families, and at most {_MOST_FAMILIES} can be joined"
-            )
         for name in names:
             if name not in FAMILIES:
                 raise UserError(
@@ -67,7 +63,7 @@ class StructuredUpdate(_AnyFamily, Update):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StructuredAdapter(_AnyFamily, Bottleneck):
+class StructuredBranch(_AnyFamily, Branch):
     """`X + gelu(X M) + b` with M of any family, sum or product, named as in `structured`."""
 
     name: ClassVar[str] = "structured_adapter"

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import jax
 
-from surm_jax.peft.methods.base import Bottleneck, Update
+from surm_jax.peft.methods.branch import Branch
+from surm_jax.peft.methods.update import Update
 from surm_jax.structured import SymmetricToeplitzPair, ToeplitzPair
 
 
@@ -44,7 +45,7 @@ class AsymmetricToeplitzUpdate(Update):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ToeplitzAdapter(Bottleneck):
+class ToeplitzBranch(Branch):
     """`X + gelu(X T1 T2) + b` with symmetric Toeplitz matrices: 3n numbers (arXiv 2406.17740, section 4.2)."""
 
     name: ClassVar[str] = "toeplitz_adapter"

@@ -1,81 +1,101 @@
 """The adapter-style branch: a module computes `y + act(y M) + b` where it computed y."""
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from surm_jax.peft.methods.base import ACTIVATIONS, Bottleneck
-from surm_jax.peft.parts.context import drop
-from surm_jax.peft.parts.stored import StoredMatrix
-from surm_jax.peft.parts.variables import AdapterParam, AdapterScale
+from surm_jax.peft.parts.base import AdapterParam, OutputPart
+from surm_jax.peft.parts.dropout import drop
+from surm_jax.peft.parts.update import StoredMatrix
 from surm_jax.structured import StructuredMatrix
 
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
+}
+"""The non-linearities of branches. All of them map 0 to 0."""
 
-class Branch(nnx.Module):
-    """The branch of one module by one adapter.
 
-    Parameter paths: `down/<arrays>`, and `down_bias`, `up/<arrays>` where there is a waist; `bias`.
+class BranchPart(OutputPart):
+    """A branch at the output of one module: it adds `alpha * (act(y M) + b)`, or `alpha * (act(y D + d) U + b)`.
+
+    Parameter paths: `down/<arrays>` and `bias`; with two matrices also `down_bias` and `up/<arrays>`.
 
     Args:
-        method: with its settings.
         matrices: M, or D and U.
+        activation: One of `ACTIVATIONS`.
+        bias: Whether b (and d) exist; they start at 0.
+        alpha: The fixed factor of the branch.
+        dropout: Probability of zeroing an entry of the branch's input while training.
     """
 
-    def __init__(self, method: Bottleneck, matrices: tuple[StructuredMatrix, ...]) -> None:
+    def __init__(
+        self,
+        matrices: tuple[StructuredMatrix, ...],
+        *,
+        activation: str = "gelu",
+        bias: bool = True,
+        alpha: float = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
         first, *rest = matrices
-        self.activation, self.dropout, self.alpha = method.activation, method.dropout, method.alpha
-        self.scale = AdapterScale(jnp.ones((), jnp.float32))
+        self.activation, self.dropout, self.alpha = activation, dropout, alpha
         self.down = StoredMatrix(first)
         if rest:
             self.up = StoredMatrix(rest[0])
-        if method.bias:
+        if bias:
             if rest:
                 self.down_bias = AdapterParam(jnp.zeros((first.shape[1],), jnp.float32))
             self.bias = AdapterParam(jnp.zeros((matrices[-1].shape[1],), jnp.float32))
 
-    def fuse(self) -> None:
-        """Keeps every matrix in its smallest form from now on, in place: for deployment."""
-        for part in self._matrices().values():
-            part.fuse()
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The width of the output, twice."""
+        matrices = self.matrices()
+        return matrices[0].shape[0], matrices[-1].shape[1]
 
-    def tensors(self) -> dict[str, nnx.Variable]:
-        """Returns the variables that are saved, by name."""
-        found = {name: getattr(self, name) for name in ("down_bias", "bias") if hasattr(self, name)}
-        for prefix, part in self._matrices().items():
-            found |= {f"{prefix}/{name}": getattr(part, name) for name in part.names}
-        return found
+    @property
+    def kind(self) -> str:
+        """The family of the first matrix."""
+        return type(self.matrices()[0]).__name__
+
+    def form(self) -> str:
+        """Return the matrices with the shapes of their arrays, and the settings."""
+        matrices = " and ".join(map(repr, self.matrices()))
+        return f"a branch of {matrices}, activation={self.activation}, alpha={self.alpha}"
+
+    def compact(self) -> None:
+        """Replace every matrix, in place, by its smallest form."""
+        for stored in self._stored():
+            stored.compact()
 
     def matrices(self) -> tuple[StructuredMatrix, ...]:
-        """Returns M, or D and U, as they are now."""
-        return tuple(part.stored() for part in self._matrices().values())
+        """Return M, or D and U, with their present numbers."""
+        return tuple(stored.stored() for stored in self._stored())
 
-    def _matrices(self) -> dict[str, StoredMatrix]:
-        return {name: getattr(self, name) for name in ("down", "up") if hasattr(self, name)}
+    def for_bank(self, kernel: Array | None) -> "BranchPart":
+        """Return the branch without its dropout, which may differ between adapters."""
+        part = nnx.clone(self)
+        part.dropout = 0.0
+        return part
 
-    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        """Returns what is added to x, in the dtype of x, to which every product is rounded."""
-        hidden = _plus(self.down.stored().apply(drop(x, self.dropout)), getattr(self, "down_bias", None))
+    def _stored(self) -> list[StoredMatrix]:
+        return [getattr(self, name) for name in ("down", "up") if hasattr(self, name)]
+
+    def _added(self, y: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """Compute in the dtype of y, to which every product is rounded."""
+        hidden = _plus(self.down.stored().apply(drop(y, self.dropout)), getattr(self, "down_bias", None))
         hidden = ACTIVATIONS[self.activation](hidden)
         if hasattr(self, "up"):
             hidden = self.up.stored().apply(hidden)
-        hidden = _plus(hidden, getattr(self, "bias", None))
-        return hidden * (self.alpha * self.scale[...]).astype(hidden.dtype)
+        return _plus(hidden, getattr(self, "bias", None)) * jnp.asarray(self.alpha, hidden.dtype)
 
 
 def _plus(x: Array, bias: AdapterParam | None) -> Array:
     if bias is None:
         return x
     return x + jnp.expand_dims(bias[...], tuple(range(x.ndim - 1))).astype(x.dtype)
-
-
-class Branched(nnx.Module):
-    """What a module with branches gains: branches by the name of their adapter. See `surm_jax.peft.parts.attach`."""
-
-    branch: nnx.Dict[Branch]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Array:
-        """The module's output, and what all branches make of that same output."""
-        y = super().__call__(*args, **kwargs)
-        return sum((branch(y) for branch in self.branch.values()), start=y)

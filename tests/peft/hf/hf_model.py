@@ -7,8 +7,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from surm_jax.peft import Rule, adapt, save_hf_adapter
-from surm_jax.peft.adapt import adapted_modules
+from surm_jax.peft import Rule, adapt, iter_parts, save_peft
 from surm_jax.peft.hf import ModuleNames
 from surm_jax.pretrained.hf.architecture import CONV, EMBEDDING, LINEAR, LINEAR_OUT, NORM
 from tests.peft.models import CONFIG, TENSORS, materialize, perturb
@@ -85,7 +84,7 @@ def trained(*rules, train=()):
 def saved(folder, *rules, train=()):
     """The adapted model, the settings and the tensors of its folder."""
     model, adapter = trained(*rules, train=train)
-    save_hf_adapter(folder, model, adapter, NAMES)
+    save_peft(folder, model, adapter, NAMES)
     return model, json.loads((folder / CONFIG).read_text()), load_file(folder / TENSORS)
 
 
@@ -104,7 +103,7 @@ def normal(*shape, seed=0):
 
 def dense(model):
     """What each adapted layer adds to its kernel, (in, out), by path."""
-    return {path: np.asarray(part.matrix().to_dense()) for path, _, part, _ in adapted_modules(model)}
+    return {path: np.asarray(part.matrix().to_dense()) for path, _, part, _ in iter_parts(model)}
 
 
 def lora(folder, *, rank=2, modules=("net.layers.0.up_proj",), shape=(6, 9), **settings):

@@ -14,15 +14,15 @@ from surm_jax.errors import UserError
 from surm_jax.models import TARGETS, ViT, ViTConfig
 from surm_jax.peft import (
     C3A,
-    BottleneckAdapter,
+    BottleneckBranch,
     CirculantUpdate,
     DoRA,
     LoKr,
     LoRA,
     Rule,
     adapt,
-    load_hf_adapter,
-    save_hf_adapter,
+    load_peft,
+    save_peft,
 )
 from surm_jax.structured import Toeplitz
 from tests.peft.hf.hf_model import CONFIG, MODULES, NAMES, TENSORS, dense, foreign, lora, make, normal, saved, trained
@@ -61,7 +61,7 @@ class TestWriting:
         assert alphas[0] != alphas[1]
         assert settings["lora_alpha"] == pytest.approx(alphas[0])
         assert settings["alpha_pattern"] == {"net.layers.1.up_proj": pytest.approx(alphas[1])}
-        read, _ = load_hf_adapter(tmp_path / "a", make(), NAMES, name="read")
+        read, _ = load_peft(tmp_path / "a", make(), NAMES, name="read")
         for path, change in dense(model).items():
             np.testing.assert_allclose(dense(read)[path], change, rtol=1e-5)
 
@@ -108,7 +108,7 @@ class TestWriting:
         expected = settings["alpha"] / settings["r"] * np.kron(tensors["lokr_w1"], w2).T
         np.testing.assert_allclose(dense(model)["blocks/0/up"], expected, rtol=1e-5, atol=1e-6)
         assert (settings["r"], settings["alpha"], settings["decompose_factor"]) == (rank, 0.7, -1)
-        read, adapter = load_hf_adapter(tmp_path / "a", make(), NAMES)
+        read, adapter = load_peft(tmp_path / "a", make(), NAMES)
         assert adapter.rules == (Rule("blocks/0/up", update),)
         assert all(same_bits(array, parameters(model)[path]) for path, array in parameters(read).items())
 
@@ -138,7 +138,7 @@ class TestWriting:
         assert all(same_bits(found[name], array) for name, array in expected.items())
         assert sorted(settings["modules_to_save"]) == sorted({name.rpartition(".")[0] for name in expected})
 
-        read, adapter = load_hf_adapter(tmp_path / "a", make(), NAMES)
+        read, adapter = load_peft(tmp_path / "a", make(), NAMES)
         assert all(same_bits(array, ours[path]) for path, array in parameters(read).items())
         assert sorted(adapter.train) == ["blocks/1/norm/.*", "conv/.*", "embed/.*", "head/.*"]
 
@@ -155,7 +155,7 @@ class TestWriting:
             ([("blocks/0/up", LoRA()), ("blocks/1/up", C3A())], [], r"LORA \(blocks/0/up\) and C3A \(blocks/1/up\)"),
             ([("blocks/0/up", DoRA())], [], r"^the update of blocks/0/up has learned magnitudes \(DoRA\)"),
             (
-                [("blocks/0/up", BottleneckAdapter())],
+                [("blocks/0/up", BottleneckBranch())],
                 [],
                 "^blocks/0/up has a bottleneck added to its output",
             ),
@@ -168,7 +168,7 @@ class TestWriting:
     def test_what_peft_cannot_hold(self, rules, train, message, tmp_path):
         model, adapter = trained(*rules, train=train)
         with pytest.raises(UserError, match=message):
-            save_hf_adapter(tmp_path / "a", model, adapter, NAMES)
+            save_peft(tmp_path / "a", model, adapter, NAMES)
         assert not (tmp_path / "a").exists()
 
     def test_a_family_without_a_format(self, tmp_path, monkeypatch):
@@ -176,18 +176,18 @@ class TestWriting:
         delta = model.blocks[0].query.delta["default"]
         monkeypatch.setattr(type(delta), "stored", lambda self: Toeplitz(jnp.ones(11), (6, 6)))
         with pytest.raises(UserError, match=r"^the update of blocks/0/query is a Toeplitz of 6 x 6, .*--mode=merge"):
-            save_hf_adapter(tmp_path / "a", model, adapter, NAMES)
+            save_peft(tmp_path / "a", model, adapter, NAMES)
 
     def test_folders(self, tmp_path):
         model, adapter = trained(("blocks/0/up", LoRA()))
         for _ in range(2):
-            save_hf_adapter(tmp_path / "deep" / "a", model, adapter, NAMES, base_model="some/model")
+            save_peft(tmp_path / "deep" / "a", model, adapter, NAMES, base_model="some/model")
         assert json.loads((tmp_path / "deep" / "a" / CONFIG).read_text())["base_model_name_or_path"] == "some/model"
         (tmp_path / "deep" / "a" / "optimizer.pt").write_text("years of work")
         with pytest.raises(UserError, match=r"holds optimizer.pt besides an adapter"):
-            save_hf_adapter(tmp_path / "deep" / "a", model, adapter, NAMES)
+            save_peft(tmp_path / "deep" / "a", model, adapter, NAMES)
         with pytest.raises(UserError, match="is not an adapter folder"):
-            save_hf_adapter(tmp_path / "deep", model, adapter, NAMES)
+            save_peft(tmp_path / "deep", model, adapter, NAMES)
         assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a"], "something was left behind"
 
 
@@ -198,7 +198,7 @@ class TestReading:
         folder, A, B = lora(tmp_path / "a", modules=[module], use_rslora=rslora)
         base = make()
         before = parameters(base)
-        model, adapter = load_hf_adapter(folder, base, NAMES, execution="dense")
+        model, adapter = load_peft(folder, base, NAMES, execution="dense")
         np.testing.assert_allclose(dense(model)["blocks/0/up"], 3 / (2**0.5 if rslora else 2) * (B @ A).T, rtol=1e-5)
         assert [rule.target for rule in adapter.rules] == ["blocks/0/up"]
         assert model.blocks[0].up.delta["default"].execution == "dense"
@@ -219,7 +219,7 @@ class TestReading:
     )
     def test_exceptions_by_name(self, patterns, factor, tmp_path):
         folder, A, B = lora(tmp_path / "a", alpha_pattern=patterns)
-        model, _ = load_hf_adapter(folder, make(), NAMES)
+        model, _ = load_peft(folder, make(), NAMES)
         np.testing.assert_allclose(dense(model)["blocks/0/up"], factor * (B @ A).T, rtol=1e-5)
 
     def test_lokr_with_both_factors_decomposed(self, tmp_path):
@@ -227,7 +227,7 @@ class TestReading:
         arrays = {name: normal(*shape, seed=seed) for seed, (name, shape) in enumerate(parts.items())}
         settings = {"peft_type": "LOKR", "r": 1, "alpha": 3, "decompose_both": True, "target_modules": ["0.up_proj"]}
         tensors = {f"net.layers.0.up_proj.lokr_{name}": array for name, array in arrays.items()}
-        model, _ = load_hf_adapter(foreign(tmp_path / "a", settings, tensors), make(), NAMES)
+        model, _ = load_peft(foreign(tmp_path / "a", settings, tensors), make(), NAMES)
         expected = 3 * np.kron(arrays["w1_a"] @ arrays["w1_b"], arrays["w2_a"] @ arrays["w2_b"]).T
         np.testing.assert_allclose(dense(model)["blocks/0/up"], expected, rtol=1e-5, atol=1e-6)
 
@@ -236,7 +236,7 @@ class TestReading:
         folder = foreign(tmp_path / "a", {"peft_type": "LOKR", "decompose_factor": factor},
                          {"net.layers.0.up_proj.lokr_w1": normal(3, 2)})  # fmt: skip
         with pytest.raises(UserError, match=r"sets decompose_factor = .*, which must be -1 or a whole number"):
-            load_hf_adapter(folder, make(), NAMES)
+            load_peft(folder, make(), NAMES)
 
     def test_defaults_of_peft(self, tmp_path):
         folder, A, B = lora(tmp_path / "a", rank=6, target_modules=None, rank_pattern={"up_proj": 6})
@@ -244,7 +244,7 @@ class TestReading:
         del settings["lora_alpha"], settings["r"], settings["target_modules"]
         (folder / CONFIG).write_text(json.dumps(settings))
         np.testing.assert_allclose(
-            dense(load_hf_adapter(folder, make(), NAMES)[0])["blocks/0/up"], 8 / 6 * (B @ A).T, rtol=1e-5
+            dense(load_peft(folder, make(), NAMES)[0])["blocks/0/up"], 8 / 6 * (B @ A).T, rtol=1e-5
         )
 
     def test_halves_are_read_as_float32(self, tmp_path):
@@ -252,7 +252,7 @@ class TestReading:
         for dtype in (np.float16, jnp.bfloat16, np.float64):
             tensors = {name: array.astype(dtype) for name, array in load_file(folder / TENSORS).items()}
             save_file(tensors, folder / TENSORS)
-            model, _ = load_hf_adapter(folder, make(), NAMES)
+            model, _ = load_peft(folder, make(), NAMES)
             up = model.blocks[0].up.delta["default"].up[...]
             assert up.dtype == jnp.float32
             assert same_bits(up.T, tensors["base_model.model.net.layers.0.up_proj.lora_B.weight"].astype(np.float32))
@@ -260,9 +260,9 @@ class TestReading:
     def test_rules_are_as_general_as_the_layers_allow(self, tmp_path):
         names = [f"net.layers.{i}.query_proj" for i in range(2)]
         folder, _, _ = lora(tmp_path / "a", modules=names, shape=(6, 6), alpha_pattern={})
-        assert [rule.target for rule in load_hf_adapter(folder, make(), NAMES)[1].rules] == [r"blocks/\d+/query"]
+        assert [rule.target for rule in load_peft(folder, make(), NAMES)[1].rules] == [r"blocks/\d+/query"]
         folder, _, _ = lora(tmp_path / "b", modules=names, shape=(6, 6), alpha_pattern={names[1]: 9})
-        rules = load_hf_adapter(folder, make(), NAMES)[1].rules
+        rules = load_peft(folder, make(), NAMES)[1].rules
         assert rules == (Rule("blocks/0/query", LoRA(rank=2, alpha=3)), Rule("blocks/1/query", LoRA(rank=2, alpha=9)))
 
     def test_a_model_of_ours_from_end_to_end(self, tmp_path):
@@ -274,8 +274,8 @@ class TestReading:
         base = materialize(lambda: ViT(config, rngs=nnx.Rngs(0)))
         model, adapter = adapt(base, [Rule(TARGETS["qv"], LoRA(rank=3))], train=["head/.*"], rngs=nnx.Rngs(1))
         model = perturb(model, adapter)
-        save_hf_adapter(tmp_path / "a", model, adapter, names)
-        read, recipe = load_hf_adapter(tmp_path / "a", base, names)
+        save_peft(tmp_path / "a", model, adapter, names)
+        read, recipe = load_peft(tmp_path / "a", base, names)
         assert all(same_bits(array, parameters(model)[path]) for path, array in parameters(read).items())
         assert {rule.method for rule in recipe.rules} == {rule.method for rule in adapter.rules}
         tensors = load_file(tmp_path / "a" / TENSORS)
@@ -286,5 +286,5 @@ class TestReading:
             return name.replace("q_proj", "query").replace("v_proj", "value")
 
         save_file({earlier(name): array for name, array in tensors.items()}, tmp_path / "a" / TENSORS)
-        again, _ = load_hf_adapter(tmp_path / "a", base, names)
+        again, _ = load_peft(tmp_path / "a", base, names)
         assert all(same_bits(array, parameters(model)[path]) for path, array in parameters(again).items())

@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from surm_jax.models import TARGETS
-from surm_jax.peft import C3A, CirculantUpdate, LoKr, LoRA, Rule, adapt, load_hf_adapter, save_hf_adapter
+from surm_jax.peft import C3A, CirculantUpdate, LoKr, LoRA, Rule, adapt, load_peft, save_peft
 from surm_jax.pretrained.hf import ARCHITECTURES
 from surm_jax.pretrained.hf.architecture import Names
 from tests.peft.models import CONFIG, TENSORS, perturb, relative_error
@@ -84,7 +84,7 @@ def their_logits(name, model):
     return model(pixel_values=torch.tensor(IMAGES.transpose(0, 3, 1, 2))).logits.numpy()
 
 
-def load_peft(name, folder):
+def their_model(name, folder):
     """Their model with an adapter; a warning, about a missing tensor for instance, is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -121,14 +121,14 @@ def test_peft_computes_what_ours_computes(name, method, tmp_path):
     model, names = base(name)
     adapted, adapter = adapt(model, OURS[method], train=HEAD, rngs=nnx.Rngs(0))
     adapted = perturb(adapted, adapter)
-    save_hf_adapter(tmp_path / "adapter", adapted, adapter, names)
+    save_peft(tmp_path / "adapter", adapted, adapter, names)
     ours = logits(name, adapted)
     assert relative_error(ours, logits(name, model)) > 0.01
-    assert relative_error(ours, their_logits(name, load_peft(name, tmp_path / "adapter"))) <= 1e-5
+    assert relative_error(ours, their_logits(name, their_model(name, tmp_path / "adapter"))) <= 1e-5
 
-    read, recipe = load_hf_adapter(tmp_path / "adapter", model, names)
+    read, recipe = load_peft(tmp_path / "adapter", model, names)
     assert relative_error(logits(name, read), ours) <= 1e-5
-    save_hf_adapter(tmp_path / "again", read, recipe, names)
+    save_peft(tmp_path / "again", read, recipe, names)
     for file in (CONFIG, TENSORS):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes()
 
@@ -180,15 +180,15 @@ def test_ours_computes_what_peft_computes(name, method, saved, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
 
     model, names = base(name)
-    adapted, adapter = load_hf_adapter(tmp_path / "theirs", model, names)
+    adapted, adapter = load_peft(tmp_path / "theirs", model, names)
     expected = their_logits(name, theirs)
     assert relative_error(expected, their_logits(name, peer(name))) > 0.01
     assert relative_error(logits(name, adapted), expected) <= 1e-5
-    save_hf_adapter(tmp_path / "ours", adapted, adapter, names)
+    save_peft(tmp_path / "ours", adapted, adapter, names)
     first, second = load_file(tmp_path / "theirs" / TENSORS), load_file(tmp_path / "ours" / TENSORS)
     assert first.keys() == second.keys()
     assert all(np.array_equal(tensor, second[key]) for key, tensor in first.items())
-    assert relative_error(their_logits(name, load_peft(name, tmp_path / "ours")), expected) <= 1e-6
+    assert relative_error(their_logits(name, their_model(name, tmp_path / "ours")), expected) <= 1e-6
 
 
 def test_both_factors_of_lokr_decomposed(tmp_path):
@@ -196,11 +196,11 @@ def test_both_factors_of_lokr_decomposed(tmp_path):
     theirs = peft.get_peft_model(copy.deepcopy(peer("vit")), config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     assert any(key.endswith("lokr_w1_a") for key in load_file(tmp_path / "theirs" / TENSORS))
-    adapted, adapter = load_hf_adapter(tmp_path / "theirs", *base("vit"))
+    adapted, adapter = load_peft(tmp_path / "theirs", *base("vit"))
     expected = their_logits("vit", theirs)
     assert relative_error(logits("vit", adapted), expected) <= 1e-5
-    save_hf_adapter(tmp_path / "ours", adapted, adapter, base("vit")[1])
-    assert relative_error(their_logits("vit", load_peft("vit", tmp_path / "ours")), expected) <= 1e-5
+    save_peft(tmp_path / "ours", adapted, adapter, base("vit")[1])
+    assert relative_error(their_logits("vit", their_model("vit", tmp_path / "ours")), expected) <= 1e-5
 
 
 def test_an_adapter_for_the_sequence_classification_of_peft(tmp_path):
@@ -211,6 +211,6 @@ def test_an_adapter_for_the_sequence_classification_of_peft(tmp_path):
         if "modules_to_save" in name:
             parameter.data += 0.3
     theirs.save_pretrained(tmp_path / "theirs")
-    adapted, adapter = load_hf_adapter(tmp_path / "theirs", *base("roberta"))
+    adapted, adapter = load_peft(tmp_path / "theirs", *base("roberta"))
     assert adapter.train == ("head/.*", "pooler/.*")
     assert relative_error(logits("roberta", adapted), their_logits("roberta", theirs)) <= 1e-5

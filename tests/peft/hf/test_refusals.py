@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from surm_jax.errors import UserError
-from surm_jax.peft import LoRA, load_hf_adapter, save_adapter
+from surm_jax.peft import LoRA, load_peft, save_adapter
 from tests.peft.hf.hf_model import CONFIG, NAMES, TENSORS, dense, foreign, lora, make, normal, trained
 
 
@@ -55,7 +55,7 @@ from tests.peft.hf.hf_model import CONFIG, NAMES, TENSORS, dense, foreign, lora,
 def test_settings(settings, message, tmp_path):
     folder, _, _ = lora(tmp_path / "a", **settings)
     with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path))}.*{message}|^base_model.*{message}"):
-        load_hf_adapter(folder, make(), NAMES)
+        load_peft(folder, make(), NAMES)
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,7 @@ def test_settings(settings, message, tmp_path):
 )  # fmt: skip
 def test_settings_that_say_nothing_of_the_result(settings, tmp_path):
     folder, A, B = lora(tmp_path / "a", **settings)
-    np.testing.assert_allclose(
-        dense(load_hf_adapter(folder, make(), NAMES)[0])["blocks/0/up"], 1.5 * (B @ A).T, rtol=1e-5
-    )
+    np.testing.assert_allclose(dense(load_peft(folder, make(), NAMES)[0])["blocks/0/up"], 1.5 * (B @ A).T, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -103,57 +101,57 @@ def test_tensors(change, message, tmp_path):
     change(tensors)
     settings = {"peft_type": "LORA", "r": 2, "target_modules": ["0.up_proj"]}
     with pytest.raises(UserError, match=message):
-        load_hf_adapter(foreign(tmp_path / "a", settings, tensors), make(), NAMES)
+        load_peft(foreign(tmp_path / "a", settings, tensors), make(), NAMES)
 
 
 def test_no_tensors_and_foreign_tensors(tmp_path):
     with pytest.raises(UserError, match="holds no update of a linear layer"):
-        load_hf_adapter(foreign(tmp_path / "a", {"peft_type": "LORA"}, {}), make(), NAMES)
+        load_peft(foreign(tmp_path / "a", {"peft_type": "LORA"}, {}), make(), NAMES)
     folder, _, _ = lora(tmp_path / "b")
     save_file({**load_file(folder / TENSORS), "lora_unet_x": normal(2)}, folder / TENSORS)
     with pytest.raises(UserError, match=r"holds 'lora_unet_x', but the names of peft's tensors begin with base_model"):
-        load_hf_adapter(folder, make(), NAMES)
+        load_peft(folder, make(), NAMES)
 
 
 def test_more_than_we_can_hold(tmp_path):
     folder, _, _ = lora(tmp_path / "a", rank=8)
     with pytest.raises(UserError, match=r"the update of blocks/0/up in .* has a rank from 1 to 6, but 8 was asked for"):
-        load_hf_adapter(folder, make(), NAMES)
+        load_peft(folder, make(), NAMES)
     settings = {"peft_type": "C3A", "block_size": 4, "target_modules": ["up_proj"]}
     folder = foreign(tmp_path / "b", settings, {"net.layers.0.up_proj.c3a_kernel": normal(2, 1, 4)})
     with pytest.raises(UserError, match=r"sets blocks of 4 for net.layers.0.up_proj, .* 6 x 9"):
-        load_hf_adapter(folder, make(), NAMES)
+        load_peft(folder, make(), NAMES)
 
 
 def test_files(tmp_path):
     with pytest.raises(UserError, match=rf"^no adapter in .*: cannot read {CONFIG}"):
-        load_hf_adapter(tmp_path, make(), NAMES)
+        load_peft(tmp_path, make(), NAMES)
     folder, _, _ = lora(tmp_path / "a")
     good = (folder / TENSORS).read_bytes()
     for payload in (b"", good[:100], good[:-1], good + b"x", b"\xff" * 8 + good[8:], b"PK\x03\x04"):
         (folder / TENSORS).write_bytes(payload)
         with pytest.raises(UserError, match=rf"{TENSORS} is damaged"):
-            load_hf_adapter(folder, make(), NAMES)
+            load_peft(folder, make(), NAMES)
     (folder / TENSORS).unlink()
     with pytest.raises(UserError, match=rf"^cannot read .*{TENSORS}"):
-        load_hf_adapter(folder, make(), NAMES)
+        load_peft(folder, make(), NAMES)
     (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     with pytest.raises(UserError, match=r"adapter_model.bin, a pickle, .* is not read"):
-        load_hf_adapter(folder, make(), NAMES)
+        load_peft(folder, make(), NAMES)
     for text in (b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"r": ' + b"9" * 5000 + b"}"):
         (folder / CONFIG).write_bytes(text)
         with pytest.raises(UserError, match=rf"{CONFIG} is damaged"):
-            load_hf_adapter(folder, make(), NAMES)
+            load_peft(folder, make(), NAMES)
     (folder / CONFIG).write_bytes(b'{"peft_type": "LORA"' + b" " * 2**20 + b"}")
     with pytest.raises(UserError, match=r"has 1,048,597 bytes: too many for what it should be"):
-        load_hf_adapter(folder, make(), NAMES)
+        load_peft(folder, make(), NAMES)
 
 
 def test_a_folder_of_ours_and_an_adapted_model(tmp_path):
     model, adapter = trained(("blocks/0/up", LoRA()))
     save_adapter(tmp_path / "ours", model, adapter)
     with pytest.raises(UserError, match="sets peft_type = None"):
-        load_hf_adapter(tmp_path / "ours", make(), NAMES)
+        load_peft(tmp_path / "ours", make(), NAMES)
     folder, _, _ = lora(tmp_path / "theirs")
     with pytest.raises(UserError, match="has an adapter called 'default' already"):
-        load_hf_adapter(folder, model, NAMES)
+        load_peft(folder, model, NAMES)

@@ -12,16 +12,16 @@ from flax import nnx
 from surm_jax.peft import (
     METHODS,
     AdapterConstant,
-    Bottleneck,
+    Branch,
     Rule,
     Selection,
     Update,
     adapt,
-    adapted_modules,
     adapter_dropout,
+    iter_parts,
     merge,
 )
-from surm_jax.peft.parts.context import drop
+from surm_jax.peft.parts.dropout import drop
 from tests.peft.cases import (
     ADDED,
     BRANCHES,
@@ -98,7 +98,7 @@ def selected(name, method, train=True):
 
 def test_every_registered_method_has_a_case():
     assert CASES.keys() == METHODS.keys()
-    for cases, kind in ((UPDATES, Update), (BRANCHES, Bottleneck), (SELECTIONS, Selection)):
+    for cases, kind in ((UPDATES, Update), (BRANCHES, Branch), (SELECTIONS, Selection)):
         assert all(type(case.method) is METHODS[name] and isinstance(case.method, kind) for name, case in cases.items())
 
 
@@ -126,7 +126,7 @@ def test_parts_are_where_the_rule_says_and_start_as_they_must(name, method):
     case, arrays, everything = CASES[method], adapter_arrays(model), parameters(model)
     assert {array.dtype for array in arrays.values()} == {np.dtype("float32")}
     assert everything.keys() - arrays.keys() == parameters(base(name)).keys()
-    assert [path for path, *_ in adapted_modules(model)] == sorted(case.places(name))
+    assert [path for path, *_ in iter_parts(model)] == sorted(case.places(name))
     for path in case.places(name):
         prefix = f"{path}/{case.slot}/default/".removeprefix("/")
         mine = {p.removeprefix(prefix): arrays.pop(p) for p in list(arrays) if p.startswith(prefix)}
@@ -159,7 +159,7 @@ def test_output_is_that_of_the_oracle(name, method):
 @pytest.mark.parametrize(("name", "method"), EVERY)
 def test_a_scale_of_zero_is_the_base_to_the_bit(name, method):
     model = nnx.clone(trained(name, method)[0])
-    for _, _, part, _ in adapted_modules(model):
+    for _, _, part, _ in iter_parts(model):
         part.scale[...] = jnp.zeros(())
     assert same_bits(model(inputs(name)), bare(name, model)(inputs(name)))
 
@@ -168,7 +168,7 @@ def test_a_scale_of_zero_is_the_base_to_the_bit(name, method):
 def test_a_scale_between_is_a_part_of_what_is_added(method):
     model = nnx.clone(trained("mlp", method)[0])
     # One layer alone is linear in its scale.
-    parts = {path: part for path, _, part, _ in adapted_modules(model)}
+    parts = {path: part for path, _, part, _ in iter_parts(model)}
     layer = model.tail.gate
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
     whole = run(layer, x)
@@ -294,7 +294,7 @@ def test_adapters_of_different_names_sum_on_the_same_input(method):
         # the kernel that it finds.
         if method != "dora":
             part, _ = merge(model, ["second"])
-            assert {name for _, name, *_ in adapted_modules(part)} == {"default", "third-1"}
+            assert {name for _, name, *_ in iter_parts(part)} == {"default", "third-1"}
             assert relative_error(run(part, inputs("mlp")), expected) <= TOLERANCES["float32"]
 
 

@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from surm_jax.errors import UserError
 from surm_jax.peft import (
-    adapted_modules,
+    iter_parts,
     load_adapter,
     merge,
     save_adapter,
@@ -93,7 +93,10 @@ def test_merging_a_fresh_adapter_gives_the_base(method):
 def test_branches_cannot_be_merged(method):
     model, _ = trained("mlp", method)
     place = min(CASES[method].places("mlp"))
-    with pytest.raises(UserError, match=rf"^{place} has a branch of the adapter 'default', which is not linear"):
+    with pytest.raises(
+        UserError,
+        match=rf"^{place} has a part of the adapter 'default' that is added to the output of the module and is not linear",
+    ):
         merge(model)
 
 
@@ -163,6 +166,6 @@ def assert_same(method, y, expected):
 def test_the_fused_form_computes_the_same(method):
     model = nnx.clone(trained("mlp", method)[0])
     plain = run(model, inputs("mlp"))
-    for _, _, part, _ in adapted_modules(model):
-        part.fuse()
+    for _, _, part, _ in iter_parts(model):
+        part.compact()
     assert_same(method, run(model, inputs("mlp")), plain)

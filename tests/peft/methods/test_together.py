@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from surm_jax.peft import Adapter, AdapterParam, adapt, adapted_modules, load_adapter, save_adapter
+from surm_jax.peft import Adapter, AdapterParam, adapt, iter_parts, load_adapter, save_adapter
 from tests.peft.cases import ADDED, OURS, bare, expected_output
 from tests.peft.methods.test_contract import two_steps
 from tests.peft.models import (
@@ -56,7 +56,7 @@ def test_every_method_is_in_it_where_its_rule_says(name):
     # The only block of these models is the one that AdapterDrop leaves out.
     assert ADDED.keys() - adapters.keys() == {"adapter_drop"}
     found = {}
-    for path, method, *_ in adapted_modules(model):
+    for path, method, *_ in iter_parts(model):
         found.setdefault(method, []).append(path)
     assert found == {method: sorted(ADDED[method].places(name)) for method in adapters}
     for method, adapter in adapters.items():
@@ -83,7 +83,7 @@ def test_they_sum_as_the_oracles_do(name):
 def test_each_of_them_counts_and_can_be_switched_off(name):
     model, x = nnx.clone(trained(name)), inputs(name)
     parts = {}
-    for _, method, part, _ in adapted_modules(model):
+    for _, method, part, _ in iter_parts(model):
         parts.setdefault(method, []).append(part)
     whole = run(model, x)
     for method in parts:

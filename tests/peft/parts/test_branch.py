@@ -7,8 +7,7 @@ import pytest
 from flax import nnx
 
 from surm_jax.errors import UserError
-from surm_jax.peft import ACTIVATIONS, AdapterParam, BottleneckAdapter, CirculantAdapter, Rule, adapt
-from surm_jax.peft.parts.branch import Branch
+from surm_jax.peft import ACTIVATIONS, AdapterParam, BottleneckBranch, CirculantBranch, Place, Rule, adapt
 from tests.peft.cases import BRANCHES
 from tests.peft.models import base, by_path, inputs, materialize, perturb, relative_error, same_bits
 from tests.peft.oracles import circulant, gelu
@@ -18,7 +17,7 @@ X = np.random.default_rng(0).normal(size=(3, 4, 8)).astype(np.float32)
 
 def branch_of(method, width=8):
     """A branch whose numbers are all other than at the start."""
-    branch = Branch(method, method.init_branch(jax.random.key(0), width))
+    branch = method.make_part(Place(width), jax.random.key(0))
     rng = np.random.default_rng(1)
     for variable in branch.tensors().values():
         variable[...] = jnp.asarray(0.5 * rng.normal(size=variable.shape), jnp.float32)
@@ -27,17 +26,20 @@ def branch_of(method, width=8):
 
 def test_the_adapter_of_the_paper_by_default():
     """`X + gelu(X C) + b` with the gelu of erf, arXiv 2406.17740, section 4.2."""
-    branch = branch_of(CirculantAdapter())
+    branch = branch_of(CirculantBranch())
     C = circulant(np.asarray(branch.down.r1[...] * branch.down.r2[...], np.float64), 8, 8)
-    assert relative_error(branch(jnp.asarray(X)), gelu(X.astype(np.float64) @ C) + np.asarray(branch.bias[...])) < 1e-5
+    assert (
+        relative_error(branch.added(jnp.asarray(X)), gelu(X.astype(np.float64) @ C) + np.asarray(branch.bias[...]))
+        < 1e-5
+    )
 
 
 def test_the_adapter_of_houlsby_by_default():
     """`X + gelu(X D + d) U + b`, arXiv 1902.00751."""
-    branch = branch_of(BottleneckAdapter(waist=3))
+    branch = branch_of(BottleneckBranch(waist=3))
     D, d, U, b = (np.asarray(v[...], np.float64) for v in (branch.down.W, branch.down_bias, branch.up.W, branch.bias))
     assert (D.shape, d.shape, U.shape, b.shape) == ((8, 3), (3,), (3, 8), (8,))
-    assert relative_error(branch(jnp.asarray(X)), gelu(X.astype(np.float64) @ D + d) @ U + b) < 1e-5
+    assert relative_error(branch.added(jnp.asarray(X)), gelu(X.astype(np.float64) @ D + d) @ U + b) < 1e-5
 
 
 @pytest.mark.parametrize("name", BRANCHES)
@@ -47,7 +49,7 @@ def test_without_biases(name):
     arrays = {key: np.asarray(v[...], np.float64) for key, v in branch.tensors().items()}
     assert not [key for key in arrays if "bias" in key]
     assert branch_of(case.method).tensors().keys() - arrays.keys() == {key for key in case.stored(8) if "bias" in key}
-    assert relative_error(branch(jnp.asarray(X)), case.branch(arrays, X.astype(np.float64))) < 1e-5
+    assert relative_error(branch.added(jnp.asarray(X)), case.branch(arrays, X.astype(np.float64))) < 1e-5
 
 
 @pytest.mark.parametrize("name", BRANCHES)
@@ -63,10 +65,10 @@ def test_what_is_trained_is_float32_and_all_of_it_is_saved(name):
 def test_the_output_has_the_dtype_of_the_input(name):
     branch = branch_of(BRANCHES[name].method)
     half = jnp.asarray(X, jnp.bfloat16)
-    y = branch(half)
+    y = branch.added(half)
     assert y.dtype == jnp.bfloat16
     # It is rounded after each of up to five steps, to 8 bits.
-    assert relative_error(y, branch(half.astype(jnp.float32))) < 5 * 2.0**-8
+    assert relative_error(y, branch.added(half.astype(jnp.float32))) < 5 * 2.0**-8
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -76,16 +78,16 @@ def test_activations_keep_zero(name):
 
 def test_relu_is_refused_where_its_slope_at_the_start_would_be_zero():
     with pytest.raises(UserError, match=r"circulant_adapter\.activation=relu would never learn"):
-        CirculantAdapter(activation="relu")
-    assert BottleneckAdapter(activation="relu").activation == "relu"
+        CirculantBranch(activation="relu")
+    assert BottleneckBranch(activation="relu").activation == "relu"
 
 
 @pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "relu"])
 def test_every_other_activation_learns_from_the_start(activation):
-    method = CirculantAdapter(activation=activation)
-    branch = Branch(method, method.init_branch(jax.random.key(0), 8))
+    method = CirculantBranch(activation=activation)
+    branch = method.make_part(Place(8), jax.random.key(0))
     graphdef, trained, rest = nnx.split(branch, AdapterParam, ...)
-    slope = jax.grad(lambda trained: jnp.sum(nnx.merge(graphdef, trained, rest)(jnp.asarray(X))))(trained)
+    slope = jax.grad(lambda trained: jnp.sum(nnx.merge(graphdef, trained, rest).added(jnp.asarray(X))))(trained)
     assert np.abs(slope["down"]["r1"][...]).max() > 1e-3
 
 
@@ -102,12 +104,12 @@ def test_the_branch_reads_what_the_module_puts_out():
     module = materialize(lambda: Twice(nnx.Rngs(0)))
     model = module
     for name in ("one", "two"):
-        model, adapter = adapt(model, [Rule("", CirculantAdapter())], name=name, rngs=nnx.Rngs(1))
+        model, adapter = adapt(model, [Rule("", CirculantBranch())], name=name, rngs=nnx.Rngs(1))
         model = perturb(model, adapter)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4)), jnp.float32)
     y = module(x, 3.0, shift=0.5)
     one, two = (model.branch[name] for name in ("one", "two"))
-    np.testing.assert_allclose(model(x, 3.0, shift=0.5), y + one(y) + two(y), rtol=1e-6)
+    np.testing.assert_allclose(model(x, 3.0, shift=0.5), y + one.added(y) + two.added(y), rtol=1e-6)
     assert isinstance(model, Twice) and type(model).__name__ == "BranchedTwice"
 
 

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from surm_jax.peft import AdapterConstant, AdapterParam
-from surm_jax.peft.parts.stored import StoredMatrix
+from surm_jax.peft.parts.update import StoredMatrix
 from surm_jax.structured import CirculantPair, Dense, LowRank, Placed, Sum
 
 
@@ -30,7 +30,7 @@ def test_arrays_are_parameters_by_the_names_of_the_matrix(matrix, names):
     part = StoredMatrix(matrix)
     assert part.names == names
     assert all(type(getattr(part, name)) is AdapterParam for name in names)
-    assert part.stored() == matrix and part.shape == matrix.shape
+    assert part.stored() == matrix and part.stored().shape == matrix.shape
     # What is not an array is structure: two that differ in it are two programs, two of other numbers are one.
     other = StoredMatrix(jax.tree.map(lambda leaf: leaf + 1, matrix))
     assert nnx.graphdef(part) == nnx.graphdef(other)
@@ -54,12 +54,12 @@ def test_what_changes_is_seen():
     np.testing.assert_array_equal(part.stored().to_dense(), [[0, 5], [0, 0], [5, 0]])
 
 
-def test_fusing():
+def test_compacting():
     part, dense = StoredMatrix(Sum((pair(), low_rank())), frozen=("down",)), Sum((pair(), low_rank())).to_dense()
-    part.fuse()
+    part.compact()
     assert part.names == ("terms_0_c", "terms_1_down", "terms_1_up")
     assert not hasattr(part, "terms_0_r1") and type(part.terms_1_down) is AdapterConstant
     np.testing.assert_array_equal(part.stored().to_dense(), dense)
     structure = nnx.graphdef(part)
-    part.fuse()
+    part.compact()
     assert nnx.graphdef(part) == structure

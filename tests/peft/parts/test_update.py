@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 
 from surm_jax.errors import UserError
-from surm_jax.peft import AdapterParam, CirculantUpdate, LoRA, adapt
-from surm_jax.peft.parts.attach import attach, detach
-from surm_jax.peft.parts.update import Delta
+from surm_jax.peft import AdapterParam, LoRA, Place, adapt
+from surm_jax.peft.parts.layers import attach, detach
+from surm_jax.peft.parts.update import UpdatePart
 from surm_jax.structured import CirculantPair
 from tests.peft.cases import expected_output, trained
 from tests.peft.models import MODELS, TOLERANCES, Gated, base, inputs, materialize, relative_error
@@ -18,8 +18,8 @@ from tests.peft.models import MODELS, TOLERANCES, Gated, base, inputs, materiali
 def half_lora(layer: nnx.Module, execution: str = "auto") -> None:
     """Gives a layer of 6 input features an update of rank one that starts at zero."""
     kernel = layer.kernel[...].reshape(6, -1)
-    update = LoRA(alpha=0.5)
-    attach(layer, "default", Delta(update, update.init(jax.random.key(0), kernel.shape), kernel, execution))
+    place = Place(kernel.shape[1], kernel, execution=execution)
+    attach(layer, "default", LoRA(alpha=0.5).make_part(place, jax.random.key(0)))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_an_argument_of_a_subclass_arrives():
 
 def test_delta_holds_adapter_parameters_under_the_names_of_the_matrix():
     matrix = CirculantPair(jnp.arange(3.0), jnp.ones(3), shape=(3, 2))
-    delta = Delta(CirculantUpdate(alpha=2.0), matrix, jnp.zeros((3, 2)))
+    delta = UpdatePart(matrix, jnp.zeros((3, 2)), factor=2.0)
     assert isinstance(delta.r1, AdapterParam) and isinstance(delta.r2, AdapterParam)
     delta.r2[...] = jnp.array([1.0, 2.0, 3.0])
     # The first row of a circulant is its vector, here 2 r1 * r2, and every other row is turned by one.

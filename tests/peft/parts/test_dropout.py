@@ -4,14 +4,7 @@ import numpy as np
 import pytest
 
 from surm_jax.peft import adapter_dropout
-from surm_jax.peft.parts.context import (
-    adapter_of_examples,
-    drop,
-    dropout_key,
-    example_adapters,
-    keys_drawn,
-    set_keys_drawn,
-)
+from surm_jax.peft.parts.dropout import drop, dropout_key, keys_drawn, set_keys_drawn
 
 
 def data(key):
@@ -95,11 +88,3 @@ def test_a_compiled_function_takes_the_key_as_an_argument():
     np.testing.assert_array_equal(call(jax.random.key(7)), outside)
     assert not np.array_equal(call(jax.random.key(8)), outside)
     assert len(traces) == 1
-
-
-def test_the_adapters_of_examples():
-    assert example_adapters() is None
-    ids = jnp.array([2, 0])
-    with adapter_of_examples(ids):
-        assert example_adapters() is ids
-    assert example_adapters() is None

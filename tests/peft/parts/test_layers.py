@@ -4,20 +4,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from surm_jax.peft import CirculantAdapter, LoRA
-from surm_jax.peft.parts.attach import attach, detach, original_class
-from surm_jax.peft.parts.branch import Branch, Branched
-from surm_jax.peft.parts.update import Adapted, Delta
+from surm_jax.peft import CirculantBranch, LoRA, Place
+from surm_jax.peft.parts.base import original_class
+from surm_jax.peft.parts.layers import AdaptedLayer, BranchedModule, attach, detach
 from tests.peft.models import Gated, base
 
 
 def delta_for(layer):
     kernel = layer.kernel[...].reshape(6, -1)
-    return Delta(LoRA(), LoRA().init(jax.random.key(0), kernel.shape), kernel)
+    return LoRA().make_part(Place(kernel.shape[1], kernel), jax.random.key(0))
 
 
 def branch_of(width):
-    return Branch(CirculantAdapter(), CirculantAdapter().init_branch(jax.random.key(0), width))
+    return CirculantBranch().make_part(Place(width), jax.random.key(0))
 
 
 LAYERS = {
@@ -32,7 +31,7 @@ LAYERS = {
 def test_attach_keeps_the_class_above_and_detach_brings_it_back(name):
     layer, plain = LAYERS[name](), LAYERS[name]()
     attach(layer, "default", delta_for(layer))
-    assert isinstance(layer, type(plain)) and isinstance(layer, Adapted)
+    assert isinstance(layer, type(plain)) and isinstance(layer, AdaptedLayer)
     assert type(layer).__name__ == f"Adapted{name}" and original_class(layer) is type(plain)
     assert (layer.in_features, layer.out_features) == (plain.in_features, plain.out_features)
     detach(layer, "default")
@@ -46,7 +45,7 @@ def test_both_slots_in_any_order(order):
     parts = {"delta": delta_for(layer), "branch": branch_of(4)}
     for slot in order:
         attach(layer, slot, parts[slot])
-    assert isinstance(layer, nnx.Linear) and isinstance(layer, Adapted) and isinstance(layer, Branched)
+    assert isinstance(layer, nnx.Linear) and isinstance(layer, AdaptedLayer) and isinstance(layer, BranchedModule)
     assert type(layer).__name__ == "BranchedAdaptedLinear"
     for first in order:
         one = nnx.clone(layer)

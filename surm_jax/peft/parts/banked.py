@@ -1,0 +1,190 @@
+"""Parts of many adapters in one: each example of a batch gets what its own adapter adds.
+
+The arrays of all adapters are stacked, (adapters, ...), and each example gathers its own in the product.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from surm_jax.errors import UserError
+from surm_jax.peft.parts.base import AdapterConstant, KernelPart, OutputPart, Part
+from surm_jax.peft.parts.dropout import adapter_dropout
+from surm_jax.structured import Dense, Dot
+
+_EXAMPLES: contextvars.ContextVar[Array | None] = contextvars.ContextVar("adapter_of_examples", default=None)
+
+
+@contextlib.contextmanager
+def adapter_of_examples(ids: Int[Array, "batch"]) -> Iterator[None]:
+    """Give example i of the batch the adapter number `ids[i]` of a bank, within the block.
+
+    Use the block inside the compiled function, and hand `ids` to that function as an argument. Around a compiled
+    function, the first `ids` would become constants of its program.
+    """
+    token = _EXAMPLES.set(ids)
+    try:
+        yield
+    finally:
+        _EXAMPLES.reset(token)
+
+
+def example_adapters() -> Int[Array, "batch"] | None:
+    """Return the numbers given by `adapter_of_examples`, or `None` outside of it."""
+    return _EXAMPLES.get()
+
+
+class _Stack(nnx.Module):
+    """Parts of one form, with their arrays stacked.
+
+    Args:
+        parts: One for each adapter. They differ in their numbers only.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        graphdef, state = nnx.split(parts[0])
+        self.like, self.structure = nnx.static(graphdef), nnx.static(jax.tree.structure(state))
+        rows = zip(*(jax.tree.leaves(nnx.state(part)) for part in parts), strict=True)
+        self.arrays = nnx.List([AdapterConstant(jnp.stack(row)) for row in rows])
+
+    def one(self, arrays: Sequence[Array]) -> Any:
+        """Return the part with these arrays."""
+        return nnx.merge(self.like, jax.tree.unflatten(self.structure, arrays))
+
+    def first(self) -> Any:
+        """Return the part of the first adapter."""
+        return self.one([stacked[0] for stacked in self.arrays])
+
+    def own(self, ids: Int[Array, "batch"]) -> list[Array]:
+        """Return the arrays of each example's part."""
+        return [_own(stacked, ids) for stacked in self.arrays]
+
+
+class BankedKernelPart(KernelPart):
+    """The kernel parts of one layer by all adapters of a bank, and the changes of the layer where it was trained.
+
+    Args:
+        count: Number of adapters.
+        shape: The layer's (in_features, out_features).
+        parts: One for each adapter, of one form; `None`: the adapters have none.
+        kernels: What each adapter adds to the kernel itself, (in, out); `None`: nothing.
+        biases: What each adapter adds to the layer's bias, (out,); `None`: nothing.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        shape: tuple[int, int],
+        *,
+        parts: Sequence[Part] | None = None,
+        kernels: Sequence[Float[Array, "in out"]] | None = None,
+        biases: Sequence[Float[Array, "out"]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.count, self.sizes = count, shape
+        if parts is not None:
+            self.parts = _Stack(parts)
+        if kernels is not None:
+            self.kernels = AdapterConstant(jnp.stack(kernels))
+        if biases is not None:
+            self.biases = AdapterConstant(jnp.stack(biases))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The layer's (in_features, out_features)."""
+        return self.sizes
+
+    @property
+    def kind(self) -> str:
+        """The kind of the adapters' parts."""
+        return self.parts.first().kind if hasattr(self, "parts") else "Dense"
+
+    def tensors(self) -> dict[str, nnx.Variable]:
+        """Return nothing: a bank is not trained, and its adapters are in their folders."""
+        return {}
+
+    def _change(self, kernel: Array) -> Array:
+        raise UserError("is a bank, in which each example has another update, which one kernel cannot hold")
+
+    def _added(self, x: Array, y: Array, kernel: Array, dot: Dot) -> Float[Array, "batch ... out"]:
+        ids = _adapters_of(x.shape[:-1], self.count)
+        y = y.astype(jnp.float32)
+        terms, change = [], _own(self.kernels, ids) if hasattr(self, "kernels") else None
+        if change is not None:
+            terms.append(jax.vmap(lambda x, change: Dense(change).apply(x))(x, change).astype(jnp.float32))
+            y = y + terms[0]
+        if hasattr(self, "parts"):
+
+            def added(x: Array, y: Array, change: Array | None, own: Sequence[Array]) -> Array:
+                # Where the kernel was trained, each example has its own, which its part may read.
+                mine = kernel if change is None else kernel.astype(jnp.float32) + change
+                return self.parts.one(own).added(x, y, mine, dot)
+
+            terms.append(_without_dropout(jax.vmap(added), x, y, change, self.parts.own(ids)))
+        if hasattr(self, "biases"):
+            rows = _own(self.biases, ids)
+            terms.append(rows.reshape(rows.shape[0], *[1] * (y.ndim - 2), rows.shape[1]))
+        return functools.reduce(jnp.add, terms)
+
+
+class BankedOutputPart(OutputPart):
+    """The output parts of one module by all adapters of a bank.
+
+    Args:
+        parts: One for each adapter, of one form.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        super().__init__()
+        self.count, self.parts = len(parts), _Stack(parts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the first adapter's part."""
+        return self.parts.first().shape
+
+    @property
+    def kind(self) -> str:
+        """The kind of the adapters' parts."""
+        return self.parts.first().kind
+
+    def tensors(self) -> dict[str, nnx.Variable]:
+        """Return nothing: a bank is not trained, and its adapters are in their folders."""
+        return {}
+
+    def _added(self, y: Array) -> Float[Array, "batch ... d"]:
+        ids = _adapters_of(y.shape[:-1], self.count)
+        return _without_dropout(jax.vmap(lambda y, own: self.parts.one(own).added(y)), y, self.parts.own(ids))
+
+
+def _without_dropout(function: Callable[..., Array], *arguments: Any) -> Array:
+    with adapter_dropout(None):
+        return function(*arguments)
+
+
+def _own(stacked: nnx.Variable, ids: Int[Array, "batch"]) -> Array:
+    """Return each example's row of an array of all adapters, (adapters, ...)."""
+    # A number outside of the bank gives NaN; without the fill it would silently get some adapter.
+    return stacked[...].at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def _adapters_of(batch: tuple[int, ...], count: int) -> Int[Array, "batch"]:
+    """Return the number of each example's adapter in a bank of `count` adapters."""
+    given = example_adapters()
+    if given is None:
+        raise UserError("which adapter? Call the model within `with surm_jax.adapter_of_examples(ids):`")
+    ids = jnp.asarray(given)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise UserError(f"adapter_of_examples needs whole numbers, the adapters' places, got {ids.dtype}")
+    if ids.ndim != 1 or ids.shape != batch[:1]:
+        raise UserError(f"adapter_of_examples has ids of shape {ids.shape} for a batch of shape {batch}")
+    if not isinstance(ids, jax.core.Tracer) and ids.size and not 0 <= ids.min() <= ids.max() < count:
+        raise UserError(f"adapter_of_examples has {ids.min()} to {ids.max()}, but the bank 0 to {count - 1}")
+    return ids

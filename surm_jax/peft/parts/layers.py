@@ -1,0 +1,125 @@
+"""Modules with parts: a module changes its class when a part is attached, and its parameters keep their paths.
+
+An adapted module keeps its parameters where they were (`.../kernel`, `.../bias`) and gains those of its parts beside
+them (`.../delta/<adapter>/r1`, ...). Checkpoints, sharding rules and path patterns therefore hold before and after. Its
+class becomes a subclass of what it was, so that `isinstance(layer, nnx.Linear)` stays true, and its attributes stay.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from surm_jax.peft.kernels import matrix_view
+from surm_jax.peft.parts.base import KERNEL, OUTPUT, SLOTS, KernelPart, OutputPart, Part, original_class
+from surm_jax.structured import Sum, updated_matmul
+
+
+class AdaptedLayer(nnx.Module):
+    """The behaviour that a linear layer gains by its kernel parts.
+
+    Parts are added where a linear layer multiplies with its kernel: in its `dot_general`, the place that Flax keeps
+    open for other products. What the layer does before and after, such as its bias or the activation of a subclass
+    around `super().__call__`, stays as it is once the parts are merged.
+    """
+
+    @property
+    def dot_general(self) -> Callable[..., Array]:
+        """The layer's product, with its parts beside the kernel."""
+        return functools.partial(_adapted_dot_general, self)
+
+    @dot_general.setter
+    def dot_general(self, base: Callable[..., Array] | None) -> None:
+        vars(self)["dot_general"] = base
+
+    @property
+    def dot_general_cls(self) -> None:
+        """Hide the attribute of `nnx.LinearGeneral`, which would be used instead of `dot_general`."""
+
+    @dot_general_cls.setter
+    def dot_general_cls(self, base: Callable[[], Callable[..., Array]] | None) -> None:
+        vars(self)["dot_general_cls"] = base
+
+
+def _adapted_dot_general(layer: AdaptedLayer, inputs: Array, kernel: Array, _dimensions: Any, **options: Any) -> Array:
+    """`inputs` times the kernel and what the parts add, where the layer would multiply with the kernel only."""
+    own = vars(layer)
+    base = own["dot_general_cls"]() if own.get("dot_general_cls") else own["dot_general"] or jax.lax.dot_general
+    out_sharding = options.pop("out_sharding", None)
+    view = matrix_view(layer, type(layer).__name__)
+
+    def dot(x: Float[Array, "*batch in"], kernel: Float[Array, "in out"]) -> Float[Array, "*batch out"]:
+        return base(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options)
+
+    x, kernel = view.vectors(inputs), kernel.reshape(view.shape)
+    parts: list[KernelPart] = list(own[KERNEL].values())
+    matrices = [(part, part.plain_matrix()) for part in parts]
+    plain = [(part, matrix) for part, matrix in matrices if matrix is not None]
+    others = [part for part, matrix in matrices if matrix is None]
+    # The other parts see the product of the frozen kernel, as each does when it is trained.
+    y = frozen = dot(x, kernel) if others or not plain else None
+    if plain:
+        matrix = plain[0][1] if len(plain) == 1 else Sum(tuple(matrix for _, matrix in plain))
+        y = updated_matmul(x, kernel, matrix, execution=plain[0][0].execution, dot=dot)
+    for part in others:
+        y = y + part.added(x, frozen, kernel, dot)
+    y = view.outputs(y)
+    return y if out_sharding is None else jax.reshard(y, out_sharding)
+
+
+class BranchedModule(nnx.Module):
+    """The behaviour that a module gains by its output parts."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Array:
+        """Return the module's output plus what every output part adds to that same output."""
+        # `super` is the module's own class, which is put behind this one.
+        y = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        parts: list[OutputPart] = list(vars(self)[OUTPUT].values())
+        return sum((part.added(y) for part in parts), start=y)
+
+
+def attach(module: nnx.Module, name: str, part: Part) -> None:
+    """Add a part to a module, in place, under the name of its adapter."""
+    if not hasattr(module, part.slot):
+        setattr(module, part.slot, nnx.Dict())
+    getattr(module, part.slot)[name] = part
+    _reclass(module)
+
+
+def detach(module: nnx.Module, name: str) -> None:
+    """Remove an adapter's parts from a module, in place. Without parts, the module is again what it was."""
+    for slot in SLOTS:
+        if name in vars(module).get(slot, {}):
+            del getattr(module, slot)[name]
+            if not len(getattr(module, slot)):
+                delattr(module, slot)
+    _reclass(module)
+
+
+def _reclass(module: nnx.Module) -> None:
+    cls = original = original_class(module)
+    if hasattr(module, KERNEL):
+        cls = _adapted_class(cls, original)
+    if hasattr(module, OUTPUT):
+        cls = _branched_class(cls, original)
+    # Past nnx's own __setattr__, which would note `__class__` as one of the module's attributes.
+    object.__setattr__(module, "__class__", cls)
+
+
+@functools.cache
+def _adapted_class(base: type[nnx.Module], original: type[nnx.Module]) -> type[nnx.Module]:
+    root = nnx.LinearGeneral if issubclass(base, nnx.LinearGeneral) else nnx.Linear
+    bases = (AdaptedLayer, base) if base is root else (base, _adapted_class(root, root))
+    return _named(f"Adapted{base.__name__}", bases, original, f"{base.__name__} with kernel parts.")
+
+
+@functools.cache
+def _branched_class(base: type[nnx.Module], original: type[nnx.Module]) -> type[nnx.Module]:
+    return _named(f"Branched{base.__name__}", (BranchedModule, base), original, f"{base.__name__} with output parts.")
+
+
+def _named(name: str, bases: tuple[type, ...], original: type[nnx.Module], doc: str) -> type:
+    return type(name, bases, {"original_class": original, "__doc__": doc})
