@@ -88,7 +88,7 @@ def describe(model: nnx.Module, adapter: Adapter | None = None) -> Description:
     rows = [Row(row.path, row.part.shape, row.part.kind, _trained(row.part)) for row in parts]
     adapter_count = sum(row.trainable for row in rows)
     if adapter is not None:
-        _, trained, _ = nnx.split(model, adapter.trainable, ...)
+        trained = nnx.filter_state(nnx.state(model), adapter.trainable)
         for path, variable in nnx.to_flat_state(trained):
             if not isinstance(variable, AdapterParam):
                 rows.append(Row(join(path), variable.shape, "trained", math.prod(variable.shape)))

@@ -107,7 +107,7 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
     """
     rows = parts_of(model, adapter)
     require_unscaled(rows)
-    tensors = {}
+    tensors: dict[str, nnx.Variable] = {}
     for row in rows:
         part = nnx.clone(row.part)
         part.compact()

@@ -106,9 +106,9 @@ def output_width(module: nnx.Module, path: str) -> int:
         if len(shape) > 1:
             raise UserError(f"its output has the axes {shape} of features, and a branch reads one")
         return shape[0]
-    layers = [child for child in vars(module).values() if isinstance(child, nnx.Module) and is_linear(child)]
+    layers: list[Any] = [child for child in vars(module).values() if isinstance(child, nnx.Module) and is_linear(child)]
     widths = {math.prod(f) if isinstance(f := layer.in_features, tuple) else f for layer in layers}
-    found = {_answer(module, width) for width in widths} - {None}
+    found = {answer for width in widths if (answer := _answer(module, width)) is not None}
     if len(found) != 1:
         raise UserError(
             f"the width of its output cannot be told from the linear layers of a {type(module).__name__}:"
@@ -127,8 +127,12 @@ def _answer(module: nnx.Module, width: int) -> int | None:
     for shape in ((1, 1, width), (1, width)):
         try:
             with jax.numpy_dtype_promotion("standard"):
-                call = lambda state, x: nnx.merge(graphdef, state)(x, *others)  # noqa: E731
-                return jax.eval_shape(call, state, jax.ShapeDtypeStruct(shape, jnp.float32)).shape[-1]
+                output = jax.eval_shape(
+                    lambda state, x: nnx.merge(graphdef, state)(x, *others),
+                    state,
+                    jax.ShapeDtypeStruct(shape, jnp.float32),
+                )
+                return output.shape[-1]
         except Exception:  # Whatever a user's module does with an input that is not for it.
             continue
     return None

@@ -76,7 +76,8 @@ def changes(model, name="default"):
 
 def gates(model, name="default"):
     """What the gates add to every output, by numpy."""
-    return {path: lambda y, g=part_arrays(model, path, "branch", name)["g"]: y * np.tanh(g) for path in SHAPES}
+    found = {path: part_arrays(model, path, "branch", name)["g"] for path in SHAPES}
+    return {path: functools.partial(np.multiply, np.tanh(g)) for path, g in found.items()}
 
 
 def test_a_fresh_one_is_the_base_and_is_described():
@@ -130,11 +131,15 @@ def test_it_is_trained():
     after = nnx.merge(graphdef, trainable, frozen)
     before, now = ({**parameters(m), **adapter_arrays(m)} for m in (model, after))
     moved = {path for path in before if not same_bits(before[path], now[path])}
-    assert moved == trainable_paths(model, adapter) == {
-        "head/kernel",
-        "head/bias",
-        *(f"{path}/delta/default/{array}" for path in SHAPES for array in "uv"),
-    }
+    assert (
+        moved
+        == trainable_paths(model, adapter)
+        == {
+            "head/kernel",
+            "head/bias",
+            *(f"{path}/delta/default/{array}" for path in SHAPES for array in "uv"),
+        }
+    )
 
 
 @pytest.mark.parametrize("name", ["modulation", "gate"])
@@ -157,7 +162,7 @@ def test_merging():
     with pytest.raises(UserError, match="body/0 has a part of the adapter 'default' that depends on the kernel"):
         merge(both, ["other"])
     gated, _ = tuned(net(), make_method("gate", {}))
-    with pytest.raises(UserError, match="body/0 has a part of the adapter 'default' that .* no kernel can hold it"):
+    with pytest.raises(UserError, match=r"body/0 has a part of the adapter 'default' that .* no kernel can hold it"):
         merge(gated)
 
 
@@ -208,7 +213,7 @@ def test_converting_from_it_and_not_to_it():
     with pytest.raises(UserError, match="body/0 cannot become modulation: no nearest ModulationPart"):
         combine(model, {adapter: 0.5})
     gated, gate = tuned(net(), make_method("gate", {}))
-    with pytest.raises(UserError, match="body/0 has a part of the adapter 'default' that .* no kernel can hold it"):
+    with pytest.raises(UserError, match=r"body/0 has a part of the adapter 'default' that .* no kernel can hold it"):
         convert(gated, gate, LoRA())
     with pytest.raises(UserError, match="the part of body/0 is ModulationPart, not a multiple of one matrix"):
         save_peft("nowhere", model, adapter, None)

@@ -44,7 +44,7 @@ class C3AFormat(Format):
 
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
         """Returns `C3A` with alpha = 1."""
-        block = settings.of_module("block_size", 256, "block_size_pattern", module, whole=True)
+        block = int(settings.of_module("block_size", 256, "block_size_pattern", module, whole=True))
         if shape[0] % block or shape[1] % block:
             raise UserError(
                 f"{settings.path} sets blocks of {block} for {module}, which do not divide both sizes of"

@@ -28,13 +28,13 @@ class LayerUpdate:
     """What an adapted layer adds to its kernel: `factor * matrix`.
 
     Attributes:
-        path: the path of the layer.
-        matrix: the matrix.
-        factor: what it is multiplied with.
+        path: Path of the layer.
+        matrix: The matrix, of a family that the format holds.
+        factor: The factor of the matrix.
     """
 
     path: str
-    matrix: StructuredMatrix
+    matrix: Any
     factor: float
 
 

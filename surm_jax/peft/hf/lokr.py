@@ -1,7 +1,7 @@
 """The LoKr of peft."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ class LoKrFormat(Format):
 
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
         """Returns `LoKr`, which has the same numbers."""
-        rank = settings.of_module("r", 8, "rank_pattern", module, whole=True)
+        rank = int(settings.of_module("r", 8, "rank_pattern", module, whole=True))
         alpha = settings.of_module("alpha", 8, "alpha_pattern", module)
         factor = settings.values.get("decompose_factor", -1)
         if not isinstance(factor, int) or isinstance(factor, bool) or not (factor == -1 or factor > 0):
@@ -89,7 +89,7 @@ class LoKrFormat(Format):
         return LowRankKronecker(A=A, down=jnp.asarray(w2_b.T[None]), up=jnp.asarray(w2_a.T[None]))
 
 
-def _is_low_rank(matrix: Kronecker | LowRankKronecker) -> bool:
+def _is_low_rank(matrix: Kronecker | LowRankKronecker) -> TypeGuard[LowRankKronecker]:
     """Says whether peft has the second factor as a product of two."""
     return isinstance(matrix, LowRankKronecker) and matrix.rank < max(matrix.factor_shapes[1]) / 2
 
@@ -98,12 +98,9 @@ def _factors(matrix: Kronecker | LowRankKronecker) -> Arrays:
     w1 = {"lokr_w1": np.asarray(matrix.A)[0].T}
     if _is_low_rank(matrix):
         return w1 | {"lokr_w2_a": np.asarray(matrix.up)[0].T, "lokr_w2_b": np.asarray(matrix.down)[0].T}
-    B = (
-        np.asarray(matrix.B)[0]
-        if isinstance(matrix, Kronecker)
-        else np.asarray(matrix.down)[0] @ np.asarray(matrix.up)[0]
-    )
-    return w1 | {"lokr_w2": B.T}
+    if isinstance(matrix, Kronecker):
+        return w1 | {"lokr_w2": np.asarray(matrix.B)[0].T}
+    return w1 | {"lokr_w2": (np.asarray(matrix.down)[0] @ np.asarray(matrix.up)[0]).T}
 
 
 def _decompose_factor(updates: Mapping[str, LayerUpdate]) -> int:

@@ -44,7 +44,7 @@ class LoRAFormat(Format):
 
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
         """Returns `LoRA` with the same factor."""
-        rank = settings.of_module("r", 8, "rank_pattern", module, whole=True)
+        rank = int(settings.of_module("r", 8, "rank_pattern", module, whole=True))
         alpha = settings.of_module("lora_alpha", 8, "alpha_pattern", module)
         method = RankStabilizedLoRA if settings.flag("use_rslora") else LoRA
         return method(rank=rank, alpha=alpha), {"lora_A.weight": (rank, shape[0]), "lora_B.weight": (shape[1], rank)}

@@ -17,7 +17,7 @@ from surm_jax.peft.files import require_unscaled, write_folder
 from surm_jax.peft.hf.format import FORMATS, LayerUpdate
 from surm_jax.peft.hf.names import ROOT, ModuleNames, whole_modules
 from surm_jax.peft.lifecycle import parts_of
-from surm_jax.peft.parts.base import AttachedPart
+from surm_jax.peft.parts.base import KERNEL, AttachedPart
 
 _MERGE = "merge the update into the model instead (surm_jax.merge, or --mode=merge)"
 
@@ -88,7 +88,8 @@ def _update(row: AttachedPart) -> LayerUpdate:
     try:
         factor, matrix = row.part.multiple()
     except UserError as error:
-        raise UserError(f"the part of {row.path} {error}, and peft has no format for it: {_MERGE}") from None
+        advice = f": {_MERGE}" if row.part.slot == KERNEL else ""
+        raise UserError(f"the part of {row.path} {error}, and peft has no format for it{advice}") from None
     return LayerUpdate(row.path, matrix, factor)
 
 
@@ -101,7 +102,7 @@ def _peft_type(updates: Mapping[str, LayerUpdate]) -> str:
             m, n = update.matrix.shape
             known = ", ".join(f"{peft_type}: {form.description}" for peft_type, form in FORMATS.items())
             raise UserError(
-                f"the update of {update.path} is a {type(update.matrix).__name__} of {m} x {n}, for which peft has no"
+                f"the part of {update.path} is a {type(update.matrix).__name__} of {m} x {n}, for which peft has no"
                 f" format (it has {known}): {_MERGE}"
             )
         first.setdefault(held[0], update.path)

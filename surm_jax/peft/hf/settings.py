@@ -25,7 +25,7 @@ _ABOUT_TRAINING = frozenset(
 )
 """Settings that change nothing of what a trained adapter computes with linear layers."""
 
-_NEUTRAL = (None, False, "none", [], {})
+_NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
 """Values with which a setting does nothing."""
 
 

@@ -61,7 +61,7 @@ class AdapterDrop(_Waisted):
         blocks = {path: _block(path) for path in paths}
         chosen = [path for path, block in blocks.items() if block is None or block >= self.skip]
         if not chosen:
-            last = max(blocks.values())
+            last = max(block for block in blocks.values() if block is not None)
             raise UserError(
                 f"{self.name}.skip={self.skip} leaves no block an adapter: the last one is {last}, so skip must be at"
                 f" most {last}"

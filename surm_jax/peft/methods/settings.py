@@ -34,7 +34,8 @@ def check_setting(method: str, field: dataclasses.Field, value: Any, *, may_be_z
     Raises:
         UserError: If the value is not possible.
     """
-    where, limits, kind = f"{method}.{field.name}", field.metadata, field.type
+    kind: Any = field.type
+    where, limits = f"{method}.{field.name}", field.metadata
     if not (type(value) is kind or (kind is float and type(value) is int)):
         raise UserError(f"{where} must be {_KINDS[kind]}, got {value!r}")
     if kind in (int, float) and abs(value) > _LARGEST:

@@ -87,8 +87,8 @@ def _zero(expression: str, key: jax.Array, shape: tuple[int, int], options: dict
         ]
         # Of factors that are all zero none would ever learn.
         factors[1:] = [_random(f, key, options["scale"]) for f, key in zip(factors[1:], keys[1:], strict=True)]
-        terms.append(Product(factors) if len(factors) > 1 else factors[0])
-    return Sum(terms) if len(terms) > 1 else terms[0]
+        terms.append(Product(tuple(factors)) if len(factors) > 1 else factors[0])
+    return Sum(tuple(terms)) if len(terms) > 1 else terms[0]
 
 
 def _family(name: str, key: jax.Array, shape: tuple[int, int], options: dict[str, Any]) -> StructuredMatrix:

@@ -80,7 +80,8 @@ class Update(PartMethod):
 
     def _start_in_parts(self, place: Place, key: jax.Array) -> StructuredMatrix:
         """Return the matrix at the start; for parts of a packed kernel, the sum of their matrices."""
-        m, n = shape = _kernel(place).shape
+        m, n = _kernel(place).shape
+        shape = (m, n)
         if place.parts == 1:
             return self.start(key, shape)
         if n % place.parts:

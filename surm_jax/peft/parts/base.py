@@ -9,7 +9,7 @@ A part scales what it adds by `scale`, which is 1 while it is trained and 0 wher
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
@@ -188,6 +188,14 @@ class OutputPart(Part):
 
     slot = OUTPUT
 
+    def multiple(self) -> tuple[float, StructuredMatrix]:
+        """Refuse: the part is not beside a kernel.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError("is added to the output of the module, not beside a kernel")
+
     def added(self, y: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """Return what is added to the output y, in its dtype."""
         return _scaled(self.scale, self._added(y)).astype(y.dtype)
@@ -226,7 +234,8 @@ def iter_parts(model: nnx.Module) -> Iterator[AttachedPart]:
     for path, module in nnx.iter_modules(model):
         if is_adapted(module):
             for slot in SLOTS:
-                found += [AttachedPart(join(path), *item, module) for item in vars(module).get(slot, {}).items()]
+                parts: Mapping[str, Part] = vars(module).get(slot, {})
+                found += [AttachedPart(join(path), name, part, module) for name, part in parts.items()]
     yield from sorted(found, key=lambda row: row[:2])
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -60,12 +61,12 @@ def _adapted_dot_general(layer: AdaptedLayer, inputs: Array, kernel: Array, _dim
     plain = [(part, matrix) for part, matrix in matrices if matrix is not None]
     others = [part for part, matrix in matrices if matrix is None]
     # The other parts see the product of the frozen kernel, as each does when it is trained.
-    y = frozen = dot(x, kernel) if others or not plain else None
     if plain:
         matrix = plain[0][1] if len(plain) == 1 else Sum(tuple(matrix for _, matrix in plain))
         y = updated_matmul(x, kernel, matrix, execution=plain[0][0].execution, dot=dot)
-    for part in others:
-        y = y + part.added(x, frozen, kernel, dot)
+    if others:
+        frozen = dot(x, kernel)
+        y = functools.reduce(jnp.add, [part.added(x, frozen, kernel, dot) for part in others], y if plain else frozen)
     y = view.outputs(y)
     return y if out_sharding is None else jax.reshard(y, out_sharding)
 

@@ -43,10 +43,11 @@ class StoredMatrix(nnx.Module):
         self._keep(matrix)
 
     def _keep(self, matrix: StructuredMatrix) -> None:
-        arrays: dict[str, Any] = matrix.arrays()
+        arrays = matrix.arrays()
         self.names = tuple(arrays)
+        nothing: dict[str, Any] = dict.fromkeys(arrays)
         # The matrix without numbers: its family and its static sizes.
-        self.empty = nnx.static(matrix.with_arrays(**dict.fromkeys(arrays)))
+        self.empty = nnx.static(matrix.with_arrays(**nothing))
         for name, array in arrays.items():
             kind = AdapterConstant if name.rpartition("_")[2] in self.frozen else AdapterParam
             setattr(self, name, kind(array))
@@ -190,6 +191,8 @@ class NormalizedPart(UpdatePart):
 
     def for_bank(self, kernel: Float[Array, "in out"] | None) -> "ServedUpdate":
         """Return the update with the factors of the columns computed."""
+        if kernel is None:
+            raise TypeError("the factors of the columns need the kernel")
         matrix = self.matrix()
         served = ServedUpdate(matrix, self._gain(kernel, matrix.to_dense()))
         served.scale[...] = self.scale[...]
@@ -233,9 +236,19 @@ class ServedUpdate(StoredMatrix, KernelPart):
                     part.gain = AdapterConstant(jnp.ones(part.shape[1], jnp.float32))
         return parts
 
-    shape = UpdatePart.shape
-    kind = UpdatePart.kind
-    form = UpdatePart.form
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The matrix's (in_features, out_features)."""
+        return self.stored().shape
+
+    @property
+    def kind(self) -> str:
+        """The family of the matrix."""
+        return type(self.stored()).__name__
+
+    def form(self) -> str:
+        """Return the matrix with the shapes of its arrays."""
+        return repr(self.stored())
 
     def _added(self, x: Array, y: Array, kernel: Array, dot: Dot) -> Array:
         moved = self.stored().apply(x).astype(jnp.float32)

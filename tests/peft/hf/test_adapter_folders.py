@@ -150,14 +150,14 @@ class TestWriting:
             (
                 [("blocks/0/up", CirculantUpdate())],
                 [],
-                "^the update of blocks/0/up is a CirculantPair of 6 x 9, .* merge",
+                "^the part of blocks/0/up is a CirculantPair of 6 x 9, .* merge",
             ),
             ([("blocks/0/up", LoRA()), ("blocks/1/up", C3A())], [], r"LORA \(blocks/0/up\) and C3A \(blocks/1/up\)"),
-            ([("blocks/0/up", DoRA())], [], r"^the update of blocks/0/up has learned magnitudes \(DoRA\)"),
+            ([("blocks/0/up", DoRA())], [], r"^the part of blocks/0/up has learned magnitudes \(DoRA\)"),
             (
                 [("blocks/0/up", BottleneckBranch())],
                 [],
-                "^blocks/0/up has a bottleneck added to its output",
+                "^the part of blocks/0/up is added to the output",
             ),
             ([("blocks/0/up", LoRA())], ["blocks/0/up/bias"], "^blocks/0/up/bias is trained in a layer that has an up"),
             ([("blocks/0/up", LoRA())], ["head/.*", "token"], "^token is trained, but peft trains whole modules"),
@@ -175,7 +175,7 @@ class TestWriting:
         model, adapter = trained(("blocks/0/query", CirculantUpdate()))
         delta = model.blocks[0].query.delta["default"]
         monkeypatch.setattr(type(delta), "stored", lambda self: Toeplitz(jnp.ones(11), (6, 6)))
-        with pytest.raises(UserError, match=r"^the update of blocks/0/query is a Toeplitz of 6 x 6, .*--mode=merge"):
+        with pytest.raises(UserError, match=r"^the part of blocks/0/query is a Toeplitz of 6 x 6, .*--mode=merge"):
             save_peft(tmp_path / "a", model, adapter, NAMES)
 
     def test_folders(self, tmp_path):
