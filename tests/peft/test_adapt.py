@@ -269,11 +269,11 @@ def test_updates_and_branches_meet_in_one_module():
     updated = x @ (layer.kernel[...] + layer.delta["default"].matrix().to_dense())
     branch = layer.branch["second"]
     branch.down.r1[...], branch.bias[...] = jnp.arange(4.0), jnp.ones(4)
-    np.testing.assert_allclose(layer(x), updated + branch(updated), rtol=1e-5)
+    np.testing.assert_allclose(layer(x), updated + branch.added(updated), rtol=1e-5)
     assert type(layer).__name__ == "BranchedAdaptedLinear"
 
 
-# Modules that bottlenecks can be added to
+# Modules that branches can be added to
 
 
 class Late(nnx.Module):

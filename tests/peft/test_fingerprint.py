@@ -67,9 +67,9 @@ def test_the_same_base_passes():
     ("actual", "message"),
     [
         ({"a": "1"}, "it lacks b$"),
-        ({"a": "1", "b": "2", "c": "3"}, "it has besides c$"),
+        ({"a": "1", "b": "2", "c": "3"}, "it also has c$"),
         ({"a": "1", "b": "3"}, "other shapes or values in b$"),
-        ({"b": "3", "c": "3"}, "it lacks a; it has besides c; other shapes or values in b$"),
+        ({"b": "3", "c": "3"}, "it lacks a; it also has c; other shapes or values in b$"),
     ],
 )
 def test_what_differs_is_named(actual, message):

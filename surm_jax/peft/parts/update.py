@@ -52,6 +52,20 @@ class StoredMatrix(nnx.Module):
             kind = AdapterConstant if name.rpartition("_")[2] in self.frozen else AdapterParam
             setattr(self, name, kind(array))
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The matrix's (in_features, out_features)."""
+        return self.stored().shape
+
+    @property
+    def kind(self) -> str:
+        """The family of the matrix."""
+        return type(self.stored()).__name__
+
+    def form(self) -> str:
+        """Return the matrix with the shapes of its arrays."""
+        return repr(self.stored())
+
     def stored(self) -> StructuredMatrix:
         """Return the matrix with its present numbers."""
         return self.empty.with_arrays(**{name: getattr(self, name).get_value() for name in self.names})
@@ -97,20 +111,6 @@ class UpdatePart(StoredMatrix, KernelPart):
         self.factor, self.dropout, self.execution = factor, dropout, execution
         if alpha is not None:
             self.alpha = AdapterParam(jnp.asarray(alpha, jnp.float32))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The matrix's (in_features, out_features)."""
-        return self.stored().shape
-
-    @property
-    def kind(self) -> str:
-        """The family of the matrix."""
-        return type(self.stored()).__name__
-
-    def form(self) -> str:
-        """Return the matrix with the shapes of its arrays."""
-        return repr(self.stored())
 
     def plain_matrix(self) -> StructuredMatrix | None:
         """Return the scaled update, unless the part drops in this call."""
@@ -235,20 +235,6 @@ class ServedUpdate(StoredMatrix, KernelPart):
                 if not hasattr(part, "gain"):
                     part.gain = AdapterConstant(jnp.ones(part.shape[1], jnp.float32))
         return parts
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The matrix's (in_features, out_features)."""
-        return self.stored().shape
-
-    @property
-    def kind(self) -> str:
-        """The family of the matrix."""
-        return type(self.stored()).__name__
-
-    def form(self) -> str:
-        """Return the matrix with the shapes of its arrays."""
-        return repr(self.stored())
 
     def _added(self, x: Array, y: Array, kernel: Array, dot: Dot) -> Array:
         moved = self.stored().apply(x).astype(jnp.float32)
