@@ -227,7 +227,7 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda c: c.update(format=1), "has the adapter format 1, which surm_jax wrote until it renamed .* this version reads 3"),
+            (lambda c: c.update(format=1), "has the adapter format 1, .* this version reads 3"),
             (lambda c: c.update(format=2), "has the adapter format 2, which surm_jax wrote .* Train the adapter again"),
             (lambda c: c.pop("format"), "has the adapter format None"),
             (lambda c: c.pop("sha256"), "is damaged: it lacks 'sha256' or 'base'"),
@@ -247,7 +247,7 @@ class TestDamage:
             (lambda c: c["rules"][0].update(target="((b|l|o|.)*)*x"), "matches no linear layer|takes very long"),
             (lambda c: c["rules"][0].update(target="(" * 5000), f"{CONFIG}: .*is not a regular expression"),
             (lambda c: c.update(train=["(.*/)*x"]), "matches no parameter|takes very long"),
-            (lambda c: c["rules"][0].update(parts=10**9, which=[0]), f"{CONFIG}: .*its 10 output features are not 1000000000 equal parts"),
+            (lambda c: c["rules"][0].update(parts=10**9, which=[0]), f"{CONFIG}: .*10 output features are not 10+ equal"),
             (lambda c: c["rules"][0]["settings"].update(alpha=10**400), f"{CONFIG}: circulant.alpha must be finite"),
             (
                 lambda c: c["rules"][0].update(method="lora", settings={"rank": 10**9}),

@@ -34,7 +34,7 @@ from surm_jax.peft import (
     set_active,
     set_scale,
 )
-from surm_jax.training.config import base_config, parse
+from surm_jax.training.parsing import base_config, parse
 from surm_jax.training.setup import adapt_model
 from tests.peft.models import (
     CONFIG,
