@@ -247,7 +247,7 @@ class TestDamage:
             (lambda c: c["rules"][0].update(target="((b|l|o|.)*)*x"), "matches no linear layer|takes very long"),
             (lambda c: c["rules"][0].update(target="(" * 5000), f"{CONFIG}: .*is not a regular expression"),
             (lambda c: c.update(train=["(.*/)*x"]), "matches no parameter|takes very long"),
-            (lambda c: c["rules"][0].update(parts=10**9, which=[0]), f"{CONFIG}: .*10 output features are not 10+ equal"),
+            (lambda c: c["rules"][0].update(parts=10**9, which=[0]), "10 output features are not 10+ equal parts"),
             (lambda c: c["rules"][0]["settings"].update(alpha=10**400), f"{CONFIG}: circulant.alpha must be finite"),
             (
                 lambda c: c["rules"][0].update(method="lora", settings={"rank": 10**9}),
