@@ -91,11 +91,6 @@ class Kind(NamedTuple):
         """The number of parameters."""
         return jax.eval_shape(lambda: _zero(self)).num_params
 
-    @property
-    def budget(self) -> int:
-        """The number of parameters in units of the side, rounded up, since a Toeplitz matrix has one fewer."""
-        return -(-self.parameters // SIDE)
-
 
 TITLES = {
     "Circulant": "circulant",
@@ -247,11 +242,13 @@ def _kind(row: Mapping[str, str]) -> Kind:
 def error_table(errors: Errors) -> str:
     """Return the errors of all kinds, the nearest of each budget in bold."""
     means = {target: {kind: statistics.mean(one) for kind, one in of.items()} for target, of in errors.items()}
-    lines = []
-    for kind in next(iter(errors.values())):
-        line = {"family": kind.title, "parameters": kind.parameters}
+    counts, lines = {kind: kind.parameters for kind in next(iter(errors.values()))}, []
+    # A budget is the number of parameters in units of the side, rounded up: a Toeplitz matrix has one fewer.
+    budgets = {kind: -(-count // SIDE) for kind, count in counts.items()}
+    for kind, count in counts.items():
+        line = {"family": kind.title, "parameters": count}
         for target, of in errors.items():
-            rivals = [mean for other, mean in means[target].items() if other.budget == kind.budget]
+            rivals = [mean for other, mean in means[target].items() if budgets[other] == budgets[kind]]
             line[target] = mean_and_deviation(of[kind], digits=4)
             # A difference below four digits is no victory.
             if round(means[target][kind], 4) <= round(min(rivals), 4):
