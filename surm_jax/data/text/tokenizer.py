@@ -3,7 +3,6 @@
 The library `tokenizers` does the work. It is set up as `transformers` sets it up, so the tokens are the same.
 """
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from surm_jax.data.text.dataset import TextSource
 from surm_jax.errors import UserError
+from surm_jax.files import read_json
 
 TOKENIZER_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
 WORD_PIECES_NAME = "vocab.txt"
@@ -25,6 +25,7 @@ _BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _ROBERTA_TOKENS = ("<pad>", "<unk>", "<s>", "</s>")
 _SHORTEST = 8
 _LARGEST_TOKEN = 2**24
+_MOST_BYTES = 2**28
 _TRIAL = "a \uffff"
 # Number of examples that are encoded at once. The results of the library are large and are not all kept.
 _CHUNK = 1024
@@ -143,7 +144,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
 
 def _whole(path: Path) -> tokenizers.Tokenizer:
     """Read a `tokenizer.json`, and switch off its padding and truncation."""
-    _read_json(path)
+    read_json(path, _MOST_BYTES)
     library = _parse(path, tokenizers.Tokenizer.from_file, str(path))
     library.no_padding()
     library.no_truncation()
@@ -180,7 +181,7 @@ def _word_pieces(folder: Path) -> tokenizers.Tokenizer:
 
 def _byte_pairs(folder: Path) -> tokenizers.Tokenizer:
     vocabulary_path, merges_path = (folder / name for name in BYTE_PAIRS_NAMES)
-    vocabulary = _read_json(vocabulary_path)
+    vocabulary = read_json(vocabulary_path, _MOST_BYTES)
     _check_special_tokens(vocabulary_path, vocabulary, _ROBERTA_TOKENS)
     model = _parse(merges_path, models.BPE.from_file, str(vocabulary_path), str(merges_path))
     prefix = _setting(folder, _config(folder), "add_prefix_space", False)
@@ -195,7 +196,7 @@ def _byte_pairs(folder: Path) -> tokenizers.Tokenizer:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
-    return _read_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _setting(folder: Path, config: dict[str, Any], key: str, default: bool | None) -> Any:
@@ -203,13 +204,6 @@ def _setting(folder: Path, config: dict[str, Any], key: str, default: bool | Non
     if value is not default and not isinstance(value, bool):
         raise UserError(f"{folder / CONFIG_NAME}: {key} is {value!r}, but must be true or false")
     return value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    content = _parse(path, lambda: json.loads(path.read_text("utf-8")))
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds a {type(content).__name__} instead of an object")
-    return content
 
 
 def _parse(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:

@@ -167,11 +167,11 @@ def test_a_missing_folder_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("tokenizer.json", b'{"version": ', "tokenizer.json is damaged: .*Copy it again"),
+        ("tokenizer.json", b'{"version": ', "tokenizer.json is damaged: Expecting value"),
         ("tokenizer.json", b"{}", "tokenizer.json is damaged"),
         ("vocab.txt", b"[PAD]\n[UNK]\n[SEP]\nit\n", r"vocab.txt lacks the special tokens \[CLS\]; it needs \[PAD\]"),
-        ("vocab.txt", b"\xff\xfe", "vocab.txt is damaged"),
-        ("tokenizer_config.json", b"[]", "tokenizer_config.json is damaged: it holds a list"),
+        ("vocab.txt", b"\xff\xfe", "vocab.txt is damaged: .*Copy it again"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json is damaged: it holds no JSON object"),
         ("tokenizer_config.json", b"{", "tokenizer_config.json is damaged"),
         ("tokenizer_config.json", b'{"do_lower_case": "yes"}', "do_lower_case is 'yes', but must be true or false"),
     ],
