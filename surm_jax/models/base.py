@@ -95,9 +95,8 @@ class Model(nnx.Module):
     A model is built as `Model(config, rngs=...)` and keeps its configuration as `config`. It returns float32 logits, of
     shape (batch, num_classes) for a task of classes. A model of images is called as `model(images, rngs=key)`, a model
     of text as `model(tokens, mask=..., token_types=..., rngs=key)`; `rngs` draws the dropout, and `None` means no
-    dropout. The head's parameters have paths `head/...`. A model with equal blocks keeps them in `blocks` and calls
-    `blocks.run`; training can then compile one block for all of them and split their weights over devices. A model
-    without such blocks has no `blocks`.
+    dropout. The head's parameters have paths `head/...`. The model keeps its blocks in `blocks` and calls `blocks.run`,
+    so that training can compile one block for all equal ones and split their weights over devices.
     """
 
     config_class: ClassVar[type[Config]]
