@@ -68,16 +68,10 @@ def compiled_step(method, data, fsdp):
     return program, sum(array.size for array in trained.values()), sum(leaf.size for leaf in leaves) - split, split
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("method", "data", "fsdp"),
-    [
-        ("lora", 2, 4),
-        pytest.param("lora", 1, 8, marks=pytest.mark.exhaustive),
-        pytest.param("lora", 8, 1, marks=pytest.mark.exhaustive),
-        pytest.param("circulant", 2, 4, marks=pytest.mark.exhaustive),
-        pytest.param("circulant", 8, 1, marks=pytest.mark.exhaustive),
-        pytest.param("full", 8, 1, marks=pytest.mark.exhaustive),
-    ],
+    [("lora", 2, 4), ("lora", 1, 8), ("lora", 8, 1), ("circulant", 2, 4), ("circulant", 8, 1), ("full", 8, 1)],
 )
 def test_compiled_programs_hold_and_send_what_the_formulas_say(method, data, fsdp):
     # optax mixes its counter with floats.

@@ -227,9 +227,15 @@ def zeroed(c, *frequencies):
         (Kronecker(A=jnp.asarray(np.outer(draw(2, 3), draw(3, 4)))[None], B=draw(4, 1, 4, 3)), "= 1 x 3 (factors)"),
         (Kronecker(A=draw(5, 2, 3, 4), B=draw(6, 2, 4, 3)), "<= 12 (sum of products)"),
         (LowRank(down=draw(8, 12, 2), up=draw(7, 9, 2).T), "<= 2 (columns)"),
-        (SymmetricToeplitzPair(t1=draw(9, 8), t2=jnp.ones(8), shape=(8, 8)), "<= 1 (factors)"),
+        pytest.param(
+            SymmetricToeplitzPair(t1=draw(9, 8), t2=jnp.ones(8), shape=(8, 8)),
+            "<= 1 (factors)",
+            marks=pytest.mark.exhaustive,
+        ),
         (ToeplitzPair(t1=jnp.ones(15), t2=draw(10, 15), shape=(8, 8)), "<= 1 (factors)"),
-        (LowDisplacementRank(G=draw(11, 6, 1), H=draw(12, 6, 1), shape=(6, 4)), "<= 4"),
+        pytest.param(
+            LowDisplacementRank(G=draw(11, 6, 1), H=draw(12, 6, 1), shape=(6, 4)), "<= 4", marks=pytest.mark.exhaustive
+        ),
         (Circulant(draw(13, 8), shape=(8, 4)), "<= 4"),
     ],
 )
@@ -322,6 +328,7 @@ def by_hand(model, batches, outputs_of):
     return nnx.jit(nnx.grad(loss))(model)
 
 
+@pytest.mark.exhaustive
 def test_gradient_of_a_head_that_starts_at_zero_is_that_of_its_second_step(files):
     job = prepare(tiny.make_config(files, "linear_probe", **{"mesh.data": 1}), 0)
     found = first_gradient(job, 2)

@@ -80,6 +80,7 @@ def test_training_is_that_of_optax(points):
     assert expected[-1] < expected[0]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("adam")
 def test_a_frozen_bottom_stays_and_all_else_moves(points):
     before = networks.starts("toeplitz", [0, 0])
