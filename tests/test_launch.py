@@ -345,6 +345,7 @@ def stop_after(files, workdir, count, number):
     return run.returncode, "".join(said)
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_was_stopped_in_three_ways_ends_like_one_that_was_not(files, tmp_path):
     # Beside the others, on another core; its output is short enough to wait in the pipe.
     whole = process(files, tmp_path / "whole", *LONG)
@@ -427,6 +428,7 @@ def text_process(files, workdir, *arguments):
     )
 
 
+@pytest.mark.exhaustive
 def test_text_by_the_command_line_and_another_seed_compiles_nothing(tmp_path):
     files = tiny_text.write_files(tmp_path)
     values = tiny_text.flat_config(files, "rte", **{"optim.epochs": 0.0, "optim.steps": 2, "data.lengths": (20,)})

@@ -141,6 +141,8 @@ class Checkpoints:
             UserError: if it is damaged, of another structure, or of another base or other data.
         """
         step = self.latest
+        if step is None:
+            raise ValueError(f"there is no checkpoint in {self.folder}")
         path = self.folder / str(step)
         try:
             record = _read_record(path)
@@ -204,7 +206,7 @@ def _steps_in(folder: Path) -> list[int]:
     return [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
 
 
-_RECORD = {
+_RECORD: dict[str, type | tuple[type, ...]] = {
     "step": int,
     "config": dict,
     "base": dict,

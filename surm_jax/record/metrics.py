@@ -1,4 +1,4 @@
-"""What a run measures: `metrics.jsonl`, one JSON object a line, and TensorBoard beside it."""
+"""The metrics of a run: `metrics.jsonl`, one JSON object per line, and TensorBoard."""
 
 import contextlib
 import json
@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import tensorboardX
@@ -17,30 +17,31 @@ from surm_jax.files import replacing
 from surm_jax.record.progress import Progress, Stopwatch
 
 JSONL_NAME = "metrics.jsonl"
-# In the order in which they are shown; there is no accuracy where labels are numbers.
+# In the order in which they are shown. There is no accuracy if labels are numbers.
 STEP_METRICS = ("train_loss", "train_accuracy", "gradient_norm")
 
 
 class NotFiniteError(UserError):
-    """A run has gone astray: a loss or another measure is NaN or infinite."""
+    """A run diverged: a loss or another metric is NaN or infinite."""
 
 
 class MetricWriter:
     """Appends metrics to `<folder>/metrics.jsonl` and `<folder>/tensorboard/`. Use as a context manager.
 
-    Of several processes the first alone writes; the others look at the numbers.
+    Only the first of several processes writes; the others only check the numbers.
 
     Args:
-        folder: the run's folder.
-        step: the step from which the run goes on; what was written of later steps is dropped, since it comes again.
+        folder: The run's folder.
+        step: The step from which the run goes on. Lines of later steps are removed, since those steps come again.
 
     Raises:
-        UserError: if the file cannot be written.
+        UserError: The file cannot be written.
     """
 
     def __init__(self, folder: Path, step: int):
         self._path = path = folder / JSONL_NAME
-        self._jsonl = self._tensorboard = None
+        self._jsonl: TextIO | None = None
+        self._tensorboard: Any = None
         if not is_first():
             return
         kept = [line for line in read_metrics(folder) if line["step"] <= step] if path.exists() else []
@@ -58,7 +59,7 @@ class MetricWriter:
     def __exit__(self, kind: type | None, *_: object) -> None:
         if self._jsonl is None:
             return
-        # Every line was flushed; one that could not be has been told.
+        # Every line was flushed already, and a failure to do so was raised.
         with contextlib.suppress(OSError):
             self._jsonl.close()
         try:
@@ -68,11 +69,11 @@ class MetricWriter:
                 raise UserError(f"cannot write {self._tensorboard.logdir}: {error.strerror}") from None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes numbers under their names for one step.
+        """Write numbers under their names for one step.
 
         Raises:
-            NotFiniteError: if one of them is not finite.
-            UserError: if they cannot be written.
+            NotFiniteError: A number is not finite.
+            UserError: The numbers cannot be written.
         """
         require_finite(step, metrics)
         if self._jsonl is None:
@@ -86,16 +87,16 @@ class MetricWriter:
             self._tensorboard.add_scalar(name, value, step)
 
     def sync(self) -> None:
-        """Waits until what was written is on the disk: a checkpoint must not outlive the lines before it."""
+        """Wait until all lines are on the disk. Call it before a checkpoint, which must not outlive them."""
         if self._jsonl is not None:
             os.fsync(self._jsonl.fileno())
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a run's `metrics.jsonl`. A last line that was cut off is left out.
+    """Yield the lines of a run's `metrics.jsonl`. A last line that was cut off is skipped.
 
     Raises:
-        UserError: if another line is not a JSON object with a step.
+        UserError: Another line is not a JSON object with a step.
     """
     path = folder / JSONL_NAME
     lines = path.read_text().splitlines()
@@ -111,10 +112,10 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def require_finite(step: int, metrics: Mapping[str, float]) -> None:
-    """Stops a run that has gone astray.
+    """Stop a run that diverged.
 
     Raises:
-        NotFiniteError: naming the step and the metric that is not finite.
+        NotFiniteError: A metric is not finite; the message names it and the step.
     """
     for name, value in metrics.items():
         if not math.isfinite(value):
@@ -122,17 +123,17 @@ def require_finite(step: int, metrics: Mapping[str, float]) -> None:
 
 
 class StepLog:
-    """Writes the metrics of training steps, one step behind the device, so that it never waits for them.
+    """Writes the metrics of training steps, one step behind the device, so that the device never waits for them.
 
-    Every step's metrics are looked at; those of every `every`-th step and of the last one are written.
+    The metrics of every step are checked; those of every `every`-th step and of the last step are written.
 
     Args:
-        writer: where metrics go.
-        progress: where they are shown.
-        watch: started after the first step, whose time is compilation, and counted up with every later one.
-        every: how many steps lie between two that are written; 0: only the last one is.
-        last: the last step.
-        rates: gives what else belongs to a step, such as its learning rate.
+        writer: Writes the metrics.
+        progress: Shows the metrics.
+        watch: Counts the steps. It starts after the first one, whose time is mostly compilation.
+        every: Number of steps from one that is written to the next; 0: only the last one is written.
+        last: The last step.
+        rates: Returns further values of a step, such as its learning rate.
     """
 
     def __init__(
@@ -149,22 +150,22 @@ class StepLog:
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
 
     def note(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of a step that may still be running, and works on those of the step before."""
+        """Take the metrics of a step that may still be running, and write those of the step before."""
         self.flush()
         self._pending = step, metrics
 
     def flush(self) -> None:
-        """Waits for the metrics that were noted last, and writes them if they are due.
+        """Wait for the metrics that were noted last, and write them if they are due.
 
         Raises:
-            NotFiniteError: if one of them is not finite.
+            NotFiniteError: One of them is not finite.
         """
         if self._pending is None:
             return
         step, metrics = self._pending
         self._pending = None
         metrics = jax.device_get(metrics)
-        # jit sorts the names of what it returns.
+        # jit sorts the names of its outputs; restore the order in which they are shown.
         values = {name: float(metrics[name]) for name in STEP_METRICS if name in metrics}
         self._watch.count_or_start()
         require_finite(step, values)

@@ -1,6 +1,7 @@
-"""Long work shows itself: a bar with the time left on a terminal, plain lines elsewhere.
+"""What a person sees of a run while it works, and how a signal stops it.
 
-Of several processes the first alone shows anything.
+A terminal shows a bar with the time left; a log file gets plain lines. Only the first of several processes shows
+anything.
 """
 
 import datetime
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from types import FrameType
+from typing import Any
 
 import tqdm
 
@@ -19,9 +21,9 @@ class Progress:
     """Progress of a loop of known length. Use as a context manager.
 
     Args:
-        what: its name.
-        total: the steps of the whole run.
-        start: the steps already made.
+        what: Its name.
+        total: Number of steps of the whole run.
+        start: Number of steps already made.
     """
 
     def __init__(self, what: str, total: int, start: int):
@@ -37,11 +39,11 @@ class Progress:
         self._bar.close()
 
     def advance(self) -> None:
-        """Counts one step."""
+        """Count one step."""
         self._bar.update()
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows metrics of a step: beside the bar, or as a line with the time left."""
+        """Show the metrics of a step: beside the bar, or as a line with the time left."""
         if not self._bar.disable:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
             return
@@ -51,14 +53,14 @@ class Progress:
         self.say(f"{self._what}: step {step}/{self._total}  {values}  ETA {datetime.timedelta(seconds=round(left))}")
 
     def say(self, line: str) -> None:
-        """Prints a line above the bar."""
+        """Print a line above the bar."""
         if is_first():
             self._bar.write(line, file=sys.stderr)
             sys.stderr.flush()
 
 
 def track(batches: Iterable, what: str) -> Iterable:
-    """Yields the batches, with a bar on a terminal that vanishes at the end."""
+    """Yield the batches; a terminal shows a bar, which vanishes at the end."""
     return tqdm.tqdm(batches, desc=what, leave=False, disable=not _has_terminal(), dynamic_ncols=True)
 
 
@@ -67,51 +69,52 @@ def _has_terminal() -> bool:
 
 
 class Stopwatch:
-    """Measures the rate of steps, without what stands between them.
+    """Measures the rate of steps, without evaluations and checkpoints between them.
 
     Attributes:
-        steps: steps counted while it ran.
-        seconds: for how long it ran.
+        steps: Number of steps counted while it ran.
+        seconds: How long it ran.
     """
 
-    def __init__(self):
-        self.steps, self.seconds, self._since = 0, 0.0, None
+    def __init__(self) -> None:
+        self.steps, self.seconds = 0, 0.0
+        self._since: float | None = None
 
     def start(self) -> None:
-        """Lets it run."""
+        """Start it."""
         self._since = time.monotonic()
 
     def stop(self) -> None:
-        """Halts it, if it runs."""
+        """Stop it, if it runs."""
         if self._since is not None:
             self.seconds += time.monotonic() - self._since
             self._since = None
 
     def count_or_start(self) -> None:
-        """Counts a step if it runs; otherwise that step is left out, and it runs from here on."""
+        """Count a step if it runs. Otherwise do not count this step, and start: its time included compilation."""
         if self._since is None:
             self.start()
         else:
             self.steps += 1
 
     def rate(self) -> float | None:
-        """Returns steps per second so far, or None before the first step."""
+        """Return steps per second so far, or None before the first counted step."""
         running = time.monotonic() - self._since if self._since is not None else 0.0
         return self.steps / (self.seconds + running) if self.steps else None
 
 
 class Interruption:
-    """Turns the first SIGINT or SIGTERM into a request to stop after this step; a second one acts at once.
+    """A request to stop after the current step: the first SIGINT or SIGTERM. A second signal acts at once.
 
     Use as a context manager around the loop.
 
     Attributes:
-        signal: the signal that came, or None.
+        signal: The signal that came, or None.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._before = {}
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interruption":
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -144,8 +144,8 @@ def draw_curves(folder: Path, model: nnx.Module, metric: str) -> None:
     loss, measured, *rest = figure.subplots(1, 3 if largest else 2)
     _draw_curve(loss, lines, "loss")
     _draw_curve(measured, lines, metric)
-    for axes in rest:
-        path, update = largest
+    if largest is not None:
+        (axes,), (path, update) = rest, largest
         reach = np.abs(update).max()
         image = axes.imshow(update, cmap="RdBu", vmin=-reach, vmax=reach, interpolation="nearest")
         figure.colorbar(image, ax=axes, fraction=0.046)
@@ -157,14 +157,15 @@ def draw_curves(folder: Path, model: nnx.Module, metric: str) -> None:
 
 
 def _largest_update(model: nnx.Module) -> tuple[str, np.ndarray] | None:
-    # One dense matrix at a time beside the largest so far.
+    """Return the path and the dense matrix of the update with the largest norm, or None without updates."""
+    # At most two dense matrices exist at a time.
     largest, norm = None, -1.0
     for row in iter_parts(model):
         if not isinstance(row.part, KernelPart):
             continue
         update = np.asarray(kernel_change(row))
         if np.linalg.norm(update) > norm:
-            largest, norm = (row.path, update), np.linalg.norm(update)
+            largest, norm = (row.path, update), float(np.linalg.norm(update))
     return largest
 
 

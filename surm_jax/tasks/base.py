@@ -28,13 +28,11 @@ Forward = Callable[[nnx.Module, Batch, jax.Array | None], jax.Array]
 
 
 class Questions(Protocol):
-    """New examples without labels, for predictions.
+    """New examples without labels, for predictions."""
 
-    Attributes:
-        count: Number of examples.
-    """
-
-    count: int
+    @property
+    def count(self) -> int:
+        """Number of examples."""
 
     def batches(self, checkpoint: Path | None, geometry: Any, config: DataConfig) -> data.EvalBatches:
         """Return the batches of one pass. A batch has the rows' `index`, and a `mask` that is False for padding."""
@@ -62,22 +60,37 @@ class Task(abc.ABC):
         dataset: The data set, with `name` and `classes`.
         model_config: The model's geometry and precision.
         checkpoint: The file or folder of the pretrained weights, or None for random ones.
-        metrics: Names in `surm_jax.tasks.objective.SCORES`, the most important first.
-        tests: Names of the splits for testing.
-        splits: Names of the splits that can be evaluated: `tests`, and "holdout" if training examples are held out.
-        examples: Number of training examples.
-        objective: What the model's outputs mean.
     """
 
     reads: ClassVar[str]
     dataset: Any
     model_config: Any
     checkpoint: Path | None
-    metrics: tuple[str, ...]
-    tests: tuple[str, ...]
-    splits: tuple[str, ...]
-    examples: int
-    objective: Objective
+
+    @property
+    @abc.abstractmethod
+    def objective(self) -> Objective:
+        """What the model's outputs mean."""
+
+    @property
+    @abc.abstractmethod
+    def metrics(self) -> tuple[str, ...]:
+        """Names in `surm_jax.tasks.objective.SCORES`, the most important first."""
+
+    @property
+    @abc.abstractmethod
+    def tests(self) -> tuple[str, ...]:
+        """Names of the splits for testing."""
+
+    @property
+    @abc.abstractmethod
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits that can be evaluated: `tests`, and "holdout" if training examples are held out."""
+
+    @property
+    @abc.abstractmethod
+    def examples(self) -> int:
+        """Number of training examples."""
 
     @classmethod
     @abc.abstractmethod
@@ -184,7 +197,7 @@ def make_model(geometry: Config, seed: int) -> Model:
     return model_class(geometry)(geometry, rngs=nnx.Rngs(seed))
 
 
-def find_geometry(config: ModelConfig, reads: str, outputs: int) -> Config:
+def find_geometry(config: ModelConfig, reads: str, outputs: int) -> Any:
     """Return the configuration of the model that a run asks for.
 
     It comes from the named variant, or from the checkpoint; both are changed by the fields that are set beside them.

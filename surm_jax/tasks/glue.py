@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 from flax import nnx
@@ -53,7 +53,7 @@ class Glue(Task):
         """Load the data set."""
         if config.classes:
             raise UserError(f"config.data.classes is for sets of images, but {config.name} is text: leave it empty")
-        return data.load(config.name, config.dir or None)
+        return cast(data.TextDataset, data.load(config.name, config.dir or None))
 
     @classmethod
     def geometry(cls, model: ModelConfig, config: DataConfig, outputs: int) -> Any:

@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 from flax import nnx
@@ -14,7 +14,7 @@ from surm_jax.errors import UserError
 from surm_jax.pretrained import image_normalization, locate
 from surm_jax.tasks.base import Batch, Task, register_task
 from surm_jax.tasks.config import DataConfig, ModelConfig
-from surm_jax.tasks.objective import CLASSES
+from surm_jax.tasks.objective import CLASSES, Objective
 
 
 @register_task
@@ -40,9 +40,6 @@ class ImageClassification(Task):
     normalization: tuple[tuple[float, ...], tuple[float, ...]] | None
 
     reads: ClassVar = "images"
-    objective: ClassVar = CLASSES
-    metrics: ClassVar = ("accuracy",)
-    tests: ClassVar = ("test",)
 
     @classmethod
     def accepts(cls, config: DataConfig) -> bool:
@@ -52,7 +49,7 @@ class ImageClassification(Task):
     @classmethod
     def load(cls, config: DataConfig) -> data.ImageDataset:
         """Load the data set, or the classes that the configuration names."""
-        dataset = data.load(config.name, config.dir or None)
+        dataset = cast(data.ImageDataset, data.load(config.name, config.dir or None))
         return data.keep_classes(dataset, config.classes) if config.classes else dataset
 
     @classmethod
@@ -79,6 +76,21 @@ class ImageClassification(Task):
         return cls(config, dataclasses.replace(dataset, train=train), holdout, geometry, checkpoint, normalization)
 
     @property
+    def objective(self) -> Objective:
+        """What the model's outputs mean: one logit for each class."""
+        return CLASSES
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names in `surm_jax.tasks.objective.SCORES`."""
+        return ("accuracy",)
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """Names of the splits for testing."""
+        return ("test",)
+
+    @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits that can be evaluated."""
         return self.tests if self.holdout is None else (*self.tests, "holdout")
@@ -99,7 +111,7 @@ class ImageClassification(Task):
             self.dataset.train,
             **share(self.config.batch_size),
             image_size=self.model_config.image_size,
-            augment=self.config.augment,
+            augment=cast(data.Augment, self.config.augment),
             seed=seed,
             normalization=self.normalization,
             max_corrupt=self.config.max_corrupt,
@@ -107,8 +119,9 @@ class ImageClassification(Task):
 
     def eval_batches(self, split: str) -> data.EvalBatches:
         """Return the batches of one pass over "test" or "holdout": this process's part of each."""
+        source = self.holdout if split == "holdout" and self.holdout is not None else self.dataset.test
         return data.eval_batches(
-            self.holdout if split == "holdout" else self.dataset.test,
+            source,
             **share(self.config.eval_batch_size),
             image_size=self.model_config.image_size,
             normalization=self.normalization,

@@ -108,7 +108,9 @@ def read_sentences(path: Path, columns: Sequence[str]) -> Sentences:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    numbers, rows, malformed = [], [], []
+    numbers: list[int] = []
+    rows: list[tuple[str, ...]] = []
+    malformed: list[str] = []
     for number, line in enumerate(lines, 1):
         try:
             sentences = tuple(line.removesuffix(b"\r").decode().split("\t"))
@@ -127,8 +129,8 @@ def read_sentences(path: Path, columns: Sequence[str]) -> Sentences:
         else:
             numbers.append(number)
             rows.append(sentences)
-    for line in malformed:
-        print(line, file=sys.stderr)
+    for complaint in malformed:
+        print(complaint, file=sys.stderr)
     if not rows:
         raise UserError(f"{path} has no row to predict for")
     return Sentences(tuple(numbers), tuple(rows), tuple(malformed))

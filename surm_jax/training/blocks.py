@@ -32,7 +32,8 @@ class StepBlocks(Blocks):
         self, x: jax.Array, *arguments: jax.Array | None, keys: jax.Array | None, remat: str, every: bool
     ) -> tuple[jax.Array, ...]:
         """As `Blocks.run`. Numbers are the same to rounding: dropout draws the keys that it draws there."""
-        states, first = [x], 0
+        states: list[jax.Array] = [x]
+        first = 0
         for part in self:
             if isinstance(part, Stack):
                 key = None if keys is None else keys[first : first + part.depth]
@@ -65,6 +66,7 @@ def _scan(
 
     drawn = keys_drawn()
     drawn = None if drawn is None else jnp.asarray(drawn, jnp.int32)
+    states: jax.Array
     (x, drawn), states = jax.lax.scan(body, (x, drawn), (arrays, keys))
     set_keys_drawn(drawn)
     return list(states) if every else [x]

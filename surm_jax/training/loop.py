@@ -220,7 +220,7 @@ def _evaluate(run: Run, state: TrainState, split: str) -> dict[str, float]:
     return {**values, "corrupt": batches.examples - values["examples"]}
 
 
-def _model_on_first(run: Run, state: TrainState) -> nnx.Module | None:
+def _model_on_first(run: Run, state: TrainState) -> Any:
     """Return the trained model to the first process, and None to the others."""
     arrays = tree_on_first((state.trained, run.model.frozen))
     return None if arrays is None else run.model.partition.model(*arrays)

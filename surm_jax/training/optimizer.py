@@ -44,13 +44,14 @@ def groups_of(paths: Iterable[str], groups: GroupsConfig) -> dict[str, str]:
         UserError: if no pattern matches a path.
     """
     patterns = {name: compile_pattern(group.pattern) for name, group in vars(groups).items()}
-    labels = {}
+    labels: dict[str, str] = {}
     for path in paths:
-        labels[path] = next((name for name, pattern in patterns.items() if pattern.matches(path)), None)
-        if labels[path] is None:
+        label = next((name for name, pattern in patterns.items() if pattern.matches(path)), None)
+        if label is None:
             raise UserError(
                 f"no pattern of config.optim.groups matches {path}: the last group, rest, should take all (.*)"
             )
+        labels[path] = label
     return labels
 
 

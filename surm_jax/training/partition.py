@@ -1,6 +1,6 @@
-"""A model in two parts: what is trained, as arrays by path, and what is frozen.
+"""A model in two parts: the trained arrays by path, and the frozen state.
 
-Only the trained part meets `jax.grad`, optax and checkpoints. The frozen part goes into `jit` as an argument.
+Only the trained part goes through `jax.grad`, optax and checkpoints. The frozen part is an argument of `jit`.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ class Slot(NamedTuple):
     """A trained variable.
 
     Attributes:
-        path: its NNX path in the model that a step runs.
-        variable: abstract.
-        names: its path in the model; of a stack, the path in each of the blocks. The first is its key in `Arrays`.
+        path: Its NNX path in the model that a step runs.
+        variable: The variable without its value.
+        names: Its path in the model, or for a stack its paths in all of the blocks. The first is its key in `Arrays`.
     """
 
     path: tuple
@@ -36,31 +36,32 @@ class Slot(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """How the trained arrays and the frozen state make a model again.
+    """Puts trained arrays and frozen state together to a model.
 
     Attributes:
-        graphdef: the structure of the model that a step runs.
-        slots: the trained variables.
+        graphdef: The structure of the model that a step runs.
+        slots: The trained variables.
     """
 
     graphdef: nnx.GraphDef
     slots: tuple[Slot, ...]
 
-    def merge(self, trained: Mapping[str, jax.Array], frozen: nnx.State) -> nnx.Module:
-        """Returns the model with these arrays, as a step runs it (`surm_jax.training.blocks`)."""
+    def merge(self, trained: Mapping[str, jax.Array], frozen: nnx.State) -> Any:
+        """Return the model with these arrays, as a step runs it (`surm_jax.training.blocks`)."""
         state = [(slot.path, slot.variable.replace(trained[slot.names[0]])) for slot in self.slots]
         return nnx.merge(self.graphdef, nnx.from_flat_state(state), frozen)
 
     def model(self, trained: Mapping[str, jax.Array], frozen: nnx.State) -> nnx.Module:
-        """Returns the model with these arrays, as it was; what was stacked is copied to the host."""
+        """Return the model with these arrays, as it was before the split; stacked arrays are copied to the host."""
         model = self.merge(trained, frozen)
         model.blocks = as_blocks(model.blocks)
         return model
 
     def by_block(self, tree: Tree) -> Tree:
-        """Returns a tree, such as a state of training, with dictionaries for the model in place of those for a step.
+        """Return a tree, such as a training state, with one entry per block instead of one per stack.
 
-        Stacked arrays are taken apart, so that files hold the same whether blocks are stacked or not.
+        Every dictionary of trained arrays in the tree is changed. Files then hold the same whether blocks are stacked
+        or not.
         """
 
         def apart(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +74,7 @@ class Partition:
         return _map_dicts(apart, tree, {slot.names[0] for slot in self.slots})
 
     def by_step(self, tree: Tree) -> Tree:
-        """The inverse of `by_block`."""
+        """Return a tree with one entry per stack: the inverse of `by_block`."""
 
         def together(arrays: Mapping[str, Any]) -> dict[str, Any]:
             return {
@@ -85,21 +86,20 @@ class Partition:
 
 
 def partition(
-    model: nnx.Module,
+    model: Any,
     adapter: Adapter,
     *,
     scan_layers: bool = False,
     group_of: Callable[[str], Hashable] = lambda path: None,
 ) -> tuple[Partition, Arrays, nnx.State]:
-    """Splits an adapted model once.
+    """Split an adapted model into trained and frozen arrays.
 
     Args:
-        model: has `blocks`. Those that are stacked lose their arrays: the model cannot be used any more.
-        adapter: says what is trained.
-        scan_layers: whether equal neighbours among the blocks are stacked, to be one program for a step. Blocks that
-            differ, because rules give something to some of them alone, are not; they cost what they cost without.
-        group_of: of the path of a trained variable, the group in which the optimiser has it. Blocks are equal if these
-            are.
+        model: Has `blocks`. Blocks that are stacked lose their arrays: the model cannot be used afterwards.
+        adapter: Says which parameters are trained.
+        scan_layers: Whether to stack equal neighbours among the blocks, so that a step compiles them once. Blocks that
+            differ, because a rule adapts only some of them, are not stacked.
+        group_of: Path of a trained variable to its group in the optimiser. Equal blocks have equal groups.
 
     Returns:
         The partition, the trained arrays by path, and the frozen state.
@@ -115,13 +115,14 @@ def partition(
     blocks = list(itertools.accumulate(runs, initial=0))
 
     def paths_of(path: tuple) -> list[tuple]:
-        """The paths in the model for one in what a step runs."""
+        """Return the paths in the model of a variable in the model that a step runs."""
         if path[0] != "blocks":
             return [path]
         rest = path[3:] if runs[path[1]] > 1 else path[2:]
         return [("blocks", block, *rest) for block in range(*blocks[path[1] : path[1] + 2])]
 
-    graphdef, state, frozen = nnx.split(model, lambda path, _: paths_of(path)[0] in trained, ...)
+    graphdef, state, *rest = nnx.split(model, lambda path, _: paths_of(path)[0] in trained, ...)
+    (frozen,) = rest
     slots = tuple(
         Slot(path, nnx.as_abstract(variable), tuple(join(path) for path in paths_of(path)))
         for path, variable in nnx.to_flat_state(state)
@@ -131,7 +132,7 @@ def partition(
 
 
 def _map_dicts(fn: Callable[[dict], dict], tree: Tree, keys: set[str]) -> Tree:
-    """Returns a tree with `fn` of every dictionary in it that has these keys."""
+    """Return a tree in which every dictionary with these keys is replaced by `fn` of it."""
     chosen = lambda node: isinstance(node, dict) and node.keys() == keys  # noqa: E731
     return jax.tree.map(lambda node: fn(node) if chosen(node) else node, tree, is_leaf=chosen)
 

@@ -139,7 +139,7 @@ def set_up(job: Job, workdir: Path, interruption: Interruption, began: float) ->
     adapted, adapter = job.adapt(job.base_model())
     meet()
     description = describe(adapted, adapter)
-    _, _, frozen = nnx.split(adapted, adapter.trainable, ...)
+    frozen = nnx.state(adapted, nnx.Not(adapter.trainable))
     # Constants of the adapter are not in checkpoints, and another version of the library may draw others.
     base = fingerprint(frozen) | fingerprint(frozen, AdapterConstant)
     parts, trained, frozen = partition(

@@ -10,7 +10,7 @@ from flax import nnx
 
 from surm_jax.devices.mesh import base_sharding, make_mesh
 from surm_jax.errors import UserError
-from surm_jax.models import HEAD
+from surm_jax.models import HEAD, Model
 from surm_jax.paths import join
 from surm_jax.peft import Adapter, Description, Rule, Selection, adapt, describe, make_method
 from surm_jax.pretrained import load
@@ -34,11 +34,11 @@ class Job:
     mesh: jax.sharding.Mesh
     task: Task
 
-    def base_model(self) -> nnx.Module:
+    def base_model(self) -> Model:
         """Load the pretrained model, with a new head, onto the mesh."""
         return load_base(functools.partial(self.task.make_model, self.seed), self.task.checkpoint, self.mesh)
 
-    def adapt(self, model: nnx.Module) -> tuple[nnx.Module, Adapter]:
+    def adapt(self, model: Model) -> tuple[nnx.Module, Adapter]:
         """Return the adapted model and its adapter."""
         return adapt_model(model, self.config.peft, self.seed)
 
@@ -71,7 +71,7 @@ def prepare(config: RunConfig, seed: int) -> Job:
     return Job(with_steps(config, task.examples), seed, mesh, task)
 
 
-def load_base(make: Callable[[], nnx.Module], checkpoint: Path | None, mesh: jax.sharding.Mesh) -> nnx.Module:
+def load_base(make: Callable[[], Model], checkpoint: Path | None, mesh: jax.sharding.Mesh) -> Model:
     """Load pretrained weights onto the mesh.
 
     Args:
@@ -96,7 +96,7 @@ def describe_config(config: RunConfig) -> Description:
     return describe_model(config, functools.partial(make_model, geometry))
 
 
-def describe_model(config: RunConfig, make: Callable[[int], nnx.Module]) -> Description:
+def describe_model(config: RunConfig, make: Callable[[int], Model]) -> Description:
     """Say what a configuration trains in a model, without weights or data.
 
     Args:
@@ -108,8 +108,7 @@ def describe_model(config: RunConfig, make: Callable[[int], nnx.Module]) -> Desc
             something in half precision.
     """
     model, adapter = adapt_model(nnx.eval_shape(functools.partial(make, 0)), config.peft, 0)
-    _, trained, _ = nnx.split(model, adapter.trainable, ...)
-    for path, variable in nnx.to_flat_state(trained):
+    for path, variable in nnx.to_flat_state(nnx.state(model, adapter.trainable)):
         if variable.dtype != "float32":
             raise UserError(
                 f"{join(path)} would be trained in {variable.dtype}, which loses small steps: leave"
@@ -121,7 +120,7 @@ def describe_model(config: RunConfig, make: Callable[[int], nnx.Module]) -> Desc
     return description
 
 
-def adapt_model(model: nnx.Module, peft: PeftConfig, seed: int) -> tuple[nnx.Module, Adapter]:
+def adapt_model(model: Model, peft: PeftConfig, seed: int) -> tuple[nnx.Module, Adapter]:
     """Put what the configuration says into a model; return the model and its adapter.
 
     Raises:

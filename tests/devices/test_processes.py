@@ -79,6 +79,7 @@ def assert_same_run(several, one):
     tiny.assert_close(expected, arrays, TOLERANCE)
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_is_interrupted_killed_and_goes_on_with_more_processes(tiny_files, launched, tmp_path):
     # Dropout tells every row of a batch from every other: a process's rows must be where one process has them.
     values = {
@@ -108,6 +109,7 @@ def test_a_run_that_is_interrupted_killed_and_goes_on_with_more_processes(tiny_f
     assert len(list((workdir / "tensorboard").iterdir())) == 3
 
 
+@pytest.mark.exhaustive
 def test_text_and_the_death_of_the_first_process(launched, tmp_path):
     (tmp_path / "files").mkdir()
     files = tiny_text.write_files(tmp_path / "files")
@@ -127,6 +129,7 @@ def test_text_and_the_death_of_the_first_process(launched, tmp_path):
     assert_same_run(workdir, tmp_path / "one")
 
 
+@pytest.mark.exhaustive
 def test_a_base_that_is_split_over_processes(tiny_files, launched, tmp_path):
     # The kernels are just large enough to be split: over four devices, two in each process.
     values = {
@@ -148,6 +151,7 @@ def test_a_base_that_is_split_over_processes(tiny_files, launched, tmp_path):
     assert bases[0] == bases[1]
 
 
+@pytest.mark.exhaustive
 def test_what_one_process_alone_cannot_do_stops_the_others(tiny_files, launched, tmp_path):
     first, second = launched(tiny_files, f"--workdir={tmp_path / 'run'}", befalls="1:2:error")
     assert (first.status, second.status) == (1, 1), first.err + second.err

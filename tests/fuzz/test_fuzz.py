@@ -4,9 +4,10 @@ import pytest
 
 from tests.fuzz.run import run
 from tests.fuzz.subjects import SUBJECTS
+from tests.training import small
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", small.quick(SUBJECTS, "ours_several", "peft_lora"))
 def test_what_is_damaged_has_the_same_bytes_each_time(name, tmp_path):
     # So that the seed and the number repeat an example.
     contents = []
@@ -17,6 +18,7 @@ def test_what_is_damaged_has_the_same_bytes_each_time(name, tmp_path):
     assert contents[0] and contents[0] == contents[1] == contents[2]
 
 
+@pytest.mark.exhaustive
 def test_damaged_files_give_errors(tmp_path):
     counts, problems = run(tmp_path, range(320), seed=0)
     assert not problems, "\n\n".join(problems)

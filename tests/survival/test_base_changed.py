@@ -11,6 +11,7 @@ from surm_jax.training.modes import evaluate_run, train_run
 from tests.training import tiny
 
 
+@pytest.mark.exhaustive
 def test_weights_that_changed_since_the_run_began(tiny_files, tmp_path):
     files = tmp_path / "files"
     shutil.copytree(tiny_files, files)

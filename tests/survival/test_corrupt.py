@@ -108,6 +108,7 @@ print([sorted(processes.union(met[int(number)], 3)) for met in (({3, 10}, {7, 10
 """
 
 
+@pytest.mark.exhaustive
 def test_processes_tell_each_other_what_they_met(tmp_path):
     port = str(free_port())
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}

@@ -68,6 +68,7 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.exhaustive
 def test_every_region_of_every_file_of_a_checkpoint(runs, tmp_path):
     one, other = runs
     shutil.copytree(one, tmp_path / "c")
@@ -151,6 +152,7 @@ def write_adapter(folder: Path, seed: int) -> None:
     save_adapter(folder, model, adapter)
 
 
+@pytest.mark.exhaustive
 def test_every_region_of_every_file_of_an_adapter(tmp_path):
     write_adapter(tmp_path / "a", 1)
     write_adapter(tmp_path / "other", 2)

@@ -129,15 +129,17 @@ def run(case: str, folder: Path, mounted: bool) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("mounted", [True, False], ids=["mounted", "limited"])
+@pytest.mark.parametrize(
+    "mounted", [pytest.param(True, marks=pytest.mark.exhaustive), False], ids=["mounted", "limited"]
+)
 @pytest.mark.parametrize(
     ("case", "named", "read"),
     [
-        ("checkpoint", "cannot write the checkpoint {}/c/3: ", "2 2"),
-        ("adapter", "cannot write the adapter folder {}/adapter: ", "1"),
+        pytest.param("checkpoint", "cannot write the checkpoint {}/c/3: ", "2 2", marks=pytest.mark.exhaustive),
+        pytest.param("adapter", "cannot write the adapter folder {}/adapter: ", "1", marks=pytest.mark.exhaustive),
         ("result", "cannot write {}/result.json: ", "1"),
         # Which of the two meets the limit first.
-        ("metrics", "cannot write {}/(metrics.jsonl|tensorboard): ", "0.5"),
+        pytest.param("metrics", "cannot write {}/(metrics.jsonl|tensorboard): ", "0.5", marks=pytest.mark.exhaustive),
     ],
 )
 def test_what_was_there_stays_and_the_path_is_named(case, named, read, mounted, tmp_path):

@@ -32,6 +32,7 @@ for letter in itertools.cycle([b"a", b"b", b"c"]):
 WHOLE = [letter * 64 * 4096 for letter in (b"a", b"b", b"c")]
 
 
+@pytest.mark.exhaustive
 def test_a_killed_writer(tmp_path):
     half_written = 0
     for kill in range(8):

@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.training import tiny
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHAINS, KILLS, STEPS, SEED = 2, 10, 24, 20
 
 
+@pytest.mark.exhaustive
 def test_twenty_kills_change_no_bit_of_the_end(tmp_path):
     tiny.write_files(tmp_path)
     # Programs are compiled once, as on a machine of one's own.

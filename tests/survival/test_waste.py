@@ -9,13 +9,13 @@ import pytest
 from surm_jax.devices.mesh import replicated
 from surm_jax.training import loop
 from surm_jax.training.modes import train_run
-from tests.training import tiny
+from tests.training import small, tiny
 
 # Every step is saved and shown, every second evaluated: by the end of the second, each has been done once.
 VALUES = {"optim.steps": 7, "log.metrics_every": 1, "log.checkpoint_every": 1, "log.evaluate_every": 2}
 
 
-@pytest.mark.parametrize("method", ["circulant", "full"])
+@pytest.mark.parametrize("method", small.quick(["circulant", "full"], "circulant"))
 def test_nothing_is_compiled_after_the_second_step(tiny_files, tmp_path, monkeypatch, method):
     step, compiled = 0, []
     put_batch, train = loop.put_batch, loop.take_steps
@@ -45,7 +45,7 @@ def test_nothing_is_compiled_after_the_second_step(tiny_files, tmp_path, monkeyp
     assert {0, 2} <= set(compiled) <= {0, 1, 2}
 
 
-@pytest.mark.parametrize("method", ["circulant", "full"])
+@pytest.mark.parametrize("method", small.quick(["circulant", "full"], "circulant"))
 def test_a_step_moves_nothing_between_host_and_device(tiny_files, tmp_path, monkeypatch, method):
     compile_programs, programs, calls = loop.compile_steps, [], 0
 

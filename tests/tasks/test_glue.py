@@ -123,6 +123,7 @@ def test_scores_have_no_accuracy_and_their_loss_is_the_squared_error(stsb, files
     assert evaluate_run(folder, {})[0]["test"]["spearman"] == pytest.approx(result["metrics"]["test_spearman"])
 
 
+@pytest.mark.exhaustive
 def test_two_test_sets(files, tmp_path):
     config = tiny_text.make_config(files, "mnli", "linear_probe", **{"optim.steps": 2})
     result = train_run(config, tmp_path)
@@ -151,6 +152,7 @@ def test_steps_follow_from_epochs(files):
     assert prepare(config, 0).config.optim.steps == 3
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_run_ends_like_one_that_was_not(files, tmp_path, monkeypatch):
     # Windows have 16 batches: the run stops inside the first one and ends inside the second.
     values = {"optim.steps": 20, "optim.warmup_ratio": 0.2, "log.metrics_every": 1, "log.evaluate_every": 10}
@@ -216,6 +218,7 @@ def test_padding_changes_nothing(stsb, files):
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-6 * np.abs(alone).max())
 
 
+@pytest.mark.exhaustive
 def test_a_merged_model_stands_alone(rte, files, capsys):
     folder, _ = rte
     paths = merge_run(folder, {})
@@ -333,6 +336,7 @@ def test_models_and_data_of_two_kinds(files, tmp_path):
     assert "B/16" in message and "BERT" in message
 
 
+@pytest.mark.exhaustive
 def test_real_sentences(shared, files, tmp_path, monkeypatch):
     read = data.load
 

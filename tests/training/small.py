@@ -1,12 +1,13 @@
 """A small ViT and a small BERT with any method, and a batch for each: for tests of steps without data sets and jobs."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from surm_jax.models import Bert, BertConfig, ViT, ViTConfig
@@ -26,6 +27,11 @@ VALUES = {
     "compacter": {"peft.compacter.reduction": 4},
     "structured": {"peft.structured.family": "CirculantPair + LowRank"},
 }
+
+
+def quick(values: Iterable[str], *kept: str) -> list[Any]:
+    """Return the values as parameters of a test, all but those kept in the fast run marked as exhaustive."""
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.exhaustive) for value in values]
 
 
 class Small(NamedTuple):

@@ -46,15 +46,25 @@ def assert_same(looped, scanned):
     tiny.assert_close(looped[1], scanned[1], 1e-6)
 
 
-@pytest.mark.parametrize("kind", small.KINDS)
-@pytest.mark.parametrize("method", ["circulant", "lora", "dora", "bottleneck", "norm_tuning", "full"])
+@pytest.mark.parametrize("kind", small.quick(small.KINDS, "vit"))
+@pytest.mark.parametrize(
+    "method",
+    small.quick(["circulant", "lora", "dora", "bottleneck", "norm_tuning", "full"], "circulant", "bottleneck"),
+)
 def test_values_and_gradients_are_those_of_a_loop(kind, method):
     looped, scanned = (loss_and_gradients(small.build(kind, method), scan) for scan in (False, True))
     assert_same(looped, scanned)
 
 
-@pytest.mark.parametrize("kind", small.KINDS)
-@pytest.mark.parametrize(("method", "remat"), [("lora", "none"), ("bottleneck", "block"), ("lora", "dots")])
+@pytest.mark.parametrize("kind", small.quick(small.KINDS, "bert"))
+@pytest.mark.parametrize(
+    ("method", "remat"),
+    [
+        pytest.param("lora", "none", marks=pytest.mark.exhaustive),
+        pytest.param("bottleneck", "block", marks=pytest.mark.exhaustive),
+        ("lora", "dots"),
+    ],
+)
 def test_dropout_draws_the_same_keys(kind, method, remat):
     values = {f"peft.{method}.dropout": 0.3}
     options = {"dropout": 0.2, "remat": remat}
@@ -64,7 +74,7 @@ def test_dropout_draws_the_same_keys(kind, method, remat):
     assert_same(looped, scanned)
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("remat", small.quick(["none", "block"], "block"))
 def test_bfloat16(remat):
     with jax.numpy_dtype_promotion("standard"):  # which the gradient of jax.nn.dot_product_attention needs
         looped, scanned = (
@@ -76,7 +86,7 @@ def test_bfloat16(remat):
     tiny.assert_near(looped[1], scanned[1], 2e-2)
 
 
-@pytest.mark.parametrize("kind", small.KINDS)
+@pytest.mark.parametrize("kind", small.quick(small.KINDS, "vit"))
 def test_states_of_every_layer(kind):
     arguments = {"vit": ("image",), "bert": ("tokens",)}[kind]
     states = {}
@@ -151,6 +161,7 @@ def test_states_of_training_are_the_same_in_files():
     tiny.assert_equal_bits(tiny.host(states[True]), tiny.host(states[False]))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 def test_a_run_goes_on_in_a_loop_where_it_was_in_a_scan(tiny_files, tmp_path):
     def run(scan, folder):

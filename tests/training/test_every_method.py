@@ -57,7 +57,7 @@ def digits(method: str) -> tiny.Built:
 KEY = jax.random.key(0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", small.quick(METHODS, "circulant", "linear_probe"))
 def test_a_method_lowers_the_loss_and_moves_what_it_trains(method):
     built = digits(method)
     mesh = built.job.mesh
@@ -78,7 +78,9 @@ def test_a_method_lowers_the_loss_and_moves_what_it_trains(method):
     tiny.assert_equal_bits(tiny.host(built.frozen), frozen)
 
 
-@pytest.mark.parametrize("method", ["circulant", "circulant_adapter", "dora", "lora_fix", "bitfit", "full"])
+@pytest.mark.parametrize(
+    "method", small.quick(["circulant", "circulant_adapter", "dora", "lora_fix", "bitfit", "full"], "circulant")
+)
 def test_memory_holds_frozen_weights_once_and_trained_ones_three_times(method):
     built = digits(method)
     mesh = built.job.mesh
@@ -125,8 +127,8 @@ def ten_steps(kind, method, mesh, scan):
     return np.array(losses), arrays, gradients, frozen, collectives(step.as_text())
 
 
-@pytest.mark.parametrize("kind", small.KINDS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", small.quick(small.KINDS, "vit"))
+@pytest.mark.parametrize("method", small.quick(METHODS, "circulant"))
 def test_eight_devices_compute_what_one_computes_and_exchange_gradients_and_weights_alone(kind, method, monkeypatch):
     monkeypatch.setattr(meshes, "SMALLEST_SPLIT", 200)
     losses, arrays, _, _, _ = ten_steps(kind, method, make_mesh(1, {}), scan=False)

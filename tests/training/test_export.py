@@ -80,7 +80,10 @@ def test_images_are_normalised_as_the_folder_says(tiny_files, source):
     ("values", "message"),
     [
         ({"model.variant": "B/16"}, "says itself which model it holds.*set config.model.variant to nothing"),
-        ({"model.checkpoint": "none"}, "config.model.variant is empty, but config.model.checkpoint=none does not describe a model"),
+        (
+            {"model.checkpoint": "none"},
+            "model.variant is empty, but config.model.checkpoint=none does not describe a model",
+        ),
         ({"model.param_dtype": "bfloat16", "peft.method": "full"}, "would be trained in bfloat16"),
         ({"model.heads": 3}, "heads"),
         ({"peft.method": "bitfit", "peft.target": "mlp"}, "bitfit trains parameters of the model by patterns"),
@@ -95,10 +98,11 @@ def test_what_does_not_fit(tiny_files, source, values, message):
 def test_a_model_of_text_is_refused(tiny_files, tmp_path):
     text = BertConfig.from_variant("tiny", vocab_size=20, width=8, heads=2, mlp_width=8, depth=1)
     save_huggingface(tmp_path / "bert", load(lambda: Bert(text, rngs=nnx.Rngs(0)), None))
-    with pytest.raises(UserError, match=r"holds a Bert, which reads text, but config\.data\.name asks for a model of images"):
+    with pytest.raises(UserError, match=r"a Bert, which reads text, but config\.data\.name asks for a model of images"):
         prepare(config(tiny_files, tmp_path / "bert"), 0)
 
 
+@pytest.mark.exhaustive
 def test_a_base_in_bfloat16_trains_float32_adapters(tiny_files, source, tmp_path):
     values = {"model.param_dtype": "bfloat16", "model.dtype": "bfloat16", "model.remat": "block"}
     half = config(tiny_files, source, **values)
@@ -168,6 +172,7 @@ def test_transformers_and_peft_give_our_logits(run, source):
         assert np.linalg.norm(logits - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
+@pytest.mark.exhaustive
 def test_a_method_without_a_counterpart_in_peft_is_refused(tiny_files, source, tmp_path):
     train_run(config(tiny_files, source, **{"peft.method": "toeplitz", "optim.steps": 1}), tmp_path / "run")
     with pytest.raises(UserError, match="merge"):

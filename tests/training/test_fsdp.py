@@ -38,7 +38,7 @@ def run(built, mesh, steps=3):
         return tiny.host(state.trained), np.array(losses), compiled, frozen
 
 
-@pytest.mark.parametrize("method", ["circulant", "dora"])
+@pytest.mark.parametrize("method", small.quick(["circulant", "dora"], "circulant"))
 def test_a_split_base_trains_as_a_whole_one(built_for, method):
     built = built_for(method)
     whole, losses, _, _ = run(built, make_mesh(1, {}))
@@ -54,6 +54,7 @@ def test_a_split_base_trains_as_a_whole_one(built_for, method):
     assert max(sizes) < 16 * 5 * 10
 
 
+@pytest.mark.exhaustive
 def test_arguments_take_less_memory_the_more_devices_share_the_base(built_for):
     built = built_for("circulant")
     sizes = [run(built, make_mesh(1, {}, fsdp), 1)[2].memory_analysis().argument_size_in_bytes for fsdp in (1, 2)]
@@ -77,6 +78,7 @@ def memory(depth, scan):
     return compiled.temp_size_in_bytes, sum(leaf.nbytes for leaf in jax.tree.leaves(frozen))
 
 
+@pytest.mark.exhaustive
 def test_a_scan_gathers_one_layer_at_a_time():
     looped, few_layers = memory(6, scan=False)
     few, _ = memory(6, scan=True)

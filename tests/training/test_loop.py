@@ -166,6 +166,7 @@ def test_a_run_is_a_loop_that_is_written_out(tiny_files, tmp_path):
     assert min(norms) < 0.5 < max(norms)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 def test_a_run_is_split_and_stacked_as_its_configuration_says(tiny_files, tmp_path, monkeypatch):
     monkeypatch.setattr(meshes, "SMALLEST_SPLIT", 30)
@@ -208,6 +209,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(tiny_files, tmp_path, sig
     tiny.assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 def test_a_run_that_goes_on_holds_no_more_than_one_that_was_never_stopped(tiny_files, tmp_path, signal_at, monkeypatch):
     values = {"model.checkpoint": "none", "model.depth": 2, "model.scan_layers": True, "optim.steps": 3}
@@ -234,6 +236,7 @@ def test_a_run_that_goes_on_holds_no_more_than_one_that_was_never_stopped(tiny_f
     assert 0 < bytes_held(tmp_path / "parts") <= bytes_held(tmp_path / "whole")
 
 
+@pytest.mark.exhaustive
 def test_a_signal_during_an_evaluation_ends_it_and_the_next_start_makes_it(tiny_files, tmp_path, monkeypatch):
     config = tiny.make_config(tiny_files, **{"optim.steps": 4, "log.metrics_every": 1, "log.evaluate_every": 2})
     start(config, 0, tmp_path / "whole")
@@ -278,6 +281,7 @@ def test_an_evaluation_that_fails_loses_no_step(tiny_files, tmp_path, monkeypatc
     assert steps == [1, 2]
 
 
+@pytest.mark.exhaustive
 def test_a_signal_in_the_last_step_saves_it(tiny_files, tmp_path, signal_at, monkeypatch):
     config = tiny.make_config(tiny_files, "linear_probe", **{"optim.steps": 2})
     start(config, 0, tmp_path / "whole")
@@ -289,6 +293,7 @@ def test_a_signal_in_the_last_step_saves_it(tiny_files, tmp_path, signal_at, mon
     tiny.assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.exhaustive
 def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(tiny_files, tmp_path, monkeypatch):
     config = tiny.make_config(
         tiny_files, "full", **{"optim.steps": 9, "log.checkpoint_every": 1, "log.metrics_every": 1}

@@ -81,6 +81,7 @@ def test_data_and_weights_may_have_moved(run, tiny_files, tmp_path):
             mode(folder, {"data.name": "cifar10"})
 
 
+@pytest.mark.exhaustive
 def test_a_signal_between_two_seeds_is_not_lost(tiny_files, tmp_path, monkeypatch):
     config = tiny.make_config(tiny_files, "linear_probe", **{"seeds": (0, 1), "optim.steps": 1})
     draw = loop.draw_curves

@@ -123,6 +123,7 @@ def test_scores_are_numbers(files, tmp_path):
     np.testing.assert_allclose([float(row["score"]) for row in rows], expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.exhaustive
 def test_roberta_trains_both_layers_of_its_classifier(files, tmp_path):
     folder = tmp_path / "roberta"
     tiny_text.write_bert(folder, dataclasses.replace(tiny_text.BERT, positions="after_padding"))
