@@ -1,28 +1,30 @@
-r"""GLUE with BERT: a task, and a method.
+r"""Any task of GLUE with any method, on BERT.
 
     python launch.py --config=configs/bert_glue.py:task=rte,method=circulant_adapter \
         --config.data.dir=FOLDER_OF_PREPARED_TFDS_SETS
 
-Tasks: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli. The model is `bert-base-uncased` from the Hugging Face Hub,
-or any BERT or RoBERTa by `--config.model.checkpoint=` a folder of transformers with its tokeniser, or hf://owner/name.
+Tasks: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli. The model is `bert-base-uncased` from the Hugging Face Hub.
+`--config.model.checkpoint=` takes any other BERT or RoBERTa: hf://owner/name, or a folder of transformers with its
+tokeniser.
+
 AdamW, warm-up over 6 % of the steps, linear decay, length 128, batch 64 and no weight decay on biases and norms are the
-settings of SURM (arXiv 2406.17740, section 5; its baselines had batch 32). Weight decay 0.25 and dropout 0.15 are those
-of the authors' script, for its circulant adapter on RTE; that they suit other tasks and methods is not tried. The
-methods `full` and `attention_only`, which train the pretrained numbers themselves, take 3 epochs, the rate 3e-5 and
-weight decay 0.01 instead, as BERT (arXiv 1810.04805).
+settings of SURM (arXiv 2406.17740, section 5; its baselines had batch 32). Weight decay 0.25 and dropout 0.15 come from
+the authors' script for a circulant adapter on RTE, and are not tuned for other tasks and methods. The methods `full`
+and `attention_only` train the pretrained weights themselves. They take 3 epochs, the learning rate 3e-5 and weight
+decay 0.01 instead, as in BERT (arXiv 1810.04805).
 """
 
 from typing import NamedTuple
 
 import ml_collections
 
-from surm_jax.errors import UserError, did_you_mean
+from surm_jax.errors import UserError, require_one_of
 from surm_jax.peft import METHODS
 from surm_jax.training import base_config
 
 
 class Task(NamedTuple):
-    """Settings of one task: passes over its training set, and the learning rate of what trains few numbers."""
+    """Settings of one task: passes over its training set, and the learning rate of methods that train few numbers."""
 
     epochs: float
     learning_rate: float
@@ -30,7 +32,7 @@ class Task(NamedTuple):
 
 
 PAPER = "the authors' script, for its adapter: https://github.com/arijitthegame/structured-matrices-PEFT"
-# Many passes for what trains few numbers, fewer over large sets; rates as for RTE.
+# Methods that train few numbers make many passes, but fewer over large sets. The rates are those of RTE.
 OURS = "ours, not tuned at this length"
 
 TASKS = {
@@ -44,21 +46,21 @@ TASKS = {
     "rte": Task(epochs=80, learning_rate=2e-3, source=PAPER),
     "wnli": Task(epochs=30, learning_rate=2e-3, source=OURS),
 }
-# What trains the pretrained numbers themselves takes small steps (arXiv 1810.04805, appendix A.3), for few epochs.
+# Methods that train the pretrained weights take small steps for few epochs (arXiv 1810.04805, appendix A.3).
 PRETRAINED = ("full", "attention_only")
 PRETRAINED_RATE = 3e-5
 PRETRAINED_EPOCHS = 3
 
 
 def get_config(options: str = "") -> ml_collections.ConfigDict:
-    """Returns the configuration of a task and a method, `task=rte,method=circulant_adapter` by default.
+    """Return the configuration of a task and a method, by default `task=rte,method=circulant_adapter`.
 
     Raises:
-        UserError: for an unknown option, task or method.
+        UserError: An option, a task or a method is unknown.
     """
     chosen = {"task": "rte", "method": "circulant_adapter", **_parse(options)}
-    _one_of("task", chosen["task"], TASKS)
-    _one_of("method", chosen["method"], METHODS)
+    require_one_of("task", chosen["task"], TASKS)
+    require_one_of("method", chosen["method"], METHODS)
     task, method = TASKS[chosen["task"]], chosen["method"]
 
     config = base_config()
@@ -69,7 +71,7 @@ def get_config(options: str = "") -> ml_collections.ConfigDict:
     config.data.batch_size, config.data.eval_batch_size = 64, 64
     config.data.lengths = (16, 32, 64, 96, 128)
     config.peft.method = method
-    # On the input of what is put in.
+    # Dropout on the input of the adapter.
     if "dropout" in config.peft[method]:
         config.peft[method].dropout = 0.15
     config.optim.epochs = PRETRAINED_EPOCHS if method in PRETRAINED else task.epochs
@@ -77,7 +79,7 @@ def get_config(options: str = "") -> ml_collections.ConfigDict:
     config.optim.warmup_ratio = 0.06
     config.optim.decay = "linear"
     config.optim.clip_norm = 0.0
-    # No decay on biases, norms and scales, DoRA's magnitudes and learned alphas included: groups of their own.
+    # Biases, norms and scales have no weight decay, and so have DoRA's magnitudes and learned alphas.
     groups = config.optim.groups
     groups.adapter.pattern = r"(.*/)?(delta|branch)/(?!.*(bias|magnitude|alpha)$).*"
     groups.head.pattern = r"head/kernel"
@@ -90,12 +92,7 @@ def get_config(options: str = "") -> ml_collections.ConfigDict:
 def _parse(options: str) -> dict[str, str]:
     pairs = [option.partition("=") for option in options.split(",") if option]
     for name, _, value in pairs:
-        _one_of("option", name, ("task", "method"))
+        require_one_of("the option", name, ("task", "method"))
         if not value:
             raise UserError(f"{name} has no value: write {name}=...")
     return {name: value for name, _, value in pairs}
-
-
-def _one_of(what: str, name: str, known: dict | tuple) -> None:
-    if name not in known:
-        raise UserError(f"unknown {what} {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")

@@ -4,7 +4,7 @@ They are Adam with the learning rate 5e-5, batch 64, 20,000 steps, and circulant
 
     python launch.py --config=configs/vit_cifar.py --config.data.dir=FOLDER_OF_PREPARED_TFDS_SETS
 
-The weights are downloaded once. A small model on 32 x 32 pixels, from random weights, for a try without them:
+The weights are downloaded once. To try it without them, train a small model on 32 x 32 pixels from random weights:
 
     python launch.py --config=configs/vit_cifar.py --config.model.variant=mini --config.model.checkpoint=none \
         --config.peft.method=full --config.optim.learning_rate.full=1e-3 --config.optim.warmup_ratio=0.15 \
@@ -17,7 +17,7 @@ from surm_jax.training import base_config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the configuration of the job."""
+    """Return the configuration of the job."""
     config = base_config()
     config.model.variant = "B/16"
     config.model.checkpoint = "augreg"

@@ -1,9 +1,9 @@
-"""Checkpoints of a run: what is trained, the optimiser, the place in the data; never the base weights.
+"""Checkpoints of a run: trained arrays, optimiser, and place in the data; never the base weights.
 
-Each is a folder with the name of its step: `arrays/`, which Orbax writes, and `checkpoint.json`, which says what they
-belong to and the SHA-256 of every file. It is written under a temporary name and gets its own when all of it is on the
-disk. Kept are the last two and the one with the best evaluation. Reading is strict: another structure, other base
-weights or a single flipped bit in any file is an error that says so.
+A checkpoint is a folder that is named by its step. It holds `arrays/`, which Orbax writes, and `checkpoint.json`, which
+says what the arrays belong to and has the SHA-256 of every file. The folder is written under a temporary name and
+renamed when everything is on the disk. The last two checkpoints and the one with the best evaluation are kept. Reading
+is strict: another structure, other base weights or a single flipped bit in any file is an error that says so.
 """
 
 import hashlib
@@ -32,13 +32,13 @@ RECORD_NAME = "checkpoint.json"
 
 
 class Restored(NamedTuple):
-    """What a checkpoint held.
+    """The content of a checkpoint.
 
     Attributes:
-        state: arrays, where the template's were.
-        data: the state of the data iterator.
-        seconds: how long the run had worked.
-        score: of the evaluation at this step (the task's first metric), or None if there was none.
+        state: The arrays, on the devices of the template's.
+        data: The state of the data iterator.
+        seconds: How long the run had worked.
+        score: The task's first metric in the evaluation at this step, or None if there was none.
     """
 
     state: State
@@ -48,17 +48,17 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in one folder. Of several processes all write the arrays, and the first does the rest.
+    """The checkpoints in one folder. All of several processes write the arrays; the first does everything else.
 
     Args:
-        folder: made if it is not there. What a process that was killed left half written in it is removed.
-        base: the fingerprint of the frozen weights.
-        config: the configuration of the run.
-        dataset: what tells its data from others: JSON values by name.
+        folder: Made if it does not exist. Half-written checkpoints that a killed process left are removed.
+        base: The fingerprint of the frozen weights.
+        config: The configuration of the run.
+        dataset: JSON values by name that tell its data from other data.
 
     Raises:
-        UserError: if the folder cannot be read or made, or a checkpoint in it is damaged; the message names it, and the
-            last one that is not.
+        UserError: The folder cannot be read or made, or a checkpoint in it is damaged; the message names it, and the
+            last one that is whole.
     """
 
     def __init__(
@@ -90,22 +90,22 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the last checkpoint, or None."""
+        """The step of the last checkpoint, or None if there is none."""
         return max(self._scores, default=None)
 
     def save(self, state: State, data: dict[str, Any], seconds: float, score: float | None = None) -> None:
-        """Writes a checkpoint, and removes those that are no longer among the last two or the best.
+        """Write a checkpoint, and remove those that are no longer among the last two or the best.
 
         A checkpoint of the same step is replaced.
 
         Args:
-            state: the arrays.
-            data: the state of the data iterator, as JSON values.
-            seconds: how long the run has worked.
-            score: of the evaluation at this step, if there was one; the larger the better.
+            state: The arrays.
+            data: The state of the data iterator, as JSON values.
+            seconds: How long the run has worked.
+            score: The task's first metric in the evaluation at this step, if there was one; larger is better.
 
         Raises:
-            UserError: if it cannot be written; earlier checkpoints stay.
+            UserError: It cannot be written; earlier checkpoints stay.
         """
         step = int(state.step)
         record = {
@@ -132,13 +132,13 @@ class Checkpoints:
             ) from error
 
     def restore(self, template: State) -> Restored:
-        """Reads the last checkpoint.
+        """Read the last checkpoint.
 
         Args:
-            template: a state of the same structure, on the devices where the arrays shall go.
+            template: A state of the same structure, on the devices to which the arrays go.
 
         Raises:
-            UserError: if it is damaged, of another structure, or of another base or other data.
+            UserError: It is damaged, of another structure, or of another base or other data.
         """
         step = self.latest
         if step is None:
@@ -170,7 +170,7 @@ class Checkpoints:
         return Restored(state, record["data"], record["seconds"], record["score"])
 
     def _complete(self, temporary: Path, record: dict[str, Any]) -> None:
-        """Writes the record beside the arrays, and gives the folder its name."""
+        """Write the record beside the arrays, and give the folder its name."""
         record["files"] = _files(temporary)
         record["sha256"] = _sum(record)
         (temporary / RECORD_NAME).write_text(json.dumps(record, indent=1))
@@ -192,7 +192,7 @@ class Checkpoints:
 
 
 def last_checkpoint(folder: Path) -> str:
-    """Returns a sentence that names the last checkpoint in a folder.
+    """Return a sentence that names the last checkpoint in a folder.
 
     >>> last_checkpoint(Path("nowhere"))
     'There is no checkpoint yet'
@@ -222,10 +222,10 @@ _RECORD: dict[str, type | tuple[type, ...]] = {
 
 
 def _read_record(checkpoint: Path) -> dict[str, Any]:
-    """Reads `checkpoint.json`, and checks every file of the checkpoint against it.
+    """Read `checkpoint.json`, and check every file of the checkpoint against it.
 
     Raises:
-        UserError: naming the file that is missing or damaged or belongs to something else.
+        UserError: A file is missing, damaged or superfluous; the message names it.
     """
     record = read_json(checkpoint / RECORD_NAME)
     if wrong := [key for key, kind in _RECORD.items() if not isinstance(record.get(key, ...), kind)]:
@@ -248,13 +248,13 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
 
 
 def _sum(record: Mapping[str, Any]) -> str:
-    """The SHA-256 of all of a record but this very sum."""
+    """Return the SHA-256 of a record without its own field `sha256`."""
     rest = {key: value for key, value in record.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file below a folder, by relative path."""
+    """Return the SHA-256 of every file below a folder, by relative path."""
     sums = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -264,7 +264,7 @@ def _files(folder: Path) -> dict[str, str]:
 
 
 def _digest(state: State) -> dict[str, Any]:
-    """The names, shapes and dtypes of all leaves, and one SHA-256 over their bits."""
+    """Return the names, shapes and dtypes of all leaves, and one SHA-256 of their bits."""
     leaves, sha256 = {}, hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

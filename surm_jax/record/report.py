@@ -1,4 +1,4 @@
-"""What a run ends with: `result.json`, a table on the terminal, and its curves as a picture."""
+"""The end of a run: its result, a table for the terminal, and a picture of its curves."""
 
 import importlib.metadata
 import statistics
@@ -35,20 +35,21 @@ def make_result(
     examples_per_second: float | None,
     adapter_bytes: int,
 ) -> dict[str, Any]:
-    """Returns the result of one run as JSON values.
+    """Return the result of one run as JSON values.
 
     Args:
-        method: its name.
-        tests: the evaluation after the last step by split: the metrics, `loss` and `examples`.
-        description: what was trained.
-        seed: of the run.
-        metrics: names of the task's metrics; the first one of the first split is the one to look at.
-        classes: names of the classes; empty where labels are numbers.
-        corrupt: how many examples of each split could not be read and were left out.
-        steps: number of updates.
-        seconds: from the start of the run, compilation and evaluation included, over all its interruptions.
-        examples_per_second: of training without compilation, evaluation and checkpoints; None if there was one step.
-        adapter_bytes: size of the adapter folder.
+        method: Name of the method.
+        tests: The evaluation after the last step by split: the metrics, `loss` and `examples`.
+        description: What was trained.
+        seed: The seed of the run.
+        metrics: Names of the task's metrics. The first one, on the first split, is the run's main metric.
+        classes: Names of the classes; empty if labels are numbers.
+        corrupt: Number of examples of each split that could not be read and were skipped.
+        steps: Number of updates.
+        seconds: Duration of the run with compilation and evaluation, summed over its interrupted starts.
+        examples_per_second: Speed of training without compilation, evaluation and checkpoints; None if there was one
+            step.
+        adapter_bytes: Size of the adapter folder.
     """
     measured = {f"{split}_{name}": values[name] for split, values in tests.items() for name in (*metrics, "loss")}
     return {
@@ -74,12 +75,12 @@ def make_result(
 
 
 def combine(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the result of several seeds: every metric with mean and standard deviation (n - 1 in its denominator).
+    """Return the result of several seeds: mean and standard deviation (denominator n - 1) of every metric.
 
-    Of corrupt examples it has the most that a seed met.
+    The number of corrupt examples is the largest of any seed.
 
     Args:
-        results: the result of each seed.
+        results: The result of each seed.
     """
     first = next(iter(results.values()))
     metrics = {}
@@ -99,7 +100,7 @@ def combine(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a table with a line for each result of one task.
+    """Return a table with one line for each result of a task.
 
     >>> result = {"method": "circulant", "metric": "test_accuracy", "metrics": {"test_accuracy": 0.953},
     ...           "seconds": 21.0, "adapter_bytes": 9210, "parameters": {"trainable": 1861, "total": 203525}}
@@ -130,12 +131,12 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw_curves(folder: Path, model: nnx.Module, metric: str) -> None:
-    """Draws a run's loss and metric by step, and the largest update that it learned, into `curves.png`.
+    """Draw a run's loss and main metric by step, and the largest update that it learned, into `curves.png`.
 
     Args:
-        folder: the run's, with its `metrics.jsonl`.
-        model: the adapted model; without updates there are only the curves.
-        metric: name of the metric to look at, such as "accuracy".
+        folder: The folder of the run, with its `metrics.jsonl`.
+        model: The adapted model. A model without updates has only the curves.
+        metric: Name of the main metric, such as "accuracy".
     """
     lines = list(read_metrics(folder))
     largest = _largest_update(model)

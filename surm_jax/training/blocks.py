@@ -1,8 +1,8 @@
-"""How a program that trains or evaluates runs the blocks of a model: equal ones in a scan, over weights that are split.
+"""How a step runs the blocks of a model: equal blocks in a scan, and split weights gathered block by block.
 
-A loop over the blocks is a program that grows with their number. `jax.lax.scan` compiles one block, and runs it on each
-slice of arrays `[depth, ...]` that hold the numbers of all. Over a mesh that splits the base every block puts its own
-weights together, in the forward pass and once more in the backward pass, so that no device keeps more than one whole.
+A loop over the blocks makes a program that grows with their number. `jax.lax.scan` compiles one block, and runs it on
+each slice of arrays `[depth, ...]` that hold the weights of all. On a mesh that splits the base, every block gathers
+its own weights, in the forward pass and again in the backward pass: no device holds more than one whole block.
 """
 
 import itertools
@@ -19,19 +19,19 @@ from surm_jax.peft.parts.dropout import keys_drawn, set_keys_drawn
 
 
 class Stack(nnx.Module):
-    """Equal blocks as one: `stacked` is a block whose arrays have a first axis of `depth`, one slice for each."""
+    """Several equal blocks as one: the arrays of `stacked` have a first axis of length `depth`, one slice per block."""
 
     def __init__(self, stacked: nnx.Module, depth: int) -> None:
         self.stacked, self.depth = stacked, depth
 
 
 class StepBlocks(Blocks):
-    """The blocks of a model as a step runs them; several equal ones may be a `Stack`."""
+    """The blocks of a model as a step runs them. Several equal ones may be a `Stack`."""
 
     def run(
         self, x: jax.Array, *arguments: jax.Array | None, keys: jax.Array | None, remat: str, every: bool
     ) -> tuple[jax.Array, ...]:
-        """As `Blocks.run`. Numbers are the same to rounding: dropout draws the keys that it draws there."""
+        """Run the blocks as `Blocks.run` does, with the same keys for dropout. Results are the same up to rounding."""
         states: list[jax.Array] = [x]
         first = 0
         for part in self:
@@ -54,9 +54,10 @@ def _scan(
     remat: str,
     every: bool,
 ) -> list[jax.Array]:
-    """Returns the state after every block of a stack, or after the last."""
+    """Return the state after every block of a stack, or only after the last."""
     graphdef, arrays = nnx.split(stacked)
-    # Even where nothing is computed again: what the backward pass reads of the weights would else be kept, all of it.
+    # Also if nothing is to be computed again: otherwise the gathered weights of all blocks would be kept for the
+    # backward pass.
     policy = REMAT[remat] or all_but_gathered
     layer = jax.checkpoint(_layer(graphdef, arguments), prevent_cse=False, policy=policy)
 
@@ -75,7 +76,7 @@ def _scan(
 def _call(
     block: nnx.Module, x: jax.Array, arguments: tuple[jax.Array | None, ...], key: jax.Array | None, remat: str
 ) -> jax.Array:
-    """Returns the state after one block."""
+    """Return the state after one block."""
     if not _is_split() and REMAT[remat] is None:
         return block(x, *arguments, key)
     graphdef, arrays = nnx.split(block)
@@ -86,7 +87,7 @@ def _call(
 
 
 def _layer(graphdef: nnx.GraphDef, arguments: tuple[jax.Array | None, ...]) -> Callable:
-    """Returns `(x, number of keys drawn, the block's arrays, its key) -> (its output, number of keys drawn)`."""
+    """Return `(x, number of keys drawn, the block's arrays, its key) -> (its output, number of keys drawn)`."""
 
     def layer(x: jax.Array, drawn: jax.Array | None, arrays: nnx.State, key: jax.Array | None) -> tuple:
         if _is_split():
@@ -98,17 +99,19 @@ def _layer(graphdef: nnx.GraphDef, arguments: tuple[jax.Array | None, ...]) -> C
 
 
 def _is_split() -> bool:
-    """Whether the mesh that `jax.set_mesh` set splits the base."""
+    """Return whether the mesh that `jax.set_mesh` set splits the base."""
     return jax.sharding.get_abstract_mesh().shape.get(FSDP_AXIS, 1) > 1
 
 
 def runs_of(blocks: Blocks, kind_of: Callable[[tuple], Hashable]) -> list[int]:
-    """Returns how many neighbours are equal: the lengths of all runs, in order.
+    """Return the lengths of all runs of equal neighbouring blocks, in order.
+
+    Blocks are equal if their structure is, the shapes and dtypes of their variables are, and `kind_of` is.
 
     Args:
-        blocks: of a model.
-        kind_of: of a variable by block and path in it, `(3, "attention", "query", "kernel")`: what must be equal
-            besides the blocks' structure, and shapes and dtypes of their variables.
+        blocks: The blocks of a model.
+        kind_of: A variable's block and path in it, `(3, "attention", "query", "kernel")`, to a value that equal blocks
+            have in common.
     """
 
     def signature(index: int) -> Hashable:
@@ -120,10 +123,10 @@ def runs_of(blocks: Blocks, kind_of: Callable[[tuple], Hashable]) -> list[int]:
 
 
 def as_parts(blocks: Blocks, runs: Sequence[int]) -> StepBlocks:
-    """Returns the blocks as a step runs them, with a stack for every run of several.
+    """Return the blocks as a step runs them, with a stack for every run of several blocks.
 
-    It takes the arrays of these over: one by one they are deleted when they are in the stack, so that the blocks are
-    never twice in memory.
+    The arrays of stacked blocks are deleted one by one when they are in the stack, so that the blocks are never twice
+    in memory.
     """
     ends = itertools.accumulate(runs)
     members = [blocks[end - depth : end] for end, depth in zip(ends, runs, strict=True)]
@@ -131,7 +134,7 @@ def as_parts(blocks: Blocks, runs: Sequence[int]) -> StepBlocks:
 
 
 def as_blocks(parts: StepBlocks) -> Blocks:
-    """Returns the blocks one by one; those of stacks are copies on the host, and take no memory of the devices."""
+    """Return the blocks one by one. Those of stacks are copies on the host, and take no memory of the devices."""
     return Blocks(block for part in parts for block in (_unstacked(part) if isinstance(part, Stack) else [part]))
 
 

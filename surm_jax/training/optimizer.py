@@ -1,4 +1,4 @@
-"""The optimiser over the trained arrays: AdamW by groups of paths, with one schedule and one clipping for all."""
+"""The optimiser of the trained arrays: AdamW for each group of paths, with one schedule and one clipping for all."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,14 +14,14 @@ from surm_jax.training.config import GroupsConfig, OptimConfig
 
 
 def schedule(config: OptimConfig) -> optax.Schedule:
-    """Returns the factor on every peak learning rate by step: linear warm-up from 0 to 1, then decay to 0.
+    """Return the factor on every peak learning rate by step: linear warm-up from 0 to 1, then decay to 0.
 
     >>> import dataclasses
     >>> rate = schedule(dataclasses.replace(OptimConfig(), steps=10, warmup_ratio=0.2, decay="linear"))
     >>> [round(float(rate(step)), 2) for step in (0, 1, 2, 6, 10)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
-    # Rounded, it may be all of the steps; the last is left for the peak.
+    # Rounding may make all steps warm-up; the last step is kept for the peak.
     warmup_steps = min(round(config.warmup_ratio * config.steps), config.steps - 1)
     steps = config.steps - warmup_steps
     after = {
@@ -35,13 +35,13 @@ def schedule(config: OptimConfig) -> optax.Schedule:
 
 
 def groups_of(paths: Iterable[str], groups: GroupsConfig) -> dict[str, str]:
-    """Returns the name of each path's group: the first whose pattern matches it as a whole.
+    """Return the group of each path: the first whose pattern matches the whole path.
 
     >>> groups_of(["blocks/0/attention/query/delta/r1", "head/bias", "norm/scale"], GroupsConfig())
     {'blocks/0/attention/query/delta/r1': 'adapter', 'head/bias': 'head', 'norm/scale': 'norm'}
 
     Raises:
-        UserError: if no pattern matches a path.
+        UserError: No pattern matches a path.
     """
     patterns = {name: compile_pattern(group.pattern) for name, group in vars(groups).items()}
     labels: dict[str, str] = {}
@@ -56,13 +56,13 @@ def groups_of(paths: Iterable[str], groups: GroupsConfig) -> dict[str, str]:
 
 
 def learning_rates(config: OptimConfig, method: str, paths: Iterable[str]) -> dict[str, float]:
-    """Returns the peak learning rate of every group that takes one of these paths.
+    """Return the peak learning rate of every group that has one of these paths.
 
     >>> learning_rates(OptimConfig(learning_rate={"lora": 0.02}), "lora", ["head/bias"])
     {'head': 0.02}
 
     Raises:
-        UserError: if a group with a learning rate of its own takes none of them, or no pattern matches a path.
+        UserError: A group with its own learning rate has none of the paths, or no pattern matches a path.
     """
     groups = groups_of(paths, config.groups)
     taken = set(groups.values())
@@ -81,18 +81,18 @@ def learning_rates(config: OptimConfig, method: str, paths: Iterable[str]) -> di
 
 
 class Rates:
-    """The learning rate of every group, step by step: its peak times the factor of the schedule.
+    """The learning rate of every group at every step: its peak times the factor of the schedule.
 
-    They reach the compiled step as arguments: the same program serves every rate and schedule.
+    Rates are arguments of the compiled step, so that one program serves every rate and schedule.
 
     >>> rates = Rates(OptimConfig(steps=4, decay="linear", learning_rate={"lora": 0.02}), "lora", ["head/bias"])
     >>> [f"{rates.before(step)['head']:.3f}" for step in (1, 2, 3, 4)]
     ['0.020', '0.015', '0.010', '0.005']
 
     Args:
-        config: schedule, and peaks by method or group.
-        method: whose learning rate holds for the groups without one of their own.
-        paths: of the trained parameters; groups that take none of them have no rate.
+        config: The schedule, and the peaks by method or group.
+        method: The method whose learning rate is used by groups without their own.
+        paths: Paths of the trained parameters. Groups without any of them have no rate.
     """
 
     def __init__(self, config: OptimConfig, method: str, paths: Iterable[str]):
@@ -100,16 +100,16 @@ class Rates:
         self._factors = np.asarray(jax.vmap(schedule(config))(jnp.arange(config.steps, dtype=jnp.float32)), np.float32)
 
     def before(self, step: int) -> dict[str, np.float32]:
-        """Returns the rates of the update that leads to a step, counted from 1."""
+        """Return the rates of the update that leads to a step, counted from 1."""
         return {group: np.float32(peak) * self._factors[step - 1] for group, peak in self._peaks.items()}
 
 
 def make_optimizer(config: OptimConfig, paths: Iterable[str]) -> optax.GradientTransformationExtraArgs:
-    """Builds the optimiser for the trained arrays with these paths; its `update` takes `rates` of `Rates.before`.
+    """Build the optimiser of the trained arrays. Its `update` has the extra argument `rates`, from `Rates.before`.
 
     Args:
-        config: groups and clipping.
-        paths: the keys of the dictionary of arrays that it will update.
+        config: Groups and clipping.
+        paths: Keys of the dictionary of arrays that it will update.
     """
     groups = groups_of(paths, config.groups)
 
@@ -122,7 +122,7 @@ def make_optimizer(config: OptimConfig, paths: Iterable[str]) -> optax.GradientT
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
     def update(gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **rates: Any):
-        # optax raises a Python float to an integer step, which strict promotion refuses.
+        # optax raises a Python float to the power of an integer step, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             return optimizer.update(gradients, state, params, **rates)
 
