@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import jax
 from flax import nnx
@@ -12,7 +13,7 @@ from surm_jax.devices.mesh import base_sharding, make_mesh
 from surm_jax.errors import UserError
 from surm_jax.models import HEAD, Model
 from surm_jax.paths import join
-from surm_jax.peft import Adapter, Description, Rule, Selection, adapt, describe, make_method
+from surm_jax.peft import Adapter, Description, PartMethod, Rule, Selection, adapt, describe, make_method
 from surm_jax.pretrained import load
 from surm_jax.tasks.base import Task, make_model, task_for
 from surm_jax.training.config import PeftConfig, RunConfig, with_steps
@@ -142,18 +143,19 @@ def rules_of(peft: PeftConfig, new_head: Sequence[str]) -> tuple[list[Rule], tup
     """
     trained = [part for pattern in peft.train for part in (pattern, *(new_head if (pattern,) == HEAD else ()))]
     train = tuple(dict.fromkeys(trained))
-    rules = [
-        Rule(r.target, make_method(r.method, dict(r.settings)) if r.method else None, r.parts, r.which)
-        for r in peft.rules
-    ]
-    method = peft.methods[peft.method]
-    if isinstance(method, Selection):
+    rules = []
+    for r in peft.rules:
+        # A selection, which is no method of a rule, is refused by Rule.
+        method = cast(PartMethod, make_method(r.method, dict(r.settings))) if r.method else None
+        rules.append(Rule(r.target, method, r.parts, r.which))
+    chosen = peft.methods[peft.method]
+    if isinstance(chosen, Selection):
         if peft.target not in ("", "none"):
             raise UserError(
                 f"config.peft.target={peft.target}, but {peft.method} trains parameters of the model by patterns of its"
                 " own: leave target empty"
             )
-        return rules, (*train, *method.patterns)
+        return rules, (*train, *chosen.patterns)
     if peft.target != "none":
-        rules.append(Rule(peft.target or method.target, method))
+        rules.append(Rule(peft.target or chosen.target, cast(PartMethod, chosen)))
     return rules, train

@@ -331,9 +331,9 @@ def test_models_and_data_of_two_kinds(files, tmp_path):
     message = refusal(tiny_text.make_config(files, **{"model.checkpoint": str(tmp_path / "vit")}))
     assert "holds a ViT, which reads images, but config.data.name asks for a model of text" in message
     message = refusal(tiny_text.make_config(files, **{"data.name": "digits"}))
-    assert "holds a Bert, but config.data.name asks for a model of images (ViT)" in message
+    assert "holds a Bert, which reads text, but config.data.name asks for a model of images" in message
     message = refusal(tiny_text.make_config(files, **{"model.variant": "B/16", "model.checkpoint": "none"}))
-    assert "B/16" in message and "BERT" in message
+    assert "no model of text 'B/16'; there are" in message and "'base'" in message
 
 
 @pytest.mark.exhaustive
