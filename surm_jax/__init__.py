@@ -2,7 +2,7 @@
 
 rules = [surm_jax.Rule(r".*/(query|key|value)", surm_jax.CirculantUpdate())]
 model, adapter = surm_jax.adapt(model, rules, train=["head/.*"], rngs=nnx.Rngs(0))
-graphdef, trainable, frozen = nnx.split(model, adapter.trainable, ...)   # train `trainable` alone
+graphdef, trainable, frozen = nnx.split(model, adapter.trainable, ...)   # train only `trainable`
 surm_jax.save_adapter("my_adapter", nnx.merge(graphdef, trainable, frozen), adapter)
 """
 

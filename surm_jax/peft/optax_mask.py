@@ -1,4 +1,4 @@
-"""For users who keep the whole parameter tree under one optax chain: which leaves of it are trained.
+"""Training some leaves of a parameter tree, for users who keep the whole tree under one optax chain.
 
 The tree may be Linen's, Haiku's or `nnx.to_pure_dict`'s: any nest of dictionaries, lists and dataclasses.
 """
@@ -14,17 +14,17 @@ from surm_jax.paths import require_match
 
 
 def path_mask(tree: Any, patterns: Sequence[str]) -> Any:
-    """Returns a tree of booleans: whether a leaf's `/`-joined path matches one of the patterns as a whole.
+    """Return a tree of booleans: whether a leaf's `/`-joined path matches one of the patterns as a whole.
 
     >>> path_mask({"body": {"kernel": 0.0, "bias": 0.0}, "head": {"bias": 0.0}}, [".*/bias"])
     {'body': {'bias': True, 'kernel': False}, 'head': {'bias': True}}
 
     Args:
-        tree: any pytree.
-        patterns: regular expressions (`re.fullmatch`).
+        tree: Any pytree.
+        patterns: Regular expressions (`re.fullmatch`).
 
     Raises:
-        UserError: if a pattern matches no leaf; the message lists the nearest paths.
+        UserError: If a pattern matches no leaf; the message lists the nearest paths.
     """
     if isinstance(patterns, str):
         raise UserError(f"patterns must be a list, got one string: write [{patterns!r}]")
@@ -34,19 +34,19 @@ def path_mask(tree: Any, patterns: Sequence[str]) -> Any:
 
 
 def train_only(transformation: optax.GradientTransformation, patterns: Sequence[str]) -> optax.GradientTransformation:
-    """Applies an optax transformation to some leaves of a tree and freezes all others.
+    """Apply an optax transformation to some leaves of a tree, and freeze all others.
 
-    Frozen leaves get updates that are exactly zero, whatever their gradient, and have no state. (`optax.masked` alone
+    Frozen leaves get updates that are exactly zero, whatever their gradient, and have no state. (`optax.masked`
     would pass their raw gradients on.)
 
         optimizer = surm_jax.train_only(optax.adamw(1e-3), [r".*/delta/.*", "head/.*"])
 
     Args:
-        transformation: sees the trained leaves alone.
-        patterns: of the paths of the trained leaves, as in `path_mask`.
+        transformation: The transformation, which sees only the trained leaves.
+        patterns: Patterns for the paths of the trained leaves, as in `path_mask`.
 
     Raises:
-        UserError: if there is no pattern; at `init`, if one matches no leaf.
+        UserError: If there is no pattern; at `init`, if one matches no leaf.
     """
     if not patterns:
         raise UserError("train_only needs at least one pattern: without any nothing would be trained")

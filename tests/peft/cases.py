@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.linalg
 from flax import nnx
 
@@ -283,6 +284,25 @@ THOROUGH = {
 EVERY = [(model, method) for method in ADDED for model in THOROUGH.get(method, ("mlp",))]
 EVERY_UPDATE = [(model, method) for model, method in EVERY if method in UPDATES]
 EVERY_BRANCH = [(model, method) for model, method in EVERY if method in BRANCHES]
+
+# One method of each kind, which the fast run shows on the smallest models; DoRA also in half precision.
+QUICK = frozenset({"circulant", "lora", "dora", "circulant_adapter", "bottleneck", "bitfit"})
+SMALL = frozenset({"mlp", "vit"})
+
+
+def by_speed(cases, methods=QUICK):
+    """Parameters of a test, methods or (model, method): all but the quick ones are marked as exhaustive."""
+
+    def is_quick(case):
+        model, method = ("mlp", case) if isinstance(case, str) else case
+        return method in methods and (model in SMALL or case == ("bfloat16_kernels", "dora"))
+
+    return [
+        pytest.param(
+            *([case] if isinstance(case, str) else case), marks=() if is_quick(case) else pytest.mark.exhaustive
+        )
+        for case in cases
+    ]
 
 
 @functools.cache

@@ -5,7 +5,6 @@ from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.peft import Adapter, BitFit, CirculantBranch, CirculantUpdate, LoRA, Rule
-from surm_jax.peft.parts.base import adapter_of
 from tests.peft.cases import ADDED
 from tests.peft.models import base, parameters, trainable_paths
 
@@ -63,20 +62,6 @@ def test_names_that_cannot_be_a_part_of_a_path(name):
 def test_names_that_would_hide_a_method(name):
     with pytest.raises(UserError, match=f"an adapter cannot be called '{name}', as a method of nnx.Dict"):
         Adapter((), name=name)
-
-
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [
-        ("head/kernel", None),
-        ("delta/default/r1", "default"),
-        ("blocks/0/mlp/branch/second/down/W", "second"),
-        ("blocks/0/query/delta/default/terms_0_matrix_r1", "default"),
-        ("branch/query/delta/default/r1", "default"),
-    ],
-)
-def test_the_adapter_of_a_path(path, name):
-    assert adapter_of(tuple(path.split("/"))) == name
 
 
 @pytest.mark.parametrize(

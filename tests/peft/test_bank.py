@@ -81,7 +81,13 @@ METHODS = {
 IDS = (2, 0, 0, 1)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        name if name in ("circulant", "dora", "waisted") else pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in METHODS
+    ],
+)
 def test_each_example_gets_its_adapter_and_its_head(tmp_path, method):
     folders = saved(tmp_path, net(), [METHODS[method]] * 3, train=("head/.*",))
     bank = load_bank(folders, net())

@@ -67,16 +67,29 @@ UPDATES = {
 }
 
 
-@pytest.mark.parametrize("model", ["vit", "bert"])
-@pytest.mark.parametrize("case", UPDATES, ids=str)
+@pytest.mark.parametrize("model", ["vit", pytest.param("bert", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "case",
+    [case if case == ("circulant", ()) else pytest.param(case, marks=pytest.mark.exhaustive) for case in UPDATES],
+    ids=str,
+)
 def test_updates_of_square_kernels(model, case):
     name, settings = case
     assert trained(model, name, "qkv", **dict(settings)) == 3 * LAYERS * UPDATES[case]
     assert trained(model, name, "qv", **dict(settings)) == 2 * LAYERS * UPDATES[case]
 
 
-@pytest.mark.parametrize("model", ["vit", "bert"])
-@pytest.mark.parametrize("name", ["circulant", "toeplitz", "kronecker", "lora", "low_displacement"])
+@pytest.mark.parametrize("model", ["vit", pytest.param("bert", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "circulant",
+        *(
+            pytest.param(name, marks=pytest.mark.exhaustive)
+            for name in ("toeplitz", "kronecker", "lora", "low_displacement")
+        ),
+    ],
+)
 def test_the_papers_numbers(model, name):
     assert trained(model, name, "qkv") == 55_296
     assert trained(model, name, "qv") == 36_864
@@ -86,10 +99,16 @@ def test_the_stored_circulants_are_half_as_many():
     assert trained("vit", "c3a") == 27_648
 
 
-@pytest.mark.parametrize("model", ["vit", "bert"])
+@pytest.mark.parametrize("model", ["vit", pytest.param("bert", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
     "name",
-    ["circulant_adapter", "toeplitz_adapter", "kronecker_adapter", "low_displacement_adapter", "structured_adapter"],
+    [
+        "circulant_adapter",
+        *(
+            pytest.param(f"{name}_adapter", marks=pytest.mark.exhaustive)
+            for name in ("toeplitz", "kronecker", "low_displacement", "structured")
+        ),
+    ],
 )
 def test_structured_adapters(model, name):
     assert trained(model, name) == 55_296
@@ -97,7 +116,7 @@ def test_structured_adapters(model, name):
     assert trained(model, name, "pfeiffer") == 55_296 // 2
 
 
-@pytest.mark.parametrize("model", ["vit", "bert"])
+@pytest.mark.parametrize("model", ["vit", pytest.param("bert", marks=pytest.mark.exhaustive)])
 def test_bottleneck_adapters(model):
     assert trained(model, "bottleneck", "houlsby") == 2_379_264
     assert trained(model, "bottleneck", "pfeiffer") == 1_189_632

@@ -27,12 +27,12 @@ class C3AFormat(Format):
     description = "blocks of circulants, or one square circulant"
 
     def holds(self, matrix: StructuredMatrix) -> bool:
-        """Says whether it is a grid of circulants, or a square one."""
+        """Say whether it is a grid of circulants, or a square one."""
         is_square = isinstance(matrix, Circulant | CirculantPair) and matrix.shape[0] == matrix.shape[1]
         return isinstance(matrix, BlockCirculant) or is_square
 
     def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:
-        """Returns the size of the blocks, and the kernels."""
+        """Return the size of the blocks, and the kernels."""
         kernels = {}
         for module, update in updates.items():
             c = np.asarray(update.matrix.compact().c, np.float64)
@@ -43,7 +43,7 @@ class C3AFormat(Format):
         return {**by_module("block_size", "block_size_pattern", blocks), "bias": "none"}, kernels
 
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
-        """Returns `C3A` with alpha = 1."""
+        """Return `C3A` with alpha = 1."""
         block = int(settings.of_module("block_size", 256, "block_size_pattern", module, whole=True))
         if shape[0] % block or shape[1] % block:
             raise UserError(
@@ -53,7 +53,7 @@ class C3AFormat(Format):
         return C3A(block=block), {"c3a_kernel": (shape[1] // block, shape[0] // block, block)}
 
     def read(self, arrays: Arrays) -> BlockCirculant:
-        """Returns the grid of circulants."""
+        """Return the grid of circulants."""
         return BlockCirculant(c=jnp.asarray(_backwards(arrays["c3a_kernel"]).swapaxes(0, 1)))
 
 

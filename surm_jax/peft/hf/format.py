@@ -63,35 +63,35 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def holds(self, matrix: StructuredMatrix) -> bool:
-        """Says whether the format has a place for a matrix."""
+        """Say whether the format has a place for a matrix."""
 
     @abc.abstractmethod
     def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:
-        """Returns the settings for updates that the format holds, and their tensors, both by module."""
+        """Return the settings for updates that the format holds, and their tensors, both by module."""
 
     @abc.abstractmethod
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
-        """Returns what the settings say of a module.
+        """Return what the settings say of a module.
 
         Args:
-            settings: those of the file.
-            module: the name of the module there.
+            settings: Those of the file.
+            module: The name of the module there.
             shape: (in_features, out_features) of the layer.
 
         Returns:
             Our update, and the shapes that the tensors must have.
 
         Raises:
-            UserError: if a setting is not possible.
+            UserError: If a setting is not possible.
         """
 
     @abc.abstractmethod
     def read(self, arrays: Arrays) -> StructuredMatrix:
-        """Returns the matrix of a layer whose tensors have these shapes."""
+        """Return the matrix of a layer whose tensors have these shapes."""
 
 
 def tidy(value: float) -> float:
-    """Returns a number without the rounding in its last digits, as a whole number if it is one.
+    """Return a number without the rounding in its last digits, as a whole number if it is one.
 
     >>> tidy(0.1 * 3), tidy(0.1 * 30)
     (0.3, 3)
@@ -101,7 +101,7 @@ def tidy(value: float) -> float:
 
 
 def by_module(name: str, exceptions: str, values: Mapping[str, float]) -> dict[str, Any]:
-    """Returns the most frequent of the modules' values as one setting, and the other values as its exceptions.
+    """Return the most frequent of the modules' values as one setting, and the other values as its exceptions.
 
     >>> by_module("r", "rank_pattern", {"a": 4, "b": 4, "c": 8})
     {'r': 4, 'rank_pattern': {'c': 8}}

@@ -34,25 +34,25 @@ def load_peft(
     name: str = DEFAULT_NAME,
     execution: str = "auto",
 ) -> tuple[nnx.Module, Adapter]:
-    """Returns a base model with an adapter from a folder of peft, and the adapter's recipe.
+    """Put an adapter from a folder of Hugging Face's peft into a base model.
 
-    `model` itself stays as it is. Read are LoRA (with or without `use_rslora`), C3A and LoKr on linear layers, and
-    `modules_to_save`; modules may have the names of transformers 5.24 or those of checkpoints on the Hub, which are the
-    ones of earlier versions. Such a folder says nothing of the base weights: whether `model` has those that the
-    adapter was trained on cannot be checked.
+    `model` itself stays as it is. LoRA (with or without `use_rslora`), C3A and LoKr on linear layers are read, and
+    `modules_to_save`. Modules may have the names of transformers 5.24, or those of earlier versions, which checkpoints
+    on the Hub use. Such a folder does not identify the base weights: it cannot be checked whether `model` has those
+    that the adapter was trained on.
 
-    The folder may come from anybody. Nothing in it is executed or followed, and no tensor is read before its shape is
-    known to be right.
+    The folder may come from anybody. Nothing in it is executed, no link in it is followed, and a tensor is read only
+    after its shape was checked.
 
     Args:
-        folder: what peft's `save_pretrained` or `save_peft` wrote.
-        model: the base model, with a head of the adapter's shape.
-        names: what transformers calls the modules.
-        name: what the adapter is called in the model, which may have adapters of other names.
-        execution: how the updates are computed, as in `adapt`.
+        folder: A folder that peft's `save_pretrained` or `save_peft` wrote.
+        model: The base model, with a head of the adapter's shape.
+        names: The names of the modules in transformers.
+        name: The adapter's name in the model, which may have adapters of other names.
+        execution: How the updates are computed, as in `adapt`.
 
     Raises:
-        UserError: naming what has no counterpart here, or is missing, superfluous, damaged or of another shape.
+        UserError: If something has no counterpart here, or is missing, left over, damaged or of another shape.
     """
     folder = Path(folder)
     settings = Settings(folder / CONFIG_NAME)
@@ -78,7 +78,7 @@ def load_peft(
 
 
 class _Tensors:
-    """The tensors of a folder by the names of peft's models, of which none may be left over."""
+    """The tensors of a folder, by the names of peft's models; all of them must be used."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / TENSORS_NAME
@@ -90,22 +90,22 @@ class _Tensors:
         self._file = TensorFile(self.path)
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Returns a tensor, which must have this shape.
+        """Return a tensor, which must have this shape.
 
         Raises:
-            UserError: as `TensorFile.take`.
+            UserError: As `TensorFile.take`.
         """
         return self._file.take(ROOT + name, shape)
 
     def has(self, prefix: str) -> bool:
-        """Says whether the name of a tensor that was not taken yet begins with `prefix`."""
+        """Say whether the name of a tensor that was not taken yet begins with `prefix`."""
         return any(name.startswith(ROOT + prefix) for name in self._file.left)
 
     def refuse_rest(self, mark: str, model: nnx.Module, names: ModuleNames) -> None:
-        """Checks that no tensor is left over.
+        """Check that no tensor is left over.
 
         Raises:
-            UserError: saying of the first what it might have been.
+            UserError: If one is; the message says what it might be.
         """
         if not self._file.left:
             return
@@ -130,7 +130,7 @@ def _modules(model: nnx.Module) -> dict[str, nnx.Module]:
 def _read_updates(
     form: Format, settings: Settings, tensors: _Tensors, model: nnx.Module, names: ModuleNames
 ) -> tuple[dict[str, Update], dict[str, StructuredMatrix]]:
-    """Returns the updates of the layers that have tensors, and their matrices, by path."""
+    """Return the updates of the layers that have tensors, and their matrices, by path."""
     layers = {path: layer for path, layer in sorted(_modules(model).items()) if is_linear(layer)}
     called = {path: names.modules(path) for path in layers}
     held = {
@@ -162,7 +162,7 @@ def _read_updates(
 def _read_modules(
     settings: Settings, tensors: _Tensors, model: nnx.Module, names: ModuleNames, adapted: Collection[str]
 ) -> tuple[str, ...]:
-    """Fills the modules that were trained as a whole, and returns the patterns of their parameters."""
+    """Fill the modules that were trained as a whole, and return the patterns of their parameters."""
     modules, read = whole_modules(base_parameters(model), names), []
     for path in sorted(modules.keys() - set(adapted)):
         found = names.modules(path)
@@ -180,7 +180,7 @@ def _read_modules(
 
 
 def _rules(updates: Mapping[str, Update], model: nnx.Module) -> tuple[Rule, ...]:
-    """Returns rules that give these layers, and no others, their updates."""
+    """Return rules that give these layers, and no others, their updates."""
     linear = [path for path, module in _modules(model).items() if is_linear(module)]
     groups: dict[Update, list[str]] = {}
     for path, update in updates.items():
@@ -189,7 +189,7 @@ def _rules(updates: Mapping[str, Update], model: nnx.Module) -> tuple[Rule, ...]
 
 
 def _patterns(paths: Sequence[str], of: Sequence[str]) -> list[str]:
-    """Returns patterns that match these of the paths and no others; those of blocks are one where all of them match."""
+    """Return patterns that match these paths and no others of `of`, one for all blocks where that is possible."""
     patterns = []
     for path in paths:
         literal = re.escape(path)

@@ -32,14 +32,14 @@ class LoKrFormat(Format):
     description = "one Kronecker product"
 
     def holds(self, matrix: StructuredMatrix) -> bool:
-        """Says whether it is one Kronecker product."""
+        """Say whether it is one Kronecker product."""
         return isinstance(matrix, Kronecker | LowRankKronecker) and matrix.terms == 1
 
     def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:
-        """Returns the factorization, rank and alpha, and the factors.
+        """Return the factorization, rank and alpha, and the factors.
 
         Raises:
-            UserError: if the factors have other sizes than peft would give them.
+            UserError: If the factors have other sizes than peft would give them.
         """
         low = {module: update.matrix.rank for module, update in updates.items() if _is_low_rank(update.matrix)}
         # Where w2 is dense, any r that is not too small will do: the same for all layers, if possible.
@@ -57,7 +57,7 @@ class LoKrFormat(Format):
         return settings, {module: _factors(update.matrix) for module, update in updates.items()}
 
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
-        """Returns `LoKr`, which has the same numbers."""
+        """Return `LoKr`, which has the same numbers."""
         rank = int(settings.of_module("r", 8, "rank_pattern", module, whole=True))
         alpha = settings.of_module("alpha", 8, "alpha_pattern", module)
         factor = settings.values.get("decompose_factor", -1)
@@ -77,7 +77,7 @@ class LoKrFormat(Format):
         return update, shapes | {"lokr_w2": (n2, m2)}
 
     def read(self, arrays: Arrays) -> Kronecker | LowRankKronecker:
-        """Returns the Kronecker product."""
+        """Return the Kronecker product."""
         w1 = arrays["lokr_w1"] if "lokr_w1" in arrays else arrays["lokr_w1_a"] @ arrays["lokr_w1_b"]
         A = jnp.asarray(w1.T[None])
         if "lokr_w2" in arrays:
@@ -90,7 +90,7 @@ class LoKrFormat(Format):
 
 
 def _is_low_rank(matrix: Kronecker | LowRankKronecker) -> TypeGuard[LowRankKronecker]:
-    """Says whether peft has the second factor as a product of two."""
+    """Say whether peft has the second factor as a product of two."""
     return isinstance(matrix, LowRankKronecker) and matrix.rank < max(matrix.factor_shapes[1]) / 2
 
 
@@ -104,7 +104,7 @@ def _factors(matrix: Kronecker | LowRankKronecker) -> Arrays:
 
 
 def _decompose_factor(updates: Mapping[str, LayerUpdate]) -> int:
-    """Returns a `decompose_factor` with which peft gives all factors the sizes that they have."""
+    """Return a `decompose_factor` with which peft gives all factors the sizes that they have."""
     wanted = {update.matrix.factor_shapes: update for update in updates.values()}
     largest = max(size for update in updates.values() for size in update.matrix.shape)
     for factor in (-1, *range(1, largest + 1)):
@@ -120,7 +120,7 @@ def _decompose_factor(updates: Mapping[str, LayerUpdate]) -> int:
 
 
 def _sizes(shape: tuple[int, int], factor: int) -> Sizes:
-    """Returns the shapes (m1, n1), (m2, n2) that the factors of an update of this shape have in peft."""
+    """Return the shapes (m1, n1), (m2, n2) that the factors of an update of this shape have in peft."""
     (m1, m2), (n1, n2) = (balanced_factors(size, max(factor, 0)) for size in shape)
     return (m1, n1), (m2, n2)
 

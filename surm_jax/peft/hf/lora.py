@@ -25,11 +25,11 @@ class LoRAFormat(Format):
     description = "low rank"
 
     def holds(self, matrix: StructuredMatrix) -> bool:
-        """Says whether it is of low rank."""
+        """Say whether it is of low rank."""
         return isinstance(matrix, LowRank)
 
     def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:
-        """Returns rank and alpha, and both factors."""
+        """Return rank and alpha, and both factors."""
         alphas = {module: tidy(update.factor * update.matrix.rank) for module, update in updates.items()}
         settings = {
             **by_module("r", "rank_pattern", {module: update.matrix.rank for module, update in updates.items()}),
@@ -43,12 +43,12 @@ class LoRAFormat(Format):
         return settings, arrays
 
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
-        """Returns `LoRA` with the same factor."""
+        """Return `LoRA` with the same factor."""
         rank = int(settings.of_module("r", 8, "rank_pattern", module, whole=True))
         alpha = settings.of_module("lora_alpha", 8, "alpha_pattern", module)
         method = RankStabilizedLoRA if settings.flag("use_rslora") else LoRA
         return method(rank=rank, alpha=alpha), {"lora_A.weight": (rank, shape[0]), "lora_B.weight": (shape[1], rank)}
 
     def read(self, arrays: Arrays) -> LowRank:
-        """Returns the matrix of low rank."""
+        """Return the matrix of low rank."""
         return LowRank(down=jnp.asarray(arrays["lora_A.weight"].T), up=jnp.asarray(arrays["lora_B.weight"].T))

@@ -14,9 +14,9 @@ class Layout(Protocol):
     """One array of a module in both layouts.
 
     Attributes:
-        theirs: the last part of its name there, such as "weight".
-        read: their layout to ours, `(array, shape of our parameter) -> array`.
-        write: our layout to theirs.
+        theirs: The last part of its name there, such as "weight".
+        read: Their layout to ours, `(array, shape of our parameter) -> array`.
+        write: Our layout to theirs.
     """
 
     theirs: str
@@ -28,23 +28,22 @@ class ModuleNames(Protocol):
     """The names that transformers has for one of our models: `surm_jax.pretrained.hf.architecture.Names` is one."""
 
     def modules(self, path: str) -> tuple[str, ...]:
-        """Returns the names of the module at a path, that in memory first; none where it has no name."""
+        """Return the names of the module at a path, the one in memory first; empty if it has no name."""
 
     def tensor(self, path: str) -> tuple[str, Layout]:
-        """Returns the name in a checkpoint of the array at a parameter path, and its layouts."""
+        """Return the name in a checkpoint of the array at a parameter path, and its layouts."""
 
 
 def whole_modules(
     parameters: Mapping[str, nnx.Param], names: ModuleNames
 ) -> dict[str, dict[str, tuple[nnx.Param, Layout]]]:
-    """Returns the modules that peft can train as a whole: their paths, and their parameters by the names there.
+    """Return the modules that peft can train as a whole: their paths, and their parameters by the names there.
 
-    These are the modules with a name whose parameters are all their own: of one with modules inside, its own parameters
-    alone would be a part.
+    These are the modules with a name and without modules inside them.
 
     Args:
-        parameters: those of the model by path.
-        names: what transformers calls them.
+        parameters: The parameters of the model, by path.
+        names: The names of the modules in transformers.
     """
     paths = {path: path.rpartition("/")[0] for path in parameters}
     outer = {module[:end] for module in paths.values() for end, char in enumerate(module) if char == "/"}

@@ -25,26 +25,26 @@ _MERGE = "merge the update into the model instead (surm_jax.merge, or --mode=mer
 def save_peft(
     folder: str | os.PathLike, model: nnx.Module, adapter: Adapter, names: ModuleNames, *, base_model: str = ""
 ) -> None:
-    """Writes the adapter of an adapted model as a folder that `peft.PeftModel.from_pretrained` reads.
+    """Write the adapter of an adapted model as a folder that `peft.PeftModel.from_pretrained` reads.
 
-    Low-rank updates become LoRA, block-circulant and square circulant ones C3A, Kronecker products LoKr. Alpha goes
-    into the settings where there is one, else into the numbers. What is trained besides becomes `modules_to_save`;
-    these are whole modules, so that beside a trained kernel its bias is written, too. An adapter folder that is there
-    is replaced.
+    Low-rank updates become LoRA, block-circulant and square circulant ones C3A, and Kronecker products LoKr. Alpha is
+    written as a setting if the format has one, and otherwise multiplied into the numbers. Other trained parameters
+    become `modules_to_save`. These are whole modules: the bias beside a trained kernel is written too. An existing
+    adapter folder is replaced.
 
     Modules are called what transformers 5.24 calls them in memory, which for BERT is what all versions do. Where an
     earlier version has other names, those of checkpoints on the Hub, they are among the `target_modules`, and its
     tensors are found with `PeftModel.from_pretrained(..., key_mapping={name: earlier name, ...})`.
 
     Args:
-        folder: where to; its parents are made.
-        model: the adapted model, trained or not.
-        adapter: what `adapt` or `load_adapter` returned beside it.
-        names: what transformers calls the modules.
-        base_model: name or path of the base model, noted for those who load it.
+        folder: Where to write. Its parents are made.
+        model: The adapted model, trained or not.
+        adapter: The adapter.
+        names: The names of the modules in transformers.
+        base_model: Name or path of the base model, noted for those who load it.
 
     Raises:
-        UserError: if an update or a trained parameter has no counterpart in peft, or the folder holds something else or
+        UserError: If an update or a trained parameter has no counterpart in peft, or the folder holds something else or
             cannot be written.
     """
     rows = parts_of(model, adapter)
@@ -94,7 +94,7 @@ def _update(row: AttachedPart) -> LayerUpdate:
 
 
 def _peft_type(updates: Mapping[str, LayerUpdate]) -> str:
-    """Returns the one `peft_type` that holds all updates."""
+    """Return the one `peft_type` that holds all updates."""
     first: dict[str, str] = {}
     for update in updates.values():
         held = [peft_type for peft_type, form in FORMATS.items() if form.holds(update.matrix)]
@@ -115,7 +115,7 @@ def _peft_type(updates: Mapping[str, LayerUpdate]) -> str:
 def _saved_modules(
     model: nnx.Module, adapter: Adapter, names: ModuleNames, adapted: Collection[str]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Returns the arrays, there, of the modules in which something is trained besides the updates."""
+    """Return the arrays in peft's layout of the modules that have other trained parameters."""
     parameters = base_parameters(model)
     modules = whole_modules(parameters, names)
     saved: dict[str, dict[str, np.ndarray]] = {}
@@ -123,7 +123,7 @@ def _saved_modules(
         module = path.rpartition("/")[0]
         if module in adapted:
             raise UserError(
-                f"{path} is trained in a layer that has an update besides, and in peft it has one of the two"
+                f"{path} is trained in a layer that has an update too, and in peft a layer has one of the two"
             )
         if module not in modules:
             raise UserError(f"{path} is trained, but peft trains whole modules, and transformers has none that is this")

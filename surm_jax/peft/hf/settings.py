@@ -33,15 +33,15 @@ class Settings:
     """What an `adapter_config.json` says.
 
     Attributes:
-        path: the file, for messages.
-        values: its content.
+        path: The file, for messages.
+        values: Its content.
     """
 
     def __init__(self, path: Path) -> None:
-        """Reads a file.
+        """Read a file.
 
         Raises:
-            UserError: if it cannot be read, or is not an object of JSON, or far too large.
+            UserError: If it cannot be read, or is not an object of JSON, or far too large.
         """
         self.path = path
         if not path.is_file():
@@ -49,10 +49,10 @@ class Settings:
         self.values = read_json(path, _MOST_BYTES)
 
     def refuse_others(self, known: frozenset[str]) -> None:
-        """Checks that no setting besides the known ones changes what the adapter computes.
+        """Check that no unknown setting changes what the adapter computes.
 
         Raises:
-            UserError: naming the first that does.
+            UserError: If one does; the message names the first.
         """
         for name, value in self.values.items():
             if name not in known | _WHERE | _ABOUT_TRAINING and value not in _NEUTRAL:
@@ -67,43 +67,43 @@ class Settings:
             )
 
     def refusal(self, name: str, why: str) -> UserError:
-        """Returns the error that says why the value of a setting is refused."""
+        """Return the error that says why the value of a setting is refused."""
         return UserError(f"{self.path} sets {name} = {_short(self.values.get(name))}, {why}")
 
     def flag(self, name: str) -> bool:
-        """Returns a setting that is true or false, by default false."""
+        """Return a setting that is true or false, by default false."""
         value = self.values.get(name)
         if value is not None and not isinstance(value, bool):
             raise self.refusal(name, "which must be true or false")
         return bool(value)
 
     def whole(self, name: str, default: int) -> int:
-        """Returns a setting that is a whole number."""
+        """Return a setting that is a whole number."""
         value = self.values.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.refusal(name, "which must be a whole number")
         return value
 
     def names(self, name: str) -> list[str]:
-        """Returns a setting that is a list of names; null is an empty one."""
+        """Return a setting that is a list of names; null is an empty one."""
         value = self.values.get(name) or []
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
             raise self.refusal(name, "which must be a list of module names")
         return value
 
     def of_module(self, name: str, default: float, exceptions: str, module: str, *, whole: bool = False) -> float:
-        """Returns the value of a setting for one module.
+        """Return the value of a setting for one module.
 
         Args:
-            name: the setting, such as "r".
-            default: its value if the file does not have it.
-            exceptions: the setting with other values, such as "rank_pattern", by regular expressions: of those that
+            name: The setting, such as "r".
+            default: Its value if the file does not have it.
+            exceptions: The setting with other values, such as "rank_pattern", by regular expressions: of those that
                 match the end of the module's name, as `peft.utils.other.get_pattern_key` has it, the first counts.
-            module: the name of the module there.
-            whole: whether the value must be a whole number of at least 1, and not just a finite one that is not 0.
+            module: The name of the module there.
+            whole: Whether the value must be a whole number of at least 1, and not just a finite one that is not 0.
 
         Raises:
-            UserError: if the value is something else, or an expression cannot be used.
+            UserError: If the value is something else, or an expression cannot be used.
         """
         others = self.values.get(exceptions) or {}
         if not isinstance(others, dict):
@@ -120,7 +120,7 @@ class Settings:
         return value
 
     def targets(self, module: str) -> bool | None:
-        """Says whether `target_modules` names a module; None if that takes more than its name."""
+        """Say whether `target_modules` names a module; None if its name is not enough to tell."""
         value = self.values.get("target_modules")
         if value in (None, "all-linear") or any(
             self.values.get(name) not in (None, []) for name in ("layers_to_transform", "exclude_modules")
@@ -131,7 +131,7 @@ class Settings:
         return any(module == name or module.endswith(f".{name}") for name in self.names("target_modules"))
 
     def saves(self, module: str) -> bool:
-        """Says whether `modules_to_save` names a module, or one around it; like peft by the end of a name."""
+        """Say whether `modules_to_save` names a module or one around it; as in peft, the end of a name counts."""
         parts = module.split(".")
         around = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
         return any(outer.endswith(name) for name in self.names("modules_to_save") for outer in around)

@@ -14,11 +14,11 @@ from surm_jax.structured import Dense
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Waisted(Branch):
-    """Settings of adapters with a waist.
+    """Settings of branches with a waist.
 
     Attributes:
-        waist: features between the two matrices.
-        scale: standard deviation of the first matrix at the start; the second starts at zero.
+        waist: Features between the two matrices.
+        scale: Standard deviation of the first matrix at the start; the second starts at zero.
     """
 
     waisted: ClassVar[bool] = True
@@ -26,7 +26,7 @@ class _Waisted(Branch):
     scale: float = 0.02
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[Dense, Dense]:
-        """Returns the random matrix into the waist and the zero one out of it."""
+        """Return the random matrix into the waist and the zero one out of it."""
         down = self.scale * jax.random.normal(key, (width, self.waist))
         return Dense(down), Dense.init(key, (self.waist, width), scale=0.0)
 
@@ -35,7 +35,7 @@ class _Waisted(Branch):
 class BottleneckBranch(_Waisted):
     """`X + gelu(X D + d) U + b` after attention and MLP (Houlsby, arXiv 1902.00751).
 
-    With `--config.peft.target=pfeiffer`, after the MLP alone (arXiv 2005.00247).
+    With `--config.peft.target=pfeiffer`, only after the MLP (arXiv 2005.00247).
     """
 
     name: ClassVar[str] = "bottleneck"
@@ -43,20 +43,20 @@ class BottleneckBranch(_Waisted):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterDrop(_Waisted):
-    """Branch adapters that the first blocks do without (AdapterDrop, arXiv 2010.11918, "specialised").
+    """Bottleneck branches in all blocks but the first ones (AdapterDrop, arXiv 2010.11918, "specialised").
 
     Attributes:
-        skip: how many of the first blocks have no adapter. The block of a module is the first number in its path.
+        skip: How many of the first blocks have no adapter. The block of a module is the first number in its path.
     """
 
     name: ClassVar[str] = "adapter_drop"
     skip: int = at_least(5, 0)
 
     def choose(self, paths: list[str]) -> list[str]:
-        """Returns the modules in blocks from `skip` on, and those in no block.
+        """Return the modules in blocks from `skip` on, and those in no block.
 
         Raises:
-            UserError: if there is none.
+            UserError: If there is none.
         """
         blocks = {path: _block(path) for path in paths}
         chosen = [path for path, block in blocks.items() if block is None or block >= self.skip]

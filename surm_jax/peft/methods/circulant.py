@@ -1,4 +1,4 @@
-"""Circulant matrices: the update and the adapter of SURM, and the block-circulant update of C3A."""
+"""Methods with circulant matrices: the update and the branch of SURM, and the block-circulant update of C3A."""
 
 import dataclasses
 from typing import ClassVar
@@ -15,8 +15,8 @@ from surm_jax.structured import BlockCirculant, CirculantPair
 class CirculantUpdate(Update):
     """The circulant of `r1 * r2`: 2n numbers trained, n stored; r1 starts at 0, r2 at `scale * N(0, 1)`.
 
-    SURM, arXiv 2406.17740, section 4.1. The learning rate is that of r1 and r2 as they are (no division by n), and the
-    first step of r1 grows with `scale`, that of the update with its square.
+    SURM, arXiv 2406.17740, section 4.1. The learning rate applies to r1 and r2 themselves (there is no division by n).
+    The first step of r1 grows with `scale`, and the first step of the update with its square.
 
     >>> matrix = CirculantUpdate(scale=0.02).init(jax.random.key(0), (768, 768))
     >>> matrix.num_params, matrix.compact().num_params
@@ -27,7 +27,7 @@ class CirculantUpdate(Update):
     scale: float = 1.0
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> CirculantPair:
-        """Returns the zero circulant of the given shape."""
+        """Return a zero circulant of the given shape whose factors can learn."""
         return CirculantPair.init(key, shape, scale=self.scale)
 
 
@@ -42,7 +42,7 @@ class CirculantBranch(Branch):
     scale: float = 0.02
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[CirculantPair]:
-        """Returns the zero circulant."""
+        """Return a zero circulant whose factors can learn."""
         return (CirculantPair.init(key, (width, width), scale=self.scale),)
 
 
@@ -57,7 +57,7 @@ class C3A(Update):
     4608
 
     Attributes:
-        block: side of a block, which must divide both sizes; 0: the largest that does.
+        block: Side of a block, which must divide both sizes; 0 means the largest that does.
     """
 
     name: ClassVar[str] = "c3a"
@@ -65,9 +65,9 @@ class C3A(Update):
     block: int = at_least(0, 0)
 
     def unit(self, shape: tuple[int, int]) -> float:
-        """Returns `1 / in_features`."""
+        """Return `1 / in_features`."""
         return 1 / shape[0]
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> BlockCirculant:
-        """Returns the zero matrix of the given shape."""
+        """Return a zero matrix of the given shape that can learn."""
         return BlockCirculant.init(key, shape, scale=1.0, block=self.block or None)

@@ -16,7 +16,7 @@ from surm_jax.structured import Kronecker, LowRankKronecker
 
 
 def balanced_factors(size: int, divisor: int = 0) -> tuple[int, int]:
-    """Returns two factors of a size as peft chooses them for LoKr; its `decompose_factor=-1` is our 0.
+    """Return two factors of a size as peft chooses them for LoKr; its `decompose_factor=-1` is our 0.
 
     >>> balanced_factors(768), balanced_factors(768, 8), balanced_factors(768, 10)
     ((24, 32), (8, 96), (8, 96))
@@ -32,15 +32,15 @@ def balanced_factors(size: int, divisor: int = 0) -> tuple[int, int]:
 class LoKr(Update):
     """`alpha / rank * A (x) B`, as peft's LoKr (arXiv 2309.14859): A starts at 0, B Kaiming-uniform.
 
-    Both sizes are factored by `balanced_factors`; A has the first factors of both, B the second. Where the rank is less
+    Both sizes are factored by `balanced_factors`; A has the first factors of both, B the second. If the rank is less
     than half of B's longer side, B is a product `down up` of that rank.
 
     >>> LoKr(rank=8).init(jax.random.key(0), (768, 768)).num_params
     1088
 
     Attributes:
-        rank: of B; it also divides alpha.
-        divisor: first factor of both sizes; 0: as near to their square roots as they allow.
+        rank: Rank of B; it also divides alpha.
+        divisor: First factor of both sizes; 0 means the one nearest to their square roots.
     """
 
     name: ClassVar[str] = "lokr"
@@ -48,12 +48,12 @@ class LoKr(Update):
     divisor: int = at_least(0, 0)
 
     def unit(self, shape: tuple[int, int]) -> float:
-        """Returns `1 / rank`."""
+        """Return `1 / rank`."""
         del shape
         return 1 / self.rank
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> Kronecker | LowRankKronecker:
-        """Returns the zero matrix of the given shape as a product."""
+        """Return a zero matrix of the given shape whose factors can learn."""
         (m1, m2), (n1, n2) = (balanced_factors(size, self.divisor) for size in shape)
         A = jnp.zeros((1, m1, n1), jnp.float32)
         if self.rank >= max(m2, n2) / 2 or self.rank > min(m2, n2):
@@ -68,15 +68,15 @@ class KAdaptation(Update):
     """`sum_k A_k (x) (down_k up_k)` with small square A_k (arXiv 2203.16329).
 
     A and down start at random, up at 0. The code that was released with the paper starts both down and up at 0, where
-    neither ever gets a gradient. There the A_k are shared by all layers; here each layer has its own.
+    neither ever gets a gradient. In the paper the A_k are shared by all layers; here each layer has its own.
 
     >>> KAdaptation().init(jax.random.key(0), (768, 768)).num_params
     1600
 
     Attributes:
-        terms: number of products, and side of the A_k; must divide both sizes.
-        rank: of the second factors.
-        scale: standard deviation of A and down.
+        terms: Number of products, and side of the A_k; must divide both sizes.
+        rank: Rank of the second factors.
+        scale: Standard deviation of A and down.
     """
 
     name: ClassVar[str] = "kadaptation"
@@ -86,22 +86,22 @@ class KAdaptation(Update):
     scale: float = 0.1
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> LowRankKronecker:
-        """Returns the zero matrix of the given shape as a product."""
+        """Return a zero matrix of the given shape whose factors can learn."""
         matrix = _hypercomplex(key, shape, self.terms, self.rank, self.scale, self.scale)
         return matrix.with_arrays(up=jnp.zeros_like(matrix.up))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compacter(Branch):
-    """A bottleneck adapter whose two matrices are `sum_k A_k (x) (down_k up_k)` (arXiv 2106.04647).
+    """A bottleneck branch whose two matrices are `sum_k A_k (x) (down_k up_k)` (arXiv 2106.04647).
 
-    There the A_k are shared by all adapters; here each has its own, terms^3 numbers.
+    In the paper the A_k are shared by all adapters; here each adapter has its own, terms^3 numbers.
 
     Attributes:
-        terms: number of products, and side of the A_k; must divide the width and the waist.
-        reduction: width over waist.
-        rank: of the second factors.
-        scale: standard deviation of the entries of the first matrix at the start.
+        terms: Number of products, and side of the A_k; must divide the width and the waist.
+        reduction: Width over waist.
+        rank: Rank of the second factors.
+        scale: Standard deviation of the entries of the first matrix at the start.
     """
 
     name: ClassVar[str] = "compacter"
@@ -112,7 +112,7 @@ class Compacter(Branch):
     scale: float = 0.02
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[LowRankKronecker, LowRankKronecker]:
-        """Returns the random matrix into the waist and the zero one out of it."""
+        """Return the random matrix into the waist and the zero one out of it."""
         if width % self.reduction:
             raise UserError(f"compacter.reduction={self.reduction} does not divide the width {width}")
         waist, (key_down, key_up) = width // self.reduction, jax.random.split(key)
@@ -125,7 +125,7 @@ class Compacter(Branch):
 def _hypercomplex(
     key: jax.Array, shape: tuple[int, int], terms: int, rank: int, scale_A: float, scale_low: float
 ) -> LowRankKronecker:
-    """Returns the sum of `terms` products whose first factors are square of that side, all numbers random."""
+    """Return the sum of `terms` products whose first factors are square of that side, all numbers random."""
     m, n = shape
     if m % terms or n % terms:
         raise UserError(f"terms={terms} must divide both sizes of {m} x {n}")

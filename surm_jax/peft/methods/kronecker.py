@@ -1,4 +1,4 @@
-"""Kronecker products: the update and the adapter of SURM."""
+"""Methods with Kronecker products: the update and the branch of SURM."""
 
 import dataclasses
 from typing import ClassVar
@@ -12,13 +12,13 @@ from surm_jax.structured import Kronecker
 
 
 def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """Uniform numbers of variance `1 / (3 fan_in)`: what PyTorch's linear layers, and the released code, start from."""
+    """Return uniform numbers of variance `1 / (3 fan_in)`, as PyTorch's linear layers and the paper's code do."""
     bound = fan_in**-0.5
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
 def zero_kronecker(key: jax.Array, shape: tuple[int, int], scale: float) -> Kronecker:
-    """Returns `A (x) B` of near-square factors with A = 0 and B = `scale` times Kaiming-uniform numbers."""
+    """Return `A (x) B` of near-square factors with A = 0 and B = `scale` times Kaiming-uniform numbers."""
     matrix = Kronecker.init(key, shape, scale=1.0)
     return matrix.with_arrays(B=scale * kaiming_uniform(key, matrix.B.shape, matrix.B.shape[1]))
 
@@ -37,7 +37,7 @@ class KroneckerUpdate(Update):
     scale: float = 1.0
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> Kronecker:
-        """Returns the zero matrix of the given shape as a product."""
+        """Return a zero matrix of the given shape whose factors can learn."""
         return zero_kronecker(key, shape, self.scale)
 
 
@@ -49,5 +49,5 @@ class KroneckerBranch(Branch):
     scale: float = 1.0
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[Kronecker]:
-        """Returns the zero matrix as a product."""
+        """Return a zero matrix whose factors can learn."""
         return (zero_kronecker(key, (width, width), self.scale),)

@@ -12,21 +12,21 @@ from surm_jax.structured import LowRank
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _LowRankUpdate(Update):
-    """What LoRA and its variants share.
+    """The settings that LoRA and its variants share.
 
     Attributes:
-        rank: of the update; it also divides alpha.
+        rank: Rank of the update; it also divides alpha.
     """
 
     rank: int = 1
 
     def unit(self, shape: tuple[int, int]) -> float:
-        """Returns LoRA's `1 / rank`, which keeps the size of the update as the rank grows."""
+        """Return LoRA's `1 / rank`, which keeps the size of the update as the rank grows."""
         del shape
         return 1 / self.rank
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> LowRank:
-        """Returns the zero matrix of the given shape as a product."""
+        """Return a zero matrix of the given shape whose factors can learn."""
         return LowRank.init(key, shape, rank=self.rank, scale=shape[0] ** -0.5)
 
 
@@ -49,14 +49,14 @@ class RankStabilizedLoRA(_LowRankUpdate):
     rank: int = 8
 
     def unit(self, shape: tuple[int, int]) -> float:
-        """Returns `1 / sqrt(rank)`."""
+        """Return `1 / sqrt(rank)`."""
         del shape
         return self.rank**-0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAFix(_LowRankUpdate):
-    """LoRA with its random factor frozen: the output factor alone is trained, out * rank numbers.
+    """LoRA with its random factor frozen: only the output factor is trained, out * rank numbers.
 
     LoRA-FIX of SURM's tables, and LoRA-FA (arXiv 2308.03303). The frozen factor is saved with the adapter.
     """

@@ -25,7 +25,7 @@ class LowDisplacementUpdate(Update):
     scale: float = 0.02
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> LowDisplacementRank:
-        """Returns the zero matrix of the given shape as a product."""
+        """Return a zero matrix of the given shape whose factors can learn."""
         return LowDisplacementRank.init(key, shape, rank=self.rank, scale=self.scale)
 
 
@@ -38,5 +38,5 @@ class LowDisplacementBranch(Branch):
     scale: float = 0.02
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[LowDisplacementRank]:
-        """Returns the zero matrix as a product."""
+        """Return a zero matrix whose factors can learn."""
         return (LowDisplacementRank.init(key, (width, width), rank=self.rank, scale=self.scale),)

@@ -25,6 +25,6 @@ class MoRA(Update):
     rotate: bool = False
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> Tiled:
-        """Returns the zero matrix of the given shape."""
+        """Return a zero matrix of the given shape that can learn."""
         side = tiled_side(shape, self.rank, rotate=self.rotate)
         return Tiled.init(key, shape, scale=1.0, side=side, rotate=self.rotate)

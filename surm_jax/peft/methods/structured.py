@@ -15,13 +15,13 @@ from surm_jax.structured import FAMILIES, Product, StructuredMatrix, Sum
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _AnyFamily(Method):
-    """Settings that choose a matrix.
+    """The settings that choose a matrix.
 
     Attributes:
-        family: one of `surm_jax.structured.FAMILIES`, or an expression of them.
-        rank: of the families that have one; of tiles, the rank of the LoRA with as many numbers.
-        f: of f-circulants.
-        scale: standard deviation of random factors.
+        family: One of `surm_jax.structured.FAMILIES`, or an expression of them.
+        rank: Rank, for the families that have one. Tiles get as many numbers as LoRA of this rank.
+        f: The factor f of f-circulants.
+        scale: Standard deviation of random factors.
     """
 
     family: str = "CirculantPair"
@@ -40,7 +40,7 @@ class _AnyFamily(Method):
                 )
 
     def zero_matrix(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
-        """Returns the zero matrix of the given shape, which can learn."""
+        """Return a zero matrix of the given shape that can learn."""
         return _zero(self.family, key, shape, {"rank": self.rank, "f": self.f, "scale": self.scale})
 
 
@@ -58,7 +58,7 @@ class StructuredUpdate(_AnyFamily, Update):
     name: ClassVar[str] = "structured"
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
-        """Returns the zero matrix of the given shape."""
+        """Return a zero matrix of the given shape that can learn."""
         return self.zero_matrix(key, shape)
 
 
@@ -69,12 +69,12 @@ class StructuredBranch(_AnyFamily, Branch):
     name: ClassVar[str] = "structured_adapter"
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[StructuredMatrix]:
-        """Returns the zero matrix."""
+        """Return a zero matrix that can learn."""
         return (self.zero_matrix(key, (width, width)),)
 
 
 def _zero(expression: str, key: jax.Array, shape: tuple[int, int], options: dict[str, Any]) -> StructuredMatrix:
-    """Returns the zero matrix that an expression stands for, which can learn."""
+    """Return the zero matrix that an expression stands for, which can learn."""
     terms = []
     for number, term in enumerate(expression.split("+")):
         between = min(shape)
@@ -85,7 +85,7 @@ def _zero(expression: str, key: jax.Array, shape: tuple[int, int], options: dict
             _family(name, factor_key, size, options)
             for name, factor_key, size in zip(names, keys, itertools.pairwise(sizes), strict=True)
         ]
-        # Of factors that are all zero none would ever learn.
+        # If all factors were zero, none of them would ever learn.
         factors[1:] = [_random(f, key, options["scale"]) for f, key in zip(factors[1:], keys[1:], strict=True)]
         terms.append(Product(tuple(factors)) if len(factors) > 1 else factors[0])
     return Sum(tuple(terms)) if len(terms) > 1 else terms[0]
@@ -97,7 +97,7 @@ def _family(name: str, key: jax.Array, shape: tuple[int, int], options: dict[str
 
 
 def _random(matrix: StructuredMatrix, key: jax.Array, scale: float) -> StructuredMatrix:
-    """Returns the matrix with random numbers in the array that it is linear in, `linear_in`."""
+    """Return the matrix with random numbers in the array that it is linear in, `linear_in`."""
     name = matrix.linear_in
     array = matrix.arrays()[name]
     random = scale * jax.random.normal(jax.random.fold_in(key, 1), array.shape, array.dtype)

@@ -24,7 +24,7 @@ class ToeplitzUpdate(Update):
     scale: float = 0.02
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> SymmetricToeplitzPair:
-        """Returns the zero matrix of the given shape as a product."""
+        """Return a zero matrix of the given shape whose factors can learn."""
         return SymmetricToeplitzPair.init(key, shape, scale=self.scale)
 
 
@@ -40,7 +40,7 @@ class AsymmetricToeplitzUpdate(Update):
     scale: float = 0.02
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> ToeplitzPair:
-        """Returns the zero matrix of the given shape as a product."""
+        """Return a zero matrix of the given shape whose factors can learn."""
         return ToeplitzPair.init(key, shape, scale=self.scale)
 
 
@@ -52,5 +52,5 @@ class ToeplitzBranch(Branch):
     scale: float = 0.02
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[SymmetricToeplitzPair]:
-        """Returns the zero matrix as a product."""
+        """Return a zero matrix whose factors can learn."""
         return (SymmetricToeplitzPair.init(key, (width, width), scale=self.scale),)

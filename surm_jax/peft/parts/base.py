@@ -129,7 +129,7 @@ class Part(nnx.Module):
     def for_bank(self, kernel: Float[Array, "in out"] | None) -> "Part":
         """Return the part in the form that a bank stacks, with the same output.
 
-        What depends on the kernel alone can be computed here once. A bank calls parts without dropout.
+        What depends only on the kernel can be computed here once. A bank calls parts without dropout.
 
         Args:
             kernel: The kernel that the part was trained beside; `None` in the output slot.
@@ -172,7 +172,7 @@ class KernelPart(Part):
 
         Args:
             x: Inputs of the layer, as vectors.
-            y: Their product with the kernel alone.
+            y: Their product with the frozen kernel.
             kernel: The frozen kernel as a matrix.
             dot: How the layer multiplies inputs with a matrix.
         """

@@ -116,7 +116,12 @@ OURS = {
 CASES = [(name, method) for name in PEERS for method in OURS if name in ("vit", "bert") or method == "lora"]
 
 
-@pytest.mark.parametrize(("name", "method"), CASES)
+def _by_speed(cases):
+    """Parameters, of which only those of the plain ViT are in the fast run."""
+    return [pytest.param(*case, marks=() if case[0] == "vit" else pytest.mark.exhaustive) for case in cases]
+
+
+@pytest.mark.parametrize(("name", "method"), _by_speed(CASES))
 def test_peft_computes_what_ours_computes(name, method, tmp_path):
     model, names = base(name)
     adapted, adapter = adapt(model, OURS[method], train=HEAD, rngs=nnx.Rngs(0))
@@ -168,7 +173,7 @@ THEIR_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "method", "saved"), THEIR_CASES)
+@pytest.mark.parametrize(("name", "method", "saved"), _by_speed(THEIR_CASES))
 def test_ours_computes_what_peft_computes(name, method, saved, tmp_path):
     config = THEIRS[method]()
     config.modules_to_save = SAVED[saved]

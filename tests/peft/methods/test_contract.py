@@ -31,6 +31,7 @@ from tests.peft.cases import (
     SELECTIONS,
     UPDATES,
     bare,
+    by_speed,
     expected_output,
     fresh,
     trained,
@@ -114,13 +115,13 @@ def test_the_case_has_no_setting_at_its_default(method):
 # The start
 
 
-@pytest.mark.parametrize(("name", "method"), EVERY)
+@pytest.mark.parametrize(("name", "method"), by_speed(EVERY))
 def test_a_fresh_adapter_changes_no_bit_of_the_output(name, method):
     # Operation by operation: what a compiler makes of a whole program may sum in another order, as it may otherwise.
     assert same_bits(fresh(name, method)[0](inputs(name)), base(name)(inputs(name)))
 
 
-@pytest.mark.parametrize(("name", "method"), EVERY)
+@pytest.mark.parametrize(("name", "method"), by_speed(EVERY))
 def test_parts_are_where_the_rule_says_and_start_as_they_must(name, method):
     model, _ = fresh(name, method)
     case, arrays, everything = CASES[method], adapter_arrays(model), parameters(model)
@@ -135,7 +136,7 @@ def test_parts_are_where_the_rule_says_and_start_as_they_must(name, method):
     assert not arrays
 
 
-@pytest.mark.parametrize("method", ADDED)
+@pytest.mark.parametrize("method", by_speed(ADDED))
 def test_layers_start_at_different_random_numbers(method):
     arrays = [array.tobytes() for array in adapter_arrays(fresh("mlp", method)[0]).values() if array.any()]
     assert len(set(arrays)) == len(arrays) >= (0 if method in ("c3a", "mora") else len(CASES[method].places("mlp")))
@@ -144,7 +145,7 @@ def test_layers_start_at_different_random_numbers(method):
 # The output
 
 
-@pytest.mark.parametrize(("name", "method"), EVERY)
+@pytest.mark.parametrize(("name", "method"), by_speed(EVERY, ADDED))
 def test_output_is_that_of_the_oracle(name, method):
     model, _ = trained(name, method)
     x = inputs(name)
@@ -156,7 +157,7 @@ def test_output_is_that_of_the_oracle(name, method):
     assert y.dtype == run(base(name), x).dtype
 
 
-@pytest.mark.parametrize(("name", "method"), EVERY)
+@pytest.mark.parametrize(("name", "method"), by_speed(EVERY))
 def test_a_scale_of_zero_is_the_base_to_the_bit(name, method):
     model = nnx.clone(trained(name, method)[0])
     for _, _, part, _ in iter_parts(model):
@@ -164,7 +165,7 @@ def test_a_scale_of_zero_is_the_base_to_the_bit(name, method):
     assert same_bits(model(inputs(name)), bare(name, model)(inputs(name)))
 
 
-@pytest.mark.parametrize("method", ADDED)
+@pytest.mark.parametrize("method", by_speed(ADDED))
 def test_a_scale_between_is_a_part_of_what_is_added(method):
     model = nnx.clone(trained("mlp", method)[0])
     # One layer alone is linear in its scale.
@@ -181,7 +182,7 @@ def test_a_scale_between_is_a_part_of_what_is_added(method):
 # What is trained
 
 
-@pytest.mark.parametrize(("name", "method"), EVERY)
+@pytest.mark.parametrize(("name", "method"), by_speed(EVERY))
 def test_trainable_are_the_arrays_of_the_adapter_and_the_head(name, method):
     model, adapter = fresh(name, method)
     constant = {p for p in adapter_arrays(model) if p.rpartition("/")[2] in CASES[method].constant}
@@ -191,7 +192,7 @@ def test_trainable_are_the_arrays_of_the_adapter_and_the_head(name, method):
     assert all(type(variables[path]) is AdapterConstant for path in constant)
 
 
-@pytest.mark.parametrize(("name", "method"), SELECTED)
+@pytest.mark.parametrize(("name", "method"), by_speed(SELECTED))
 def test_a_selection_trains_what_it_says(name, method):
     for train in (True, False) if method != "linear_probe" else (True,):
         model, adapter = selected(name, method, train)
@@ -201,7 +202,9 @@ def test_a_selection_trains_what_it_says(name, method):
         assert trainable_paths(model, adapter) == chosen | (head_of(name) if train else set())
 
 
-@pytest.mark.parametrize(("name", "method"), [*((n, m) for n, m in EVERY if n in ("mlp", "deep", *OURS)), *SELECTED])
+@pytest.mark.parametrize(
+    ("name", "method"), by_speed([*((n, m) for n, m in EVERY if n in ("mlp", "deep", *OURS)), *SELECTED])
+)
 def test_what_is_trained_moves_within_two_steps_and_nothing_else(name, method):
     model, adapter = selected(name, method) if method in SELECTIONS else fresh(name, method)
     after, first = two_steps(model, adapter, inputs(name), nnx.Param if method in SELECTIONS else None)
@@ -244,7 +247,7 @@ def test_plain_gradients_lower_the_loss_in_graph_and_in_tree_mode(graph, method)
 # A learned alpha
 
 
-@pytest.mark.parametrize("method", UPDATES)
+@pytest.mark.parametrize("method", by_speed(UPDATES))
 @pytest.mark.parametrize("alpha", [0.0, 0.7])
 def test_a_learned_alpha(method, alpha):
     update = dataclasses.replace(UPDATES[method].method, learn_alpha=True, alpha=alpha)
@@ -270,7 +273,7 @@ def test_a_learned_alpha(method, alpha):
 # Several adapters
 
 
-@pytest.mark.parametrize("method", ADDED)
+@pytest.mark.parametrize("method", by_speed(ADDED))
 def test_adapters_of_different_names_sum_on_the_same_input(method):
     """A second one of the method itself, and LoRA or the paper's adapter as a third."""
     model, adapters = base("mlp"), []
@@ -306,7 +309,7 @@ def dropped(model, x, key):
         return model(x)
 
 
-@pytest.mark.parametrize("method", ADDED)
+@pytest.mark.parametrize("method", by_speed(ADDED))
 def test_dropout(method):
     model, x = trained("mlp", method)[0], inputs("mlp")
     key = jax.random.key(0)
@@ -319,7 +322,7 @@ def test_dropout(method):
     assert same_bits(run(base("mlp"), x, key), run(base("mlp"), x))
 
 
-@pytest.mark.parametrize("method", ADDED)
+@pytest.mark.parametrize("method", by_speed(ADDED))
 def test_what_is_dropped_is_the_input_of_what_is_added_at_the_rate_of_the_method(method):
     layer, x = trained("mlp", method)[0].tail.gate, jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), "float32")
     case, key = CASES[method], jax.random.key(0)

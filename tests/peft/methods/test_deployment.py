@@ -21,6 +21,7 @@ from tests.peft.cases import (
     EVERY_UPDATE,
     OURS,
     UPDATES,
+    by_speed,
     changes,
     fresh,
     trained,
@@ -46,7 +47,7 @@ from tests.peft.models import (
 # Merging
 
 
-@pytest.mark.parametrize(("name", "method"), EVERY_UPDATE)
+@pytest.mark.parametrize(("name", "method"), by_speed(EVERY_UPDATE))
 def test_merging(name, method):
     model, _ = trained(name, method)
     structure, before = nnx.graphdef(model), {**parameters(model), **adapter_arrays(model)}
@@ -80,7 +81,7 @@ def test_merging(name, method):
     assert all(same_bits(array, after[path]) for path, array in parameters(twice).items())
 
 
-@pytest.mark.parametrize("method", UPDATES)
+@pytest.mark.parametrize("method", by_speed(UPDATES))
 def test_merging_a_fresh_adapter_gives_the_base(method):
     merged, deviation = merge(fresh("mlp", method)[0])
     # The lengths of DoRA's columns are rounded once.
@@ -89,7 +90,7 @@ def test_merging_a_fresh_adapter_gives_the_base(method):
         np.testing.assert_allclose(parameters(merged)[path], array, rtol=3e-7 if method == "dora" else 0)
 
 
-@pytest.mark.parametrize("method", BRANCHES)
+@pytest.mark.parametrize("method", by_speed(BRANCHES))
 def test_branches_cannot_be_merged(method):
     model, _ = trained("mlp", method)
     place = min(CASES[method].places("mlp"))
@@ -112,7 +113,7 @@ def test_a_selection_has_nothing_to_merge(name):
 # Files
 
 
-@pytest.mark.parametrize(("name", "method"), EVERY)
+@pytest.mark.parametrize(("name", "method"), by_speed(EVERY))
 def test_saving_and_loading(name, method, tmp_path):
     model, adapter = trained(name, method)
     size = save_adapter(tmp_path / "one", model, adapter)
@@ -142,7 +143,7 @@ def test_saving_and_loading(name, method, tmp_path):
     assert found == expected | {path: parameters(model)[path].shape for path in head_of(name)}
 
 
-@pytest.mark.parametrize(("name", "method"), SELECTED)
+@pytest.mark.parametrize(("name", "method"), by_speed(SELECTED))
 def test_saving_and_loading_a_selection(name, method, tmp_path):
     model, adapter = selected(name, method)
     model = perturb(model, adapter)
@@ -162,7 +163,7 @@ def assert_same(method, y, expected):
         assert same_bits(y, expected)
 
 
-@pytest.mark.parametrize("method", ADDED)
+@pytest.mark.parametrize("method", by_speed(ADDED))
 def test_the_fused_form_computes_the_same(method):
     model = nnx.clone(trained("mlp", method)[0])
     plain = run(model, inputs("mlp"))

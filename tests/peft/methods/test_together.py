@@ -28,6 +28,9 @@ from tests.peft.models import (
     trainable_paths,
 )
 
+# Programs of twenty methods take long to compile.
+pytestmark = pytest.mark.exhaustive
+
 
 class _All:
     """In place of one adapter: what all of them train."""
