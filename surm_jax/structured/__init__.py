@@ -17,8 +17,8 @@ from surm_jax.structured.analysis.diagnostics import (
     numerical_rank,
     singular_values,
 )
-from surm_jax.structured.base import Piece, StructuredMatrix, compute_dtype, static
-from surm_jax.structured.families.base import FAMILIES, Family, family
+from surm_jax.structured.base import Piece, StructuredMatrix, checked_shape, compute_dtype, static
+from surm_jax.structured.families.base import FAMILIES, Family, checked_dense, family
 from surm_jax.structured.families.block_circulant import BlockCirculant
 from surm_jax.structured.families.circulant import Circulant, CirculantPair
 from surm_jax.structured.families.dense import Dense
@@ -64,6 +64,8 @@ __all__ = [
     "ToeplitzPair",
     "approximations",
     "check_execution",
+    "checked_dense",
+    "checked_shape",
     "circular_convolve",
     "compute_dtype",
     "condition_number",
