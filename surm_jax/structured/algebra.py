@@ -1,11 +1,11 @@
 """Sums, products and multiples of structured matrices, held as their parts and never formed.
 
-`A + B`, `A @ B` and `2.0 * A` build them from any matrices of this package, themselves included. Orientation as
-everywhere: `Product((A, B))` is the matrix `A @ B`, so that `x @ (A @ B) = (x @ A) @ B`; in the paper (SURM, arXiv
-2406.17740), which writes `W x` with the transposes, it is `W = W_B W_A`.
+`A + B`, `A @ B` and `2.0 * A` build them from any matrices of this package, including other composites. The orientation
+is that of the package: `Product((A, B))` is the matrix `A @ B`, and `x @ (A @ B) = (x @ A) @ B`. The paper (SURM, arXiv
+2406.17740), which writes `W x` with the transposes, has `W = W_B W_A`.
 
-The arrays of the parts are those of the whole, under flat names such as `terms_0_c`, so that a composite goes wherever
-a family's matrix goes. It is no family itself: it has no start of its own and no projection.
+The whole has the arrays of its parts, under flat names such as `terms_0_c`, so a composite can be used wherever a
+family's matrix can. Composites are not families: they have no start for training and no projection.
 
 >>> import jax.numpy as jnp
 >>> from surm_jax.structured import Circulant, LowRank
@@ -36,11 +36,11 @@ from surm_jax.structured.base import TIMES, Piece, StructuredMatrix, matrix_pytr
 
 
 class Composite(StructuredMatrix):
-    """A matrix made of others, its parts."""
+    """A matrix made of other matrices, its parts."""
 
     @abc.abstractmethod
     def _parts(self) -> dict[str, StructuredMatrix]:
-        """The parts by the names with which those of their arrays begin."""
+        """Return the parts by name. The names of their arrays in the whole begin with these names."""
 
     @abc.abstractmethod
     def _with_parts(self, parts: Sequence[StructuredMatrix]) -> Self:
@@ -48,7 +48,7 @@ class Composite(StructuredMatrix):
 
     @property
     def small_residuals(self) -> bool:
-        """Whether every part is."""
+        """Whether this holds for every part."""
         return all(part.small_residuals for part in self._parts().values())
 
     def absorb(self, alpha: float | Float[Array, ""]) -> Self:
@@ -63,11 +63,11 @@ class Composite(StructuredMatrix):
         return f"{name}_{part.linear_in}"
 
     def arrays(self) -> dict[str, Array]:
-        """The array leaves of all parts, each name preceded by its part's: `terms_0_c` is `terms[0].c`."""
+        """Return the array leaves of all parts. Names begin with that of the part: `terms_0_c` is `terms[0].c`."""
         return {f"{part}_{name}": leaf for part, m in self._parts().items() for name, leaf in m.arrays().items()}
 
     def compact(self) -> StructuredMatrix:
-        """The same composite with each part in its compact form."""
+        """Return the same composite with each part in its compact form."""
         return self._with_parts([part.compact() for part in self._parts().values()])
 
     def _piece(self, name: str) -> list[Piece | str]:
@@ -91,7 +91,7 @@ class Composite(StructuredMatrix):
         return self._with_parts(parts)
 
     def _check_parts(self) -> None:
-        """Raises `UserError` unless there are parts, all of them structured matrices."""
+        """Raise `UserError` unless there are parts and all of them are structured matrices."""
         if not self._parts():
             raise UserError(f"{type(self).__name__} needs at least one matrix")
         for name, part in self._parts().items():
@@ -99,7 +99,7 @@ class Composite(StructuredMatrix):
                 raise UserError(f"{type(self).__name__}: {name} must be a structured matrix, not {part!r}")
 
     def _has_shapes(self) -> bool:
-        """Whether the parts can be compared: without their arrays, matrices of some families have no shape."""
+        """Say whether the parts have shapes: matrices of some families have none without their arrays."""
         return all(leaf is not None for part in self._parts().values() for leaf in part.arrays().values())
 
 
@@ -107,7 +107,7 @@ class Composite(StructuredMatrix):
 class Sum(Composite):
     """The sum of structured matrices of one shape: `x @ (A + B) = x @ A + x @ B`.
 
-    Costs what its terms cost. Terms that are sums themselves are replaced with their own terms.
+    It costs as much as its terms. A term that is a sum is replaced by its own terms.
 
     Attributes:
         terms: One matrix or more.
@@ -128,7 +128,7 @@ class Sum(Composite):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(in_features, out_features)`, those of every term."""
+        """`(in_features, out_features)` of every term."""
         return self.terms[0].shape
 
     @property
@@ -161,11 +161,11 @@ class Sum(Composite):
 class Product(Composite):
     """The product of structured matrices, `M = A @ B`: `x @ M = (x @ A) @ B`.
 
-    Costs what its factors cost; nothing between them is rounded to the precision of `x`. Its rank is at most the
-    smallest rank among them. Factors that are products themselves are replaced with their own factors.
+    It costs as much as its factors. Results between them are not rounded to the precision of `x`. Its rank is at most
+    the smallest rank of a factor. A factor that is a product is replaced by its own factors.
 
     Attributes:
-        factors: One matrix or more, the one that meets `x` first.
+        factors: One matrix or more; `x` is multiplied with the first one first.
     """
 
     factors: tuple[StructuredMatrix, ...]
@@ -212,7 +212,7 @@ class Product(Composite):
 
     def _dense(self) -> Float[Array, "in out"]:
         first, *others = self.factors
-        # As every dense form, in full precision, also where accelerators multiply in a lower one by default.
+        # In full precision, as every dense form, although accelerators multiply in a lower one by default.
         with jax.default_matmul_precision("highest"):
             return functools.reduce(lambda rows, factor: factor._apply(rows), others, first._dense())
 
@@ -221,9 +221,9 @@ class Product(Composite):
 class Scaled(Composite):
     """A multiple of a structured matrix, `alpha * M`.
 
-    The type of alpha says whether it is learned. A number (Python's or numpy's) is a constant: part of the structure,
-    as sizes are. An array of shape () is one more leaf, with a gradient and a place in `arrays()`, as the learnable
-    alpha of the code that was released with arXiv 2406.17740. A constant multiple of a constant multiple is one
+    The type of alpha decides whether it is learned. A number (of Python or numpy) is a constant and part of the
+    structure, like a size. An array of shape () is one more leaf, with a gradient and a place in `arrays()`, like the
+    learnable alpha of the code released with arXiv 2406.17740. A constant multiple of a constant multiple becomes one
     multiple.
 
     Attributes:
@@ -254,12 +254,12 @@ class Scaled(Composite):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(in_features, out_features)`, those of the matrix."""
+        """`(in_features, out_features)` of the matrix."""
         return self.matrix.shape
 
     @property
     def small_residuals(self) -> bool:
-        """Whether the matrix is and alpha is constant: the gradient of an alpha needs the product with the matrix."""
+        """Whether this holds for the matrix and alpha is constant: the gradient of alpha needs the product."""
         return self._is_constant() and self.matrix.small_residuals
 
     @property
@@ -268,7 +268,7 @@ class Scaled(Composite):
         return Scaled(self.matrix.T, self.alpha)
 
     def arrays(self) -> dict[str, Array]:
-        """The array leaves: the matrix's, such as `matrix_c`, and `alpha` where that is an array."""
+        """Return the array leaves: those of the matrix, such as `matrix_c`, and `alpha` if it is an array."""
         return super().arrays() | ({} if isinstance(self.alpha, float) else {"alpha": self.alpha})
 
     def pieces(self) -> list[Piece | str]:
@@ -311,7 +311,7 @@ class Scaled(Composite):
 def _flattened(
     kind: type[Sum] | type[Product], name: str, parts: Sequence[StructuredMatrix]
 ) -> tuple[StructuredMatrix, ...]:
-    """The parts, with the parts of its own in place of each that is a `kind` itself."""
+    """Return the parts, each part of this kind replaced by its own parts."""
     try:
         parts = tuple(parts)
     except TypeError:
@@ -334,7 +334,7 @@ def _by(shape: tuple[int, int]) -> str:
 
 
 class _Operators:
-    """What `+`, `@` and `*` of matrices return."""
+    """The operators `+`, `@` and `*` of matrices."""
 
     @staticmethod
     def add(left: StructuredMatrix, right: StructuredMatrix) -> Sum:

@@ -1,7 +1,7 @@
-"""Refining a structured matrix towards a dense one by gradients, for families whose best approximation has no formula.
+"""Refine a structured matrix towards a dense one by gradients, for families whose best approximation has no formula.
 
 The approximation study of arXiv 2406.17740 fits `W(G, H)` by gradient descent. The objective has no noise and is a
-polynomial of low degree, so that L-BFGS gets as far in fewer steps, and it has no learning rate to choose.
+polynomial of low degree, so L-BFGS reaches the same error in fewer steps, without a learning rate.
 """
 
 import functools
@@ -17,37 +17,38 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from surm_jax.errors import UserError
 from surm_jax.structured.base import StructuredMatrix, compute_dtype
 
-# Steps between two looks at the progress: few enough for a live bar, so many that looking costs nothing.
+# Steps between two updates of the progress bar: few enough for a live bar, enough to make its cost negligible.
 _PIECE = 25
 
 Matrix = TypeVar("Matrix", bound=StructuredMatrix)
-"""Any structured matrix: what is refined stays of its kind."""
+"""Any structured matrix; the refined matrix has the same class."""
 
 
 def refine(start: Matrix, target: Float[ArrayLike, "in out"], *, steps: int = 200, progress: bool = False) -> Matrix:
-    """Moves the parameters of `start` until its dense form is as near to `target` as `steps` steps of L-BFGS bring it.
+    """Move the parameters of `start` by L-BFGS so that its dense form comes near to `target`.
 
-    Minimises `||target - M||_F^2 / ||target||_F^2` over every leaf, with `optax.lbfgs` and its line search, and returns
-    the nearest matrix it saw, which is never further from the target than `start` is. Stops early when nothing is
-    gained any more. In general this is a local minimum.
+    Minimise `||target - M||_F^2 / ||target||_F^2` over every leaf with `optax.lbfgs` and its line search, and return
+    the nearest matrix of the search. It is never further from the target than `start`, and in general a local minimum.
+    The search stops early when the error no longer falls.
 
-    Works under `jax.jit` and `jax.vmap`, as one compiled loop. Called directly, it compiles one piece of 25 steps for
-    each structure and shape, and runs it as often as needed. A leaf of zeros learns only if its gradient is not zero:
-    of a product, not all factors may start at zero.
+    It works under `jax.jit` and `jax.vmap`, as one compiled loop. A direct call compiles one piece of 25 steps for each
+    structure and shape and repeats it. A leaf of zeros learns only if its gradient is not zero, so at least one factor
+    of a product must start away from zero.
 
     Args:
         start: Any structured matrix.
-        target: (in_features, out_features) of `start`. All zeros are a target like any other.
-        steps: The most steps; each evaluates the dense form and its gradient once or a few times.
-        progress: Shows a bar with the relative error `||target - M||_F / ||target||_F` of the best point so far.
-            Inside a transformation of JAX there is none.
+        target: (in_features, out_features) of `start`. It may be all zeros.
+        steps: The most steps. Each evaluates the dense form and its gradient once or a few times.
+        progress: Whether to show a bar with the relative error `||target - M||_F / ||target||_F` of the best point so
+            far. Inside a transformation of JAX no bar is shown.
 
     Returns:
         A matrix of the structure of `start`, its leaves in float32, or float64 if a leaf or the target is.
 
     Raises:
-        UserError: The target has another shape, is not floating point, or a number in it or in `start` is not finite
-            (inside a transformation of JAX, where numbers are not known: `start` comes back); `steps` is negative.
+        UserError: The target has another shape or is not floating point, `steps` is negative, or a number in the target
+            or in `start` is not finite. Inside a transformation of JAX, where numbers are not known, `start` is
+            returned in the last case.
     """
     target = jnp.asarray(target)
     if target.shape != tuple(start.shape) or not jnp.issubdtype(target.dtype, jnp.floating):
@@ -82,9 +83,9 @@ def refine(start: Matrix, target: Float[ArrayLike, "in out"], *, steps: int = 20
 
 
 class _Search(NamedTuple):
-    """Where a search stands: its point, the optimiser's memory, and the best point so far with its squared error.
+    """State of a search: its point, the optimiser's memory, and the best point so far with its squared error.
 
-    The points are leaves in a unit, of the size of the first ones: the optimiser's first steps are of order 1.
+    Points are leaves divided by `unit`, the size of the first ones, because the optimiser's first steps are of order 1.
     """
 
     point: list[Array]
@@ -100,7 +101,7 @@ _OPTIMIZER = optax.lbfgs()
 @functools.partial(jax.jit, static_argnames="structure")
 def _begin(leaves: list[Array], target: Float[Array, "in out"], *, structure: jax.tree_util.PyTreeDef) -> _Search:
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves]))
-    # A power of two, so that leaves which do not move come back as they were.
+    # A power of two, so that leaves which do not move return unchanged.
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), jnp.ldexp(jnp.ones_like(largest), jnp.frexp(largest)[1]), 1)
     point = [leaf / unit for leaf in leaves]
     # optax makes some of its numbers in the default type, which is not that of single-precision leaves under x64, and
@@ -148,7 +149,7 @@ def _best(search: _Search, structure: jax.tree_util.PyTreeDef) -> Any:
 def _objective(
     target: Float[Array, "in out"], unit: Float[Array, ""], structure: jax.tree_util.PyTreeDef
 ) -> Callable[[list[Array]], Float[Array, ""]]:
-    """The squared relative error as a function of the leaves in their unit."""
+    """Return the squared relative error as a function of the leaves divided by their unit."""
     # Not the sum of squares: it underflows for small targets.
     size = jnp.max(jnp.abs(target))
     size = jnp.where(size > 0, size * jnp.linalg.norm(target / jnp.where(size > 0, size, 1)), 1)

@@ -1,7 +1,7 @@
-"""A matrix as a block of a larger one that is zero elsewhere: updates of some columns of a fused kernel.
+"""A matrix as a block of a larger one that is zero elsewhere, to update some columns of a packed kernel.
 
-It is a composite like those of `surm_jax.structured.algebra`: its arrays are its block's, under names such as
-`matrix_c`. Several of them, summed, update several blocks of one kernel.
+It is a composite like those of `surm_jax.structured.algebra`: its arrays are those of its block, under names such as
+`matrix_c`. The sum of several of them updates several blocks of one kernel.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from surm_jax.structured.base import StructuredMatrix, checked_shape, matrix_pyt
 
 @matrix_pytree
 class Placed(Composite):
-    """`M` in a larger matrix of zeros, its first entry at `offset`: `x @ P` is `x[..., row : row + m] @ M`, padded.
+    """A matrix `M` inside a larger matrix of zeros: `x @ P` is `x[..., row : row + m] @ M`, padded with zeros.
 
-    Costs what `M` costs, and the copy of the padding.
+    It costs as much as `M`, and a copy for the padding.
 
     Attributes:
         matrix: Any structured matrix.
-        shape: `(in_features, out_features)` of the larger one.
+        shape: `(in_features, out_features)` of the larger matrix.
         offset: (row, column) of the block's first entry.
 
     >>> from surm_jax.structured import Circulant
@@ -49,7 +49,7 @@ class Placed(Composite):
 
     @property
     def T(self) -> "Placed":
-        """The transpose: the block's, at the mirrored place."""
+        """The transpose: the transposed block, at the mirrored place."""
         return Placed(self.matrix.T, self.shape[::-1], self.offset[::-1])
 
     def _parts(self) -> dict[str, StructuredMatrix]:

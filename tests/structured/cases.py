@@ -5,6 +5,7 @@ projection besides, and `ProjectionContract` for a family whose projection is th
 """
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -26,19 +27,24 @@ TOLERANCES = {
 EXHAUSTIVE = pytest.mark.exhaustive
 
 
-def quick(shapes, *fast):
-    """Mark all shapes as exhaustive, except those that the fast run keeps."""
-    flat = [shape if isinstance(shape[0], tuple) else (shape,) for shape in shapes]
-    return [
-        pytest.param(*values, marks=() if shape in fast else EXHAUSTIVE)
-        for values, shape in zip(flat, shapes, strict=True)
-    ]
+def quick(cases: Iterable[Any], *fast: Any, unpack: bool = False) -> list[Any]:
+    """Return the cases of a parametrised test, marked as exhaustive except those that the fast run keeps.
+
+    Args:
+        cases: The values of one argument, or tuples of the values of several.
+        *fast: What the fast run keeps.
+        unpack: Whether the cases are tuples of the values of several arguments.
+    """
+    return [pytest.param(*(case if unpack else (case,)), marks=() if case in fast else EXHAUSTIVE) for case in cases]
 
 
 # Every small size, odd and even, wide and tall; the first list is for what costs a compilation more.
 SMALL = [(1, 1), (2, 2), (7, 7), (1, 4), (4, 1), (5, 12), (12, 5)]
 SHAPES = [*SMALL, (3, 3), (8, 8), (12, 12), (2, 3), (3, 2), (768, 768), (768, 501)]
 BATCHES = [(), (4,), (2, 3), (2, 1, 3)]
+
+
+dense_of = jax.jit(lambda matrix: matrix.to_dense())
 
 
 def assert_close(actual, expected, precision: str = "float64") -> None:
@@ -140,7 +146,7 @@ class MatrixContract:
         compact = matrix.compact()
         assert compact.num_params <= matrix.num_params
         assert compact.compact().num_params == compact.num_params
-        assert_close(compact.to_dense(), M)
+        assert_close(dense_of(compact), M)
 
     @pytest.mark.usefixtures("x64")
     @pytest.mark.parametrize("shape", quick([(7, 7), (5, 12)], (5, 12)), ids=str)
@@ -167,15 +173,15 @@ class MatrixContract:
         half = matrix.with_arrays(**{name: leaf.astype("bfloat16") for name, leaf in matrix.arrays().items()})
         scaled = half.absorb(jnp.float32(0.5))
         assert {leaf.dtype for leaf in scaled.arrays().values()} == {jnp.dtype("bfloat16")}
-        assert_close(scaled.to_dense(), 0.5 * self.oracle(half.arrays(), (5, 3)), "float32")
-        assert_close(matrix.absorb(1.0).to_dense(), M, "float32")
+        assert_close(dense_of(scaled), 0.5 * self.oracle(half.arrays(), (5, 3)), "float32")
+        assert_close(dense_of(matrix.absorb(1.0)), M, "float32")
 
     # Gradients and transformations
 
     @pytest.mark.usefixtures("x64")
     @pytest.mark.parametrize(
         ("shape", "checkpoint"),
-        quick([*((shape, False) for shape in SMALL), ((7, 7), True), ((5, 12), True)], ((5, 12), False)),
+        quick([*((shape, False) for shape in SMALL), ((7, 7), True), ((5, 12), True)], ((5, 12), False), unpack=True),
         ids=str,
     )
     def test_gradients_of_every_leaf_and_of_x(self, shape, checkpoint):
@@ -253,6 +259,7 @@ class MatrixContract:
         grad = jax.jit(jax.grad(lambda m: jnp.sum(m.apply(x))))(matrix)
         assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(grad))
 
+    @EXHAUSTIVE
     @pytest.mark.usefixtures("x64")
     def test_double_parameters_work_in_double_on_single_input(self):
         matrix, _ = self.create((96, 55))
@@ -350,6 +357,10 @@ class StructuredMatrixContract(MatrixContract):
         m, n = shape
         return next(filter(None, (self.family.options_within(shape, size) for size in (3 * max(m, n), m * n))), {})
 
+    def example(self) -> Family:
+        """Return a small member, by default the family's; a case with options of its own has a member with these."""
+        return self.family.example()
+
     def nearest_options(self, shape: tuple[int, int]) -> dict[str, Any]:
         """Return the options of `nearest`; a search takes no steps unless a case asks for them."""
         return self.options(shape) | ({"steps": 0} if self.family.searches else {})
@@ -360,10 +371,10 @@ class StructuredMatrixContract(MatrixContract):
 
     @pytest.mark.usefixtures("x64")
     def test_the_example_is_a_member_that_its_options_make_again(self):
-        example = self.family.example()
+        example = self.example()
         M = self.oracle(example.arrays(), example.shape)
         assert np.all(np.isfinite(M)) and np.any(M)
-        assert_close(example.to_dense(), M, "float32")
+        assert_close(dense_of(example), M, "float32")
         assert example.title and self.family.count(example.shape, **example.options()) == example.num_params
         again = self.family.init(jax.random.key(0), example.shape, scale=1.0, **example.options())
         assert jax.tree.structure(again) == jax.tree.structure(example)
@@ -371,11 +382,7 @@ class StructuredMatrixContract(MatrixContract):
         assert jax.tree.structure(self.family.nearest(M, **example.options(), **steps)) == jax.tree.structure(example)
         assert self.family.options_from(example.shape, {"rank": 1, "f": 0.5}).keys() <= {*self.family.option_names}
 
-    @pytest.mark.parametrize(
-        "shape",
-        [(1, 1), pytest.param((7, 7), marks=EXHAUSTIVE), (2, 3), pytest.param((12, 5), marks=EXHAUSTIVE)],
-        ids=str,
-    )
+    @pytest.mark.parametrize("shape", quick([(1, 1), (7, 7), (2, 3), (12, 5)], (2, 3)), ids=str)
     def test_init_is_zero_and_can_learn(self, shape):
         def start(key, x):
             matrix = self.family.init(key, shape, scale=1.0, **self.options(shape))
@@ -403,6 +410,7 @@ class StructuredMatrixContract(MatrixContract):
                 assert not np.array_equal(leaf, other[name])
                 assert abs(np.std(leaf) - 1) < 0.15
 
+    @EXHAUSTIVE
     def test_nearest_of_a_half_precision_matrix_is_float32(self):
         _, M = self.create((4, 3), "float32")
         found = self.family.nearest(jnp.asarray(M, jnp.bfloat16), **self.nearest_options((4, 3)))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from surm_jax.structured import Toeplitz, compute_dtype
+from surm_jax.structured import Circulant, Toeplitz, compute_dtype
 
 
 def test_orientation():
@@ -25,3 +25,18 @@ def test_orientation():
 )
 def test_compute_dtype(dtypes, expected):
     assert compute_dtype(*map(jnp.dtype, dtypes)) == jnp.dtype(expected)
+
+
+@pytest.mark.usefixtures("x64")
+def test_double_parameters_work_in_double_on_single_input():
+    matrix, x = (
+        Circulant(jnp.asarray(np.random.default_rng(0).normal(size=12)), shape=(12, 5)),
+        jnp.ones(12, jnp.float32),
+    )
+    y = matrix.apply(x)
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(y, np.asarray(matrix.apply(x.astype(jnp.float64)), np.float32))
+
+
+def test_nearest_of_a_half_precision_matrix_is_float32():
+    assert Circulant.nearest(jnp.ones((4, 3), jnp.bfloat16)).c.dtype == jnp.float32

@@ -1,9 +1,9 @@
 """Grids of circulant blocks: from one circulant (a single block) to any dense matrix (blocks of size 1).
 
-In the paper's way of writing (arXiv 2406.17740, `W x`) block (q, p) of `W` is `Z_1(c[p, q])`, which maps input block p
+In the paper's notation (arXiv 2406.17740, `W x`) block (q, p) of `W` is `Z_1(c[p, q])`, which maps input block p
 to output block q. Here `y = x @ M` with `M = W^T`, whose block (p, q) has `c[p, q]` as its first ROW.
 
-Rectangular shapes: the block size divides both sizes. One that does not is refused, nothing is padded.
+Rectangular shapes: the block size must divide both sizes; nothing is padded.
 """
 
 import math
@@ -24,11 +24,11 @@ from surm_jax.structured.families.circulant import Circulant
 class BlockCirculant(Family):
     """Grid of circulant b x b blocks, `M[p b + i, q b + j] = c[p, q, (j - i) mod b]`; the transpose of the paper's `W`.
 
-    in * out / b numbers. A row of x costs in / b real FFTs of length b, out / b inverse ones, and a complex matmul over
-    the blocks for each of the b / 2 + 1 frequencies. With one block this is `Circulant`.
+    It has in * out / b numbers. A row of x costs in / b real FFTs of length b, out / b inverse ones, and a complex
+    matrix product over the blocks for each of the b / 2 + 1 frequencies. With one block this is `Circulant`.
 
     It is the update of C3A (arXiv 2407.19342). The layer in Hugging Face's peft has a weight `w` of shape (out / b, in
-    / b, b) and adds `y[q b + i] = sum_{p, a} x[p b + a] w[q, p, (a - i) mod b] / in`: the same as ours with
+    / b, b) and adds `y[q b + i] = sum_{p, a} x[p b + a] w[q, p, (a - i) mod b] / in`. This is the same matrix with
 
         c[p, q, k] = w[q, p, -k mod b] / in,        w[q, p, k] = in * c[p, q, -k mod b].
 
@@ -78,7 +78,7 @@ class BlockCirculant(Family):
             key: Not used.
             shape: `(in_features, out_features)`.
             scale: Not used.
-            block: The size of the blocks, a divisor of both sizes; by default the largest, which needs the fewest
+            block: The size of the blocks, a divisor of both sizes. The default is the largest, which needs the fewest
                 numbers.
             dtype: Type of `c`.
 
@@ -91,7 +91,7 @@ class BlockCirculant(Family):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"], *, block: int | None = None) -> Self:
-        """The block-circulant matrix nearest to `dense` in the Frobenius norm: the nearest circulant to every block.
+        """Return the block-circulant matrix nearest to `dense`: each block is the circulant nearest to the target's.
 
         Args:
             dense: (in_features, out_features).
@@ -135,7 +135,7 @@ class BlockCirculant(Family):
         return _convolve_blocks(x, self.c)
 
     def _dense(self) -> Float[Array, "in out"]:
-        # Row i of a block is a slice of its c written twice: far faster in reverse mode than entries by their indices.
+        # Row i of a block is a slice of its c written twice: far faster in reverse mode than indexing entries.
         b, twice = self.block, jnp.concatenate([self.c, self.c], axis=-1)
         rows = jax.vmap(lambda i: jax.lax.dynamic_slice_in_dim(twice, b - i, b, axis=-1), out_axes=1)(jnp.arange(b))
         return rows.reshape(self.shape)
@@ -148,7 +148,7 @@ def _convolve_blocks(
     in_blocks, out_blocks, b = c.shape
     batch = x.shape[:-1]
     spectra = jnp.fft.rfft(x.reshape(*batch, in_blocks, b))
-    # Between two transforms in float32, a product in the lower precision that accelerators take by default spoils both.
+    # Accelerators multiply in a lower precision by default, which would spoil both transforms in float32.
     products = jnp.einsum("...pf,pqf->...qf", spectra, jnp.fft.rfft(c), precision=jax.lax.Precision.HIGHEST)
     return jnp.fft.irfft(products, n=b).reshape(*batch, out_blocks * b)
 

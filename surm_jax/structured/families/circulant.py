@@ -22,7 +22,7 @@ from surm_jax.structured.products.fourier import circular_convolve
 class Circulant(LinearInVector):
     """Circulant matrix `M[i, j] = c[(j - i) mod N]`, N = max(in, out): the transpose of `Z_1(c)` of arXiv 2406.17740.
 
-    `x @ M = irfft(rfft(x) * rfft(c))`: O(N log N) a row and N numbers, against N^2 of each for a dense matrix.
+    `x @ M = irfft(rfft(x) * rfft(c))`: N numbers and O(N log N) operations per row, not N^2 as for dense ones.
     Products, sums and Hadamard products of circulants are circulant.
 
     Attributes:
@@ -40,10 +40,10 @@ class Circulant(LinearInVector):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:
-        """The circulant nearest to `dense` in the Frobenius norm: `c[k]` is the mean where j - i = k mod N.
+        """Return the circulant nearest to `dense` in the Frobenius norm: `c[k]` is the mean where j - i = k mod N.
 
-        These wrapped diagonals are disjoint, so the indicator matrices are an orthogonal basis and the projection is a
-        mean; in an m x n block each of the N diagonals has min(m, n) entries. O(m n).
+        These wrapped diagonals are disjoint, so their indicator matrices are an orthogonal basis and the projection is
+        a mean. In an m x n block each of the N diagonals has min(m, n) entries. O(m n).
 
         Raises:
             UserError: `dense` is not a floating-point matrix.
@@ -72,8 +72,8 @@ class Circulant(LinearInVector):
 class CirculantPair(Family):
     """Hadamard product of two circulants, `C(r1) o C(r2) = C(r1 * r2)`, of arXiv 2406.17740.
 
-    Trains 2N numbers and stores N. The same matrices as `Circulant`, and the same cost, but another path of training:
-    the two factors let `M` start at zero while one of them is random.
+    It trains 2N numbers and stores N. The matrices and their cost are those of `Circulant`, but training takes another
+    path: the two factors let `M` start at zero while one of them is random.
 
     Attributes:
         r1: (N,), N = max(in, out); zero at the start.
@@ -113,10 +113,9 @@ class CirculantPair(Family):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:
-        """The nearest circulant (`Circulant.nearest`), factored as `r1 = c`, `r2 = 1`.
+        """Return the nearest circulant (`Circulant.nearest`), factored as `r1 = c`, `r2 = 1`.
 
-        Of the many factorisations this one is exact, and it leaves no entry where both factors are zero and nothing can
-        learn.
+        This factorisation is exact, and it has no entry where both factors are zero, which could not learn.
 
         Raises:
             UserError: `dense` is not a floating-point matrix.
@@ -143,7 +142,7 @@ class CirculantPair(Family):
         return CirculantPair(r1=_reverse(self.r1), r2=_reverse(self.r2), shape=self.shape[::-1])
 
     def compact(self) -> Circulant:
-        """The circulant of `r1 * r2`, N numbers in place of 2N, with the product taken in at least float32."""
+        """Return the circulant of `r1 * r2`: N numbers instead of 2N, with the product in at least float32."""
         dtype = compute_dtype(self.r1.dtype, self.r2.dtype)
         return Circulant(c=self.r1.astype(dtype) * self.r2.astype(dtype), shape=self.shape)
 
@@ -155,5 +154,5 @@ class CirculantPair(Family):
 
 
 def _reverse(c: Float[Array, " N"]) -> Float[Array, " N"]:
-    """`c[-k mod N]`: the first number stays, the others turn round."""
+    """Return `c[-k mod N]`: the first number stays, the others are reversed."""
     return jnp.roll(jnp.flip(c), 1)

@@ -1,4 +1,4 @@
-"""The matrix without structure: what bottleneck adapters are made of, and the measure of all others."""
+"""The matrix without structure: the building block of bottleneck adapters, and the baseline of comparisons."""
 
 from typing import Self
 
@@ -13,7 +13,7 @@ from surm_jax.structured.families.base import Family, checked_dense, family
 
 @family
 class Dense(Family):
-    """Any matrix: in * out numbers, and as many multiplications a row.
+    """Any matrix: in * out numbers, and as many multiplications per row.
 
     Attributes:
         W: (in_features, out_features); zero at the start.
@@ -60,7 +60,7 @@ class Dense(Family):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:
-        """The target itself.
+        """Return the target itself.
 
         Args:
             dense: (in_features, out_features).

@@ -1,4 +1,4 @@
-"""f-circulant matrices: wrapped diagonals that take a factor f where they wrap; f = -1 is skew-circulant.
+"""f-circulant matrices: wrapped diagonals with a factor f where they wrap; f = -1 is skew-circulant.
 
 In the paper (arXiv 2406.17740) `Z_f(v)` has the first column v, and `Z_f(v)[i, j] = v[i - j]` for i >= j and
 `f * v[N + i - j]` for i < j. Here `y = x @ M` with `M = Z_f(v)^T`, so that the first ROW of `M` is v: f = 1 gives
@@ -25,7 +25,7 @@ from surm_jax.structured.products.fourier import circular_convolve, skew_convolv
 class SkewCirculant(LinearInVector):
     """Skew-circulant matrix `M = Z_{-1}(v)^T` of arXiv 2406.17740: `M[i, j] = v[j - i]`, or `-v[N + j - i]` if j < i.
 
-    `x @ M` is the product of polynomials modulo `z^N + 1`, at the cost of a `Circulant`: O(N log N) a row, N numbers.
+    `x @ M` is the product of polynomials modulo `z^N + 1`. Numbers and cost are those of `Circulant`: N, O(N log N).
     Products and sums of skew-circulants are skew-circulant.
 
     Attributes:
@@ -45,10 +45,10 @@ class SkewCirculant(LinearInVector):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:
-        """The skew-circulant nearest to `dense` in the Frobenius norm.
+        """Return the skew-circulant nearest to `dense` in the Frobenius norm.
 
-        As for `Circulant.nearest`, `v[k]` is the mean where j - i = k mod N, with a minus where the diagonal wraps. O(m
-        n).
+        `v[k]` is the mean where j - i = k mod N, as in `Circulant.nearest`, with a minus sign where the diagonal wraps.
+        O(m n).
 
         Raises:
             UserError: `dense` is not a floating-point matrix.
@@ -80,17 +80,17 @@ class SkewCirculant(LinearInVector):
 class FCirculant(Family):
     """f-circulant matrix `M = Z_f(v)^T` of arXiv 2406.17740: `M[i, j] = v[j - i]`, or `f * v[N + j - i]` if j < i.
 
-    `Z_f = (1 + f)/2 Z_1 + (1 - f)/2 Z_{-1}` for every real f, so that `x @ M` is a circular and a skew-circular
-    convolution, O(N log N) a row; one of them alone for f = 1 and f = -1. The usual way, scaling by powers of the Nth
-    root of f into a circulant, loses digits as f goes to 0 and has no f = 0. Rounding errors are relative to the larger
-    of 1 and abs(f).
+    `Z_f = (1 + f)/2 Z_1 + (1 - f)/2 Z_{-1}` for every real f, so `x @ M` is a circular plus a skew-circular
+    convolution, O(N log N) per row; for f = 1 and f = -1 only one of them. The usual method scales by powers of the Nth
+    root of f to get a circulant; it loses digits as f goes to 0 and fails at f = 0. Rounding errors here are relative
+    to the larger of 1 and abs(f).
 
     Attributes:
         v: (N,), N = max(in, out): the first row of `M` (its first column, if transposed).
         shape: `(in_features, out_features)`.
-        f: Any finite real number, part of the structure and not trained.
-        transposed: `M = Z_f(v)` in place of its transpose. The transpose of an f-circulant is a (1/f)-circulant, which
-            does not exist for f = 0 (and is badly scaled nearby), and so the structure remembers the direction.
+        f: Any finite real number; part of the structure, not trained.
+        transposed: Whether `M = Z_f(v)` instead of its transpose. The transpose of an f-circulant is a (1/f)-circulant,
+            which does not exist for f = 0 and is badly scaled near it, so the structure stores the direction.
 
     >>> M = FCirculant(jnp.array([1.0, 2.0, 3.0]), shape=(3, 3), f=10.0)
     >>> M.to_dense()
@@ -134,7 +134,7 @@ class FCirculant(Family):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"], *, f: float) -> Self:
-        """The f-circulant (not transposed) nearest to `dense` in the Frobenius norm.
+        """Return the f-circulant (not transposed) nearest to `dense` in the Frobenius norm.
 
         `v[k] = sum(w D) / sum(w^2)` over the entries D of `dense` where j - i = k mod N, with w = f where the diagonal
         wraps and w = 1 elsewhere: the indicator matrices with these weights are an orthogonal basis. `v[k]` is 0 where
@@ -170,7 +170,7 @@ class FCirculant(Family):
 
     @property
     def T(self) -> "FCirculant":
-        """The transpose: the same numbers with `transposed` turned over."""
+        """The transpose: the same numbers with `transposed` flipped."""
         return FCirculant(v=self.v, shape=self.shape[::-1], f=self.f, transposed=not self.transposed)
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -197,12 +197,12 @@ def _checked_f(f: float) -> float:
 
 
 def _reverse(v: Float[Array, " N"], sign: int) -> Float[Array, " N"]:
-    """`v[0], sign v[N-1], ..., sign v[1]`: for sign f = 1 or -1, `Z_f` of it is the transpose of `Z_f(v)`."""
+    """Return `v[0], sign v[N-1], ..., sign v[1]`: for f = sign, `Z_f` of it is the transpose of `Z_f(v)`."""
     return jnp.concatenate([v[:1], sign * v[:0:-1]])
 
 
 def _diagonal_means(dense: Float[Array, "m n"], f: float, *, transposed: bool) -> Float[Array, " n"]:
-    """The best v for a wide or square target, with the weights 1 and f of `FCirculant.nearest`."""
+    """Return the best v for a wide or square target, with the weights 1 and f of `FCirculant.nearest`."""
     m, n = dense.shape
     i, k = jnp.arange(m)[:, None], jnp.arange(n)[None, :]
     # Row i, moved so that every wrapped diagonal becomes a column: the column of `dense` before it is reduced mod n.

@@ -1,11 +1,11 @@
 """Kronecker products and sums of them: few numbers, and nearly full rank at the default factors.
 
 In the paper (arXiv 2406.17740) `W x` with `W = A (x) B`. Here `y = x @ M` with `M = W^T = A^T (x) B^T`: transposing a
-Kronecker product transposes each factor. So the `A` and `B` of this file are the transposes of the paper's, and like
-`M` they map from their rows to their columns.
+Kronecker product transposes each factor. So `A` and `B` in this file are the transposes of the paper's. Like `M`,
+they map from their rows to their columns.
 
-Rectangular shapes: the sizes of the factors multiply to those of the matrix, nothing is padded. Prime sizes leave
-factors with a single row or column, and then a matrix of rank 1.
+Rectangular shapes: the sizes of the factors multiply to those of the matrix; nothing is padded. If a size is prime, a
+factor has a single row or column, and the rank may be 1.
 """
 
 import math
@@ -31,8 +31,8 @@ class Kronecker(Family):
     """Sum of Kronecker products `M = sum_k A_k (x) B_k`; the transpose of the paper's `W` has each factor transposed.
 
     `M[i1 m2 + i2, j1 n2 + j2] = sum_k A[k, i1, j1] B[k, i2, j2]`. With a row of x as an m1 x m2 matrix X, the row
-    `x @ M` is `sum_k A_k^T X B_k`. The cheaper of the two products comes first: k (m1 n1 m2 + n1 m2 n2) multiplications
-    a row when it is that with A, k (m1 m2 n2 + m1 n1 n2) when it is that with B; 36,864 at 32 x 24 (x) 24 x 32, against
+    `x @ M` is `sum_k A_k^T X B_k`. The cheaper of the two products is computed first: k (m1 n1 m2 + n1 m2 n2)
+    multiplications per row if A comes first, k (m1 m2 n2 + m1 n1 n2) if B does; 36,864 at 32 x 24 (x) 24 x 32, against
     589,824 for the dense 768 x 768. The rank of one product is rank A times rank B.
 
     Attributes:
@@ -109,14 +109,14 @@ class Kronecker(Family):
     def nearest(
         cls, dense: Float[Array, "in out"], *, terms: int = 1, factor_shapes: FactorShapes | None = None
     ) -> Self:
-        """The sum of `terms` Kronecker products nearest to `dense` in the Frobenius norm.
+        """Return the sum of `terms` Kronecker products nearest to `dense` in the Frobenius norm.
 
         Van Loan and Pitsianis (1993): with the entries of `dense` rearranged so that each row is a block of size m2 x
         n2, `A (x) B` becomes the outer product of the entries of A and B, and a sum of k such products a matrix of rank
-        k. So the optimum is a truncated SVD, of a matrix of size m1 n1 x m2 n2, which is what this costs.
+        k. So the optimum is a truncated SVD of a matrix of size m1 n1 x m2 n2, which is also the cost.
 
-        A and B get norms alike, so that both learn at the same speed. A term that the target leaves empty gets a zero
-        A, and a B that is as large as that of the first term (of norm 1 for a zero target), so that it can still learn.
+        A and B get equal norms, so that both learn at the same speed. A term that the target does not need gets a zero
+        A and a B as large as that of the first term (of norm 1 for a zero target), so that it can still learn.
 
         Args:
             dense: (in_features, out_features).
@@ -175,11 +175,11 @@ def factor_piece(name: str, k: int, terms: int) -> Piece:
 
 
 def near_square_factors(shape: tuple[int, int]) -> FactorShapes:
-    """The factor shapes that hold the fewest numbers `m1 n1 + m2 n2`, and of these the ones of the highest rank.
+    """Return the factor shapes with the fewest numbers `m1 n1 + m2 n2`, and among these the highest rank.
 
-    At fixed size the sum is smallest when both factors hold equally many numbers, and the rank `min(m1, n1) min(m2,
-    n2)` is largest when they are near square. Of several such shapes the one with the tallest A, whose product with an
-    input is then the cheaper one.
+    At fixed size the sum is smallest if both factors have equally many numbers, and the rank `min(m1, n1) min(m2, n2)`
+    is largest if they are near square. Among equal shapes A is the tallest, so that its product with an input is the
+    cheaper one.
 
     Args:
         shape: `(in_features, out_features)`.
@@ -202,7 +202,7 @@ def near_square_factors(shape: tuple[int, int]) -> FactorShapes:
 
 
 def checked_factors(owner: str, factors: Sequence[Sequence[int]] | None, shape: tuple[int, int]) -> FactorShapes:
-    """Return the factor shapes, those of `near_square_factors` for None.
+    """Return checked factor shapes; for None, those of `near_square_factors`.
 
     Args:
         owner: Name of the caller, with which the message starts.
@@ -230,10 +230,10 @@ def checked_factors(owner: str, factors: Sequence[Sequence[int]] | None, shape: 
 
 
 def check_terms(owner: str, terms: int, factors: FactorShapes) -> None:
-    """Checks that a sum of `terms` Kronecker products of these factors is no longer than every matrix needs.
+    """Check that a sum of Kronecker products has at least one term and no more than any matrix needs.
 
     Raises:
-        UserError: It is longer, or has no terms.
+        UserError: The number of terms is not possible for these factors.
     """
     (m1, n1), (m2, n2) = factors
     most = min(m1 * n1, m2 * n2)
@@ -248,11 +248,11 @@ def check_terms(owner: str, terms: int, factors: FactorShapes) -> None:
 def _multiply_rows(
     x: Float[Array, "*batch in"], A: Float[Array, "k m1 n1"], B: Float[Array, "k m2 n2"]
 ) -> Float[Array, "*batch out"]:
-    """`sum_k A_k^T X B_k` for each row of x as an m1 x m2 matrix X.
+    """Return `sum_k A_k^T X B_k` for each row of x as an m1 x m2 matrix X.
 
-    Everything is a product of two-dimensional matrices with all rows in one of them, the sum over k included, and so
-    are the gradients: those of A and B are sums over rows inside a matmul. What remains are exchanges of two short
-    axes. Left to `einsum`, the same takes about twice the time and memory on CPUs.
+    All steps, including the sum over k, are products of two-dimensional matrices, one of which holds all rows. So are
+    the gradients: those of A and B are sums over rows inside a matrix product. Between the products two short axes are
+    exchanged. `einsum` takes about twice the time and memory on CPUs.
     """
     k, m1, n1 = A.shape
     _, m2, n2 = B.shape

@@ -1,4 +1,4 @@
-"""Matrices of low displacement rank: between circulant and unrestricted, with one number to choose, the rank.
+"""Matrices of low displacement rank: between circulant and unrestricted, depending on the rank.
 
 In the paper (arXiv 2406.17740) `W(G, H) = sum_{i<r} Z_1(g_i) Z_{-1}(h_i)`, sums of products of a circulant and a
 skew-circulant matrix. Here `y = x @ M` with `M = W(G, H)^T`: x meets the skew-circulant factor first.
@@ -8,10 +8,9 @@ Everything here follows from the displacement equation
     Z_1 W - W Z_{-1} = 2 G (J H)^T,    J the reversal of rows,
 
 which holds since circulants commute with `Z_1` and skew-circulants with `Z_{-1}`, `Z_1 - Z_{-1} = 2 e_0 e_{N-1}^T`, and
-`J h` is the last row of `Z_{-1}(h)`. `Z_1` and `Z_{-1}` have no eigenvalue in common, so that the right-hand side
-determines W: a matrix is `W(G, H)` with r columns exactly when its displacement has rank r at most. Read along the
-diagonals the equation is a recurrence, which gives the dense form; a truncated SVD of the displacement of any matrix
-gives G and H.
+`J h` is the last row of `Z_{-1}(h)`. `Z_1` and `Z_{-1}` have no eigenvalue in common, so the right-hand side
+determines W: a matrix is `W(G, H)` with r columns exactly if its displacement has rank at most r. Along the diagonals
+the equation is a recurrence, which gives the dense form. A truncated SVD of the displacement of a matrix gives G and H.
 
 Rectangular shapes: an m x n matrix is the top-left m x n block of the one of size `N = max(m, n)`. Inputs are padded
 with zeros and outputs truncated.
@@ -42,16 +41,16 @@ class LowDisplacementRank(Family):
     2Nr numbers, N = max(in, out). r = 1 holds every circulant and skew-circulant matrix, r = 2 every Toeplitz matrix
     and the inverse of a square one, r = min(in, out) every matrix.
 
-    `x @ M` takes 2r + 2 real FFTs of length N a row: one of `x`, two for every term, and one back for the sum of all,
-    which is taken in the spectrum; reverse mode takes as many again. The dense form takes O(m n r) operations and no
-    FFT of more than a row.
+    `x @ M` takes 2r + 2 real FFTs of length N per row: one of `x`, two for each term, and one inverse for the sum of
+    all terms, which is computed in the spectrum. Reverse mode takes as many again. The dense form takes O(m n r)
+    operations and FFTs of single rows only.
 
     Attributes:
         G: (N, r), the first columns of the circulant factors; zero at the start.
         H: (N, r), the first columns of the skew-circulant factors; random at the start.
         shape: `(in_features, out_features)`.
-        transposed: `M = W(G, H)` in place of its transpose. The transpose of `W(G, H)` is a sum with the factors in the
-            other order, which takes up to r + 2 terms in this one, and so the structure remembers the direction.
+        transposed: Whether `M = W(G, H)` instead of its transpose. The transpose of `W(G, H)` has the factors in the
+            other order, and takes up to r + 2 terms in this one, so the structure stores the direction.
 
     >>> g, h = jnp.array([[1.0], [2.0], [3.0]]), jnp.array([[1.0], [0.0], [0.0]])
     >>> LowDisplacementRank(G=g, H=h, shape=(3, 3)).to_dense()  # the circulant of g
@@ -108,16 +107,15 @@ class LowDisplacementRank(Family):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"], *, rank: int, steps: int = 200, progress: bool = False) -> Self:
-        """The nearest `W(G, H)^T` that a search finds; the optimum has no closed form.
+        """Return the nearest `W(G, H)^T` that a search finds; the optimum has no closed form.
 
-        Starts from the truncated SVD of the displacement, and from a random point of the target's norm (always the same
-        one); refines both with `steps` steps of `surm_jax.structured.refine`, and keeps the nearest of all points seen.
-        So it is never worse than the SVD, nor than the search from the random point alone, nor than the zero matrix:
-        what is kept is the best multiple of either point, which matters without steps, as the SVD alone is often worse
-        than zero.
+        The search starts from the truncated SVD of the displacement, and from a random point with the norm of the
+        target, the same one in every call. It refines both with `steps` steps of `surm_jax.structured.refine` and
+        returns the best multiple of the nearer one. So the result is never worse than either search or the zero matrix.
+        Without steps the multiple matters, since the SVD itself is often worse than zero.
 
-        Exact, without any step, for every target if the rank is min(m, n) or more, for Toeplitz targets from rank 2 on,
-        and for square targets whose displacement has this rank.
+        The result is exact without any step for every target if the rank is at least min(m, n), for Toeplitz targets if
+        the rank is at least 2, and for square targets whose displacement has this rank.
 
         O(N^3) for the SVD and O(m n rank) a step.
 
@@ -166,7 +164,7 @@ class LowDisplacementRank(Family):
 
     @property
     def T(self) -> "LowDisplacementRank":
-        """The transpose: the same numbers with `transposed` turned over."""
+        """The transpose: the same numbers with `transposed` flipped."""
         return dataclasses.replace(self, shape=self.shape[::-1], transposed=not self.transposed)
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -189,7 +187,7 @@ def _check_rank(rank: int, shape: tuple[int, int]) -> None:
 
 @batch_local
 def _product(x: Float[Array, "*batch m"], G: Float[Array, "N r"], H: Float[Array, "N r"]) -> Float[Array, "*batch N"]:
-    """`x @ W(G, H)^T`, that is `W x` of every row of `x`."""
+    """Return `x @ W(G, H)^T`, that is `W x` for every row of `x`."""
     N = G.shape[0]
     G_hat, H_hat = _for_terms(jnp.fft.rfft(G.T), x), _for_terms(skew_fft(H.T, N), x)
     terms = inverse_skew_fft(jnp.expand_dims(skew_fft(x, N), -2) * H_hat, N)
@@ -200,7 +198,7 @@ def _product(x: Float[Array, "*batch m"], G: Float[Array, "N r"], H: Float[Array
 def _transposed_product(
     x: Float[Array, "*batch m"], G: Float[Array, "N r"], H: Float[Array, "N r"]
 ) -> Float[Array, "*batch N"]:
-    """`x @ W(G, H)`: the transposed factors in the other order, whose spectra are the conjugates."""
+    """Return `x @ W(G, H)`: the transposed factors in the other order, whose spectra are the conjugates."""
     N = G.shape[0]
     G_hat, H_hat = _for_terms(jnp.fft.rfft(G.T), x).conj(), _for_terms(skew_fft(H.T, N), x).conj()
     terms = jnp.fft.irfft(jnp.expand_dims(jnp.fft.rfft(x, n=N), -2) * G_hat, n=N)
@@ -208,16 +206,16 @@ def _transposed_product(
 
 
 def _for_terms(spectra: Array, x: Array) -> Array:
-    """(r, k) with an axis before for each of the batch dimensions of `x`."""
+    """Return spectra (r, k) with one more leading axis for each batch dimension of `x`."""
     return jnp.expand_dims(spectra, tuple(range(x.ndim - 1)))
 
 
 def _block(G: Float[Array, "N r"], H: Float[Array, "N r"], rows: int, columns: int) -> Float[Array, "rows columns"]:
-    """The top-left block of `W(G, H)`, with N rows or N columns.
+    """Return the top-left block of `W(G, H)`, with N rows or N columns.
 
-    By the displacement equation, W's column k + 1 is its column k turned down by one place, less `2 G (J h)_k`; and
-    row a is `row a - 1, less 2 G_a (J H)^T`, turned by one place with a change of sign. So the block is its first
-    column or row and a sum of shifted outer products.
+    By the displacement equation, column k + 1 of W is column k shifted down by one place, minus `2 G (J h)_k`, and row
+    a is `row a - 1, minus 2 G_a (J H)^T`, shifted by one place with a change of sign. So the block is its first column
+    or row plus a sum of shifted outer products.
     """
     N = G.shape[0]
     unit = jnp.zeros(N, G.dtype).at[0].set(1)
@@ -230,19 +228,20 @@ def _block(G: Float[Array, "N r"], H: Float[Array, "N r"], rows: int, columns: i
 def _rolling_sums(
     first: Float[Array, " N"], left: Float[Array, "k-1 r"], right: Float[Array, "N r"], sign: int
 ) -> Float[Array, "k N"]:
-    """The rows `a_0 = first`, `a_{i+1} = turn(a_i) + left_i @ right^T`.
+    """Return the rows `a_0 = first`, `a_{i+1} = turn(a_i) + left_i @ right^T`.
 
-    `turn` moves a row one place to the right, and what falls out comes in on the left times `sign`.
+    `turn` shifts a row by one place to the right; the last number comes first, times `sign`.
     """
     terms = jnp.concatenate([first[None], jnp.matmul(left, right.T, precision=jax.lax.Precision.HIGHEST)])
     return _turned_rows(_running_sums(_turned_back_rows(terms, sign)), sign)
 
 
 def _running_sums(rows: Float[Array, "k N"]) -> Float[Array, "k N"]:
-    """The sum of the first i + 1 rows, for every i.
+    """Return the sum of the first i + 1 rows, for every i.
 
-    By matrix products on two levels, within blocks of about `sqrt(k)` rows and over the blocks. `jnp.cumsum` takes
-    twice as long on a CPU, forward and backward, and a loop would be a kernel a row on an accelerator.
+    It is computed by matrix products on two levels, within blocks of about `sqrt(k)` rows and over the blocks.
+    `jnp.cumsum` takes twice as long on a CPU, forward and backward, and a loop would start one kernel per row on an
+    accelerator.
     """
     k, N = rows.shape
     size = math.isqrt(k - 1) + 1
@@ -254,14 +253,14 @@ def _running_sums(rows: Float[Array, "k N"]) -> Float[Array, "k N"]:
 
 
 def _turned_back_rows(rows: Float[Array, "k N"], sign: int) -> Float[Array, "k N"]:
-    """Row i turned back by i places; k <= N. Without a gather, whose gradient is a slow scatter."""
+    """Return the rows, row i shifted back by i places; k <= N. It avoids a gather, whose gradient is a slow scatter."""
     k, N = rows.shape
     wide = jnp.concatenate([rows, sign * rows[:, : k - 1]], axis=1).reshape(-1)
     return jnp.pad(wide, (0, k)).reshape(k, N + k)[:, :N]
 
 
 def _turned_rows(rows: Float[Array, "k N"], sign: int) -> Float[Array, "k N"]:
-    """Row i turned by i places; the transpose of `_turned_back_rows`, step by step, and its inverse."""
+    """Return the rows, row i shifted by i places; the transpose and the inverse of `_turned_back_rows`."""
     k, N = rows.shape
     wide = jnp.pad(rows, ((0, 0), (0, k))).reshape(-1)[:-k].reshape(k, N + k - 1)
     return wide[:, :N] + jnp.pad(sign * wide[:, N:], ((0, 0), (0, N - k + 1)))
@@ -269,12 +268,12 @@ def _turned_rows(rows: Float[Array, "k N"], sign: int) -> Float[Array, "k N"]:
 
 @functools.partial(jax.jit, static_argnames="rank")
 def _from_displacement(dense: Float[Array, "in out"], rank: int) -> LowDisplacementRank:
-    """The matrix whose displacement is the truncated SVD of that of `dense`."""
+    """Return the matrix whose displacement is the truncated SVD of that of `dense`."""
     W = _completed(dense)
     displacement = jnp.roll(W, 1, axis=0) - jnp.concatenate([W[:, 1:], -W[:, :1]], axis=1)
     U, S, Vt = jnp.linalg.svd(displacement / 2)
     largest = jnp.where(S[0] > 0, S[0], 1)
-    # A term that is no more than rounding errors gets an H of full size, with which its G can learn.
+    # A term of rounding errors gets an H of full size, so that its G can learn.
     empty = S.size * jnp.finfo(S.dtype).eps * largest >= S
     norms = jnp.sqrt(jnp.where(empty, largest, S))[None, :rank]
     G, JH = U[:, :rank] * (S[None, :rank] / norms), Vt[:rank].T * norms
@@ -283,9 +282,9 @@ def _from_displacement(dense: Float[Array, "in out"], rank: int) -> LowDisplacem
 
 
 def _completed(dense: Float[Array, "in out"]) -> Float[Array, "N N"]:
-    """The square W with `W^T = dense` in its block, continued with a displacement of zeros but for one row or column.
+    """Return a square W with `W^T = dense` in its block, whose displacement has one row or column outside it.
 
-    So Toeplitz blocks stay Toeplitz, and the displacement rank is min(m, n) at most.
+    So Toeplitz blocks stay Toeplitz, and the displacement rank is at most min(m, n).
     """
     m, n = dense.shape
     if m <= n:
@@ -298,7 +297,7 @@ def _completed(dense: Float[Array, "in out"]) -> Float[Array, "N N"]:
 
 @functools.partial(jax.jit, static_argnames="rank")
 def _random(dense: Float[Array, "in out"], rank: int) -> LowDisplacementRank:
-    """Random G and H, with which the matrix has the norm of `dense` on average."""
+    """Return a matrix of random G and H that has the norm of `dense` on average."""
     G, H = jax.random.normal(jax.random.key(0), (2, max(dense.shape), rank), dense.dtype)
     # The entries of W have the variance r N.
     unit = _largest(dense)
@@ -309,7 +308,7 @@ def _random(dense: Float[Array, "in out"], rank: int) -> LowDisplacementRank:
 
 @jax.jit
 def _nearer(one: LowDisplacementRank, other: LowDisplacementRank, dense: Float[Array, "in out"]) -> LowDisplacementRank:
-    """Of two matrices and their best multiples the nearest to `dense`."""
+    """Return the nearest to `dense` among two matrices and their best multiples."""
     unit = _largest(dense)
     target = dense / unit
     points, distances = [], []
@@ -324,6 +323,6 @@ def _nearer(one: LowDisplacementRank, other: LowDisplacementRank, dense: Float[A
 
 
 def _largest(dense: Float[Array, "in out"]) -> Float[Array, ""]:
-    """The largest entry, in which unit squares neither vanish nor overflow; 1 if all are zero."""
+    """Return the largest entry, a unit in which squares neither vanish nor overflow; 1 if all are zero."""
     largest = jnp.max(jnp.abs(dense))
     return jnp.where(largest > 0, largest, 1)

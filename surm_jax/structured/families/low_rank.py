@@ -1,4 +1,4 @@
-"""Low rank, the update of LoRA (arXiv 2106.09685): the baseline that the other families are measured against."""
+"""Matrices of low rank, the update of LoRA (arXiv 2106.09685): the baseline of the other families."""
 
 from typing import Any, Self
 

@@ -1,11 +1,11 @@
-"""Sums of Kronecker products whose second factor is of low rank: the updates of LoKr, of Compacter and of KAdaptation.
+"""Sums of Kronecker products whose second factor has low rank: the updates of LoKr, Compacter and KAdaptation.
 
 LoKr (arXiv 2309.14859) has one product, with a B of some rank; the parameterised hypercomplex layers of Compacter
 (arXiv 2106.04647) and KAdaptation (arXiv 2203.16329) have k of them, with k x k matrices A and B of rank 1. They write
-`W x`. Here `y = x @ M` with `M = W^T`: as in `Kronecker`, each factor is the transpose of theirs, and maps from its
+`W x`. Here `y = x @ M` with `M = W^T`: as in `Kronecker`, each factor is the transpose of theirs and maps from its
 rows to its columns.
 
-Rectangular shapes: as `Kronecker`, nothing is padded.
+Rectangular shapes: as in `Kronecker`; nothing is padded.
 """
 
 import functools
@@ -138,14 +138,14 @@ class LowRankKronecker(Family):
         steps: int = 200,
         progress: bool = False,
     ) -> Self:
-        """The nearest such matrix that a search finds; the optimum has no closed form.
+        """Return the nearest such matrix that a search finds; the optimum has no closed form.
 
-        Starts from `Kronecker.nearest` with every B truncated by SVD, which is the optimum at full rank min(m2, n2),
-        and for every target that is one product of this rank; refines it with `steps` steps of
-        `surm_jax.structured.refine`, and is never further from the target than the start is, nor than zero.
+        The search starts from `Kronecker.nearest` with every B truncated by SVD. This start is the optimum at full rank
+        min(m2, n2), and for a target that is one product of this rank. It is refined with `steps` steps of
+        `surm_jax.structured.refine`. The result is never further from the target than the start or zero.
 
-        The start shares the size of a term equally between A and B, and that of B between down and up. Where the target
-        leaves a term or a direction empty, A or up is zero and the others are not: so it can still learn.
+        At the start A and B, and down and up, get equal norms. For a term or a direction that the target does not need,
+        A or up is zero and the others are not, so that it can still learn.
 
         O(m n min(m1 n1, m2 n2)) for the SVD and O(m n terms) a step.
 
@@ -164,7 +164,7 @@ class LowRankKronecker(Family):
         dense = checked_dense(cls.__name__, dense)
         m, n = dense.shape
         factors = _checked_sizes((m, n), rank, terms, factor_shapes)
-        # The search moves numbers of different powers of the target's size, which it needs in one unit.
+        # The arrays scale with different powers of the target's size, so the search works in one unit.
         unit = jnp.max(jnp.abs(dense))
         unit = jnp.where(unit > 0, unit, 1)
         start = _truncated(Kronecker.nearest(dense / unit, terms=terms, factor_shapes=factors), rank)
@@ -205,7 +205,7 @@ class LowRankKronecker(Family):
         return LowRankKronecker(A=self.A.swapaxes(-1, -2), down=self.up.swapaxes(-1, -2), up=self.down.swapaxes(-1, -2))
 
     def compact(self) -> StructuredMatrix:
-        """The `Kronecker` of `down_k up_k` where that holds fewer numbers, itself elsewhere."""
+        """Return the `Kronecker` of `down_k up_k` if that has fewer numbers, otherwise the matrix itself."""
         m2, n2 = self.factor_shapes[1]
         return self._astype(self._compute_dtype())._kronecker() if m2 * n2 < self.rank * (m2 + n2) else self
 
@@ -236,7 +236,7 @@ def _check_rank(rank: int, factors: FactorShapes) -> None:
 
 @functools.partial(jax.jit, static_argnames="rank")
 def _truncated(matrix: Kronecker, rank: int) -> LowRankKronecker:
-    """The same with every B replaced by the nearest of this rank, and its directions shared equally."""
+    """Return the matrix with every B replaced by the nearest product of this rank, whose factors have equal norms."""
     U, S, Vt = jnp.linalg.svd(matrix.B, full_matrices=False)
     largest = S[:, :1]  # not zero: no B of `Kronecker.nearest` is
     empty = max(matrix.B.shape[1:]) * jnp.finfo(S.dtype).eps * largest >= S

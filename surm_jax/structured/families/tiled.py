@@ -1,9 +1,9 @@
 """A small matrix written over a large one in tiles: MoRA's update (arXiv 2405.12130), of high rank for few numbers.
 
 MoRA multiplies a compressed input with a small square matrix and decompresses the result. Neither step has parameters,
-so that all of it is one matrix, linear in the small one. The paper leaves open what happens where its side does not
-divide the sizes; here it is what the released code does (https://github.com/kongds/MoRA): the input is continued by its
-own first features up to whole chunks, and the output is cut.
+so the whole is one matrix, linear in the small one. The paper does not say what happens if its side does not divide the
+sizes. Here, as in the released code (https://github.com/kongds/MoRA), the input is continued by its own first features
+to whole chunks, and the output is cut.
 """
 
 import dataclasses
@@ -41,9 +41,9 @@ class Tiled(Family):
     Attributes:
         M: (p, p'), p <= in and p' <= out, even p for rotation; zero at the start. Square in the paper.
         shape: `(in_features, out_features)`.
-        rotate: Rotation in place of sharing.
-        transposed: The transpose of all this. A chunk is continued on the input's side alone, and rotated before M, so
-            that the structure remembers the direction.
+        rotate: Whether to rotate instead of sharing.
+        transposed: Whether this is the transpose. Only chunks of the input are continued and rotated, so the structure
+            stores the direction.
 
     >>> Tiled(jnp.array([[1.0, 2.0], [3.0, 4.0]]), shape=(4, 5)).to_dense()
     Array([[1., 2., 1., 2., 1.],
@@ -80,7 +80,7 @@ class Tiled(Family):
 
     @property
     def small_residuals(self) -> bool:
-        """Sharing keeps the compressed input, (..., p); rotation all of it."""
+        """True for sharing, which keeps the compressed input, (..., p); rotation keeps all of it."""
         return not self.rotate
 
     @classmethod
@@ -100,9 +100,9 @@ class Tiled(Family):
             key: Not used.
             shape: `(in_features, out_features)`.
             scale: Not used.
-            side: Rows and columns of `M`, or as many as there are features, which are all that can matter. Even for
-                rotation. `tiled_side` gives that of the paper.
-            rotate: Rotation in place of sharing.
+            side: Rows and columns of `M`, at most as many as there are features. It must be even for rotation.
+                `tiled_side` gives that of the paper.
+            rotate: Whether to rotate instead of sharing.
             dtype: Type of `M`.
 
         Raises:
@@ -113,14 +113,14 @@ class Tiled(Family):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"], *, side: int, rotate: bool = False) -> Self:
-        """The tiled matrix (not transposed) nearest to `dense` in the Frobenius norm.
+        """Return the tiled matrix (not transposed) nearest to `dense` in the Frobenius norm.
 
-        It is linear in `M`. Each column of M is seen in all columns of the dense form that are copies of it:
+        The matrix is linear in `M`, and each column of M has copies among the columns of the dense form:
 
-        - Rotation: as M itself, turned, and on chunks of p different features. The best M is the mean of the target's
-          blocks, turned back.
-        - Sharing: through the same in x p matrix P of compression, so that the best M is `P^+ mean`, the pseudo-inverse
-          of P times the mean of the target's columns. Where p divides in it is the mean of the tiles.
+        - Rotation: the blocks of the dense form are M, rotated. The best M is the mean of the target's blocks, rotated
+          back.
+        - Sharing: all copies go through the same in x p matrix P of compression. The best M is the pseudo-inverse of P
+          times the mean of the target's columns. If p divides in, this is the mean of the tiles.
 
         O(in * out * p) for sharing and O(in * out) for rotation.
 
@@ -173,12 +173,12 @@ class Tiled(Family):
 
     @property
     def T(self) -> "Tiled":
-        """The transpose: the same numbers with `transposed` turned over."""
+        """The transpose: the same numbers with `transposed` flipped."""
         return dataclasses.replace(self, shape=self.shape[::-1], transposed=not self.transposed)
 
     @property
     def _forward_shape(self) -> tuple[int, int]:
-        """The shape of what is written in the class's formulas: this matrix, or its transpose."""
+        """The shape of the matrix in the formulas of the class: this one, or its transpose."""
         return self.shape[::-1] if self.transposed else self.shape
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -189,7 +189,7 @@ class Tiled(Family):
             h = _repeat(x, count * p)
             h = _turn(h.reshape(*x.shape[:-1], count, p), 1) if self.rotate else _fold(h, p)
             return _repeat((h @ self.M).reshape(*x.shape[:-1], count * q if self.rotate else q), n)
-        # Step by step the adjoint: of repetition it is the sum of what is equal, and the other way round.
+        # The adjoint of each step, in reverse: `_fold` and `_repeat` are the adjoints of each other.
         if not self.rotate:
             return _fold(_repeat(_fold(x, q) @ self.M.T, count * p), m)
         h = _fold(x, count * q).reshape(*x.shape[:-1], count, q) @ self.M.T
@@ -211,14 +211,14 @@ class Tiled(Family):
 
 
 def tiled_side(shape: tuple[int, int], rank: int, *, rotate: bool = False) -> int:
-    """The side of a square with as many numbers as LoRA of this rank: `sqrt((in + out) rank)`, MoRA's r-hat.
+    """Return the side of a square with as many numbers as LoRA of this rank: `sqrt((in + out) rank)`, MoRA's r-hat.
 
-    Rounded as in its released code: to the nearest integer (the paper has the next lower one), and for rotation from
-    there down to an even one.
+    It is rounded as in the released code: to the nearest integer (in the paper to the next lower one), and for rotation
+    then down to an even one.
 
     Args:
         shape: `(in_features, out_features)`.
-        rank: LoRA's.
+        rank: The rank of LoRA.
         rotate: Whether the side is for rotation.
 
     Raises:
@@ -235,7 +235,7 @@ def tiled_side(shape: tuple[int, int], rank: int, *, rotate: bool = False) -> in
 
 
 def _sizes(shape: tuple[int, int], side: int, rotate: bool) -> tuple[int, int]:
-    """The sizes of M within a matrix of this shape."""
+    """Return the sizes of M within a matrix of this shape."""
     m, n = shape
     if not isinstance(side, int) or side < 1:
         raise UserError(f"Tiled: side must be a positive integer, not {side!r}")
@@ -250,30 +250,30 @@ def _sizes(shape: tuple[int, int], side: int, rotate: bool) -> tuple[int, int]:
 
 
 def _chunks(shape: tuple[int, int], sizes: tuple[int, int], rotate: bool) -> int:
-    """How many chunks of the input are read; with rotation no more than the output has room for."""
+    """Return how many chunks of the input are read; with rotation at most as many as fit into the output."""
     (m, n), (p, q) = shape, sizes
     return min(-(-m // p), -(-n // q)) if rotate else -(-m // p)
 
 
 def _repeat(x: Float[Array, "*batch k"], n: int) -> Float[Array, "*batch n"]:
-    """`y[j] = x[j mod k]` for j < n."""
+    """Return `y[j] = x[j mod k]` for j < n."""
     *batch, k = x.shape
     copies = -(-n // k)
     if copies == 1:
         return x[..., :n]
-    # Not by concatenation, into which XLA fuses nothing.
+    # XLA fuses nothing into a concatenation.
     return jnp.broadcast_to(x[..., None, :], (*batch, copies, k)).reshape(*batch, copies * k)[..., :n]
 
 
 def _fold(x: Float[Array, "*batch n"], k: int) -> Float[Array, "*batch k"]:
-    """`y[a]`, the sum of x[j] over all j = a modulo k: the adjoint of `_repeat`."""
+    """Return `y[a]`, the sum of x[j] over all j = a modulo k: the adjoint of `_repeat`."""
     *batch, n = x.shape
     x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, -n % k)])
     return jnp.sum(x.reshape(*batch, -(-n // k), k), axis=-2) if n > k else x
 
 
 def _turn(x: Float[Array, "*batch chunks p"], sign: int) -> Float[Array, "*batch chunks p"]:
-    """Every chunk turned by its angles, or back by them."""
+    """Return every chunk rotated by its angles, or back by them if `sign` is -1."""
     chunks, p = x.shape[-2:]
     cos, sin = (
         jnp.expand_dims(jnp.asarray(table, x.dtype), tuple(range(x.ndim - 2))) for table in _tables(chunks, p, sign)
@@ -284,13 +284,13 @@ def _turn(x: Float[Array, "*batch chunks p"], sign: int) -> Float[Array, "*batch
 
 @functools.cache
 def _tables(chunks: int, p: int, sign: int) -> tuple[Float[np.ndarray, "chunks p/2"], Float[np.ndarray, "chunks p/2"]]:
-    """Cosine and sine of the angles of every chunk, rounded once from double precision."""
+    """Return cosine and sine of the angles of every chunk, rounded once from double precision."""
     angles = np.outer(np.arange(chunks), 10000.0 ** (-2 * np.arange(p // 2) / p))
     return np.cos(angles), sign * np.sin(angles)
 
 
 def _compression(m: int, p: int) -> Float[np.ndarray, "m p"]:
-    """The matrix P of `x @ P`, which continues x and sums what is equal modulo p."""
+    """Return the matrix P of `x @ P`, which continues x and sums the features that are equal modulo p."""
     P, places = np.zeros((m, p)), np.arange(-(-m // p) * p)
     np.add.at(P, (places % m, places % p), 1)
     return P

@@ -1,9 +1,9 @@
-"""Toeplitz matrices: constant along every diagonal, or depending on the distance from the main diagonal alone.
+"""Toeplitz matrices: constant along every diagonal; symmetric ones depend only on the distance from the main one.
 
-The paper (arXiv 2406.17740) writes `W x`. Here `y = x @ M` with `M = W^T`: what is above the diagonal of `M` is below
-that of `W`, and symmetric square matrices are the same.
+The paper (arXiv 2406.17740) writes `W x`. Here `y = x @ M` with `M = W^T`: entries above the diagonal of `M` are below
+that of `W`. Symmetric square matrices are their own transposes.
 
-Rectangular shapes are Toeplitz as they are, nothing is padded.
+Rectangular shapes are Toeplitz matrices themselves; nothing is padded.
 """
 
 from collections.abc import Callable
@@ -24,13 +24,12 @@ from surm_jax.structured.products.fourier import fast_length, inverse_skew_fft, 
 class Toeplitz(LinearInVector):
     """Toeplitz matrix `M[i, j] = t[j - i + in - 1]`: `t` read along the diagonals; the transpose of the paper's `W`.
 
-    in + out - 1 numbers. A Toeplitz matrix is a block of a skew-circulant one of any size from in + out - 1 on, as it
-    is of a circulant one, and of the two the skew-circulant has the cheaper transforms, forward and in reverse mode: at
-    in = out they are complex FFTs of length in, without padding. O(N log N) a row, N = max(in, out).
+    It has in + out - 1 numbers. A Toeplitz matrix is a block of a circulant or skew-circulant matrix of any size from
+    in + out - 1 on. The skew-circulant has the cheaper transforms, forward and in reverse mode: for in = out they are
+    complex FFTs of length in, without padding. O(N log N) per row, N = max(in, out).
 
     Attributes:
-        t: (in + out - 1,), from the bottom left corner of `M` up its first column and on along its first row to the top
-            right.
+        t: (in + out - 1,): the first column of `M` from bottom to top, then the rest of its first row.
         shape: `(in_features, out_features)`.
 
     >>> Toeplitz(jnp.array([1.0, 2.0, 3.0, 4.0]), shape=(2, 3)).to_dense()
@@ -45,12 +44,12 @@ class Toeplitz(LinearInVector):
 
     @staticmethod
     def _length(shape: tuple[int, int]) -> int:
-        """How many diagonals a matrix of this shape has."""
+        """Return how many diagonals a matrix of this shape has."""
         return sum(shape) - 1
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:
-        """The Toeplitz matrix nearest to `dense` in the Frobenius norm: the mean of every diagonal. O(in * out).
+        """Return the Toeplitz matrix nearest to `dense` in the Frobenius norm: the mean of every diagonal. O(in * out).
 
         Raises:
             UserError: `dense` is not a floating-point matrix.
@@ -70,10 +69,10 @@ class Toeplitz(LinearInVector):
         return Toeplitz(t=jnp.flip(self.t), shape=self.shape[::-1])
 
     def _convolve(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """What `_apply` does on each device."""
+        """Return `x @ M` on one device, for `_apply`."""
         m, n = self.shape
         size = 2 * fast_length((m + n) // 2)  # an even length of at least m + n - 1
-        # What wraps around changes its sign in a skew-circulant matrix: hence the minus.
+        # Entries that wrap around change their sign in a skew-circulant matrix: hence the minus.
         v = jnp.concatenate([self.t[m - 1 :], jnp.zeros(size - (m + n - 1), x.dtype), -self.t[: m - 1]])
         spectrum = jnp.expand_dims(skew_fft(v, size), tuple(range(x.ndim - 1)))
         return inverse_skew_fft(skew_fft(x, size) * spectrum, size)[..., :n]
@@ -89,11 +88,11 @@ class Toeplitz(LinearInVector):
 class SymmetricToeplitz(LinearInVector):
     """Symmetric Toeplitz matrix `M[i, j] = t[|i - j|]`: max(in, out) numbers; the transpose of the paper's `W`.
 
-    At in = out it is its own transpose. A rectangular one is the top left block of the square one of size max(in, out).
-    Products cost as much as those of `Toeplitz`.
+    For in = out it is its own transpose. A rectangular one is the top left block of the square one of size
+    max(in, out). Products cost as much as those of `Toeplitz`.
 
     Attributes:
-        t: (max(in, out),), by distance from the main diagonal: the longer one of the first row and the first column.
+        t: (max(in, out),), by distance from the main diagonal: the longer of the first row and the first column.
         shape: `(in_features, out_features)`.
 
     >>> SymmetricToeplitz(jnp.array([1.0, 2.0, 3.0]), shape=(2, 3)).to_dense()
@@ -108,10 +107,10 @@ class SymmetricToeplitz(LinearInVector):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:
-        """The symmetric Toeplitz matrix nearest to `dense` in the Frobenius norm. O(in * out).
+        """Return the symmetric Toeplitz matrix nearest to `dense` in the Frobenius norm. O(in * out).
 
         `t[k]` is the mean over all entries at distance k from the main diagonal, above and below it. The formula in
-        arXiv 2406.17740 takes one side alone, which is the nearest only when `dense` is symmetric itself.
+        arXiv 2406.17740 takes only one side, which gives the nearest matrix only if `dense` is symmetric.
 
         Raises:
             UserError: `dense` is not a floating-point matrix.
@@ -127,11 +126,11 @@ class SymmetricToeplitz(LinearInVector):
         return SymmetricToeplitz(t=self.t, shape=self.shape[::-1])
 
     def general(self) -> Toeplitz:
-        """The same matrix as a `Toeplitz`, with every diagonal written out."""
+        """Return the same matrix as a `Toeplitz`, with every diagonal written out."""
         return Toeplitz(t=_mirror(self.t, self.shape), shape=self.shape)
 
     def _convolve(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """What `_apply` does on each device."""
+        """Return `x @ M` on one device, for `_apply`."""
         return self.general()._convolve(x)
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -143,14 +142,14 @@ class SymmetricToeplitz(LinearInVector):
 
 @batch_local
 def apply_in_turn(x: Float[Array, "*batch in"], *matrices: Toeplitz | SymmetricToeplitz) -> Float[Array, "*batch out"]:
-    """`x @ M1 @ M2 ...`, everything in one dtype, float32 or float64; each device works on its part of the batch."""
+    """Return `x @ M1 @ M2 ...`, all in one dtype, float32 or float64; each device works on its part of the batch."""
     for matrix in matrices:
         x = matrix._convolve(x)
     return x
 
 
 def _mirror(t: Float[Array, " N"], shape: tuple[int, int]) -> Float[Array, " diagonals"]:
-    """The numbers along all diagonals from those by distance."""
+    """Return the numbers along all diagonals from those by distance."""
     m, n = shape
     return jnp.concatenate([jnp.flip(t[1:m]), t[:n]])
 
@@ -158,10 +157,10 @@ def _mirror(t: Float[Array, " N"], shape: tuple[int, int]) -> Float[Array, " dia
 def _project(
     build: Callable[[Float[Array, " k"]], Float[Array, "in out"]], count: int, dense: Float[Array, "in out"]
 ) -> Float[Array, " k"]:
-    """The mean of `dense` over the entries where `build` puts each of `count` numbers: their sum, over how many.
+    """Return for each of `count` numbers the mean of `dense` over the entries where `build` puts it.
 
-    Each entry of the matrix is one of the numbers, so that the matrices which `build` makes of the unit vectors are
-    orthogonal, and the projection needs no more than its adjoint.
+    Each entry of the matrix is one of the numbers, so the matrices that `build` makes of unit vectors are orthogonal,
+    and the projection needs only the adjoint of `build`: sums over entries, divided by their counts.
     """
     adjoint = jax.linear_transpose(build, jax.ShapeDtypeStruct((count,), dense.dtype))
     return adjoint(dense)[0] / adjoint(jnp.ones_like(dense))[0]

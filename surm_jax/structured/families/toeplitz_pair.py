@@ -1,11 +1,11 @@
 """Products of two Toeplitz matrices, the paper's Toeplitz update.
 
-In the paper (arXiv 2406.17740) `W x` with `W = T2 T1`: x meets `T1` first. Here `y = x @ M` with `M = W^T = T1^T T2^T`,
-and `t1` and `t2` hold the numbers of the two factors as they stand in `M`, of `T1^T` and `T2^T`. Transposing exchanges
-them, which keeps a pair a pair, the symmetric one included.
+In the paper (arXiv 2406.17740) `W x` with `W = T2 T1`: x is multiplied with `T1` first. Here `y = x @ M` with
+`M = W^T = T1^T T2^T`, and `t1` and `t2` hold the numbers of `T1^T` and `T2^T`. Transposing exchanges the factors, so
+the transpose of a pair is a pair, also of a symmetric one.
 
-Rectangular shapes: the size between the factors is `N = max(in, out)`, so that `M` is the top left block of a product
-of square matrices of size N, as it is in the families of circulant type.
+Rectangular shapes: the size between the factors is `N = max(in, out)`. So `M` is the top left block of a product of
+square matrices of size N, as in the circulant families.
 """
 
 import abc
@@ -25,7 +25,7 @@ Factor = Toeplitz | SymmetricToeplitz
 
 @matrix_pytree
 class _Pair(Family):
-    """What the two families of this file have in common: all but the kind of their factors."""
+    """Base of both families, which differ in the kind of their factors."""
 
     t1: Float[Array, " count1"]
     t2: Float[Array, " count2"]
@@ -37,7 +37,7 @@ class _Pair(Family):
     @staticmethod
     @abc.abstractmethod
     def _counts(shape: tuple[int, int]) -> tuple[int, int]:
-        """How many numbers `t1` and `t2` hold."""
+        """Return how many numbers `t1` and `t2` hold."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", checked_shape(type(self).__name__, self.shape))
@@ -63,17 +63,17 @@ class _Pair(Family):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"], *, steps: int = 200, progress: bool = False) -> Self:
-        """A pair near to `dense` in the Frobenius norm, never further from it than the nearest single factor.
+        """Return a pair near to `dense` in the Frobenius norm, never further from it than the nearest single factor.
 
-        There is no formula for the nearest product. Starts at the nearest single Toeplitz matrix (symmetric, where the
-        factors are) times the identity, and goes on by `refine`, which finds a local minimum. At the start both factors
-        get the same Frobenius norm; with the identity as it is the search stops earlier, and further away. Neither
+        There is no formula for the nearest product. The search starts at the nearest single Toeplitz matrix (symmetric,
+        if the factors are) times the identity, and `refine` finds a local minimum. At the start both factors get the
+        same Frobenius norm; with an identity of norm sqrt(N) the search stops earlier, at a larger error. Neither
         factor is zero, so that a pair near to zero can still learn.
 
         Args:
             dense: (in_features, out_features).
             steps: The most steps of `refine`.
-            progress: Shows a bar.
+            progress: Whether to show a bar.
 
         Raises:
             UserError: `dense` is not a floating-point matrix, or as in `refine`.
@@ -83,7 +83,7 @@ class _Pair(Family):
         single, identity = cls._factor.nearest(dense), cls._factor.nearest(jnp.eye(m, max(m, n), dtype=dense.dtype))
         norm = jnp.linalg.norm(single.to_dense()) / m**0.5
         balance = jnp.sqrt(jnp.where(norm > 0, norm, 1))
-        # Of a second factor that is taller than `dense`, the identity does not reach the bottom left corner.
+        # The identity does not reach the bottom left corner of a second factor that is taller than `dense`.
         unreached = cls._counts((m, n))[1] - single.t.shape[0]
         t2 = jnp.pad(single.t / balance, (unreached, 0))
         return refine(cls(t1=identity.t * balance, t2=t2, shape=(m, n)), dense, steps=steps, progress=progress)
@@ -120,8 +120,8 @@ class ToeplitzPair(_Pair):
     """Product of two Toeplitz matrices, `M = T1^T T2^T`; the transpose of `W = T2 T1` of arXiv 2406.17740.
 
     (in + N - 1) + (N + out - 1) numbers, N = max(in, out): 4 in - 2 at in = out. In general the product is no Toeplitz
-    matrix; its displacement rank is at most 4. A row costs the four transforms of two products with `Toeplitz`: between
-    the two the result has to be cut to size. The dense form takes O(N^2 log N), in place of a product of matrices.
+    matrix; its displacement rank is at most 4. A row costs the four transforms of two products with `Toeplitz`, because
+    the result between them has to be cut to size. The dense form takes O(N^2 log N), less than a matrix product.
 
     Attributes:
         t1: (in + N - 1,), the numbers of `T1^T`, (in, N), in the order of `Toeplitz`; zero at the start.
@@ -150,8 +150,9 @@ class ToeplitzPair(_Pair):
 class SymmetricToeplitzPair(_Pair):
     """Product of two symmetric Toeplitz matrices, `M = T1 T2`; the transpose of `W = T2 T1` of arXiv 2406.17740.
 
-    2N numbers, N = max(in, out). The update that the paper calls Toeplitz. The product is not symmetric, and in general
-    no Toeplitz matrix; at in = out, `M^T` is the pair with its factors exchanged. Costs what `ToeplitzPair` costs.
+    It has 2N numbers, N = max(in, out), and is the update that the paper calls Toeplitz. The product is not symmetric,
+    and in general no Toeplitz matrix. For in = out, `M^T` is the pair with its factors exchanged. It costs as much as
+    `ToeplitzPair`.
 
     Attributes:
         t1: (N,), the numbers of `T1^T`, in the order of `SymmetricToeplitz`; zero at the start.

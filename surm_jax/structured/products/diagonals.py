@@ -1,4 +1,4 @@
-"""Matrices that are constant along their diagonals, formed."""
+"""Dense forms of matrices that are constant along their diagonals."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ from jaxtyping import Array, Float
 
 
 def from_diagonals(t: Float[Array, " diagonals"], shape: tuple[int, int]) -> Float[Array, "in out"]:
-    """The m x n matrix with `t[j - i + m - 1]` at (i, j): the diagonals from the bottom left to the top right.
+    """Return the m x n matrix with `t[j - i + m - 1]` at (i, j): the diagonals from the bottom left to the top right.
 
-    Row i is one slice of `t`: entries by their indices would be a gather, whose derivative is a slow scatter.
+    Row i is one slice of `t`. Indexing each entry would be a gather, whose derivative is a slow scatter.
 
     >>> from_diagonals(jnp.arange(4), (2, 3))
     Array([[1, 2, 3],
@@ -19,7 +19,7 @@ def from_diagonals(t: Float[Array, " diagonals"], shape: tuple[int, int]) -> Flo
 
 
 def from_wrapped_diagonals(v: Float[Array, " N"], shape: tuple[int, int], f: float = 1.0) -> Float[Array, "in out"]:
-    """The top left m x n block of the transposed f-circulant `Z_f(v)^T`, N = max(m, n).
+    """Return the top left m x n block of the transposed f-circulant `Z_f(v)^T`, N = max(m, n).
 
     `v[j - i]` where j >= i, and `f * v[N + j - i]` below the diagonal.
 

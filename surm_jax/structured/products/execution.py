@@ -1,19 +1,19 @@
-"""Several ways to compute `x @ (W + M)` for a frozen kernel W and a structured matrix M, equal to rounding.
+"""Several ways to compute `x @ (W + M)` for a frozen kernel W and a structured matrix M, equal up to rounding.
 
 Which one is fastest depends on the family, the width, the number of tokens, the precision and the device:
 
 - `fft`: `x @ W + x @ M` by M's fast product, forward and backward. Works in every precision.
-- `dense`: M is formed, an array of the kernel's size beside the far larger activations. In float32 `W + M` is one
-  kernel, so that output and input gradient cost what the frozen layer costs; M's gradient is that of a full kernel,
-  reduced to M's parameters. In half precision W and M stay apart, since an update below half a unit in the last place
-  of W would vanish in their sum.
-- `fused`: as `dense` in float32, but M's parameters get their gradient by the fast product, one cache-sized piece of
-  the tokens after the other. Not in half precision.
-- `auto`: what was measured to be fastest in a similar case (`surm_jax.structured.products.choice`).
+- `dense`: M is formed, an array of the size of the kernel. In float32 `W + M` is one kernel, so output and input
+  gradient cost as much as in the frozen layer. The gradient of a full kernel is computed and reduced to M's parameters.
+  In half precision W and M stay apart, because an update below half a unit in the last place of W would vanish in their
+  sum.
+- `fused`: as `dense` in float32, but M's parameters get their gradient by the fast product, on one cache-sized piece of
+  the tokens after another. Not in half precision.
+- `auto`: the one that was fastest when a similar case was measured (`surm_jax.structured.products.choice`).
 
-The derivative of the folded product is stated as a JVP, `dx @ (W + M) + x @ dM`, of which JAX makes the reverse mode by
-transposition: both directions of differentiation work, and a kernel that nobody asks a gradient of has none. Of all
-executions reverse mode keeps `x` alone, beside W and M's parameters; spectra and `W + M` are computed again.
+The derivative of the folded product is given as a JVP, `dx @ (W + M) + x @ dM`, and JAX derives the reverse mode by
+transposition. So both directions of differentiation work, and a kernel whose gradient is not asked for gets none. In
+all executions reverse mode keeps only `x`, W and M's parameters; spectra and `W + M` are computed again.
 """
 
 import functools
@@ -31,17 +31,17 @@ from surm_jax.structured.base import StructuredMatrix
 from surm_jax.structured.products.choice import choose
 
 EXECUTIONS = ("auto", "fft", "dense", "fused")
-"""The ways to compute, by the names under which the docstring of this module explains them."""
+"""The names of the executions, which the docstring of this module explains."""
 
 PIECE_BYTES = 2**21
-"""How much of `x` the fast product works on at a time. Its spectra then stay in cache; a CPU core has 1 or 2 MiB."""
+"""The size of the pieces of `x` in the fast product, so that spectra stay in cache; a CPU core has 1 or 2 MiB."""
 
 Dot = Callable[[Float[Array, "*batch in"], Float[Array, "in out"]], Float[Array, "*batch out"]]
 """A product of inputs and kernel, such as `jnp.matmul`."""
 
 
 def check_execution(execution: str) -> None:
-    """Checks that `execution` is one of `EXECUTIONS`.
+    """Check that `execution` is one of `EXECUTIONS`.
 
     Raises:
         UserError: It is something else; the message names the nearest one.
@@ -61,18 +61,18 @@ def updated_matmul(
     execution: str = "auto",
     dot: Dot = jnp.matmul,
 ) -> Float[Array, "*batch out"]:
-    """`x @ (kernel + update)`.
+    """Return `x @ (kernel + update)`.
 
     Args:
-        x: Any number of leading dimensions, (..., in_features). Over a mesh the first of them is sharded, and what is
-            computed of the update stays local to its devices; only the gradient of its parameters is summed over them.
+        x: Any number of leading dimensions, (..., in_features). On a mesh the first of them is sharded. The product
+            with the update is then local to each device, and only the gradient of its parameters is summed over them.
         kernel: (in_features, out_features), in the dtype of `x`.
         update: A structured matrix of the kernel's shape, in any dtype.
         execution: One of `EXECUTIONS`; see the module's docstring.
-        dot: How `x` is multiplied with a kernel: `jnp.matmul`, or one with another precision. Linear in both.
+        dot: The product of `x` and a kernel, linear in both: `jnp.matmul`, or one of another precision.
 
     Returns:
-        (..., out_features) in the dtype that `dot` gives.
+        (..., out_features) in the dtype of the result of `dot`.
 
     Raises:
         UserError: The shapes do not fit, the execution is unknown, or it is `fused` in half precision.
@@ -111,16 +111,16 @@ def updated_matmul(
 def matmul(
     x: Float[Array, "*batch in"], update: StructuredMatrix, *, execution: str = "auto", dot: Dot = jnp.matmul
 ) -> Float[Array, "*batch out"]:
-    """`x @ update` alone, for an update that reads another input than the kernel, such as one after dropout.
+    """Return `x @ update`, for an update whose input differs from the kernel's, such as an input after dropout.
 
     Args:
         x: (..., in_features).
         update: A structured matrix.
-        execution: As in `updated_matmul`; `fused` has nothing to be fused with, and is the fast product in pieces.
+        execution: As in `updated_matmul`. Without a kernel, `fused` is the fast product in pieces.
         dot: As in `updated_matmul`.
 
     Returns:
-        (..., out_features) in the dtype of `x`, or that which `dot` gives.
+        (..., out_features) in the dtype of `x`, or of the result of `dot`.
 
     Raises:
         UserError: The shapes do not fit, or the execution is unknown.
@@ -139,7 +139,7 @@ def matmul(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _folded(product: Callable[..., Array], dot: Dot, x: Array, kernel: Array, update: StructuredMatrix) -> Array:
-    """`dot(x, kernel + update)`. How `x @ update` is computed, `product`, shows in the derivative alone."""
+    """Return `dot(x, kernel + update)`. Only the derivative uses `product`, which computes `x @ update`."""
     del product
     return dot(x, _sum(kernel, update))
 
@@ -169,7 +169,7 @@ def _instantiated(tangent: Array | SymbolicZero) -> Array:
 
 
 def _through_dense(dot: Dot, x: Array, update: StructuredMatrix) -> Array:
-    """`x @ update` with the matrix formed; the gradient of the matrix is reduced to its parameters on each device."""
+    """Return `x @ update` with the matrix formed; each device reduces its gradient to that of the parameters."""
     return batch_local(jax.checkpoint(lambda x, update: dot(x, update.to_dense().astype(x.dtype))))(x, update)
 
 
@@ -184,7 +184,7 @@ def _at_once(x: Array, update: StructuredMatrix) -> Array:
 
 
 def _in_pieces(dot: Dot, x: Array, update: StructuredMatrix) -> Array:
-    """`x @ update` by the fast product, on one piece of the tokens after the other."""
+    """Return `x @ update` by the fast product, on one piece of the tokens after another."""
     del dot
     return batch_local(_apply_in_pieces)(x, update)
 
@@ -196,7 +196,7 @@ def _apply_in_pieces(x: Array, update: StructuredMatrix) -> Array:
     tokens, length = rows.shape[0], max(1, PIECE_BYTES // (m * x.dtype.itemsize))
     if tokens <= length:
         return apply(x, update)
-    # A somewhat shorter piece that divides the tokens leaves no rest, and batch times length has many divisors.
+    # A slightly shorter piece that divides the number of tokens leaves no remainder; such numbers have many divisors.
     length = next((size for size in range(length, length // 2, -1) if tokens % size == 0), length)
     whole = tokens - tokens % length
     y = jax.lax.map(lambda rows: apply(rows, update), rows[:whole].reshape(-1, length, m)).reshape(whole, n)

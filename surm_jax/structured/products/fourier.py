@@ -13,17 +13,17 @@ from surm_jax.errors import UserError
 
 
 def circular_convolve(x: Float[Array, "*batch m"], c: Float[Array, " n"]) -> Float[Array, "*batch n"]:
-    """Circular convolution over the last axis: `y_j = sum_i x_i c_{(j-i) mod n}`, computed as `F y = F x * F c`.
+    """Return the circular convolution over the last axis: `y_j = sum_i x_i c_{(j-i) mod n}`, by `F y = F x * F c`.
 
     Args:
         x: (..., m) with m <= n; padded with zeros to n.
         c: (n,), the same dtype as `x`.
 
     Returns:
-        (..., n) in the dtype of `x`: float32 or float64, the two that `jnp.fft` knows.
+        (..., n) in the dtype of `x`: float32 or float64, which `jnp.fft` supports.
 
-    Cost: two real FFTs of length n for each row of `x` and one for `c`, O(n log n) a row. Reverse mode keeps the
-    spectra of `x` and `c`; `jax.checkpoint` around the call keeps `x` and `c` alone.
+    Cost: two real FFTs of length n for each row of `x` and one for `c`, O(n log n) per row. Reverse mode keeps the
+    spectra of `x` and `c`; with `jax.checkpoint` around the call it keeps only `x` and `c`.
 
     Raises:
         UserError: `x` is wider than `c`, or the dtypes differ or are not float32 or float64.
@@ -36,7 +36,9 @@ def circular_convolve(x: Float[Array, "*batch m"], c: Float[Array, " n"]) -> Flo
 
 
 def skew_convolve(x: Float[Array, "*batch m"], v: Float[Array, " n"]) -> Float[Array, "*batch n"]:
-    """Skew-circular convolution over the last axis: `y_j = sum_{i<=j} x_i v_{j-i} - sum_{i>j} x_i v_{n+j-i}`.
+    """Return the skew-circular convolution over the last axis.
+
+    `y_j = sum_{i<=j} x_i v_{j-i} - sum_{i>j} x_i v_{n+j-i}`.
 
     The product of polynomials modulo `z^n + 1` (also called negacyclic), computed as `S y = S x * S v` with the
     transform S of `skew_fft`.
@@ -46,9 +48,9 @@ def skew_convolve(x: Float[Array, "*batch m"], v: Float[Array, " n"]) -> Float[A
         v: (n,), the same dtype as `x`.
 
     Returns:
-        (..., n) in the dtype of `x`: float32 or float64, the two that `jnp.fft` knows.
+        (..., n) in the dtype of `x`: float32 or float64, which `jnp.fft` supports.
 
-    Cost: as `circular_convolve` of the same length, whose residuals it also has in reverse mode.
+    Cost and residuals in reverse mode: those of `circular_convolve` of the same length.
 
     Raises:
         UserError: `x` is wider than `v`, or the dtypes differ or are not float32 or float64.
@@ -61,16 +63,16 @@ def skew_convolve(x: Float[Array, "*batch m"], v: Float[Array, " n"]) -> Float[A
 
 
 def skew_fft(x: Float[Array, "*batch m"], n: int) -> Complex[Array, "*batch k"]:
-    """The spectrum S x of x, padded with zeros to n: the values of its polynomial at half of the roots of `z^n = -1`.
+    """Return the spectrum S x of x, padded with zeros to n: its polynomial at half the roots of `z^n = -1`.
 
-    The roots come in conjugate pairs (and -1 for odd n), so that one of each pair says all about a real `x`:
+    The roots come in conjugate pairs (and -1 for odd n), and one of each pair is enough for a real `x`:
 
     - n even: `z^n + 1 = (z^(n/2) - i)(z^(n/2) + i)`. Modulo the first factor x folds into `x_j + i x_{j+n/2}`, and
       `z = w u` with `w = exp(i pi / n)` turns the factor into `u^(n/2) - 1`: one complex FFT of length k = n/2.
     - n odd: `z = -u` turns `z^n + 1` into `1 - u^n`: one real FFT of length n, with k = (n+1)/2 values.
 
-    Either costs what `jnp.fft.rfft` costs at length n. The way by a complex root of -1 alone (arXiv 2406.17740) needs a
-    complex FFT of length n, twice as much. Not kept local to a device: call it inside `batch_local`.
+    Both cost as much as `jnp.fft.rfft` of length n. Scaling by powers of a complex root of -1 (arXiv 2406.17740) needs
+    a complex FFT of length n, twice as much. This function is not local to a device: call it inside `batch_local`.
 
     Args:
         x: (..., m) with m <= n, float32 or float64.
@@ -84,7 +86,7 @@ def skew_fft(x: Float[Array, "*batch m"], n: int) -> Complex[Array, "*batch k"]:
 
 
 def inverse_skew_fft(spectrum: Complex[Array, "*batch k"], n: int) -> Float[Array, "*batch n"]:
-    """The real x of length n with `skew_fft(x, n) = spectrum`."""
+    """Return the real x of length n with `skew_fft(x, n) = spectrum`."""
     if n % 2:
         x = jnp.fft.irfft(spectrum, n=n)
         return x * _for_rows(_signs(n, x.dtype), x)
@@ -94,10 +96,10 @@ def inverse_skew_fft(spectrum: Complex[Array, "*batch k"], n: int) -> Float[Arra
 
 
 def fast_length(n: int) -> int:
-    """The smallest length >= n with no prime factor above 5: FFT libraries are fast there, and slow at large primes.
+    """Return the smallest length >= n without a prime factor above 5, at which FFT libraries are fast.
 
-    The next power of two is up to twice as long as n; this length is longer by a seventh at most from n = 14 on, and by
-    a ninth from n = 33 on.
+    The next power of two is up to twice as long as n. This length is at most a seventh longer for n >= 14, and at most
+    a ninth longer for n >= 33.
 
     Args:
         n: At least 1.
@@ -143,15 +145,15 @@ def _skew_convolve_rows(x: Float[Array, "*batch m"], v: Float[Array, " n"]) -> F
 
 
 def _for_rows(row: Array, x: Array) -> Array:
-    """`row`, (n,), with the rank of `x`."""
+    """Return `row`, (n,), with the rank of `x`."""
     return jnp.expand_dims(row, tuple(range(x.ndim - 1)))
 
 
 def _signs(n: int, dtype: DTypeLike) -> Float[Array, " n"]:
-    """`(-1)^j`: the powers of the real root of `z^n = -1` for odd n."""
+    """Return `(-1)^j`: the powers of the real root of `z^n = -1` for odd n."""
     return jnp.asarray(1 - 2 * (np.arange(n) % 2), dtype)
 
 
 def _twist(n: int, dtype: DTypeLike) -> Complex[Array, " n/2"]:
-    """`exp(i pi j / n)` for j < n/2: the powers of a root of `z^n = -1`, rounded once from double precision."""
+    """Return `exp(i pi j / n)` for j < n/2: the powers of a root of `z^n = -1`, rounded once from double precision."""
     return jnp.asarray(np.exp(1j * np.pi * np.arange(n // 2) / n), dtype)

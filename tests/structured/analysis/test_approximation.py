@@ -7,19 +7,27 @@ import scipy.linalg
 
 from surm_jax.errors import UserError
 from surm_jax.structured import FAMILIES, approximations
+from tests.structured.cases import EXHAUSTIVE, quick
+
+
+def is_ours(name):
+    """Say whether the package defines a family; other test files register families of their own."""
+    return FAMILIES[name].__module__.startswith("surm_jax.")
 
 
 def gaussian(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("shape", [(12, 12), (8, 12)], ids=str)
+@pytest.mark.parametrize("shape", quick([(12, 12), (8, 12)], (12, 12)), ids=str)
 def test_energy_is_that_of_the_matrix_and_the_budget_is_kept(shape):
     target = gaussian(*shape)
     found = approximations(target, budget=48, steps=0)
     energies = [kept.energy for kept in found.values()]
     assert energies == sorted(energies, reverse=True)
-    assert set(found) == FAMILIES.keys() - {"Dense"}  # which holds more numbers than the budget
+    assert {*filter(is_ours, found)} == {*filter(is_ours, FAMILIES)} - {
+        "Dense"
+    }  # which holds more numbers than the budget
     for kept in found.values():
         assert kept.matrix.num_params <= 48 and kept.matrix.shape == shape
         lost = np.sum((target - np.asarray(kept.matrix.to_dense(), np.float64)) ** 2) / np.sum(target**2)
@@ -52,13 +60,18 @@ def test_closed_forms_of_numpy():
     assert found["Tiled"].energy == pytest.approx(4 * np.sum(tile**2) / total, rel=1e-5)
 
 
-@pytest.mark.parametrize(("shape", "side"), [((3, 20), 13), ((20, 3), 13), ((3, 10), 10), ((12, 12), 6)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "side"),
+    quick([((3, 20), 13), ((20, 3), 13), ((3, 10), 10), ((12, 12), 6)], ((12, 12), 6), unpack=True),
+    ids=str,
+)
 def test_the_tile_is_the_largest_that_the_budget_holds(shape, side):
     found = approximations(gaussian(*shape), budget=39, steps=0)["Tiled"]
     assert found.options == {"side": side}
     assert found.matrix.num_params == min(side, shape[0]) * min(side, shape[1])
 
 
+@EXHAUSTIVE
 def test_every_target_of_a_family_is_kept_whole():
     c, t = gaussian(9), gaussian(2, 9)
     assert approximations(scipy.linalg.circulant(c), 18, steps=0)["Circulant"].energy == pytest.approx(1, abs=1e-6)
@@ -69,7 +82,8 @@ def test_every_target_of_a_family_is_kept_whole():
 
 
 def test_families_that_are_too_large_are_left_out():
-    assert {"Circulant", "SymmetricToeplitz"} <= set(approximations(gaussian(12, 12), budget=12, steps=0)) <= {
+    found = {name for name in approximations(gaussian(12, 12), budget=12, steps=0) if is_ours(name)}
+    assert {"Circulant", "SymmetricToeplitz"} <= found <= {
         "Circulant", "SkewCirculant", "FCirculant", "BlockCirculant", "SymmetricToeplitz", "Tiled"
     }  # fmt: skip
 
@@ -83,7 +97,7 @@ def test_targets_without_energy(bad):
 
 
 def test_other_mistakes():
-    assert set(approximations(gaussian(12, 12), 5)) == {"Tiled"}
+    assert {name for name in approximations(gaussian(12, 12), 5) if is_ours(name)} == {"Tiled"}
     for budget in (0, -1):
         with pytest.raises(UserError, match=f"no family holds a 12 x 12 matrix in {budget} numbers"):
             approximations(gaussian(12, 12), budget)

@@ -35,6 +35,9 @@ class TestFCirculant(ProjectionContract):
     def options(self, shape):
         return {"f": 0.7}
 
+    def example(self):
+        return FCirculant.random((8, 8), f=0.7)
+
     def dense(self, arrays, shape):
         return cut(paper_f_circulant(arrays["v"], 0.7), shape)
 

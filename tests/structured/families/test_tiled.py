@@ -43,6 +43,9 @@ class TestRotated(ProjectionContract):
     def options(self, shape):
         return {"side": 4, "rotate": shape[0] > 1}
 
+    def example(self):
+        return Tiled.random((6, 8), side=4, rotate=True)
+
     def dense(self, arrays, shape):
         return mora_dense(arrays["M"], shape, rotate=shape[0] > 1)
 

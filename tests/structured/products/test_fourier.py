@@ -17,7 +17,7 @@ from surm_jax.structured import (
     fast_length,
     skew_convolve,
 )
-from tests.structured.cases import assert_close
+from tests.structured.cases import assert_close, quick
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 MESHES = {
@@ -65,7 +65,12 @@ def test_circular_convolve_is_its_defining_sum(m, n):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("m", "n"), [(1, 1), (2, 2), (1, 2), (7, 7), (8, 8), (2, 8), (6, 8), (3, 7), (1, 5), (9, 10)])
+@pytest.mark.parametrize(
+    ("m", "n"),
+    quick(
+        [(1, 1), (2, 2), (1, 2), (7, 7), (8, 8), (2, 8), (6, 8), (3, 7), (1, 5), (9, 10)], (7, 7), (6, 8), unpack=True
+    ),
+)
 def test_skew_convolve_is_its_defining_sum_with_its_gradients(m, n):
     rng = np.random.default_rng(0)
     x, v, dy = rng.normal(size=(2, m)), rng.normal(size=n), rng.normal(size=(2, n))
@@ -142,7 +147,7 @@ def test_no_activation_is_gathered_and_values_equal_one_devices(problem, mesh_na
 
 
 @pytest.mark.parametrize("n", [9, 10])
-@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=str)
+@pytest.mark.parametrize("axis_type", quick([AUTO, EXPLICIT], AUTO), ids=str)
 @pytest.mark.parametrize("mesh_name", ["data", "data x fsdp"])
 def test_no_activation_is_gathered_by_a_skew_convolution(mesh_name, axis_type, n):
     rng = np.random.default_rng(0)
@@ -188,7 +193,7 @@ def test_batch_over_some_of_the_axes(problem, axis_type, spec):
         assert_trees_close(jax.jit(loss_and_grads)(pair, x, dy), expected)
 
 
-@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=str)
+@pytest.mark.parametrize("axis_type", quick([AUTO, EXPLICIT], AUTO), ids=str)
 def test_eager_and_half_precision(problem, axis_type):
     pair, x, _ = problem
     expected = pair.apply(x.astype(jnp.bfloat16))
