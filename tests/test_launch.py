@@ -379,6 +379,7 @@ def test_a_run_that_was_stopped_in_three_ways_ends_like_one_that_was_not(files, 
     tiny.assert_same_run(tmp_path / "whole", parts)
 
 
+@pytest.mark.exhaustive
 def test_mistakes_in_a_process_of_their_own(files, tmp_path):
     """What absl and the interpreter add to a message is seen only there."""
     (tmp_path / "file").write_text("mine")

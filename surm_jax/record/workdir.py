@@ -1,6 +1,6 @@
 """The folder of a run: which run it belongs to, who may use it, and files that are written whole or not at all.
 
-A configuration is a tree here: nested dictionaries of JSON values, as `surm_jax.training.config.to_dict` makes them.
+A configuration is a tree here: nested dictionaries of JSON values, as `surm_jax.training.parsing.to_dict` makes them.
 """
 
 import contextlib

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ from flax import nnx
 from surm_jax.devices.mesh import make_mesh, put_base, put_batch, replicated
 from surm_jax.devices.processes import on_first, opened_on_first
 from surm_jax.errors import UserError
+from surm_jax.models import Model
 from surm_jax.peft import Adapter, load_adapter, load_peft, merge, save_peft
 from surm_jax.pretrained import from_pretrained, huggingface_names, locate, save_huggingface, save_model
 from surm_jax.record.progress import Interruption, track
@@ -109,7 +110,7 @@ def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
         job = prepare(config, seed)
         with jax.set_mesh(job.mesh):
             _, model, _ = _load_adapted(job, folder)
-            merged, deviation = merge(model)
+            merged, deviation = _merged(model)
             batch = _test_batch(job)
             difference = np.abs(_logits(job, merged, batch) - _logits(job, model, batch)).max()
         paths.append(folder / "merged" / "model.safetensors")
@@ -144,7 +145,7 @@ def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[P
             folders.append(folder / form)
             if form == "hf":
                 task, geometry = job.task, job.task.model_config
-                plain, _ = merge(model)
+                plain, _ = _merged(model)
                 save_huggingface(folders[-1], plain, task.classes or None, **task.export_options())
                 runtime = {name: getattr(geometry, name) for name in geometry.RUNTIME_FIELDS}
                 exported = from_pretrained(folders[-1], **runtime)
@@ -244,6 +245,12 @@ def _load_adapted(job: Job, folder: Path) -> tuple[nnx.Module, nnx.Module, Adapt
     """Return the base of a run, the model with the adapter that the run saved, and the adapter's recipe."""
     base = job.base_model()
     return base, *load_adapter(folder / ADAPTER_NAME, base, execution=job.config.peft.execution)
+
+
+def _merged(model: nnx.Module) -> tuple[Model, float]:
+    """Merge the adapters of a model; return the plain model, and how far its kernels are from the exact sums."""
+    plain, deviation = merge(model)
+    return cast(Model, plain), deviation
 
 
 def _test_batch(job: Job) -> dict[str, np.ndarray]:

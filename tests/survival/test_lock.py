@@ -54,6 +54,7 @@ def test_a_second_process_is_told_of_the_first_and_a_killed_one_leaves_nothing(h
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.exhaustive
 def test_a_run_holds_its_folder_from_beginning_to_end(tiny_files, tmp_path, monkeypatch):
     config = tiny.make_config(tiny_files, "linear_probe", **{"optim.steps": 1, "seeds": (0, 1)})
     seen = []

@@ -45,6 +45,7 @@ def test_nothing_is_compiled_after_the_second_step(tiny_files, tmp_path, monkeyp
     assert {0, 2} <= set(compiled) <= {0, 1, 2}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", small.quick(["circulant", "full"], "circulant"))
 def test_a_step_moves_nothing_between_host_and_device(tiny_files, tmp_path, monkeypatch, method):
     compile_programs, programs, calls = loop.compile_steps, [], 0

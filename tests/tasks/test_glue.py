@@ -85,6 +85,7 @@ def test_two_seeds_and_what_was_held_out(rte):
     assert result["parameters"]["trainable"] == 3 * 2 * 32 + 2 * 32 + 2
 
 
+@pytest.mark.exhaustive
 def test_evaluating_gives_the_result_again(rte):
     folder, result = rte
     measured = evaluate_run(folder, {})
@@ -175,6 +176,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(files, tmp_path, monkeypa
     tiny.assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.exhaustive
 def test_one_program_for_each_length_and_none_while_training(files, tmp_path, monkeypatch, caplog, capsys):
     put, during, lengths = loop.put_batch, [], set()
 

@@ -105,6 +105,7 @@ def kinds(blocks):
     return [part.depth if isinstance(part, Stack) else 1 for part in blocks]
 
 
+@pytest.mark.exhaustive
 def test_blocks_that_differ_are_not_stacked():
     built = small.build("vit", "adapter_drop", depth=4)
     looped = loss_and_gradients(small.build("vit", "adapter_drop", depth=4), False)

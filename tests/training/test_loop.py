@@ -136,6 +136,7 @@ def written_out(config, seed, factors):
     return losses
 
 
+@pytest.mark.exhaustive
 def test_a_run_is_a_loop_that_is_written_out(tiny_files, tmp_path):
     values = {
         "optim.steps": 8,

@@ -161,6 +161,7 @@ def test_eight_devices_compute_what_one_computes_and_gather_nothing(built_for, m
     assert "all-reduce" in program
 
 
+@pytest.mark.exhaustive
 def test_transforms_that_are_not_kept_local_would_gather(built_for, monkeypatch):
     # So the check above sees what it is there to see.
     monkeypatch.setattr(fourier, "_convolve_rows", fourier._convolve_rows.__wrapped__)
