@@ -21,6 +21,7 @@ import ml_collections
 from surm_jax.errors import UserError, require_one_of
 from surm_jax.peft import METHODS
 from surm_jax.training import base_config
+from surm_jax.training.config import ADAPTER
 
 
 class Task(NamedTuple):
@@ -81,7 +82,7 @@ def get_config(options: str = "") -> ml_collections.ConfigDict:
     config.optim.clip_norm = 0.0
     # Biases, norms and scales have no weight decay, and so have DoRA's magnitudes and learned alphas.
     groups = config.optim.groups
-    groups.adapter.pattern = r"(.*/)?(delta|branch)/(?!.*(bias|magnitude|alpha)$).*"
+    groups.adapter.pattern = ADAPTER + r"(?!.*(bias|magnitude|alpha)$).*"
     groups.head.pattern = r"head/kernel"
     groups.bias.pattern = r"(.*/)?(\w*bias|magnitude|alpha)"
     for group in (groups.adapter, groups.head, groups.rest):

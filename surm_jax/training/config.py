@@ -13,10 +13,13 @@ from typing import Any
 from surm_jax.errors import UserError, require_one_of
 from surm_jax.paths import compile_pattern
 from surm_jax.peft import METHODS, Method, make_method
+from surm_jax.peft.parts.base import SLOTS
 from surm_jax.structured import EXECUTIONS
 from surm_jax.tasks.config import DataConfig, ModelConfig, check_at_least, check_fraction
 
 DECAYS = ("cosine", "linear", "constant")
+ADAPTER = f"(.*/)?({'|'.join(SLOTS)})/"
+"""How the path of an adapter's parameter begins, as a regular expression."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,7 @@ class GroupConfig:
 class GroupsConfig:
     """Groups of trained parameters. A parameter belongs to the first group whose pattern matches its path."""
 
-    adapter: GroupConfig = GroupConfig(pattern=r"(.*/)?(delta|branch)/.*")
+    adapter: GroupConfig = GroupConfig(pattern=f"{ADAPTER}.*")
     head: GroupConfig = GroupConfig(pattern=r"head/.*")
     norm: GroupConfig = GroupConfig(pattern=r"(.*[/_])?norm\d*/.*")
     bias: GroupConfig = GroupConfig(pattern=r".*/bias")
