@@ -1,4 +1,4 @@
-"""Which structure fits a matrix: how much of its energy each family keeps within a budget of parameters."""
+"""Which structure fits a matrix: the energy that each family keeps within a budget of parameters."""
 
 import dataclasses
 from typing import Any
@@ -18,8 +18,8 @@ class Approximation:
 
     Attributes:
         matrix: The matrix.
-        options: What `nearest` was asked for besides the target, such as a rank.
-        energy: The part of the target's energy that it keeps, `1 - ||target - M||_F^2 / ||target||_F^2`.
+        options: The options that `nearest` got, such as a rank.
+        energy: The share of the target's energy that the matrix keeps, `1 - ||target - M||_F^2 / ||target||_F^2`.
     """
 
     matrix: StructuredMatrix
@@ -30,21 +30,20 @@ class Approximation:
 def approximations(
     dense: Float[Array, "in out"], budget: int, *, steps: int = 200, progress: bool = False
 ) -> dict[str, Approximation]:
-    """The nearest matrix of each family with at most `budget` parameters, the best family first.
+    """Return the nearest matrix of each family with at most `budget` parameters, the best family first.
 
-    Families with a free size take the largest that the budget allows: the rank of low rank, of `W(G, H)` and of the
-    second Kronecker factor, the number of Kronecker terms, the block of a block-circulant matrix, the side of a tile;
-    of the f-circulants it is the triangular Toeplitz one, f = 0. Pairs count both of their vectors, as in training.
+    Each family chooses the largest size that the budget allows (`Family.options_within`), such as a rank, the number of
+    Kronecker terms, or the block of a block-circulant matrix. Pairs count both of their vectors, as in training.
     Families that cannot be that small are left out.
 
     Args:
         dense: The target, (in_features, out_features), not all zeros.
         budget: The most parameters.
-        steps: How far to search where `nearest` has no closed form (`W(G, H)`, the Toeplitz pairs, low-rank Kronecker).
-        progress: Shows a bar for each search.
+        steps: The most steps of the families that search (`Family.searches`).
+        progress: Whether to show a bar for each search.
 
     Returns:
-        By the family's name, in descending order of the energy kept.
+        The matrices by the family's name, in descending order of the energy kept.
 
     Raises:
         UserError: The target is not a finite floating-point matrix, or zero, or no family is that small.

@@ -1,9 +1,9 @@
-"""What a matrix is like: its rank, determinant, condition and displacement rank, for studies of trained updates.
+"""Rank, determinant, condition and displacement rank of matrices, for studies of trained updates.
 
-Each function takes a structured matrix or a dense array, works in double precision whatever the parameters' dtype, and
-knows what the family tells: a unitary matrix diagonalises square circulants and skew-circulants, so that their
-eigenvalues are a Fourier transform of their numbers, O(n log n), and their singular values the absolute eigenvalues.
-Every other matrix is formed and handed to LAPACK, Toeplitz matrices among them: Levinson's O(n^2) recursion
+Each function takes a structured matrix or a dense array and works in double precision. A unitary matrix diagonalises
+square circulants and skew-circulants, so their eigenvalues are a Fourier transform of their numbers, O(n log n), and
+their singular values are the absolute eigenvalues. Every other matrix is formed and passed to LAPACK, also a Toeplitz
+matrix: Levinson's O(n^2) recursion
 (`scipy.linalg.solve_toeplitz`) breaks down where a leading block is singular, even if the matrix is perfectly
 conditioned, while the LU factorisation with pivoting and the SVD are stable for all.
 """
@@ -21,17 +21,17 @@ from surm_jax.structured.families.circulant import Circulant
 from surm_jax.structured.families.f_circulant import FCirculant, SkewCirculant
 
 AnyMatrix = StructuredMatrix | Float[ArrayLike, "in out"]
-"""What can be examined: a structured matrix, or a dense one as an array."""
+"""A structured matrix, or a dense one as an array."""
 
 
 def singular_values(matrix: AnyMatrix) -> Float[np.ndarray, " k"]:
-    """All min(in, out) singular values, the largest first, in float64.
+    """Return all min(in, out) singular values, the largest first, in float64.
 
-    Of square circulants and skew-circulants (also as pairs and as `FCirculant` with f = 1 or -1) the absolute values
-    of the spectrum, O(n log n); otherwise those of the dense matrix, O(m n min(m, n)).
+    For square circulants and skew-circulants (also pairs, and `FCirculant` with f = 1 or -1) they are the absolute
+    values of the spectrum, O(n log n); otherwise those of the dense matrix, O(m n min(m, n)).
 
     Raises:
-        UserError: It is no matrix of finite real numbers.
+        UserError: The argument is not a matrix of finite real numbers.
 
     >>> singular_values(Circulant(jnp.array([1.0, 1.0]), shape=(2, 2)))
     array([2., 0.])
@@ -44,7 +44,9 @@ def singular_values(matrix: AnyMatrix) -> Float[np.ndarray, " k"]:
 
 
 def numerical_rank(matrix: AnyMatrix, *, rtol: float | None = None) -> int:
-    """The number of singular values above `rtol` times the largest; of a circulant, its non-zero Fourier coefficients.
+    """Return the number of singular values above `rtol` times the largest.
+
+    For a circulant this is the number of its non-zero Fourier coefficients.
 
     Args:
         matrix: A structured matrix or an array (in_features, out_features).
@@ -52,7 +54,7 @@ def numerical_rank(matrix: AnyMatrix, *, rtol: float | None = None) -> int:
             of the numbers: float64 if one of them has it, otherwise float32, although singular values are in float64.
 
     Raises:
-        UserError: It is no matrix of finite real numbers.
+        UserError: The argument is not a matrix of finite real numbers.
 
     >>> numerical_rank(Circulant(jnp.array([1.0, 1.0]), shape=(2, 2)))
     1
@@ -63,7 +65,7 @@ def numerical_rank(matrix: AnyMatrix, *, rtol: float | None = None) -> int:
 
 
 def condition_number(matrix: AnyMatrix) -> float:
-    """The condition number of a square matrix in the 2-norm: its largest over its smallest singular value.
+    """Return the condition number of a square matrix in the 2-norm: its largest over its smallest singular value.
 
     Infinite for a zero singular value. Near and above 1e16, or 1e7 for numbers that were rounded to float32, it says no
     more than that the matrix is singular to rounding.
@@ -79,7 +81,7 @@ def condition_number(matrix: AnyMatrix) -> float:
 
 
 def log_determinant(matrix: AnyMatrix) -> tuple[float, float]:
-    """The sign of a square matrix's determinant (1, -1, or 0) and the logarithm of its absolute value.
+    """Return the sign of a square matrix's determinant (1, -1, or 0) and the logarithm of its absolute value.
 
     The product of the spectrum for circulants and skew-circulants, O(n log n); otherwise `numpy.linalg.slogdet`, the LU
     factorisation, O(n^3). A determinant of zero gives 0 and minus infinity.
@@ -104,7 +106,7 @@ def log_determinant(matrix: AnyMatrix) -> tuple[float, float]:
 
 
 def displacement_rank(matrix: AnyMatrix, *, f: float = 1.0, g: float = -1.0, rtol: float | None = None) -> int:
-    """The numerical rank of `Z_f W - W Z_g` for the paper's W, which is the transpose of the given matrix M.
+    """Return the numerical rank of `Z_f W - W Z_g` for the paper's W, which is the transpose of the given matrix M.
 
     `Z_f` shifts down by one and puts f times the last row on top: ones below the diagonal, f in the upper right corner.
     The displacement rank of arXiv 2406.17740 is that for f = 1 and g = -1: 1 for circulant and skew-circulant matrices,
@@ -121,7 +123,7 @@ def displacement_rank(matrix: AnyMatrix, *, f: float = 1.0, g: float = -1.0, rto
             of numbers of that size, and its rounding errors are relative to them.
 
     Raises:
-        UserError: It is no matrix of finite real numbers.
+        UserError: The argument is not a matrix of finite real numbers.
 
     >>> displacement_rank(Circulant(jnp.array([1.0, 2.0, 4.0]), shape=(3, 3)))
     1
@@ -139,7 +141,7 @@ def displacement_rank(matrix: AnyMatrix, *, f: float = 1.0, g: float = -1.0, rto
 
 @functools.singledispatch
 def _spectrum(matrix: StructuredMatrix | Float[np.ndarray, "m n"]) -> Complex[np.ndarray, " n"] | None:
-    """The eigenvalues of a matrix of doubles which is normal by its structure; None for all others."""
+    """Return the eigenvalues of a matrix of doubles that is normal by its structure; None for all others."""
     del matrix
     return None
 
@@ -160,7 +162,7 @@ def _(matrix: FCirculant) -> Complex[np.ndarray, " n"] | None:
 
 
 def _fourier(v: Float[ArrayLike, " n"], shape: tuple[int, int], f: float) -> Complex[np.ndarray, " n"] | None:
-    """The values of the polynomial v at the nth roots of f: the eigenvalues of `Z_f(v)` and of its transpose.
+    """Return the values of the polynomial v at the nth roots of f: the eigenvalues of `Z_f(v)` and of its transpose.
 
     None unless the matrix is square and f is 1 or -1: other f-circulants are not normal, and their singular values are
     not the absolute eigenvalues.
@@ -173,7 +175,7 @@ def _fourier(v: Float[ArrayLike, " n"], shape: tuple[int, int], f: float) -> Com
 
 
 def _in_double(owner: str, matrix: AnyMatrix, *, square: bool = False) -> StructuredMatrix | Float[np.ndarray, "m n"]:
-    """The compact form of the structured matrix with its leaves in float64, or the array, after all checks."""
+    """Return the compact form of a structured matrix with its leaves in float64, or the array, after all checks."""
     if not isinstance(matrix, StructuredMatrix):
         matrix = np.asarray(matrix)
         if matrix.ndim != 2 or 0 in matrix.shape or not jnp.issubdtype(matrix.dtype, jnp.floating):
@@ -201,7 +203,7 @@ def _dense(matrix: StructuredMatrix | Float[np.ndarray, "m n"]) -> Float[np.ndar
 
 
 def _default_rtol(matrix: AnyMatrix) -> float:
-    """That of `numpy.linalg.matrix_rank`, at the precision of the given numbers."""
+    """Return the tolerance of `numpy.linalg.matrix_rank`, at the precision of the given numbers."""
     shape = matrix.shape if isinstance(matrix, StructuredMatrix) else np.shape(matrix)
     return max(shape) * float(jnp.finfo(compute_dtype(*(leaf.dtype for leaf in _leaves(matrix).values()))).eps)
 

@@ -1,10 +1,10 @@
 """Pictures of structured matrices: every parameter has a colour, and the dense matrix shows where it goes.
 
-After Figure 2 of arXiv 2406.17740, for any matrix of this package. An entry that is one parameter, up to a constant,
-has its colour, and an entry that is a product of parameters the product of theirs; darkened if the sign is negative. A
-matrix whose entries are sums is drawn by value, beside its factors, in which one sees the colours again.
+It draws any matrix of this package in the style of Figure 2 of arXiv 2406.17740. An entry that is one parameter, up to
+a constant, has its colour; an entry that is a product of parameters has the product of their colours. A negative sign
+darkens it. A matrix whose entries are sums is drawn by value, beside its factors, which show the colours.
 
-`draw` returns a `matplotlib.figure.Figure` and leaves pyplot alone. This module is not imported with the package.
+`draw` returns a `matplotlib.figure.Figure` and does not use pyplot. This module is not imported with the package.
 """
 
 import re
@@ -43,17 +43,17 @@ MOST_LETTERS = 9
 
 
 def draw(matrix: StructuredMatrix) -> Figure:
-    """Draws a structured matrix beside its parameters, and beside its factors or terms where it has some.
+    """Draw a structured matrix with its parameters, and beside it its factors or terms if it has any.
 
     Args:
-        matrix: Any matrix of this package, of sizes up to some hundreds. Entries of small ones are named, with the
-            letters of the parameters in the paper; numbers count from 0.
+        matrix: Any matrix of this package, of sizes up to some hundreds. Entries of small ones carry the letters of the
+            parameters in the paper; indices count from 0.
 
     Returns:
-        A figure of its own, to be saved by `figure.savefig("matrix.png", dpi=150)`.
+        A new figure, to be saved by `figure.savefig("matrix.png", dpi=150)`.
 
     Raises:
-        UserError: It is no structured matrix, or a number in it is not finite.
+        UserError: The argument is not a structured matrix, or a number in it is not finite.
 
     >>> import jax.numpy as jnp
     >>> figure = draw(Circulant(jnp.array([1.0, 2.0, 3.0]), shape=(3, 3)))
@@ -105,7 +105,7 @@ class _Column(NamedTuple):
 
 
 def _colours(matrix: StructuredMatrix) -> dict[str, _Numbers]:
-    """A colour and a name for every parameter: a palette for each array, with its longest axis along the ramp."""
+    """Return a colour and a name for every parameter: a palette for each array, its longest axis along the ramp."""
     numbers = {}
     for i, (name, leaf) in enumerate(matrix.arrays().items()):
         axes = sorted(range(leaf.ndim), key=lambda axis: leaf.shape[axis])
@@ -123,7 +123,7 @@ def _colours(matrix: StructuredMatrix) -> dict[str, _Numbers]:
 
 
 def _letter(name: str, *index: int) -> str:
-    """`r_{1,0}` for number 0 of `r1`; the names of a composite's arrays end in those of its parts."""
+    """Return `r_{1,0}` for number 0 of `r1`; the names of a composite's arrays end in those of its parts."""
     name = name.rpartition("_")[2]
     letter = name.rstrip("0123456789")
     digits = name.removeprefix(letter)
@@ -136,7 +136,7 @@ def _letter(name: str, *index: int) -> str:
 
 
 def _taken(piece: Piece, numbers: dict[str, _Numbers]) -> dict[str, _Numbers]:
-    """The numbers of a piece, with the colours that they have in the whole matrix."""
+    """Return the numbers of a piece, with the colours that they have in the whole matrix."""
     return {
         name: _Numbers(numbers[whole].colours[index], numbers[whole].names[index])
         for name, (whole, index) in piece.arrays.items()
@@ -144,7 +144,7 @@ def _taken(piece: Piece, numbers: dict[str, _Numbers]) -> dict[str, _Numbers]:
 
 
 def _pick(leaf: np.ndarray, place: Int[np.ndarray, "m n"], absent: Any) -> np.ndarray:
-    """The numbers of the array at the given places, and `absent` where the place is -1."""
+    """Return the numbers of the array at the given places, and `absent` where the place is -1."""
     flat = np.concatenate([leaf.reshape(-1, *np.shape(absent)), np.asarray(absent)[None]])
     return flat[place]
 
@@ -152,7 +152,7 @@ def _pick(leaf: np.ndarray, place: Int[np.ndarray, "m n"], absent: Any) -> np.nd
 def _column(
     label: str, matrix: StructuredMatrix | None, numbers: dict[str, _Numbers], *, strips: bool = True
 ) -> _Column:
-    """A matrix as a column of the picture; if it is None, its only array as a dense matrix."""
+    """Return a matrix as a column of the picture; if it is None, its only array as a dense matrix."""
     if matrix is None:
         (own,) = numbers.values()
         return _Column(label, _Grid(own.colours, own.names), [], None)
@@ -177,7 +177,7 @@ def _column(
 
 
 def _strip(numbers: _Numbers) -> _Grid:
-    """An array as a flat grid, the longer axis of two from left to right."""
+    """Return an array as a flat grid, the longer of two axes from left to right."""
     colours, names = numbers
     if names.ndim == 2 and names.shape[0] > names.shape[1]:
         colours, names = colours.swapaxes(0, 1), names.T
@@ -197,7 +197,7 @@ def _rgb(colour: str) -> Float[np.ndarray, "3"]:
 
 
 def _compose(columns: list[_Column | str], title: str) -> Figure:
-    """Puts the matrices side by side, the symbols between them."""
+    """Put the matrices side by side, with the symbols between them."""
     drawn = [column for column in columns if isinstance(column, _Column)]
     cell = BOX / max(max(column.grid.colours.shape[:2]) for column in drawn)
     widths = [_width(column, cell) for column in columns]
@@ -245,7 +245,7 @@ def _width(column: _Column | str, cell: float) -> float:
 
 
 def _size(grid: _Grid, cell: float) -> tuple[float, float]:
-    """Width and height of a matrix: true to the others, unless it would be too small to see."""
+    """Return width and height of a matrix: to scale, unless it would be too small to see."""
     rows, columns = grid.colours.shape[:2]
     cell = max(cell, 0.8 / max(rows, columns))
     return max(columns * cell, 0.12), max(rows * cell, 0.12)
@@ -276,7 +276,7 @@ def _paint(axes: Axes, grid: _Grid, width: float, height: float) -> None:
 
 
 def _legend(axes: Axes, most: float) -> None:
-    """The ramp of values, from -most to most."""
+    """Draw the ramp of values, from -most to most."""
     axes.imshow(np.linspace(0, 1, 128)[None], cmap=VALUES, aspect="auto")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)

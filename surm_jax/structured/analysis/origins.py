@@ -1,4 +1,4 @@
-"""Where the parameters of a matrix go: of which of them each entry of its dense form is the product."""
+"""Where the parameters of a matrix go: the parameters whose product is an entry of its dense form."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ class Origins(NamedTuple):
     """`M[i, j] = scale[i, j] * product over arrays a of a.flat[places[a][i, j]]`.
 
     Attributes:
-        scale: (in, out); 0 where the entry is zero whatever the parameters are.
+        scale: (in, out); 0 where the entry is zero for all parameters.
         places: For each array (in, out), the place in the flattened array, or -1 where none of its numbers is in the
             entry.
     """
@@ -23,11 +23,11 @@ class Origins(NamedTuple):
 
 
 def origins(matrix: StructuredMatrix) -> Origins | None:
-    """Of which parameters each entry is the product, and the constant before it; None if some entries are sums.
+    """Return for each entry the parameters whose product it is, and a constant; None if some entries are sums.
 
-    Nothing of it is told by the families. Multiplying number k of an array by k + 2 multiplies by k + 2 the entries
-    that it goes into, which tells where that is; a draw of other numbers then confirms all of it. The values in the
-    matrix do not matter. Forms the matrix once for each of its arrays and twice more, in float64.
+    This works for any family: multiplying number k of an array by k + 2 multiplies by k + 2 the entries that contain
+    it, which shows where they are. Other random numbers then confirm the result. The values in the matrix do not
+    matter. The matrix is formed once for each of its arrays and twice more, in float64.
 
     >>> import jax.numpy as jnp
     >>> from surm_jax.structured import SkewCirculant
@@ -63,5 +63,5 @@ def origins(matrix: StructuredMatrix) -> Origins | None:
 
 
 def _pick(leaf: np.ndarray, places: Int[np.ndarray, "in out"]) -> Float[np.ndarray, "in out"]:
-    """The numbers of the array at these places; 1 at -1."""
+    """Return the numbers of the array at these places; 1 at -1."""
     return np.append(leaf, 1.0)[places]
