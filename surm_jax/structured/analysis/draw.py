@@ -56,6 +56,7 @@ def draw(matrix: StructuredMatrix) -> Figure:
         UserError: The argument is not a structured matrix, or a number in it is not finite.
 
     >>> import jax.numpy as jnp
+    >>> from surm_jax.structured import Circulant
     >>> figure = draw(Circulant(jnp.array([1.0, 2.0, 3.0]), shape=(3, 3)))
     >>> figure.get_suptitle()
     'Circulant, 3 x 3, 3 parameters'
