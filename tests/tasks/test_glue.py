@@ -302,7 +302,7 @@ def refusal(config):
         ("rte", {"data.holdout": 40}, ["hold out 40", "40"]),
         ("rte", {"data.train_examples": 41}, ["cannot train on 41", "40"]),
         ("rte", {"data.classes": ("entailment", "neutral")}, ["config.data.classes", "glue/rte is text"]),
-        ("rte", {"data.name": "glue/rtr"}, ["no task of GLUE", "did you mean 'rte'"]),
+        ("rte", {"data.name": "glue/rtr"}, ["not a task of GLUE", "did you mean 'rte'"]),
         ("rte", {"data.lengths": (4,)}, ["max_length is 4", "at least 8"]),
     ],
 )
