@@ -3,7 +3,7 @@
 A part sits in one of two slots. A `KernelPart` adds to the product of a linear layer with its kernel, such as
 `x @ M` beside `x @ W`. An `OutputPart` adds to the output of any module, after it. Everything else in this package
 (describing, merging, converting, saving, serving many adapters) asks a part by the methods stated here, so that a new
-kind of part is one class in one file. `docs/extending.md` and `tests/peft/test_own_method.py` show one.
+kind of part is one class in one file. `tests/peft/own_method.py` shows two.
 
 A part scales what it adds by `scale`, which is 1 while it is trained and 0 where its adapter is switched off.
 """

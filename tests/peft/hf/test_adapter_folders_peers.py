@@ -116,9 +116,12 @@ OURS = {
 CASES = [(name, method) for name in PEERS for method in OURS if name in ("vit", "bert") or method == "lora"]
 
 
+QUICK = (("vit", "lora"), ("vit", "c3a"))
+
+
 def _by_speed(cases):
-    """Parameters, of which only those of the plain ViT are in the fast run."""
-    return [pytest.param(*case, marks=() if case[0] == "vit" else pytest.mark.exhaustive) for case in cases]
+    """Parameters, of which two of the plain ViT are in the fast run."""
+    return [pytest.param(*case, marks=() if case[:2] in QUICK else pytest.mark.exhaustive) for case in cases]
 
 
 @pytest.mark.parametrize(("name", "method"), _by_speed(CASES))
