@@ -25,6 +25,7 @@ def convert(
 ) -> tuple[nnx.Module, Adapter, dict[str, float]]:
     """Replace the parts of an adapter by the nearest ones of another method.
 
+    >>> import jax.numpy as jnp
     >>> import surm_jax
     >>> model, adapter = surm_jax.adapt(
     ...     nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [surm_jax.Rule("", surm_jax.CirculantUpdate())], rngs=nnx.Rngs(1)
