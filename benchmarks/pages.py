@@ -1,10 +1,11 @@
-"""Insert tables into the pages that people write.
+"""Insert tables and files of code into the pages that people write.
 
     python -m benchmarks.pages [--check] [PAGE ...]
 
 In a page, `<!-- table: MODULE NAME -->` and `<!-- end -->` enclose the table NAME of `MODULE.tables()`; everything else
-is left alone. `MODULE:ARGUMENT` calls `tables(ARGUMENT)`. Without pages it takes README.md and all pages in `docs/` and
-`experiments/results/`. With `--check` it writes nothing, and fails if a table is stale.
+is left alone. `MODULE:ARGUMENT` calls `tables(ARGUMENT)`. In the same way `<!-- code: FILE -->` and `<!-- end -->`
+enclose a file of Python. Without pages it takes README.md and all pages in `docs/` and
+`experiments/results/`. With `--check` it writes nothing, and fails if a page is stale.
 """
 
 import argparse
@@ -17,7 +18,10 @@ from pathlib import Path
 from experiments.command import command
 from surm_jax.errors import UserError, did_you_mean
 
-MARKED = re.compile(r"(<!-- table: (\S+) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- table: (\S+) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+CODE = re.compile(r"(<!-- code: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @functools.cache
@@ -29,22 +33,30 @@ def tables_of(source: str) -> Mapping[str, str]:
 
 
 def filled(text: str) -> str:
-    """Return the text of a page with all its tables as they are now.
+    """Return the text of a page with all its tables and files as they are now.
 
     Raises:
-        UserError: A marker has no end, or names a table that does not exist.
+        UserError: A marker has no end, or names a table or a file that does not exist.
     """
 
-    def insert(match: re.Match[str]) -> str:
+    def table(match: re.Match[str]) -> str:
         begin, source, name, end = match.groups()
         tables = tables_of(source)
         if name not in tables:
             raise UserError(f"{source} has no table {name!r}{did_you_mean(name, tables)}")
         return f"{begin}\n{tables[name].strip()}\n\n{end}"
 
-    if len(MARKED.findall(text)) != text.count("<!-- table:"):
-        raise UserError("a table lacks its <!-- end -->, or its marker is not <!-- table: MODULE NAME -->")
-    return MARKED.sub(insert, text)
+    def code(match: re.Match[str]) -> str:
+        begin, file, end = match.groups()
+        try:
+            content = (ROOT / file).read_text()
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}") from None
+        return f"{begin}\n```python\n{content.strip()}\n```\n\n{end}"
+
+    if len(TABLE.findall(text)) + len(CODE.findall(text)) != text.count("<!-- table:") + text.count("<!-- code:"):
+        raise UserError("a marker lacks its <!-- end -->, or is not <!-- table: MODULE NAME --> or <!-- code: FILE -->")
+    return CODE.sub(code, TABLE.sub(table, text))
 
 
 def all_pages(root: Path) -> list[Path]:
@@ -56,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Insert the tables, or check them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE", help="default: all")
-    parser.add_argument("--check", action="store_true", help="write nothing, and fail if a table is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail if a page is stale")
     options = parser.parse_args(arguments)
     stale = []
     for page in options.pages or all_pages(Path()):
@@ -70,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not options.check:
                 page.write_text(new)
     if options.check and stale:
-        raise UserError(f"stale tables in {', '.join(stale)}: run python -m benchmarks.pages")
+        raise UserError(f"stale: {', '.join(stale)}: run python -m benchmarks.pages")
     print(f"{'stale' if options.check else 'written'}: {', '.join(stale) or 'nothing'}")
 
 

@@ -42,7 +42,7 @@ def test_a_stale_table_is_found_and_written(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "tables_of", lambda source: {"a b": "| new |"} if source == "m:x" else {})
     page = tmp_path / "page.md"
     page.write_text("Before.\n\n<!-- table: m:x a b -->\n| old |\n<!-- end -->\n\nAfter.\n")
-    with pytest.raises(UserError, match=r"stale tables in .*page.md: run python -m benchmarks.pages"):
+    with pytest.raises(UserError, match=r"stale: .*page.md: run python -m benchmarks.pages"):
         pages.main(["--check", str(page)])
     assert "| old |" in page.read_text()
     pages.main([str(page)])
@@ -54,8 +54,9 @@ def test_a_stale_table_is_found_and_written(tmp_path, monkeypatch):
     ("text", "message"),
     [
         ("<!-- table: m:x ab -->\n<!-- end -->", r"m:x has no table 'ab'; did you mean 'a b'"),
-        ("<!-- table: m:x a b -->\n", "a table lacks its <!-- end -->"),
-        ("<!-- table: m -->\n<!-- end -->", "or its marker is not <!-- table: MODULE NAME -->"),
+        ("<!-- table: m:x a b -->\n", "a marker lacks its <!-- end -->"),
+        ("<!-- table: m -->\n<!-- end -->", "or is not <!-- table: MODULE NAME -->"),
+        ("<!-- code: absent.py -->\n<!-- end -->", "cannot read absent.py: No such file"),
     ],
 )
 def test_a_marker_that_cannot_be_filled_is_named(text, message, tmp_path, monkeypatch):
@@ -65,10 +66,12 @@ def test_a_marker_that_cannot_be_filled_is_named(text, message, tmp_path, monkey
         pages.main([str(tmp_path / "page.md")])
 
 
-def test_links_lead_somewhere():
-    for page in (SPEED, SCALE, COUNTED, *(ROOT / "experiments" / "results").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
-            assert re.match("https?:", target) or (page.parent / target).exists(), f"{page}: {target}"
+def test_a_file_is_inserted_as_it_is(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- code: benchmarks/hlo.py -->\n<!-- end -->\n")
+    pages.main([str(page)])
+    code = (ROOT / "benchmarks" / "hlo.py").read_text()
+    assert page.read_text() == f"<!-- code: benchmarks/hlo.py -->\n\n```python\n{code}```\n\n<!-- end -->\n"
 
 
 @pytest.mark.parametrize("module", [pages, pictures])
