@@ -30,6 +30,7 @@ ARROWS = {
     "record": GROUND | {"devices", "peft"},
     "training": GROUND | {"devices", "structured", "data", "peft", "models", "pretrained", "tasks", "record"},
     "__init__": {"errors", "peft"},
+    "__main__": GROUND | {"devices", "record", "training"},
 }
 MOST_FILES = 15
 NOWHERE = {"torch", "torchvision", "tensorflow", "transformers", "peft"}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from absl import app, logging
 
-import launch
+from surm_jax import __main__ as launch
 from tests.training import tiny, tiny_job  # noqa: F401 - tiny_job imports what the configuration needs, before forks.
 
 

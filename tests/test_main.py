@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import pytest
 from absl import flags
 
-import launch
+from surm_jax import __main__ as launch
 from surm_jax.devices import compilation
 from surm_jax.peft import METHODS
 from surm_jax.training.parsing import base_config, parse
 from surm_jax.training.run import InterruptedRunError
 from tests.training import tiny, tiny_text
 
-ROOT = Path(launch.__file__).resolve().parent
+ROOT = Path(launch.__file__).resolve().parents[1]
 GLUE = f"--config={ROOT / 'configs' / 'bert_glue.py'}"
 
 
@@ -172,11 +172,21 @@ def test_a_mistake_has_one_message_and_status_one(launched, tmp_path, arguments,
     assert [part for part in parts if part not in answer.message] == []
 
 
+def test_a_configuration_is_found_from_any_folder(launched, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch.modes, "describe_run", lambda config: given.append(config.peft.method))
+    glue = "configs/bert_glue.py:task=rte,method=lora"
+    for config in (["--config=configs/digits.py"], ["--config", "configs/digits.py"], [f"--config={glue}"]):
+        assert launched(*config, "--mode=describe").status == 0
+    assert given == ["circulant", "circulant", "lora"]
+
+
 def test_a_configuration_is_looked_for_from_here(launched, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    answer = launched("--config=configs/digits.py")
+    answer = launched("--config=configs/digit.py")
     assert answer.status == 1 and "did you mean" not in answer.message
-    assert f"'configs/digits.py' (looked for from {tmp_path})" in answer.message
+    assert f"'configs/digit.py' (looked for from {tmp_path})" in answer.message
     assert str(ROOT / "configs") in answer.message
 
 

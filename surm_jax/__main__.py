@@ -1,0 +1,158 @@
+"""Fine-tune a pretrained model: `python -m surm_jax --config=configs/digits.py`, or launch.py in a checkout.
+
+Any value of the configuration can be given on the command line: `--config.peft.method=lora`. A run leaves everything in
+its folder (`--workdir`); the same command resumes a run that was interrupted.
+
+On several hosts, start the same command on each host; together they make one run, whose folder is on a file system that
+they share. Slurm, Cloud TPU and GKE say themselves which processes take part. Elsewhere, give `--coordinator`,
+`--process_id` and `--num_processes`.
+"""
+
+import functools
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from surm_jax.devices import processes
+from surm_jax.devices.compilation import use_compilation_cache
+from surm_jax.errors import UserError, did_you_mean
+from surm_jax.record.workdir import default_workdir
+from surm_jax.training import modes
+from surm_jax.training.parsing import base_config, meant_key, parse, plugins_of, require_key, require_steps
+from surm_jax.training.run import InterruptedRunError
+
+# The configurations lie beside the package in a checkout, and inside of it where it is installed.
+_HERE = Path(__file__).resolve().parent
+CONFIGS = next((folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir()), _HERE)
+
+MODES = {
+    "train": "make the run, or resume it",
+    "evaluate": "test the adapter of the run in --workdir",
+    "merge": "write the full model of the run in --workdir",
+    "export": "write the run in --workdir for transformers (--format=hf) or peft (--format=peft)",
+    "predict": "answer the sentences in --input with the run in --workdir, into --output",
+    "describe": "print what would be trained",
+}
+FORMATS = ("hf", "peft")
+FLAGS = ("config", "workdir", "mode", "format", "input", "output", "coordinator", "process_id", "num_processes")
+
+
+def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
+    """Read the command line.
+
+    Raises:
+        UserError: A configuration, key or flag is unknown (the message names the nearest), a value is impossible, or a
+            plugin cannot be imported.
+    """
+    # ml_collections reads the keys while the flag is being defined: a mistyped key would end in a traceback.
+    text = "\n".join(arguments)
+    defaults = base_config(plugins_of(re.findall(r"(?:^|\n)--?config\.plugins[=\n]([^\n]*)", text)))
+    for argument in arguments[1:]:
+        if key := re.match(r"--?config\.([\w.]+)", argument):
+            require_key(defaults, key[1])
+    files = re.findall(r"(?:^|\n)--?config[=\n]([^:\n]+)", text)
+    for file in files:
+        if (ours := CONFIGS.parent / file).is_file() and not Path(file).is_file():
+            # From any folder, configs/NAME.py may be one of this program's.
+            arguments = [
+                re.sub(rf"^(--?config=)?{re.escape(file)}(?=:|$)", rf"\g<1>{ours}", word) for word in arguments
+            ]
+        elif not Path(file).is_file():
+            there = sorted(f"configs/{path.name}" for path in CONFIGS.glob("*.py"))
+            near = did_you_mean(file, there) if Path.cwd() == CONFIGS.parent else f"; this program's are in {CONFIGS}"
+            raise UserError(f"there is no configuration {file!r} (looked for from {Path.cwd()}){near}")
+    try:
+        _define_flags()
+        return flags.FLAGS(arguments)
+    except flags.UnrecognizedFlagError as error:
+        near = meant_key(defaults, error.flagname) or did_you_mean(error.flagname, FLAGS)
+        raise UserError(f"unknown flag --{error.flagname}{near}") from None
+    except Exception as error:  # A configuration is a program, and can raise anything.
+        last = str(error).strip().splitlines()[-1]
+        if isinstance(error, flags.Error):
+            # A UserError of the configuration arrives as text, with its name before it.
+            raise UserError(last.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from None
+        what = files[-1] if files else "the configuration"
+        raise UserError(f"{what} does not work with these flags: {type(error).__name__}: {last}") from None
+
+
+def _define_flags() -> None:
+    config_flags.DEFINE_config_file("config", str(CONFIGS / "digits.py"), "a file of configs/, and values of its keys")
+    flags.DEFINE_string("workdir", None, "folder of the run; by default runs/ and a name made from the flags")
+    flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{mode}: {what}" for mode, what in MODES.items()))
+    flags.DEFINE_enum("format", "hf", FORMATS, "what --mode=export writes: the merged model, or the adapter")
+    flags.DEFINE_string("input", None, "for --mode=predict: a table of sentences, columns separated by tabs")
+    flags.DEFINE_string("output", None, "for --mode=predict: the file for labels and probabilities")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for several processes started by hand")
+    flags.DEFINE_integer("process_id", None, "number of this process, from 0, for several processes started by hand")
+    flags.DEFINE_integer("num_processes", None, "number of processes, for several processes started by hand")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one mode."""
+    given = flags.FLAGS
+    processes.start(given.coordinator, given.process_id, given.num_processes)
+    use_compilation_cache()
+    if len(arguments) > 1:
+        raise UserError(f"unknown argument {arguments[1]!r}: flags begin with --")
+    file, _, argument = config_flags.get_config_filename(given["config"]).partition(":")
+    overrides = config_flags.get_override_values(given["config"])
+    name = ",".join(filter(None, [Path(file).stem, argument]))
+    workdir = Path(given.workdir).expanduser() if given.workdir else default_workdir(name, overrides)
+    if given.mode != "train" and processes.several():
+        raise UserError(f"--mode={given.mode} is the work of one process: start it alone, without a coordinator")
+    if given.mode in ("train", "describe"):
+        require_steps(given.config, overrides)
+    match given.mode:
+        case "train":
+            modes.train_run(parse(given.config), workdir)
+        case "evaluate":
+            modes.evaluate_run(workdir, overrides)
+        case "merge":
+            modes.merge_run(workdir, overrides)
+        case "export":
+            modes.export_run(workdir, overrides, given.format)
+        case "predict":
+            if not (given.input and given.output):
+                raise UserError("--mode=predict needs --input=FILE.tsv and --output=FILE.tsv")
+            modes.predict_run(workdir, overrides, Path(given.input).expanduser(), Path(given.output).expanduser())
+        case "describe":
+            modes.describe_run(parse(given.config))
+
+
+def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> Any:
+    """Run a step of the program; end it with one message for whatever the user can put right."""
+    try:
+        return step(arguments)
+    except InterruptedRunError as interruption:
+        processes.leave(interruption, interruption.status)
+    except KeyboardInterrupt:
+        processes.leave("SIGINT: stopped at once; the same command resumes from the last checkpoint, if any", 130)
+    except Exception as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            error = UserError(
+                "it does not fit into the device's memory: take a smaller config.data.batch_size (or eval_batch_size),"
+                " config.optim.accumulate=4, config.model.remat=block, or several devices with config.mesh.fsdp"
+                f" ({str(error).splitlines()[0]})"
+            )
+        if not isinstance(error, UserError | OSError) and not processes.several():
+            raise
+        processes.leave_for(error)
+
+
+def run() -> None:
+    """Run the program with the arguments of the command line."""
+    # Orbax logs damaged files, which are also in the message that this program prints.
+    logging.set_verbosity(logging.FATAL)
+    warnings.formatwarning = lambda message, *_: f"WARNING: {message}\n"
+    app.run(functools.partial(guarded, main), flags_parser=functools.partial(guarded, parse_flags))
+
+
+if __name__ == "__main__":
+    run()
