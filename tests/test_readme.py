@@ -137,6 +137,7 @@ def test_a_finished_run(tmp_path, monkeypatch):
     assert np.ptp(names["logits"]) > 0.1
 
 
+@pytest.mark.exhaustive
 def test_the_matrices_on_their_own(capsys):
     rng = np.random.default_rng(0)
     W, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((40, 40), (3, 40)))

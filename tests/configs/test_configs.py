@@ -19,7 +19,7 @@ from surm_jax.training.optimizer import groups_of, learning_rates
 from surm_jax.training.parsing import base_config, keys, parse
 from surm_jax.training.setup import adapt_model
 from tests.experiments import tiny_cifar
-from tests.training import small, tiny_text
+from tests.training import tiny_text
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -75,7 +75,8 @@ def test_it_describes_what_it_trains(name, bert, capsys):
     assert "trainable: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", small.quick(NAMES, "digits"))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore:config.model.checkpoint=none")
 def test_two_steps(name, bert, tmp_path, monkeypatch):
     monkeypatch.setitem(ViTConfig.VARIANTS, "small", SMALL_VIT)

@@ -379,6 +379,7 @@ def test_gradient_of_a_text_model_is_by_its_own_head(tmp_path):
 # From end to end
 
 
+@pytest.mark.exhaustive
 def test_a_run_beside_full_fine_tuning(runs, files, tmp_path, capsys):
     out = tmp_path / "new" / "0.01-0"
     arguments = [str(runs / "circulant"), f"--full={runs / 'full'}", f"--out={out}", "--examples=20"]

@@ -19,13 +19,8 @@ def test_every_notebook_is_run():
     assert {path.name for path in FOLDER.glob("*.ipynb")} == set(SMALL)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "the_papers_tables.ipynb",
-        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in SMALL if name != "the_papers_tables.ipynb"),
-    ],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", SMALL)
 def test_notebook(name, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
