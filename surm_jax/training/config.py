@@ -1,8 +1,11 @@
-"""The configuration of a run: every key, its default, its unit, and its check.
+"""The configuration of a run: every key, what it means, its default, its unit, and the check of its value.
 
-The sections `model` and `data` are in `surm_jax.tasks.config`. The files in `configs/` start from `base_config()` and
-change what they need; every key can be overridden on the command line (`--config.optim.steps=100`).
-`surm_jax.training.parsing` turns a configuration into these frozen dataclasses, once; nothing else reads it.
+The keys of `config.model` and `config.data` are documented in `surm_jax/tasks/config.py`, all other keys here. A file
+in `configs/` starts from `base_config()`, which holds these defaults, and changes some of them. On the command line,
+`--config.optim.steps=100` overrides the key `steps` of `OptimConfig`.
+
+`surm_jax.training.parsing` checks a configuration once and turns it into these frozen dataclasses. All other code
+reads only the dataclasses.
 """
 
 import dataclasses
@@ -19,22 +22,24 @@ from surm_jax.tasks.config import DataConfig, ModelConfig, check_at_least, check
 
 DECAYS = ("cosine", "linear", "constant")
 ADAPTER = f"(.*/)?({'|'.join(SLOTS)})/"
-"""How the path of an adapter's parameter begins, as a regular expression."""
+"""A regular expression for the beginning of the path of an adapter's parameter."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RuleConfig:
-    """A method for some modules: `{"target": r"blocks/0/.*", "method": "lora", "settings": {"rank": 4}}`."""
+    """A method for some of the modules: `{"target": r"blocks/0/.*", "method": "lora", "settings": {"rank": 4}}`."""
 
-    # Which modules: a preset of the model, such as "qkv", or a regular expression for whole module paths.
+    # The modules to adapt: a preset of the model, such as "qkv", or a regular expression that matches whole module
+    # paths.
     target: str
-    # An update or a branch, such as "lora" or "bottleneck". Empty: these modules get nothing.
+    # The method that these modules get, such as "lora" or "bottleneck". Empty: they get none.
     method: str = ""
-    # Settings of the method that differ from its defaults.
+    # Settings of the method by name. Settings that are not given have the defaults of the method.
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    # For updates of packed kernels, such as one kernel for query, key and value: the number of equal parts of the
-    # output features, and the numbers of the parts to update, from 0. Empty: all parts.
+    # For packed kernels, such as one kernel that computes query, key and value: the number of equal parts into which
+    # the output features are divided. Each part gets an update of its own.
     parts: int = 1
+    # The parts to update, counted from 0. Empty: all parts.
     which: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -45,24 +50,28 @@ class RuleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """What is adapted, and how.
+    """Which layers are adapted, and with which method.
 
-    `methods` holds the settings of every method by name. In the configuration they stand beside the other keys:
-    `--config.peft.lora.rank=4`.
+    `methods` holds the settings of every method by the name of the method. The configuration has no key `methods`: the
+    settings of a method are a section of `config.peft`, as in `--config.peft.lora.rank=4`.
     """
 
-    # The method, such as "circulant", "lora", "linear_probe" or "full". docs/methods.md lists all with their settings.
+    # The method, such as "circulant", "lora", "linear_probe" or "full". docs/methods.md lists all methods and their
+    # settings.
     method: str = "circulant"
-    # Which modules get the method: a preset of the model, such as "qkv", "qv" or "mlp", or a regular expression for
-    # whole module paths. Empty: the preset that the method is meant for. "none": only the modules that `rules` names.
+    # The modules to adapt: a preset of the model, such as "qkv", "qv" or "mlp", or a regular expression that matches
+    # whole module paths. Empty: the default target of the method. "none": adapt only the modules that `rules` targets.
     target: str = ""
-    # Methods for some modules, see `RuleConfig`. A module gets the method of the first rule that matches its path; the
-    # rule of `method` and `target` comes last.
+    # Other methods for some modules; see `RuleConfig`. A module gets the method of the first rule that matches its
+    # path. `method` and `target` are the last rule.
     rules: tuple[RuleConfig, ...] = ()
-    # How the product with an update is computed: "fft", "dense" (as a dense matrix), "fused" (added to the kernel
-    # first, in float32 only), or "auto" (the fastest by measurement). Results are the same up to rounding.
+    # How an adapted layer computes its product. Results are the same up to rounding.
+    #   "fft"    adds the fast product with the update to the product with the kernel;
+    #   "dense"  forms the dense matrix of the update, and computes its gradient through that matrix;
+    #   "fused"  adds the dense update to the kernel, but computes the gradient by fast products (float32 only);
+    #   "auto"   takes the one that was fastest when a similar case was measured.
     execution: str = "auto"
-    # Parameters of the model that are trained themselves, with every method: regular expressions for whole paths.
+    # Parameters of the model to train directly, whatever the method: regular expressions that match whole paths.
     train: tuple[str, ...] = ("head/.*",)
     methods: Mapping[str, Method] = dataclasses.field(
         default_factory=lambda: {name: cls() for name, cls in METHODS.items()}
@@ -77,13 +86,13 @@ class PeftConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupConfig:
-    """The optimiser's settings for some of the trained parameters."""
+    """The optimiser's settings for one group of trained parameters."""
 
-    # Which parameters: a regular expression for whole paths.
+    # The parameters of the group: a regular expression that matches whole parameter paths.
     pattern: str
-    # Peak learning rate. 0: that of the method, from optim.learning_rate.
+    # Peak learning rate of the group. 0: the learning rate of the method, from optim.learning_rate.
     learning_rate: float = 0.0
-    # Decoupled weight decay; each update subtracts learning rate times weight decay times the parameter.
+    # Decoupled weight decay: each update also subtracts learning rate * weight decay * parameter.
     weight_decay: float = 0.0
 
     def __post_init__(self):
@@ -94,7 +103,7 @@ class GroupConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupsConfig:
-    """Groups of trained parameters. A parameter belongs to the first group whose pattern matches its path."""
+    """The groups of trained parameters. A parameter belongs to the first of these groups that matches its path."""
 
     adapter: GroupConfig = GroupConfig(pattern=f"{ADAPTER}.*")
     head: GroupConfig = GroupConfig(pattern=r"head/.*")
@@ -105,28 +114,30 @@ class GroupsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimiser, AdamW (Adam where the weight decay is 0), its schedule, and the loss."""
+    """The optimiser AdamW, its learning rate schedule, and the loss. With weight decay 0, AdamW is Adam."""
 
-    # Number of updates, if `epochs` is 0.
+    # Number of updates. It counts only if `epochs` is 0.
     steps: int = 1000
-    # Number of passes over the training set, rounded up to whole updates. 0: make `steps` updates.
+    # Number of passes over the training set; may be a fraction, and is rounded up to whole updates. 0: make `steps`
+    # updates.
     epochs: float = 0.0
-    # Peak learning rate of each method, since methods differ: --config.optim.learning_rate.lora=0.01.
+    # Peak learning rate for each method: --config.optim.learning_rate.lora=0.01. The run uses that of `peft.method`.
     learning_rate: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {name: method.learning_rate for name, method in METHODS.items()}
     )
-    # Settings for groups of parameters: --config.optim.groups.head.weight_decay=0.1.
+    # Settings for each group of parameters: --config.optim.groups.head.weight_decay=0.1.
     groups: GroupsConfig = GroupsConfig()
-    # Share of the updates, in [0, 1), in which the learning rate rises linearly from 0 to its peak.
+    # Fraction of all updates, in [0, 1), for warm-up: the learning rate rises linearly from 0 to its peak.
     warmup_ratio: float = 0.0
-    # How the learning rate falls from its peak to 0 afterwards: "cosine", "linear", or "constant" (it does not fall).
+    # How the learning rate falls to 0 after the warm-up: "cosine", "linear", or "constant" (it stays at its peak).
     decay: str = "cosine"
-    # Largest global norm of the gradient; a longer gradient is scaled down to it. 0: no clipping.
+    # Gradient clipping: a gradient whose global norm is larger is scaled down to this norm. 0: no clipping.
     clip_norm: float = 1.0
-    # Number of micro-batches per update. The batch is worked on in this many parts, one after the other, which takes
-    # less memory and gives the same update.
+    # Gradient accumulation: the number of micro-batches per update. The batch is split into this many equal parts,
+    # which are computed one after the other. More parts take less memory. Without dropout the update is the same, up to
+    # rounding.
     accumulate: int = 1
-    # Share of a label's mass that is spread evenly over all classes, in [0, 1).
+    # Label smoothing, in [0, 1): the fraction of the probability of each label that is spread evenly over all classes.
     label_smoothing: float = 0.0
 
     def __post_init__(self):
@@ -143,13 +154,17 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """How often a run logs, evaluates and saves, in steps. The last step always does; 0: only the last step does."""
+    """How often a run logs, evaluates and saves, in steps.
 
-    # Write the training loss, the gradient norm, the learning rates and the speed.
+    Each of these is always done at the last step. 0 means: only at the last step.
+    """
+
+    # Steps between two log entries: training loss, gradient norm, learning rates and speed.
     metrics_every: int = 50
-    # Evaluate the held-out examples, or the test set if `data.holdout` is 0; save a checkpoint as well.
+    # Steps between two evaluations of the held-out examples, or of the test set if `data.holdout` is 0. Each evaluation
+    # is followed by a checkpoint.
     evaluate_every: int = 0
-    # Save a checkpoint, from which an interrupted run goes on.
+    # Steps between two checkpoints. An interrupted run resumes from the last one.
     checkpoint_every: int = 500
 
     def __post_init__(self):
@@ -159,12 +174,13 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How devices are used."""
+    """The mesh of devices: `data` times `fsdp` of them."""
 
-    # Number of devices over which the batch is split. 0: all devices, divided by `fsdp`.
+    # Size of the axis that splits only the batch. 0: the number of all devices divided by `fsdp`.
     data: int = 0
-    # Number of devices over which both the batch and the large arrays of the frozen base are split. A device then holds
-    # only its share of the base, at the price of gathering each block where it is used.
+    # Size of the axis that splits the batch and also the large arrays of the frozen base (fully sharded data
+    # parallelism). Each device then holds only its part of the base. The price is communication: each block is gathered
+    # where it is used.
     fsdp: int = 1
 
     def __post_init__(self):
@@ -174,13 +190,14 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run."""
+    """The whole configuration of a run."""
 
-    # One run for each seed. Several seeds get a folder each, and the result has mean and standard deviation. On the
-    # command line: --config.seeds="(0,1,2)".
+    # The seeds. The run is made once with each. Several seeds have a folder each, and the result holds the mean and the
+    # standard deviation of every metric. On the command line: --config.seeds="(0,1,2)".
     seeds: tuple[int, ...] = (0,)
-    # Python modules that are imported first. They register methods, matrix families, models or tasks of your own, which
-    # every mode of the run then knows by name: --config.plugins="('my_family',)" --config.peft.method=mine.
+    # Python modules of your own to import before anything else. Importing them registers your methods, matrix families,
+    # models or tasks, so that the configuration can name them:
+    # --config.plugins="('my_method',)" --config.peft.method=mine. docs/extending.md shows how to write them.
     plugins: tuple[str, ...] = ()
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -191,7 +208,7 @@ class RunConfig:
 
     def __post_init__(self):
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise UserError(f"config.seeds must hold one or more different numbers from 0 on, got {self.seeds}")
+            raise UserError(f"config.seeds must hold one or more different numbers >= 0, got {self.seeds}")
         if self.data.batch_size % self.optim.accumulate:
             raise UserError(
                 f"config.data.batch_size={self.data.batch_size} does not divide into"
@@ -199,15 +216,17 @@ class RunConfig:
             )
         if self.peft.execution == "fused" and self.model.dtype != "float32":
             raise UserError(
-                f"config.peft.execution=fused adds updates to the kernels, where config.model.dtype={self.model.dtype}"
-                " would round them away: choose auto, fft or dense"
+                f"config.peft.execution=fused adds updates to the kernels, but config.model.dtype={self.model.dtype}"
+                " would round small updates away: choose auto, fft or dense"
             )
         if self.peft.method not in self.optim.learning_rate:
-            raise UserError(f"config.optim.learning_rate has none for config.peft.method={self.peft.method}")
+            raise UserError(f"config.optim.learning_rate has no value for config.peft.method={self.peft.method}")
 
 
 def with_steps(config: RunConfig, examples: int) -> RunConfig:
-    """Return the configuration with the number of steps that its epochs over a number of examples take.
+    """Return the configuration with `optim.steps` computed from `optim.epochs` and the number of training examples.
+
+    If `optim.epochs` is 0, the configuration is returned as it is.
 
     >>> config = dataclasses.replace(RunConfig(), optim=OptimConfig(epochs=1.5))
     >>> with_steps(config, examples=100).optim.steps

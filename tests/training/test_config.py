@@ -45,7 +45,7 @@ def test_executions():
     assert parse(changed(peft__execution="dense", model__dtype="bfloat16")).peft.execution == "dense"
     with pytest.raises(UserError, match=r"config.peft.execution.*'fft'"):
         parse(changed(peft__execution="fff"))
-    with pytest.raises(UserError, match=r"config.peft.execution=fused adds updates to the kernels, where .*bfloat16"):
+    with pytest.raises(UserError, match=r"config.peft.execution=fused adds updates to the kernels, but .*bfloat16"):
         parse(changed(peft__execution="fused", model__dtype="bfloat16"))
 
 
