@@ -1,8 +1,8 @@
-"""What a model offers to the other rooms, the registry of models, and checks that their configurations share.
+"""Base classes and registry of models, and the checks that all model configurations share.
 
-A new model is one file: a `Config`, a `Model` decorated with `register_model`, and for checkpoints of transformers an
-`Architecture` given to `surm_jax.pretrained.hf.register_architecture`. Importing the file registers them; nothing else
-has to be told.
+A new model is one file with a `Config` and a `Model` decorated with `register_model`. To read and write checkpoints of
+Hugging Face transformers, it also gives an `Architecture` to `surm_jax.pretrained.hf.register_architecture`. Importing
+the file registers all of them, and no other file changes.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ from surm_jax.errors import UserError, did_you_mean, require_one_of
 from surm_jax.models.layers import REMAT, Blocks
 
 DTYPES = ("float32", "bfloat16")
-# A file may give any number. JAX cannot count beyond this size, and every block costs time to build.
+# Bounds on numbers that come from files: JAX cannot handle larger sizes, and every block takes time to build.
 _LARGEST_SIZE, _MOST_BLOCKS = 2**31, 100
 
 READS = ("images", "text")
-"""Kinds of input. Tasks choose a model by what it reads."""
+"""Kinds of input. A task chooses a model by the kind of input that the model reads."""
 
 HEAD = (r"head/.*",)
 """Patterns of the parameters of the head."""
@@ -43,10 +43,10 @@ class Config:
     """The fields that each named model sets."""
 
     RUNTIME_FIELDS: ClassVar[tuple[str, ...]] = ()
-    """Fields that change how the model runs, but none of its parameters: a checkpoint may differ in them."""
+    """Fields that change how the model runs, but not which parameters it has. A checkpoint may have other values."""
 
     HEAD_FIELDS: ClassVar[tuple[str, ...]] = ("num_classes",)
-    """Fields that change only the head and what it reads: a checkpoint may differ in them if its head is not loaded."""
+    """Fields that change only the head and its input. A checkpoint may have other values if its head is not loaded."""
 
     @property
     def new_head(self) -> tuple[str, ...]:
@@ -55,15 +55,15 @@ class Config:
 
     @property
     def position_grids(self) -> Mapping[str, int]:
-        """Position embeddings of a square grid of patches, which are resized to another `image_size`.
+        """Position embeddings of a square grid of patches, which are resized when `image_size` changes.
 
-        The path of each parameter is mapped to the number of tokens before the patches, such as the class token.
+        Maps the path of each such parameter to the number of tokens before the patches, such as 1 for a class token.
         """
         return {}
 
     @classmethod
     def build(cls, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> Self:
-        """Return the configuration with these fields, after the overrides have replaced or added some.
+        """Return the configuration with these fields, some of them replaced or added by the overrides.
 
         Raises:
             UserError: An override is not a field, or the fields do not fit together.
@@ -93,20 +93,20 @@ class Model(nnx.Module):
     """Base class of models.
 
     A model is built as `Model(config, rngs=...)` and keeps its configuration as `config`. It returns float32 logits, of
-    shape (batch, num_classes) for a task of classes. A model of images is called as `model(images, rngs=key)`, a model
-    of text as `model(tokens, mask=..., token_types=..., rngs=key)`; `rngs` draws the dropout, and `None` means no
-    dropout. The head's parameters have paths `head/...`. The model keeps its blocks in `blocks` and calls `blocks.run`,
-    so that training can compile one block for all equal ones and split their weights over devices.
+    shape (batch, num_classes) for classification. A model of images is called as `model(images, rngs=key)`, a model of
+    text as `model(tokens, mask=..., token_types=..., rngs=key)`. `rngs` is the random key of dropout, and `None` turns
+    dropout off. The head's parameters have paths `head/...`. The model keeps its blocks in `blocks` and runs them with
+    `blocks.run`, which lets training compile equal blocks once and split their weights over devices.
     """
 
     config_class: ClassVar[type[Config]]
-    """The class of the configuration. No other model has the same."""
+    """The class of the configuration. Each model has its own."""
 
     reads: ClassVar[str]
     """What the model reads, one of `READS`."""
 
     adapter_targets: ClassVar[Mapping[str, str]] = {}
-    """Named sets of modules for adapters: patterns of module paths, see `surm_jax.peft.Rule`."""
+    """Patterns of module paths by name, for adapters; see `surm_jax.peft.Rule`."""
 
     config: Any
     blocks: Blocks
@@ -139,9 +139,9 @@ def register_model(model: type[AnyModel]) -> type[AnyModel]:
         raise UserError(f"there is already a model {name!r}, in {MODELS[name].__module__}: choose another name")
     for other in others:
         if other.config_class is config_class:
-            raise UserError(f"{name} needs its own configuration class: {config_class.__name__} is {other.__name__}'s")
+            raise UserError(f"{name} needs its own config_class: {config_class.__name__} belongs to {other.__name__}")
         if other.reads == model.reads and (same := other.config_class.VARIANTS.keys() & config_class.VARIANTS.keys()):
-            raise UserError(f"the variant {min(same)!r} of {name} is one of {other.__name__} already")
+            raise UserError(f"{name} has the variant {min(same)!r}, but {other.__name__} has it already")
     MODELS[name] = model
     return model
 
@@ -154,7 +154,7 @@ def model_class(config: Config) -> type[Model]:
     """Return the model that is built from a configuration.
 
     Raises:
-        UserError: No registered model has this class of configurations.
+        UserError: No registered model has this configuration class.
 
     >>> from surm_jax.models import ViTConfig
     >>> model_class(ViTConfig.from_variant("B/16", num_classes=10)).__name__
@@ -181,10 +181,10 @@ def model_of_variant(name: str, reads: str) -> type[Model]:
 
     Args:
         name: The variant. Models that read different inputs may have variants of the same name.
-        reads: What the model is to read, one of `READS`.
+        reads: The kind of input, one of `READS`.
 
     Raises:
-        UserError: There is none; the message names the nearest.
+        UserError: No model has this variant; the message names the nearest one.
 
     >>> model_of_variant("mini", "images").__name__, model_of_variant("mini", "text").__name__
     ('ViT', 'Bert')
@@ -197,7 +197,7 @@ def model_of_variant(name: str, reads: str) -> type[Model]:
 
 
 def check_sizes(config: Config, names: Iterable[str]) -> None:
-    """Raise a `UserError` unless each of the fields is a positive integer that can be a size."""
+    """Raise a `UserError` unless each of the fields is a positive integer and not too large."""
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -212,10 +212,10 @@ def check_choice(config: Config, name: str, known: Collection[str]) -> None:
 
 
 def check_transformer(config: Any) -> None:
-    """Check what the configuration of every transformer has: heads, dropout, epsilon, dtypes, remat, switches.
+    """Check the fields that all transformers share: booleans, depth, heads, dropout, epsilon, dtypes and remat.
 
     Raises:
-        UserError: A value is not possible; the message names the field.
+        UserError: A value is invalid; the message names the field.
     """
     kind = type(config).__name__
     for field in dataclasses.fields(config):

@@ -60,14 +60,15 @@ class BertConfig(Config):
     type_vocab_size: int
     # Outputs of the classifier. A masked language model has one output for each token of the vocabulary instead.
     num_classes: int = 2
-    # "classifier" scores the sequence and reads its first token. "mlm" scores the words at every token.
+    # "classifier" scores the classes from the first token. "mlm", a masked language model, scores the vocabulary at
+    # every token.
     head: str = "classifier"
     # Whether the classifier reads the first token through a dense layer and tanh; "mlm" has no such layer.
     pooler: bool = True
     # "absolute" numbers all tokens 0, 1, ... "after_padding" (RoBERTa) numbers the tokens that are not padding
     # pad_token + 1, pad_token + 2, ... and gives padding the position pad_token.
     positions: str = "absolute"
-    # The token that fills up short sequences. It does not change the attention, which only the mask does.
+    # The token that pads short sequences. Only the mask, and not this token, excludes padding from attention.
     pad_token: int = 0
     epsilon: float = 1e-12
     activation: str = "gelu"
@@ -75,14 +76,14 @@ class BertConfig(Config):
     dropout: float = 0.0
     # Dtype of the computation; norms and logits are always float32.
     dtype: str = "float32"
-    # Dtype of embeddings and layers. Norms, pooler, classifier and the bias of the vocabulary, which are small and
-    # trained by every method, are always float32.
+    # Dtype of embeddings and layers. Norms, pooler, classifier and the output bias of the vocabulary are small and
+    # always float32.
     param_dtype: str = "float32"
-    # What a block computes again for its gradient: one of surm_jax.models.REMAT.
+    # What a block recomputes for its gradient: one of surm_jax.models.REMAT.
     remat: str = "none"
 
-    # The miniatures of arXiv 1908.08962 (https://github.com/google-research/bert), and the two of the paper, all with
-    # the uncased English vocabulary.
+    # The small models of arXiv 1908.08962 (https://github.com/google-research/bert) and the two models of the BERT
+    # paper, all with the uncased English vocabulary.
     VARIANTS: ClassVar[dict[str, Mapping[str, Any]]] = {
         "tiny": _geometry(2, 128),
         "mini": _geometry(4, 256),
@@ -155,17 +156,17 @@ class Block(nnx.Module):
     def __call__(
         self, x_btd: Float[Array, "b t d"], mask_bt: Bool[Array, "b t"] | None, key: jax.Array | None
     ) -> Float[Array, "b t d"]:
-        """Apply both branches; `key` draws their dropout, and `None` means no dropout."""
+        """Apply both branches; `key` is the random key of their dropout, and `None` turns dropout off."""
         attention_key, mlp_key = split_key(key, 2)
         y_btd = drop(self.dropout, self.attention(x_btd, mask_bt), attention_key)
-        # The norms return float32; layers, and adapters on them, read the dtype of the computation.
+        # The norms return float32, but layers and their adapters expect the dtype of the computation.
         x_btd = self.norm1(x_btd + y_btd).astype(x_btd.dtype)
         y_btd = drop(self.dropout, self.mlp(x_btd, None), mlp_key)
         return self.norm2(x_btd + y_btd).astype(x_btd.dtype)
 
 
 class MaskedLMHead(nnx.Module):
-    """Scores of all words at every token: `norm(activation(x T + t)) E^T + b` with the word embeddings `E`.
+    """Scores of the vocabulary at every token: `norm(activation(x T + t)) E^T + b` with the word embeddings `E`.
 
     `E` is an argument, since the model shares it between input and output (arXiv 1608.05859).
     """
@@ -184,7 +185,7 @@ class MaskedLMHead(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((config.vocab_size,), jnp.float32))
 
     def __call__(self, x_btd: Float[Array, "b t d"], table_vd: Float[Array, "v d"]) -> Float[Array, "b t v"]:
-        """Return float32 scores; products with the table have the dtype of `x_btd` and float32 sums."""
+        """Return float32 scores; the product with the table has inputs in the dtype of `x_btd` and float32 sums."""
         y_btd = self.norm(ACTIVATIONS[self.activation](self.transform(x_btd))).astype(x_btd.dtype)
         scores_btv = jnp.einsum("btd,vd->btv", y_btd, table_vd.astype(x_btd.dtype), preferred_element_type=jnp.float32)
         return scores_btv + self.bias[...][None, None]
@@ -200,8 +201,8 @@ class Bert(Model):
     language model `head/transform/{kernel,bias}`, `head/norm/{scale,bias}` and `head/bias`. Kernels and embeddings
     start from N(0, 0.02^2), biases at zero.
 
-    Dropout differs from transformers in two places: attention probabilities have no dropout, which
-    `jax.nn.dot_product_attention` does not offer, and neither has the input of RoBERTa's pooler.
+    Dropout differs from transformers in two places. Attention probabilities have none, because
+    `jax.nn.dot_product_attention` does not offer it. The input of RoBERTa's pooler has none either.
 
     >>> config = BertConfig.from_variant("tiny", num_classes=3)
     >>> jax.eval_shape(lambda tokens: Bert(config, rngs=nnx.Rngs(0))(tokens), jnp.zeros((2, 16), jnp.int32)).shape
@@ -243,7 +244,8 @@ class Bert(Model):
             mask: True or 1 for tokens to attend to, False or 0 for padding. `None` attends to all tokens, also to those
                 equal to `config.pad_token`.
             token_types: Segment types below `config.type_vocab_size`; `None` means 0 everywhere.
-            rngs: Draws the dropout: an `nnx.Rngs` with the stream `dropout`, or a JAX key; `None` means no dropout.
+            rngs: Random key of dropout: an `nnx.Rngs` with the stream `dropout`, or a JAX key; `None` turns dropout
+                off.
 
         Raises:
             UserError: The tokens are not a matrix of integers, a row has more than `config.max_tokens`, or `mask` or
@@ -283,7 +285,7 @@ class Bert(Model):
         *,
         every: bool,
     ) -> tuple[Float[Array, "b t d"], ...]:
-        """Return all states, or only the last."""
+        """Return all states if `every` is true, and otherwise a tuple of only the last."""
         self._check(tokens_bt, mask, token_types)
         mask_bt = None if mask is None else mask.astype(jnp.bool_)
         types_bt = jnp.zeros_like(tokens_bt) if token_types is None else token_types
@@ -307,7 +309,8 @@ class Bert(Model):
                 f"this BERT has positions for {self.config.max_tokens} tokens, got sequences of {tokens_bt.shape[1]}: "
                 "truncate them"
             )
-        # A mask of floats is refused: elsewhere such a mask is added to the scores, and 0 means a kept token.
+        # A mask of floats is refused because it is ambiguous: other libraries add it to the scores, where 0 keeps a
+        # token.
         for name, array, kinds in (
             ("mask", mask, (jnp.bool_, jnp.integer)),
             ("token_types", token_types, (jnp.integer,)),
@@ -337,5 +340,5 @@ def _embed(rows: int, config: BertConfig, rngs: nnx.Rngs) -> nnx.Embed:
 
 
 def _norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The variance takes two passes, as in PyTorch: with so small an epsilon the difference of two means is too inexact.
+    # Compute the variance in two passes, as PyTorch does: for so small an epsilon E[x^2] - E[x]^2 is too inexact.
     return nnx.LayerNorm(config.width, epsilon=config.epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)

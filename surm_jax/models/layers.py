@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x (1 + erf(x / sqrt 2)) / 2` (arXiv 1606.08415).
+    """Return the exact GELU, `x (1 + erf(x / sqrt 2)) / 2` (arXiv 1606.08415).
 
     This is the formula of PyTorch. `jax.nn.gelu` uses `erfc`, which is also exact in the far tail, but slower on a CPU.
     """
@@ -26,7 +26,7 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x sigmoid(1.702 x)`, the approximation of GELU that CLIP was trained with (arXiv 1606.08415, section 2)."""
+    """Return `x sigmoid(1.702 x)`, the approximation of GELU that CLIP uses (arXiv 1606.08415, section 2)."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -41,7 +41,7 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
         "relu": jax.nn.relu,
     }
 )
-"""Activations of the MLP by name. "gelu" is the exact function, with the error function."""
+"""Activations of the MLP by name. "gelu" is exact: it uses the error function."""
 
 
 class Attention(nnx.Module):
@@ -78,15 +78,15 @@ class Attention(nnx.Module):
     def __call__(
         self, x_btd: Float[Array, "b t d"], mask_bt: Bool[Array, "b t"] | None = None
     ) -> Float[Array, "b t d"]:
-        """Mix the tokens. The cost is `O(t d^2 + t^2 d)` for each sequence.
+        """Return the output of attention for every token. The cost is `O(t d^2 + t^2 d)` for each sequence.
 
         Args:
             x_btd: The tokens.
-            mask_bt: Whether each token is attended to; `None` means that all are.
+            mask_bt: True for tokens to attend to; `None` attends to all tokens.
         """
         q_btnk, k_btnk, v_btnk = self.query(x_btd), self.key(x_btd), self.value(x_btd)
         mask_bnts = None if mask_bt is None else mask_bt[:, None, None, :]
-        # jax.nn asks how bfloat16 and float32 are promoted, and strict promotion raises an error even for the question.
+        # jax.nn queries how bfloat16 and float32 promote; under strict promotion even the query raises an error.
         with jax.numpy_dtype_promotion("standard"):
             y_btnk = jax.nn.dot_product_attention(q_btnk, k_btnk, v_btnk, mask=mask_bnts)
         return self.out(y_btnk)
@@ -121,7 +121,7 @@ class MLP(nnx.Module):
         self.dropout = nnx.Dropout(dropout)
 
     def __call__(self, x_btd: Float[Array, "b t d"], key: jax.Array | None) -> Float[Array, "b t d"]:
-        """Apply the two layers; `key` draws the dropout between them, and `None` means no dropout."""
+        """Apply the two layers; `key` is the random key of the dropout between them, and `None` turns it off."""
         hidden_btm = ACTIVATIONS[self.activation](self.up(x_btd))
         return self.down(drop(self.dropout, hidden_btm, key))
 
@@ -133,16 +133,16 @@ REMAT: Mapping[str, Callable[..., bool] | None] = MappingProxyType(
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     }
 )
-"""Rematerialisation policies: what a block keeps for its gradient, and what it computes again (arXiv 1604.06174).
+"""Rematerialisation policies: what a block keeps for its gradient, and what it recomputes (arXiv 1604.06174).
 
 "none" keeps everything. "block" keeps only the block's input: it needs the memory of one block instead of all blocks,
-and a third more work. "dots" keeps the outputs of layers and computes attention scores and activations again, which is
+and a third more work. "dots" keeps the outputs of layers and recomputes attention scores and activations, which is
 little work.
 """
 
 
 class Blocks(nnx.List):
-    """The blocks of a model. Each reads what the block before it returned."""
+    """The blocks of a model. Each reads the output of the previous one."""
 
     def run(
         self, x: Array, *arguments: Array | None, keys: jax.Array | None, remat: str, every: bool
@@ -150,9 +150,9 @@ class Blocks(nnx.List):
         """Return the states between blocks: `x` and the output of each block, or only the last output.
 
         Args:
-            x: The input of the first block. All blocks return its shape and dtype.
+            x: The input of the first block. Every block returns an array of this shape and dtype.
             *arguments: Further arguments of every block.
-            keys: A key for each block, its last argument; `None` calls all blocks with `None`.
+            keys: A random key for each block, passed as its last argument; `None` passes `None` to every block.
             remat: One of `REMAT`.
             every: Whether to return all states; otherwise the tuple holds only the last.
         """
@@ -174,16 +174,16 @@ TARGETS: Mapping[str, str] = MappingProxyType(
         "all-linear": r"blocks/\d+/(attention/(query|key|value|out)|mlp/(up|down))",
     }
 )
-"""Named sets of modules for adapters in a model with these layers, by the names that papers use: patterns of paths."""
+"""Patterns of module paths for adapters, by the names that papers use, in a model that is built of these layers."""
 
 
 def split_key(key: jax.Array | None, count: int) -> tuple[jax.Array | None, ...]:
-    """Return `count` independent keys, or as many `None` if there is no key."""
+    """Return `count` independent keys, or `count` times `None` if there is no key."""
     return (None,) * count if key is None else tuple(jax.random.split(key, count))
 
 
 def split_block_keys(key: jax.Array | None, depth: int) -> tuple[jax.Array | None, jax.Array | None]:
-    """Return a key and an array of `depth` more keys, all independent, or two `None` if there is no key."""
+    """Return a key and an array of `depth` more keys, all independent, or `None` twice if there is no key."""
     if key is None:
         return None, None
     keys = jax.random.split(key, depth + 1)
@@ -191,12 +191,12 @@ def split_block_keys(key: jax.Array | None, depth: int) -> tuple[jax.Array | Non
 
 
 def drop(dropout: nnx.Dropout, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Apply dropout that `key` draws; without a key nothing is dropped."""
+    """Apply dropout with a random key; `None` drops nothing."""
     return dropout(x, deterministic=key is None, rngs=key)
 
 
 def call_block(block: nnx.Module, *arguments: Array | None, remat: str) -> Array:
-    """Return `block(*arguments)`; its gradient computes a part of it again, as `remat` says (one of `REMAT`).
+    """Return `block(*arguments)`; its gradient recomputes the parts that `remat`, one of `REMAT`, selects.
 
     The values do not depend on `remat`. The block must not change its own state when it is called.
     """

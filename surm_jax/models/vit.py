@@ -99,7 +99,7 @@ class ViTConfig(Config):
     dtype: str = "float32"
     # Dtype of kernels, biases and embeddings; norms, layer scales and the head are always float32.
     param_dtype: str = "float32"
-    # What a block computes again for its gradient: one of surm_jax.models.REMAT.
+    # What a block recomputes for its gradient: one of surm_jax.models.REMAT.
     remat: str = "none"
 
     VARIANTS: ClassVar[dict[str, Mapping[str, Any]]] = _VARIANTS
@@ -138,7 +138,7 @@ class ViTConfig(Config):
 
     @property
     def position_grids(self) -> Mapping[str, int]:
-        """The position embeddings, which begin with those of the extra tokens."""
+        """The position embeddings, whose first rows belong to the extra tokens."""
         return {"position_embed": self.extra_tokens}
 
 
@@ -159,9 +159,9 @@ class Block(nnx.Module):
         self.scale2 = nnx.Param(jnp.ones(config.width, jnp.float32)) if config.layer_scale else None
 
     def __call__(self, x_btd: Float[Array, "b t d"], key: jax.Array | None) -> Float[Array, "b t d"]:
-        """Apply both branches; `key` draws their dropout, and `None` means no dropout."""
+        """Apply both branches; `key` is the random key of their dropout, and `None` turns dropout off."""
         attention_key, hidden_key, mlp_key = split_key(key, 3)
-        # The norms return float32; the branches, and adapters on their layers, read the dtype of the residual stream.
+        # The norms return float32, but layers and their adapters expect the dtype of the residual stream.
         y_btd = _scaled(self.attention(self.norm1(x_btd).astype(x_btd.dtype)), self.scale1)
         x_btd = x_btd + drop(self.dropout, y_btd, attention_key)
         y_btd = _scaled(self.mlp(self.norm2(x_btd).astype(x_btd.dtype), hidden_key), self.scale2)
@@ -175,8 +175,8 @@ class ViT(Model):
     Parameter paths: `patch_embed/{kernel,bias}`, `cls_token` (unless `pool="mean"`), `distillation_token`,
     `position_embed`, `pre_norm/{scale,bias}`, `blocks/<i>/{norm1,norm2}/{scale,bias}`,
     `blocks/<i>/attention/{query,key,value,out}/{kernel,bias}`, `blocks/<i>/mlp/{up,down}/{kernel,bias}`,
-    `blocks/<i>/{scale1,scale2}`, `norm/{scale,bias}`, `head/{kernel,bias}`; the configuration may leave out parts.
-    They are initialised as in vision_transformer: the head starts at zero, and so do the logits.
+    `blocks/<i>/{scale1,scale2}`, `norm/{scale,bias}`, `head/{kernel,bias}`; some of them exist only with certain
+    settings. They are initialised as in vision_transformer: the head starts at zero, and so do the logits.
 
     >>> config = ViTConfig.from_variant("digits", num_classes=10)
     >>> jax.eval_shape(lambda images: ViT(config, rngs=nnx.Rngs(0))(images), jnp.zeros((2, 8, 8, 1))).shape
@@ -212,7 +212,7 @@ class ViT(Model):
         self.pre_norm = _norm(config, rngs) if config.pre_norm else None
         self.blocks = Blocks([Block(config, rngs=rngs) for _ in range(config.depth)])
         self.norm = _norm(config, rngs) if config.final_norm else None
-        # The head is always float32: the loss would show logits that are rounded to bfloat16.
+        # The head is always float32, because rounding logits to bfloat16 would change the loss visibly.
         self.head = nnx.Linear(
             2 * config.width if config.pool == "token+patches" else config.width,
             config.num_classes,
@@ -233,7 +233,8 @@ class ViT(Model):
         Args:
             images_bhwc: Images of `config.image_size` and `config.channels`; AugReg checkpoints expect values in
                 [-1, 1].
-            rngs: Draws the dropout: an `nnx.Rngs` with the stream `dropout`, or a JAX key; `None` means no dropout.
+            rngs: Random key of dropout: an `nnx.Rngs` with the stream `dropout`, or a JAX key; `None` turns dropout
+                off.
 
         Raises:
             UserError: The images do not have the configured shape.
@@ -264,7 +265,7 @@ class ViT(Model):
     def _states(
         self, images_bhwc: Float[Array, "b h w c"], rngs: nnx.Rngs | jax.Array | None, *, every: bool
     ) -> tuple[Float[Array, "b t d"], ...]:
-        """Return all states, or only the last."""
+        """Return all states if `every` is true, and otherwise a tuple of only the last."""
         config = self.config
         expected = (config.image_size, config.image_size, config.channels)
         if images_bhwc.ndim != 4 or images_bhwc.shape[1:] != expected:
@@ -297,7 +298,7 @@ class ViT(Model):
 
 
 def _norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The variance takes two passes, as in PyTorch: E[x^2] - E[x]^2 loses digits if the mean is large.
+    # Compute the variance in two passes, as PyTorch does: E[x^2] - E[x]^2 loses digits if the mean is large.
     return nnx.LayerNorm(config.width, epsilon=config.epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
 
 

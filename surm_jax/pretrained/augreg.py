@@ -1,6 +1,7 @@
 """AugReg checkpoints: the official `.npz` files of "How to train your ViT?" (arXiv 2106.10270), and others like them.
 
-Their attention kernels are (width, heads, width / heads) as ours are, so only position embeddings need a conversion.
+Their attention kernels have the shape (width, heads, width / heads) as ours do, so only position embeddings need a
+conversion.
 """
 
 from collections.abc import Collection, Mapping
@@ -49,7 +50,7 @@ RULES = (
     KeyRule(r"head/(kernel|bias)", r"head/\1"),
 )
 
-# The numerics of the models in these files, which no key of a file tells.
+# The numerics of the models in these files. The files do not record them.
 _NUMERICS = {"activation": "gelu_tanh", "epsilon": 1e-6}
 
 
@@ -60,7 +61,7 @@ class AugRegCheckpoint(Checkpoint):
         self.path, self._file = path, file
 
     def config(self, variant: str | None, overrides: Mapping[str, Any]) -> ViTConfig:
-        """Return the configuration of a ViT by its name, since the file holds none."""
+        """Return the configuration of the named ViT; the file itself holds no configuration."""
         if variant is None or "num_classes" not in overrides:
             raise UserError(
                 f"{self.path} holds no configuration, as no .npz file does: give variant=, such as 'B/16', and "
@@ -74,12 +75,12 @@ class AugRegCheckpoint(Checkpoint):
         """Read the parameters of a `ViT`.
 
         Position embeddings are resized to the model's image size. A layer before the head (`pre_logits`) is ignored if
-        the head is not loaded, and the class token if the model has none. The file holds no configuration to compare,
-        but all files of this layout have one activation and one epsilon.
+        the head is not loaded, and the class token if the model has none. The file holds no configuration to compare
+        with, but all files of this layout have the same activation and epsilon, which the model must have too.
 
         Raises:
-            UserError: The file is damaged, holds pickles or does not fit the model, or the model computes something
-                else.
+            UserError: The file is damaged, holds pickles or does not fit the model, or the model has another activation
+                or epsilon.
         """
         if not isinstance(config, ViTConfig):
             raise UserError(f"{self.path} holds a ViT, not a model of {type(config).__name__}")
@@ -89,11 +90,11 @@ class AugRegCheckpoint(Checkpoint):
             if getattr(config, name) != value
         ]
         if different:
-            raise UserError(f"{self.path} is of the AugReg layout and of another model: {'; '.join(different)}")
+            raise UserError(f"{self.path} has the AugReg layout, but belongs to another model: {'; '.join(different)}")
         ignore = []
         if "head/kernel" not in targets:
-            # If the head is loaded, this layer belongs to the classifier, and leaving it out would change the logits:
-            # then it is an unknown key.
+            # A loaded head needs this layer: without it the logits would differ. Then the key stays unknown and raises
+            # an error.
             ignore.append(r"pre_logits/.*")
         if "cls_token" not in targets and "cls_token" not in fresh:
             ignore.append(r"cls")

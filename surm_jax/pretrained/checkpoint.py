@@ -1,4 +1,4 @@
-"""The protocol of checkpoints: whatever the format of the files, they are opened once, say their model, and fill it."""
+"""The interface of open checkpoints, for all formats: return the configuration of the model, and fill the model."""
 
 import abc
 import dataclasses
@@ -17,7 +17,7 @@ class Checkpoint(abc.ABC):
     """An open checkpoint.
 
     Attributes:
-        path: The file or folder, for messages.
+        path: The file or folder, which messages name.
     """
 
     path: Path
@@ -27,12 +27,12 @@ class Checkpoint(abc.ABC):
         """Return the configuration of the model in the checkpoint.
 
         Args:
-            variant: The name of the model, for formats that hold no configuration; `None` for all others.
+            variant: The name of the model, for formats that hold no configuration; `None` for all other formats.
             overrides: Fields of our configuration that replace what the checkpoint says.
 
         Raises:
-            UserError: The checkpoint is damaged, holds an unknown model, a field is unknown, or the variant is missing
-                or superfluous.
+            UserError: The checkpoint is damaged or holds an unknown model, an override is not a field, or the variant
+                is missing or superfluous.
         """
 
     @abc.abstractmethod
@@ -52,7 +52,7 @@ class Checkpoint(abc.ABC):
         """
 
     def normalization(self) -> Normalization | None:
-        """Return how images are normalised for the model; `None` means to [-1, 1], all channels alike.
+        """Return how images are normalised for the model; `None` means that all channels are scaled to [-1, 1].
 
         Raises:
             UserError: The checkpoint is damaged.
@@ -61,7 +61,7 @@ class Checkpoint(abc.ABC):
 
     def _refuse_variant(self, variant: str | None) -> None:
         if variant is not None:
-            raise UserError(f"{self.path} says itself which model it holds: leave out variant={variant!r}")
+            raise UserError(f"{self.path} already says which model it holds: leave out variant={variant!r}")
 
 
 def reads_head(targets: Collection[str]) -> bool:
@@ -70,15 +70,15 @@ def reads_head(targets: Collection[str]) -> bool:
 
 
 def require_same(origin: str, stored: Config, config: Config, targets: Collection[str]) -> None:
-    """Compare the configuration in a checkpoint with that of the model which is to be filled from it.
+    """Check that the configuration in a checkpoint is that of the model to fill.
 
-    `RUNTIME_FIELDS` may differ, and so may `image_size` where position embeddings are resized, and `HEAD_FIELDS` where
-    no parameter of the head is read.
+    Some fields may differ: `RUNTIME_FIELDS`; `image_size` if the model has position embeddings, which are resized; and
+    `HEAD_FIELDS` if no parameter of the head is read.
 
     Args:
-        origin: What the error calls the checkpoint.
-        stored: The configuration in it.
-        config: The model's.
+        origin: The name of the checkpoint in the error.
+        stored: The configuration in the checkpoint.
+        config: The configuration of the model.
         targets: The paths of the parameters that are read.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Download of a file into the cache: complete or absent, resumed after a break, with a quick error when offline."""
+"""Download files into the cache. A file is complete or absent, and an interrupted download can be resumed."""
 
 import base64
 import hashlib
@@ -52,10 +52,10 @@ def cache_path(url: str) -> Path:
 def download(url: str) -> Path:
     """Return the local copy of a file, and download it if there is none yet.
 
-    The file gets its name only when it is complete. If a connection breaks, the bytes that have arrived stay beside it
-    (`.part`), and the next call downloads the rest if the server still has the same file by its ETag or its date. If
-    Google Cloud Storage announces an MD5, it is compared. One of several processes downloads, and the others wait. A
-    terminal shows a progress bar.
+    The file gets its name only when it is complete. If a connection breaks, the bytes that have arrived stay in a
+    `.part` file next to it. The next call downloads the rest if the server still has the same file, judged by its ETag
+    or its date. If Google Cloud Storage announces an MD5, it is checked. If several processes want the file, one
+    downloads it and the others wait. A terminal shows a progress bar.
 
     Raises:
         UserError: The file cannot be downloaded (no connection within 10 seconds, an HTTP error, fewer bytes than
@@ -68,7 +68,7 @@ def download(url: str) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f"{target.name}.lock")):
-            if not target.is_file():  # another process may have had the lock
+            if not target.is_file():  # another process may have downloaded it meanwhile
                 log.info("downloading %s to %s", url, target)
                 _fetch(url, partial)
                 os.replace(partial.path, target)
@@ -77,13 +77,13 @@ def download(url: str) -> Path:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         kept = f"{partial.size()} bytes of it are kept, call again to fetch the rest; or " if partial.size() else ""
         raise UserError(
-            f"cannot download {url} ({reason}): {kept}fetch this file on a machine that can, and put it at {target}"
+            f"cannot download {url} ({reason}): {kept}download this file on another machine, and put it at {target}"
         ) from error
     return target
 
 
 class _Partial:
-    """The beginning of a file, and its version, which is what the server says in `ETag` or `Last-Modified`."""
+    """A partly downloaded file, and its version: the `ETag` or `Last-Modified` of the server."""
 
     def __init__(self, target: Path):
         self.path = target.with_name(f"{target.name}.part")
@@ -96,7 +96,7 @@ class _Partial:
         return self._version.read_text() if self._version.is_file() else ""
 
     def start(self, version: str) -> None:
-        """Start again with no bytes. The old bytes go first, so bytes never lie beside the name of another version."""
+        """Start again with no bytes. Old bytes are removed first, so they are never taken for another version."""
         self.discard()
         if version:
             self._version.write_text(version)
@@ -108,10 +108,10 @@ class _Partial:
 
 
 def _fetch(url: str, partial: _Partial) -> None:
-    """Complete a partial file. After a failure it is kept if its rest can be requested later, and else removed."""
+    """Complete a partial file. After a failure keep it if the rest can be requested later, else remove it."""
     try:
         start = partial.size()
-        # If-Range asks for the whole file if the server has another version by now.
+        # With If-Range the server sends the whole file if it has another version by now.
         asked = {"Range": f"bytes={start}-", "If-Range": partial.version()} if start and partial.version() else {}
         request = urllib.request.Request(quote(url, safe=string.punctuation), headers=asked)
         try:
@@ -162,13 +162,13 @@ def _append(response: http.client.HTTPResponse, path: Path, total: int | None) -
 
 
 def _version(headers: Message) -> str:
-    """Return the name of this version for `If-Range`, which must not be a weak ETag (RFC 9110, section 13.1.5)."""
+    """Return the version to send as `If-Range`, which must not be a weak ETag (RFC 9110, section 13.1.5)."""
     tag = headers.get("ETag", "")
     return headers.get("Last-Modified", "") if tag.startswith("W/") or not tag else tag
 
 
 def _check_md5(partial: _Partial, headers: Message) -> None:
-    """Compare a file with the MD5 in the header `x-goog-hash`, if there is one, and remove it if it differs."""
+    """Compare a file with the MD5 in the header `x-goog-hash`, if there is one, and remove the file if they differ."""
     hashes = ",".join(headers.get_all("x-goog-hash", [])).split(",")
     announced = [entry.strip().removeprefix("md5=") for entry in hashes if entry.strip().startswith("md5=")]
     if not announced:
@@ -177,4 +177,4 @@ def _check_md5(partial: _Partial, headers: Message) -> None:
         found = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()
     if found != announced[0]:
         partial.discard()
-        raise OSError(f"its MD5 is {found}, but the server says {announced[0]}: what had arrived is removed")
+        raise OSError(f"its MD5 is {found}, but the server says {announced[0]}: the downloaded bytes were removed")

@@ -28,7 +28,7 @@ from surm_jax.tensor_files import shards_of
 PREFIX = "hf://"
 
 TOKENIZER_NAMES = ("tokenizer.json", "vocab.txt", "merges.txt", "vocab.json", "tokenizer_config.json")
-"""Files that a tokenizer may consist of. A repository may lack any of them."""
+"""Files that a tokenizer may consist of. A repository may lack some of them."""
 
 
 def fetch(source: str) -> Path:
@@ -109,7 +109,7 @@ def _complete(repository: str, folder: Path) -> None:
 
 
 def _ask(repository: str, revision: str) -> None:
-    """Send one request for the model: without a network hf_hub_download would repeat it for 23 seconds."""
+    """Send one request for the model. Without a network it fails at once, where hf_hub_download retries for 23 s."""
     get_hf_file_metadata(hf_hub_url(repository, CONFIG_NAME, revision=revision))
 
 
@@ -132,14 +132,14 @@ def _explain(error: Exception, source: str, repository: str, revision: str) -> N
     if isinstance(error, HFValidationError):
         message = str(error)
     elif isinstance(error, GatedRepoError):
-        message = f"access is granted at {page}; accept its conditions there, then log in (`hf auth login`)"
+        message = f"the model is gated: accept its conditions at {page}, then log in (`hf auth login`)"
     elif isinstance(error, RepositoryNotFoundError):
         message = f"there is no {page}, or it is private: then log in (`hf auth login`)"
     elif isinstance(error, RevisionNotFoundError):
         message = f"{page} has no revision {revision!r}"
     elif isinstance(error, RemoteEntryNotFoundError):
         name = str(error.response.url).rsplit("/", 1)[-1]
-        what = f"{WEIGHTS_NAME}, nor the shards of one" if name == INDEX_NAME else name
+        what = f"{WEIGHTS_NAME} and no shards of it" if name == INDEX_NAME else name
         message = (
             f"{page} has no {what} at revision {revision!r}. Other formats, such as pickles, are not loaded; "
             "https://huggingface.co/spaces/safetensors/convert adds safetensors to a repository (refs/pr/N)"

@@ -1,4 +1,4 @@
-"""Building of a model with pretrained parameters, which are never in memory twice."""
+"""Build models with pretrained parameters, without holding all parameters in memory twice."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,12 +22,12 @@ from surm_jax.pretrained.sources import locate
 from surm_jax.tensor_files import SUFFIX, TensorFile
 
 Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
-"""Says where a parameter is placed: `(path, shape and dtype) -> sharding`."""
+"""A function that decides where a parameter is placed: `(path, shape and dtype) -> sharding`."""
 
 
 @contextmanager
 def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
-    """Open a checkpoint, whose suffix and header tell its format.
+    """Open a checkpoint. Its suffix and its header determine the format.
 
     Raises:
         UserError: There is no such file, its format is unknown, or it is damaged.
@@ -63,8 +63,8 @@ def load(
 
     The model is built abstractly and filled array by array: each array is read, converted to our layout, put on its
     devices and released before the next one. Parameters in `fresh` come from the model's initialisers, in a compiled
-    function that returns only them, so the others are never computed. The host needs memory for the largest array
-    twice, and for the model if its devices belong to the host.
+    function that returns only them, so the others are never computed. The host needs memory for two copies of the
+    largest array, and for the whole model if its devices use host memory.
 
     Args:
         make_model: Builds the model; it is called only while JAX traces.
@@ -72,7 +72,7 @@ def load(
             beside its `config.json`; `None` initialises all parameters.
         fresh: Patterns of parameter paths that the checkpoint does not fill. The default is `config.new_head`: a new
             task has its own classes, even if their number is the same. `()` also loads the head.
-        sharding: Where each parameter is placed; on the default device if left out.
+        sharding: Where each parameter is placed. The default is the default device.
 
     Raises:
         UserError: The checkpoint does not fit the model (see `surm_jax.pretrained.rules.fill` and
@@ -111,7 +111,7 @@ def model_config(checkpoint: Path, variant: str | None = None, **overrides: Any)
 
 
 def image_normalization(checkpoint: Path | None) -> Normalization | None:
-    """Return how images are normalised for the model in a checkpoint; `None` means to [-1, 1], all channels alike.
+    """Return how images are normalised for the model in a checkpoint; `None` means scaling all channels to [-1, 1].
 
     Args:
         checkpoint: What `locate` returned.
@@ -135,22 +135,22 @@ def from_pretrained(
     seed: int = 0,
     **overrides: Any,
 ) -> Any:
-    """Return the model in a checkpoint: find and if needed download the checkpoint, build the model, and fill it.
+    """Return the model in a checkpoint, which is downloaded if needed.
 
     Args:
         source: What `locate` takes: a folder of transformers, a file, "hf://owner/name", an http(s) URL, "augreg",
             "digits".
         variant: The name in `ViTConfig.VARIANTS` of the model in an `.npz` or in "augreg", which hold no configuration.
         num_classes: Outputs of a new head; if left out, the checkpoint's head is read.
-        fresh: Patterns of parameters to initialise instead of reading. The default is the head if `num_classes` is
-            given, and otherwise nothing.
+        fresh: Patterns of parameters to initialise instead of reading. The default is `config.new_head` if
+            `num_classes` is given, and otherwise nothing.
         sharding: Where each parameter is placed, as in `load`.
         seed: The seed of the initialised parameters.
         **overrides: Fields of the configuration that replace the checkpoint's, such as `dtype`, `param_dtype`,
             `dropout`, or `image_size`, to which position embeddings are resized.
 
     Raises:
-        UserError: As `locate`, `model_config` and `load`.
+        UserError: As in `locate`, `model_config` and `load`.
 
     >>> model = from_pretrained("digits", num_classes=5, dtype="bfloat16")
     >>> model.head.kernel.shape, model.config.depth

@@ -76,7 +76,7 @@ class NativeCheckpoint(Checkpoint):
         """Return the configuration in the header.
 
         Raises:
-            UserError: The header is damaged, or a field is unknown.
+            UserError: The header is damaged, or an override is not a field.
         """
         self._refuse_variant(variant)
         stored = self._stored()
@@ -98,14 +98,14 @@ class NativeCheckpoint(Checkpoint):
         return fill(self._file.keys, self._file.read, targets, rules, fresh=fresh, origin=str(self.path))
 
     def normalization(self) -> Normalization | None:
-        """Return mean and standard deviation in the header, or `None` if there are none."""
+        """Return the normalisation in the header, or `None` if there is none."""
         entry = self._file.header.get("normalization")
         if entry is None:
             return None
         try:
             mean, std = json.loads(entry)
         except (ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{self.path} is damaged: no mean and std of pixels in its header ({error})") from None
+            raise UserError(f"{self.path} is damaged: its header has no valid mean and std ({error})") from None
         return checked_normalization(self.path, mean, std)
 
     def _stored(self) -> Config:
@@ -116,7 +116,7 @@ class NativeCheckpoint(Checkpoint):
             near = did_you_mean(name, classes)
             raise UserError(f"{self.path} holds a model of {name!r}; known are {sorted(classes)}{near}")
         try:
-            # Fields that are younger than the file get their defaults, which is how older models behaved.
+            # Fields that were added after the file was written get their defaults, which is how older models behaved.
             return classes[name](**json.loads(header["config"]))
         except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"the header of {self.path} is damaged: it holds no {name} ({error})") from error

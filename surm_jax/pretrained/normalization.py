@@ -1,4 +1,4 @@
-"""The normalisation of pixels that a checkpoint expects: every source has its own."""
+"""The normalisation of pixels that a checkpoint expects. It differs between sources."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class Normalization(NamedTuple):
 
 
 HALF = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-"""To [-1, 1]: AugReg, and the ViTs of transformers."""
+"""Scaling to [-1, 1], which AugReg and the ViTs of transformers expect."""
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
@@ -48,7 +48,9 @@ def read_preprocessor(path: Path, default: Normalization | None) -> Normalizatio
     """
     fields = read_json(path)
     if not fields.get("do_rescale", True):
-        raise UserError(f"{path} has do_rescale = false, so that pixels stay in [0, 255]: give it their rescale_factor")
+        raise UserError(
+            f"{path} has do_rescale = false, so that pixels stay in [0, 255]: set it to true, and rescale_factor"
+        )
     mean, std = fields.get("image_mean"), fields.get("image_std")
     if not fields.get("do_normalize", True):
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -63,7 +65,8 @@ def checked_normalization(path: Path, mean: Any, std: Any, rescale_factor: Any =
     """Return the normalisation that equals `(255 f x - mean) / std` for pixels x in [0, 1] and the rescale factor f.
 
     Raises:
-        UserError: The values, which may be of any type, are not such numbers.
+        UserError: The mean and the standard deviation are not finite numbers, have different lengths, or a standard
+            deviation is not positive. The arguments may be of any type.
     """
     try:
         scale = 255 * float(rescale_factor)

@@ -7,7 +7,7 @@ import numpy as np
 
 from surm_jax.errors import UserError
 
-# The configuration of a stranger may name any size, and the file does not back it with bytes.
+# The largest growth of a grid: a configuration from an untrusted file may ask for any size.
 _MOST_GROWTH = 16
 
 
@@ -25,7 +25,8 @@ def resize_position_embed(
     Args:
         position_embed: `(1, tokens, width)`. Half precision becomes float32 when it is resized.
         shape: The shape in the model, `(1, tokens', width)`.
-        extra_tokens: As in `resize_position_embed_bicubic`; `None` finds out whether there is a class token.
+        extra_tokens: As in `resize_position_embed_bicubic`; `None` infers from the lengths whether there is a class
+            token.
 
     Raises:
         UserError: A length does not fit a square grid, or only the model has a class token.
@@ -61,10 +62,11 @@ def resize_position_embed_bicubic(
     Args:
         position_embed: `(1, tokens, width)`. Half precision becomes float32 when it is resized.
         shape: The shape in the model, `(1, tokens', width)`.
-        extra_tokens: The number of rows before the patches, such as the class token's, in both. They are copied.
+        extra_tokens: The number of rows before the patches, such as the class token's, in the checkpoint and in the
+            model. They are copied.
 
     Raises:
-        UserError: Without the extra tokens a length is not a square.
+        UserError: A length minus `extra_tokens` is not a square.
 
     >>> resize_position_embed_bicubic(np.array([[[0.0], [0.0], [8.0], [8.0]]]), (1, 9, 1), extra_tokens=0)[0, ::3, 0]
     array([-0.69444444,  4.        ,  8.69444444])
@@ -75,7 +77,7 @@ def resize_position_embed_bicubic(
 
 
 def _fits(position_embed: np.ndarray, shape: tuple[int, ...]) -> bool:
-    """Say whether there is nothing to resize. Arrays of other dimensions are reported with all wrong shapes."""
+    """Return whether there is nothing to resize. Arrays of other dimensions count too: `fill` reports their shape."""
     return position_embed.ndim != 3 or position_embed.shape[0] != 1 or position_embed.shape[1] == shape[1]
 
 
@@ -93,7 +95,7 @@ def _side(tokens: int, extra_tokens: int) -> int:
     side = math.isqrt(max(0, tokens - extra_tokens))
     if side == 0 or side**2 != tokens - extra_tokens:
         raise UserError(
-            f"{tokens} position embeddings are not a square grid and {extra_tokens} more: "
+            f"{tokens} position embeddings are not a square grid plus {extra_tokens} others: "
             "does the model have the class token of the checkpoint?"
         )
     return side
@@ -125,7 +127,7 @@ def _bilinear(old: int, new: int) -> np.ndarray:
 
 
 def _bicubic(old: int, new: int) -> np.ndarray:
-    """Return the `(new, old)` matrix of the cubic convolution, with half a cell before the first point."""
+    """Return the `(new, old)` matrix of cubic convolution, with the points at the centres of cells."""
     at = (np.arange(new) + 0.5) * (old / new) - 0.5
     weights = np.zeros((new, old))
     for step in (-1, 0, 1, 2):

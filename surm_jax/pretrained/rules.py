@@ -1,7 +1,7 @@
-"""From the names of a file to the parameters of a model: rules, and strict accounting both ways.
+"""Rules that map the keys of a file to the parameters of a model, with strict checks in both directions.
 
 Every key of the file must be used or ignored, every parameter must be filled exactly once, and shapes must fit.
-One error reports all that does not. Formats differ only in their rules.
+One error reports all violations. Formats differ only in their rules.
 """
 
 import re
@@ -58,16 +58,16 @@ def fill(
 
     All names are matched before an array is read. Floating-point arrays are widened to the parameter's dtype where
     this is exact (bfloat16 and float16 to float32), and rounded if the model was built with bfloat16 parameters. Other
-    changes of dtype are refused, and so are NaN and infinity. The memory needed is the result and one array.
+    changes of dtype are refused, and so are NaN and infinity. This needs memory for the result and one array.
 
     Args:
         keys: The names in the file.
         read: Returns the array of a name.
         targets: The shape, dtype and sharding of each parameter to fill, by path.
-        rules: The rules; the first that matches a key counts.
-        ignore: Patterns of keys that are not wanted, tried before the rules. They need not match any key.
+        rules: The rules; the first one that matches a key applies.
+        ignore: Patterns of keys to skip, tried before the rules. A pattern may match no key.
         fresh: Paths of parameters that the model has but the file must not fill; keys for them are skipped.
-        origin: What the errors call the file.
+        origin: The name of the file in errors.
 
     Returns:
         An array for every target.
@@ -100,14 +100,14 @@ def fill(
 
 
 def _holds(wanted: np.dtype, stored: np.dtype) -> bool:
-    """Say whether a parameter may be filled with numbers of a dtype."""
+    """Return whether a parameter of dtype `wanted` may be filled with numbers of dtype `stored`."""
     if not jnp.issubdtype(stored, jnp.floating):
         return False
     return np.can_cast(stored, wanted) or wanted == jnp.bfloat16
 
 
 def _place(array: np.ndarray, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-    """Return an array on its devices, after the copy has ended: the next array is not read before."""
+    """Return an array on its devices, once it is copied, so that the next array is read only afterwards."""
     array = array.astype(wanted.dtype, copy=False)
     if wanted.sharding is None:
         placed = jnp.asarray(array)
@@ -148,7 +148,7 @@ def _assign(
     filled = {target: sources[0][0] for target, sources in wanted.items() if sources}
     missing = [target for target in wanted if target not in filled]
     doubled = [target for target, sources in wanted.items() if len(sources) > 1]
-    # Nearest names are costly to find, so they are searched only for problems that are listed.
+    # Finding the nearest names is slow, so it is done only for the problems that are listed.
     problems = [f"nothing reads the key {key!r}{did_you_mean(key, recognised)}" for key in unknown[:MOST_LISTED]]
     problems += [
         f"the key {key!r} is for {target!r}, which the model does not have{did_you_mean(target, wanted)}"

@@ -40,7 +40,7 @@ def locate(checkpoint: str, variant: str | None = None) -> Path | None:
             wrong = (
                 f"there is no official AugReg checkpoint of ViT {variant!r}" if variant else "augreg needs a variant"
             )
-            raise UserError(f"{wrong}; there is one of {sorted(AUGREG_URLS)}")
+            raise UserError(f"{wrong}; the variants are {sorted(AUGREG_URLS)}")
         return download(AUGREG_URLS[variant])
     if checkpoint == "digits":
         if not DIGITS_WEIGHTS.is_file():
@@ -60,11 +60,11 @@ def locate(checkpoint: str, variant: str | None = None) -> Path | None:
 
 
 def _what_is_wrong(path: Path, checkpoint: str) -> str:
-    """Say why a path is neither a file nor a folder of transformers, and which names may have been meant."""
+    """Return why a path is neither a file nor a folder of transformers, and which names may have been meant."""
     if path.is_dir():
         files = sorted(file.name for file in path.iterdir() if file.is_file())
-        held = f", but {', '.join(files[:8])}" if files else " and is empty"
-        return f"the folder holds no {CONFIG_NAME}, as those of transformers do{held}"
+        held = f"it holds {', '.join(files[:8])}" if files else "it is empty"
+        return f"the folder holds no {CONFIG_NAME}, which a folder of transformers needs: {held}"
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./+-]+)?", checkpoint) and not checkpoint.startswith("."):
         return f"there is no such path; a model of the Hugging Face Hub is named {hub.PREFIX + checkpoint!r}"
     if not path.parent.is_dir():

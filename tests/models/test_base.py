@@ -29,7 +29,7 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-    """Removes the models that a test registers."""
+    """Remove the models that a test registers."""
     monkeypatch.setattr("surm_jax.models.base.MODELS", {**MODELS})
 
 
@@ -106,7 +106,7 @@ class TestRegister:
                 {"config_class": dict},
                 "Own.config_class must be a subclass of .*Config, got <class 'dict'>",
             ),
-            ({"config_class": ViTConfig}, "Own needs its own configuration class: ViTConfig is ViT's"),
+            ({"config_class": ViTConfig}, "Own needs its own config_class: ViTConfig belongs to ViT"),
             ({"name": "ViT"}, r"already a model 'ViT', in surm_jax\.models\.vit"),
         ],
     )
@@ -116,7 +116,7 @@ class TestRegister:
 
     def test_a_variant_of_another_model(self, monkeypatch):
         monkeypatch.setattr(OwnConfig, "VARIANTS", {"digits": {}})
-        with pytest.raises(UserError, match="the variant 'digits' of Own is one of ViT already"):
+        with pytest.raises(UserError, match="Own has the variant 'digits', but ViT has it already"):
             register_model(make())
 
     def test_a_configuration_without_a_model(self):

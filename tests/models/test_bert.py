@@ -260,7 +260,7 @@ class TestForward:
         logits, hidden = run(model, tokens, mask)
         assert logits.dtype == jnp.float32
         assert {state.dtype for state in hidden} == {jnp.dtype("bfloat16")}
-        assert 1e-4 < relative_error(logits, exact) < 0.05  # Rounding to 8 bits is visible, and nothing larger.
+        assert 1e-4 < relative_error(logits, exact) < 0.05  # The error is that of rounding to 8 bits, and not larger.
 
     @pytest.mark.parametrize("name", fast(["classifier", "mlm"]))
     def test_gradients_reach_every_parameter_and_are_finite_even_of_padding_alone(self, name):
@@ -271,7 +271,7 @@ class TestForward:
         for path, variable in nnx.to_flat_state(gradients):
             gradient = np.asarray(variable[...])
             assert np.isfinite(gradient).all(), path
-            if path[-2:] != ("key", "bias"):  # It adds one number to all scores of a query, which the softmax removes.
+            if path[-2:] != ("key", "bias"):  # The softmax ignores this bias: it shifts all scores of a query.
                 assert gradient.any(), path
 
 

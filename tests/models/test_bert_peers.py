@@ -1,4 +1,4 @@
-"""The numbers of transformers' BERT and RoBERTa, on random weights and on real ones.
+"""Compare our models with transformers' BERT and RoBERTa, on random weights and on real ones.
 
 Skipped if the libraries in `requirements-peers.txt` are not installed.
 """
@@ -37,7 +37,7 @@ SIZES = {
     "num_labels": 5,
 }
 ROBERTA = {**SIZES, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
-# Their class, the class of their configuration, its fields, and the fields of ours that must follow.
+# Their class, their configuration class, the fields of their configuration, and the fields of ours that must result.
 CASES = {
     "bert classifier": ("BertForSequenceClassification", "BertConfig", SIZES, {}),
     "bert mlm": (
@@ -138,7 +138,7 @@ def test_hidden_states_logits_and_gradients(name):
     wanted = {key: parameter.grad.numpy() for key, parameter in peer.named_parameters()}
     assert got.keys() == wanted.keys()
     for key in got:
-        if not key.endswith("key.bias"):  # It is zero, since the bias adds one number to all scores of a query.
+        if not key.endswith("key.bias"):  # Its gradient is zero: it shifts all scores of a query.
             assert relative_error(got[key], wanted[key]) < 1e-5, key
 
 
@@ -259,4 +259,4 @@ def test_sentence_embeddings_of_real_weights():
 
     ours, theirs = embedding(hidden[-1]), embedding(expected.last_hidden_state)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
-    assert ours[0] @ ours[1] > ours[0] @ ours[3]  # Two sentences on music are nearer.
+    assert ours[0] @ ours[1] > ours[0] @ ours[3]  # The two sentences on music are more similar.

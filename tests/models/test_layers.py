@@ -170,10 +170,10 @@ class TestCallBlock:
         for policy in again:
             for one, other in zip(plain, policy, strict=True):
                 np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
-        # Only the parameters and the arguments of the block are kept, and nothing that it computes.
+        # The policy "block" keeps only the parameters and the arguments of the block, and no intermediate result.
         kept = {remat: _residuals(loss, state, x, remat) for remat in REMAT}
         assert kept["block"] <= sum(leaf.size for leaf in jax.tree.leaves(state)) + x.size + mask.size
-        # Queries, keys, values and the output are kept, although nothing reads the last; scores are not.
+        # The policy "dots" also keeps queries, keys and values, but no scores.
         assert kept["dots"] == kept["block"] + 3 * x.size
         assert kept["dots"] < kept["none"]
 

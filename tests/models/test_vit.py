@@ -215,7 +215,7 @@ class TestForward:
         assert rounded.dtype == jnp.float32
         assert {variable.dtype for variable in parameter_paths(model).values()} == {jnp.dtype("float32")}
         error = jnp.abs(rounded - exact).max() / jnp.abs(exact).max()
-        assert 1e-5 < error < 0.05  # Rounding to 8 bits is visible, and nothing larger.
+        assert 1e-5 < error < 0.05  # The error is that of rounding to 8 bits, and not larger.
 
     def test_projections_are_called_and_can_be_wrapped(self):
         class Doubled(nnx.Module):
@@ -241,7 +241,7 @@ class TestForward:
         graphdef, state = nnx.split(tiny())
         grads = jax.jit(jax.grad(lambda state: (nnx.merge(graphdef, state)(images()) ** 2).sum()))(state)
         for path, variable in nnx.to_flat_state(grads):
-            if path[-2:] != ("key", "bias"):  # It adds one number to all scores of a query, which the softmax removes.
+            if path[-2:] != ("key", "bias"):  # The softmax ignores this bias: it shifts all scores of a query.
                 assert jnp.abs(variable[...]).max() > 0, path
 
 
@@ -274,7 +274,7 @@ class TestPrecisionAndMemory:
             base = tiny(remat=remat, layer_scale=True, dropout=0.5, depth=1)
             model, adapter = surm_jax.adapt(base, rules, train=["norm/.*"], rngs=nnx.Rngs(0))
             graphdef, trained, frozen = nnx.split(model, adapter.trainable, ...)
-            # Moved from the start, where one of the factors has no gradient.
+            # Move away from the start, where one of the factors has no gradient.
             trained = jax.tree.map(
                 lambda a: a + 0.3 * jnp.asarray(np.sin(np.arange(a.size)).reshape(a.shape), a.dtype), trained
             )

@@ -1,4 +1,4 @@
-"""Our ViT beside the image models of transformers, in PyTorch.
+"""Compare our ViT with the image models of transformers, in PyTorch.
 
 Skipped if the libraries in `requirements-peers.txt` are not installed.
 """
@@ -151,7 +151,7 @@ def test_hidden_states_logits_and_gradients(name):
 @pytest.mark.parametrize("name", fast(CASES))
 def test_another_image_size(name):
     images = normal(2, 2, 12, 12, 2)
-    # DINOv2 interpolates without being asked.
+    # DINOv2 always interpolates and has no such option.
     options = {} if name == "dinov2" else {"interpolate_pos_encoding": True}
     theirs = output(peer(name)(pixel_values=pixels(images), **options))
 

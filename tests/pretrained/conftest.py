@@ -1,4 +1,4 @@
-"""Checkpoints of the official layout, made of random numbers."""
+"""Random checkpoints in the official layout."""
 
 import numpy as np
 import pytest

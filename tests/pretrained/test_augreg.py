@@ -56,7 +56,7 @@ def oracle(arrays, images, pool):
 
 @pytest.fixture
 def read(tmp_path, augreg_arrays, tiny_geometry):
-    """Loads a tiny ViT from an npz whose arrays the test may alter, and returns it with the arrays."""
+    """Load a tiny ViT from an npz whose arrays the test may alter, and return it with the arrays."""
 
     def read(alter=lambda arrays: None, fresh=(), **overrides):
         arrays = augreg_arrays(**tiny_geometry)

@@ -11,7 +11,7 @@ CONFIGS = [ViTConfig.from_variant("digits", num_classes=3), BertConfig.from_vari
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
 def test_every_other_field_is_compared(config):
-    """The changed values make no sense, since a file may hold any value."""
+    """Compare with values that make no sense, since a file may hold any value."""
     for field in dataclasses.fields(config):
         stored = dataclasses.replace(config)
         object.__setattr__(stored, field.name, "other")

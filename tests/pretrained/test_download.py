@@ -17,7 +17,7 @@ HALF = len(CONTENT) // 2
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves `server.content` as the attributes of the server say."""
+    """A handler that serves `server.content` as the attributes of the server say."""
 
     def do_GET(self):
         server = self.server
@@ -168,7 +168,7 @@ def test_the_wrong_range_is_not_appended(server):
 
 
 def test_parts_of_a_process_that_was_killed(server):
-    """A download is not resumed if the version of its bytes is unknown."""
+    """Check that a download is not resumed if the version of its bytes is unknown."""
     part = cache_path(server.url).with_name("vit.npz.part")
     part.parent.mkdir(parents=True)
     part.write_bytes(b"of another file")
@@ -191,7 +191,7 @@ def test_another_md5_removes_what_had_arrived(server, resumed):
     if resumed:
         cut(server)
     server.extra = google_hash(CONTENT[1:])
-    with pytest.raises(UserError, match=r"its MD5 is .*, but the server says .*: what had arrived is removed") as error:
+    with pytest.raises(UserError, match=r"its MD5 is .*, but the server says .*bytes were removed") as error:
         download(server.url)
     assert "call again" not in str(error.value)
     assert left(server.url) == {}

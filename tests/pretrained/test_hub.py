@@ -191,7 +191,7 @@ def test_a_cached_model_does_without_a_tokenizer(fake, monkeypatch, why):
 
 
 def test_what_is_missing_is_fetched(fake):
-    """A call that was interrupted between two shards is completed by the next one."""
+    """Check that the next call completes one that was interrupted between two shards."""
     fake.repositories["google/vit"] = {"main": {k: v for k, v in SHARDED.items() if k != "model-2.safetensors"}}
     with pytest.raises(UserError, match=r"has no model-2\.safetensors at revision 'main'"):
         hub.fetch("hf://google/vit")
@@ -218,7 +218,7 @@ def test_an_unknown_model_stops_before_its_weights(fake):
 
 def test_pickles_alone(fake):
     fake.repositories["old/vit"] = {"main": {"config.json": CONFIG, "pytorch_model.bin": "pickle"}}
-    with pytest.raises(UserError, match=r"old/vit has no model\.safetensors, nor the shards .*safetensors/convert"):
+    with pytest.raises(UserError, match=r"old/vit has no model\.safetensors and no shards .*safetensors/convert"):
         hub.fetch("hf://old/vit")
 
 
@@ -229,7 +229,7 @@ def test_no_such_repository(fake):
 
 def test_gated(fake):
     fake.repositories["meta/secret"] = {"main": "gated"}
-    with pytest.raises(UserError, match=rf"access is granted at {fake.url}/meta/secret; .*hf auth login"):
+    with pytest.raises(UserError, match=rf"accept its conditions at {fake.url}/meta/secret, .*hf auth login"):
         hub.fetch("hf://meta/secret")
 
 
@@ -270,7 +270,7 @@ def test_no_network_says_at_once_what_to_put_where(fake, tmp_path, monkeypatch):
 
 @pytest.mark.exhaustive
 def test_environment_and_offline_mode(fake, tmp_path):
-    """The environment variables of the library work, and its offline mode uses the cache."""
+    """Check that the library's environment variables work, and that its offline mode uses the cache."""
     fake.repositories |= {"google/vit": {"main": WHOLE}, "google/bert": {"main": TEXT | TOKENIZERS[0]}}
     program = """
 import sys

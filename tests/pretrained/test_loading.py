@@ -65,7 +65,7 @@ def test_the_model_is_never_built_with_numbers(checkpoint, tiny_geometry):
 
 
 def test_only_fresh_parameters_are_computed(checkpoint, tiny_geometry, monkeypatch):
-    """The compiled initialiser returns only the head."""
+    """Check that the compiled initialiser returns only the head."""
     returned = []
     jit = jax.jit
 
@@ -159,7 +159,7 @@ def test_from_pretrained_of_a_file_that_knows_its_model():
     some, other = (from_pretrained("digits", fresh=(r"position_embed",), seed=seed) for seed in (1, 2))
     assert not np.array_equal(some.position_embed[...], other.position_embed[...])
     np.testing.assert_array_equal(some.head.kernel[...], model.head.kernel[...])
-    with pytest.raises(UserError, match="says itself which model it holds: leave out variant='B/16'"):
+    with pytest.raises(UserError, match="already says which model it holds: leave out variant='B/16'"):
         from_pretrained("digits", variant="B/16")
     with pytest.raises(UserError, match=r"'none' is no checkpoint"):
         from_pretrained("none")
@@ -214,13 +214,13 @@ def test_memory_is_the_model_once(tmp_path):
     )
     held, peak = map(int, run.stdout.split())
     assert held > 300e6
-    # Two copies would need 2, and so would a mapped file beside the arrays. The allocator may keep an array of 17 MB
-    # more or less.
+    # Two copies of the model, or a memory-mapped file in addition to the arrays, would take twice `held`. The allocator
+    # may keep an array of 17 MB more or less.
     assert 0.9 * held < peak < 1.5 * held
 
 
 def write_zeros(folder, fields):
-    """Writes a checkpoint of zeros."""
+    """Write a checkpoint of zeros."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))
     model, config = model_config(folder)

@@ -78,7 +78,7 @@ class TestBicubic:
 
     @pytest.mark.parametrize(("old", "new"), [(10, 17), (9, 16)])
     def test_no_grid(self, old, new):
-        with pytest.raises(UserError, match=r"10 position .* and 0 more: does|9 position .* and 1 more: does"):
+        with pytest.raises(UserError, match=r"10 position .* plus 0 others: does|9 position .* plus 1 others: does"):
             resize_position_embed_bicubic(random(1, old, 2), (1, new, 2), extra_tokens=10 - old)
 
 

@@ -26,9 +26,9 @@ def test_augreg_is_the_official_file_of_the_variant(variant, tmp_path, monkeypat
 
 
 def test_augreg_of_a_variant_without_one():
-    with pytest.raises(UserError, match=r"of ViT 'mini'; there is one of \['B/16', .*'Ti/16'\]"):
+    with pytest.raises(UserError, match=r"of ViT 'mini'; the variants are \['B/16', .*'Ti/16'\]"):
         locate("augreg", "mini")
-    with pytest.raises(UserError, match=r"augreg needs a variant; there is one of \['B/16', "):
+    with pytest.raises(UserError, match=r"augreg needs a variant; the variants are \['B/16', "):
         locate("augreg")
 
 
@@ -64,10 +64,10 @@ def test_the_home_of_nobody():
 
 
 def test_folder(tmp_path):
-    with pytest.raises(UserError, match=r"the folder holds no config\.json, .* and is empty"):
+    with pytest.raises(UserError, match=r"the folder holds no config\.json, .*: it is empty"):
         locate(str(tmp_path))
     (tmp_path / "adapter_config.json").touch()
-    with pytest.raises(UserError, match=r"the folder holds no config\.json, .*, but adapter_config\.json"):
+    with pytest.raises(UserError, match=r"the folder holds no config\.json, .*: it holds adapter_config\.json"):
         locate(str(tmp_path))
     (tmp_path / "config.json").touch()
     assert locate(str(tmp_path)) == tmp_path

@@ -1,4 +1,4 @@
-"""Names and array layouts of models in Hugging Face transformers beside ours: one description for both directions.
+"""Names and array layouts of models in Hugging Face transformers and here, described once for reading and writing.
 
 Checkpoints there name arrays by modules, such as `vit.encoder.layer.3.output.dense.weight`, and so do we:
 `blocks/3/mlp/down/kernel`. An `Architecture` lists the pairs of module names once, each with the layout of its arrays.
@@ -26,7 +26,8 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
-"""Names of activations in Hugging Face transformers, mapped to ours. If several map to one, the first is written."""
+"""Names of activations in Hugging Face transformers, mapped to ours. If several map to one of ours, the first is used
+when writing."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class Tensor:
     """One array of a module in both layouts.
 
     Attributes:
-        theirs: The last part of the name there, such as "weight"; empty if the array belongs to no module.
-        ours: The last part of the path here, such as "kernel"; empty if the array belongs to no module.
-        read: Their layout to ours, `(array, shape of our parameter) -> array`.
-        write: Our layout to theirs.
-        aliases: Other last parts that files use for it.
+        theirs: The last part of their name, such as "weight"; empty if the array belongs to no module.
+        ours: The last part of our path, such as "kernel"; empty if the array belongs to no module.
+        read: Converts their layout to ours, `(array, shape of our parameter) -> array`.
+        write: Converts our layout to theirs.
+        aliases: Other values of `theirs` that occur in files.
     """
 
     theirs: str
@@ -55,7 +56,7 @@ def _reshaped(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _require_shape(array: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Raise a `UserError` unless an array has their shape, even if it has ours already."""
+    """Raise a `UserError` unless an array has the shape of their layout. Our shape is refused too."""
     if array.shape != shape:
         raise UserError(f"it has shape {array.shape}, not {shape}")
 
@@ -111,7 +112,7 @@ VECTOR = (Tensor("", "", _reshaped, _flat),)
 
 @dataclass(frozen=True)
 class Name:
-    """Their name and ours of one module, or of a parameter that belongs to none. `#` stands for a block's number.
+    """The two names, theirs and ours, of a module or of a parameter outside modules. `#` is the number of a block.
 
     >>> Name("encoder.layer.#.output.dense", "blocks/#/mlp/down", LINEAR).theirs
     'encoder.layer.#.output.dense'
@@ -119,8 +120,8 @@ class Name:
     Attributes:
         theirs: The module's name in checkpoints on the Hub. This name is written.
         ours: Its path here.
-        tensors: Its arrays. Those that a model does not have, such as the bias of a layer without one, are left out.
-        aliases: Other names. If the module in memory has another name than in checkpoints, it comes first.
+        tensors: Its arrays. A model may lack some of them, such as the bias.
+        aliases: Other names that are read. If transformers has another name for the module in memory, it comes first.
         in_body: Whether the name begins with the prefix of the architecture.
     """
 
@@ -137,18 +138,19 @@ class Architecture:
 
     Attributes:
         model_type: What `config.json` calls it.
-        prefix: How names of the body begin if the model has a head, such as "vit."; checkpoints of the bare model lack
-            it.
+        prefix: What names in the body begin with, such as "vit.". Checkpoints of a model without a head lack it.
         model: Our class; it is built as `model(config, rngs=...)`.
-        read_config: Their `config.json` and replacements of our fields -> our configuration. Raises a `UserError` for
-            what our model cannot express.
-        write_config: Our configuration -> their `config.json`. Raises a `UserError` for what they cannot express.
-        names: Our configuration -> the pairs of names.
-        ignore: Our configuration -> patterns of keys that are not read, without the prefix.
-        fillers: Our configuration -> arrays to write that our model does not have, by full name.
-        chosen: Our configuration -> whether a model is written as this `model_type`, where several share our class.
-            May raise a `UserError` that says why a model is written as none of them.
-        normalization: What the published models expect of pixels, for folders that do not say it.
+        read_config: Returns our configuration, given their `config.json` and replacements of our fields. Raises a
+            `UserError` for what our model cannot express.
+        write_config: Returns their `config.json`, given our configuration. Raises a `UserError` for what they cannot
+            express.
+        names: Returns the pairs of names, given our configuration.
+        ignore: Returns patterns of keys that are not read, without the prefix, given our configuration.
+        fillers: Returns arrays by full name that are written although our model does not have them, given our
+            configuration.
+        chosen: Returns whether a model is written as this `model_type`, given our configuration; several types may
+            share our class. May raise a `UserError` that says why a model cannot be written as any of them.
+        normalization: The normalisation of pixels that the published models expect, for folders that do not give one.
     """
 
     model_type: str
@@ -196,23 +198,23 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {}
-"""What can be read and written, by `model_type`."""
+"""The registered architectures by `model_type`, which can be read and written."""
 
 
 def register_architecture(architecture: Architecture) -> None:
     """Make folders of one `model_type` readable and writable.
 
     Raises:
-        UserError: Another architecture of another model has this `model_type`.
+        UserError: An architecture of another model has this `model_type`.
     """
     other = ARCHITECTURES.get(architecture.model_type)
     if other is not None and other.model.__qualname__ != architecture.model.__qualname__:
-        raise UserError(f"the model_type {architecture.model_type!r} is that of {other.model.__name__} already")
+        raise UserError(f"the model_type {architecture.model_type!r} already belongs to {other.model.__name__}")
     ARCHITECTURES[architecture.model_type] = architecture
 
 
 def architecture_of(config: Config) -> Architecture:
-    """Return the architecture as which a model is written.
+    """Return the architecture that writes a model with this configuration.
 
     >>> from surm_jax.models import BertConfig, ViTConfig
     >>> architecture_of(ViTConfig.from_variant("digits", num_classes=10)).model_type
@@ -285,5 +287,6 @@ def _pattern(name: str) -> str:
 
 def _template(name: Name, tensor: Tensor) -> str:
     path = f"{name.ours}/{tensor.ours}" if tensor.ours else name.ours
-    # Each alias has its own group for the number, and one of them matches: the others expand to nothing.
+    # Each name has its own group for the number. Only the group of the name that matches is set; others expand to
+    # nothing.
     return path.replace("#", "".join(f"\\{group}" for group in range(1, 2 + len(name.aliases))))

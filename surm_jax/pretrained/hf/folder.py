@@ -41,7 +41,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 class HuggingFaceCheckpoint(Checkpoint):
     """A folder of transformers, or a safetensors file beside its `config.json`.
 
-    `config.json` is read once, when it is first asked for; the weights are opened by `fill`.
+    `config.json` is read once, when it is first needed; `fill` opens the weights.
     """
 
     def __init__(self, path: Path, file: TensorFile | None = None) -> None:
@@ -74,7 +74,7 @@ class HuggingFaceCheckpoint(Checkpoint):
             UserError: The folder is damaged or incomplete, holds only pickles, or was written for another model.
         """
         architecture, _ = self._described
-        # A head that is not read may be of any kind, and the body may be read out in any way.
+        # If the head is not read, the kind of head and the pooling may differ from the model's.
         fields = () if reads_head(targets) or model_class(config) is not architecture.model else config.HEAD_FIELDS
         stored = self._config({name: getattr(config, name) for name in fields})
         require_same(str(self.path), stored, config, targets)
@@ -83,7 +83,7 @@ class HuggingFaceCheckpoint(Checkpoint):
             return fill(file.keys, file.read, targets, rules, ignore=ignored, fresh=fresh, origin=str(self.path))
 
     def normalization(self) -> Normalization | None:
-        """Return what `preprocessor_config.json` says, or else what the published models of this type expect."""
+        """Return the normalisation in `preprocessor_config.json`, or else that of the published models of this type."""
         default = self._described[0].normalization
         preprocessor = _folder_of(self.path) / PREPROCESSOR_NAME
         return read_preprocessor(preprocessor, default) if preprocessor.is_file() else default
@@ -111,8 +111,8 @@ def read_architecture(path: Path) -> tuple[Architecture, dict[str, Any]]:
     config_path = _folder_of(path) / CONFIG_NAME
     if not config_path.is_file():
         raise UserError(
-            f"{path} was not written by save_model, and there is no {config_path}, which says what a model of "
-            "transformers is: pass a folder that holds both"
+            f"{path} was not written by save_model, and there is no {config_path}, which describes a model of "
+            "transformers: pass a folder that holds both"
         )
     fields = read_json(config_path)
     model_type = fields.get("model_type")
@@ -161,7 +161,7 @@ def save_huggingface(
     for path, variable in parameters.items():
         name, tensor = architecture.tensor_name(config, path)
         tensors[name] = tensor.write(np.asarray(variable[...]))
-    # transformers casts all arrays to this dtype; bfloat16 would round the norms.
+    # When transformers loads the folder, it casts all arrays to this dtype; bfloat16 would round the norms.
     exact = all(array.dtype == jnp.bfloat16 for array in tensors.values())
     fields["dtype"] = "bfloat16" if exact else "float32"
     try:
@@ -178,7 +178,7 @@ def save_huggingface(
 
 
 def huggingface_names(config: Any) -> Names:
-    """Return what transformers calls the modules and arrays of a model, as adapters of peft name them.
+    """Return the names that transformers, and adapters of peft, have for the modules and arrays of a model.
 
     Args:
         config: The configuration that the model was built from.
@@ -223,7 +223,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def _require_free(folder: Path, ours: set[str]) -> None:
-    """Raise a `UserError` if a file or other files have the place of a folder to be written."""
+    """Raise a `UserError` if a folder to write is a file, or holds files that we do not write."""
     if folder.is_dir():
         if other := sorted({path.name for path in folder.iterdir()} - ours):
             raise UserError(

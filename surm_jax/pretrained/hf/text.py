@@ -133,7 +133,7 @@ def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[
         if known.get(name):
             raise refusal(model_type, name, known[name], "our Bert is an encoder of full width")
     if known.get("position_embedding_type", "absolute") != "absolute":
-        what = "positions are embedded as 'absolute' only"
+        what = "only 'absolute' positions are supported"
         raise refusal(model_type, "position_embedding_type", known["position_embedding_type"], what)
     activation = our_activation(model_type, known["hidden_act"])
     is_mlm = "num_classes" not in overrides and any(

@@ -1,6 +1,6 @@
 """Vision Transformers as transformers writes them: ViT, DeiT, DINOv2, I-JEPA, and the image tower of CLIP.
 
-Each of them is our `ViT` with some fields fixed. These fields decide which of them a model is written as.
+Each of them is our `ViT` with some fields fixed. A model is written as the one that has these values.
 """
 
 from collections.abc import Callable, Mapping
@@ -130,7 +130,7 @@ def _known(model_type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of the image model in a `config.json`, completed with the defaults."""
     given = {name: value for name, value in fields.items() if value is not None}
     if model_type == "clip":
-        # Old files have the values in `vision_config_dict`. If it is there, it counts.
+        # Old files have the values in `vision_config_dict`. If it exists, it takes precedence.
         section = "vision_config_dict" if "vision_config_dict" in given else "vision_config"
         _check_type(model_type, section, given.setdefault(section, {}), Mapping)
         own = ("architectures", "projection_dim", "id2label", "num_labels")
@@ -155,7 +155,7 @@ def _check_type(model_type: str, name: str, value: Any, kind: Any) -> None:
 
 
 def _read_as(model_type: str, known: Mapping[str, Any]) -> str:
-    """Return the class of transformers whose fixed fields a checkpoint is read with."""
+    """Return the class of transformers that a checkpoint is read as. It fixes some fields."""
     if model_type == "clip" and "CLIPForImageClassification" not in known.get("architectures", ()):
         return "CLIPVisionModelWithProjection"
     return next(name for name, (its_type, _) in _CLASSES.items() if its_type == model_type)
@@ -195,7 +195,7 @@ def _write_config(model_type: str, config: ViTConfig) -> dict[str, Any]:
     """Return the `config.json` for our configuration, with the number of classes but not their names.
 
     Raises:
-        UserError: transformers has no such model, or another `model_type` for it.
+        UserError: transformers has no such model, or has it under another `model_type`.
     """
     name = _class_of(config)
     if _CLASSES[name][0] != model_type:
@@ -238,8 +238,8 @@ def _ignoring(*patterns: str) -> Callable[[ViTConfig], tuple[str, ...]]:
     return lambda config: patterns
 
 
-# What the published models expect of pixels: for DeiT, I-JEPA and DINOv2 it is not the default of their image
-# processors in transformers.
+# The normalisation that the published models expect. For DeiT, I-JEPA and DINOv2 it differs from the default of their
+# image processors in transformers.
 _register("vit", "vit.", HALF, names=vit_names, ignore=_ignoring(_POOLER))
 # The two heads of DeiTForImageClassificationWithTeacher read two tokens, ours reads one.
 _DEIT_HEADS = r"(cls|distillation)_classifier\.(weight|bias)"

@@ -1,4 +1,4 @@
-"""Names of the parts of Vision Transformers in transformers, beside our paths.
+"""Names of the parts of Vision Transformers in transformers, with our paths.
 
 The names are those of checkpoints on the Hub, which every version writes. In memory, transformers 5.24 gives some
 modules other names, which are the aliases here.
@@ -112,7 +112,7 @@ _CLIP_NAMES = (
 
 
 def vit_names(config: ViTConfig) -> tuple[Name, ...]:
-    """Return the names of ViT, DeiT and I-JEPA. Names of tokens that a model lacks match nothing."""
+    """Return the names of ViT, DeiT and I-JEPA. A model may lack some of the tokens named."""
     return (*_VIT_NAMES, *_head_and_positions(config))
 
 

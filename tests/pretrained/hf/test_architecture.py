@@ -24,7 +24,7 @@ class Lonely(Model):
 
 @pytest.fixture(autouse=True)
 def registries(monkeypatch):
-    """Removes what a test registers."""
+    """Remove what a test registers."""
     monkeypatch.setattr("surm_jax.models.base.MODELS", {**MODELS})
     monkeypatch.setattr("surm_jax.pretrained.hf.architecture.ARCHITECTURES", {**ARCHITECTURES})
 
@@ -49,7 +49,7 @@ def test_a_model_that_transformers_does_not_have():
 
 def test_another_model_of_the_same_model_type_is_refused():
     register_architecture(ARCHITECTURES["bert"])
-    with pytest.raises(UserError, match="the model_type 'bert' is that of Bert already"):
+    with pytest.raises(UserError, match="the model_type 'bert' already belongs to Bert"):
         register_architecture(dataclasses.replace(ARCHITECTURES["bert"], model=Lonely))
 
 

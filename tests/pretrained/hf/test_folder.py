@@ -75,7 +75,7 @@ def read(path, fresh=(), **overrides):
 
 
 def rewrite(folder, alter):
-    """Changes the arrays of a folder."""
+    """Change the arrays of a folder."""
     tensors = load_file(folder / "model.safetensors")
     alter(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -112,7 +112,7 @@ def test_one_file_beside_its_configuration(folder, vit):
 
 
 def test_our_own_file_in_their_folder(folder, vit):
-    """The header of a file says what it is, whatever files lie beside it."""
+    """Check that the header of a file decides its kind, whatever other files are in the folder."""
     save_model(folder / "ours.safetensors", vit)
     assert_same(read(folder / "ours.safetensors"), vit)
 

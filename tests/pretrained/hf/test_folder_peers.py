@@ -1,4 +1,4 @@
-"""Folders beside transformers: it reads what we write, we read what it writes, and the logits agree.
+"""Exchange folders with transformers: it reads what we write, we read what it writes, and the logits agree.
 
 Skipped if the libraries in `requirements-peers.txt` are not installed.
 """
