@@ -1,11 +1,11 @@
-"""What the pipelines of images and of text share: the two kinds of batches, and the checks of their arguments.
+"""Iterators over batches and checks of arguments, which the pipelines of images and of text share.
 
-One rule holds for all of them: put one below the other, the batches of `batch_size` examples that `process_count`
-processes make are the batch that one process would make of `process_count * batch_size` examples. So the number of
-hosts changes neither what a training step sees nor what an evaluation counts.
+All pipelines follow one rule: in each step, the batches of `batch_size` examples of all `process_count` processes,
+concatenated, equal the batch of `process_count * batch_size` examples that a single process would make. So the number
+of hosts changes neither what a training step sees nor what an evaluation counts.
 
-grain makes the batches in threads, ahead of the device. Pillow and numpy release the interpreter lock for the heavy
-part, so worker processes are not needed.
+grain makes the batches in threads, before the device needs them. Pillow and numpy release the interpreter lock during
+the heavy work, so worker processes are not needed.
 """
 
 from collections.abc import Iterator, Sized
@@ -22,7 +22,7 @@ Batch = dict[str, Any]
 
 
 class TrainBatches:
-    """An endless iterator over batches that can be resumed; `train_batches` and `text_train_batches` make it.
+    """An endless, resumable iterator over batches, as `train_batches` and `text_train_batches` return it.
 
     Attributes:
         corrupt: The indices of the unreadable examples that were skipped in the batches handed out so far.
@@ -44,19 +44,19 @@ class TrainBatches:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Return the position in the data as JSON values. Batches that were read ahead do not count."""
+        """Return the position in the data, in JSON values. Batches that were only read ahead do not count."""
         corrupt = {"corrupt": sorted(self.corrupt)} if self.corrupt else {}
         return {**self._batches.get_state(), **corrupt}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go to a position that an iterator with the same arguments returned."""
+        """Continue from a position that an iterator with the same arguments returned."""
         self.corrupt = set(state.get("corrupt", ()))
         self._batches.set_state({key: value for key, value in state.items() if key != "corrupt"})
 
 
 @dataclass(frozen=True)
 class EvalBatches:
-    """One pass over all examples, each time it is iterated; `len()` is the number of batches.
+    """Batches that make one pass over all examples each time they are iterated; `len()` is the number of batches.
 
     Attributes:
         examples: Number of examples in the source. Corrupt examples are masked out of the batches.
@@ -81,7 +81,7 @@ class EvalBatches:
 
 def read_options(threads: int, read_ahead: int) -> grain.ReadOptions:
     """Return grain's options for a number of threads and of batches that are made ahead of time."""
-    # More threads than batches ahead would idle, and grain warns about them.
+    # More threads than batches to make ahead would idle, and grain warns about them.
     return grain.ReadOptions(num_threads=min(threads, read_ahead), prefetch_buffer_size=read_ahead)
 
 

@@ -1,4 +1,4 @@
-"""Examples that cannot be read, such as a record whose image does not decode: they are skipped up to a limit."""
+"""Skip examples that cannot be read, such as a record whose image does not decode, up to a limit."""
 
 import warnings
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from surm_jax.errors import UserError
 
 
 class CorruptExampleError(UserError):
-    """One example cannot be read; the others of its source can be."""
+    """The error for one example that cannot be read; other examples of its source may be readable."""
 
 
 class Examples(Protocol):
@@ -23,18 +23,19 @@ class Examples(Protocol):
 class Readable:
     """A source that replaces each corrupt example by the next readable one.
 
-    The replacement depends only on the source. The other examples keep their places and their numbers, whatever the
-    number of processes, and also after a run is resumed.
+    The replacement depends only on the source. Other examples keep their places and their indices, for any number of
+    processes and after a run is resumed.
 
-    `source[i]` has an additional entry `"corrupt"`: the indices of the examples that were skipped for it, each with the
-    reason why it cannot be read.
+    `source[i]` has an additional entry `"corrupt"`, which maps the index of each example that was skipped for it to the
+    reason why that example cannot be read.
 
     Attributes:
         source: All examples.
         max_corrupt: Number of examples that may be skipped.
 
     Raises:
-        CorruptExampleError: On reading, if more examples than that are corrupt, or if no example can be read.
+        CorruptExampleError: On reading, if more than `max_corrupt` examples in a row are corrupt, or if none can be
+            read.
     """
 
     source: Examples
@@ -66,7 +67,7 @@ def skipping(why: str, so_far: int, max_corrupt: int) -> None:
         max_corrupt: Number of examples that may be skipped.
 
     Raises:
-        CorruptExampleError: This is one too many.
+        CorruptExampleError: More than `max_corrupt` examples were skipped.
     """
     if so_far > max_corrupt:
         raise one_too_many(why, max_corrupt)
@@ -74,5 +75,5 @@ def skipping(why: str, so_far: int, max_corrupt: int) -> None:
 
 
 def one_too_many(why: str, max_corrupt: int) -> CorruptExampleError:
-    """Return the error that ends reading."""
+    """Return the error for more corrupt examples than `max_corrupt`."""
     return CorruptExampleError(f"{why}; max_corrupt lets {max_corrupt} such examples be skipped")

@@ -1,4 +1,4 @@
-"""Parts of a training set: a few examples for training, and examples held out to choose settings."""
+"""Select parts of a training set: a few examples to train on, or held-out examples to choose settings with."""
 
 from typing import Any, TypeVar
 

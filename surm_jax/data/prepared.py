@@ -1,7 +1,7 @@
 """Prepared folders of TensorFlow Datasets, opened without TensorFlow and without the network.
 
-The folder that `tfds build` wrote is opened directly (`builder_from_directory`). A builder by name would run the
-preparation code of the set, which may look for a download.
+The folder that `tfds build` wrote is opened directly (`builder_from_directory`). A builder that is looked up by name
+would run the preparation code of the set, which may try to download it.
 """
 
 import os
@@ -79,7 +79,7 @@ def open_prepared(
     Args:
         name: `cifar10`, `cifar10:3.0.2`, `name/config` or `name/config:version`; without a version the newest.
         data_dir: The folder of prepared sets; `None` means `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`.
-        others: Names of sets from other sources, for the message about an unknown name.
+        others: Names of sets from other sources, which the message about an unknown name also lists.
 
     Raises:
         UserError: The name is unknown, the set is not prepared in `data_dir` (the message says how to prepare it;
@@ -121,7 +121,8 @@ def _find(name: str, folder: Path, others: Collection[str]) -> Path:
         return folder / base / version
     import tensorflow_datasets as tfds
 
-    # The list of community sets would be downloaded. GLUE is listed only if TensorFlow is installed.
+    # Community sets are left out, because their list would be downloaded. GLUE is listed only if TensorFlow is
+    # installed.
     official = [*tfds.list_builders(with_community_datasets=False), "glue"]
     if not match or match["name"].split("/")[0] not in {*official, *(known.split("/")[0] for known in prepared)}:
         near = did_you_mean(match["name"] if match else name, dict.fromkeys([*others, *prepared, *official]))
@@ -138,7 +139,7 @@ def _find(name: str, folder: Path, others: Collection[str]) -> Path:
 
 
 def _prepared(folder: Path) -> dict[str, list[str]]:
-    """Return the sets below a folder: their names, with the configuration if any, and versions, oldest first."""
+    """Return the sets in a folder: their names, with the configuration if any, and their versions, oldest first."""
     prepared: dict[str, list[str]] = {}
     for pattern in ("*/*/dataset_info.json", "*/*/*/dataset_info.json"):
         for info in sorted(folder.glob(pattern)):

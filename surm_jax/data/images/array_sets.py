@@ -21,9 +21,9 @@ def load_digits(name: str) -> ImageDataset:
 
     `digits` has all ten classes. `digits_0to4` (to pretrain on) and `digits_5to9` (to adapt to) are its halves, each
     with labels from 0. All three use the same fixed stratified split with a third for testing, whatever the seed of a
-    run, so an image that is tested in one is never a training image in another.
+    run, so a test image of one is never a training image of another.
 
-    Pixels 0..16 become uint8 `round(255 * pixel / 16)`. From there on the images are treated as all others.
+    Pixels 0..16 become uint8 `round(255 * pixel / 16)`. From then on they are treated like all other images.
 
     Raises:
         UserError: `name` is not one of the three.

@@ -86,7 +86,7 @@ class ImageDataset:
         return self.image_shape[-1]
 
     def require_channels(self, channels: int) -> None:
-        """Raise a `UserError` unless a model with so many input channels can read these images.
+        """Raise a `UserError` unless a model with this number of input channels can read these images.
 
         Channels are never repeated or dropped silently.
         """
@@ -140,7 +140,7 @@ def keep_classes(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:
 
     Args:
         dataset: The set with all classes.
-        classes: The names of the classes to keep. Labels count them in this order.
+        classes: The names of the classes to keep. The new labels number them in this order.
 
     Raises:
         UserError: A name is unknown or given twice, or a split has no example of these classes.

@@ -40,8 +40,8 @@ def train_batches(
     The iterator can be resumed: `get_state()` returns a small dict for JSON, and `set_state` on an iterator with the
     same arguments continues with the next batch.
 
-    A corrupt example is replaced by the next one of the source that can be read, so nothing else changes. A warning
-    names each corrupt example once, and the process that meets it records it in `TrainBatches.corrupt`.
+    A corrupt example is replaced by the next readable one of the source, and nothing else changes. A warning names each
+    corrupt example once, and the process that reads it records it in `TrainBatches.corrupt`.
 
     Args:
         source: Labelled images, (height, width, channels) each. Sizes may differ, the number of channels may not.
@@ -49,7 +49,7 @@ def train_batches(
         image_size: Height and width of the images in the batch.
         augment: "crop_flip", "affine" or "none", see `train_image`.
         seed: Non-negative; determines order and augmentation.
-        normalization: Mean and standard deviation of each channel, of pixels in [0, 1]; `None` leaves [-1, 1].
+        normalization: Mean and standard deviation of each channel, for pixels in [0, 1]; `None` keeps [-1, 1].
         max_corrupt: Number of examples that may be skipped because they cannot be read.
         process_index: Index of this process, below `process_count`. Processes read disjoint examples.
         process_count: Number of processes that take batches in step.
@@ -61,8 +61,8 @@ def train_batches(
         (batch_size,)}`.
 
     Raises:
-        UserError: An argument is out of range, or the source is empty. The iterator raises it if one corrupt example
-            too many comes; the message names the example.
+        UserError: An argument is out of range, or the source is empty. The iterator raises it if there
+            are more than `max_corrupt` corrupt examples; the message names one of them.
     """
     check_batches(
         source,
@@ -83,8 +83,8 @@ def train_batches(
         step, row = divmod(place, batch_size)
         return examples[(step * process_count + process_index) * batch_size + row]
 
-    # Processes share one order and one numbering of random generators, since the examples are divided after the
-    # shuffle. Elements are lazy: no process reads examples of another.
+    # The examples are divided among processes after the shuffle, so all processes share one order and one numbering of
+    # random generators. Elements are lazy: no process reads the examples of another.
     batches = grain.MapDataset.range(len(examples) // process_count).map(mine)
     batches = batches.batch(batch_size, batch_fn=_stacked).to_iter_dataset(read_options(threads, read_ahead))
     return TrainBatches(iter(batches), max_corrupt)
@@ -126,8 +126,8 @@ def eval_batches(
         (batch_size,), "mask": bool (batch_size,)}`; where the mask is False the image and the label are zeros.
 
     Raises:
-        UserError: An argument is out of range, or the source is empty. The iterator raises it if one corrupt example
-            too many comes; the message names the example.
+        UserError: An argument is out of range, or the source is empty. The iterator raises it if there
+            are more than `max_corrupt` corrupt examples; the message names one of them.
     """
     check_batches(
         source,

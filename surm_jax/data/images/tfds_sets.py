@@ -1,6 +1,6 @@
 """Image classification sets in the layout of TensorFlow Datasets, read without TensorFlow and without the network.
 
-Images are decoded here, by Pillow, so pixels do not depend on whether OpenCV is installed.
+Pillow decodes the images here, so pixels do not depend on whether OpenCV is installed.
 """
 
 import io
@@ -32,7 +32,7 @@ class TfdsSource:
         records: Random-access records with encoded bytes under "image" and a number under "label".
         channels: Number of channels to decode to: 1, 3 or 4.
         num_classes: Number of classes; labels must be below it.
-        name: What error messages call this split.
+        name: The name of this split in error messages.
 
     Raises:
         CorruptExampleError: On reading, if a record cannot be decoded or has no label; the message names it.

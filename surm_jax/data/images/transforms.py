@@ -1,9 +1,9 @@
-"""Conversion of decoded images to the input of a model: float32 in [-1, 1], one size, possibly augmented.
+"""Convert decoded images to the input of a model: float32 in [-1, 1], of one size, possibly augmented.
 
 A uint8 image becomes `x / 127.5 - 1`, the convention of the AugReg checkpoints (arXiv 2106.10270). A float image must
 already lie in [-1, 1]. Images are resized with Pillow's bilinear filter with antialiasing. As in the usual pipelines,
-uint8 images are resized as uint8, so the result is rounded to whole pixel values. Pixels that are not finite are kept,
-and the training loop stops at them.
+uint8 images are resized as uint8, so the result is rounded to whole pixel values. Pixels that are not finite are passed
+on, and the training loop stops when it meets them.
 """
 
 from collections.abc import Sequence
@@ -117,6 +117,7 @@ def _resample(
 
     if image.dtype == np.uint8 and image.shape[-1] == 3:
         return resampled(image)
-    # Channels go one by one: Pillow has no float mode with several channels, and takes a fourth channel for opacity.
+    # Resample channels one by one: Pillow has no float mode with several channels, and treats a fourth channel as
+    # opacity.
     image = image if image.dtype == np.uint8 else image.astype(np.float32)
     return np.stack([resampled(image[..., channel]) for channel in range(image.shape[-1])], axis=-1)

@@ -18,7 +18,7 @@ class TextSource:
         labels: (n,), int64 classes counted from 0, or float32 scores.
 
     Raises:
-        UserError: There are not as many labels as examples, or only some examples are pairs.
+        UserError: The numbers of labels and examples differ, or only some examples are pairs.
 
     >>> source = TextSource([("It rains.",), ("It pours.",), ("The sun shines.",)], np.array([0, 0, 1]))
     >>> len(source), source.select([2, 0]).sentences, source.select([2, 0]).labels
@@ -35,7 +35,7 @@ class TextSource:
                 f"expected ({len(self.sentences)},)"
             )
         if (counts := {len(sentences) for sentences in self.sentences}) not in (set(), {1}, {2}):
-            raise UserError(f"every example must have one sentence, or every one two; got {sorted(counts)}")
+            raise UserError(f"all examples must have one sentence, or all must have two; got {sorted(counts)}")
 
     def __len__(self) -> int:
         return len(self.labels)

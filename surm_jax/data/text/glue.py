@@ -1,6 +1,6 @@
 """The tasks of GLUE (https://gluebenchmark.com), read from prepared folders of TensorFlow Datasets into memory.
 
-The official test splits have no labels, so the validation splits serve for testing.
+The official test splits have no labels, so the validation splits are used for testing.
 """
 
 import os
@@ -17,7 +17,7 @@ from surm_jax.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class GlueTask:
-    """The names of a task's sentences, and of its metrics, the main one first."""
+    """The names of the sentences of a task and of its metrics, the main metric first."""
 
     columns: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
@@ -69,8 +69,8 @@ def load_glue(name: str, data_dir: str | os.PathLike[str] | None = None) -> Text
         data_dir: The folder of prepared sets; `None` means `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`.
 
     Returns:
-        The task. `tests` holds "test", which is the validation split; for MNLI it holds "test_matched" and
-        "test_mismatched", or the one of them that is prepared. Scores (STS-B) are 0 to 5.
+        The task. `tests` holds "test", which is the validation split. For MNLI it holds "test_matched" and
+        "test_mismatched" instead, or only the one that is prepared. Scores (STS-B) are 0 to 5.
 
     Raises:
         UserError: There is no such task, it is not prepared in `data_dir` (the message says how to prepare it), its

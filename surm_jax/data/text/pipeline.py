@@ -1,7 +1,7 @@
 """Batches of tokenised text with little padding: examples of similar length share a batch.
 
-A batch has the smallest of a few given lengths that holds its examples. So batches have only a few shapes, and a
-program is compiled once for each.
+A batch is padded to the smallest of a few given lengths that holds its examples. So batches have only a few shapes, and
+a program is compiled once for each shape.
 """
 
 import functools
@@ -17,8 +17,8 @@ from surm_jax.data.batches import Batch, EvalBatches, TrainBatches, check_batche
 from surm_jax.data.text.tokenizer import TokenSource
 from surm_jax.errors import UserError
 
-# Number of training batches whose examples are sorted by length together. More batches need less padding, but mix the
-# examples less.
+# Number of training batches whose examples are sorted by length together. A larger window needs less padding, but mixes
+# the examples less.
 WINDOW = 16
 
 
@@ -35,9 +35,10 @@ def text_train_batches(
 ) -> TrainBatches:
     """Return an endless iterator over shuffled batches.
 
-    Epochs follow each other without a gap, each in a new order, and no example is dropped. This stream is cut into
-    windows of 16 batches. The examples of a window are sorted by their padded length, in random order within one
-    length, and cut into batches, which are then shuffled. If an epoch ends in a window, the window mixes two epochs.
+    Epochs follow each other without a gap, each in a new order, and no example is dropped. The stream of examples is
+    cut into windows of 16 batches. The examples of a window are sorted by their padded length, in random order within
+    one length, and cut into batches, which are then shuffled. If an epoch ends in a window, the window mixes two
+    epochs.
 
     The iterator can be resumed: `get_state()` returns a small dict for JSON, and `set_state` on an iterator with the
     same arguments continues with the next batch, without making the earlier ones.
@@ -47,7 +48,7 @@ def text_train_batches(
         batch_size: Examples per batch of this process.
         lengths: The lengths that batches may have, in increasing order; the last must hold the longest example.
         seed: Non-negative; determines the order.
-        process_index: Index of this process, below `process_count`. Batches of one step have one length everywhere.
+        process_index: Index of this process, below `process_count`. In each step all processes have the same length.
         process_count: Number of processes that take batches in step.
         threads: Number of batches that are made at the same time.
         read_ahead: Number of batches that are made ahead of time and held in memory; 0 makes each on demand.
@@ -94,7 +95,7 @@ def text_train_batches(
         indices = window(step // WINDOW)[step % WINDOW]
         return _padded(source, indices[mine], lengths[buckets[indices].max()])
 
-    # A batch depends only on the number of its step, so the iterator can resume at any step without a cost.
+    # A batch depends only on the number of its step, so the iterator can resume at any step at no cost.
     batches = grain.MapDataset.range(sys.maxsize).map(batch)
     return TrainBatches(iter(batches.to_iter_dataset(read_options(threads, read_ahead))))
 
@@ -157,7 +158,7 @@ def text_eval_batches(
 
 
 def lengths_in_use(source: TokenSource, lengths: Sequence[int]) -> tuple[int, ...]:
-    """Return those of the lengths that batches of these examples can have.
+    """Return the subset of `lengths` that batches of these examples can have.
 
     Raises:
         UserError: The lengths do not increase, or none holds the longest example.
@@ -170,7 +171,7 @@ def lengths_in_use(source: TokenSource, lengths: Sequence[int]) -> tuple[int, ..
 
 
 def _padded(source: TokenSource, indices: Int[np.ndarray, "n"], length: int, padding: int = 0) -> Batch:
-    """Return the examples at `indices`, with a number of rows of padding below them."""
+    """Return a batch of the examples at `indices`, followed by `padding` rows of padding."""
     shape = (len(indices) + padding, length)
     batch = {
         "tokens": np.full(shape, source.pad_token, np.int32),

@@ -27,7 +27,7 @@ _SHORTEST = 8
 _LARGEST_TOKEN = 2**24
 _MOST_BYTES = 2**28
 _TRIAL = "a \uffff"
-# Number of examples that are encoded at once. The results of the library are large and are not all kept.
+# Number of examples that are encoded at once. The results of the library are large, so not all are kept at once.
 _CHUNK = 1024
 
 
@@ -64,7 +64,7 @@ class Tokenizer:
 
     Attributes:
         pad_token: The token that fills up short examples.
-        files: The files that it was read from, which another program needs to read it.
+        files: The files that it was read from. Another program needs them to read the same tokenizer.
     """
 
     pad_token: int
@@ -85,7 +85,7 @@ class Tokenizer:
                 are dropped at the end of its longer sentence until it fits.
 
         Raises:
-            UserError: `max_length` is below 8, which leaves too few tokens beside the special ones.
+            UserError: `max_length` is below 8, which leaves too little room for tokens that are not special.
         """
         if max_length < _SHORTEST:
             raise UserError(f"max_length is {max_length}, but must be at least {_SHORTEST}")
@@ -133,8 +133,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     known = [tokens for tokens in (_BERT_TOKENS, _ROBERTA_TOKENS) if vocabulary.keys() >= set(tokens)]
     if not known or not library.num_special_tokens_to_add(is_pair=True):
         raise UserError(
-            f"{folder} has the tokenizer of another model: one of BERT knows {' '.join(_BERT_TOKENS)}, one of RoBERTa "
-            f"{' '.join(_ROBERTA_TOKENS)}, and puts them around the sentences"
+            f"{folder} has the tokenizer of another model: expected one that puts special tokens around sentences and "
+            f"knows {' '.join(_BERT_TOKENS)} (BERT) or {' '.join(_ROBERTA_TOKENS)} (RoBERTa)"
         )
     if (largest := max(vocabulary.values())) > _LARGEST_TOKEN:
         raise UserError(f"{folder} has a tokenizer with the token {largest}; tokens are at most {_LARGEST_TOKEN}")
@@ -148,8 +148,8 @@ def _whole(path: Path) -> tokenizers.Tokenizer:
     library = _parse(path, tokenizers.Tokenizer.from_file, str(path))
     library.no_padding()
     library.no_truncation()
-    # If the file names a special token that is not in its vocabulary, the threads of the library would panic at the
-    # first text: two texts are tried here.
+    # If the file names a special token that is not in its vocabulary, the threads of the library panic at the first
+    # text. To find this out early, encode a sentence and a pair.
     for texts in ([_TRIAL], [_TRIAL, _TRIAL]):
         if not {*_parse(path, library.encode, *texts).type_ids} <= {0, 1}:
             raise UserError(f"{path} is damaged: the types of tokens must be 0 and 1")
@@ -207,7 +207,7 @@ def _setting(folder: Path, config: dict[str, Any], key: str, default: bool | Non
 
 
 def _parse(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
-    """Return `read(*arguments)`; all its errors mean that the file is damaged."""
+    """Return `read(*arguments)`; any error means that the file is damaged."""
     try:
         return read(*arguments)
     except (KeyboardInterrupt, SystemExit):

@@ -1,4 +1,4 @@
-"""Embedded digits and .npz files: their contents beside scikit-learn and numpy, and all kinds of wrong files."""
+"""Embedded digits and .npz files: contents compared with scikit-learn and numpy, and all kinds of wrong files."""
 
 import tracemalloc
 

@@ -62,7 +62,7 @@ RECORDS = {"train": [(png(image), i) for i, image in enumerate(IMAGES)], "test":
 
 
 def write_set(root, name="shapes", version="1.0.0", records=RECORDS, features=None, file_format="array_record"):
-    """Writes a prepared set below a folder."""
+    """Write a prepared set into a folder."""
     folder = root.joinpath(*name.split("/"), version)
     folder.mkdir(parents=True)
     base = name.split("/")[0]

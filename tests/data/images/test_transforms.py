@@ -1,4 +1,4 @@
-"""Resizing, scaling and augmentation beside other calls of Pillow and plain numpy."""
+"""Resizing, scaling and augmentation, compared with other calls of Pillow and with plain numpy."""
 
 import numpy as np
 import pytest

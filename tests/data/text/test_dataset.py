@@ -19,7 +19,7 @@ def test_labels_must_be_as_many_as_examples(labels):
 
 @pytest.mark.parametrize("sentences", [[("a",), ("b", "c")], [(), ()], [("a", "b", "c")] * 2])
 def test_examples_are_all_sentences_or_all_pairs(sentences):
-    with pytest.raises(UserError, match="every example must have one sentence, or every one two"):
+    with pytest.raises(UserError, match="all examples must have one sentence, or all must have two"):
         TextSource(sentences, np.zeros(2, np.int64))
 
 

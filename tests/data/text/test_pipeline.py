@@ -51,7 +51,7 @@ def assert_same(some, others):
 
 
 def assert_padded(source, batch, indices, length):
-    """Compares with a plain loop."""
+    """Compare a batch with what a plain loop makes."""
     tokens, types, mask = ([[fill] * length for _ in indices] for fill in (PAD, 0, False))
     for row, index in enumerate(indices):
         for column, place in enumerate(range(source.offsets[index], source.offsets[index + 1])):
@@ -182,7 +182,7 @@ def test_evaluation_sees_every_example_exactly_once(count, process_count):
             kept = {key: batch[key][mask] for key in batch}
             np.testing.assert_array_equal(kept["label"], kept["index"])
             assert_padded(source, kept, kept["index"], next(length for length in LENGTHS if length >= longest))
-            # Padding: one token to attend to, and nothing else.
+            # A row of padding has one token to attend to, and nothing else.
             assert (batch["index"][~mask] == -1).all()
             assert not batch["label"][~mask].any()
             assert (batch["tokens"][~mask] == PAD).all()

@@ -18,7 +18,7 @@ WORDS = ["it", "rain", "##s", "and", "pour", "zoe", "zoë", "It", "雨", "."]
 PAD, UNK, CLS, SEP, IT, RAIN, S, AND, POUR, ZOE, ZOE_ACCENT, CAPITAL_IT, AME, DOT = range(14)
 
 
-# The length would not fit into memory.
+# A padded length that would not fit into memory.
 PADDING = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
            "pad_type_id": 0, "pad_token": "[PAD]"}  # fmt: skip
 
@@ -40,7 +40,7 @@ def bert(tmp_path):
 
 @pytest.fixture(scope="session")
 def roberta(tmp_path_factory):
-    """Byte pairs trained on this file."""
+    """A folder with byte pairs that were trained on this file."""
     folder = tmp_path_factory.mktemp("roberta")
     trained = tokenizers.ByteLevelBPETokenizer()
     trained.train_from_iterator(
@@ -100,7 +100,7 @@ def test_the_files_that_were_read_are_known(bert, roberta):
 
 
 def longest_first(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
-    """Drops the last token of the longer sentence until both fit; if they are equal, of the one that was shorter."""
+    """Drop the last token of the longer sentence until both fit; at equal lengths, of the one that began shorter."""
     longer, shorter = (list(first), list(second)) if len(first) > len(second) else (list(second), list(first))
     while len(longer) + len(shorter) > room:
         (longer if len(longer) > len(shorter) else shorter).pop()
@@ -225,12 +225,12 @@ def test_damaged_files_of_roberta_are_named(roberta, tmp_path, file, content, me
 
 @pytest.mark.parametrize("special", [SPECIAL, ["<|endoftext|>"]])
 def test_the_tokenizer_of_another_model_is_refused(tmp_path, special):
-    """One lacks the template with special tokens, the other the special tokens."""
+    """Check a tokenizer without a template for special tokens, and one without special tokens."""
     vocabulary = {token: i for i, token in enumerate([*special, "it"])}
     tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=special[0])).save(
         str(tmp_path / "tokenizer.json")
     )
-    with pytest.raises(UserError, match="has the tokenizer of another model: one of BERT knows"):
+    with pytest.raises(UserError, match="has the tokenizer of another model: expected one that puts"):
         load_tokenizer(tmp_path)
 
 
@@ -258,7 +258,7 @@ def minilm():
 
 
 def assert_as_in_transformers(folder, source, max_length):
-    """Compares every token and type, and returns the numbers of tokens."""
+    """Compare every token and type with those of transformers, and return the numbers of tokens."""
     transformers = pytest.importorskip("transformers", reason=REASON)
     theirs = transformers.AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True)
     ours = load_tokenizer(folder)
