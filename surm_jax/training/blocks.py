@@ -1,8 +1,9 @@
 """How a step runs the blocks of a model: equal blocks in a scan, and split weights gathered block by block.
 
-A loop over the blocks makes a program that grows with their number. `jax.lax.scan` compiles one block, and runs it on
-each slice of arrays `[depth, ...]` that hold the weights of all. On a mesh that splits the base, every block gathers
-its own weights, in the forward pass and again in the backward pass: no device holds more than one whole block.
+A Python loop over the blocks is compiled to a program that grows with their number. `jax.lax.scan` compiles one block
+only. Its weights are arrays `[depth, ...]`, and each iteration runs the block on one slice. On a mesh that splits the
+base, every block gathers its own weights, in the forward pass and again in the backward pass: no device holds more than
+one whole block.
 """
 
 import itertools
@@ -19,19 +20,19 @@ from surm_jax.peft.parts.dropout import keys_drawn, set_keys_drawn
 
 
 class Stack(nnx.Module):
-    """Several equal blocks as one: the arrays of `stacked` have a first axis of length `depth`, one slice per block."""
+    """Several equal blocks as one module: the arrays of `stacked` are `[depth, ...]`, with one slice for each block."""
 
     def __init__(self, stacked: nnx.Module, depth: int) -> None:
         self.stacked, self.depth = stacked, depth
 
 
 class StepBlocks(Blocks):
-    """The blocks of a model as a step runs them. Several equal ones may be a `Stack`."""
+    """The blocks of a model as a step runs them: single blocks, and a `Stack` for several equal blocks."""
 
     def run(
         self, x: jax.Array, *arguments: jax.Array | None, keys: jax.Array | None, remat: str, every: bool
     ) -> tuple[jax.Array, ...]:
-        """Run the blocks as `Blocks.run` does, with the same keys for dropout. Results are the same up to rounding."""
+        """Run the blocks as `Blocks.run` does, with the same dropout keys. The results are the same up to rounding."""
         states: list[jax.Array] = [x]
         first = 0
         for part in self:
@@ -56,8 +57,7 @@ def _scan(
 ) -> list[jax.Array]:
     """Return the state after every block of a stack, or only after the last."""
     graphdef, arrays = nnx.split(stacked)
-    # Also if nothing is to be computed again: otherwise the gathered weights of all blocks would be kept for the
-    # backward pass.
+    # Use a policy even if remat is "none": without one, all gathered weights would be kept for the backward pass.
     policy = REMAT[remat] or all_but_gathered
     layer = jax.checkpoint(_layer(graphdef, arguments), prevent_cse=False, policy=policy)
 
@@ -106,12 +106,13 @@ def _is_split() -> bool:
 def runs_of(blocks: Blocks, kind_of: Callable[[tuple], Hashable]) -> list[int]:
     """Return the lengths of all runs of equal neighbouring blocks, in order.
 
-    Blocks are equal if their structure is, the shapes and dtypes of their variables are, and `kind_of` is.
+    Two blocks are equal if they have the same structure and their variables have the same shapes, dtypes and values of
+    `kind_of`.
 
     Args:
         blocks: The blocks of a model.
-        kind_of: A variable's block and path in it, `(3, "attention", "query", "kernel")`, to a value that equal blocks
-            have in common.
+        kind_of: Takes the number of a block and the path of a variable in it, such as
+            `(3, "attention", "query", "kernel")`, and returns a value that must be the same in equal blocks.
     """
 
     def signature(index: int) -> Hashable:
@@ -123,10 +124,10 @@ def runs_of(blocks: Blocks, kind_of: Callable[[tuple], Hashable]) -> list[int]:
 
 
 def as_parts(blocks: Blocks, runs: Sequence[int]) -> StepBlocks:
-    """Return the blocks as a step runs them, with a stack for every run of several blocks.
+    """Return the blocks as a step runs them, with a `Stack` for every run of several blocks.
 
-    The arrays of stacked blocks are deleted one by one when they are in the stack, so that the blocks are never twice
-    in memory.
+    The arrays of the stacked blocks are deleted as soon as they are copied into the stack, so that memory never holds
+    all blocks twice.
     """
     ends = itertools.accumulate(runs)
     members = [blocks[end - depth : end] for end, depth in zip(ends, runs, strict=True)]
@@ -134,7 +135,7 @@ def as_parts(blocks: Blocks, runs: Sequence[int]) -> StepBlocks:
 
 
 def as_blocks(parts: StepBlocks) -> Blocks:
-    """Return the blocks one by one. Those of stacks are copies on the host, and take no memory of the devices."""
+    """Return the single blocks. The blocks of stacks are copied to the host, so that they take no device memory."""
     return Blocks(block for part in parts for block in (_unstacked(part) if isinstance(part, Stack) else [part]))
 
 

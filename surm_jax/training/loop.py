@@ -1,8 +1,8 @@
-"""A run from its first step to its result; after an interruption it goes on bit for bit.
+"""A training run from its first step to its result. An interrupted run resumes bit for bit.
 
-`train` reads from top to bottom: set up, restore, compile, then for each step update, log, evaluate when due and save
-when due; at the end write the result. `surm_jax.training.run` says what stays the same from step to step (`Run`), and
-what changes (`Position`).
+`train` reads from top to bottom: set up, restore, compile; for each step update, log, evaluate when due and save when
+due; at the end write the result. `surm_jax.training.run` defines what stays the same from step to step (`Run`) and what
+changes (`Position`).
 """
 
 import contextlib
@@ -33,6 +33,7 @@ from surm_jax.training.setup import prepare
 from surm_jax.training.step import TrainState, evaluate
 
 Shape = tuple[tuple[str, tuple[int, ...]], ...]
+"""The name and the shape of every array of a batch."""
 
 
 class Records(NamedTuple):
@@ -44,26 +45,29 @@ class Records(NamedTuple):
 
 
 def train(config: RunConfig, seed: int, workdir: Path, interruption: Interruption) -> dict[str, Any]:
-    """Make a run, resume it, or return its result if it is complete.
+    """Start a run, resume it, or return its result if it is complete.
 
     Args:
         config: The whole configuration.
         seed: One of its seeds.
         workdir: The folder of this seed's run.
-        interruption: Asks the run to save and stop.
+        interruption: Tells the run to save and stop.
 
     Returns:
         The content of `result.json`.
 
     Raises:
-        UserError: Bad input, a folder of another run or in use, a damaged checkpoint, or a loss that is not finite.
-        InterruptedRunError: A signal came; a checkpoint is saved.
+        UserError: An input is bad, the folder is in use or belongs to another run, a checkpoint is damaged, or a loss
+            is not finite.
+        InterruptedRunError: A signal came, and a checkpoint was saved.
     """
     tree = to_dict(dataclasses.replace(config, seeds=(seed,)))
     with opened_on_first(open_workdir(workdir, tree, complete)):
         require_shared(workdir)
         if (done := on_first(functools.partial(_result_if_complete, workdir))) is not None:
-            print(f"{workdir} is complete: this is its result. Delete it, or choose another folder, to run again")
+            print(
+                f"{workdir} holds a complete run: this is its result. To run again, delete it or choose another folder"
+            )
             return done
         began = time.monotonic()
         job = prepare(config, seed)
@@ -74,7 +78,7 @@ def train(config: RunConfig, seed: int, workdir: Path, interruption: Interruptio
             take_steps(run, position, checkpoints)
             tests = position.tests or evaluate_tests(run, position.state)
             model = _model_on_first(run, position.state)
-        # Outside the mesh: only the first process works here, on a model of its own.
+        # Outside the mesh, because only the first process computes here, on its own copy of the model.
         return on_first(lambda: write_result(run, position, model, tests))
 
 
@@ -92,10 +96,10 @@ def _last_checkpoint_named(workdir: Path) -> Iterator[None]:
 
 
 def restore(run: Run, position: Position) -> Checkpoints:
-    """Open the checkpoints, and move the position to the last one, if there is one.
+    """Open the checkpoints and set the position to the last one, if there is one. Return the checkpoints.
 
     Raises:
-        UserError: A checkpoint is damaged, or belongs to another run, base or data set.
+        UserError: A checkpoint is damaged, or belongs to another run, base model or data set.
     """
     job, task = run.job, run.job.task
     config = to_dict(dataclasses.replace(job.config, seeds=(job.seed,)))
@@ -112,14 +116,14 @@ def restore(run: Run, position: Position) -> Checkpoints:
 
 
 def take_steps(run: Run, position: Position, checkpoints: Checkpoints) -> None:
-    """Make the steps that are left: update, log, evaluate when due, save when due."""
+    """Make the remaining steps: update, log, evaluate when due, save when due."""
     config, start, total = run.job.config, int(position.state.step), run.job.config.optim.steps
     with MetricWriter(run.workdir, start) as writer, Progress(config.peft.method, total, start) as progress:
         records = Records(writer, progress, checkpoints)
         if start:
             progress.say(f"going on from step {start} of {total}")
             if position.score is None and _due(run, start, config.log.evaluate_every):
-                # The run was interrupted between this step and its evaluation.
+                # The run was interrupted after this step, before its evaluation.
                 save(run, position, records, evaluate_while_training(run, position, records))
         compiled = compile_steps(run, position.state, progress) if start < total else {}
         log = StepLog(writer, progress, position.watch, config.log.metrics_every, total, _rates_of(run, position))
@@ -142,7 +146,7 @@ def take_steps(run: Run, position: Position, checkpoints: Checkpoints) -> None:
 
 
 def compile_steps(run: Run, state: TrainState, progress: Progress) -> dict[Shape, Callable[..., Any]]:
-    """Compile the step for every kind of batch, and say how long it took."""
+    """Compile the step for every shape of batch, print how long it took, and return the programs by shape."""
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
     rates, compiled = run.programs.rates.before(step=1), {}
     for name, shapes in run.job.task.train_shapes().items():
@@ -159,9 +163,9 @@ def compile_steps(run: Run, state: TrainState, progress: Progress) -> dict[Shape
 
 
 def save(run: Run, position: Position, records: Records, score: float | None) -> None:
-    """Save a checkpoint, after the metrics before it are on the disk."""
+    """Save a checkpoint. The metrics up to this step are forced to disk first."""
     most = run.job.config.data.max_corrupt
-    # Every process learns of the examples that another could not read.
+    # Collect the unreadable examples of all processes.
     position.batches.corrupt = union(position.batches.corrupt, most)
     if (count := len(position.batches.corrupt)) > most:
         raise UserError(f"{count} training examples cannot be read, and config.data.max_corrupt allows {most}")
@@ -171,7 +175,7 @@ def save(run: Run, position: Position, records: Records, score: float | None) ->
 
 
 def _score(run: Run, position: Position, records: Records) -> float | None:
-    """Evaluate, and return the score; or None if a signal comes meanwhile, so that the steps are saved without it."""
+    """Evaluate and return the score. If a signal interrupts the evaluation, return None: save without a score."""
     try:
         return evaluate_while_training(run, position, records)
     except InterruptedRunError:
@@ -179,14 +183,15 @@ def _score(run: Run, position: Position, records: Records) -> float | None:
     except NotFiniteError:
         raise
     except Exception:
-        # The steps were good: save them before the run ends. Several processes cannot agree on it here.
+        # The evaluation failed, but the steps are good: save them before the run ends. With several processes this is
+        # not possible, because saving needs all of them and only this one may have failed.
         if not several():
             save(run, position, records, None)
         raise
 
 
 def evaluate_while_training(run: Run, position: Position, records: Records) -> float:
-    """Evaluate the held-out examples, or the test splits if there are none; return the first metric of the first."""
+    """Evaluate the held-out examples, or the test splits if there are none; return the first split's first metric."""
     task, step = run.job.task, int(position.state.step)
     if "holdout" in task.splits:
         evaluations = {"holdout": _evaluate(run, position.state, "holdout")}
@@ -221,13 +226,13 @@ def _evaluate(run: Run, state: TrainState, split: str) -> dict[str, float]:
 
 
 def _model_on_first(run: Run, state: TrainState) -> Any:
-    """Return the trained model to the first process, and None to the others."""
+    """Return the trained model in the first process, and None in the others."""
     arrays = tree_on_first((state.trained, run.model.frozen))
     return None if arrays is None else run.model.partition.model(*arrays)
 
 
 def write_result(run: Run, position: Position, model: nnx.Module, tests: Evaluation) -> dict[str, Any]:
-    """Write adapter, curves and result of the trained model, and return the result."""
+    """Write the adapter, the curves and the result of a run, and return the result."""
     config, task, rate = run.job.config, run.job.task, position.watch.rate()
     adapter_bytes = save_adapter(run.workdir / "adapter", model, run.model.adapter)
     draw_curves(run.workdir, model, task.metrics[0])
@@ -256,7 +261,7 @@ def _due(run: Run, step: int, every: int) -> bool:
 
 
 def _rates_of(run: Run, position: Position) -> Callable[[int], dict[str, float]]:
-    """Return `step -> the learning rate of each group in its update, and the speed`."""
+    """Return a function from a step to the learning rate of each group in that step, and the speed until now."""
 
     def rates(step: int) -> dict[str, float]:
         values = {f"learning_rate_{group}": float(rate) for group, rate in run.programs.rates.before(step).items()}
@@ -268,5 +273,5 @@ def _rates_of(run: Run, position: Position) -> Callable[[int], dict[str, float]]
 
 
 def _shape_of(batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> Shape:
-    """Return what tells the program for this batch from the others."""
+    """Return the key of the program that was compiled for batches of this shape."""
     return tuple((name, part.shape) for name, part in sorted(batch.items()))

@@ -1,4 +1,4 @@
-"""What `launch.py` can do with a run: train, evaluate, merge, export, predict, and describe."""
+"""The modes of `launch.py`: train, evaluate, merge, export, predict, and describe."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -30,10 +30,10 @@ ADAPTER_NAME = "adapter"
 
 
 def train_run(config: RunConfig, workdir: Path) -> dict[str, Any]:
-    """Train every seed that is not complete yet, print the table, and return the result.
+    """Train with every seed whose run is not complete yet, print a table of results, and return the result.
 
-    One seed uses `workdir` itself. Several seeds each use a folder `seed-<seed>` in it, and `workdir/result.json`
-    combines their results.
+    A single seed uses `workdir` itself. Each of several seeds uses the folder `workdir/seed-<seed>`, and
+    `workdir/result.json` combines their results.
 
     Raises:
         UserError: See `surm_jax.training.loop.train`.
@@ -62,12 +62,13 @@ def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[
     """Evaluate the saved adapters of a run on all test examples; print and return the metrics by seed and split.
 
     Args:
-        workdir: The folder of the run. Its configuration is used.
-        overrides: Values by key: where its data and weights are now, if not where they were.
+        workdir: The folder of the run, which holds its configuration.
+        overrides: New values by key, such as the place where the data or the weights are now
+            (`surm_jax.record.workdir.CHANGEABLE`).
 
     Raises:
-        UserError: There is no run, it is not complete, its adapter is missing, damaged or of another base, or another
-            key is overridden.
+        UserError: There is no run, or it is not complete; its adapter is missing, damaged or of another base; or a key
+            is overridden that must not change.
     """
     config, evaluations = saved_config(workdir, overrides), {}
     for seed, folder in _complete_folders(config, workdir):
@@ -93,10 +94,10 @@ def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[
 
 
 def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
-    """Write the full model of every adapter of a run to `<folder>/merged/model.safetensors`; return these paths.
+    """Merge the adapter of every seed into its base, write `<folder>/merged/model.safetensors`, and return the paths.
 
-    Prints how far merged kernels are from the exact sums, and how far logits of the merged model are from those of the
-    unmerged one, on a batch of test examples.
+    Print how far the merged kernels are from the exact sums, and how far the logits of the merged model are from those
+    of the adapted model on a batch of test examples.
 
     Args:
         workdir: The folder of the run.
@@ -123,11 +124,12 @@ def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
 
 
 def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[Path]:
-    """Write every adapter of a run for the libraries of Hugging Face; return the folders.
+    """Write the model or the adapter of every seed for the libraries of Hugging Face, and return the folders.
 
-    As "hf", the merged model goes to `<folder>/hf`, for `from_pretrained` of transformers. As "peft", the adapter goes
-    to `<folder>/peft`, for `PeftModel.from_pretrained` on the base model there. What was written is read again, and the
-    difference of its logits from the running model's is printed, for a batch of test examples.
+    The form "hf" writes the merged model to `<folder>/hf`, for `from_pretrained` of transformers. The form "peft"
+    writes the adapter to `<folder>/peft`, for `PeftModel.from_pretrained` of peft with the base model of transformers.
+    Each folder is then read again, and the difference between its logits and those of the adapted model is printed for
+    a batch of test examples.
 
     Args:
         workdir: The folder of the run.
@@ -135,7 +137,7 @@ def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[P
         form: "hf" or "peft".
 
     Raises:
-        UserError: See `evaluate_run`; or the model or the method has no counterpart there.
+        UserError: As in `evaluate_run`; or transformers has no such model, or peft no such method.
     """
     config, folders = saved_config(workdir, overrides), []
     for seed, folder in _complete_folders(config, workdir):
@@ -164,17 +166,17 @@ def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[P
 
 
 def predict_run(workdir: Path, overrides: Mapping[str, Any], source: Path, target: Path) -> None:
-    """Answer new examples with the adapter of a run. The data set of the run is not needed.
+    """Predict the labels of new examples with the adapter of a run. The data set of the run is not needed.
 
     Args:
         workdir: The folder of a run of one seed.
-        overrides: Values by key: where its weights are now, if not where they were.
-        source: The new examples; for text a table, see `surm_jax.tasks.sentences.read_sentences`.
-        target: The file for the answers; written whole or not at all.
+        overrides: New values by key, such as the place where the weights are now.
+        source: The file of new examples. For text it is a table; see `surm_jax.tasks.sentences.read_sentences`.
+        target: The file for the predictions. It is written completely or not at all.
 
     Raises:
-        UserError: The run has several seeds, is not complete, or its task makes no predictions for files; or a file
-            cannot be read or written.
+        UserError: The run has several seeds or is not complete, its task cannot predict from files, or a file cannot be
+            read or written.
     """
     config = saved_config(workdir, overrides)
     if len(config.seeds) > 1:
@@ -189,17 +191,17 @@ def predict_run(workdir: Path, overrides: Mapping[str, Any], source: Path, targe
 
 
 def _require_target(target: Path, source: Path) -> None:
-    """Check that answers can go to a file, before they are computed."""
+    """Check that predictions can be written to a file, before they are computed."""
     if not target.parent.is_dir():
         raise UserError(f"cannot write {target}: there is no folder {target.parent}")
     if target.is_dir():
         raise UserError(f"cannot write {target}: it is a folder")
     if target.resolve() == source.resolve():
-        raise UserError(f"the answers would replace the sentences in {source}: give another --output")
+        raise UserError(f"the predictions would overwrite the sentences in {source}: give another --output")
 
 
 def _answers(config: RunConfig, adapter: Path, outputs: int, questions: Questions) -> np.ndarray:
-    """Return the logits for each question, in order: (questions, outputs)."""
+    """Return the logits of every new example, in order: (examples, outputs)."""
     task = task_for(config.data)
     geometry, checkpoint = task.geometry(config.model, config.data, outputs), locate(config.model.checkpoint)
     batches = questions.batches(checkpoint, geometry, config.data)
@@ -219,11 +221,11 @@ def _answers(config: RunConfig, adapter: Path, outputs: int, questions: Question
 def describe_run(config: RunConfig) -> None:
     """Print what a configuration would train: every adapted layer, and the totals.
 
-    Needs no weights if `config.model.variant` names the model; otherwise the checkpoint describes it. The data set is
-    read only for its number of classes, and not at all if `config.model.num_classes` gives it.
+    No weights are needed if `config.model.variant` names the model; otherwise the checkpoint says which model it holds.
+    The data set is read only to count its classes, and not at all if `config.model.num_classes` gives their number.
 
     Raises:
-        UserError: Something does not fit.
+        UserError: The parts of the configuration do not fit together.
     """
     print(describe_config(config))
 
@@ -234,7 +236,7 @@ def _seed_folders(config: RunConfig, workdir: Path) -> Iterator[tuple[int, Path]
 
 
 def _complete_folders(config: RunConfig, workdir: Path) -> list[tuple[int, Path]]:
-    """Return every seed and its folder; all are known to be complete before anything is loaded for the first."""
+    """Return every seed and its folder, after checking that the runs of all seeds are complete."""
     folders = list(_seed_folders(config, workdir))
     for _, folder in folders:
         read_result(folder)
@@ -242,13 +244,13 @@ def _complete_folders(config: RunConfig, workdir: Path) -> list[tuple[int, Path]
 
 
 def _load_adapted(job: Job, folder: Path) -> tuple[nnx.Module, nnx.Module, Adapter]:
-    """Return the base of a run, the model with the adapter that the run saved, and the adapter's recipe."""
+    """Return the base model of a run, the model with the saved adapter, and the recipe of the adapter."""
     base = job.base_model()
     return base, *load_adapter(folder / ADAPTER_NAME, base, execution=job.config.peft.execution)
 
 
 def _merged(model: nnx.Module) -> tuple[Model, float]:
-    """Merge the adapters of a model; return the plain model, and how far its kernels are from the exact sums."""
+    """Merge the adapters of a model. Return the plain model, and how far its kernels are from the exact sums."""
     plain, deviation = merge(model)
     return cast(Model, plain), deviation
 
@@ -263,6 +265,6 @@ def _logits(job: Job, model: nnx.Module, batch: dict[str, np.ndarray]) -> np.nda
 
 
 def _jitted(model: nnx.Module, forward: Forward) -> tuple[nnx.State, Any]:
-    """Return the state of a model, and the compiled `(state, batch) -> logits`."""
+    """Return the state of a model and the jitted function `(state, batch) -> logits`."""
     graphdef, state = nnx.split(model)
     return state, jax.jit(lambda state, batch: forward(nnx.merge(graphdef, state), batch, None))

@@ -14,14 +14,14 @@ from surm_jax.training.config import GroupsConfig, OptimConfig
 
 
 def schedule(config: OptimConfig) -> optax.Schedule:
-    """Return the factor on every peak learning rate by step: linear warm-up from 0 to 1, then decay to 0.
+    """Return the schedule by which every peak learning rate is multiplied: linear warm-up from 0 to 1, then the decay.
 
     >>> import dataclasses
     >>> rate = schedule(dataclasses.replace(OptimConfig(), steps=10, warmup_ratio=0.2, decay="linear"))
     >>> [round(float(rate(step)), 2) for step in (0, 1, 2, 6, 10)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
-    # Rounding may make all steps warm-up; the last step is kept for the peak.
+    # Rounding could turn all steps into warm-up: leave at least the last step at the peak.
     warmup_steps = min(round(config.warmup_ratio * config.steps), config.steps - 1)
     steps = config.steps - warmup_steps
     after = {
@@ -35,13 +35,13 @@ def schedule(config: OptimConfig) -> optax.Schedule:
 
 
 def groups_of(paths: Iterable[str], groups: GroupsConfig) -> dict[str, str]:
-    """Return the group of each path: the first whose pattern matches the whole path.
+    """Return the group of each path: the first group whose pattern matches the whole path.
 
     >>> groups_of(["blocks/0/attention/query/delta/r1", "head/bias", "norm/scale"], GroupsConfig())
     {'blocks/0/attention/query/delta/r1': 'adapter', 'head/bias': 'head', 'norm/scale': 'norm'}
 
     Raises:
-        UserError: No pattern matches a path.
+        UserError: A path matches no pattern.
     """
     patterns = {name: compile_pattern(group.pattern) for name, group in vars(groups).items()}
     labels: dict[str, str] = {}
@@ -49,20 +49,21 @@ def groups_of(paths: Iterable[str], groups: GroupsConfig) -> dict[str, str]:
         label = next((name for name, pattern in patterns.items() if pattern.matches(path)), None)
         if label is None:
             raise UserError(
-                f"no pattern of config.optim.groups matches {path}: the last group, rest, should take all (.*)"
+                f"no pattern of config.optim.groups matches {path}: that of the last"
+                " group, rest, should match all paths (.*)"
             )
         labels[path] = label
     return labels
 
 
 def learning_rates(config: OptimConfig, method: str, paths: Iterable[str]) -> dict[str, float]:
-    """Return the peak learning rate of every group that has one of these paths.
+    """Return the peak learning rate of every group that has at least one of the paths.
 
     >>> learning_rates(OptimConfig(learning_rate={"lora": 0.02}), "lora", ["head/bias"])
     {'head': 0.02}
 
     Raises:
-        UserError: A group with its own learning rate has none of the paths, or no pattern matches a path.
+        UserError: A group with its own learning rate has none of the paths, or a path matches no pattern.
     """
     groups = groups_of(paths, config.groups)
     taken = set(groups.values())
@@ -71,7 +72,7 @@ def learning_rates(config: OptimConfig, method: str, paths: Iterable[str]) -> di
             trained = ", ".join(sorted(groups)[:4]) + ", ..." * (len(groups) > 4)
             raise UserError(
                 f"config.optim.groups.{name} has learning_rate={group.learning_rate:g}, but no parameter:"
-                f" {group.pattern} matches none that is trained ({trained}), or groups before it take them"
+                f" {group.pattern} matches no parameter that is trained ({trained}), or earlier groups match them first"
             )
     return {
         name: group.learning_rate or config.learning_rate[method]
@@ -81,18 +82,18 @@ def learning_rates(config: OptimConfig, method: str, paths: Iterable[str]) -> di
 
 
 class Rates:
-    """The learning rate of every group at every step: its peak times the factor of the schedule.
+    """The learning rate of every group at every step: its peak times the value of the schedule.
 
-    Rates are arguments of the compiled step, so that one program serves every rate and schedule.
+    Learning rates are arguments of the compiled step, so that one program serves all rates and schedules.
 
     >>> rates = Rates(OptimConfig(steps=4, decay="linear", learning_rate={"lora": 0.02}), "lora", ["head/bias"])
     >>> [f"{rates.before(step)['head']:.3f}" for step in (1, 2, 3, 4)]
     ['0.020', '0.015', '0.010', '0.005']
 
     Args:
-        config: The schedule, and the peaks by method or group.
-        method: The method whose learning rate is used by groups without their own.
-        paths: Paths of the trained parameters. Groups without any of them have no rate.
+        config: The schedule, and the peak learning rates of methods and groups.
+        method: The method whose learning rate applies to groups without one of their own.
+        paths: Paths of the trained parameters. A group without any of them has no rate.
     """
 
     def __init__(self, config: OptimConfig, method: str, paths: Iterable[str]):
@@ -100,7 +101,7 @@ class Rates:
         self._factors = np.asarray(jax.vmap(schedule(config))(jnp.arange(config.steps, dtype=jnp.float32)), np.float32)
 
     def before(self, step: int) -> dict[str, np.float32]:
-        """Return the rates of the update that leads to a step, counted from 1."""
+        """Return the learning rates of the update that makes a step. The first step is 1."""
         return {group: np.float32(peak) * self._factors[step - 1] for group, peak in self._peaks.items()}
 
 
@@ -108,8 +109,8 @@ def make_optimizer(config: OptimConfig, paths: Iterable[str]) -> optax.GradientT
     """Build the optimiser of the trained arrays. Its `update` has the extra argument `rates`, from `Rates.before`.
 
     Args:
-        config: Groups and clipping.
-        paths: Keys of the dictionary of arrays that it will update.
+        config: Defines the groups and the clipping.
+        paths: Paths of the trained arrays: the keys of the dictionary that the optimiser updates.
     """
     groups = groups_of(paths, config.groups)
 
@@ -122,7 +123,7 @@ def make_optimizer(config: OptimConfig, paths: Iterable[str]) -> optax.GradientT
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
     def update(gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **rates: Any):
-        # optax raises a Python float to the power of an integer step, which strict promotion refuses.
+        # optax raises a Python float to the power of an integer step, which strict dtype promotion forbids.
         with jax.numpy_dtype_promotion("standard"):
             return optimizer.update(gradients, state, params, **rates)
 

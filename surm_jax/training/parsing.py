@@ -1,4 +1,4 @@
-"""Reading configurations: from keys and values to the checked dataclasses of `surm_jax.training.config`, and back."""
+"""Reading configurations: from keys and values to the dataclasses of `surm_jax.training.config`, and back."""
 
 import ast
 import dataclasses
@@ -18,14 +18,15 @@ from surm_jax.training.config import PeftConfig, RunConfig
 
 
 def base_config(plugins: Collection[str] = ()) -> ml_collections.ConfigDict:
-    """Return a configuration with every key at its default.
+    """Return a configuration in which every key has its default.
 
     >>> config = base_config()
     >>> config.peft.lora.rank, config.optim.groups.head.weight_decay
     (1, 0.0)
 
     Args:
-        plugins: Modules to import first, so that their methods have keys; becomes the key `plugins`.
+        plugins: Modules to import first, so that the methods that they register have keys. They become the value of the
+            key `plugins`.
 
     Raises:
         UserError: A plugin cannot be imported.
@@ -35,27 +36,27 @@ def base_config(plugins: Collection[str] = ()) -> ml_collections.ConfigDict:
 
 
 def plugins_of(given: Sequence[str]) -> tuple[str, ...]:
-    """Return the modules that the last value of `--config.plugins` names.
+    """Return the modules named by `--config.plugins`, before the configuration is read.
 
     >>> plugins_of(["('my_family',)"]), plugins_of([])
     (('my_family',), ())
 
     Raises:
-        UserError: The value is not a tuple of names.
+        UserError: The value is not a tuple of strings.
     """
     try:
         modules = ast.literal_eval(given[-1]) if given else ()
     except (ValueError, SyntaxError):
         modules = None
     if not isinstance(modules, tuple) or not all(isinstance(module, str) for module in modules):
-        raise UserError(f"config.plugins must be a tuple of modules, such as \"('my_family',)\", got {given[-1]}")
+        raise UserError(f"config.plugins must be a tuple of module names, such as \"('my_family',)\", got {given[-1]}")
     return modules
 
 
 def import_plugins(modules: Iterable[str]) -> None:
     """Import modules that register methods, matrix families, models and tasks.
 
-    They are looked up as Python does, and in the working directory.
+    Python looks for them on its usual path, and then in the working directory.
 
     Raises:
         UserError: A module cannot be imported.
@@ -74,13 +75,13 @@ def import_plugins(modules: Iterable[str]) -> None:
 
 
 def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
-    """Import the plugins of a configuration, and check all of its keys and values.
+    """Import the plugins of a configuration, check all keys and values, and return the dataclasses.
 
     >>> parse(base_config()).model.variant
     'B/16'
 
     Raises:
-        UserError: A key is unknown (the message names the nearest) or missing, a value is impossible, or a plugin
+        UserError: A key is unknown (the message names the nearest one) or missing, a value is not allowed, or a plugin
             cannot be imported.
     """
     tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
@@ -101,14 +102,14 @@ def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Return the configuration as nested dictionaries; `parse` reads them back."""
+    """Return a configuration as nested dictionaries, which `parse` reads back."""
     tree = dataclasses.asdict(config)
     tree["peft"].update(tree["peft"].pop("methods"))
     return tree
 
 
 def complete(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Check a configuration that a run saved, and return it with the defaults of keys that it lacks."""
+    """Check a saved configuration, and return it with the defaults of the keys that it lacks."""
     return to_dict(parse(tree))
 
 
@@ -117,17 +118,17 @@ def saved_config(workdir: Path, overrides: Mapping[str, Any] | None = None) -> R
 
     Args:
         workdir: The folder of the run.
-        overrides: Values by key: where its data and weights are now, and how it is computed
-            (`surm_jax.record.workdir.CHANGEABLE`).
+        overrides: New values by key. Only the keys in `surm_jax.record.workdir.CHANGEABLE` may change: the places of
+            data and weights, and how the run is computed.
 
     Raises:
-        UserError: There is no run, its configuration is damaged, or another key is overridden.
+        UserError: There is no run, its configuration is damaged, or another key gets another value.
     """
     return parse(relocated(read_config(workdir, complete), overrides or {}))
 
 
 def keys(config: ml_collections.ConfigDict) -> list[str]:
-    """Return all keys of a configuration joined by dots, sections included.
+    """Return all keys of a configuration, also those of sections, with the names on the way joined by dots.
 
     >>> "peft.lora.rank" in keys(base_config())
     True
@@ -141,10 +142,10 @@ def keys(config: ml_collections.ConfigDict) -> list[str]:
 
 
 def require_key(config: ml_collections.ConfigDict, key: str) -> None:
-    """Check that a dotted key is that of a value.
+    """Check that a dotted key exists and has a value.
 
     Raises:
-        UserError: There is no such key (the message names the nearest), or it is a section.
+        UserError: There is no such key (the message names the nearest one), or the key is a section.
     """
     known = keys(config)
     if key not in known:
@@ -156,21 +157,21 @@ def require_key(config: ml_collections.ConfigDict, key: str) -> None:
 
 
 def require_steps(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]) -> None:
-    """Check that a number of steps that was given on the command line counts.
+    """Check that `--config.optim.steps` on the command line has an effect.
 
     Raises:
-        UserError: `config.optim.epochs` gives the number of steps instead.
+        UserError: It has none, because `config.optim.epochs` determines the number of steps.
     """
     epochs = config.optim.epochs
     if epochs and "optim.steps" in overrides and "optim.epochs" not in overrides:
         raise UserError(
-            f"config.optim.epochs={epochs:g} says how many steps there are: give --config.optim.epochs=0 with"
+            f"config.optim.epochs={epochs:g} determines the number of steps: give --config.optim.epochs=0 with"
             " --config.optim.steps"
         )
 
 
 def meant_key(config: ml_collections.ConfigDict, name: str) -> str:
-    """Return a question that names up to three keys that end in `name`, or an empty string.
+    """Return a "did you mean" question with up to three keys that end in `name`, or an empty string.
 
     >>> meant_key(base_config(), "rank_of_noise"), meant_key(base_config(), "checkpoint_every")
     ('', '; did you mean --config.log.checkpoint_every?')
@@ -181,9 +182,9 @@ def meant_key(config: ml_collections.ConfigDict, name: str) -> str:
 
 
 def _values_in(config: ml_collections.ConfigDict, key: str) -> list[str]:
-    """Return the keys of the values in a section, or the key itself if it has a value.
+    """Return the keys of all values in a section, or the key itself if it has a value.
 
-    The least nested come first. Where every method has a key, that of the chosen method comes before the others.
+    The least nested keys come first. Of keys that exist for every method, the one of the chosen method comes first.
     """
     values = [known for known in keys(config) if not isinstance(config[known], ml_collections.ConfigDict)]
     inside = [value for value in values if f"{value}.".startswith(f"{key}.")]
@@ -213,7 +214,7 @@ def _build(cls: type, tree: Mapping[str, Any], path: str) -> Any:
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
-    """Return a value as the type of its field says."""
+    """Check a value against the type of its field, and return it converted to that type."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, _section(value, path), path)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

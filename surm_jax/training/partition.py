@@ -1,6 +1,6 @@
 """A model in two parts: the trained arrays by path, and the frozen state.
 
-Only the trained part goes through `jax.grad`, optax and checkpoints. The frozen part is an argument of `jit`.
+Only the trained arrays are differentiated, updated and saved. The frozen state is a plain argument of the jitted step.
 """
 
 import dataclasses
@@ -25,8 +25,9 @@ class Slot(NamedTuple):
 
     Attributes:
         path: Its NNX path in the model that a step runs.
-        variable: The variable without its value.
-        names: Its path in the model, or for a stack its paths in all of the blocks. The first is its key in `Arrays`.
+        variable: The abstract variable, without its value.
+        names: Its path in the original model. A variable of a stack has one path for each block. The first path is its
+            key in `Arrays`.
     """
 
     path: tuple
@@ -36,7 +37,7 @@ class Slot(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """Puts trained arrays and frozen state together to a model.
+    """The way to put trained arrays and frozen state back together into a model.
 
     Attributes:
         graphdef: The structure of the model that a step runs.
@@ -52,16 +53,16 @@ class Partition:
         return nnx.merge(self.graphdef, nnx.from_flat_state(state), frozen)
 
     def model(self, trained: Mapping[str, jax.Array], frozen: nnx.State) -> nnx.Module:
-        """Return the model with these arrays, as it was before the split; stacked arrays are copied to the host."""
+        """Return the model with these arrays and single blocks, as before the split. Stacks are copied to the host."""
         model = self.merge(trained, frozen)
         model.blocks = as_blocks(model.blocks)
         return model
 
     def by_block(self, tree: Tree) -> Tree:
-        """Return a tree, such as a training state, with one entry per block instead of one per stack.
+        """Return a tree, such as a training state, with one entry for each block instead of one for each stack.
 
-        Every dictionary of trained arrays in the tree is changed. Files then hold the same whether blocks are stacked
-        or not.
+        This changes every dictionary of trained arrays in the tree. Checkpoints in this form do not depend on whether
+        blocks are stacked.
         """
 
         def apart(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class Partition:
         return _map_dicts(apart, tree, {slot.names[0] for slot in self.slots})
 
     def by_step(self, tree: Tree) -> Tree:
-        """Return a tree with one entry per stack: the inverse of `by_block`."""
+        """Return a tree with one entry for each stack: the inverse of `by_block`."""
 
         def together(arrays: Mapping[str, Any]) -> dict[str, Any]:
             return {
@@ -95,11 +96,13 @@ def partition(
     """Split an adapted model into trained and frozen arrays.
 
     Args:
-        model: Has `blocks`. Blocks that are stacked lose their arrays: the model cannot be used afterwards.
+        model: An adapted model with `blocks`. If blocks are stacked, their arrays are deleted, and this model cannot be
+            used afterwards.
         adapter: Says which parameters are trained.
-        scan_layers: Whether to stack equal neighbours among the blocks, so that a step compiles them once. Blocks that
-            differ, because a rule adapts only some of them, are not stacked.
-        group_of: Path of a trained variable to its group in the optimiser. Equal blocks have equal groups.
+        scan_layers: Whether to stack equal neighbouring blocks, so that a step compiles them once. Blocks that differ,
+            for example because a rule adapts only some of them, are not stacked.
+        group_of: Takes the path of a trained variable and returns its group in the optimiser. Only blocks with the same
+            groups are stacked.
 
     Returns:
         The partition, the trained arrays by path, and the frozen state.
@@ -115,7 +118,7 @@ def partition(
     blocks = list(itertools.accumulate(runs, initial=0))
 
     def paths_of(path: tuple) -> list[tuple]:
-        """Return the paths in the model of a variable in the model that a step runs."""
+        """Return the paths in the original model of a variable of the model that a step runs."""
         if path[0] != "blocks":
             return [path]
         rest = path[3:] if runs[path[1]] > 1 else path[2:]
@@ -132,7 +135,7 @@ def partition(
 
 
 def _map_dicts(fn: Callable[[dict], dict], tree: Tree, keys: set[str]) -> Tree:
-    """Return a tree in which every dictionary with these keys is replaced by `fn` of it."""
+    """Return a tree in which `fn` is applied to every dictionary with exactly these keys."""
     chosen = lambda node: isinstance(node, dict) and node.keys() == keys  # noqa: E731
     return jax.tree.map(lambda node: fn(node) if chosen(node) else node, tree, is_leaf=chosen)
 

@@ -1,4 +1,4 @@
-"""A run at work: what stays the same from step to step, what changes, and how both are set up."""
+"""The state of a run: what stays the same from step to step, what changes, and how both are set up."""
 
 import dataclasses
 import signal
@@ -20,11 +20,11 @@ from surm_jax.training.step import EvalStep, TrainState, init_state, make_eval_s
 
 CHECKPOINTS_NAME = "checkpoints"
 Evaluation = dict[str, dict[str, float]]
-"""Metrics by split and name."""
+"""The metrics of an evaluation: a value for each split and each name."""
 
 
 class InterruptedRunError(Exception):
-    """A run was interrupted and is saved. `status` is the exit status that belongs to the signal."""
+    """The end of a run that a signal interrupted and that is saved. `status` is the exit status: 128 + signal."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -38,9 +38,9 @@ class Run:
     Attributes:
         job: Configuration, seed, mesh and task.
         workdir: The folder of the run.
-        stop: Says whether a signal asks the run to stop.
+        stop: Says whether a signal tells the run to stop.
         model: The split model and the recipe of its adapter.
-        programs: The functions that JAX compiles, and what they read beside the state.
+        programs: The jitted functions, and their inputs other than state and batch.
     """
 
     job: Job
@@ -56,8 +56,8 @@ class SplitModel(NamedTuple):
     Attributes:
         partition: How trained and frozen arrays make the model.
         frozen: The frozen state, on the mesh.
-        adapter: The recipe of what was added.
-        description: What is trained, for people and for the result.
+        adapter: The recipe of the adapter.
+        description: A summary of what is trained, to be printed and counted.
         base: The fingerprint of the frozen weights.
     """
 
@@ -69,13 +69,13 @@ class SplitModel(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """The functions that JAX compiles, and what they read beside the state.
+    """The jitted functions, and their inputs other than state and batch.
 
     Attributes:
         train_step: See `surm_jax.training.step.make_train_step`.
         eval_step: See `surm_jax.training.step.make_eval_step`.
-        rates: The learning rates step by step.
-        key: The key of the run, on the mesh.
+        rates: The learning rates of every step.
+        key: The random key of the run, on the mesh.
     """
 
     train_step: Any
@@ -89,12 +89,12 @@ class Position:
     """What changes from step to step.
 
     Attributes:
-        state: Trained arrays, optimiser and step. A step takes its memory: nothing else may refer to it.
-        batches: The training batches that come next.
-        began: When the run began, by the monotonic clock, without the pauses between interrupted starts.
-        score: The first metric of the last evaluation, if it was made at this very step.
+        state: Trained arrays, optimiser and step. Each step donates it, so nothing else may refer to its arrays.
+        batches: The iterator of training batches.
+        began: A time of the monotonic clock. The time since then is how long the run has worked, over all its starts.
+        score: The first metric of the evaluation at the restored step, or None if there was none.
         tests: The evaluation of the test splits after the last step, if it was made while training.
-        watch: Measures the rate of steps.
+        watch: Measures the number of steps per second.
     """
 
     state: TrainState
@@ -106,18 +106,18 @@ class Position:
 
 
 class Stop:
-    """Says whether a signal came, to any of the processes; all of them must ask equally often."""
+    """A check whether any process got a signal to stop. All processes must call it equally often."""
 
     def __init__(self, interruption: Interruption, mesh: jax.sharding.Mesh):
         self._interruption, self._agreement, self._signal = interruption, Agreement(mesh), 0
 
     def asked(self) -> bool:
-        """Return whether the run is asked to stop. Once true, it stays true."""
+        """Return whether the run must stop. Once true, it stays true."""
         self._signal = self._signal or self._agreement(self._interruption.signal or 0)
         return self._signal > 0
 
     def error(self, run: Run, step: int) -> InterruptedRunError:
-        """Return the error to leave with, when this step is saved."""
+        """Return the error with which the run ends after this step was saved."""
         number = signal.Signals(self._signal)
         return InterruptedRunError(
             f"{number.name}: saved step {step} of {run.job.config.optim.steps} in {run.workdir / CHECKPOINTS_NAME};"
@@ -127,20 +127,21 @@ class Stop:
 
 
 def set_up(job: Job, workdir: Path, interruption: Interruption, began: float) -> tuple[Run, Position]:
-    """Load and adapt the model, split it, and make what a step needs.
+    """Load the model, adapt it, split it, and build the train step, the evaluation step and their inputs.
 
     Args:
-        job: What `prepare` returned.
+        job: The result of `surm_jax.training.setup.prepare`.
         workdir: The folder of the run.
-        interruption: Asks the run to save and stop.
-        began: When the run began, by the monotonic clock.
+        interruption: Tells the run to save and stop.
+        began: The time at which this start began, by the monotonic clock.
     """
     config, mesh, task = job.config, job.mesh, job.task
     adapted, adapter = job.adapt(job.base_model())
     meet()
     description = describe(adapted, adapter)
     frozen = nnx.state(adapted, nnx.Not(adapter.trainable))
-    # Constants of the adapter are not in checkpoints, and another version of the library may draw others.
+    # Fingerprint also the constants of the adapter: checkpoints do not hold them, and another version of JAX may draw
+    # different ones.
     base = fingerprint(frozen) | fingerprint(frozen, AdapterConstant)
     parts, trained, frozen = partition(
         adapted,

@@ -1,4 +1,4 @@
-"""From a configuration to a job: data, model and adapter. Whatever can be wrong is found here, before compilation."""
+"""From a configuration to a job: data, model and adapter. All errors in them are found here, before compilation."""
 
 import dataclasses
 import functools
@@ -21,13 +21,13 @@ from surm_jax.training.config import PeftConfig, RunConfig, with_steps
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run that is ready to be built.
+    """A checked configuration with its devices and its task, from which a run is built.
 
     Attributes:
-        config: The whole configuration, with the number of steps that its epochs take.
-        seed: Draws the head, the updates, the order of the data and dropout.
+        config: The whole configuration. `optim.steps` is the number of steps that its epochs take.
+        seed: Seed of the new head, the initial adapter, the order of the data, and dropout.
         mesh: The devices.
-        task: Data and model.
+        task: The data and the model.
     """
 
     config: RunConfig
@@ -45,10 +45,10 @@ class Job:
 
 
 def prepare(config: RunConfig, seed: int) -> Job:
-    """Check the whole configuration against devices, data, the model's layers and files, in this order.
+    """Check a configuration against devices, data, the layers of the model, and files, in this order; return the job.
 
     Raises:
-        UserError: Something does not fit.
+        UserError: The configuration does not fit one of them.
     """
     mesh = make_mesh(
         config.mesh.data,
@@ -66,7 +66,7 @@ def prepare(config: RunConfig, seed: int) -> Job:
             " numbers, which cannot be smoothed: set it to 0"
         )
     geometry = kind.geometry(config.model, config.data, max(1, len(dataset.classes)))
-    # Before the weights of a named variant are downloaded.
+    # Check the rules before the weights of a named variant are downloaded.
     describe_model(config, functools.partial(make_model, geometry))
     task = kind.build(config.model, config.data, dataset, geometry)
     return Job(with_steps(config, task.examples), seed, mesh, task)
@@ -84,12 +84,12 @@ def load_base(make: Callable[[], Model], checkpoint: Path | None, mesh: jax.shar
 
 
 def describe_config(config: RunConfig) -> Description:
-    """Say what a configuration trains, without weights.
+    """Describe what a configuration trains, without loading weights.
 
-    The data set is read only for its number of classes, and not at all if `config.model.num_classes` gives it.
+    The data set is read only to count its classes, and not at all if `config.model.num_classes` gives their number.
 
     Raises:
-        UserError: Something does not fit.
+        UserError: The parts of the configuration do not fit together.
     """
     kind = task_for(config.data)
     outputs = config.model.num_classes or max(1, len(kind.load(config.data).classes))
@@ -98,22 +98,22 @@ def describe_config(config: RunConfig) -> Description:
 
 
 def describe_model(config: RunConfig, make: Callable[[int], Model]) -> Description:
-    """Say what a configuration trains in a model, without weights or data.
+    """Describe what a configuration trains in a model, without loading weights or data.
 
     Args:
         config: The whole configuration.
-        make: Builds the model from a seed; called only while JAX traces.
+        make: Builds the model from a seed. It is only traced, and allocates no arrays.
 
     Raises:
-        UserError: A rule or pattern matches nothing, or a layer that cannot be adapted; or nothing would be trained, or
-            something in half precision.
+        UserError: A rule or pattern matches nothing or matches a layer that cannot be adapted, nothing would be
+            trained, or a parameter would be trained in half precision.
     """
     model, adapter = adapt_model(nnx.eval_shape(functools.partial(make, 0)), config.peft, 0)
     for path, variable in nnx.to_flat_state(nnx.state(model, adapter.trainable)):
         if variable.dtype != "float32":
             raise UserError(
                 f"{join(path)} would be trained in {variable.dtype}, which loses small steps: leave"
-                " config.model.param_dtype at float32, or train adapters alone"
+                " config.model.param_dtype at float32, or train only adapters"
             )
     description = describe(model, adapter)
     if not description.trainable:
@@ -122,38 +122,38 @@ def describe_model(config: RunConfig, make: Callable[[int], Model]) -> Descripti
 
 
 def adapt_model(model: Model, peft: PeftConfig, seed: int) -> tuple[nnx.Module, Adapter]:
-    """Put what the configuration says into a model; return the model and its adapter.
+    """Adapt a model as the configuration says. Return the adapted model and its adapter.
 
     Raises:
-        UserError: A rule or pattern matches nothing, or a layer that cannot be adapted.
+        UserError: A rule or pattern matches nothing, or matches a layer that cannot be adapted.
     """
-    # A stream of its own: the seed's first keys drew the model.
+    # Use another stream of random numbers than the model, which was drawn from the seed itself.
     rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
     rules, train = rules_of(peft, model.config.new_head)
     return adapt(model, rules, train=train, execution=peft.execution, rngs=rngs)
 
 
 def rules_of(peft: PeftConfig, new_head: Sequence[str]) -> tuple[list[Rule], tuple[str, ...]]:
-    """Return the rules of a configuration, and the patterns of the parameters that are trained themselves.
+    """Return the rules of a configuration, and the patterns of the model's parameters that are trained directly.
 
     Args:
-        peft: The adapter's section of the configuration.
-        new_head: Patterns of the parameters that a new task initialises. They are added where the head is trained:
-            RoBERTa's head has two layers.
+        peft: The section `config.peft`.
+        new_head: Patterns of the parameters that a new task initialises. They are trained whenever the head is:
+            the head of RoBERTa has a second layer outside of `head`.
     """
     trained = [part for pattern in peft.train for part in (pattern, *(new_head if (pattern,) == HEAD else ()))]
     train = tuple(dict.fromkeys(trained))
     rules = []
     for r in peft.rules:
-        # A selection, which is no method of a rule, is refused by Rule.
+        # `Rule` refuses a `Selection`, which cannot be the method of a rule.
         method = cast(PartMethod, make_method(r.method, dict(r.settings))) if r.method else None
         rules.append(Rule(r.target, method, r.parts, r.which))
     chosen = peft.methods[peft.method]
     if isinstance(chosen, Selection):
         if peft.target not in ("", "none"):
             raise UserError(
-                f"config.peft.target={peft.target}, but {peft.method} trains parameters of the model by patterns of its"
-                " own: leave target empty"
+                f"config.peft.target={peft.target}, but {peft.method} chooses the parameters that it trains by its own"
+                " patterns: leave target empty"
             )
         return rules, (*train, *chosen.patterns)
     if peft.target != "none":

@@ -20,12 +20,12 @@ Rates = Mapping[str, np.float32 | jax.Array]
 
 
 class TrainState(NamedTuple):
-    """Everything that changes while training, and all arrays that a checkpoint holds.
+    """The arrays that change during training: exactly those that a checkpoint holds.
 
     Attributes:
         step: Number of updates made, int32.
         trained: The trained arrays by path.
-        optimizer: The state of the optimiser for them.
+        optimizer: The state of the optimiser.
     """
 
     step: jax.Array
@@ -38,7 +38,7 @@ EvalStep = Callable[[Arrays, nnx.State, Batch], dict[str, jax.Array]]
 
 
 def init_state(trained: Arrays, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-    """Return the state before the first update, on the mesh. Arrays are copied, since the step takes their memory."""
+    """Return the state before the first update, on the mesh. Arrays are copied, because the step donates its state."""
     trained = {path: jnp.array(array, copy=True) for path, array in trained.items()}
     return jax.device_put(TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained)), replicated(mesh))
 
@@ -53,27 +53,28 @@ def make_train_step(
     accumulate: int = 1,
     label_smoothing: float = 0.0,
 ) -> Any:
-    """Return the jitted update, `TrainStep`: `(state, frozen, batch, key, rates) -> (state, metrics)`.
+    """Return the jitted update, a `TrainStep`: `(state, frozen, batch, key, rates) -> (state, metrics)`.
 
-    It takes the memory of `state`. `key` is the run's. `rates` are the learning rates that the optimiser asks for; they
-    are arguments, so that one program serves every seed and schedule. `metrics` holds `train_loss` (the mean over the
-    batch), `train_accuracy` (for classes) and `gradient_norm` (before clipping). Dropout is drawn from (key, step,
-    micro-batch): a resumed run draws what an uninterrupted one does.
+    `state` is donated: its memory is reused for the result. `key` is the random key of the run. `rates` holds the
+    learning rate of each group. Both are arguments, so that one program serves every seed and schedule. `metrics` holds
+    `train_loss` (the mean over the batch), `train_accuracy` (only for classification) and `gradient_norm` (before
+    clipping). Dropout depends only on `key`, the step and the number of the micro-batch, so that a resumed run draws
+    the same masks as an uninterrupted one.
 
     Args:
-        partition: How trained and frozen arrays make the model.
-        forward: How the model reads a batch.
-        objective: What its outputs mean.
-        optimizer: Turns gradients into updates. It gets `rates` as an extra argument if it takes one.
-        mesh: The devices. State and key are replicated, the base is where `surm_jax.devices.mesh.put_base` puts it, and
-            the batch is split over all devices.
-        accumulate: Number of micro-batches, which are worked on one after the other. Must divide the batch.
+        partition: Puts trained and frozen arrays together into the model.
+        forward: Runs the model on a batch.
+        objective: Defines the loss and the prediction.
+        optimizer: Turns gradients into updates. If it takes extra arguments, it gets `rates` as one.
+        mesh: The devices. State and key are replicated, the base is placed by `surm_jax.devices.mesh.put_base`, and the
+            batch is split over all devices.
+        accumulate: Number of micro-batches, which are computed one after the other. It must divide the batch size.
         label_smoothing: See `surm_jax.tasks.objective.cross_entropy`.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
     def loss_and_rest(trained: Arrays, frozen: nnx.State, batch: Batch, key: jax.Array):
-        # Model and adapter each split their key further. From one key they would draw the same masks.
+        # Model and adapter each derive more keys from theirs: with the same key they would draw the same masks.
         model_key, adapter_key = jax.random.split(key)
         with adapter_dropout(adapter_key):
             logits = forward(partition.merge(trained, frozen), batch, model_key)
@@ -96,7 +97,7 @@ def make_train_step(
 
 
 def _accumulated(gradient: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """Return `(trained, frozen, batch, key)` to the mean of a gradient over `count` micro-batches."""
+    """Return a function like `gradient` that returns the mean over `count` micro-batches."""
     if count == 1:
         return gradient
 
@@ -117,12 +118,12 @@ def _accumulated(gradient: Callable[..., Any], count: int) -> Callable[..., Any]
 
 
 def _micro_batches(array: jax.Array, count: int) -> jax.Array:
-    # A micro-batch takes every count-th example, so that each device keeps the examples that it has.
+    # Each micro-batch takes every count-th example, so that no example moves to another device.
     return array.reshape(array.shape[0] // count, count, *array.shape[1:]).swapaxes(0, 1)
 
 
 def make_eval_step(partition: Partition, forward: Forward, objective: Objective, mesh: jax.sharding.Mesh) -> EvalStep:
-    """Return the jitted `(trained, frozen, batch) -> loss, prediction, label and mask of each example`."""
+    """Return the jitted evaluation: `(trained, frozen, batch) -> loss, prediction, label and mask of each example`."""
 
     def logits_of(trained: Arrays, frozen: nnx.State, batch: Batch) -> jax.Array:
         return forward(partition.merge(trained, frozen), batch, None)
@@ -147,10 +148,10 @@ def evaluate(
     metrics: Sequence[str],
     mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
-    """Evaluate every example of a data set once, without the padding of batches.
+    """Evaluate every example of a data set once. The padding of batches is left out.
 
-    Metrics are computed from all examples together, not as means over batches. Outputs stay on the device until the
-    end. At most two batches are on the device: while it works on one, the host prepares the next.
+    Metrics are computed from all examples together, not as means over batches. The outputs stay on the device until the
+    end. The device holds at most two batches: while it computes one, the host prepares the next.
 
     Returns:
         The metrics (names in `surm_jax.tasks.objective.SCORES`), the mean `loss` and the number of `examples`.

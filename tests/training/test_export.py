@@ -86,7 +86,7 @@ def test_images_are_normalised_as_the_folder_says(tiny_files, source):
         ),
         ({"model.param_dtype": "bfloat16", "peft.method": "full"}, "would be trained in bfloat16"),
         ({"model.heads": 3}, "heads"),
-        ({"peft.method": "bitfit", "peft.target": "mlp"}, "bitfit trains parameters of the model by patterns"),
+        ({"peft.method": "bitfit", "peft.target": "mlp"}, "bitfit chooses the parameters that it trains"),
         ({"peft.method": "linear_probe", "peft.train": ()}, "nothing would be trained"),
     ],
 )
