@@ -2,13 +2,13 @@
 
     python -m benchmarks.bert [--out=FILE.json] [--variant=base] [--batch=16] [--length=128] [--rounds=5]
 
-Needs requirements-peers.txt. All programs have the same random weights and the same batch (no padding, but a mask is
-given), updates of Q, K and V, a trained classifier of two classes, float32, no dropout, and AdamW for the trained part:
+Needs requirements-peers.txt. All programs have the same random weights and the same batch (without padding, but with a
+mask), updates of Q, K and V, a trained classifier of two classes, float32, no dropout, and AdamW for the trained part:
 
 - `ours circulant`: circulant updates, each the product of two vectors;
 - `ours lora`, `peft lora`: LoRA r = 1;
-- `peft c3a`: `peft`'s circulant updates, one block of size n, so one vector each. Their gradient by the INPUT is wrong
-  in peft 0.18.0 to 0.21.2 (see `benchmarks/peers.py`); the time is that of what it computes.
+- `peft c3a`: `peft`'s circulant updates, one block of size n, so one vector each. peft 0.18.0 to 0.21.2 computes a
+  wrong gradient with respect to the INPUT (see `benchmarks/peers.py`); its time is reported all the same.
 
 The PyTorch side uses `sdpa` attention, the fused AdamW and a thread for each core. Updates begin at zero, so the first
 steps of all programs must have the same loss; this is checked before anything is timed. `ratio_to_circulant` is the
@@ -59,7 +59,7 @@ def random_batch(config: BertConfig) -> Batch:
 
 
 def our_step(model: Bert, method: Update, batch: Batch) -> tuple[Program, int]:
-    """Return our training step, which returns its loss, and how many numbers it trains."""
+    """Return our training step, whose result is its loss, and the number of trained parameters."""
     rules = [Rule(r".*/(query|key|value)", method)]
     adapted, adapter = adapt(model, rules, train=["head/.*"], rngs=nnx.Rngs(1))
     graphdef, trained, frozen = nnx.split(adapted, adapter.trainable, ...)
@@ -75,7 +75,7 @@ def our_step(model: Bert, method: Update, batch: Batch) -> tuple[Program, int]:
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, trained)
         return (optax.apply_updates(trained, updates), optimizer_state), value
 
-    # The step donates the memory of its state, and the head's is shared with the model.
+    # Copy the state: the step donates its memory, and the model shares the memory of the head.
     state = jax.tree.map(jnp.copy, (trained, optimizer.init(trained)))
     arrays = {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
     compiled = jax.jit(update, donate_argnums=0).lower(state, frozen, arrays).compile()
@@ -89,7 +89,7 @@ def our_step(model: Bert, method: Update, batch: Batch) -> tuple[Program, int]:
 
 
 def torch_model(model: Bert) -> torch.nn.Module:
-    """Return our model in transformers, with the same weights."""
+    """Return the model of transformers that has the same weights as ours."""
     names = huggingface_names(model.config)
     config = transformers.BertConfig(**names.architecture.write_config(model.config))
     theirs = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
@@ -102,7 +102,7 @@ def torch_model(model: Bert) -> torch.nn.Module:
 
 
 def torch_step(base: torch.nn.Module, config: peft.PeftConfig, batch: Batch) -> tuple[Program, int]:
-    """Return the training step of an adapter of peft, which returns its loss, and how many numbers it trains."""
+    """Return the training step of a peft adapter, whose result is its loss, and the number of trained parameters."""
     model = peft.get_peft_model(base, config).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=1e-4, fused=True)

@@ -27,14 +27,14 @@ from surm_jax.training.step import init_state, make_train_step
 
 DEPTHS = flags.DEFINE_list("depths", ["12", "24", "48"], "Numbers of blocks.")
 WIDTH = flags.DEFINE_integer("width", 64, "Features; four heads divide it.", lower_bound=4)
-METHOD = flags.DEFINE_enum("method", "circulant", sorted(METHODS), "What is trained.")
+METHOD = flags.DEFINE_enum("method", "circulant", sorted(METHODS), "The method.")
 REMAT_NAME = flags.DEFINE_enum("remat", "none", list(REMAT), "Which activations are recomputed in the backward pass.")
 BATCH = 8
 COLUMNS = {"depth": "", "layers": "", "trace_s": ".1f", "compile_s": ".1f", "instructions": ",", "temp_bytes": ","}
 
 
 def measure(depth: int, scan: bool, mesh: jax.sharding.Mesh) -> dict[str, float]:
-    """Compile one step, and return the times and sizes."""
+    """Compile one step, and return the times and sizes of its row."""
     config = ViTConfig.from_variant(
         "digits", num_classes=10, depth=depth, width=WIDTH.value, mlp_width=4 * WIDTH.value, remat=REMAT_NAME.value
     )
@@ -63,7 +63,7 @@ def main() -> None:
     """Compile all steps, print a table and write the rows."""
     depths, mesh, rows = numbers(DEPTHS), make_mesh(1, {}), []
     with jax.set_mesh(mesh):
-        measure(min(depths), False, mesh)  # warms up what all programs share
+        measure(min(depths), False, mesh)  # warm up what all programs share
         for depth in depths:
             for layers in ("looped", "scanned"):
                 print(f"{depth} blocks, {layers}", flush=True)

@@ -1,4 +1,4 @@
-"""Read compiled programs: what their devices send each other."""
+"""Find in compiled programs what the devices send each other."""
 
 import math
 import re

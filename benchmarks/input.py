@@ -5,9 +5,9 @@
 Circulant updates of Q, K and V are trained; images are cropped, resized and flipped (`crop_flip`). As in a run, the
 next batch is prepared while the device works on the current step. `wait_ms` is the time that a step waits for its
 batch, and `share_waiting` its share of the whole step. For comparison the same step runs repeatedly on one batch:
-where input and model share the processors, `ratio_to_one_batch` shows what the input takes from the model.
-`images_per_s` is the rate of the pipeline without a model, and `images_needed_per_s` the rate at which the step on one
-batch consumes images. The first two steps are not timed.
+where the input pipeline and the model share processors, `ratio_to_one_batch` shows how much the pipeline slows the
+model down. `images_per_s` is the rate of the pipeline without a model, and `images_needed_per_s` the rate at which the
+step on one batch consumes images. The first two steps are not timed.
 """
 
 import statistics
@@ -51,7 +51,7 @@ COLUMNS = {
 
 
 class Model:
-    """A model in training. A call starts one step, and returns when the previous step has ended."""
+    """A model in training. A call starts a step, and returns when the previous step has ended."""
 
     def __init__(self, classes: int, channels: int, image_size: int | None):
         geometry = {} if image_size is None else {"image_size": image_size}
@@ -74,7 +74,7 @@ class Model:
 
 
 def timed(model: Model, batches: Iterator[dict[str, np.ndarray]], what: str) -> tuple[float, float]:
-    """Return the mean milliseconds of a step, and how many of them it waited for its batch."""
+    """Return the mean milliseconds of a step, and how many of them it spent waiting for its batch."""
     waits, ends = [], []
     for _ in tqdm(range(WARM_UP + STEPS.value), desc=what, leave=False):
         began = time.perf_counter()
@@ -97,13 +97,13 @@ def pipeline_rate(batches: Iterator[dict[str, np.ndarray]]) -> float:
 
 
 def repeated(batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-    """Yield one batch for ever."""
+    """Yield one batch again and again."""
     while True:
         yield batch
 
 
 def main() -> None:
-    """Time both, print a table and write the row."""
+    """Time the steps and the pipeline, print a table and write the row."""
     images = data.load(SET.value, DATA.value)
     if not isinstance(images, data.ImageDataset):
         raise UserError(f"--set={SET.value} has no images")

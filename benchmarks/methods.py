@@ -1,4 +1,4 @@
-"""The tables of docs/methods.md: every registered method, its settings and how many numbers it trains."""
+"""The tables of docs/methods.md: every registered method, its settings and its number of trained parameters."""
 
 import dataclasses
 import inspect
@@ -13,7 +13,7 @@ KINDS = {"updates": Update, "adapters": Branch, "selections": Selection}
 
 
 def models() -> dict[str, nnx.Module]:
-    """Return the models in which trained numbers are counted, without allocating their weights."""
+    """Return the models in which trained parameters are counted, without allocating their weights."""
     vit = ViTConfig.from_variant("B/16", num_classes=10)
     bert = BertConfig.from_variant("base", num_classes=2)
     return {
@@ -23,7 +23,7 @@ def models() -> dict[str, nnx.Module]:
 
 
 def count(model: nnx.Module, method: Method) -> int:
-    """Return how many numbers a method trains in a model, on the modules that it is meant for, without the head."""
+    """Return how many parameters a method trains in a model, on the modules that it is meant for, without the head."""
     if isinstance(method, Selection):
         adapted, adapter = adapt(model, [], train=method.patterns, rngs=nnx.Rngs(0))
     else:

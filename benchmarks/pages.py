@@ -1,11 +1,11 @@
-"""Insert tables and files of code into the pages that people write.
+"""Insert tables and files of code into hand-written pages.
 
     python -m benchmarks.pages [--check] [PAGE ...]
 
 In a page, `<!-- table: MODULE NAME -->` and `<!-- end -->` enclose the table NAME of `MODULE.tables()`; everything else
-is left alone. `MODULE:ARGUMENT` calls `tables(ARGUMENT)`. In the same way `<!-- code: FILE -->` and `<!-- end -->`
-enclose a file of Python. Without pages it takes README.md and all pages in `docs/` and
-`experiments/results/`. With `--check` it writes nothing, and fails if a page is stale.
+stays as it is. `MODULE:ARGUMENT` calls `tables(ARGUMENT)`. In the same way `<!-- code: FILE -->` and `<!-- end -->`
+enclose a file of Python. Without PAGE it updates README.md and all pages in `docs/` and `experiments/results/`. With
+`--check` it writes nothing, and fails if a page is stale.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def tables_of(source: str) -> Mapping[str, str]:
 
 
 def filled(text: str) -> str:
-    """Return the text of a page with all its tables and files as they are now.
+    """Return the text of a page with its tables and files of code brought up to date.
 
     Raises:
         UserError: A marker has no end, or names a table or a file that does not exist.

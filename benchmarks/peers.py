@@ -6,10 +6,11 @@ Needs requirements-peers.txt. The PyTorch layers, all with a frozen `nn.Linear`,
 
 - `torch frozen`: only the linear layer, with the gradient of its input;
 - `torch lora`: LoRA r = 1;
-- `torch circulant`: the circulant update by FFTs, as the released code of arXiv 2406.17740 has it;
+- `torch circulant`: the circulant update by FFTs, as in the released code of arXiv 2406.17740;
 - `torch toeplitz pair`: two symmetric Toeplitz matrices by four FFTs, padded to a power of two as that code does;
-- `peft c3a`: `peft`'s own layer with one block of size n. Its gradient by the INPUT is wrong in peft 0.18.0 to 0.21.2
-  (the backward pass indexes w[a + i] where the forward pass needs w[a - i]); the time is that of what it computes.
+- `peft c3a`: `peft`'s own layer with one block of size n. peft 0.18.0 to 0.21.2 computes a wrong gradient with respect
+  to the INPUT (the backward pass indexes w[a + i] where the forward pass needs w[a - i]); its time is reported all the
+  same.
 
 Every step computes output, input gradient and parameter gradients. `ratio_to_ours` is the time of a peer over that of
 our matrix of the same kind with `auto`.

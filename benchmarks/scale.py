@@ -15,8 +15,8 @@ class Transformer:
         heads: Attention heads.
         mlp_width: Features inside the MLP.
         mlp_kernels: Kernels of the MLP: two, or three with a gate.
-        vectors: Numbers in the biases and norms of a block.
-        outside: Numbers outside the blocks.
+        vectors: Number of parameters in the biases and norms of a block.
+        outside: Number of parameters outside the blocks.
         tokens: Tokens of an example.
         outputs: Outputs for every token; 0 for a classifier, which has one row of logits for an example.
     """
@@ -33,12 +33,12 @@ class Transformer:
 
     @property
     def block(self) -> int:
-        """Numbers of a block."""
+        """Number of parameters of a block."""
         return 4 * self.width**2 + self.mlp_kernels * self.width * self.mlp_width + self.vectors
 
     @property
     def numbers(self) -> int:
-        """Numbers of the whole model."""
+        """Number of parameters of the whole model."""
         return self.depth * self.block + self.outside
 
 
@@ -49,8 +49,8 @@ def vit(width: int, depth: int, heads: int, mlp_width: int, patch: int, image: i
     return Transformer(width, depth, heads, mlp_width, 2, 9 * width + mlp_width, outside, tokens)
 
 
-# Each with the examples of a device in a step. ViT-g/14: Table 2 of https://arxiv.org/abs/2106.04560. The decoder has
-# the geometry of Llama 2 7B (https://arxiv.org/abs/2307.09288).
+# Each model with the number of examples that a device processes in a step. ViT-g/14: Table 2 of
+# https://arxiv.org/abs/2106.04560. The decoder has the geometry of Llama 2 7B (https://arxiv.org/abs/2307.09288).
 MODELS = {
     "ViT-B/16": (vit(768, 12, 12, 3072, 16, 224, 1000), 64),
     "ViT-g/14": (vit(1408, 40, 16, 6144, 14, 224, 1000), 32),
@@ -59,13 +59,16 @@ MODELS = {
 
 
 def trained_numbers(model: Transformer, method: str) -> int:
-    """Return P: on each of Q, K and V two vectors for a circulant pair and 32 for LoRA of rank 16; or everything."""
+    """Return P, the number of trained parameters.
+
+    A circulant pair has two vectors on each of Q, K and V, and LoRA of rank 16 has 32. `full` trains everything.
+    """
     vectors = {"circulant": 2, "lora": 32}
     return model.numbers if method == "full" else 3 * model.depth * vectors[method] * model.width
 
 
 def base_bytes(model: Transformer, fsdp: int, size: int = 2) -> float:
-    """Return the bytes of the frozen base on a device. When it is split, two whole blocks are held as well."""
+    """Return the bytes of the frozen base on a device. If it is split, the device also holds two whole blocks."""
     return size * (model.numbers / fsdp + (2 * model.block if fsdp > 1 else 0))
 
 
@@ -91,12 +94,12 @@ def reduced_bytes(trained: int, devices: int) -> float:
 
 
 def tables() -> dict[str, str]:
-    """Return what each model and method takes, on one device and among eight."""
+    """Return the table of what each model and method needs, on one device and on eight."""
     rows = []
     for name, (model, examples) in MODELS.items():
         for method in ("circulant", "lora", "full"):
             trained, frozen = trained_numbers(model, method), method != "full"
-            # A model that is trained itself has a bfloat16 copy of its numbers instead of a frozen base.
+            # Full fine-tuning keeps a bfloat16 copy of the parameters instead of a frozen base.
             base = base_bytes(model, 1) if frozen else 2 * model.numbers
             row = {"model": name, "method": method, "examples": examples, "trained": trained, "weights GB": base / 1e9}
             row |= {

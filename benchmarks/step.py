@@ -5,8 +5,8 @@
 
 Every registered method has its default settings, on the modules that it is meant for (Q, K and V for updates), and a
 trained head. The whole step is timed: forward, backward and AdamW. There are two references: LoRA r = 1, and `frozen`,
-which is the forward pass and the gradient of the image with nothing trained. `peak_bytes` counts the arguments, results
-and temporaries of the compiled program, `optimizer_bytes` the state of AdamW.
+which computes the forward pass and the gradient with respect to the image, and trains nothing. `peak_bytes` counts the
+arguments, results and temporaries of the compiled program, `optimizer_bytes` the state of AdamW.
 
 With `--devices` every step is timed for each number of devices, with the same batch split over them. On a CPU the
 devices are simulated and share its cores.
@@ -57,7 +57,7 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A compiled step, a function that runs it, the numbers that it trains, and the bytes of its optimiser state."""
+    """A compiled step, a function that runs it, its number of trained parameters, and the bytes of its optimiser."""
 
     compiled: Any
     run: Callable[[], Any]
@@ -140,7 +140,7 @@ def main() -> None:
     if unknown:
         raise UserError(f"unknown methods {', '.join(sorted(unknown))}; known: {', '.join(METHODS)}")
     counts = numbers(DEVICES)
-    # This must come before JAX looks for devices. Only CPU devices are simulated.
+    # Set this before JAX looks for devices. It simulates only CPU devices.
     jax.config.update("jax_num_cpu_devices", max(counts))
     try:
         meshes = {count: make_mesh(count, {"--batch": BATCH.value}) for count in counts}

@@ -4,12 +4,12 @@
                                     [--dtypes=float32,bfloat16] [--rounds=11] [--write_table]
 
 Every program computes the output, the gradient of the input and the gradients of the update's parameters, from the
-input and a given gradient of the output. `frozen` has no update: `x @ W` and `dy @ W^T`, the floor. `lora` is the
-textbook form `x @ W + (x @ down) @ up` with r = 1, the row `LowRank`, `fft`.
+input and a given gradient of the output. `frozen` has no update and is the lower bound: `x @ W` and `dy @ W^T`. `lora`
+is the textbook form `x @ W + (x @ down) @ up` with r = 1, the row `LowRank`, `fft`.
 
 A row has `ms`, the median over rounds in which all programs of a size take turns; its ratios to `frozen` and to `lora`;
 `temp_bytes`, the temporary memory of the compiled program; and `peak_bytes`, which adds arguments and results. In the
-file of `--out` the rows replace those of the same width, tokens and dtype, and other rows stay. `--write_table` makes
+file of `--out`, new rows replace those of the same width, tokens and dtype, and other rows stay. `--write_table` makes
 the fastest execution of each case the choice of `auto` (`surm_jax/structured/products/choice.json`).
 """
 
@@ -33,9 +33,9 @@ from surm_jax.structured.products.choice import TABLE
 
 FAMILY_NAMES = flags.DEFINE_list("families", None, "Families to time; all of them by default.")
 SIZES = flags.DEFINE_list("sizes", "768x256,768x1576,768x6304,4096x2048", "Widths and tokens.")
-DTYPES = flags.DEFINE_list("dtypes", "float32", "Of input and kernel: float32, bfloat16.")
+DTYPES = flags.DEFINE_list("dtypes", "float32", "Dtypes of input and kernel: float32, bfloat16.")
 ROUNDS = flags.DEFINE_integer("rounds", 11, "How often each program is timed.", lower_bound=1)
-WRITE_TABLE = flags.DEFINE_bool("write_table", False, "Let `auto` choose by what was measured now.")
+WRITE_TABLE = flags.DEFINE_bool("write_table", False, "Make `auto` choose by these measurements.")
 
 #: The keys of a case in the table of `auto`.
 CASE = ("family", "dtype", "width", "tokens", "parameters")
@@ -123,11 +123,11 @@ def write_table(rows: list[dict[str, Any]]) -> None:
     TABLE.write_text(json.dumps(measured, indent=1) + "\n")
 
 
-def rows_there() -> dict[tuple[int, int, str], list[dict[str, Any]]]:
+def earlier_rows() -> dict[tuple[int, int, str], list[dict[str, Any]]]:
     """Return the rows in the file of `--out` by width, tokens and dtype.
 
     Raises:
-        UserError: The file holds something else.
+        UserError: The file holds something other than rows.
     """
     sizes: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
     if OUT.value is not None and Path(OUT.value).exists():
@@ -135,7 +135,7 @@ def rows_there() -> dict[tuple[int, int, str], list[dict[str, Any]]]:
             for row in json.loads(Path(OUT.value).read_text()):
                 sizes.setdefault((row["width"], row["tokens"], row["dtype"]), []).append(row)
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"--out={OUT.value} holds something else than rows of this benchmark") from None
+            raise UserError(f"--out={OUT.value} holds something other than rows of this benchmark") from None
     return sizes
 
 
@@ -155,7 +155,7 @@ def main() -> None:
     for dtype in DTYPES.value:
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"--dtypes={dtype}: known are float32 and bfloat16")
-    rows, sizes = [], rows_there()
+    rows, sizes = [], earlier_rows()
     for dtype in DTYPES.value:
         for size in SIZES.value:
             width, tokens = map(int, size.split("x"))

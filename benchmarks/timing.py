@@ -1,6 +1,6 @@
 """What all benchmarks share: their command line, fair timing, and tables.
 
-Programs are timed against each other: warm, in turn, by medians, so that a disturbance hits all of them alike.
+Programs are warmed up and timed in turn, and their medians are compared, so that a disturbance hits all of them alike.
 """
 
 import json
@@ -26,7 +26,7 @@ OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
 
 
 def benchmark(main: Callable[[], None]) -> None:
-    """Read the flags and run a benchmark; a mistake becomes one line before anything is timed."""
+    """Read the flags and run a benchmark; a mistake ends it with one line before anything is timed."""
 
     def checked(arguments: list[str]) -> None:
         if len(arguments) > 1:
@@ -50,18 +50,18 @@ def numbers(flag: flags.FlagHolder[list[str]]) -> list[int]:
     """Return the numbers that a flag lists.
 
     Raises:
-        UserError: The list is empty, or holds something else than whole numbers from 1 on.
+        UserError: The list is empty, or holds something other than positive whole numbers.
     """
     if not flag.value or not all(re.fullmatch(r"[1-9]\d*", text) for text in flag.value):
-        raise UserError(f"--{flag.name}={','.join(flag.value)} must list whole numbers from 1 on, such as 1,2,4")
+        raise UserError(f"--{flag.name}={','.join(flag.value)} must list whole numbers above 0, such as 1,2,4")
     return [int(text) for text in flag.value]
 
 
 def medians(programs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
     """Return the median time of each program, in seconds.
 
-    In each round every program is called twice in a row, and the second call is timed: then caches and allocator are as
-    the program itself left them, as in a training loop. The order of programs changes from round to round.
+    In each round every program is called twice in a row, and the second call is timed: then the program itself has left
+    caches and allocator in their state, as in a training loop. The order of programs changes from round to round.
 
     Args:
         programs: Functions without arguments, by name. A call ends when its result is ready.

@@ -1,4 +1,4 @@
-r"""Which parts of a method matter: one choice changed at a time, everything else equal.
+r"""Measure which parts of a method matter: change one choice at a time, and leave everything else equal.
 
     python -m experiments.ablations
 
@@ -8,8 +8,9 @@ vectors or one; how large the random vector is; two Toeplitz matrices or one; th
     python -m experiments.ablations --name=cifar --config=configs/vit_cifar.py --steps=1000 --holdout=2000 \\
         --set data.dir=FOLDER_OF_PREPARED_TFDS_SETS
 
-Every variant is a method of a grid (`experiments/grid.py`) with the rows `experiments/results/ablations_NAME.csv`.
-`--report` makes no run, and shows the tables and the picture of the rows so far.
+The variants are the methods of a grid (`experiments/grid.py`) whose rows are in
+`experiments/results/ablations_NAME.csv`. `--report` starts no run: it shows the tables and the picture of the rows so
+far.
 """
 
 import argparse
@@ -84,7 +85,7 @@ QUESTIONS: dict[str, dict[str, Variant]] = {
     },
 }
 VARIANTS = {name: variant for variants in QUESTIONS.values() for name, variant in variants.items()}
-# Keys that `config_of` sets, which `--set` must leave alone.
+# Keys that `config_of` sets and `--set` must not.
 SET_HERE = (
     "seeds",
     "peft.method",
@@ -107,7 +108,7 @@ def config_of(run: Run, options: argparse.Namespace) -> ml_collections.ConfigDic
     """Return the configuration of a run.
 
     Raises:
-        UserError: The job does not exist, or a text of `--set` is wrong.
+        UserError: The job does not exist, or a value of `--set` is wrong.
     """
     config, variant = load_job(options.config), VARIANTS[run.method]
     set_values(config, options.set, SET_HERE)
@@ -152,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=500, help="steps of every run")
     parser.add_argument("--holdout", type=int, default=150, help="training examples held out in searches")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="only these")
-    parser.add_argument("--report", action="store_true", help="make no run")
+    parser.add_argument("--report", action="store_true", help="start no run, only report")
     options = parser.parse_args(arguments)
     if options.holdout < 1:
         raise UserError(f"--holdout must be at least 1, since searches are scored on it, got {options.holdout}")

@@ -1,18 +1,18 @@
-"""What fine-tuning did to a network, layer by layer, and which structure its updates have.
+"""Measure what fine-tuning did to a network, layer by layer, and which structure its updates have.
 
     python -m experiments.analysis WORKDIR [--full=WORKDIR_OF_A_FULL_RUN]
 
 measures a finished run of `launch.py`, of any method and model (section B.4 of arXiv 2406.17740): rank and condition of
-every update beside what theory says of the rank; 1 - cosine similarity of tuned and pretrained weights; and, with
-`--full`, the linear CKA of the hidden states of every layer with those of the fully tuned network, on test examples.
+every update, with the rank in theory; 1 - cosine similarity of tuned and pretrained weights; and, with `--full`, the
+linear CKA of the hidden states of every layer with those of the fully tuned network, on test examples.
 
     python -m experiments.analysis WORKDIR --energy=full
     python -m experiments.analysis WORKDIR_OR_CONFIG --energy=gradient
 
 show which structure fits a model and its data: how much of a dense update each family of matrices keeps at equal
-budget (`experiments/energy.py`). The update is what full fine-tuning learned, in a finished run of the method `full`.
-Or it is the first gradient of the training loss, which needs no training: the folder of a run or a configuration such
-as `configs/bert_glue.py:task=rte` is enough.
+budget (`experiments/energy.py`). With `full` the update is what full fine-tuning learned, in a finished run of the
+method `full`. With `gradient` it is the first gradient of the training loss, which needs no training: the folder of a
+run or a configuration such as `configs/bert_glue.py:task=rte` is enough.
 
 Writes tables (`.csv`) and pictures to `experiments/results/analysis_NAME_OF_THE_RUN`, or to `--out`, and prints them.
 """
@@ -46,20 +46,20 @@ def tables(name: str | Path) -> dict[str, str]:
     """Return the tables of an analysis: updates, CKA, or energy by shape.
 
     Args:
-        name: What `--out` named, or NAME of `experiments/results/analysis_NAME`.
+        name: The value of `--out`, or NAME of `experiments/results/analysis_NAME`.
     """
     out = name if isinstance(name, Path) else RESULTS / f"analysis_{name}"
     found = {}
-    if _with(out, ".csv").is_file():
-        rows = read_csv(_with(out, ".csv"))
+    if _with_suffix(out, ".csv").is_file():
+        rows = read_csv(_with_suffix(out, ".csv"))
         found |= energy.energy_tables(rows) if "share" in rows[0] else {"updates": update_table(rows)}
-    if _with(out, ".cka.csv").is_file():
-        found["cka"] = alike_table(read_csv(_with(out, ".cka.csv")))
+    if _with_suffix(out, ".cka.csv").is_file():
+        found["cka"] = alike_table(read_csv(_with_suffix(out, ".cka.csv")))
     return found
 
 
 def draw(updates: Sequence[Update], alike: Sequence[Alike], title: str, path: Path) -> None:
-    """Draw rank, norm and 1 - cosine of the updates, and CKA, by block, as far as they exist."""
+    """Draw rank, norm and 1 - cosine of the updates, and CKA, by block. Leave out what does not exist."""
     panels = (["rank", "relative_norm", "one_minus_cosine"] if updates else []) + (["cka"] if alike else [])
     figure = new_figure(0.6 + 3.4 * len(panels), 3.6)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -119,16 +119,16 @@ def analyse(workdir: Path, full: Path | None, overrides: Mapping[str, Any], out:
     updates = [examine(layer, change) for layer, change in found]
     alike = compare(run, fully_tuned, examples) if full else []
     for suffix in (".csv", ".cka.csv", ".png"):
-        # An earlier analysis under the same name may have written more than this one does.
-        _with(out, suffix).unlink(missing_ok=True)
+        # Remove files of an earlier analysis under this name, which may have written more of them.
+        _with_suffix(out, suffix).unlink(missing_ok=True)
     if updates:
-        write_csv(_with(out, ".csv"), Update._fields, updates)
+        write_csv(_with_suffix(out, ".csv"), Update._fields, updates)
     else:
         print(f"There is no weight update: {config.peft.method} leaves the kernels of linear layers as they are.")
     if alike:
-        write_csv(_with(out, ".cka.csv"), Alike._fields, alike)
+        write_csv(_with_suffix(out, ".cka.csv"), Alike._fields, alike)
     if updates or alike:
-        draw(updates, alike, f"{config.peft.method} on {config.data.name}", _with(out, ".png"))
+        draw(updates, alike, f"{config.peft.method} on {config.data.name}", _with_suffix(out, ".png"))
 
 
 def _data(name: str, classes: Sequence[str]) -> str:
@@ -138,8 +138,8 @@ def _data(name: str, classes: Sequence[str]) -> str:
 def map_energy(title: str, matrices: Mapping[str, Float[np.ndarray, "in out"]], out: Path) -> None:
     """Write the table and the heat maps of the matrices of all layers."""
     maps = energy.energy_maps(matrices)
-    energy.write_maps(maps, _with(out, ".csv"))
-    energy.draw(maps, f"{title}: energy that each family keeps, %", _with(out, ".png"))
+    energy.write_maps(maps, _with_suffix(out, ".csv"))
+    energy.draw(maps, f"{title}: energy that each family keeps, %", _with_suffix(out, ".png"))
 
 
 def name_of(source: str) -> str:
@@ -154,8 +154,8 @@ def name_of(source: str) -> str:
     return re.sub(r"[^\w.=-]", "_", "_".join(filter(None, [*names, argument])))[:150]
 
 
-def _with(out: Path, suffix: str) -> Path:
-    # `with_suffix` would cut a name with a point in it, such as one with a learning rate.
+def _with_suffix(out: Path, suffix: str) -> Path:
+    # `with_suffix` would cut off a part of a name that contains a point, such as one with a learning rate.
     return out.parent / (out.name + suffix)
 
 
@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="where to write, without the suffix of the file's name")
     parser.add_argument("--data", help="where the data set is now, if it was moved")
     parser.add_argument("--model", help="where the pretrained weights are now, if they were moved")
-    parser.add_argument("--examples", type=int, default=256, help="test examples for CKA, at least")
+    parser.add_argument("--examples", type=int, default=256, help="minimum number of test examples for CKA")
     parser.add_argument("--batches", type=int, default=16, help="training batches for the gradient")
     options = parser.parse_args(arguments)
     for name in ("examples", "batches"):
@@ -183,13 +183,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.energy:
         analyse(workdir, options.full, overrides, out, options.examples)
     elif options.energy == "full":
-        out, folder = _with(out, "_energy_full"), options.full or workdir
+        out, folder = _with_suffix(out, "_energy_full"), options.full or workdir
         config = read_full(folder, overrides)
         run = open_run(config, folder)
         matrices = {layer: change.added for layer, change in changes(run.base, run.tuned).items()}
         map_energy(f"Update of full fine-tuning on {config.data.name}", matrices, out)
     else:
-        out, config = _with(out, "_energy_gradient"), read_any(options.workdir, overrides)
+        out, config = _with_suffix(out, "_energy_gradient"), read_any(options.workdir, overrides)
         matrices = first_gradient(prepare(config, config.seeds[0]), options.batches)
         map_energy(f"First gradient on {config.data.name}", matrices, out)
     print("\n\n".join(f"{title}\n\n{table}" for title, table in tables(out).items()))

@@ -1,11 +1,11 @@
-"""How near structured matrices come to dense ones: five kinds of targets, six families, equal budgets.
+"""Measure how near structured matrices come to dense ones: five kinds of targets, six families, equal budgets.
 
     python -m experiments.approximation
 
 The approximation study of arXiv 2406.17740 (Figure 5), with low-rank matrices and Kronecker products of the same
-numbers of parameters added. Every family is fitted twice: by gradient descent, as in the paper, and as well as we can.
-That is the optimum in closed form (circulant, Toeplitz, symmetric Toeplitz, low rank, Kronecker) or, for `W(G, H)`,
-the better of two searches by L-BFGS, together with a lower bound on the error of every `W(G, H)`.
+numbers of parameters added. Every family is fitted twice: by gradient descent, as in the paper, and as well as
+possible. The second fit is the optimum in closed form (circulant, Toeplitz, symmetric Toeplitz, low rank, Kronecker)
+or, for `W(G, H)`, the better of two searches by L-BFGS, together with a lower bound on the error of every `W(G, H)`.
 
 Writes `experiments/results/approximation.csv` (final errors of every trial), `approximation.curves.csv` (training
 curves, mean and standard deviation over trials) and `approximation.png`, and prints the tables, in three and a half
@@ -37,8 +37,8 @@ from surm_jax.structured import FAMILIES, StructuredMatrix, refine
 SIDE = 100
 SIZES = (1, 2, 4, 8, 16, 20)
 NOISE = 0.05
-# The rank of near-low-rank targets. W(G, H) of rank 4, the largest that the paper finds best, can hold such targets
-# except for the noise.
+# The rank of near-low-rank targets. `W(G, H)` of rank 4, the largest rank that the paper finds best, can represent such
+# targets except for the noise.
 LOW_RANK = 2
 LEARNING_RATE = 0.2
 # The norm of the matrix that descent starts from, relative to the target's.
@@ -70,7 +70,7 @@ TARGETS: dict[str, Callable[[np.random.Generator], Float[np.ndarray, "n n"]]] = 
 
 
 class Kind(NamedTuple):
-    """A family at one size, with the name and value of the option that sets the size; None where there is no option."""
+    """A family at one size, with the name and value of the option that sets the size; None if there is no option."""
 
     family: str
     option: str | None = None
@@ -121,8 +121,8 @@ class Result(NamedTuple):
 
     Attributes:
         descent: After gradient descent, (targets*trials,).
-        nearest: Of the nearest matrix that is known, (targets*trials,).
-        bound: No matrix of the family has a smaller error, (targets*trials,); None where `nearest` is the optimum.
+        nearest: For the nearest matrix that is known, (targets*trials,).
+        bound: A lower bound for every matrix of the family, (targets*trials,); None if `nearest` is the optimum.
         curves: Before the first step of descent and after each, (targets*trials, steps + 1).
     """
 
@@ -147,8 +147,8 @@ def displacement_bound(targets: Float[np.ndarray, "trials n n"], rank: int) -> F
     """Return a lower bound on the relative error of every `W(G, H)` of this rank.
 
     `L(W) = Z_1 W - W Z_{-1}` has rank r at most for a `W(G, H)`, and `||L(E)||_F <= 2 ||E||_F` since both shifts are
-    orthogonal. So `||M - W||_F >= ||L(M) - L(W)||_F / 2`, which is at least half of what the singular values of `L(M)`
-    beyond the first r hold (Eckart and Young).
+    orthogonal. So `||M - W||_F >= ||L(M) - L(W)||_F / 2`, which is at least half the norm of the singular values of
+    `L(M)` beyond the first r (Eckart and Young).
     """
     M = targets.swapaxes(1, 2)  # The paper's orientation.
     shifted = np.concatenate([M[:, :, 1:], -M[:, :, :1]], axis=2)
@@ -165,7 +165,7 @@ def _zero(kind: Kind) -> StructuredMatrix:
 
 
 def _starts(kind: Kind, targets: Float[np.ndarray, "trials n n"]) -> StructuredMatrix:
-    """Return random matrices a tenth as large as their targets, where all factors of a product are equally large."""
+    """Return random matrices with a tenth of the norm of their targets; factors of a product are scaled equally."""
     zero, trials = _zero(kind), len(targets)
     keys = jax.random.split(jax.random.key(1), len(zero.arrays()))
     leaves = {
@@ -227,7 +227,7 @@ Errors = Mapping[str, Mapping[Kind, list[float]]]
 
 
 def read_errors(folder: Path, column: str) -> Errors:
-    """Return a column of `approximation.csv` by target and kind, where it is not empty."""
+    """Return the non-empty values of a column of `approximation.csv`, by target and kind."""
     errors: dict[str, dict[Kind, list[float]]] = {}
     for row in read_csv(folder / "approximation.csv"):
         if row[column]:
@@ -240,7 +240,7 @@ def _kind(row: Mapping[str, str]) -> Kind:
 
 
 def error_table(errors: Errors) -> str:
-    """Return the errors of all kinds, the nearest of each budget in bold."""
+    """Return the table of errors of all kinds, with the smallest error of each budget in bold."""
     means = {target: {kind: statistics.mean(one) for kind, one in of.items()} for target, of in errors.items()}
     counts, lines = {kind: kind.parameters for kind in next(iter(errors.values()))}, []
     # A budget is the number of parameters in units of the side, rounded up: a Toeplitz matrix has one fewer.
@@ -250,7 +250,7 @@ def error_table(errors: Errors) -> str:
         for target, of in errors.items():
             rivals = [mean for other, mean in means[target].items() if budgets[other] == budgets[kind]]
             line[target] = mean_and_deviation(of[kind], digits=4)
-            # A difference below four digits is no victory.
+            # Errors that agree to four digits count as a tie.
             if round(means[target][kind], 4) <= round(min(rivals), 4):
                 line[target] = "**{}** ± {}".format(*line[target].split(" ± "))
         lines.append(line)
@@ -280,7 +280,7 @@ COLOURS = {
 
 
 def draw(folder: Path) -> None:
-    """Draw the training curves of the paper's families, and below them all families at equal budgets."""
+    """Draw the training curves of the paper's families and, below them, the errors of all families at equal budgets."""
     nearest, descent = (read_errors(folder, column) for column in ("nearest", "descent"))
     curves = read_csv(folder / "approximation.curves.csv")
     figure = new_figure(3.1 * len(nearest), 7)

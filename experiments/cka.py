@@ -1,4 +1,4 @@
-"""How alike two networks represent the same examples: linear CKA, block by block."""
+"""Measure how similarly two networks represent the same examples: linear CKA, block by block."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -21,16 +21,16 @@ def linear_cka(x: Float[ArrayLike, "examples d1"], y: Float[ArrayLike, "examples
     """Return the linear centred kernel alignment of two representations, from 0 to 1.
 
     `|Y^T X|^2 / (|X^T X| |Y^T Y|)` in Frobenius norms, every column centred: Kornblith et al. (2019), arXiv 1905.00414.
-    Rotations, shifts and multiples of either representation leave it as it is; other linear maps do not. Computed in
-    float64, O(examples d1 d2), without the Gram matrices of the definition.
+    Rotating, shifting or scaling either representation does not change it; other linear maps do. It is computed in
+    float64 at a cost of O(examples d1 d2), without the Gram matrices of the definition.
 
     Args:
         x: (examples, d1), any real dtype.
-        y: (examples, d2), Of the same examples in the same order.
+        y: (examples, d2), for the same examples in the same order.
 
     Raises:
-        UserError: One is not a matrix, they have different numbers of examples, or one holds numbers that are not
-            finite or the same row for all examples.
+        UserError: A representation is not a matrix, holds numbers that are not finite or has the same row for all
+            examples, or the two have different numbers of examples.
 
     >>> points = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     >>> round(linear_cka(points, 3 * points[:, ::-1] + 1), 6)
@@ -93,7 +93,7 @@ def compare(run: Run, full: nnx.Module, examples: int) -> list[Alike]:
     Args:
         run: The run, with its pretrained model.
         full: The fully tuned network.
-        examples: The test examples to use at least; whole batches, evenly spread over the test set, are taken.
+        examples: The minimum number of test examples. Whole batches are used, spread evenly over the test set.
     """
     batches = run.job.task.eval_batches(run.job.task.tests[0])
     every = max(1, len(batches) // -(-examples // run.job.config.data.eval_batch_size))

@@ -1,4 +1,4 @@
-"""What the command lines of experiments share: errors in one line, and jobs by name with values of their keys."""
+"""Functions that the command lines of experiments share: report errors in one line, load jobs and set their keys."""
 
 import ast
 import runpy
@@ -15,7 +15,7 @@ from surm_jax.training.run import InterruptedRunError
 
 
 def command(main: Callable[[], None]) -> None:
-    """Run a program: a `UserError` ends it with one line, an interruption with the status of its signal."""
+    """Run a program. A `UserError` ends it with one line, and an interruption with the status of its signal."""
     try:
         main()
     except InterruptedRunError as interruption:
@@ -44,7 +44,7 @@ def set_values(config: ml_collections.ConfigDict, texts: Sequence[str], reserved
     """Set keys of a configuration, each from a text `KEY=VALUE`.
 
     Args:
-        config: What is changed.
+        config: The configuration, which is changed in place.
         texts: The values as a person types them after `--set`.
         reserved: Keys, or the beginnings of keys, that the experiment sets itself.
 

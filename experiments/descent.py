@@ -1,4 +1,4 @@
-"""Gradient descent on the distance between structured and dense matrices, for all trials of a study at once."""
+"""Minimise the distance between structured and dense matrices by gradient descent, for all trials at once."""
 
 import functools
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def descend(
     """Minimise `||target - M||_F^2 / ||target||_F^2` of every trial by gradient descent with momentum 0.9.
 
     Args:
-        dense_of: Makes the matrix M from one trial's parameters.
+        dense_of: Returns the matrix M, given the parameters of one trial.
         starts: The parameters at the start, float32, every leaf with an axis of trials in front.
         targets: (trials, in, out), none of them zero.
         steps: The number of steps.

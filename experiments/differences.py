@@ -2,7 +2,7 @@
 
     python -m experiments.differences
 
-reads the rows of grids in `experiments/results/`. What follows from a difference is for people to say.
+reads the rows of grids in `experiments/results/`. It only computes the differences and draws no conclusions.
 """
 
 import math
@@ -30,7 +30,7 @@ class Difference(NamedTuple):
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Return the difference of two means over seeds, by Welch's t-test, which lets the variances differ.
+    """Return the difference of two means over seeds, by Welch's t-test, which allows different variances.
 
     >>> print(difference([3.0, 4.0, 5.0], [1.0, 1.5, 2.0]))
     +2.5 ± 2.1
@@ -44,7 +44,7 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
 
 
 class Cell(NamedTuple):
-    """The final runs of a method in a grid: on one task, or the mean over several for each seed."""
+    """The final runs of a method in a grid, on one task or averaged over several tasks for each seed."""
 
     grid: str
     tasks: tuple[str, ...]
@@ -101,7 +101,7 @@ def scores(cell: Cell) -> list[float]:
     """Return the scores of a cell in percent, one for each seed, with the learning rates that the searches chose."""
     rows = read_rows(RESULTS / f"{cell.grid}.csv")
     searched = {row["task"] for row in rows if row["part"] == "search"}
-    # A grid with one search for all tasks names it once.
+    # If all searches are on one task, that search serves all tasks.
     grid = Grid.of_rows(rows, searched.pop() if len(searched) == 1 else "")
     by_task = [grid.scores(rows, task, cell.method) for task in cell.tasks]
     return [statistics.mean(values) for values in zip(*by_task, strict=True)]

@@ -1,10 +1,10 @@
-"""Four methods on the embedded digits job, with three seeds each.
+"""Compare four methods on the embedded digits job, with three seeds each.
 
     python -m experiments.digits_methods
 
-The runs of `configs/digits.py` are a grid (`experiments/grid.py`) with the rows
-`experiments/results/digits_methods.csv`: learning rates are compared on 150 held-out training images. `--report` makes
-no run, and shows the tables and the picture of the rows so far.
+The runs of `configs/digits.py` form a grid (`experiments/grid.py`) whose rows are in
+`experiments/results/digits_methods.csv`. Learning rates are compared on 150 held-out training images. `--report` starts
+no run: it shows the tables and the picture of the rows so far.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def tables() -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the missing runs of the grid and show the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--report", action="store_true", help="make no run")
+    parser.add_argument("--report", action="store_true", help="start no run, only report")
     path = RESULTS / "digits_methods.csv"
     if not parser.parse_args(arguments).report:
         note_settings(path, {"config": "configs/digits.py", "holdout": HOLDOUT})

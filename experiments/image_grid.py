@@ -1,4 +1,4 @@
-"""What the grids on images share: options, methods with their learning rates, settings and configurations."""
+"""Parts that the grids on images share: options, methods with their learning rates, settings and configurations."""
 
 import argparse
 import hashlib
@@ -17,7 +17,7 @@ from surm_jax.training.config import RunConfig
 
 # The learning rates that the search of each method begins with, chosen by first tries: 100 steps on 2,000 images, with
 # a model that `pretrain_cifar` made in four passes. The methods from lora to circulant_adapter train equally many
-# numbers.
+# parameters.
 RATES = {
     "linear_probe": (1e-2, 3e-2, 1e-1),
     "lora": (3e-3, 1e-2, 3e-2),
@@ -34,7 +34,7 @@ Settings = dict[str, Any]
 
 
 class Source(NamedTuple):
-    """The data of a task: the name of the set, and how many training examples are used, held-out ones included."""
+    """The data of a task: the name of the set, and the number of training examples to use, including held-out ones."""
 
     name: str
     examples: int
@@ -54,14 +54,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--augment", default="crop_flip", help="as config.data.augment")
-    parser.add_argument("--report", action="store_true", help="make no run")
+    parser.add_argument("--report", action="store_true", help="start no run, only report")
 
 
 def classes_of(options: argparse.Namespace) -> tuple[str, ...]:
-    """Return the classes to keep, empty for all. By default those of CIFAR-10 that `pretrain_cifar` left out.
+    """Return the classes to keep; empty means all. The default is what `pretrain_cifar` left out of CIFAR-10.
 
     Raises:
-        UserError: CIFAR-10 is needed for their names and does not exist.
+        UserError: CIFAR-10, which gives the names of the default classes, does not exist.
     """
     if options.classes or options.sets:
         return tuple(options.classes)
@@ -82,7 +82,7 @@ def count_images(name: str, options: argparse.Namespace) -> int:
 
 
 def rates_of(options: argparse.Namespace) -> dict[str, tuple[float, ...]]:
-    """Return the learning rates to begin with for each method: those given, those above, or three around its own.
+    """Return the first learning rates of each method: from `--rates`, from `RATES`, or three around its default rate.
 
     Raises:
         UserError: A method is unknown, or `--rates` does not parse.
@@ -112,7 +112,7 @@ def settings_of(options: argparse.Namespace, about: str) -> Settings:
 
     Args:
         options: The command line.
-        about: Settings in words that have no option, such as the number of examples.
+        about: A description of settings that have no option, such as the number of examples.
 
     Raises:
         UserError: No model is given, and that of `pretrain_cifar` does not exist.
@@ -155,7 +155,7 @@ def held_out(examples: int) -> int:
 
 
 def run_config(settings: Settings, run: Run, source: Source, data_dir: str) -> RunConfig:
-    """Return the configuration of a run. Its learning rate is that of everything trained, the head included.
+    """Return the configuration of a run. Its learning rate applies to everything trained, including the head.
 
     Raises:
         UserError: A value is impossible.
@@ -189,11 +189,11 @@ def work(
     Args:
         options: The command line.
         path: The csv file of rows.
-        root: The folder for runs. Each content of the weights gets a folder of its own in it.
-        sources: The data of every task, the searched one included.
-        about: As `settings_of`.
+        root: The folder for runs, with a separate folder for each content of the weights.
+        sources: The data of every task, including the searched one.
+        about: As in `settings_of`.
         tasks: The tasks with final runs.
-        searched: As `Grid.searched`.
+        searched: As in `Grid.searched`.
     """
     rates, settings = rates_of(options), settings_of(options, about)
     note_settings(path, settings)

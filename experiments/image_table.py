@@ -1,9 +1,9 @@
-r"""Sets of images with one backbone and any methods: Table 1 and Figure 7 of the paper, and VTAB-1k of its Table 2.
+r"""Compare methods on sets of images with one backbone: Table 1 and Figure 7 of the paper, and VTAB-1k of Table 2.
 
     python -m experiments.image_table --data=FOLDER_OF_PREPARED_TFDS_SETS
 
 adapts the model of `pretrain_cifar` to the five classes of CIFAR-10 that it never saw, with all of their 25,000 images
-and 200 steps of 64 images (half a pass), in some 15 minutes on two CPU cores. With another backbone and other sets:
+and 200 steps of 64 images (half a pass), in about 15 minutes on two CPU cores. With another backbone and other sets:
 
     python -m experiments.image_table --name=vit_b --model=augreg --variant=B/16 --steps=20000 \\
         --sets cifar10 cifar100 dtd --methods circulant lora full --rates circulant=2e-5,5e-5,2e-4 \\
@@ -12,9 +12,10 @@ and 200 steps of 64 images (half a pass), in some 15 minutes on two CPU cores. W
 `--vtab` uses 1,000 training examples of each set, the same for every method: searches train on 800 and hold out 200,
 final runs train on all.
 
-The runs are a grid (`experiments/grid.py`) with the rows `experiments/results/image_table_NAME.csv`. All methods make
-the same steps with the same optimiser and a new head, and only their learning rate is searched. A later command may add
-sets, methods, rates and seeds. `--report` makes no run, and shows the tables and the picture of the rows so far.
+The runs form a grid (`experiments/grid.py`) whose rows are in `experiments/results/image_table_NAME.csv`. All methods
+take the same steps with the same optimiser and a new head, and only their learning rate is searched. A later command
+may add sets, methods, rates and seeds. `--report` starts no run: it shows the tables and the picture of the rows so
+far.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-r"""How much data each method needs: accuracy against the share of the training set, Figure 6 of the paper.
+r"""Measure how much data each method needs: accuracy against the share of the training set, Figure 6 of the paper.
 
     python -m experiments.low_data --data=FOLDER_OF_PREPARED_TFDS_SETS
 
@@ -9,10 +9,10 @@ one. With another backbone and other sets, each of which gets a table and a pict
     python -m experiments.low_data --name=clip --model=hf://openai/clip-vit-base-patch16 --sets dtd sun397 \\
         --steps=2000 --data=FOLDER_OF_PREPARED_TFDS_SETS
 
-The runs are a grid (`experiments/grid.py`) with the rows `experiments/results/low_data_NAME.csv`, or
-`low_data_NAME_SET.csv` with `--sets`. Every run makes 200 steps of 64 images, whatever the share. Each method has one
+The runs form a grid (`experiments/grid.py`) whose rows are in `experiments/results/low_data_NAME.csv`, or in
+`low_data_NAME_SET.csv` with `--sets`. Every run takes 200 steps of 64 images, whatever the share. Each method has one
 search for all shares, with 10 % of the data. The whole grid without the bottleneck took 71 minutes on two CPU cores. A
-later command may add shares, methods, rates and seeds. `--report` makes no run, and shows the tables and the picture.
+later command may add shares, methods, rates and seeds. `--report` starts no run: it shows the tables and the picture.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def examples_of(share: float, examples: int) -> int:
     (250, 25000)
 
     Raises:
-        UserError: It is not a share, or too small to hold out a fifth.
+        UserError: The share is not in (0, 100], or too small to hold out a fifth.
     """
     if not 0 < share <= 100:
         raise UserError(f"--shares are percent of the training set, above 0 and up to 100, got {share:g}")
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     names, sources, counts = names_of(options.name, options.sets), {}, {}
     if not options.report:
-        # A mistake about any set is reported before the first is trained on.
+        # Report a mistake about any set before training on the first.
         for one in names:
             counts[one] = image_grid.count_images(one, options)
             shares = dict.fromkeys((*options.shares, SEARCHED))

@@ -1,21 +1,21 @@
-"""Which structured matrix can replace the hidden layer of a small network? Losses, curves and decision regions.
+"""Measure which structured matrix can replace the hidden layer of a small network: losses, curves, decision regions.
 
     python -m experiments.pinwheel
 
-After Figures 4 and 9 of arXiv 2406.17740. Points of the plane lie on a pinwheel of 5 spokes, one class each. A network
-has a hidden layer of 64 x 64 numbers, which is replaced by a matrix of 128: LoRA of rank 1, a pair of circulants, a
-pair of symmetric Toeplitz matrices, or one Toeplitz matrix (127). The bottom layer is frozen, or everything is trained,
-for 2,000 epochs and with five seeds. The paper reports that the loss of LoRA stays several times higher, and that the
-structured matrices reach the dense layer.
+This follows Figures 4 and 9 of arXiv 2406.17740. Points of the plane lie on a pinwheel of 5 spokes, one class each. A
+network has a hidden layer of 64 x 64 numbers, which is replaced by a matrix of 128: LoRA of rank 1, a pair of
+circulants, a pair of symmetric Toeplitz matrices, or one Toeplitz matrix (127). The bottom layer is frozen, or
+everything is trained, for 2,000 epochs and with five seeds. The paper reports that the loss of LoRA stays several times
+higher, and that the structured matrices reach the dense layer.
 
-What the paper leaves open is chosen as follows.
+The paper leaves some choices open; they are made as follows.
 
 - The network is `tanh(tanh(x B + b) M + m) T + t`, where `M` is the matrix itself and not an update of one. Biases are
   trained, except for that of a frozen bottom layer.
-- `B` is drawn from N(0, 1) and `T` from N(0, 1/64), the same for all layers. The numbers of `M` are normal, with the
-  deviation at which the entries of `M` have a variance of 1/64 too.
+- `B` is drawn from N(0, 1) and `T` from N(0, 1/64), the same for all layers. The parameters of `M` are normal, with the
+  deviation that gives the entries of `M` a variance of 1/64 too.
 - Adam sees all 500 training points in each step. Its learning rate falls to 0 by a cosine. The first rate is the best
-  of five by the loss on held-out points at the end, mean of two other seeds.
+  of five, judged by the final loss on held-out points, averaged over two other seeds.
 - Losses and accuracies are those after the last epoch, on the training points and on new points.
 - CKA compares the hidden layer's outputs for the new points with those of the dense network of the same seed, whose
   bottom and top start alike. The dense network itself is compared with that of the next seed.
@@ -43,7 +43,7 @@ from experiments.pinwheel_networks import LAYERS, SPOKES, Network, Points, evalu
 from experiments.tables import markdown, mean_and_deviation, new_figure, read_csv, tidy, write_csv
 from surm_jax.record.progress import Progress
 
-# The factor of the bottom layer's steps.
+# The factor that multiplies the steps of the bottom layer.
 BOTTOMS = {"frozen": 0.0, "trained": 1.0}
 EPOCHS = 2000
 SEEDS = (0, 1, 2, 3, 4)
@@ -114,7 +114,7 @@ def measure(layer: str, rate_of: dict[str, float], data: Data, dense: Sequence[R
         layer: The name of the layer.
         rate_of: The learning rate for each kind of bottom layer.
         data: The points.
-        dense: The runs of the dense layer in the same order; empty while it is measured itself.
+        dense: The runs of the dense layer in the same order; empty while the dense layer itself is measured.
     """
     cases = list(itertools.product(BOTTOMS, SEEDS))
     rates = [rate_of[bottom] for bottom, _ in cases]
@@ -123,7 +123,7 @@ def measure(layer: str, rate_of: dict[str, float], data: Data, dense: Sequence[R
     networks, curves = jax.device_get(train(begun, np.float32(rates), multiples, data.train, epochs=EPOCHS))
     train_loss, _, _ = jax.device_get(evaluate(networks, data.train))
     test_loss, accuracy, hidden = jax.device_get(evaluate(networks, data.test))
-    # The dense network of the same seed, or the one of the next.
+    # Compare with the dense network of the same seed, or compare the dense network with that of the next seed.
     next_seed = np.arange(len(cases)).reshape(len(BOTTOMS), -1)
     others = [run.hidden for run in dense] or [hidden[place] for place in np.roll(next_seed, -1, axis=1).ravel()]
     return [
@@ -172,7 +172,7 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
 
 
 def run_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Return the means over seeds for every layer, and for losses also the multiple of the dense layer's."""
+    """Return the table of means over seeds for every layer, with losses also as multiples of the dense layer's."""
     lines = []
     for layer in dict.fromkeys(row["layer"] for row in rows):
         line = {"layer": layer}

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from surm_jax import structured
 
 WIDTH, SPOKES = 64, 5
-# How a layer is made, and the deviation of its numbers that gives entries of the matrix a deviation of about 1/8.
+# How each layer is made, and the deviation of its parameters that gives the matrix entries a deviation of about 1/8.
 LAYERS = {
     "dense": (structured.Dense.init, WIDTH**-0.5),
     "lora": (functools.partial(structured.LowRank.init, rank=1), WIDTH**-0.25),
@@ -72,7 +72,7 @@ def start(layer: str, seed: int) -> Network:
 def forward(network: Network, x: Float[Array, "points 2"]) -> tuple[Array, Array]:
     """Return the outputs of the hidden layer, (points, width), and the scores of the spokes, (points, spokes)."""
     hidden = jnp.tanh(x @ network.bottom + network.bottom_bias[None])
-    # Forming so small a matrix costs less than transforms of the points.
+    # For so small a matrix, forming it costs less than transforming the points.
     hidden = jnp.tanh(structured.matmul(hidden, network.hidden, execution="dense") + network.hidden_bias[None])
     return hidden, hidden @ network.top + network.top_bias[None]
 
@@ -96,7 +96,7 @@ def train(
     Args:
         networks: The networks at their start, stacked.
         rates: The first learning rate of each.
-        bottoms: The factor of each bottom layer's steps.
+        bottoms: The factor that multiplies the steps of each bottom layer.
         points: The training points.
         epochs: The number of steps, each on all points.
 

@@ -27,7 +27,7 @@ from surm_jax.training.modes import merge_run, train_run
 
 WORKDIR = Path("runs/pretrain_cifar")
 MODEL = WORKDIR / "model.safetensors"
-# Airplane, bird, deer, frog and ship, by number since a prepared set may lack names.
+# Airplane, bird, deer, frog and ship. They are given by number, since a prepared set may lack names.
 LEARNED = (0, 2, 4, 6, 8)
 OTHERS = (1, 3, 5, 7, 9)
 

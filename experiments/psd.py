@@ -1,4 +1,4 @@
-"""Which structure fits a positive semi-definite matrix best, with 50 numbers each: the order, and where it holds.
+"""Measure which structure fits a positive semi-definite matrix best, with 50 parameters each.
 
     python -m experiments.psd
 
@@ -13,7 +13,7 @@ fitted by gradient descent, and exactly, since all four have an optimum in close
   Then `A (x) A^T` becomes `a a^T`, where a are the entries of A, and the problem is the previous one.
 
 The paper reports the same order in each of 10 trials: rank one is the worst, then Kronecker, circulant, Toeplitz. The
-order is counted for two readings of "rows of unit length", and for factors of other widths.
+trials with this order are counted for two readings of "rows of unit length", and for factors of other widths.
 
 Writes `experiments/results/psd.csv` and `psd.png`, or to `--out=FOLDER`, and prints the tables.
 """

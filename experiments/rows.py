@@ -1,7 +1,7 @@
-"""Rows of a grid in a csv file, one for each run, and beside it the settings that all of them share.
+"""Read and write the rows of a grid, one for each run, in a csv file, and their common settings in a json file.
 
 Rows are comparable only if everything except task, method, learning rate and seed is the same. So a grid refuses to add
-to rows that were made with other settings.
+rows to those made with other settings.
 """
 
 import csv
@@ -82,7 +82,7 @@ def note_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings beside the csv file, or check that they are those of the rows in it.
 
     Raises:
-        UserError: The rows have other settings (the message names what differs), or none that are known.
+        UserError: The rows have other settings (the message names what differs), or their settings are unknown.
     """
     new = json.loads(json.dumps(settings))
     if read_rows(path):

@@ -1,4 +1,4 @@
-"""Runs of `launch.py` as experiments read them: their configurations and models, and the gradient they begin with."""
+"""Read runs of `launch.py`: their configurations, their models, and the gradient that training begins with."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -56,7 +56,7 @@ def read_full(workdir: Path, overrides: Mapping[str, Any]) -> RunConfig:
     """Return the configuration of a finished run that trained all parameters.
 
     Raises:
-        UserError: As `read_run`, or the run has another method.
+        UserError: As in `read_run`, or the run has another method.
     """
     config = read_run(workdir, overrides)
     if config.peft.method != "full":
@@ -90,12 +90,12 @@ def open_run(config: RunConfig, workdir: Path) -> Run:
 def first_gradient(job: Job, count: int) -> dict[str, Float[np.ndarray, "in out"]]:
     """Return the gradient of the training loss with respect to every kernel, before full fine-tuning, by layer.
 
-    While the head is zero, as a ViT's is at the start, no gradient reaches the layers below. Then the head first makes
-    a small step of its own.
+    While the head is zero, as a ViT's is at the start, no gradient reaches the layers below. In that case the head
+    first takes a small step.
 
     Args:
-        job: The job, whose model and training batches are used. Nothing is dropped out.
-        count: The number of batches in the mean.
+        job: The job, whose model and training batches are used, without dropout.
+        count: The number of batches to average over.
     """
     batches = list(itertools.islice(job.task.train_batches(job.seed), count))
     with jax.set_mesh(job.mesh):

@@ -1,4 +1,4 @@
-"""Tables in markdown, and what pictures share: the results of grids, and rows of any kind."""
+"""Write tables in markdown and draw pictures, for the results of grids and for rows of any kind."""
 
 import csv
 import math
@@ -64,7 +64,7 @@ def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
 def score_table(grid: Grid, rows: Sequence[Row], mean: bool = True) -> str:
     """Return the table of all cells: mean and standard deviation over seeds, in percent.
 
-    A cell that lacks seeds says how many it has; an empty one is not measured yet.
+    A cell that lacks seeds says how many it has. An empty cell is not measured yet.
 
     Args:
         grid: The methods and tasks to show.

@@ -1,4 +1,4 @@
-"""Updates of a network's kernels: rank, condition and size, beside what theory says of the rank."""
+"""Measure the updates of a network's kernels: rank, condition and size, and the rank in theory."""
 
 import math
 import re
@@ -29,7 +29,7 @@ from surm_jax.structured import (
 
 
 def kernels(model: nnx.Module) -> dict[str, Float[Array, "in out"]]:
-    """Return the kernels of all linear layers outside the head as matrices, layers of one kind together.
+    """Return the kernels of all linear layers outside the head as matrices, with layers of one kind together.
 
     >>> model = nnx.Dict(head=nnx.Linear(4, 2, rngs=nnx.Rngs(0)), up=nnx.Linear(2, 4, rngs=nnx.Rngs(1)))
     >>> {path: kernel.shape for path, kernel in kernels(model).items()}
@@ -43,7 +43,7 @@ def kernels(model: nnx.Module) -> dict[str, Float[Array, "in out"]]:
 
 
 def kind_of(path: str) -> str:
-    """Return the part of a path that layers at the same place of all blocks share.
+    """Return the part of a path that layers at the same place in different blocks share.
 
     >>> kind_of("blocks/11/attention/query"), kind_of("pooler")
     ('attention/query', 'pooler')
@@ -62,7 +62,7 @@ def block_of(path: str) -> int | None:
 
 
 class Change(NamedTuple):
-    """A kernel before fine-tuning and what was added to it, both in float64, and the addition as a structured matrix.
+    """A kernel before fine-tuning and its update, both in float64, and the update as a structured matrix.
 
     The matrix is None if the kernel itself was trained or its columns were normalised.
     """
@@ -88,7 +88,7 @@ def changes(base: nnx.Module, tuned: nnx.Module) -> dict[str, Change]:
 
 
 class Update(NamedTuple):
-    """The measurements of a layer's update. What does not apply is empty."""
+    """The measurements of a layer's update. Fields that do not apply are empty."""
 
     layer: str
     rows: int
@@ -106,9 +106,9 @@ class Update(NamedTuple):
 
 
 def examine(layer: str, change: Change) -> Update:
-    """Measure an update, with the tolerances of float32, in which it was learned.
+    """Measure an update, with the tolerances of float32, the dtype in which it was learned.
 
-    The stable rank is the squared Frobenius norm over the square of the largest singular value; it tells how many
+    The stable rank is the squared Frobenius norm over the square of the largest singular value; it says how many
     directions matter. The condition is the largest singular value over the smallest that the structure allows to be
     above zero. A dense update has no displacement rank.
     """
@@ -160,7 +160,7 @@ def largest_rank(matrix: StructuredMatrix) -> int:
 
 
 def rank_in_theory(matrix: StructuredMatrix) -> str:
-    """Return what the structure says of the rank; for a sum or a product it is in general only a bound.
+    """Return the rank that the structure implies; for a sum or a product it is in general only a bound.
 
     >>> rank_in_theory(Circulant(np.ones(2, np.float32), shape=(2, 2)))
     '= 1 (non-zero DFT)'

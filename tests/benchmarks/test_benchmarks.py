@@ -34,7 +34,7 @@ def test_structured(tmp_path):
         assert row["ms"] > 0 and row["temp_bytes"] >= 0
         assert math.isclose(row["ratio_to_frozen"], row["ms"] / rows[0]["ms"])
         assert math.isclose(row["ratio_to_lora"], row["ms"] / lora["ms"])
-        # x, W, dy; y, dx.
+        # At least the arguments x, W and dy, and the results y and dx.
         assert row["peak_bytes"] >= 4 * (8 * 16 + 16 * 16 + 8 * 16 + 2 * 8 * 16)
     assert "ratio_to_lora" in done.stdout and "width 16, 8 tokens, float32" in done.stdout
 
@@ -162,7 +162,7 @@ def test_bert(tmp_path):
         ("step", ["lora"], "error: unknown argument 'lora': flags begin with --"),
         ("step", ["--batch=0"], "--batch=0"),
         ("structured", ["--out=missing/x.json"], "error: --out=missing/x.json must name a file in an existing folder"),
-        ("structured", ["--out=README.md"], "error: --out=README.md holds something else than rows"),
+        ("structured", ["--out=README.md"], "error: --out=README.md holds something other than rows"),
         ("bank", ["--method=foo"], "--method=foo"),
         ("bank", ["--adapters=a"], "error: --adapters=a must list whole numbers"),
         ("bank", ["--variant=X"], "error: there is no ViT 'X'"),

@@ -77,7 +77,8 @@ def test_compiled_programs_hold_and_send_what_the_formulas_say(method, data, fsd
     # optax mixes its counter with floats.
     with jax.numpy_dtype_promotion("standard"):
         program, trained, replicated, split = compiled_step(method, data, fsdp)
-    # In float32 and without donation: base, value and two moments, a device's two images and labels, two counters.
+    # The step holds in float32, without donation: base, values and two moments, two images and labels of a device, and
+    # two counters.
     batch = 2 * (32 * 32 * 3 + 1)
     assert program.memory_analysis().argument_size_in_bytes == 4 * (
         replicated + split // fsdp + 3 * trained + batch + 2
@@ -85,14 +86,14 @@ def test_compiled_programs_hold_and_send_what_the_formulas_say(method, data, fsd
     found = dict.fromkeys(("all-gather", "all-reduce"), 0)
     for one in collectives(program.as_text()):
         found[one.name] += one.bytes
-    # A program names whole results; the factors of a ring are not in it. Loss and accuracy are reduced as well. Both
-    # vectors of a circulant pair get their gradient from one half spectrum.
+    # A program states the sizes of whole results, without the factor 2 (c - 1) / c of a ring. Loss and accuracy are
+    # reduced as well. Both vectors of a circulant pair get their gradient from one half spectrum.
     reduced = scale.reduced_bytes(trained, 8) * 8 / 7 / 2
     assert 0 <= found["all-reduce"] - (reduced / 2 if method == "circulant" else reduced) <= 64
     if fsdp == 1:
         assert found["all-gather"] == 0 == scale.gathered_bytes(split, fsdp)
     else:
-        # The backward pass ends before the patches and Q, K and V of the first block.
+        # The backward pass ends before it needs the kernels of the patches and of Q, K and V of the first block.
         left_out = 4 * (3 * 8**2 * 256 + 3 * 256**2)
         whole = scale.gathered_bytes(split, fsdp, size=4) * fsdp / (fsdp - 1)
         assert found["all-gather"] == pytest.approx(whole - left_out, abs=1)
@@ -103,7 +104,7 @@ def test_bytes_of_a_known_model():
     assert scale.base_bytes(model, 1) == 2 * 86_567_656
     assert scale.base_bytes(model, 4) == 2 * 86_567_656 / 4 + 2 * 2 * 7_087_872
     assert scale.trained_bytes(55_296) == 16 * 55_296
-    # By hand, for one example of 197 tokens: inputs of 12 blocks, one block inside, its attention.
+    # By hand, for one example of 197 tokens: the inputs of 12 blocks, the inside of one block, and its attention.
     assert scale.activation_bytes(model, 1) == 197 * (2 * 12 * 768 + 16 * 768 + 4 * 3072 + 6 * 12 * 197)
 
 

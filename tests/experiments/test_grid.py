@@ -56,7 +56,7 @@ def test_the_grid_is_made_in_order_and_each_run_once():
     assert [key for key, _ in itertools.groupby((run.task, run.method) for run in runs)] == [
         ("stsb", "linear_probe"), ("stsb", "lora"), ("rte", "linear_probe"), ("rte", "lora"),
     ]  # fmt: skip
-    # If a row is lost, its run comes next.
+    # If a row is lost, its run is made next.
     for lost in rows:
         if lost["part"] == "final":
             assert GRID.missing([row for row in rows if row is not lost])[0]._asdict().items() <= lost.items()
@@ -190,7 +190,7 @@ def test_rows_are_read_back_as_they_were(tmp_path):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """Makes no run, but notes it and gives the middle rate of each search the best score."""
+    """Record each run instead of making it, and give the middle rate of each search the best score."""
     made = []
 
     def measure(run, config, root, interruption):

@@ -37,7 +37,7 @@ def small(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """Make no run, but note it and score it by its learning rate."""
+    """Record each run instead of making it, and score it by its learning rate."""
     made = []
 
     def measure(run, config, root, interruption):

@@ -68,7 +68,7 @@ def test_a_small_grid(small, tmp_path, capsys):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """Make no run, but note it and score it by its learning rate."""
+    """Record each run instead of making it, and score it by its learning rate."""
     made = []
 
     def measure(run, config, root, interruption):

@@ -14,7 +14,7 @@ from experiments import pinwheel_networks as networks
 
 @pytest.fixture
 def adam():
-    """Adam counts its steps in whole numbers, and divides by powers of them."""
+    """Allow the mixed dtypes of Adam, which counts steps in integers and divides by powers of them."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -124,7 +124,7 @@ def test_the_whole_experiment(tmp_path, monkeypatch):
     assert [(row["layer"], row["bottom"], row["seed"]) for row in rows] == cells
     assert all(0 < float(row["cka"]) < 1 for row in rows)
     assert all(0 < float(row["test_loss"]) < 3 for row in rows)
-    # With two seeds each is the next of the other.
+    # With two seeds, each is the next seed of the other.
     assert rows[0]["cka"] == rows[1]["cka"] != rows[2]["cka"]
     text = "\n".join(pinwheel.tables(tmp_path).values())
     assert text.count("| toeplitz | 127 |") == 2

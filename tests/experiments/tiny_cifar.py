@@ -15,7 +15,7 @@ GEOMETRY = {"image_size": 32, "patch_size": 16, "width": 12, "depth": 1, "heads"
 
 
 def write_data(folder: Path) -> Path:
-    """Writes `cifar10`: 80 training and 20 test images, equally many of each class."""
+    """Write `cifar10`: 80 training and 20 test images, equally many of each class."""
     rng = np.random.default_rng(0)
     records = {
         split: [(png(rng.integers(0, 256, (32, 32, 3), np.uint8)), index % 10) for index in range(count)]
@@ -30,7 +30,7 @@ def write_data(folder: Path) -> Path:
 
 
 def write_model(path: Path) -> None:
-    """Writes a model of random weights."""
+    """Write a model of random weights."""
     config = ViTConfig(**GEOMETRY, num_classes=5)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_model(path, load(lambda: ViT(config, rngs=nnx.Rngs(5)), None))
