@@ -183,7 +183,7 @@ class Architecture:
         """Return the name that checkpoints have for the array at a parameter path, and its layouts.
 
         Raises:
-            UserError: There is none.
+            UserError: The array has no name in checkpoints of this architecture.
         """
         for name in self.names(config):
             for tensor in name.tensors:
@@ -223,7 +223,7 @@ def architecture_of(config: Config) -> Architecture:
     'roberta'
 
     Raises:
-        UserError: There is none.
+        UserError: No registered architecture writes such a model.
     """
     model = model_class(config)
     for architecture in ARCHITECTURES.values():
@@ -258,7 +258,7 @@ class Names:
         """Return the name that checkpoints have for the array at a parameter path, and its layouts.
 
         Raises:
-            UserError: There is none.
+            UserError: The array has no name in checkpoints of this architecture.
         """
         return self.architecture.tensor_name(self.config, path)
 
@@ -272,7 +272,7 @@ def our_activation(model_type: str, theirs: Any) -> str:
     """Return our name of an activation.
 
     Raises:
-        UserError: There is none.
+        UserError: We have no such activation.
     """
     if not isinstance(theirs, str) or theirs not in ACTIVATIONS:
         known = f"there are {', '.join(map(repr, ACTIVATIONS))}{did_you_mean(str(theirs), ACTIVATIONS)}"
