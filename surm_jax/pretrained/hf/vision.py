@@ -174,7 +174,7 @@ def _class_of(config: ViTConfig) -> str:
     """Return the class of transformers that a model is written as.
 
     Raises:
-        UserError: transformers has no class for the model; the message names the nearest class and the fields that differ.
+        UserError: transformers has no such model; the message names the nearest class and the fields that differ.
     """
     different = {
         name: {field: value for field, value in fixed.items() if getattr(config, field) != value}
