@@ -1,4 +1,4 @@
-"""Computing on each device's part of a batch, without gathering the parts.
+"""Computation on each device's part of a batch, without gathering the parts.
 
 Under `jax.jit`, XLA does not partition an FFT along its batch dimensions: with activations sharded over a mesh it
 gathers all of them on every device, forward and backward, although the output's sharding looks right
@@ -20,7 +20,7 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def batch_local(fn: Callable[..., Array]) -> Callable[..., Array]:
-    """Return `fn(x, *replicated)` that works only on each device's part of the batch.
+    """Return a version of `fn(x, *replicated)` that computes each device's part of the batch on that device.
 
     The leading dimension of `x` and of the result is the batch. The other arguments are small and the same on every
     device; their gradients are summed over the devices. `fn` must treat the examples independently.

@@ -8,12 +8,12 @@ LARGEST = 2**31
 
 
 def use_compilation_cache() -> None:
-    """Turn on JAX's persistent compilation cache in `<cache>/programs`, unless JAX was told another place.
+    """Turn on JAX's persistent compilation cache in `<cache>/programs`, unless JAX was given another folder.
 
-    It holds up to 2 GiB; what was not used for longest is removed first. See
+    It holds up to 2 GiB, and removes the least recently used programs first. See
     https://docs.jax.dev/en/latest/persistent_compilation_cache.html, also for `JAX_COMPILATION_CACHE_DIR`.
     """
-    # JAX defines the attributes of its options while it is imported, unseen by a type checker.
+    # JAX defines the attributes of its options when it is imported, so that a type checker does not see them.
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "programs"))
         jax.config.update("jax_compilation_cache_max_size", LARGEST)

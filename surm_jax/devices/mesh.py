@@ -1,7 +1,7 @@
 """The device mesh: both axes split the batch, and `fsdp` also splits the large arrays of the frozen base.
 
-Trained arrays, their optimiser and small arrays are replicated. A split array is gathered where it is used, in the
-forward pass and again in the backward pass, so that no device ever keeps the whole base (fully sharded data
+Trained arrays, the optimiser's state and small arrays are replicated. A split array is gathered where it is used, in
+the forward pass and again in the backward pass, so that no device ever keeps the whole base (fully sharded data
 parallelism, arXiv 1910.02054, stage 3, for the frozen weights).
 """
 
@@ -17,9 +17,9 @@ from surm_jax.devices.batch import BATCH_AXES
 from surm_jax.errors import UserError
 
 FSDP_AXIS = BATCH_AXES[1]
-# Smaller arrays are replicated: the memory that a split saves is not worth a message.
+# Arrays with fewer elements are replicated: splitting them would save less memory than the communication is worth.
 SMALLEST_SPLIT = 2**14
-# Outputs that the backward pass computes again: gathered arrays, and their copies in other shapes and dtypes.
+# Primitives whose outputs the backward pass recomputes: the gathering of arrays, and copies in other shapes and dtypes.
 _NOT_KEPT = ("sharding_constraint", "reshape", "convert_element_type", "transpose", "squeeze", "broadcast_in_dim")
 # Paths of the frozen arrays of blocks, and of the arrays that hold several equal blocks along their first axis.
 _IN_BLOCKS = re.compile(r"blocks/")
@@ -32,16 +32,16 @@ Tree = TypeVar("Tree")
 def make_mesh(data: int, batch_sizes: dict[str, int], fsdp: int = 1) -> jax.sharding.Mesh:
     """Return a mesh of `data` times `fsdp` devices.
 
-    The devices of a process are neighbours, in the order of the processes, and so are its rows of a batch.
+    The devices are ordered by process, so that the devices of each process, and its rows of a batch, are contiguous.
 
     Args:
-        data: Number of devices along the axis that only splits the batch; 0: as many as there are.
-        batch_sizes: Batch sizes that the mesh must divide, by their key of the configuration.
+        data: Number of devices along the axis that splits only the batch. 0: all devices, divided by `fsdp`.
+        batch_sizes: The batch sizes that must divide over the mesh, by their configuration key.
         fsdp: Number of devices along the axis that also splits the base.
 
     Raises:
-        UserError: There are fewer devices, a batch size does not divide over them, or a process would have fewer of
-            them than another.
+        UserError: There are too few devices, a batch size does not divide over them, or several processes would not use
+            all of their devices.
     """
     available = jax.device_count()
     data = data or max(1, available // fsdp)
@@ -78,7 +78,7 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def base_sharding(mesh: AnyMesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Return the sharding of an array of the frozen base: along the longest axis that divides, or none if it is small.
+    """Return the sharding of a frozen array: along the longest axis that divides over `fsdp`, or none if it is small.
 
     >>> mesh = make_mesh(1, {}, fsdp=4)
     >>> base_sharding(mesh, (768, 12, 64)).spec, base_sharding(mesh, (768,)).spec
@@ -93,7 +93,7 @@ def base_sharding(mesh: AnyMesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def put_base(frozen: Tree, mesh: jax.sharding.Mesh) -> Tree:
-    """Put the frozen arrays on their devices. An array of stacked layers is split as an array of one layer would be."""
+    """Put the frozen arrays on the mesh. The slices of a stacked array are split like the array of a single block."""
 
     def sharding(path: tuple, leaf: jax.Array) -> NamedSharding:
         if not _STACKED.match(_name(path)):
@@ -115,15 +115,15 @@ def gathered(tree: Tree, mesh: AnyMesh) -> Tree:
 
 
 def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keep everything but gathered arrays and their copies in other forms: a policy for `jax.checkpoint`."""
+    """Tell `jax.checkpoint`, as its policy, to keep all outputs except gathered arrays and copies of them."""
     return primitive.name not in _NOT_KEPT
 
 
 def with_whole_base(fn: Callable, mesh: jax.sharding.Mesh) -> Callable:
-    """Return `fn(trained, frozen, *rest)` for a frozen base that is split.
+    """Return a version of `fn(trained, frozen, *rest)` that works with a split frozen base.
 
-    Arrays outside the blocks are gathered before `fn` uses them. Every block gathers its own, in the forward pass and
-    again in the backward pass (`surm_jax.training.blocks`).
+    Arrays outside the blocks are gathered before `fn` uses them. Each block gathers its own arrays, in the forward pass
+    and again in the backward pass (`surm_jax.training.blocks`).
     """
     if mesh.shape[FSDP_AXIS] == 1:
         return fn

@@ -1,8 +1,8 @@
-"""The only file with private names of JAX: `jax._src.distributed` and `jax._src.clusters`.
+"""The only file that uses private names of JAX: `jax._src.distributed` and `jax._src.clusters`.
 
-JAX has no public way to ask for the client of the coordination service that `jax.distributed.initialize` starts, or for
-the cluster that it would recognise. Orbax takes the client from the same place. `tests/devices/test_private.py` fails
-when these names move, and says what to do.
+JAX has no public function that returns the client of the coordination service that `jax.distributed.initialize` starts,
+or the cluster that it would recognise. Orbax takes the client from the same place. If these names move,
+`tests/devices/test_private.py` fails and says what to do.
 """
 
 from typing import Any
@@ -11,12 +11,12 @@ from jax._src import clusters, distributed
 
 
 def process_index() -> int:
-    """Return the number of this process in its run, without asking for a device."""
+    """Return the number of this process in its run, from 0, without initialising devices."""
     return distributed.global_state.process_id
 
 
 def process_count() -> int:
-    """Return the number of processes of this run, without asking for a device."""
+    """Return the number of processes of this run, without initialising devices."""
     return distributed.global_state.num_processes or 1
 
 
@@ -30,9 +30,9 @@ def coordination_client() -> Any:
 
 
 def process_count_of_environment() -> int:
-    """Return the number of processes that `jax.distributed.initialize()` would find without arguments.
+    """Return the number of processes that `jax.distributed.initialize()` would find in the environment.
 
-    1 if the environment is that of no known cluster: Slurm, Open MPI, Cloud TPU, GKE or other Kubernetes jobs.
+    The known clusters are Slurm, Open MPI, Cloud TPU, GKE and other Kubernetes jobs. Outside of them, the number is 1.
     """
     known = [env for env in clusters.ClusterEnv._cluster_types if not env.opt_in_only_method and env.is_env_present()]
     return known[0].get_process_count() if known else 1

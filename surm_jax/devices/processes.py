@@ -1,9 +1,9 @@
-"""The processes of one run: starting them, what only the first does, and what all of them must agree on.
+"""The processes of one run: how they start, what only the first does, and what all must agree on.
 
 Every process runs the same program on its own devices and its own part of each batch. Only the first (number 0) writes
-files and prints; Orbax alone writes from all. A process that takes another branch leaves the others waiting for it, so
-whatever decides the next step must be the same in all of them: a signal that one of them got (`Agreement`), what the
-first found on the disk (`on_first`), an error (`leave`).
+files and prints, except that Orbax writes from all processes. If one process takes another branch than the others, they
+wait for it forever. So all processes must know whatever decides the next step: a signal that one of them got
+(`Agreement`), what the first found on the disk (`on_first`), an error (`leave`).
 """
 
 import contextlib
@@ -27,15 +27,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from surm_jax.devices import private
 from surm_jax.errors import UserError
 
-# Seconds without a sign of life after which a process counts as dead and the others are stopped.
+# Seconds without a heartbeat after which a process counts as dead and the others are stopped.
 HEARTBEAT = 30
-# Seconds in which processes that stop for the same reason wait for each other.
+# Seconds for which processes that stop for the same reason wait for each other.
 MEETING = 10
-# Seconds that the first process gives the others to print their messages. They cannot live without it.
+# Seconds that the first process waits before it exits, so that the others can print their messages: they die with it.
 LAST_WORDS = 2
-# Words in errors that mean that another process is gone: of collectives on CPUs and GPUs, and of the coordination
-# service.
+# Words in errors which mean that another process is gone. They come from collectives on CPUs and GPUs, and from the
+# coordination service.
 _LOST = ("Gloo", "NCCL", "coordination service", "CoordinationService", "UNAVAILABLE")
+# One day in milliseconds.
 _DAY = 24 * 3600 * 1000
 
 Tree = TypeVar("Tree")
@@ -44,19 +45,19 @@ _numbers = itertools.count()
 
 
 def start(coordinator: str | None = None, process_id: int | None = None, num_processes: int | None = None) -> None:
-    """Join the other processes of this run, if there are any. Call it before anything asks for a device.
+    """Join the other processes of this run, if there are any. Call it before devices are used.
 
     Without arguments, JAX recognises the cluster: Slurm, Open MPI, Cloud TPU, GKE or another Kubernetes job. A single
-    process is left as it is. All processes but the first drop their standard output and warnings from here on.
+    process is left as it is. After this call, only the first process prints to the standard output and shows warnings.
 
     Args:
-        coordinator: Host and port of process 0, which all processes can reach.
+        coordinator: `HOST:PORT` of process 0, which all processes must be able to reach.
         process_id: The number of this process, from 0.
         num_processes: The number of processes.
 
     Raises:
-        UserError: Only some arguments are given, they make no sense, or the port is in use. If the others do not come
-            within five minutes, JAX itself ends the process with a message.
+        UserError: Only some arguments are given, a value is not allowed, or the port is in use. If the other processes
+            do not connect within five minutes, JAX itself ends this process with a message.
     """
     if coordinator is not None and process_id is not None and num_processes is not None:
         _require_place(coordinator, process_id, num_processes)
@@ -70,7 +71,7 @@ def start(coordinator: str | None = None, process_id: int | None = None, num_pro
             )
         if private.process_count_of_environment() < 2:
             return
-    # The processes agree on a signal by themselves, and save at the very next step.
+    # `Agreement` already tells all processes of a signal, so that they save at the next step.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator_address=coordinator,
@@ -89,12 +90,12 @@ def several() -> bool:
 
 
 def is_first() -> bool:
-    """Return whether this process writes and prints: it is the only one, or the first of several."""
+    """Return whether this process writes and prints: the only process, or the first of several."""
     return private.process_index() == 0
 
 
 def share(batch_size: int) -> dict[str, int]:
-    """Return the arguments of an input pipeline that makes this process's part of each batch.
+    """Return the arguments with which an input pipeline makes this process's part of each batch.
 
     >>> share(64)
     {'batch_size': 64, 'process_index': 0, 'process_count': 1}
@@ -106,8 +107,8 @@ def share(batch_size: int) -> dict[str, int]:
 def whole_on_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """Return the whole array on the host, including parts that only other processes hold.
 
-    Collective: call it from every process, array by array in the same order. Arrays that each process holds completely
-    are not transferred. Costs one copy.
+    Collective: call it from every process, with the arrays in the same order. Arrays that each process holds completely
+    are not transferred. It costs one copy.
 
     >>> whole_on_host(jnp.arange(3))
     array([0, 1, 2], dtype=int32)
@@ -118,7 +119,7 @@ def whole_on_host(array: jax.Array | np.ndarray) -> np.ndarray:
 
 
 def meet() -> None:
-    """Wait for the other processes: gloo gives up if one is half a minute late for its first collective."""
+    """Wait for the other processes. Gloo fails if a process is half a minute late for the first collective."""
     if several():
         private.coordination_client().wait_at_barrier(f"surm_jax/meet/{next(_numbers)}", _DAY)
 
@@ -127,14 +128,13 @@ def on_first(action: Callable[[], Any]) -> Any:
     """Run a function only in the first process, while the others wait. Collective: call it from every process.
 
     Args:
-        action: Takes no arguments and returns JSON values. It must not work on arrays of which other processes hold
-            parts.
+        action: Takes no arguments and returns JSON values. It must not use arrays of which other processes hold parts.
 
     Returns:
-        What the function returned, in all processes.
+        The value that the function returned, in all processes.
 
     Raises:
-        UserError: In all processes, if the function raised it in the first.
+        UserError: The function raised a `UserError` or an `OSError` in the first process. Raised in all processes.
     """
     if not several():
         return action()
@@ -157,7 +157,7 @@ def opened_on_first(context: contextlib.AbstractContextManager) -> Iterator[None
     """Enter a context only in the first process, while the others wait. Collective: call it from every process.
 
     Raises:
-        UserError: In all processes, if the context raised it in the first.
+        UserError: Entering the context failed in the first process. Raised in all processes.
     """
     with contextlib.ExitStack() as stack:
         on_first(lambda: stack.enter_context(context))
@@ -165,19 +165,19 @@ def opened_on_first(context: contextlib.AbstractContextManager) -> Iterator[None
 
 
 def tree_on_first(tree: Tree) -> Tree | None:
-    """Bring arrays to the host of the first process, and return None in the others.
+    """Copy the arrays of a tree to the host of the first process; return None in the other processes.
 
     Collective: call it from every process. A single process gets the arrays as they are.
     """
     if not several():
         return tree
-    # Array by array, so that a process that keeps none of them holds one at a time.
+    # Array by array, so that a process that keeps no array holds only one at a time.
     arrays = jax.tree.map(lambda array: whole_on_host(array) if is_first() else whole_on_host(array) is None, tree)
     return arrays if is_first() else None
 
 
 def union(numbers: set[int], most: int) -> set[int]:
-    """Return, in all processes, the numbers that any of them brings: at most `most` each, none negative."""
+    """Return the union of the sets of all processes. Each set holds at most `most` numbers, none of them negative."""
     if not several() or not most:
         return numbers
     mine = np.full(most, -1, np.int32)
@@ -186,11 +186,11 @@ def union(numbers: set[int], most: int) -> set[int]:
 
 
 class Agreement:
-    """Tells every process a number that one of them has, without waiting for the devices.
+    """A way to tell all processes a number that one of them has, without waiting for the devices.
 
-    Each call returns the largest number that any process brought to the previous call. A single process gets its own
-    number at once. Collective: all processes must call it equally often. Every call gives the devices a little work: a
-    maximum over one number each.
+    Each call returns the largest number that any process passed to the previous call. A single process gets its own
+    number at once. Collective: all processes must call it equally often. Each call costs a maximum over one number per
+    device.
 
     Args:
         mesh: All devices of all processes.
@@ -202,7 +202,7 @@ class Agreement:
         self._before: jax.Array | None = None
 
     def __call__(self, number: int) -> int:
-        """Bring this process's number, not negative; return the largest of the previous call, or 0 at the first."""
+        """Pass a number >= 0; return the largest number of the previous call, or 0 in the first call."""
         if not several():
             return number
         mine = np.full(jax.local_device_count(), number, np.int32)
@@ -213,14 +213,14 @@ class Agreement:
 def leave(message: object, status: int) -> NoReturn:
     """End this process with a message on the standard error.
 
-    If all processes leave, only the first prints the message. A process that leaves while the others stay prints its
-    own, and does not wait for them: they notice that it is gone, and stop as well.
+    If all processes leave, only the first prints its message. A process that leaves while the others stay prints its
+    own message and does not wait for the others, which notice that it is gone and stop as well.
     """
     if several():
         try:
             private.coordination_client().wait_at_barrier("surm_jax/leave", MEETING * 1000)
         except Exception:  # The service may raise anything if another process does not come.
-            _go_alone(message, status)
+            _exit_now(message, status)
     if not is_first():
         sys.exit(status)
     if status == 1:
@@ -232,12 +232,12 @@ def leave(message: object, status: int) -> NoReturn:
 def leave_for(error: Exception) -> NoReturn:
     """End this process because of an error.
 
-    An error that the user can put right is printed as one line, any other with its traceback. If the error says that
-    another process is gone, this one says so and does not wait.
+    A `UserError` or an `OSError` is printed as one line, any other error with its traceback. If the error means that
+    another process is gone, this process says so and does not wait for the others.
     """
     if several() and is_lost(error):
-        _go_alone(
-            f"error: another process is gone, so this one stops ({_first_line(error)}). If it said why, look at that;"
+        _exit_now(
+            f"error: another process is gone, so this one stops ({_first_line(error)}). Look for its message;"
             " the same command goes on from the last checkpoint",
             1,
         )
@@ -246,7 +246,7 @@ def leave_for(error: Exception) -> NoReturn:
 
 
 def is_lost(error: BaseException | None) -> bool:
-    """Return whether an error, or one of its causes, says that another process is gone."""
+    """Return whether an error, or one of its causes, means that another process is gone."""
     while error is not None:
         if any(word in str(error) for word in _LOST):
             return True
@@ -254,7 +254,7 @@ def is_lost(error: BaseException | None) -> bool:
     return False
 
 
-def _go_alone(message: object, status: int) -> NoReturn:
+def _exit_now(message: object, status: int) -> NoReturn:
     place = f"process {private.process_index()} of {private.process_count()}"
     print(f"{place}: {message}", file=sys.stderr, flush=True)
     if is_first():
@@ -264,11 +264,11 @@ def _go_alone(message: object, status: int) -> NoReturn:
 
 
 def _require_place(coordinator: str, process_id: int, num_processes: int) -> None:
-    """Check what a person says of a process; process 0 must be able to listen."""
+    """Check the arguments of `start`. Process 0 must also be able to listen at the port."""
     if not 0 <= process_id < num_processes:
         raise UserError(f"--process_id={process_id} must lie between 0 and {num_processes - 1} (--num_processes - 1)")
     if not coordinator.rpartition(":")[2].isdecimal() or ":" not in coordinator:
-        raise UserError(f"--coordinator={coordinator} must be HOST:PORT, of process 0, such as 10.0.0.1:8476")
+        raise UserError(f"--coordinator={coordinator} must be HOST:PORT of process 0, such as 10.0.0.1:8476")
     if process_id == 0:
         _require_free(coordinator)
         print(f"waiting at {coordinator} for the other processes, up to five minutes", file=sys.stderr, flush=True)

@@ -1,1 +1,1 @@
-"""What a run leaves behind in its folder."""
+"""What a run writes into its folder: configuration, checkpoints, metrics, result and curves."""

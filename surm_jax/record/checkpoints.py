@@ -1,9 +1,9 @@
-"""Checkpoints of a run: trained arrays, optimiser, and place in the data; never the base weights.
+"""Checkpoints of a run: the trained arrays, the optimiser, and the position in the data, but not the base weights.
 
-A checkpoint is a folder that is named by its step. It holds `arrays/`, which Orbax writes, and `checkpoint.json`, which
-says what the arrays belong to and has the SHA-256 of every file. The folder is written under a temporary name and
-renamed when everything is on the disk. The last two checkpoints and the one with the best evaluation are kept. Reading
-is strict: another structure, other base weights or a single flipped bit in any file is an error that says so.
+A checkpoint is a folder named by its step. It holds `arrays/`, which Orbax writes, and `checkpoint.json`, which records
+the run, base and data that the arrays belong to and the SHA-256 of every file. The folder is written under a temporary
+name and renamed when everything is on the disk. The last two checkpoints and the one with the best evaluation are kept.
+Reading is strict: another structure, other base weights or a single flipped bit in any file is an error that says so.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from surm_jax.peft import check_fingerprint
 from surm_jax.record.workdir import config_changes, differences
 
 State = Any
-"""A named tuple of arrays and trees of arrays, with the number of updates in its field `step`."""
+"""A named tuple of arrays and trees of arrays. Its field `step` is the number of updates."""
 
 ARRAYS_NAME = "arrays"
 RECORD_NAME = "checkpoint.json"
@@ -35,9 +35,9 @@ class Restored(NamedTuple):
     """The content of a checkpoint.
 
     Attributes:
-        state: The arrays, on the devices of the template's.
+        state: The arrays, on the same devices as those of the template.
         data: The state of the data iterator.
-        seconds: How long the run had worked.
+        seconds: The working time of the run until then.
         score: The task's first metric in the evaluation at this step, or None if there was none.
     """
 
@@ -48,17 +48,17 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in one folder. All of several processes write the arrays; the first does everything else.
+    """The checkpoints in one folder. All processes write the arrays; the first process does everything else.
 
     Args:
-        folder: Made if it does not exist. Half-written checkpoints that a killed process left are removed.
+        folder: The folder. It is made if it does not exist. Half-written checkpoints of killed processes are removed.
         base: The fingerprint of the frozen weights.
         config: The configuration of the run.
-        dataset: JSON values by name that tell its data from other data.
+        dataset: JSON values by name that identify the data.
 
     Raises:
-        UserError: The folder cannot be read or made, or a checkpoint in it is damaged; the message names it, and the
-            last one that is whole.
+        UserError: The folder cannot be read or made, or a checkpoint in it is damaged. The message names the damaged
+            checkpoint and the last good one.
     """
 
     def __init__(
@@ -94,18 +94,18 @@ class Checkpoints:
         return max(self._scores, default=None)
 
     def save(self, state: State, data: dict[str, Any], seconds: float, score: float | None = None) -> None:
-        """Write a checkpoint, and remove those that are no longer among the last two or the best.
+        """Write a checkpoint, then remove all but the last two and the one with the best score.
 
         A checkpoint of the same step is replaced.
 
         Args:
             state: The arrays.
             data: The state of the data iterator, as JSON values.
-            seconds: How long the run has worked.
-            score: The task's first metric in the evaluation at this step, if there was one; larger is better.
+            seconds: The working time of the run until now.
+            score: The task's first metric in the evaluation at this step, if there was one. Larger is better.
 
         Raises:
-            UserError: It cannot be written; earlier checkpoints stay.
+            UserError: The checkpoint cannot be written. Earlier checkpoints stay.
         """
         step = int(state.step)
         record = {
@@ -135,10 +135,10 @@ class Checkpoints:
         """Read the last checkpoint.
 
         Args:
-            template: A state of the same structure, on the devices to which the arrays go.
+            template: A state of the same structure, on the devices on which to put the arrays.
 
         Raises:
-            UserError: It is damaged, of another structure, or of another base or other data.
+            UserError: The checkpoint is damaged, has another structure, or belongs to another run, base or data set.
         """
         step = self.latest
         if step is None:
@@ -170,7 +170,7 @@ class Checkpoints:
         return Restored(state, record["data"], record["seconds"], record["score"])
 
     def _complete(self, temporary: Path, record: dict[str, Any]) -> None:
-        """Write the record beside the arrays, and give the folder its name."""
+        """Write `checkpoint.json` next to the arrays, and rename the folder to its final name."""
         record["files"] = _files(temporary)
         record["sha256"] = _sum(record)
         (temporary / RECORD_NAME).write_text(json.dumps(record, indent=1))
@@ -225,7 +225,7 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
     """Read `checkpoint.json`, and check every file of the checkpoint against it.
 
     Raises:
-        UserError: A file is missing, damaged or superfluous; the message names it.
+        UserError: A file is missing, damaged or does not belong to the checkpoint. The message names it.
     """
     record = read_json(checkpoint / RECORD_NAME)
     if wrong := [key for key, kind in _RECORD.items() if not isinstance(record.get(key, ...), kind)]:
@@ -248,7 +248,7 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
 
 
 def _sum(record: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a record without its own field `sha256`."""
+    """Return the SHA-256 of all fields of a record except `sha256`."""
     rest = {key: value for key, value in record.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

@@ -17,22 +17,22 @@ from surm_jax.files import replacing
 from surm_jax.record.progress import Progress, Stopwatch
 
 JSONL_NAME = "metrics.jsonl"
-# In the order in which they are shown. There is no accuracy if labels are numbers.
+# The metrics of a step, in the order in which they are shown. Without classes there is no accuracy.
 STEP_METRICS = ("train_loss", "train_accuracy", "gradient_norm")
 
 
 class NotFiniteError(UserError):
-    """A run diverged: a loss or another metric is NaN or infinite."""
+    """The error of a run that diverged: a loss or another metric is NaN or infinite."""
 
 
 class MetricWriter:
-    """Appends metrics to `<folder>/metrics.jsonl` and `<folder>/tensorboard/`. Use as a context manager.
+    """A writer of metrics to `<folder>/metrics.jsonl` and `<folder>/tensorboard/`. Use it as a context manager.
 
-    Only the first of several processes writes; the others only check the numbers.
+    Only the first process writes. The others only check that the numbers are finite.
 
     Args:
         folder: The run's folder.
-        step: The step from which the run goes on. Lines of later steps are removed, since those steps come again.
+        step: The step from which the run resumes. Lines of later steps are removed, because those steps are repeated.
 
     Raises:
         UserError: The file cannot be written.
@@ -59,7 +59,7 @@ class MetricWriter:
     def __exit__(self, kind: type | None, *_: object) -> None:
         if self._jsonl is None:
             return
-        # Every line was flushed already, and a failure to do so was raised.
+        # Every line was flushed when it was written, so closing the file has nothing left to write.
         with contextlib.suppress(OSError):
             self._jsonl.close()
         try:
@@ -69,7 +69,7 @@ class MetricWriter:
                 raise UserError(f"cannot write {self._tensorboard.logdir}: {error.strerror}") from None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write numbers under their names for one step.
+        """Write the metrics of one step.
 
         Raises:
             NotFiniteError: A number is not finite.
@@ -87,16 +87,16 @@ class MetricWriter:
             self._tensorboard.add_scalar(name, value, step)
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk. Call it before a checkpoint, which must not outlive them."""
+        """Force all lines to disk. Call it before each checkpoint, so that none exists without its metrics."""
         if self._jsonl is not None:
             os.fsync(self._jsonl.fileno())
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a run's `metrics.jsonl`. A last line that was cut off is skipped.
+    """Yield the lines of a run's `metrics.jsonl`. A damaged last line, which a kill leaves, is skipped.
 
     Raises:
-        UserError: Another line is not a JSON object with a step.
+        UserError: A line before the last one is not a JSON object with a step.
     """
     path = folder / JSONL_NAME
     lines = path.read_text().splitlines()
@@ -112,10 +112,10 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def require_finite(step: int, metrics: Mapping[str, float]) -> None:
-    """Stop a run that diverged.
+    """Check that all metrics are finite, in order to stop a run that diverged.
 
     Raises:
-        NotFiniteError: A metric is not finite; the message names it and the step.
+        NotFiniteError: A metric is not finite. The message names it and the step.
     """
     for name, value in metrics.items():
         if not math.isfinite(value):
@@ -123,17 +123,17 @@ def require_finite(step: int, metrics: Mapping[str, float]) -> None:
 
 
 class StepLog:
-    """Writes the metrics of training steps, one step behind the device, so that the device never waits for them.
+    """A log of training steps. It works one step behind the device, so that the device never waits for it.
 
-    The metrics of every step are checked; those of every `every`-th step and of the last step are written.
+    The metrics of every step are checked. Those of every `every`-th step and of the last step are written.
 
     Args:
         writer: Writes the metrics.
         progress: Shows the metrics.
-        watch: Counts the steps. It starts after the first one, whose time is mostly compilation.
-        every: Number of steps from one that is written to the next; 0: only the last one is written.
+        watch: Counts the steps. It starts after the first step, whose time may include compilation.
+        every: Number of steps between two that are written. 0: only the last step is written.
         last: The last step.
-        rates: Returns further values of a step, such as its learning rate.
+        rates: Returns other values of a step, such as its learning rates.
     """
 
     def __init__(
@@ -150,15 +150,15 @@ class StepLog:
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
 
     def note(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Take the metrics of a step that may still be running, and write those of the step before."""
+        """Write the metrics of the previous step, and keep those of this step, which may still be running."""
         self.flush()
         self._pending = step, metrics
 
     def flush(self) -> None:
-        """Wait for the metrics that were noted last, and write them if they are due.
+        """Wait for the metrics passed last, check them, and write them if they are due.
 
         Raises:
-            NotFiniteError: One of them is not finite.
+            NotFiniteError: A metric is not finite.
         """
         if self._pending is None:
             return

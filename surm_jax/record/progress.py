@@ -1,7 +1,6 @@
-"""What a person sees of a run while it works, and how a signal stops it.
+"""The progress that a run shows, and the signals that stop it.
 
-A terminal shows a bar with the time left; a log file gets plain lines. Only the first of several processes shows
-anything.
+A terminal shows a bar with the time left, a log file plain lines. Only the first process shows anything.
 """
 
 import datetime
@@ -18,10 +17,10 @@ from surm_jax.devices.processes import is_first
 
 
 class Progress:
-    """Progress of a loop of known length. Use as a context manager.
+    """The progress of a loop of known length. Use it as a context manager.
 
     Args:
-        what: Its name.
+        what: The name to show.
         total: Number of steps of the whole run.
         start: Number of steps already made.
     """
@@ -43,7 +42,7 @@ class Progress:
         self._bar.update()
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the metrics of a step: beside the bar, or as a line with the time left."""
+        """Show the metrics of a step next to the bar, or without a terminal as a line with the time left."""
         if not self._bar.disable:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
             return
@@ -60,7 +59,7 @@ class Progress:
 
 
 def track(batches: Iterable, what: str) -> Iterable:
-    """Yield the batches; a terminal shows a bar, which vanishes at the end."""
+    """Return the batches, whose iteration shows a bar in a terminal. The bar vanishes at the end."""
     return tqdm.tqdm(batches, desc=what, leave=False, disable=not _has_terminal(), dynamic_ncols=True)
 
 
@@ -69,11 +68,11 @@ def _has_terminal() -> bool:
 
 
 class Stopwatch:
-    """Measures the rate of steps, without evaluations and checkpoints between them.
+    """A measure of steps per second, which leaves out evaluations and checkpoints.
 
     Attributes:
-        steps: Number of steps counted while it ran.
-        seconds: How long it ran.
+        steps: Number of steps counted.
+        seconds: Time between starts and stops.
     """
 
     def __init__(self) -> None:
@@ -81,32 +80,32 @@ class Stopwatch:
         self._since: float | None = None
 
     def start(self) -> None:
-        """Start it."""
+        """Start the watch."""
         self._since = time.monotonic()
 
     def stop(self) -> None:
-        """Stop it, if it runs."""
+        """Stop the watch if it runs."""
         if self._since is not None:
             self.seconds += time.monotonic() - self._since
             self._since = None
 
     def count_or_start(self) -> None:
-        """Count a step if it runs. Otherwise do not count this step, and start: its time included compilation."""
+        """Count a step if the watch runs. Otherwise start it without counting this step, which may have compiled."""
         if self._since is None:
             self.start()
         else:
             self.steps += 1
 
     def rate(self) -> float | None:
-        """Return steps per second so far, or None before the first counted step."""
+        """Return the number of steps per second so far, or None before the first counted step."""
         running = time.monotonic() - self._since if self._since is not None else 0.0
         return self.steps / (self.seconds + running) if self.steps else None
 
 
 class Interruption:
-    """A request to stop after the current step: the first SIGINT or SIGTERM. A second signal acts at once.
+    """A request to stop after the current step, made by the first SIGINT or SIGTERM. A second signal acts at once.
 
-    Use as a context manager around the loop.
+    Use it as a context manager around the loop.
 
     Attributes:
         signal: The signal that came, or None.
@@ -127,6 +126,10 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        print(f"\n{self.signal.name}: stopping after this step (once more: at once)", file=sys.stderr, flush=True)
+        print(
+            f"\n{self.signal.name}: stopping after this step (a second signal stops at once)",
+            file=sys.stderr,
+            flush=True,
+        )
         for other, handler in self._before.items():
             signal.signal(other, handler)

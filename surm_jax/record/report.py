@@ -1,4 +1,4 @@
-"""The end of a run: its result, a table for the terminal, and a picture of its curves."""
+"""The report of a run: its result, a table for the terminal, and a picture of its curves."""
 
 import importlib.metadata
 import statistics
@@ -35,19 +35,19 @@ def make_result(
     examples_per_second: float | None,
     adapter_bytes: int,
 ) -> dict[str, Any]:
-    """Return the result of one run as JSON values.
+    """Return the result of one run as JSON values, for `result.json`.
 
     Args:
         method: Name of the method.
-        tests: The evaluation after the last step by split: the metrics, `loss` and `examples`.
+        tests: The evaluation of each test split after the last step: the metrics, `loss` and `examples`.
         description: What was trained.
         seed: The seed of the run.
-        metrics: Names of the task's metrics. The first one, on the first split, is the run's main metric.
+        metrics: Names of the task's metrics. The main metric is the first one, on the first split.
         classes: Names of the classes; empty if labels are numbers.
         corrupt: Number of examples of each split that could not be read and were skipped.
         steps: Number of updates.
-        seconds: Duration of the run with compilation and evaluation, summed over its interrupted starts.
-        examples_per_second: Speed of training without compilation, evaluation and checkpoints; None if there was one
+        seconds: Duration of the run, summed over all its starts, including compilation and evaluation.
+        examples_per_second: Training speed, without compilation, evaluation and checkpoints. None if there was only one
             step.
         adapter_bytes: Size of the adapter folder.
     """
@@ -75,9 +75,9 @@ def make_result(
 
 
 def combine(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the result of several seeds: mean and standard deviation (denominator n - 1) of every metric.
+    """Return the combined result of several seeds: mean and standard deviation (denominator n - 1) of every metric.
 
-    The number of corrupt examples is the largest of any seed.
+    The numbers of corrupt examples are the largest of all seeds, and the seconds are the sum.
 
     Args:
         results: The result of each seed.
@@ -131,11 +131,11 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw_curves(folder: Path, model: nnx.Module, metric: str) -> None:
-    """Draw a run's loss and main metric by step, and the largest update that it learned, into `curves.png`.
+    """Draw `curves.png`: the loss and the main metric of a run by step, and the largest update that it learned.
 
     Args:
-        folder: The folder of the run, with its `metrics.jsonl`.
-        model: The adapted model. A model without updates has only the curves.
+        folder: The folder of the run, which holds `metrics.jsonl`.
+        model: The adapted model. If it has no updates, only the curves are drawn.
         metric: Name of the main metric, such as "accuracy".
     """
     lines = list(read_metrics(folder))
@@ -158,8 +158,8 @@ def draw_curves(folder: Path, model: nnx.Module, metric: str) -> None:
 
 
 def _largest_update(model: nnx.Module) -> tuple[str, np.ndarray] | None:
-    """Return the path and the dense matrix of the update with the largest norm, or None without updates."""
-    # At most two dense matrices exist at a time.
+    """Return the path and the dense matrix of the update with the largest norm, or None if there is no update."""
+    # Keep only the largest: at most two dense matrices exist at a time.
     largest, norm = None, -1.0
     for row in iter_parts(model):
         if not isinstance(row.part, KernelPart):

@@ -1,6 +1,7 @@
-"""The folder of a run: which run it belongs to, who may use it, and files that are written whole or not at all.
+"""The folder of a run: which run it belongs to, which process may use it, and how its JSON files are written.
 
-A configuration is a tree here: nested dictionaries of JSON values, as `surm_jax.training.parsing.to_dict` makes them.
+In this file, a configuration is a tree of nested dictionaries and JSON values, as made by
+`surm_jax.training.parsing.to_dict`.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ LOCK_NAME = ".lock"
 
 Tree = Mapping[str, Any]
 Check = Callable[[Tree], Tree]
-"""Checks a configuration and fills in its defaults; raises a `UserError` for one that cannot be."""
+"""A function that checks a configuration and fills in defaults. It raises a `UserError` if a key or value is wrong."""
 
 CHANGEABLE = (
     "data.dir",
@@ -39,15 +40,15 @@ CHANGEABLE = (
 )
 """Keys that may change when a run is resumed, evaluated or exported.
 
-They say where its data and weights are, and how it is computed, which changes numbers only by rounding. Weights from
-another place are checked when they are loaded.
+They say where data and weights are, and how the run is computed, which changes its numbers only by rounding. When
+weights are loaded from another place, they are checked against the fingerprint of the run's base.
 """
 
 
 def default_workdir(config_name: str, overrides: Mapping[str, object]) -> Path:
-    """Return `runs/<configuration>`, with the values that were given on the command line in its name.
+    """Return `runs/<name>`, where the name holds the configuration and the values given on the command line.
 
-    Values with which a run can be resumed elsewhere are left out, except for its weights.
+    The keys in `CHANGEABLE` are left out of the name, except for `model.checkpoint`.
 
     >>> default_workdir("digits", {"peft.method": "lora", "seeds": (0, 1), "data.dir": "/data"}).as_posix()
     'runs/digits,peft.method=lora,seeds=(0,1)'
@@ -55,24 +56,25 @@ def default_workdir(config_name: str, overrides: Mapping[str, object]) -> Path:
     telling = [key for key in sorted(overrides) if key == "model.checkpoint" or key not in CHANGEABLE]
     text = ",".join([config_name, *(f"{key}={overrides[key]}" for key in telling)]).replace(" ", "")
     name = re.sub(r"[^\w.,=()+-]", "_", text)[:150]
-    # A name that was shortened or changed needs something else that tells it from others.
+    # A name that was shortened or changed may not be unique: append a hash.
     return Path("runs") / (name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
 
 
 @contextlib.contextmanager
 def open_workdir(workdir: Path, config: Tree, check: Check) -> Iterator[None]:
-    """Make the folder of a run, or check that it belongs to this run; keep other processes out of it meanwhile.
+    """Make the folder of a run, or check that it belongs to this run, and lock it while the block runs.
 
-    A folder that holds nothing but a configuration is free: that start failed before its first step. Each start saves
-    where data and devices are now, unless there is a result already: then nobody has checked that they are there.
+    A folder that holds only a configuration may be used by any run, because its own run failed before the first step.
+    Each start saves its configuration, with the present values of the keys in `CHANGEABLE`. If there is already a
+    result, it does not, because the data and weights of a complete run are not loaded and thus not checked.
 
     Args:
         workdir: The folder.
         config: The configuration of the run.
-        check: Applied to the configuration that the folder holds.
+        check: The check of the configuration that the folder holds.
 
     Raises:
-        UserError: The folder cannot be written, another process uses it, or it holds another run or something else.
+        UserError: The folder cannot be written, another process uses it, or it holds another run or other files.
     """
     _require_writable(workdir)
     with locked(workdir):
@@ -88,7 +90,7 @@ def _require_this_run(workdir: Path, config: Tree, check: Check) -> None:
         return
     if workdir / CONFIG_NAME not in files:
         raise UserError(f"{workdir} holds files but no run (no {CONFIG_NAME}): choose another folder")
-    # A complete run loads no weights that could be checked: its result must not pass for that of other weights.
+    # The weights of a complete run are not loaded and checked: refuse its result for another checkpoint.
     complete = any(path.name == RESULT_NAME for path in files)
     changeable = [key for key in CHANGEABLE if not (complete and key == "model.checkpoint")]
     if changes := config_changes(read_config(workdir, check), config, changeable):
@@ -103,7 +105,7 @@ def require_shared(workdir: Path) -> None:
     """Check that this process sees the folder that the first of several processes opened.
 
     Raises:
-        UserError: It is on another file system.
+        UserError: It does not, because the folder is on another file system.
     """
     if not (workdir / CONFIG_NAME).exists():
         raise UserError(
@@ -113,14 +115,14 @@ def require_shared(workdir: Path) -> None:
 
 
 def relocated(config: Tree, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration of a finished run with its data and weights at other places, or for other devices.
+    """Return the configuration of a run with new values, such as other places of data and weights or other devices.
 
     Args:
         config: The configuration of the run.
-        overrides: Values by key, such as `data.dir`. A value that the run has already changes nothing.
+        overrides: New values by key, such as `data.dir`.
 
     Raises:
-        UserError: Another value is given for a key that is not in `CHANGEABLE`.
+        UserError: A key that is not in `CHANGEABLE` would get another value.
     """
     tree = jsonable(config)
     for key, value in overrides.items():
@@ -139,7 +141,7 @@ def read_config(workdir: Path, check: Check) -> Tree:
     """Read the configuration of the run in a folder.
 
     Raises:
-        UserError: There is none, or it is damaged.
+        UserError: There is no configuration, or it is damaged.
     """
     path = workdir / CONFIG_NAME
     if not path.exists():
@@ -166,10 +168,10 @@ def read_result(workdir: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, tree: Tree) -> None:
-    """Write a JSON object, whole or not at all.
+    """Write a JSON object to a file, completely or not at all.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: The file cannot be written.
     """
     try:
         with replacing(path) as temporary:
@@ -181,7 +183,7 @@ def write_json(path: Path, tree: Tree) -> None:
 def _require_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Permissions do not show everything (read-only mounts, full disks, root): try it.
+        # Permissions do not tell everything (read-only mounts, full disks, root): try to write.
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
     except FileExistsError:
@@ -218,23 +220,23 @@ def differences(old: Any, new: Any, path: str) -> Iterator[str]:
 
 
 def jsonable(value: Any) -> Any:
-    """Return a copy of a value as JSON keeps it: tuples become lists."""
+    """Return a copy of a value as it comes back from JSON: tuples become lists."""
     return json.loads(json.dumps(value))
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep every other process out of a run's folder while the block runs.
+    """Lock the folder of a run against all other processes while the block runs.
 
-    The kernel holds the lock (`flock` on `<folder>/.lock`) and releases it when the process ends, however it ends: a
-    killed run leaves nothing behind that a person would have to remove. Over NFS, Linux asks the server for the lock,
-    which then also holds between machines. A file system without locks gives a warning and no protection.
+    The operating system holds the lock (`flock` on `<folder>/.lock`) and releases it when the process ends, however it
+    ends: after a killed run, nobody has to remove anything. Over NFS, Linux asks the server for the lock, which then
+    also holds between machines. On a file system without locks, there is a warning and no protection.
 
     Args:
         folder: An existing folder.
 
     Raises:
-        UserError: Another process has the lock; the message says which, and on which host.
+        UserError: Another process has the lock. The message says which process, and on which host.
 
     >>> with tempfile.TemporaryDirectory() as folder, locked(Path(folder)):
     ...     print(sorted(os.listdir(folder)))
@@ -258,7 +260,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _open_current(path: Path) -> TextIO:
-    """Open and lock the file of this name, which its last owner may be removing."""
+    """Open and lock the lock file. If its last owner has removed it meanwhile, try again."""
     while True:
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(path.open("a+"))

@@ -1,4 +1,4 @@
-"""What a run learns: data, model, objective and scores behind one protocol."""
+"""Tasks: what a run learns. A task has data, a model, an objective and scores, behind one protocol."""
 
 from surm_jax.tasks.base import Batch, Forward, Questions, Task, register_task, task_for
 from surm_jax.tasks.glue import Glue

@@ -1,4 +1,4 @@
-"""The protocol that every task keeps, and the registry of tasks.
+"""The protocol that every task implements, and the registry of tasks.
 
 A task brings together data, model, objective and scores. To add one, write a subclass of `Task` in a file of its own
 and decorate it with `@register_task`. A task outside the package is registered when its module is imported: name the
@@ -24,21 +24,21 @@ from surm_jax.tasks.objective import Objective
 
 Batch = dict[str, jax.Array]
 Forward = Callable[[nnx.Module, Batch, jax.Array | None], jax.Array]
-"""`(model, batch, key of the dropout or None) -> logits`."""
+"""`(model, batch, dropout key or None) -> logits`."""
 
 
 class Questions(Protocol):
-    """New examples without labels, for predictions."""
+    """New examples without labels, whose labels a run predicts."""
 
     @property
     def count(self) -> int:
         """Number of examples."""
 
     def batches(self, checkpoint: Path | None, geometry: Any, config: DataConfig) -> data.EvalBatches:
-        """Return the batches of one pass. A batch has the rows' `index`, and a `mask` that is False for padding."""
+        """Return the batches of one pass. Each has the `index` of its rows, and a `mask` that is False for padding."""
 
     def write(self, target: Path, classes: tuple[str, ...], logits: np.ndarray) -> None:
-        """Write the answers to a file, whole or not at all, and print how many there are.
+        """Write the predictions to a file, completely or not at all, and print their number.
 
         Args:
             target: The file.
@@ -51,12 +51,12 @@ class Questions(Protocol):
 
 
 class Task(abc.ABC):
-    """What training asks of a kind of data and its model.
+    """What a training run needs to know about data and model.
 
-    An instance holds data and files that are ready. The class methods answer questions that come before.
+    An instance holds loaded data and found files. The class methods are called before there is an instance.
 
     Attributes:
-        reads: What its models read, such as "images".
+        reads: What its models read: "images" or "text".
         dataset: The data set, with `name` and `classes`.
         model_config: The model's geometry and precision.
         checkpoint: The file or folder of the pretrained weights, or None for random ones.
@@ -95,7 +95,7 @@ class Task(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def accepts(cls, config: DataConfig) -> bool:
-        """Say whether a data set belongs to this task, without reading it."""
+        """Return whether a data set belongs to this task, without reading it."""
 
     @classmethod
     @abc.abstractmethod
@@ -103,12 +103,12 @@ class Task(abc.ABC):
         """Load the data set.
 
         Raises:
-            UserError: It is absent, damaged, or does not fit the configuration.
+            UserError: It is missing or damaged, or does not fit the configuration.
         """
 
     @classmethod
     def geometry(cls, model: ModelConfig, config: DataConfig, outputs: int) -> Any:
-        """Return the configuration of the model with a number of outputs. Needs no weights if the variant is named.
+        """Return the configuration of the model for a number of outputs. No weights are read if a variant is named.
 
         Raises:
             UserError: The configuration asks for a model that does not exist, or that this task cannot train.
@@ -118,11 +118,11 @@ class Task(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def build(cls, model: ModelConfig, config: DataConfig, dataset: Any, geometry: Any) -> "Task":
-        """Find the pretrained weights and bring everything together.
+        """Find the pretrained weights, and return the task.
 
         Args:
-            model: The model's section of the configuration.
-            config: The data's section of the configuration.
+            model: The section `config.model`.
+            config: The section `config.data`.
             dataset: What `load` returned.
             geometry: What `geometry` returned.
 
@@ -132,10 +132,10 @@ class Task(abc.ABC):
 
     @classmethod
     def read_questions(cls, config: DataConfig, source: Path) -> Questions:
-        """Read new examples, for predictions.
+        """Read new examples to predict.
 
         Raises:
-            UserError: The file cannot be read, or this task makes no predictions for files.
+            UserError: The file cannot be read, or this task cannot predict from files.
         """
         raise UserError(f"--mode=predict reads sentences, but this run is about {cls.reads} ({config.name})")
 
@@ -151,22 +151,25 @@ class Task(abc.ABC):
     @staticmethod
     @abc.abstractmethod
     def forward(model: nnx.Module, batch: Batch, key: jax.Array | None) -> jax.Array:
-        """Return the logits of a batch; the key draws dropout, and None means no dropout."""
+        """Return the logits of a batch. The key is that of dropout; None means no dropout."""
 
     @abc.abstractmethod
     def train_batches(self, seed: int) -> data.TrainBatches:
-        """Return the endless, resumable batches of a run: this process's part of each."""
+        """Return an endless, resumable iterator of training batches, with this process's part of each."""
 
     @abc.abstractmethod
     def eval_batches(self, split: str) -> data.EvalBatches:
-        """Return the batches of one pass over one of `splits`: this process's part of each."""
+        """Return the batches of one pass over one of the `splits`, with this process's part of each."""
 
     @abc.abstractmethod
     def train_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """Return the shapes of every kind of training batch, all processes' parts together, by a name for people."""
+        """Return the shapes of the arrays of every kind of training batch.
+
+        The keys are names to print, such as "32 pixels". The shapes are those of whole batches, over all processes.
+        """
 
     def export_options(self) -> dict[str, Any]:
-        """Return further arguments of `surm_jax.pretrained.save_huggingface`."""
+        """Return additional keyword arguments for `surm_jax.pretrained.save_huggingface`."""
         return {}
 
 
@@ -175,13 +178,13 @@ SomeTask = TypeVar("SomeTask", bound=type[Task])
 
 
 def register_task(cls: SomeTask) -> SomeTask:
-    """Add a task to the registry. Use as a decorator."""
+    """Add a task class to the registry. Use it as a decorator."""
     _TASKS.append(cls)
     return cls
 
 
 def task_for(config: DataConfig) -> type[Task]:
-    """Return the task that a data set belongs to. The task that was registered last is asked first.
+    """Return the task class of a data set: the class registered last among those that accept it.
 
     Raises:
         UserError: No task accepts the data set.
@@ -200,22 +203,23 @@ def make_model(geometry: Config, seed: int) -> Model:
 def find_geometry(config: ModelConfig, reads: str, outputs: int) -> Any:
     """Return the configuration of the model that a run asks for.
 
-    It comes from the named variant, or from the checkpoint; both are changed by the fields that are set beside them.
+    It starts from the named variant, or else from the checkpoint. The geometry keys of `config.model` that are not 0
+    override it.
 
     Args:
-        config: The model's section of the configuration.
-        reads: What the task's examples are, such as "images".
+        config: The section `config.model`.
+        reads: What the examples of the task are: "images" or "text".
         outputs: Number of outputs of the head.
 
     Raises:
-        UserError: The fields do not fit together, or the checkpoint cannot be read or holds another kind of model.
+        UserError: The keys do not fit together, or the checkpoint cannot be read or holds another kind of model.
     """
     if config.num_classes not in (0, outputs):
         raise UserError(f"config.model.num_classes={config.num_classes}, but the data asks for {outputs}")
     if config.variant and (config.checkpoint.startswith("hf://") or Path(config.checkpoint).expanduser().is_dir()):
         raise UserError(
             f"config.model.checkpoint={config.checkpoint} says itself which model it holds, down to its numerics:"
-            f" set config.model.variant to nothing (--config.model.variant=), not {config.variant!r}"
+            f" leave config.model.variant empty (--config.model.variant=), not {config.variant!r}"
         )
     if config.variant:
         model, found = model_of_variant(config.variant, reads), None

@@ -1,4 +1,4 @@
-"""GLUE: sentences and pairs of sentences that belong to a class, or that have a score."""
+"""The tasks of GLUE: predict the class or the score of a sentence or a pair of sentences."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,11 +24,11 @@ class Glue(Task):
     """A task of GLUE (arXiv 1804.07461).
 
     Attributes:
-        config: The data's section of the configuration.
-        dataset: Names of classes, sentences and metrics.
+        config: The section `config.data`.
+        dataset: The sentences, and the names of classes and metrics.
         train: Training examples as tokens, without those held out.
-        evaluated: Examples as tokens by split: those for testing, and "holdout" if training examples are held out.
-        model_config: The model's geometry.
+        evaluated: Examples as tokens for each split: the test splits, and "holdout" if training examples are held out.
+        model_config: The configuration of the model.
         checkpoint: The folder of the pretrained weights.
         tokenizer: The model's tokeniser.
     """
@@ -45,7 +45,7 @@ class Glue(Task):
 
     @classmethod
     def accepts(cls, config: DataConfig) -> bool:
-        """Say whether the data set is a task of GLUE, such as "glue/rte"."""
+        """Return whether the data set is a task of GLUE, such as "glue/rte"."""
         return data.is_text(config.name)
 
     @classmethod
@@ -57,7 +57,7 @@ class Glue(Task):
 
     @classmethod
     def geometry(cls, model: ModelConfig, config: DataConfig, outputs: int) -> Any:
-        """Return the configuration of the model; it must have positions for the longest text."""
+        """Return the configuration of the model, after checking that it has positions for the longest text."""
         geometry = find_geometry(model, cls.reads, outputs)
         if config.lengths[-1] > geometry.max_tokens:
             raise UserError(
@@ -68,7 +68,7 @@ class Glue(Task):
 
     @classmethod
     def build(cls, model: ModelConfig, config: DataConfig, dataset: data.TextDataset, geometry: Any) -> "Glue":
-        """See `Task.build`."""
+        """Find weights and tokeniser, tokenise all splits, and return the task."""
         train = data.first_examples(dataset.train, config.train_examples)
         kept, held_out = data.hold_out(train, config.holdout)
         checkpoint = locate(model.checkpoint)
@@ -80,7 +80,7 @@ class Glue(Task):
 
     @classmethod
     def read_questions(cls, config: DataConfig, source: Path) -> Sentences:
-        """Read a table of sentences."""
+        """Read a table of sentences to predict."""
         return read_sentences(source, data.glue_task(config.name).columns)
 
     @property
@@ -114,19 +114,19 @@ class Glue(Task):
         return model(batch["tokens"], mask=batch["token_mask"], token_types=batch["token_types"], rngs=key)
 
     def train_batches(self, seed: int) -> data.TrainBatches:
-        """Return the endless, resumable batches of a run: this process's part of each."""
+        """Return an endless, resumable iterator of training batches, with this process's part of each."""
         return data.text_train_batches(
             self.train, **share(self.config.batch_size), lengths=self.config.lengths, seed=seed
         )
 
     def eval_batches(self, split: str) -> data.EvalBatches:
-        """Return the batches of one pass over a split: this process's part of each."""
+        """Return the batches of one pass over a split, with this process's part of each."""
         return data.text_eval_batches(
             self.evaluated[split], **share(self.config.eval_batch_size), lengths=self.config.lengths
         )
 
     def train_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """Return the shapes of every kind of training batch, by its length."""
+        """Return the shapes of the arrays of a batch, for every length in tokens that occurs."""
         size, dtype = self.config.batch_size, "int32" if self.classes else "float32"
         shapes = {}
         for length in data.lengths_in_use(self.train, self.config.lengths):
@@ -140,5 +140,5 @@ class Glue(Task):
         return shapes
 
     def export_options(self) -> dict[str, Any]:
-        """Return the files of the tokeniser, which `save_huggingface` copies."""
+        """Return the files of the tokeniser, for `save_huggingface` to copy."""
         return {"files": self.tokenizer.files}

@@ -1,4 +1,4 @@
-"""Classifying images."""
+"""The task of classifying images."""
 
 import dataclasses
 import warnings
@@ -23,13 +23,13 @@ class ImageClassification(Task):
     """Images that each belong to one class.
 
     Attributes:
-        config: The data's section of the configuration.
-        dataset: Training and test examples; the training examples are without those held out.
-        holdout: Training examples that are evaluated while training, or None.
-        model_config: The model's geometry.
+        config: The section `config.data`.
+        dataset: Training and test examples. The training examples do not include those held out.
+        holdout: The training examples that are held out, or None.
+        model_config: The configuration of the model.
         checkpoint: The file or folder of the pretrained weights, or None for random ones.
-        normalization: Mean and standard deviation of each channel that the weights expect, or None for pixels in
-            [-1, 1].
+        normalization: The mean and the standard deviation of each channel by which the weights expect images to be
+            normalised, or None if they expect pixels in [-1, 1].
     """
 
     config: DataConfig
@@ -43,12 +43,12 @@ class ImageClassification(Task):
 
     @classmethod
     def accepts(cls, config: DataConfig) -> bool:
-        """Say whether the data set holds images: every set that is not text."""
+        """Return whether the data set holds images: every data set that is not text does."""
         return not data.is_text(config.name)
 
     @classmethod
     def load(cls, config: DataConfig) -> data.ImageDataset:
-        """Load the data set, or the classes that the configuration names."""
+        """Load the data set. If the configuration names classes, keep only those."""
         dataset = cast(data.ImageDataset, data.load(config.name, config.dir or None))
         return data.keep_classes(dataset, config.classes) if config.classes else dataset
 
@@ -56,7 +56,7 @@ class ImageClassification(Task):
     def build(
         cls, model: ModelConfig, config: DataConfig, dataset: data.ImageDataset, geometry: Any
     ) -> "ImageClassification":
-        """See `Task.build`."""
+        """Find the weights and the normalisation of images, and return the task."""
         train = data.first_examples(dataset.train, config.train_examples)
         train, holdout = data.hold_out(train, config.holdout)
         dataset.require_channels(geometry.channels)
@@ -71,7 +71,7 @@ class ImageClassification(Task):
         if normalization and len(normalization[0]) != geometry.channels:
             raise UserError(
                 f"{checkpoint} normalises images of {len(normalization[0])} channels, but the model reads"
-                f" {geometry.channels}: its preprocessor_config.json must say image_mean and image_std of them"
+                f" {geometry.channels}: its preprocessor_config.json must give image_mean and image_std for each"
             )
         return cls(config, dataclasses.replace(dataset, train=train), holdout, geometry, checkpoint, normalization)
 
@@ -106,7 +106,7 @@ class ImageClassification(Task):
         return model(batch["image"], rngs=key)
 
     def train_batches(self, seed: int) -> data.TrainBatches:
-        """Return the endless, resumable batches of a run: this process's part of each."""
+        """Return an endless, resumable iterator of training batches, with this process's part of each."""
         return data.train_batches(
             self.dataset.train,
             **share(self.config.batch_size),
@@ -118,7 +118,7 @@ class ImageClassification(Task):
         )
 
     def eval_batches(self, split: str) -> data.EvalBatches:
-        """Return the batches of one pass over "test" or "holdout": this process's part of each."""
+        """Return the batches of one pass over "test" or "holdout", with this process's part of each."""
         source = self.holdout if split == "holdout" and self.holdout is not None else self.dataset.test
         return data.eval_batches(
             source,
@@ -129,12 +129,12 @@ class ImageClassification(Task):
         )
 
     def train_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """Return the shapes of the one kind of training batch."""
+        """Return the shapes of the arrays of a batch; all batches have the same."""
         size, side = self.config.batch_size, self.model_config.image_size
         image = jax.ShapeDtypeStruct((size, side, side, self.model_config.channels), "float32")
         return {f"{side} pixels": {"image": image, "label": jax.ShapeDtypeStruct((size,), "int32")}}
 
     def export_options(self) -> dict[str, Any]:
-        """Return how images were normalised, which `save_huggingface` writes."""
+        """Return the normalisation of images, for `save_huggingface` to write."""
         half = (0.5,) * self.model_config.channels
         return {"normalization": self.normalization or (half, half)}

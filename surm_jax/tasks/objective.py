@@ -1,4 +1,4 @@
-"""What the outputs of a model mean: how they are trained, how a prediction is read, and how predictions are scored."""
+"""What the outputs of a model mean: their loss, the prediction that they make, and the scores of predictions."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ from sklearn import metrics
 
 
 class Objective(NamedTuple):
-    """How the outputs of a model are trained and read.
+    """The loss of a model's outputs, and the prediction that they make.
 
     Attributes:
-        loss: `(logits, labels, smoothing)` to the loss of each example, float32 (batch,).
-        predict: Logits to the prediction of each example, (batch,).
-        classifies: Whether a prediction is a class. Otherwise it is a number.
+        loss: The function `(logits, labels, smoothing) -> loss of each example`, float32 (batch,).
+        predict: The function `logits -> prediction of each example`, (batch,).
+        classifies: Whether predictions are classes. Otherwise they are real numbers.
     """
 
     loss: Callable[[Any, Any, float], jax.Array]
@@ -31,7 +31,7 @@ def cross_entropy(
 ) -> Float[Array, "batch"]:
     """Return the cross-entropy of each example.
 
-    `smoothing` is the share of a label's mass that is spread evenly over all classes.
+    `smoothing` is the fraction of the probability of each label that is spread evenly over all classes.
     """
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
     return optax.softmax_cross_entropy(logits, targets)
@@ -40,7 +40,7 @@ def cross_entropy(
 def squared_error(
     logits: Float[Array, "batch 1"], labels: Float[Array, "batch"], smoothing: float = 0.0
 ) -> Float[Array, "batch"]:
-    """Return the squared difference of each example's one output and its label. `smoothing` has no effect."""
+    """Return the squared difference between the output and the label of each example. `smoothing` has no effect."""
     del smoothing
     return jnp.square(logits[:, 0] - labels)
 
@@ -53,7 +53,7 @@ Score = Callable[[np.ndarray, np.ndarray], float]
 
 def _correlation(correlate: Callable[..., Any]) -> Score:
     def score(labels: np.ndarray, predictions: np.ndarray) -> float:
-        # A correlation is undefined if one side is constant. A model that always says the same has learned nothing.
+        # The correlation with a constant is undefined. Return 0: a constant prediction has learned nothing.
         if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
             return 0.0
         return float(correlate(labels, predictions).statistic)
@@ -69,5 +69,5 @@ SCORES: Mapping[str, Score] = {
     "pearson": _correlation(scipy.stats.pearsonr),
     "spearman": _correlation(scipy.stats.spearmanr),
 }
-"""Metrics of a whole evaluation by name: `(labels, predictions) -> float`. Larger is better. Correlations with a
-constant are 0."""
+"""The metrics of an evaluation by name: `(labels, predictions) -> float`. Larger is better. The correlation with a
+constant counts as 0."""

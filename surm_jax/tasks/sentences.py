@@ -1,4 +1,4 @@
-"""Sentences outside of a data set: the tokeniser of a model, and tables of sentences that are to be answered."""
+"""The tokeniser of a text model, and tables of new sentences whose labels are predicted."""
 
 import csv
 import dataclasses
@@ -21,11 +21,11 @@ def load_tokenizer(checkpoint: Path | None, geometry: Any) -> data.Tokenizer:
     """Load the tokeniser that belongs to a model.
 
     Args:
-        checkpoint: What `surm_jax.pretrained.locate` returned.
-        geometry: The model's configuration.
+        checkpoint: The file or folder of the weights, from `surm_jax.pretrained.locate`.
+        geometry: The configuration of the model.
 
     Raises:
-        UserError: There is no tokeniser beside the weights, or it belongs to another model.
+        UserError: The folder of the weights has no tokeniser, or one of another model.
     """
     if checkpoint is None:
         raise UserError(
@@ -44,12 +44,12 @@ def load_tokenizer(checkpoint: Path | None, geometry: Any) -> data.Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Sentences:
-    """The readable rows of a table of sentences: `surm_jax.tasks.base.Questions`.
+    """The well-formed rows of a table of sentences; implements `surm_jax.tasks.base.Questions`.
 
     Attributes:
-        lines: Line number of each row, from 1.
-        rows: The sentences of each row, one or two.
-        malformed: What is wrong with each of the other rows, with its line number.
+        lines: The line number of each row, counted from 1.
+        rows: The one or two sentences of each row.
+        malformed: A message for each malformed row, with its line number and what is wrong.
     """
 
     lines: tuple[int, ...]
@@ -68,7 +68,7 @@ class Sentences:
         return data.text_eval_batches(tokens, batch_size=config.eval_batch_size, lengths=config.lengths)
 
     def write(self, target: Path, classes: Sequence[str], logits: np.ndarray) -> None:
-        """Write a table: line number, label, and the probability of each class; or line number and score.
+        """Write a table with line number, label and the probability of each class, or with line number and score.
 
         Raises:
             UserError: The file cannot be written.
@@ -94,12 +94,12 @@ class Sentences:
 def read_sentences(path: Path, columns: Sequence[str]) -> Sentences:
     """Read a table of sentences: UTF-8, one row per line, columns separated by tabs; quotes have no meaning.
 
-    A first line that holds the names of the columns, in upper or lower case, is skipped; so are empty lines. Malformed
-    rows are printed to the standard error and left out.
+    Empty lines are skipped, and so is a first line that holds the names of the columns, in upper or lower case. Each
+    malformed row is left out and reported on the standard error.
 
     Args:
         path: The file.
-        columns: Names of the sentences of a row.
+        columns: The names of the columns.
 
     Raises:
         UserError: The file cannot be read, or no row is well-formed.
@@ -132,5 +132,5 @@ def read_sentences(path: Path, columns: Sequence[str]) -> Sentences:
     for complaint in malformed:
         print(complaint, file=sys.stderr)
     if not rows:
-        raise UserError(f"{path} has no row to predict for")
+        raise UserError(f"{path} has no well-formed row of sentences")
     return Sentences(tuple(numbers), tuple(rows), tuple(malformed))

@@ -79,7 +79,7 @@ def test_images_are_normalised_as_the_folder_says(tiny_files, source):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model.variant": "B/16"}, "says itself which model it holds.*set config.model.variant to nothing"),
+        ({"model.variant": "B/16"}, "says itself which model it holds.*leave config.model.variant empty"),
         (
             {"model.checkpoint": "none"},
             "model.variant is empty, but config.model.checkpoint=none does not describe a model",

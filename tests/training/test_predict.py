@@ -162,7 +162,7 @@ def test_files_that_will_not_do(run, tmp_path, monkeypatch):
     assert source.read_text() == "a\tb\n"
     for content in ("", "\n", "sentence1\tsentence2\n", "Sentence1\tSENTENCE2 \n", "one\n"):
         source.write_text(content)
-        with pytest.raises(UserError, match=f"{source} has no row to predict for"):
+        with pytest.raises(UserError, match=f"{source} has no well-formed row of sentences"):
             predict_run(run, {}, source, tmp_path / "out.tsv")
     assert not (tmp_path / "out.tsv").exists()
 
