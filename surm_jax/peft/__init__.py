@@ -1,6 +1,6 @@
-"""Parameter-efficient fine-tuning of Flax NNX models: what is put into a model, and what is trained.
+"""Parameter-efficient fine-tuning of Flax NNX models: methods, and functions to adapt, save, load and merge.
 
-Importing this package imports, and so registers, every method of `surm_jax.peft.methods`.
+Importing this package imports every method of `surm_jax.peft.methods`, which registers it.
 """
 
 from surm_jax.peft.adapt import adapt

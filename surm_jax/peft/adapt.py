@@ -1,4 +1,4 @@
-"""Putting an adapter into a model."""
+"""Adding an adapter to a model."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -25,9 +25,9 @@ def adapt(
     execution: str = "auto",
     rngs: nnx.Rngs,
 ) -> tuple[nnx.Module, Adapter]:
-    """Put an adapter into a model. It starts at zero, so that the adapted model computes what `model` computes.
+    """Return a copy of a model with an adapter added. The adapter starts at zero, so both compute the same output.
 
-    `model` itself stays as it is; both hold the same arrays, no copies. The model may have adapters of other names. All
+    `model` is not changed. Both models share their arrays. The model may already have adapters with other names; all
     adapters add to the same outputs.
 
     >>> import surm_jax
@@ -39,21 +39,21 @@ def adapt(
     (8,)
 
     Args:
-        model: Any NNX model, also an abstract one. Its class may name targets for rules in `adapter_targets`, {name:
-            regular expression}.
-        rules: Which modules get which method; the first rule that matches a module counts.
-        train: Patterns for the paths of other parameters that are trained, such as `head/.*`.
+        model: Any NNX model; it may be abstract (`nnx.eval_shape`). Its class may have a dictionary `adapter_targets`
+            of presets, from names to regular expressions, which rules can use as targets.
+        rules: The rules that say which modules get which method. The first rule that matches a module applies.
+        train: Regular expressions for the paths of other parameters to train, such as `head/.*`.
         name: The adapter's name in the model.
         execution: How structured updates are computed: `auto`, `fft`, `dense` or `fused`. All give the same result up
             to rounding (`surm_jax.structured.products.execution`).
-        rngs: Its stream `params` gives the keys of random numbers.
+        rngs: The random number generators. The initial values are drawn from the stream `params`.
 
     Returns:
-        The adapted model, and the adapter with the filter of what is trained (`adapter.trainable`).
+        The adapted model and the adapter, whose filter `adapter.trainable` selects the trained parameters.
 
     Raises:
-        UserError: If a rule or a pattern matches nothing, or matches a module that cannot be adapted, or if the model
-            has an adapter of this name.
+        UserError: If a rule or a pattern matches nothing, if a rule matches a module that cannot be adapted, or if the
+            model already has an adapter of this name.
     """
     if isinstance(rules, Rule):
         raise UserError("rules must be a list of rules, got one: write [Rule(...)]")
@@ -78,10 +78,10 @@ def adapt(
 
 
 class MatchedModule(NamedTuple):
-    """A module that a rule gives a part to.
+    """A module that gets a part, and the rule that applies to it.
 
     Attributes:
-        path: Path of the module.
+        path: The path of the module.
         module: The module.
         rule: The rule.
         method: The rule's method.
@@ -94,10 +94,10 @@ class MatchedModule(NamedTuple):
 
 
 def make_part(matched: MatchedModule, execution: str, key: jax.Array) -> Part:
-    """Return the part of a module at the start of training; abstract where the module is.
+    """Return the initial part for a module. The part is abstract if the module is abstract.
 
     Raises:
-        UserError: If the method does not fit the module; the message leaves out its path.
+        UserError: If the method does not fit the module. The message does not contain the path of the module.
     """
     path, module, rule, method = matched
     if method.part.slot == KERNEL:
@@ -113,17 +113,18 @@ def make_part(matched: MatchedModule, execution: str, key: jax.Array) -> Part:
 
 
 def base_parameters(model: nnx.Module) -> dict[str, nnx.Param]:
-    """Return the parameters that belong to no adapter, by path."""
+    """Return the model's own parameters, without those of adapters, by path."""
     parameters = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {join(path): variable for path, variable in parameters if not isinstance(variable, AdapterParam)}
 
 
 def matched_modules(model: nnx.Module, adapter: Adapter) -> list[MatchedModule]:
-    """Return every module that an adapter's rules give a part to, sorted by path.
+    """Return every module that gets a part by an adapter's rules, sorted by path.
 
     Raises:
-        UserError: If a rule matches no module, or only modules of earlier rules, or one that cannot be adapted; if its
-            method leaves out all that it matches; or if the model has an adapter of this name.
+        UserError: If a rule matches no module, only modules that earlier rules match, or a module that cannot be
+            adapted; if its method leaves out every module that it matches; or if the model already has an adapter of
+            this name.
     """
     if any(row.name == adapter.name for row in iter_parts(model)):
         raise UserError(
@@ -148,7 +149,7 @@ def matched_modules(model: nnx.Module, adapter: Adapter) -> list[MatchedModule]:
                 raise UserError(f"the rule {rule.target!r} adapts nothing: {error}") from None
         new = [path for path in found if path not in chosen]
         if not new:
-            raise UserError(f"the rule {rule.target!r} has no effect: earlier rules take every module that it matches")
+            raise UserError(f"the rule {rule.target!r} has no effect: earlier rules match all of its modules")
         chosen.update(dict.fromkeys(new, rule))
     rows = [MatchedModule(path, modules[path], rule, rule.method) for path, rule in chosen.items() if rule.method]
     for row in rows:
@@ -157,12 +158,15 @@ def matched_modules(model: nnx.Module, adapter: Adapter) -> list[MatchedModule]:
 
 
 def _presets(model: nnx.Module) -> Mapping[str, str]:
-    """Return the targets that a model's class has names for."""
+    """Return the named targets of a model's class, as regular expressions by name."""
     return getattr(type(model), "adapter_targets", {})
 
 
 def _own_modules(model: nnx.Module) -> dict[str, nnx.Module]:
-    """Return the modules that belong to no adapter, by path. The model itself may use the words of the slots."""
+    """Return the model's own modules, without those of adapters, by path.
+
+    The path decides only together with the type, since a model may use the name of a slot for a module of its own.
+    """
     modules = dict(nnx.iter_modules(model))
     slots = {path[:-1] for path, module in modules.items() if isinstance(module, Part)}
     return {
@@ -173,6 +177,7 @@ def _own_modules(model: nnx.Module) -> dict[str, nnx.Module]:
 
 
 def _nothing_to_adapt(target: str, candidates: list[str], modules: dict[str, nnx.Module], what: str) -> str:
+    """Return the message for a target that matches none of the candidates."""
     others = [path for path in matching(target, modules) if path not in candidates]
     if not others:
         return no_match_message(target, candidates, what)

@@ -1,4 +1,4 @@
-"""The recipe of an adapter: rules that say which modules get which method, and other parameters that are trained."""
+"""The recipe of an adapter: rules that assign methods to modules, and patterns of other trained parameters."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ DEFAULT_NAME = "default"
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    r"""A method for all modules whose path a pattern matches; the first rule that matches a module counts.
+    r"""A method, and a pattern for the paths of the modules that get it. The first rule that matches a module applies.
 
     >>> from surm_jax.peft import LoRA
     >>> Rule(r"blocks/\d+/attention/(query|value)", LoRA(rank=4)).method.rank
@@ -26,10 +26,10 @@ class Rule:
     Attributes:
         target: A regular expression for whole module paths (`re.fullmatch`). For `adapt` it may also be the name of a
             preset in the model's `adapter_targets`.
-        method: A method that puts a part into modules, such as an `Update` or a `Branch`. With `None`, the modules get
-            nothing from this rule or later ones.
+        method: A method that adds a part to each module, such as an `Update` or a `Branch`. `None` excludes the
+            modules: they get nothing from this rule or from later rules.
         parts: The number of equal blocks of output features in a packed kernel, such as 3 for query, key and value.
-        which: The numbers of the blocks that get an update, from 0 on; empty means all.
+        which: The indices of the blocks that get an update, counted from 0. Empty means all blocks.
     """
 
     target: str
@@ -58,8 +58,8 @@ class Rule:
         differ = len({*self.which}) == len(self.which)
         if self.parts < 1 or not differ or not all(0 <= number < self.parts for number in self.which):
             raise UserError(
-                f"the rule {self.target!r} must have different numbers from 0 to {self.parts - 1} in `which`, as many"
-                f" as it says `parts`, got parts={self.parts}, which={self.which}"
+                f"the rule {self.target!r} must have parts >= 1, and different numbers from 0 to parts - 1 in `which`,"
+                f" got parts={self.parts}, which={self.which}"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -75,22 +75,22 @@ class Rule:
 
     @classmethod
     def from_json(cls, rule: dict[str, Any]) -> "Rule":
-        """Return the rule that `to_json` wrote."""
+        """Return the rule for the values that `to_json` wrote."""
         method = None if rule["method"] is None else make_method(rule["method"], rule["settings"])
         return cls(rule["target"], method, rule["parts"], tuple(rule["which"]))  # type: ignore[arg-type]  # it checks
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """The recipe of an adapter. Together with an adapted model it is all that training and saving need.
+    """The recipe of an adapter. Training and saving need only this recipe and the adapted model.
 
-    Functions that need only an adapter's parts in a model take an `Adapter` or its name; functions that need the rules
-    or the trained parameters as well take an `Adapter`.
+    Functions that only look up an adapter's parts in a model take an `Adapter` or its name. Functions that also need
+    the rules or the trained parameters take an `Adapter`.
 
     Attributes:
-        rules: The first rule that matches a module counts.
-        train: Patterns for the paths of other parameters that are trained, such as `head/.*`.
-        name: The name that distinguishes the adapter from others in the same model.
+        rules: The rules. The first rule that matches a module applies.
+        train: Regular expressions for the paths of other trained parameters, such as `head/.*`.
+        name: The adapter's name, which distinguishes it from other adapters in the same model.
     """
 
     rules: tuple[Rule, ...]
@@ -101,15 +101,15 @@ class Adapter:
         for pattern in self.train:
             compile_pattern(pattern)
         if not isinstance(self.name, str) or not re.fullmatch(r"[\w-]+", self.name):
-            raise UserError(f"the name of an adapter has letters, digits, _ and -, got {self.name!r}")
-        if hasattr(nnx.Dict, self.name):  # it would hide that method of a module's slot
-            raise UserError(f"an adapter cannot be called {self.name!r}, as a method of nnx.Dict")
-        if self.name in SLOTS:  # `adapter_of` could not tell it from the slot, and nothing of it would be trained
-            raise UserError(f"an adapter cannot be called {self.name!r}, as the slot of a module where parts are")
+            raise UserError(f"the name of an adapter may have only letters, digits, _ and -, got {self.name!r}")
+        if hasattr(nnx.Dict, self.name):  # A slot is an `nnx.Dict`, and the name would hide its method.
+            raise UserError(f"an adapter cannot be called {self.name!r}: nnx.Dict has a method of this name")
+        if self.name in SLOTS:  # `adapter_of` would take the name for the slot, and nothing would be trained.
+            raise UserError(f"an adapter cannot be called {self.name!r}: a slot for parts in modules has this name")
 
     @functools.cached_property
     def trainable(self) -> nnx.filterlib.Predicate:
-        """The one NNX filter of what is trained: this adapter's own parameters, and those that `train` matches.
+        """The NNX filter that selects the trained parameters: the adapter's own, and those that match `train`.
 
         >>> model = nnx.Dict(body=nnx.Linear(2, 3, rngs=nnx.Rngs(0)), head=nnx.Linear(3, 2, rngs=nnx.Rngs(1)))
         >>> graphdef, trainable, frozen = nnx.split(model, Adapter((), ("head/.*",)).trainable, ...)
@@ -127,15 +127,15 @@ class Adapter:
         return is_trainable
 
     def to_json(self) -> dict[str, Any]:
-        """Return the recipe as JSON values, without the name, which is chosen when the adapter is loaded."""
+        """Return the recipe as JSON values. The name is left out, because it is chosen when the adapter is loaded."""
         return {"rules": [rule.to_json() for rule in self.rules], "train": list(self.train)}
 
     @classmethod
     def from_json(cls, recipe: dict[str, Any], name: str = DEFAULT_NAME) -> "Adapter":
-        """Return the adapter that `to_json` wrote.
+        """Return the adapter for a recipe that `to_json` wrote.
 
         Raises:
-            UserError: If it is something else.
+            UserError: If `recipe` is not such a recipe.
         """
         try:
             return cls(tuple(map(Rule.from_json, recipe["rules"])), tuple(recipe["train"]), name)

@@ -1,8 +1,8 @@
-"""Many adapters in one batch: every example names its adapter, and one program serves them all.
+"""Serving many adapters in one batch: each example selects its adapter, and one compiled program serves all of them.
 
-A bank stacks the parts of adapters with the same methods, (adapters, ...) for every array. In the product each example
-gathers its own arrays. For a circulant that is one vector of n numbers, whose transform costs as much as that of one
-more token.
+A bank stacks the arrays of adapters with the same methods to shape (adapters, ...). Each example gathers its own
+adapter's arrays when the product is computed. For a circulant this is one vector of n numbers, and its Fourier
+transform costs as much as that of one more token.
 """
 
 import os
@@ -28,18 +28,18 @@ from surm_jax.peft.parts.layers import attach
 T = TypeVar("T")
 
 BANK = "bank"
-"""The name under which a bank's parts are attached."""
+"""The adapter name under which a bank's parts are attached to a model."""
 
 Folders = Sequence[str | os.PathLike]
 
 
 class _Content(NamedTuple):
-    """What one adapter brings.
+    """The content of one adapter folder, compared with the base model.
 
     Attributes:
-        parts: Its parts in the form that a bank stacks, by (path, slot).
-        kernels: Changes of kernels that were trained themselves, (in, out), by path.
-        biases: Changes of biases that were trained, (out,), by path.
+        parts: The adapter's parts in the form that a bank stacks, by (path, slot).
+        kernels: The changes of fully trained kernels, each (in, out), by the layer's path.
+        biases: The changes of trained biases, each (out,), by the layer's path.
     """
 
     parts: dict[tuple[str, str], Part]
@@ -48,23 +48,24 @@ class _Content(NamedTuple):
 
 
 def load_bank(folders: Folders, model: nnx.Module) -> nnx.Module:
-    """Return a base model that serves the adapters of several folders, each example of a batch its own.
+    """Return a copy of a base model that applies a different adapter, loaded from a folder, to each example.
 
         model = surm_jax.load_bank(["adapters/anna", "adapters/bert"], base)
         with surm_jax.adapter_of_examples(jnp.array([0, 1, 1, 0])):
             logits = model(images)
 
-    A module that only some of the adapters change is served too. Fully trained linear layers, such as the head, are
-    also selected for each example. Dropout is off.
+    A module may be changed by only some of the adapters. Fully trained linear layers, such as the head, are also
+    selected for each example. Dropout is off.
 
     Args:
-        folders: Adapters of this base, of the same methods; an example with the number i gets the adapter of
-            `folders[i]`. In a compiled function, where numbers are not known, a number without a folder gives NaN.
+        folders: The folders of adapters that were trained on this base model with the same methods. An example with
+            the number i gets the adapter of `folders[i]`. A number without a folder is an error; in a compiled
+            function, which cannot raise it, the output of that example is NaN.
         model: The base model, without adapters.
 
     Raises:
-        UserError: If a folder cannot be loaded (`load_adapter`); if it has a part of another form than the same part of
-            an earlier folder, or trained something that is not a linear layer; or if the model has adapters.
+        UserError: If a folder cannot be loaded (`load_adapter`); if adapters have parts of different forms in the same
+            module; if a parameter was trained that does not belong to a linear layer; or if the model has adapters.
     """
     if isinstance(folders, str | os.PathLike):
         raise UserError(f"folders must be a list, got one: write [{str(folders)!r}]")
@@ -94,21 +95,23 @@ def load_bank(folders: Folders, model: nnx.Module) -> nnx.Module:
 
 
 def _changed(content: _Content) -> set[str]:
-    """Return the paths of the linear layers whose product an adapter changes."""
+    """Return the paths of the linear layers that an adapter changes by a kernel part, a kernel or a bias."""
     return {path for path, slot in content.parts if slot == KERNEL} | {*content.kernels, *content.biases}
 
 
 def _rows(path: str, tables: Sequence[Mapping[str, Array]]) -> list[Array] | None:
-    """Return each adapter's array at a path, zeros for one that has none; `None` if no adapter has one."""
+    """Return each adapter's array at a path, with zeros for adapters without one; `None` if all are without."""
     found = [table[path] for table in tables if path in table]
     return [table.get(path, jnp.zeros_like(found[0])) for table in tables] if found else None
 
 
 def _same_form(path: str, slot: str, folders: Folders, contents: Sequence[_Content]) -> Sequence[Part] | None:
-    """Return each adapter's part of a module, switched off for one that has none; `None` if no adapter has one.
+    """Return each adapter's part of a module; `None` if no adapter has one.
+
+    An adapter without such a part gets a copy of another adapter's part, switched off.
 
     Raises:
-        UserError: If two of them differ in more than their numbers.
+        UserError: If two parts differ in more than the values of their arrays.
     """
     found = [content.parts.get((path, slot)) for content in contents]
     first = next((part for part in found if part is not None), None)
@@ -124,13 +127,13 @@ def _same_form(path: str, slot: str, folders: Folders, contents: Sequence[_Conte
 
 
 def _structure(part: Part) -> tuple[nnx.GraphDef, list[tuple[int, ...]]]:
-    """Return what parts must share to be stacked: everything but their numbers."""
+    """Return everything about a part except the values of its arrays. Parts can be stacked if this is equal."""
     graphdef, state = nnx.split(part)
     return graphdef, [np.shape(leaf) for leaf in jax.tree.leaves(state)]
 
 
 def _read(model: nnx.Module, base: Mapping[str, str], folder: str | os.PathLike) -> _Content:
-    """Return what the adapter of a folder brings."""
+    """Read an adapter folder, check that it belongs to the base model, and return its content."""
     loaded, adapter, expected = read_adapter(folder, model)
     _, _, frozen = nnx.split(loaded, adapter.trainable, ...)  # type: ignore[misc]  # `...` selects the rest
     paths = {join(path) for path, _ in nnx.to_flat_state(frozen)}
@@ -147,7 +150,11 @@ def _read(model: nnx.Module, base: Mapping[str, str], folder: str | os.PathLike)
 def _trained_layers(
     base: nnx.Module, loaded: nnx.Module, folder: str | os.PathLike
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return the changes of kernels, and those of biases, of the linear layers that were trained themselves."""
+    """Return the changes of kernels and of biases, by layer, in the linear layers that were fully trained.
+
+    Raises:
+        UserError: If another kind of parameter was trained.
+    """
     before, after = base_parameters(base), base_parameters(loaded)
     changed = [path for path, variable in after.items() if variable.get_value() is not before[path].get_value()]
     modules = {join(path): module for path, module in nnx.iter_modules(base)}

@@ -1,7 +1,8 @@
-"""Converting an adapter to another method, and combining several, by nearest matrices and with the error.
+"""Converting an adapter to another method, and combining several adapters, by nearest matrices.
 
-An update of any kind can be brought into the form that a server of LoRA adapters loads. A circulant of full rank has a
-flat spectrum and loses much in low rank: look at the errors.
+An update of any kind can be converted to LoRA, for a server that loads only LoRA adapters. The functions return the
+approximation errors: check them. A circulant of full rank, for example, has a flat spectrum, and an approximation of
+low rank loses much of it.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from surm_jax.peft.parts.layers import attach
 def convert(
     model: nnx.Module, adapter: Adapter, method: PartMethod, *, name: str = "converted"
 ) -> tuple[nnx.Module, Adapter, dict[str, float]]:
-    """Replace the parts of an adapter by the nearest ones of another method.
+    """Return the model with an adapter replaced by its nearest approximation in another method.
 
     >>> import jax.numpy as jnp
     >>> import surm_jax
@@ -36,17 +37,17 @@ def convert(
     True
 
     Args:
-        model: A model with the adapter, at any scale; what is converted includes the scale.
+        model: A model with the adapter. The adapter's scale is included in what is converted.
         adapter: The adapter.
-        method: The method of the new parts. A trained alpha starts at 1.
+        method: The method of the new parts. A learned alpha is set to 1.
         name: The name of the new adapter, which replaces the old one.
 
     Returns:
-        The model, the new adapter, and the relative error of every part in the Frobenius norm, by the layer's path.
+        The new model, the new adapter, and the relative error in the Frobenius norm of each part, by the layer's path.
 
     Raises:
-        UserError: If the adapter has a part that no kernel can hold, such as a branch, or one that is not finite; or if
-            the method's parts cannot be fitted to a matrix, or do not fit a layer.
+        UserError: If the adapter has a part that cannot be written as a change of a kernel, such as a branch; if an
+            update is not finite; if the method cannot be fitted to a given matrix; or if it does not fit a layer.
     """
     if not isinstance(method, PartMethod) or method.part.slot != KERNEL:
         raise UserError(f"an adapter is converted to an update such as LoRA(rank=4), not to {method!r}")
@@ -59,27 +60,27 @@ def convert(
 def combine(
     model: nnx.Module, weights: Mapping[Adapter, float], *, name: str = "combined"
 ) -> tuple[nnx.Module, Adapter, dict[str, float]]:
-    """Add one more adapter, `sum of weight * update` of several adapters with the same rules.
+    """Return the model with one more adapter: the weighted sum of the updates of adapters with the same rules.
 
-    The sum is exact for families that are closed under sums, such as circulants in their stored form. For others it is
-    the nearest matrix of the family.
+    The sum is exact for families that are closed under addition, such as circulants in their stored form. For other
+    families, the new update is the matrix of the family that is nearest to the sum.
 
     Args:
-        model: A model with all of the adapters, at any scales; what is combined includes the scales. Other parameters
-            that were trained are not combined: those of the model stay.
-        weights: A weight for every adapter; they need not sum to 1.
-        name: The name of the new adapter. The others stay: switch them off with `set_active`.
+        model: A model with all of the adapters. Their scales are included in what is combined. Other trained
+            parameters, such as the head, are not combined: they stay as they are in the model.
+        weights: A weight for each adapter. The weights need not sum to 1.
+        name: The name of the new adapter. The old adapters stay in the model; switch them off with `set_active`.
 
     Returns:
-        The same as `convert`.
+        The new model, the new adapter, and the relative error in the Frobenius norm of each part, by the layer's path.
 
     Raises:
-        UserError: If the adapters have different rules, or parts that cannot be converted.
+        UserError: If the adapters have different rules, or an adapter cannot be converted (see `convert`).
     """
     if not weights or not isinstance(weights, Mapping):
         raise UserError(f"combine needs a weight for every adapter, {{adapter: 0.5, ...}}, got {weights!r}")
     for adapter in weights:
-        parts_of(model, adapter)  # raises if the model lacks it
+        parts_of(model, adapter)  # Raises a `UserError` if the model does not have the adapter.
     first, *others = weights
     for other in others:
         if other.rules != first.rules:
@@ -94,17 +95,17 @@ def combine(
 
 
 def _changes(model: nnx.Module, adapter: Adapter) -> dict[str, np.ndarray]:
-    """Return what an adapter adds to every kernel, as dense matrices by path."""
+    """Return the changes that an adapter makes to kernels, as dense matrices by the layer's path."""
     changes = {row.path: np.asarray(kernel_change(row)) for row in parts_of(model, adapter)}
     if not changes:
-        raise UserError(f"the adapter {adapter.name!r} has no update, which is what is converted and combined")
+        raise UserError(f"the adapter {adapter.name!r} has no update, and only updates can be converted or combined")
     return changes
 
 
 def _with_nearest(
     model: nnx.Module, adapter: Adapter, targets: Mapping[str, np.ndarray]
 ) -> tuple[nnx.Module, Adapter, dict[str, float]]:
-    """Put an adapter into a model whose parts are nearest to what the targets say."""
+    """Return the model with an adapter whose parts approximate dense targets, the adapter, and the relative errors."""
     model = nnx.clone(model)
     errors = {}
     for matched in matched_modules(model, adapter):

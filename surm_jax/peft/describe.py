@@ -1,4 +1,4 @@
-"""What is trained: a table of paths, shapes and counts."""
+"""A table of the trained parameters: paths, shapes and counts."""
 
 import dataclasses
 import math
@@ -13,13 +13,13 @@ from surm_jax.peft.parts.base import AdapterParam, Part, iter_parts
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One part of an adapter, or one other parameter that is trained.
+    """One row of the table: a part of an adapter, or another trained parameter.
 
     Attributes:
-        path: Path of the module or the parameter.
-        shape: Shape of the part, (in_features, out_features), or of the parameter.
-        kind: Kind of the part, such as the family of its matrix, or "trained" for a parameter.
-        trainable: Number of trained numbers.
+        path: The path of the module or the parameter.
+        shape: The shape of the part, (in_features, out_features), or of the parameter.
+        kind: The kind of the part, such as the family of its matrix, or "trained" for a parameter.
+        trainable: The number of trained entries.
     """
 
     path: str
@@ -30,13 +30,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A summary of what is trained. `str()` of it is a table.
+    """A summary of the trained parameters. Its `str()` is a table.
 
     Attributes:
-        rows: Parts of adapters, then other parameters that are trained.
-        adapter: Count of trained numbers in the parts of adapters.
-        besides: Count of other trained numbers, such as the head's.
-        total: Count of all parameters of the adapted model.
+        rows: The parts of adapters, followed by the other trained parameters.
+        adapter: The number of trained parameters in adapter parts.
+        besides: The number of other trained parameters, such as those of the head.
+        total: The number of all parameters of the adapted model.
     """
 
     rows: tuple[Row, ...]
@@ -46,7 +46,7 @@ class Description:
 
     @property
     def trainable(self) -> int:
-        """The count of all trained numbers."""
+        """The number of all trained parameters."""
         return self.adapter + self.besides
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class Description:
 
 
 def describe(model: nnx.Module, adapter: Adapter | None = None) -> Description:
-    """Return a table of what is trained in an adapted model, which may be abstract (`nnx.eval_shape`).
+    """Return a table of the trained parameters of an adapted model, which may be abstract (`nnx.eval_shape`).
 
     >>> import surm_jax
     >>> model, adapter = surm_jax.adapt(
@@ -79,7 +79,7 @@ def describe(model: nnx.Module, adapter: Adapter | None = None) -> Description:
 
     Args:
         model: An adapted model.
-        adapter: The adapter that is trained; `None`: all adapters of the model, and no other parameters.
+        adapter: The adapter that is trained. `None` means all adapters of the model, without other parameters.
 
     Raises:
         UserError: If the model does not have the adapter.
@@ -98,5 +98,5 @@ def describe(model: nnx.Module, adapter: Adapter | None = None) -> Description:
 
 
 def _trained(part: Part) -> int:
-    """Return how many numbers of a part are trained."""
+    """Return the number of trained parameters of a part."""
     return sum(variable.get_value().size for variable in part.tensors().values() if isinstance(variable, AdapterParam))

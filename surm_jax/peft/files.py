@@ -1,9 +1,9 @@
-"""The adapter folder: `adapter_config.json` and `adapter_model.safetensors`, some hundred kilobytes.
+"""The adapter folder: `adapter_config.json` and `adapter_model.safetensors`, together some hundred kilobytes.
 
-The tensors are those of the parts in their smallest form, under `<layer>/delta/<array>` or `<module>/branch/<array>`,
-and other parameters that were trained, such as the head, under their paths. (The smallest form of a Hadamard pair of
-circulants is their product, n numbers.) The JSON holds the recipe, the fingerprint of the frozen base, and the SHA-256
-of these and of the tensor file.
+The tensor file holds the arrays of parts in their smallest form, named `<layer>/delta/<array>` or
+`<module>/branch/<array>`. It also holds other trained parameters, such as the head, named by their paths. (A
+`CirculantPair`, for example, stores `r1 * r2`, which is n numbers instead of 2n.) The JSON file holds the recipe, the
+fingerprint of the frozen base model, and a SHA-256 of the tensor file and of the other JSON entries.
 """
 
 import functools
@@ -37,21 +37,21 @@ TENSORS_NAME = "adapter_model.safetensors"
 FORMAT = 3
 
 _MOST_BYTES_OF_CONFIG = 2**22
-"""The fingerprint has some seventy bytes for each parameter of the base."""
+"""The most bytes that `adapter_config.json` may have. The fingerprint takes about 70 for each array of the base."""
 
 BASE = nnx.All(nnx.Param, nnx.Not(AdapterParam))
-"""Selects the parameters that belong to no adapter."""
+"""The NNX filter that selects the parameters of the base model, without those of adapters."""
 
 
 def fingerprint(frozen: nnx.State, kind: nnx.filterlib.Filter = BASE) -> dict[str, str]:
-    """Return 16 hexadecimal digits for every variable of a state, by path, which identify its exact value.
+    """Return a digest of 16 hexadecimal digits for each variable of a state, by path, to recognise its exact value.
 
-    They depend on path, shape, dtype and every bit. Cost: one SHA-256 over the weights, one array after the other.
-    With several processes the call is collective: all of them make it, in the same order.
+    A digest depends on the variable's path, shape, dtype and every bit of its value. Cost: one SHA-256 over the
+    weights, array by array. With several processes this is collective: call it from every process, in the same order.
 
     Args:
         frozen: The state.
-        kind: Which of its variables count; by default the parameters that belong to no adapter.
+        kind: The filter of the variables to include. By default, the parameters of the base model.
     """
     digests = {}
     for path, variable in nnx.to_flat_state(nnx.filter_state(frozen, kind)):
@@ -66,12 +66,12 @@ def check_fingerprint(actual: dict[str, str], expected: dict[str, str], what: st
     """Check that a base model is the one that an adapter was trained on.
 
     Args:
-        actual: Fingerprint of the base.
-        expected: Fingerprint of the right base.
-        what: What belongs to the right base, for the message, such as "the adapter NAME".
+        actual: The fingerprint of this base model.
+        expected: The fingerprint of the base model that the adapter was trained on.
+        what: The name of the adapter in the message, such as "the adapter NAME".
 
     Raises:
-        UserError: If parameters differ; the message names some.
+        UserError: If parameters differ. The message names some of them.
     """
     problems = []
     if absent := sorted(expected.keys() - actual.keys()):
@@ -90,20 +90,21 @@ def _some(paths: list[str]) -> str:
 
 
 def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter) -> int:
-    """Write the adapter of an adapted model to a folder, replacing an adapter that is there.
+    """Write an adapter of a model to a folder. An adapter that is already in the folder is replaced.
 
-    The folder is complete or absent at every moment.
+    An interruption never leaves an incomplete folder.
 
     Args:
-        folder: Where to write. Its parents are made.
+        folder: The folder to write. Missing parent folders are created.
         model: The adapted model, trained or not.
         adapter: The adapter.
 
     Returns:
-        The number of bytes of the two files.
+        The total size of the two files in bytes.
 
     Raises:
-        UserError: If the folder holds something else or cannot be written, or the model does not have the adapter.
+        UserError: If the folder holds anything but an adapter, if it cannot be written, if the model does not have
+            the adapter, or if the adapter's scale is not 1.
     """
     rows = parts_of(model, adapter)
     require_unscaled(rows)
@@ -124,16 +125,16 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
 
 
 def _trained_and_frozen(model: nnx.Module, adapter: Adapter) -> tuple[dict[str, nnx.Variable], nnx.State]:
-    """Return the trained variables of a model by path, and the state of all others."""
+    """Return the trained variables of a model by path, and the state of all other variables."""
     _, trained, frozen = nnx.split(model, adapter.trainable, ...)  # type: ignore[misc]  # `...` selects the rest
     return {join(path): variable for path, variable in nnx.to_flat_state(trained)}, frozen
 
 
 def require_unscaled(rows: Iterable[AttachedPart]) -> None:
-    """Check that the parts of an adapter have the scale with which they were trained: files hold no scale.
+    """Check that the parts of an adapter have the scale 1, since adapter files do not store scales.
 
     Raises:
-        UserError: If `set_scale` or `set_active` gave them another one.
+        UserError: If `set_scale` or `set_active` set another scale.
     """
     for row in rows:
         if (scale := float(row.part.scale[...])) != 1:
@@ -144,15 +145,15 @@ def require_unscaled(rows: Iterable[AttachedPart]) -> None:
 
 
 def write_folder(folder: Path, config: bytes, payload: bytes) -> None:
-    """Write the two files of an adapter folder, replacing one that is there in one step.
+    """Write the two files of an adapter folder. An existing adapter folder is replaced.
 
     Raises:
-        UserError: If the folder holds something else, or cannot be written.
+        UserError: If the folder holds anything but an adapter, or cannot be written.
     """
     if folder.exists() and not (folder / CONFIG_NAME).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an adapter folder (no {CONFIG_NAME}): choose another name")
     if folder.is_dir() and (others := {path.name for path in folder.iterdir()} - {CONFIG_NAME, TENSORS_NAME}):
-        raise UserError(f"{folder} holds {min(others)} besides an adapter, which would be lost: choose another name")
+        raise UserError(f"{folder} also holds {min(others)}, which would be lost: choose another name")
     try:
         with replacing_folder(folder) as temporary:
             (temporary / TENSORS_NAME).write_bytes(payload)
@@ -164,13 +165,14 @@ def write_folder(folder: Path, config: bytes, payload: bytes) -> None:
 def load_adapter(
     folder: str | os.PathLike, model: nnx.Module, *, name: str = DEFAULT_NAME, execution: str = "auto"
 ) -> tuple[nnx.Module, Adapter]:
-    """Put an adapter from a folder into a base model, which itself stays as it is.
+    """Return a copy of a base model with an adapter from a folder added. `model` is not changed.
 
-    Whatever the folder does not hold comes from `model`, and must be what the adapter was trained on, bit for bit.
+    Parameters that the folder does not hold are taken from `model`. They must be bit for bit those that the adapter
+    was trained on.
 
     Args:
         folder: A folder that `save_adapter` wrote.
-        model: The base model, with a head of the adapter's shape. It may have adapters of other names.
+        model: The base model. Its head must have the shape of the adapter's head. It may have other adapters.
         name: The adapter's name in the model.
         execution: How structured updates are computed, as in `adapt`.
 
@@ -178,7 +180,8 @@ def load_adapter(
         The adapted model and the adapter.
 
     Raises:
-        UserError: If something is missing, damaged, of another shape, or of another base; the message names it.
+        UserError: If something is missing, damaged or of the wrong shape, or if the adapter was trained on another
+            base model. The message says what is wrong.
     """
     model, adapter, base = read_adapter(folder, model, name=name, execution=execution)
     _, frozen = _trained_and_frozen(model, adapter)
@@ -189,10 +192,13 @@ def load_adapter(
 def read_adapter(
     folder: str | os.PathLike, model: nnx.Module, *, name: str = DEFAULT_NAME, execution: str = "auto"
 ) -> tuple[nnx.Module, Adapter, dict[str, str]]:
-    """Do what `load_adapter` does without checking the base, and return the fingerprint of the right base as well.
+    """Load an adapter like `load_adapter`, but do not check the base model.
+
+    Returns:
+        The adapted model, the adapter, and the fingerprint of the base model that the adapter was trained on.
 
     Raises:
-        UserError: If something is missing, damaged or of another shape; the message names it.
+        UserError: If something is missing, damaged or of the wrong shape. The message says what is wrong.
     """
     folder = Path(folder)
     config, adapter = _read_config(folder, name)
@@ -218,7 +224,7 @@ def read_adapter(
     if tensors.left:
         left = min(tensors.left)
         raise UserError(
-            f"{tensors.path} holds {left!r}, which the model has no place for{did_you_mean(left, parameters)}"
+            f"{tensors.path} holds {left!r}, but the model has no such array{did_you_mean(left, parameters)}"
         )
     return model, adapter, config["base"]
 
@@ -233,8 +239,8 @@ def _read_config(folder: Path, name: str) -> tuple[dict[str, Any], Adapter]:
     found = config.get("format")
     if found in (1, 2):
         raise UserError(
-            f"{path} has the adapter format {found}, which surm_jax wrote until it renamed the arrays of matrices; this"
-            f" version reads {FORMAT}. Train the adapter again, or load it with the version that wrote it and merge it"
+            f"{path} has the adapter format {found}, which an earlier version of surm_jax wrote; this version reads"
+            f" {FORMAT}. Train the adapter again, or load it with the version that wrote it and merge it"
         )
     if found != FORMAT:
         raise UserError(f"{path} has the adapter format {found!r}; this version reads {FORMAT}")
@@ -247,7 +253,7 @@ def _read_config(folder: Path, name: str) -> tuple[dict[str, Any], Adapter]:
 
 
 def _sha256(config: dict[str, Any], payload: BinaryIO) -> str:
-    """Return the SHA-256 of the tensor file followed by the configuration without its entry "sha256"."""
+    """Return the SHA-256 of the tensor file followed by the JSON configuration without its entry "sha256"."""
     rest = {key: value for key, value in config.items() if key != "sha256"}
     digest = hashlib.file_digest(payload, "sha256")  # type: ignore[arg-type]  # any binary file will do
     digest.update(json.dumps(rest, sort_keys=True).encode())

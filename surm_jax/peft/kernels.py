@@ -1,7 +1,7 @@
-"""Linear layers as matrices: which layers can be adapted, and how their input and output become vectors.
+"""Linear layers as matrices: which layers can be adapted, and how their inputs and outputs become vectors.
 
-`nnx.Linear` has a kernel (in, out). `nnx.LinearGeneral`, of which attention is made, has a kernel of higher rank, such
-as (width, heads, head_dim): seen as a matrix it is (width, heads * head_dim).
+The kernel of `nnx.Linear` has the shape (in, out). The kernel of `nnx.LinearGeneral`, which Flax's attention uses, may
+have more axes, such as (width, heads, head_dim). As a matrix, such a kernel has the shape (width, heads * head_dim).
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ from surm_jax.peft.parts.base import OUTPUT, SLOTS, is_adapted, original_class
 
 @dataclasses.dataclass(frozen=True)
 class MatrixView:
-    """How a linear layer acts as a matrix of shape (in_features, out_features) on vectors.
+    """A linear layer seen as a matrix of shape (in_features, out_features) that multiplies vectors.
 
     Attributes:
-        in_shape: Shape of the contracted axes of the input, row-major.
-        out_shape: Shape of the last axes of the output, which replace them, row-major.
-        axes: The contracted axes of the input. As in `nnx.LinearGeneral` their order has no meaning: the first of the
-            input's axes belongs to the first number of `in_shape`.
+        in_shape: The shape of the contracted axes of the input, flattened in row-major order.
+        out_shape: The shape of the last axes of the output, flattened in row-major order.
+        axes: The contracted axes of the input. As in `nnx.LinearGeneral`, their order has no meaning: the axes in
+            ascending order belong to the entries of `in_shape`.
     """
 
     in_shape: tuple[int, ...]
@@ -50,24 +50,24 @@ class MatrixView:
 
 
 def is_linear(module: nnx.Module) -> bool:
-    """Say whether `module` is a linear layer that a rule may name."""
+    """Return whether `module` is an `nnx.Linear` or an `nnx.LinearGeneral`, also of a subclass."""
     return isinstance(module, nnx.Linear | nnx.LinearGeneral)
 
 
 def check_call(module: nnx.Module, path: str, slot: str) -> None:
-    """Check that a part can be added to what a module computes.
+    """Check that a part can be added to the output of a module.
 
-    A kernel part is added in the `__call__` of `nnx.Linear` or `nnx.LinearGeneral`. A subclass whose `__call__` reads
-    `self.kernel` itself would ignore it. An output part is added after any `__call__`.
+    A kernel part takes effect in the `__call__` of `nnx.Linear` or `nnx.LinearGeneral`. A subclass whose own `__call__`
+    reads `self.kernel` would ignore the part. An output part works with any `__call__`.
 
     Args:
         module: The module that a rule matched.
-        path: Its path, for messages.
-        slot: The slot that the part goes to.
+        path: The path of the module, for messages.
+        slot: The slot of the part.
 
     Raises:
-        UserError: If a `__call__` on the way does not use `super()`, or the module itself has an attribute with the
-            name of a slot, or its kernel is not one matrix.
+        UserError: If the module has an attribute with the name of a slot. For a kernel part also if the `__call__` of
+            a subclass does not use `super()`, if a subclass defines `dot_general`, or if the kernel is not one matrix.
     """
     for name in SLOTS:
         if hasattr(module, name) and not (is_adapted(module) and isinstance(getattr(module, name), nnx.Dict)):
@@ -93,32 +93,33 @@ def check_call(module: nnx.Module, path: str, slot: str) -> None:
 
 
 def output_width(module: nnx.Module, path: str) -> int:
-    """Return how many features the output of a module has.
+    """Return the number of output features of a module.
 
-    A module that is no linear layer is called with abstract inputs, so that nothing is computed. They have the widths
-    that its own linear layers read. The names and the order of these layers are not used: copying a module sorts them.
+    For a linear layer this follows from its kernel. Any other module is called with abstract inputs, which computes
+    nothing. The widths to try are the input widths of its linear layers. The names and the order of these layers play
+    no role, because copying a module sorts its attributes.
 
     Raises:
-        UserError: If the width cannot be found, or the output has several axes of features.
+        UserError: If the width cannot be found, or if the output has several feature axes.
     """
     if is_linear(module):
         shape = matrix_view(module, path).out_shape
         if len(shape) > 1:
-            raise UserError(f"its output has the axes {shape} of features, and a branch reads one")
+            raise UserError(f"its output has several feature axes {shape}, but a branch needs exactly one")
         return shape[0]
     layers: list[Any] = [child for child in vars(module).values() if isinstance(child, nnx.Module) and is_linear(child)]
     widths = {math.prod(f) if isinstance(f := layer.in_features, tuple) else f for layer in layers}
     found = {answer for width in widths if (answer := _answer(module, width)) is not None}
     if len(found) != 1:
         raise UserError(
-            f"the width of its output cannot be told from the linear layers of a {type(module).__name__}:"
-            " name the layer that makes the output"
+            f"the width of its output cannot be found from the linear layers of a {type(module).__name__}:"
+            " target the layer that computes the output instead"
         )
     return found.pop()
 
 
 def _answer(module: nnx.Module, width: int) -> int | None:
-    """Return the features of a module's output for an input of `width` features; `None` if it takes no such input."""
+    """Return the output width of a module for an input of `width` features; `None` if the module fails on it."""
     graphdef, state = nnx.split(module)
     # The `__call__` of an adapted module takes `*args` and does not show its parameters.
     call = original_class(module).__call__
@@ -133,7 +134,7 @@ def _answer(module: nnx.Module, width: int) -> int | None:
                     jax.ShapeDtypeStruct(shape, jnp.float32),
                 )
                 return output.shape[-1]
-        except Exception:  # Whatever a user's module does with an input that is not for it.
+        except Exception:  # A user's module may raise anything for an input of the wrong shape.
             continue
     return None
 
@@ -143,10 +144,10 @@ def matrix_view(module: Any, path: str) -> MatrixView:
 
     Args:
         module: An `nnx.Linear` or `nnx.LinearGeneral`.
-        path: Its path in the model, for messages.
+        path: The path of the layer in the model, for messages.
 
     Raises:
-        UserError: If its kernel is not one matrix, because of batch axes or a stack of layers.
+        UserError: If the kernel has batch axes or is a stack of several layers, so that it is not one matrix.
     """
     if isinstance(module, nnx.LinearGeneral):
         if module.batch_axis:
@@ -166,10 +167,10 @@ def matrix_view(module: Any, path: str) -> MatrixView:
 
 
 def kernel_matrix(module: Any, path: str) -> Float[Array, "in out"]:
-    """Return the kernel of a linear layer as a matrix (in_features, out_features); abstract where the layer is.
+    """Return the kernel of a linear layer as a matrix (in_features, out_features); abstract if the layer is.
 
     Raises:
-        UserError: As `matrix_view`.
+        UserError: If the kernel is not one matrix (`matrix_view`).
     """
     shape, kernel = matrix_view(module, path).shape, module.kernel.get_value()
     if isinstance(kernel, jax.ShapeDtypeStruct):

@@ -1,9 +1,9 @@
-"""Several adapters on one base: which of them count, and how much.
+"""Several adapters on one base model: switch them on and off, scale them, and delete them.
 
-All functions return another model and leave theirs as it is; arrays are shared, not copied. They take an `Adapter` or
-its name. Scales are arrays. A compiled function that takes the model's state as an argument is therefore not compiled
-again when adapters are switched, scaled, or exchanged for others of the same shapes (`delete`, then `load_adapter`
-under the same name).
+The functions that change something return a new model. The given model is not changed, and both share their arrays.
+Adapters are given as an `Adapter` or by name. Scales are arrays, so a compiled function that takes the model's state as
+an argument is not compiled again when adapters are switched or scaled, or replaced by others of the same shapes
+(`delete`, then `load_adapter` under the same name).
 """
 
 import math
@@ -24,12 +24,12 @@ from surm_jax.peft.parts.layers import detach
 
 
 def adapter_names(model: nnx.Module) -> tuple[str, ...]:
-    """Return the names of a model's adapters, sorted."""
+    """Return the sorted names of a model's adapters."""
     return tuple(sorted({row.name for row in iter_parts(model)}))
 
 
 def set_scale(model: nnx.Module, adapter: Adapter | str, scale: float | Array) -> nnx.Module:
-    """Return the model with `scale` times what an adapter adds: 0 switches it off, 1 is as it was trained.
+    """Return the model with an adapter's contribution multiplied by `scale`: 0 switches it off, 1 is as trained.
 
     >>> import surm_jax
     >>> model, adapter = surm_jax.adapt(
@@ -52,10 +52,10 @@ def set_scale(model: nnx.Module, adapter: Adapter | str, scale: float | Array) -
 
 
 def set_active(model: nnx.Module, adapters: Iterable[Adapter | str]) -> nnx.Module:
-    """Return the model with these adapters as they were trained, and all others switched off.
+    """Return the model with the given adapters at scale 1, and all other adapters at scale 0.
 
-    With no adapter it computes what the base computes. Other parameters that were trained, such as a head, belong to no
-    adapter and stay.
+    With an empty list, all adapters are off, and the model computes what the base model computes. Other trained
+    parameters, such as a head, are not switched: they stay as they are.
 
     Raises:
         UserError: If the model does not have one of the adapters.
@@ -68,7 +68,7 @@ def set_active(model: nnx.Module, adapters: Iterable[Adapter | str]) -> nnx.Modu
 
 
 def delete(model: nnx.Module, adapter: Adapter | str) -> nnx.Module:
-    """Return the model without an adapter. Other parameters that were trained with it stay as they are.
+    """Return the model without an adapter. Other parameters that were trained with the adapter keep their values.
 
     Raises:
         UserError: If the model does not have the adapter.
@@ -82,10 +82,10 @@ def delete(model: nnx.Module, adapter: Adapter | str) -> nnx.Module:
 
 
 def checked_names(model: nnx.Module, adapters: Iterable[Adapter | str]) -> tuple[str, ...]:
-    """Return the names of adapters, all of which the model has.
+    """Check that the model has the given adapters, and return their names.
 
     Raises:
-        UserError: If it lacks one; the message lists those of the model.
+        UserError: If the model lacks one of them. The message lists the adapters of the model.
     """
     if isinstance(adapters, str | Adapter):
         one = repr(adapters) if isinstance(adapters, str) else "adapter"
@@ -101,20 +101,20 @@ def checked_names(model: nnx.Module, adapters: Iterable[Adapter | str]) -> tuple
             )
         if name not in known:
             there = ", ".join(known) or "none"
-            raise UserError(f"the model has no adapter {name!r}{did_you_mean(name, known)} (there: {there})")
+            raise UserError(f"the model has no adapter {name!r}{did_you_mean(name, known)} (known: {there})")
         names.append(name)
     return tuple(names)
 
 
 def parts_of(model: nnx.Module, adapter: Adapter) -> list[AttachedPart]:
-    """Return the parts of one adapter in a model, sorted by path; none for an adapter without rules.
+    """Return the parts of one adapter in a model, sorted by path. An adapter without rules has no parts.
 
     Raises:
-        UserError: If the model does not have the adapter, or has no part of one of its rules.
+        UserError: If the model does not have the adapter, or if no part belongs to one of its rules.
     """
     if not isinstance(adapter, Adapter):
         raise UserError(
-            f"adapter must be what `adapt` or `load_adapter` returned beside the model, got {adapter!r:.80}"
+            f"adapter must be the Adapter that `adapt` or `load_adapter` returned with the model, got {adapter!r:.80}"
         )
     targets = [rule.target for rule in adapter.rules if rule.method]
     checked_names(model, [adapter] if targets else [])
@@ -125,12 +125,12 @@ def parts_of(model: nnx.Module, adapter: Adapter) -> list[AttachedPart]:
 
 
 def kernel_change(row: AttachedPart) -> Float[Array, "in out"]:
-    """Return what a part adds to the kernel of its layer, scale included, as a dense float32 matrix.
+    """Return the change of the kernel that has the same effect as a part, as a dense float32 matrix, scale included.
 
     Raises:
-        UserError: If no kernel can hold what the part does.
+        UserError: If no change of the kernel has the effect of the part.
     """
-    # A part of the other slot does not look at a kernel, and its module may have none.
+    # An output part does not use a kernel, and its module may have none.
     kernel = kernel_matrix(row.module, row.path) if row.part.slot == KERNEL else jnp.zeros((0, 0))
     try:
         return row.part.change(kernel)

@@ -1,4 +1,4 @@
-"""Folding parts into the kernels, for deployment."""
+"""Merging adapters into the kernels of a model, for deployment."""
 
 import itertools
 from collections.abc import Iterable
@@ -18,10 +18,10 @@ from surm_jax.peft.parts.layers import detach
 
 
 def merge(model: nnx.Module, adapters: Iterable[Adapter | str] | None = None) -> tuple[nnx.Module, float]:
-    """Return a model whose kernels hold `W` plus what the parts of adapters add, summed in float64.
+    """Return a plain model whose kernels include the updates of adapters. The sums are computed in float64.
 
-    `model` itself stays as it is, with all of its bits: to unmerge, continue with it. Merging a model without adapters
-    returns an equal model. A scale (`set_scale`) is merged too.
+    `model` is not changed: to undo the merge, go on with `model`. Merging a model without adapters returns an equal
+    model. The scale of an adapter (`set_scale`) is included.
 
     >>> import surm_jax
     >>> model, _ = surm_jax.adapt(
@@ -33,15 +33,16 @@ def merge(model: nnx.Module, adapters: Iterable[Adapter | str] | None = None) ->
 
     Args:
         model: An adapted model.
-        adapters: The adapters, or their names; `None` means all.
+        adapters: The adapters to merge, or their names. `None` means all.
 
     Returns:
-        The merged model, and the largest deviation of a merged entry from the exact sum, in float64. The deviation is
-        the cost of rounding to the kernel's dtype. For a bfloat16 kernel it can exceed a small update.
+        The merged model, and the largest absolute difference between a merged kernel entry and the exact sum. The
+        difference comes from rounding to the kernel's dtype. For a bfloat16 kernel it can exceed a small update.
 
     Raises:
-        UserError: If an adapter has a branch, which no kernel can hold, or is not in the model; if an update is not
-            finite; or if another adapter, which stays, has a part on the same layer that depends on the kernel (DoRA).
+        UserError: If the model does not have an adapter; if an adapter has a branch, which cannot be merged into a
+            kernel; if an update or a kernel is not finite; or if an adapter that is not merged has a part on the same
+            layer that depends on the kernel (DoRA).
     """
     model = nnx.clone(model)
     names = adapter_names(model) if adapters is None else checked_names(model, adapters)
@@ -52,8 +53,8 @@ def merge(model: nnx.Module, adapters: Iterable[Adapter | str] | None = None) ->
         stays = row.path in touched and row.name not in names
         if stays and isinstance(row.part, KernelPart) and row.part.reads_kernel:
             raise UserError(
-                f"{row.path} has a part of the adapter {row.name!r} that depends on the kernel, as a normalised one"
-                " (DoRA) does: merging another adapter would change what it adds. Merge both, or delete it first"
+                f"{row.path} has a part of the adapter {row.name!r} that depends on the kernel (such as DoRA):"
+                " merging another adapter would change what this part adds. Merge both adapters, or delete this one"
             )
     deviation = 0.0
     for path, group in itertools.groupby(rows, key=lambda row: row.path):
@@ -66,7 +67,7 @@ def merge(model: nnx.Module, adapters: Iterable[Adapter | str] | None = None) ->
             raise UserError(f"{path} cannot be merged: its update or its kernel holds values that are not finite")
         merged = jnp.asarray(exact.astype(np.float32)).astype(kernel.dtype)
         deviation = max(deviation, float(np.max(np.abs(_float64(merged) - exact), initial=0.0)))
-        # A variable of its own: other layers may share the one that it had, and a NumPy array is shared with `model`.
+        # Make a new variable: other layers may share the old one, and `model` may hold it as a NumPy array.
         layer.kernel = layer.kernel.copy(merged.reshape(kernel.shape))
         for row in parts:
             detach(layer, row.name)

@@ -1,6 +1,6 @@
-"""Training some leaves of a parameter tree, for users who keep the whole tree under one optax chain.
+"""Training selected leaves of a parameter tree, for users who pass the whole tree to one optax optimiser.
 
-The tree may be Linen's, Haiku's or `nnx.to_pure_dict`'s: any nest of dictionaries, lists and dataclasses.
+The tree may come from Linen, Haiku or `nnx.to_pure_dict`: any nested dictionaries, lists and dataclasses.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from surm_jax.paths import require_match
 
 
 def path_mask(tree: Any, patterns: Sequence[str]) -> Any:
-    """Return a tree of booleans: whether a leaf's `/`-joined path matches one of the patterns as a whole.
+    """Return a tree of booleans that says for each leaf whether one of the patterns matches its `/`-joined path.
 
     >>> path_mask({"body": {"kernel": 0.0, "bias": 0.0}, "head": {"bias": 0.0}}, [".*/bias"])
     {'body': {'bias': True, 'kernel': False}, 'head': {'bias': True}}
 
     Args:
         tree: Any pytree.
-        patterns: Regular expressions (`re.fullmatch`).
+        patterns: Regular expressions for whole paths (`re.fullmatch`).
 
     Raises:
-        UserError: If a pattern matches no leaf; the message lists the nearest paths.
+        UserError: If a pattern matches no leaf. The message lists the nearest paths.
     """
     if isinstance(patterns, str):
         raise UserError(f"patterns must be a list, got one string: write [{patterns!r}]")
@@ -34,22 +34,22 @@ def path_mask(tree: Any, patterns: Sequence[str]) -> Any:
 
 
 def train_only(transformation: optax.GradientTransformation, patterns: Sequence[str]) -> optax.GradientTransformation:
-    """Apply an optax transformation to some leaves of a tree, and freeze all others.
+    """Return an optax transformation that applies the given one to some leaves of a tree and freezes all others.
 
-    Frozen leaves get updates that are exactly zero, whatever their gradient, and have no state. (`optax.masked`
-    would pass their raw gradients on.)
+    The update of a frozen leaf is exactly zero, whatever its gradient, and a frozen leaf has no optimiser state.
+    (`optax.masked` would pass on its raw gradient.)
 
         optimizer = surm_jax.train_only(optax.adamw(1e-3), [r".*/delta/.*", "head/.*"])
 
     Args:
-        transformation: The transformation, which sees only the trained leaves.
-        patterns: Patterns for the paths of the trained leaves, as in `path_mask`.
+        transformation: The transformation for the trained leaves. It sees only these.
+        patterns: Regular expressions for the paths of the trained leaves, as in `path_mask`.
 
     Raises:
-        UserError: If there is no pattern; at `init`, if one matches no leaf.
+        UserError: If there is no pattern. The transformation's `init` raises it if a pattern matches no leaf.
     """
     if not patterns:
-        raise UserError("train_only needs at least one pattern: without any nothing would be trained")
+        raise UserError("train_only needs at least one pattern: with none, nothing would be trained")
     patterns = patterns if isinstance(patterns, str) else tuple(patterns)
 
     def labels(tree: Any) -> Any:

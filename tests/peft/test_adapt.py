@@ -309,9 +309,17 @@ def test_widths_of_the_transformers_of_this_package():
 @pytest.mark.parametrize(
     ("name", "target", "message"),
     [
-        ("mlp", "tail/norm", "^tail/norm cannot be adapted: the width of its output .* of a LayerNorm: name the layer"),
-        ("mlp", "", "^the model cannot be adapted: the width of its output cannot be told"),
-        ("attention", "query", r"^query cannot be adapted: its output has the axes \(2, 5\) of features, .* reads one"),
+        (
+            "mlp",
+            "tail/norm",
+            "^tail/norm cannot be adapted: the width of its output .* of a LayerNorm: target",
+        ),
+        ("mlp", "", "^the model cannot be adapted: the width of its output cannot be found"),
+        (
+            "attention",
+            "query",
+            r"^query cannot be adapted: its output has several feature axes \(2, 5\), but a branch",
+        ),
         ("mlp", "blocks", r"'blocks' matches no module, only blocks \(List\)"),
     ],
 )

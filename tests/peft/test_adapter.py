@@ -54,13 +54,13 @@ def test_json_round_trip_of_rules_without_method_and_of_parts_under_another_name
 
 @pytest.mark.parametrize("name", ["", "a/b", "a b", "a.b"])
 def test_names_that_cannot_be_a_part_of_a_path(name):
-    with pytest.raises(UserError, match="the name of an adapter has letters, digits, _ and -"):
+    with pytest.raises(UserError, match="the name of an adapter may have only letters, digits, _ and -"):
         Adapter((), name=name)
 
 
 @pytest.mark.parametrize("name", ["items", "values", "update"])
 def test_names_that_would_hide_a_method(name):
-    with pytest.raises(UserError, match=f"an adapter cannot be called '{name}', as a method of nnx.Dict"):
+    with pytest.raises(UserError, match=f"an adapter cannot be called '{name}': nnx.Dict has a method of this name"):
         Adapter((), name=name)
 
 
@@ -68,7 +68,9 @@ def test_names_that_would_hide_a_method(name):
     ("parts", "which"), [(3, (3,)), (3, (-1,)), (3, (0, 0)), (0, ()), (-2, ()), (1, (1,)), (2, (0, 1, 2))]
 )
 def test_parts_that_cannot_be(parts, which):
-    with pytest.raises(UserError, match=rf"the rule 'qkv' must have different numbers .* got parts={parts}, which="):
+    with pytest.raises(
+        UserError, match=rf"the rule 'qkv' must have parts >= 1, and different numbers .* got parts={parts}, which="
+    ):
         Rule("qkv", LoRA(), parts=parts, which=which)
 
 
@@ -91,7 +93,7 @@ RULE = {"target": "a", "method": "lora", "settings": {}, "parts": 1, "which": []
         ({"rules": [{k: v for k, v in RULE.items() if k != "parts"}], "train": []}, "not the recipe .*parts"),
         ({"rules": [RULE | {"parts": "3"}], "train": []}, "must have whole numbers in `parts`"),
         ({"rules": [RULE | {"which": 3}], "train": []}, "not the recipe of an adapter"),
-        ({"rules": [RULE | {"which": [7]}], "train": []}, "must have different numbers"),
+        ({"rules": [RULE | {"which": [7]}], "train": []}, "must have parts >= 1, and different numbers"),
         ({"rules": [RULE | {"settings": [1]}], "train": []}, "not the recipe of an adapter"),
         ({"rules": [RULE | {"method": ["lora"]}], "train": []}, "not the recipe of an adapter"),
         ({"rules": [RULE | {"method": "lorra"}], "train": []}, "did you mean 'lora'"),

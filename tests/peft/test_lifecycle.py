@@ -238,9 +238,9 @@ def renamed(name):
 def test_an_unknown_name_is_refused_with_the_nearest(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = three()[0]
-    with pytest.raises(UserError, match=r"^the model has no adapter 'oen'; did you mean 'one'\? \(there: one, side,"):
+    with pytest.raises(UserError, match=r"^the model has no adapter 'oen'; did you mean 'one'\? \(known: one, side,"):
         call(model, "oen")
-    with pytest.raises(UserError, match=r"^the model has no adapter '(one|default)' \(there: none\)"):
+    with pytest.raises(UserError, match=r"^the model has no adapter '(one|default)' \(known: none\)"):
         call(net(), "default")
     assert not list(tmp_path.iterdir())
 
@@ -262,9 +262,11 @@ def test_an_adapter_is_given_by_itself_or_by_its_name_unless_the_recipe_is_neede
         with pytest.raises(UserError, match=r"^an adapter is given as an Adapter or by its name, .*, got 5$"):
             call(model, 5)
     for call in (describe, lambda *args: save_adapter("nowhere", *args), lambda *args: convert(*args, LoRA())):
-        with pytest.raises(UserError, match=r"^adapter must be what `adapt` or `load_adapter` returned .* got 'one'$"):
+        with pytest.raises(
+            UserError, match=r"^adapter must be the Adapter that `adapt` or `load_adapter` returned .* got 'one'$"
+        ):
             call(model, "one")
-    with pytest.raises(UserError, match=r"^adapter must be what .* got 'two'$"):
+    with pytest.raises(UserError, match=r"^adapter must be the Adapter .* got 'two'$"):
         combine(model, {adapters["one"]: 0.5, "two": 0.5})
 
 

@@ -62,9 +62,9 @@ def test_names():
     whole, _ = merge(part)
     assert nnx.graphdef(whole) == nnx.graphdef(base("mlp"))
     assert relative_error(run(whole, x), run(model, x)) <= TOLERANCES["float32"]
-    with pytest.raises(UserError, match=r"no adapter 'othr'; did you mean 'other'\? \(there: default, other\)"):
+    with pytest.raises(UserError, match=r"no adapter 'othr'; did you mean 'other'\? \(known: default, other\)"):
         merge(model, ["other", "othr"])
-    with pytest.raises(UserError, match=r"the model has no adapter 'default' \(there: none\)"):
+    with pytest.raises(UserError, match=r"the model has no adapter 'default' \(known: none\)"):
         merge(base("mlp"), ["default"])
 
 

@@ -1,4 +1,4 @@
-"""The C3A of peft."""
+"""The file format of C3A adapters in peft."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +15,10 @@ from surm_jax.structured import BlockCirculant, Circulant, CirculantPair, Struct
 
 
 class C3AFormat(Format):
-    """`c3a_kernel` (out / b, in / b, b), divided by in_features there: our `BlockCirculant` read backwards.
+    """C3A: the tensor `c3a_kernel` of shape (out / b, in / b, b) holds our `BlockCirculant` with reversed vectors.
 
-    `c3a_kernel[q, p, k] = factor * in * c[p, q, -k mod b]`. A square circulant is the case of one block. There is no
-    alpha, so that it goes into the numbers.
+    `c3a_kernel[q, p, k] = factor * in * c[p, q, -k mod b]`, since peft divides by in_features. A square circulant is
+    a grid of one block. The format has no alpha, so the factor is multiplied into the numbers.
     """
 
     peft_type = "C3A"
@@ -27,12 +27,12 @@ class C3AFormat(Format):
     description = "blocks of circulants, or one square circulant"
 
     def holds(self, matrix: StructuredMatrix) -> bool:
-        """Say whether it is a grid of circulants, or a square one."""
+        """Return whether a matrix is a grid of circulants or one square circulant."""
         is_square = isinstance(matrix, Circulant | CirculantPair) and matrix.shape[0] == matrix.shape[1]
         return isinstance(matrix, BlockCirculant) or is_square
 
     def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:
-        """Return the size of the blocks, and the kernels."""
+        """Return the settings, which hold the block sizes, and the kernels by module."""
         kernels = {}
         for module, update in updates.items():
             c = np.asarray(update.matrix.compact().c, np.float64)
@@ -43,11 +43,11 @@ class C3AFormat(Format):
         return {**by_module("block_size", "block_size_pattern", blocks), "bias": "none"}, kernels
 
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
-        """Return `C3A` with alpha = 1."""
+        """Return a `C3A` update with alpha = 1, and the shape of `c3a_kernel`."""
         block = int(settings.of_module("block_size", 256, "block_size_pattern", module, whole=True))
         if shape[0] % block or shape[1] % block:
             raise UserError(
-                f"{settings.path} sets blocks of {block} for {module}, which do not divide both sizes of"
+                f"{settings.path} sets blocks of {block} for {module}, but {block} does not divide both sizes of"
                 f" {shape[0]} x {shape[1]}"
             )
         return C3A(block=block), {"c3a_kernel": (shape[1] // block, shape[0] // block, block)}
@@ -58,5 +58,5 @@ class C3AFormat(Format):
 
 
 def _backwards(c: np.ndarray) -> np.ndarray:
-    """`c[..., -k mod b]`."""
+    """Return `c[..., -k mod b]` at each index k of the last axis."""
     return np.roll(np.flip(c, -1), 1, axis=-1)

@@ -1,7 +1,7 @@
-"""What a format of Hugging Face's peft is: how it stores the updates of layers, and what they are here.
+"""The interface of peft's file formats, which translate between our updates and the tensors in peft's files.
 
-A weight there is (out, in), the transpose of a kernel here, and so are updates. A setting that differs between layers
-has exceptions there, by the names of the modules.
+Weights and updates in peft have the shape (out, in): they are the transposes of our kernels and updates. If a setting
+differs between layers, peft stores one common value and a dictionary of exceptions by module name.
 """
 
 import abc
@@ -17,19 +17,19 @@ from surm_jax.peft.methods.update import Update
 from surm_jax.structured import StructuredMatrix
 
 Arrays = dict[str, np.ndarray]
-"""The tensors of a layer by the last parts of their names, such as "lora_A.weight"."""
+"""The tensors of a layer, by the last parts of their names, such as "lora_A.weight"."""
 
 Shapes = dict[str, tuple[int, ...]]
-"""Their shapes."""
+"""The shapes of a layer's tensors, by the same names as in `Arrays`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerUpdate:
-    """What an adapted layer adds to its kernel: `factor * matrix`.
+    """The update of a layer's kernel, `factor * matrix`.
 
     Attributes:
-        path: Path of the layer.
-        matrix: The matrix, of a family that the format holds.
+        path: The path of the layer.
+        matrix: The matrix, of a family that the format can store.
         factor: The factor of the matrix.
     """
 
@@ -39,17 +39,17 @@ class LayerUpdate:
 
 
 FORMATS: dict[str, "Format"] = {}
-"""The formats by `peft_type`. Importing a file of this folder registers the format in it."""
+"""The formats by `peft_type`. Importing a file of this folder registers the format that it defines."""
 
 
 class Format(abc.ABC):
-    """One `peft_type`: how updates are stored in the files of Hugging Face's peft.
+    """The file format of one `peft_type`.
 
     Attributes:
         peft_type: The name of the format in `adapter_config.json`.
-        settings: The settings that are read.
-        mark: What the last parts of its tensors' names begin with.
-        description: Which updates it holds, for messages.
+        settings: The names of the settings that the format reads.
+        mark: The prefix of a tensor's name after the name of its module, such as "lora_".
+        description: The kind of updates that the format can store, for messages.
     """
 
     peft_type: ClassVar[str]
@@ -63,35 +63,39 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def holds(self, matrix: StructuredMatrix) -> bool:
-        """Say whether the format has a place for a matrix."""
+        """Return whether the format can store a matrix."""
 
     @abc.abstractmethod
     def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:
-        """Return the settings for updates that the format holds, and their tensors, both by module."""
+        """Return the settings for updates, and the tensors of each update.
+
+        Args:
+            updates: The updates, by the names of their modules in peft. The format can store their matrices.
+
+        Returns:
+            The settings for `adapter_config.json`, and the tensors by module.
+        """
 
     @abc.abstractmethod
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
-        """Return what the settings say of a module.
+        """Return our update for a module according to the settings, and the shapes that its tensors must have.
 
         Args:
-            settings: Those of the file.
-            module: The name of the module there.
-            shape: (in_features, out_features) of the layer.
-
-        Returns:
-            Our update, and the shapes that the tensors must have.
+            settings: The settings of the file.
+            module: The name of the module in peft.
+            shape: The (in_features, out_features) of the layer.
 
         Raises:
-            UserError: If a setting is not possible.
+            UserError: If the value of a setting is not possible.
         """
 
     @abc.abstractmethod
     def read(self, arrays: Arrays) -> StructuredMatrix:
-        """Return the matrix of a layer whose tensors have these shapes."""
+        """Return the matrix of a layer from its tensors, which have the shapes that `read_settings` returned."""
 
 
 def tidy(value: float) -> float:
-    """Return a number without the rounding in its last digits, as a whole number if it is one.
+    """Return a number rounded to 13 significant digits, as an `int` if it is a whole number.
 
     >>> tidy(0.1 * 3), tidy(0.1 * 30)
     (0.3, 3)
@@ -101,7 +105,7 @@ def tidy(value: float) -> float:
 
 
 def by_module(name: str, exceptions: str, values: Mapping[str, float]) -> dict[str, Any]:
-    """Return the most frequent of the modules' values as one setting, and the other values as its exceptions.
+    """Return settings that give each module its value: the most frequent value as common, the others as exceptions.
 
     >>> by_module("r", "rank_pattern", {"a": 4, "b": 4, "c": 8})
     {'r': 4, 'rank_pattern': {'c': 8}}

@@ -34,31 +34,35 @@ def load_peft(
     name: str = DEFAULT_NAME,
     execution: str = "auto",
 ) -> tuple[nnx.Module, Adapter]:
-    """Put an adapter from a folder of Hugging Face's peft into a base model.
+    """Return a copy of a base model with an adapter from a folder of Hugging Face's peft added.
 
-    `model` itself stays as it is. LoRA (with or without `use_rslora`), C3A and LoKr on linear layers are read, and
-    `modules_to_save`. Modules may have the names of transformers 5.24, or those of earlier versions, which checkpoints
-    on the Hub use. Such a folder does not identify the base weights: it cannot be checked whether `model` has those
-    that the adapter was trained on.
+    `model` is not changed. Supported are LoRA (with or without `use_rslora`), C3A and LoKr on linear layers, and
+    `modules_to_save`. Modules may have the names of transformers 5.24 or those of earlier versions, which checkpoints
+    on the Hub use. A folder of peft does not identify the base weights, so this function cannot check that the adapter
+    was trained on `model`.
 
-    The folder may come from anybody. Nothing in it is executed, no link in it is followed, and a tensor is read only
-    after its shape was checked.
+    The folder may come from an untrusted source. Nothing in it is executed, no link in it is followed, and a tensor is
+    read only after its shape was checked.
 
     Args:
-        folder: A folder that peft's `save_pretrained` or `save_peft` wrote.
-        model: The base model, with a head of the adapter's shape.
+        folder: A folder that peft's `save_pretrained` or our `save_peft` wrote.
+        model: The base model. Its head must have the shape of the adapter's head. It may have other adapters.
         names: The names of the modules in transformers.
-        name: The adapter's name in the model, which may have adapters of other names.
+        name: The adapter's name in the model.
         execution: How the updates are computed, as in `adapt`.
 
+    Returns:
+        The adapted model and the adapter.
+
     Raises:
-        UserError: If something has no counterpart here, or is missing, left over, damaged or of another shape.
+        UserError: If a setting or tensor has no counterpart in surm_jax, is damaged or has the wrong shape, or if a
+            tensor is missing or not used.
     """
     folder = Path(folder)
     settings = Settings(folder / CONFIG_NAME)
     peft_type = settings.values.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in FORMATS:
-        known = f"which is none of those known here: {', '.join(FORMATS)}{did_you_mean(str(peft_type), FORMATS)}"
+        known = f"which is none of the known types: {', '.join(FORMATS)}{did_you_mean(str(peft_type), FORMATS)}"
         raise settings.refusal("peft_type", known)
     form = FORMATS[peft_type]
     settings.refuse_others(form.settings)
@@ -78,13 +82,13 @@ def load_peft(
 
 
 class _Tensors:
-    """The tensors of a folder, by the names of peft's models; all of them must be used."""
+    """The tensors of a folder, by their names in peft without `ROOT`. Every tensor must be taken once."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / TENSORS_NAME
         if not self.path.is_file() and (folder / "adapter_model.bin").is_file():
             raise UserError(
-                f"{folder} has its tensors in adapter_model.bin, a pickle, which may hold any program and is not read:"
+                f"{folder} has its tensors in adapter_model.bin, a pickle, which may run any code and is not read:"
                 f" load the adapter with peft and save it again, as {TENSORS_NAME}"
             )
         self._file = TensorFile(self.path)
@@ -93,19 +97,19 @@ class _Tensors:
         """Return a tensor, which must have this shape.
 
         Raises:
-            UserError: As `TensorFile.take`.
+            UserError: If the tensor cannot be taken (`TensorFile.take`).
         """
         return self._file.take(ROOT + name, shape)
 
     def has(self, prefix: str) -> bool:
-        """Say whether the name of a tensor that was not taken yet begins with `prefix`."""
+        """Return whether a tensor that was not taken yet has a name that begins with `prefix`."""
         return any(name.startswith(ROOT + prefix) for name in self._file.left)
 
     def refuse_rest(self, mark: str, model: nnx.Module, names: ModuleNames) -> None:
         """Check that no tensor is left over.
 
         Raises:
-            UserError: If one is; the message says what it might be.
+            UserError: If a tensor is left. The message says why it might be there.
         """
         if not self._file.left:
             return
@@ -119,7 +123,7 @@ class _Tensors:
             raise UserError(f"{text}, but the model has no module {module!r}{did_you_mean(module, paths)}")
         if not is_linear(_modules(model)[paths[module]]):
             kind = type(_modules(model)[paths[module]]).__name__
-            raise UserError(f"{text}, but {module} ({paths[module]} here) is no linear layer, it is {kind}")
+            raise UserError(f"{text}, but {module} ({paths[module]} here) is no linear layer: it is {kind}")
         raise UserError(f"{text}, which has no counterpart in the linear layer {paths[module]}")
 
 
@@ -130,14 +134,18 @@ def _modules(model: nnx.Module) -> dict[str, nnx.Module]:
 def _read_updates(
     form: Format, settings: Settings, tensors: _Tensors, model: nnx.Module, names: ModuleNames
 ) -> tuple[dict[str, Update], dict[str, StructuredMatrix]]:
-    """Return the updates of the layers that have tensors, and their matrices, by path."""
+    """Return the updates of the layers that have tensors in the folder, and their matrices, both by path.
+
+    Raises:
+        UserError: If a layer that the settings name has no tensors, or a tensor or setting has no counterpart here.
+    """
     layers = {path: layer for path, layer in sorted(_modules(model).items()) if is_linear(layer)}
     called = {path: names.modules(path) for path in layers}
     held = {
         path: [place for place, name in enumerate(found) if tensors.has(f"{name}.{form.mark}")]
         for path, found in called.items()
     }
-    # Versions of transformers differ in names: which of them this file has, its other modules tell.
+    # Versions of transformers use different names. The layers with tensors show which version's names this file uses.
     versions = {place for path, places in held.items() for place in places if len(called[path]) > 1}
     updates, matrices = {}, {}
     for path, layer in layers.items():
@@ -162,7 +170,7 @@ def _read_updates(
 def _read_modules(
     settings: Settings, tensors: _Tensors, model: nnx.Module, names: ModuleNames, adapted: Collection[str]
 ) -> tuple[str, ...]:
-    """Fill the modules that were trained as a whole, and return the patterns of their parameters."""
+    """Set the parameters of the modules that were trained as a whole, and return patterns for their paths."""
     modules, read = whole_modules(base_parameters(model), names), []
     for path in sorted(modules.keys() - set(adapted)):
         found = names.modules(path)
@@ -180,7 +188,7 @@ def _read_modules(
 
 
 def _rules(updates: Mapping[str, Update], model: nnx.Module) -> tuple[Rule, ...]:
-    """Return rules that give these layers, and no others, their updates."""
+    """Return rules that assign exactly these layers their updates."""
     linear = [path for path, module in _modules(model).items() if is_linear(module)]
     groups: dict[Update, list[str]] = {}
     for path, update in updates.items():
@@ -189,7 +197,7 @@ def _rules(updates: Mapping[str, Update], model: nnx.Module) -> tuple[Rule, ...]
 
 
 def _patterns(paths: Sequence[str], of: Sequence[str]) -> list[str]:
-    """Return patterns that match these paths and no others of `of`, one for all blocks where that is possible."""
+    """Return patterns that match only these paths among `of`. Where possible, one pattern covers all block numbers."""
     patterns = []
     for path in paths:
         literal = re.escape(path)

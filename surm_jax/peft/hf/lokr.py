@@ -1,4 +1,4 @@
-"""The LoKr of peft."""
+"""The file format of LoKr adapters in peft."""
 
 from collections.abc import Mapping
 from typing import Any, TypeGuard
@@ -18,12 +18,12 @@ Sizes = tuple[tuple[int, int], tuple[int, int]]
 
 
 class LoKrFormat(Format):
-    """`alpha / r * kron(w1, w2)`, the transpose of our `A (x) B`: w1 is A^T and w2 is B^T.
+    """LoKr: peft computes `alpha / r * kron(w1, w2)`, the transpose of our `A (x) B`: w1 is A^T and w2 is B^T.
 
-    The sizes of the factors are those that `decompose_factor` gives for all layers. With `r` below half of the larger
-    size of w2, w2 is `w2_a @ w2_b` of rank r: w2_a is up^T and w2_b is down^T of our
-    `LowRankKronecker`. Otherwise r is only a part of the scale. With `decompose_both` w1 can be a product too; it is
-    read, and written multiplied out.
+    The setting `decompose_factor` determines the sizes of the factors, for all layers. If `r` is below half of the
+    larger size of w2, then w2 is the product `w2_a @ w2_b` of rank r, where w2_a is up^T and w2_b is down^T of our
+    `LowRankKronecker`. Otherwise r only enters the scale. With `decompose_both`, w1 may be a product too. Such files
+    are read, but never written: w1 is written as one matrix.
     """
 
     peft_type = "LOKR"
@@ -32,17 +32,17 @@ class LoKrFormat(Format):
     description = "one Kronecker product"
 
     def holds(self, matrix: StructuredMatrix) -> bool:
-        """Say whether it is one Kronecker product."""
+        """Return whether a matrix is a single Kronecker product."""
         return isinstance(matrix, Kronecker | LowRankKronecker) and matrix.terms == 1
 
     def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:
-        """Return the factorization, rank and alpha, and the factors.
+        """Return the settings, which hold `decompose_factor`, ranks and alphas, and the factors by module.
 
         Raises:
-            UserError: If the factors have other sizes than peft would give them.
+            UserError: If no `decompose_factor` gives the factors their sizes.
         """
         low = {module: update.matrix.rank for module, update in updates.items() if _is_low_rank(update.matrix)}
-        # Where w2 is dense, any r that is not too small will do: the same for all layers, if possible.
+        # If w2 is dense, r is free as long as it is large enough: choose the same for all layers if possible.
         least = [
             -(-max(update.matrix.factor_shapes[1]) // 2) for module, update in updates.items() if module not in low
         ]
@@ -57,7 +57,7 @@ class LoKrFormat(Format):
         return settings, {module: _factors(update.matrix) for module, update in updates.items()}
 
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
-        """Return `LoKr`, which has the same numbers."""
+        """Return a `LoKr` update with the same settings, and the shapes of the tensors."""
         rank = int(settings.of_module("r", 8, "rank_pattern", module, whole=True))
         alpha = settings.of_module("alpha", 8, "alpha_pattern", module)
         factor = settings.values.get("decompose_factor", -1)
@@ -67,7 +67,7 @@ class LoKrFormat(Format):
         try:
             matrix = jax.eval_shape(lambda: update.init(jax.random.key(0), shape))
         except UserError as error:
-            raise UserError(f"{settings.path} describes an update of {module} that is not possible: {error}") from None
+            raise UserError(f"{settings.path} describes an impossible update of {module}: {error}") from None
         (m1, n1), (m2, n2) = matrix.factor_shapes
         shapes: Shapes = {"lokr_w1": (n1, m1)}
         if settings.flag("decompose_both") and rank < max(m1, n1) / 2:
@@ -84,13 +84,13 @@ class LoKrFormat(Format):
             return Kronecker(A=A, B=jnp.asarray(arrays["lokr_w2"].T[None]))
         w2_a, w2_b = arrays["lokr_w2_a"], arrays["lokr_w2_b"]
         if w2_a.shape[1] > min(w2_a.shape[0], w2_b.shape[1]):
-            # A rank above what the sizes allow, as peft has it where w2 is far from square.
+            # In peft the rank may exceed a size of w2, if w2 is far from square. Our `LowRankKronecker` refuses this.
             return Kronecker(A=A, B=jnp.asarray((w2_a @ w2_b).T[None]))
         return LowRankKronecker(A=A, down=jnp.asarray(w2_b.T[None]), up=jnp.asarray(w2_a.T[None]))
 
 
 def _is_low_rank(matrix: Kronecker | LowRankKronecker) -> TypeGuard[LowRankKronecker]:
-    """Say whether peft has the second factor as a product of two."""
+    """Return whether peft stores the second factor as a product of two matrices."""
     return isinstance(matrix, LowRankKronecker) and matrix.rank < max(matrix.factor_shapes[1]) / 2
 
 
@@ -104,7 +104,11 @@ def _factors(matrix: Kronecker | LowRankKronecker) -> Arrays:
 
 
 def _decompose_factor(updates: Mapping[str, LayerUpdate]) -> int:
-    """Return a `decompose_factor` with which peft gives all factors the sizes that they have."""
+    """Return a `decompose_factor` for which peft uses the sizes of these updates' factors.
+
+    Raises:
+        UserError: If there is none.
+    """
     wanted = {update.matrix.factor_shapes: update for update in updates.values()}
     largest = max(size for update in updates.values() for size in update.matrix.shape)
     for factor in (-1, *range(1, largest + 1)):
@@ -113,14 +117,14 @@ def _decompose_factor(updates: Mapping[str, LayerUpdate]) -> int:
     update = next(iter(updates.values()))
     given = _text(_sizes(update.matrix.shape, -1))
     raise UserError(
-        f"no decompose_factor of peft's LoKr gives the factors of these updates, such as"
+        f"no decompose_factor of peft's LoKr gives the factor sizes of these updates, such as"
         f" {_text(update.matrix.factor_shapes)} at {update.path} (-1 gives {given}): train"
         " with the method lokr, or merge the update into the model (surm_jax.merge, or --mode=merge)"
     )
 
 
 def _sizes(shape: tuple[int, int], factor: int) -> Sizes:
-    """Return the shapes (m1, n1), (m2, n2) that the factors of an update of this shape have in peft."""
+    """Return the shapes (m1, n1), (m2, n2) of A and B that follow from peft's `decompose_factor`."""
     (m1, m2), (n1, n2) = (balanced_factors(size, max(factor, 0)) for size in shape)
     return (m1, n1), (m2, n2)
 

@@ -1,4 +1,4 @@
-"""The LoRA of peft."""
+"""The file format of LoRA adapters in peft."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,9 +14,11 @@ from surm_jax.structured import LowRank, StructuredMatrix
 
 
 class LoRAFormat(Format):
-    """`lora_alpha / r * lora_B @ lora_A`: of our `LowRank`, `lora_A` is down^T (r, in) and `lora_B` is up^T (out, r).
+    """LoRA: peft computes `lora_alpha / r * lora_B @ lora_A`, the transpose of our update.
 
-    With `use_rslora` the factor there is `lora_alpha / sqrt(r)`; it is read, and written as an alpha without.
+    `lora_A` is the transpose of `down` in our `LowRank`, (r, in), and `lora_B` is the transpose of `up`, (out, r). With
+    `use_rslora` the factor in peft is `lora_alpha / sqrt(r)`. Such files are read, but never written: writing uses an
+    equivalent `lora_alpha` without `use_rslora`.
     """
 
     peft_type = "LORA"
@@ -25,11 +27,11 @@ class LoRAFormat(Format):
     description = "low rank"
 
     def holds(self, matrix: StructuredMatrix) -> bool:
-        """Say whether it is of low rank."""
+        """Return whether a matrix is a `LowRank`."""
         return isinstance(matrix, LowRank)
 
     def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:
-        """Return rank and alpha, and both factors."""
+        """Return the settings, which hold ranks and alphas, and both low-rank factors by module."""
         alphas = {module: tidy(update.factor * update.matrix.rank) for module, update in updates.items()}
         settings = {
             **by_module("r", "rank_pattern", {module: update.matrix.rank for module, update in updates.items()}),
@@ -43,12 +45,12 @@ class LoRAFormat(Format):
         return settings, arrays
 
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
-        """Return `LoRA` with the same factor."""
+        """Return a `LoRA` or `RankStabilizedLoRA` update with the same rank and alpha, and the tensors' shapes."""
         rank = int(settings.of_module("r", 8, "rank_pattern", module, whole=True))
         alpha = settings.of_module("lora_alpha", 8, "alpha_pattern", module)
         method = RankStabilizedLoRA if settings.flag("use_rslora") else LoRA
         return method(rank=rank, alpha=alpha), {"lora_A.weight": (rank, shape[0]), "lora_B.weight": (shape[1], rank)}
 
     def read(self, arrays: Arrays) -> LowRank:
-        """Return the matrix of low rank."""
+        """Return the `LowRank` matrix."""
         return LowRank(down=jnp.asarray(arrays["lora_A.weight"].T), up=jnp.asarray(arrays["lora_B.weight"].T))

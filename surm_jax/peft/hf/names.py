@@ -1,4 +1,4 @@
-"""What transformers calls the modules and arrays of a model, as far as an adapter must know."""
+"""The names that Hugging Face's transformers gives to the modules and arrays of a model, as adapters need them."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -7,39 +7,41 @@ import numpy as np
 from flax import nnx
 
 ROOT = "base_model.model."
-"""What the names of all tensors in peft's files begin with."""
+"""The prefix of every tensor name in peft's files."""
 
 
 class Layout(Protocol):
-    """One array of a module in both layouts.
+    """The name and layout of one array in transformers, and how to convert it from and to our layout."""
 
-    Attributes:
-        theirs: The last part of its name there, such as "weight".
-        read: Their layout to ours, `(array, shape of our parameter) -> array`.
-        write: Our layout to theirs.
-    """
+    @property
+    def theirs(self) -> str:
+        """The last part of the array's name in transformers, such as "weight"."""
 
-    theirs: str
-    read: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
-    write: Callable[[np.ndarray], np.ndarray]
+    @property
+    def read(self) -> Callable[[np.ndarray, tuple[int, ...]], np.ndarray]:
+        """The function from their layout to ours, `(array, shape of our parameter) -> array`."""
+
+    @property
+    def write(self) -> Callable[[np.ndarray], np.ndarray]:
+        """The function from our layout to theirs, `array -> array`."""
 
 
 class ModuleNames(Protocol):
-    """The names that transformers has for one of our models: `surm_jax.pretrained.hf.architecture.Names` is one."""
+    """The names that transformers uses for one of our models, such as `surm_jax.pretrained.hf.architecture.Names`."""
 
     def modules(self, path: str) -> tuple[str, ...]:
-        """Return the names of the module at a path, the one in memory first; empty if it has no name."""
+        """Return the names of the module at a path, first the one in memory; an empty tuple if it has no name."""
 
     def tensor(self, path: str) -> tuple[str, Layout]:
-        """Return the name in a checkpoint of the array at a parameter path, and its layouts."""
+        """Return the checkpoint name of the array at a parameter path, and its layouts."""
 
 
 def whole_modules(
     parameters: Mapping[str, nnx.Param], names: ModuleNames
 ) -> dict[str, dict[str, tuple[nnx.Param, Layout]]]:
-    """Return the modules that peft can train as a whole: their paths, and their parameters by the names there.
+    """Return the modules that peft can train as a whole, by path, and their parameters by their names in transformers.
 
-    These are the modules with a name and without modules inside them.
+    These are the modules that have a name in transformers and contain no other modules with parameters.
 
     Args:
         parameters: The parameters of the model, by path.

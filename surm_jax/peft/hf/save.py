@@ -25,31 +25,31 @@ _MERGE = "merge the update into the model instead (surm_jax.merge, or --mode=mer
 def save_peft(
     folder: str | os.PathLike, model: nnx.Module, adapter: Adapter, names: ModuleNames, *, base_model: str = ""
 ) -> None:
-    """Write the adapter of an adapted model as a folder that `peft.PeftModel.from_pretrained` reads.
+    """Write an adapter of a model as a folder that `peft.PeftModel.from_pretrained` reads.
 
-    Low-rank updates become LoRA, block-circulant and square circulant ones C3A, and Kronecker products LoKr. Alpha is
-    written as a setting if the format has one, and otherwise multiplied into the numbers. Other trained parameters
-    become `modules_to_save`. These are whole modules: the bias beside a trained kernel is written too. An existing
-    adapter folder is replaced.
+    Low-rank updates become LoRA, block-circulant and square circulant updates become C3A, and Kronecker products
+    become LoKr. Alpha is written as a setting if the format has one, and is otherwise multiplied into the numbers.
+    Other trained parameters become `modules_to_save`. In peft these are whole modules, so the bias of a layer whose
+    kernel was trained is written too. An existing adapter folder is replaced.
 
-    Modules are called what transformers 5.24 calls them in memory, which for BERT is what all versions do. Where an
-    earlier version has other names, those of checkpoints on the Hub, they are among the `target_modules`, and its
-    tensors are found with `PeftModel.from_pretrained(..., key_mapping={name: earlier name, ...})`.
+    Modules get the names that transformers 5.24 uses in memory. For BERT these are the names in all versions. If an
+    earlier version uses other names (the names in checkpoints on the Hub), these are also listed in `target_modules`.
+    To load the tensors there, call `PeftModel.from_pretrained(..., key_mapping={name: earlier name, ...})`.
 
     Args:
-        folder: Where to write. Its parents are made.
+        folder: The folder to write. Missing parent folders are created.
         model: The adapted model, trained or not.
         adapter: The adapter.
         names: The names of the modules in transformers.
-        base_model: Name or path of the base model, noted for those who load it.
+        base_model: The name or path of the base model, written into the settings for users who load the adapter.
 
     Raises:
-        UserError: If an update or a trained parameter has no counterpart in peft, or the folder holds something else or
-            cannot be written.
+        UserError: If an update or a trained parameter has no counterpart in peft, if the adapter's scale is not 1, or
+            if the folder holds anything but an adapter or cannot be written.
     """
     rows = parts_of(model, adapter)
     if not rows:
-        raise UserError(f"the model has nothing of the adapter {adapter.name!r}, and peft reads none without an update")
+        raise UserError(f"the adapter {adapter.name!r} has no update, and peft reads no adapter without an update")
     require_unscaled(rows)
     found = [_update(row) for row in rows]
     updates = {_name(names, update.path): update for update in found}
@@ -67,12 +67,12 @@ def save_peft(
         "task_type": None,
         "base_model_name_or_path": base_model or None,
         "inference_mode": True,
-        # With the names of earlier versions of transformers: those that a version does not have do nothing.
+        # These include the names in earlier versions of transformers. Names that do not exist have no effect.
         "target_modules": [*updates, *others],
         "modules_to_save": list(saved) or None,
         **settings,
     }
-    # peft's own files say what tensors they are for.
+    # peft's own files have this metadata too.
     payload = safetensors.numpy.save(tensors, metadata={"format": "pt"})
     write_folder(Path(folder), json.dumps(config, indent=2, sort_keys=True).encode(), payload)
 
@@ -80,7 +80,7 @@ def save_peft(
 def _name(names: ModuleNames, path: str) -> str:
     found = names.modules(path)
     if not found:
-        raise UserError(f"{path} has no name in transformers, by which peft could find it: {_MERGE}")
+        raise UserError(f"{path} has no name in transformers, so peft could not find it: {_MERGE}")
     return found[0]
 
 
@@ -89,12 +89,16 @@ def _update(row: AttachedPart) -> LayerUpdate:
         factor, matrix = row.part.multiple()
     except UserError as error:
         advice = f": {_MERGE}" if row.part.slot == KERNEL else ""
-        raise UserError(f"the part of {row.path} {error}, and peft has no format for it{advice}") from None
+        raise UserError(f"the part of {row.path} {error}, which peft cannot store{advice}") from None
     return LayerUpdate(row.path, matrix, factor)
 
 
 def _peft_type(updates: Mapping[str, LayerUpdate]) -> str:
-    """Return the one `peft_type` that holds all updates."""
+    """Return the `peft_type` of the format that can store all updates.
+
+    Raises:
+        UserError: If an update fits no format, or if the updates need several formats.
+    """
     first: dict[str, str] = {}
     for update in updates.values():
         held = [peft_type for peft_type, form in FORMATS.items() if form.holds(update.matrix)]
@@ -108,14 +112,18 @@ def _peft_type(updates: Mapping[str, LayerUpdate]) -> str:
         first.setdefault(held[0], update.path)
     if len(first) > 1:
         kinds = " and ".join(f"{peft_type} ({path})" for peft_type, path in first.items())
-        raise UserError(f"an adapter of peft has updates of one kind, this one would have {kinds}: {_MERGE}")
+        raise UserError(f"an adapter of peft can have only one kind of update, but this one needs {kinds}: {_MERGE}")
     return next(iter(first))
 
 
 def _saved_modules(
     model: nnx.Module, adapter: Adapter, names: ModuleNames, adapted: Collection[str]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Return the arrays in peft's layout of the modules that have other trained parameters."""
+    """Return the arrays, in peft's layout, of the modules with other trained parameters, by module and name.
+
+    Raises:
+        UserError: If peft could not train such a module.
+    """
     parameters = base_parameters(model)
     modules = whole_modules(parameters, names)
     saved: dict[str, dict[str, np.ndarray]] = {}
@@ -123,10 +131,10 @@ def _saved_modules(
         module = path.rpartition("/")[0]
         if module in adapted:
             raise UserError(
-                f"{path} is trained in a layer that has an update too, and in peft a layer has one of the two"
+                f"{path} is trained in a layer that also has an update, and peft does not allow both in one layer"
             )
         if module not in modules:
-            raise UserError(f"{path} is trained, but peft trains whole modules, and transformers has none that is this")
+            raise UserError(f"{path} is trained, but peft trains whole modules, and transformers has no such module")
         saved[names.modules(module)[0]] = {
             name: layout.write(np.asarray(variable[...])) for name, (variable, layout) in modules[module].items()
         }

@@ -1,7 +1,7 @@
-"""The `adapter_config.json` of Hugging Face's peft, read as what it is: a file that anybody may have written.
+"""The settings in the `adapter_config.json` of Hugging Face's peft, which may come from an untrusted source.
 
-Every value is checked before it is used, and a setting that would change what an adapter computes in a way that has no
-counterpart here is refused by its name.
+Every value is checked before it is used. If a setting changes what the adapter computes and surm_jax has no
+counterpart for it, it is refused, and the message names it.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ _MOST_BYTES = 2**20
 _LARGEST = 1e30
 
 _WHERE = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"})
-"""Settings that say which modules have updates or are trained: what the tensors say, too."""
+"""Settings that say which modules have updates or are trained. The names of the tensors say the same."""
 
 _ABOUT_TRAINING = frozenset(
     "auto_mapping base_model_name_or_path ensure_weight_tying eva_config inference_mode"
@@ -23,25 +23,25 @@ _ABOUT_TRAINING = frozenset(
     " module_dropout peft_type peft_version qalora_group_size rank_dropout rank_dropout_scale revision task_type"
     " use_effective_conv2d".split()
 )
-"""Settings that change nothing of what a trained adapter computes with linear layers."""
+"""Settings that have no influence on what a trained adapter computes in linear layers."""
 
 _NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
-"""Values with which a setting does nothing."""
+"""Values for which a setting has no effect."""
 
 
 class Settings:
-    """What an `adapter_config.json` says.
+    """The settings in an `adapter_config.json`.
 
     Attributes:
-        path: The file, for messages.
-        values: Its content.
+        path: The path of the file, for messages.
+        values: The settings by name, as JSON values.
     """
 
     def __init__(self, path: Path) -> None:
         """Read a file.
 
         Raises:
-            UserError: If it cannot be read, or is not an object of JSON, or far too large.
+            UserError: If the file cannot be read, is not a JSON object, or is far too large.
         """
         self.path = path
         if not path.is_file():
@@ -52,40 +52,40 @@ class Settings:
         """Check that no unknown setting changes what the adapter computes.
 
         Raises:
-            UserError: If one does; the message names the first.
+            UserError: If an unknown setting does. The message names the first one.
         """
         for name, value in self.values.items():
             if name not in known | _WHERE | _ABOUT_TRAINING and value not in _NEUTRAL:
                 raise self.refusal(name, "which has no counterpart here")
         initial = self.values.get("init_lora_weights", True)
         if not isinstance(initial, bool) and initial not in (None, "gaussian", "eva", "orthogonal"):
-            # PiSSA and its like move a part of the base weights into the adapter before training starts.
+            # PiSSA and similar methods move a part of the base weights into the adapter before training starts.
             raise self.refusal(
                 "init_lora_weights",
-                "with which peft changes the base weights: convert the adapter to plain LoRA by"
+                "with which peft changes the base weights: convert the adapter to plain LoRA with"
                 " peft's save_pretrained(path_initial_model_for_weight_conversion=...)",
             )
 
     def refusal(self, name: str, why: str) -> UserError:
-        """Return the error that says why the value of a setting is refused."""
+        """Return an error that says that the value of a setting is refused, and why."""
         return UserError(f"{self.path} sets {name} = {_short(self.values.get(name))}, {why}")
 
     def flag(self, name: str) -> bool:
-        """Return a setting that is true or false, by default false."""
+        """Return the value of a setting that is true or false. The default is false."""
         value = self.values.get(name)
         if value is not None and not isinstance(value, bool):
             raise self.refusal(name, "which must be true or false")
         return bool(value)
 
     def whole(self, name: str, default: int) -> int:
-        """Return a setting that is a whole number."""
+        """Return the value of a setting that is a whole number."""
         value = self.values.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.refusal(name, "which must be a whole number")
         return value
 
     def names(self, name: str) -> list[str]:
-        """Return a setting that is a list of names; null is an empty one."""
+        """Return the value of a setting that is a list of names. Null counts as an empty list."""
         value = self.values.get(name) or []
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
             raise self.refusal(name, "which must be a list of module names")
@@ -95,15 +95,16 @@ class Settings:
         """Return the value of a setting for one module.
 
         Args:
-            name: The setting, such as "r".
-            default: Its value if the file does not have it.
-            exceptions: The setting with other values, such as "rank_pattern", by regular expressions: of those that
-                match the end of the module's name, as `peft.utils.other.get_pattern_key` has it, the first counts.
-            module: The name of the module there.
-            whole: Whether the value must be a whole number of at least 1, and not just a finite one that is not 0.
+            name: The name of the setting, such as "r".
+            default: The value if the file does not have the setting.
+            exceptions: The name of the setting that holds exceptions by regular expression, such as "rank_pattern".
+                The first expression that matches the end of the module's name applies, as in
+                `peft.utils.other.get_pattern_key`.
+            module: The name of the module in peft.
+            whole: Whether the value must be a whole number of at least 1. Otherwise it may be any finite number but 0.
 
         Raises:
-            UserError: If the value is something else, or an expression cannot be used.
+            UserError: If the value is not such a number, or a regular expression is not valid.
         """
         others = self.values.get(exceptions) or {}
         if not isinstance(others, dict):
@@ -120,7 +121,7 @@ class Settings:
         return value
 
     def targets(self, module: str) -> bool | None:
-        """Say whether `target_modules` names a module; None if its name is not enough to tell."""
+        """Return whether `target_modules` names a module; `None` if the name of the module does not decide it."""
         value = self.values.get("target_modules")
         if value in (None, "all-linear") or any(
             self.values.get(name) not in (None, []) for name in ("layers_to_transform", "exclude_modules")
@@ -131,16 +132,19 @@ class Settings:
         return any(module == name or module.endswith(f".{name}") for name in self.names("target_modules"))
 
     def saves(self, module: str) -> bool:
-        """Say whether `modules_to_save` names a module or one around it; as in peft, the end of a name counts."""
+        """Return whether `modules_to_save` names a module or a module that contains it.
+
+        As in peft, an entry names every module whose name ends with it.
+        """
         parts = module.split(".")
         around = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
         return any(outer.endswith(name) for name in self.names("modules_to_save") for outer in around)
 
     def _matches(self, pattern: str, module: str, *, end: bool = False) -> bool:
-        """Say whether a pattern matches a name.
+        """Return whether a pattern matches the name of a module, or with `end` the end of the name.
 
         Raises:
-            UserError: If it is not a regular expression, or takes very long to match.
+            UserError: If the pattern is not a valid regular expression, or matching takes very long.
         """
         try:
             compile_pattern(pattern)

@@ -1,1 +1,1 @@
-"""The methods. Importing a file of this folder registers the methods in it; `surm_jax.peft` imports all of them."""
+"""The fine-tuning methods. Importing a file of this folder registers its methods; `surm_jax.peft` imports all files."""

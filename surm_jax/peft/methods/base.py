@@ -1,7 +1,7 @@
-"""What a method is, and the registry of methods by name.
+"""The base classes of methods, and the registry of methods by name.
 
-A `PartMethod` puts a part into modules: `Update` and `Branch` are the two kinds here, and others can be defined beside
-them. A `Selection` puts nothing into the model and trains parameters that exist. A new method is one class in one file:
+A `PartMethod` adds parts to modules. This package has two kinds, `Update` and `Branch`, and users can define others. A
+`Selection` adds nothing to the model: it trains existing parameters. A new method is one class in one file, and
 importing the file registers it.
 """
 
@@ -25,8 +25,8 @@ class Method(abc.ABC):
 
     Attributes:
         name: The method's name in configurations and files.
-        target: The preset of targets in a model that the method is meant for, such as "qkv".
-        learning_rate: A peak for Adam from which a search can start; tasks differ.
+        target: The name of the target preset that the method is meant for, such as "qkv".
+        learning_rate: A peak learning rate for Adam from which a search can start. The best one depends on the task.
     """
 
     name: ClassVar[str]
@@ -36,7 +36,7 @@ class Method(abc.ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" not in vars(cls) and not hasattr(cls, "name"):
-            return  # a base class of methods
+            return  # This is a base class of methods, which is not registered.
         if "name" not in vars(cls) or cls.name in METHODS:
             raise UserError(f"{cls.__name__} needs a name of its own: {cls.name!r} is {METHODS[cls.name].__name__}")
         METHODS[cls.name] = cls
@@ -47,18 +47,18 @@ class Method(abc.ABC):
             check_setting(self.name, field, value, may_be_zero=self._may_be_zero(field.name))
 
     def _may_be_zero(self, name: str) -> bool:
-        """Say whether a numeric setting may be 0 although its field does not declare it."""
+        """Return whether a numeric setting may be 0 although its field does not allow it."""
         del name
         return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PartMethod(Method):
-    """A method that puts a part into modules.
+    """A method that adds a part to each module that a rule matches.
 
     Attributes:
-        part: The class of the parts; its `slot` says which modules can have one.
-        takes_packed: Whether a rule may say that the kernel is packed, of `parts` equal blocks of features.
+        part: The class of the parts. Its `slot` determines which modules can have one.
+        takes_packed: Whether a rule may use `parts` and `which` to select blocks of a packed kernel.
     """
 
     part: ClassVar[type[Part]]
@@ -66,21 +66,24 @@ class PartMethod(Method):
 
     @abc.abstractmethod
     def make_part(self, place: Place, key: jax.Array) -> Part:
-        """Return the part of one module at the start of training, when it must add exactly zero.
+        """Return the initial part for one module. It must add exactly zero to the module's output.
 
         Args:
-            place: The module's width, and its kernel where the part is in the kernel slot.
-            key: A key for the random numbers of this part.
+            place: The module's width and, for a part in the kernel slot, its kernel.
+            key: The JAX key for the initial random numbers.
 
         Raises:
-            UserError: If the method's settings do not fit the place.
+            UserError: If the method's settings do not fit the module.
         """
 
     def choose(self, paths: list[str]) -> list[str]:
-        """Return those of a rule's modules, given by path, that get a part; at least one.
+        """Choose the modules that get a part, at least one, from the modules that a rule matches.
+
+        Args:
+            paths: The paths of the modules that the rule matches.
 
         Raises:
-            UserError: If the method's settings leave none.
+            UserError: If the method's settings leave no module.
         """
         return paths
 
@@ -93,7 +96,8 @@ def make_method(name: str, settings: dict[str, Any]) -> Method:
     2
 
     Raises:
-        UserError: For an unknown name or setting, or a value that is not possible; the message names the nearest one.
+        UserError: If the name or a setting is unknown (the message suggests the nearest one), or a value is not
+            possible.
     """
     if name not in METHODS:
         raise UserError(f"no method is called {name!r}{did_you_mean(name, METHODS)} (known: {', '.join(METHODS)})")

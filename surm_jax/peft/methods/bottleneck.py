@@ -1,4 +1,4 @@
-"""The bottleneck adapters of the literature: two dense matrices through a narrow waist, and variants of them."""
+"""The bottleneck adapters of the literature: branches of two dense matrices with few features between them."""
 
 import dataclasses
 import re
@@ -14,11 +14,11 @@ from surm_jax.structured import Dense
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Waisted(Branch):
-    """Settings of branches with a waist.
+    """The settings of branches with a waist, a hidden layer of few features.
 
     Attributes:
-        waist: Features between the two matrices.
-        scale: Standard deviation of the first matrix at the start; the second starts at zero.
+        waist: The number of features between the two matrices.
+        scale: The standard deviation of the first matrix at the start. The second matrix starts at zero.
     """
 
     waisted: ClassVar[bool] = True
@@ -26,16 +26,16 @@ class _Waisted(Branch):
     scale: float = 0.02
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[Dense, Dense]:
-        """Return the random matrix into the waist and the zero one out of it."""
+        """Return the random matrix into the waist, and the zero matrix out of the waist."""
         down = self.scale * jax.random.normal(key, (width, self.waist))
         return Dense(down), Dense.init(key, (self.waist, width), scale=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BottleneckBranch(_Waisted):
-    """`X + gelu(X D + d) U + b` after attention and MLP (Houlsby, arXiv 1902.00751).
+    """Bottleneck adapters `X + gelu(X D + d) U + b` after attention and MLP (Houlsby et al., arXiv 1902.00751).
 
-    With `--config.peft.target=pfeiffer`, only after the MLP (arXiv 2005.00247).
+    With `--config.peft.target=pfeiffer` they are only after the MLP (arXiv 2005.00247).
     """
 
     name: ClassVar[str] = "bottleneck"
@@ -43,28 +43,28 @@ class BottleneckBranch(_Waisted):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterDrop(_Waisted):
-    """Bottleneck branches in all blocks but the first ones (AdapterDrop, arXiv 2010.11918, "specialised").
+    """Bottleneck adapters in all blocks except the first ones (AdapterDrop, arXiv 2010.11918, "specialised").
 
     Attributes:
-        skip: How many of the first blocks have no adapter. The block of a module is the first number in its path.
+        skip: The number of first blocks without an adapter. A module's block is the first number in its path.
     """
 
     name: ClassVar[str] = "adapter_drop"
     skip: int = at_least(5, 0)
 
     def choose(self, paths: list[str]) -> list[str]:
-        """Return the modules in blocks from `skip` on, and those in no block.
+        """Return the modules in the blocks from number `skip` on, and the modules that are in no block.
 
         Raises:
-            UserError: If there is none.
+            UserError: If no module is left.
         """
         blocks = {path: _block(path) for path in paths}
         chosen = [path for path, block in blocks.items() if block is None or block >= self.skip]
         if not chosen:
             last = max(block for block in blocks.values() if block is not None)
             raise UserError(
-                f"{self.name}.skip={self.skip} leaves no block an adapter: the last one is {last}, so skip must be at"
-                f" most {last}"
+                f"{self.name}.skip={self.skip} leaves no block with an adapter: the last block is {last}, so skip must"
+                f" be at most {last}"
             )
         return chosen
 

@@ -1,4 +1,4 @@
-"""The methods that add a small non-linear branch to the output of modules."""
+"""The base class of methods that add a small non-linear branch to the output of modules."""
 
 import abc
 import dataclasses
@@ -18,15 +18,15 @@ from surm_jax.structured import StructuredMatrix
 class Branch(PartMethod):
     """A branch added to the output X of a module: `X + act(X M) + b`, or `X + act(X D + d) U + b` through a waist.
 
-    The first is SURM's adapter (arXiv 2406.17740, section 4.2). Its non-linearity comes after the whole matrix, so that
-    the matrix can be stored in its smallest form. The second is Houlsby's (arXiv 1902.00751).
+    The first form is SURM's adapter (arXiv 2406.17740, section 4.2). Its non-linearity comes after the whole matrix,
+    so the matrix can be stored in its smallest form. The second form is Houlsby's adapter (arXiv 1902.00751).
 
     Attributes:
-        alpha: The factor of the branch.
-        bias: Whether b (and d) exist; they start at 0.
-        activation: One of `ACTIVATIONS`.
-        dropout: Probability of zeroing an entry of the branch's input while training.
-        waisted: Whether there are two matrices, of which the first is random at the start.
+        alpha: The factor of the added term: `alpha * (act(X M) + b)`, and likewise for the second form.
+        bias: Whether b (and d in the second form) exist. They start at 0.
+        activation: The name of the non-linearity, one of `ACTIVATIONS`.
+        dropout: The probability of zeroing an entry of the branch's input during training.
+        waisted: Whether the branch has the second form. D is then random at the start.
     """
 
     part: ClassVar[type[BranchPart]] = BranchPart
@@ -40,15 +40,15 @@ class Branch(PartMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.activation == "relu" and not self.waisted:
-            # In JAX the slope of relu is 0 at 0, where x M starts.
+            # X M starts at 0, and in JAX the slope of relu at 0 is 0.
             raise UserError(f"{self.name}.activation=relu would never learn, since its matrix starts at zero: try gelu")
 
     @abc.abstractmethod
     def init_branch(self, key: jax.Array, width: int) -> tuple[StructuredMatrix, ...]:
-        """Return M, or D and U, of which the last is zero and can learn."""
+        """Return the initial M, or D and U. The last of them is zero, and gradients can move it."""
 
     def make_part(self, place: Place, key: jax.Array) -> BranchPart:
-        """Return the branch of one module at the start of training."""
+        """Return the initial branch for one module."""
         return self.part(
             self.init_branch(key, place.width),
             activation=self.activation,

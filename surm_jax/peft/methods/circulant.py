@@ -1,4 +1,4 @@
-"""Methods with circulant matrices: the update and the branch of SURM, and the block-circulant update of C3A."""
+"""Methods with circulant matrices: SURM's update and branch, and C3A's block-circulant update."""
 
 import dataclasses
 from typing import ClassVar
@@ -13,10 +13,11 @@ from surm_jax.structured import BlockCirculant, CirculantPair
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CirculantUpdate(Update):
-    """The circulant of `r1 * r2`: 2n numbers trained, n stored; r1 starts at 0, r2 at `scale * N(0, 1)`.
+    """The circulant of `r1 * r2`: trains 2n numbers, stores n; r1 starts at 0, r2 at `scale * N(0, 1)`.
 
-    SURM, arXiv 2406.17740, section 4.1. The learning rate applies to r1 and r2 themselves (there is no division by n).
-    The first step of r1 grows with `scale`, and the first step of the update with its square.
+    SURM, arXiv 2406.17740, section 4.1. The learning rate applies to r1 and r2 directly, without a division by n. With
+    plain gradient descent, the first step of r1 is proportional to `scale`, and the first change of the update to
+    `scale^2`.
 
     >>> matrix = CirculantUpdate(scale=0.02).init(jax.random.key(0), (768, 768))
     >>> matrix.num_params, matrix.compact().num_params
@@ -27,37 +28,38 @@ class CirculantUpdate(Update):
     scale: float = 1.0
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> CirculantPair:
-        """Return a zero circulant of the given shape whose factors can learn."""
+        """Return a zero circulant of the given shape whose factors can be trained."""
         return CirculantPair.init(key, shape, scale=self.scale)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CirculantBranch(Branch):
-    """`X + gelu(X C) + b` with the circulant of `r1 * r2`: 3n numbers trained, 2n stored.
+    """`X + gelu(X C) + b` with the circulant C of `r1 * r2`: trains 3n numbers, stores 2n.
 
-    SURM, arXiv 2406.17740, section 4.2; r2 starts at `scale * N(0, 1)` with the released code's 0.02.
+    SURM, arXiv 2406.17740, section 4.2. r1 starts at 0, and r2 at `scale * N(0, 1)` with the scale 0.02 of the released
+    code.
     """
 
     name: ClassVar[str] = "circulant_adapter"
     scale: float = 0.02
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[CirculantPair]:
-        """Return a zero circulant whose factors can learn."""
+        """Return a zero circulant whose factors can be trained."""
         return (CirculantPair.init(key, (width, width), scale=self.scale),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class C3A(Update):
-    """A grid of circulant blocks, `alpha / in_features * BlockCirculant(c)`, from zero: in * out / block numbers.
+    """A grid of circulant blocks, `alpha / in_features * BlockCirculant(c)`: in * out / block numbers; c starts at 0.
 
-    C3A (arXiv 2407.19342) with the scale of Hugging Face's peft, which divides by in_features; learning rates there are
-    accordingly large (0.1 to 1). A circulant of one vector is the case of one block.
+    C3A (arXiv 2407.19342) with the scale of Hugging Face's peft, which divides by in_features. Its learning rates are
+    therefore large (0.1 to 1). With one block, the matrix is the circulant of one vector.
 
     >>> C3A(block=128).init(jax.random.key(0), (768, 768)).num_params
     4608
 
     Attributes:
-        block: Side of a block, which must divide both sizes; 0 means the largest that does.
+        block: The side of a block, which must divide both sizes of the kernel. 0 means the largest such side.
     """
 
     name: ClassVar[str] = "c3a"
@@ -69,5 +71,5 @@ class C3A(Update):
         return 1 / shape[0]
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> BlockCirculant:
-        """Return a zero matrix of the given shape that can learn."""
+        """Return a zero matrix of the given shape that can be trained."""
         return BlockCirculant.init(key, shape, scale=1.0, block=self.block or None)

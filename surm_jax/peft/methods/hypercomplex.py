@@ -16,7 +16,7 @@ from surm_jax.structured import Kronecker, LowRankKronecker
 
 
 def balanced_factors(size: int, divisor: int = 0) -> tuple[int, int]:
-    """Return two factors of a size as peft chooses them for LoKr; its `decompose_factor=-1` is our 0.
+    """Return the two factors of a size that peft uses in LoKr. `divisor=0` corresponds to `decompose_factor=-1`.
 
     >>> balanced_factors(768), balanced_factors(768, 8), balanced_factors(768, 10)
     ((24, 32), (8, 96), (8, 96))
@@ -30,17 +30,17 @@ def balanced_factors(size: int, divisor: int = 0) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoKr(Update):
-    """`alpha / rank * A (x) B`, as peft's LoKr (arXiv 2309.14859): A starts at 0, B Kaiming-uniform.
+    """`alpha / rank * A (x) B`, as in peft's LoKr (arXiv 2309.14859): A starts at 0, B Kaiming-uniform.
 
-    Both sizes are factored by `balanced_factors`; A has the first factors of both, B the second. If the rank is less
-    than half of B's longer side, B is a product `down up` of that rank.
+    `balanced_factors` splits both sizes of the kernel: A has the first factor of each, and B the second. If the rank is
+    less than half of B's longer side, and at most its shorter side, B is a product `down @ up` of that rank.
 
     >>> LoKr(rank=8).init(jax.random.key(0), (768, 768)).num_params
     1088
 
     Attributes:
-        rank: Rank of B; it also divides alpha.
-        divisor: First factor of both sizes; 0 means the one nearest to their square roots.
+        rank: The rank of B. It also divides alpha.
+        divisor: The first factor of each size. 0 means the largest factor up to the square root of the size.
     """
 
     name: ClassVar[str] = "lokr"
@@ -53,7 +53,7 @@ class LoKr(Update):
         return 1 / self.rank
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> Kronecker | LowRankKronecker:
-        """Return a zero matrix of the given shape whose factors can learn."""
+        """Return a zero matrix of the given shape whose factors can be trained."""
         (m1, m2), (n1, n2) = (balanced_factors(size, self.divisor) for size in shape)
         A = jnp.zeros((1, m1, n1), jnp.float32)
         if self.rank >= max(m2, n2) / 2 or self.rank > min(m2, n2):
@@ -65,18 +65,18 @@ class LoKr(Update):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KAdaptation(Update):
-    """`sum_k A_k (x) (down_k up_k)` with small square A_k (arXiv 2203.16329).
+    """A sum of Kronecker products, `sum_k A_k (x) (down_k up_k)`, with small square A_k (arXiv 2203.16329).
 
-    A and down start at random, up at 0. The code that was released with the paper starts both down and up at 0, where
-    neither ever gets a gradient. In the paper the A_k are shared by all layers; here each layer has its own.
+    A and down start at random values, up at 0. The code released with the paper starts both down and up at 0, so that
+    neither ever gets a gradient. In the paper all layers share the A_k; here each layer has its own.
 
     >>> KAdaptation().init(jax.random.key(0), (768, 768)).num_params
     1600
 
     Attributes:
-        terms: Number of products, and side of the A_k; must divide both sizes.
-        rank: Rank of the second factors.
-        scale: Standard deviation of A and down.
+        terms: The number of products, and also the side of each A_k. It must divide both sizes of the kernel.
+        rank: The rank of each product `down_k up_k`.
+        scale: The standard deviation of A and of down at the start.
     """
 
     name: ClassVar[str] = "kadaptation"
@@ -86,22 +86,22 @@ class KAdaptation(Update):
     scale: float = 0.1
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> LowRankKronecker:
-        """Return a zero matrix of the given shape whose factors can learn."""
+        """Return a zero matrix of the given shape whose factors can be trained."""
         matrix = _hypercomplex(key, shape, self.terms, self.rank, self.scale, self.scale)
         return matrix.with_arrays(up=jnp.zeros_like(matrix.up))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compacter(Branch):
-    """A bottleneck branch whose two matrices are `sum_k A_k (x) (down_k up_k)` (arXiv 2106.04647).
+    """A bottleneck adapter whose two matrices have the form `sum_k A_k (x) (down_k up_k)` (arXiv 2106.04647).
 
-    In the paper the A_k are shared by all adapters; here each adapter has its own, terms^3 numbers.
+    In the paper all adapters share the A_k. Here each matrix has its own, which are terms^3 numbers.
 
     Attributes:
-        terms: Number of products, and side of the A_k; must divide the width and the waist.
-        reduction: Width over waist.
-        rank: Rank of the second factors.
-        scale: Standard deviation of the entries of the first matrix at the start.
+        terms: The number of products, and also the side of each A_k. It must divide the width and the waist.
+        reduction: The ratio of the width to the waist (the number of features between the two matrices).
+        rank: The rank of each product `down_k up_k`.
+        scale: The standard deviation of the entries of the first matrix at the start.
     """
 
     name: ClassVar[str] = "compacter"
@@ -112,7 +112,7 @@ class Compacter(Branch):
     scale: float = 0.02
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[LowRankKronecker, LowRankKronecker]:
-        """Return the random matrix into the waist and the zero one out of it."""
+        """Return the random matrix into the waist, and the zero matrix out of the waist."""
         if width % self.reduction:
             raise UserError(f"compacter.reduction={self.reduction} does not divide the width {width}")
         waist, (key_down, key_up) = width // self.reduction, jax.random.split(key)
@@ -125,7 +125,7 @@ class Compacter(Branch):
 def _hypercomplex(
     key: jax.Array, shape: tuple[int, int], terms: int, rank: int, scale_A: float, scale_low: float
 ) -> LowRankKronecker:
-    """Return the sum of `terms` products whose first factors are square of that side, all numbers random."""
+    """Return a random sum of `terms` Kronecker products whose first factors are of size `terms` x `terms`."""
     m, n = shape
     if m % terms or n % terms:
         raise UserError(f"terms={terms} must divide both sizes of {m} x {n}")

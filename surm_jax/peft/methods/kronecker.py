@@ -1,4 +1,4 @@
-"""Methods with Kronecker products: the update and the branch of SURM."""
+"""Methods with Kronecker products: SURM's update and branch."""
 
 import dataclasses
 from typing import ClassVar
@@ -12,22 +12,22 @@ from surm_jax.structured import Kronecker
 
 
 def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """Return uniform numbers of variance `1 / (3 fan_in)`, as PyTorch's linear layers and the paper's code do."""
+    """Return uniform numbers of variance `1 / (3 fan_in)`, as in PyTorch's linear layers and in the paper's code."""
     bound = fan_in**-0.5
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
 def zero_kronecker(key: jax.Array, shape: tuple[int, int], scale: float) -> Kronecker:
-    """Return `A (x) B` of near-square factors with A = 0 and B = `scale` times Kaiming-uniform numbers."""
+    """Return `A (x) B` with near-square factors, where A is 0 and B is `scale` times Kaiming-uniform."""
     matrix = Kronecker.init(key, shape, scale=1.0)
     return matrix.with_arrays(B=scale * kaiming_uniform(key, matrix.B.shape, matrix.B.shape[1]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KroneckerUpdate(Update):
-    """`A (x) B` with near-square factors: 2n numbers at 768 = 32 * 24; A starts at 0, B Kaiming-uniform.
+    """`A (x) B` with near-square factors: 2n numbers for n = 768 = 32 * 24; A starts at 0, B Kaiming-uniform.
 
-    SURM, arXiv 2406.17740, section 4.1. `scale` multiplies B's first values, which lie within `1 / sqrt(rows of B)`.
+    SURM, arXiv 2406.17740, section 4.1. B starts at `scale` times uniform numbers within `1 / sqrt(rows of B)`.
 
     >>> KroneckerUpdate().init(jax.random.key(0), (768, 768)).num_params
     1536
@@ -37,17 +37,17 @@ class KroneckerUpdate(Update):
     scale: float = 1.0
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> Kronecker:
-        """Return a zero matrix of the given shape whose factors can learn."""
+        """Return a zero matrix of the given shape whose factors can be trained."""
         return zero_kronecker(key, shape, self.scale)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KroneckerBranch(Branch):
-    """`X + gelu(X (A (x) B)) + b`: 3n numbers at 768 (arXiv 2406.17740, section 4.2)."""
+    """`X + gelu(X (A (x) B)) + b` with near-square factors: 3n numbers for n = 768 (arXiv 2406.17740, section 4.2)."""
 
     name: ClassVar[str] = "kronecker_adapter"
     scale: float = 1.0
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[Kronecker]:
-        """Return a zero matrix whose factors can learn."""
+        """Return a zero matrix whose factors can be trained."""
         return (zero_kronecker(key, (width, width), self.scale),)

@@ -1,4 +1,4 @@
-"""LoRA, the low-rank baseline, and its variants that differ in a factor or in what is trained."""
+"""LoRA, the low-rank baseline, and its variants with another factor or other trained parameters."""
 
 import dataclasses
 from typing import ClassVar
@@ -15,18 +15,18 @@ class _LowRankUpdate(Update):
     """The settings that LoRA and its variants share.
 
     Attributes:
-        rank: Rank of the update; it also divides alpha.
+        rank: The rank of the update. It also determines the factor of alpha.
     """
 
     rank: int = 1
 
     def unit(self, shape: tuple[int, int]) -> float:
-        """Return LoRA's `1 / rank`, which keeps the size of the update as the rank grows."""
+        """Return LoRA's factor `1 / rank`, which keeps the size of the update similar for all ranks."""
         del shape
         return 1 / self.rank
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> LowRank:
-        """Return a zero matrix of the given shape whose factors can learn."""
+        """Return a zero matrix of the given shape whose factors can be trained."""
         return LowRank.init(key, shape, rank=self.rank, scale=shape[0] ** -0.5)
 
 
@@ -56,9 +56,9 @@ class RankStabilizedLoRA(_LowRankUpdate):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAFix(_LowRankUpdate):
-    """LoRA with its random factor frozen: only the output factor is trained, out * rank numbers.
+    """LoRA with the random factor `down` frozen: only `up` is trained, out * rank numbers.
 
-    LoRA-FIX of SURM's tables, and LoRA-FA (arXiv 2308.03303). The frozen factor is saved with the adapter.
+    LoRA-FIX in SURM's tables, and LoRA-FA in arXiv 2308.03303. The frozen factor is saved with the adapter.
     """
 
     name: ClassVar[str] = "lora_fix"
@@ -67,10 +67,10 @@ class LoRAFix(_LowRankUpdate):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoRA(_LowRankUpdate):
-    """LoRA on the direction of every column of the kernel, and its length as a parameter (arXiv 2402.09353).
+    """LoRA for the direction of each column of the kernel, and a trained length m for each (arXiv 2402.09353).
 
-    `W' = m (W + s down @ up) / || W + s down @ up ||` with `s = alpha / rank`, with the norms of
-    columns, which are output features, and m starting at those of W: in * rank + out * rank + out numbers.
+    `W' = m (W + s down @ up) / || W + s down @ up ||` with `s = alpha / rank`. The norms are those of columns, one for
+    each output feature, and m starts at the norms of W. There are in * rank + out * rank + out trained numbers.
     """
 
     name: ClassVar[str] = "dora"

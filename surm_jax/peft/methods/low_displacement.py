@@ -1,4 +1,4 @@
-"""Matrices of low displacement rank, W(G, H)."""
+"""Methods with matrices of low displacement rank, W(G, H): SURM's update and branch."""
 
 import dataclasses
 from typing import ClassVar
@@ -12,9 +12,10 @@ from surm_jax.structured import LowDisplacementRank
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowDisplacementUpdate(Update):
-    """`W(G, H)`: r products of a circulant and a skew-circulant, 2nr numbers (SURM, arXiv 2406.17740, section 3).
+    """`W(G, H)`, a sum of r products of a circulant and a skew-circulant: 2nr numbers (arXiv 2406.17740, section 3).
 
-    The circulant factors G start at 0, the skew ones H at `scale * N(0, 1)`; the scale is the released code's.
+    The circulant factors G start at 0, and the skew-circulant factors H at `scale * N(0, 1)`. The default scale is that
+    of SURM's released code.
 
     >>> LowDisplacementUpdate(rank=4).init(jax.random.key(0), (768, 768)).num_params
     6144
@@ -25,18 +26,18 @@ class LowDisplacementUpdate(Update):
     scale: float = 0.02
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> LowDisplacementRank:
-        """Return a zero matrix of the given shape whose factors can learn."""
+        """Return a zero matrix of the given shape whose factors can be trained."""
         return LowDisplacementRank.init(key, shape, rank=self.rank, scale=self.scale)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowDisplacementBranch(Branch):
-    """`X + gelu(X W(G, H)) + b`: 2nr + n numbers."""
+    """`X + gelu(X W(G, H)) + b` with a matrix of low displacement rank r: 2nr + n numbers."""
 
     name: ClassVar[str] = "low_displacement_adapter"
     rank: int = 1
     scale: float = 0.02
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[LowDisplacementRank]:
-        """Return a zero matrix whose factors can learn."""
+        """Return a zero matrix whose factors can be trained."""
         return (LowDisplacementRank.init(key, (width, width), rank=self.rank, scale=self.scale),)

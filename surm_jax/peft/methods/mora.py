@@ -1,4 +1,4 @@
-"""MoRA, an update of high rank from one small square matrix."""
+"""MoRA: updates of high rank with one small square matrix."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,10 +11,11 @@ from surm_jax.structured import Tiled, tiled_side
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoRA(Update):
-    """A square matrix with as many numbers as LoRA of a rank, between compression and decompression; from zero.
+    """A square matrix with the size of LoRA at `rank`, between fixed compression and decompression; starts at 0.
 
-    MoRA (arXiv 2405.12130). Without rotation, groups of features share a row (the paper's choice for large ranks); with
-    it, they are turned by angles as in rotary position embeddings (for small ranks).
+    MoRA (arXiv 2405.12130). Without `rotate`, groups of features share a row, which the paper chooses for large ranks.
+    With `rotate`, groups of features are rotated as in rotary position embeddings, which the paper chooses for small
+    ranks.
 
     >>> MoRA(rank=1).init(jax.random.key(0), (768, 768)).num_params
     1521
@@ -25,6 +26,6 @@ class MoRA(Update):
     rotate: bool = False
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> Tiled:
-        """Return a zero matrix of the given shape that can learn."""
+        """Return a zero matrix of the given shape that can be trained."""
         side = tiled_side(shape, self.rank, rotate=self.rotate)
         return Tiled.init(key, shape, scale=1.0, side=side, rotate=self.rotate)

@@ -1,4 +1,4 @@
-"""The methods that put nothing into a model and train parameters that exist, together with the head."""
+"""The methods that add nothing to a model: they train some of its existing parameters, together with the head."""
 
 import dataclasses
 from typing import ClassVar
@@ -7,7 +7,7 @@ from surm_jax.peft.methods.base import Method
 
 
 class Selection(Method):
-    """A method that trains parameters of the model itself.
+    """A method that trains existing parameters of the model.
 
     Attributes:
         patterns: Regular expressions for the paths of the parameters (`re.fullmatch`).
@@ -18,7 +18,7 @@ class Selection(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearProbe(Selection):
-    """Training of the head only."""
+    """Train only the head."""
 
     name: ClassVar[str] = "linear_probe"
     patterns: ClassVar[tuple[str, ...]] = ()
@@ -26,7 +26,7 @@ class LinearProbe(Selection):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Full(Selection):
-    """Full fine-tuning: training of all parameters."""
+    """Train all parameters (full fine-tuning)."""
 
     name: ClassVar[str] = "full"
     learning_rate: ClassVar[float] = 5e-5
@@ -35,7 +35,7 @@ class Full(Selection):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionOnly(Selection):
-    """Training of all attention layers, as in "Three things everyone should know about ViTs" (arXiv 2203.09795)."""
+    """Train all attention layers, as in "Three things everyone should know about ViTs" (arXiv 2203.09795)."""
 
     name: ClassVar[str] = "attention_only"
     learning_rate: ClassVar[float] = 5e-5
@@ -44,7 +44,7 @@ class AttentionOnly(Selection):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BitFit(Selection):
-    """Training of all biases, including those of the norms (BitFit, arXiv 2106.10199)."""
+    """Train all biases, including those of the LayerNorms (BitFit, arXiv 2106.10199)."""
 
     name: ClassVar[str] = "bitfit"
     patterns: ClassVar[tuple[str, ...]] = (r"(.*/)?bias",)
@@ -52,7 +52,7 @@ class BitFit(Selection):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormTuning(Selection):
-    """Training of the scales and biases of all LayerNorms (arXiv 2302.08106)."""
+    """Train the scales and biases of all LayerNorms (arXiv 2302.08106)."""
 
     name: ClassVar[str] = "norm_tuning"
     patterns: ClassVar[tuple[str, ...]] = (r"(.*/)?(\w+_)?norm\d*/(scale|bias)",)

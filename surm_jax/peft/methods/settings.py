@@ -1,4 +1,4 @@
-"""The settings of methods: which values a field may have, and the messages where it has another."""
+"""Checks for the settings of methods: which values a field may have, and the error messages for other values."""
 
 import dataclasses
 import math
@@ -8,31 +8,34 @@ from surm_jax.errors import UserError, did_you_mean
 
 _KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a name"}
 
-# Sizes of arrays and float32 numbers overflow beyond it.
+# Above this, array sizes and squares of float32 numbers overflow.
 _LARGEST = 10**18
 
 
 def at_least(default: float, least: float, below: float = math.inf) -> Any:
-    """Declare a setting that may be anything from `least` on, and below `below`."""
+    """Declare a numeric setting that must be at least `least` and less than `below`."""
     return dataclasses.field(default=default, metadata={"least": least, "below": below})
 
 
 def one_of(default: str, names: tuple[str, ...]) -> Any:
-    """Declare a setting that is one of several names."""
+    """Declare a setting that must be one of several names."""
     return dataclasses.field(default=default, metadata={"one_of": names})
 
 
 def check_setting(method: str, field: dataclasses.Field, value: Any, *, may_be_zero: bool = False) -> None:
-    """Check the value of a setting. A number must be finite and not 0, unless its field declares something else.
+    """Check the value of a setting.
+
+    The value must have the type of the field and the limits that `at_least` or `one_of` declare. Without declared
+    limits, an `int` must be at least 1, and a `float` must be finite and not 0.
 
     Args:
-        method: Name of the method, for messages.
-        field: The field, perhaps made by `at_least` or `one_of`.
-        value: Its value.
-        may_be_zero: Whether 0 is possible in any case.
+        method: The name of the method, for messages.
+        field: The dataclass field of the setting.
+        value: The value.
+        may_be_zero: Whether 0 is allowed whatever the limits are.
 
     Raises:
-        UserError: If the value is not possible.
+        UserError: If the value is not allowed.
     """
     kind: Any = field.type
     where, limits = f"{method}.{field.name}", field.metadata
@@ -53,5 +56,5 @@ def check_setting(method: str, field: dataclasses.Field, value: Any, *, may_be_z
     elif kind is int and value < 1:
         raise UserError(f"{where} must be at least 1, got {value}")
     elif math.isnan(value) or value == 0:
-        # If the factor, or the random array beside the one that starts at 0, is 0, nothing ever learns.
+        # One array starts at 0. If the factor or the scale of the other array is 0 too, all gradients stay 0.
         raise UserError(f"{where} must be finite and not 0, got {value}: it would never learn")

@@ -1,4 +1,4 @@
-"""Any family of `surm_jax.structured` by its name, and sums and products of families."""
+"""Methods with any family of `surm_jax.structured`, chosen by name, and with sums and products of families."""
 
 import dataclasses
 import itertools
@@ -18,10 +18,11 @@ class _AnyFamily(Method):
     """The settings that choose a matrix.
 
     Attributes:
-        family: One of `surm_jax.structured.FAMILIES`, or an expression of them.
-        rank: Rank, for the families that have one. Tiles get as many numbers as LoRA of this rank.
+        family: The name of one of `surm_jax.structured.FAMILIES`, or an expression of such names with + and @.
+        rank: The rank, for the families that have one. `Tiled` matrices get the number of parameters of LoRA at this
+            rank.
         f: The factor f of f-circulants.
-        scale: Standard deviation of random factors.
+        scale: The standard deviation of random factors at the start.
     """
 
     family: str = "CirculantPair"
@@ -36,19 +37,19 @@ class _AnyFamily(Method):
             if name not in FAMILIES:
                 raise UserError(
                     f"{self.name}.family: no family is called {name!r}{did_you_mean(name, FAMILIES)}"
-                    f" (known: {', '.join(FAMILIES)}; + and @ join them)"
+                    f" (known: {', '.join(FAMILIES)}; + and @ combine them)"
                 )
 
     def zero_matrix(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
-        """Return a zero matrix of the given shape that can learn."""
+        """Return a zero matrix of the given shape that can be trained."""
         return _zero(self.family, key, shape, {"rank": self.rank, "f": self.f, "scale": self.scale})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StructuredUpdate(_AnyFamily, Update):
-    """A family, such as `SkewCirculant`; a sum, such as `CirculantPair + LowRank`; or a product, with `@`.
+    """A matrix of any family, such as `SkewCirculant`, or of a sum or product of families (`+` and `@`).
 
-    A product binds tighter than a sum, and its first factor, which meets the input, starts at zero.
+    Products bind tighter than sums. The first factor of a product, which is applied to the input, starts at zero.
 
     >>> update = StructuredUpdate(family="Toeplitz @ Circulant + LowRank", rank=2)
     >>> update.init(jax.random.key(0), (8, 8)).num_params
@@ -58,23 +59,23 @@ class StructuredUpdate(_AnyFamily, Update):
     name: ClassVar[str] = "structured"
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
-        """Return a zero matrix of the given shape that can learn."""
+        """Return a zero matrix of the given shape that can be trained."""
         return self.zero_matrix(key, shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StructuredBranch(_AnyFamily, Branch):
-    """`X + gelu(X M) + b` with M of any family, sum or product, named as in `structured`."""
+    """`X + gelu(X M) + b` with M of any family, or of a sum or product of families, written as in `structured`."""
 
     name: ClassVar[str] = "structured_adapter"
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[StructuredMatrix]:
-        """Return a zero matrix that can learn."""
+        """Return a zero matrix that can be trained."""
         return (self.zero_matrix(key, (width, width)),)
 
 
 def _zero(expression: str, key: jax.Array, shape: tuple[int, int], options: dict[str, Any]) -> StructuredMatrix:
-    """Return the zero matrix that an expression stands for, which can learn."""
+    """Return a zero matrix that can be trained, of the families in an expression."""
     terms = []
     for number, term in enumerate(expression.split("+")):
         between = min(shape)
@@ -85,7 +86,7 @@ def _zero(expression: str, key: jax.Array, shape: tuple[int, int], options: dict
             _family(name, factor_key, size, options)
             for name, factor_key, size in zip(names, keys, itertools.pairwise(sizes), strict=True)
         ]
-        # If all factors were zero, none of them would ever learn.
+        # Only the first factor may be zero: if all factors were zero, all gradients would stay zero.
         factors[1:] = [_random(f, key, options["scale"]) for f, key in zip(factors[1:], keys[1:], strict=True)]
         terms.append(Product(tuple(factors)) if len(factors) > 1 else factors[0])
     return Sum(tuple(terms)) if len(terms) > 1 else terms[0]
@@ -97,7 +98,7 @@ def _family(name: str, key: jax.Array, shape: tuple[int, int], options: dict[str
 
 
 def _random(matrix: StructuredMatrix, key: jax.Array, scale: float) -> StructuredMatrix:
-    """Return the matrix with random numbers in the array that it is linear in, `linear_in`."""
+    """Return the matrix with random numbers in the array that `init` leaves at zero (`linear_in`)."""
     name = matrix.linear_in
     array = matrix.arrays()[name]
     random = scale * jax.random.normal(jax.random.fold_in(key, 1), array.shape, array.dtype)

@@ -1,4 +1,4 @@
-"""Products of two Toeplitz matrices: SURM's update and adapter of symmetric ones, and the same of general ones."""
+"""Methods with products of two Toeplitz matrices: SURM's symmetric update and branch, and a general update."""
 
 import dataclasses
 from typing import ClassVar
@@ -12,9 +12,9 @@ from surm_jax.structured import SymmetricToeplitzPair, ToeplitzPair
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToeplitzUpdate(Update):
-    """`T2 T1`, both symmetric Toeplitz, as published: 2n numbers; T1 starts at 0, T2 at `scale * N(0, 1)`.
+    """The product `T2 T1` of symmetric Toeplitz matrices: 2n numbers; T1 starts at 0, T2 at `scale * N(0, 1)`.
 
-    SURM, arXiv 2406.17740, section 4.1; the scale is the released code's.
+    SURM, arXiv 2406.17740, section 4.1. The default scale is that of the released code.
 
     >>> ToeplitzUpdate().init(jax.random.key(0), (768, 768)).num_params
     1536
@@ -24,13 +24,13 @@ class ToeplitzUpdate(Update):
     scale: float = 0.02
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> SymmetricToeplitzPair:
-        """Return a zero matrix of the given shape whose factors can learn."""
+        """Return a zero matrix of the given shape whose factors can be trained."""
         return SymmetricToeplitzPair.init(key, shape, scale=self.scale)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AsymmetricToeplitzUpdate(Update):
-    """`T2 T1`, both general Toeplitz: 4n - 2 numbers of a square matrix.
+    """The product `T2 T1` of general Toeplitz matrices: 4n - 2 numbers for a square kernel.
 
     >>> AsymmetricToeplitzUpdate().init(jax.random.key(0), (768, 768)).num_params
     3070
@@ -40,7 +40,7 @@ class AsymmetricToeplitzUpdate(Update):
     scale: float = 0.02
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> ToeplitzPair:
-        """Return a zero matrix of the given shape whose factors can learn."""
+        """Return a zero matrix of the given shape whose factors can be trained."""
         return ToeplitzPair.init(key, shape, scale=self.scale)
 
 
@@ -52,5 +52,5 @@ class ToeplitzBranch(Branch):
     scale: float = 0.02
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[SymmetricToeplitzPair]:
-        """Return a zero matrix whose factors can learn."""
+        """Return a zero matrix whose factors can be trained."""
         return (SymmetricToeplitzPair.init(key, (width, width), scale=self.scale),)

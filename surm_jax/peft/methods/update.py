@@ -1,4 +1,4 @@
-"""The methods that put a structured matrix beside the kernels of linear layers."""
+"""The base class of methods that add a structured matrix to the kernels of linear layers."""
 
 import abc
 import dataclasses
@@ -18,14 +18,14 @@ from surm_jax.structured import Placed, StructuredMatrix, Sum
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Update(PartMethod):
-    """A structured matrix beside a kernel: `W + alpha * unit * M` (SURM, arXiv 2406.17740, section 4.1).
+    """A structured matrix added to a kernel: `W + alpha * unit * M` (SURM, arXiv 2406.17740, section 4.1).
 
     Attributes:
         alpha: The factor of the update.
-        learn_alpha: Whether alpha is trained too. It may then start at 0, and the matrix starts away from zero.
-        dropout: Probability of zeroing an entry of the update's input while training (`surm_jax.adapter_dropout`).
-        frozen: Names of the matrix's arrays that are not trained.
-        zero: Name of the array that is zero at the start; empty: the array that the matrix is linear in.
+        learn_alpha: Whether alpha is trained. It may then start at 0, in which case M does not start at zero.
+        dropout: The probability of zeroing an entry of the update's input during training (`adapter_dropout`).
+        frozen: The names of the matrix's arrays that are not trained.
+        zero: The name of the array that starts at zero. Empty means the array `linear_in` of the matrix.
     """
 
     part: ClassVar[type[UpdatePart]] = UpdatePart
@@ -39,34 +39,35 @@ class Update(PartMethod):
 
     @abc.abstractmethod
     def init(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
-        """Return a matrix of the given (in_features, out_features) that is zero and can learn."""
+        """Return a zero matrix of shape (in_features, out_features) that can be trained."""
 
     def unit(self, shape: tuple[int, int]) -> float:
-        """Return the method's conventional factor of `alpha * M` for (in_features, out_features)."""
+        """Return the conventional factor `unit` of the method for shape (in_features, out_features)."""
         del shape
         return 1.0
 
     def factor(self, shape: tuple[int, int]) -> float:
-        """Return the whole factor of the matrix for (in_features, out_features)."""
+        """Return the factor of the matrix, `alpha * unit`, for shape (in_features, out_features)."""
         return self.alpha * self.unit(shape)
 
     def start(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
-        """Return the matrix that training starts from: `init`, or away from zero where alpha starts at 0."""
+        """Return the initial matrix: the zero matrix of `init`, or a non-zero matrix if alpha starts at 0."""
         matrix = self.init(key, shape)
         if self.alpha:
             return matrix
         return _away_from_zero(matrix, jax.random.fold_in(key, 1), getattr(self, "scale", None), self.zero)
 
     def make_part(self, place: Place, key: jax.Array) -> UpdatePart:
-        """Return the update of one layer at the start of training.
+        """Return the initial update for one layer.
 
         Raises:
-            UserError: If the kernel has not the parts of the place, or a setting does not fit its sizes.
+            UserError: If the kernel cannot be divided into `place.parts` equal blocks, or if a setting does not fit the
+                sizes of the kernel.
         """
         return self.part_with(self._start_in_parts(place, key), place)
 
     def part_with(self, matrix: StructuredMatrix, place: Place) -> UpdatePart:
-        """Return the update of one layer with a given matrix."""
+        """Return the update for one layer with a given matrix."""
         kernel = _kernel(place)
         return self.part(
             matrix,
@@ -79,13 +80,13 @@ class Update(PartMethod):
         )
 
     def _start_in_parts(self, place: Place, key: jax.Array) -> StructuredMatrix:
-        """Return the matrix at the start; for parts of a packed kernel, the sum of their matrices."""
+        """Return the initial matrix. For a packed kernel this is a sum of matrices, one for each selected block."""
         m, n = _kernel(place).shape
         shape = (m, n)
         if place.parts == 1:
             return self.start(key, shape)
         if n % place.parts:
-            raise UserError(f"its {n} output features are not {place.parts} equal parts")
+            raise UserError(f"its {n} output features cannot be divided into {place.parts} equal parts")
         width = n // place.parts
         blocks = tuple(
             Placed(self.start(jax.random.fold_in(key, part), (m, width)), shape, (0, part * width))
@@ -104,7 +105,7 @@ def _kernel(place: Place) -> Array:
 
 
 def _away_from_zero(matrix: StructuredMatrix, key: jax.Array, scale: float | None, zero: str) -> StructuredMatrix:
-    """Return the matrix with random numbers in the array that is zero: `linear_in` unless `zero` names another."""
+    """Return the matrix with random numbers in its zero array, which is `zero` or, if that is empty, `linear_in`."""
     if isinstance(matrix, Sum):
         keys = jax.random.split(key, len(matrix.terms))
         return Sum(tuple(_away_from_zero(term, k, scale, zero) for term, k in zip(matrix.terms, keys, strict=True)))

@@ -145,7 +145,7 @@ class TestWriting:
     @pytest.mark.parametrize(
         ("rules", "train", "message"),
         [
-            ([], ["head/.*"], "^the model has nothing of the adapter 'default'"),
+            ([], ["head/.*"], "^the adapter 'default' has no update"),
             ([("nameless", LoRA())], [], "^nameless has no name in transformers.* merge"),
             (
                 [("blocks/0/up", CirculantUpdate())],
@@ -159,7 +159,11 @@ class TestWriting:
                 [],
                 "^the part of blocks/0/up is added to the output",
             ),
-            ([("blocks/0/up", LoRA())], ["blocks/0/up/bias"], "^blocks/0/up/bias is trained in a layer that has an up"),
+            (
+                [("blocks/0/up", LoRA())],
+                ["blocks/0/up/bias"],
+                "^blocks/0/up/bias is trained in a layer that also has an up",
+            ),
             ([("blocks/0/up", LoRA())], ["head/.*", "token"], "^token is trained, but peft trains whole modules"),
             ([("blocks/0/up", LoRA())], ["nameless/bias"], "^nameless/bias is trained, but peft trains whole modules"),
             ([("blocks/0/up", LoRA())], ["outer/bias"], "^outer/bias is trained, but peft trains whole modules"),
@@ -184,7 +188,7 @@ class TestWriting:
             save_peft(tmp_path / "deep" / "a", model, adapter, NAMES, base_model="some/model")
         assert json.loads((tmp_path / "deep" / "a" / CONFIG).read_text())["base_model_name_or_path"] == "some/model"
         (tmp_path / "deep" / "a" / "optimizer.pt").write_text("years of work")
-        with pytest.raises(UserError, match=r"holds optimizer.pt besides an adapter"):
+        with pytest.raises(UserError, match=r"also holds optimizer.pt"):
             save_peft(tmp_path / "deep" / "a", model, adapter, NAMES)
         with pytest.raises(UserError, match="is not an adapter folder"):
             save_peft(tmp_path / "deep", model, adapter, NAMES)

@@ -124,7 +124,9 @@ def test_an_abstract_model_and_its_counts():
 
 
 def test_features_that_are_not_so_many_parts():
-    with pytest.raises(UserError, match=r"^qkv cannot be adapted: its 12 output features are not 5 equal parts"):
+    with pytest.raises(
+        UserError, match=r"^qkv cannot be adapted: its 12 output features cannot be divided into 5 equal parts"
+    ):
         adapt(
             nnx.Dict(qkv=materialize(FUSED["linear"])),
             [Rule("qkv", UPDATES["lora"].method, parts=5)],
