@@ -15,10 +15,10 @@ _MOST_NAMES = 1000
 
 
 class UserError(ValueError):
-    r"""Bad input: the message says what is wrong, where, and what would be right.
+    r"""A mistake in the input: the message says what is wrong, where, and what would be right.
 
-    The message may quote names and values from files of strangers. Control characters are therefore shown as escapes,
-    and the middle of a very long message is left out.
+    The message may quote names and values from untrusted files. Therefore control characters are shown as escapes, and
+    the middle of a very long message is left out.
 
     >>> str(UserError("no layer \x1b[2J" + "a" * 10_000))[:20], len(str(UserError("a" * 10_000)))
     ('no layer \\x1b[2Jaaaa', 4005)
@@ -34,8 +34,8 @@ class UserError(ValueError):
 def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
     """Return `"; did you mean 'a' or 'b'?"` with the known names nearest to `name`, or an empty string.
 
-    Only the first thousand names are compared, and only names of at most a hundred characters: a file may hold
-    millions.
+    Only the first thousand names are compared, and only names of at most a hundred characters, because a file may hold
+    millions of names.
 
     >>> did_you_mean("circulent", ["circulant", "lora"])
     "; did you mean 'circulant'?"
@@ -50,7 +50,15 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
 
 
 def require_one_of(what: str, value: Any, known: Collection[str]) -> None:
-    """Raise a `UserError` that names the nearest unless a value is one of the known names.
+    """Check that a value is one of the known names.
+
+    Args:
+        what: Name of the value, for the start of the message.
+        value: Any value.
+        known: The known names.
+
+    Raises:
+        UserError: The value is not one of the known names. The message names the nearest ones.
 
     >>> require_one_of("decay", "cosin", ("cosine", "linear"))
     Traceback (most recent call last):

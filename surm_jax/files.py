@@ -1,8 +1,8 @@
-"""Writing files so that they are complete or absent, and reading files that a stranger may have written.
+"""Writing of files that are complete or absent, and reading of untrusted files.
 
-Writing: a file or folder never has its name before its content is on the disk, not after a kill and not after a power
-loss. Reading: nothing in a file is executed, its size in memory is known before memory is taken, and any damage is a
-`UserError` that names the file.
+Writing: a file or folder gets its name only after its content is on the disk. So after a kill or a power loss, nothing
+incomplete has this name. Reading: nothing in a file is executed, its size in memory is known before memory is
+allocated, and any damage is a `UserError` that names the file.
 """
 
 import json
@@ -29,9 +29,9 @@ _SUFFIXES = (".tmp", ".old")
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and rename what is written there to `path` when the block succeeds.
 
-    Missing parent folders are created. If the block fails, the temporary file is removed and `path` stays as it was.
-    The content is synced to the disk before it gets its name, and the name before this returns. An `OSError` names the
-    file, which the system's error for a full disk does not.
+    Missing parent folders are created. If the block fails, the temporary file is removed and `path` is unchanged. The
+    content is synced to the disk before the file gets its name, and the name is synced before this function returns. An
+    `OSError` in the block names the file; the system's error for a full disk would not.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
@@ -86,7 +86,7 @@ def move_folder(temporary: Path, folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder so that its name never stands for a part of its content, even if the process dies meanwhile."""
+    """Remove a folder. It is renamed first, so if the process dies, no half-removed folder has its name."""
     temporary = _beside(folder)
     os.replace(folder, temporary)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -98,12 +98,12 @@ def is_temporary(path: Path) -> bool:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes left in a folder, and rename a folder back that was about to be replaced.
+    """Remove the temporary files that killed processes left in a folder, and restore folders that they had moved away.
 
-    Call it only when no process writes to the folder.
+    Call this only when no process writes to the folder.
     """
     for path in filter(is_temporary, list(folder.iterdir())):
-        # .NAME.RANDOM.old
+        # The temporary name is .NAME.RANDOM.old
         name = path.name[1:].rsplit(".", 2)[0]
         if path.suffix == ".old" and not (folder / name).exists():
             os.replace(path, folder / name)
@@ -116,7 +116,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # An error without a number shows only its text, which the name of a file would hide.
+        # An error without a number shows only its text. With a file name it would no longer show the text.
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
@@ -136,7 +136,7 @@ def _beside(path: Path) -> Path:
 
 
 _MOST_BYTES_OF_JSON = 2**24
-# A compression bomb unpacks to a thousand times its size. Small sets of plain images may, but no large set does.
+# A compression bomb unpacks to a thousand times its size. So may small sets of plain images, but no large sets.
 _MOST_UNPACKED, _UNPACKED_IN_ANY_CASE = 100, 2**28
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
@@ -145,14 +145,14 @@ def require_file(path: Path) -> int:
     """Return the size of a regular file in bytes.
 
     Raises:
-        UserError: If there is no such file, or it is a pipe or a device, which reading might never end.
+        UserError: The file does not exist, or it is not a regular file: reading a pipe or a device might never end.
     """
     try:
         status = path.stat()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"cannot read {path}: it is no file")
+        raise UserError(f"cannot read {path}: it is not a regular file")
     return status.st_size
 
 
@@ -160,10 +160,10 @@ def read_json(path: Path, most_bytes: int = _MOST_BYTES_OF_JSON) -> dict[str, An
     """Read the object in a JSON file.
 
     Raises:
-        UserError: If there is no such file, it is too large, it is not a JSON object, or an object has a name twice.
+        UserError: The file does not exist, is too large, or holds no JSON object, or an object in it has a name twice.
     """
     if (size := require_file(path)) > most_bytes:
-        raise UserError(f"{path} has {size:,} bytes: too many for what it should be, at most {most_bytes:,}")
+        raise UserError(f"{path} has {size:,} bytes, but such a file may have at most {most_bytes:,}")
     try:
         content = json.loads(path.read_bytes(), object_pairs_hook=_unique)
     except OSError as error:
@@ -203,8 +203,8 @@ def open_npz(path: Path) -> Iterator[Npz]:
     """Open an `.npz` file.
 
     Raises:
-        UserError: On opening or reading, if the file is missing or damaged, holds pickled objects or one name twice, or
-            would unpack to more than a hundred times its size.
+        UserError: The file is missing or damaged, holds pickled objects, holds one name twice, or is large and would
+            unpack to more than a hundred times its size. Reading an array raises this error too.
     """
     size = require_file(path)
     with path.open("rb") as file:
@@ -233,7 +233,7 @@ def _read(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.n
             there = member.file_size - file.tell()
         if dtype.hasobject:
             raise _pickled(path)
-        # An array of empty strings takes no bytes, whatever shape it claims.
+        # An array of empty strings takes no bytes whatever its shape is, so it is refused.
         if not dtype.itemsize or math.prod(shape) * dtype.itemsize != there:
             raise ValueError(f"{member.filename} has {there} bytes for an array of shape {shape} and type {dtype}")
         with archive.open(member) as file:
@@ -246,7 +246,7 @@ def _pickled(path: Path) -> UserError:
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Turn whatever zipfile, its decompressors and NumPy raise into an error that names the file."""
+    """Turn any exception of zipfile, its decompressors and NumPy into a `UserError` that names the file."""
     try:
         yield
     except UserError:

@@ -3,8 +3,8 @@
 A path is the `/`-joined route from the root of a model, such as `blocks/0/attention/query/kernel`. A pattern is a
 regular expression that must match the whole path. A pattern that matches no path is always an error.
 
-Patterns also come from adapter files of strangers, and a regular expression can keep a matcher busy for years. The
-`regex` library stops after a given time, which Python's `re` cannot.
+Patterns also come from untrusted adapter files, and matching a regular expression can take exponential time. The
+`regex` library stops after a time limit, which Python's `re` cannot do.
 """
 
 import dataclasses
@@ -41,10 +41,10 @@ class PathPattern:
     text: str
 
     def matches(self, path: str) -> bool:
-        """Say whether the pattern matches the whole path.
+        """Return whether the pattern matches the whole path.
 
         Raises:
-            UserError: If the search takes longer than a second.
+            UserError: Matching takes longer than a second.
         """
         try:
             return _compiled(self.text).fullmatch(path, timeout=_SECONDS_PER_MATCH) is not None
@@ -62,7 +62,7 @@ def compile_pattern(pattern: str) -> PathPattern:
     True
 
     Raises:
-        UserError: If it is not a string, is not a valid regular expression, or has more than 65,536 characters.
+        UserError: The pattern is not a string, is not a valid regular expression, or has more than 65,536 characters.
     """
     if not isinstance(pattern, str):
         raise UserError(f"a path pattern must be a string, got {pattern!r}")
@@ -81,7 +81,7 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
 
 
 def matching(pattern: str, paths: Iterable[str]) -> list[str]:
-    r"""Returns the paths that `pattern` matches as a whole.
+    r"""Return the paths that `pattern` matches as a whole, in their order.
 
     >>> matching(r"blocks/\d+/up", ["blocks/0/up", "blocks/0/up/kernel", "head"])
     ['blocks/0/up']
@@ -91,14 +91,19 @@ def matching(pattern: str, paths: Iterable[str]) -> list[str]:
 
 
 def no_match_message(pattern: str, paths: Sequence[str], what: str) -> str:
-    """Return the message that `pattern` matches none of `paths`, with the nearest ones.
+    """Return the error message for a pattern that matches none of `paths`. It lists the nearest paths.
 
-    Blocks repeat: from `blocks/0/mlp` to `blocks/11/mlp` the message shows only the first.
+    Paths that differ only in numbers, such as `blocks/0/mlp` and `blocks/11/mlp`, are listed once.
+
+    Args:
+        pattern: A regular expression for whole paths.
+        paths: The paths to choose from.
+        what: What a path names, such as "parameter".
     """
     distinct: dict[str, str] = {}
     for path in paths:
         distinct.setdefault(regex.sub(r"\d+", "#", path), path)
-    # The pattern's own syntax would hide how near it is to a path: compare what is left without it.
+    # Compare without the pattern's special characters, which would make it look far from every path.
     plain = regex.sub(r"\\[dwsb]|[.*+?()|\[\]^${}\\]", "", pattern)
     near = get_close_matches(plain, [regex.sub(r"\d+", "", path) for path in distinct.values()], n=5, cutoff=0.3)
     names = list(distinct.values())
@@ -121,7 +126,7 @@ def require_match(pattern: str, paths: Sequence[str], what: str) -> list[str]:
         what: What a path names, for the message, such as "parameter".
 
     Raises:
-        UserError: If nothing matches. The message lists the nearest paths.
+        UserError: No path matches. The message lists the nearest paths.
     """
     found = matching(pattern, paths)
     if not found:

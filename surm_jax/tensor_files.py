@@ -1,7 +1,7 @@
 """Arrays by name in safetensors files, read one at a time: from one file, or from the shards that an index lists.
 
-Files and indices may come from strangers. Names that leave the folder are refused, and so is an index that does not
-say exactly what the shards hold.
+Files and indices are untrusted. Names of shards outside the folder are refused, and so is an index that does not list
+exactly the arrays in the shards.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,10 +25,10 @@ class TensorFile:
     """An open safetensors file.
 
     Arrays are read from the file (`pread`) and not mapped. The pages of a mapped file would count as memory of the
-    process beside the arrays that are made of them, and a mapped file that is cut off during reading ends the process.
+    process, in addition to the arrays made from them. If a mapped file is truncated during reading, the process dies.
 
     Attributes:
-        path: The file, for messages.
+        path: The path of the file, for messages.
         keys: The names of the arrays, in the order in which the file holds them.
         header: The text entries of the file.
         left: The names of the arrays that `take` has not returned yet.
@@ -57,7 +57,7 @@ class TensorFile:
         self._file.__exit__(kind, error, trace)
 
     def read(self, key: str) -> np.ndarray:
-        """Return an array, in memory of its own.
+        """Return an array as a copy, which does not depend on the file.
 
         Raises:
             UserError: The file is damaged, or NumPy has no such type or shape.
@@ -66,11 +66,11 @@ class TensorFile:
             return self._file.get_tensor(key)
 
     def take(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Return an array that must be there, finite and of this shape, which is compared before memory is taken.
+        """Return an array that must exist, have this shape and be finite. The shape is checked before reading it.
 
         Raises:
-            UserError: There is no array of this name, it has another shape, is not of floating point, or holds NaN or
-                infinity.
+            UserError: There is no array of this name, it was taken before, it has another shape, is not floating point,
+                or holds NaN or infinity.
         """
         if key not in self.left:
             raise UserError(f"{self.path} lacks {key!r}{did_you_mean(key, self.left)}")
@@ -87,7 +87,7 @@ class TensorFile:
 
     @contextmanager
     def _damage(self) -> Iterator[None]:
-        """Turn what the library raises into an error that names the file."""
+        """Turn any exception of the library into a `UserError` that names the file."""
         try:
             yield
         except OSError as error:
@@ -108,8 +108,8 @@ class ShardedTensors:
         """Open all shards.
 
         Raises:
-            UserError: As `shards_of`; or a shard is missing or damaged, lacks an array that the index promises, or
-                holds one that the index does not give it.
+            UserError: `shards_of` refuses the index, or a shard is missing or damaged, lacks an array that the index
+                lists for it, or holds an array that the index does not list for it.
         """
         self._shard_of = shards_of(index)
         self._files: dict[str, TensorFile] = {}
@@ -133,7 +133,7 @@ class ShardedTensors:
         self._stack.close()
 
     def read(self, key: str) -> np.ndarray:
-        """Return an array, in memory of its own.
+        """Return an array as a copy, which does not depend on the file.
 
         Raises:
             UserError: Its shard is damaged, or NumPy has no such type or shape.
@@ -141,7 +141,7 @@ class ShardedTensors:
         return self._files[self._shard_of[key]].read(key)
 
     def _require_promised(self, index: Path, name: str, keys: Sequence[str]) -> None:
-        """Raise a `UserError` unless a shard holds exactly what the index says."""
+        """Raise a `UserError` unless a shard holds exactly the arrays that the index lists for it."""
         promised = {key for key, shard in self._shard_of.items() if shard == name}
         if absent := sorted(promised - {*keys}):
             raise UserError(
@@ -154,7 +154,7 @@ class ShardedTensors:
 
 
 def shards_of(index: Path) -> dict[str, str]:
-    """Return the file name of the shard of every array in an index.
+    """Return, for every array in an index, the file name of its shard.
 
     Raises:
         UserError: The index is damaged, names an array twice, or a shard is not a plain `.safetensors` file name.

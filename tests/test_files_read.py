@@ -1,4 +1,4 @@
-"""JSON and `.npz` files of strangers: nothing in them runs, and none takes more memory or time than its size allows."""
+"""Untrusted JSON and `.npz` files: nothing in them is executed, and memory and time are in proportion to their size."""
 
 import io
 import json
@@ -19,9 +19,9 @@ from surm_jax.files import is_finite, open_npz, read_json, require_file
 class TestFiles:
     @pytest.mark.parametrize("read", [require_file, read_json])
     def test_what_is_no_file_is_not_opened(self, tmp_path, read):
-        os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
+        os.mkfifo(tmp_path / "pipe")  # opening it would block for ever
         for path in (tmp_path / "pipe", tmp_path):
-            with pytest.raises(UserError, match=f"^cannot read {path}: it is no file$"):
+            with pytest.raises(UserError, match=f"^cannot read {path}: it is not a regular file$"):
                 read(path)
         (tmp_path / "loop").symlink_to("loop")
         for name in ("loop", "absent"):
@@ -32,8 +32,8 @@ class TestFiles:
 class TestJson:
     def test_size_is_looked_at_first(self, tmp_path):
         with (tmp_path / "x.json").open("wb") as file:
-            file.truncate(2**40)  # a terabyte of nothing
-        with pytest.raises(UserError, match=r"has 1,099,511,627,776 bytes: too many for what it should be"):
+            file.truncate(2**40)  # a sparse file of one tebibyte
+        with pytest.raises(UserError, match=r"has 1,099,511,627,776 bytes, but such a file may have at most"):
             read_json(tmp_path / "x.json")
 
     def test_a_name_that_comes_twice_at_the_end_of_very_many(self, tmp_path):
@@ -93,10 +93,10 @@ class TestNpz:
         ("content", "message"),
         [
             (header((2**40,)), r"x.npy has 0 bytes for an array of shape \(1099511627776,\) and type float32"),
-            (header((2**32, 2**32)), "has 0 bytes for an array of shape"),  # the product is 0 in 64 bits
+            (header((2**32, 2**32)), "has 0 bytes for an array of shape"),  # the number of entries is 0 modulo 2^64
             (header((10**30,)) + b"1234", "has 4 bytes for an array of shape"),
             (header((-1, -1)) + b"1234", "cannot be read as an .npz file"),
-            (header((2**40,), "<U0"), "has 0 bytes for an array of shape"),  # a name for each would be made
+            (header((2**40,), "<U0"), "has 0 bytes for an array of shape"),  # NumPy would create 2^40 empty strings
             (header((1,), ("<f4", (2**28,))), "has 0 bytes for an array of shape"),
             (header((2,)) + b"1234", r"has 4 bytes for an array of shape \(2,\)"),
             (header((1,)) + b"12345678", r"has 8 bytes for an array of shape \(1,\)"),

@@ -1,4 +1,4 @@
-"""The arrows between the packages, read from the source itself."""
+"""Tests of the imports between the packages, which they read from the source."""
 
 import ast
 import graphlib
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "surm_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# What each room (or file beside the rooms) may import besides itself. A new one needs a line here.
+# The packages and files that each package or file of `surm_jax` may import, except itself. A new one needs a line here.
 GROUND = {"errors", "paths", "files", "tensor_files"}
 ARROWS = {
     "errors": set(),
@@ -37,12 +37,12 @@ NOWHERE = {"torch", "torchvision", "tensorflow", "transformers", "peft"}
 
 
 def package_of(path: Path) -> str:
-    """The first part of a file's place below the package."""
+    """Return the subpackage that holds a file, or the name of a file directly in `surm_jax`."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names of everything that a file imports, wherever in it, `from` imports with the name they bring."""
+    """Return the dotted names of all imports anywhere in a file. `from a import b` gives `a.b`."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -76,7 +76,7 @@ def test_no_imports_go_round_in_a_circle():
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
     graph = {}
     for name, path in modules.items():
-        # `from package import name` may mean a module or a name in it.
+        # In `from package import name`, the name may be a module or an object in the package.
         found = {part if part in modules else part.rpartition(".")[0] for part in imported(path)}
         graph[name] = {other for other in found if other in modules and other != name}
     try:

@@ -1,4 +1,4 @@
-"""The command line: what it reads, what it answers to mistakes, and runs that are stopped and go on."""
+"""Tests of the command line: configurations, messages about mistakes, and runs that are stopped and resumed."""
 
 import json
 import os
@@ -26,7 +26,7 @@ GLUE = f"--config={ROOT / 'configs' / 'bert_glue.py'}"
 
 
 class Answer(NamedTuple):
-    """How a launch ended: its exit status, the message it ended with, and what it printed."""
+    """Result of a launch: its exit status, its last message, and what it printed."""
 
     status: int
     message: str
@@ -35,11 +35,11 @@ class Answer(NamedTuple):
 
 @pytest.fixture
 def launched(monkeypatch, capsys):
-    """Launches in this process, as `python launch.py` would."""
+    """Return a function that launches in this process, as `python launch.py` would."""
 
     def run(*arguments):
         argv = ["launch.py", *arguments]
-        # ml_collections looks there too.
+        # ml_collections also reads sys.argv.
         monkeypatch.setattr(sys, "argv", argv)
         known = set(flags.FLAGS)
         capsys.readouterr()
@@ -62,7 +62,7 @@ def files(tmp_path_factory):
 
 
 def parsed(monkeypatch, *arguments):
-    """The configuration that a command line gives."""
+    """Return the configuration of a command line."""
     argv = ["launch.py", *arguments]
     monkeypatch.setattr(sys, "argv", argv)
     known = set(flags.FLAGS)
@@ -279,7 +279,7 @@ def test_too_little_memory_has_one_message(capsys):
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-    """A module with a method of a user's own in the working directory; returns what forgets that it was imported."""
+    """Write a module with a user's method to the working directory; return a function that undoes its import."""
     (tmp_path / "my_own.py").write_text(
         "import dataclasses\nfrom surm_jax.peft import Selection\n\n"
         "@dataclasses.dataclass(frozen=True, kw_only=True)\nclass Mine(Selection):\n"
@@ -299,14 +299,14 @@ def plugin(tmp_path, monkeypatch):
 def test_a_method_of_ones_own_is_known_in_every_mode(launched, files, tmp_path, plugin):
     values = {**tiny.flat_config(files), "optim.steps": 1}
     values |= {"plugins": "('my_own',)", "peft.method": "mine", "peft.mine.order": 2, "optim.learning_rate.mine": 0.1}
-    # The variant of the tests is the only thing that the file of a configuration adds.
+    # The file of the configuration only adds the model variant of the tests.
     job = f"--config={ROOT / 'tests' / 'training' / 'tiny_job.py'}:{files}"
     run = launched(job, f"--workdir={tmp_path / 'run'}", *(f"--config.{key}={value}" for key, value in values.items()))
     assert (run.status, run.message) == (0, "")
     assert "mine" in run.out
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (saved["plugins"], saved["peft"]["mine"]) == (["my_own"], {"order": 2})
-    # Later modes take the plugins from the run.
+    # Later modes read the plugins from the configuration of the run.
     for mode in ("evaluate", "merge"):
         plugin()
         done = launched(f"--mode={mode}", f"--workdir={tmp_path / 'run'}")
@@ -346,7 +346,7 @@ LONG = (
 
 
 def stop_after(files, workdir, count, number):
-    """Starts the run, or goes on with it, and sends it a signal when it has told of so many more steps."""
+    """Start or resume the run, and send it the signal `number` after it has reported `count` steps."""
     with process(files, workdir, *LONG) as run:
         said = []
         for line in run.stderr:
@@ -360,7 +360,7 @@ def stop_after(files, workdir, count, number):
 
 @pytest.mark.exhaustive
 def test_a_run_that_was_stopped_in_three_ways_ends_like_one_that_was_not(files, tmp_path):
-    # Beside the others, on another core; its output is short enough to wait in the pipe.
+    # This run is concurrent with the others. Its output is short enough to stay in the pipe.
     whole = process(files, tmp_path / "whole", *LONG)
     parts = tmp_path / "parts"
 
@@ -391,7 +391,7 @@ def test_a_run_that_was_stopped_in_three_ways_ends_like_one_that_was_not(files, 
 
 @pytest.mark.exhaustive
 def test_mistakes_in_a_process_of_their_own(files, tmp_path):
-    """What absl and the interpreter add to a message is seen only there."""
+    """Check whole messages: only a separate process shows what absl and the interpreter add to them."""
     (tmp_path / "file").write_text("mine")
     mistyped = process(files, tmp_path / "run", "--config.optim.stepss=3")
     said = mistyped.communicate()[1]
@@ -406,7 +406,7 @@ def test_mistakes_in_a_process_of_their_own(files, tmp_path):
 
 @pytest.fixture
 def no_programs_yet(monkeypatch):
-    """JAX as it is at the start, knowing of no place for programs."""
+    """Unset JAX's folder of compiled programs during a test, and restore its settings afterwards."""
     names = ("dir", "max_size")
     before = {name: getattr(jax.config, f"jax_compilation_cache_{name}") for name in names}
     least = jax.config.jax_persistent_cache_min_compile_time_secs
@@ -430,7 +430,7 @@ def test_programs_are_kept_in_the_cache_unless_jax_knows_better(no_programs_yet,
 
 
 def text_process(files, workdir, *arguments):
-    """The command line of the documentation in a process of its own. Even the smallest programs are kept."""
+    """Run the documented command line in a separate process, which caches even the smallest compiled programs."""
     programs = {"JAX_COMPILATION_CACHE_DIR": str(files / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.run(
         [sys.executable, "launch.py", f"--workdir={workdir}", *arguments],
@@ -459,7 +459,7 @@ def test_text_by_the_command_line_and_another_seed_compiles_nothing(tmp_path):
     kept = programs()
     assert sum("train_step" in name for name in kept) == 1
 
-    # A rate is an argument of the program, too. The new head alone is drawn by a small program for each seed.
+    # Rates are arguments of the compiled program. Only the new head is drawn by a small program for each seed.
     another = ["--config.seeds=(5,)", "--config.optim.learning_rate.circulant_adapter=0.5"]
     second = text_process(files, tmp_path / "second", *job, *another)
     assert second.returncode == 0, second.stderr

@@ -1,4 +1,4 @@
-"""The Python of the README and the guide runs as it stands, and their commands are known to the programs."""
+"""Tests that the Python code of the README and the guide runs, and that the programs know their commands."""
 
 import ast
 import re
@@ -27,7 +27,7 @@ PAGES = README + GUIDE
 
 
 class Model(nnx.Module):
-    """What the README says of the user's model."""
+    """A model of a user, as the README describes it."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
@@ -62,7 +62,7 @@ def test_your_own_model_and_several_adapters(tmp_path, monkeypatch, capsys):
         "head/bias",
         "head/kernel",
     ]
-    # An adapter at its start adds nothing, and would hide whatever the rest loses.
+    # A new adapter adds nothing, which would hide errors in saving and loading. So its parameters become random.
     rng = np.random.default_rng(0)
     learn = lambda a: a + jnp.asarray(0.7 * rng.normal(size=a.shape), a.dtype)  # noqa: E731
     names["trainable"] = jax.tree.map(learn, names["trainable"])
@@ -97,12 +97,12 @@ def test_your_own_model_and_several_adapters(tmp_path, monkeypatch, capsys):
 
 
 def circulant(delta) -> np.ndarray:
-    """The update of a layer from what it learned, by scipy."""
+    """Return the update of a layer from its trained parameters, by SciPy."""
     return scipy.linalg.circulant(np.asarray(delta["r1"][...] * delta["r2"][...], np.float64)).T
 
 
 def with_kernels(model: Model, head, added: dict[str, np.ndarray]) -> Model:
-    """The base with a head, and with matrices added to layers of its attention."""
+    """Return a copy of the model with the given head, and with matrices added to layers of its attention."""
     model = nnx.clone(model)
     model.head.kernel[...], model.head.bias[...] = head["kernel"][...], head["bias"][...]
     for name, M in added.items():
@@ -121,7 +121,7 @@ def test_a_pretrained_model(tmp_path, monkeypatch):
 
 
 def test_a_finished_run(tmp_path, monkeypatch):
-    # As `python launch.py` leaves it, but that its numbers are drawn here, where it learns them.
+    # The folder of a run of `python launch.py`, with random parameters in place of trained ones.
     job = prepare(parse(get_config()), 0)
     trained, adapter = job.adapt(job.base_model())
     graphdef, numbers, rest = nnx.split(trained, adapter.trainable, ...)
@@ -146,7 +146,7 @@ def test_the_matrices_on_their_own(capsys):
     W, M = np.asarray(W, np.float64), np.asarray(names["C"].to_dense(), np.float64)
     U, S, Vt = np.linalg.svd(W)
     np.testing.assert_allclose(names["y"], x @ (W + 0.1 * M + (U[:, :2] * S[:2]) @ Vt[:2]), rtol=1e-4, atol=1e-4)
-    # A low rank has 80 numbers for each, so 19 of them.
+    # A low-rank matrix has 80 numbers per rank, so the budget allows rank 19.
     energies = ast.literal_eval(capsys.readouterr().out)
     assert energies["LowRank"] == pytest.approx(np.sum(S[:19] ** 2) / np.sum(S**2), rel=1e-5)
     assert energies["Circulant"] == pytest.approx(np.sum(M**2) / np.sum(W**2), rel=1e-5)
@@ -161,7 +161,7 @@ def test_the_commands_are_those_of_ci():
 
 @pytest.mark.parametrize("key", sorted(set(re.findall(r"--config\.([\w.]+\w)", PAGES))))
 def test_every_key_of_its_commands_is_one_of_the_configuration(key):
-    # METHOD stands for the name of one.
+    # METHOD stands for the name of a method.
     assert key.replace("METHOD", "lora") in keys(base_config())
 
 

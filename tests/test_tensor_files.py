@@ -41,7 +41,7 @@ def test_one_file(tmp_path):
         assert_holds_arrays(file)
         assert file.header == {"format": "pt"}
         held = file.read("z")
-    # The array does not depend on the file.
+    # The array is a copy: it does not change with the file.
     (tmp_path / "x.safetensors").write_bytes(b"")
     np.testing.assert_array_equal(held, ARRAYS["z"])
 

@@ -1,4 +1,4 @@
-"""Our numbers beside those of PyTorch libraries: peft's C3A and LoRA, and a few training steps.
+"""Comparison with PyTorch libraries: peft's C3A and LoRA, and a few training steps.
 
 Skipped if the libraries in `requirements-peers.txt` are not installed.
 """
@@ -46,7 +46,7 @@ def array(tensor):
 
 
 def hub_vit(model):
-    """The ViT of transformers with our weights, without updates."""
+    """Return the ViT of transformers with our weights, without updates."""
     architecture = architecture_of(model.config)
     weights = {}
     for path, weight in parameters(model).items():
@@ -62,7 +62,7 @@ def hub_vit(model):
 
 
 def adapted_linear(inputs, outputs, update, config):
-    """Our linear layer with a random update, and torch's layer with the same weights and peft's update."""
+    """Return our linear layer with a random update, and torch's layer with the same weights and peft's update."""
     base = materialize(lambda: nnx.Linear(inputs, outputs, rngs=nnx.Rngs(0)))
     model = perturb(*adapt(base, [Rule("", update)], rngs=nnx.Rngs(1)))
     linear = torch.nn.Linear(inputs, outputs)
@@ -73,7 +73,7 @@ def adapted_linear(inputs, outputs, update, config):
 def assert_same_layer(model, peer, x, dy):
     """Compare outputs, merged kernels, and the gradients of `sum(dy * y)` with respect to x.
 
-    Return our gradients with respect to the update's arrays. Those of peft are then in its parameters.
+    Return our gradients with respect to the update's arrays. peft's gradients are stored in its parameters.
     """
     graphdef, arrays, frozen = nnx.split(model, AdapterParam, ...)
 
@@ -88,8 +88,8 @@ def assert_same_layer(model, peer, x, dy):
     assert relative_error(y, array(peer_y)) <= 1e-5
     layer.merge()
     assert relative_error(merge(model)[0].kernel[...], array(layer.base_layer.weight).T) <= 1e-6
-    # Through the merged layer: what C3A's own backward returns for x is not the gradient of its forward. In peft 0.18.0
-    # and 0.21.2 it has w[a + i] where w[a - i] belongs, and `torch.autograd.gradcheck` fails.
+    # The gradient of x is taken through the merged layer, because C3A's own backward is wrong for x. In peft 0.18.0 and
+    # 0.21.2 it uses w[a + i] instead of w[a - i], and `torch.autograd.gradcheck` fails.
     peer(peer_x).backward(tensor(dy))
     assert relative_error(by_x, array(peer_x.grad)) <= 1e-5
     return {path[-1]: variable[...] for path, variable in nnx.to_flat_state(by_arrays)}
@@ -97,9 +97,9 @@ def assert_same_layer(model, peer, x, dy):
 
 @pytest.mark.parametrize("size", fast([8, 15]))
 def test_our_circulant_is_c3a_of_one_block(size):
-    """C3A adds `y[i] = sum_a x[a] w[(a - i) mod n] / n`, ours `alpha * sum_a x[a] c[(i - a) mod n]`, c = r1 * r2.
+    """C3A adds `y[i] = sum_a x[a] w[(a - i) mod n] / n`, and we add `alpha * sum_a x[a] c[(i - a) mod n]`, c = r1 * r2.
 
-    So `w[k] = n * alpha * c[-k mod n]`: the kernel of C3A is ours in reverse order, times n.
+    So `w[k] = n * alpha * c[-k mod n]`: the kernel of C3A is `alpha * c` in reverse order, times n.
     """
     alpha = 0.7
     config = peft.C3AConfig(block_size=size, target_modules=["0"])
@@ -128,7 +128,7 @@ def test_our_lora_is_that_of_peft(inputs, outputs):
 
 
 def random_vit():
-    """A model whose residual stream is so small that the epsilon of the norms matters."""
+    """Return a model whose residual stream is so small that the epsilon of the norms matters."""
     model = materialize(lambda: ViT(ViTConfig(**GEOMETRY, num_classes=CLASSES), rngs=nnx.Rngs(0)))
     layers = [model.patch_embed, *(layer for block in model.blocks for layer in (block.attention.out, block.mlp.down))]
     added = [model.cls_token, model.position_embed, *(v for layer in layers for v in (layer.kernel, layer.bias))]
@@ -147,7 +147,7 @@ BATCHES = [
 
 
 def train(model, adapter):
-    """Loss and gradient norm of every step, and the trained arrays after the last."""
+    """Return loss and gradient norm of every step, and the trained arrays after the last step."""
     config = OptimConfig(steps=STEPS, decay="constant", clip_norm=CLIP)
     groups = {"adapter": GroupConfig(pattern=".*/delta/.*", **ADAPTER), "head": GroupConfig(pattern="head/.*", **HEAD)}
     config = dataclasses.replace(config, groups=dataclasses.replace(config.groups, **groups))
@@ -166,7 +166,7 @@ def train(model, adapter):
 
 
 def train_peer(peer, adapter, head):
-    """The same for torch, with the trained parameters in two lists."""
+    """Train the same way in torch, and return loss and gradient norm of every step."""
     settings = [{"lr": group["learning_rate"], "weight_decay": group["weight_decay"]} for group in (ADAPTER, HEAD)]
     optimizer = torch.optim.AdamW([{"params": adapter, **settings[0]}, {"params": head, **settings[1]}])
     curve = []

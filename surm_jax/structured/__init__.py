@@ -1,4 +1,4 @@
-"""Structured matrices in pure JAX: few numbers, a fast `x @ M`, the nearest member to a dense matrix.
+"""Structured matrices in pure JAX: few parameters, a fast product `x @ M`, and projection of dense matrices.
 
 >>> import jax
 >>> M = CirculantPair.init(jax.random.key(0), (768, 768), scale=1.0)

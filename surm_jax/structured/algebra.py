@@ -1,11 +1,11 @@
-"""Sums, products and multiples of structured matrices, held as their parts and never formed.
+"""Sums, products and multiples of structured matrices, stored as their parts and never as a dense matrix.
 
 `A + B`, `A @ B` and `2.0 * A` build them from any matrices of this package, including other composites. The orientation
 is that of the package: `Product((A, B))` is the matrix `A @ B`, and `x @ (A @ B) = (x @ A) @ B`. The paper (SURM, arXiv
-2406.17740), which writes `W x` with the transposes, has `W = W_B W_A`.
+2406.17740) writes `W x` with the transposes, so there the same product is `W = W_B W_A`.
 
-The whole has the arrays of its parts, under flat names such as `terms_0_c`, so a composite can be used wherever a
-family's matrix can. Composites are not families: they have no start for training and no projection.
+A composite has the arrays of its parts, under flat names such as `terms_0_c`, so it can be used wherever a family's
+matrix can. Composites are not families: they have no `init` and no `nearest`.
 
 >>> import jax.numpy as jnp
 >>> from surm_jax.structured import Circulant, LowRank
@@ -40,15 +40,15 @@ class Composite(StructuredMatrix):
 
     @abc.abstractmethod
     def _parts(self) -> dict[str, StructuredMatrix]:
-        """Return the parts by name. The names of their arrays in the whole begin with these names."""
+        """Return the parts by name. An array is named after its part: `c` of `terms_0` is `terms_0_c`."""
 
     @abc.abstractmethod
     def _with_parts(self, parts: Sequence[StructuredMatrix]) -> Self:
-        """Return the same composite of other parts."""
+        """Return a composite of the same kind with other parts."""
 
     @property
     def small_residuals(self) -> bool:
-        """Whether this holds for every part."""
+        """Whether every part has small residuals."""
         return all(part.small_residuals for part in self._parts().values())
 
     def absorb(self, alpha: float | Float[Array, ""]) -> Self:
@@ -58,12 +58,12 @@ class Composite(StructuredMatrix):
 
     @property
     def linear_in(self) -> str:
-        """The array in which the first part is linear."""
+        """The name of the array in which the first part is linear, such as `terms_0_c`."""
         name, part = next(iter(self._parts().items()))
         return f"{name}_{part.linear_in}"
 
     def arrays(self) -> dict[str, Array]:
-        """Return the array leaves of all parts. Names begin with that of the part: `terms_0_c` is `terms[0].c`."""
+        """Return the array leaves of all parts. Each name begins with its part: `terms_0_c` is `terms[0].c`."""
         return {f"{part}_{name}": leaf for part, m in self._parts().items() for name, leaf in m.arrays().items()}
 
     def compact(self) -> StructuredMatrix:
@@ -71,7 +71,7 @@ class Composite(StructuredMatrix):
         return self._with_parts([part.compact() for part in self._parts().values()])
 
     def _piece(self, name: str) -> list[Piece | str]:
-        """Return a part as it is drawn, with a constant or learned factor before it."""
+        """Return the pieces of a picture that show one part. A `Scaled` part shows its factor first."""
         part = self._parts()[name]
         if isinstance(part, Scaled):
             return [part._sign(), *_renamed(part._piece("matrix"), name)]
@@ -91,7 +91,7 @@ class Composite(StructuredMatrix):
         return self._with_parts(parts)
 
     def _check_parts(self) -> None:
-        """Raise `UserError` unless there are parts and all of them are structured matrices."""
+        """Raise `UserError` unless there is at least one part and every part is a structured matrix."""
         if not self._parts():
             raise UserError(f"{type(self).__name__} needs at least one matrix")
         for name, part in self._parts().items():
@@ -99,7 +99,7 @@ class Composite(StructuredMatrix):
                 raise UserError(f"{type(self).__name__}: {name} must be a structured matrix, not {part!r}")
 
     def _has_shapes(self) -> bool:
-        """Say whether the parts have shapes: matrices of some families have none without their arrays."""
+        """Return whether all parts have their arrays. Without them, matrices of some families have no shape."""
         return all(leaf is not None for part in self._parts().values() for leaf in part.arrays().values())
 
 
@@ -107,7 +107,7 @@ class Composite(StructuredMatrix):
 class Sum(Composite):
     """The sum of structured matrices of one shape: `x @ (A + B) = x @ A + x @ B`.
 
-    It costs as much as its terms. A term that is a sum is replaced by its own terms.
+    It costs as much as its terms together. A term that is itself a sum is replaced by its terms.
 
     Attributes:
         terms: One matrix or more.
@@ -141,7 +141,7 @@ class Sum(Composite):
         return self._with_parts([term.absorb(alpha) for term in self.terms])
 
     def pieces(self) -> list[Piece | str]:
-        """Return the first terms."""
+        """Return the pieces of the first terms."""
         return sum_pieces(len(self.terms), lambda i: self._piece(f"terms_{i}"))
 
     def _parts(self) -> dict[str, StructuredMatrix]:
@@ -161,8 +161,8 @@ class Sum(Composite):
 class Product(Composite):
     """The product of structured matrices, `M = A @ B`: `x @ M = (x @ A) @ B`.
 
-    It costs as much as its factors. Results between them are not rounded to the precision of `x`. Its rank is at most
-    the smallest rank of a factor. A factor that is a product is replaced by its own factors.
+    It costs as much as its factors together. Intermediate results are not rounded to the precision of `x`. Its rank is
+    at most the smallest rank of a factor. A factor that is itself a product is replaced by its factors.
 
     Attributes:
         factors: One matrix or more; `x` is multiplied with the first one first.
@@ -179,26 +179,26 @@ class Product(Composite):
                 if left[1] != right[0]:
                     raise UserError(
                         f"Product: factors[{i}] is {_by(left)} and factors[{i + 1}] is {_by(right)}: "
-                        f"the {left[1]} output features of the one must be the input features of the other"
+                        f"factors[{i + 1}] must have {left[1]} input features"
                     )
 
     @property
     def small_residuals(self) -> bool:
-        """False: what is between two factors is as large as `x`."""
+        """False: the result between two factors is about as large as `x`."""
         return False
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(in_features, out_features)` of the first and the last factor."""
+        """`(in_features, out_features)`: in_features of the first factor, out_features of the last."""
         return self.factors[0].shape[0], self.factors[-1].shape[1]
 
     @property
     def T(self) -> "Product":
-        """The transpose: the product of the transposes, in reverse."""
+        """The transpose: the product of the transposes in reverse order."""
         return Product(tuple(factor.T for factor in reversed(self.factors)))
 
     def pieces(self) -> list[Piece | str]:
-        """Return all factors."""
+        """Return the pieces of all factors."""
         return [piece for name in self._parts() for piece in (TIMES, *self._piece(name))][1:]
 
     def _parts(self) -> dict[str, StructuredMatrix]:
@@ -212,7 +212,7 @@ class Product(Composite):
 
     def _dense(self) -> Float[Array, "in out"]:
         first, *others = self.factors
-        # In full precision, as every dense form, although accelerators multiply in a lower one by default.
+        # Dense forms have full precision. By default accelerators would multiply in a lower one.
         with jax.default_matmul_precision("highest"):
             return functools.reduce(lambda rows, factor: factor._apply(rows), others, first._dense())
 
@@ -221,10 +221,10 @@ class Product(Composite):
 class Scaled(Composite):
     """A multiple of a structured matrix, `alpha * M`.
 
-    The type of alpha decides whether it is learned. A number (of Python or numpy) is a constant and part of the
-    structure, like a size. An array of shape () is one more leaf, with a gradient and a place in `arrays()`, like the
-    learnable alpha of the code released with arXiv 2406.17740. A constant multiple of a constant multiple becomes one
-    multiple.
+    The type of alpha decides whether it is learned. A number (of Python or NumPy) is a constant and part of the
+    structure, like a size. An array of shape () is one more leaf: it has a gradient and is listed by `arrays()`, like
+    the learnable alpha of the code released with arXiv 2406.17740. A constant multiple of a constant multiple is stored
+    as one multiple.
 
     Attributes:
         matrix: Any structured matrix.
@@ -245,7 +245,8 @@ class Scaled(Composite):
     def __post_init__(self) -> None:
         self._check_parts()
         if not isinstance(self.alpha, numbers.Real):
-            self._check_leaf("alpha", ())  # None stands for an array, as in every matrix that is emptied
+            # alpha may also be None: `with_arrays` can set every array to None.
+            self._check_leaf("alpha", ())
             return
         object.__setattr__(self, "alpha", float(self.alpha))
         if isinstance(self.matrix, Scaled) and self.matrix._is_constant():
@@ -254,17 +255,17 @@ class Scaled(Composite):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(in_features, out_features)` of the matrix."""
+        """`(in_features, out_features)` of the wrapped matrix."""
         return self.matrix.shape
 
     @property
     def small_residuals(self) -> bool:
-        """Whether this holds for the matrix and alpha is constant: the gradient of alpha needs the product."""
+        """Whether the matrix has small residuals and alpha is constant: a learned alpha needs the product."""
         return self._is_constant() and self.matrix.small_residuals
 
     @property
     def T(self) -> "Scaled":
-        """The transpose: the multiple of the transpose."""
+        """The transpose: the same multiple of the transposed matrix."""
         return Scaled(self.matrix.T, self.alpha)
 
     def arrays(self) -> dict[str, Array]:
@@ -283,7 +284,7 @@ class Scaled(Composite):
         if "alpha" not in arrays:
             return scaled
         if isinstance(arrays["alpha"], numbers.Real):
-            raise UserError(f"Scaled: alpha must be an array, as it was, not {arrays['alpha']!r}")
+            raise UserError(f"Scaled: alpha must be an array, because it is learned, not {arrays['alpha']!r}")
         return dataclasses.replace(scaled, alpha=arrays["alpha"])
 
     def _is_constant(self) -> bool:
@@ -311,7 +312,7 @@ class Scaled(Composite):
 def _flattened(
     kind: type[Sum] | type[Product], name: str, parts: Sequence[StructuredMatrix]
 ) -> tuple[StructuredMatrix, ...]:
-    """Return the parts, each part of this kind replaced by its own parts."""
+    """Return the parts. A part that is itself of this kind is replaced by its own parts."""
     try:
         parts = tuple(parts)
     except TypeError:
@@ -320,7 +321,7 @@ def _flattened(
 
 
 def _renamed(pieces: list[Piece | str], prefix: str) -> list[Piece | str]:
-    """Return pieces of a part as pieces of the whole, in which the names of arrays have a prefix."""
+    """Return the pieces of a part as pieces of the composite, where the names of arrays have a prefix."""
     return [
         piece
         if isinstance(piece, str)
@@ -330,6 +331,7 @@ def _renamed(pieces: list[Piece | str], prefix: str) -> list[Piece | str]:
 
 
 def _by(shape: tuple[int, int]) -> str:
+    """Return a shape as text, such as "2 x 3"."""
     return f"{shape[0]} x {shape[1]}"
 
 

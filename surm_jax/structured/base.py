@@ -1,12 +1,12 @@
-"""What every structured matrix is: a small frozen pytree that stands for a dense `M` in `y = x @ M`.
+"""Base class of structured matrices: small frozen pytrees that stand for a dense `M` in `y = x @ M`.
 
 Orientation, once for the whole package: `M` has the shape and the orientation of a Flax kernel, `(in_features,
 out_features)`. The paper (SURM, arXiv 2406.17740) writes `W x` with `W` of shape (out, in), so `M` is the transpose of
 its `W`. The docstring of each family says where the transpose went.
 
 This file holds what all matrices share: argument checks, precision, registration as a pytree, and access to the leaves
-by name. Families (`surm_jax.structured.families`) are the matrices that training can start from and that dense matrices
-can be projected onto. Sums, products and multiples (`surm_jax.structured.algebra`) are matrices but not families.
+by name. Families (`surm_jax.structured.families`) also have a start for training (`init`) and a projection of dense
+matrices (`nearest`). Sums, products and multiples (`surm_jax.structured.algebra`) are matrices but not families.
 """
 
 import abc
@@ -28,7 +28,7 @@ Matrix = TypeVar("Matrix", bound="StructuredMatrix")
 
 
 def static(default: Any = dataclasses.MISSING) -> Any:
-    """Declare a dataclass field as part of a matrix's structure, such as a size, and not as one of its array leaves.
+    """Declare a dataclass field of a matrix that is static structure, such as a size, and not an array leaf.
 
     Args:
         default: The field's default, if it has one.
@@ -40,7 +40,7 @@ def static(default: Any = dataclasses.MISSING) -> Any:
 def matrix_pytree(cls: type[Matrix]) -> type[Matrix]:
     """Make a subclass of `StructuredMatrix` a frozen dataclass and a pytree.
 
-    Fields declared with `static()` become structure, all others its children, in the order of their declaration.
+    Fields declared with `static()` become structure. All other fields become children, in the order of declaration.
     """
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # the line above makes it a dataclass
@@ -54,8 +54,8 @@ def matrix_pytree(cls: type[Matrix]) -> type[Matrix]:
         return [(jax.tree_util.GetAttrKey(name), c) for name, c in matrix._children().items()], matrix._sizes()
 
     def unflatten(structure: tuple[Any, ...], children: Iterable[Any]) -> Matrix:
-        # Not through the constructor, as `register_dataclass` would: JAX also builds trees of placeholders and of
-        # leaves with a leading axis (vmap, jacobians), and the constructor's checks would refuse them.
+        # `register_dataclass` would call the constructor, whose checks would refuse trees that JAX builds of
+        # placeholders or of leaves with a leading axis (vmap, jacobians).
         matrix = object.__new__(cls)
         for field, value in zip(cls._leaf_names + cls._size_names, (*children, *structure), strict=True):
             object.__setattr__(matrix, field, value)
@@ -80,11 +80,11 @@ def checked_shape(owner: str, shape: Sequence[int]) -> tuple[int, int]:
     """Return `shape` as `(in_features, out_features)`.
 
     Args:
-        owner: Name of the caller, with which the message starts.
+        owner: Name of the caller, for the start of the message.
         shape: Two positive integers.
 
     Raises:
-        UserError: It is anything else.
+        UserError: `shape` is not two positive integers.
     """
     try:
         m, n = (operator.index(size) for size in shape)
@@ -96,9 +96,9 @@ def checked_shape(owner: str, shape: Sequence[int]) -> tuple[int, int]:
 
 
 class Algebra(Protocol):
-    """What the operators of matrices return.
+    """The functions behind the operators `+`, `@` and `*` of matrices.
 
-    `surm_jax.structured.algebra` sets it, because sums, products and multiples are defined there, above this file.
+    `surm_jax.structured.algebra` defines sums, products and multiples. It imports this file, and installs them here.
     """
 
     def add(self, left: "StructuredMatrix", right: "StructuredMatrix") -> "StructuredMatrix":
@@ -115,13 +115,13 @@ class Algebra(Protocol):
 
 
 class Piece(NamedTuple):
-    """A factor or a term of a matrix, as pictures show it beside the whole.
+    """A factor or a term of a matrix, which pictures show beside the whole matrix.
 
     Attributes:
-        label: Its name in TeX, without dollar signs.
-        arrays: Where its arrays come from: for each name, the name of an array of the whole and an index into it.
-        matrix: The piece as a structured matrix with arrays of these names; None for a dense matrix, which is its only
-            array.
+        label: Name of the piece in TeX, without dollar signs.
+        arrays: The source of each array of the piece, by name: an array of the whole matrix and an index into it.
+        matrix: The piece as a structured matrix with arrays of these names. None if the piece is a dense matrix, which
+            is the only entry of `arrays`.
     """
 
     label: str
@@ -130,16 +130,16 @@ class Piece(NamedTuple):
 
 
 TIMES = "\\times"
-"""The sign between two factors in a picture."""
+"""The multiplication sign between two factors of a picture, in TeX."""
 
 
 def sum_pieces(total: int, term: Callable[[int], list[Piece | str]], *, most: int = 2) -> list[Piece | str]:
-    """Return the pieces of the first terms of a sum, with signs between them.
+    """Return the pieces of the first terms of a sum, with plus signs between them.
 
     Args:
-        total: How many terms there are.
-        term: Returns the pieces of a term by its number.
-        most: How many terms are shown.
+        total: Number of terms of the sum.
+        term: Function from the number of a term to its pieces.
+        most: Largest number of terms to show.
     """
     pieces = [piece for k in range(min(total, most)) for piece in ("+", *term(k))][1:]
     return pieces + ["+\\cdots"] * (total > most)
@@ -149,8 +149,8 @@ class StructuredMatrix(abc.ABC):
     """A matrix `M` of shape (in_features, out_features) stored as far fewer numbers, with a fast product `x @ M`.
 
     Instances are frozen pytrees: the arrays are leaves and the sizes are structure, so they pass through `jit`, `grad`,
-    `vmap` and optimisers. The constructor checks its arrays. Trees that JAX builds are not checked again; to use a
-    stack of matrices (`jax.vmap` of `init`), apply another `jax.vmap`.
+    `vmap` and optimisers. The constructor checks its arrays. Trees that JAX builds are not checked. To use a stack of
+    matrices, such as the result of `jax.vmap` over `init`, call its methods inside another `jax.vmap`.
 
     Precision: parameters keep their own dtype. Products and dense forms are computed in `compute_dtype`: float32, or
     float64 if an operand has it.
@@ -159,7 +159,7 @@ class StructuredMatrix(abc.ABC):
     (`surm_jax.structured.algebra`).
     """
 
-    # Makes numpy leave `number * matrix` to the matrix, instead of trying it on an array of objects.
+    # NumPy then leaves `number * matrix` to `__rmul__`. Otherwise it would make an array of objects.
     __array_ufunc__ = None
 
     _algebra: ClassVar[Algebra]
@@ -167,7 +167,7 @@ class StructuredMatrix(abc.ABC):
     _size_names: ClassVar[tuple[str, ...]]
 
     if TYPE_CHECKING:
-        # Some classes have it as a field, others compute it from their arrays.
+        # Some classes have `shape` as a field, others compute it from their arrays.
         @property
         def shape(self) -> tuple[int, int]:
             """`(in_features, out_features)`."""
@@ -179,17 +179,17 @@ class StructuredMatrix(abc.ABC):
 
     @abc.abstractmethod
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """Return `x @ M` for a checked `x`; it and every leaf have one dtype, float32 or float64."""
+        """Return `x @ M`. `x` is already checked; `x` and all leaves have the same dtype, float32 or float64."""
 
     @abc.abstractmethod
     def _dense(self) -> Float[Array, "in out"]:
-        """Return `M`; every leaf has one dtype, float32 or float64."""
+        """Return the dense `M`. All leaves have the same dtype, float32 or float64."""
 
     @property
     def small_residuals(self) -> bool:
-        """Whether what reverse mode keeps of the product, besides `x` itself, is much smaller than `x`.
+        """Whether reverse mode stores much less than `x` for the product `x @ M`, not counting `x` itself.
 
-        Such a product can be differentiated as it is. Any other is computed again in the backward pass.
+        Such a product is differentiated directly. Any other product is recomputed in the backward pass.
         """
         return False
 
@@ -200,7 +200,7 @@ class StructuredMatrix(abc.ABC):
 
     @property
     def num_params(self) -> int:
-        """How many numbers the leaves hold."""
+        """The number of entries of all leaves."""
         return sum(math.prod(leaf.shape) for leaf in self.arrays().values())
 
     def apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -228,24 +228,24 @@ class StructuredMatrix(abc.ABC):
         return self._astype(dtype)._apply(x.astype(dtype)).astype(x.dtype)
 
     def to_dense(self) -> Float[Array, "in out"]:
-        """Return `M` itself, (in_features, out_features), in at least float32: for merging, inspection and tests."""
+        """Return the dense `M`, (in_features, out_features), in at least float32: for merging, inspection and tests."""
         return self._astype(self._compute_dtype())._dense()
 
     def absorb(self, alpha: float | Float[Array, ""]) -> Self:
         """Return `alpha * M` with the same structure: alpha is multiplied into the array `linear_in`.
 
-        `alpha * M` in contrast is a `Scaled`, which keeps alpha as a part of its own. Since the structure stays, alpha
-        may be a traced array of shape (): one compiled program serves all of its values.
+        The operator `alpha * M` instead returns a `Scaled`, which stores alpha separately. Here the structure does not
+        change, so alpha may be a traced array of shape (), and one compiled program serves all of its values.
         """
         leaf = self.arrays()[self.linear_in]
         return self._replace({self.linear_in: leaf * jnp.asarray(alpha, leaf.dtype)})
 
     def compact(self) -> "StructuredMatrix":
-        """Return the same matrix with the fewest stored numbers, for deployment; itself if nothing can be saved."""
+        """Return an equal matrix with the fewest stored numbers, for deployment: itself if nothing can be saved."""
         return self
 
     def pieces(self) -> list[Piece | str]:
-        """Return the factors or terms that a picture shows, with the TeX signs between them; nothing by default."""
+        """Return the factors or terms that a picture shows, with TeX signs between them: an empty list by default."""
         return []
 
     def arrays(self) -> dict[str, Array]:
@@ -253,9 +253,10 @@ class StructuredMatrix(abc.ABC):
         return self._children()
 
     def with_arrays(self, **arrays: Any) -> Self:
-        """Return the same structure with other arrays; leaves that are not named stay as they are.
+        """Return a matrix of the same structure with other arrays. Leaves that are not named keep their arrays.
 
-        With every leaf None it is an empty matrix: hashable structure, to be filled by `with_arrays` later.
+        A leaf may be None. If all leaves are None, the matrix is only its structure: it is hashable, and a later
+        `with_arrays` fills it.
 
         Raises:
             UserError: A name is not one of this matrix's leaves, or an array has the wrong shape.
@@ -282,17 +283,17 @@ class StructuredMatrix(abc.ABC):
         return self._algebra.multiply(self, other) if isinstance(other, StructuredMatrix) else NotImplemented
 
     def __mul__(self, factor: float | Float[Array, ""]) -> "StructuredMatrix":
-        """Return a multiple. A number is a constant; an array of shape () is one more leaf."""
+        """Return `factor * M`. A number is a constant factor; an array of shape () is one more leaf."""
         return NotImplemented if isinstance(factor, StructuredMatrix) else self._algebra.scale(self, factor)
 
     __rmul__ = __mul__
 
     def __neg__(self) -> "StructuredMatrix":
-        """Return the multiple by -1."""
+        """Return `-1.0 * M`."""
         return self * -1.0
 
     def __eq__(self, other: object) -> bool:
-        """Compare class, sizes and the identity of the arrays. Values are not compared, so the answer is static."""
+        """Return whether both have equal class and sizes and the same array objects. Values are not compared."""
         if type(self) is not type(other):
             return NotImplemented
         theirs = other.arrays()
@@ -314,14 +315,14 @@ class StructuredMatrix(abc.ABC):
         return tuple(getattr(self, name) for name in self._size_names)
 
     def _structure(self) -> tuple[Any, ...]:
-        """Return everything except the arrays; hashable."""
+        """Return the class and the sizes: a hashable value without the arrays."""
         return type(self), self._sizes()
 
     def _replace(self, arrays: dict[str, Array]) -> Self:
         return dataclasses.replace(self, **arrays)  # type: ignore[type-var]  # every matrix is a dataclass
 
     def _check_dimensions(self, **sizes: str) -> None:
-        """Raise `UserError` unless each leaf is an array with the named dimensions, such as "(m, r)"."""
+        """Raise `UserError` unless each leaf is an array with as many dimensions as its text, such as "(m, r)"."""
         for name, dimensions in sizes.items():
             leaf = getattr(self, name)
             shape = getattr(leaf, "shape", None)
@@ -350,7 +351,7 @@ class StructuredMatrix(abc.ABC):
 
 
 def _describe(leaf: Any) -> str:
-    """Return `float32[768]` for whatever has a shape and a dtype, otherwise its repr (placeholders in pytrees)."""
+    """Return dtype and shape, such as `float32[768]`. Placeholders in pytrees have neither: return their repr."""
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
     return repr(leaf)

@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from surm_jax.errors import UserError
 from surm_jax.structured.base import StructuredMatrix, compute_dtype
 
-# Steps between two updates of the progress bar: few enough for a live bar, enough to make its cost negligible.
+# Steps between two updates of the progress bar: so few that the bar moves, so many that it costs almost nothing.
 _PIECE = 25
 
 Matrix = TypeVar("Matrix", bound=StructuredMatrix)
@@ -25,30 +25,31 @@ Matrix = TypeVar("Matrix", bound=StructuredMatrix)
 
 
 def refine(start: Matrix, target: Float[ArrayLike, "in out"], *, steps: int = 200, progress: bool = False) -> Matrix:
-    """Move the parameters of `start` by L-BFGS so that its dense form comes near to `target`.
+    """Search from `start`, by L-BFGS, for parameters whose dense form is near `target`.
 
-    Minimise `||target - M||_F^2 / ||target||_F^2` over every leaf with `optax.lbfgs` and its line search, and return
+    Minimise `||target - M||_F^2 / ||target||_F^2` over all leaves with `optax.lbfgs` and its line search, and return
     the nearest matrix of the search. It is never further from the target than `start`, and in general a local minimum.
     The search stops early when the error no longer falls.
 
-    It works under `jax.jit` and `jax.vmap`, as one compiled loop. A direct call compiles one piece of 25 steps for each
-    structure and shape and repeats it. A leaf of zeros learns only if its gradient is not zero, so at least one factor
-    of a product must start away from zero.
+    Under `jax.jit` and `jax.vmap` the search is one compiled loop. A direct call compiles a loop of at most 25 steps
+    once for each structure and shape, and repeats it. A leaf of zeros learns only if its gradient is not zero, so at
+    least one factor of a product must start away from zero.
 
     Args:
         start: Any structured matrix.
         target: (in_features, out_features) of `start`. It may be all zeros.
-        steps: The most steps. Each evaluates the dense form and its gradient once or a few times.
+        steps: Largest number of steps. Each step evaluates the dense form and its gradient once or a few times.
         progress: Whether to show a bar with the relative error `||target - M||_F / ||target||_F` of the best point so
             far. Inside a transformation of JAX no bar is shown.
 
     Returns:
-        A matrix of the structure of `start`, its leaves in float32, or float64 if a leaf or the target is.
+        A matrix with the structure of `start`. Its leaves are float64 if the target or a leaf of `start` is float64,
+        otherwise float32.
 
     Raises:
-        UserError: The target has another shape or is not floating point, `steps` is negative, or a number in the target
-            or in `start` is not finite. Inside a transformation of JAX, where numbers are not known, `start` is
-            returned in the last case.
+        UserError: The target has another shape or is not floating point, `steps` is not an integer of at least 0, or a
+            number in the target or in `start` is not finite. Inside a transformation of JAX, numbers are not known: if
+            some are not finite, `start` is returned.
     """
     target = jnp.asarray(target)
     if target.shape != tuple(start.shape) or not jnp.issubdtype(target.dtype, jnp.floating):
@@ -85,7 +86,8 @@ def refine(start: Matrix, target: Float[ArrayLike, "in out"], *, steps: int = 20
 class _Search(NamedTuple):
     """State of a search: its point, the optimiser's memory, and the best point so far with its squared error.
 
-    Points are leaves divided by `unit`, the size of the first ones, because the optimiser's first steps are of order 1.
+    Points are leaves divided by `unit`, the size of the largest number in `start`, because the optimiser's first steps
+    are of order 1.
     """
 
     point: list[Array]
@@ -101,11 +103,11 @@ _OPTIMIZER = optax.lbfgs()
 @functools.partial(jax.jit, static_argnames="structure")
 def _begin(leaves: list[Array], target: Float[Array, "in out"], *, structure: jax.tree_util.PyTreeDef) -> _Search:
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves]))
-    # A power of two, so that leaves which do not move return unchanged.
+    # The unit is a power of two, so that leaves that do not move are returned bit for bit.
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), jnp.ldexp(jnp.ones_like(largest), jnp.frexp(largest)[1]), 1)
     point = [leaf / unit for leaf in leaves]
-    # optax makes some of its numbers in the default type, which is not that of single-precision leaves under x64, and
-    # some weakly typed, for which the second piece would be compiled again.
+    # optax creates some numbers in the default type, which under x64 is wider than single-precision leaves, and some
+    # weakly typed, with which the second call of `_advance` would compile again.
     memory = jax.tree.map(
         lambda x: x.astype(target.dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype), _OPTIMIZER.init(point)
     )
@@ -121,7 +123,7 @@ def _advance(
 
     def unfinished(loop: tuple[Array, _Search]) -> Array:
         step, search = loop
-        # Below the square of the unit roundoff there is nothing but noise.
+        # A squared error below the square of the machine epsilon is only rounding noise.
         return (step < steps) & (search.error > jnp.finfo(target.dtype).eps ** 2)
 
     def step(loop: tuple[Array, _Search]) -> tuple[Array, _Search]:
@@ -133,7 +135,7 @@ def _advance(
             )
         memory = jax.tree.map(lambda new, old: new.astype(old.dtype), memory, search.memory)
         point = optax.apply_updates(search.point, move)
-        # The line search has evaluated the new point. Comparisons with NaN are false: such a point is never the best.
+        # The line search has evaluated the new point. Comparisons with NaN are false, so such a point is never best.
         error = optax.tree.get(memory, "value")
         better = error < search.error
         best = [jnp.where(better, new, old) for new, old in zip(point, search.best, strict=True)]
@@ -150,7 +152,7 @@ def _objective(
     target: Float[Array, "in out"], unit: Float[Array, ""], structure: jax.tree_util.PyTreeDef
 ) -> Callable[[list[Array]], Float[Array, ""]]:
     """Return the squared relative error as a function of the leaves divided by their unit."""
-    # Not the sum of squares: it underflows for small targets.
+    # The plain sum of squares would underflow for small targets.
     size = jnp.max(jnp.abs(target))
     size = jnp.where(size > 0, size * jnp.linalg.norm(target / jnp.where(size > 0, size, 1)), 1)
 

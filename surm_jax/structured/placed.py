@@ -1,7 +1,7 @@
-"""A matrix as a block of a larger one that is zero elsewhere, to update some columns of a packed kernel.
+"""A matrix placed as a block in a larger matrix of zeros, to update some columns of a packed kernel.
 
-It is a composite like those of `surm_jax.structured.algebra`: its arrays are those of its block, under names such as
-`matrix_c`. The sum of several of them updates several blocks of one kernel.
+It is a composite, like those in `surm_jax.structured.algebra`: it has the arrays of its block, under names such as
+`matrix_c`. A sum of several `Placed` matrices updates several blocks of one kernel.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from surm_jax.structured.base import StructuredMatrix, checked_shape, matrix_pyt
 
 @matrix_pytree
 class Placed(Composite):
-    """A matrix `M` inside a larger matrix of zeros: `x @ P` is `x[..., row : row + m] @ M`, padded with zeros.
+    """A matrix `M` inside a larger matrix `P` of zeros: `x @ P` is `x[..., row : row + m] @ M`, padded with zeros.
 
-    It costs as much as `M`, and a copy for the padding.
+    It costs as much as `M`, plus a copy for the padding.
 
     Attributes:
-        matrix: Any structured matrix.
+        matrix: Any structured matrix `M`, with m rows.
         shape: `(in_features, out_features)` of the larger matrix.
         offset: (row, column) of the block's first entry.
 

@@ -1,7 +1,7 @@
-"""What every structured matrix must satisfy, and what every family, against a dense matrix that each file builds.
+"""Tests that every structured matrix and every family must pass, against a dense matrix that each test file builds.
 
-`MatrixContract` is for any structured matrix, `StructuredMatrixContract` for a family, which has a start and a
-projection besides, and `ProjectionContract` for a family whose projection is the optimum.
+`MatrixContract` is for any structured matrix. `StructuredMatrixContract` is for a family, which also has `init` and
+`nearest`. `ProjectionContract` is for a family whose `nearest` is the optimum.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from surm_jax.structured import Family, StructuredMatrix
 
 # Relative error of a whole result in the Frobenius norm.
 TOLERANCES = {
-    "float64": 1e-10,  # rounding is about 1e-16 times log n; the rest is room for other FFT libraries
+    "float64": 1e-10,  # rounding is about 1e-16 times log n; the rest is a margin for other FFT libraries
     "float32": 1e-5,  # rounding is about 1e-7 times log n, and sums over 768 features add a factor of some tens
     "float16": 2.0**-11,  # the result is rounded once, to 11 bits: at most half a unit in the last place
     "bfloat16": 2.0**-8,  # the same for 8 bits
@@ -32,13 +32,13 @@ def quick(cases: Iterable[Any], *fast: Any, unpack: bool = False) -> list[Any]:
 
     Args:
         cases: The values of one argument, or tuples of the values of several.
-        *fast: What the fast run keeps.
+        *fast: The cases that the fast run keeps.
         unpack: Whether the cases are tuples of the values of several arguments.
     """
     return [pytest.param(*(case if unpack else (case,)), marks=() if case in fast else EXHAUSTIVE) for case in cases]
 
 
-# Every small size, odd and even, wide and tall; the first list is for what costs a compilation more.
+# Small sizes, odd and even, wide and tall. `SMALL` is for tests that compile more programs.
 SMALL = [(1, 1), (2, 2), (7, 7), (1, 4), (4, 1), (5, 12), (12, 5)]
 SHAPES = [*SMALL, (3, 3), (8, 8), (12, 12), (2, 3), (3, 2), (768, 768), (768, 501)]
 BATCHES = [(), (4,), (2, 3), (2, 1, 3)]
@@ -48,7 +48,7 @@ dense_of = jax.jit(lambda matrix: matrix.to_dense())
 
 
 def assert_close(actual, expected, precision: str = "float64") -> None:
-    """Fails unless `actual` has the shape of `expected` and is within the table's relative error of it."""
+    """Check that `actual` has the shape of `expected` and is within the relative error in `TOLERANCES`."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
     error, size = np.linalg.norm(actual - expected), np.linalg.norm(expected)
@@ -61,27 +61,27 @@ class MatrixContract:
     family: type[StructuredMatrix]
 
     def abstract(self, shape: tuple[int, int]) -> StructuredMatrix:
-        """A matrix of this kind with shapes and dtypes in place of arrays, those of float32."""
+        """Return a matrix of this kind with shapes and dtypes (float32) in place of arrays."""
         raise NotImplementedError
 
     def dense(self, arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-        """The oracle: `M`, (in, out), from the leaves, by numpy or scipy and never by the code under test."""
+        """Return the oracle: `M`, (in, out), from the leaves, by NumPy or SciPy and never by the code under test."""
         raise NotImplementedError
 
     def path(self, name: str) -> str:
-        """Where an array of this name is in the tree."""
+        """Return the path of an array of this name in the pytree."""
         return f".{name}"
 
     def field(self, name: str) -> str:
-        """What the matrix that holds an array of this name calls it."""
+        """Return the name of this array in the part that holds it."""
         return name
 
     # Helpers
 
     def create(self, shape, dtype="float64", seed=0) -> tuple[StructuredMatrix, np.ndarray]:
-        """A matrix whose leaves are all random, and its dense form."""
+        """Return a matrix whose leaves are all random, and its dense form."""
         rng = np.random.default_rng(seed)
-        # Nothing is compiled for it: eager operations on many shapes are what makes such a suite slow.
+        # NumPy draws the numbers, so that nothing is compiled: eager JAX operations on many shapes are slow.
         start = self.abstract(shape)
         leaves = {k: jnp.asarray(rng.normal(size=v.shape).astype(dtype)) for k, v in start.arrays().items()}
         return start.with_arrays(**leaves), self.oracle(leaves, shape)
@@ -90,9 +90,9 @@ class MatrixContract:
         return self.dense({k: np.asarray(v, np.float64) for k, v in leaves.items()}, shape)
 
     def tangents(self, matrix) -> dict[str, np.ndarray]:
-        """For each leaf, (numbers in it, in, out): the derivative of M by each number.
+        """Return, for each leaf, the derivatives of M by its numbers: an array (numbers in the leaf, in, out).
 
-        M is affine in every single number of a leaf, so that one difference is the derivative, to rounding.
+        M is affine in every single number, so one difference is the derivative, up to rounding.
         """
         leaves = {k: np.asarray(v, np.float64) for k, v in matrix.arrays().items()}
         here, result = self.dense(leaves, matrix.shape), {}
@@ -151,7 +151,7 @@ class MatrixContract:
     @pytest.mark.usefixtures("x64")
     @pytest.mark.parametrize("shape", quick([(7, 7), (5, 12)], (5, 12)), ids=str)
     def test_absorb_gives_the_multiple_of_the_same_structure(self, shape):
-        """By a number, and by an array that JAX traces: one program for all of its values."""
+        """Check a factor that is a number, and a traced array: one compiled program for all of its values."""
         matrix, M = self.create(shape)
         x, traces = np.random.default_rng(1).normal(size=(4, shape[0])), []
         scaled = matrix.absorb(-1.5)
@@ -348,21 +348,21 @@ class MatrixContract:
 
 
 class StructuredMatrixContract(MatrixContract):
-    """The tests of a family. A subclass names it and gives the oracle, `dense`; the rest the family says itself."""
+    """The tests of a family. A subclass names the family and gives the oracle, `dense`."""
 
     family: type[Family]
 
     def options(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Return the options of `init` and `nearest`: by default a small member."""
+        """Return the options of `init` and `nearest`, by default those of a small member."""
         m, n = shape
         return next(filter(None, (self.family.options_within(shape, size) for size in (3 * max(m, n), m * n))), {})
 
     def example(self) -> Family:
-        """Return a small member, by default the family's; a case with options of its own has a member with these."""
+        """Return a small member, by default `Family.example`. A case with other options returns one with these."""
         return self.family.example()
 
     def nearest_options(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Return the options of `nearest`; a search takes no steps unless a case asks for them."""
+        """Return the options of `nearest`. By default a search takes no steps."""
         return self.options(shape) | ({"steps": 0} if self.family.searches else {})
 
     def abstract(self, shape):
@@ -429,7 +429,7 @@ class StructuredMatrixContract(MatrixContract):
 
 
 class ProjectionContract(StructuredMatrixContract):
-    """The tests of a family whose `nearest` is the optimum, in closed form. Another family judges its own search."""
+    """The tests of a family whose `nearest` is the optimum, in closed form. Other families test their search."""
 
     @pytest.mark.usefixtures("x64")
     @pytest.mark.parametrize("shape", quick(SMALL, (5, 12)), ids=str)
@@ -448,7 +448,7 @@ class ProjectionContract(StructuredMatrixContract):
         for step, _ in itertools.product((1e-3, 1e-1, 1.0), range(20)):
             moved = {k: v + step * rng.normal(size=v.shape) for k, v in leaves.items()}
             assert np.linalg.norm(target - self.dense(moved, shape)) >= distance * (1 - TOLERANCES["float64"])
-        # To first order as well: the error is orthogonal to every direction in which the family can move.
+        # Also to first order: the error is orthogonal to every direction in which the family can move.
         for tangent in self.tangents(found).values():
             slope = np.einsum("kio,io->k", tangent, target - self.dense(leaves, shape))
             assert np.linalg.norm(slope) <= TOLERANCES["float64"] * np.linalg.norm(tangent) * np.linalg.norm(target)

@@ -69,7 +69,7 @@ class TestScaledSum(CompositeContract):
 
 @pytest.fixture
 def parts():
-    """Three matrices without symmetry, 3 x 3, and their dense forms by hand."""
+    """Return three 3 x 3 matrices without symmetry, and their dense forms, written by hand."""
     C = Circulant(jnp.array([1.0, 2.0, 4.0]), shape=(3, 3))
     L = LowRank(down=jnp.array([[1.0], [10.0], [100.0]]), up=jnp.array([[1.0, 2.0, 3.0]]))
     D = Circulant(jnp.array([0.0, 1.0, 0.0]), shape=(3, 3))
@@ -129,7 +129,7 @@ def test_a_multiple_is_lean_if_its_factor_is_constant():
 
 
 def test_orientation_of_a_product():
-    # Out of 2 features into 3, then into 1: x meets the first factor first.
+    # From 2 features to 3, then to 1: x is multiplied by the first factor first.
     A = LowRank(down=jnp.array([[1.0], [10.0]]), up=jnp.array([[1.0, 2.0, 3.0]]))
     B = LowRank(down=jnp.array([[1.0], [0.0], [2.0]]), up=jnp.array([[1.0]]))
     product = A @ B
@@ -170,14 +170,14 @@ def test_a_constant_factor_is_structure_and_an_array_is_a_leaf(parts):
     x = jnp.array([1.0, 0.0, 0.0])
     slope = jax.grad(lambda m: m.apply(x)[2])(learned).alpha
     np.testing.assert_allclose(slope, 4.0, rtol=1e-6)
-    # The learnable alpha of the released code: it starts at 0 and learns.
+    # Like the learnable alpha of the released code, it can start at 0 and learn.
     grad = jax.grad(lambda m: m.apply(x)[2])(jnp.float32(0) * A)
     assert grad.alpha != 0 and not np.any(grad.matrix.c)
 
 
 def test_a_learned_factor_stays_an_array(parts):
     (A, _, _), _ = parts
-    with pytest.raises(UserError, match=r"Scaled: alpha must be an array, as it was, not 3\.0"):
+    with pytest.raises(UserError, match=r"Scaled: alpha must be an array, because it is learned, not 3\.0"):
         (jnp.float32(2) * A).with_arrays(alpha=3.0)
     with pytest.raises(UserError, match="no array 'alpha'"):
         (2.0 * A).with_arrays(alpha=jnp.float32(3))
@@ -224,7 +224,7 @@ def test_parts_that_do_not_fit():
         Sum((wide, wide, tall))
     with pytest.raises(UserError, match=r"terms\[0\] is 2 x 3 and terms\[1\] is 3 x 2"):
         wide - tall
-    message = r"Product: factors\[1\] is 3 x 2 and factors\[2\] is 3 x 2: the 2 output features .* input features"
+    message = r"Product: factors\[1\] is 3 x 2 and factors\[2\] is 3 x 2: factors\[2\] must have 2 input features"
     with pytest.raises(UserError, match=message):
         wide @ tall @ tall
     with pytest.raises(UserError, match=r"Scaled: alpha must have shape \(\), not \(2,\)"):

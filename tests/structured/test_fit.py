@@ -1,4 +1,4 @@
-"""The search for a nearest matrix: against closed-form optima, and what it does with bad input."""
+"""Tests of `refine`, the search for a nearest matrix: closed-form optima, and bad input."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def relative_error(matrix, target) -> float:
 
 
 def best_error(target) -> float:
-    """That of the truncated SVD, the optimum for `start`."""
+    """Return the relative error of the truncated SVD, the optimum for `start`."""
     singular = np.linalg.svd(np.asarray(target, np.float64), compute_uv=False)
     return np.linalg.norm(singular[3:]) / np.linalg.norm(singular)
 
@@ -123,7 +123,7 @@ TRACES = []
 
 @matrix_pytree
 class Row(StructuredMatrix):
-    """A column times ones; counts how often its dense form is traced."""
+    """A squared column times a row of ones. `TRACES` counts how often its dense form is traced."""
 
     c: jax.Array
     shape: tuple[int, int] = static()

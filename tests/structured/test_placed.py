@@ -12,7 +12,7 @@ from tests.structured.cases import MatrixContract, assert_close
 
 
 def placed_block(shape):
-    """The block that the contract places: all but the first row and the last column, where there are so many."""
+    """Return shape and offset of the block in the contract: all but the first row and last column, but not empty."""
     m, n = shape
     return (max(1, m - 1), max(1, n - 1)), (min(1, m - 1), 0)
 

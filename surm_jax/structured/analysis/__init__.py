@@ -1,1 +1,1 @@
-"""Looking at matrices: which family fits one, its spectrum, and its picture."""
+"""Analysis of matrices: which families approximate a matrix best, its spectrum, and its picture."""

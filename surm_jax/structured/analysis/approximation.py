@@ -1,4 +1,4 @@
-"""Which structure fits a matrix: the energy that each family keeps within a budget of parameters."""
+"""Comparison of families on one matrix: the energy that each of them keeps within a budget of parameters."""
 
 import dataclasses
 from typing import Any
@@ -18,7 +18,7 @@ class Approximation:
 
     Attributes:
         matrix: The matrix.
-        options: The options that `nearest` got, such as a rank.
+        options: The options passed to `nearest`, such as a rank.
         energy: The share of the target's energy that the matrix keeps, `1 - ||target - M||_F^2 / ||target||_F^2`.
     """
 
@@ -33,22 +33,23 @@ def approximations(
     """Return the nearest matrix of each family with at most `budget` parameters, the best family first.
 
     Each family chooses the largest size that the budget allows (`Family.options_within`), such as a rank, the number of
-    Kronecker terms, or the block of a block-circulant matrix. Pairs count both of their vectors, as in training.
-    Families that cannot be that small are left out.
+    Kronecker terms, or the block of a block-circulant matrix. The two vectors of a pair both count, as in training.
+    Families whose smallest member exceeds the budget are left out.
 
     Args:
         dense: The target, (in_features, out_features), not all zeros.
-        budget: The most parameters.
-        steps: The most steps of the families that search (`Family.searches`).
+        budget: Largest number of parameters.
+        steps: Largest number of steps, for families whose `nearest` is a search (`Family.searches`).
         progress: Whether to show a bar for each search.
 
     Returns:
         The matrices by the family's name, in descending order of the energy kept.
 
     Raises:
-        UserError: The target is not a finite floating-point matrix, or zero, or no family is that small.
+        UserError: The target is not a finite floating-point matrix or is zero, the budget is not an integer, or every
+            family needs more parameters.
 
-    >>> shift = jnp.roll(jnp.eye(6), 1, axis=1)  # a circulant, and of full rank
+    >>> shift = jnp.roll(jnp.eye(6), 1, axis=1)  # a circulant of full rank
     >>> kept = approximations(shift, budget=6)
     >>> round(kept["Circulant"].energy, 3), round(kept["SymmetricToeplitz"].energy, 3)
     (1.0, 0.5)
@@ -70,7 +71,7 @@ def approximations(
         lost = float(_distance(matrix, dense) / energy)
         found[name] = Approximation(matrix, options, 1 - lost)
     if not found:
-        raise UserError(f"approximations: no family holds a {m} x {n} matrix in {budget} numbers")
+        raise UserError(f"approximations: no family has a {m} x {n} matrix with at most {budget} parameters")
     return dict(sorted(found.items(), key=lambda item: -item[1].energy))
 
 

@@ -2,10 +2,10 @@
 
 Each function takes a structured matrix or a dense array and works in double precision. A unitary matrix diagonalises
 square circulants and skew-circulants, so their eigenvalues are a Fourier transform of their numbers, O(n log n), and
-their singular values are the absolute eigenvalues. Every other matrix is formed and passed to LAPACK, also a Toeplitz
-matrix: Levinson's O(n^2) recursion
-(`scipy.linalg.solve_toeplitz`) breaks down where a leading block is singular, even if the matrix is perfectly
-conditioned, while the LU factorisation with pivoting and the SVD are stable for all.
+their singular values are the absolute eigenvalues. Every other matrix, even a Toeplitz matrix, is formed and passed to
+LAPACK. Levinson's O(n^2) recursion for Toeplitz matrices (`scipy.linalg.solve_toeplitz`) breaks down where a leading
+block is singular, even if the matrix is perfectly conditioned. The LU factorisation with pivoting and the SVD are
+stable for all matrices.
 """
 
 import functools
@@ -28,7 +28,7 @@ def singular_values(matrix: AnyMatrix) -> Float[np.ndarray, " k"]:
     """Return all min(in, out) singular values, the largest first, in float64.
 
     For square circulants and skew-circulants (also pairs, and `FCirculant` with f = 1 or -1) they are the absolute
-    values of the spectrum, O(n log n); otherwise those of the dense matrix, O(m n min(m, n)).
+    eigenvalues, O(n log n). Otherwise they come from an SVD of the dense matrix, O(m n min(m, n)).
 
     Raises:
         UserError: The argument is not a matrix of finite real numbers.
@@ -50,8 +50,8 @@ def numerical_rank(matrix: AnyMatrix, *, rtol: float | None = None) -> int:
 
     Args:
         matrix: A structured matrix or an array (in_features, out_features).
-        rtol: By default that of `numpy.linalg.matrix_rank`, `max(in, out) * eps`, where eps is that of the precision
-            of the numbers: float64 if one of them has it, otherwise float32, although singular values are in float64.
+        rtol: Relative tolerance, by default that of `numpy.linalg.matrix_rank`, `max(in, out) * eps`. Here eps belongs
+            to the given numbers (float64 if an array is float64, otherwise float32), not to the float64 of the result.
 
     Raises:
         UserError: The argument is not a matrix of finite real numbers.
@@ -67,8 +67,8 @@ def numerical_rank(matrix: AnyMatrix, *, rtol: float | None = None) -> int:
 def condition_number(matrix: AnyMatrix) -> float:
     """Return the condition number of a square matrix in the 2-norm: its largest over its smallest singular value.
 
-    Infinite for a zero singular value. Near and above 1e16, or 1e7 for numbers that were rounded to float32, it says no
-    more than that the matrix is singular to rounding.
+    It is infinite if a singular value is zero. A value near or above 1e16 (1e7 if the numbers were rounded to float32)
+    only says that the matrix is singular up to rounding.
 
     Raises:
         UserError: The matrix is not square, or has numbers that are not finite and real.
@@ -83,8 +83,8 @@ def condition_number(matrix: AnyMatrix) -> float:
 def log_determinant(matrix: AnyMatrix) -> tuple[float, float]:
     """Return the sign of a square matrix's determinant (1, -1, or 0) and the logarithm of its absolute value.
 
-    The product of the spectrum for circulants and skew-circulants, O(n log n); otherwise `numpy.linalg.slogdet`, the LU
-    factorisation, O(n^3). A determinant of zero gives 0 and minus infinity.
+    For circulants and skew-circulants the determinant is the product of the eigenvalues, O(n log n). Otherwise
+    `numpy.linalg.slogdet` computes it by an LU factorisation, O(n^3). A determinant of zero gives 0 and minus infinity.
 
     Raises:
         UserError: The matrix is not square, or has numbers that are not finite and real.
@@ -101,25 +101,25 @@ def log_determinant(matrix: AnyMatrix) -> tuple[float, float]:
     sizes = np.abs(spectrum)
     if not np.all(sizes > 0):
         return 0.0, float("-inf")
-    # Real matrices have conjugate pairs of eigenvalues, whose phases cancel, and real ones.
+    # The eigenvalues of a real matrix are real or come in conjugate pairs, whose phases cancel.
     return float(np.sign(np.prod(spectrum / sizes).real)), float(np.sum(np.log(sizes)))
 
 
 def displacement_rank(matrix: AnyMatrix, *, f: float = 1.0, g: float = -1.0, rtol: float | None = None) -> int:
     """Return the numerical rank of `Z_f W - W Z_g` for the paper's W, which is the transpose of the given matrix M.
 
-    `Z_f` shifts down by one and puts f times the last row on top: ones below the diagonal, f in the upper right corner.
-    The displacement rank of arXiv 2406.17740 is that for f = 1 and g = -1: 1 for circulant and skew-circulant matrices,
-    at most 2 for Toeplitz matrices and their inverses, at most r for `W(G, H)`. In the orientation of this package it
-    is the rank of `M Z_f^T - Z_g^T M`. For f = g the displacement does not determine W: with f = g = 1 it vanishes for
-    every circulant.
+    `Z_f` has ones below the diagonal and f in the upper right corner: it shifts rows down by one and puts f times the
+    last row on top. The displacement rank of arXiv 2406.17740 has f = 1 and g = -1. It is 1 for circulant and
+    skew-circulant matrices, at most 2 for Toeplitz matrices and their inverses, and at most r for `W(G, H)`. In the
+    orientation of this package it is the rank of `M Z_f^T - Z_g^T M`. If f = g, the displacement does not determine W:
+    with f = g = 1 it vanishes for every circulant.
 
     Args:
         matrix: M, a structured matrix or an array (in_features, out_features), square or not: `Z_f` is out x out, `Z_g`
             in x in.
-        f: The factor of what wraps on the left of W.
-        g: The same on its right.
-        rtol: As in `numerical_rank`, but in units of the largest singular value of M: the displacement is a difference
+        f: The factor f of `Z_f`, which multiplies W from the left.
+        g: The factor g of `Z_g`, which multiplies W from the right.
+        rtol: As in `numerical_rank`, but relative to the largest singular value of M: the displacement is a difference
             of numbers of that size, and its rounding errors are relative to them.
 
     Raises:
@@ -141,7 +141,7 @@ def displacement_rank(matrix: AnyMatrix, *, f: float = 1.0, g: float = -1.0, rto
 
 @functools.singledispatch
 def _spectrum(matrix: StructuredMatrix | Float[np.ndarray, "m n"]) -> Complex[np.ndarray, " n"] | None:
-    """Return the eigenvalues of a matrix of doubles that is normal by its structure; None for all others."""
+    """Return the eigenvalues of a float64 matrix whose structure makes it normal, or None for any other matrix."""
     del matrix
     return None
 
@@ -164,8 +164,8 @@ def _(matrix: FCirculant) -> Complex[np.ndarray, " n"] | None:
 def _fourier(v: Float[ArrayLike, " n"], shape: tuple[int, int], f: float) -> Complex[np.ndarray, " n"] | None:
     """Return the values of the polynomial v at the nth roots of f: the eigenvalues of `Z_f(v)` and of its transpose.
 
-    None unless the matrix is square and f is 1 or -1: other f-circulants are not normal, and their singular values are
-    not the absolute eigenvalues.
+    Return None unless the matrix is square and f is 1 or -1: other f-circulants are not normal, and their singular
+    values are not the absolute eigenvalues.
     """
     m, n = shape
     if m != n or abs(f) != 1:
@@ -175,7 +175,7 @@ def _fourier(v: Float[ArrayLike, " n"], shape: tuple[int, int], f: float) -> Com
 
 
 def _in_double(owner: str, matrix: AnyMatrix, *, square: bool = False) -> StructuredMatrix | Float[np.ndarray, "m n"]:
-    """Return the compact form of a structured matrix with its leaves in float64, or the array, after all checks."""
+    """Check a matrix and return it in float64: an array, or the compact form of a structured matrix."""
     if not isinstance(matrix, StructuredMatrix):
         matrix = np.asarray(matrix)
         if matrix.ndim != 2 or 0 in matrix.shape or not jnp.issubdtype(matrix.dtype, jnp.floating):
@@ -185,7 +185,7 @@ def _in_double(owner: str, matrix: AnyMatrix, *, square: bool = False) -> Struct
             )
     m, n = matrix.shape
     if square and m != n:
-        raise UserError(f"{owner} is for square matrices, but this one is {m} x {n}; singular_values takes any")
+        raise UserError(f"{owner} is for square matrices, but this one is {m} x {n}; singular_values takes any shape")
     doubles = {name: np.asarray(leaf, np.float64) for name, leaf in _leaves(matrix).items()}
     if not all(np.all(np.isfinite(leaf)) for leaf in doubles.values()):
         raise UserError(f"{owner}: the {m} x {n} matrix holds numbers that are not finite")

@@ -1,10 +1,11 @@
-"""Pictures of structured matrices: every parameter has a colour, and the dense matrix shows where it goes.
+"""Pictures of structured matrices: every parameter has a colour, and the dense matrix shows where it appears.
 
-It draws any matrix of this package in the style of Figure 2 of arXiv 2406.17740. An entry that is one parameter, up to
-a constant, has its colour; an entry that is a product of parameters has the product of their colours. A negative sign
-darkens it. A matrix whose entries are sums is drawn by value, beside its factors, which show the colours.
+`draw` shows any matrix of this package in the style of Figure 2 of arXiv 2406.17740. An entry that is a multiple of one
+parameter has the colour of this parameter. An entry that is a product of parameters has the product of their colours. A
+negative sign darkens the colour. A matrix whose entries are sums is coloured by value, beside its factors, which show
+the colours of the parameters.
 
-`draw` returns a `matplotlib.figure.Figure` and does not use pyplot. This module is not imported with the package.
+`draw` returns a `matplotlib.figure.Figure` and does not use pyplot. `surm_jax.structured` does not import this module.
 """
 
 import re
@@ -32,25 +33,26 @@ PALETTES = tuple(
         "moss": "#edf4ea #7fae8b".split(),
     }.items()
 )
-"""One for each array of a matrix, in turn: they are told apart, and any two neighbours multiply to clear colours."""
+"""The palettes of the arrays of a matrix, in turn. They are easy to tell apart, and the product of a colour of one
+palette with a colour of the next is still clear."""
 
 VALUES = LinearSegmentedColormap.from_list("values", ["#1f6391", "#8dbbd6", "#f6f4ef", "#efb392", "#b8432a"])
-"""The colours of values, from negative over 0 to positive, where the entries are sums."""
+"""The colours of values, from negative through 0 to positive, for matrices whose entries are sums."""
 
 BOX, GAP, MARGIN = 2.5, 0.5, 0.3  # inches: the longest side of a matrix, the space for a symbol, the border
 MOST_LETTERS = 9
-"""How many rows or columns a matrix has whose entries are named."""
+"""Scale of a small matrix: up to (2 * 9)^2 entries are labelled, and up to 4 * 9 rows or columns have grid lines."""
 
 
 def draw(matrix: StructuredMatrix) -> Figure:
     """Draw a structured matrix with its parameters, and beside it its factors or terms if it has any.
 
     Args:
-        matrix: Any matrix of this package, of sizes up to some hundreds. Entries of small ones carry the letters of the
-            parameters in the paper; indices count from 0.
+        matrix: Any matrix of this package, of sizes up to some hundreds. Entries of small matrices are labelled with
+            the paper's letters of the parameters; indices count from 0.
 
     Returns:
-        A new figure, to be saved by `figure.savefig("matrix.png", dpi=150)`.
+        A new figure. Save it with `figure.savefig("matrix.png", dpi=150)`.
 
     Raises:
         UserError: The argument is not a structured matrix, or a number in it is not finite.
@@ -68,10 +70,10 @@ def draw(matrix: StructuredMatrix) -> Figure:
         raise UserError(f"draw: {matrix!r} holds numbers that are not finite")
     numbers = _colours(matrix)
     columns: list[_Column | str] = [
-        f"${piece}$" if isinstance(piece, str) else _column(f"${piece.label}$", piece.matrix, _taken(piece, numbers))
+        f"${piece}$" if isinstance(piece, str) else _column(f"${piece.label}$", piece.matrix, _of_piece(piece, numbers))
         for piece in matrix.pieces()
     ]
-    # The arrays are shown above the pieces that they belong to, or above the matrix if it has none.
+    # Arrays are shown above their pieces, or above the matrix if it has no pieces.
     whole = _column("$M$", matrix, numbers, strips=not columns)
     columns += ["$=$", whole] if columns else [whole]
     m, n = matrix.shape
@@ -80,21 +82,21 @@ def draw(matrix: StructuredMatrix) -> Figure:
 
 
 class _Numbers(NamedTuple):
-    """The parameters of one array as they are drawn: a colour for each, (..., 3), and its name in TeX."""
+    """How the parameters of one array are drawn: for each, its colour, (..., 3), and its name in TeX."""
 
     colours: Float[np.ndarray, "... 3"]
     names: np.ndarray
 
 
 class _Grid(NamedTuple):
-    """Coloured cells, (rows, columns, 3), with their names where there is room."""
+    """Coloured cells, (rows, columns, 3), and their names in TeX; None if the cells have no names."""
 
     colours: Float[np.ndarray, "rows columns 3"]
     names: np.ndarray | None
 
 
 class _Column(NamedTuple):
-    """A matrix with its label, the arrays of its parameters above it, and the range of its values if it shows them."""
+    """A matrix with its label and the arrays above it. `range` is its largest absolute value if it shows values."""
 
     label: str
     grid: _Grid
@@ -102,11 +104,11 @@ class _Column(NamedTuple):
     range: float | None
 
 
-# What colours it has
+# Colours
 
 
 def _colours(matrix: StructuredMatrix) -> dict[str, _Numbers]:
-    """Return a colour and a name for every parameter: a palette for each array, its longest axis along the ramp."""
+    """Return a colour and a name for every parameter. Each array has a palette, which runs along its longest axis."""
     numbers = {}
     for i, (name, leaf) in enumerate(matrix.arrays().items()):
         axes = sorted(range(leaf.ndim), key=lambda axis: leaf.shape[axis])
@@ -115,7 +117,7 @@ def _colours(matrix: StructuredMatrix) -> dict[str, _Numbers]:
         names = np.full(leaf.shape, "", object)
         if leaf.size <= (2 * MOST_LETTERS) ** 2:
             for index in np.ndindex(leaf.shape):
-                # An axis with a single place needs no number, unless it is the only one.
+                # An axis of size 1 needs no index, unless it is the only axis.
                 names[index] = _letter(
                     name, *(k for k, n in zip(index, leaf.shape, strict=True) if n > 1 or leaf.ndim == 1)
                 )
@@ -124,7 +126,7 @@ def _colours(matrix: StructuredMatrix) -> dict[str, _Numbers]:
 
 
 def _letter(name: str, *index: int) -> str:
-    """Return `r_{1,0}` for number 0 of `r1`; the names of a composite's arrays end in those of its parts."""
+    """Return the TeX name of a parameter, such as `r_{1,0}` for `r1[0]`. Of `terms_0_c` only the end, `c`, is used."""
     name = name.rpartition("_")[2]
     letter = name.rstrip("0123456789")
     digits = name.removeprefix(letter)
@@ -136,8 +138,8 @@ def _letter(name: str, *index: int) -> str:
     return f"{letter}_{{{subscript}}}" if subscript else letter
 
 
-def _taken(piece: Piece, numbers: dict[str, _Numbers]) -> dict[str, _Numbers]:
-    """Return the numbers of a piece, with the colours that they have in the whole matrix."""
+def _of_piece(piece: Piece, numbers: dict[str, _Numbers]) -> dict[str, _Numbers]:
+    """Return the parameters of a piece, with the colours that they have in the whole matrix."""
     return {
         name: _Numbers(numbers[whole].colours[index], numbers[whole].names[index])
         for name, (whole, index) in piece.arrays.items()
@@ -145,7 +147,7 @@ def _taken(piece: Piece, numbers: dict[str, _Numbers]) -> dict[str, _Numbers]:
 
 
 def _pick(leaf: np.ndarray, place: Int[np.ndarray, "m n"], absent: Any) -> np.ndarray:
-    """Return the numbers of the array at the given places, and `absent` where the place is -1."""
+    """Return the entries of the flattened array at the given places, and `absent` where the place is -1."""
     flat = np.concatenate([leaf.reshape(-1, *np.shape(absent)), np.asarray(absent)[None]])
     return flat[place]
 
@@ -153,7 +155,7 @@ def _pick(leaf: np.ndarray, place: Int[np.ndarray, "m n"], absent: Any) -> np.nd
 def _column(
     label: str, matrix: StructuredMatrix | None, numbers: dict[str, _Numbers], *, strips: bool = True
 ) -> _Column:
-    """Return a matrix as a column of the picture; if it is None, its only array as a dense matrix."""
+    """Return the column of the picture for a matrix. None stands for a dense matrix, the only entry of `numbers`."""
     if matrix is None:
         (own,) = numbers.values()
         return _Column(label, _Grid(own.colours, own.names), [], None)
@@ -178,7 +180,7 @@ def _column(
 
 
 def _strip(numbers: _Numbers) -> _Grid:
-    """Return an array as a flat grid, the longer of two axes from left to right."""
+    """Return an array as a wide grid: the longer of two axes runs from left to right."""
     colours, names = numbers
     if names.ndim == 2 and names.shape[0] > names.shape[1]:
         colours, names = colours.swapaxes(0, 1), names.T
@@ -194,7 +196,7 @@ def _rgb(colour: str) -> Float[np.ndarray, "3"]:
     return np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
 
 
-# Where it is on the page
+# Layout
 
 
 def _compose(columns: list[_Column | str], title: str) -> Figure:
@@ -246,7 +248,7 @@ def _width(column: _Column | str, cell: float) -> float:
 
 
 def _size(grid: _Grid, cell: float) -> tuple[float, float]:
-    """Return width and height of a matrix: to scale, unless it would be too small to see."""
+    """Return width and height of a matrix in inches: to scale, unless it would be too small to see."""
     rows, columns = grid.colours.shape[:2]
     cell = max(cell, 0.8 / max(rows, columns))
     return max(columns * cell, 0.12), max(rows * cell, 0.12)
@@ -277,7 +279,7 @@ def _paint(axes: Axes, grid: _Grid, width: float, height: float) -> None:
 
 
 def _legend(axes: Axes, most: float) -> None:
-    """Draw the ramp of values, from -most to most."""
+    """Draw the colour bar of values from -most to most."""
     axes.imshow(np.linspace(0, 1, 128)[None], cmap=VALUES, aspect="auto")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)

@@ -1,4 +1,4 @@
-"""Where the parameters of a matrix go: the parameters whose product is an entry of its dense form."""
+"""The parameters in each entry of a dense form, for matrices whose entries are products of parameters."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,12 @@ from surm_jax.structured.base import StructuredMatrix
 
 
 class Origins(NamedTuple):
-    """`M[i, j] = scale[i, j] * product over arrays a of a.flat[places[a][i, j]]`.
+    """The factors of each entry: `M[i, j] = scale[i, j] * product over arrays a of a.flat[places[a][i, j]]`.
 
     Attributes:
-        scale: (in, out); 0 where the entry is zero for all parameters.
-        places: For each array (in, out), the place in the flattened array, or -1 where none of its numbers is in the
-            entry.
+        scale: (in, out), the constant factors; 0 where the entry is zero for all parameters.
+        places: For each array, by name, the indices of its parameters in the flattened array, (in, out); -1 where the
+            entry has no factor from this array.
     """
 
     scale: Float[np.ndarray, "in out"]
@@ -23,11 +23,11 @@ class Origins(NamedTuple):
 
 
 def origins(matrix: StructuredMatrix) -> Origins | None:
-    """Return for each entry the parameters whose product it is, and a constant; None if some entries are sums.
+    """Return the parameters and the constant whose product is each entry, or None if some entries are sums.
 
-    This works for any family: multiplying number k of an array by k + 2 multiplies by k + 2 the entries that contain
-    it, which shows where they are. Other random numbers then confirm the result. The values in the matrix do not
-    matter. The matrix is formed once for each of its arrays and twice more, in float64.
+    This works for any family, and the values in the matrix do not matter. Multiplying number k of an array by k + 2
+    multiplies by k + 2 the entries that contain it, which identifies them. A second set of random numbers confirms the
+    result. The dense form is computed in float64, once for each array and twice more.
 
     >>> import jax.numpy as jnp
     >>> from surm_jax.structured import SkewCirculant
@@ -40,7 +40,7 @@ def origins(matrix: StructuredMatrix) -> Origins | None:
            [2, 0, 1]])
     """
     rng = np.random.default_rng(0)
-    # Away from 0, and without a pattern in which the terms of a sum could agree with a product.
+    # Random numbers away from 0: with them a sum cannot look like a product by coincidence.
     base = {name: rng.uniform(1, 2, leaf.shape) for name, leaf in matrix.arrays().items()}
     other = {name: rng.uniform(1, 2, leaf.shape) for name, leaf in base.items()}
     with jax.enable_x64(True):
@@ -50,7 +50,7 @@ def origins(matrix: StructuredMatrix) -> Origins | None:
             name: np.asarray(dense({**base, name: leaf * (np.arange(leaf.size) + 2.0).reshape(leaf.shape)}))
             for name, leaf in base.items()
         }
-    # What is not zero by structure is made of numbers of about 1; what is may be a rounding error of a transform.
+    # Entries that are zero by structure may hold rounding errors of a transform. All others have a size of about 1.
     zero = np.abs(start) <= 1e-12 * np.max(np.abs(start))
     scale, places, expected = np.where(zero, 0, start), {}, np.ones_like(start)
     for name, leaf in base.items():
@@ -63,5 +63,5 @@ def origins(matrix: StructuredMatrix) -> Origins | None:
 
 
 def _pick(leaf: np.ndarray, places: Int[np.ndarray, "in out"]) -> Float[np.ndarray, "in out"]:
-    """Return the numbers of the array at these places; 1 at -1."""
+    """Return the entries of the flattened array at these places, and 1 where the place is -1."""
     return np.append(leaf, 1.0)[places]

@@ -1,1 +1,1 @@
-"""One file a family of matrices. `surm_jax.structured` exports them."""
+"""Families of structured matrices, one per file. `surm_jax.structured` exports them."""

@@ -1,10 +1,10 @@
-"""What a family of matrices is, and the registry of all families.
+"""Base class of the families of matrices, and the registry of all families.
 
 To add a family, write one file with a subclass of `Family` under the decorator `family`. The file may be anywhere:
-importing it registers the class under its name. The class names its array leaves as the paper does, fills `T`, `_apply`
-and `_dense`, which every matrix has, and `init` and `nearest`, which every family has. If `init` and `nearest` take
-options, such as a rank, the class also says which ones and how large they may be (`option_names`, `options_within`,
-`typical_options`). Everything else that needs to know about a family asks these members.
+importing it registers the class under its name. The class names its array leaves as the paper does. It implements `T`,
+`_apply` and `_dense`, as every matrix does, and `init` and `nearest`, as every family does. If `init` and `nearest`
+take options, such as a rank, the class also says which ones and how large they may be (`option_names`,
+`options_within`, `typical_options`). All other code learns about a family from these members.
 """
 
 import abc
@@ -29,7 +29,7 @@ class Family(StructuredMatrix):
 
     Attributes:
         option_names: The options of `init` and `nearest`. A matrix has attributes of these names.
-        searches: Whether `nearest` is a search. It then takes `steps` and `progress`, as `surm_jax.structured.refine`.
+        searches: Whether `nearest` is a search. If so, it takes `steps` and `progress`, like `refine`.
     """
 
     option_names: ClassVar[tuple[str, ...]] = ()
@@ -39,7 +39,7 @@ class Family(StructuredMatrix):
     @classmethod
     @abc.abstractmethod
     def init(cls, *args: Any, **options: Any) -> Self:
-        """Return a zero matrix that can learn: of several factors, one is zero and the others are random.
+        """Return a zero matrix that can learn: if it has several factors, one is zero and the others are random.
 
         The arguments are `init(key, shape, *, scale, dtype=float32, **options)`:
 
@@ -47,7 +47,7 @@ class Family(StructuredMatrix):
         - shape: `(in_features, out_features)`.
         - scale: Standard deviation of the random factors. The speed of the first steps is proportional to its square.
         - dtype: Type of the parameters.
-        - options: Those of the family, such as a rank.
+        - options: Options of the family, such as a rank.
 
         Raises:
             UserError: The shape or an option is not possible.
@@ -73,7 +73,7 @@ class Family(StructuredMatrix):
         return self._title or re.sub("(?<=[a-z])(?=[A-Z])", " ", type(self).__name__).lower()
 
     def options(self) -> dict[str, Any]:
-        """Return the options with which `init` and `nearest` make a matrix of the same sizes."""
+        """Return the options with which `init` and `nearest` return a matrix of the same sizes."""
         return {name: getattr(self, name) for name in self.option_names}
 
     @classmethod
@@ -82,7 +82,7 @@ class Family(StructuredMatrix):
 
         Args:
             shape: `(in_features, out_features)`.
-            settings: Values by name, such as `rank`. Names that the family does not know are left out.
+            settings: Values by name, such as `rank`. Names that the family does not know are ignored.
         """
         del shape
         return {name: settings[name] for name in cls.option_names if name in settings}
@@ -93,7 +93,7 @@ class Family(StructuredMatrix):
 
         Args:
             shape: `(in_features, out_features)`.
-            budget: The most parameters.
+            budget: Largest number of parameters.
         """
         return cls._if_within(shape, budget, {})
 
@@ -105,7 +105,7 @@ class Family(StructuredMatrix):
 
     @classmethod
     def count(cls, shape: tuple[int, int], **options: Any) -> int:
-        """Return how many parameters a matrix of this shape with these options has, without allocating it.
+        """Return the number of parameters of a matrix with this shape and these options, without allocating it.
 
         Raises:
             UserError: The shape or an option is not possible.
@@ -116,13 +116,13 @@ class Family(StructuredMatrix):
     def random(
         cls, shape: tuple[int, int], *, scale: float = 1.0, dtype: DTypeLike = jnp.float32, **options: Any
     ) -> Self:
-        """Return a member whose parameters are all random, `scale * N(0, 1)`, the same ones in every call.
+        """Return a member with random parameters, `scale * N(0, 1)`. Every call returns the same numbers.
 
         Args:
             shape: `(in_features, out_features)`.
-            scale: Standard deviation.
+            scale: Standard deviation of the parameters.
             dtype: Type of the parameters.
-            **options: Those of `init`.
+            **options: Options of `init`.
         """
         draw = np.random.default_rng(0).normal
         start = cls._abstract(shape, options)
@@ -132,7 +132,7 @@ class Family(StructuredMatrix):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small random member, always the same, for pictures, tables and tests."""
+        """Return a small random member for pictures, tables and tests. Every call returns the same one."""
         return cls.random((8, 8), **cls.typical_options((8, 8))[0])
 
     @classmethod
@@ -152,10 +152,10 @@ FAMILIES: dict[str, type[Family]] = {}
 def family(cls: type[F]) -> type[F]:
     """Make a subclass of `Family` a frozen dataclass and a pytree, and register it under its class name.
 
-    Fields declared with `static()` become structure, all others array leaves, in the order of their declaration.
+    Fields declared with `static()` become structure. All other fields become array leaves, in the order of declaration.
 
     Args:
-        cls: The class. `FAMILIES[cls.__name__]` is the class afterwards; configurations and messages use this name.
+        cls: The class. It becomes `FAMILIES[cls.__name__]`; configurations and messages use this name.
 
     Raises:
         UserError: The name is taken by another class, or the class is not a family or lacks one of its methods.
@@ -163,7 +163,7 @@ def family(cls: type[F]) -> type[F]:
     if not issubclass(cls, Family):
         raise UserError(f"{cls.__name__} must be a subclass of surm_jax.structured.Family")
     if missing := sorted(cls.__abstractmethods__):
-        raise UserError(f"{cls.__name__} lacks {', '.join(missing)}, which every family has")
+        raise UserError(f"{cls.__name__} lacks {', '.join(missing)}, which every family must define")
     if cls.__name__ in FAMILIES:
         raise UserError(
             f"there already is a family {cls.__name__} ({FAMILIES[cls.__name__].__module__}): rename this one"
@@ -173,7 +173,7 @@ def family(cls: type[F]) -> type[F]:
 
 
 class LinearInVector(Family):
-    """Base of the families that are linear in one vector: they declare the vector and then `shape`."""
+    """Base class of the families that are linear in one vector. A subclass declares the vector, then `shape`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", checked_shape(type(self).__name__, self.shape))
@@ -186,7 +186,7 @@ class LinearInVector(Family):
 
     @classmethod
     def init(cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32) -> Self:
-        """Return the zero matrix. It is linear in its vector, which learns from zero: `key` and `scale` are not used.
+        """Return the zero matrix. It is linear in its vector, which can learn from zero: nothing is random.
 
         Args:
             key: Not used.
@@ -212,11 +212,11 @@ def checked_dense(owner: str, dense: ArrayLike) -> Float[Array, "in out"]:
     """Return the target of a projection as a floating-point matrix of at least float32.
 
     Args:
-        owner: Name of the caller, with which the message starts.
+        owner: Name of the caller, for the start of the message.
         dense: The matrix to approximate, (in_features, out_features).
 
     Raises:
-        UserError: It is not a non-empty real floating-point matrix.
+        UserError: `dense` is not a non-empty real floating-point matrix.
     """
     dense = jnp.asarray(dense)
     if dense.ndim != 2 or 0 in dense.shape or not jnp.issubdtype(dense.dtype, jnp.floating):
@@ -228,5 +228,5 @@ def checked_dense(owner: str, dense: ArrayLike) -> Float[Array, "in out"]:
 
 
 def largest_size(available: int, most: int) -> int | None:
-    """Return the smaller of two sizes, or None if it is below 1: for `options_within`."""
+    """Return `min(available, most)`, or None if `available` is below 1. `options_within` uses it to choose a size."""
     return min(available, most) if available >= 1 else None

@@ -28,7 +28,7 @@ class BlockCirculant(Family):
     matrix product over the blocks for each of the b / 2 + 1 frequencies. With one block this is `Circulant`.
 
     It is the update of C3A (arXiv 2407.19342). The layer in Hugging Face's peft has a weight `w` of shape (out / b, in
-    / b, b) and adds `y[q b + i] = sum_{p, a} x[p b + a] w[q, p, (a - i) mod b] / in`. This is the same matrix with
+    / b, b) and adds `y[q b + i] = sum_{p, a} x[p b + a] w[q, p, (a - i) mod b] / in`. Both matrices are equal if
 
         c[p, q, k] = w[q, p, -k mod b] / in,        w[q, p, k] = in * c[p, q, -k mod b].
 
@@ -72,14 +72,14 @@ class BlockCirculant(Family):
         block: int | None = None,
         dtype: DTypeLike = jnp.float32,
     ) -> Self:
-        """Return the zero matrix. `M` is linear in `c`, which learns from zero: `key` and `scale` are not used.
+        """Return the zero matrix. `M` is linear in `c`, which can learn from zero: nothing is random.
 
         Args:
             key: Not used.
             shape: `(in_features, out_features)`.
             scale: Not used.
-            block: The size of the blocks, a divisor of both sizes. The default is the largest, which needs the fewest
-                numbers.
+            block: The size of the blocks, a divisor of both sizes of the matrix. The default is the largest common
+                divisor, which needs the fewest numbers.
             dtype: Type of `c`.
 
         Raises:
@@ -91,7 +91,7 @@ class BlockCirculant(Family):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"], *, block: int | None = None) -> Self:
-        """Return the block-circulant matrix nearest to `dense`: each block is the circulant nearest to the target's.
+        """Return the block-circulant matrix nearest to `dense`: each block is projected by `Circulant.nearest`.
 
         Args:
             dense: (in_features, out_features).
@@ -123,19 +123,19 @@ class BlockCirculant(Family):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small random member, always the same."""
+        """Return a small random member, the same one in every call."""
         return cls.random((6, 9), block=3)
 
     @property
     def T(self) -> "BlockCirculant":
-        """The transpose: the grid is transposed and every block read backwards, `c[q, p, -k mod b]`."""
+        """The transpose: the grid is transposed and every block is read backwards, `c[q, p, -k mod b]`."""
         return BlockCirculant(c=jnp.roll(jnp.flip(self.c, -1), 1, axis=-1).swapaxes(-3, -2))
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         return _convolve_blocks(x, self.c)
 
     def _dense(self) -> Float[Array, "in out"]:
-        # Row i of a block is a slice of its c written twice: far faster in reverse mode than indexing entries.
+        # Row i of a block is a slice of its c repeated twice. Slices are far faster in reverse mode than indexing.
         b, twice = self.block, jnp.concatenate([self.c, self.c], axis=-1)
         rows = jax.vmap(lambda i: jax.lax.dynamic_slice_in_dim(twice, b - i, b, axis=-1), out_axes=1)(jnp.arange(b))
         return rows.reshape(self.shape)
@@ -161,6 +161,6 @@ def _checked_block(block: int | None, shape: tuple[int, int]) -> int:
     if not isinstance(block, int) or block < 1 or largest % block:
         divisors = ", ".join(str(b) for b in range(1, largest + 1) if largest % b == 0)
         raise UserError(
-            f"BlockCirculant: blocks of {block!r} do not divide both sizes of {m} x {n}; those that do: {divisors}"
+            f"BlockCirculant: blocks of {block!r} do not divide both sizes of {m} x {n}; possible are {divisors}"
         )
     return block

@@ -1,7 +1,8 @@
-"""Circulant matrices, and the Hadamard product of two of them, the paper's update with the best results.
+"""Circulant matrices, and the Hadamard product of two of them: the update with the best results in the paper.
 
-In the paper (arXiv 2406.17740) `W x` with `W = Z_1(c)`, `W[i, j] = c[(i - j) mod N]`. Here `y = x @ M` with `M = W^T`,
-so that `M[i, j] = c[(j - i) mod N]`: the first ROW of `M` is `c`, and `y` is the circular convolution of `x` and `c`.
+The paper (arXiv 2406.17740) writes `W x` with `W = Z_1(c)`, `W[i, j] = c[(i - j) mod N]`. Here `y = x @ M` with
+`M = W^T`, so `M[i, j] = c[(j - i) mod N]`: the first ROW of `M` is `c`, and `y` is the circular convolution of `x` and
+`c`.
 
 Rectangular shapes: an m x n matrix is the top-left m x n block of the circulant of size `N = max(m, n)` and holds N
 numbers. Inputs are padded with zeros and outputs truncated.
@@ -22,7 +23,7 @@ from surm_jax.structured.products.fourier import circular_convolve
 class Circulant(LinearInVector):
     """Circulant matrix `M[i, j] = c[(j - i) mod N]`, N = max(in, out): the transpose of `Z_1(c)` of arXiv 2406.17740.
 
-    `x @ M = irfft(rfft(x) * rfft(c))`: N numbers and O(N log N) operations per row, not N^2 as for dense ones.
+    `x @ M = irfft(rfft(x) * rfft(c))`: N numbers and O(N log N) operations per row; a dense matrix takes N^2 of both.
     Products, sums and Hadamard products of circulants are circulant.
 
     Attributes:
@@ -40,10 +41,11 @@ class Circulant(LinearInVector):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:
-        """Return the circulant nearest to `dense` in the Frobenius norm: `c[k]` is the mean where j - i = k mod N.
+        """Return the circulant nearest to `dense` in the Frobenius norm.
 
-        These wrapped diagonals are disjoint, so their indicator matrices are an orthogonal basis and the projection is
-        a mean. In an m x n block each of the N diagonals has min(m, n) entries. O(m n).
+        `c[k]` is the mean of the entries with j - i = k mod N. These wrapped diagonals are disjoint, so their indicator
+        matrices are an orthogonal basis and the projection is a mean. In an m x n block each of the N diagonals has
+        min(m, n) entries. O(m n).
 
         Raises:
             UserError: `dense` is not a floating-point matrix.
@@ -52,7 +54,7 @@ class Circulant(LinearInVector):
         m, n = dense.shape
         if m > n:
             return cls(c=_reverse(cls.nearest(dense.T).c), shape=(m, n))
-        # Rolling row i back by i turns every wrapped diagonal into a column.
+        # Rolling row i to the left by i places turns every wrapped diagonal into a column.
         rows = jnp.arange(m)[:, None]
         return cls(c=dense[rows, (rows + jnp.arange(n)[None, :]) % n].mean(axis=0), shape=(m, n))
 
@@ -72,8 +74,8 @@ class Circulant(LinearInVector):
 class CirculantPair(Family):
     """Hadamard product of two circulants, `C(r1) o C(r2) = C(r1 * r2)`, of arXiv 2406.17740.
 
-    It trains 2N numbers and stores N. The matrices and their cost are those of `Circulant`, but training takes another
-    path: the two factors let `M` start at zero while one of them is random.
+    Training uses 2N numbers, and `compact` stores N. The matrices and their cost are those of `Circulant`, but training
+    takes another path: `M` starts at zero although one of its two factors is random.
 
     Attributes:
         r1: (N,), N = max(in, out); zero at the start.
@@ -115,7 +117,7 @@ class CirculantPair(Family):
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:
         """Return the nearest circulant (`Circulant.nearest`), factored as `r1 = c`, `r2 = 1`.
 
-        This factorisation is exact, and it has no entry where both factors are zero, which could not learn.
+        This factorisation is exact. It has no entry where both factors are zero, because such an entry could not learn.
 
         Raises:
             UserError: `dense` is not a floating-point matrix.
@@ -125,11 +127,11 @@ class CirculantPair(Family):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small random member, always the same."""
+        """Return a small random member, the same one in every call."""
         return cls.random((6, 6))
 
     def pieces(self) -> list[Piece | str]:
-        """Return both circulants."""
+        """Return both circulants, with the sign of the Hadamard product between them."""
         first, second = (
             Piece(f"Z_1(r_{i})^\\top", {"c": (f"r{i}", ...)}, Circulant(leaf, shape=self.shape))
             for i, leaf in enumerate((self.r1, self.r2), 1)
@@ -138,7 +140,7 @@ class CirculantPair(Family):
 
     @property
     def T(self) -> "CirculantPair":
-        """The transpose: both factors read backwards."""
+        """The transpose: both factors are read backwards."""
         return CirculantPair(r1=_reverse(self.r1), r2=_reverse(self.r2), shape=self.shape[::-1])
 
     def compact(self) -> Circulant:

@@ -1,4 +1,4 @@
-"""The matrix without structure: the building block of bottleneck adapters, and the baseline of comparisons."""
+"""Matrices without structure: the building blocks of bottleneck adapters, and the baseline of comparisons."""
 
 from typing import Self
 
@@ -34,7 +34,7 @@ class Dense(Family):
 
     @property
     def small_residuals(self) -> bool:
-        """True: only `x` is kept."""
+        """True: reverse mode stores only `x`."""
         return True
 
     @property
@@ -45,7 +45,7 @@ class Dense(Family):
 
     @classmethod
     def init(cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32) -> Self:
-        """Return the zero matrix. `M` is linear in `W`, which learns from zero: `key` and `scale` are not used.
+        """Return the zero matrix. `M` is linear in `W`, which can learn from zero: nothing is random.
 
         Args:
             key: Not used.

@@ -1,11 +1,11 @@
-"""f-circulant matrices: wrapped diagonals with a factor f where they wrap; f = -1 is skew-circulant.
+"""f-circulant matrices: wrapped diagonals whose entries are multiplied by f after they wrap around.
 
 In the paper (arXiv 2406.17740) `Z_f(v)` has the first column v, and `Z_f(v)[i, j] = v[i - j]` for i >= j and
-`f * v[N + i - j]` for i < j. Here `y = x @ M` with `M = Z_f(v)^T`, so that the first ROW of `M` is v: f = 1 gives
-`Circulant`, f = 0 the upper triangular Toeplitz matrices.
+`f * v[N + i - j]` for i < j. Here `y = x @ M` with `M = Z_f(v)^T`, so that the first ROW of `M` is v. f = 1 gives
+`Circulant`, f = -1 gives `SkewCirculant`, and f = 0 gives the upper triangular Toeplitz matrices.
 
-Rectangular shapes: an m x n matrix is the top-left m x n block of the one of size `N = max(m, n)` and holds N numbers.
-Inputs are padded with zeros and outputs truncated.
+Rectangular shapes: an m x n matrix is the top-left m x n block of the matrix of size `N = max(m, n)` and holds N
+numbers. Inputs are padded with zeros and outputs truncated.
 """
 
 import math
@@ -25,7 +25,7 @@ from surm_jax.structured.products.fourier import circular_convolve, skew_convolv
 class SkewCirculant(LinearInVector):
     """Skew-circulant matrix `M = Z_{-1}(v)^T` of arXiv 2406.17740: `M[i, j] = v[j - i]`, or `-v[N + j - i]` if j < i.
 
-    `x @ M` is the product of polynomials modulo `z^N + 1`. Numbers and cost are those of `Circulant`: N, O(N log N).
+    `x @ M` is the product of polynomials modulo `z^N + 1`. It has N numbers and costs O(N log N), like `Circulant`.
     Products and sums of skew-circulants are skew-circulant.
 
     Attributes:
@@ -47,8 +47,8 @@ class SkewCirculant(LinearInVector):
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:
         """Return the skew-circulant nearest to `dense` in the Frobenius norm.
 
-        `v[k]` is the mean where j - i = k mod N, as in `Circulant.nearest`, with a minus sign where the diagonal wraps.
-        O(m n).
+        `v[k]` is the mean of the entries with j - i = k mod N, as in `Circulant.nearest`, but with a minus sign for
+        entries that wrap around (j < i). O(m n).
 
         Raises:
             UserError: `dense` is not a floating-point matrix.
@@ -61,7 +61,7 @@ class SkewCirculant(LinearInVector):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small random member, always the same."""
+        """Return a small random member, the same one in every call."""
         return cls.random((5, 8))
 
     @property
@@ -80,10 +80,10 @@ class SkewCirculant(LinearInVector):
 class FCirculant(Family):
     """f-circulant matrix `M = Z_f(v)^T` of arXiv 2406.17740: `M[i, j] = v[j - i]`, or `f * v[N + j - i]` if j < i.
 
-    `Z_f = (1 + f)/2 Z_1 + (1 - f)/2 Z_{-1}` for every real f, so `x @ M` is a circular plus a skew-circular
-    convolution, O(N log N) per row; for f = 1 and f = -1 only one of them. The usual method scales by powers of the Nth
-    root of f to get a circulant; it loses digits as f goes to 0 and fails at f = 0. Rounding errors here are relative
-    to the larger of 1 and abs(f).
+    `Z_f = (1 + f)/2 Z_1 + (1 - f)/2 Z_{-1}` for every real f, so `x @ M` is the sum of a circular and a skew-circular
+    convolution, O(N log N) per row. For f = 1 or f = -1 one of them is enough. The usual method scales by powers of the
+    Nth root of f to get a circulant; it loses digits as f goes to 0 and fails at f = 0. Rounding errors of the method
+    here are relative to the larger of 1 and abs(f).
 
     Attributes:
         v: (N,), N = max(in, out): the first row of `M` (its first column, if transposed).
@@ -117,13 +117,13 @@ class FCirculant(Family):
     def init(
         cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, f: float, dtype: DTypeLike = jnp.float32
     ) -> Self:
-        """Return the zero matrix. `M` is linear in `v`, which learns from zero: `key` and `scale` are not used.
+        """Return the zero matrix. `M` is linear in `v`, which can learn from zero: nothing is random.
 
         Args:
             key: Not used.
             shape: `(in_features, out_features)`.
             scale: Not used.
-            f: The factor of entries that wrap.
+            f: The factor of entries that wrap around.
             dtype: Type of `v`.
 
         Raises:
@@ -136,13 +136,13 @@ class FCirculant(Family):
     def nearest(cls, dense: Float[Array, "in out"], *, f: float) -> Self:
         """Return the f-circulant (not transposed) nearest to `dense` in the Frobenius norm.
 
-        `v[k] = sum(w D) / sum(w^2)` over the entries D of `dense` where j - i = k mod N, with w = f where the diagonal
-        wraps and w = 1 elsewhere: the indicator matrices with these weights are an orthogonal basis. `v[k]` is 0 where
-        no entry depends on it (f = 0 and a diagonal that only wraps). O(m n).
+        `v[k] = sum(w D) / sum(w^2)` over the entries D of `dense` with j - i = k mod N, with w = f for entries that
+        wrap around and w = 1 for others: the indicator matrices with these weights are an orthogonal basis. `v[k]` is 0
+        if no entry depends on it (f = 0, and all entries of the diagonal wrap around). O(m n).
 
         Args:
             dense: (in_features, out_features).
-            f: The factor of entries that wrap. To fit the transposed direction, transpose the target and the result.
+            f: The factor of entries that wrap around. For the transposed direction, transpose target and result.
 
         Raises:
             UserError: `dense` is not a floating-point matrix, or f is not a finite real number.
@@ -154,12 +154,12 @@ class FCirculant(Family):
 
     @property
     def title(self) -> str:
-        """The family's name in tables and pictures; f = 0 has a name of its own."""
+        """The family's name in tables and pictures: triangular Toeplitz for f = 0, otherwise f-circulant."""
         return "triangular Toeplitz" if self.f == 0 else "f-circulant"
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return f = 0, the triangular Toeplitz matrices, which are no circulants."""
+        """Return f = 0 if it is within the budget: triangular Toeplitz matrices, which `Circulant` does not contain."""
         return cls._if_within(shape, budget, {"f": 0.0})
 
     @classmethod
@@ -197,20 +197,20 @@ def _checked_f(f: float) -> float:
 
 
 def _reverse(v: Float[Array, " N"], sign: int) -> Float[Array, " N"]:
-    """Return `v[0], sign v[N-1], ..., sign v[1]`: for f = sign, `Z_f` of it is the transpose of `Z_f(v)`."""
+    """Return `u = (v[0], sign v[N-1], ..., sign v[1])`: for f = sign, `Z_f(u)` is the transpose of `Z_f(v)`."""
     return jnp.concatenate([v[:1], sign * v[:0:-1]])
 
 
 def _diagonal_means(dense: Float[Array, "m n"], f: float, *, transposed: bool) -> Float[Array, " n"]:
-    """Return the best v for a wide or square target, with the weights 1 and f of `FCirculant.nearest`."""
+    """Return the v of `FCirculant.nearest` for a wide or square target: weighted means of the wrapped diagonals."""
     m, n = dense.shape
     i, k = jnp.arange(m)[:, None], jnp.arange(n)[None, :]
-    # Row i, moved so that every wrapped diagonal becomes a column: the column of `dense` before it is reduced mod n.
+    # Row i is shifted so that every wrapped diagonal k becomes a column. j is the column in `dense` before `mod n`.
     j = i - k if transposed else i + k
     entries = dense[i, j % n]
     wraps: Bool[Array, "m n"] = (j < 0) if transposed else (j >= n)
     weights = jnp.where(wraps, jnp.asarray(f, dense.dtype), 1)
-    # In units of the largest weight, so that the squares of very large and very small f stay in range.
+    # Weights are divided by the largest one, so that squares of very large or very small f stay in range.
     unit = jnp.max(jnp.abs(weights), axis=0)
     weights = weights / jnp.where(unit > 0, unit, 1)[None]
     size = jnp.sum(jnp.square(weights), axis=0) * unit

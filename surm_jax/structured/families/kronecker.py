@@ -1,11 +1,11 @@
 """Kronecker products and sums of them: few numbers, and nearly full rank at the default factors.
 
-In the paper (arXiv 2406.17740) `W x` with `W = A (x) B`. Here `y = x @ M` with `M = W^T = A^T (x) B^T`: transposing a
-Kronecker product transposes each factor. So `A` and `B` in this file are the transposes of the paper's. Like `M`,
-they map from their rows to their columns.
+The paper (arXiv 2406.17740) writes `W x` with `W = A (x) B`. Here `y = x @ M` with `M = W^T = A^T (x) B^T`: transposing
+a Kronecker product transposes each factor. So `A` and `B` in this file are the transposes of the paper's factors. Like
+`M`, they map from their rows to their columns.
 
-Rectangular shapes: the sizes of the factors multiply to those of the matrix; nothing is padded. If a size is prime, a
-factor has a single row or column, and the rank may be 1.
+Rectangular shapes: the sizes of the factors multiply to the sizes of the matrix; nothing is padded. If a size is prime,
+a factor has a single row or column, and the rank may be 1.
 """
 
 import math
@@ -30,10 +30,10 @@ FactorShapes = tuple[tuple[int, int], tuple[int, int]]
 class Kronecker(Family):
     """Sum of Kronecker products `M = sum_k A_k (x) B_k`; the transpose of the paper's `W` has each factor transposed.
 
-    `M[i1 m2 + i2, j1 n2 + j2] = sum_k A[k, i1, j1] B[k, i2, j2]`. With a row of x as an m1 x m2 matrix X, the row
-    `x @ M` is `sum_k A_k^T X B_k`. The cheaper of the two products is computed first: k (m1 n1 m2 + n1 m2 n2)
-    multiplications per row if A comes first, k (m1 m2 n2 + m1 n1 n2) if B does; 36,864 at 32 x 24 (x) 24 x 32, against
-    589,824 for the dense 768 x 768. The rank of one product is rank A times rank B.
+    `M[i1 m2 + i2, j1 n2 + j2] = sum_k A[k, i1, j1] B[k, i2, j2]`. If a row of x is written as an m1 x m2 matrix X, the
+    row `x @ M` is `sum_k A_k^T X B_k`, computed in the cheaper order: a row takes k (m1 n1 m2 + n1 m2 n2)
+    multiplications if A comes first, and k (m1 m2 n2 + m1 n1 n2) if B comes first. With factors of 32 x 24 and 24 x 32
+    that is 36,864, while a dense 768 x 768 matrix takes 589,824. The rank of one product is rank A times rank B.
 
     Attributes:
         A: (k, m1, n1); zero at the start.
@@ -92,7 +92,7 @@ class Kronecker(Family):
             key: Draws `B`.
             shape: `(in_features, out_features)`.
             scale: Standard deviation of `B`.
-            terms: How many products are summed, from 1 to the smaller number of entries of a factor.
+            terms: Number of products in the sum, from 1 to min(m1 n1, m2 n2).
             factor_shapes: `((m1, n1), (m2, n2))` with m1 m2 = in_features and n1 n2 = out_features; by default
                 `near_square_factors(shape)`.
             dtype: Type of both factors.
@@ -111,12 +111,12 @@ class Kronecker(Family):
     ) -> Self:
         """Return the sum of `terms` Kronecker products nearest to `dense` in the Frobenius norm.
 
-        Van Loan and Pitsianis (1993): with the entries of `dense` rearranged so that each row is a block of size m2 x
-        n2, `A (x) B` becomes the outer product of the entries of A and B, and a sum of k such products a matrix of rank
-        k. So the optimum is a truncated SVD of a matrix of size m1 n1 x m2 n2, which is also the cost.
+        Van Loan and Pitsianis (1993): if the entries of `dense` are rearranged so that each row is a block of size m2 x
+        n2, `A (x) B` becomes the outer product of the entries of A and B, and a sum of k such products becomes a matrix
+        of rank k. So the optimum is a truncated SVD of a matrix of size m1 n1 x m2 n2. This SVD is the main cost.
 
-        A and B get equal norms, so that both learn at the same speed. A term that the target does not need gets a zero
-        A and a B as large as that of the first term (of norm 1 for a zero target), so that it can still learn.
+        A and B get equal norms, so that both learn at the same speed. If the target does not need a term, its A is zero
+        and its B has the norm of the first term's B (1 for a zero target), so that the term can still learn.
 
         Args:
             dense: (in_features, out_features).
@@ -140,14 +140,14 @@ class Kronecker(Family):
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return as many terms as the budget allows, with the default factors."""
+        """Return the largest number of terms that the budget allows, with the default factors."""
         (m1, n1), (m2, n2) = near_square_factors(shape)
         terms = largest_size(budget // (m1 * n1 + m2 * n2), min(m1 * n1, m2 * n2))
         return {"terms": terms} if terms else None
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small random member, always the same."""
+        """Return a small random member, the same one in every call."""
         return cls.random((12, 12))
 
     def pieces(self) -> list[Piece | str]:
@@ -158,7 +158,7 @@ class Kronecker(Family):
 
     @property
     def T(self) -> "Kronecker":
-        """The transpose: each factor is transposed in its place."""
+        """The transpose: each factor is transposed, and their order stays."""
         return Kronecker(A=self.A.swapaxes(-1, -2), B=self.B.swapaxes(-1, -2))
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -169,17 +169,17 @@ class Kronecker(Family):
 
 
 def factor_piece(name: str, k: int, terms: int) -> Piece:
-    """Return factor k of an array of factors, for a picture."""
+    """Return the piece of a picture for factor k of an array of factors, labelled with k if there are several terms."""
     label = name if len(name) == 1 else f"\\mathrm{{{name}}}"
     return Piece(f"{label}_{k}" if terms > 1 else label, {name: (name, k)})
 
 
 def near_square_factors(shape: tuple[int, int]) -> FactorShapes:
-    """Return the factor shapes with the fewest numbers `m1 n1 + m2 n2`, and among these the highest rank.
+    """Return the factor shapes with the fewest numbers `m1 n1 + m2 n2` and, among these, the highest rank.
 
-    At fixed size the sum is smallest if both factors have equally many numbers, and the rank `min(m1, n1) min(m2, n2)`
-    is largest if they are near square. Among equal shapes A is the tallest, so that its product with an input is the
-    cheaper one.
+    The sum is smallest if both factors have equally many numbers, and the rank `min(m1, n1) min(m2, n2)` is largest if
+    both are near square. If shapes tie in both, the one with the tallest A wins, because its product with an input is
+    cheaper.
 
     Args:
         shape: `(in_features, out_features)`.
@@ -205,12 +205,12 @@ def checked_factors(owner: str, factors: Sequence[Sequence[int]] | None, shape: 
     """Return checked factor shapes; for None, those of `near_square_factors`.
 
     Args:
-        owner: Name of the caller, with which the message starts.
+        owner: Name of the caller, for the start of the message.
         factors: `((m1, n1), (m2, n2))`, or None.
-        shape: What they multiply to.
+        shape: Shape of the product.
 
     Raises:
-        UserError: They are not four positive integers, or do not multiply to the shape.
+        UserError: The factor shapes are not four positive integers, or do not multiply to `shape`.
     """
     if factors is None:
         return near_square_factors(shape)
@@ -230,7 +230,7 @@ def checked_factors(owner: str, factors: Sequence[Sequence[int]] | None, shape: 
 
 
 def check_terms(owner: str, terms: int, factors: FactorShapes) -> None:
-    """Check that a sum of Kronecker products has at least one term and no more than any matrix needs.
+    """Check that a sum of Kronecker products has from 1 to min(m1 n1, m2 n2) terms, which reach every matrix.
 
     Raises:
         UserError: The number of terms is not possible for these factors.
@@ -239,8 +239,8 @@ def check_terms(owner: str, terms: int, factors: FactorShapes) -> None:
     most = min(m1 * n1, m2 * n2)
     if not isinstance(terms, int) or not 1 <= terms <= most:
         raise UserError(
-            f"{owner}: {most} terms of {m1} x {n1} (x) {m2} x {n2} reach every matrix, so terms is from 1 to {most}, "
-            f"but {terms!r} was asked for"
+            f"{owner}: {most} terms of {m1} x {n1} (x) {m2} x {n2} reach every matrix, so terms must be from 1 to "
+            f"{most}, not {terms!r}"
         )
 
 
@@ -248,10 +248,10 @@ def check_terms(owner: str, terms: int, factors: FactorShapes) -> None:
 def _multiply_rows(
     x: Float[Array, "*batch in"], A: Float[Array, "k m1 n1"], B: Float[Array, "k m2 n2"]
 ) -> Float[Array, "*batch out"]:
-    """Return `sum_k A_k^T X B_k` for each row of x as an m1 x m2 matrix X.
+    """Return `sum_k A_k^T X B_k` for each row of x, written as an m1 x m2 matrix X.
 
-    All steps, including the sum over k, are products of two-dimensional matrices, one of which holds all rows. So are
-    the gradients: those of A and B are sums over rows inside a matrix product. Between the products two short axes are
+    All steps, including the sum over k, are products of two-dimensional matrices, one of which holds all rows. The
+    gradients are such products too: for A and B they sum over the rows. Between the products, two short axes are
     exchanged. `einsum` takes about twice the time and memory on CPUs.
     """
     k, m1, n1 = A.shape

@@ -1,7 +1,7 @@
 """Matrices of low displacement rank: between circulant and unrestricted, depending on the rank.
 
-In the paper (arXiv 2406.17740) `W(G, H) = sum_{i<r} Z_1(g_i) Z_{-1}(h_i)`, sums of products of a circulant and a
-skew-circulant matrix. Here `y = x @ M` with `M = W(G, H)^T`: x meets the skew-circulant factor first.
+In the paper (arXiv 2406.17740) `W(G, H) = sum_{i<r} Z_1(g_i) Z_{-1}(h_i)` is a sum of products of a circulant and a
+skew-circulant matrix. Here `y = x @ M` with `M = W(G, H)^T`: x is multiplied by the skew-circulant factor first.
 
 Everything here follows from the displacement equation
 
@@ -12,7 +12,7 @@ which holds since circulants commute with `Z_1` and skew-circulants with `Z_{-1}
 determines W: a matrix is `W(G, H)` with r columns exactly if its displacement has rank at most r. Along the diagonals
 the equation is a recurrence, which gives the dense form. A truncated SVD of the displacement of a matrix gives G and H.
 
-Rectangular shapes: an m x n matrix is the top-left m x n block of the one of size `N = max(m, n)`. Inputs are padded
+Rectangular shapes: an m x n matrix is the top-left m x n block of the matrix of size `N = max(m, n)`. Inputs are padded
 with zeros and outputs truncated.
 """
 
@@ -38,8 +38,8 @@ from surm_jax.structured.products.fourier import inverse_skew_fft, skew_fft
 class LowDisplacementRank(Family):
     """Matrix of displacement rank at most r, `M = W(G, H)^T = sum_i Z_{-1}(h_i)^T Z_1(g_i)^T` of arXiv 2406.17740.
 
-    2Nr numbers, N = max(in, out). r = 1 holds every circulant and skew-circulant matrix, r = 2 every Toeplitz matrix
-    and the inverse of a square one, r = min(in, out) every matrix.
+    It has 2Nr numbers, N = max(in, out). With r = 1 it can be any circulant or skew-circulant matrix, with r = 2 any
+    Toeplitz matrix or the inverse of a square one, and with r = min(in, out) any matrix.
 
     `x @ M` takes 2r + 2 real FFTs of length N per row: one of `x`, two for each term, and one inverse for the sum of
     all terms, which is computed in the spectrum. Reverse mode takes as many again. The dense form takes O(m n r)
@@ -50,7 +50,7 @@ class LowDisplacementRank(Family):
         H: (N, r), the first columns of the skew-circulant factors; random at the start.
         shape: `(in_features, out_features)`.
         transposed: Whether `M = W(G, H)` instead of its transpose. The transpose of `W(G, H)` has the factors in the
-            other order, and takes up to r + 2 terms in this one, so the structure stores the direction.
+            other order and would need up to r + 2 terms in this order, so the structure stores the direction.
 
     >>> g, h = jnp.array([[1.0], [2.0], [3.0]]), jnp.array([[1.0], [0.0], [0.0]])
     >>> LowDisplacementRank(G=g, H=h, shape=(3, 3)).to_dense()  # the circulant of g
@@ -109,21 +109,21 @@ class LowDisplacementRank(Family):
     def nearest(cls, dense: Float[Array, "in out"], *, rank: int, steps: int = 200, progress: bool = False) -> Self:
         """Return the nearest `W(G, H)^T` that a search finds; the optimum has no closed form.
 
-        The search starts from the truncated SVD of the displacement, and from a random point with the norm of the
-        target, the same one in every call. It refines both with `steps` steps of `surm_jax.structured.refine` and
-        returns the best multiple of the nearer one. So the result is never worse than either search or the zero matrix.
-        Without steps the multiple matters, since the SVD itself is often worse than zero.
+        Two searches start from the truncated SVD of the displacement, and from a random point with the norm of the
+        target, the same point in every call. Each takes `steps` steps of `surm_jax.structured.refine`. The result is
+        the best multiple of the nearer matrix, so it is never worse than either search or the zero matrix. Without
+        steps the multiple matters, because the SVD itself is often worse than zero.
 
         The result is exact without any step for every target if the rank is at least min(m, n), for Toeplitz targets if
-        the rank is at least 2, and for square targets whose displacement has this rank.
+        the rank is at least 2, and for square targets whose displacement has at most this rank.
 
-        O(N^3) for the SVD and O(m n rank) a step.
+        The cost is O(N^3) for the SVD and O(m n rank) per step.
 
         Args:
             dense: (in_features, out_features).
             rank: From 1 to the larger of the two sizes.
-            steps: The most steps of each search. With 0 it is the better one of the two starts.
-            progress: Shows a bar for each search.
+            steps: Largest number of steps of each search. With 0 the better of the two starts is used.
+            progress: Whether to show a bar for each search.
 
         Raises:
             UserError: `dense` is not a floating-point matrix or holds numbers that are not finite, or the rank or the
@@ -148,7 +148,7 @@ class LowDisplacementRank(Family):
         return {"rank": 1}, {"rank": 4}
 
     def pieces(self) -> list[Piece | str]:
-        """Return the circulant and the skew-circulant factor of the first terms, in the order in which x meets them."""
+        """Return the circulant and the skew-circulant factor of the first terms, in the order of `x @ M`."""
         size, power = max(self.shape), "" if self.transposed else "^\\top"
 
         def factor(name: str, f: float, i: int) -> Piece:
@@ -187,7 +187,7 @@ def _check_rank(rank: int, shape: tuple[int, int]) -> None:
 
 @batch_local
 def _product(x: Float[Array, "*batch m"], G: Float[Array, "N r"], H: Float[Array, "N r"]) -> Float[Array, "*batch N"]:
-    """Return `x @ W(G, H)^T`, that is `W x` for every row of `x`."""
+    """Return `x @ W(G, H)^T`, which is the paper's `W x` for every row of `x`."""
     N = G.shape[0]
     G_hat, H_hat = _for_terms(jnp.fft.rfft(G.T), x), _for_terms(skew_fft(H.T, N), x)
     terms = inverse_skew_fft(jnp.expand_dims(skew_fft(x, N), -2) * H_hat, N)
@@ -198,7 +198,7 @@ def _product(x: Float[Array, "*batch m"], G: Float[Array, "N r"], H: Float[Array
 def _transposed_product(
     x: Float[Array, "*batch m"], G: Float[Array, "N r"], H: Float[Array, "N r"]
 ) -> Float[Array, "*batch N"]:
-    """Return `x @ W(G, H)`: the transposed factors in the other order, whose spectra are the conjugates."""
+    """Return `x @ W(G, H)`: the order of the factors is reversed, and transposing them conjugates their spectra."""
     N = G.shape[0]
     G_hat, H_hat = _for_terms(jnp.fft.rfft(G.T), x).conj(), _for_terms(skew_fft(H.T, N), x).conj()
     terms = jnp.fft.irfft(jnp.expand_dims(jnp.fft.rfft(x, n=N), -2) * G_hat, n=N)
@@ -211,11 +211,11 @@ def _for_terms(spectra: Array, x: Array) -> Array:
 
 
 def _block(G: Float[Array, "N r"], H: Float[Array, "N r"], rows: int, columns: int) -> Float[Array, "rows columns"]:
-    """Return the top-left block of `W(G, H)`, with N rows or N columns.
+    """Return the top-left block of `W(G, H)`. It must have N rows or N columns.
 
-    By the displacement equation, column k + 1 of W is column k shifted down by one place, minus `2 G (J h)_k`, and row
-    a is `row a - 1, minus 2 G_a (J H)^T`, shifted by one place with a change of sign. So the block is its first column
-    or row plus a sum of shifted outer products.
+    By the displacement equation, column k + 1 of W is column k shifted down by one place, minus `2 G (J h)_k`. Row a is
+    the difference of row a - 1 and `2 G_a (J H)^T`, shifted by one place with a change of sign. So the block is its
+    first column or row plus a sum of shifted outer products.
     """
     N = G.shape[0]
     unit = jnp.zeros(N, G.dtype).at[0].set(1)
@@ -237,11 +237,10 @@ def _rolling_sums(
 
 
 def _running_sums(rows: Float[Array, "k N"]) -> Float[Array, "k N"]:
-    """Return the sum of the first i + 1 rows, for every i.
+    """Return the cumulative sums of the rows: row i of the result is the sum of rows 0 to i.
 
-    It is computed by matrix products on two levels, within blocks of about `sqrt(k)` rows and over the blocks.
-    `jnp.cumsum` takes twice as long on a CPU, forward and backward, and a loop would start one kernel per row on an
-    accelerator.
+    Matrix products compute them on two levels: within blocks of about `sqrt(k)` rows, and over the blocks. `jnp.cumsum`
+    takes twice as long on a CPU, forward and backward, and a loop would start one kernel per row on an accelerator.
     """
     k, N = rows.shape
     size = math.isqrt(k - 1) + 1
@@ -253,14 +252,14 @@ def _running_sums(rows: Float[Array, "k N"]) -> Float[Array, "k N"]:
 
 
 def _turned_back_rows(rows: Float[Array, "k N"], sign: int) -> Float[Array, "k N"]:
-    """Return the rows, row i shifted back by i places; k <= N. It avoids a gather, whose gradient is a slow scatter."""
+    """Return the rows with row i shifted left by i places, k <= N, without a gather: its gradient is a slow scatter."""
     k, N = rows.shape
     wide = jnp.concatenate([rows, sign * rows[:, : k - 1]], axis=1).reshape(-1)
     return jnp.pad(wide, (0, k)).reshape(k, N + k)[:, :N]
 
 
 def _turned_rows(rows: Float[Array, "k N"], sign: int) -> Float[Array, "k N"]:
-    """Return the rows, row i shifted by i places; the transpose and the inverse of `_turned_back_rows`."""
+    """Return the rows with row i shifted right by i places: the transpose and the inverse of `_turned_back_rows`."""
     k, N = rows.shape
     wide = jnp.pad(rows, ((0, 0), (0, k))).reshape(-1)[:-k].reshape(k, N + k - 1)
     return wide[:, :N] + jnp.pad(sign * wide[:, N:], ((0, 0), (0, N - k + 1)))
@@ -268,12 +267,12 @@ def _turned_rows(rows: Float[Array, "k N"], sign: int) -> Float[Array, "k N"]:
 
 @functools.partial(jax.jit, static_argnames="rank")
 def _from_displacement(dense: Float[Array, "in out"], rank: int) -> LowDisplacementRank:
-    """Return the matrix whose displacement is the truncated SVD of that of `dense`."""
+    """Return the matrix whose displacement is the truncated SVD of the displacement of `dense`."""
     W = _completed(dense)
     displacement = jnp.roll(W, 1, axis=0) - jnp.concatenate([W[:, 1:], -W[:, :1]], axis=1)
     U, S, Vt = jnp.linalg.svd(displacement / 2)
     largest = jnp.where(S[0] > 0, S[0], 1)
-    # A term of rounding errors gets an H of full size, so that its G can learn.
+    # A term whose singular value is only rounding error gets an H of full size, so that its G can learn.
     empty = S.size * jnp.finfo(S.dtype).eps * largest >= S
     norms = jnp.sqrt(jnp.where(empty, largest, S))[None, :rank]
     G, JH = U[:, :rank] * (S[None, :rank] / norms), Vt[:rank].T * norms
@@ -282,9 +281,10 @@ def _from_displacement(dense: Float[Array, "in out"], rank: int) -> LowDisplacem
 
 
 def _completed(dense: Float[Array, "in out"]) -> Float[Array, "N N"]:
-    """Return a square W with `W^T = dense` in its block, whose displacement has one row or column outside it.
+    """Return a square W whose transpose has `dense` as its top-left block, and continues it along the diagonals.
 
-    So Toeplitz blocks stay Toeplitz, and the displacement rank is at most min(m, n).
+    Outside the block, only one row or column of the displacement of W is not zero. So a Toeplitz `dense` gives a
+    Toeplitz W, and the displacement rank is at most min(m, n).
     """
     m, n = dense.shape
     if m <= n:
@@ -297,9 +297,9 @@ def _completed(dense: Float[Array, "in out"]) -> Float[Array, "N N"]:
 
 @functools.partial(jax.jit, static_argnames="rank")
 def _random(dense: Float[Array, "in out"], rank: int) -> LowDisplacementRank:
-    """Return a matrix of random G and H that has the norm of `dense` on average."""
+    """Return a matrix with random G and H, scaled to have the norm of `dense` on average."""
     G, H = jax.random.normal(jax.random.key(0), (2, max(dense.shape), rank), dense.dtype)
-    # The entries of W have the variance r N.
+    # Before scaling, the entries of W have the variance r N.
     unit = _largest(dense)
     scale = jnp.sqrt(unit) * (jnp.mean(jnp.square(dense / unit)) / (rank * max(dense.shape))) ** 0.25
     m, n = dense.shape
@@ -308,7 +308,7 @@ def _random(dense: Float[Array, "in out"], rank: int) -> LowDisplacementRank:
 
 @jax.jit
 def _nearer(one: LowDisplacementRank, other: LowDisplacementRank, dense: Float[Array, "in out"]) -> LowDisplacementRank:
-    """Return the nearest to `dense` among two matrices and their best multiples."""
+    """Return the matrix nearest to `dense` among two matrices and the best multiple of each."""
     unit = _largest(dense)
     target = dense / unit
     points, distances = [], []
@@ -323,6 +323,6 @@ def _nearer(one: LowDisplacementRank, other: LowDisplacementRank, dense: Float[A
 
 
 def _largest(dense: Float[Array, "in out"]) -> Float[Array, ""]:
-    """Return the largest entry, a unit in which squares neither vanish nor overflow; 1 if all are zero."""
+    """Return the largest absolute entry, or 1 if all are zero: a unit in which squares neither vanish nor overflow."""
     largest = jnp.max(jnp.abs(dense))
     return jnp.where(largest > 0, largest, 1)

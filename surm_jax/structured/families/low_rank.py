@@ -15,8 +15,8 @@ from surm_jax.structured.families.base import Family, checked_dense, family, lar
 class LowRank(Family):
     """Matrix of rank at most r, `M = down @ up`; the paper (arXiv 2406.17740) writes its transpose, `W = A B^T`.
 
-    `x @ M = (x @ down) @ up`: r (in + out) numbers, and as many multiplications a row. `down` is the paper's B and the
-    `lora_A` of Flax, `up` is the paper's A^T and the `lora_B` of Flax.
+    `x @ M = (x @ down) @ up` takes r (in + out) numbers, and as many multiplications per row. `down` is the paper's B
+    and the `lora_A` of Flax; `up` is the paper's A^T and the `lora_B` of Flax.
 
     Attributes:
         down: (in_features, r); random at the start.
@@ -47,7 +47,7 @@ class LowRank(Family):
 
     @property
     def small_residuals(self) -> bool:
-        """True: besides `x`, only `x @ down` is kept."""
+        """True: reverse mode stores only `x` and `x @ down`."""
         return True
 
     @property
@@ -70,7 +70,7 @@ class LowRank(Family):
             key: Draws `down`.
             shape: `(in_features, out_features)`.
             scale: Standard deviation of `down`.
-            rank: Columns of `down`, from 1 to the smaller of the two sizes.
+            rank: Number of columns of `down`, from 1 to min(in_features, out_features).
             dtype: Type of both factors.
 
         Raises:
@@ -85,12 +85,12 @@ class LowRank(Family):
         """Return the matrix of rank at most `rank` nearest to `dense` in the Frobenius norm: the truncated SVD.
 
         Eckart and Young (1936). With `dense = U S V^T`, `down` gets the leading columns of U and `up` the leading rows
-        of S V^T. As at the start of training, `down` is never zero, so that directions which the target leaves empty
-        can still learn. O(m n min(m, n)).
+        of S V^T. No column of `down` is zero, as at the start of training, so that directions that the target does not
+        use can still learn. O(m n min(m, n)).
 
         Args:
             dense: (in_features, out_features).
-            rank: From 1 to the smaller of the two sizes.
+            rank: From 1 to min(in_features, out_features).
 
         Raises:
             UserError: `dense` is not a floating-point matrix, or the rank is not possible for it.
@@ -115,7 +115,7 @@ class LowRank(Family):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small random member, always the same."""
+        """Return a small random member, the same one in every call."""
         return cls.random((8, 6), rank=1)
 
     def pieces(self) -> list[Piece | str]:
@@ -124,7 +124,7 @@ class LowRank(Family):
 
     @property
     def T(self) -> "LowRank":
-        """The transpose: the transposed factors change places."""
+        """The transpose: the factors are transposed and change places."""
         return LowRank(down=self.up.swapaxes(-1, -2), up=self.down.swapaxes(-1, -2))
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:

@@ -1,9 +1,9 @@
 """Sums of Kronecker products whose second factor has low rank: the updates of LoKr, Compacter and KAdaptation.
 
-LoKr (arXiv 2309.14859) has one product, with a B of some rank; the parameterised hypercomplex layers of Compacter
-(arXiv 2106.04647) and KAdaptation (arXiv 2203.16329) have k of them, with k x k matrices A and B of rank 1. They write
-`W x`. Here `y = x @ M` with `M = W^T`: as in `Kronecker`, each factor is the transpose of theirs and maps from its
-rows to its columns.
+LoKr (arXiv 2309.14859) has one product, whose B has a chosen rank. The parameterised hypercomplex layers of Compacter
+(arXiv 2106.04647) and KAdaptation (arXiv 2203.16329) have k products, where A is k x k and B has rank 1. These papers
+write `W x`. Here `y = x @ M` with `M = W^T`: as in `Kronecker`, each factor is the transpose of the papers' factor and
+maps from its rows to its columns.
 
 Rectangular shapes: as in `Kronecker`; nothing is padded.
 """
@@ -31,10 +31,10 @@ from surm_jax.structured.fit import refine
 
 @family
 class LowRankKronecker(Family):
-    """Sum of Kronecker products `M = sum_k A_k (x) (down_k up_k)`, the second factors of rank r at most.
+    """Sum of Kronecker products `M = sum_k A_k (x) (down_k up_k)`, whose second factors have rank at most r.
 
-    k (m1 n1 + r (m2 + n2)) numbers. A row of x costs what it costs with the `Kronecker` of `B_k = down_k up_k`,
-    which are formed once for all rows. The rank of one product is rank A times r.
+    It has k (m1 n1 + r (m2 + n2)) numbers. The matrices `B_k = down_k up_k` are formed once for all rows. Then a row of
+    x costs as much as with `Kronecker`. The rank of one product is at most rank A times r.
 
     Attributes:
         A: (k, m1, n1); zero at the start.
@@ -101,19 +101,20 @@ class LowRankKronecker(Family):
         factor_shapes: FactorShapes | None = None,
         dtype: DTypeLike = jnp.float32,
     ) -> Self:
-        """Return the zero matrix: `A = 0`, `down` and `up` are `scale * N(0, 1)`. With two at zero nothing would learn.
+        """Return the zero matrix: `A = 0`, and `down` and `up` are `scale * N(0, 1)`.
 
-        An entry of `down_k up_k` has the standard deviation `scale^2 sqrt(rank)`.
+        If two of the three arrays were zero, none would ever learn. An entry of `down_k up_k` has the standard
+        deviation `scale^2 sqrt(rank)`.
 
         Args:
             key: Draws `down` and `up`.
             shape: `(in_features, out_features)`.
             scale: Standard deviation of `down` and of `up`.
-            rank: Of the second factors, from 1 to min(m2, n2).
-            terms: How many products are summed, from 1 to the smaller number of entries of a factor.
+            rank: Rank of the second factors, from 1 to min(m2, n2).
+            terms: Number of products in the sum, from 1 to min(m1 n1, m2 n2).
             factor_shapes: `((m1, n1), (m2, n2))` with m1 m2 = in_features and n1 n2 = out_features; by default
                 `near_square_factors(shape)`.
-            dtype: Type of all three.
+            dtype: Type of all three arrays.
 
         Raises:
             UserError: The shape is not two positive integers, or the factors, the terms or the rank are not possible
@@ -140,22 +141,23 @@ class LowRankKronecker(Family):
     ) -> Self:
         """Return the nearest such matrix that a search finds; the optimum has no closed form.
 
-        The search starts from `Kronecker.nearest` with every B truncated by SVD. This start is the optimum at full rank
-        min(m2, n2), and for a target that is one product of this rank. It is refined with `steps` steps of
-        `surm_jax.structured.refine`. The result is never further from the target than the start or zero.
+        The search starts from `Kronecker.nearest` with every B truncated by SVD, and takes `steps` steps of
+        `surm_jax.structured.refine`. The start is already the optimum if the rank is min(m2, n2), or if the target is
+        one product whose B has at most this rank. The result is never further from the target than the start or zero.
 
-        At the start A and B, and down and up, get equal norms. For a term or a direction that the target does not need,
-        A or up is zero and the others are not, so that it can still learn.
+        At the start, A and B have equal norms, and so have down and up. If the target does not need a term, its A is
+        zero; if it does not need a direction of a term, its part of up is zero. The other arrays are not zero there, so
+        the term or direction can still learn.
 
-        O(m n min(m1 n1, m2 n2)) for the SVD and O(m n terms) a step.
+        The cost is O(m n min(m1 n1, m2 n2)) for the SVD and O(m n terms) per step.
 
         Args:
             dense: (in_features, out_features).
             rank: As in `init`.
             terms: As in `init`.
             factor_shapes: As in `init`.
-            steps: The most steps of the search.
-            progress: Shows a bar.
+            steps: Largest number of steps of the search.
+            progress: Whether to show a bar.
 
         Raises:
             UserError: `dense` is not a floating-point matrix or holds numbers that are not finite, or the factors, the
@@ -164,7 +166,7 @@ class LowRankKronecker(Family):
         dense = checked_dense(cls.__name__, dense)
         m, n = dense.shape
         factors = _checked_sizes((m, n), rank, terms, factor_shapes)
-        # The arrays scale with different powers of the target's size, so the search works in one unit.
+        # The search divides the target by its largest entry, because A, down and up scale with different powers of it.
         unit = jnp.max(jnp.abs(dense))
         unit = jnp.where(unit > 0, unit, 1)
         start = _truncated(Kronecker.nearest(dense / unit, terms=terms, factor_shapes=factors), rank)
@@ -187,7 +189,7 @@ class LowRankKronecker(Family):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small random member, always the same."""
+        """Return a small random member, the same one in every call."""
         return cls.random((8, 8), rank=1, factor_shapes=((2, 2), (4, 4)))
 
     def pieces(self) -> list[Piece | str]:
@@ -236,9 +238,9 @@ def _check_rank(rank: int, factors: FactorShapes) -> None:
 
 @functools.partial(jax.jit, static_argnames="rank")
 def _truncated(matrix: Kronecker, rank: int) -> LowRankKronecker:
-    """Return the matrix with every B replaced by the nearest product of this rank, whose factors have equal norms."""
+    """Return the matrix with every B replaced by its nearest `down @ up` of this rank, with factors of equal norms."""
     U, S, Vt = jnp.linalg.svd(matrix.B, full_matrices=False)
-    largest = S[:, :1]  # not zero: no B of `Kronecker.nearest` is
+    largest = S[:, :1]  # never zero, because `Kronecker.nearest` returns no zero B
     empty = max(matrix.B.shape[1:]) * jnp.finfo(S.dtype).eps * largest >= S
     norm = jnp.sqrt(jnp.where(empty, largest, S))[:, None, :rank]
     up = Vt[:, :rank] * (S[:, None, :rank] / norm).swapaxes(1, 2)

@@ -1,9 +1,10 @@
-"""A small matrix written over a large one in tiles: MoRA's update (arXiv 2405.12130), of high rank for few numbers.
+"""Large matrices tiled with copies of a small one: MoRA's update (arXiv 2405.12130), of high rank for few numbers.
 
-MoRA multiplies a compressed input with a small square matrix and decompresses the result. Neither step has parameters,
-so the whole is one matrix, linear in the small one. The paper does not say what happens if its side does not divide the
-sizes. Here, as in the released code (https://github.com/kongds/MoRA), the input is continued by its own first features
-to whole chunks, and the output is cut.
+MoRA multiplies a compressed input by a small square matrix and decompresses the result. Compression and decompression
+have no parameters, so the whole is one matrix that is linear in the small one. The paper does not say what happens if
+the side of the small matrix does not divide the sizes. Here, as in the released code
+(https://github.com/kongds/MoRA), the input is filled up to whole chunks with its own first features, and the output is
+cut.
 """
 
 import dataclasses
@@ -24,26 +25,27 @@ from surm_jax.structured.families.base import Family, checked_dense, family
 
 @family
 class Tiled(Family):
-    """Matrix made of copies of a small `M`, as MoRA (arXiv 2405.12130) writes them; `lora_A.weight` there is `M^T`.
+    """Matrix made of copies of a small `M`, the update of MoRA (arXiv 2405.12130); its `lora_A.weight` is `M^T`.
 
-    Below, a row of x is continued by itself, x[i] = x[i - in] from i = in on, up to the end of its last chunk of p.
+    In the formulas, a row of x continues with its own first features, x[i] = x[i - in] for i >= in, to the end of its
+    last chunk of p features.
 
-    - Sharing (equation 6, type 1 of the released code): the features that are equal modulo p are summed, and the p'
-      results repeated along the output, `y[j] = sum_i x[i] M[i mod p, j mod p']`. Where p divides in, the dense form is
-      `M[i mod p, j mod p']`; otherwise the rows of the features that continue the last chunk have a second term. The
-      rank is that of M. in + p p' + out operations a row.
-    - Rotation (equation 9, type 6): chunk c of x, `x[c p : (c + 1) p]`, is turned by the angles `c / 10000^(2a / p)`
+    - Sharing (equation 6, type 1 of the released code): features whose indices are equal modulo p are summed, and the
+      p' results are repeated along the output, `y[j] = sum_i x[i] M[i mod p, j mod p']`. If p divides in, the dense
+      form is `M[i mod p, j mod p']`. Otherwise the features that fill the last chunk are used twice, so their rows are
+      sums of two rows. The rank is that of M. A row takes in + p p' + out operations.
+    - Rotation (equation 9, type 6): chunk c of x, `x[c p : (c + 1) p]`, is rotated by the angles `c / 10000^(2a / p)`
       of a rotary position embedding (arXiv 2104.09864) in the planes of its entries a and a + p / 2, a < p / 2, and
-      multiplied with M. The results one after the other are the output: cut where they are too long, repeated where
-      they are too short. So chunk c goes to chunk c, and the rank is up to min(in, out). Where out p < in p', the
-      features after the first out p / p' have no effect. in p' multiplications a row.
+      multiplied by M. The results are concatenated to the output, which is cut if it is too long, and repeated if it is
+      too short. So chunk c of x gives chunk c of y, and the rank is up to min(in, out). If out p < in p', the features
+      after the first out p / p' have no effect. A row takes in p' multiplications.
 
     Attributes:
         M: (p, p'), p <= in and p' <= out, even p for rotation; zero at the start. Square in the paper.
         shape: `(in_features, out_features)`.
-        rotate: Whether to rotate instead of sharing.
-        transposed: Whether this is the transpose. Only chunks of the input are continued and rotated, so the structure
-            stores the direction.
+        rotate: Whether to use rotation instead of sharing.
+        transposed: Whether this is the transpose of the matrix in the formulas. These continue and rotate only chunks
+            of the input, so the structure stores the direction.
 
     >>> Tiled(jnp.array([[1.0, 2.0], [3.0, 4.0]]), shape=(4, 5)).to_dense()
     Array([[1., 2., 1., 2., 1.],
@@ -69,18 +71,18 @@ class Tiled(Family):
         m, n = self._forward_shape
         if not (1 <= p <= m and 1 <= q <= n) or (self.rotate and p % 2):
             raise UserError(
-                f"Tiled: M must have a shape from 1 x 1 to {m} x {n}{', of an even number of rows' * self.rotate}, "
+                f"Tiled: M must have a shape from 1 x 1 to {m} x {n}{', with an even number of rows' * self.rotate}, "
                 f"not {p} x {q}"
             )
 
     @property
     def side(self) -> int:
-        """Rows or columns of `M`, whichever are more."""
+        """The number of rows or columns of `M`, whichever is larger."""
         return max(self.M.shape[-2:])
 
     @property
     def small_residuals(self) -> bool:
-        """True for sharing, which keeps the compressed input, (..., p); rotation keeps all of it."""
+        """True for sharing, which stores the compressed input, (..., p). Rotation stores the whole rotated input."""
         return not self.rotate
 
     @classmethod
@@ -94,15 +96,15 @@ class Tiled(Family):
         rotate: bool = False,
         dtype: DTypeLike = jnp.float32,
     ) -> Self:
-        """Return the zero matrix. It is linear in `M`, which learns from zero: `key` and `scale` are not used.
+        """Return the zero matrix. It is linear in `M`, which can learn from zero: nothing is random.
 
         Args:
             key: Not used.
             shape: `(in_features, out_features)`.
             scale: Not used.
-            side: Rows and columns of `M`, at most as many as there are features. It must be even for rotation.
-                `tiled_side` gives that of the paper.
-            rotate: Whether to rotate instead of sharing.
+            side: Number of rows and columns of `M`. If the matrix has fewer rows or columns, so has `M`. The side must
+                be even for rotation. `tiled_side` returns the paper's side.
+            rotate: Whether to use rotation instead of sharing.
             dtype: Type of `M`.
 
         Raises:
@@ -115,14 +117,14 @@ class Tiled(Family):
     def nearest(cls, dense: Float[Array, "in out"], *, side: int, rotate: bool = False) -> Self:
         """Return the tiled matrix (not transposed) nearest to `dense` in the Frobenius norm.
 
-        The matrix is linear in `M`, and each column of M has copies among the columns of the dense form:
+        The matrix is linear in `M`, and the dense form repeats every column of M:
 
-        - Rotation: the blocks of the dense form are M, rotated. The best M is the mean of the target's blocks, rotated
-          back.
-        - Sharing: all copies go through the same in x p matrix P of compression. The best M is the pseudo-inverse of P
-          times the mean of the target's columns. If p divides in, this is the mean of the tiles.
+        - Rotation: the blocks of the dense form are rotated copies of M. The best M is the mean of the target's blocks,
+          rotated back.
+        - Sharing: all copies of a column are multiplied by the same in x p compression matrix P. The best M is the
+          pseudo-inverse of P times the mean of the target's columns. If p divides in, this is the mean of the tiles.
 
-        O(in * out * p) for sharing and O(in * out) for rotation.
+        The cost is O(in * out * p) for sharing and O(in * out) for rotation.
 
         Args:
             dense: (in_features, out_features).
@@ -149,13 +151,13 @@ class Tiled(Family):
 
     @classmethod
     def options_from(cls, shape: tuple[int, int], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a side with as many numbers as LoRA of the rank in the settings (`tiled_side`)."""
+        """Return the side with as many numbers as LoRA with `settings["rank"]` has; see `tiled_side`."""
         return {"side": tiled_side(shape, settings["rank"])}
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
         """Return the largest side that the budget allows."""
-        # A side beyond one of the sizes counts only in the other direction.
+        # If the side exceeds the smaller size of the matrix, M only grows along the larger one.
         square = math.isqrt(max(0, budget))
         side = square if square <= min(shape) else min(budget // min(shape), max(shape))
         return {"side": side} if side else None
@@ -168,7 +170,7 @@ class Tiled(Family):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small random member, always the same."""
+        """Return a small random member, the same one in every call."""
         return cls.random((6, 8), side=3)
 
     @property
@@ -178,7 +180,7 @@ class Tiled(Family):
 
     @property
     def _forward_shape(self) -> tuple[int, int]:
-        """The shape of the matrix in the formulas of the class: this one, or its transpose."""
+        """The shape of the matrix in the formulas of the class, which is this matrix or its transpose."""
         return self.shape[::-1] if self.transposed else self.shape
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -189,7 +191,7 @@ class Tiled(Family):
             h = _repeat(x, count * p)
             h = _turn(h.reshape(*x.shape[:-1], count, p), 1) if self.rotate else _fold(h, p)
             return _repeat((h @ self.M).reshape(*x.shape[:-1], count * q if self.rotate else q), n)
-        # The adjoint of each step, in reverse: `_fold` and `_repeat` are the adjoints of each other.
+        # The adjoint of each step, in reverse order. `_fold` and `_repeat` are adjoints of each other.
         if not self.rotate:
             return _fold(_repeat(_fold(x, q) @ self.M.T, count * p), m)
         h = _fold(x, count * q).reshape(*x.shape[:-1], count, q) @ self.M.T
@@ -199,7 +201,7 @@ class Tiled(Family):
         m, n = self._forward_shape
         p, q = self.M.shape
         count = _chunks((m, n), (p, q), self.rotate)
-        # Transposed: (out, in).
+        # W is the transpose of the dense form, (out, in).
         if self.rotate:
             blocks = _turn(jnp.broadcast_to(self.M.T[:, None], (q, count, p)), -1)
             diagonal = jnp.eye(count, dtype=blocks.dtype)[:, None, :, None] * blocks[None]
@@ -213,8 +215,8 @@ class Tiled(Family):
 def tiled_side(shape: tuple[int, int], rank: int, *, rotate: bool = False) -> int:
     """Return the side of a square with as many numbers as LoRA of this rank: `sqrt((in + out) rank)`, MoRA's r-hat.
 
-    It is rounded as in the released code: to the nearest integer (in the paper to the next lower one), and for rotation
-    then down to an even one.
+    It is rounded to the nearest integer as in the released code, while the paper rounds down. For rotation it is then
+    rounded down to an even integer, at least 2.
 
     Args:
         shape: `(in_features, out_features)`.
@@ -222,7 +224,7 @@ def tiled_side(shape: tuple[int, int], rank: int, *, rotate: bool = False) -> in
         rotate: Whether the side is for rotation.
 
     Raises:
-        UserError: The shape is not two positive integers, or the rank is not one.
+        UserError: The shape is not two positive integers, or the rank is not a positive integer.
 
     >>> tiled_side((768, 768), rank=1), tiled_side((768, 768), rank=1, rotate=True)
     (39, 38)
@@ -235,7 +237,7 @@ def tiled_side(shape: tuple[int, int], rank: int, *, rotate: bool = False) -> in
 
 
 def _sizes(shape: tuple[int, int], side: int, rotate: bool) -> tuple[int, int]:
-    """Return the sizes of M within a matrix of this shape."""
+    """Return the shape of M in a matrix of this shape: `side` in both directions, but no larger than the matrix."""
     m, n = shape
     if not isinstance(side, int) or side < 1:
         raise UserError(f"Tiled: side must be a positive integer, not {side!r}")
@@ -243,14 +245,14 @@ def _sizes(shape: tuple[int, int], side: int, rotate: bool) -> tuple[int, int]:
         return min(side, m), min(side, n)
     if side % 2 or m < 2:
         raise UserError(
-            f"Tiled: rotation turns pairs of features, so that side must be even and in_features at least 2, "
+            f"Tiled: rotation turns pairs of features, so side must be even and in_features at least 2, "
             f"not {side} and {m}"
         )
     return min(side, m - m % 2), min(side, n)
 
 
 def _chunks(shape: tuple[int, int], sizes: tuple[int, int], rotate: bool) -> int:
-    """Return how many chunks of the input are read; with rotation at most as many as fit into the output."""
+    """Return how many chunks of the input are used: all, or with rotation at most as many as fit into the output."""
     (m, n), (p, q) = shape, sizes
     return min(-(-m // p), -(-n // q)) if rotate else -(-m // p)
 
@@ -261,19 +263,19 @@ def _repeat(x: Float[Array, "*batch k"], n: int) -> Float[Array, "*batch n"]:
     copies = -(-n // k)
     if copies == 1:
         return x[..., :n]
-    # XLA fuses nothing into a concatenation.
+    # Broadcast and not concatenate, because XLA fuses nothing into a concatenation.
     return jnp.broadcast_to(x[..., None, :], (*batch, copies, k)).reshape(*batch, copies * k)[..., :n]
 
 
 def _fold(x: Float[Array, "*batch n"], k: int) -> Float[Array, "*batch k"]:
-    """Return `y[a]`, the sum of x[j] over all j = a modulo k: the adjoint of `_repeat`."""
+    """Return `y[a]`, the sum of x[j] over all j with j mod k = a: the adjoint of `_repeat`."""
     *batch, n = x.shape
     x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, -n % k)])
     return jnp.sum(x.reshape(*batch, -(-n // k), k), axis=-2) if n > k else x
 
 
 def _turn(x: Float[Array, "*batch chunks p"], sign: int) -> Float[Array, "*batch chunks p"]:
-    """Return every chunk rotated by its angles, or back by them if `sign` is -1."""
+    """Return every chunk rotated by its angles, or rotated back if `sign` is -1."""
     chunks, p = x.shape[-2:]
     cos, sin = (
         jnp.expand_dims(jnp.asarray(table, x.dtype), tuple(range(x.ndim - 2))) for table in _tables(chunks, p, sign)
@@ -284,7 +286,7 @@ def _turn(x: Float[Array, "*batch chunks p"], sign: int) -> Float[Array, "*batch
 
 @functools.cache
 def _tables(chunks: int, p: int, sign: int) -> tuple[Float[np.ndarray, "chunks p/2"], Float[np.ndarray, "chunks p/2"]]:
-    """Return cosine and sine of the angles of every chunk, rounded once from double precision."""
+    """Return cosine and sine of the angles of every chunk, computed in double precision."""
     angles = np.outer(np.arange(chunks), 10000.0 ** (-2 * np.arange(p // 2) / p))
     return np.cos(angles), sign * np.sin(angles)
 

@@ -1,7 +1,7 @@
-"""Toeplitz matrices: constant along every diagonal; symmetric ones depend only on the distance from the main one.
+"""Toeplitz matrices, constant along every diagonal, and symmetric ones, equal on both sides of the main diagonal.
 
 The paper (arXiv 2406.17740) writes `W x`. Here `y = x @ M` with `M = W^T`: entries above the diagonal of `M` are below
-that of `W`. Symmetric square matrices are their own transposes.
+the diagonal of `W`. Symmetric square matrices are their own transposes.
 
 Rectangular shapes are Toeplitz matrices themselves; nothing is padded.
 """
@@ -24,9 +24,9 @@ from surm_jax.structured.products.fourier import fast_length, inverse_skew_fft, 
 class Toeplitz(LinearInVector):
     """Toeplitz matrix `M[i, j] = t[j - i + in - 1]`: `t` read along the diagonals; the transpose of the paper's `W`.
 
-    It has in + out - 1 numbers. A Toeplitz matrix is a block of a circulant or skew-circulant matrix of any size from
-    in + out - 1 on. The skew-circulant has the cheaper transforms, forward and in reverse mode: for in = out they are
-    complex FFTs of length in, without padding. O(N log N) per row, N = max(in, out).
+    It has in + out - 1 numbers. A Toeplitz matrix is a block of a circulant or skew-circulant matrix of any size that
+    is at least in + out - 1. The skew-circulant has the cheaper transforms, forward and in reverse mode: for in = out
+    they are complex FFTs of length in, without padding. A row costs O(N log N), N = max(in, out).
 
     Attributes:
         t: (in + out - 1,): the first column of `M` from bottom to top, then the rest of its first row.
@@ -60,7 +60,7 @@ class Toeplitz(LinearInVector):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small random member, always the same."""
+        """Return a small random member, the same one in every call."""
         return cls.random((6, 8))
 
     @property
@@ -88,7 +88,7 @@ class Toeplitz(LinearInVector):
 class SymmetricToeplitz(LinearInVector):
     """Symmetric Toeplitz matrix `M[i, j] = t[|i - j|]`: max(in, out) numbers; the transpose of the paper's `W`.
 
-    For in = out it is its own transpose. A rectangular one is the top left block of the square one of size
+    For in = out it is its own transpose. A rectangular matrix is the top left block of the square matrix of size
     max(in, out). Products cost as much as those of `Toeplitz`.
 
     Attributes:
@@ -149,7 +149,7 @@ def apply_in_turn(x: Float[Array, "*batch in"], *matrices: Toeplitz | SymmetricT
 
 
 def _mirror(t: Float[Array, " N"], shape: tuple[int, int]) -> Float[Array, " diagonals"]:
-    """Return the numbers along all diagonals from those by distance."""
+    """Return the numbers of all diagonals, as in `Toeplitz.t`, from the numbers by distance."""
     m, n = shape
     return jnp.concatenate([jnp.flip(t[1:m]), t[:n]])
 
@@ -157,7 +157,7 @@ def _mirror(t: Float[Array, " N"], shape: tuple[int, int]) -> Float[Array, " dia
 def _project(
     build: Callable[[Float[Array, " k"]], Float[Array, "in out"]], count: int, dense: Float[Array, "in out"]
 ) -> Float[Array, " k"]:
-    """Return for each of `count` numbers the mean of `dense` over the entries where `build` puts it.
+    """Return, for each of `count` numbers, the mean of `dense` over the entries where `build` puts the number.
 
     Each entry of the matrix is one of the numbers, so the matrices that `build` makes of unit vectors are orthogonal,
     and the projection needs only the adjoint of `build`: sums over entries, divided by their counts.

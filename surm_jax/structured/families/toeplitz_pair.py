@@ -1,8 +1,8 @@
 """Products of two Toeplitz matrices, the paper's Toeplitz update.
 
-In the paper (arXiv 2406.17740) `W x` with `W = T2 T1`: x is multiplied with `T1` first. Here `y = x @ M` with
+The paper (arXiv 2406.17740) writes `W x` with `W = T2 T1`: x is multiplied by `T1` first. Here `y = x @ M` with
 `M = W^T = T1^T T2^T`, and `t1` and `t2` hold the numbers of `T1^T` and `T2^T`. Transposing exchanges the factors, so
-the transpose of a pair is a pair, also of a symmetric one.
+the transpose of a pair is a pair of the same family.
 
 Rectangular shapes: the size between the factors is `N = max(in, out)`. So `M` is the top left block of a product of
 square matrices of size N, as in the circulant families.
@@ -25,7 +25,7 @@ Factor = Toeplitz | SymmetricToeplitz
 
 @matrix_pytree
 class _Pair(Family):
-    """Base of both families, which differ in the kind of their factors."""
+    """Base class of both families, which differ in the class of their factors."""
 
     t1: Float[Array, " count1"]
     t2: Float[Array, " count2"]
@@ -65,25 +65,27 @@ class _Pair(Family):
     def nearest(cls, dense: Float[Array, "in out"], *, steps: int = 200, progress: bool = False) -> Self:
         """Return a pair near to `dense` in the Frobenius norm, never further from it than the nearest single factor.
 
-        There is no formula for the nearest product. The search starts at the nearest single Toeplitz matrix (symmetric,
-        if the factors are) times the identity, and `refine` finds a local minimum. At the start both factors get the
-        same Frobenius norm; with an identity of norm sqrt(N) the search stops earlier, at a larger error. Neither
-        factor is zero, so that a pair near to zero can still learn.
+        There is no formula for the nearest product. The search starts at the nearest single Toeplitz matrix (symmetric
+        if the factors are symmetric) times the identity, and `refine` finds a local minimum. At the start both factors
+        get the same Frobenius norm; with an unscaled identity, of norm sqrt(N), the search stops earlier, at a larger
+        error. Neither factor is zero, so that a pair near zero can still learn.
 
         Args:
             dense: (in_features, out_features).
-            steps: The most steps of `refine`.
+            steps: Largest number of steps of `refine`.
             progress: Whether to show a bar.
 
         Raises:
-            UserError: `dense` is not a floating-point matrix, or as in `refine`.
+            UserError: `dense` is not a floating-point matrix or holds numbers that are not finite, or the number of
+                steps is not possible.
         """
         dense = checked_dense(cls.__name__, dense)
         m, n = dense.shape
         single, identity = cls._factor.nearest(dense), cls._factor.nearest(jnp.eye(m, max(m, n), dtype=dense.dtype))
         norm = jnp.linalg.norm(single.to_dense()) / m**0.5
         balance = jnp.sqrt(jnp.where(norm > 0, norm, 1))
-        # The identity does not reach the bottom left corner of a second factor that is taller than `dense`.
+        # A second factor that is taller than `dense` has diagonals in the bottom left corner that the product with
+        # the identity does not use.
         unreached = cls._counts((m, n))[1] - single.t.shape[0]
         t2 = jnp.pad(single.t / balance, (unreached, 0))
         return refine(cls(t1=identity.t * balance, t2=t2, shape=(m, n)), dense, steps=steps, progress=progress)
@@ -97,7 +99,7 @@ class _Pair(Family):
 
     @property
     def T(self) -> Self:
-        """The transpose: the transposed factors in the other order."""
+        """The transpose: the factors are transposed and change places."""
         first, second = self.factors
         return type(self)(t1=second.T.t, t2=first.T.t, shape=self.shape[::-1])
 
@@ -119,13 +121,14 @@ class _Pair(Family):
 class ToeplitzPair(_Pair):
     """Product of two Toeplitz matrices, `M = T1^T T2^T`; the transpose of `W = T2 T1` of arXiv 2406.17740.
 
-    (in + N - 1) + (N + out - 1) numbers, N = max(in, out): 4 in - 2 at in = out. In general the product is no Toeplitz
-    matrix; its displacement rank is at most 4. A row costs the four transforms of two products with `Toeplitz`, because
-    the result between them has to be cut to size. The dense form takes O(N^2 log N), less than a matrix product.
+    It has (in + N - 1) + (N + out - 1) numbers, N = max(in, out): 4 in - 2 for in = out. In general the product is not
+    a Toeplitz matrix; its displacement rank is at most 4. A row costs the four transforms of two products with
+    `Toeplitz`, because the intermediate result has to be cut to size. The dense form takes O(N^2 log N), less than a
+    matrix product.
 
     Attributes:
         t1: (in + N - 1,), the numbers of `T1^T`, (in, N), in the order of `Toeplitz`; zero at the start.
-        t2: (N + out - 1,), those of `T2^T`, (N, out); random at the start.
+        t2: (N + out - 1,), the numbers of `T2^T`, (N, out), in the same order; random at the start.
         shape: `(in_features, out_features)`.
 
     >>> ToeplitzPair(t1=jnp.array([0.0, 1.0, 1.0]), t2=jnp.array([2.0, 1.0, 0.0]), shape=(2, 2)).to_dense().round()
@@ -138,7 +141,7 @@ class ToeplitzPair(_Pair):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small random member, always the same."""
+        """Return a small random member, the same one in every call."""
         return cls.random((5, 5))
 
     @staticmethod
@@ -150,13 +153,13 @@ class ToeplitzPair(_Pair):
 class SymmetricToeplitzPair(_Pair):
     """Product of two symmetric Toeplitz matrices, `M = T1 T2`; the transpose of `W = T2 T1` of arXiv 2406.17740.
 
-    It has 2N numbers, N = max(in, out), and is the update that the paper calls Toeplitz. The product is not symmetric,
-    and in general no Toeplitz matrix. For in = out, `M^T` is the pair with its factors exchanged. It costs as much as
-    `ToeplitzPair`.
+    It has 2N numbers, N = max(in, out), and is the update that the paper calls Toeplitz. In general the product is
+    neither symmetric nor a Toeplitz matrix. For in = out, `M^T` is the pair with its factors exchanged. It costs as
+    much as `ToeplitzPair`.
 
     Attributes:
         t1: (N,), the numbers of `T1^T`, in the order of `SymmetricToeplitz`; zero at the start.
-        t2: (N,), those of `T2^T`; random at the start.
+        t2: (N,), the numbers of `T2^T`, in the same order; random at the start.
         shape: `(in_features, out_features)`.
 
     >>> SymmetricToeplitzPair(t1=jnp.array([0.0, 1.0]), t2=jnp.array([2.0, 1.0]), shape=(2, 2)).to_dense().round()

@@ -1,1 +1,1 @@
-"""How `x @ M` and `x @ (W + M)` are computed: convolutions, diagonals, and the choice between executions."""
+"""The products `x @ M` and `x @ (W + M)`: convolutions, diagonals, and the choice between executions."""

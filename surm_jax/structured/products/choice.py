@@ -1,7 +1,7 @@
-"""The execution that `auto` stands for: the fastest one in the most similar measured case.
+"""Choice of the execution for `auto`: the fastest one in the most similar measured case.
 
-`choice.json` holds for each kind of device the machine and the command of the measurement, and the fastest execution by
-family, precision, width, tokens and number of parameters.
+For each kind of device, `choice.json` holds the machine and the command of the measurement, and the fastest execution
+by family, precision, width, tokens and number of parameters.
 """
 
 import functools
@@ -24,12 +24,12 @@ def choose(update: StructuredMatrix, tokens: int, dtype: DTypeLike) -> str:
     """Choose the execution of `x @ (W + update)`: `fft`, `dense` or `fused`.
 
     The measured case nearest in the logarithms of width, tokens and parameters decides. If the family was not measured
-    on this kind of device in this precision, a rule of thumb decides: `fft` if the product has small residuals, as
-    LoRA's has; otherwise `dense`, whose time is mostly matrix products.
+    on this kind of device in this precision, a rule of thumb decides: `fft` if the product has small residuals, as in
+    LoRA; otherwise `dense`, which spends most of its time in matrix products.
 
     Args:
         update: The structured matrix. For a `Scaled`, the matrix inside it decides.
-        tokens: How many rows `x` has.
+        tokens: Number of rows of `x`.
         dtype: Type of x and W.
     """
     while isinstance(update, Scaled):

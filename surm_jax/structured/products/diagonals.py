@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 
 def from_diagonals(t: Float[Array, " diagonals"], shape: tuple[int, int]) -> Float[Array, "in out"]:
-    """Return the m x n matrix with `t[j - i + m - 1]` at (i, j): the diagonals from the bottom left to the top right.
+    """Return the m x n matrix with `t[j - i + m - 1]` at (i, j): `t` lists its diagonals from bottom left to top right.
 
     Row i is one slice of `t`. Indexing each entry would be a gather, whose derivative is a slow scatter.
 
@@ -21,7 +21,7 @@ def from_diagonals(t: Float[Array, " diagonals"], shape: tuple[int, int]) -> Flo
 def from_wrapped_diagonals(v: Float[Array, " N"], shape: tuple[int, int], f: float = 1.0) -> Float[Array, "in out"]:
     """Return the top left m x n block of the transposed f-circulant `Z_f(v)^T`, N = max(m, n).
 
-    `v[j - i]` where j >= i, and `f * v[N + j - i]` below the diagonal.
+    Entry (i, j) is `v[j - i]` if j >= i, and `f * v[N + j - i]` below the diagonal.
 
     >>> from_wrapped_diagonals(jnp.array([1.0, 2.0, 3.0]), (2, 3), f=-1.0)
     Array([[ 1.,  2.,  3.],

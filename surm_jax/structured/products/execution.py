@@ -2,18 +2,18 @@
 
 Which one is fastest depends on the family, the width, the number of tokens, the precision and the device:
 
-- `fft`: `x @ W + x @ M` by M's fast product, forward and backward. Works in every precision.
-- `dense`: M is formed, an array of the size of the kernel. In float32 `W + M` is one kernel, so output and input
-  gradient cost as much as in the frozen layer. The gradient of a full kernel is computed and reduced to M's parameters.
-  In half precision W and M stay apart, because an update below half a unit in the last place of W would vanish in their
-  sum.
-- `fused`: as `dense` in float32, but M's parameters get their gradient by the fast product, on one cache-sized piece of
-  the tokens after another. Not in half precision.
-- `auto`: the one that was fastest when a similar case was measured (`surm_jax.structured.products.choice`).
+- `fft` computes `x @ W + x @ M` by M's fast product, forward and backward. It works in every precision.
+- `dense` forms M, an array of the size of the kernel. In float32 it multiplies `x` by one kernel `W + M`, so the output
+  and the gradient of `x` cost as much as in the frozen layer. The gradient of a full kernel is computed and reduced to
+  M's parameters. In half precision `x @ W` and `x @ M` are separate products, because an update below half a unit in
+  the last place of W would vanish in `W + M`.
+- `fused` works like `dense` in float32, but M's parameters get their gradient by the fast product, on one cache-sized
+  piece of the tokens after another. It does not work in half precision.
+- `auto` chooses the execution that was fastest in a similar measured case (`surm_jax.structured.products.choice`).
 
-The derivative of the folded product is given as a JVP, `dx @ (W + M) + x @ dM`, and JAX derives the reverse mode by
-transposition. So both directions of differentiation work, and a kernel whose gradient is not asked for gets none. In
-all executions reverse mode keeps only `x`, W and M's parameters; spectra and `W + M` are computed again.
+The derivative of the product with the kernel `W + M` is defined as a JVP, `dx @ (W + M) + x @ dM`, and JAX derives the
+reverse mode by transposition. So both modes of differentiation work, and the gradient of the kernel is computed only if
+it is needed. In all executions reverse mode stores only `x`, W and M's parameters; spectra and `W + M` are recomputed.
 """
 
 import functools
@@ -44,7 +44,7 @@ def check_execution(execution: str) -> None:
     """Check that `execution` is one of `EXECUTIONS`.
 
     Raises:
-        UserError: It is something else; the message names the nearest one.
+        UserError: It is not; the message names the nearest one.
     """
     if execution not in EXECUTIONS:
         raise UserError(
@@ -64,18 +64,20 @@ def updated_matmul(
     """Return `x @ (kernel + update)`.
 
     Args:
-        x: Any number of leading dimensions, (..., in_features). On a mesh the first of them is sharded. The product
-            with the update is then local to each device, and only the gradient of its parameters is summed over them.
+        x: Any number of leading dimensions, (..., in_features). On a mesh the first one is sharded. Each device then
+            computes its part of the product with the update, and only the gradient of the update's parameters is
+            summed over devices.
         kernel: (in_features, out_features), in the dtype of `x`.
         update: A structured matrix of the kernel's shape, in any dtype.
         execution: One of `EXECUTIONS`; see the module's docstring.
-        dot: The product of `x` and a kernel, linear in both: `jnp.matmul`, or one of another precision.
+        dot: The product of `x` and a kernel, linear in both: `jnp.matmul`, or the same in another precision.
 
     Returns:
         (..., out_features) in the dtype of the result of `dot`.
 
     Raises:
-        UserError: The shapes do not fit, the execution is unknown, or it is `fused` in half precision.
+        UserError: The shapes do not fit, `x` or the kernel is not real floating point, the execution is unknown, or it
+            is `fused` in half precision.
 
     >>> from surm_jax.structured import Circulant
     >>> shift = Circulant(jnp.array([0.0, 1.0, 0.0]), shape=(3, 3))
@@ -123,7 +125,7 @@ def matmul(
         (..., out_features) in the dtype of `x`, or of the result of `dot`.
 
     Raises:
-        UserError: The shapes do not fit, or the execution is unknown.
+        UserError: The shapes do not fit, `x` is not real floating point, or the execution is unknown.
     """
     check_execution(execution)
     if x.ndim == 0 or x.shape[-1] != update.shape[0]:
@@ -150,7 +152,7 @@ def _folded_jvp(product, dot, primals, tangents):
     dx, dkernel, dupdate = tangents
     y, terms = dot(x, _sum(kernel, update)), []
     if not isinstance(dx, SymbolicZero):
-        # Checkpointed, so that the sum is formed again in the backward pass and is not kept for it.
+        # Checkpointed, so that the backward pass recomputes the sum instead of storing it.
         terms.append(jax.checkpoint(lambda dx, kernel, update: dot(dx, _sum(kernel, update)))(dx, kernel, update))
     if not isinstance(dkernel, SymbolicZero):
         terms.append(dot(x, dkernel))
@@ -169,14 +171,14 @@ def _instantiated(tangent: Array | SymbolicZero) -> Array:
 
 
 def _through_dense(dot: Dot, x: Array, update: StructuredMatrix) -> Array:
-    """Return `x @ update` with the matrix formed; each device reduces its gradient to that of the parameters."""
+    """Return `x @ update` by its dense form. Each device reduces the gradient of this form to the parameters."""
     return batch_local(jax.checkpoint(lambda x, update: dot(x, update.to_dense().astype(x.dtype))))(x, update)
 
 
 def _at_once(x: Array, update: StructuredMatrix) -> Array:
-    """Return `x @ update` by a product with small residuals.
+    """Return `x @ update` by one fast product, for an update with small residuals.
 
-    For an `x` in half precision, reverse mode would keep a float32 copy of it; then the product is computed again.
+    For an `x` in half precision, reverse mode would store a float32 copy of it, so the product is recomputed instead.
     """
     if x.dtype == update._compute_dtype(x.dtype):
         return update.apply(x)
@@ -196,7 +198,7 @@ def _apply_in_pieces(x: Array, update: StructuredMatrix) -> Array:
     tokens, length = rows.shape[0], max(1, PIECE_BYTES // (m * x.dtype.itemsize))
     if tokens <= length:
         return apply(x, update)
-    # A slightly shorter piece that divides the number of tokens leaves no remainder; such numbers have many divisors.
+    # A slightly shorter piece may divide the number of tokens and leave no remainder: these numbers have many divisors.
     length = next((size for size in range(length, length // 2, -1) if tokens % size == 0), length)
     whole = tokens - tokens % length
     y = jax.lax.map(lambda rows: apply(rows, update), rows[:whole].reshape(-1, length, m)).reshape(whole, n)

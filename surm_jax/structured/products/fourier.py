@@ -1,6 +1,6 @@
 """Circular and skew-circular convolution by FFT, kept local to each device's part of the batch.
 
-Every FFT over activations goes through `surm_jax.devices.batch.batch_local`, which says why.
+Every FFT over activations goes through `surm_jax.devices.batch.batch_local`, whose docstring says why.
 """
 
 import jax
@@ -22,8 +22,8 @@ def circular_convolve(x: Float[Array, "*batch m"], c: Float[Array, " n"]) -> Flo
     Returns:
         (..., n) in the dtype of `x`: float32 or float64, which `jnp.fft` supports.
 
-    Cost: two real FFTs of length n for each row of `x` and one for `c`, O(n log n) per row. Reverse mode keeps the
-    spectra of `x` and `c`; with `jax.checkpoint` around the call it keeps only `x` and `c`.
+    Cost: two real FFTs of length n for each row of `x` and one for `c`, O(n log n) per row. Reverse mode stores the
+    spectra of `x` and `c`; with `jax.checkpoint` around the call it stores only `x` and `c`.
 
     Raises:
         UserError: `x` is wider than `c`, or the dtypes differ or are not float32 or float64.
@@ -50,7 +50,7 @@ def skew_convolve(x: Float[Array, "*batch m"], v: Float[Array, " n"]) -> Float[A
     Returns:
         (..., n) in the dtype of `x`: float32 or float64, which `jnp.fft` supports.
 
-    Cost and residuals in reverse mode: those of `circular_convolve` of the same length.
+    Cost and residuals of reverse mode are those of `circular_convolve` with the same length.
 
     Raises:
         UserError: `x` is wider than `v`, or the dtypes differ or are not float32 or float64.
@@ -63,20 +63,21 @@ def skew_convolve(x: Float[Array, "*batch m"], v: Float[Array, " n"]) -> Float[A
 
 
 def skew_fft(x: Float[Array, "*batch m"], n: int) -> Complex[Array, "*batch k"]:
-    """Return the spectrum S x of x, padded with zeros to n: its polynomial at half the roots of `z^n = -1`.
+    """Return the spectrum S x of x: the values of its polynomial at half of the roots of `z^n = -1`.
 
-    The roots come in conjugate pairs (and -1 for odd n), and one of each pair is enough for a real `x`:
+    The roots come in conjugate pairs (and -1 for odd n), and one root of each pair is enough for a real `x`:
 
     - n even: `z^n + 1 = (z^(n/2) - i)(z^(n/2) + i)`. Modulo the first factor x folds into `x_j + i x_{j+n/2}`, and
       `z = w u` with `w = exp(i pi / n)` turns the factor into `u^(n/2) - 1`: one complex FFT of length k = n/2.
     - n odd: `z = -u` turns `z^n + 1` into `1 - u^n`: one real FFT of length n, with k = (n+1)/2 values.
 
     Both cost as much as `jnp.fft.rfft` of length n. Scaling by powers of a complex root of -1 (arXiv 2406.17740) needs
-    a complex FFT of length n, twice as much. This function is not local to a device: call it inside `batch_local`.
+    a complex FFT of length n, which costs twice as much. This function is not local to a device: call it inside
+    `batch_local`.
 
     Args:
-        x: (..., m) with m <= n, float32 or float64.
-        n: The length.
+        x: (..., m) with m <= n, float32 or float64; padded with zeros to n.
+        n: The length of the convolution.
     """
     if n % 2:
         return jnp.fft.rfft(x * _for_rows(_signs(n, x.dtype)[: x.shape[-1]], x), n=n)
@@ -96,7 +97,7 @@ def inverse_skew_fft(spectrum: Complex[Array, "*batch k"], n: int) -> Float[Arra
 
 
 def fast_length(n: int) -> int:
-    """Return the smallest length >= n without a prime factor above 5, at which FFT libraries are fast.
+    """Return the smallest length >= n without a prime factor above 5. FFT libraries are fast at such lengths.
 
     The next power of two is up to twice as long as n. This length is at most a seventh longer for n >= 14, and at most
     a ninth longer for n >= 33.
@@ -105,7 +106,7 @@ def fast_length(n: int) -> int:
         n: At least 1.
 
     Raises:
-        UserError: n is smaller.
+        UserError: n is less than 1.
 
     >>> [fast_length(n) for n in (1, 7, 601, 1535)]
     [1, 8, 625, 1536]
@@ -117,7 +118,7 @@ def fast_length(n: int) -> int:
     while five < best:
         fifteen = five
         while fifteen < best:
-            # The smallest power of two that lifts the odd part to n.
+            # `fifteen` times the smallest power of two for which the product is at least n.
             best = min(best, fifteen << (-(-n // fifteen) - 1).bit_length())
             fifteen *= 3
         five *= 5
@@ -134,7 +135,7 @@ def _check_operands(owner: str, x: Array, name: str, c: Array) -> None:
 @batch_local
 def _convolve_rows(x: Float[Array, "*batch m"], c: Float[Array, " n"]) -> Float[Array, "*batch n"]:
     n = c.shape[0]
-    # Without its length, irfft returns n - 1 numbers for every odd n.
+    # Without the argument n, irfft would return n - 1 numbers for every odd n.
     return jnp.fft.irfft(jnp.fft.rfft(x, n=n) * _for_rows(jnp.fft.rfft(c), x), n=n)
 
 

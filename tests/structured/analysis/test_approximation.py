@@ -11,7 +11,7 @@ from tests.structured.cases import EXHAUSTIVE, quick
 
 
 def is_ours(name):
-    """Say whether the package defines a family; other test files register families of their own."""
+    """Return whether the package defines a family. Other test files register their own families."""
     return FAMILIES[name].__module__.startswith("surm_jax.")
 
 
@@ -43,14 +43,14 @@ def test_closed_forms_of_numpy():
     singular = np.linalg.svd(target, compute_uv=False) ** 2
     assert found["LowRank"].options == {"rank": 2}
     assert found["LowRank"].energy == pytest.approx(singular[:2].sum() / total, rel=1e-5)
-    # Two terms of 4 x 3 (x) 3 x 4: the singular values of the blocks, each one a row.
+    # Two terms of 4 x 3 (x) 3 x 4: the energy of two singular values of the matrix whose rows are the blocks.
     assert found["Kronecker"].options == {"terms": 2}
     blocks = target.reshape(4, 3, 3, 4).transpose(0, 2, 1, 3).reshape(12, 12)
     singular = np.linalg.svd(blocks, compute_uv=False) ** 2
     assert found["Kronecker"].energy == pytest.approx(singular[:2].sum() / total, rel=1e-5)
     means = [np.mean(np.diag(target, k)) ** 2 * (12 - abs(k)) for k in range(-11, 12)]
     assert found["Toeplitz"].energy == pytest.approx(sum(means) / total, rel=1e-5)
-    # Beside the 12 numbers of A there is room for rank 3, which is full for 3 x 4: the best single product.
+    # A has 12 numbers, so the budget allows rank 3 for B, its full rank: this is the best single product.
     assert found["LowRankKronecker"].options == {"rank": 3}
     assert found["LowRankKronecker"].energy == pytest.approx(singular[:1].sum() / total, rel=1e-5)
     # In blocks of 3 there are 4 x 4 x 3 numbers.
@@ -100,7 +100,7 @@ def test_targets_without_energy(bad):
 def test_other_mistakes():
     assert {name for name in approximations(gaussian(12, 12), 5) if is_ours(name)} == {"Tiled"}
     for budget in (0, -1):
-        with pytest.raises(UserError, match=f"no family holds a 12 x 12 matrix in {budget} numbers"):
+        with pytest.raises(UserError, match=f"no family has a 12 x 12 matrix with at most {budget} parameters"):
             approximations(gaussian(12, 12), budget)
     with pytest.raises(UserError, match=r"budget must be a whole number of parameters, not 24.0"):
         approximations(gaussian(12, 12), 24.0)

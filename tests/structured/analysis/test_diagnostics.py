@@ -23,19 +23,19 @@ from tests.structured.cases import assert_close
 
 
 def shift(n: int, f: float) -> np.ndarray:
-    """The paper's Z_f."""
+    """Return the paper's `Z_f`."""
     Z = np.diag(np.ones(n - 1), -1)
     Z[0, -1] += f
     return Z
 
 
 def paper_f_circulant(v: np.ndarray, f: float) -> np.ndarray:
-    """The paper's `Z_f(v)`, the polynomial v of the shift `Z_f`."""
+    """Return the paper's `Z_f(v)`: the polynomial with coefficients v of the shift `Z_f`."""
     return sum(v[k] * np.linalg.matrix_power(shift(len(v), f), k) for k in range(len(v)))
 
 
 def members(n: int, seed: int = 0):
-    """Square matrices whose spectrum is known, and others, beside their dense forms."""
+    """Return square matrices with and without a spectrum in closed form, each with its dense form."""
     u, v = np.random.default_rng(seed).normal(size=(2, n))
     with jax.enable_x64(True):
         return [
@@ -91,10 +91,10 @@ def test_circulants_are_never_formed():
 @pytest.mark.parametrize("zeros", [1, 3, 5])
 def test_the_rank_of_a_circulant_is_its_number_of_non_zero_frequencies(zeros):
     spectrum = np.ones(7) + np.arange(7)
-    spectrum[:zeros] = 0  # of 12 frequencies, all but the first and the last of these 7 count twice
+    spectrum[:zeros] = 0  # 7 values for 12 frequencies: all except the first and the last count twice
     c = np.fft.irfft(spectrum, n=12)
     matrix = Circulant(jnp.asarray(c, jnp.float32), shape=(12, 12))
-    # Rounded to float32, the zeros are not zero any more.
+    # After rounding to float32, the zeros are no longer exactly zero.
     assert singular_values(matrix)[-1] > 0
     assert numerical_rank(matrix) == 12 - (2 * zeros - 1)
     assert numerical_rank(matrix, rtol=1e-15) == 12
@@ -153,7 +153,7 @@ def test_displacement_rank_of_sums_of_circulant_times_skew_circulant(r):
     W = sum(paper_f_circulant(g, 1.0) @ paper_f_circulant(h, -1.0) for g, h in zip(G, H, strict=True))
     assert displacement_rank(W.T) == r
     assert displacement_rank(W.T.astype(np.float32)) == r
-    # In the other orientation it is another number.
+    # The transpose has a larger displacement rank.
     assert displacement_rank(W) > r
 
 
@@ -163,7 +163,7 @@ def test_displacement_ranks_of_families():
     assert displacement_rank(C) == displacement_rank(S) == 1
     assert displacement_rank(C, g=1.0) == 0 and displacement_rank(S, f=-1.0) == 0
     assert displacement_rank(C + S) == 2
-    # x meets the skew-circulant first: M = S C is the transpose of the paper's Z_1(g) Z_{-1}(h).
+    # x is multiplied by the skew-circulant first: M = S C is the transpose of the paper's Z_1(g) Z_{-1}(h).
     assert displacement_rank(S @ C) == 1 and displacement_rank(C @ S) > 1
     T = scipy.linalg.toeplitz(c, [c[0], *v[1:]])
     assert displacement_rank(T) == displacement_rank(T[:5]) == 2

@@ -1,4 +1,4 @@
-"""Pictures: the colours say where the parameters go. And the page that shows every family."""
+"""Tests of the pictures, whose colours show where the parameters appear, and of the page that shows every family."""
 
 import re
 import subprocess
@@ -30,7 +30,7 @@ def zeros(family, shape, **options):
 
 
 def pictures(figure):
-    """The coloured cells of every axes that has some, from left to right and from top to bottom."""
+    """Return the coloured cells of all axes that have an image, from left to right and from top to bottom."""
     axes = sorted((a for a in figure.axes if a.images), key=lambda a: (a.get_position().x0, -a.get_position().y0))
     return [np.asarray(a.images[0].get_array()) for a in axes]
 

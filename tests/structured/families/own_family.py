@@ -1,4 +1,4 @@
-"""A matrix family of somebody else: one file, and nothing of it in the package."""
+"""A matrix family of a user: one file outside the package."""
 
 from typing import Any, Self
 
@@ -10,7 +10,7 @@ from surm_jax.structured import Family, checked_dense, checked_shape, family, st
 
 @family
 class Banded(Family):
-    """The main diagonal and those above it, each of them constant: `M[i, j] = d[j - i]` if 0 <= j - i < bands.
+    """Constant main diagonal and constant diagonals above it: `M[i, j] = d[j - i]` if 0 <= j - i < bands.
 
     Attributes:
         d: (bands,), the numbers of the diagonals.
@@ -36,7 +36,7 @@ class Banded(Family):
 
     @classmethod
     def nearest(cls, dense: Any, *, bands: int = 2) -> Self:
-        """Return the matrix whose diagonals have the means of the target's."""
+        """Return the matrix whose diagonals are the means of the target's diagonals."""
         dense = checked_dense(cls.__name__, dense)
         m, n = dense.shape
         means = [jnp.mean(jnp.diagonal(dense, k)) if k < n else jnp.zeros((), dense.dtype) for k in range(bands)]

@@ -57,7 +57,7 @@ def test_a_name_is_given_once():
 
 
 def test_what_is_no_family():
-    with pytest.raises(UserError, match=r"Half lacks T, _apply, _dense, nearest, which every family has"):
+    with pytest.raises(UserError, match=r"Half lacks T, _apply, _dense, nearest, which every family must define"):
 
         @family
         class Half(Family):

@@ -24,7 +24,7 @@ class TestBlockCirculant(ProjectionContract):
         return {}  # the largest block
 
     def dense(self, arrays, shape):
-        # Block (q, p) of the paper's W is the circulant of c[p, q].
+        # Block (q, p) of the paper's W is the circulant matrix with first column c[p, q].
         W = [[scipy.linalg.circulant(c) for c in row] for row in arrays["c"].swapaxes(0, 1)]
         return np.vstack([np.hstack(row) for row in W]).T
 
@@ -38,7 +38,7 @@ def dense(c):
 
 
 def test_orientation():
-    # Out of 2 features into 4: both blocks read the same two inputs.
+    # From 2 features to 4: both blocks read the same two inputs.
     matrix = BlockCirculant(jnp.array([[[1.0, 2.0], [3.0, 4.0]]]))
     assert matrix.shape == (2, 4) and matrix.block == 2
     np.testing.assert_array_equal(matrix.to_dense(), [[1, 2, 3, 4], [2, 1, 4, 3]])
@@ -90,7 +90,7 @@ def test_the_two_ends_are_a_circulant_and_a_dense_matrix():
 
 
 def c3a(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """What peft's layer adds, as its forward pass computes it (peft 0.18 to 0.21, tuners/c3a)."""
+    """Return what peft's layer adds, computed like its forward pass (peft 0.18 to 0.21, tuners/c3a)."""
     _, n, b = w.shape
     blocks = x.reshape(*x.shape[:-1], n, b)
     spectra = np.einsum("...nb,mnb->...mb", np.fft.ifft(blocks), np.fft.fft(w))
@@ -163,7 +163,7 @@ def test_no_activation_is_gathered_and_values_equal_one_devices(axis_type):
 
 @pytest.mark.parametrize("block", [0, -2, 5, 24, 2.0])
 def test_a_block_that_does_not_divide_names_those_that_do(block):
-    message = f"blocks of {block} do not divide both sizes of 12 x 18; those that do: 1, 2, 3, 6$"
+    message = f"blocks of {block} do not divide both sizes of 12 x 18; possible are 1, 2, 3, 6$"
     with pytest.raises(UserError, match=message):
         BlockCirculant.init(jax.random.key(0), (12, 18), scale=1.0, block=block)
     with pytest.raises(UserError, match=message):

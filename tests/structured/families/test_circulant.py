@@ -12,7 +12,7 @@ from tests.structured.cases import ProjectionContract, assert_close
 
 
 def paper_circulant(c: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The paper's `W = Z_1(c)`, which scipy calls circulant, transposed and cut to `shape`."""
+    """Return the paper's `W = Z_1(c)`, from `scipy.linalg.circulant`, transposed and cut to `shape`."""
     return scipy.linalg.circulant(c).T[: shape[0], : shape[1]]
 
 
@@ -31,7 +31,7 @@ class TestCirculantPair(ProjectionContract):
 
 
 def test_orientation():
-    # Out of 2 features into 3: N = 3, and row i of M is c moved i places to the right.
+    # From 2 features to 3: N = 3, and row i of M is c moved i places to the right.
     matrix = Circulant(jnp.array([1.0, 2.0, 3.0]), shape=(2, 3))
     np.testing.assert_array_equal(matrix.to_dense(), [[1, 2, 3], [3, 1, 2]])
     np.testing.assert_allclose(matrix.apply(jnp.array([1.0, 10.0])), [31, 12, 23], rtol=1e-6)

@@ -18,7 +18,7 @@ class TestDense(ProjectionContract):
 
 
 def test_orientation():
-    # Out of 2 features into 3.
+    # From 2 features to 3.
     matrix = Dense(jnp.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]]))
     assert matrix.shape == (2, 3)
     np.testing.assert_array_equal(matrix.apply(jnp.array([1.0, 0.0])), [1, 2, 3])

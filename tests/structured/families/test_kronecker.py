@@ -23,7 +23,7 @@ class TestKronecker(ProjectionContract):
         return {"terms": min(2, m1 * n1, m2 * n2)}
 
     def dense(self, arrays, shape):
-        # The paper's W = A (x) B has the transposes of our factors.
+        # In the paper's W = A (x) B, the factors are the transposes of ours.
         pairs = zip(arrays["A"], arrays["B"], strict=True)
         return sum(np.kron(a.T, b.T) for a, b in pairs).T
 
@@ -34,14 +34,14 @@ def random_factors(seed, *shapes):
 
 
 def rearranged(dense, factors):
-    """Van Loan and Pitsianis: row (i1, j1) holds the entries of block (i1, j1)."""
+    """Return the rearrangement of Van Loan and Pitsianis: row (i1, j1) holds the entries of block (i1, j1)."""
     (m1, n1), (m2, n2) = factors
     blocks = [dense[i * m2 : (i + 1) * m2, j * n2 : (j + 1) * n2] for i in range(m1) for j in range(n1)]
     return np.array([block.ravel() for block in blocks])
 
 
 def test_orientation():
-    # Out of 2 x 1 features into 1 x 3: row i of M is B[i] times A.
+    # From 2 x 1 features to 1 x 3: row i of M is B[i] times A.
     matrix = Kronecker(A=jnp.array([[[1.0, 2.0, 3.0]]]), B=jnp.array([[[1.0], [10.0]]]))
     assert matrix.shape == (2, 3) and matrix.factor_shapes == ((1, 3), (2, 1))
     np.testing.assert_array_equal(matrix.to_dense(), [[1, 2, 3], [10, 20, 30]])
@@ -52,7 +52,7 @@ def test_orientation():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("factors", "terms", "cost"),
-    # With A first a row costs k (m1 n1 m2 + n1 m2 n2) multiplications, with B first k (m1 m2 n2 + m1 n1 n2).
+    # If A comes first, a row costs k (m1 n1 m2 + n1 m2 n2) multiplications, with B first k (m1 m2 n2 + m1 n1 n2).
     [
         (((6, 2), (3, 5)), 1, 6 * 2 * 3 + 2 * 3 * 5),
         (((2, 6), (5, 3)), 1, 2 * 5 * 3 + 2 * 6 * 3),
@@ -139,7 +139,7 @@ def test_nearest_leaves_the_singular_values_beyond_the_terms(factors, terms):
     M = sum(np.kron(a, b) for a, b in zip(*map(np.asarray, (found.A, found.B)), strict=True))
     assert abs(np.linalg.norm(target - M) - np.linalg.norm(singular[terms:])) < 1e-10
     assert found.factor_shapes == factors and found.terms == terms
-    # Balanced: each factor carries the square root of the size of its term.
+    # Balanced: the norm of each factor is the square root of the norm of its term.
     for leaf in (found.A, found.B):
         assert_close(np.linalg.norm(leaf, axis=(1, 2)), np.sqrt(singular[:terms]))
 
@@ -183,7 +183,7 @@ def test_no_activation_is_gathered_and_values_equal_one_devices(factors, axis_ty
 
 @pytest.mark.parametrize("terms", [0, -1, 7, 1.0])
 def test_impossible_terms_name_all_numbers(terms):
-    message = rf"6 terms of 2 x 3 \(x\) 3 x 2 reach every matrix, so terms is from 1 to 6, but {terms} was asked for"
+    message = rf"6 terms of 2 x 3 \(x\) 3 x 2 reach every matrix, so terms must be from 1 to 6, not {terms}"
     for build in (
         lambda: Kronecker.init(jax.random.key(0), (6, 6), scale=1.0, terms=terms, factor_shapes=((2, 3), (3, 2))),
         lambda: Kronecker.nearest(jnp.ones((6, 6)), terms=terms, factor_shapes=((2, 3), (3, 2))),
@@ -208,5 +208,5 @@ def test_arrays_that_do_not_fit():
         Kronecker(A=jnp.ones((2, 2, 2)), B=jnp.ones((1, 3, 3)))
     with pytest.raises(UserError, match=r"A must be an array of shape \(k, m1, n1\), not \(2, 2\)"):
         Kronecker(A=jnp.ones((2, 2)), B=jnp.ones((1, 3, 3)))
-    with pytest.raises(UserError, match="so terms is from 1 to 4, but 5 was asked for"):
+    with pytest.raises(UserError, match="so terms must be from 1 to 4, not 5"):
         Kronecker(A=jnp.ones((5, 2, 2)), B=jnp.ones((5, 3, 3)))

@@ -16,17 +16,17 @@ from tests.structured.cases import EXHAUSTIVE, StructuredMatrixContract, assert_
 
 
 def paper_W(G: np.ndarray, H: np.ndarray) -> np.ndarray:
-    """The paper's `W(G, H) = sum_i Z_1(g_i) Z_{-1}(h_i)`."""
+    """Return the paper's `W(G, H) = sum_i Z_1(g_i) Z_{-1}(h_i)`."""
     return sum(scipy.linalg.circulant(g) @ skew(h) for g, h in zip(G.T, H.T, strict=True))
 
 
 def skew(h: np.ndarray) -> np.ndarray:
-    """The paper's `Z_{-1}(h)`."""
+    """Return the paper's `Z_{-1}(h)`."""
     return scipy.linalg.toeplitz(h, np.concatenate([h[:1], -h[:0:-1]]))
 
 
 def displacement(W: np.ndarray) -> np.ndarray:
-    """`Z_1 W - W Z_{-1}`, with the operators written out."""
+    """Return `Z_1 W - W Z_{-1}`, with the operators written out."""
     shift = np.eye(len(W), k=-1)
     corner = np.zeros_like(shift)
     corner[0, -1] = 1
@@ -56,8 +56,8 @@ class TestLowDisplacementRank(StructuredMatrixContract):
 
 
 def test_orientation():
-    # Out of 2 features into 3: x meets the skew-circulant of h first, which turns (1, 0, 0) into (0, 1, 0) and
-    # (0, 0, 1) into (-1, 0, 0), and then the circulant of g.
+    # From 2 features to 3: x is first multiplied by the skew-circulant of h, which turns (1, 0, 0) into (0, 1, 0) and
+    # (0, 0, 1) into (-1, 0, 0), and then by the circulant of g.
     matrix = LowDisplacementRank(jnp.array([[1.0], [2.0], [3.0]]), jnp.array([[0.0], [1.0], [0.0]]), shape=(2, 3))
     np.testing.assert_allclose(matrix.to_dense(), [[3, 1, 2], [2, 3, 1]], atol=1e-5)
     np.testing.assert_allclose(matrix.apply(jnp.array([1.0, 10.0])), [23, 31, 12], rtol=1e-5)
@@ -145,13 +145,13 @@ def test_nearest_finds_what_the_family_holds_without_any_step(name):
     assert_close(paper_W(np.asarray(found.G), np.asarray(found.H)).T[: target.shape[0], : target.shape[1]], target)
 
 
-# The tests of the search share one shape, rank and precision: each combination is compiled anew.
+# The tests of the search share one shape, rank and precision, because each combination compiles a new program.
 def random_target():
     return jnp.asarray(draw(20, 20).astype(np.float32))
 
 
 def test_the_better_start_is_no_worse_than_zero():
-    """The truncated SVD alone is, for a target without structure."""
+    """For a target without structure, the truncated SVD itself, without the best multiple, is worse than zero."""
     assert relative_error(LowDisplacementRank.nearest(random_target(), rank=2, steps=0), random_target()) < 1
 
 
@@ -185,7 +185,7 @@ def test_nearest_keeps_the_best_of_two_searches(monkeypatch):
 
 @EXHAUSTIVE
 def test_nearest_is_better_than_gradient_descent():
-    """Steepest descent with the best of several rates, from several random starts, as the paper fits."""
+    """Compare with the paper's fit: gradient descent from several random starts, with the best of several rates."""
     target = random_target()
     size = jnp.sum(target**2)
 
@@ -231,7 +231,7 @@ def test_a_product_takes_one_transform_in_and_one_out_and_two_for_the_terms(tran
     matrix = LowDisplacementRank(jnp.ones((8, 3)), jnp.ones((8, 3)), shape=(8, 8), transposed=transposed)
 
     def rows(fn):
-        """How many rows are transformed, of 5 in a batch with 3 terms each, and of the parameters."""
+        """Return the number of rows in all FFTs, for a batch of 5 rows with 3 terms each, and the parameters."""
         ffts = [eqn.invars[0].aval.shape for eqn in _equations(jax.make_jaxpr(fn)(matrix, jnp.ones((5, 8))).jaxpr)]
         return sum(np.prod(shape[:-1], dtype=int) for shape in ffts)
 

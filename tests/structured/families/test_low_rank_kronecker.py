@@ -13,7 +13,7 @@ from tests.structured.cases import StructuredMatrixContract, assert_close, quick
 
 
 def paper_W(A, down, up):
-    """`sum_k A_k (x) (down_k up_k)` of the transposes, which is how the papers write `W x`."""
+    """Return `W`, the sum of `A_k (x) (down_k up_k)` over transposed factors, as the papers write `W x`."""
     return sum(np.kron(a.T, v.T @ u.T) for a, u, v in zip(A, down, up, strict=True))
 
 
@@ -46,7 +46,7 @@ def error(matrix, target):
 
 
 def test_orientation():
-    # Out of 2 x 1 features into 1 x 3.
+    # From 2 x 1 features to 1 x 3.
     matrix = LowRankKronecker(A=jnp.array([[[1.0, 2.0]]]), down=jnp.array([[[1.0], [10.0]]]), up=jnp.array([[[3.0]]]))
     assert matrix.shape == (2, 2) and matrix.factor_shapes == ((1, 2), (2, 1))
     np.testing.assert_array_equal(matrix.to_dense(), [[3, 6], [30, 60]])
@@ -67,7 +67,7 @@ def test_numbers_of_the_methods_that_use_it():
 
 @pytest.mark.parametrize(("rank", "fewer"), [(1, False), (2, False), (3, True), (4, True)])
 def test_fused_is_the_kronecker_where_that_holds_fewer_numbers(rank, fewer):
-    # B has 20 numbers, and down and up have 9 for each of their ranks.
+    # B has 20 numbers; down and up have 9 numbers per rank.
     matrix = draw(2, rank)
     fused = matrix.compact()
     assert isinstance(fused, Kronecker) == fewer and (fused is matrix) == (not fewer)
@@ -102,7 +102,7 @@ def test_the_start_is_the_optimum_of_kronecker_with_every_B_truncated():
         expected = expected + np.kron(a, U[:, :2] * S[:2] @ Vt[:2])
     start = LowRankKronecker.nearest(target, terms=3, rank=2, factor_shapes=FACTORS, steps=0)
     assert_close(start.to_dense(), expected)
-    # At full rank it is all of that optimum, which no search could improve.
+    # At full rank the start is the optimum of `Kronecker`, which no search could improve.
     whole = LowRankKronecker.nearest(target, terms=3, rank=4, factor_shapes=FACTORS, steps=0)
     assert_close(whole.to_dense(), full.to_dense())
 
@@ -135,11 +135,12 @@ def test_what_the_target_leaves_empty_can_still_learn(target):
     dense = jnp.zeros((12, 10)) if target == "zero" else draw(1, 1).to_dense()
     found = LowRankKronecker.nearest(dense, rank=3, terms=2, factor_shapes=FACTORS, steps=20)
     assert_close(np.asarray(found.to_dense()) + 1, np.asarray(dense) + 1, "float32")
-    # A product of three factors is stuck where two of them are zero: A needs a second factor, a direction one side.
+    # A product of three factors cannot learn if two are zero. So `down @ up` is not zero where A is, and in each
+    # direction of a term `down` or `up` is not zero.
     for k, i in itertools.product(range(2), range(3)):
         assert np.linalg.norm(found.down[k, :, i]) + np.linalg.norm(found.up[k, i]) > 0.1
         assert np.linalg.norm(found.down[k] @ found.up[k]) > 0.1
-    # And so a few steps of plain gradient descent from there reach another target of the family.
+    # So plain gradient descent from there reaches another target of the family.
     other = draw(2, 3, seed=5).to_dense() / 10
 
     def loss(matrix):

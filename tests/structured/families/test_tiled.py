@@ -11,7 +11,7 @@ from tests.structured.cases import ProjectionContract, assert_close
 
 
 def mora(x: np.ndarray, weight: np.ndarray, out: int, rotate: bool) -> np.ndarray:
-    """`dW` of every row of x: types 1 and 6 of the released code, in which `weight` maps a chunk of the input."""
+    """Return `dW x` for every row x: types 1 and 6 of the released code, where `weight` multiplies a chunk of x."""
     m, p = x.shape[1], weight.shape[1]
     chunks = [x[:, [i % m for i in range(start, start + p)]] for start in range(0, m, p)]
     if not rotate:
@@ -51,17 +51,17 @@ class TestRotated(ProjectionContract):
 
 
 def test_orientation():
-    # Out of 4 features into 5: input 3 reads row 1 of M; output 4 is its first column again.
+    # From 4 features to 5: input 3 is multiplied by row 1 of M, and output 4 repeats its first column.
     matrix = Tiled(jnp.array([[1.0, 2.0], [3.0, 4.0]]), shape=(4, 5))
     np.testing.assert_array_equal(matrix.apply(jnp.array([0.0, 0.0, 0.0, 1.0])), [3, 4, 3, 4, 3])
     np.testing.assert_array_equal(matrix.T.apply(jnp.array([0.0, 0.0, 0.0, 0.0, 1.0])), [1, 3, 1, 3])
-    # Out of 3: the last chunk is features 2 and 0, so that feature 0 is read a second time.
+    # From 3 features: the last chunk is features 2 and 0, so feature 0 is used twice.
     matrix = Tiled(matrix.M, shape=(3, 2))
     np.testing.assert_array_equal(matrix.to_dense(), [[1 + 3, 2 + 4], [3, 4], [1, 2]])
 
 
 def test_rotation_by_hand():
-    # Of p = 2 there is one plane: the second chunk turns by 1, and its result is the second half of the output.
+    # p = 2 gives one plane: the second chunk turns by the angle 1, and gives the second half of the output.
     matrix = Tiled(jnp.eye(2), shape=(4, 4), rotate=True)
     turn = [[np.cos(1), np.sin(1)], [-np.sin(1), np.cos(1)]]
     expected = np.eye(4)
@@ -170,5 +170,5 @@ def test_arrays_that_do_not_fit():
         Tiled(jnp.ones(2), shape=(5, 3))
     with pytest.raises(UserError, match="M must have a shape from 1 x 1 to 5 x 3, not 2 x 4"):
         Tiled(jnp.ones((2, 4)), shape=(5, 3))
-    with pytest.raises(UserError, match="to 5 x 3, of an even number of rows, not 3 x 3"):
+    with pytest.raises(UserError, match="to 5 x 3, with an even number of rows, not 3 x 3"):
         Tiled(jnp.ones((3, 3)), shape=(3, 5), rotate=True, transposed=True)

@@ -40,7 +40,7 @@ def product(matrix, x, dy):
 
 
 def test_orientation():
-    # Out of 2 features into 3: t goes up the first column and on along the first row.
+    # From 2 features to 3: t goes up the first column and then along the first row.
     matrix = Toeplitz(jnp.array([1.0, 2.0, 3.0, 4.0]), shape=(2, 3))
     np.testing.assert_array_equal(matrix.to_dense(), [[2, 3, 4], [1, 2, 3]])
     np.testing.assert_allclose(matrix.apply(jnp.array([1.0, 10.0])), [12, 23, 34], rtol=1e-6)

@@ -59,13 +59,13 @@ def relative_error(target, matrix):
 
 
 def test_orientation_and_order():
-    # Out of 2 features into 3 over 3: the input meets t1 first.
+    # From 2 features to 3, with N = 3 between the factors: x is multiplied by the matrix of t1 first.
     shift, mix = jnp.array([0.0, 0.0, 1.0, 0.0]), jnp.array([0.0, 0.0, 2.0, 1.0, 0.0])
     pair = ToeplitzPair(t1=shift, t2=mix, shape=(2, 3))
     np.testing.assert_allclose(pair.to_dense(), [[0, 2, 1], [0, 0, 2]], atol=1e-6)
     np.testing.assert_allclose(pair.apply(jnp.array([1.0, 10.0])), [0, 2, 21], atol=1e-5)
     np.testing.assert_allclose(pair.T.apply(jnp.array([1.0, 10.0, 100.0])), [120, 200], rtol=1e-6)
-    # T1 T2 and not T2 T1, for symmetric factors that do not commute.
+    # M is T1 T2 and not T2 T1, as symmetric factors that do not commute show.
     pair = SymmetricToeplitzPair(t1=jnp.array([0.0, 1.0, 0.0]), t2=jnp.array([0.0, 0.0, 1.0]), shape=(3, 3))
     np.testing.assert_allclose(pair.to_dense(), [[0, 0, 0], [1, 0, 1], [0, 0, 0]], atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""What `auto` stands for."""
+"""Tests of the execution that `auto` chooses."""
 
 import json
 

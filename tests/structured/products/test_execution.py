@@ -1,4 +1,4 @@
-"""The executions of `x @ (W + M)`: equal values and gradients, what they keep, and what crosses devices."""
+"""Tests of the executions of `x @ (W + M)`: values, gradients, stored residuals, and communication between devices."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from tests.structured.cases import TOLERANCES, assert_close, quick
 
 
 def case(family, shape=(12, 8), batch=(4, 5), dtype="float64", seed=0):
-    """An update with random leaves, x, W, and the cotangent of the output."""
+    """Return an update with random leaves, x, W, and the cotangent of the output."""
     rng = np.random.default_rng(seed)
     options = FAMILIES[family].options_within(shape, 4 * max(shape)) or {}
     start = jax.eval_shape(lambda: FAMILIES[family].init(jax.random.key(0), shape, scale=1.0, **options))
@@ -25,7 +25,7 @@ def case(family, shape=(12, 8), batch=(4, 5), dtype="float64", seed=0):
 
 
 def outputs(update, x, kernel, dy, how):
-    """Output, and the gradients of update, x and kernel."""
+    """Return the output, and the gradients of update, x and kernel."""
     y, pull = jax.vjp(lambda update, x, kernel: updated_matmul(x, kernel, update, execution=how), update, x, kernel)
     return y, *pull(dy)
 
@@ -37,7 +37,7 @@ def test_all_executions_give_the_same_values_and_gradients(family, monkeypatch):
     update, x, kernel, dy = case(family)
     M = np.asarray(update.to_dense())
     results = jax.jit(lambda *args: {how: outputs(*args, how) for how in EXECUTIONS})(update, x, kernel, dy)
-    # `fft` alone is plain differentiation, which the contract of every family compares with numpy.
+    # Only `fft` is plain differentiation, which the contract of every family compares with NumPy.
     _, expected, *_ = results["fft"]
     for y, by_update, by_x, by_kernel in results.values():
         assert_close(y, x @ (kernel + M))
@@ -85,7 +85,7 @@ def test_transformations(how, batch):
     assert_close(dy, dx @ (kernel + M) + x @ Circulant(r1 + r2, (5, 7)).to_dense())
     stack = jnp.stack([x, dx])
     assert_close(jax.vmap(product, (None, 0))(update, stack), stack @ (kernel + M))
-    # Second derivatives: the gradient's own derivative, which is linear in the direction.
+    # Second derivatives: the directional derivative of the gradient, against a central difference.
     gradient = jax.grad(lambda update: jnp.sum(product(update, x) ** 2))
     curvature = jax.jvp(gradient, (update,), (moved,))[1]
     step = 1e-4
@@ -103,7 +103,7 @@ def test_reverse_mode_keeps_the_input_alone(family, how):
     _, pull = jax.vjp(lambda update, x: updated_matmul(x, kernel, update, execution=how), update, x)
     kept = {np.asarray(leaf).ctypes.data: leaf for leaf in jax.tree.leaves(pull)}.values()
     assert [leaf.size for leaf in kept if leaf.size > kernel.size] == [x.size]
-    # Beside it the kernel, which is not a copy either, and what the sizes of the update have.
+    # All other residuals together are at most one kernel and some arrays as small as the update.
     assert sum(leaf.size for leaf in kept if leaf.size <= kernel.size) <= kernel.size + 8 * update.num_params
 
 
@@ -146,8 +146,8 @@ def test_only_gradients_cross_devices(family, kind):
 
 @pytest.mark.parametrize("how", ["auto", "fft", "dense"])
 def test_half_precision_does_not_lose_a_small_update(how):
-    # 8 + 1e-4 is 8 in bfloat16. Rows that sum to zero make the product with a constant kernel vanish, so that the
-    # update is all there is.
+    # 8 + 1e-4 is 8 in bfloat16. The rows of x sum to zero, so the product with the constant kernel vanishes and the
+    # output is the product with the update only.
     rng = np.random.default_rng(0)
     update = Circulant(jnp.asarray(1e-4 * rng.normal(size=64), jnp.float32), (64, 64))
     x = jnp.asarray(rng.permuted(np.tile([1.0, -1.0], (8, 32)), axis=1), jnp.bfloat16)
@@ -160,7 +160,8 @@ def test_half_precision_does_not_lose_a_small_update(how):
 
 @pytest.mark.parametrize(("of_x", "of_kernel"), [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_auto_does_not_fold_where_x_and_kernel_differ(of_x, of_kernel):
-    # As above. Folded into the kernel of 8, the update would be lost in bfloat16, and keep three digits in float32.
+    # The same x and kernel as above. Added to the kernel of 8, the update would vanish in bfloat16 and keep three
+    # digits in float32.
     rng = np.random.default_rng(0)
     update = Circulant(jnp.asarray(1e-4 * rng.normal(size=64), jnp.float32), (64, 64))
     x = jnp.asarray(rng.permuted(np.tile([1.0, -1.0], (8, 32)), axis=1), of_x)

@@ -30,14 +30,14 @@ BATCH, TOKENS, IN, OUT = 16, 3, 9, 7
 
 
 def loop(x: np.ndarray, c: np.ndarray, wrapped: int = 1) -> np.ndarray:
-    """The defining sum for one row x; what wraps around is multiplied by `wrapped`."""
+    """Return the defining sum for one row x. Terms that wrap around are multiplied by `wrapped`."""
     n = len(c)
     return np.array([sum(x[i] * c[(j - i) % n] * (wrapped if i > j else 1) for i in range(len(x))) for j in range(n)])
 
 
 @pytest.fixture
 def problem():
-    """A circulant, activations and output cotangents, as numpy arrays that belong to no device."""
+    """Return a circulant pair, activations and output cotangents, as NumPy arrays that belong to no device."""
     rng = np.random.default_rng(0)
     pair = CirculantPair(*rng.normal(size=(2, IN)).astype(np.float32), shape=(IN, OUT))
     x = rng.normal(size=(BATCH, TOKENS, IN)).astype(np.float32)
@@ -168,7 +168,7 @@ def test_no_activation_is_gathered_by_a_skew_convolution(mesh_name, axis_type, n
 
 @pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=str)
 def test_xla_still_gathers_without_batch_local(problem, axis_type):
-    """When this fails, jax#15680 is fixed: `batch_local` can go, and the test above shows nothing any more."""
+    """If this fails, jax#15680 is fixed: remove `batch_local`, and the test above, which then proves nothing."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
 
     def naive(x, c):
