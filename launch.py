@@ -1,7 +1,7 @@
 """Fine-tune a pretrained model: `python launch.py --config=configs/digits.py`.
 
-Any value of the configuration can be given on the command line: `--config.peft.method=lora`. A run leaves everything in
-its folder (`--workdir`); the same command resumes a run that was interrupted.
+Any value of the configuration can be given on the command line: `--config.peft.method=lora`. A run writes everything to
+its folder (`--workdir`). If it is interrupted, the same command resumes it.
 """
 
 from surm_jax.__main__ import run

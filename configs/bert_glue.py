@@ -7,10 +7,10 @@ Tasks: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli. The model is `bert-ba
 `--config.model.checkpoint=` takes any other BERT or RoBERTa: hf://owner/name, or a folder of transformers with its
 tokeniser.
 
-AdamW, warm-up over 6 % of the steps, linear decay, length 128, batch 64 and no weight decay on biases and norms are the
-settings of SURM (arXiv 2406.17740, section 5; its baselines had batch 32). Weight decay 0.25 and dropout 0.15 come from
-the authors' script for a circulant adapter on RTE, and are not tuned for other tasks and methods. The methods `full`
-and `attention_only` train the pretrained weights themselves. They take 3 epochs, the learning rate 3e-5 and weight
+The settings are those of SURM (arXiv 2406.17740, section 5): AdamW, warm-up over 6 % of the steps, linear decay, length
+128, batch 64 (its baselines had 32), and no weight decay on biases and norms. Weight decay 0.25 and dropout 0.15 come
+from the authors' script for a circulant adapter on RTE, and are not tuned for other tasks and methods. The methods
+`full` and `attention_only` train the pretrained weights directly. They use 3 epochs, the learning rate 3e-5 and weight
 decay 0.01 instead, as in BERT (arXiv 1810.04805).
 """
 
@@ -25,7 +25,7 @@ from surm_jax.training.config import ADAPTER
 
 
 class Task(NamedTuple):
-    """Settings of one task: passes over its training set, and the learning rate of methods that train few numbers."""
+    """Settings of one task, for methods that train few parameters. `source` says where they come from."""
 
     epochs: float
     learning_rate: float
@@ -33,7 +33,7 @@ class Task(NamedTuple):
 
 
 PAPER = "the authors' script, for its adapter: https://github.com/arijitthegame/structured-matrices-PEFT"
-# Methods that train few numbers make many passes, but fewer over large sets. The rates are those of RTE.
+# Methods that train few parameters make many passes, but fewer over large data sets. All use RTE's learning rate.
 OURS = "ours, not tuned at this length"
 
 TASKS = {
@@ -47,7 +47,7 @@ TASKS = {
     "rte": Task(epochs=80, learning_rate=2e-3, source=PAPER),
     "wnli": Task(epochs=30, learning_rate=2e-3, source=OURS),
 }
-# Methods that train the pretrained weights take small steps for few epochs (arXiv 1810.04805, appendix A.3).
+# Methods that train the pretrained weights use a small learning rate for few epochs (arXiv 1810.04805, appendix A.3).
 PRETRAINED = ("full", "attention_only")
 PRETRAINED_RATE = 3e-5
 PRETRAINED_EPOCHS = 3
@@ -80,7 +80,7 @@ def get_config(options: str = "") -> ml_collections.ConfigDict:
     config.optim.warmup_ratio = 0.06
     config.optim.decay = "linear"
     config.optim.clip_norm = 0.0
-    # Biases, norms and scales have no weight decay, and so have DoRA's magnitudes and learned alphas.
+    # No weight decay on biases, norms and scales, nor on the magnitudes of DoRA and learned alphas.
     groups = config.optim.groups
     groups.adapter.pattern = ADAPTER + r"(?!.*(bias|magnitude|alpha)$).*"
     groups.head.pattern = r"head/kernel"

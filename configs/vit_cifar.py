@@ -1,10 +1,10 @@
 r"""ViT-B/16 (ImageNet-21k, AugReg) on CIFAR-10 with the settings of SURM (arXiv 2406.17740, section 5).
 
-They are Adam with the learning rate 5e-5, batch 64, 20,000 steps, and circulant updates on query, key and value.
+They are Adam with the learning rate 5e-5, batch 64, 20,000 steps, and circulant updates of query, key and value.
 
     python launch.py --config=configs/vit_cifar.py --config.data.dir=FOLDER_OF_PREPARED_TFDS_SETS
 
-The weights are downloaded once. To try it without them, train a small model on 32 x 32 pixels from random weights:
+The weights are downloaded once. To try the job without them, train a small model on 32 x 32 pixels from random weights:
 
     python launch.py --config=configs/vit_cifar.py --config.model.variant=mini --config.model.checkpoint=none \
         --config.peft.method=full --config.optim.learning_rate.full=1e-3 --config.optim.warmup_ratio=0.15 \

@@ -1,11 +1,11 @@
 """Fine-tune a pretrained model: `python -m surm_jax --config=configs/digits.py`, or launch.py in a checkout.
 
-Any value of the configuration can be given on the command line: `--config.peft.method=lora`. A run leaves everything in
-its folder (`--workdir`); the same command resumes a run that was interrupted.
+Any value of the configuration can be given on the command line: `--config.peft.method=lora`. A run writes everything to
+its folder (`--workdir`). If it is interrupted, the same command resumes it.
 
-On several hosts, start the same command on each host; together they make one run, whose folder is on a file system that
-they share. Slurm, Cloud TPU and GKE say themselves which processes take part. Elsewhere, give `--coordinator`,
-`--process_id` and `--num_processes`.
+For one run on several hosts, start the same command on each host, with a folder on a file system that they share. On
+Slurm, Cloud TPU and GKE, the processes find each other. Elsewhere, give `--coordinator`, `--process_id` and
+`--num_processes`.
 """
 
 import functools
@@ -27,7 +27,7 @@ from surm_jax.training import modes
 from surm_jax.training.parsing import base_config, meant_key, parse, plugins_of, require_key, require_steps
 from surm_jax.training.run import InterruptedRunError
 
-# The configurations lie beside the package in a checkout, and inside of it where it is installed.
+# In a checkout, the configurations are in the folder next to the package; in an installed package, inside of it.
 _HERE = Path(__file__).resolve().parent
 CONFIGS = next((folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir()), _HERE)
 
@@ -36,7 +36,7 @@ MODES = {
     "evaluate": "test the adapter of the run in --workdir",
     "merge": "write the full model of the run in --workdir",
     "export": "write the run in --workdir for transformers (--format=hf) or peft (--format=peft)",
-    "predict": "answer the sentences in --input with the run in --workdir, into --output",
+    "predict": "label the sentences in --input with the run in --workdir, and write the labels to --output",
     "describe": "print what would be trained",
 }
 FORMATS = ("hf", "peft")
@@ -44,13 +44,13 @@ FLAGS = ("config", "workdir", "mode", "format", "input", "output", "coordinator"
 
 
 def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
-    """Read the command line.
+    """Read the flags and the configuration, and return the arguments that are left.
 
     Raises:
-        UserError: A configuration, key or flag is unknown (the message names the nearest), a value is impossible, or a
-            plugin cannot be imported.
+        UserError: A configuration, key or flag is unknown (the message names the nearest one), a value is not allowed,
+            or a plugin cannot be imported.
     """
-    # ml_collections reads the keys while the flag is being defined: a mistyped key would end in a traceback.
+    # Check the keys before ml_collections defines the flag, because it ends with a traceback for a mistyped key.
     text = "\n".join(arguments)
     defaults = base_config(plugins_of(re.findall(r"(?:^|\n)--?config\.plugins[=\n]([^\n]*)", text)))
     for argument in arguments[1:]:
@@ -59,13 +59,17 @@ def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
     files = re.findall(r"(?:^|\n)--?config[=\n]([^:\n]+)", text)
     for file in files:
         if (ours := CONFIGS.parent / file).is_file() and not Path(file).is_file():
-            # From any folder, configs/NAME.py may be one of this program's.
+            # In any working directory, configs/NAME.py also names a configuration of this program.
             arguments = [
                 re.sub(rf"^(--?config=)?{re.escape(file)}(?=:|$)", rf"\g<1>{ours}", word) for word in arguments
             ]
         elif not Path(file).is_file():
             there = sorted(f"configs/{path.name}" for path in CONFIGS.glob("*.py"))
-            near = did_you_mean(file, there) if Path.cwd() == CONFIGS.parent else f"; this program's are in {CONFIGS}"
+            near = (
+                did_you_mean(file, there)
+                if Path.cwd() == CONFIGS.parent
+                else f"; those of this program are in {CONFIGS}"
+            )
             raise UserError(f"there is no configuration {file!r} (looked for from {Path.cwd()}){near}")
     try:
         _define_flags()
@@ -76,7 +80,7 @@ def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
     except Exception as error:  # A configuration is a program, and can raise anything.
         last = str(error).strip().splitlines()[-1]
         if isinstance(error, flags.Error):
-            # A UserError of the configuration arrives as text, with its name before it.
+            # absl turns a UserError of the configuration into text that begins with the name of the class.
             raise UserError(last.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from None
         what = files[-1] if files else "the configuration"
         raise UserError(f"{what} does not work with these flags: {type(error).__name__}: {last}") from None
@@ -95,7 +99,7 @@ def _define_flags() -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run one mode."""
+    """Run the mode that `--mode` names."""
     given = flags.FLAGS
     processes.start(given.coordinator, given.process_id, given.num_processes)
     use_compilation_cache()
@@ -106,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     name = ",".join(filter(None, [Path(file).stem, argument]))
     workdir = Path(given.workdir).expanduser() if given.workdir else default_workdir(name, overrides)
     if given.mode != "train" and processes.several():
-        raise UserError(f"--mode={given.mode} is the work of one process: start it alone, without a coordinator")
+        raise UserError(f"--mode={given.mode} runs in one process: start only one, without a coordinator")
     if given.mode in ("train", "describe"):
         require_steps(given.config, overrides)
     match given.mode:
@@ -127,7 +131,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> Any:
-    """Run a step of the program; end it with one message for whatever the user can put right."""
+    """Run a function of the program. For an error that the user can correct, end the program with one message."""
     try:
         return step(arguments)
     except InterruptedRunError as interruption:
@@ -137,7 +141,7 @@ def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> A
     except Exception as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
             error = UserError(
-                "it does not fit into the device's memory: take a smaller config.data.batch_size (or eval_batch_size),"
+                "the run does not fit into device memory: use a smaller config.data.batch_size (or eval_batch_size),"
                 " config.optim.accumulate=4, config.model.remat=block, or several devices with config.mesh.fsdp"
                 f" ({str(error).splitlines()[0]})"
             )
@@ -148,7 +152,7 @@ def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> A
 
 def run() -> None:
     """Run the program with the arguments of the command line."""
-    # Orbax logs damaged files, which are also in the message that this program prints.
+    # Silence the log of Orbax: what it says about damaged files is also in the message that this program prints.
     logging.set_verbosity(logging.FATAL)
     warnings.formatwarning = lambda message, *_: f"WARNING: {message}\n"
     app.run(functools.partial(guarded, main), flags_parser=functools.partial(guarded, parse_flags))

@@ -141,7 +141,7 @@ def test_numbers_and_tuples(monkeypatch):
         (["--config.peft.full=True"], ["config.peft.full is a section without keys"]),
         (["--config.data.classes=cat,dog"], ["config.data.classes", "\"('cat','dog')\"", "got 'cat,dog'"]),
         (["--config.seeds=(0,1.5)"], ["config.seeds", "1.5"]),
-        (["--config.plugins=my_own"], ["config.plugins must be a tuple of modules", "\"('my_family',)\", got my_own"]),
+        (["--config.plugins=my_own"], ["config.plugins must be a tuple of module names", "\"('my_family',)\", got my_own"]),
         (["--config.plugins=('no_such_module',)"], ["cannot import 'no_such_module'", "No module named"]),
         (["--config.peft.method=circulent"], ["config.peft.method", "did you mean 'circulant'"]),
         (["--config.peft.target=blocks/0/attention/qeury"], ["qeury", "blocks/0/attention/query"]),
@@ -267,7 +267,7 @@ def test_too_little_memory_has_one_message(capsys):
 
     with pytest.raises(SystemExit) as end:
         launch.guarded(large, [])
-    assert end.value.code.startswith("error: it does not fit into the device's memory: take a smaller")
+    assert end.value.code.startswith("error: the run does not fit into device memory: use a smaller")
     assert "RESOURCE_EXHAUSTED" in end.value.code and "\n" not in end.value.code
 
     def other(_):

@@ -117,7 +117,7 @@ class DataConfig:
             raise UserError(f"config.data.lengths must be positive and increase, got {self.lengths}")
         if len(self.classes) == 1:
             raise UserError(
-                f"config.data.classes must name two or more, such as \"('cat','dog')\", got only {self.classes[0]!r}"
+                f"config.data.classes must name two or more, such as \"('cat','dog')\", got {self.classes[0]!r} only"
             )
         for name in ("train_examples", "holdout", "max_corrupt"):
             check_at_least(f"data.{name}", getattr(self, name), 0)

@@ -1,4 +1,4 @@
-"""Several processes on one machine: the run of one process, whatever befalls one of them on the way."""
+"""Several processes on one machine make the same run as one process, whatever happens to one of them."""
 
 import json
 import socket
@@ -162,9 +162,7 @@ def test_what_one_process_alone_cannot_do_stops_the_others(tiny_files, launched,
 def test_what_no_process_can_do_is_said_once(tiny_files, launched, tmp_path):
     first, second = launched(tiny_files, f"--workdir={tmp_path / 'run'}", "--mode=evaluate")
     assert (first.status, second.status) == (1, 1)
-    assert first.err.endswith(
-        "error: --mode=evaluate is the work of one process: start it alone, without a coordinator\n"
-    )
+    assert first.err.endswith("error: --mode=evaluate runs in one process: start only one, without a coordinator\n")
     assert not second.err and not (tmp_path / "run").exists()
 
 

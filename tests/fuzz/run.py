@@ -26,7 +26,7 @@ LONGEST_MESSAGE = 5000
 
 
 class TimeIsUp(BaseException):
-    """Raised in the middle of whatever takes too long."""
+    """The error that ends a reading that takes too long."""
 
 
 @contextlib.contextmanager
@@ -79,7 +79,7 @@ def run(folder: Path, numbers: range, seed: int) -> tuple[collections.Counter[st
 
 
 def _read(name: str, folder: Path, whole: Content) -> tuple[str, str]:
-    """Returns what came of an example in a word, and a text if it must not be."""
+    """Return the outcome of an example as a word, and a message if this outcome is a failure."""
     start = time.perf_counter()
     try:
         with limited(), warnings.catch_warnings():

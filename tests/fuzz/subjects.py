@@ -1,4 +1,4 @@
-"""What is damaged: whole files and folders of every kind that strangers write, and how they are read."""
+"""The files and folders that are damaged, one of every kind that strangers write, and how they are read."""
 
 import functools
 import json

@@ -58,7 +58,7 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
     for step, accuracy in [(1, 0.3), (2, None), (3, 0.9), (4, 0.5), (5, None), (6, 0.7)]:
         checkpoints.save(state_at(step), PLACE, 0.0, accuracy)
     assert names_in(tmp_path) == ["3", "5", "6"]
-    # The best of all, not the best since the run was started again.
+    # The best checkpoint of the whole run, not only since its last start.
     checkpoints = Checkpoints(tmp_path, BASE, CONFIG, DATA)
     checkpoints.save(state_at(7), PLACE, 0.0, 0.8)
     assert checkpoints.latest == 7
@@ -147,7 +147,7 @@ def test_what_was_cut_off_while_it_was_replaced_is_there_as_it_was(tmp_path, mon
     checkpoints.save(state_at(2), PLACE, 1.0)
     replace = os.replace
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        # Between the two: the old one has lost its name, the new one has not got it.
+        # Killed between the two renames: neither folder has the final name.
         patch.setattr(atomic.os, "replace", lambda old, new: killed() if Path(new).name == "2" else replace(old, new))
         checkpoints.save(state_at(2), PLACE, 2.0, 0.5)
     assert not (tmp_path / "2").exists()

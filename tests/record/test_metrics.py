@@ -148,7 +148,7 @@ def test_a_number_that_is_not_finite_stops_with_its_step(name, value):
     recorder = Recorder()
     log = step_log(recorder, every=0, last=9)
     log.note(1, metrics_at(1))
-    # Even where the step is none of those that are written.
+    # Even if the metrics of this step are not written.
     log.note(2, metrics_at(2, **{name: value}))
     with pytest.raises(UserError, match=f"{name} is {value} at step 2"):
         log.note(3, metrics_at(3))

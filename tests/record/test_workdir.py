@@ -64,7 +64,7 @@ def test_data_and_weights_may_move(tmp_path):
     assert (moved.data.dir, moved.model.checkpoint, moved.optim) == ("/third", "/other.npz", CONFIG.optim)
     with pytest.raises(UserError, match=r"config\.optim\.steps belongs to the run"):
         saved_config(tmp_path, {"optim.steps": 3})
-    # What the run has anyway may be said again.
+    # An override with the value that the run already has is allowed.
     same = {"optim.steps": CONFIG.optim.steps, "peft.lora.rank": CONFIG.peft.methods["lora"].rank, "seeds": (0,)}
     assert saved_config(tmp_path, same) == saved_config(tmp_path)
 
@@ -80,10 +80,10 @@ def test_a_result_is_that_of_its_weights(tmp_path, where):
     ):
         opened(tmp_path, changed(model__checkpoint="/other.npz"))
     assert (tmp_path / "config.json").read_bytes() == before
-    # Nor is noted where data would be that nobody looked for.
+    # The new place of the data, which nobody checked, is not saved either.
     opened(tmp_path / where, changed(data__dir="/elsewhere", mesh__fsdp=2))
     assert saved_config(tmp_path / where) == CONFIG
-    # It can be evaluated with them all the same, which looks at their numbers.
+    # Evaluation with other weights is allowed, because it checks their fingerprint.
     assert saved_config(tmp_path, {"model.checkpoint": "/other.npz"}).model.checkpoint == "/other.npz"
 
 
@@ -184,7 +184,7 @@ def test_the_default_folder_names_the_run():
     assert default_workdir("digits", {}) == Path("runs/digits")
     named = default_workdir("vit", {"peft.method": "lora", "optim.steps": 3})
     assert named == Path("runs/vit,optim.steps=3,peft.method=lora")
-    # What cannot stand in a name still tells one run from another.
+    # Runs that differ only in characters that a file name cannot hold have different names.
     awkward = [{"peft.target": r"blocks/\d/(a|b)"}, {"peft.target": "blocks/d/(ab)"}]
     awkward += [{"data.name": "x" * 500, "peft.method": method} for method in ("lora", "full")]
     names = [default_workdir("vit", overrides) for overrides in awkward]

@@ -34,6 +34,6 @@ def test_weights_that_changed_since_the_run_began(tiny_files, tmp_path):
     (tmp_path / "run" / "result.json").unlink()
     with pytest.raises(UserError, match=message.format(f"the checkpoint {checkpoint}")):
         train_run(moved, tmp_path / "run")
-    # The same weights elsewhere are welcome.
+    # The same weights at another path are accepted.
     shutil.copy(files / "weights.safetensors", tmp_path / "other.safetensors")
     assert train_run(moved, tmp_path / "run")["metrics"] == result["metrics"]

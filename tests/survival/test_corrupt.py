@@ -139,7 +139,7 @@ def test_going_on_counts_on(split, warned):
     resumed.set_state(state)
     assert before + rows(resumed, 8 - split) == expected
     assert resumed.corrupt == straight.corrupt == {1, 6}
-    # What was named before is not named again.
+    # No example is named twice.
     assert len(warned()) - named == 2 - len(interrupted.corrupt)
 
 
@@ -228,7 +228,7 @@ def test_a_run_counts_what_it_skipped(tiny_files, tmp_path, monkeypatch, warned,
     assert result["corrupt_examples"] == {"train": 2, "test": 1}
     assert result["examples"] == {"test": 20}
     assert "skipped: the image of example 30 cannot be decoded" in warned()
-    # A result that is lost is made again, with the count that the checkpoint has.
+    # A lost result is made again, with the count from the checkpoint.
     (tmp_path / "two" / "result.json").unlink()
     again = train_run(config, tmp_path / "two")
     assert again["corrupt_examples"] == result["corrupt_examples"] and again["metrics"] == result["metrics"]

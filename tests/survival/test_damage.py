@@ -36,7 +36,7 @@ def write_checkpoints(folder: Path, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[Path, Path]:
-    """The checkpoints of two runs that differ in their seed alone."""
+    """The checkpoints of two runs that differ only in their seed."""
     folder = tmp_path_factory.mktemp("runs")
     return write_checkpoints(folder / "one", 0), write_checkpoints(folder / "other", 1)
 
@@ -92,7 +92,7 @@ def test_every_region_of_every_file_of_a_checkpoint(runs, tmp_path):
         path.write_bytes(content)
     print(f"{count} kinds of damage to {len(names)} files: all refused")
     assert count > 20 * len([name for name in names if (one / "2" / name).stat().st_size >= REGIONS])
-    # Untouched it is read, and without it the one before is.
+    # An undamaged checkpoint is read. Without it, the previous one is read.
     assert_equal_bits(
         host(Checkpoints(tmp_path / "c", BASE, CONFIG, DATA).restore(state_at(0)).state), host(state_at(2))
     )
@@ -131,7 +131,7 @@ def test_damage_to_an_earlier_checkpoint_is_told_and_the_only_one_leaves_the_beg
     (tmp_path / "c" / "1" / "checkpoint.json").write_text("{}")
     with pytest.raises(UserError, match=r"c/1 is damaged .* delete that folder to go on from step 2"):
         Checkpoints(tmp_path / "c", BASE, CONFIG, DATA)
-    # Nobody is sent to one that is damaged itself.
+    # The message does not recommend a checkpoint that is also damaged.
     (tmp_path / "c" / "2" / "checkpoint.json").write_text("[]")
     with pytest.raises(UserError, match=r"c/2 is damaged .* delete that folder to start from the beginning"):
         Checkpoints(tmp_path / "c", BASE, CONFIG, DATA)
@@ -169,7 +169,7 @@ def test_every_region_of_every_file_of_an_adapter(tmp_path):
         path.write_bytes(content)
     print(f"{count} kinds of damage to an adapter: all refused")
     assert count > 2 * 3 * REGIONS
-    # Untouched it is read, and is what it was.
+    # An undamaged adapter is read and is equal to the saved one.
     save_adapter(tmp_path / "again", *load_adapter(tmp_path / "a", Net(nnx.Rngs(0))))
     for name in files_of(tmp_path / "a"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()

@@ -1,4 +1,4 @@
-"""What is killed while it writes leaves the old file or the new one under the name, and never a part."""
+"""A process that is killed while it writes leaves the old file or the new file, never a part of one."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, a checkpoint half written included: what is started again ends like what was left alone."""
+"""SIGKILL at any moment, even while a checkpoint is written: a restarted run ends like an uninterrupted one."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ CHAINS, KILLS, STEPS, SEED = 2, 10, 24, 20
 @pytest.mark.exhaustive
 def test_twenty_kills_change_no_bit_of_the_end(tmp_path):
     tiny.write_files(tmp_path)
-    # Programs are compiled once, as on a machine of one's own.
+    # All starts share one compilation cache, as on a user's machine.
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",

@@ -72,7 +72,7 @@ def test_a_run_holds_its_folder_from_beginning_to_end(tiny_files, tmp_path, monk
     for name in ("prepare", "put_batch", "draw_curves"):
         monkeypatch.setattr(loop, name, watched(getattr(loop, name)))
     train_run(config, tmp_path)
-    # At three moments of each of the two: the folder of both, and that of the seed at work.
+    # Check at three moments of each seed: the folder of the whole run, and the folder of the present seed.
     assert sorted(seen) == sorted([tmp_path.name] * 6 + ["seed-0"] * 3 + ["seed-1"] * 3)
     assert not list(tmp_path.rglob(LOCK_NAME))
 

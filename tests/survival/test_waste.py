@@ -69,7 +69,7 @@ def test_a_step_moves_nothing_between_host_and_device(tiny_files, tmp_path, monk
     monkeypatch.setattr(loop, "compile_steps", guarded_programs)
     train_run(tiny.make_config(tiny_files, method, **VALUES), tmp_path)
     assert calls == 7
-    # Inside the program the guard does not look.
+    # The transfer guard does not check inside the compiled program.
     (program,) = programs
     assert not re.findall(r"\b(?:infeed|outfeed|send|recv|\w*callback\w*)\(|callback", program.as_text())
 

@@ -42,7 +42,7 @@ class Small(NamedTuple):
 
 
 def build(kind: str, method: str, values: dict[str, Any] | None = None, **fields: Any) -> Small:
-    """Builds a model whose arrays nothing else holds.
+    """Build a model whose arrays nothing else refers to.
 
     Args:
         kind: one of `KINDS`.
@@ -65,7 +65,7 @@ def build(kind: str, method: str, values: dict[str, Any] | None = None, **fields
 def _built(kind: str, method: str, values: tuple, fields: tuple) -> tuple[nnx.GraphDef, Any, Adapter]:
     config = base_config()
     config.update_from_flattened_dict({"peft.method": method, **VALUES.get(method, {}), **dict(values)})
-    # Numbers that hide no mistake: at the start of training one of two factors has no gradient.
+    # Random values, because at the start of training one of the two factors has no gradient, which would hide mistakes.
     model, adapter = adapt_model(nnx.eval_shape(_MAKERS[kind](**dict(fields))), parse(config).peft, 0)
     graphdef, state = nnx.split(model)
     rng = np.random.default_rng(1)

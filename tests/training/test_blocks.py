@@ -130,7 +130,7 @@ def test_the_model_comes_back_bit_for_bit():
     parts, trained, frozen = partition(built.model, built.adapter, scan_layers=True)
     on_devices = len(jax.live_arrays())
     model = parts.model(trained, frozen)
-    # The stack is still there: a second base would not fit beside it.
+    # The stack still exists: memory could not hold a second base.
     assert len(jax.live_arrays()) <= on_devices
     assert type(model.blocks) is Blocks
     assert nnx.graphdef(model) == nnx.graphdef(same.model)
@@ -147,13 +147,13 @@ def test_the_base_is_never_twice_in_memory():
 
 
 def test_states_of_training_are_the_same_in_files():
-    """A checkpoint of a run in a scan has what one of a run in a loop has, down to the optimiser's moments."""
+    """The checkpoints of a run with a scan and a run with a loop are equal, including the optimiser's moments."""
     states = {}
     for scan in (False, True):
         built = small.build("vit", "lora", depth=3)
         parts, trained, _ = partition(built.model, built.adapter, scan_layers=scan)
         optimizer = make_optimizer(OptimConfig(), trained)
-        # Numbers to be told apart: the squares of what is trained in place of its second moments.
+        # Replace the second moments by the squares of the trained arrays, so that all of them differ.
         state = optax.tree_utils.tree_set(optimizer.init(trained), nu=jax.tree.map(jnp.square, trained))
         states[scan] = parts.by_block({"trained": trained, "optimizer": state})
         back = parts.by_step(states[scan])
@@ -175,13 +175,13 @@ def test_a_run_goes_on_in_a_loop_where_it_was_in_a_scan(tiny_files, tmp_path):
     _, scanned = run(True, tmp_path / "scanned")
     assert scanned["metrics"] == looped["metrics"]
     assert evaluate_run(tmp_path / "scanned", {})[0]["test"]["accuracy"] == scanned["metrics"]["test_accuracy"]
-    # Back to the checkpoint before the last.
+    # Go back to the checkpoint before the last one.
     (tmp_path / "scanned" / "result.json").unlink()
     shutil.rmtree(tmp_path / "scanned" / "checkpoints" / "4")
     run(False, tmp_path / "scanned")
     leaves = [tiny.read_checkpoints(tmp_path / name)[4][0] for name in ("looped", "scanned")]
     tiny.assert_close(*leaves, 1e-6)
-    # Its adapter is one for the model, however that is run.
+    # The adapter fits the model, whether its blocks are stacked or not.
     job = prepare(config, 0)
     logits = []
     for name in ("looped", "scanned"):
@@ -191,7 +191,7 @@ def test_a_run_goes_on_in_a_loop_where_it_was_in_a_scan(tiny_files, tmp_path):
 
 
 def program_size(depth, scan):
-    """Lines of the program of a whole step, AdamW included, before the compiler sees it."""
+    """Return the lines of the program of a whole step, including AdamW, before compilation."""
     built = small.build("vit", "circulant", depth=depth, width=4, mlp_width=4)
     parts, trained, frozen = partition(built.model, built.adapter, scan_layers=scan)
     mesh, rates = make_mesh(1, {}), {"adapter": np.float32(0.1), "head": np.float32(0.1)}

@@ -10,7 +10,7 @@ from tests.training import tiny
 
 @pytest.fixture(scope="module")
 def built(built_for) -> tiny.Built:
-    # Dropout must not show.
+    # Dropout must have no effect.
     return built_for("lora", **{"model.dropout": 0.5})
 
 
@@ -43,7 +43,7 @@ def test_metrics_of_an_odd_number_of_examples(built, expected, devices, batch_si
 
 
 class Pending(np.ndarray):
-    """What a device has not computed until somebody waits for it."""
+    """A value that a device has not computed until somebody waits for it."""
 
     def block_until_ready(self):
         self.flat[:] = 1
@@ -58,7 +58,7 @@ def test_batches_wait_for_the_device():
 
     def batches():
         for _ in range(6):
-            # This device finishes nothing that nobody waits for.
+            # This fake device computes a value only when somebody waits for it.
             assert all(pending.all() for pending in asked[:-1])
             yield {"label": np.ones(2, int), "loss": np.zeros(2), "mask": np.ones(2, bool)}
 

@@ -96,7 +96,7 @@ def test_memory_holds_frozen_weights_once_and_trained_ones_three_times(method):
     trained = size(built.trained)
     # Adam's two moments; all other numbers are counters.
     assert 0 < size(state) - 3 * trained < 100
-    # What the program is given and what it returns; compilers may leave out what is not used.
+    # Compare inputs and outputs of the program: a compiler may remove what is not used.
     key_and_rates = jax.random.key_data(KEY).nbytes + size(rates.before(1))
     assert memory.argument_size_in_bytes <= size(state) + size(built.frozen) + size(batch) + key_and_rates
     pointers = 8 * len(jax.tree.leaves(state)) + 100  # the table of outputs, and the metrics

@@ -30,7 +30,7 @@ def source(tmp_path_factory):
     """A folder as transformers writes it, with the normalisation of its images."""
     folder = tmp_path_factory.mktemp("hub") / "vit"
     model = load(lambda: ViT(VIT, rngs=nnx.Rngs(3)), None)
-    # A head of zeros would hide the labels, and an encoder at its initial values every mistake.
+    # Random weights: a zero head would hide the labels, and initial values of the encoder would hide mistakes.
     graphdef, state = nnx.split(model)
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape).astype(np.float32), state)
@@ -126,7 +126,7 @@ def test_what_is_exported_computes_the_same(run, capsys, form):
     difference = float(printed.split("within ")[1].split(" ")[0])
     reach = float(printed.split("reach ")[1])
     assert difference <= 1e-5 * reach and reach > 0
-    # Again, over what is there.
+    # Export again, over the existing files.
     export_run(run, {}, form)
 
 

@@ -83,10 +83,10 @@ def test_a_scan_gathers_one_layer_at_a_time():
     looped, few_layers = memory(6, scan=False)
     few, _ = memory(6, scan=True)
     many, many_layers = memory(24, scan=True)
-    # Where the compiler sees everything at once it may gather all of it first.
+    # If the compiler sees all layers at once, it may gather all of them first.
     assert few < looped / 2
     assert many < many_layers / 3
-    # Besides the gathered layer: its eighth of every layer once more, in the order in which it is sent.
+    # Next to the gathered layer, each device has a copy of its eighth of every layer, in the order of sending.
     assert many - few < (many_layers - few_layers) / 4
 
 
@@ -116,7 +116,7 @@ def test_stacked_layers_lie_as_each_of_them_does():
     for scan in (False, True):
         built = small.build("vit", "lora", depth=4)
         graphdef, state = nnx.split(built.model)
-        # As a checkpoint is read: each array where it belongs. Stacking leaves them there.
+        # A checkpoint is read with each array on its devices, and stacking keeps it there.
         model = nnx.merge(graphdef, put_base(state, mesh))
         with jax.set_mesh(mesh):
             _, _, frozen = partition(model, built.adapter, scan_layers=scan)

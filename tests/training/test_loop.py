@@ -68,7 +68,7 @@ def test_what_a_run_leaves_behind(tiny_files, tmp_path, monkeypatch, capsys):
     assert result["adapter_bytes"] == sum(path.stat().st_size for path in (tmp_path / "adapter").iterdir())
     lines = metrics_of(tmp_path)
     assert [line["step"] for line in lines if "train_loss" in line] == [2, 4, 5]
-    # The test set is looked at once, at the end; what was held out, while training.
+    # The test set is evaluated once, at the end, and the held-out examples during training.
     assert [line["step"] for line in lines if "holdout_loss" in line] == [2, 4, 5]
     assert not any("test_loss" in line for line in lines)
     best = max(line["holdout_accuracy"] for line in lines if "holdout_loss" in line)
@@ -83,7 +83,7 @@ def test_what_a_run_leaves_behind(tiny_files, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(loop, "prepare", fail)
     assert start(config, 0, tmp_path) == result
-    # A result that is lost is made again from the last checkpoint.
+    # A lost result is made again from the last checkpoint.
     monkeypatch.undo()
     (tmp_path / "result.json").unlink()
     again = start(config, 0, tmp_path)
@@ -148,7 +148,7 @@ def test_a_run_is_a_loop_that_is_written_out(tiny_files, tmp_path):
         "optim.learning_rate.lora": 0.05,
         "optim.groups.head.learning_rate": 0.02,
         "optim.groups.head.weight_decay": 0.1,
-        # By which one micro-batch differs from two.
+        # The number by which one micro-batch differs from two.
         "model.dropout": 0.2,
         "peft.lora.dropout": 0.2,
         "log.metrics_every": 1,
@@ -162,7 +162,7 @@ def test_a_run_is_a_loop_that_is_written_out(tiny_files, tmp_path):
         rates = [line[f"learning_rate_{group}"] for line in lines]
         assert rates == pytest.approx([peak * factor for factor in factors], rel=1e-6)
     assert [line["train_loss"] for line in lines] == pytest.approx(written_out(config, 3, factors), rel=1e-5)
-    # At some steps the gradient is cut off, at others not.
+    # The gradient is clipped at some steps and not at others.
     norms = [line["gradient_norm"] for line in lines]
     assert min(norms) < 0.5 < max(norms)
 
@@ -179,7 +179,7 @@ def test_a_run_is_split_and_stacked_as_its_configuration_says(tiny_files, tmp_pa
     (blocks,) = run.model.partition.merge(position.state.trained, run.model.frozen).blocks
     assert type(blocks) is Stack and blocks.depth == 2
     kernel = run.model.frozen["blocks"][0]["stacked"]["mlp"]["up"]["kernel"][...]
-    # Of two blocks, each (10, 14).
+    # Two blocks, each with an array (10, 14).
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 10, 7)
 
 
@@ -198,7 +198,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(tiny_files, tmp_path, sig
         tiny_files, **{"optim.steps": 6, "optim.warmup_ratio": 1 / 3, "log.metrics_every": 1, "log.evaluate_every": 2}
     )
     start(config, 0, tmp_path / "whole")
-    # At a step that is evaluated, and at one that is not.
+    # Once at a step with an evaluation, and once at a step without.
     for number, at, step in ((signal.SIGTERM, 2, 2), (signal.SIGINT, 3, 5)):
         signal_at(number, at)
         with pytest.raises(InterruptedRunError, match=f"{number.name}: saved step {step} of 6") as interrupted:
@@ -249,7 +249,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_next_start_makes_it(tiny_
         os.kill(os.getpid(), signal.SIGTERM)
         return put(*arguments)
 
-    # The second time it is the evaluation that the first start left to be made.
+    # The second time, the evaluation that the first start did not make fails.
     for _ in range(2):
         monkeypatch.setattr(step_programs, "put_batch", put_batch)
         with pytest.raises(InterruptedRunError, match="SIGTERM: saved step 2 of 4"):
@@ -314,7 +314,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(tiny_files, t
         start(config, 0, tmp_path / "run")
     assert tiny.read_checkpoints(tmp_path / "run").keys() == {2, 3}
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3]
-    # What was saved before is whole: without the bad batch the run goes on from it.
+    # The earlier checkpoint is intact: without the bad batch, the run resumes from it.
     monkeypatch.undo()
     assert start(config, 0, tmp_path / "run")["steps"] == 9
     steps = [line["step"] for line in metrics_of(tmp_path / "run") if "train_loss" in line]
@@ -374,7 +374,7 @@ def test_a_frozen_factor_that_is_drawn_otherwise_is_refused(tiny_files, tmp_path
         start(config, 0, tmp_path)
     monkeypatch.undo()
     with monkeypatch.context() as patch:
-        # As another version of the library might.
+        # Another version of the library might do this.
         patch.setattr(job, "adapt_model", lambda model, peft, seed: adapt_model(model, peft, seed + 1))
         with pytest.raises(UserError, match=r"checkpoint .*/1 was .* values in blocks/0/attention/key/delta/default/"):
             start(config, 0, tmp_path)

@@ -107,11 +107,11 @@ def test_a_merged_model_stands_alone_and_computes_the_same(run, capsys):
     merged = load(lambda: ViT(job.task.model_config, rngs=nnx.Rngs(9)), paths[1], fresh=())
     base = job.base_model()
     adapted, _ = load_adapter(folder / "seed-2" / "adapter", base)
-    # The kernels moved, and nothing that a plain model does not have is in the file.
+    # The kernels changed, and the file holds only arrays of a plain model.
     query = load_file(paths[1])["blocks/0/attention/query/kernel"]
     assert np.abs(query - np.asarray(base.blocks[0].attention.query.kernel[...])).max() > 1e-3
     assert not [name for name in load_file(paths[1]) if "delta" in name]
-    # What pixels the model was trained on goes with it: here those in [-1, 1].
+    # The normalisation of images is saved with the model: here pixels in [-1, 1].
     assert image_normalization(paths[1]) == ((0.5,), (0.5,))
     images = next(iter(data.eval_batches(job.task.dataset.test, batch_size=8, image_size=8)))["image"]
     logits = [np.asarray(model(images)) for model in (merged, adapted, base)]
@@ -159,7 +159,7 @@ def test_describing_needs_neither_weights_nor_data(capsys):
     config = base_config()
     config.model.num_classes = 10
     config.data.name = "nowhere.npz"
-    # The official weights, which nothing can fetch here.
+    # The official weights cannot be downloaded here.
     assert config.model.checkpoint == "augreg"
     describe_run(parse(config))
     out = capsys.readouterr().out

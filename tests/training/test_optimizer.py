@@ -69,7 +69,7 @@ def test_a_parameter_in_no_group_is_refused_by_name():
     "groups",
     [
         {"head": GroupConfig(pattern="classifier/.*", learning_rate=5e-3)},
-        # The group before it takes what it would take.
+        # An earlier group matches the same parameters.
         {"adapter": GroupConfig(pattern="head/.*"), "head": GroupConfig(pattern="head/.*", learning_rate=5e-3)},
     ],
 )
@@ -78,7 +78,7 @@ def test_a_learning_rate_of_a_group_without_parameters_is_refused(groups):
     message = "optim.groups.head has learning_rate=0.005, but no parameter: .*trained .head/bias, head/kernel."
     with pytest.raises(UserError, match=message):
         Rates(config, "lora", paths)
-    # Without a rate it is as if it were not there: shipped settings serve methods that train other parameters.
+    # A group without a learning rate may be empty: the shipped settings are for methods that train other parameters.
     groups["head"] = dataclasses.replace(groups["head"], learning_rate=0.0, weight_decay=0.1)
     config = dataclasses.replace(config, groups=GroupsConfig(**groups))
     assert set(Rates(config, "lora", paths).before(1).values()) == {np.float32(RATES["lora"])}
@@ -107,7 +107,7 @@ def test_updates_are_those_of_adamw_by_hand(clip_norm):
     first = {path: np.zeros_like(array) for path, array in arrays.items()}
     second = {path: np.zeros_like(array) for path, array in arrays.items()}
     for step in range(6):
-        # Of very different sizes: Adam forgets a common scale, but not what is clipped in one step and not in the next.
+        # Gradients of very different sizes: Adam ignores a common scale, but not clipping in some steps only.
         gradients = {path: 10.0 ** (step - 3) * rng.normal(size=array.shape) for path, array in arrays.items()}
         updates, state = optimizer.update(
             {path: jnp.asarray(gradient, jnp.float32) for path, gradient in gradients.items()},

@@ -66,7 +66,7 @@ def test_answers_are_those_computed_by_hand(run, tmp_path, capsys):
     assert [row["label"] for row in rows] == [("entailment", "not_entailment")[i] for i in logits.argmax(1)]
     said = capsys.readouterr()
     assert said.out.splitlines()[-1] == f"{target}: 5 rows; 0 malformed ones were left out"
-    # Nothing else is left behind.
+    # No other file remains.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.tsv", "out.tsv"]
 
 
@@ -91,9 +91,9 @@ def test_malformed_rows_are_named_and_the_rest_is_answered(run, tmp_path, capsys
     [
         (b"sentence1\tsentence2\na\tb\n", (2,), (("a", "b"),)),
         (b"\xef\xbb\xbfsentence1\tsentence2\r\na\tb\r\n\r\nc\td\r\n", (2, 4), (("a", "b"), ("c", "d"))),
-        # Names elsewhere are sentences.
+        # Column names after the first line are sentences.
         (b"a\tb\nsentence1\tsentence2", (1, 2), (("a", "b"), ("sentence1", "sentence2"))),
-        # Quotes mean nothing, and lines end at line feeds alone.
+        # Quotes have no meaning, and only line feeds end lines.
         ('"a\t"b" \u2028\x0bc\n'.encode(), (1,), (('"a', '"b" \u2028\x0bc'),)),
     ],
 )

@@ -41,7 +41,7 @@ def test_a_part_of_the_data(tiny_files):
     # 7 of the 21 test examples are of the class 1.
     assert (task.examples, len(task.holdout), len(task.dataset.test)) == (5, 4, 14)
     assert task.dataset.test.labels.tolist() == [1, 0] * 7
-    # What is described without weights has as many outputs.
+    # The description without weights has the same number of outputs.
     assert task.make_model(0).head.bias.shape == (2,)
     assert describe_config(config).besides == 2 * 10 + 2
 
@@ -157,7 +157,7 @@ RULES = (
     Rule("blocks/1/attention/key", None),
     Rule(r"blocks/\d+/mlp/(up|down)", LoRA(rank=1), parts=2, which=(1,)),
 )
-# What they leave of the target qkv.
+# The modules of the target qkv that the rules do not match.
 LAST = Rule(r"blocks/\d+/attention/(query|key|value)", CirculantUpdate())
 LEFT = {"blocks/0/attention/value", "blocks/1/attention/query", "blocks/1/attention/value"}
 PLACES = {f"blocks/0/attention/{name}" for name in ("query", "key")}

@@ -20,7 +20,7 @@ from surm_jax.training.partition import Partition
 from surm_jax.training.step import init_state, make_train_step
 from tests.training import small, tiny
 
-# Gradients themselves, where an update by Adam would hide their size and blow up their rounding.
+# Plain gradient descent: Adam would hide the size of the gradients and amplify their rounding errors.
 SGD = optax.sgd(1.0)
 KEY = jax.random.key(0)
 
@@ -77,11 +77,11 @@ def test_what_a_step_changes_and_what_not(built_for, method):
         frozen = jax.device_put(built.frozen, replicated(mesh))
         for number in range(1, 5):
             given = state
-            # Neither another seed nor another rate is another program.
+            # Another seed or learning rate needs no other program.
             key = jax.random.key(number)
             state, metrics = step(state, frozen, put_batch(tiny.batch_of(built), mesh), key, rates.before(number))
             assert int(state.step) == number
-            # The memory is taken over; what is not the state's stays.
+            # The state is donated; all other arrays stay valid.
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
             assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
     assert Trace.count == 1
@@ -163,7 +163,7 @@ def test_eight_devices_compute_what_one_computes_and_gather_nothing(built_for, m
 
 @pytest.mark.exhaustive
 def test_transforms_that_are_not_kept_local_would_gather(built_for, monkeypatch):
-    # So the check above sees what it is there to see.
+    # This shows that the check above can fail.
     monkeypatch.setattr(fourier, "_convolve_rows", fourier._convolve_rows.__wrapped__)
     monkeypatch.setattr(execution, "batch_local", lambda product: product)
     jax.clear_caches()
@@ -203,7 +203,7 @@ def test_another_seed_draws_other_keys():
 
 def test_every_micro_batch_has_its_own_key():
     key = jax.random.fold_in(jax.random.key(0), 0)
-    # Of each, the model has one half, the adapter the other.
+    # Of each pair of keys, the model has one and the adapter the other.
     keys = [jax.random.split(jax.random.fold_in(key, index))[0] for index in range(4)]
     losses = [float(cross_entropy(key_logits(key), jnp.zeros(1, jnp.int32))[0]) for key in keys]
     assert len(set(losses)) == 4

@@ -19,7 +19,7 @@ from surm_jax.training.partition import Arrays, Partition, partition
 from surm_jax.training.setup import Job, prepare
 
 NAME = "tiny"
-# Every size is told from every other, and none from a batch of 16: shapes in a program say what they belong to.
+# All sizes differ from each other and from the batch size 16, so that a shape in a program shows what it belongs to.
 GEOMETRY = {"image_size": 8, "channels": 1, "patch_size": 4, "width": 10, "depth": 1, "heads": 2, "mlp_width": 14}
 METHODS = ("circulant", "lora", "linear_probe", "full")
 

@@ -20,7 +20,7 @@ from tests.data.text.test_glue import example
 
 WORDS = ("the", "a", "cat", "dog", "bird", "sleeps", "sings", "eats", "not", "and", "old", "small", "big", ".", "?")
 VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS)
-# Every size is told from every other, and from those of batches.
+# All sizes differ from each other and from the sizes of batches.
 BERT = BertConfig(
     vocab_size=len(VOCABULARY),
     width=32,
@@ -99,7 +99,7 @@ def flat_config(files: Path, task: str, **overrides: Any) -> dict[str, Any]:
         "data.batch_size": 16,
         "data.eval_batch_size": 8,
         "optim.steps": 4,
-        # What several devices do to a run is tested with images.
+        # Runs on several devices are tested with images.
         "mesh.data": 1,
         **overrides,
     }
