@@ -141,7 +141,10 @@ def test_numbers_and_tuples(monkeypatch):
         (["--config.peft.full=True"], ["config.peft.full is a section without keys"]),
         (["--config.data.classes=cat,dog"], ["config.data.classes", "\"('cat','dog')\"", "got 'cat,dog'"]),
         (["--config.seeds=(0,1.5)"], ["config.seeds", "1.5"]),
-        (["--config.plugins=my_own"], ["config.plugins must be a tuple of module names", "\"('my_family',)\", got my_own"]),
+        (
+            ["--config.plugins=my_own"],
+            ["config.plugins must be a tuple of module names", "\"('my_family',)\", got my_own"],
+        ),
         (["--config.plugins=('no_such_module',)"], ["cannot import 'no_such_module'", "No module named"]),
         (["--config.peft.method=circulent"], ["config.peft.method", "did you mean 'circulant'"]),
         (["--config.peft.target=blocks/0/attention/qeury"], ["qeury", "blocks/0/attention/query"]),
