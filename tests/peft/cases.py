@@ -39,15 +39,15 @@ from tests.structured.families.test_tiled import mora_dense
 
 @dataclasses.dataclass(frozen=True)
 class UpdateCase:
-    """What the suite knows of an update.
+    """An update, and what the tests expect of it.
 
     Attributes:
-        method: an instance in which no setting has its default, but for `learn_alpha`.
-        zero: names of the arrays that start at zero; the others must not.
-        stored: the arrays' shapes in a file, for a matrix of shape (m, n).
-        change: what is added to a kernel, from alpha, the arrays, and the kernel (in, out) itself.
-        constant: names of the arrays that are not trained.
-        early: names of the arrays that get a gradient at the very start, besides those that are zero.
+        method: An instance in which every setting except `learn_alpha` differs from its default.
+        zero: Names of the arrays that start at zero; the others must not.
+        stored: The shapes of the arrays in a file, for a matrix of shape (m, n).
+        change: A function of alpha, the arrays and the kernel (in, out) that returns the kernel's change.
+        constant: The names of the arrays that are not trained.
+        early: The names of non-zero arrays that get a gradient in the first step.
     """
 
     method: peft.Update
@@ -68,15 +68,15 @@ class UpdateCase:
 
 @dataclasses.dataclass(frozen=True)
 class BranchCase:
-    """What the suite knows of a bottleneck.
+    """A branch, and what the tests expect of it.
 
     Attributes:
-        method: an instance in which no setting has its default, but for `bias`.
-        zero: names of the arrays that start at zero; the others must not.
-        late: those of `zero` that get no gradient at the very start.
-        stored: the arrays' shapes in a file, for a module of so many output features.
-        branch: what is added to the output y, (..., width), from alpha, the activation, the arrays and y.
-        wants: the modules that are adapted among those that the rule matches.
+        method: An instance in which every setting except `bias` differs from its default.
+        zero: Names of the arrays that start at zero; the others must not.
+        late: The names in `zero` whose arrays get no gradient in the first step.
+        stored: The shapes of the arrays in a file, for a module with a given number of output features.
+        branch: What is added to the output y, (..., width), from alpha, the activation, the arrays and y.
+        wants: The modules that are adapted among those that the rule matches.
     """
 
     method: peft.Branch
@@ -97,11 +97,11 @@ class BranchCase:
 
 @dataclasses.dataclass(frozen=True)
 class SelectionCase:
-    """What the suite knows of a selection.
+    """A selection, and what the tests expect of it.
 
     Attributes:
-        method: an instance.
-        chosen: whether it trains the parameter at a path, besides the head.
+        method: An instance.
+        chosen: A function that says whether the method trains the parameter at a path outside the head.
     """
 
     method: peft.Selection
@@ -313,13 +313,13 @@ def fresh(model: str, method: str) -> tuple[nnx.Module, Adapter]:
 
 @functools.cache
 def trained(model: str, method: str) -> tuple[nnx.Module, Adapter]:
-    """An adapted model away from its start: every trainable number is another one."""
+    """An adapted model away from its start: every trained number was changed."""
     adapted, adapter = fresh(model, method)
     return perturb(adapted, adapter), adapter
 
 
 def changes(model: str, method: str, adapted: nnx.Module, name: str = "default") -> dict[str, np.ndarray]:
-    """What an update adds to every kernel by the path of its layer, in float64, by the oracle of the method."""
+    """The change of every kernel by an update, in float64, by layer path, computed by the oracle."""
     case, weights, found = UPDATES[method], parameters(base(model)), {}
     for path, shape in case.places(model).items():
         arrays = part_arrays(adapted, path, "delta", name)
@@ -344,7 +344,7 @@ def bare(model: str, adapted: nnx.Module, added: dict[str, np.ndarray] | None = 
 
 
 def with_oracles(model: nnx.Module, branches: dict[str, list[Callable[[np.ndarray], np.ndarray]]]) -> nnx.Module:
-    """The model with functions of numpy in place of branches, by path; it cannot be compiled."""
+    """The model with NumPy functions, given by path, instead of branches. It cannot be compiled."""
 
     def oracle_class(cls, functions):
         def call(self, *args, **kwargs):

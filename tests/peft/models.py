@@ -50,15 +50,15 @@ class ModelCase:
     """A model to adapt.
 
     Attributes:
-        make: builds it.
-        target: the pattern of the layers that get updates.
-        shapes: their paths and matrices, (in_features, out_features).
-        inputs: the shape of its input.
-        branch_target: the pattern of the modules that get branches.
-        widths: their paths and the features of their outputs; empty: branches are not for this model.
-        train: patterns of what is trained besides.
-        precision: the dtype that it computes in.
-        vocabulary: the input is whole numbers below it, if it is not 0.
+        make: Builds it.
+        target: The pattern of the layers that get updates.
+        shapes: Their paths and matrices, (in_features, out_features).
+        inputs: The shape of its input.
+        branch_target: The pattern of the modules that get branches.
+        widths: Their paths and the features of their outputs; empty: branches are not for this model.
+        train: Patterns of what is trained besides.
+        precision: The dtype that it computes in.
+        vocabulary: The number of tokens; if it is not 0, the input holds whole numbers below it.
     """
 
     make: Callable[[], nnx.Module]
@@ -141,7 +141,7 @@ MODELS = {
 
 
 def materialize(make: Callable[[], nnx.Module]) -> nnx.Module:
-    """Builds a model with NumPy's random numbers, the same in every process, without compiling its initialisers."""
+    """Build a model with NumPy's random numbers, the same in every process, without compiling its initialisers."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
     rng = np.random.default_rng(0)
     flat = [
@@ -210,7 +210,7 @@ def part_arrays(model: nnx.Module, path: str, slot: str, name: str = "default") 
 
 
 def perturb(model: nnx.Module, adapter, seed: int = 2, size: float = 0.3) -> nnx.Module:
-    """Returns the model with noise on everything that the adapter trains, as if it had been trained."""
+    """Return the model with noise on everything that the adapter trains, as if it had been trained."""
     graphdef, trainable, frozen = nnx.split(model, adapter.trainable, ...)
     rng = np.random.default_rng(seed)
     noise = lambda a: jnp.asarray(np.asarray(a) + size * rng.normal(size=a.shape), a.dtype)  # noqa: E731
@@ -218,7 +218,7 @@ def perturb(model: nnx.Module, adapter, seed: int = 2, size: float = 0.3) -> nnx
 
 
 def same_bits(left: jax.Array, right: jax.Array) -> bool:
-    """Whether two arrays are the same in shape, dtype and every bit."""
+    """Return whether two arrays are equal in shape, dtype and every bit."""
     left, right = np.asarray(left), np.asarray(right)
     return left.shape == right.shape and left.dtype == right.dtype and left.tobytes() == right.tobytes()
 

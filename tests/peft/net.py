@@ -63,7 +63,7 @@ def expected(
 def tuned(
     model: nnx.Module, method: Update, *, target: str = BODY, seed: int = 1, name: str = "default", **options
 ) -> tuple[nnx.Module, Adapter]:
-    """Returns the model with one more adapter, as if it were trained."""
+    """Return the model with one more adapter, with changed numbers as if it had been trained."""
     train = options.pop("train", ())
     model, adapter = adapt(model, [Rule(target, method, **options)], train=train, name=name, rngs=nnx.Rngs(seed))
     return perturb(model, adapter, seed, size=0.5), adapter

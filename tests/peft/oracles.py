@@ -13,7 +13,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def circulant(c: np.ndarray, m: int, n: int) -> np.ndarray:
-    """Out of m features into n, in our orientation: the paper's matrix transposed."""
+    """A circulant from m to n features, in our orientation: the transpose of the paper's matrix."""
     return scipy.linalg.circulant(c).T[:m, :n]
 
 

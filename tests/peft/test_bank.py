@@ -59,7 +59,7 @@ def saved(folder, base, methods, **options):
 
 
 def alone(folders, base, x, ids):
-    """Each example by a model that has its adapter alone."""
+    """The output of each example by a model that has only this example's adapter."""
     every = [run(load_adapter(folder, base)[0], x) for folder in folders]
     outputs = jnp.stack([every[number][i] for i, number in enumerate(ids)])
     # Which adapter it is must show in the output.
@@ -263,14 +263,16 @@ def test_half_a_bank_adds_half_of_each(tmp_path):
 def test_a_call_that_does_not_say_which_adapters_is_refused(tmp_path):
     layer = nnx.Linear(6, 8, rngs=nnx.Rngs(0))
     bank = load_bank(saved(tmp_path, layer, [CirculantUpdate()] * 2, target=""), layer)
-    with pytest.raises(UserError, match=r"^which adapter\? Call the model within `with surm_jax\.adapter_of_examples"):
+    with pytest.raises(
+        UserError, match=r"^no adapters were chosen: call the model within `with surm_jax\.adapter_of_examples"
+    ):
         bank(batch())
     refused = {
         (0, 1): r"^adapter_of_examples has ids of shape \(2,\) for a batch of shape \(4, 2\)$",
         ((0,), (1,), (0,), (1,)): r"ids of shape \(4, 1\) for a batch of shape \(4, 2\)$",
-        (0.0, 1.0, 0.0, 1.0): "needs whole numbers, the adapters' places, got float32$",
-        (0, 1, 2, 0): "^adapter_of_examples has 0 to 2, but the bank 0 to 1$",
-        (0, 1, -1, 0): "^adapter_of_examples has -1 to 1, but the bank 0 to 1$",
+        (0.0, 1.0, 0.0, 1.0): "needs whole numbers, the indices of adapters, got float32$",
+        (0, 1, 2, 0): "^adapter_of_examples has ids from 0 to 2, but the bank 0 to 1$",
+        (0, 1, -1, 0): "^adapter_of_examples has ids from -1 to 1, but the bank 0 to 1$",
     }
     for ids, message in refused.items():
         with pytest.raises(UserError, match=message), adapter_of_examples(jnp.array(ids)):
@@ -339,7 +341,7 @@ def test_it_works_in_tree_mode(tmp_path):
 
 
 class CosineHead(nnx.Linear):
-    """Goes past `nnx.Linear.__call__`."""
+    """A linear layer whose `__call__` does not use that of `nnx.Linear`."""
 
     def __call__(self, x):
         return x @ (self.kernel[...] / jnp.linalg.norm(self.kernel[...], axis=0))

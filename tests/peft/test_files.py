@@ -40,7 +40,7 @@ def saved(tmp_path):
 
 
 def edit_config(folder, change):
-    """Rewrites the recipe with `change` made to it and, unless the change is to the SHA-256, the right one for it."""
+    """Rewrite the recipe with `change` made to it and, unless the change is to the SHA-256, the right one for it."""
     config = json.loads((folder / CONFIG).read_text())
     before = config["sha256"]
     change(config)
@@ -52,7 +52,7 @@ def edit_config(folder, change):
 
 
 def edit_tensors(folder, change):
-    """Rewrites the tensors with `change` made to them, with the right SHA-256: only the checks behind it can notice."""
+    """Rewrite the tensors with `change` made to them, with the right SHA-256: only the checks behind it can notice."""
     tensors = load_file(folder / TENSORS)
     change(tensors)
     (folder / TENSORS).write_bytes(save(tensors))

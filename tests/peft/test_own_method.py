@@ -208,9 +208,9 @@ def test_converting_from_it_and_not_to_it():
     dense, recipe, errors = convert(model, adapter, StructuredUpdate(family="Dense"))
     assert max(errors.values()) < 1e-6 and recipe.train == ("head/.*",)
     assert relative_error(run(dense, batch()), run(model, batch())) < 1e-5
-    with pytest.raises(UserError, match="body/0 cannot become modulation: no nearest ModulationPart"):
+    with pytest.raises(UserError, match="body/0 cannot become modulation: ModulationPart has no method"):
         convert(dense, recipe, make_method("modulation", {}))
-    with pytest.raises(UserError, match="body/0 cannot become modulation: no nearest ModulationPart"):
+    with pytest.raises(UserError, match="body/0 cannot become modulation: ModulationPart has no method"):
         combine(model, {adapter: 0.5})
     gated, gate = tuned(net(), make_method("gate", {}))
     with pytest.raises(UserError, match=r"body/0 has a part of the adapter 'default' that .* no kernel can hold it"):

@@ -1,1 +1,1 @@
-"""The parts that an adapter puts into the modules of a model, and the protocol that all of them keep."""
+"""The parts that an adapter adds to the modules of a model, and the protocol that every part follows."""

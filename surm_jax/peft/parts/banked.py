@@ -1,6 +1,6 @@
-"""Parts of many adapters in one: each example of a batch gets what its own adapter adds.
+"""Parts that hold many adapters and apply a different one to each example of a batch.
 
-The arrays of all adapters are stacked, (adapters, ...), and each example gathers its own in the product.
+The arrays of all adapters are stacked to shape (adapters, ...). Each example gathers those of its own adapter.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ _EXAMPLES: contextvars.ContextVar[Array | None] = contextvars.ContextVar("adapte
 
 @contextlib.contextmanager
 def adapter_of_examples(ids: Int[Array, "batch"]) -> Iterator[None]:
-    """Give example i of the batch the adapter number `ids[i]` of a bank, within the block.
+    """Within the block, let example i of the batch use the adapter number `ids[i]` of a bank.
 
-    Use the block inside the compiled function, and hand `ids` to that function as an argument. Around a compiled
-    function, the first `ids` would become constants of its program.
+    Use the block inside the compiled function, and pass `ids` to that function as an argument. If the block surrounds
+    the call of a compiled function, the `ids` of the first call become constants of its program.
     """
     token = _EXAMPLES.set(ids)
     try:
@@ -37,15 +37,15 @@ def adapter_of_examples(ids: Int[Array, "batch"]) -> Iterator[None]:
 
 
 def example_adapters() -> Int[Array, "batch"] | None:
-    """Return the numbers given by `adapter_of_examples`, or `None` outside of it."""
+    """Return the `ids` of the surrounding `adapter_of_examples` block, or `None` outside of such a block."""
     return _EXAMPLES.get()
 
 
 class _Stack(nnx.Module):
-    """Parts of one form, with their arrays stacked.
+    """Several parts with equal structure, stored as one part with stacked arrays.
 
     Args:
-        parts: One for each adapter. They differ in their numbers only.
+        parts: One part for each adapter. They may differ only in the values of their arrays.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -68,14 +68,14 @@ class _Stack(nnx.Module):
 
 
 class BankedKernelPart(KernelPart):
-    """The kernel parts of one layer by all adapters of a bank, and the changes of the layer where it was trained.
+    """What all adapters of a bank add in one linear layer: their parts, and the changes of a fully trained layer.
 
     Args:
-        count: Number of adapters.
+        count: The number of adapters.
         shape: The layer's (in_features, out_features).
-        parts: One for each adapter, of one form; `None`: the adapters have none.
-        kernels: What each adapter adds to the kernel itself, (in, out); `None`: nothing.
-        biases: What each adapter adds to the layer's bias, (out,); `None`: nothing.
+        parts: One part for each adapter, all with equal structure. `None` means that the adapters have no parts here.
+        kernels: The change of the trained kernel by each adapter, (in, out). `None` means no changes.
+        biases: The change of the trained bias by each adapter, (out,). `None` means no changes.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class BankedKernelPart(KernelPart):
         return {}
 
     def _change(self, kernel: Array) -> Array:
-        raise UserError("is a bank, in which each example has another update, which one kernel cannot hold")
+        raise UserError("is a bank, in which each example has another update, so that no single kernel can hold them")
 
     def _added(self, x: Array, y: Array, kernel: Array, dot: Dot) -> Float[Array, "batch ... out"]:
         ids = _adapters_of(x.shape[:-1], self.count)
@@ -123,7 +123,7 @@ class BankedKernelPart(KernelPart):
         if hasattr(self, "parts"):
 
             def added(x: Array, y: Array, change: Array | None, own: Sequence[Array]) -> Array:
-                # Where the kernel was trained, each example has its own, which its part may read.
+                # If the kernel was trained, each example has its own kernel, and its part may read it.
                 mine = kernel if change is None else kernel.astype(jnp.float32) + change
                 return self.parts.one(own).added(x, y, mine, dot)
 
@@ -135,10 +135,10 @@ class BankedKernelPart(KernelPart):
 
 
 class BankedOutputPart(OutputPart):
-    """The output parts of one module by all adapters of a bank.
+    """The output parts of all adapters of a bank in one module.
 
     Args:
-        parts: One for each adapter, of one form.
+        parts: One part for each adapter, all with equal structure.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -171,7 +171,7 @@ def _without_dropout(function: Callable[..., Array], *arguments: Any) -> Array:
 
 def _own(stacked: nnx.Variable, ids: Int[Array, "batch"]) -> Array:
     """Return each example's row of an array of all adapters, (adapters, ...)."""
-    # A number outside of the bank gives NaN; without the fill it would silently get some adapter.
+    # An id outside of the bank gives NaN. Without the fill value, it would silently get another adapter.
     return stacked[...].at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
@@ -179,12 +179,12 @@ def _adapters_of(batch: tuple[int, ...], count: int) -> Int[Array, "batch"]:
     """Return the number of each example's adapter in a bank of `count` adapters."""
     given = example_adapters()
     if given is None:
-        raise UserError("which adapter? Call the model within `with surm_jax.adapter_of_examples(ids):`")
+        raise UserError("no adapters were chosen: call the model within `with surm_jax.adapter_of_examples(ids):`")
     ids = jnp.asarray(given)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise UserError(f"adapter_of_examples needs whole numbers, the adapters' places, got {ids.dtype}")
+        raise UserError(f"adapter_of_examples needs whole numbers, the indices of adapters, got {ids.dtype}")
     if ids.ndim != 1 or ids.shape != batch[:1]:
         raise UserError(f"adapter_of_examples has ids of shape {ids.shape} for a batch of shape {batch}")
     if not isinstance(ids, jax.core.Tracer) and ids.size and not 0 <= ids.min() <= ids.max() < count:
-        raise UserError(f"adapter_of_examples has {ids.min()} to {ids.max()}, but the bank 0 to {count - 1}")
+        raise UserError(f"adapter_of_examples has ids from {ids.min()} to {ids.max()}, but the bank 0 to {count - 1}")
     return ids

@@ -1,11 +1,11 @@
-"""The protocol of parts: what an adapter puts into one module.
+"""The protocol of parts. A part is what an adapter adds to one module.
 
-A part sits in one of two slots. A `KernelPart` adds to the product of a linear layer with its kernel, such as
-`x @ M` beside `x @ W`. An `OutputPart` adds to the output of any module, after it. Everything else in this package
-(describing, merging, converting, saving, serving many adapters) asks a part by the methods stated here, so that a new
-kind of part is one class in one file. `tests/peft/own_method.py` shows two.
+A part sits in one of two slots. A `KernelPart` adds a term to the product of a linear layer's input and kernel, such as
+`x @ M` to `x @ W`. An `OutputPart` adds a term to the output of any module. All other code of this package (describing,
+merging, converting, saving, serving many adapters) uses parts only through the methods defined here. A new kind of part
+is therefore one class in one file; `tests/peft/own_method.py` shows two examples.
 
-A part scales what it adds by `scale`, which is 1 while it is trained and 0 where its adapter is switched off.
+A part multiplies what it adds by `scale`. It is 1 during training, and 0 if the adapter is switched off.
 """
 
 import dataclasses
@@ -23,37 +23,37 @@ from surm_jax.paths import join
 from surm_jax.structured import Dot, StructuredMatrix
 
 KERNEL = "delta"
-"""The slot of parts that add to the product of a linear layer with its kernel."""
+"""The slot of parts that add to the product of a linear layer's input and kernel."""
 
 OUTPUT = "branch"
 """The slot of parts that add to the output of a module."""
 
 SLOTS = (KERNEL, OUTPUT)
-"""Parts have the path `<module>/<slot>/<name of the adapter>`."""
+"""The names of the slots. A part has the path `<module>/<slot>/<name of the adapter>`."""
 
 
 class AdapterParam(nnx.Param):
-    """A trained parameter of an adapter. This type selects what is trained; it is float32 over any base."""
+    """A trained parameter of an adapter, selected for training by this type. It is float32 for a base of any dtype."""
 
 
 class AdapterConstant(nnx.Variable):
-    """Numbers of an adapter that are saved but not trained, such as the frozen factor of LoRA-FIX."""
+    """An array of an adapter that is saved but not trained, such as the frozen factor of LoRA-FIX."""
 
 
 class AdapterScale(nnx.Variable):
-    """The factor of what a part adds, float32 of shape (): 1 as trained, 0 switched off. Never trained or saved."""
+    """The factor of a part's contribution, float32 of shape (): 1 as trained, 0 switched off. Not trained or saved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The place that a method builds a part for.
+    """The facts about a module that a method needs to build a part for it.
 
     Attributes:
-        width: Number of output features of the module.
-        kernel: The layer's kernel as a matrix (in_features, out_features); `None` in the output slot.
-        parts: Number of equal blocks of output features in a packed kernel, such as 3 for query, key and value.
-        which: Numbers of the blocks that get an update; empty means all.
-        execution: How a structured product is computed, one of `surm_jax.structured.EXECUTIONS`.
+        width: The number of output features of the module.
+        kernel: The layer's kernel as a matrix (in_features, out_features). It is `None` for the output slot.
+        parts: The number of equal blocks of output features in a packed kernel, such as 3 for query, key and value.
+        which: The indices of the blocks that get an update. Empty means all blocks.
+        execution: How structured products are computed, one of `surm_jax.structured.EXECUTIONS`.
     """
 
     width: int
@@ -66,8 +66,8 @@ class Place:
 class Part(nnx.Module):
     """What one adapter adds to one module.
 
-    Every variable of a part except `scale` must be an `AdapterParam` or an `AdapterConstant`: these are saved, and
-    the first kind is trained.
+    Every variable of a part except `scale` must be an `AdapterParam`, which is trained and saved, or an
+    `AdapterConstant`, which is only saved.
 
     Attributes:
         slot: `KERNEL` or `OUTPUT`.
@@ -90,91 +90,91 @@ class Part(nnx.Module):
         return type(self).__name__
 
     def form(self) -> str:
-        """Return a description of everything but the numbers, for messages."""
+        """Return a description of the part's structure, without the values of its arrays, for messages."""
         return f"{self.kind} of shape {self.shape}"
 
     def tensors(self) -> dict[str, nnx.Variable]:
-        """Return the variables that are saved, by their path inside the part."""
+        """Return the variables that are saved, by their paths inside the part."""
         state = nnx.state(self, nnx.Any(AdapterParam, AdapterConstant))
         return {join(path): variable for path, variable in nnx.to_flat_state(state)}
 
     def compact(self) -> None:
-        """Replace the arrays, in place, by the smallest ones that compute the same: the form in files."""
+        """Replace the arrays, in place, by the smallest arrays that compute the same. Files store this form."""
 
     def change(self, kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
-        """Return what the part adds to a kernel, as a dense float32 matrix.
+        """Return the change of the kernel that has the same effect as the part, as a dense float32 matrix.
 
         Raises:
-            UserError: If no kernel can hold what the part does; the message completes "the part".
+            UserError: If no change of the kernel has this effect. The message continues a sentence such as "the part".
         """
         return self.scale[...] * self._change(kernel)
 
     def multiple(self) -> tuple[float, StructuredMatrix]:
-        """Return (c, M) of a part that adds `x @ (c * M)`, for formats that store both.
+        """Return (c, M) if the part adds `x @ (c * M)`, for file formats that store a factor and a matrix.
 
         Raises:
-            UserError: If the part is something else; the message completes "the part".
+            UserError: If the part adds something else. The message continues a sentence that begins with "the part".
         """
         raise UserError(f"is {self.kind}, not a multiple of one matrix")
 
     def fit(self, target: Float[np.ndarray, "in out"]) -> Float[np.ndarray, "in out"]:
-        """Set the arrays so that `change` is nearest to a dense matrix, and return that change.
+        """Set the arrays so that `change` is as near as possible to a dense matrix, and return the resulting change.
 
         Raises:
-            UserError: If no such search is known.
+            UserError: If this kind of part has no method to find such arrays.
         """
         del target
-        raise UserError(f"no nearest {type(self).__name__} to a given change is known")
+        raise UserError(f"{type(self).__name__} has no method to approximate a given change")
 
     def for_bank(self, kernel: Float[Array, "in out"] | None) -> "Part":
-        """Return the part in the form that a bank stacks, with the same output.
+        """Return a part with the same output, in the form that a bank stacks.
 
-        What depends only on the kernel can be computed here once. A bank calls parts without dropout.
+        Values that depend only on the arrays and the kernel can be computed here once. A bank uses no dropout.
 
         Args:
-            kernel: The kernel that the part was trained beside; `None` in the output slot.
+            kernel: The kernel of the layer that the part was trained in. It is `None` for the output slot.
         """
         del kernel
         return nnx.clone(self)
 
     @classmethod
     def alike(cls, parts: Sequence[Self]) -> Sequence[Self]:
-        """Return the parts of one module of a bank in one form, where they differ and can be brought to it."""
+        """Give the parts of one module in a bank the same structure where possible, and return them."""
         return parts
 
     def _change(self, kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
-        """`change` without the scale."""
+        """Return `change` without the scale."""
         raise NotImplementedError
 
 
 class KernelPart(Part):
-    """What one adapter adds to the product of a linear layer with its kernel."""
+    """What one adapter adds to the product of a linear layer's input and kernel."""
 
     slot = KERNEL
 
     reads_kernel: ClassVar[bool] = True
-    """Whether what is added depends on the kernel, or on its product: merging another adapter would change it."""
+    """Whether the added term depends on the kernel or its product. Merging another adapter would then change it."""
 
     execution: str = "auto"
     """How structured products are computed, one of `surm_jax.structured.EXECUTIONS`."""
 
     def plain_matrix(self) -> StructuredMatrix | None:
-        """Return M, scale included, if the part adds `x @ M` in this call and nothing else; otherwise `None`.
+        """Return M, scale included, if the part adds exactly `x @ M` in this call; otherwise return `None`.
 
-        Such matrices are summed, and computed together with the product of the kernel.
+        The layer sums the matrices of all such parts, and computes them together with the product of the kernel.
         """
         return None
 
     def added(
         self, x: Float[Array, "*batch in"], y: Float[Array, "*batch out"], kernel: Float[Array, "in out"], dot: Dot
     ) -> Float[Array, "*batch out"]:
-        """Return what is added to `y = x @ kernel`, in its dtype.
+        """Return the term that the part adds to `y = x @ kernel`, in the dtype of y.
 
         Args:
-            x: Inputs of the layer, as vectors.
-            y: Their product with the frozen kernel.
+            x: The inputs of the layer, as vectors.
+            y: The product of the inputs and the frozen kernel.
             kernel: The frozen kernel as a matrix.
-            dot: How the layer multiplies inputs with a matrix.
+            dot: The function with which the layer multiplies inputs and a matrix.
         """
         return _scaled(self.scale, self._added(x, y, kernel, dot)).astype(y.dtype)
 
@@ -189,7 +189,7 @@ class OutputPart(Part):
     slot = OUTPUT
 
     def multiple(self) -> tuple[float, StructuredMatrix]:
-        """Refuse: the part is not beside a kernel.
+        """Raise an error, because the part does not belong to a kernel.
 
         Raises:
             UserError: Always.
@@ -197,7 +197,7 @@ class OutputPart(Part):
         raise UserError("is added to the output of the module, not beside a kernel")
 
     def added(self, y: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        """Return what is added to the output y, in its dtype."""
+        """Return the term that the part adds to the output y, in the dtype of y."""
         return _scaled(self.scale, self._added(y)).astype(y.dtype)
 
     def _added(self, y: Array) -> Array:
@@ -213,12 +213,12 @@ def _scaled(scale: AdapterScale, added: Array) -> Array:
 
 
 class AttachedPart(NamedTuple):
-    """One part in a model.
+    """A part in a model, and where it is.
 
     Attributes:
-        path: Path of the module.
-        name: Name of the adapter.
-        part: What the adapter put there.
+        path: The path of the module.
+        name: The name of the adapter.
+        part: The part.
         module: The module.
     """
 
@@ -245,12 +245,12 @@ def original_class(module: nnx.Module) -> type[nnx.Module]:
 
 
 def is_adapted(module: nnx.Module) -> bool:
-    """Say whether a module has parts of adapters."""
+    """Return whether a module has parts of adapters."""
     return hasattr(type(module), "original_class")
 
 
 def is_abstract(module: nnx.Module) -> bool:
-    """Say whether a module has shapes in the place of arrays (`nnx.eval_shape`)."""
+    """Return whether a module has shapes instead of arrays, as after `nnx.eval_shape`."""
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
 
 
@@ -260,7 +260,7 @@ def adapter_of(path: tuple[Any, ...]) -> str | None:
     >>> adapter_of(("blocks", 0, "query", "delta", "default", "r1"))
     'default'
     """
-    for length in range(len(path) - 1, 0, -1):  # from the end: the model may use the slot's word itself
+    for length in range(len(path) - 1, 0, -1):  # Search from the end: the model may use the name of a slot itself.
         if path[length - 1] in SLOTS:
             return path[length]
     return None

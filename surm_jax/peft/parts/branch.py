@@ -1,4 +1,4 @@
-"""The adapter-style branch: a module computes `y + act(y M) + b` where it computed y."""
+"""Branches: a module that computed y computes `y + act(y M) + b` with a branch."""
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,11 @@ class BranchPart(OutputPart):
     Parameter paths: `down/<arrays>` and `bias`; with two matrices also `down_bias` and `up/<arrays>`.
 
     Args:
-        matrices: M, or D and U.
-        activation: One of `ACTIVATIONS`.
-        bias: Whether b (and d) exist; they start at 0.
+        matrices: The matrix M, or the matrices D and U.
+        activation: The name of the non-linearity, one of `ACTIVATIONS`.
+        bias: Whether b (and d, if there are two matrices) exist. They start at 0.
         alpha: The fixed factor of the branch.
-        dropout: Probability of zeroing an entry of the branch's input while training.
+        dropout: The probability of zeroing an entry of the branch's input during training.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class BranchPart(OutputPart):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The width of the output, twice."""
+        """The (in_features, out_features) of the branch, which are both the width of the module's output."""
         matrices = self.matrices()
         return matrices[0].shape[0], matrices[-1].shape[1]
 
@@ -74,7 +74,7 @@ class BranchPart(OutputPart):
             stored.compact()
 
     def matrices(self) -> tuple[StructuredMatrix, ...]:
-        """Return M, or D and U, with their present numbers."""
+        """Return M, or D and U, with the current values of their arrays."""
         return tuple(stored.stored() for stored in self._stored())
 
     def for_bank(self, kernel: Array | None) -> "BranchPart":
@@ -87,7 +87,7 @@ class BranchPart(OutputPart):
         return [getattr(self, name) for name in ("down", "up") if hasattr(self, name)]
 
     def _added(self, y: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        """Compute in the dtype of y, to which every product is rounded."""
+        """Return the branch's output without the scale. Every product is rounded to the dtype of y."""
         hidden = _plus(self.down.stored().apply(drop(y, self.dropout)), getattr(self, "down_bias", None))
         hidden = ACTIVATIONS[self.activation](hidden)
         if hasattr(self, "up"):

@@ -1,4 +1,4 @@
-"""Dropout of adapters: models do not pass a key for it on, so it is given for a block of code.
+"""Dropout of adapters. Since models do not pass on a key for it, the key is set for a block of code.
 
 Use the block inside the function that is differentiated and compiled:
 
@@ -7,9 +7,9 @@ Use the block inside the function that is differentiated and compiled:
         with surm_jax.adapter_dropout(key):
             logits = model(batch["image"])
 
-The key is read while JAX traces the block: around a call of a function that is compiled already, the block has no
-effect. A function that JAX traces once for several calls, such as a method under `nnx.remat` or `nnx.jit` in your own
-model, draws the same numbers in all of them. Wrap a new function for each call there.
+The key is read while JAX traces the block, so a block around a call of a compiled function has no effect. If JAX traces
+a function once for several calls, such as a method under `nnx.remat` or `nnx.jit` in your own model, all calls draw the
+same numbers. To avoid this, wrap a new function for each call.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 
 class _Keys:
-    """A key, and how many have been drawn from it."""
+    """A key, and the number of keys that were drawn from it."""
 
     def __init__(self, key: jax.Array) -> None:
         self.key = key
@@ -37,7 +37,7 @@ _KEYS: contextvars.ContextVar[_Keys | None] = contextvars.ContextVar("adapter_dr
 
 @contextlib.contextmanager
 def adapter_dropout(key: jax.Array | None) -> Iterator[None]:
-    """Let adapters with dropout drop within the block: each layer draws from `key`, in the order of the calls.
+    """Switch on the dropout of adapters within the block. Layers draw from `key` in the order of their calls.
 
     Args:
         key: A JAX key; `None` means no dropout, as without the block.
@@ -50,30 +50,30 @@ def adapter_dropout(key: jax.Array | None) -> Iterator[None]:
 
 
 def dropout_key() -> jax.Array | None:
-    """Return a fresh key, or `None` outside of `adapter_dropout`."""
+    """Return a new key, or `None` outside of `adapter_dropout`."""
     keys = _KEYS.get()
     return None if keys is None else keys()
 
 
 def keys_drawn() -> int | Array | None:
-    """Return how many keys have been drawn within `adapter_dropout`, or `None` outside of it.
+    """Return the number of keys that were drawn within `adapter_dropout`, or `None` outside of it.
 
-    Code that is traced once and run several times, such as the body of a scan, hands this number from one run to the
-    next, and begins each run with `set_keys_drawn`. Every run then draws its own keys, the ones that a loop would draw.
+    Code that is traced once and run several times, such as the body of a scan, should pass this number from one run to
+    the next, and begin each run with `set_keys_drawn`. Each run then draws the same keys as in a Python loop.
     """
     keys = _KEYS.get()
     return None if keys is None else keys.drawn
 
 
 def set_keys_drawn(count: int | Array | None) -> None:
-    """Continue as if `count` keys had been drawn; `None`, outside of `adapter_dropout`, does nothing."""
+    """Set the number of drawn keys. This has no effect for `None`, or outside of `adapter_dropout`."""
     keys = _KEYS.get()
     if count is not None and keys is not None:
         keys.drawn = count
 
 
 def drops() -> bool:
-    """Say whether adapters with dropout drop now."""
+    """Return whether the dropout of adapters is on."""
     return _KEYS.get() is not None
 
 

@@ -1,8 +1,8 @@
-"""Modules with parts: a module changes its class when a part is attached, and its parameters keep their paths.
+"""Attaching parts to modules, which changes a module's class but not the paths of its parameters.
 
-An adapted module keeps its parameters where they were (`.../kernel`, `.../bias`) and gains those of its parts beside
-them (`.../delta/<adapter>/r1`, ...). Checkpoints, sharding rules and path patterns therefore hold before and after. Its
-class becomes a subclass of what it was, so that `isinstance(layer, nnx.Linear)` stays true, and its attributes stay.
+The parameters of an adapted module keep their paths (`.../kernel`, `.../bias`), and those of its parts are added
+(`.../delta/<adapter>/r1`, ...). Checkpoints, sharding rules and path patterns are therefore valid before and after. The
+new class is a subclass of the old one, so `isinstance(layer, nnx.Linear)` stays true. All attributes stay too.
 """
 
 import functools
@@ -20,16 +20,16 @@ from surm_jax.structured import Sum, updated_matmul
 
 
 class AdaptedLayer(nnx.Module):
-    """The behaviour that a linear layer gains by its kernel parts.
+    """The behaviour that kernel parts add to a linear layer.
 
-    Parts are added where a linear layer multiplies with its kernel: in its `dot_general`, the place that Flax keeps
-    open for other products. What the layer does before and after, such as its bias or the activation of a subclass
-    around `super().__call__`, stays as it is once the parts are merged.
+    Parts are added in the layer's `dot_general`, which is Flax's hook for replacing the product with the kernel. Steps
+    before and after this product, such as the bias or what a subclass does around `super().__call__`, are therefore
+    the same with attached and with merged parts.
     """
 
     @property
     def dot_general(self) -> Callable[..., Array]:
-        """The layer's product, with its parts beside the kernel."""
+        """The layer's product with its kernel, plus what its parts add."""
         return functools.partial(_adapted_dot_general, self)
 
     @dot_general.setter
@@ -38,7 +38,7 @@ class AdaptedLayer(nnx.Module):
 
     @property
     def dot_general_cls(self) -> None:
-        """Hide the attribute of `nnx.LinearGeneral`, which would be used instead of `dot_general`."""
+        """`None`, to hide the layer's own attribute, which Flax would use instead of `dot_general`."""
 
     @dot_general_cls.setter
     def dot_general_cls(self, base: Callable[[], Callable[..., Array]] | None) -> None:
@@ -46,7 +46,7 @@ class AdaptedLayer(nnx.Module):
 
 
 def _adapted_dot_general(layer: AdaptedLayer, inputs: Array, kernel: Array, _dimensions: Any, **options: Any) -> Array:
-    """`inputs` times the kernel and what the parts add, where the layer would multiply with the kernel only."""
+    """Return the product of `inputs` and the kernel, plus what the parts of the layer add."""
     own = vars(layer)
     base = own["dot_general_cls"]() if own.get("dot_general_cls") else own["dot_general"] or jax.lax.dot_general
     out_sharding = options.pop("out_sharding", None)
@@ -60,7 +60,7 @@ def _adapted_dot_general(layer: AdaptedLayer, inputs: Array, kernel: Array, _dim
     matrices = [(part, part.plain_matrix()) for part in parts]
     plain = [(part, matrix) for part, matrix in matrices if matrix is not None]
     others = [part for part, matrix in matrices if matrix is None]
-    # The other parts see the product of the frozen kernel, as each does when it is trained.
+    # The other parts get the product of the frozen kernel only, as in training.
     if plain:
         matrix = plain[0][1] if len(plain) == 1 else Sum(tuple(matrix for _, matrix in plain))
         y = updated_matmul(x, kernel, matrix, execution=plain[0][0].execution, dot=dot)
@@ -72,11 +72,11 @@ def _adapted_dot_general(layer: AdaptedLayer, inputs: Array, kernel: Array, _dim
 
 
 class BranchedModule(nnx.Module):
-    """The behaviour that a module gains by its output parts."""
+    """The behaviour that output parts add to a module."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
         """Return the module's output plus what every output part adds to that same output."""
-        # `super` is the module's own class, which is put behind this one.
+        # `super()` is the module's own class, which comes after this one among the bases.
         y = super().__call__(*args, **kwargs)  # type: ignore[misc]
         parts: list[OutputPart] = list(vars(self)[OUTPUT].values())
         return sum((part.added(y) for part in parts), start=y)
@@ -91,7 +91,7 @@ def attach(module: nnx.Module, name: str, part: Part) -> None:
 
 
 def detach(module: nnx.Module, name: str) -> None:
-    """Remove an adapter's parts from a module, in place. Without parts, the module is again what it was."""
+    """Remove an adapter's parts from a module, in place. A module without parts gets back its original class."""
     for slot in SLOTS:
         if name in vars(module).get(slot, {}):
             del getattr(module, slot)[name]
@@ -106,7 +106,7 @@ def _reclass(module: nnx.Module) -> None:
         cls = _adapted_class(cls, original)
     if hasattr(module, OUTPUT):
         cls = _branched_class(cls, original)
-    # Past nnx's own __setattr__, which would note `__class__` as one of the module's attributes.
+    # Bypass nnx's own `__setattr__`, which would record `__class__` as an attribute of the module.
     object.__setattr__(module, "__class__", cls)
 
 

@@ -1,7 +1,7 @@
-"""The LoRA-style update: a linear layer computes `x @ (W + sum of alpha * M)` with structured matrices M.
+"""Updates of kernels: a linear layer computes `x @ (W + sum of alpha * M)` with structured matrices M.
 
-`UpdatePart` is one such matrix with its factor, and `NormalizedPart` brings the columns of the sum to learned lengths,
-as DoRA does. `StoredMatrix` holds a structured matrix as a module, for these and for branches.
+`UpdatePart` is one such matrix with its factor. `NormalizedPart` also rescales the columns of the sum to learned
+lengths, as in DoRA. `StoredMatrix` stores a structured matrix as a module, for updates and for branches.
 """
 
 from collections.abc import Collection, Sequence
@@ -30,12 +30,12 @@ from surm_jax.structured import (
 
 
 class StoredMatrix(nnx.Module):
-    """A structured matrix as a module: its arrays are variables under the names that the matrix gives them.
+    """A structured matrix as a module, whose variables are the arrays of the matrix, with the same names.
 
     Args:
         matrix: The matrix, of shape (in_features, out_features).
-        frozen: Names of arrays that are not trained. For an array of a composite, such as `terms_0_down`, the last
-            word counts.
+        frozen: The names of arrays that are not trained. An array of a sum or product, such as `terms_0_down`, is
+            identified by the last word of its name.
     """
 
     def __init__(self, matrix: StructuredMatrix, frozen: Collection[str] = ()) -> None:
@@ -46,7 +46,7 @@ class StoredMatrix(nnx.Module):
         arrays = matrix.arrays()
         self.names = tuple(arrays)
         nothing: dict[str, Any] = dict.fromkeys(arrays)
-        # The matrix without numbers: its family and its static sizes.
+        # The matrix without its arrays: only its family and its static sizes.
         self.empty = nnx.static(matrix.with_arrays(**nothing))
         for name, array in arrays.items():
             kind = AdapterConstant if name.rpartition("_")[2] in self.frozen else AdapterParam
@@ -67,7 +67,7 @@ class StoredMatrix(nnx.Module):
         return repr(self.stored())
 
     def stored(self) -> StructuredMatrix:
-        """Return the matrix with its present numbers."""
+        """Return the matrix with the current values of its arrays."""
         return self.empty.with_arrays(**{name: getattr(self, name).get_value() for name in self.names})
 
     def compact(self) -> None:
@@ -83,11 +83,11 @@ class UpdatePart(StoredMatrix, KernelPart):
 
     Args:
         matrix: The matrix M, of shape (in_features, out_features).
-        kernel: The layer's kernel, of the same shape, which subclasses start from.
+        kernel: The layer's kernel, of the same shape. It is not used here, but by subclasses.
         factor: The fixed factor of M.
-        alpha: First value of a trained factor; `None`: there is none.
-        dropout: Probability of zeroing an entry of the part's input while training.
-        frozen: Names of the matrix's arrays that are not trained.
+        alpha: The initial value of a trained factor. `None` means that there is no trained factor.
+        dropout: The probability of zeroing an entry of the part's input during training.
+        frozen: The names of the matrix's arrays that are not trained.
         execution: How the product is computed, one of `surm_jax.structured.EXECUTIONS`.
     """
 
@@ -113,26 +113,26 @@ class UpdatePart(StoredMatrix, KernelPart):
             self.alpha = AdapterParam(jnp.asarray(alpha, jnp.float32))
 
     def plain_matrix(self) -> StructuredMatrix | None:
-        """Return the scaled update, unless the part drops in this call."""
+        """Return the scaled update, or `None` if the part uses dropout in this call."""
         return None if self.dropout and drops() else self.matrix(self.scale[...])
 
     def matrix(self, scale: float | Array = 1.0) -> StructuredMatrix:
-        """Return `scale * factor * alpha * M`, as a multiple of the smallest form of M.
+        """Return `scale * factor * alpha * M`, computed from the smallest form of M.
 
-        Files hold that form, so that a loaded update computes the same bits.
+        Files store the smallest form, so a loaded update computes the same bits.
         """
         alpha = self.alpha[...] if hasattr(self, "alpha") else 1.0
         return self.stored().compact().absorb(self.factor * alpha * scale)
 
     def multiple(self) -> tuple[float, StructuredMatrix]:
-        """Return the factor, alpha included, and M."""
+        """Return the factor, which includes a trained alpha, and M."""
         return self.factor * (float(self.alpha[...]) if hasattr(self, "alpha") else 1.0), self.stored()
 
     def fit(self, target: Float[np.ndarray, "in out"]) -> Float[np.ndarray, "in out"]:
         """Set M to the matrix of its family and sizes that is nearest to `target / factor`, and a trained alpha to 1.
 
         Raises:
-            UserError: If the family cannot have these sizes.
+            UserError: If the family has no nearest matrix of these sizes.
         """
         self.compact()
         nearest = _nearest_like(self.stored(), jnp.asarray(target) / self.factor)
@@ -143,7 +143,7 @@ class UpdatePart(StoredMatrix, KernelPart):
         return self.factor * np.asarray(nearest.to_dense())
 
     def for_bank(self, kernel: Float[Array, "in out"] | None) -> "ServedUpdate":
-        """Return the update with all factors multiplied out."""
+        """Return the update with all factors multiplied into its matrix."""
         return ServedUpdate(self.matrix(self.scale[...]), None)
 
     def _change(self, kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
@@ -157,10 +157,10 @@ class UpdatePart(StoredMatrix, KernelPart):
 
 
 class NormalizedPart(UpdatePart):
-    """An update after which every column of the kernel has a learned length (DoRA, arXiv 2402.09353, equation 5).
+    """An update that also gives each column of the kernel a learned length (DoRA, arXiv 2402.09353, equation 5).
 
-    The layer computes `m * x @ (W + dW) / ||W + dW||`, with the norms of columns, one for each output feature. They
-    count as constants in gradients (section 4.3). `magnitude`, the m of the formula, starts at the norms of W.
+    The layer computes `m * x @ (W + dW) / ||W + dW||`. The norms are those of columns, one for each output feature, and
+    gradients treat them as constants (section 4.3). The parameter `magnitude` is m, and starts at the norms of W.
     """
 
     reads_kernel = True
@@ -170,11 +170,11 @@ class NormalizedPart(UpdatePart):
         self.magnitude = AdapterParam(_norms(kernel.astype(jnp.float32)))
 
     def plain_matrix(self) -> None:
-        """Return `None`: the output also depends on the kernel."""
+        """Return `None`, because the added term also depends on the kernel."""
         return
 
     def multiple(self) -> tuple[float, StructuredMatrix]:
-        """Refuse: the part is no multiple of a matrix.
+        """Raise an error, because the part is not a multiple of one matrix.
 
         Raises:
             UserError: Always.
@@ -182,15 +182,15 @@ class NormalizedPart(UpdatePart):
         raise UserError("has learned magnitudes (DoRA), which are not a multiple of one matrix")
 
     def fit(self, target: Float[np.ndarray, "in out"]) -> Float[np.ndarray, "in out"]:
-        """Refuse: no search is known.
+        """Raise an error, because no method to find the nearest part is implemented.
 
         Raises:
             UserError: Always.
         """
-        raise UserError("it normalises the kernel's columns, and no nearest one to a given change is known")
+        raise UserError("it normalises the kernel's columns, and cannot be fitted to a given change")
 
     def for_bank(self, kernel: Float[Array, "in out"] | None) -> "ServedUpdate":
-        """Return the update with the factors of the columns computed."""
+        """Return the update with the factors of the kernel's columns computed in advance."""
         if kernel is None:
             raise TypeError("the factors of the columns need the kernel")
         matrix = self.matrix()
@@ -208,17 +208,17 @@ class NormalizedPart(UpdatePart):
         return _gained(self._gain(kernel, matrix.to_dense()), y, y + moved)
 
     def _gain(self, kernel: Float[Array, "in out"], dense: Float[Array, "in out"]) -> Float[Array, "out"]:
-        """Return the float32 factors of the columns of `kernel + dense`; a column of zeros stays zero."""
+        """Return the float32 factors m / norm of the columns of `kernel + dense`. A column of zeros stays zero."""
         norms = jax.lax.stop_gradient(_norms(kernel.astype(jnp.float32) + dense.astype(jnp.float32)))
         return self.magnitude[...] / jnp.where(norms == 0, 1.0, norms)
 
 
 class ServedUpdate(StoredMatrix, KernelPart):
-    """An update in a bank: a matrix, and for DoRA the factors of the kernel's columns.
+    """An update in the form that a bank stacks: a matrix and, for DoRA, the factors of the kernel's columns.
 
     Args:
-        matrix: What is added to the kernel, all factors included.
-        gain: Factors of the columns of the kernel with the update, (out,); `None`: there are none.
+        matrix: The matrix that is added to the kernel, all factors included.
+        gain: The factors of the columns of the updated kernel, (out,). `None` means that there are no factors.
     """
 
     def __init__(self, matrix: StructuredMatrix, gain: Float[Array, "out"] | None) -> None:
@@ -229,7 +229,7 @@ class ServedUpdate(StoredMatrix, KernelPart):
 
     @classmethod
     def alike(cls, parts: Sequence["ServedUpdate"]) -> Sequence["ServedUpdate"]:
-        """Return the updates with factors of 1 where only others have factors."""
+        """Add column factors of 1 to the updates without factors if any of the updates has factors."""
         if any(hasattr(part, "gain") for part in parts):
             for part in parts:
                 if not hasattr(part, "gain"):
@@ -255,13 +255,13 @@ def _norms(kernel: Float[Array, "in out"]) -> Float[Array, "out"]:
 def _nearest_like(matrix: StructuredMatrix, dense: Float[Array, "in out"]) -> StructuredMatrix:
     """Return the matrix of the same family, sizes and blocks that is nearest to `dense`.
 
-    For a product, or a sum whose terms overlap, it is the nearest one that a search finds.
+    For a product, or for a sum whose terms overlap, a search finds an approximately nearest matrix.
     """
     if isinstance(matrix, Sum):
         terms: list[StructuredMatrix] = []
         for term in matrix.terms:
             terms.append(_nearest_like(term, dense - sum(found.to_dense() for found in terms)))
-        blocks = all(isinstance(term, Placed) for term in terms)  # blocks of one kernel do not overlap
+        blocks = all(isinstance(term, Placed) for term in terms)  # Blocks of one kernel do not overlap.
         return Sum(tuple(terms)) if blocks else refine(Sum(tuple(terms)), dense)
     if isinstance(matrix, Product):
         return refine(matrix, dense)
@@ -270,5 +270,5 @@ def _nearest_like(matrix: StructuredMatrix, dense: Float[Array, "in out"]) -> St
         block = dense[row : row + rows, column : column + columns]
         return Placed(_nearest_like(matrix.matrix, block), matrix.shape, matrix.offset)
     if not isinstance(matrix, Family):
-        raise UserError(f"a {type(matrix).__name__} is no family with a nearest matrix")
+        raise UserError(f"no nearest matrix can be computed for a {type(matrix).__name__}")
     return matrix.nearest(dense, **matrix.options())

@@ -14,7 +14,7 @@ from tests.peft.models import CONFIG, TENSORS, materialize, perturb
 
 
 class Model(nnx.Module):
-    """Every kind of module that a folder may name, of which `outer` holds another one and a bias of its own."""
+    """A model with every kind of module that a folder may name. `outer` holds another module and a bias."""
 
     def __init__(self, *, rngs):
         self.blocks = nnx.List(
@@ -57,7 +57,7 @@ MODULES = {
 
 
 class Names(ModuleNames):
-    """Names as an architecture of transformers has them, two for the modules of blocks."""
+    """Names like those of transformers. The modules in blocks have two names each."""
 
     def modules(self, path):
         return MODULES[path][1:] if path in MODULES else ()

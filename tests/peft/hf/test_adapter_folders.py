@@ -1,4 +1,4 @@
-"""Adapter folders of Hugging Face's peft without peft: the layout of the files by hand, and what is refused."""
+"""Adapter folders of Hugging Face's peft, tested without peft: the layout of the files, and what is refused."""
 
 import json
 import re

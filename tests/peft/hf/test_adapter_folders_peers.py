@@ -1,4 +1,4 @@
-"""Adapter folders beside Hugging Face's peft on models of transformers: theirs read here, and ours there.
+"""Adapter folders compared with Hugging Face's peft: we read its folders, and it reads ours.
 
 Skipped where these are not installed; `requirements-peers.txt` names them.
 """

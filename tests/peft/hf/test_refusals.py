@@ -1,4 +1,4 @@
-"""What is refused of adapter folders of Hugging Face's peft, which anybody may have written."""
+"""Which adapter folders of Hugging Face's peft are refused: they may come from an untrusted source."""
 
 import re
 

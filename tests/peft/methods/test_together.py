@@ -1,7 +1,7 @@
 """All methods at once, each under a name of its own, on the transformers of this package.
 
-One program has all of them, where one of each would be compiled for minutes. What a method computes by itself is tested
-on small models (`test_contract.py`); here a mistake of one among them shows in the sum.
+One compiled program contains all methods, because one program for each would take minutes to compile. Each method is
+tested separately on small models (`test_contract.py`). Here, a mistake in one method shows in the sum.
 """
 
 import functools
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.exhaustive
 
 
 class _All:
-    """In place of one adapter: what all of them train."""
+    """A stand-in for one adapter that selects what all adapters train."""
 
     trainable = AdapterParam
 

@@ -1,4 +1,4 @@
-"""Rules that see a kernel in parts: updates of some of the layers that are fused into one."""
+"""Updates of some blocks of a packed kernel, which holds several layers in one."""
 
 import jax
 import jax.numpy as jnp
