@@ -215,7 +215,7 @@ def test_one_string_is_no_list_of_patterns():
 @pytest.mark.parametrize("skip", [2, 12])
 def test_a_method_that_leaves_no_block_names_its_limit(skip):
     message = (
-        rf"^the rule '.*' adapts nothing: adapter_drop\.skip={skip} .* the last one is 1, so skip must be at most 1$"
+        rf"^the rule '.*' adapts nothing: adapter_drop\.skip={skip} .* the last block is 1, so skip must be at most 1$"
     )
     with pytest.raises(UserError, match=message):
         adapt(base("deep"), [Rule(TARGETS["houlsby"], AdapterDrop(skip=skip))], rngs=nnx.Rngs(1))
