@@ -1,1 +1,1 @@
-"""Analysis of matrices: which families approximate a matrix best, its spectrum, and its picture."""
+"""Analysis of matrices: the families that approximate a matrix best, ranks and condition numbers, and pictures."""

@@ -1,4 +1,4 @@
-"""Comparison of families on one matrix: the energy that each of them keeps within a budget of parameters."""
+"""Comparison of families on one target matrix: how well each family approximates it with a limited parameter count."""
 
 import dataclasses
 from typing import Any
@@ -14,12 +14,13 @@ from surm_jax.structured.families.base import FAMILIES, checked_dense
 
 @dataclasses.dataclass(frozen=True)
 class Approximation:
-    """A family's nearest matrix to a target.
+    """The best approximation of a target matrix that one family found.
 
     Attributes:
-        matrix: The matrix.
-        options: The options passed to `nearest`, such as a rank.
-        energy: The share of the target's energy that the matrix keeps, `1 - ||target - M||_F^2 / ||target||_F^2`.
+        matrix: The structured matrix M that approximates the target.
+        options: The options that were passed to the `nearest` method of the family, such as `rank`.
+        energy: The share of the target's energy (its squared Frobenius norm) that M keeps,
+            `1 - ||target - M||_F^2 / ||target||_F^2`. It is 1 if M equals the target.
     """
 
     matrix: StructuredMatrix
@@ -30,20 +31,22 @@ class Approximation:
 def approximations(
     dense: Float[Array, "in out"], budget: int, *, steps: int = 200, progress: bool = False
 ) -> dict[str, Approximation]:
-    """Return the nearest matrix of each family with at most `budget` parameters, the best family first.
+    """Return the matrix of each family that is nearest to `dense` and has at most `budget` parameters.
 
-    Each family chooses the largest size that the budget allows (`Family.options_within`), such as a rank, the number of
-    Kronecker terms, or the block of a block-circulant matrix. The two vectors of a pair both count, as in training.
-    Families whose smallest member exceeds the budget are left out.
+    Each family chooses its options, such as a rank, the number of Kronecker terms, or the block size of a
+    block-circulant matrix, so that the number of parameters is as large as the budget allows
+    (`Family.options_within`). A pair, such as `CirculantPair`, counts with both of its vectors, as in training. A
+    family is left out if even its smallest matrix has more parameters than the budget.
 
     Args:
-        dense: The target, (in_features, out_features), not all zeros.
+        dense: The target, an array of shape (in_features, out_features) that is not all zeros.
         budget: Largest number of parameters.
-        steps: Largest number of steps, for families whose `nearest` is a search (`Family.searches`).
-        progress: Whether to show a bar for each search.
+        steps: Largest number of optimisation steps, for families whose `nearest` is an iterative search
+            (`Family.searches`).
+        progress: Whether to show a progress bar for each search.
 
     Returns:
-        The matrices by the family's name, in descending order of the energy kept.
+        A dictionary from the name of the family to its approximation. The family that keeps the most energy is first.
 
     Raises:
         UserError: The target is not a finite floating-point matrix or is zero, the budget is not an integer, or every
@@ -77,5 +80,5 @@ def approximations(
 
 @jax.jit
 def _distance(matrix: StructuredMatrix, dense: Float[Array, "in out"]) -> Float[Array, ""]:
-    """Return the squared Frobenius norm of the difference."""
+    """Return the squared Frobenius norm of `dense - matrix`."""
     return jnp.sum(jnp.square(dense - matrix.to_dense()))

@@ -1,11 +1,12 @@
-"""Rank, determinant, condition and displacement rank of matrices, for studies of trained updates.
+"""Rank, determinant, condition number and displacement rank of matrices, for studies of trained updates.
 
-Each function takes a structured matrix or a dense array and works in double precision. A unitary matrix diagonalises
-square circulants and skew-circulants, so their eigenvalues are a Fourier transform of their numbers, O(n log n), and
-their singular values are the absolute eigenvalues. Every other matrix, even a Toeplitz matrix, is formed and passed to
-LAPACK. Levinson's O(n^2) recursion for Toeplitz matrices (`scipy.linalg.solve_toeplitz`) breaks down where a leading
-block is singular, even if the matrix is perfectly conditioned. The LU factorisation with pivoting and the SVD are
-stable for all matrices.
+Each function takes a structured matrix or a dense array and computes in float64. A square circulant or skew-circulant
+matrix is diagonalised by a unitary matrix that depends only on its size. So its eigenvalues are a Fourier transform of
+its parameters, which costs O(n log n), and its singular values are the absolute values of the eigenvalues. For every
+other matrix, even a Toeplitz matrix, the functions form the dense matrix and call LAPACK. Levinson's O(n^2) recursion
+for Toeplitz matrices (`scipy.linalg.solve_toeplitz`) is not used, because it breaks down if a leading block is
+singular, even if the whole matrix is perfectly conditioned. The LU factorisation with pivoting and the SVD are stable
+for all matrices.
 """
 
 import functools
@@ -21,14 +22,15 @@ from surm_jax.structured.families.circulant import Circulant
 from surm_jax.structured.families.f_circulant import FCirculant, SkewCirculant
 
 AnyMatrix = StructuredMatrix | Float[ArrayLike, "in out"]
-"""A structured matrix, or a dense one as an array."""
+"""A structured matrix, or a dense matrix as an array."""
 
 
 def singular_values(matrix: AnyMatrix) -> Float[np.ndarray, " k"]:
-    """Return all min(in, out) singular values, the largest first, in float64.
+    """Return all min(m, n) singular values of an m x n matrix, the largest first, in float64.
 
-    For square circulants and skew-circulants (also pairs, and `FCirculant` with f = 1 or -1) they are the absolute
-    eigenvalues, O(n log n). Otherwise they come from an SVD of the dense matrix, O(m n min(m, n)).
+    For a square circulant or skew-circulant matrix, they are the absolute values of the eigenvalues and cost
+    O(n log n). This includes `CirculantPair`, and `FCirculant` with f = 1 or -1. For any other matrix, they come from
+    an SVD of the dense matrix, which costs O(m n min(m, n)).
 
     Raises:
         UserError: The argument is not a matrix of finite real numbers.
@@ -44,14 +46,15 @@ def singular_values(matrix: AnyMatrix) -> Float[np.ndarray, " k"]:
 
 
 def numerical_rank(matrix: AnyMatrix, *, rtol: float | None = None) -> int:
-    """Return the number of singular values above `rtol` times the largest.
+    """Return the number of singular values that are larger than `rtol` times the largest singular value.
 
-    For a circulant this is the number of its non-zero Fourier coefficients.
+    For a square circulant matrix, this is the number of Fourier coefficients of its vector that are not zero.
 
     Args:
-        matrix: A structured matrix or an array (in_features, out_features).
-        rtol: Relative tolerance, by default that of `numpy.linalg.matrix_rank`, `max(in, out) * eps`. Here eps belongs
-            to the given numbers (float64 if an array is float64, otherwise float32), not to the float64 of the result.
+        matrix: A structured matrix, or an array of shape (in_features, out_features).
+        rtol: Relative tolerance. The default is that of `numpy.linalg.matrix_rank`, `max(in_features, out_features) *
+            eps`. Here eps is the machine epsilon of float64 if an array of the matrix is float64, and otherwise that of
+            float32, although the singular values are always computed in float64.
 
     Raises:
         UserError: The argument is not a matrix of finite real numbers.
@@ -65,13 +68,14 @@ def numerical_rank(matrix: AnyMatrix, *, rtol: float | None = None) -> int:
 
 
 def condition_number(matrix: AnyMatrix) -> float:
-    """Return the condition number of a square matrix in the 2-norm: its largest over its smallest singular value.
+    """Return the condition number of a square matrix in the 2-norm.
 
-    It is infinite if a singular value is zero. A value near or above 1e16 (1e7 if the numbers were rounded to float32)
-    only says that the matrix is singular up to rounding.
+    It is the largest singular value divided by the smallest one, and infinite if a singular value is zero. A value near
+    or above 1e16 only means that the matrix is singular up to rounding. If the entries were rounded to float32, this
+    holds from about 1e7.
 
     Raises:
-        UserError: The matrix is not square, or has numbers that are not finite and real.
+        UserError: The matrix is not square, or has entries that are not finite and real.
 
     >>> condition_number(Circulant(jnp.array([3.0, 1.0]), shape=(2, 2)))
     2.0
@@ -81,13 +85,14 @@ def condition_number(matrix: AnyMatrix) -> float:
 
 
 def log_determinant(matrix: AnyMatrix) -> tuple[float, float]:
-    """Return the sign of a square matrix's determinant (1, -1, or 0) and the logarithm of its absolute value.
+    """Return the sign of the determinant of a square matrix, and the logarithm of its absolute value.
 
-    For circulants and skew-circulants the determinant is the product of the eigenvalues, O(n log n). Otherwise
-    `numpy.linalg.slogdet` computes it by an LU factorisation, O(n^3). A determinant of zero gives 0 and minus infinity.
+    The sign is 1.0, -1.0 or 0.0. If the determinant is zero, the result is 0.0 and minus infinity. For circulant and
+    skew-circulant matrices the determinant is the product of the eigenvalues, which costs O(n log n). For any other
+    matrix, `numpy.linalg.slogdet` computes it by an LU factorisation, which costs O(n^3).
 
     Raises:
-        UserError: The matrix is not square, or has numbers that are not finite and real.
+        UserError: The matrix is not square, or has entries that are not finite and real.
 
     >>> sign, log = log_determinant(Circulant(jnp.array([1.0, 3.0]), shape=(2, 2)))
     >>> sign, round(float(np.exp(log)), 12)
@@ -106,21 +111,24 @@ def log_determinant(matrix: AnyMatrix) -> tuple[float, float]:
 
 
 def displacement_rank(matrix: AnyMatrix, *, f: float = 1.0, g: float = -1.0, rtol: float | None = None) -> int:
-    """Return the numerical rank of `Z_f W - W Z_g` for the paper's W, which is the transpose of the given matrix M.
+    """Return the displacement rank of a matrix M, which is the numerical rank of `Z_f W - W Z_g` for `W = M^T`.
 
-    `Z_f` has ones below the diagonal and f in the upper right corner: it shifts rows down by one and puts f times the
-    last row on top. The displacement rank of arXiv 2406.17740 has f = 1 and g = -1. It is 1 for circulant and
-    skew-circulant matrices, at most 2 for Toeplitz matrices and their inverses, and at most r for `W(G, H)`. In the
-    orientation of this package it is the rank of `M Z_f^T - Z_g^T M`. If f = g, the displacement does not determine W:
-    with f = g = 1 it vanishes for every circulant.
+    W is the matrix in the orientation of the paper (arXiv 2406.17740). In the orientation of this package, the
+    displacement rank is the rank of `M Z_f^T - Z_g^T M`. `Z_f` is the square matrix with ones directly below the
+    diagonal, f in the upper right corner, and zeros elsewhere. Multiplying by it shifts the rows down by one and puts f
+    times the last row on top. The paper uses f = 1 and g = -1. With these, the displacement rank is 1 for circulant and
+    skew-circulant matrices, at most 2 for Toeplitz matrices and their inverses, and at most r for the paper's matrices
+    `W(G, H)` of low displacement rank r. If f = g, different matrices W can have the same displacement: with f = g = 1,
+    it is zero for every circulant matrix.
 
     Args:
-        matrix: M, a structured matrix or an array (in_features, out_features), square or not: `Z_f` is out x out, `Z_g`
-            in x in.
-        f: The factor f of `Z_f`, which multiplies W from the left.
-        g: The factor g of `Z_g`, which multiplies W from the right.
-        rtol: As in `numerical_rank`, but relative to the largest singular value of M: the displacement is a difference
-            of numbers of that size, and its rounding errors are relative to them.
+        matrix: M, a structured matrix or an array of shape (in_features, out_features), square or not. `Z_f` has
+            out_features rows, and `Z_g` has in_features rows.
+        f: The corner entry of `Z_f`, which multiplies W from the left.
+        g: The corner entry of `Z_g`, which multiplies W from the right.
+        rtol: Relative tolerance, with the same default as in `numerical_rank`. Singular values of the displacement
+            count if they are larger than `rtol` times the largest singular value of M. The displacement is a difference
+            of matrices as large as M, so its rounding errors are proportional to M.
 
     Raises:
         UserError: The argument is not a matrix of finite real numbers.
@@ -141,7 +149,11 @@ def displacement_rank(matrix: AnyMatrix, *, f: float = 1.0, g: float = -1.0, rto
 
 @functools.singledispatch
 def _spectrum(matrix: StructuredMatrix | Float[np.ndarray, "m n"]) -> Complex[np.ndarray, " n"] | None:
-    """Return the eigenvalues of a float64 matrix whose structure makes it normal, or None for any other matrix."""
+    """Return the eigenvalues of a matrix if its family gives them by an FFT, or None for any other matrix.
+
+    This is possible for square circulant and skew-circulant matrices. They are normal, so the absolute values of the
+    eigenvalues are the singular values.
+    """
     del matrix
     return None
 
@@ -162,10 +174,11 @@ def _(matrix: FCirculant) -> Complex[np.ndarray, " n"] | None:
 
 
 def _fourier(v: Float[ArrayLike, " n"], shape: tuple[int, int], f: float) -> Complex[np.ndarray, " n"] | None:
-    """Return the values of the polynomial v at the nth roots of f: the eigenvalues of `Z_f(v)` and of its transpose.
+    """Return the eigenvalues of the f-circulant matrix `Z_f(v)`, which are also those of its transpose.
 
-    Return None unless the matrix is square and f is 1 or -1: other f-circulants are not normal, and their singular
-    values are not the absolute eigenvalues.
+    They are the values of the polynomial with the coefficients v at the nth roots of f. The function returns None if
+    the matrix is not square, or if f is neither 1 nor -1. An f-circulant matrix with another f is not normal, so its
+    singular values are not the absolute values of its eigenvalues.
     """
     m, n = shape
     if m != n or abs(f) != 1:
@@ -175,7 +188,19 @@ def _fourier(v: Float[ArrayLike, " n"], shape: tuple[int, int], f: float) -> Com
 
 
 def _in_double(owner: str, matrix: AnyMatrix, *, square: bool = False) -> StructuredMatrix | Float[np.ndarray, "m n"]:
-    """Check a matrix and return it in float64: an array, or the compact form of a structured matrix."""
+    """Check a matrix, and return it in float64.
+
+    An array is returned as a NumPy array. A structured matrix is returned in its compact form
+    (`StructuredMatrix.compact`), in which a `CirculantPair`, for example, is a `Circulant`.
+
+    Args:
+        owner: Name of the public function that calls this one, for the message of an error.
+        matrix: The matrix to check.
+        square: Whether the matrix must be square.
+
+    Raises:
+        UserError: The argument is not a matrix of finite real numbers, or it must be square and is not.
+    """
     if not isinstance(matrix, StructuredMatrix):
         matrix = np.asarray(matrix)
         if matrix.ndim != 2 or 0 in matrix.shape or not jnp.issubdtype(matrix.dtype, jnp.floating):
@@ -203,7 +228,7 @@ def _dense(matrix: StructuredMatrix | Float[np.ndarray, "m n"]) -> Float[np.ndar
 
 
 def _default_rtol(matrix: AnyMatrix) -> float:
-    """Return the tolerance of `numpy.linalg.matrix_rank`, at the precision of the given numbers."""
+    """Return the default tolerance of `numpy.linalg.matrix_rank`, with the machine epsilon of the arrays' dtype."""
     shape = matrix.shape if isinstance(matrix, StructuredMatrix) else np.shape(matrix)
     return max(shape) * float(jnp.finfo(compute_dtype(*(leaf.dtype for leaf in _leaves(matrix).values()))).eps)
 

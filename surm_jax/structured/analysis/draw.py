@@ -2,10 +2,11 @@
 
 `draw` shows any matrix of this package in the style of Figure 2 of arXiv 2406.17740. An entry that is a multiple of one
 parameter has the colour of this parameter. An entry that is a product of parameters has the product of their colours. A
-negative sign darkens the colour. A matrix whose entries are sums is coloured by value, beside its factors, which show
-the colours of the parameters.
+negative sign darkens the colour. If some entries of a matrix are sums, all its entries are coloured by their values.
+Such a matrix is shown beside its factors, whose entries have the colours of the parameters.
 
-`draw` returns a `matplotlib.figure.Figure` and does not use pyplot. `surm_jax.structured` does not import this module.
+`draw` returns a `matplotlib.figure.Figure` and does not use pyplot. `surm_jax.structured` does not import this module,
+so it works without matplotlib.
 """
 
 import re
@@ -33,29 +34,35 @@ PALETTES = tuple(
         "moss": "#edf4ea #7fae8b".split(),
     }.items()
 )
-"""The palettes of the arrays of a matrix, in turn. They are easy to tell apart, and the product of a colour of one
-palette with a colour of the next is still clear."""
+"""Colour maps for the parameters. The first array of a matrix has the first colour map, the second array the second.
+
+The colour maps are easy to tell apart, and so are the products of a colour from one map with a colour from the next.
+"""
 
 VALUES = LinearSegmentedColormap.from_list("values", ["#1f6391", "#8dbbd6", "#f6f4ef", "#efb392", "#b8432a"])
-"""The colours of values, from negative through 0 to positive, for matrices whose entries are sums."""
+"""Colour map for matrices that are coloured by value, from negative values through zero to positive values."""
 
-BOX, GAP, MARGIN = 2.5, 0.5, 0.3  # inches: the longest side of a matrix, the space for a symbol, the border
+# In inches: the longest side of a drawn matrix, the space for a symbol between two matrices, the border of the figure.
+BOX, GAP, MARGIN = 2.5, 0.5, 0.3
 MOST_LETTERS = 9
-"""Scale of a small matrix: up to (2 * 9)^2 entries are labelled, and up to 4 * 9 rows or columns have grid lines."""
+"""Limit for labels and grid lines. Entries are labelled in matrices of at most (2 * 9)^2 entries. Grid lines are drawn
+in matrices of at most 4 * 9 rows and columns."""
 
 
 def draw(matrix: StructuredMatrix) -> Figure:
-    """Draw a structured matrix with its parameters, and beside it its factors or terms if it has any.
+    """Draw a structured matrix as a grid of coloured cells, and beside it its factors or terms if it has any.
+
+    Entries of small matrices are labelled with the parameters that they contain. The letters are those of the paper,
+    and indices count from 0.
 
     Args:
-        matrix: Any matrix of this package, of sizes up to some hundreds. Entries of small matrices are labelled with
-            the paper's letters of the parameters; indices count from 0.
+        matrix: Any structured matrix, with at most some hundreds of rows and columns.
 
     Returns:
         A new figure. Save it with `figure.savefig("matrix.png", dpi=150)`.
 
     Raises:
-        UserError: The argument is not a structured matrix, or a number in it is not finite.
+        UserError: The argument is not a structured matrix, or an entry of it is not finite.
 
     >>> import jax.numpy as jnp
     >>> from surm_jax.structured import Circulant
@@ -73,7 +80,7 @@ def draw(matrix: StructuredMatrix) -> Figure:
         f"${piece}$" if isinstance(piece, str) else _column(f"${piece.label}$", piece.matrix, _of_piece(piece, numbers))
         for piece in matrix.pieces()
     ]
-    # Arrays are shown above their pieces, or above the matrix if it has no pieces.
+    # Arrays of parameters are shown above the factor or term that holds them, or else above the whole matrix.
     whole = _column("$M$", matrix, numbers, strips=not columns)
     columns += ["$=$", whole] if columns else [whole]
     m, n = matrix.shape
@@ -82,21 +89,38 @@ def draw(matrix: StructuredMatrix) -> Figure:
 
 
 class _Numbers(NamedTuple):
-    """How the parameters of one array are drawn: for each, its colour, (..., 3), and its name in TeX."""
+    """The colours and labels of the parameters in one array.
+
+    Attributes:
+        colours: RGB colours in [0, 1], of the shape of the array and a last dimension of 3.
+        names: Labels in TeX, of the shape of the array.
+    """
 
     colours: Float[np.ndarray, "... 3"]
     names: np.ndarray
 
 
 class _Grid(NamedTuple):
-    """Coloured cells, (rows, columns, 3), and their names in TeX; None if the cells have no names."""
+    """A drawn matrix: the colours and labels of its entries.
+
+    Attributes:
+        colours: RGB colours in [0, 1], of shape (rows, columns, 3).
+        names: Labels in TeX, of shape (rows, columns), or None if the entries are not labelled.
+    """
 
     colours: Float[np.ndarray, "rows columns 3"]
     names: np.ndarray | None
 
 
 class _Column(NamedTuple):
-    """A matrix with its label and the arrays above it. `range` is its largest absolute value if it shows values."""
+    """A matrix in the picture, with everything that is drawn above and below it.
+
+    Attributes:
+        label: The text below the matrix, in TeX.
+        grid: The entries of the matrix.
+        strips: The arrays of parameters that are drawn above the matrix.
+        range: The largest absolute value of the entries if they are coloured by value, otherwise None.
+    """
 
     label: str
     grid: _Grid
@@ -108,7 +132,10 @@ class _Column(NamedTuple):
 
 
 def _colours(matrix: StructuredMatrix) -> dict[str, _Numbers]:
-    """Return a colour and a name for every parameter. Each array has a palette, which runs along its longest axis."""
+    """Return colours and labels for all parameters, by the name of their array.
+
+    Each array has its own colour map, along which the colour changes most slowly on the array's longest axis.
+    """
     numbers = {}
     for i, (name, leaf) in enumerate(matrix.arrays().items()):
         axes = sorted(range(leaf.ndim), key=lambda axis: leaf.shape[axis])
@@ -126,7 +153,10 @@ def _colours(matrix: StructuredMatrix) -> dict[str, _Numbers]:
 
 
 def _letter(name: str, *index: int) -> str:
-    """Return the TeX name of a parameter, such as `r_{1,0}` for `r1[0]`. Of `terms_0_c` only the end, `c`, is used."""
+    """Return the label of a parameter in TeX, such as `r_{1,0}` for `r1[0]`.
+
+    For the name of an array inside a sum or product, such as `terms_0_c`, only the last part, `c`, is used.
+    """
     name = name.rpartition("_")[2]
     letter = name.rstrip("0123456789")
     digits = name.removeprefix(letter)
@@ -139,7 +169,10 @@ def _letter(name: str, *index: int) -> str:
 
 
 def _of_piece(piece: Piece, numbers: dict[str, _Numbers]) -> dict[str, _Numbers]:
-    """Return the parameters of a piece, with the colours that they have in the whole matrix."""
+    """Return the colours and labels of the parameters of a factor or term, by the name of its arrays.
+
+    A parameter has the same colour and label as in the whole matrix, for which `numbers` holds them.
+    """
     return {
         name: _Numbers(numbers[whole].colours[index], numbers[whole].names[index])
         for name, (whole, index) in piece.arrays.items()
@@ -147,7 +180,7 @@ def _of_piece(piece: Piece, numbers: dict[str, _Numbers]) -> dict[str, _Numbers]
 
 
 def _pick(leaf: np.ndarray, place: Int[np.ndarray, "m n"], absent: Any) -> np.ndarray:
-    """Return the entries of the flattened array at the given places, and `absent` where the place is -1."""
+    """Return the entries of the flattened array at the given indices, and `absent` where the index is -1."""
     flat = np.concatenate([leaf.reshape(-1, *np.shape(absent)), np.asarray(absent)[None]])
     return flat[place]
 
@@ -155,7 +188,15 @@ def _pick(leaf: np.ndarray, place: Int[np.ndarray, "m n"], absent: Any) -> np.nd
 def _column(
     label: str, matrix: StructuredMatrix | None, numbers: dict[str, _Numbers], *, strips: bool = True
 ) -> _Column:
-    """Return the column of the picture for a matrix. None stands for a dense matrix, the only entry of `numbers`."""
+    """Return a matrix as it is drawn in the picture.
+
+    Args:
+        label: The text below the matrix, in TeX.
+        matrix: The matrix. None stands for a dense matrix whose entries are themselves the parameters.
+        numbers: The colours and labels of the parameters, by the name of their array. For a dense matrix it has one
+            entry.
+        strips: Whether to draw the arrays of parameters that have two or more dimensions above the matrix.
+    """
     if matrix is None:
         (own,) = numbers.values()
         return _Column(label, _Grid(own.colours, own.names), [], None)
@@ -180,7 +221,7 @@ def _column(
 
 
 def _strip(numbers: _Numbers) -> _Grid:
-    """Return an array as a wide grid: the longer of two axes runs from left to right."""
+    """Return an array of parameters as a grid, turned so that its longer axis runs from left to right."""
     colours, names = numbers
     if names.ndim == 2 and names.shape[0] > names.shape[1]:
         colours, names = colours.swapaxes(0, 1), names.T
@@ -200,7 +241,7 @@ def _rgb(colour: str) -> Float[np.ndarray, "3"]:
 
 
 def _compose(columns: list[_Column | str], title: str) -> Figure:
-    """Put the matrices side by side, with the symbols between them."""
+    """Return a figure in which the matrices are side by side, with symbols such as `+` and `=` between them."""
     drawn = [column for column in columns if isinstance(column, _Column)]
     cell = BOX / max(max(column.grid.colours.shape[:2]) for column in drawn)
     widths = [_width(column, cell) for column in columns]
@@ -248,7 +289,10 @@ def _width(column: _Column | str, cell: float) -> float:
 
 
 def _size(grid: _Grid, cell: float) -> tuple[float, float]:
-    """Return width and height of a matrix in inches: to scale, unless it would be too small to see."""
+    """Return the width and height of a drawn matrix in inches, for entries of `cell` inches.
+
+    If the matrix would then be too small to see, its entries are drawn larger.
+    """
     rows, columns = grid.colours.shape[:2]
     cell = max(cell, 0.8 / max(rows, columns))
     return max(columns * cell, 0.12), max(rows * cell, 0.12)
@@ -279,7 +323,7 @@ def _paint(axes: Axes, grid: _Grid, width: float, height: float) -> None:
 
 
 def _legend(axes: Axes, most: float) -> None:
-    """Draw the colour bar of values from -most to most."""
+    """Draw the colour bar for values from -most to most below a matrix that is coloured by value."""
     axes.imshow(np.linspace(0, 1, 128)[None], cmap=VALUES, aspect="auto")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)

@@ -1,4 +1,4 @@
-"""The parameters in each entry of a dense form, for matrices whose entries are products of parameters."""
+"""Finding out which parameters each entry of a dense matrix contains, if every entry is a product of parameters."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,15 @@ from surm_jax.structured.base import StructuredMatrix
 
 
 class Origins(NamedTuple):
-    """The factors of each entry: `M[i, j] = scale[i, j] * product over arrays a of a.flat[places[a][i, j]]`.
+    """The factors of each entry of a matrix M.
+
+    The entry (i, j) is `scale[i, j]` times the product of `a.flat[places[a][i, j]]` over all arrays a of parameters.
 
     Attributes:
-        scale: (in, out), the constant factors; 0 where the entry is zero for all parameters.
-        places: For each array, by name, the indices of its parameters in the flattened array, (in, out); -1 where the
-            entry has no factor from this array.
+        scale: Constant factors, of shape (in, out). They are 0 where the entry is zero for all values of the
+            parameters.
+        places: For each array, by its name, indices of shape (in, out). The index at (i, j) tells which parameter of
+            the flattened array is a factor of the entry (i, j). It is -1 if no parameter of this array is.
     """
 
     scale: Float[np.ndarray, "in out"]
@@ -23,11 +26,14 @@ class Origins(NamedTuple):
 
 
 def origins(matrix: StructuredMatrix) -> Origins | None:
-    """Return the parameters and the constant whose product is each entry, or None if some entries are sums.
+    """Return which parameters and which constant multiply to each entry, or None if some entries are sums.
 
-    This works for any family, and the values in the matrix do not matter. Multiplying number k of an array by k + 2
-    multiplies by k + 2 the entries that contain it, which identifies them. A second set of random numbers confirms the
-    result. The dense form is computed in float64, once for each array and twice more.
+    This works for any family, and does not depend on the values of the parameters. The function fills the arrays with
+    random values, and then, in one array at a time, multiplies the parameter with the index k by k + 2. An entry
+    that contains this parameter grows by the factor k + 2, which identifies the parameter. A second set of random
+    values confirms the result. The dense form is computed in float64, once for each array and twice more.
+
+    In the example, the entry (1, 0) of the 2 x 3 skew-circulant matrix is -1 times the parameter `v[2]`.
 
     >>> import jax.numpy as jnp
     >>> from surm_jax.structured import SkewCirculant
@@ -40,7 +46,7 @@ def origins(matrix: StructuredMatrix) -> Origins | None:
            [2, 0, 1]])
     """
     rng = np.random.default_rng(0)
-    # Random numbers away from 0: with them a sum cannot look like a product by coincidence.
+    # Random values between 1 and 2. With them, a sum practically never looks like a product by coincidence.
     base = {name: rng.uniform(1, 2, leaf.shape) for name, leaf in matrix.arrays().items()}
     other = {name: rng.uniform(1, 2, leaf.shape) for name, leaf in base.items()}
     with jax.enable_x64(True):
@@ -50,7 +56,7 @@ def origins(matrix: StructuredMatrix) -> Origins | None:
             name: np.asarray(dense({**base, name: leaf * (np.arange(leaf.size) + 2.0).reshape(leaf.shape)}))
             for name, leaf in base.items()
         }
-    # Entries that are zero by structure may hold rounding errors of a transform. All others have a size of about 1.
+    # Entries that are zero for all parameters may hold rounding errors of an FFT. All others are of order 1.
     zero = np.abs(start) <= 1e-12 * np.max(np.abs(start))
     scale, places, expected = np.where(zero, 0, start), {}, np.ones_like(start)
     for name, leaf in base.items():
@@ -63,5 +69,5 @@ def origins(matrix: StructuredMatrix) -> Origins | None:
 
 
 def _pick(leaf: np.ndarray, places: Int[np.ndarray, "in out"]) -> Float[np.ndarray, "in out"]:
-    """Return the entries of the flattened array at these places, and 1 where the place is -1."""
+    """Return the entries of the flattened array at the given indices, and 1 where the index is -1."""
     return np.append(leaf, 1.0)[places]

@@ -1,7 +1,9 @@
-"""Choice of the execution for `auto`: the fastest one in the most similar measured case.
+"""Choice of the execution behind the name `auto`: the execution that was fastest in the most similar measured case.
 
-For each kind of device, `choice.json` holds the machine and the command of the measurement, and the fastest execution
-by family, precision, width, tokens and number of parameters.
+An execution is one way to compute `x @ (W + M)`; see `surm_jax.structured.products.execution`. The measurements are in
+`choice.json`. For each JAX backend, such as "cpu", this file names the machine and the command of the measurement. It
+lists the fastest execution for each measured combination of family, dtype, width of the layer, number of tokens and
+number of parameters.
 """
 
 import functools
@@ -17,20 +19,22 @@ from surm_jax.structured.algebra import Scaled
 from surm_jax.structured.base import StructuredMatrix
 
 TABLE = Path(__file__).with_name("choice.json")
-"""The measurements. `python -m benchmarks.structured --write_table` adds the device that it runs on."""
+"""Path of the measurements. `python -m benchmarks.structured --write_table` adds those of the device it runs on."""
 
 
 def choose(update: StructuredMatrix, tokens: int, dtype: DTypeLike) -> str:
-    """Choose the execution of `x @ (W + update)`: `fft`, `dense` or `fused`.
+    """Return the name of the execution to use for `x @ (W + update)`: `fft`, `dense` or `fused`.
 
-    The measured case nearest in the logarithms of width, tokens and parameters decides. If the family was not measured
-    on this kind of device in this precision, a rule of thumb decides: `fft` if the product has small residuals, as in
-    LoRA; otherwise `dense`, which spends most of its time in matrix products.
+    The function looks at the cases that were measured for the family of `update` on this JAX backend in this dtype. It
+    takes the case with the smallest Euclidean distance between the logarithms of the width, the number of tokens and
+    the number of parameters. The width of a matrix is the square root of in_features times out_features. If there is
+    no such case, it returns `fft` if the product `x @ update` has small residuals, as in LoRA. Otherwise it returns
+    `dense`, which spends most of its time in dense matrix products.
 
     Args:
-        update: The structured matrix. For a `Scaled`, the matrix inside it decides.
-        tokens: Number of rows of `x`.
-        dtype: Type of x and W.
+        update: The structured matrix. For a `Scaled`, which is a multiple of a matrix, the matrix inside it is used.
+        tokens: Number of rows of `x`, the product of its leading dimensions.
+        dtype: Dtype of the kernel W, or of `x` if there is no kernel.
     """
     while isinstance(update, Scaled):
         update = update.matrix
@@ -46,7 +50,7 @@ def choose(update: StructuredMatrix, tokens: int, dtype: DTypeLike) -> str:
 
 @functools.cache
 def _measured() -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-    """Return the rows of the table by (kind of device, family, dtype)."""
+    """Return the measured cases in `choice.json`, in a list for each (JAX backend, name of the family, dtype)."""
     table: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for backend, measurement in json.loads(TABLE.read_text()).items():
         for row in measurement["fastest"]:

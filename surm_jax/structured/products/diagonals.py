@@ -1,4 +1,4 @@
-"""Dense forms of matrices that are constant along their diagonals."""
+"""Dense forms of matrices that are constant along each of their diagonals, such as Toeplitz and circulant matrices."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,10 @@ from jaxtyping import Array, Float
 
 
 def from_diagonals(t: Float[Array, " diagonals"], shape: tuple[int, int]) -> Float[Array, "in out"]:
-    """Return the m x n matrix with `t[j - i + m - 1]` at (i, j): `t` lists its diagonals from bottom left to top right.
+    """Return the m x n Toeplitz matrix whose diagonals have the values `t`, from bottom left to top right.
 
-    Row i is one slice of `t`. Indexing each entry would be a gather, whose derivative is a slow scatter.
+    The entry (i, j) is `t[j - i + m - 1]`, and `t` has m + n - 1 values. Each row is computed as one slice of `t`.
+    Indexing each entry would be a gather, whose derivative is a slow scatter.
 
     >>> from_diagonals(jnp.arange(4), (2, 3))
     Array([[1, 2, 3],
@@ -19,9 +20,10 @@ def from_diagonals(t: Float[Array, " diagonals"], shape: tuple[int, int]) -> Flo
 
 
 def from_wrapped_diagonals(v: Float[Array, " N"], shape: tuple[int, int], f: float = 1.0) -> Float[Array, "in out"]:
-    """Return the top left m x n block of the transposed f-circulant `Z_f(v)^T`, N = max(m, n).
+    """Return the top left m x n block of the transpose of the N x N f-circulant matrix `Z_f(v)`, N = max(m, n).
 
-    Entry (i, j) is `v[j - i]` if j >= i, and `f * v[N + j - i]` below the diagonal.
+    The entry (i, j) is `v[j - i]` on and above the main diagonal (j >= i), and `f * v[N + j - i]` below it. With f = 1
+    the matrix is circulant, and with f = -1 it is skew-circulant.
 
     >>> from_wrapped_diagonals(jnp.array([1.0, 2.0, 3.0]), (2, 3), f=-1.0)
     Array([[ 1.,  2.,  3.],

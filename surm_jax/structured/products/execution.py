@@ -1,19 +1,23 @@
-"""Several ways to compute `x @ (W + M)` for a frozen kernel W and a structured matrix M, equal up to rounding.
+"""Several ways ("executions") to compute `x @ (W + M)` for a frozen kernel W and a structured matrix M.
 
-Which one is fastest depends on the family, the width, the number of tokens, the precision and the device:
+The results are equal up to rounding. The fastest execution depends on the family of M, the width of the layer, the
+number of tokens, the dtype and the device:
 
-- `fft` computes `x @ W + x @ M` by M's fast product, forward and backward. It works in every precision.
-- `dense` forms M, an array of the size of the kernel. In float32 it multiplies `x` by one kernel `W + M`, so the output
-  and the gradient of `x` cost as much as in the frozen layer. The gradient of a full kernel is computed and reduced to
-  M's parameters. In half precision `x @ W` and `x @ M` are separate products, because an update below half a unit in
-  the last place of W would vanish in `W + M`.
-- `fused` works like `dense` in float32, but M's parameters get their gradient by the fast product, on one cache-sized
-  piece of the tokens after another. It does not work in half precision.
+- `fft` computes `x @ W + x @ M`. For `x @ M` and its gradients it uses the fast product of the family of M, often an
+  FFT, and never forms M. It works in every dtype.
+- `dense` forms M as a dense array of the shape of W. In float32 and float64 it multiplies `x` by the single kernel
+  `W + M`, so the output and the gradient of `x` cost as much as in the frozen layer. For the gradient of M's parameters
+  it computes the gradient of the dense M and reduces it to the parameters. In half precision `x @ W` and `x @ M` are
+  separate products, because an update below half a unit in the last place of W would vanish in `W + M`.
+- `fused` computes the output and the gradient of `x` like `dense`. It computes the gradient of M's parameters by the
+  fast product. To keep the intermediate arrays in the cache of a CPU, it divides the tokens into pieces and processes
+  one piece after another. It does not work in half precision.
 - `auto` chooses the execution that was fastest in a similar measured case (`surm_jax.structured.products.choice`).
 
-The derivative of the product with the kernel `W + M` is defined as a JVP, `dx @ (W + M) + x @ dM`, and JAX derives the
-reverse mode by transposition. So both modes of differentiation work, and the gradient of the kernel is computed only if
-it is needed. In all executions reverse mode stores only `x`, W and M's parameters; spectra and `W + M` are recomputed.
+The derivative of `x @ (W + M)` is defined as a JVP, `dx @ (W + M) + x @ dW + x @ dM`, and JAX derives the reverse mode
+by transposition. So forward mode and reverse mode both work, and the gradient of W is computed only if it is needed.
+Reverse mode stores `x`, W, M's parameters, and for some families a few arrays much smaller than `x`. The backward pass
+computes all spectra and `W + M` again.
 """
 
 import functools
@@ -31,20 +35,23 @@ from surm_jax.structured.base import StructuredMatrix
 from surm_jax.structured.products.choice import choose
 
 EXECUTIONS = ("auto", "fft", "dense", "fused")
-"""The names of the executions, which the docstring of this module explains."""
+"""Names of the executions. The docstring of this module explains them."""
 
 PIECE_BYTES = 2**21
-"""The size of the pieces of `x` in the fast product, so that spectra stay in cache; a CPU core has 1 or 2 MiB."""
+"""Size in bytes of the pieces into which the fast product divides `x`.
+
+A piece is so small that its spectra stay in the cache of a CPU core, which has 1 or 2 MiB.
+"""
 
 Dot = Callable[[Float[Array, "*batch in"], Float[Array, "in out"]], Float[Array, "*batch out"]]
-"""A product of inputs and kernel, such as `jnp.matmul`."""
+"""Type of a function that multiplies inputs by a dense kernel, such as `jnp.matmul`."""
 
 
 def check_execution(execution: str) -> None:
     """Check that `execution` is one of `EXECUTIONS`.
 
     Raises:
-        UserError: It is not; the message names the nearest one.
+        UserError: The name is not one of `EXECUTIONS`. The message suggests the nearest name.
     """
     if execution not in EXECUTIONS:
         raise UserError(
@@ -64,20 +71,21 @@ def updated_matmul(
     """Return `x @ (kernel + update)`.
 
     Args:
-        x: Any number of leading dimensions, (..., in_features). On a mesh the first one is sharded. Each device then
-            computes its part of the product with the update, and only the gradient of the update's parameters is
-            summed over devices.
-        kernel: (in_features, out_features), in the dtype of `x`.
-        update: A structured matrix of the kernel's shape, in any dtype.
-        execution: One of `EXECUTIONS`; see the module's docstring.
-        dot: The product of `x` and a kernel, linear in both: `jnp.matmul`, or the same in another precision.
+        x: Array of shape (..., in_features), with any number of leading dimensions. On a device mesh, the first
+            dimension is sharded. Each device then computes its part of the product with the update, and only the
+            gradient of the update's parameters is summed over the devices.
+        kernel: Array of shape (in_features, out_features), usually in the dtype of `x`.
+        update: Structured matrix of the same shape as the kernel, in any dtype.
+        execution: One of `EXECUTIONS`, which the docstring of the module explains.
+        dot: Function that multiplies `x` by a dense kernel and is linear in both, such as `jnp.matmul`, or `jnp.matmul`
+            with another precision.
 
     Returns:
-        (..., out_features) in the dtype of the result of `dot`.
+        An array of shape (..., out_features), in the dtype of the result of `dot`.
 
     Raises:
-        UserError: The shapes do not fit, `x` or the kernel is not real floating point, the execution is unknown, or it
-            is `fused` in half precision.
+        UserError: The shapes do not fit, `x` or the kernel is not real floating point, the execution is unknown, or the
+            execution is `fused` and the dtypes of `x` and kernel are not both float32 or both float64.
 
     >>> from surm_jax.structured import Circulant
     >>> shift = Circulant(jnp.array([0.0, 1.0, 0.0]), shape=(3, 3))
@@ -113,16 +121,19 @@ def updated_matmul(
 def matmul(
     x: Float[Array, "*batch in"], update: StructuredMatrix, *, execution: str = "auto", dot: Dot = jnp.matmul
 ) -> Float[Array, "*batch out"]:
-    """Return `x @ update`, for an update whose input differs from the kernel's, such as an input after dropout.
+    """Return `x @ update`, the product with a structured matrix alone, without a kernel.
+
+    It is for layers where the kernel and the update multiply different inputs, such as `x` and `x` after dropout.
 
     Args:
-        x: (..., in_features).
-        update: A structured matrix.
-        execution: As in `updated_matmul`. Without a kernel, `fused` is the fast product in pieces.
-        dot: As in `updated_matmul`.
+        x: Array of shape (..., in_features).
+        update: Structured matrix of shape (in_features, out_features).
+        execution: One of `EXECUTIONS`. There is no kernel to add the update to, so `fused` only computes the fast
+            product on one piece of the tokens after another.
+        dot: Function that multiplies `x` by the dense form of the update; only the execution `dense` uses it.
 
     Returns:
-        (..., out_features) in the dtype of `x`, or of the result of `dot`.
+        An array of shape (..., out_features), in the dtype of `x`, or for `dense` in the dtype of the result of `dot`.
 
     Raises:
         UserError: The shapes do not fit, `x` is not real floating point, or the execution is unknown.
@@ -141,7 +152,11 @@ def matmul(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _folded(product: Callable[..., Array], dot: Dot, x: Array, kernel: Array, update: StructuredMatrix) -> Array:
-    """Return `dot(x, kernel + update)`. Only the derivative uses `product`, which computes `x @ update`."""
+    """Return `dot(x, kernel + update)`, with a JVP that is defined in `_folded_jvp`.
+
+    The argument `product` is a function that computes `x @ update`. Only the JVP uses it, to differentiate with respect
+    to the parameters of the update.
+    """
     del product
     return dot(x, _sum(kernel, update))
 
@@ -152,7 +167,7 @@ def _folded_jvp(product, dot, primals, tangents):
     dx, dkernel, dupdate = tangents
     y, terms = dot(x, _sum(kernel, update)), []
     if not isinstance(dx, SymbolicZero):
-        # Checkpointed, so that the backward pass recomputes the sum instead of storing it.
+        # With `jax.checkpoint` the backward pass computes `kernel + update` again instead of storing it.
         terms.append(jax.checkpoint(lambda dx, kernel, update: dot(dx, _sum(kernel, update)))(dx, kernel, update))
     if not isinstance(dkernel, SymbolicZero):
         terms.append(dot(x, dkernel))
@@ -171,14 +186,19 @@ def _instantiated(tangent: Array | SymbolicZero) -> Array:
 
 
 def _through_dense(dot: Dot, x: Array, update: StructuredMatrix) -> Array:
-    """Return `x @ update` by its dense form. Each device reduces the gradient of this form to the parameters."""
+    """Return `x @ update`, computed with the dense form of the update.
+
+    On a mesh, each device reduces its gradient of the dense form to the gradient of the parameters. So only the small
+    gradient of the parameters is summed over the devices.
+    """
     return batch_local(jax.checkpoint(lambda x, update: dot(x, update.to_dense().astype(x.dtype))))(x, update)
 
 
 def _at_once(x: Array, update: StructuredMatrix) -> Array:
-    """Return `x @ update` by one fast product, for an update with small residuals.
+    """Return `x @ update`, computed by one fast product over all tokens, for an update with small residuals.
 
-    For an `x` in half precision, reverse mode would store a float32 copy of it, so the product is recomputed instead.
+    If `x` is in half precision, reverse mode would store a float32 copy of `x`. In this case the product is wrapped in
+    `jax.checkpoint`, and the backward pass computes it again.
     """
     if x.dtype == update._compute_dtype(x.dtype):
         return update.apply(x)
@@ -186,7 +206,10 @@ def _at_once(x: Array, update: StructuredMatrix) -> Array:
 
 
 def _in_pieces(dot: Dot, x: Array, update: StructuredMatrix) -> Array:
-    """Return `x @ update` by the fast product, on one piece of the tokens after another."""
+    """Return `x @ update`, computed by the fast product on one piece of the tokens after another.
+
+    A piece has at most `PIECE_BYTES` bytes. The backward pass computes the product of each piece again.
+    """
     del dot
     return batch_local(_apply_in_pieces)(x, update)
 
@@ -198,7 +221,8 @@ def _apply_in_pieces(x: Array, update: StructuredMatrix) -> Array:
     tokens, length = rows.shape[0], max(1, PIECE_BYTES // (m * x.dtype.itemsize))
     if tokens <= length:
         return apply(x, update)
-    # A slightly shorter piece may divide the number of tokens and leave no remainder: these numbers have many divisors.
+    # Look for a slightly shorter piece that divides the number of tokens, so that no remainder needs its own product.
+    # There often is one, because numbers of tokens usually have many divisors.
     length = next((size for size in range(length, length // 2, -1) if tokens % size == 0), length)
     whole = tokens - tokens % length
     y = jax.lax.map(lambda rows: apply(rows, update), rows[:whole].reshape(-1, length, m)).reshape(whole, n)

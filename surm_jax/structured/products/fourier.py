@@ -1,6 +1,7 @@
-"""Circular and skew-circular convolution by FFT, kept local to each device's part of the batch.
+"""Circular and skew-circular convolution by FFT. On a mesh, each device transforms only its own part of the batch.
 
-Every FFT over activations goes through `surm_jax.devices.batch.batch_local`, whose docstring says why.
+The convolutions run inside `surm_jax.devices.batch.batch_local`. Without it, XLA would gather all activations on every
+device before an FFT.
 """
 
 import jax
@@ -13,17 +14,18 @@ from surm_jax.errors import UserError
 
 
 def circular_convolve(x: Float[Array, "*batch m"], c: Float[Array, " n"]) -> Float[Array, "*batch n"]:
-    """Return the circular convolution over the last axis: `y_j = sum_i x_i c_{(j-i) mod n}`, by `F y = F x * F c`.
+    """Return the circular convolution of `x` and `c` over the last axis, `y_j = sum_i x_i c_{(j-i) mod n}`.
+
+    It is computed as `F y = F x * F c` with the discrete Fourier transform F. The cost is O(n log n) per row: two real
+    FFTs of length n for each row of `x`, and one for `c`. Reverse mode stores the spectra of `x` and `c`. With
+    `jax.checkpoint` around the call, it stores only `x` and `c`.
 
     Args:
-        x: (..., m) with m <= n; padded with zeros to n.
-        c: (n,), the same dtype as `x`.
+        x: Array of shape (..., m) with m <= n. It is padded with zeros to length n.
+        c: Array of shape (n,), with the same dtype as `x`.
 
     Returns:
-        (..., n) in the dtype of `x`: float32 or float64, which `jnp.fft` supports.
-
-    Cost: two real FFTs of length n for each row of `x` and one for `c`, O(n log n) per row. Reverse mode stores the
-    spectra of `x` and `c`; with `jax.checkpoint` around the call it stores only `x` and `c`.
+        An array of shape (..., n) in the dtype of `x`, which is float32 or float64.
 
     Raises:
         UserError: `x` is wider than `c`, or the dtypes differ or are not float32 or float64.
@@ -36,21 +38,19 @@ def circular_convolve(x: Float[Array, "*batch m"], c: Float[Array, " n"]) -> Flo
 
 
 def skew_convolve(x: Float[Array, "*batch m"], v: Float[Array, " n"]) -> Float[Array, "*batch n"]:
-    """Return the skew-circular convolution over the last axis.
+    """Return the skew-circular (also called negacyclic) convolution of `x` and `v` over the last axis.
 
-    `y_j = sum_{i<=j} x_i v_{j-i} - sum_{i>j} x_i v_{n+j-i}`.
-
-    The product of polynomials modulo `z^n + 1` (also called negacyclic), computed as `S y = S x * S v` with the
-    transform S of `skew_fft`.
+    The result is `y_j = sum_{i<=j} x_i v_{j-i} - sum_{i>j} x_i v_{n+j-i}`. This is a circular convolution in which
+    the terms that wrap around change their sign. It multiplies two polynomials, with the coefficients `x` and `v`,
+    modulo `z^n + 1`. It is computed as `S y = S x * S v` with the transform S of `skew_fft`. The cost and the
+    arrays that reverse mode stores are the same as in `circular_convolve` with the same length.
 
     Args:
-        x: (..., m) with m <= n; padded with zeros to n.
-        v: (n,), the same dtype as `x`.
+        x: Array of shape (..., m) with m <= n. It is padded with zeros to length n.
+        v: Array of shape (n,), with the same dtype as `x`.
 
     Returns:
-        (..., n) in the dtype of `x`: float32 or float64, which `jnp.fft` supports.
-
-    Cost and residuals of reverse mode are those of `circular_convolve` with the same length.
+        An array of shape (..., n) in the dtype of `x`, which is float32 or float64.
 
     Raises:
         UserError: `x` is wider than `v`, or the dtypes differ or are not float32 or float64.
@@ -63,21 +63,28 @@ def skew_convolve(x: Float[Array, "*batch m"], v: Float[Array, " n"]) -> Float[A
 
 
 def skew_fft(x: Float[Array, "*batch m"], n: int) -> Complex[Array, "*batch k"]:
-    """Return the spectrum S x of x: the values of its polynomial at half of the roots of `z^n = -1`.
+    """Return the spectrum S x, in which a skew-circular convolution is a product of entries.
 
-    The roots come in conjugate pairs (and -1 for odd n), and one root of each pair is enough for a real `x`:
+    S x holds the values of the polynomial with the coefficients `x` at half of the roots of `z^n = -1`. These roots
+    come in complex conjugate pairs, and for odd n there is also the real root -1. For a real `x`, one root of each pair
+    is enough:
 
-    - n even: `z^n + 1 = (z^(n/2) - i)(z^(n/2) + i)`. Modulo the first factor x folds into `x_j + i x_{j+n/2}`, and
-      `z = w u` with `w = exp(i pi / n)` turns the factor into `u^(n/2) - 1`: one complex FFT of length k = n/2.
-    - n odd: `z = -u` turns `z^n + 1` into `1 - u^n`: one real FFT of length n, with k = (n+1)/2 values.
+    - If n is even, then `z^n + 1 = (z^(n/2) - i)(z^(n/2) + i)`. Modulo the first factor, the polynomial has the n/2
+      coefficients `x_j + i x_{j+n/2}`. Replacing z by `w u` with `w = exp(i pi / n)` turns the equation of this factor
+      into `u^(n/2) = 1`. So the spectrum is one complex FFT of length k = n/2.
+    - If n is odd, replacing z by `-u` turns `z^n + 1` into `1 - u^n`. So the spectrum is one real FFT of length n, with
+      k = (n+1)/2 values.
 
-    Both cost as much as `jnp.fft.rfft` of length n. Scaling by powers of a complex root of -1 (arXiv 2406.17740) needs
-    a complex FFT of length n, which costs twice as much. This function is not local to a device: call it inside
-    `batch_local`.
+    Both cost as much as `jnp.fft.rfft` of length n. The method of arXiv 2406.17740, which scales `x` by powers of a
+    complex root of -1, needs a complex FFT of length n, which costs twice as much. On a mesh, call this function inside
+    `batch_local`: otherwise XLA gathers `x` on every device.
 
     Args:
-        x: (..., m) with m <= n, float32 or float64; padded with zeros to n.
-        n: The length of the convolution.
+        x: Array of shape (..., m) with m <= n, in float32 or float64. It is padded with zeros to length n.
+        n: Length of the convolution.
+
+    Returns:
+        A complex array of shape (..., k).
     """
     if n % 2:
         return jnp.fft.rfft(x * _for_rows(_signs(n, x.dtype)[: x.shape[-1]], x), n=n)
@@ -87,7 +94,7 @@ def skew_fft(x: Float[Array, "*batch m"], n: int) -> Complex[Array, "*batch k"]:
 
 
 def inverse_skew_fft(spectrum: Complex[Array, "*batch k"], n: int) -> Float[Array, "*batch n"]:
-    """Return the real x of length n with `skew_fft(x, n) = spectrum`."""
+    """Return the real array x, of shape (..., n), for which `skew_fft(x, n) = spectrum`."""
     if n % 2:
         x = jnp.fft.irfft(spectrum, n=n)
         return x * _for_rows(_signs(n, x.dtype), x)
@@ -97,13 +104,13 @@ def inverse_skew_fft(spectrum: Complex[Array, "*batch k"], n: int) -> Float[Arra
 
 
 def fast_length(n: int) -> int:
-    """Return the smallest length >= n without a prime factor above 5. FFT libraries are fast at such lengths.
+    """Return the smallest length >= n that has no prime factor above 5. FFT libraries are fast at such lengths.
 
-    The next power of two is up to twice as long as n. This length is at most a seventh longer for n >= 14, and at most
-    a ninth longer for n >= 33.
+    Padding to the next power of two could double the length. The length that this function returns is longer than n by
+    at most a seventh of n for n >= 14, and by at most a ninth of n for n >= 33.
 
     Args:
-        n: At least 1.
+        n: An integer of at least 1.
 
     Raises:
         UserError: n is less than 1.
@@ -135,7 +142,7 @@ def _check_operands(owner: str, x: Array, name: str, c: Array) -> None:
 @batch_local
 def _convolve_rows(x: Float[Array, "*batch m"], c: Float[Array, " n"]) -> Float[Array, "*batch n"]:
     n = c.shape[0]
-    # Without the argument n, irfft would return n - 1 numbers for every odd n.
+    # Without the argument n, irfft would return n - 1 values for every odd n.
     return jnp.fft.irfft(jnp.fft.rfft(x, n=n) * _for_rows(jnp.fft.rfft(c), x), n=n)
 
 
@@ -146,15 +153,18 @@ def _skew_convolve_rows(x: Float[Array, "*batch m"], v: Float[Array, " n"]) -> F
 
 
 def _for_rows(row: Array, x: Array) -> Array:
-    """Return `row`, (n,), with the rank of `x`."""
+    """Return `row`, of shape (n,), with leading dimensions of size 1 so that it has as many dimensions as `x`."""
     return jnp.expand_dims(row, tuple(range(x.ndim - 1)))
 
 
 def _signs(n: int, dtype: DTypeLike) -> Float[Array, " n"]:
-    """Return `(-1)^j`: the powers of the real root of `z^n = -1` for odd n."""
+    """Return the array of `(-1)^j` for 0 <= j < n. For odd n, -1 is the real root of `z^n = -1`."""
     return jnp.asarray(1 - 2 * (np.arange(n) % 2), dtype)
 
 
 def _twist(n: int, dtype: DTypeLike) -> Complex[Array, " n/2"]:
-    """Return `exp(i pi j / n)` for j < n/2: the powers of a root of `z^n = -1`, rounded once from double precision."""
+    """Return the array of `exp(i pi j / n)` for 0 <= j < n/2, the powers of a root of `z^n = -1`.
+
+    The values are computed in double precision and rounded once to `dtype`.
+    """
     return jnp.asarray(np.exp(1j * np.pi * np.arange(n // 2) / n), dtype)
