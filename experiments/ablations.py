@@ -2,15 +2,17 @@ r"""Measure which parts of a method matter: change one choice at a time, and lea
 
     python -m experiments.ablations
 
-asks six questions on the embedded digits job: adapt Q, K and V or only Q and V; an adapter with a bias or without; two
-vectors or one; how large the random vector is; two Toeplitz matrices or one; the rank of `W(G, H)`. For another job:
+This command fine-tunes the small ViT of `configs/digits.py` and answers six questions (`QUESTIONS`). Should an update
+be added to Q, K and V, or only to Q and V? Does an adapter need a bias? Are two vectors better than one for a circulant
+update? How large should its random vector be? Are two Toeplitz matrices better than one? Which rank should `W(G, H)`
+have? The same questions can be asked for another model and data set:
 
     python -m experiments.ablations --name=cifar --config=configs/vit_cifar.py --steps=1000 --holdout=2000 \\
         --set data.dir=FOLDER_OF_PREPARED_TFDS_SETS
 
-The variants are the methods of a grid (`experiments/grid.py`) whose rows are in
-`experiments/results/ablations_NAME.csv`. `--report` starts no run: it shows the tables and the picture of the rows so
-far.
+All runs form a grid (`experiments/grid.py`), in which each variant of a method counts as a method of its own. Finished
+runs are the rows of `experiments/results/ablations_NAME.csv`. With `--report` the command starts no run, and only shows
+the tables and the picture of the rows so far.
 """
 
 import argparse
@@ -36,13 +38,13 @@ DIGITS = "configs/digits.py"
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A method with settings that differ from its defaults.
+    """A method together with the settings in which it differs from the method's defaults.
 
     Attributes:
-        method: The value of `config.peft.method`.
-        rates: The learning rates that its search begins with.
-        settings: Settings of the method.
-        target: The value of `config.peft.target`; empty for the modules that the method is meant for.
+        method: The name of the method, the value of `config.peft.method`.
+        rates: The learning rates that the search for the best learning rate begins with.
+        settings: The settings of the method that are not the defaults, by name.
+        target: Which modules are adapted, the value of `config.peft.target`. Empty means the method's default modules.
     """
 
     method: str
@@ -85,7 +87,7 @@ QUESTIONS: dict[str, dict[str, Variant]] = {
     },
 }
 VARIANTS = {name: variant for variants in QUESTIONS.values() for name, variant in variants.items()}
-# Keys that `config_of` sets and `--set` must not.
+# The keys of the configuration that `config_of` sets, so that `--set` may not.
 SET_HERE = (
     "seeds",
     "peft.method",
@@ -100,15 +102,23 @@ SET_HERE = (
 
 
 def whole_grid(name: str) -> Grid:
-    """Return the grid of all variants on a job."""
+    """Return the grid of all variants, with three seeds each.
+
+    Args:
+        name: The value of `--name`, which becomes the name of the only task.
+    """
     return Grid((name,), {variant: one.rates for variant, one in VARIANTS.items()}, (0, 1, 2))
 
 
 def config_of(run: Run, options: argparse.Namespace) -> ml_collections.ConfigDict:
-    """Return the configuration of a run.
+    """Return the training configuration of one run of the grid.
+
+    Args:
+        run: The run. Its method is a key of `VARIANTS`.
+        options: The parsed command line.
 
     Raises:
-        UserError: The job does not exist, or a value of `--set` is wrong.
+        UserError: The file of `--config` does not exist, or a value of `--set` is wrong.
     """
     config, variant = load_job(options.config), VARIANTS[run.method]
     set_values(config, options.set, SET_HERE)
@@ -123,7 +133,11 @@ def config_of(run: Run, options: argparse.Namespace) -> ml_collections.ConfigDic
 
 
 def tables(name: str = "digits") -> dict[str, str]:
-    """Return the scores of each question, and the learning rates, from the rows of a job."""
+    """Return a table of test scores for each question, and a table of learning rates.
+
+    Args:
+        name: The value of `--name` that the rows were made with.
+    """
     whole, rows, found = whole_grid(name), read_rows(RESULTS / f"ablations_{name}.csv"), {}
     for question, variants in QUESTIONS.items():
         part = dataclasses.replace(whole, rates={variant: whole.rates[variant] for variant in variants})
@@ -132,7 +146,7 @@ def tables(name: str = "digits") -> dict[str, str]:
 
 
 def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
-    """Draw a panel for each question."""
+    """Draw a picture with a panel for each question, which shows the test scores of its variants."""
     figure = new_figure(11, 5.2)
     panels = figure.subplots(2, 3, sharex=True).flat
     (task,) = whole.tasks
@@ -145,7 +159,7 @@ def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the missing runs of the grid and show the results."""
+    """Do the runs of the grid that are missing, and show the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--name", default="digits", help="name of the job in the files of results")
     parser.add_argument("--config", default=DIGITS, help="a job of configs/, or one of your own")

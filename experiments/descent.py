@@ -1,4 +1,4 @@
-"""Minimise the distance between structured and dense matrices by gradient descent, for all trials at once."""
+"""Fit structured matrices to dense target matrices by gradient descent, in one program for all trials."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Point = TypeVar("Point")
 def relative_errors(
     matrices: Float[Array, "trials in out"], targets: Float[Array, "trials in out"]
 ) -> Float[Array, " trials"]:
-    """Return `||target - M||_F / ||target||_F` of every trial.
+    """Return the relative error `||target - M||_F / ||target||_F` for the matrix M and the target of each trial.
 
     >>> float(relative_errors(jnp.zeros((1, 2, 2)), jnp.eye(2)[None])[0])
     1.0
@@ -34,17 +34,22 @@ def descend(
     steps: int,
     learning_rate: float,
 ) -> tuple[Point, Float[Array, "trials steps+1"]]:
-    """Minimise `||target - M||_F^2 / ||target||_F^2` of every trial by gradient descent with momentum 0.9.
+    """Fit the parameters of a matrix M to the target of each trial by gradient descent with momentum 0.9.
+
+    The loss is `||target - M||_F^2 / ||target||_F^2`.
 
     Args:
-        dense_of: Returns the matrix M, given the parameters of one trial.
-        starts: The parameters at the start, float32, every leaf with an axis of trials in front.
-        targets: (trials, in, out), none of them zero.
+        dense_of: Returns the matrix M as a dense array, given the parameters of one trial.
+        starts: The initial parameters, a pytree of float32 arrays whose first axis is that of the trials.
+        targets: The targets, (trials, in, out). None of them may be zero.
         steps: The number of steps.
         learning_rate: The learning rate of every step.
 
     Returns:
-        The last parameters, and the relative errors (not squared) before the first step and after each.
+        The parameters after the last step, and the relative errors (the square root of the loss) before the first step
+        and after each step.
+
+    In this example the diagonal matrix of a vector is fitted to the identity, and comes within 0.1 % of it:
 
     >>> _, errors = descend(jnp.diag, jnp.zeros((1, 2)), jnp.eye(2)[None], steps=200, learning_rate=0.1)
     >>> float(errors[0, 0]), bool(errors[0, -1] < 1e-3)

@@ -1,10 +1,12 @@
-"""Measure how much of a matrix's energy the nearest matrix of each family keeps, layer by layer.
+"""Measure which family of structured matrices approximates the dense matrix of each layer best.
 
-The energy is the squared Frobenius norm. Every family gets the same budget of parameters, twice the longer side of the
-matrix; for a square matrix this is the size of a LoRA of rank one. `surm_jax.structured.approximations` finds the
-nearest matrices. For comparison with matrices without structure, Gaussian matrices (of independent normal numbers) are
-measured too: a linear family of p parameters keeps p / (in * out) of their energy, and products such as low rank keep
-more.
+The measure is the share of the energy, that is of the squared Frobenius norm, that the nearest matrix of a family
+keeps. `surm_jax.structured.approximations` finds the nearest matrices. Every family may use the same number of
+parameters, twice the longer side of the matrix. For a square matrix this is as many as a LoRA of rank one has.
+
+For comparison, matrices without any structure are measured too. Their entries are independent Gaussian numbers. Of such
+a matrix, a family that is a linear space with p parameters keeps the share p / (in * out) on average; a family of
+products, such as the low-rank matrices, keeps more.
 """
 
 import io
@@ -26,22 +28,22 @@ from experiments.tables import markdown, new_figure, write_csv
 from surm_jax.errors import UserError
 from surm_jax.structured import FAMILIES, approximations
 
-# The number of Gaussian matrices for each shape.
+# The number of random Gaussian matrices that are measured for each shape.
 DRAWS = 3
 GAUSSIAN = "i.i.d. Gaussian"
-# A pair of circulants contains the same matrices as a single one.
+# A product of two circulants is a circulant, so this family contains the same matrices as `Circulant`.
 LEFT_OUT = {"CirculantPair"}
 
 Shape = tuple[int, int]
 
 
 class Family(NamedTuple):
-    """A family at the size that the budget allows.
+    """A family of structured matrices, at the largest size that the allowed number of parameters permits.
 
     Attributes:
-        name: The name of its class.
-        size: The chosen size, such as "rank 1"; empty if the family has only one size.
-        parameters: The number of parameters.
+        name: The name of the family's class, a key of `FAMILIES`.
+        size: The size that was chosen, such as "rank 1". It is empty if the family has only one size.
+        parameters: The number of parameters of a matrix of this family and size.
     """
 
     name: str
@@ -50,17 +52,21 @@ class Family(NamedTuple):
 
     @property
     def searched(self) -> bool:
-        """Whether its share was found by a search and may be too small; otherwise the share is exact."""
+        """Whether the nearest matrix is found by a search.
+
+        A search may miss the nearest matrix, so the share of energy that it finds may be too small. Without a search
+        the share is exact.
+        """
         return FAMILIES[self.name].searches
 
 
 class EnergyMap(NamedTuple):
-    """The shares of energy that families keep of matrices of one shape.
+    """The shares of energy that each family keeps, for all layers whose matrices have the same shape.
 
     Attributes:
-        shape: (in_features, out_features).
-        shares: By layer, then by family, from 0 to 1.
-        gaussian: By family, the mean over matrices of independent normal numbers.
+        shape: The shape of the matrices, (in_features, out_features).
+        shares: The share of energy, from 0 to 1, by layer and then by family.
+        gaussian: For each family, the mean share of energy over random Gaussian matrices of this shape.
     """
 
     shape: Shape
@@ -69,21 +75,24 @@ class EnergyMap(NamedTuple):
 
     @property
     def families(self) -> list[Family]:
-        """The families, in the order of the registry."""
+        """The families in this map, in the order of `FAMILIES`."""
         return sorted(self.gaussian, key=lambda family: list(FAMILIES).index(family.name))
 
 
 def title_of(name: str) -> str:
-    """Return the title of a family, with the options that `approximations` chooses."""
+    """Return the title of a family in tables and pictures.
+
+    The title is that of an example matrix, made with options chosen as in `approximations`.
+    """
     family, shape = FAMILIES[name], (8, 8)
     return family.random(shape, **(family.options_within(shape, 64) or {})).title
 
 
 def shares(matrix: Float[np.ndarray, "in out"]) -> dict[Family, float]:
-    """Return the share of a matrix's energy that each family keeps.
+    """Return the share of a matrix's energy that the nearest matrix of each family keeps, from 0 to 1.
 
     Raises:
-        UserError: The matrix is zero, or holds numbers that are not finite.
+        UserError: The matrix is zero, or it holds numbers that are not finite.
     """
     norm = np.linalg.norm(matrix)
     if not (np.isfinite(norm) and norm > 0):
@@ -98,10 +107,13 @@ def shares(matrix: Float[np.ndarray, "in out"]) -> dict[Family, float]:
 
 
 def energy_maps(matrices: Mapping[str, Float[np.ndarray, "in out"]]) -> list[EnergyMap]:
-    """Return the maps of some layers' matrices, one for each shape; a bar shows the progress.
+    """Return the shares of energy for the matrices of some layers, one map for each shape; show a progress bar.
+
+    Args:
+        matrices: The matrix of each layer, by the path of the layer.
 
     Raises:
-        UserError: A matrix is zero, or holds numbers that are not finite; the message names the layer.
+        UserError: A matrix is zero, or it holds numbers that are not finite. The message names the layer.
     """
     by_shape: dict[Shape, dict[str, np.ndarray]] = {}
     for layer, matrix in matrices.items():
@@ -128,7 +140,7 @@ def energy_maps(matrices: Mapping[str, Float[np.ndarray, "in out"]]) -> list[Ene
 
 
 def write_maps(maps: Sequence[EnergyMap], path: Path) -> None:
-    """Write a csv row for every layer and family."""
+    """Write a csv file that has a row for every layer and family."""
     rows = []
     for one in maps:
         for layer, kept in one.shares.items():
@@ -140,7 +152,13 @@ def write_maps(maps: Sequence[EnergyMap], path: Path) -> None:
 
 
 def energy_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Return a table for each shape: what each family keeps on average over layers, from the rows of a csv file."""
+    """Return a markdown table for each shape, which shows the share of energy that each family keeps.
+
+    Shares are summarised over all layers of the shape by their mean, minimum and maximum.
+
+    Args:
+        rows: The rows of a csv file that `write_maps` wrote.
+    """
     shapes: dict[str, dict[tuple[str, str], list[Mapping[str, str]]]] = {}
     for row in rows:
         of_shape = shapes.setdefault(f"{row['in']} x {row['out']}", {})
@@ -171,7 +189,7 @@ def _table(families: Mapping[tuple[str, str], Sequence[Mapping[str, str]]]) -> s
 
 
 def percent(share: float) -> str:
-    """Return a share in percent, with a digit or two after the point.
+    """Return a share in percent: with one digit after the decimal point, or two if it is below 1 %.
 
     >>> percent(0.1234), percent(0.00123)
     ('12.3', '0.12')
@@ -180,7 +198,10 @@ def percent(share: float) -> str:
 
 
 def draw(maps: Sequence[EnergyMap], title: str, path: Path) -> None:
-    """Draw a heat map for each shape, layers by families, with the Gaussian matrices as the last line."""
+    """Draw a heat map for each shape, with a row for each layer and a column for each family.
+
+    The last row shows the Gaussian matrices.
+    """
     rows = [len(one.shares) + 1 for one in maps]
     figure = new_figure(11.5, 0.7 + sum(1.1 + 0.23 * count for count in rows))
     panels = figure.subplots(len(maps), 1, squeeze=False, height_ratios=rows)[:, 0]
@@ -189,7 +210,7 @@ def draw(maps: Sequence[EnergyMap], title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=11)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=100)
-    # A palette of few colours keeps the file small even with many layers.
+    # A palette of 256 colours keeps the file small even with many layers.
     Image.open(picture).convert("RGB").quantize(256).save(path, optimize=True)
 
 

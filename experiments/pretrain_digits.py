@@ -2,13 +2,15 @@
 
     python -m experiments.pretrain_digits
 
-Writes `runs/pretrain_digits/model.safetensors`. With `--replace` it also replaces the shipped file,
-`surm_jax/pretrained/weights/vit_digits.safetensors`, which `configs/digits.py` adapts to the digits 5 to 9. An adapter
-is tied to the exact weights it was trained on: adapters of the old file do not fit the new one.
+The script writes the trained model to `runs/pretrain_digits/model.safetensors`. With `--replace` it also replaces the
+file of weights in the package, `surm_jax/pretrained/weights/vit_digits.safetensors`, which `configs/digits.py` adapts
+to the digits 5 to 9. An adapter works only with the exact weights that it was trained on, so adapters for the old file
+do not fit the new one.
 
-Telling five digits apart is easy, and features learned for it transfer badly. So the task is harder: 20 classes, digit
-times quarter turn. The model sees no digit above 4 and no test image. The training is an ordinary run of the library in
-`runs/pretrain_digits`, on the images in `runs/pretrain_digits.npz`.
+Telling five digits apart is easy, and features learned for it transfer badly. So the model learns a harder task with
+20 classes: every image is shown in four directions (turned by 0, 90, 180 and 270 degrees), and a class is a pair of a
+digit and a direction. The model is trained on no digit above 4 and on no test image. The training is an ordinary run of
+the library in the folder `runs/pretrain_digits`, with the data set in `runs/pretrain_digits.npz`.
 """
 
 import argparse
@@ -31,13 +33,16 @@ MODEL = WORKDIR / "model.safetensors"
 
 
 def quarter_turns(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return all images in four directions; the class is digit + 5 * number of quarter turns."""
+    """Return all images turned by 0, 1, 2 and 3 quarter turns, with their new labels.
+
+    The new label is the digit plus 5 times the number of quarter turns.
+    """
     turned = [np.rot90(images, turns, axes=(1, 2)) for turns in range(4)]
     return np.concatenate(turned), np.concatenate([labels + 5 * turns for turns in range(4)])
 
 
 def make_data(path: Path) -> None:
-    """Write the data set of 20 classes."""
+    """Write the data set of digits 0 to 4 in four directions, which has 20 classes, to an `.npz` file."""
     source = data.load("digits_0to4")
     train_images, train_labels = quarter_turns(source.train.images, source.train.labels)
     test_images, test_labels = quarter_turns(source.test.images, source.test.labels)
@@ -48,7 +53,7 @@ def make_data(path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the data, train, and write the weights."""
+    """Write the data set, train the model, and write its weights."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=3000, help="training steps (default: %(default)s)")
     parser.add_argument("--replace", action="store_true", help="also replace the shipped weights")

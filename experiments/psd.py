@@ -1,21 +1,27 @@
-"""Measure which structure fits a positive semi-definite matrix best, with 50 parameters each.
+"""Compare how well four structures of 50 parameters each approximate a positive semi-definite matrix.
 
     python -m experiments.psd
 
-The first study of arXiv 2406.17740 (Figure 1, left): a random 50 x 50 matrix is approximated by a matrix of rank one,
-`u u^T`; the Kronecker product `A (x) A^T` of a 10 x 5 matrix; a circulant; and a symmetric Toeplitz matrix. Each is
-fitted by gradient descent, and exactly, since all four have an optimum in closed form:
+This is the first study of arXiv 2406.17740 (Figure 1, left). A random 50 x 50 target matrix is approximated by a
+rank-one matrix `u u^T`, by the Kronecker product `A (x) A^T` of a 10 x 5 matrix A, by a circulant matrix, and by a
+symmetric Toeplitz matrix. Each structure is fitted twice: by gradient descent, and exactly, since the nearest matrix of
+each structure has a closed form:
 
-- Circulant and symmetric Toeplitz: the mean of the target over each (wrapped) diagonal.
-- Rank one: for every N, `||N - a a^T||^2 = ||N||^2 - 2 a^T N a + ||a||^4` is smallest at the leading eigenvector of the
-  symmetric part of N, times the root of its eigenvalue.
+- Circulant: each parameter is the mean of the target over one diagonal, which wraps around at the edge.
+- Symmetric Toeplitz: each parameter is the mean of the target over one diagonal and its mirror image.
+- Rank one: for every N, `||N - a a^T||^2 = ||N||^2 - 2 a^T N a + ||a||^4` is smallest when a is the leading eigenvector
+  of the symmetric part of N, times the square root of its eigenvalue.
 - Kronecker: rearrange the entries of the target so that row (i, j) and column (q, p) hold entry `(5 i + p, 10 j + q)`.
-  Then `A (x) A^T` becomes `a a^T`, where a are the entries of A, and the problem is the previous one.
+  The same rearrangement turns `A (x) A^T` into `a a^T`, where the vector a holds the entries of A. So the problem
+  becomes the rank-one problem.
 
-The paper reports the same order in each of 10 trials: rank one is the worst, then Kronecker, circulant, Toeplitz. The
-trials with this order are counted for two readings of "rows of unit length", and for factors of other widths.
+In each of its 10 trials the paper finds the same order of errors: rank one has the largest error, then Kronecker, then
+circulant, and Toeplitz has the smallest. This experiment counts the trials in which that order holds. The paper draws a
+matrix "with rows of unit length", which can be read in two ways, so both kinds of targets are measured (`TARGETS`). A
+further set of targets `X X^T` shows how the errors depend on the number of columns of X (`WIDTHS`).
 
-Writes `experiments/results/psd.csv` and `psd.png`, or to `--out=FOLDER`, and prints the tables.
+The experiment writes `psd.csv` and `psd.png` to `experiments/results`, or to the folder given by `--out`, and prints
+the tables.
 """
 
 import argparse
@@ -47,7 +53,13 @@ WIDTHS = (2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 
 
 class Family(NamedTuple):
-    """A family: the shape of its parameters, the matrix that they make, and the nearest member to a target."""
+    """A family of structured 50 x 50 matrices with 50 parameters.
+
+    Attributes:
+        parameters: The shape of the array of parameters.
+        dense: Returns the matrix as a dense array, given the array of parameters.
+        nearest: Returns the matrix of the family that is nearest to a target in the Frobenius norm, as a dense array.
+    """
 
     parameters: tuple[int, ...]
     dense: Callable[[Array], Float[Array, "n n"]]
@@ -63,25 +75,29 @@ def _kronecker(A: Float[Array, "m n"]) -> Float[Array, "mn mn"]:
 
 
 def nearest_rank_one(target: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """Return the nearest `u u^T` in the Frobenius norm."""
+    """Return the matrix of the form `u u^T` that is nearest to the target in the Frobenius norm."""
     return _rank_one(_leading(target))
 
 
 def nearest_kronecker(target: Float[Array, "mn mn"]) -> Float[Array, "mn mn"]:
-    """Return the nearest `A (x) A^T` in the Frobenius norm, where A has the shape `FACTOR`."""
+    """Return the matrix of the form `A (x) A^T` that is nearest to the target in the Frobenius norm.
+
+    A has the shape `FACTOR`.
+    """
     m, n = FACTOR
-    # Axes i, p, j, q of the target become (i, j) and (q, p).
+    # Give the target the axes (i, p, j, q), and make a matrix with rows (i, j) and columns (q, p) of it: see the
+    # docstring of this module.
     rearranged = target.reshape(m, n, n, m).transpose(0, 2, 3, 1).reshape(m * n, m * n)
     return _kronecker(_leading(rearranged).reshape(m, n))
 
 
 def _leading(N: Float[Array, "n n"]) -> Float[Array, " n"]:
-    """Return the vector a whose `a a^T` is nearest to N."""
+    """Return the vector a for which `a a^T` is nearest to N in the Frobenius norm."""
     values, vectors = jnp.linalg.eigh((N + N.T) / 2)
     return jnp.sqrt(jnp.maximum(values[-1], 0)) * vectors[:, -1]
 
 
-# From the worst to the best, as the paper reports them.
+# In the order of errors that the paper reports, the largest error first.
 FAMILIES = {
     "rank one": Family((SIDE,), _rank_one, nearest_rank_one),
     "Kronecker": Family(FACTOR, _kronecker, nearest_kronecker),
@@ -98,14 +114,24 @@ COLOURS = dict(zip(FAMILIES, ("#d62728", "#ff7f0e", "#111111", "#9467bd"), stric
 
 
 def gram(rng: np.random.Generator, width: int = SIDE) -> Float[np.ndarray, "n n"]:
-    """Return `X X^T` for a normal X with rows scaled to unit length: positive semi-definite, ones on the diagonal."""
+    """Return `X X^T`, where X is a Gaussian matrix whose rows are scaled to unit length.
+
+    The result is positive semi-definite and has ones on its diagonal.
+
+    Args:
+        rng: The random generator that X is drawn from.
+        width: The number of columns of X.
+    """
     X = rng.normal(size=(SIDE, width))
     X /= np.linalg.norm(X, axis=1, keepdims=True)
     return X @ X.T
 
 
 def scaled_rows(rng: np.random.Generator) -> Float[np.ndarray, "n n"]:
-    """Return `X X^T` for a normal X, with the rows of the product scaled to unit length: no longer symmetric."""
+    """Return `X X^T` for a Gaussian matrix X, with the rows of the product scaled to unit length.
+
+    The scaling makes the matrix unsymmetric.
+    """
     X = rng.normal(size=(SIDE, SIDE))
     M = X @ X.T
     return M / np.linalg.norm(M, axis=1, keepdims=True)
@@ -115,7 +141,16 @@ TARGETS = {"unit factor rows": gram, "unit matrix rows": scaled_rows}
 
 
 class Row(NamedTuple):
-    """The relative errors of a family for one target, after descent and at the optimum; descent may be missing."""
+    """The relative Frobenius errors of one family for one target matrix.
+
+    Attributes:
+        target: The kind of target, a key of `TARGETS`, or `OTHER_WIDTHS`.
+        width: The number of columns of the factor X that the target was made from.
+        family: A key of `FAMILIES`, or `IDENTITY`.
+        trial: The number of the trial, which is also the seed of the target.
+        descent: The error after gradient descent; None if only the optimum was computed.
+        optimum: The error of the nearest matrix of the family.
+    """
 
     target: str
     width: int
@@ -130,7 +165,7 @@ Curves = dict[str, Float[np.ndarray, "trials steps+1"]]
 
 
 def optimal_errors(targets: Float[np.ndarray, "trials n n"]) -> dict[str, Float[np.ndarray, " trials"]]:
-    """Return the relative errors of the nearest matrix of every family."""
+    """Return, for each family, the relative error of its nearest matrix to each target."""
     return {
         name: np.asarray(relative_errors(jax.vmap(family.nearest)(targets), targets))
         for name, family in FAMILIES.items()
@@ -138,16 +173,24 @@ def optimal_errors(targets: Float[np.ndarray, "trials n n"]) -> dict[str, Float[
 
 
 def identity_errors(targets: Float[np.ndarray, "trials n n"]) -> Float[np.ndarray, " trials"]:
-    """Return the relative errors of the best multiple of the identity, which is a single number."""
+    """Return the relative error of the nearest multiple of the identity to each target.
+
+    It serves as a reference with a single parameter.
+    """
     traces = np.trace(targets, axis1=1, axis2=2)
     return np.sqrt(1 - traces**2 / SIDE / np.sum(np.square(targets), axis=(1, 2)))
 
 
 def run(trials: int, steps: int) -> tuple[list[Row], Curves]:
-    """Make the study; a bar shows the progress.
+    """Fit all families to all targets, and show a progress bar.
+
+    Args:
+        trials: The number of targets of each kind.
+        steps: The number of steps of gradient descent.
 
     Returns:
-        The errors, and the training curves of each family for the first kind of target.
+        The rows of errors, and for each family its error before and after every step of gradient descent. The second
+        are for the targets of the first kind in `TARGETS`.
     """
     rows, curves = [], {}
 
@@ -179,7 +222,9 @@ def run(trials: int, steps: int) -> tuple[list[Row], Curves]:
 
 
 def order(errors: Mapping[str, Float[np.ndarray, " trials"]]) -> dict[str, int]:
-    """Return in how many trials each family is worse than the next, and in how many the whole order holds.
+    """Return in how many trials each family has a larger error than the next one, and in how many all of them do.
+
+    "Next" means the next key of the mapping.
 
     >>> order({"a": np.array([3, 3]), "b": np.array([2, 1]), "c": np.array([1, 2])})
     {'a > b': 2, 'b > c': 1, 'a > b > c': 1}
@@ -191,14 +236,21 @@ def order(errors: Mapping[str, Float[np.ndarray, " trials"]]) -> dict[str, int]:
 
 
 def errors_of(rows: Sequence[Row], column: str, target: str, width: int = SIDE) -> dict[str, np.ndarray]:
-    """Return a column of errors by family, from the worst family to the best as the paper reports them."""
+    """Return the errors of all trials for each family, in the order of `FAMILIES`.
+
+    Args:
+        rows: The rows of the study.
+        column: Which error to return, "descent" or "optimum".
+        target: The kind of target, as in `Row`.
+        width: The number of columns of the targets' factor X.
+    """
     return {
         name: np.array([getattr(row, column) for row in rows if row[:3] == (target, width, name)]) for name in FAMILIES
     }
 
 
 def read(folder: Path) -> list[Row]:
-    """Return the rows of `psd.csv` in a folder."""
+    """Return the rows of the file `psd.csv` in a folder."""
     return [
         Row(row["target"], int(row["width"]), row["family"], int(row["trial"]),
             float(row["descent"]) if row["descent"] else None, float(row["optimum"]))
@@ -207,7 +259,11 @@ def read(folder: Path) -> list[Row]:
 
 
 def tables(folder: Path = RESULTS) -> dict[str, str]:
-    """Return the errors and the order for both kinds of targets, and the optima by width."""
+    """Return all tables of the study in markdown, by their names.
+
+    Each kind of target has a table of the errors, and a table that counts the trials in which the paper's order of
+    families holds. The table "widths" has the errors of the nearest matrices by the number of columns of X.
+    """
     rows, found = read(folder), {}
     for target in TARGETS:
         descent, optimum = (errors_of(rows, column, target) for column in ("descent", "optimum"))
@@ -236,7 +292,11 @@ def _cell(errors: Sequence[float]) -> str:
 
 
 def draw(rows: Sequence[Row], curves: Curves, path: Path) -> None:
-    """Draw the errors by family, the training curves, and the optima against the width of the factor."""
+    """Draw a picture of three panels.
+
+    They show the errors by family, the errors during gradient descent, and the errors of the nearest matrices against
+    the number of columns of the factor X.
+    """
     figure = new_figure(12, 3.9)
     by_family, by_step, by_width = figure.subplots(1, 3)
     _draw_families(by_family, rows, next(iter(TARGETS)))
@@ -281,7 +341,7 @@ def _draw_families(axes: Axes, rows: Sequence[Row], target: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the study, write and draw its results, and print the tables."""
+    """Run the study, write and draw its results, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trials", type=int, default=10, help="targets of each kind, at least 2")
     parser.add_argument("--steps", type=int, default=5000, help="steps of gradient descent")
