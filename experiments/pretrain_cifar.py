@@ -2,13 +2,14 @@
 
     python -m experiments.pretrain_cifar --data=FOLDER_OF_PREPARED_TFDS_SETS
 
-Writes `runs/pretrain_cifar/model.safetensors`, which `image_table` and `low_data` read, and the accuracy reached
-to `experiments/results/pretrain_cifar.csv`. The model learns airplanes, birds, deer, frogs and ships; it never sees an
-automobile, cat, dog, horse or truck.
+The script writes the trained model to `runs/pretrain_cifar/model.safetensors`, which `experiments.image_table` and
+`experiments.low_data` adapt, and its test accuracy to `experiments/results/pretrain_cifar.csv`. The model learns
+airplanes, birds, deer, frogs and ships. It never sees an automobile, cat, dog, horse or truck.
 
-It is the variant "mini" with patches of 8 pixels instead of 4: the same 2.7 million parameters but a quarter of the
-tokens, so that it sees three to five times the images in the same time. 15 passes over the 25,000 images took 18
-minutes on two CPU cores. The training is an ordinary run of the library: the same command continues it.
+The model is the ViT variant "mini" with patches of 8 x 8 instead of 4 x 4 pixels. It has the same 2.7 million
+parameters but a quarter of the tokens, so that it processes three to five times as many images in the same time. 15
+passes over the 25,000 images took 18 minutes on two CPU cores. The training is an ordinary run of the library, so the
+same command continues it after an interruption.
 """
 
 import argparse
@@ -27,23 +28,31 @@ from surm_jax.training.modes import merge_run, train_run
 
 WORKDIR = Path("runs/pretrain_cifar")
 MODEL = WORKDIR / "model.safetensors"
-# Airplane, bird, deer, frog and ship. They are given by number, since a prepared set may lack names.
+# The labels of airplane, bird, deer, frog and ship. Numbers are used because a prepared data set may lack class names.
 LEARNED = (0, 2, 4, 6, 8)
 OTHERS = (1, 3, 5, 7, 9)
 
 
 def classes_of(numbers: Sequence[int], data_dir: str) -> tuple[str, ...]:
-    """Return the names of classes in the prepared set.
+    """Return the names of some classes of the prepared CIFAR-10 data set.
+
+    Args:
+        numbers: The labels of the classes.
+        data_dir: The folder of prepared TFDS data sets; empty means the default folder.
 
     Raises:
-        UserError: The set does not exist.
+        UserError: The data set does not exist.
     """
     names = data.load("cifar10", data_dir or None).classes
     return tuple(names[number] for number in numbers)
 
 
 def config_of(data_dir: str, epochs: float) -> RunConfig:
-    """Return the configuration of the run.
+    """Return the configuration of the pretraining run.
+
+    Args:
+        data_dir: The folder of prepared TFDS data sets; empty means the default folder.
+        epochs: The number of passes over the training set.
 
     Raises:
         UserError: The data set does not exist.
@@ -62,14 +71,14 @@ def config_of(data_dir: str, epochs: float) -> RunConfig:
 
 
 def tables() -> dict[str, str]:
-    """Return the table of the result."""
+    """Return the table "result" in markdown, which shows the size of the model, its training and its test accuracy."""
     rows = [{name: float(value) for name, value in row.items()} for row in read_csv(RESULTS / "pretrain_cifar.csv")]
     formats = {"parameters": ",.0f", "passes": "g", "steps": ",.0f", "test_accuracy": ".1%", "minutes": ".0f"}
     return {"result": markdown(rows, formats)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, and write the model and its accuracy."""
+    """Train the model, and write its weights and its test accuracy."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="", help="folder of prepared TFDS sets")
     parser.add_argument("--epochs", type=float, default=15.0, help="passes over the training set")

@@ -1,4 +1,4 @@
-"""Write tables in markdown and draw pictures, for the results of grids and for rows of any kind."""
+"""Helpers of the experiments to read and write csv files, to make markdown tables, and to draw pictures."""
 
 import csv
 import math
@@ -16,13 +16,13 @@ from experiments.rows import Row
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a csv file as texts."""
+    """Return the rows of a csv file. Each row maps the names of columns to strings."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a csv file; floating-point numbers get six significant digits."""
+    """Write rows to a csv file with a header line. Floating-point numbers get six significant digits."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
@@ -31,11 +31,12 @@ def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]])
 
 
 def markdown(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
-    """Return a table of rows.
+    """Return a markdown table of some rows.
 
     Args:
-        rows: What each line shows; a missing value, or None, is an empty cell.
-        columns: The keys to show, with their format specifications. A column with a specification is right-aligned.
+        rows: The rows, which map keys to values. If a key is missing or its value is None, the cell is empty.
+        columns: The format specification of each column, by key. Other keys of the rows are not shown. A column with a
+            non-empty specification is right-aligned.
 
     >>> print(markdown([{"a": "x", "b": 0.123}], {"a": "", "b": ".1%"}))
     | a | b |
@@ -50,7 +51,10 @@ def markdown(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> s
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
-    """Return the mean of a sample and its standard deviation, which a single value does not have.
+    """Return the mean of some values and their standard deviation as text.
+
+    A single value has no standard deviation. Values that are NaN belong to runs that diverged; then the text is the
+    number of such runs.
 
     >>> mean_and_deviation([80.0, 81.0, 82.0]), mean_and_deviation([80.0]), mean_and_deviation([80.0, math.nan])
     ('81.0 ± 1.0', '80.0', '1 of 2 diverged')
@@ -62,14 +66,15 @@ def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
 
 
 def score_table(grid: Grid, rows: Sequence[Row], mean: bool = True) -> str:
-    """Return the table of all cells: mean and standard deviation over seeds, in percent.
+    """Return a markdown table of test scores, with a line for each method and a column for each task.
 
-    A cell that lacks seeds says how many it has. An empty cell is not measured yet.
+    A cell shows the mean and the standard deviation over seeds in percent. If final runs of some seeds are missing, it
+    also shows how many there are. If all are missing, the cell is empty.
 
     Args:
-        grid: The methods and tasks to show.
-        rows: All rows so far.
-        mean: Whether the last column is the mean over tasks.
+        grid: The grid whose methods and tasks are shown.
+        rows: All rows of finished runs so far.
+        mean: Whether to add a last column with the mean over all tasks.
     """
     metrics, lines = grid.metrics(rows), []
     for method in grid.rates:
@@ -87,9 +92,10 @@ def score_table(grid: Grid, rows: Sequence[Row], mean: bool = True) -> str:
 
 
 def rate_table(grid: Grid, rows: Sequence[Row]) -> str:
-    """Return the learning rates that the searches tried and chose.
+    """Return a markdown table of the learning rates that each method's searches tried, and chose for each task.
 
-    A star marks a rate at an end of those tried, a dash a search in which all rates had the same score.
+    A star marks a chosen rate that is the smallest or the largest one tried. A dash marks a search in which all rates
+    had the same score.
     """
     tasks, lines = (grid.searched,) if grid.searched else grid.tasks, []
     for method in grid.rates:
@@ -105,20 +111,23 @@ def rate_table(grid: Grid, rows: Sequence[Row]) -> str:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of this size in inches, which needs no window."""
+    """Return an empty matplotlib figure of this size in inches, which needs no display."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def tidy(axes: Axes) -> None:
-    """Give a panel a light grid and no frame at the top and on the right."""
+    """Add light grid lines to a panel, and remove its frame at the top and on the right."""
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_scores(axes: Axes, grid: Grid, rows: Sequence[Row], task: str, methods: Iterable[str]) -> None:
-    """Draw each method as a line, from top to bottom: a dot for every seed and a bar at their mean."""
+    """Draw the test scores of methods on one task, with a line of the panel for each method, from top to bottom.
+
+    A line has a dot for the score of each seed and a bar at their mean.
+    """
     methods = list(methods)
     for place, method in enumerate(methods):
         values = grid.scores(rows, task, method)
@@ -131,7 +140,10 @@ def draw_scores(axes: Axes, grid: Grid, rows: Sequence[Row], task: str, methods:
 
 
 def draw_counts(axes: Axes, grid: Grid, rows: Sequence[Row], task: str) -> None:
-    """Draw scores against the number of trained parameters: a dot for every seed and a bar at their mean."""
+    """Draw the test scores of all methods on one task against the number of parameters that they train.
+
+    A method has a dot for the score of each seed and a bar at their mean.
+    """
     for place, method in enumerate(grid.rates):
         values, color = grid.scores(rows, task, method), f"C{place}"
         if values:
