@@ -12,6 +12,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 import jax
 import pytest
 
+from surm_jax.models import ViTConfig
+
 jax.config.update("jax_num_cpu_devices", 8)
 # Many tests compile the same small programs. Each is compiled once a run: the processes that share the work inherit the
 # folder from the one that started them, which removes it.
@@ -40,6 +42,12 @@ def x64():
     """Doubles for the mathematics, in this test alone."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _own_variants(monkeypatch):
+    """Forget the variants that a test adds. The configuration of the tiny job adds one wherever it is read."""
+    monkeypatch.setattr(ViTConfig, "VARIANTS", dict(ViTConfig.VARIANTS))
 
 
 @pytest.fixture(autouse=True)
