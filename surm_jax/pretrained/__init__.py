@@ -1,4 +1,4 @@
-"""Pretrained weights: where to find them, how their formats name parameters, and how to read and write them."""
+"""Locate, read and write the checkpoints of pretrained models, in several file formats."""
 
 from surm_jax.pretrained.augreg import AUGREG_URLS
 from surm_jax.pretrained.hf.folder import huggingface_names, save_huggingface

@@ -1,7 +1,8 @@
-"""AugReg checkpoints: the official `.npz` files of "How to train your ViT?" (arXiv 2106.10270), and others like them.
+"""Read AugReg checkpoints, the official `.npz` files of "How to train your ViT?" (arXiv 2106.10270).
 
-Their attention kernels have the shape (width, heads, width / heads) as ours do, so only position embeddings need a
-conversion.
+Other `.npz` files of Vision Transformers can be read too, if their arrays have the same names and shapes. All arrays
+have the shapes of our parameters; for example, the query kernel of attention is (width, heads, width / heads) in both.
+So only position embeddings may need a conversion, to another image size.
 """
 
 from collections.abc import Collection, Mapping
@@ -30,7 +31,10 @@ AUGREG_URLS: Mapping[str, str] = {
     "B/8": _BUCKET + "B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0.npz",
     "L/16": _BUCKET + "L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0.npz",
 }
-"""URLs of the official checkpoints by variant: ImageNet-21k, 224 pixels, inputs in [-1, 1]."""
+"""The URLs of the official checkpoints, by the name of the ViT variant.
+
+All of them were pretrained on ImageNet-21k, with images of 224 x 224 pixels that were scaled to [-1, 1].
+"""
 
 _BLOCK = r"Transformer/encoderblock_(\d+)/"
 
@@ -50,18 +54,21 @@ RULES = (
     KeyRule(r"head/(kernel|bias)", r"head/\1"),
 )
 
-# The numerics of the models in these files. The files do not record them.
+# The values that these fields of `ViTConfig` have for all models in this format. The files do not record them.
 _NUMERICS = {"activation": "gelu_tanh", "epsilon": 1e-6}
 
 
 class AugRegCheckpoint(Checkpoint):
-    """An open `.npz` of the AugReg layout; pickled arrays are refused."""
+    """An open `.npz` file in the AugReg format. Pickled arrays are refused."""
 
     def __init__(self, path: Path, file: Npz) -> None:
         self.path, self._file = path, file
 
     def config(self, variant: str | None, overrides: Mapping[str, Any]) -> ViTConfig:
-        """Return the configuration of the named ViT; the file itself holds no configuration."""
+        """Return the configuration of a ViT variant with the overrides applied.
+
+        The file itself holds no configuration, so the variant and the override `num_classes` are required.
+        """
         if variant is None or "num_classes" not in overrides:
             raise UserError(
                 f"{self.path} holds no configuration, as no .npz file does: give variant=, such as 'B/16', and "
@@ -72,11 +79,12 @@ class AugRegCheckpoint(Checkpoint):
     def fill(
         self, config: Any, targets: Mapping[str, jax.ShapeDtypeStruct], fresh: Collection[str]
     ) -> dict[str, jax.Array]:
-        """Read the parameters of a `ViT`.
+        """Read the parameters of a `ViT` from the file.
 
-        Position embeddings are resized to the model's image size. A layer before the head (`pre_logits`) is ignored if
-        the head is not loaded, and the class token if the model has none. The file holds no configuration to compare
-        with, but all files of this layout have the same activation and epsilon, which the model must have too.
+        Position embeddings are resized to the model's image size. If the head is not read, the arrays of the layer
+        before the head (`pre_logits`) are ignored. If the model has no class token, the array of the class token is
+        ignored. The file holds no configuration to compare with the model's. But all models in this format have the
+        same activation and epsilon, so the model must have them too.
 
         Raises:
             UserError: The file is damaged, holds pickles or does not fit the model, or the model has another activation
@@ -93,8 +101,8 @@ class AugRegCheckpoint(Checkpoint):
             raise UserError(f"{self.path} has the AugReg layout, but belongs to another model: {'; '.join(different)}")
         ignore = []
         if "head/kernel" not in targets:
-            # A loaded head needs this layer: without it the logits would differ. Then the key stays unknown and raises
-            # an error.
+            # The head in the file takes the output of `pre_logits`, a layer that our model lacks. If the head is read,
+            # this key is not ignored, so that an error is raised instead of computing wrong logits.
             ignore.append(r"pre_logits/.*")
         if "cls_token" not in targets and "cls_token" not in fresh:
             ignore.append(r"cls")

@@ -1,4 +1,4 @@
-"""The interface of open checkpoints, for all formats: return the configuration of the model, and fill the model."""
+"""The interface that checkpoints of all formats implement, and a check that a checkpoint belongs to a model."""
 
 import abc
 import dataclasses
@@ -14,10 +14,10 @@ from surm_jax.pretrained.normalization import Normalization
 
 
 class Checkpoint(abc.ABC):
-    """An open checkpoint.
+    """A checkpoint that is open for reading. Each format has its own subclass.
 
     Attributes:
-        path: The file or folder, which messages name.
+        path: The path of the file or folder, for error messages.
     """
 
     path: Path
@@ -27,32 +27,41 @@ class Checkpoint(abc.ABC):
         """Return the configuration of the model in the checkpoint.
 
         Args:
-            variant: The name of the model, for formats that hold no configuration; `None` for all other formats.
-            overrides: Fields of our configuration that replace what the checkpoint says.
+            variant: The name of a ViT variant, for formats that hold no configuration. For all other formats it must
+                be `None`.
+            overrides: Fields of our configuration, by name, whose values replace those in the checkpoint.
+
+        Returns:
+            The configuration with the overrides applied.
 
         Raises:
-            UserError: The checkpoint is damaged or holds an unknown model, an override is not a field, or the variant
-                is missing or superfluous.
+            UserError: The checkpoint is damaged or holds an unknown model, an override is not a field of the
+                configuration, a variant is missing, or a variant is given although the format holds a configuration.
         """
 
     @abc.abstractmethod
     def fill(
         self, config: Any, targets: Mapping[str, jax.ShapeDtypeStruct], fresh: Collection[str]
     ) -> dict[str, jax.Array]:
-        """Read the parameters of a model.
+        """Read the parameters of a model from the checkpoint.
 
         Args:
-            config: The configuration of the model that is to be filled.
-            targets: The parameters to read, by path, with their shapes, dtypes and shardings.
-            fresh: The paths of parameters that the checkpoint must not fill.
+            config: The configuration of the model that needs the parameters.
+            targets: The shape, dtype and sharding of each parameter to read, by path.
+            fresh: The paths of the model's other parameters, which are initialised instead of read.
+
+        Returns:
+            The array of each parameter in `targets`, by path.
 
         Raises:
-            UserError: The checkpoint is damaged or was written for another model, see `require_same` and
+            UserError: The checkpoint is damaged or was written for another model. See `require_same` and
                 `surm_jax.pretrained.rules.fill`.
         """
 
     def normalization(self) -> Normalization | None:
-        """Return how images are normalised for the model; `None` means that all channels are scaled to [-1, 1].
+        """Return the normalisation of images that the model expects.
+
+        `None` means that the pixels of all channels are scaled to [-1, 1].
 
         Raises:
             UserError: The checkpoint is damaged.
@@ -65,24 +74,25 @@ class Checkpoint(abc.ABC):
 
 
 def reads_head(targets: Collection[str]) -> bool:
-    """Return whether a parameter of the head is among the paths to read."""
+    """Return whether any of the parameter paths in `targets` belongs to the model's head."""
     return any(target.startswith("head/") for target in targets)
 
 
 def require_same(origin: str, stored: Config, config: Config, targets: Collection[str]) -> None:
-    """Check that the configuration in a checkpoint is that of the model to fill.
+    """Check that a checkpoint was written for the model whose parameters are read from it.
 
-    Some fields may differ: `RUNTIME_FIELDS`; `image_size` if the model has position embeddings, which are resized; and
-    `HEAD_FIELDS` if no parameter of the head is read.
+    The two configurations must have the same class and equal fields. Only these fields may differ: those in
+    `config.RUNTIME_FIELDS`; those in `config.HEAD_FIELDS` if no parameter of the head is read; and `image_size` if the
+    model has position embeddings of a grid of patches, because these are resized.
 
     Args:
-        origin: The name of the checkpoint in the error.
+        origin: The name of the checkpoint in the error message.
         stored: The configuration in the checkpoint.
         config: The configuration of the model.
         targets: The paths of the parameters that are read.
 
     Raises:
-        UserError: Fields differ; the message names all of them.
+        UserError: The classes or other fields differ. The message names all fields that differ.
     """
     if type(stored) is not type(config):
         raise UserError(f"{origin} holds a model of {type(stored).__name__}, not of {type(config).__name__}")

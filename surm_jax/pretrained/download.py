@@ -1,4 +1,7 @@
-"""Download files into the cache. A file is complete or absent, and an interrupted download can be resumed."""
+"""Download files into the cache.
+
+A file in the cache is always complete, and a download that was interrupted can be resumed.
+"""
 
 import base64
 import hashlib
@@ -26,7 +29,10 @@ log = logging.getLogger(__name__)
 
 
 def cache_path(url: str) -> Path:
-    """Return where the file of a URL is kept: `<cache_root()>/<host>/<path>`.
+    """Return the path in the cache for the file at a URL, `<cache_root()>/<host>/<path>`.
+
+    If the URL has a port, the host folder is named `<host>_<port>`. If it has a query, the file lies in one more
+    folder, whose name is the quoted query or, if that is too long for a file name, its SHA-256 hash.
 
     Raises:
         UserError: The URL is malformed or does not end in a file name.
@@ -42,7 +48,7 @@ def cache_path(url: str) -> Path:
     folders = [part for part in split.path.split("/") if part]
     if not split.hostname or not folders or split.path.endswith("/") or {".", ".."} & {*folders}:
         raise UserError(f"the URL must name a host and a file, such as https://example.org/vit.npz, got {url!r}")
-    if split.query:  # another query may be another file
+    if split.query:  # The same path with another query may be another file.
         query = quote(split.query, safe="")
         folders.insert(-1, query if len(query) <= _LONGEST_NAME else hashlib.sha256(query.encode()).hexdigest())
     host = f"{split.hostname}_{port}" if port else split.hostname
@@ -50,16 +56,18 @@ def cache_path(url: str) -> Path:
 
 
 def download(url: str) -> Path:
-    """Return the local copy of a file, and download it if there is none yet.
+    """Return the path of the local copy of the file at a URL, after downloading it if there is no copy yet.
 
-    The file gets its name only when it is complete. If a connection breaks, the bytes that have arrived stay in a
-    `.part` file next to it. The next call downloads the rest if the server still has the same file, judged by its ETag
-    or its date. If Google Cloud Storage announces an MD5, it is checked. If several processes want the file, one
-    downloads it and the others wait. A terminal shows a progress bar.
+    The file appears under its final name only when it is complete. If the connection breaks, the bytes received so far
+    stay in a `.part` file next to it. The next call downloads only the remaining bytes if the server still has the same
+    version of the file, which it tells by the ETag or the modification date. If the server announces an MD5 hash in
+    the way of Google Cloud Storage, the hash of the file is compared with it. If several processes call this function
+    for the same file, one downloads it and the others wait. A progress bar is shown if the output is a terminal.
 
     Raises:
-        UserError: The file cannot be downloaded (no connection within 10 seconds, an HTTP error, fewer bytes than
-            announced, another MD5) or written. The message says which file to put where by hand.
+        UserError: The file cannot be downloaded (the server does not answer within 10 seconds, it answers with an HTTP
+            error, it sends fewer bytes than it announced, or the MD5 hash differs), or the file cannot be written. The
+            message says to which path the user can copy the file instead.
     """
     target = cache_path(url)
     if target.is_file():
@@ -68,7 +76,7 @@ def download(url: str) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f"{target.name}.lock")):
-            if not target.is_file():  # another process may have downloaded it meanwhile
+            if not target.is_file():  # Another process may have downloaded it meanwhile.
                 log.info("downloading %s to %s", url, target)
                 _fetch(url, partial)
                 os.replace(partial.path, target)
@@ -83,7 +91,10 @@ def download(url: str) -> Path:
 
 
 class _Partial:
-    """A partly downloaded file, and its version: the `ETag` or `Last-Modified` of the server."""
+    """A partly downloaded file, with its version in a second file beside it.
+
+    The version is the `ETag` or `Last-Modified` header that the server sent when the download started.
+    """
 
     def __init__(self, target: Path):
         self.path = target.with_name(f"{target.name}.part")
@@ -96,7 +107,10 @@ class _Partial:
         return self._version.read_text() if self._version.is_file() else ""
 
     def start(self, version: str) -> None:
-        """Start again with no bytes. Old bytes are removed first, so they are never taken for another version."""
+        """Replace the partial file by an empty one, and record the version of the file to download.
+
+        The old bytes are removed before the new version is recorded, so they never count as bytes of that version.
+        """
         self.discard()
         if version:
             self._version.write_text(version)
@@ -108,10 +122,13 @@ class _Partial:
 
 
 def _fetch(url: str, partial: _Partial) -> None:
-    """Complete a partial file. After a failure keep it if the rest can be requested later, else remove it."""
+    """Download the missing bytes of a partial file.
+
+    If this fails, the partial file is kept if the remaining bytes can be requested later, and is otherwise removed.
+    """
     try:
         start = partial.size()
-        # With If-Range the server sends the whole file if it has another version by now.
+        # Because of If-Range, the server sends the whole file if its version has changed since the first request.
         asked = {"Range": f"bytes={start}-", "If-Range": partial.version()} if start and partial.version() else {}
         request = urllib.request.Request(quote(url, safe=string.punctuation), headers=asked)
         try:
@@ -142,7 +159,7 @@ def _fetch(url: str, partial: _Partial) -> None:
 
 
 def _append(response: http.client.HTTPResponse, path: Path, total: int | None) -> None:
-    """Append the body of a response to a file."""
+    """Append the body of a response to a file, with a progress bar up to `total` bytes, the size of the whole file."""
     with (
         path.open("ab") as file,
         # `disable=None` shows the bar only on terminals.
@@ -162,13 +179,21 @@ def _append(response: http.client.HTTPResponse, path: Path, total: int | None) -
 
 
 def _version(headers: Message) -> str:
-    """Return the version to send as `If-Range`, which must not be a weak ETag (RFC 9110, section 13.1.5)."""
+    """Return the version of a file from the headers of a response, for the `If-Range` header of a later request.
+
+    This is the ETag. `If-Range` must not be a weak ETag (RFC 9110, section 13.1.5), so if the ETag is weak or missing,
+    `Last-Modified` is returned instead, or an empty string if that is missing too.
+    """
     tag = headers.get("ETag", "")
     return headers.get("Last-Modified", "") if tag.startswith("W/") or not tag else tag
 
 
 def _check_md5(partial: _Partial, headers: Message) -> None:
-    """Compare a file with the MD5 in the header `x-goog-hash`, if there is one, and remove the file if they differ."""
+    """Compare the MD5 hash of a file with the one in the header `x-goog-hash`, if the response has this header.
+
+    Raises:
+        OSError: The hashes differ. The file has been removed.
+    """
     hashes = ",".join(headers.get_all("x-goog-hash", [])).split(",")
     announced = [entry.strip().removeprefix("md5=") for entry in hashes if entry.strip().startswith("md5=")]
     if not announced:

@@ -1,7 +1,8 @@
-"""Models of the Hugging Face Hub by name, `hf://owner/name@revision`, through `huggingface_hub`.
+"""Download models of the Hugging Face Hub, which are named `hf://owner/name@revision`.
 
-The library keeps the cache (`$HF_HOME`), shows progress and checks sizes and hashes. This module decides what to fetch,
-in which order, and what to say without a network.
+The library `huggingface_hub` manages the cache (`$HF_HOME`), shows progress bars, and checks sizes and hashes. This
+module chooses the files to download and their order, and writes the error messages, such as the one for a Hub that
+cannot be reached.
 """
 
 import contextlib
@@ -28,25 +29,29 @@ from surm_jax.tensor_files import shards_of
 PREFIX = "hf://"
 
 TOKENIZER_NAMES = ("tokenizer.json", "vocab.txt", "merges.txt", "vocab.json", "tokenizer_config.json")
-"""Files that a tokenizer may consist of. A repository may lack some of them."""
+"""The names of all files that a tokenizer may consist of. A repository may lack some of them."""
 
 
 def fetch(source: str) -> Path:
-    """Return the folder with a model of the Hub, and download what the cache of `huggingface_hub` lacks.
+    """Return the local folder of a model of the Hub, after downloading files that are not in the cache yet.
 
-    `config.json` comes first, so an unknown model costs no download. Next come the files that describe the input, if
-    the repository has them: the tokenizer's files for a model of text, `preprocessor_config.json` for a model of
-    images. The safetensors come last. All files belong to one commit. A model that is complete in the cache is used
-    without asking the Hub whether a branch has moved; to get another commit, name it. If a model was cached without the
-    files that describe its input, they are requested again, and the model is used without them if that fails.
+    `config.json` is downloaded first, so a model of an unknown architecture is refused before its weights are
+    downloaded. Next are the files that describe the model's input, if the repository has them: the tokenizer's files
+    for a text model, or `preprocessor_config.json` for an image model. The safetensors are last. All files belong to
+    the same commit.
+
+    If the configuration and the weights are in the cache, they are used, and the Hub is not asked whether the branch
+    has a newer commit. To use a newer commit, give it as the revision. If none of the files that describe the input is
+    in the cache, those that were never requested are requested now. If that fails, the model is used without them.
 
     Args:
-        source: "hf://owner/name" or "hf://owner/name@revision"; the revision is a branch, a tag, a commit or
-            "refs/pr/1".
+        source: "hf://owner/name" or "hf://owner/name@revision". The revision is a branch, a tag, a commit or a pull
+            request such as "refs/pr/1". The default is the main branch.
 
     Raises:
-        UserError: The name is malformed, the repository, its revision or its safetensors do not exist, its model is
-            unknown, or the Hub cannot be reached. In the last case the message says which files to put into a folder.
+        UserError: The name is malformed, the repository, its revision or its safetensors do not exist, the model's
+            architecture is unknown, or the Hub cannot be reached. In the last case the message says which files to
+            copy into which folder.
     """
     repository, revision = _parse(source)
     try:
@@ -80,7 +85,7 @@ def _parse(source: str) -> tuple[str, str]:
 
 
 def _cached(repository: str, revision: str) -> Path | None:
-    """Return the folder of a model in the cache, or `None` if it is not complete."""
+    """Return the folder of a model in the cache, or `None` if its configuration or some of its weights are missing."""
 
     def find(name: str) -> Path | None:
         found = try_to_load_from_cache(repository, name, revision=revision)
@@ -97,9 +102,14 @@ def _cached(repository: str, revision: str) -> Path | None:
 
 
 def _complete(repository: str, folder: Path) -> None:
-    """Download the files that describe a cached model's input, if they were never requested and the Hub answers."""
+    """Download the files that describe the input of a cached model, if none of them is in the cache.
+
+    Nothing is requested if earlier requests have shown that the repository has none of these files. Errors of the
+    network are ignored.
+    """
     commit, names = folder.name, _input_names(folder)
-    # For each name: a path, an object that means "the Hub does not have it", or None for "never requested".
+    # For each file this holds its path, or an object that marks a file that the Hub does not have, or None if the file
+    # was never requested.
     known = [try_to_load_from_cache(repository, name, revision=commit) for name in names]
     if None not in known or any(isinstance(path, str) for path in known):
         return
@@ -109,25 +119,31 @@ def _complete(repository: str, folder: Path) -> None:
 
 
 def _ask(repository: str, revision: str) -> None:
-    """Send one request for the model. Without a network it fails at once, where hf_hub_download retries for 23 s."""
+    """Send one request to the Hub, for the metadata of the model's `config.json`.
+
+    Without a network this fails at once, whereas `hf_hub_download` would retry for 23 seconds.
+    """
     get_hf_file_metadata(hf_hub_url(repository, CONFIG_NAME, revision=revision))
 
 
 def _input_names(folder: Path) -> tuple[str, ...]:
-    """Return the names of the files that describe the input of a model; its repository may lack them."""
+    """Return the names of the files that describe the input of the model in a folder.
+
+    Its repository may lack some or all of them.
+    """
     architecture, _ = read_architecture(folder)
     return TOKENIZER_NAMES if architecture.model.reads == "text" else (PREPROCESSOR_NAME,)
 
 
 def _fetch_present(repository: str, commit: str, names: tuple[str, ...]) -> None:
-    """Download the files that the repository has."""
+    """Download those of the named files that the repository has."""
     for name in names:
         with contextlib.suppress(RemoteEntryNotFoundError):
             hf_hub_download(repository, name, revision=commit)
 
 
 def _explain(error: Exception, source: str, repository: str, revision: str) -> NoReturn:
-    """Raise an error that says what went wrong and what to do."""
+    """Raise a `UserError` that explains a failed download and says what the user can do."""
     page = f"{constants.ENDPOINT}/{repository}"
     if isinstance(error, HFValidationError):
         message = str(error)

@@ -22,12 +22,14 @@ from surm_jax.pretrained.sources import locate
 from surm_jax.tensor_files import SUFFIX, TensorFile
 
 Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
-"""A function that decides where a parameter is placed: `(path, shape and dtype) -> sharding`."""
+"""A function that returns the sharding of a parameter: `(path, shape and dtype) -> sharding`."""
 
 
 @contextmanager
 def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
-    """Open a checkpoint. Its suffix and its header determine the format.
+    """Open a checkpoint file or folder, as a context manager.
+
+    The format follows from the suffix of the file and, for safetensors, from the header.
 
     Raises:
         UserError: There is no such file, its format is unknown, or it is damaged.
@@ -59,20 +61,22 @@ def load(
     fresh: Sequence[str] | None = None,
     sharding: Sharding | None = None,
 ) -> Any:
-    """Return a model whose parameters come from a checkpoint.
+    """Return a model whose parameters are read from a checkpoint.
 
-    The model is built abstractly and filled array by array: each array is read, converted to our layout, put on its
-    devices and released before the next one. Parameters in `fresh` come from the model's initialisers, in a compiled
-    function that returns only them, so the others are never computed. The host needs memory for two copies of the
-    largest array, and for the whole model if its devices use host memory.
+    The model is first built without arrays (`nnx.eval_shape`). Then each array is read, converted to our layout, copied
+    to its devices and released before the next one is read. The parameters that `fresh` matches come from the model's
+    initialisers. These run in a compiled function that returns only these parameters, so the initial values of the
+    others are never computed. The host needs memory for two copies of the largest array. If its memory is also that of
+    the devices, as on a CPU, it needs memory for the whole model as well.
 
     Args:
-        make_model: Builds the model; it is called only while JAX traces.
-        checkpoint: An AugReg `.npz`, a `.safetensors` of `save_model`, a folder of transformers, or a `.safetensors`
-            beside its `config.json`; `None` initialises all parameters.
-        fresh: Patterns of parameter paths that the checkpoint does not fill. The default is `config.new_head`: a new
-            task has its own classes, even if their number is the same. `()` also loads the head.
-        sharding: Where each parameter is placed. The default is the default device.
+        make_model: A function that builds the model. It is called only while JAX traces it.
+        checkpoint: The path of an AugReg `.npz` file, of a `.safetensors` file that `save_model` wrote, of a folder of
+            transformers, or of a `.safetensors` file beside its `config.json`. `None` initialises all parameters.
+        fresh: Patterns for the paths of parameters that are initialised instead of read. The default is
+            `config.new_head`, since a new task has its own classes, even if their number is the same. With `()` the
+            head is read too.
+        sharding: A function that returns the sharding of each parameter. The default is the default device.
 
     Raises:
         UserError: The checkpoint does not fit the model (see `surm_jax.pretrained.rules.fill` and
@@ -90,16 +94,17 @@ def load(
 
 
 def model_config(checkpoint: Path, variant: str | None = None, **overrides: Any) -> tuple[type[Model], Any]:
-    """Return the class and the configuration of the model in a checkpoint; no parameter is read.
+    """Return the class and the configuration of the model in a checkpoint, without reading any parameter.
 
     Args:
-        checkpoint: A file or folder, as `load` takes it.
-        variant: The name of the model in an `.npz`, which holds no configuration (`ViTConfig.VARIANTS`).
-        **overrides: Fields of our configuration that replace what the checkpoint says.
+        checkpoint: The path of a file or folder in any of the formats that `load` reads.
+        variant: The name in `ViTConfig.VARIANTS` of the model in an `.npz` file, which holds no configuration. For all
+            other formats it must be `None`.
+        **overrides: Fields of our configuration whose values replace those in the checkpoint.
 
     Raises:
-        UserError: The checkpoint is damaged or of an unknown kind, a field is unknown, or the variant is missing or
-            superfluous.
+        UserError: The checkpoint is damaged or its format is unknown, an override is not a field of the configuration,
+            a variant is missing, or a variant is given although the format holds a configuration.
 
     >>> model, config = model_config(locate("digits"), num_classes=5)
     >>> model.__name__, config.width, config.num_classes
@@ -111,10 +116,12 @@ def model_config(checkpoint: Path, variant: str | None = None, **overrides: Any)
 
 
 def image_normalization(checkpoint: Path | None) -> Normalization | None:
-    """Return how images are normalised for the model in a checkpoint; `None` means scaling all channels to [-1, 1].
+    """Return the normalisation of images that the model in a checkpoint expects.
+
+    `None` means that the pixels of all channels are scaled to [-1, 1].
 
     Args:
-        checkpoint: What `locate` returned.
+        checkpoint: The path of the checkpoint, or `None` if there is none, as `locate` returns it.
 
     Raises:
         UserError: The checkpoint is damaged, or its `preprocessor_config.json` leaves pixels in [0, 255].
@@ -135,22 +142,24 @@ def from_pretrained(
     seed: int = 0,
     **overrides: Any,
 ) -> Any:
-    """Return the model in a checkpoint, which is downloaded if needed.
+    """Return the model in a checkpoint, after downloading the checkpoint if needed.
 
     Args:
-        source: What `locate` takes: a folder of transformers, a file, "hf://owner/name", an http(s) URL, "augreg",
-            "digits".
-        variant: The name in `ViTConfig.VARIANTS` of the model in an `.npz` or in "augreg", which hold no configuration.
-        num_classes: Outputs of a new head; if left out, the checkpoint's head is read.
-        fresh: Patterns of parameters to initialise instead of reading. The default is `config.new_head` if
-            `num_classes` is given, and otherwise nothing.
-        sharding: Where each parameter is placed, as in `load`.
+        source: The name of the checkpoint, as in `locate`: the path of a file or of a folder of transformers,
+            "hf://owner/name", an http(s) URL, "augreg" or "digits".
+        variant: The name in `ViTConfig.VARIANTS` of the model, for an `.npz` file and for "augreg", which hold no
+            configuration.
+        num_classes: The number of classes of a new head. If it is not given, the head in the checkpoint is read.
+        fresh: Patterns for the paths of parameters that are initialised instead of read. The default is
+            `config.new_head` if `num_classes` is given, and otherwise no parameter.
+        sharding: A function that returns the sharding of each parameter, as in `load`.
         seed: The seed of the initialised parameters.
-        **overrides: Fields of the configuration that replace the checkpoint's, such as `dtype`, `param_dtype`,
-            `dropout`, or `image_size`, to which position embeddings are resized.
+        **overrides: Fields of the configuration whose values replace those in the checkpoint, such as `dtype`,
+            `param_dtype`, `dropout` or `image_size`. Position embeddings are resized to the image size.
 
     Raises:
-        UserError: As in `locate`, `model_config` and `load`.
+        UserError: The checkpoint cannot be located or read, or does not fit the model. See `locate`, `model_config` and
+            `load`.
 
     >>> model = from_pretrained("digits", num_classes=5, dtype="bfloat16")
     >>> model.head.kernel.shape, model.config.depth
@@ -174,7 +183,7 @@ def _load(
     fresh: Sequence[str] | None,
     sharding: Sharding | None,
 ) -> Any:
-    """Return a model that is filled from an open checkpoint, see `load`."""
+    """Return a model whose parameters are read from an open checkpoint. The arguments are as in `load`."""
     model = nnx.eval_shape(make_model)
     graphdef, state = nnx.split(model)
     variables = {join(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
@@ -197,7 +206,10 @@ def _placed(path: str, variable: nnx.Variable, sharding: Sharding | None) -> jax
 
 
 def _initial(make_model: Callable[[], Model], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Return the initial values of some parameters; the compiler drops the work for all others."""
+    """Return the initial values of the parameters in `shapes`, by path.
+
+    The compiler removes the computation of all other parameters.
+    """
 
     def init() -> dict[str, jax.Array]:
         state = nnx.to_flat_state(nnx.state(make_model()))

@@ -1,4 +1,8 @@
-"""Our own model files: safetensors with parameter paths as names and the model's configuration in the header."""
+"""Read and write model files in our own format.
+
+The format is safetensors. The name of each tensor is the path of the parameter, and the header holds the model's
+configuration.
+"""
 
 import dataclasses
 import json
@@ -30,13 +34,16 @@ def save_model(
     model: Model,
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> None:
-    """Write all parameters of a model, each in its dtype, and its configuration to one file, atomically.
+    """Write all parameters of a model and its configuration to one file.
+
+    Each parameter keeps its dtype. The file is written atomically: if writing fails, an existing file is unchanged.
 
     Args:
-        path: The file, which ends in `.safetensors` and is replaced if it exists.
-        model: The model, whose `nnx.Param`s are written under their `/`-joined paths.
-        normalization: Mean and standard deviation of each channel, with which pixels in [0, 1] were normalised for the
-            model; `None` means pixels in [-1, 1]. `image_normalization` reads them again.
+        path: The path of the file, which must end in `.safetensors`. An existing file is replaced.
+        model: The model. Its `nnx.Param`s are written, and their names are their paths, joined by `/`.
+        normalization: The mean and the standard deviation of each channel with which pixels in [0, 1] were normalised
+            for the model. `None` means that pixels were scaled to [-1, 1]. `image_normalization` returns this value
+            again.
 
     Raises:
         UserError: The path has another suffix, or the file cannot be written.
@@ -62,21 +69,21 @@ def save_model(
 
 
 class NativeCheckpoint(Checkpoint):
-    """An open file of `save_model`."""
+    """An open model file that `save_model` wrote."""
 
     def __init__(self, path: Path, file: TensorFile) -> None:
         self.path, self._file = path, file
 
     @staticmethod
     def holds(file: TensorFile) -> bool:
-        """Return whether `save_model` wrote a safetensors file."""
+        """Return whether a safetensors file was written by `save_model`."""
         return file.header.get("format") == FORMAT
 
     def config(self, variant: str | None, overrides: Mapping[str, Any]) -> Config:
-        """Return the configuration in the header.
+        """Return the configuration in the header, with the overrides applied.
 
         Raises:
-            UserError: The header is damaged, or an override is not a field.
+            UserError: The header is damaged, an override is not a field of the configuration, or a variant is given.
         """
         self._refuse_variant(variant)
         stored = self._stored()
@@ -87,7 +94,7 @@ class NativeCheckpoint(Checkpoint):
     ) -> dict[str, jax.Array]:
         """Read the parameters of a model whose configuration is the one in the header.
 
-        Position embeddings are resized to the model's image size, bilinearly as AugReg's are.
+        Position embeddings are resized to the model's image size by bilinear interpolation, as for AugReg checkpoints.
         """
         require_same(str(self.path), self._stored(), config, targets)
         rules = [
@@ -98,7 +105,7 @@ class NativeCheckpoint(Checkpoint):
         return fill(self._file.keys, self._file.read, targets, rules, fresh=fresh, origin=str(self.path))
 
     def normalization(self) -> Normalization | None:
-        """Return the normalisation in the header, or `None` if there is none."""
+        """Return the normalisation of images in the header, or `None` if the header has none."""
         entry = self._file.header.get("normalization")
         if entry is None:
             return None
@@ -116,7 +123,8 @@ class NativeCheckpoint(Checkpoint):
             near = did_you_mean(name, classes)
             raise UserError(f"{self.path} holds a model of {name!r}; known are {sorted(classes)}{near}")
         try:
-            # Fields that were added after the file was written get their defaults, which is how older models behaved.
+            # A field that was added to the class after the file was written gets its default, which is chosen so that
+            # older models compute the same as before.
             return classes[name](**json.loads(header["config"]))
         except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"the header of {self.path} is damaged: it holds no {name} ({error})") from error

@@ -1,4 +1,4 @@
-"""The normalisation of pixels that a checkpoint expects. It differs between sources."""
+"""The normalisation of image pixels that a pretrained model expects, and the files that describe it."""
 
 import math
 from collections.abc import Sequence
@@ -12,20 +12,23 @@ PREPROCESSOR_NAME = "preprocessor_config.json"
 
 
 class Normalization(NamedTuple):
-    """Mean and standard deviation by channel: `(x - mean) / std` for pixels x in [0, 1]."""
+    """The mean and the standard deviation of each channel. Pixels x in [0, 1] are normalised to `(x - mean) / std`."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
 HALF = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-"""Scaling to [-1, 1], which AugReg and the ViTs of transformers expect."""
+"""The normalisation that scales pixels to [-1, 1], as AugReg checkpoints and the ViTs of transformers expect."""
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 def preprocessor_fields(normalization: tuple[Sequence[float], Sequence[float]], image_size: int) -> dict[str, Any]:
-    """Return the `preprocessor_config.json` for images that are resized bilinearly and normalised."""
+    """Return the content of a `preprocessor_config.json` that prepares images for a model.
+
+    It resizes them bilinearly to `image_size` x `image_size` pixels and applies the normalisation.
+    """
     mean, std = normalization
     return {
         "image_processor_type": "ViTImageProcessor",
@@ -41,7 +44,10 @@ def preprocessor_fields(normalization: tuple[Sequence[float], Sequence[float]], 
 
 
 def read_preprocessor(path: Path, default: Normalization | None) -> Normalization | None:
-    """Return the normalisation in a `preprocessor_config.json`, or the default if it gives neither mean nor std.
+    """Return the normalisation that a `preprocessor_config.json` describes.
+
+    If the file gives neither a mean nor a standard deviation, the default is returned. If it switches normalisation
+    off, the result has mean 0 and standard deviation 1.
 
     Raises:
         UserError: The file is damaged, or leaves pixels in [0, 255].
@@ -62,11 +68,15 @@ def read_preprocessor(path: Path, default: Normalization | None) -> Normalizatio
 
 
 def checked_normalization(path: Path, mean: Any, std: Any, rescale_factor: Any = 1 / 255) -> Normalization:
-    """Return the normalisation that equals `(255 f x - mean) / std` for pixels x in [0, 1] and the rescale factor f.
+    """Return the normalisation with a mean and a standard deviation from a file, after checking them.
+
+    A preprocessor multiplies pixels in [0, 255] by the rescale factor f before it normalises them. For pixels x in
+    [0, 1] this is `(255 f x - mean) / std`, so the result has the mean `mean / (255 f)` and the standard deviation
+    `std / (255 f)`. The arguments may be of any type, because they come from a file that may be damaged.
 
     Raises:
-        UserError: The mean and the standard deviation are not finite numbers, have different lengths, or a standard
-            deviation is not positive. The arguments may be of any type.
+        UserError: The mean or the standard deviation holds other values than finite numbers, their lengths differ, or
+            a standard deviation is not positive.
     """
     try:
         scale = 255 * float(rescale_factor)

@@ -1,4 +1,7 @@
-"""Resizing of learned position embeddings to another image size, bilinear or bicubic as in their source."""
+"""Resize learned position embeddings to another image size.
+
+The interpolation is bilinear or bicubic, as in the library that a checkpoint comes from.
+"""
 
 import math
 from collections.abc import Callable
@@ -7,29 +10,35 @@ import numpy as np
 
 from surm_jax.errors import UserError
 
-# The largest growth of a grid: a configuration from an untrusted file may ask for any size.
+# The side of a grid may grow by at most this factor, since the configuration in an untrusted file may give any size.
 _MOST_GROWTH = 16
 
 
 def resize_position_embed(
     position_embed: np.ndarray, shape: tuple[int, ...], *, extra_tokens: int | None = None
 ) -> np.ndarray:
-    """Return position embeddings for another grid of patches: bilinear, corners aligned, computed in float64.
+    """Return position embeddings that are resized to another square grid of patches by bilinear interpolation.
 
-    This is for AugReg checkpoints and gives the numbers of `scipy.ndimage.zoom(grid, order=1)`, which their source
-    calls (https://github.com/google-research/vision_transformer/blob/main/vit_jax/checkpoint.py): new patch `i` of `n`
-    reads the old grid of side `m` at `i (m - 1) / (n - 1)`. Without `extra_tokens`, a length that is a square plus one
-    means that the first row belongs to the class token; the row is copied, or dropped if the model has no class token.
-    If the lengths agree, nothing changes.
+    This is for AugReg checkpoints. The result equals that of `scipy.ndimage.zoom(grid, order=1)`, which the code of
+    AugReg calls (https://github.com/google-research/vision_transformer/blob/main/vit_jax/checkpoint.py). The corners of
+    both grids are aligned: along each axis, index `i` of a new grid of side `n` reads the old grid of side `m` at
+    `i (m - 1) / (n - 1)`. The computation is in float64.
+
+    The rows before the patches, such as that of the class token, are copied. If the number of tokens does not change,
+    the array is returned unchanged.
 
     Args:
-        position_embed: `(1, tokens, width)`. Half precision becomes float32 when it is resized.
-        shape: The shape in the model, `(1, tokens', width)`.
-        extra_tokens: As in `resize_position_embed_bicubic`; `None` infers from the lengths whether there is a class
-            token.
+        position_embed: An array of shape `(1, tokens, width)`. If it is resized, half precision becomes float32.
+        shape: The shape of the parameter in the model, `(1, tokens', width)`.
+        extra_tokens: The number of rows before the patches, in the checkpoint and in the model. With `None`, it is
+            inferred for both: if the number of tokens is a square there is none, and if it is a square plus one, the
+            first row belongs to the class token. That row is dropped if only the checkpoint has it.
 
     Raises:
-        UserError: A length does not fit a square grid, or only the model has a class token.
+        UserError: A number of tokens does not fit a square grid, only the model has a class token, or the side of the
+            grid would grow by more than a factor of 16.
+
+    In the example, the row of a class token (7) is copied, and a grid of 2 x 2 becomes one of 3 x 3:
 
     >>> resize_position_embed(np.array([[[7.0], [0.0], [1.0], [2.0], [3.0]]]), (1, 10, 1))[0, :, 0].tolist()
     [7.0, 0.0, 0.5, 1.0, 1.0, 1.5, 2.0, 2.0, 2.5, 3.0]
@@ -52,21 +61,25 @@ def resize_position_embed(
 def resize_position_embed_bicubic(
     position_embed: np.ndarray, shape: tuple[int, ...], *, extra_tokens: int
 ) -> np.ndarray:
-    """Return position embeddings for another grid of patches: bicubic, computed in float64.
+    """Return position embeddings that are resized to another square grid of patches by bicubic interpolation.
 
     This is for checkpoints of Hugging Face transformers, whose `interpolate_pos_encoding` calls PyTorch's
-    `interpolate(mode="bicubic", align_corners=False)`: new patch `i` of `n` reads the old grid of side `m` at
-    `(i + 1/2) m / n - 1/2` by cubic convolution with `a = -3/4` (Keys, https://doi.org/10.1109/TASSP.1981.1163711),
-    without antialiasing. Beyond the border the outermost patch is repeated. If the lengths agree, nothing changes.
+    `interpolate(mode="bicubic", align_corners=False)`. Along each axis, index `i` of a new grid of side `n` reads the
+    old grid of side `m` at `(i + 1/2) m / n - 1/2`. The interpolation is cubic convolution with `a = -3/4` (Keys,
+    https://doi.org/10.1109/TASSP.1981.1163711), without antialiasing. Beyond the border, the outermost patch is
+    repeated. The computation is in float64. If the number of tokens does not change, the array is returned unchanged.
 
     Args:
-        position_embed: `(1, tokens, width)`. Half precision becomes float32 when it is resized.
-        shape: The shape in the model, `(1, tokens', width)`.
-        extra_tokens: The number of rows before the patches, such as the class token's, in the checkpoint and in the
-            model. They are copied.
+        position_embed: An array of shape `(1, tokens, width)`. If it is resized, half precision becomes float32.
+        shape: The shape of the parameter in the model, `(1, tokens', width)`.
+        extra_tokens: The number of rows before the patches, such as that of the class token, in the checkpoint and in
+            the model. These rows are copied.
 
     Raises:
-        UserError: A length minus `extra_tokens` is not a square.
+        UserError: A number of tokens minus `extra_tokens` is not a square, or the side of the grid would grow by more
+            than a factor of 16.
+
+    In the example, a grid of 2 x 2 becomes one of 3 x 3, whose first column is shown:
 
     >>> resize_position_embed_bicubic(np.array([[[0.0], [0.0], [8.0], [8.0]]]), (1, 9, 1), extra_tokens=0)[0, ::3, 0]
     array([-0.69444444,  4.        ,  8.69444444])
@@ -77,21 +90,27 @@ def resize_position_embed_bicubic(
 
 
 def _fits(position_embed: np.ndarray, shape: tuple[int, ...]) -> bool:
-    """Return whether there is nothing to resize. Arrays of other dimensions count too: `fill` reports their shape."""
+    """Return whether the array is returned unchanged, because its number of tokens agrees with the model's.
+
+    This is also true if the array does not have the shape `(1, tokens, width)`. `fill` reports the wrong shape later.
+    """
     return position_embed.ndim != 3 or position_embed.shape[0] != 1 or position_embed.shape[1] == shape[1]
 
 
 def _resize_patches(
     position_embed: np.ndarray, shape: tuple[int, ...], extra_tokens: int, kernel: Callable[[int, int], np.ndarray]
 ) -> np.ndarray:
-    """Return position embeddings with the same extra tokens before another square grid."""
+    """Return position embeddings whose grid of patches is resized with an interpolation kernel.
+
+    The first `extra_tokens` rows, which do not belong to patches, are copied.
+    """
     old, new = (_side(tokens, extra_tokens) for tokens in (position_embed.shape[1], shape[1]))
     grid = _resize(position_embed[:, extra_tokens:], old, new, kernel)
     return np.concatenate([position_embed[:, :extra_tokens], grid], axis=1)
 
 
 def _side(tokens: int, extra_tokens: int) -> int:
-    """Return the side of the square grid of the tokens after the extra ones."""
+    """Return the side of the square grid of patches, which are all tokens but the first `extra_tokens`."""
     side = math.isqrt(max(0, tokens - extra_tokens))
     if side == 0 or side**2 != tokens - extra_tokens:
         raise UserError(
@@ -102,7 +121,7 @@ def _side(tokens: int, extra_tokens: int) -> int:
 
 
 def _layout(tokens: int) -> tuple[int, int]:
-    """Return the number of class tokens (0 or 1) and the side of the square grid of the other tokens."""
+    """Return the number of class tokens (0 or 1) and the side of the square grid of patches for a number of tokens."""
     for class_tokens in (0, 1):
         side = math.isqrt(max(0, tokens - class_tokens))
         if side > 0 and side**2 == tokens - class_tokens:
@@ -111,7 +130,10 @@ def _layout(tokens: int) -> tuple[int, int]:
 
 
 def _resize(patches: np.ndarray, old: int, new: int, kernel: Callable[[int, int], np.ndarray]) -> np.ndarray:
-    """Resize `(1, old^2, width)` to `(1, new^2, width)`, with the same kernel along both sides of the grid."""
+    """Resize the embeddings of a square grid of patches from shape `(1, old^2, width)` to `(1, new^2, width)`.
+
+    The matrix `kernel(old, new)`, of shape `(new, old)`, interpolates along both axes of the grid.
+    """
     if new > _MOST_GROWTH * old:
         raise UserError(f"a grid of {old} x {old} position embeddings would grow to {new} x {new}: are both right?")
     weights = kernel(old, new)
@@ -121,13 +143,16 @@ def _resize(patches: np.ndarray, old: int, new: int, kernel: Callable[[int, int]
 
 
 def _bilinear(old: int, new: int) -> np.ndarray:
-    """Return the `(new, old)` matrix of linear interpolation from `old` to `new` points between the same ends."""
+    """Return the `(new, old)` matrix that interpolates linearly from `old` to `new` points with the same end points."""
     at = np.arange(new) * ((old - 1) / (new - 1) if new > 1 else 0.0)
     return np.maximum(0.0, 1.0 - np.abs(at[:, None] - np.arange(old)[None, :]))
 
 
 def _bicubic(old: int, new: int) -> np.ndarray:
-    """Return the `(new, old)` matrix of cubic convolution, with the points at the centres of cells."""
+    """Return the `(new, old)` matrix that interpolates by cubic convolution from `old` to `new` points.
+
+    The points are the centres of `old` or `new` cells of equal width that cover the same interval.
+    """
     at = (np.arange(new) + 0.5) * (old / new) - 0.5
     weights = np.zeros((new, old))
     for step in (-1, 0, 1, 2):

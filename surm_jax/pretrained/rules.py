@@ -1,7 +1,8 @@
-"""Rules that map the keys of a file to the parameters of a model, with strict checks in both directions.
+"""Rules that map the keys of a checkpoint file to the parameters of a model, and a function that applies them.
 
-Every key of the file must be used or ignored, every parameter must be filled exactly once, and shapes must fit.
-One error reports all violations. Formats differ only in their rules.
+Every key of the file must be used or ignored, every parameter must be filled exactly once, and shapes must agree. If
+several keys or parameters break these conditions, one error reports them together. Each file format has its own list of
+rules.
 """
 
 import re
@@ -19,18 +20,21 @@ from surm_jax.files import is_finite
 MOST_LISTED = 8
 
 Transform = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
-"""Converts an array of a file into a parameter: `(array, shape of the parameter) -> array`."""
+"""A function that converts an array of a file to a parameter: `(array, shape of the parameter) -> array`."""
 
 
 def as_is(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the array itself: the file and the model have the same layout."""
+    """Return the array unchanged, for a parameter that has the same layout in the file and in the model."""
     del shape
     return array
 
 
 @dataclass(frozen=True)
 class KeyRule:
-    r"""A rule that says which parameter a key of a file fills, and how.
+    r"""A rule that says which parameter the array of a key fills, and how the array is converted.
+
+    With `source` = "layer_(\d+)/w" and `target` = "blocks/\1/kernel", the key "layer_3/w" fills the parameter at
+    "blocks/3/kernel":
 
     >>> re.fullmatch(r"layer_(\d+)/w", "layer_3/w").expand(r"blocks/\1/kernel")
     'blocks/3/kernel'
@@ -38,9 +42,9 @@ class KeyRule:
 
     # A regular expression that the whole key must match.
     source: str
-    # The parameter's path, with `\1` ... for the groups of `source`.
+    # The path of the parameter. `\1`, `\2`, ... stand for the texts that the groups of `source` match.
     target: str
-    # Converts the layout of the file to the layout of the model.
+    # A function that converts the array from the layout of the file to that of the model.
     transform: Transform = as_is
 
 
@@ -56,25 +60,27 @@ def fill(
 ) -> dict[str, jax.Array]:
     """Read the parameters of a model from a file, one at a time, in the order of the file.
 
-    All names are matched before an array is read. Floating-point arrays are widened to the parameter's dtype where
-    this is exact (bfloat16 and float16 to float32), and rounded if the model was built with bfloat16 parameters. Other
-    changes of dtype are refused, and so are NaN and infinity. This needs memory for the result and one array.
+    All keys are matched to parameters before the first array is read. A floating-point array is cast to the dtype of
+    its parameter if this is exact, such as from bfloat16 or float16 to float32. If the parameter is bfloat16, the array
+    is rounded. Other changes of dtype are refused, and so are NaN and infinity. The host needs memory for the result
+    and for one more array.
 
     Args:
-        keys: The names in the file.
-        read: Returns the array of a name.
+        keys: The names of the arrays in the file.
+        read: A function that returns the array of a key.
         targets: The shape, dtype and sharding of each parameter to fill, by path.
-        rules: The rules; the first one that matches a key applies.
-        ignore: Patterns of keys to skip, tried before the rules. A pattern may match no key.
-        fresh: Paths of parameters that the model has but the file must not fill; keys for them are skipped.
-        origin: The name of the file in errors.
+        rules: The rules. The first rule that matches a key applies to it.
+        ignore: Regular expressions for keys to skip. They take precedence over the rules, and may match no key.
+        fresh: The paths of the model's parameters that are not read. Keys for these parameters are skipped.
+        origin: The name of the file in error messages.
 
     Returns:
-        An array for every target.
+        The array of each parameter in `targets`, by path.
 
     Raises:
-        UserError: No rule knows a key, no key or several keys fill a parameter, a shape or dtype does not fit, or
-            numbers are not finite. One message holds all problems of a kind, with the nearest names.
+        UserError: No rule matches a key, a key is for a parameter that the model lacks, a parameter has no key or
+            several keys, a shape or dtype does not fit, or an array holds NaN or infinity. One message reports all
+            problems with names, with similar names that exist, and another one all problems with arrays.
     """
     plan = _assign(keys, targets, rules, ignore, fresh, origin)
     problems, filled = [], {}
@@ -100,19 +106,22 @@ def fill(
 
 
 def _holds(wanted: np.dtype, stored: np.dtype) -> bool:
-    """Return whether a parameter of dtype `wanted` may be filled with numbers of dtype `stored`."""
+    """Return whether a parameter of dtype `wanted` may be filled with an array of dtype `stored`."""
     if not jnp.issubdtype(stored, jnp.floating):
         return False
     return np.can_cast(stored, wanted) or wanted == jnp.bfloat16
 
 
 def _place(array: np.ndarray, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-    """Return an array on its devices, once it is copied, so that the next array is read only afterwards."""
+    """Copy an array to its devices, cast to the wanted dtype, and return it when the copy is complete.
+
+    So the next array is not read before this one is copied.
+    """
     array = array.astype(wanted.dtype, copy=False)
     if wanted.sharding is None:
         placed = jnp.asarray(array)
     else:
-        # Each process copies only its own parts.
+        # Each process copies only the shards that its own devices hold.
         placed = jax.make_array_from_callback(wanted.shape, wanted.sharding, lambda index: array[index])
     return jax.block_until_ready(placed)
 
@@ -125,7 +134,11 @@ def _assign(
     fresh: Collection[str],
     origin: str,
 ) -> dict[str, tuple[str, Transform]]:
-    """Return the key and the transform of every target, in the order of the keys."""
+    """Return the key that fills each parameter and the function that converts its array, in the order of the keys.
+
+    Raises:
+        UserError: Keys and parameters do not match one to one. See `fill`.
+    """
     wanted: dict[str, list[tuple[str, Transform]]] = {target: [] for target in targets}
     unknown, misplaced, recognised = [], [], []
     plan = {}
@@ -148,7 +161,7 @@ def _assign(
     filled = {target: sources[0][0] for target, sources in wanted.items() if sources}
     missing = [target for target in wanted if target not in filled]
     doubled = [target for target, sources in wanted.items() if len(sources) > 1]
-    # Finding the nearest names is slow, so it is done only for the problems that are listed.
+    # Searching for similar names is slow, so it is done only for the problems that the message lists.
     problems = [f"nothing reads the key {key!r}{did_you_mean(key, recognised)}" for key in unknown[:MOST_LISTED]]
     problems += [
         f"the key {key!r} is for {target!r}, which the model does not have{did_you_mean(target, wanted)}"
@@ -165,7 +178,14 @@ def _assign(
 
 
 def _raise(origin: str, problems: Sequence[str], count: int, hint: str = "") -> None:
-    """If there are problems, raise one error with the first of them, the number of the others, and a hint."""
+    """Raise a `UserError` if there are problems.
+
+    Args:
+        origin: The name of the file.
+        problems: Descriptions of problems. The message lists at most `MOST_LISTED` of them.
+        count: The number of all problems. The message says how many it does not list.
+        hint: A sentence for the end of the message, or an empty string.
+    """
     if problems:
         listed = [f"  {problem}" for problem in problems[:MOST_LISTED]]
         if count > len(listed):

@@ -1,4 +1,4 @@
-"""Names of checkpoints, and the files or folders that they stand for."""
+"""Find the local file or folder that the name of a checkpoint stands for."""
 
 import re
 from pathlib import Path
@@ -15,20 +15,21 @@ NAMES = ("none", "augreg", "digits")
 
 
 def locate(checkpoint: str, variant: str | None = None) -> Path | None:
-    """Return the local file or folder of a checkpoint, and download it if needed.
+    """Return the path of the local file or folder of a checkpoint, after downloading it if needed.
 
     Args:
-        checkpoint: "none" (start from the initialisers), "augreg" (the official ImageNet-21k checkpoint of the
-            variant), "digits" (the small ViT in this package), "hf://owner/name" or "hf://owner/name@revision" (a
-            model of the Hugging Face Hub), an http(s) URL, or the path of a file or of a folder of transformers.
-        variant: The name in `ViTConfig.VARIANTS`; only "augreg" needs it.
+        checkpoint: "none" (no checkpoint, so all parameters are initialised), "augreg" (the official ImageNet-21k
+            checkpoint of the variant), "digits" (the small ViT in this package), "hf://owner/name" or
+            "hf://owner/name@revision" (a model of the Hugging Face Hub), an http(s) URL, or the path of a file or of a
+            folder of transformers.
+        variant: The name in `ViTConfig.VARIANTS`. Only "augreg" needs it.
 
     Returns:
-        The file or folder, or `None` for "none".
+        The path of the file or folder, or `None` for "none".
 
     Raises:
-        UserError: There is no such file or no official checkpoint of the variant, or the download fails. The message
-            says what exists, or which file to put where.
+        UserError: There is no such file, there is no official checkpoint of the variant, or the download fails. The
+            message names what exists, or says which file the user can copy to which path.
 
     >>> locate("none") is None
     True
@@ -60,7 +61,10 @@ def locate(checkpoint: str, variant: str | None = None) -> Path | None:
 
 
 def _what_is_wrong(path: Path, checkpoint: str) -> str:
-    """Return why a path is neither a file nor a folder of transformers, and which names may have been meant."""
+    """Return the text of an error message for a path that is neither a file nor a folder of transformers.
+
+    It says what is wrong, and suggests similar names that exist.
+    """
     if path.is_dir():
         files = sorted(file.name for file in path.iterdir() if file.is_file())
         held = f"it holds {', '.join(files[:8])}" if files else "it is empty"
