@@ -1,4 +1,4 @@
-"""Training runs: from a configuration to a trained adapter, on any number of devices."""
+"""Training runs, which turn a configuration into a trained adapter, on any number of devices."""
 
 from surm_jax.training.config import RunConfig
 from surm_jax.training.parsing import base_config, parse

@@ -1,9 +1,13 @@
-"""How a step runs the blocks of a model: equal blocks in a scan, and split weights gathered block by block.
+"""The execution of a model's transformer blocks inside the compiled training or evaluation step.
 
-A Python loop over the blocks is compiled to a program that grows with their number. `jax.lax.scan` compiles one block
-only. Its weights are arrays `[depth, ...]`, and each iteration runs the block on one slice. On a mesh that splits the
-base, every block gathers its own weights, in the forward pass and again in the backward pass: no device holds more than
-one whole block.
+If JAX traces a Python loop over the blocks, the compiled program grows with the number of blocks. `jax.lax.scan`
+compiles the code of a block only once for several equal blocks. For this, the weights of the blocks are stacked: the
+arrays of shape `shape` that the single blocks have become one array of shape `(depth, *shape)`, where `depth` is the
+number of blocks. Each iteration of the scan runs the block with one slice along the first axis.
+
+If the axis `fsdp` of the mesh has more than one device, the large frozen weights are sharded over the devices. Every
+block then gathers its own weights just before it uses them, in the forward pass and again in the backward pass. Thus no
+device ever needs to hold the whole weights of more than one block.
 """
 
 import itertools
@@ -20,19 +24,28 @@ from surm_jax.peft.parts.dropout import keys_drawn, set_keys_drawn
 
 
 class Stack(nnx.Module):
-    """Several equal blocks as one module: the arrays of `stacked` are `[depth, ...]`, with one slice for each block."""
+    """Several equal blocks as one module.
+
+    Attributes:
+        stacked: A block whose arrays have an additional first axis of length `depth`. Slice `i` along this axis holds
+            the arrays of block `i`.
+        depth: The number of blocks.
+    """
 
     def __init__(self, stacked: nnx.Module, depth: int) -> None:
         self.stacked, self.depth = stacked, depth
 
 
 class StepBlocks(Blocks):
-    """The blocks of a model as a step runs them: single blocks, and a `Stack` for several equal blocks."""
+    """The blocks of a model in the form that a step runs: a list of single blocks and of `Stack`s of equal blocks."""
 
     def run(
         self, x: jax.Array, *arguments: jax.Array | None, keys: jax.Array | None, remat: str, every: bool
     ) -> tuple[jax.Array, ...]:
-        """Run the blocks as `Blocks.run` does, with the same dropout keys. The results are the same up to rounding."""
+        """Run all blocks in order, with the arguments and the results of `Blocks.run`.
+
+        Every block gets the same dropout key as in `Blocks.run`. The results are the same up to rounding.
+        """
         states: list[jax.Array] = [x]
         first = 0
         for part in self:
@@ -55,9 +68,10 @@ def _scan(
     remat: str,
     every: bool,
 ) -> list[jax.Array]:
-    """Return the state after every block of a stack, or only after the last."""
+    """Run the blocks of a stack in a scan. Return the output of every block, or only the last if `every` is false."""
     graphdef, arrays = nnx.split(stacked)
-    # Use a policy even if remat is "none": without one, all gathered weights would be kept for the backward pass.
+    # Use a rematerialisation policy even if remat is "none". Without one, JAX would keep the gathered weights of all
+    # blocks for the backward pass.
     policy = REMAT[remat] or all_but_gathered
     layer = jax.checkpoint(_layer(graphdef, arguments), prevent_cse=False, policy=policy)
 
@@ -76,7 +90,7 @@ def _scan(
 def _call(
     block: nnx.Module, x: jax.Array, arguments: tuple[jax.Array | None, ...], key: jax.Array | None, remat: str
 ) -> jax.Array:
-    """Return the state after one block."""
+    """Return the output of one single block."""
     if not _is_split() and REMAT[remat] is None:
         return block(x, *arguments, key)
     graphdef, arrays = nnx.split(block)
@@ -87,7 +101,17 @@ def _call(
 
 
 def _layer(graphdef: nnx.GraphDef, arguments: tuple[jax.Array | None, ...]) -> Callable:
-    """Return `(x, number of keys drawn, the block's arrays, its key) -> (its output, number of keys drawn)`."""
+    """Return a block as a pure function `(x, drawn, arrays, key) -> (output of the block, drawn)`.
+
+    `drawn` is the number of dropout keys that adapters have drawn so far in this forward pass
+    (`surm_jax.peft.parts.dropout.keys_drawn`). The function takes and returns it, because a value that is traced inside
+    `jax.lax.scan` or `jax.checkpoint` cannot be used outside. If the mesh splits the frozen base model, the function
+    gathers the block's arrays first.
+
+    Args:
+        graphdef: The structure of the block.
+        arguments: Further arguments of the block, after `x`.
+    """
 
     def layer(x: jax.Array, drawn: jax.Array | None, arrays: nnx.State, key: jax.Array | None) -> tuple:
         if _is_split():
@@ -99,20 +123,21 @@ def _layer(graphdef: nnx.GraphDef, arguments: tuple[jax.Array | None, ...]) -> C
 
 
 def _is_split() -> bool:
-    """Return whether the mesh that `jax.set_mesh` set splits the base."""
+    """Return whether the current mesh (`jax.set_mesh`) splits the weights of the frozen base model."""
     return jax.sharding.get_abstract_mesh().shape.get(FSDP_AXIS, 1) > 1
 
 
 def runs_of(blocks: Blocks, kind_of: Callable[[tuple], Hashable]) -> list[int]:
-    """Return the lengths of all runs of equal neighbouring blocks, in order.
+    """Return the length of every sequence of equal neighbouring blocks, in order. The sum is the number of blocks.
 
-    Two blocks are equal if they have the same structure and their variables have the same shapes, dtypes and values of
-    `kind_of`.
+    For example, the result `[1, 11]` means that the first of 12 blocks differs from the others, which are all equal.
+    Two blocks are equal if they have the same structure, if their variables have the same shapes and dtypes, and if
+    `kind_of` returns the same value for each variable.
 
     Args:
         blocks: The blocks of a model.
-        kind_of: Takes the number of a block and the path of a variable in it, such as
-            `(3, "attention", "query", "kernel")`, and returns a value that must be the same in equal blocks.
+        kind_of: A function of the index of a block and the path of a variable in it, as one tuple such as
+            `(3, "attention", "query", "kernel")`. Its value must be the same in equal blocks.
     """
 
     def signature(index: int) -> Hashable:
@@ -124,10 +149,14 @@ def runs_of(blocks: Blocks, kind_of: Callable[[tuple], Hashable]) -> list[int]:
 
 
 def as_parts(blocks: Blocks, runs: Sequence[int]) -> StepBlocks:
-    """Return the blocks as a step runs them, with a `Stack` for every run of several blocks.
+    """Stack equal blocks, and return the blocks in the form that a step runs.
 
-    The arrays of the stacked blocks are deleted as soon as they are copied into the stack, so that memory never holds
-    all blocks twice.
+    The arrays of the original blocks are deleted as soon as they are copied into a stack, so that the device memory
+    never holds all blocks twice.
+
+    Args:
+        blocks: The blocks of a model.
+        runs: The result of `runs_of`. Every length above 1 becomes a `Stack`, and every length of 1 a single block.
     """
     ends = itertools.accumulate(runs)
     members = [blocks[end - depth : end] for end, depth in zip(ends, runs, strict=True)]
@@ -135,7 +164,10 @@ def as_parts(blocks: Blocks, runs: Sequence[int]) -> StepBlocks:
 
 
 def as_blocks(parts: StepBlocks) -> Blocks:
-    """Return the single blocks. The blocks of stacks are copied to the host, so that they take no device memory."""
+    """Return the blocks one by one, without stacks: the inverse of `as_parts`.
+
+    The arrays of stacks are first copied to host memory, so that the copies take no device memory.
+    """
     return Blocks(block for part in parts for block in (_unstacked(part) if isinstance(part, Stack) else [part]))
 
 

@@ -1,4 +1,4 @@
-"""The configuration of a run: every key, what it means, its default, its unit, and the check of its value.
+"""The configuration of a run: the meaning, the default value, the unit and the allowed values of every key.
 
 The keys of `config.model` and `config.data` are documented in `surm_jax/tasks/config.py`, all other keys here. A file
 in `configs/` starts from `base_config()`, which holds these defaults, and changes some of them. On the command line,
@@ -22,24 +22,28 @@ from surm_jax.tasks.config import DataConfig, ModelConfig, check_at_least, check
 
 DECAYS = ("cosine", "linear", "constant")
 ADAPTER = f"(.*/)?({'|'.join(SLOTS)})/"
-"""A regular expression for the beginning of the path of an adapter's parameter."""
+"""A regular expression that matches the beginning of every path of a parameter that belongs to an adapter."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RuleConfig:
-    """A method for some of the modules: `{"target": r"blocks/0/.*", "method": "lora", "settings": {"rank": 4}}`."""
+    """An item of `config.peft.rules`: it gives one method to all modules that a pattern matches.
+
+    In a configuration file it is a dictionary, such as
+    `{"target": r"blocks/0/.*", "method": "lora", "settings": {"rank": 4}}`.
+    """
 
     # The modules to adapt: a preset of the model, such as "qkv", or a regular expression that matches whole module
     # paths.
     target: str
-    # The method that these modules get, such as "lora" or "bottleneck". Empty: they get none.
+    # The method that these modules get, such as "lora" or "bottleneck". Empty: these modules are not adapted.
     method: str = ""
-    # Settings of the method by name. Settings that are not given have the defaults of the method.
+    # Settings of the method, by their names. Settings that are missing here have the defaults of the method.
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    # For packed kernels, such as one kernel that computes query, key and value: the number of equal parts into which
-    # the output features are divided. Each part gets an update of its own.
+    # The number of equal parts into which the output features of a packed kernel are divided, such as 3 for one kernel
+    # that computes query, key and value. Each part gets an update of its own.
     parts: int = 1
-    # The parts to update, counted from 0. Empty: all parts.
+    # The indices of the parts to update, counted from 0. Empty: all parts.
     which: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -50,10 +54,11 @@ class RuleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """Which layers are adapted, and with which method.
+    """The section `config.peft`: which layers are adapted, and with which method.
 
-    `methods` holds the settings of every method by the name of the method. The configuration has no key `methods`: the
-    settings of a method are a section of `config.peft`, as in `--config.peft.lora.rank=4`.
+    The field `methods` holds the settings of every method, by the name of the method. It is not a key of the
+    configuration. There, the settings of each method are a section of `config.peft`, as in
+    `--config.peft.lora.rank=4`.
     """
 
     # The method, such as "circulant", "lora", "linear_probe" or "full". docs/methods.md lists all methods and their
@@ -62,16 +67,19 @@ class PeftConfig:
     # The modules to adapt: a preset of the model, such as "qkv", "qv" or "mlp", or a regular expression that matches
     # whole module paths. Empty: the default target of the method. "none": adapt only the modules that `rules` targets.
     target: str = ""
-    # Other methods for some modules; see `RuleConfig`. A module gets the method of the first rule that matches its
-    # path. `method` and `target` are the last rule.
+    # Rules that give other methods to some modules (`RuleConfig`). A module gets the method of the first rule that
+    # matches its path. `method` and `target` above act as one more rule after all of these.
     rules: tuple[RuleConfig, ...] = ()
-    # How an adapted layer computes its product. Results are the same up to rounding.
-    #   "fft"    adds the fast product with the update to the product with the kernel;
-    #   "dense"  forms the dense matrix of the update, and computes its gradient through that matrix;
-    #   "fused"  adds the dense update to the kernel, but computes the gradient by fast products (float32 only);
-    #   "auto"   takes the one that was fastest when a similar case was measured.
+    # How an adapted linear layer multiplies its input x by the frozen kernel plus the structured update. The results
+    # are the same up to rounding.
+    #   "fft"    computes x @ kernel and a fast product of x and the update, such as an FFT, and adds the two;
+    #   "dense"  forms the dense matrix of the update, and computes the update's gradient through that matrix;
+    #   "fused"  adds the dense matrix of the update to the kernel and computes one product, but computes the update's
+    #            gradient with fast products (float32 only);
+    #   "auto"   chooses the one that was fastest when a similar case was measured.
     execution: str = "auto"
-    # Parameters of the model to train directly, whatever the method: regular expressions that match whole paths.
+    # Parameters of the base model that are trained directly with every method, as regular expressions that match whole
+    # parameter paths.
     train: tuple[str, ...] = ("head/.*",)
     methods: Mapping[str, Method] = dataclasses.field(
         default_factory=lambda: {name: cls() for name, cls in METHODS.items()}
@@ -86,13 +94,13 @@ class PeftConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupConfig:
-    """The optimiser's settings for one group of trained parameters."""
+    """A section of `config.optim.groups`: the optimiser's settings for one group of trained parameters."""
 
-    # The parameters of the group: a regular expression that matches whole parameter paths.
+    # A regular expression for the parameters of the group. It must match the whole path of a parameter.
     pattern: str
-    # Peak learning rate of the group. 0: the learning rate of the method, from optim.learning_rate.
+    # Peak learning rate of the group. 0: use the learning rate of the method, from `optim.learning_rate`.
     learning_rate: float = 0.0
-    # Decoupled weight decay: each update also subtracts learning rate * weight decay * parameter.
+    # Coefficient of decoupled weight decay: each update also subtracts learning_rate * weight_decay * parameter.
     weight_decay: float = 0.0
 
     def __post_init__(self):
@@ -103,7 +111,10 @@ class GroupConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupsConfig:
-    """The groups of trained parameters. A parameter belongs to the first of these groups that matches its path."""
+    """The section `config.optim.groups`: the groups into which the optimiser divides the trained parameters.
+
+    A parameter belongs to the first group, in the order of these fields, whose pattern matches its path.
+    """
 
     adapter: GroupConfig = GroupConfig(pattern=f"{ADAPTER}.*")
     head: GroupConfig = GroupConfig(pattern=r"head/.*")
@@ -114,30 +125,36 @@ class GroupsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimiser AdamW, its learning rate schedule, and the loss. With weight decay 0, AdamW is Adam."""
+    """The section `config.optim`: the optimiser AdamW, its learning rate schedule, and label smoothing in the loss.
 
-    # Number of updates. It counts only if `epochs` is 0.
+    With weight decay 0, which is the default, AdamW is the same as Adam.
+    """
+
+    # Number of updates of the trained parameters. It has an effect only if `epochs` is 0.
     steps: int = 1000
-    # Number of passes over the training set; may be a fraction, and is rounded up to whole updates. 0: make `steps`
-    # updates.
+    # Number of passes over the training set, which may be a fraction. The number of updates is computed from it and
+    # rounded up. 0: make `steps` updates.
     epochs: float = 0.0
-    # Peak learning rate for each method: --config.optim.learning_rate.lora=0.01. The run uses that of `peft.method`.
+    # Peak learning rate for each method, as in --config.optim.learning_rate.lora=0.01. A run uses the one of
+    # `peft.method`.
     learning_rate: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {name: method.learning_rate for name, method in METHODS.items()}
     )
-    # Settings for each group of parameters: --config.optim.groups.head.weight_decay=0.1.
+    # Settings for each group of parameters, as in --config.optim.groups.head.weight_decay=0.1.
     groups: GroupsConfig = GroupsConfig()
-    # Fraction of all updates, in [0, 1), for warm-up: the learning rate rises linearly from 0 to its peak.
+    # Fraction of all updates that is used for warm-up, in [0, 1). During warm-up, the learning rate rises linearly from
+    # 0 to its peak.
     warmup_ratio: float = 0.0
-    # How the learning rate falls to 0 after the warm-up: "cosine", "linear", or "constant" (it stays at its peak).
+    # What the learning rate does after the warm-up: it falls to 0 ("cosine" or "linear"), or stays at its peak
+    # ("constant").
     decay: str = "cosine"
-    # Gradient clipping: a gradient whose global norm is larger is scaled down to this norm. 0: no clipping.
+    # Largest global norm of the gradient. A larger gradient is scaled down to this norm. 0: no clipping.
     clip_norm: float = 1.0
-    # Gradient accumulation: the number of micro-batches per update. The batch is split into this many equal parts,
-    # which are computed one after the other. More parts take less memory. Without dropout the update is the same, up to
-    # rounding.
+    # Number of micro-batches per update, for gradient accumulation. The batch is split into this many equal parts,
+    # whose gradients are computed one after the other. More parts take less memory. Without dropout the update is the
+    # same, up to rounding.
     accumulate: int = 1
-    # Label smoothing, in [0, 1): the fraction of the probability of each label that is spread evenly over all classes.
+    # Label smoothing: the fraction of each label's probability that is spread evenly over all classes, in [0, 1).
     label_smoothing: float = 0.0
 
     def __post_init__(self):
@@ -154,17 +171,19 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """How often a run logs, evaluates and saves, in steps.
+    """The section `config.log`: how often a run logs metrics, evaluates the model and saves a checkpoint.
 
-    Each of these is always done at the last step. 0 means: only at the last step.
+    The unit is steps. A run does each of the three at its last step in any case. The value 0 means only at the last
+    step.
     """
 
-    # Steps between two log entries: training loss, gradient norm, learning rates and speed.
+    # Number of steps from one log entry to the next. An entry holds the training loss, the training accuracy (only for
+    # classification), the gradient norm, the learning rates and the speed.
     metrics_every: int = 50
-    # Steps between two evaluations of the held-out examples, or of the test set if `data.holdout` is 0. Each evaluation
-    # is followed by a checkpoint.
+    # Number of steps from one evaluation to the next. It evaluates the held-out examples, or the test set if
+    # `data.holdout` is 0. A checkpoint is saved after every evaluation.
     evaluate_every: int = 0
-    # Steps between two checkpoints. An interrupted run resumes from the last one.
+    # Number of steps from one checkpoint to the next. An interrupted run resumes from its last checkpoint.
     checkpoint_every: int = 500
 
     def __post_init__(self):
@@ -174,13 +193,17 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """The mesh of devices: `data` times `fsdp` of them."""
+    """The section `config.mesh`: the JAX device mesh, which has the axes `data` and `fsdp`.
 
-    # Size of the axis that splits only the batch. 0: the number of all devices divided by `fsdp`.
+    A run uses `data` times `fsdp` devices.
+    """
+
+    # Number of devices along the axis `data`, which splits only the batch. 0: the number of all devices divided by
+    # `fsdp`.
     data: int = 0
-    # Size of the axis that splits the batch and also the large arrays of the frozen base (fully sharded data
-    # parallelism). Each device then holds only its part of the base. The price is communication: each block is gathered
-    # where it is used.
+    # Number of devices along the axis `fsdp`, which splits the batch and also the large arrays of the frozen base model
+    # (fully sharded data parallelism). Each device then stores only its part of these arrays. The price is
+    # communication, because the weights of each block are gathered whenever they are used.
     fsdp: int = 1
 
     def __post_init__(self):
@@ -190,14 +213,15 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The whole configuration of a run."""
+    """The whole configuration of a run, with one field for each section."""
 
-    # The seeds. The run is made once with each. Several seeds have a folder each, and the result holds the mean and the
-    # standard deviation of every metric. On the command line: --config.seeds="(0,1,2)".
+    # The random seeds. The model is trained once with each seed. With several seeds, each seed has its own folder, and
+    # the result holds the mean and the standard deviation of every metric. Example on the command line:
+    # --config.seeds="(0,1,2)".
     seeds: tuple[int, ...] = (0,)
-    # Python modules of your own to import before anything else. Importing them registers your methods, matrix families,
-    # models or tasks, so that the configuration can name them:
-    # --config.plugins="('my_method',)" --config.peft.method=mine. docs/extending.md shows how to write them.
+    # Names of your own Python modules, which are imported before the configuration is checked. When a module is
+    # imported, it registers your methods, matrix families, models or tasks, so that the configuration can name them:
+    # --config.plugins="('my_method',)" --config.peft.method=mine. docs/extending.md shows how to write such a module.
     plugins: tuple[str, ...] = ()
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -224,9 +248,12 @@ class RunConfig:
 
 
 def with_steps(config: RunConfig, examples: int) -> RunConfig:
-    """Return the configuration with `optim.steps` computed from `optim.epochs` and the number of training examples.
+    """Return the configuration with `optim.steps` set to the number of updates that `optim.epochs` takes.
 
-    If `optim.epochs` is 0, the configuration is returned as it is.
+    That number is `epochs * examples / data.batch_size`, rounded up, where `examples` is the number of training
+    examples. If `optim.epochs` is 0, the configuration is returned unchanged.
+
+    With the default batch size of 64, 1.5 passes over 100 examples are 150 / 64 = 2.3 batches, and thus 3 updates:
 
     >>> config = dataclasses.replace(RunConfig(), optim=OptimConfig(epochs=1.5))
     >>> with_steps(config, examples=100).optim.steps

@@ -1,8 +1,12 @@
-"""A training run from its first step to its result. An interrupted run resumes bit for bit.
+"""The training run of one seed, from its start to its result.
 
-`train` reads from top to bottom: set up, restore, compile; for each step update, log, evaluate when due and save when
-due; at the end write the result. `surm_jax.training.run` defines what stays the same from step to step (`Run`) and what
-changes (`Position`).
+`train` does everything in this order: it sets up the run, restores the last checkpoint if there is one, compiles the
+training step, makes the steps, and writes the result. Every step updates the parameters and logs metrics. Some steps
+also evaluate the model or save a checkpoint (`config.log`). An interrupted run that is resumed gives bit for bit the
+same result as an uninterrupted one.
+
+`surm_jax.training.run` defines the two objects that most functions here take: a `Run` holds what stays the same during
+training, and a `Position` holds what changes from step to step.
 """
 
 import contextlib
@@ -33,11 +37,11 @@ from surm_jax.training.setup import prepare
 from surm_jax.training.step import TrainState, evaluate
 
 Shape = tuple[tuple[str, tuple[int, ...]], ...]
-"""The name and the shape of every array of a batch."""
+"""The names of the arrays of a batch, each with its shape, sorted by name."""
 
 
 class Records(NamedTuple):
-    """Where a run writes while it trains."""
+    """The three objects through which a run writes its metrics, its progress and its checkpoints while it trains."""
 
     writer: MetricWriter
     progress: Progress
@@ -49,17 +53,17 @@ def train(config: RunConfig, seed: int, workdir: Path, interruption: Interruptio
 
     Args:
         config: The whole configuration.
-        seed: One of its seeds.
+        seed: The seed to train with, from `config.seeds`.
         workdir: The folder of this seed's run.
-        interruption: Tells the run to save and stop.
+        interruption: Catches the signals that tell the run to save a checkpoint and stop.
 
     Returns:
         The content of `result.json`.
 
     Raises:
-        UserError: An input is bad, the folder is in use or belongs to another run, a checkpoint is damaged, or a loss
-            is not finite.
-        InterruptedRunError: A signal came, and a checkpoint was saved.
+        UserError: The configuration, the data or the weights are not usable, the folder is in use or belongs to another
+            run, a checkpoint is damaged, or a metric is not finite.
+        InterruptedRunError: A signal told the run to stop, and a checkpoint was saved.
     """
     tree = to_dict(dataclasses.replace(config, seeds=(seed,)))
     with opened_on_first(open_workdir(workdir, tree, complete)):
@@ -78,7 +82,7 @@ def train(config: RunConfig, seed: int, workdir: Path, interruption: Interruptio
             take_steps(run, position, checkpoints)
             tests = position.tests or evaluate_tests(run, position.state)
             model = _model_on_first(run, position.state)
-        # Outside the mesh, because only the first process computes here, on its own copy of the model.
+        # Leave `jax.set_mesh` first: only the first process computes now, with its own copy of the model.
         return on_first(lambda: write_result(run, position, model, tests))
 
 
@@ -88,7 +92,7 @@ def _result_if_complete(workdir: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _last_checkpoint_named(workdir: Path) -> Iterator[None]:
-    """Name the last good checkpoint in the message of a run that diverged."""
+    """Add the name of the last good checkpoint to the message of a `NotFiniteError` that the block raises."""
     try:
         yield
     except NotFiniteError as error:
@@ -96,7 +100,9 @@ def _last_checkpoint_named(workdir: Path) -> Iterator[None]:
 
 
 def restore(run: Run, position: Position) -> Checkpoints:
-    """Open the checkpoints and set the position to the last one, if there is one. Return the checkpoints.
+    """Open the run's folder of checkpoints, and return its `Checkpoints`.
+
+    If there is a checkpoint, `position` is changed to that of the last one.
 
     Raises:
         UserError: A checkpoint is damaged, or belongs to another run, base model or data set.
@@ -116,14 +122,19 @@ def restore(run: Run, position: Position) -> Checkpoints:
 
 
 def take_steps(run: Run, position: Position, checkpoints: Checkpoints) -> None:
-    """Make the remaining steps: update, log, evaluate when due, save when due."""
+    """Make all remaining training steps, and log, evaluate and save as often as `config.log` says.
+
+    Raises:
+        UserError: A metric is not finite, a file cannot be written, or too many examples are unreadable.
+        InterruptedRunError: A signal told the run to stop, and a checkpoint was saved.
+    """
     config, start, total = run.job.config, int(position.state.step), run.job.config.optim.steps
     with MetricWriter(run.workdir, start) as writer, Progress(config.peft.method, total, start) as progress:
         records = Records(writer, progress, checkpoints)
         if start:
             progress.say(f"going on from step {start} of {total}")
             if position.score is None and _due(run, start, config.log.evaluate_every):
-                # The run was interrupted after this step, before its evaluation.
+                # The run was interrupted after this step and before the evaluation that was due. Make it now.
                 save(run, position, records, evaluate_while_training(run, position, records))
         compiled = compile_steps(run, position.state, progress) if start < total else {}
         log = StepLog(writer, progress, position.watch, config.log.metrics_every, total, _rates_of(run, position))
@@ -134,7 +145,7 @@ def take_steps(run: Run, position: Position, checkpoints: Checkpoints) -> None:
             log.note(step, metrics)
             evaluates = _due(run, step, config.log.evaluate_every)
             if run.stop.asked() or evaluates or _due(run, step, config.log.checkpoint_every):
-                # Check this step's loss first, so that a diverged state is never saved.
+                # Check the metrics of this step first, so that a diverged state is never saved.
                 log.flush()
                 position.watch.stop()
                 score = _score(run, position, records) if evaluates else None
@@ -146,7 +157,11 @@ def take_steps(run: Run, position: Position, checkpoints: Checkpoints) -> None:
 
 
 def compile_steps(run: Run, state: TrainState, progress: Progress) -> dict[Shape, Callable[..., Any]]:
-    """Compile the step for every shape of batch, print how long it took, and return the programs by shape."""
+    """Compile the training step once for each batch shape that occurs, and print how long each compilation took.
+
+    Returns:
+        The compiled programs by the shape of the batch (`_shape_of`).
+    """
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
     rates, compiled = run.programs.rates.before(step=1), {}
     for name, shapes in run.job.task.train_shapes().items():
@@ -163,9 +178,20 @@ def compile_steps(run: Run, state: TrainState, progress: Progress) -> dict[Shape
 
 
 def save(run: Run, position: Position, records: Records, score: float | None) -> None:
-    """Save a checkpoint. The metrics up to this step are forced to disk first."""
+    """Save a checkpoint. The metrics up to this step are forced to disk first.
+
+    Args:
+        run: The run.
+        position: The position to save.
+        records: The writers of metrics and checkpoints.
+        score: The task's first metric if the model was evaluated at this step, otherwise None.
+
+    Raises:
+        UserError: The checkpoint cannot be written, or all processes together have skipped more unreadable training
+            examples than `config.data.max_corrupt` allows.
+    """
     most = run.job.config.data.max_corrupt
-    # Collect the unreadable examples of all processes.
+    # Each process knows only the unreadable examples that it has read itself. Join the sets of all processes.
     position.batches.corrupt = union(position.batches.corrupt, most)
     if (count := len(position.batches.corrupt)) > most:
         raise UserError(f"{count} training examples cannot be read, and config.data.max_corrupt allows {most}")
@@ -175,7 +201,10 @@ def save(run: Run, position: Position, records: Records, score: float | None) ->
 
 
 def _score(run: Run, position: Position, records: Records) -> float | None:
-    """Evaluate and return the score. If a signal interrupts the evaluation, return None: save without a score."""
+    """Evaluate the model, and return the score that the checkpoint of this step gets.
+
+    The score is the task's first metric. If a signal interrupts the evaluation, it is None.
+    """
     try:
         return evaluate_while_training(run, position, records)
     except InterruptedRunError:
@@ -183,15 +212,19 @@ def _score(run: Run, position: Position, records: Records) -> float | None:
     except NotFiniteError:
         raise
     except Exception:
-        # The evaluation failed, but the steps are good: save them before the run ends. With several processes this is
-        # not possible, because saving needs all of them and only this one may have failed.
+        # The evaluation failed, but the trained parameters are good: save them before the run ends. With several
+        # processes this is not possible, because they must all take part in saving, and perhaps only this one failed.
         if not several():
             save(run, position, records, None)
         raise
 
 
 def evaluate_while_training(run: Run, position: Position, records: Records) -> float:
-    """Evaluate the held-out examples, or the test splits if there are none; return the first split's first metric."""
+    """Evaluate the held-out examples, or all test splits if none are held out. Log and show the metrics.
+
+    Returns:
+        The first metric of the first split, by which checkpoints are compared.
+    """
     task, step = run.job.task, int(position.state.step)
     if "holdout" in task.splits:
         evaluations = {"holdout": _evaluate(run, position.state, "holdout")}
@@ -207,7 +240,7 @@ def evaluate_while_training(run: Run, position: Position, records: Records) -> f
 
 
 def evaluate_tests(run: Run, state: TrainState) -> Evaluation:
-    """Return the evaluation of every test split."""
+    """Evaluate every test split, and return the metrics by split and name."""
     return {split: _evaluate(run, state, split) for split in run.job.task.tests}
 
 
@@ -226,13 +259,23 @@ def _evaluate(run: Run, state: TrainState, split: str) -> dict[str, float]:
 
 
 def _model_on_first(run: Run, state: TrainState) -> Any:
-    """Return the trained model in the first process, and None in the others."""
+    """Return the trained model, without stacks, in the first process, and None in the other processes.
+
+    Collective: call it from every process.
+    """
     arrays = tree_on_first((state.trained, run.model.frozen))
     return None if arrays is None else run.model.partition.model(*arrays)
 
 
 def write_result(run: Run, position: Position, model: nnx.Module, tests: Evaluation) -> dict[str, Any]:
-    """Write the adapter, the curves and the result of a run, and return the result."""
+    """Write the adapter, the curves and `result.json` into the folder of a run, and return the result.
+
+    Args:
+        run: The run.
+        position: The position after the last step.
+        model: The trained model.
+        tests: The evaluation of the test splits.
+    """
     config, task, rate = run.job.config, run.job.task, position.watch.rate()
     adapter_bytes = save_adapter(run.workdir / "adapter", model, run.model.adapter)
     draw_curves(run.workdir, model, task.metrics[0])
@@ -261,7 +304,11 @@ def _due(run: Run, step: int, every: int) -> bool:
 
 
 def _rates_of(run: Run, position: Position) -> Callable[[int], dict[str, float]]:
-    """Return a function from a step to the learning rate of each group in that step, and the speed until now."""
+    """Return a function that takes a step and returns the values to log in addition to the step's metrics.
+
+    They are the learning rate of each parameter group at that step, and the number of training examples per second so
+    far, if it is known.
+    """
 
     def rates(step: int) -> dict[str, float]:
         values = {f"learning_rate_{group}": float(rate) for group, rate in run.programs.rates.before(step).items()}
@@ -273,5 +320,5 @@ def _rates_of(run: Run, position: Position) -> Callable[[int], dict[str, float]]
 
 
 def _shape_of(batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> Shape:
-    """Return the key of the program that was compiled for batches of this shape."""
+    """Return the names and shapes of a batch's arrays, which are the key of the program compiled for such batches."""
     return tuple((name, part.shape) for name, part in sorted(batch.items()))

@@ -1,4 +1,4 @@
-"""The modes of `launch.py`: train, evaluate, merge, export, predict, and describe."""
+"""The modes of `launch.py`, one function each: train, evaluate, merge, export, predict and describe."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,7 @@ ADAPTER_NAME = "adapter"
 
 
 def train_run(config: RunConfig, workdir: Path) -> dict[str, Any]:
-    """Train with every seed whose run is not complete yet, print a table of results, and return the result.
+    """Train the model with every seed whose run is not complete yet. Print a table of results, and return the result.
 
     A single seed uses `workdir` itself. Each of several seeds uses the folder `workdir/seed-<seed>`, and
     `workdir/result.json` combines their results.
@@ -59,16 +59,19 @@ def _train_seeds(config: RunConfig, workdir: Path, interruption: Interruption) -
 
 
 def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[str, dict[str, float]]]:
-    """Evaluate the saved adapters of a run on all test examples; print and return the metrics by seed and split.
+    """Evaluate the saved adapter of every seed of a run on all test examples, and print the metrics.
 
     Args:
         workdir: The folder of the run, which holds its configuration.
-        overrides: New values by key, such as the place where the data or the weights are now
-            (`surm_jax.record.workdir.CHANGEABLE`).
+        overrides: New values of configuration keys, such as `data.dir` if the data was moved after training. Only the
+            keys in `surm_jax.record.workdir.CHANGEABLE` may change.
+
+    Returns:
+        The metrics by seed, split and name.
 
     Raises:
-        UserError: There is no run, or it is not complete; its adapter is missing, damaged or of another base; or a key
-            is overridden that must not change.
+        UserError: There is no run or it is not complete, an adapter is missing or damaged or was trained on another
+            base model, or `overrides` changes a key that must not change.
     """
     config, evaluations = saved_config(workdir, overrides), {}
     for seed, folder in _complete_folders(config, workdir):
@@ -94,14 +97,17 @@ def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[
 
 
 def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
-    """Merge the adapter of every seed into its base, write `<folder>/merged/model.safetensors`, and return the paths.
+    """Merge the adapter of every seed of a run into the weights of the base model, and write the merged models.
 
-    Print how far the merged kernels are from the exact sums, and how far the logits of the merged model are from those
-    of the adapted model on a batch of test examples.
+    For each seed, this prints the largest rounding error of the merged kernels, and the largest difference between the
+    logits of the merged and the adapted model on one batch of test examples.
 
     Args:
         workdir: The folder of the run.
         overrides: See `evaluate_run`.
+
+    Returns:
+        The written files, `<folder of the seed>/merged/model.safetensors`.
 
     Raises:
         UserError: See `evaluate_run`.
@@ -124,20 +130,25 @@ def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
 
 
 def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[Path]:
-    """Write the model or the adapter of every seed for the libraries of Hugging Face, and return the folders.
+    """Export the trained model or adapter of every seed in the format of a Hugging Face library.
 
-    The form "hf" writes the merged model to `<folder>/hf`, for `from_pretrained` of transformers. The form "peft"
-    writes the adapter to `<folder>/peft`, for `PeftModel.from_pretrained` of peft with the base model of transformers.
-    Each folder is then read again, and the difference between its logits and those of the adapted model is printed for
-    a batch of test examples.
+    The form "hf" writes the merged model to `<folder of the seed>/hf`, from which `from_pretrained` of the library
+    transformers loads it. The form "peft" writes the adapter to `<folder of the seed>/peft`, from which
+    `PeftModel.from_pretrained` of the library peft loads it onto the base model. Each folder is then loaded again with
+    surm_jax, and the largest difference between its logits and those of the adapted model on one batch of test examples
+    is printed.
 
     Args:
         workdir: The folder of the run.
         overrides: See `evaluate_run`.
         form: "hf" or "peft".
 
+    Returns:
+        The written folders.
+
     Raises:
-        UserError: As in `evaluate_run`; or transformers has no such model, or peft no such method.
+        UserError: See `evaluate_run`. It is also raised if the library transformers has no such model, or the library
+            peft has no such method.
     """
     config, folders = saved_config(workdir, overrides), []
     for seed, folder in _complete_folders(config, workdir):
@@ -166,13 +177,15 @@ def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[P
 
 
 def predict_run(workdir: Path, overrides: Mapping[str, Any], source: Path, target: Path) -> None:
-    """Predict the labels of new examples with the adapter of a run. The data set of the run is not needed.
+    """Predict the labels of new examples with the trained adapter of a run, and write them to a file.
+
+    The data set that the run was trained on is not needed.
 
     Args:
-        workdir: The folder of a run of one seed.
-        overrides: New values by key, such as the place where the weights are now.
-        source: The file of new examples. For text it is a table; see `surm_jax.tasks.sentences.read_sentences`.
-        target: The file for the predictions. It is written completely or not at all.
+        workdir: The folder of a run with one seed.
+        overrides: New values of configuration keys, such as `model.checkpoint` if the pretrained weights were moved.
+        source: The file of new examples. For text it is a table (`surm_jax.tasks.sentences.read_sentences`).
+        target: The file to which the predictions are written. It is written completely or not at all.
 
     Raises:
         UserError: The run has several seeds or is not complete, its task cannot predict from files, or a file cannot be
@@ -191,7 +204,11 @@ def predict_run(workdir: Path, overrides: Mapping[str, Any], source: Path, targe
 
 
 def _require_target(target: Path, source: Path) -> None:
-    """Check that predictions can be written to a file, before they are computed."""
+    """Check, before predictions are computed, that `target` is a path to which they can be written.
+
+    Raises:
+        UserError: Its folder does not exist, it is itself a folder, or it is the file of the examples (`source`).
+    """
     if not target.parent.is_dir():
         raise UserError(f"cannot write {target}: there is no folder {target.parent}")
     if target.is_dir():
@@ -201,7 +218,17 @@ def _require_target(target: Path, source: Path) -> None:
 
 
 def _answers(config: RunConfig, adapter: Path, outputs: int, questions: Questions) -> np.ndarray:
-    """Return the logits of every new example, in order: (examples, outputs)."""
+    """Return the logits of all new examples, in the order of the examples.
+
+    Args:
+        config: The configuration of the run.
+        adapter: The folder of the trained adapter.
+        outputs: Number of outputs of the model.
+        questions: The new examples.
+
+    Returns:
+        An array of shape (examples, outputs), float32.
+    """
     task = task_for(config.data)
     geometry, checkpoint = task.geometry(config.model, config.data, outputs), locate(config.model.checkpoint)
     batches = questions.batches(checkpoint, geometry, config.data)
@@ -219,10 +246,11 @@ def _answers(config: RunConfig, adapter: Path, outputs: int, questions: Question
 
 
 def describe_run(config: RunConfig) -> None:
-    """Print what a configuration would train: every adapted layer, and the totals.
+    """Print what a configuration would train: every adapted layer, and the total numbers of parameters.
 
-    No weights are needed if `config.model.variant` names the model; otherwise the checkpoint says which model it holds.
-    The data set is read only to count its classes, and not at all if `config.model.num_classes` gives their number.
+    If `config.model.variant` names the model, no weights are needed. Otherwise, the configuration of the model is read
+    from the checkpoint. The data set is read only to count its classes, and not at all if `config.model.num_classes`
+    gives their number.
 
     Raises:
         UserError: The parts of the configuration do not fit together.
@@ -236,7 +264,11 @@ def _seed_folders(config: RunConfig, workdir: Path) -> Iterator[tuple[int, Path]
 
 
 def _complete_folders(config: RunConfig, workdir: Path) -> list[tuple[int, Path]]:
-    """Return every seed and its folder, after checking that the runs of all seeds are complete."""
+    """Return every seed with its folder.
+
+    Raises:
+        UserError: The run of a seed is not complete.
+    """
     folders = list(_seed_folders(config, workdir))
     for _, folder in folders:
         read_result(folder)
@@ -244,13 +276,17 @@ def _complete_folders(config: RunConfig, workdir: Path) -> list[tuple[int, Path]
 
 
 def _load_adapted(job: Job, folder: Path) -> tuple[nnx.Module, nnx.Module, Adapter]:
-    """Return the base model of a run, the model with the saved adapter, and the recipe of the adapter."""
+    """Return the base model of a run, the model with the saved adapter, and the `Adapter` that describes the latter."""
     base = job.base_model()
     return base, *load_adapter(folder / ADAPTER_NAME, base, execution=job.config.peft.execution)
 
 
 def _merged(model: nnx.Module) -> tuple[Model, float]:
-    """Merge the adapters of a model. Return the plain model, and how far its kernels are from the exact sums."""
+    """Merge the adapter of a model into its kernels.
+
+    Returns:
+        The model without adapters, and the largest rounding error of its kernels.
+    """
     plain, deviation = merge(model)
     return cast(Model, plain), deviation
 
@@ -265,6 +301,6 @@ def _logits(job: Job, model: nnx.Module, batch: dict[str, np.ndarray]) -> np.nda
 
 
 def _jitted(model: nnx.Module, forward: Forward) -> tuple[nnx.State, Any]:
-    """Return the state of a model and the jitted function `(state, batch) -> logits`."""
+    """Return the state of a model, and a jitted function `(state, batch) -> logits` without dropout."""
     graphdef, state = nnx.split(model)
     return state, jax.jit(lambda state, batch: forward(nnx.merge(graphdef, state), batch, None))

@@ -1,4 +1,9 @@
-"""The optimiser of the trained arrays: AdamW for each group of paths, with one schedule and one clipping for all."""
+"""The optimiser of a run, and its learning rate schedule.
+
+The trained arrays are divided into groups by their paths (`config.optim.groups`). Each group has its own AdamW, with a
+learning rate and a weight decay of its own. All groups share one schedule. The gradient is clipped by its norm over all
+groups.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,14 +19,17 @@ from surm_jax.training.config import GroupsConfig, OptimConfig
 
 
 def schedule(config: OptimConfig) -> optax.Schedule:
-    """Return the schedule by which every peak learning rate is multiplied: linear warm-up from 0 to 1, then the decay.
+    """Return the schedule: a function from the number of updates already made to a factor in [0, 1].
+
+    The learning rate of an update is the peak learning rate times this factor. The factor rises linearly from 0 to 1
+    during warm-up, and then follows `config.decay`. Example: two steps of warm-up and eight steps of linear decay.
 
     >>> import dataclasses
     >>> rate = schedule(dataclasses.replace(OptimConfig(), steps=10, warmup_ratio=0.2, decay="linear"))
     >>> [round(float(rate(step)), 2) for step in (0, 1, 2, 6, 10)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
-    # Rounding could turn all steps into warm-up: leave at least the last step at the peak.
+    # Rounding could make all steps warm-up steps. Always leave at least one step after the warm-up.
     warmup_steps = min(round(config.warmup_ratio * config.steps), config.steps - 1)
     steps = config.steps - warmup_steps
     after = {
@@ -35,7 +43,7 @@ def schedule(config: OptimConfig) -> optax.Schedule:
 
 
 def groups_of(paths: Iterable[str], groups: GroupsConfig) -> dict[str, str]:
-    """Return the group of each path: the first group whose pattern matches the whole path.
+    """Return the name of the optimiser group of each parameter path: the first group whose pattern matches all of it.
 
     >>> groups_of(["blocks/0/attention/query/delta/r1", "head/bias", "norm/scale"], GroupsConfig())
     {'blocks/0/attention/query/delta/r1': 'adapter', 'head/bias': 'head', 'norm/scale': 'norm'}
@@ -57,13 +65,20 @@ def groups_of(paths: Iterable[str], groups: GroupsConfig) -> dict[str, str]:
 
 
 def learning_rates(config: OptimConfig, method: str, paths: Iterable[str]) -> dict[str, float]:
-    """Return the peak learning rate of every group that has at least one of the paths.
+    """Return the peak learning rate of every optimiser group to which at least one parameter belongs.
+
+    It is the group's own learning rate if there is one, otherwise that of the method.
 
     >>> learning_rates(OptimConfig(learning_rate={"lora": 0.02}), "lora", ["head/bias"])
     {'head': 0.02}
 
+    Args:
+        config: The learning rates of methods and groups, and the patterns of the groups.
+        method: The name of the method.
+        paths: The paths of the trained parameters.
+
     Raises:
-        UserError: A group with its own learning rate has none of the paths, or a path matches no pattern.
+        UserError: No parameter belongs to a group that has its own learning rate, or a path matches no pattern.
     """
     groups = groups_of(paths, config.groups)
     taken = set(groups.values())
@@ -82,9 +97,10 @@ def learning_rates(config: OptimConfig, method: str, paths: Iterable[str]) -> di
 
 
 class Rates:
-    """The learning rate of every group at every step: its peak times the value of the schedule.
+    """The learning rate of every optimiser group at every step: the peak learning rate times the schedule's factor.
 
-    Learning rates are arguments of the compiled step, so that one program serves all rates and schedules.
+    The training step takes the learning rates as arguments. Thus it need not be compiled again for other learning
+    rates or another schedule. Example: the learning rate falls linearly from its peak 0.02 during 4 steps.
 
     >>> rates = Rates(OptimConfig(steps=4, decay="linear", learning_rate={"lora": 0.02}), "lora", ["head/bias"])
     >>> [f"{rates.before(step)['head']:.3f}" for step in (1, 2, 3, 4)]
@@ -92,8 +108,8 @@ class Rates:
 
     Args:
         config: The schedule, and the peak learning rates of methods and groups.
-        method: The method whose learning rate applies to groups without one of their own.
-        paths: Paths of the trained parameters. A group without any of them has no rate.
+        method: The method whose learning rate applies to groups without a learning rate of their own.
+        paths: The paths of the trained parameters. A group to which none of them belongs gets no learning rate.
     """
 
     def __init__(self, config: OptimConfig, method: str, paths: Iterable[str]):
@@ -101,16 +117,18 @@ class Rates:
         self._factors = np.asarray(jax.vmap(schedule(config))(jnp.arange(config.steps, dtype=jnp.float32)), np.float32)
 
     def before(self, step: int) -> dict[str, np.float32]:
-        """Return the learning rates of the update that makes a step. The first step is 1."""
+        """Return the learning rate of every group for one update. The first update is step 1."""
         return {group: np.float32(peak) * self._factors[step - 1] for group, peak in self._peaks.items()}
 
 
 def make_optimizer(config: OptimConfig, paths: Iterable[str]) -> optax.GradientTransformationExtraArgs:
-    """Build the optimiser of the trained arrays. Its `update` has the extra argument `rates`, from `Rates.before`.
+    """Build the optimiser of the trained arrays: AdamW for each group, after gradient clipping over all groups.
+
+    The method `update` of the optimiser needs the extra keyword argument `rates`, which is a result of `Rates.before`.
 
     Args:
-        config: Defines the groups and the clipping.
-        paths: Paths of the trained arrays: the keys of the dictionary that the optimiser updates.
+        config: The patterns and the weight decay of the groups, and the clipping norm.
+        paths: The paths of the trained arrays. The gradients are a dictionary with these keys.
     """
     groups = groups_of(paths, config.groups)
 
@@ -123,7 +141,8 @@ def make_optimizer(config: OptimConfig, paths: Iterable[str]) -> optax.GradientT
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
     def update(gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **rates: Any):
-        # optax raises a Python float to the power of an integer step, which strict dtype promotion forbids.
+        # Users may forbid implicit dtype promotion (`jax_numpy_dtype_promotion="strict"`). Allow it here: optax raises
+        # a Python float to the power of an int32 step.
         with jax.numpy_dtype_promotion("standard"):
             return optimizer.update(gradients, state, params, **rates)
 

@@ -1,4 +1,4 @@
-"""Reading configurations: from keys and values to the dataclasses of `surm_jax.training.config`, and back."""
+"""The conversion of configurations between dictionaries and the dataclasses of `surm_jax.training.config`."""
 
 import ast
 import dataclasses
@@ -18,28 +18,34 @@ from surm_jax.training.config import PeftConfig, RunConfig
 
 
 def base_config(plugins: Collection[str] = ()) -> ml_collections.ConfigDict:
-    """Return a configuration in which every key has its default.
+    """Return a configuration in which every key has its default value, for a configuration file to change.
 
     >>> config = base_config()
     >>> config.peft.lora.rank, config.optim.groups.head.weight_decay
     (1, 0.0)
 
     Args:
-        plugins: Modules to import first, so that the methods that they register have keys. They become the value of the
-            key `plugins`.
+        plugins: Names of Python modules to import first, so that the methods that they register have keys in the
+            configuration. They also become the value of its key `plugins`.
 
     Raises:
-        UserError: A plugin cannot be imported.
+        UserError: A module cannot be imported.
     """
     import_plugins(plugins)
     return ml_collections.ConfigDict(to_dict(RunConfig(plugins=tuple(plugins))))
 
 
 def plugins_of(given: Sequence[str]) -> tuple[str, ...]:
-    """Return the modules named by `--config.plugins`, before the configuration is read.
+    """Return the module names that the command-line option `--config.plugins` gives, as a tuple.
+
+    `launch.py` needs them before it reads the configuration, because the modules may register keys of it.
 
     >>> plugins_of(["('my_family',)"]), plugins_of([])
     (('my_family',), ())
+
+    Args:
+        given: The values of the option, one for each time that it was given. The last one counts. If there is none, the
+            result is empty.
 
     Raises:
         UserError: The value is not a tuple of strings.
@@ -54,9 +60,9 @@ def plugins_of(given: Sequence[str]) -> tuple[str, ...]:
 
 
 def import_plugins(modules: Iterable[str]) -> None:
-    """Import modules that register methods, matrix families, models and tasks.
+    """Import Python modules of the user, which register methods, matrix families, models and tasks.
 
-    Python looks for them on its usual path, and then in the working directory.
+    Python looks for the modules in `sys.path` and then in the working directory, which is appended to `sys.path`.
 
     Raises:
         UserError: A module cannot be imported.
@@ -67,7 +73,7 @@ def import_plugins(modules: Iterable[str]) -> None:
             sys.path.append(here)
         try:
             importlib.import_module(module)
-        except Exception as error:  # A module is a program, and can raise anything.
+        except Exception as error:  # Importing a module runs the user's code, which can raise anything.
             raise UserError(
                 f"config.plugins: cannot import {module!r} ({type(error).__name__}: {error}); looked for in {here} and"
                 " in $PYTHONPATH"
@@ -75,14 +81,16 @@ def import_plugins(modules: Iterable[str]) -> None:
 
 
 def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
-    """Import the plugins of a configuration, check all keys and values, and return the dataclasses.
+    """Check all keys and values of a configuration, and convert it to the dataclass `RunConfig`.
+
+    The modules in its key `plugins` are imported first. Keys that are missing get their default values.
 
     >>> parse(base_config()).model.variant
     'B/16'
 
     Raises:
-        UserError: A key is unknown (the message names the nearest one) or missing, a value is not allowed, or a plugin
-            cannot be imported.
+        UserError: A key is unknown (the message names the most similar one), a key without default is missing, a value
+            is not allowed, or a plugin cannot be imported.
     """
     tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
     import_plugins(_value(tuple[str, ...], tree.get("plugins", ()), "config.plugins"))
@@ -102,33 +110,34 @@ def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Return a configuration as nested dictionaries, which `parse` reads back."""
+    """Return a configuration as nested dictionaries. `parse` converts them back."""
     tree = dataclasses.asdict(config)
     tree["peft"].update(tree["peft"].pop("methods"))
     return tree
 
 
 def complete(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Check a saved configuration, and return it with the defaults of the keys that it lacks."""
+    """Check a saved configuration, and return it with the default values of all keys that are missing in it."""
     return to_dict(parse(tree))
 
 
 def saved_config(workdir: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Read the configuration of the run in a folder.
+    """Read the configuration of the run in a folder, and replace some of its values.
 
     Args:
         workdir: The folder of the run.
-        overrides: New values by key. Only the keys in `surm_jax.record.workdir.CHANGEABLE` may change: the places of
-            data and weights, and how the run is computed.
+        overrides: New values of keys. Only the keys in `surm_jax.record.workdir.CHANGEABLE` may get another value: the
+            places of data and weights, and keys that change the results only by rounding.
 
     Raises:
-        UserError: There is no run, its configuration is damaged, or another key gets another value.
+        UserError: There is no run in the folder, its configuration is damaged, or `overrides` gives another value to a
+            key that must not change.
     """
     return parse(relocated(read_config(workdir, complete), overrides or {}))
 
 
 def keys(config: ml_collections.ConfigDict) -> list[str]:
-    """Return all keys of a configuration, also those of sections, with the names on the way joined by dots.
+    """Return all keys of a configuration, including sections and the keys inside them, in dotted form.
 
     >>> "peft.lora.rank" in keys(base_config())
     True
@@ -142,10 +151,14 @@ def keys(config: ml_collections.ConfigDict) -> list[str]:
 
 
 def require_key(config: ml_collections.ConfigDict, key: str) -> None:
-    """Check that a dotted key exists and has a value.
+    """Check that a configuration has a key, and that this key has a value and is not a section.
+
+    Args:
+        config: The configuration.
+        key: The key in dotted form, such as "optim.steps".
 
     Raises:
-        UserError: There is no such key (the message names the nearest one), or the key is a section.
+        UserError: There is no such key (the message names the most similar one), or it is a section.
     """
     known = keys(config)
     if key not in known:
@@ -157,10 +170,15 @@ def require_key(config: ml_collections.ConfigDict, key: str) -> None:
 
 
 def require_steps(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]) -> None:
-    """Check that `--config.optim.steps` on the command line has an effect.
+    """Check that the option `--config.optim.steps` has an effect if it is given on the command line.
+
+    Args:
+        config: The configuration.
+        overrides: The values given on the command line, by dotted key.
 
     Raises:
-        UserError: It has none, because `config.optim.epochs` determines the number of steps.
+        UserError: The option has no effect, because the configuration has `optim.epochs`, from which the number of
+            steps is computed.
     """
     epochs = config.optim.epochs
     if epochs and "optim.steps" in overrides and "optim.epochs" not in overrides:
@@ -171,7 +189,9 @@ def require_steps(config: ml_collections.ConfigDict, overrides: Mapping[str, Any
 
 
 def meant_key(config: ml_collections.ConfigDict, name: str) -> str:
-    """Return a "did you mean" question with up to three keys that end in `name`, or an empty string.
+    """Return a question for an error message, "did you mean ...?", with up to three keys that end in `name`.
+
+    It helps if the user left out the section of a key. If no key ends in `name`, the result is empty.
 
     >>> meant_key(base_config(), "rank_of_noise"), meant_key(base_config(), "checkpoint_every")
     ('', '; did you mean --config.log.checkpoint_every?')
@@ -182,9 +202,10 @@ def meant_key(config: ml_collections.ConfigDict, name: str) -> str:
 
 
 def _values_in(config: ml_collections.ConfigDict, key: str) -> list[str]:
-    """Return the keys of all values in a section, or the key itself if it has a value.
+    """Return the dotted keys of all values inside a section, or `[key]` if `key` has a value itself.
 
-    The least nested keys come first. Of keys that exist for every method, the one of the chosen method comes first.
+    Keys in fewer nested sections come first. Among keys that end in the names of methods, such as those of
+    `optim.learning_rate`, the one of the chosen method `peft.method` comes first.
     """
     values = [known for known in keys(config) if not isinstance(config[known], ml_collections.ConfigDict)]
     inside = [value for value in values if f"{value}.".startswith(f"{key}.")]
@@ -214,7 +235,18 @@ def _build(cls: type, tree: Mapping[str, Any], path: str) -> Any:
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
-    """Check a value against the type of its field, and return it converted to that type."""
+    """Check that a value of a configuration has the type of its dataclass field, and return it in that type.
+
+    Lists become tuples, integers become floats where a float is expected, and dictionaries become dataclasses.
+
+    Args:
+        hint: The type of the field.
+        value: The value in the configuration.
+        path: The dotted key with "config.", for error messages.
+
+    Raises:
+        UserError: The value has another type.
+    """
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, _section(value, path), path)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

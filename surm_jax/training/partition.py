@@ -1,6 +1,10 @@
-"""A model in two parts: the trained arrays by path, and the frozen state.
+"""The division of an adapted model into its trained arrays and its frozen state.
 
-Only the trained arrays are differentiated, updated and saved. The frozen state is a plain argument of the jitted step.
+Only the trained arrays are differentiated, updated and saved in checkpoints. The frozen state is an argument of the
+jitted training step that the step does not change.
+
+The division also puts the model into the form that a step runs, in which equal neighbouring blocks may be stacked
+(`surm_jax.training.blocks`). "The original model" is the model without stacks.
 """
 
 import dataclasses
@@ -21,13 +25,13 @@ Tree = TypeVar("Tree")
 
 
 class Slot(NamedTuple):
-    """A trained variable.
+    """The place of one trained variable in a model.
 
     Attributes:
-        path: Its NNX path in the model that a step runs.
-        variable: The abstract variable, without its value.
-        names: Its path in the original model. A variable of a stack has one path for each block. The first path is its
-            key in `Arrays`.
+        path: The NNX path of the variable in the model that a step runs.
+        variable: The variable without its value (`nnx.as_abstract`).
+        names: The path of the variable in the original model, joined by slashes. If the variable belongs to a stack, it
+            has one path for each block. The first path is the key of its array in `Arrays`.
     """
 
     path: tuple
@@ -37,32 +41,33 @@ class Slot(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """The way to put trained arrays and frozen state back together into a model.
+    """The information that is needed to put trained arrays and frozen state together into a model again.
 
     Attributes:
         graphdef: The structure of the model that a step runs.
-        slots: The trained variables.
+        slots: The places of all trained variables.
     """
 
     graphdef: nnx.GraphDef
     slots: tuple[Slot, ...]
 
     def merge(self, trained: Mapping[str, jax.Array], frozen: nnx.State) -> Any:
-        """Return the model with these arrays, as a step runs it (`surm_jax.training.blocks`)."""
+        """Return the model with these arrays, in the form that a step runs, in which blocks may be stacked."""
         state = [(slot.path, slot.variable.replace(trained[slot.names[0]])) for slot in self.slots]
         return nnx.merge(self.graphdef, nnx.from_flat_state(state), frozen)
 
     def model(self, trained: Mapping[str, jax.Array], frozen: nnx.State) -> nnx.Module:
-        """Return the model with these arrays and single blocks, as before the split. Stacks are copied to the host."""
+        """Return the model with these arrays, without stacks. The arrays of stacks are copied to host memory."""
         model = self.merge(trained, frozen)
         model.blocks = as_blocks(model.blocks)
         return model
 
     def by_block(self, tree: Tree) -> Tree:
-        """Return a tree, such as a training state, with one entry for each block instead of one for each stack.
+        """Return a pytree, such as a `TrainState`, with a separate array for every block instead of every stack.
 
-        This changes every dictionary of trained arrays in the tree. Checkpoints in this form do not depend on whether
-        blocks are stacked.
+        This divides the stacked arrays in every dictionary of the pytree whose keys are those of the trained arrays.
+        The optimiser's state holds such dictionaries, too. Checkpoints are saved in this form, so that they do not
+        depend on whether blocks are stacked.
         """
 
         def apart(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +80,7 @@ class Partition:
         return _map_dicts(apart, tree, {slot.names[0] for slot in self.slots})
 
     def by_step(self, tree: Tree) -> Tree:
-        """Return a tree with one entry for each stack: the inverse of `by_block`."""
+        """Return a pytree with one array for every stack instead of one for every block: the inverse of `by_block`."""
 
         def together(arrays: Mapping[str, Any]) -> dict[str, Any]:
             return {
@@ -93,19 +98,19 @@ def partition(
     scan_layers: bool = False,
     group_of: Callable[[str], Hashable] = lambda path: None,
 ) -> tuple[Partition, Arrays, nnx.State]:
-    """Split an adapted model into trained and frozen arrays.
+    """Divide an adapted model into its trained arrays and its frozen state.
 
     Args:
-        model: An adapted model with `blocks`. If blocks are stacked, their arrays are deleted, and this model cannot be
-            used afterwards.
-        adapter: Says which parameters are trained.
-        scan_layers: Whether to stack equal neighbouring blocks, so that a step compiles them once. Blocks that differ,
-            for example because a rule adapts only some of them, are not stacked.
-        group_of: Takes the path of a trained variable and returns its group in the optimiser. Only blocks with the same
-            groups are stacked.
+        model: An adapted model with the attribute `blocks`. If blocks are stacked, their arrays are deleted, and this
+            model cannot be used afterwards.
+        adapter: Selects the trained parameters.
+        scan_layers: Whether to stack equal neighbouring blocks, so that they are compiled only once. Blocks that
+            differ, for example because only some of them are adapted, are not stacked.
+        group_of: A function from the path of a trained variable to its group in the optimiser. Blocks are stacked only
+            if their variables belong to the same groups.
 
     Returns:
-        The partition, the trained arrays by path, and the frozen state.
+        A `Partition`, the trained arrays by path, and the frozen state.
     """
     trained = {path for path, _ in nnx.to_flat_state(nnx.state(model, adapter.trainable))}
 
@@ -118,7 +123,7 @@ def partition(
     blocks = list(itertools.accumulate(runs, initial=0))
 
     def paths_of(path: tuple) -> list[tuple]:
-        """Return the paths in the original model of a variable of the model that a step runs."""
+        """Take the path of a variable in the model that a step runs. Return its paths in the original model."""
         if path[0] != "blocks":
             return [path]
         rest = path[3:] if runs[path[1]] > 1 else path[2:]
@@ -135,7 +140,7 @@ def partition(
 
 
 def _map_dicts(fn: Callable[[dict], dict], tree: Tree, keys: set[str]) -> Tree:
-    """Return a tree in which `fn` is applied to every dictionary with exactly these keys."""
+    """Return a copy of a pytree in which `fn` is applied to every dictionary that has exactly these keys."""
     chosen = lambda node: isinstance(node, dict) and node.keys() == keys  # noqa: E731
     return jax.tree.map(lambda node: fn(node) if chosen(node) else node, tree, is_leaf=chosen)
 

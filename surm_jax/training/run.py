@@ -1,4 +1,4 @@
-"""The state of a run: what stays the same from step to step, what changes, and how both are set up."""
+"""The two objects of a training run: `Run` stays the same from step to step, and `Position` changes."""
 
 import dataclasses
 import signal
@@ -20,11 +20,15 @@ from surm_jax.training.step import EvalStep, TrainState, init_state, make_eval_s
 
 CHECKPOINTS_NAME = "checkpoints"
 Evaluation = dict[str, dict[str, float]]
-"""The metrics of an evaluation: a value for each split and each name."""
+"""The metrics of an evaluation: for each split, the values of the metrics by name."""
 
 
 class InterruptedRunError(Exception):
-    """The end of a run that a signal interrupted and that is saved. `status` is the exit status: 128 + signal."""
+    """The exception that ends a run after a signal told it to stop and a checkpoint was saved.
+
+    Attributes:
+        status: The exit status for the process: 128 plus the number of the signal.
+    """
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -33,14 +37,15 @@ class InterruptedRunError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What stays the same from step to step.
+    """The part of a run that stays the same from step to step.
 
     Attributes:
-        job: Configuration, seed, mesh and task.
+        job: The configuration, the seed, the device mesh and the task.
         workdir: The folder of the run.
-        stop: Says whether a signal tells the run to stop.
-        model: The split model and the recipe of its adapter.
-        programs: The jitted functions, and their inputs other than state and batch.
+        stop: The check whether a signal told the run to stop.
+        model: The adapted model, divided into trained arrays and frozen state. The trained arrays themselves are in
+            `Position.state`.
+        programs: The jitted functions, the learning rates and the random key.
     """
 
     job: Job
@@ -51,14 +56,14 @@ class Run:
 
 
 class SplitModel(NamedTuple):
-    """An adapted model in two parts.
+    """An adapted model that is divided into trained arrays and frozen state, without the trained arrays.
 
     Attributes:
-        partition: How trained and frozen arrays make the model.
-        frozen: The frozen state, on the mesh.
-        adapter: The recipe of the adapter.
-        description: A summary of what is trained, to be printed and counted.
-        base: The fingerprint of the frozen weights.
+        partition: Puts trained arrays and frozen state together into the model.
+        frozen: The frozen state, on the devices of the mesh.
+        adapter: The rules and the name of the adapter.
+        description: A printable table of what is trained, with the numbers of parameters.
+        base: The fingerprint of the frozen arrays: a digest for each path.
     """
 
     partition: Partition
@@ -69,13 +74,13 @@ class SplitModel(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """The jitted functions, and their inputs other than state and batch.
+    """The jitted training and evaluation steps of a run, with the learning rates and the key that they need.
 
     Attributes:
-        train_step: See `surm_jax.training.step.make_train_step`.
-        eval_step: See `surm_jax.training.step.make_eval_step`.
+        train_step: The result of `surm_jax.training.step.make_train_step`.
+        eval_step: The result of `surm_jax.training.step.make_eval_step`.
         rates: The learning rates of every step.
-        key: The random key of the run, on the mesh.
+        key: The random key from which the dropout of every step is drawn, on the devices of the mesh.
     """
 
     train_step: Any
@@ -86,14 +91,17 @@ class Programs(NamedTuple):
 
 @dataclasses.dataclass
 class Position:
-    """What changes from step to step.
+    """The part of a run that changes from step to step.
 
     Attributes:
-        state: Trained arrays, optimiser and step. Each step donates it, so nothing else may refer to its arrays.
+        state: The trained arrays, the state of the optimiser, and the step. The jitted training step donates it, so
+            nothing else may refer to its arrays.
         batches: The iterator of training batches.
-        began: A time of the monotonic clock. The time since then is how long the run has worked, over all its starts.
-        score: The first metric of the evaluation at the restored step, or None if there was none.
-        tests: The evaluation of the test splits after the last step, if it was made while training.
+        began: A value of `time.monotonic()`. The time since then is the working time of the run. When a run resumes,
+            this value is moved back by the working time that was saved in the checkpoint.
+        score: The task's first metric in the evaluation at the restored step. It is None if the run was not resumed, or
+            if there was no evaluation at that step.
+        tests: The evaluation of the test splits after the last step, or None if it has not been made.
         watch: Measures the number of steps per second.
     """
 
@@ -106,7 +114,14 @@ class Position:
 
 
 class Stop:
-    """A check whether any process got a signal to stop. All processes must call it equally often."""
+    """A check whether any process of the run has got a signal to stop.
+
+    All processes must call `asked` equally often, because they exchange their signals in it.
+
+    Args:
+        interruption: Catches the signals that this process gets.
+        mesh: All devices of all processes.
+    """
 
     def __init__(self, interruption: Interruption, mesh: jax.sharding.Mesh):
         self._interruption, self._agreement, self._signal = interruption, Agreement(mesh), 0
@@ -117,7 +132,7 @@ class Stop:
         return self._signal > 0
 
     def error(self, run: Run, step: int) -> InterruptedRunError:
-        """Return the error with which the run ends after this step was saved."""
+        """Return the exception with which the run ends after a checkpoint of this step was saved."""
         number = signal.Signals(self._signal)
         return InterruptedRunError(
             f"{number.name}: saved step {step} of {run.job.config.optim.steps} in {run.workdir / CHECKPOINTS_NAME};"
@@ -127,21 +142,24 @@ class Stop:
 
 
 def set_up(job: Job, workdir: Path, interruption: Interruption, began: float) -> tuple[Run, Position]:
-    """Load the model, adapt it, split it, and build the train step, the evaluation step and their inputs.
+    """Load and adapt the model, and build everything that a training run needs before its first step.
 
     Args:
         job: The result of `surm_jax.training.setup.prepare`.
         workdir: The folder of the run.
-        interruption: Tells the run to save and stop.
-        began: The time at which this start began, by the monotonic clock.
+        interruption: Catches the signals that tell the run to save a checkpoint and stop.
+        began: The value of `time.monotonic()` when the program started to work on this run.
+
+    Returns:
+        The run, and its position before the first step.
     """
     config, mesh, task = job.config, job.mesh, job.task
     adapted, adapter = job.adapt(job.base_model())
     meet()
     description = describe(adapted, adapter)
     frozen = nnx.state(adapted, nnx.Not(adapter.trainable))
-    # Fingerprint also the constants of the adapter: checkpoints do not hold them, and another version of JAX may draw
-    # different ones.
+    # Include the constants of the adapter (`AdapterConstant`) in the fingerprint. Checkpoints do not hold these random
+    # arrays, and another version of JAX may draw different ones from the same key.
     base = fingerprint(frozen) | fingerprint(frozen, AdapterConstant)
     parts, trained, frozen = partition(
         adapted,

@@ -1,4 +1,7 @@
-"""From a configuration to a job: data, model and adapter. All errors in them are found here, before compilation."""
+"""The preparation of a run: it turns a configuration into a `Job` with data, model and adapter.
+
+Errors in the configuration, the data and the files are found here, before anything is compiled.
+"""
 
 import dataclasses
 import functools
@@ -21,13 +24,13 @@ from surm_jax.training.config import PeftConfig, RunConfig, with_steps
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A checked configuration with its devices and its task, from which a run is built.
+    """A checked configuration, together with the device mesh and the task of a run.
 
     Attributes:
-        config: The whole configuration. `optim.steps` is the number of steps that its epochs take.
-        seed: Seed of the new head, the initial adapter, the order of the data, and dropout.
-        mesh: The devices.
-        task: The data and the model.
+        config: The whole configuration. If `optim.epochs` is not 0, `optim.steps` has already been computed from it.
+        seed: The seed of the new head's weights, the adapter's initial weights, the order of the data, and dropout.
+        mesh: The device mesh.
+        task: The loaded data set, and the configuration and the file of the pretrained model.
     """
 
     config: RunConfig
@@ -36,16 +39,19 @@ class Job:
     task: Task
 
     def base_model(self) -> Model:
-        """Load the pretrained model, with a new head, onto the mesh."""
+        """Load the pretrained model onto the devices of the mesh, with a new head for the classes of the data set."""
         return load_base(functools.partial(self.task.make_model, self.seed), self.task.checkpoint, self.mesh)
 
     def adapt(self, model: Model) -> tuple[nnx.Module, Adapter]:
-        """Return the adapted model and its adapter."""
+        """Add the adapter of the configuration to a model. Return the adapted model and the `Adapter`."""
         return adapt_model(model, self.config.peft, self.seed)
 
 
 def prepare(config: RunConfig, seed: int) -> Job:
-    """Check a configuration against devices, data, the layers of the model, and files, in this order; return the job.
+    """Check that a run with this configuration is possible, load the data, and return the job.
+
+    The checks are made in this order: the devices, the data set, the layers of the model that are to be adapted, and
+    the files of the pretrained weights.
 
     Raises:
         UserError: The configuration does not fit one of them.
@@ -66,25 +72,25 @@ def prepare(config: RunConfig, seed: int) -> Job:
             " numbers, which cannot be smoothed: set it to 0"
         )
     geometry = kind.geometry(config.model, config.data, max(1, len(dataset.classes)))
-    # Check the rules before the weights of a named variant are downloaded.
+    # This checks the rules of the adapter. Do it before the next line, which may download pretrained weights.
     describe_model(config, functools.partial(make_model, geometry))
     task = kind.build(config.model, config.data, dataset, geometry)
     return Job(with_steps(config, task.examples), seed, mesh, task)
 
 
 def load_base(make: Callable[[], Model], checkpoint: Path | None, mesh: jax.sharding.Mesh) -> Model:
-    """Load pretrained weights onto the mesh.
+    """Load a pretrained model onto the devices of a mesh.
 
     Args:
-        make: Builds the model with random parameters.
-        checkpoint: The file or folder of the weights, or None for random ones.
-        mesh: The devices.
+        make: A function that builds the model with random parameters.
+        checkpoint: The file or folder of the pretrained weights. None keeps the random parameters.
+        mesh: The device mesh.
     """
     return load(make, checkpoint, sharding=lambda path, shape: base_sharding(mesh, shape.shape))
 
 
 def describe_config(config: RunConfig) -> Description:
-    """Describe what a configuration trains, without loading weights.
+    """Return a description of what a configuration trains, without loading weights.
 
     The data set is read only to count its classes, and not at all if `config.model.num_classes` gives their number.
 
@@ -98,15 +104,15 @@ def describe_config(config: RunConfig) -> Description:
 
 
 def describe_model(config: RunConfig, make: Callable[[int], Model]) -> Description:
-    """Describe what a configuration trains in a model, without loading weights or data.
+    """Return a description of what a configuration trains in a model, without loading weights or data.
 
     Args:
         config: The whole configuration.
-        make: Builds the model from a seed. It is only traced, and allocates no arrays.
+        make: A function from a seed to the model. It is only traced (`nnx.eval_shape`), and no arrays are allocated.
 
     Raises:
-        UserError: A rule or pattern matches nothing or matches a layer that cannot be adapted, nothing would be
-            trained, or a parameter would be trained in half precision.
+        UserError: A rule or a pattern matches nothing, a rule matches a layer that cannot be adapted, nothing would be
+            trained, or a trained parameter would not be float32.
     """
     model, adapter = adapt_model(nnx.eval_shape(functools.partial(make, 0)), config.peft, 0)
     for path, variable in nnx.to_flat_state(nnx.state(model, adapter.trainable)):
@@ -122,30 +128,35 @@ def describe_model(config: RunConfig, make: Callable[[int], Model]) -> Descripti
 
 
 def adapt_model(model: Model, peft: PeftConfig, seed: int) -> tuple[nnx.Module, Adapter]:
-    """Adapt a model as the configuration says. Return the adapted model and its adapter.
+    """Add the adapter of a configuration to a model. Return the adapted model and the `Adapter`.
+
+    Args:
+        model: The base model.
+        peft: The section `config.peft`.
+        seed: The seed of the adapter's initial weights.
 
     Raises:
-        UserError: A rule or pattern matches nothing, or matches a layer that cannot be adapted.
+        UserError: A rule or a pattern matches nothing, or a rule matches a layer that cannot be adapted.
     """
-    # Use another stream of random numbers than the model, which was drawn from the seed itself.
+    # Fold in a constant: the random weights of the model were drawn from the key of the seed itself.
     rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
     rules, train = rules_of(peft, model.config.new_head)
     return adapt(model, rules, train=train, execution=peft.execution, rngs=rngs)
 
 
 def rules_of(peft: PeftConfig, new_head: Sequence[str]) -> tuple[list[Rule], tuple[str, ...]]:
-    """Return the rules of a configuration, and the patterns of the model's parameters that are trained directly.
+    """Return the rules of an adapter, and patterns for the base model's parameters that are trained directly.
 
     Args:
         peft: The section `config.peft`.
-        new_head: Patterns of the parameters that a new task initialises. They are trained whenever the head is:
-            the head of RoBERTa has a second layer outside of `head`.
+        new_head: Patterns for the parameters that are initialised anew for a new task. They are trained whenever `head`
+            is trained. For example, the head of RoBERTa has a second layer whose path does not begin with `head`.
     """
     trained = [part for pattern in peft.train for part in (pattern, *(new_head if (pattern,) == HEAD else ()))]
     train = tuple(dict.fromkeys(trained))
     rules = []
     for r in peft.rules:
-        # `Rule` refuses a `Selection`, which cannot be the method of a rule.
+        # The method cannot be a `Selection`, such as `full`: `Rule` raises an error for it.
         method = cast(PartMethod, make_method(r.method, dict(r.settings))) if r.method else None
         rules.append(Rule(r.target, method, r.parts, r.which))
     chosen = peft.methods[peft.method]

@@ -1,4 +1,4 @@
-"""The two compiled functions of a run: one update of the trained arrays, and the evaluation of one batch."""
+"""The two compiled functions of a run: the training step and the evaluation step."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,14 +16,14 @@ from surm_jax.tasks.objective import SCORES, Objective
 from surm_jax.training.partition import Arrays, Partition
 
 Rates = Mapping[str, np.float32 | jax.Array]
-"""The learning rate of each group of the optimiser in one update."""
+"""The learning rates of one update, by optimiser group."""
 
 
 class TrainState(NamedTuple):
-    """The arrays that change during training: exactly those that a checkpoint holds.
+    """The arrays that change during training. A checkpoint holds exactly these arrays.
 
     Attributes:
-        step: Number of updates made, int32.
+        step: The number of updates made so far, an int32 array of shape ().
         trained: The trained arrays by path.
         optimizer: The state of the optimiser.
     """
@@ -38,7 +38,10 @@ EvalStep = Callable[[Arrays, nnx.State, Batch], dict[str, jax.Array]]
 
 
 def init_state(trained: Arrays, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-    """Return the state before the first update, on the mesh. Arrays are copied, because the step donates its state."""
+    """Return the training state before the first update, replicated on all devices of the mesh.
+
+    The arrays are copied, because the training step donates its state and thereby deletes it.
+    """
     trained = {path: jnp.array(array, copy=True) for path, array in trained.items()}
     return jax.device_put(TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained)), replicated(mesh))
 
@@ -53,28 +56,32 @@ def make_train_step(
     accumulate: int = 1,
     label_smoothing: float = 0.0,
 ) -> Any:
-    """Return the jitted update, a `TrainStep`: `(state, frozen, batch, key, rates) -> (state, metrics)`.
+    """Return the jitted training step, a `TrainStep`: `(state, frozen, batch, key, rates) -> (state, metrics)`.
 
-    `state` is donated: its memory is reused for the result. `key` is the random key of the run. `rates` holds the
-    learning rate of each group. Both are arguments, so that one program serves every seed and schedule. `metrics` holds
-    `train_loss` (the mean over the batch), `train_accuracy` (only for classification) and `gradient_norm` (before
-    clipping). Dropout depends only on `key`, the step and the number of the micro-batch, so that a resumed run draws
-    the same masks as an uninterrupted one.
+    The arguments of the step are the training state, the frozen state of the model, a batch, the random key of the run,
+    and the learning rate of each optimiser group. `state` is donated, so that its memory is reused for the result.
+    `key` and `rates` are arguments and not constants, so that the compiled step does not depend on seed and schedule.
+
+    `metrics` holds `train_loss` (the mean over the batch), `train_accuracy` (only for classification) and
+    `gradient_norm` (the global norm before clipping). The dropout masks depend only on `key`, the step and the index of
+    the micro-batch. Thus a resumed run draws the same masks as an uninterrupted one.
 
     Args:
-        partition: Puts trained and frozen arrays together into the model.
-        forward: Runs the model on a batch.
-        objective: Defines the loss and the prediction.
-        optimizer: Turns gradients into updates. If it takes extra arguments, it gets `rates` as one.
-        mesh: The devices. State and key are replicated, the base is placed by `surm_jax.devices.mesh.put_base`, and the
-            batch is split over all devices.
-        accumulate: Number of micro-batches, which are computed one after the other. It must divide the batch size.
+        partition: Puts trained arrays and frozen state together into the model.
+        forward: A function that runs the model on a batch.
+        objective: The loss, and the prediction for the accuracy.
+        optimizer: Turns gradients into updates. If its `update` takes extra arguments, it gets `rates` as one.
+        mesh: The device mesh. The training state and the key must be replicated, the frozen state must be sharded as by
+            `surm_jax.devices.mesh.put_base`, and the batch must be sharded over all devices along its first axis.
+        accumulate: The number of micro-batches, whose gradients are computed one after the other and averaged. It must
+            divide the batch size.
         label_smoothing: See `surm_jax.tasks.objective.cross_entropy`.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
     def loss_and_rest(trained: Arrays, frozen: nnx.State, batch: Batch, key: jax.Array):
-        # Model and adapter each derive more keys from theirs: with the same key they would draw the same masks.
+        # The model and the adapter each derive further keys from the key that they get. From the same key, they could
+        # derive the same keys and draw the same dropout masks.
         model_key, adapter_key = jax.random.split(key)
         with adapter_dropout(adapter_key):
             logits = forward(partition.merge(trained, frozen), batch, model_key)
@@ -97,7 +104,12 @@ def make_train_step(
 
 
 def _accumulated(gradient: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """Return a function like `gradient` that returns the mean over `count` micro-batches."""
+    """Return a function with the arguments of `gradient` that returns the mean of its results over micro-batches.
+
+    Args:
+        gradient: A function `(trained, frozen, batch, key) -> result`, where the result is a pytree of arrays.
+        count: The number of micro-batches into which the batch is split.
+    """
     if count == 1:
         return gradient
 
@@ -118,12 +130,17 @@ def _accumulated(gradient: Callable[..., Any], count: int) -> Callable[..., Any]
 
 
 def _micro_batches(array: jax.Array, count: int) -> jax.Array:
-    # Each micro-batch takes every count-th example, so that no example moves to another device.
+    # The shape changes from (batch, ...) to (count, batch / count, ...). Each micro-batch takes every count-th example:
+    # the batch is sharded along its first axis, and so no example has to move to another device.
     return array.reshape(array.shape[0] // count, count, *array.shape[1:]).swapaxes(0, 1)
 
 
 def make_eval_step(partition: Partition, forward: Forward, objective: Objective, mesh: jax.sharding.Mesh) -> EvalStep:
-    """Return the jitted evaluation: `(trained, frozen, batch) -> loss, prediction, label and mask of each example`."""
+    """Return the jitted evaluation step `(trained, frozen, batch) -> outputs`, which runs the model without dropout.
+
+    `outputs` is a dictionary of arrays of shape (batch,): the `loss` and the `prediction` of each example, and its
+    `label` and its `mask` from the batch. The mask is False for padding.
+    """
 
     def logits_of(trained: Arrays, frozen: nnx.State, batch: Batch) -> jax.Array:
         return forward(partition.merge(trained, frozen), batch, None)
@@ -148,13 +165,22 @@ def evaluate(
     metrics: Sequence[str],
     mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
-    """Evaluate every example of a data set once. The padding of batches is left out.
+    """Evaluate a model on every example of a data set.
 
-    Metrics are computed from all examples together, not as means over batches. The outputs stay on the device until the
-    end. The device holds at most two batches: while it computes one, the host prepares the next.
+    The metrics are computed from all examples together, not as means over batches. Rows of a batch that are padding are
+    left out. The predictions stay on the devices until the end, and are then copied to the host. While the devices
+    compute one batch, the host prepares the next, so that the devices hold at most two batches.
+
+    Args:
+        eval_step: The result of `make_eval_step`.
+        trained: The trained arrays by path.
+        frozen: The frozen state.
+        batches: The batches of one pass over the data set.
+        metrics: Names of the metrics, which are keys of `surm_jax.tasks.objective.SCORES`.
+        mesh: The device mesh.
 
     Returns:
-        The metrics (names in `surm_jax.tasks.objective.SCORES`), the mean `loss` and the number of `examples`.
+        The value of each metric, the mean `loss`, and the number of `examples`.
     """
     outputs: list[dict[str, Any]] = []
     for batch in batches:
