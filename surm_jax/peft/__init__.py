@@ -1,6 +1,6 @@
 """Parameter-efficient fine-tuning of Flax NNX models: methods, and functions to adapt, save, load and merge.
 
-Importing this package imports every method of `surm_jax.peft.methods`, which registers it.
+Importing this package also imports every file of `surm_jax.peft.methods`. This registers their methods in `METHODS`.
 """
 
 from surm_jax.peft.adapt import adapt

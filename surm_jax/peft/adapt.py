@@ -25,10 +25,12 @@ def adapt(
     execution: str = "auto",
     rngs: nnx.Rngs,
 ) -> tuple[nnx.Module, Adapter]:
-    """Return a copy of a model with an adapter added. The adapter starts at zero, so both compute the same output.
+    """Return a copy of a model with a new adapter. At first the adapter adds zero, so the output does not change.
 
-    `model` is not changed. Both models share their arrays. The model may already have adapters with other names; all
-    adapters add to the same outputs.
+    `model` is not changed, and shares its arrays with the copy. The model may already have adapters with other names.
+    The terms that the adapters add to the output of a layer are then summed.
+
+    In this example, the layer `query` gets a circulant update, and the parameters of `head` are trained too:
 
     >>> import surm_jax
     >>> model = nnx.Dict(query=nnx.Linear(8, 8, rngs=nnx.Rngs(0)), head=nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
@@ -40,16 +42,18 @@ def adapt(
 
     Args:
         model: Any NNX model; it may be abstract (`nnx.eval_shape`). Its class may have a dictionary `adapter_targets`
-            of presets, from names to regular expressions, which rules can use as targets.
-        rules: The rules that say which modules get which method. The first rule that matches a module applies.
-        train: Regular expressions for the paths of other parameters to train, such as `head/.*`.
-        name: The adapter's name in the model.
+            that maps names to regular expressions for module paths. A rule may use such a name as its target.
+        rules: Each rule assigns a method to the modules that match its target. If several rules match a module, the
+            first one applies.
+        train: Regular expressions for the paths of parameters of the base model that are also trained, such as
+            `head/.*`.
+        name: The name that the adapter gets in the model.
         execution: How structured updates are computed: `auto`, `fft`, `dense` or `fused`. All give the same result up
             to rounding (`surm_jax.structured.products.execution`).
         rngs: The random number generators. The initial values are drawn from the stream `params`.
 
     Returns:
-        The adapted model and the adapter, whose filter `adapter.trainable` selects the trained parameters.
+        The adapted model and the adapter. The NNX filter `adapter.trainable` selects the trained parameters.
 
     Raises:
         UserError: If a rule or a pattern matches nothing, if a rule matches a module that cannot be adapted, or if the
@@ -78,13 +82,13 @@ def adapt(
 
 
 class MatchedModule(NamedTuple):
-    """A module that gets a part, and the rule that applies to it.
+    """A module to which an adapter adds a part, and the rule that applies to the module.
 
     Attributes:
-        path: The path of the module.
+        path: The path of the module in the model.
         module: The module.
         rule: The rule.
-        method: The rule's method.
+        method: The rule's method, which makes the part.
     """
 
     path: str
@@ -94,10 +98,12 @@ class MatchedModule(NamedTuple):
 
 
 def make_part(matched: MatchedModule, execution: str, key: jax.Array) -> Part:
-    """Return the initial part for a module. The part is abstract if the module is abstract.
+    """Return the initial part that the method of a rule adds to a module.
+
+    If the module is abstract (`nnx.eval_shape`), so is the part.
 
     Raises:
-        UserError: If the method does not fit the module. The message does not contain the path of the module.
+        UserError: If the method does not fit the module. The message does not name the module; callers add its path.
     """
     path, module, rule, method = matched
     if method.part.slot == KERNEL:
@@ -113,18 +119,18 @@ def make_part(matched: MatchedModule, execution: str, key: jax.Array) -> Part:
 
 
 def base_parameters(model: nnx.Module) -> dict[str, nnx.Param]:
-    """Return the model's own parameters, without those of adapters, by path."""
+    """Return the `nnx.Param` variables of a model by path, without the parameters of its adapters."""
     parameters = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {join(path): variable for path, variable in parameters if not isinstance(variable, AdapterParam)}
 
 
 def matched_modules(model: nnx.Module, adapter: Adapter) -> list[MatchedModule]:
-    """Return every module that gets a part by an adapter's rules, sorted by path.
+    """Return the modules to which an adapter's rules add a part, sorted by path.
 
     Raises:
-        UserError: If a rule matches no module, only modules that earlier rules match, or a module that cannot be
-            adapted; if its method leaves out every module that it matches; or if the model already has an adapter of
-            this name.
+        UserError: If a rule matches no module; if earlier rules already match all of its modules; if the method of a
+            rule chooses none of the matched modules; if a matched module cannot be adapted; or if the model already
+            has an adapter of this name.
     """
     if any(row.name == adapter.name for row in iter_parts(model)):
         raise UserError(
@@ -158,14 +164,15 @@ def matched_modules(model: nnx.Module, adapter: Adapter) -> list[MatchedModule]:
 
 
 def _presets(model: nnx.Module) -> Mapping[str, str]:
-    """Return the named targets of a model's class, as regular expressions by name."""
+    """Return the presets of a model's class, which map names to regular expressions for module paths."""
     return getattr(type(model), "adapter_targets", {})
 
 
 def _own_modules(model: nnx.Module) -> dict[str, nnx.Module]:
-    """Return the model's own modules, without those of adapters, by path.
+    """Return the modules of a model by path, without the modules that belong to adapters.
 
-    The path decides only together with the type, since a model may use the name of a slot for a module of its own.
+    A path alone does not show whether a module belongs to an adapter, since the model may have a module of its own
+    that is called `delta` or `branch`. Such a name marks a slot of adapters only if a `Part` is below it.
     """
     modules = dict(nnx.iter_modules(model))
     slots = {path[:-1] for path, module in modules.items() if isinstance(module, Part)}
@@ -177,7 +184,7 @@ def _own_modules(model: nnx.Module) -> dict[str, nnx.Module]:
 
 
 def _nothing_to_adapt(target: str, candidates: list[str], modules: dict[str, nnx.Module], what: str) -> str:
-    """Return the message for a target that matches none of the candidates."""
+    """Return the error message for a target that matches none of the modules that could be adapted."""
     others = [path for path in matching(target, modules) if path not in candidates]
     if not others:
         return no_match_message(target, candidates, what)

@@ -1,4 +1,4 @@
-"""The recipe of an adapter: rules that assign methods to modules, and patterns of other trained parameters."""
+"""The recipe of an adapter: rules that assign methods to modules, and patterns that select other trained parameters."""
 
 import dataclasses
 import functools
@@ -17,7 +17,10 @@ DEFAULT_NAME = "default"
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    r"""A method, and a pattern for the paths of the modules that get it. The first rule that matches a module applies.
+    r"""A method, and a pattern for the paths of the modules to which an adapter applies it.
+
+    If several rules of an adapter match a module, only the first one applies. The target in this example matches the
+    query and value layers of all blocks:
 
     >>> from surm_jax.peft import LoRA
     >>> Rule(r"blocks/\d+/attention/(query|value)", LoRA(rank=4)).method.rank
@@ -26,10 +29,11 @@ class Rule:
     Attributes:
         target: A regular expression for whole module paths (`re.fullmatch`). For `adapt` it may also be the name of a
             preset in the model's `adapter_targets`.
-        method: A method that adds a part to each module, such as an `Update` or a `Branch`. `None` excludes the
-            modules: they get nothing from this rule or from later rules.
-        parts: The number of equal blocks of output features in a packed kernel, such as 3 for query, key and value.
-        which: The indices of the blocks that get an update, counted from 0. Empty means all blocks.
+        method: A method that adds a part to each module, such as an `Update` or a `Branch`. With `None`, the adapter
+            adds nothing to these modules, even if later rules match them.
+        parts: The number of equal blocks into which the output features of a packed kernel are divided, such as 3 for
+            a kernel that holds query, key and value.
+        which: The indices of the blocks that get an update, counted from 0. An empty tuple means all blocks.
     """
 
     target: str
@@ -63,7 +67,7 @@ class Rule:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the rule as JSON values."""
+        """Return the rule as a dictionary of values that JSON can represent."""
         method = self.method
         return {
             "target": self.target,
@@ -75,7 +79,7 @@ class Rule:
 
     @classmethod
     def from_json(cls, rule: dict[str, Any]) -> "Rule":
-        """Return the rule for the values that `to_json` wrote."""
+        """Return the rule that a dictionary from `to_json` describes."""
         method = None if rule["method"] is None else make_method(rule["method"], rule["settings"])
         return cls(rule["target"], method, rule["parts"], tuple(rule["which"]))  # type: ignore[arg-type]  # it checks
 
@@ -89,7 +93,8 @@ class Adapter:
 
     Attributes:
         rules: The rules. The first rule that matches a module applies.
-        train: Regular expressions for the paths of other trained parameters, such as `head/.*`.
+        train: Regular expressions for the paths of parameters of the base model that are also trained, such as
+            `head/.*`.
         name: The adapter's name, which distinguishes it from other adapters in the same model.
     """
 
@@ -102,14 +107,16 @@ class Adapter:
             compile_pattern(pattern)
         if not isinstance(self.name, str) or not re.fullmatch(r"[\w-]+", self.name):
             raise UserError(f"the name of an adapter may have only letters, digits, _ and -, got {self.name!r}")
-        if hasattr(nnx.Dict, self.name):  # A slot is an `nnx.Dict`, and the name would hide its method.
+        if hasattr(nnx.Dict, self.name):  # A part is an attribute of an `nnx.Dict`. It would hide this method.
             raise UserError(f"an adapter cannot be called {self.name!r}: nnx.Dict has a method of this name")
-        if self.name in SLOTS:  # `adapter_of` would take the name for the slot, and nothing would be trained.
+        if self.name in SLOTS:  # `adapter_of` would mistake the name for a slot: nothing would be trained.
             raise UserError(f"an adapter cannot be called {self.name!r}: a slot for parts in modules has this name")
 
     @functools.cached_property
     def trainable(self) -> nnx.filterlib.Predicate:
-        """The NNX filter that selects the trained parameters: the adapter's own, and those that match `train`.
+        """The NNX filter that selects the parameters of the adapter's parts, and those whose paths match `train`.
+
+        The model in this example has no parts of an adapter, so that the filter selects only the head:
 
         >>> model = nnx.Dict(body=nnx.Linear(2, 3, rngs=nnx.Rngs(0)), head=nnx.Linear(3, 2, rngs=nnx.Rngs(1)))
         >>> graphdef, trainable, frozen = nnx.split(model, Adapter((), ("head/.*",)).trainable, ...)
@@ -127,15 +134,18 @@ class Adapter:
         return is_trainable
 
     def to_json(self) -> dict[str, Any]:
-        """Return the recipe as JSON values. The name is left out, because it is chosen when the adapter is loaded."""
+        """Return the recipe as a dictionary of values that JSON can represent.
+
+        The dictionary does not contain the name, which is chosen when the adapter is loaded.
+        """
         return {"rules": [rule.to_json() for rule in self.rules], "train": list(self.train)}
 
     @classmethod
     def from_json(cls, recipe: dict[str, Any], name: str = DEFAULT_NAME) -> "Adapter":
-        """Return the adapter for a recipe that `to_json` wrote.
+        """Return the adapter that a dictionary from `to_json` describes, under a given name.
 
         Raises:
-            UserError: If `recipe` is not such a recipe.
+            UserError: If `recipe` is not such a dictionary.
         """
         try:
             return cls(tuple(map(Rule.from_json, recipe["rules"])), tuple(recipe["train"]), name)

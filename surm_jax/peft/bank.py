@@ -1,8 +1,8 @@
 """Serving many adapters in one batch: each example selects its adapter, and one compiled program serves all of them.
 
-A bank stacks the arrays of adapters with the same methods to shape (adapters, ...). Each example gathers its own
-adapter's arrays when the product is computed. For a circulant this is one vector of n numbers, and its Fourier
-transform costs as much as that of one more token.
+A bank holds several adapters that use the same methods. It stacks their arrays to the shape (adapters, ...), and each
+layer gathers the arrays of every example's adapter when it computes its output. A circulant has one array of shape (n,)
+for each example, and the Fourier transform of this array costs as much as that of one more token.
 """
 
 import os
@@ -34,12 +34,13 @@ Folders = Sequence[str | os.PathLike]
 
 
 class _Content(NamedTuple):
-    """The content of one adapter folder, compared with the base model.
+    """The changes that the adapter in one folder makes to the base model.
 
     Attributes:
-        parts: The adapter's parts in the form that a bank stacks, by (path, slot).
-        kernels: The changes of fully trained kernels, each (in, out), by the layer's path.
-        biases: The changes of trained biases, each (out,), by the layer's path.
+        parts: The adapter's parts, in the form that a bank stacks (`Part.for_bank`). The keys are pairs of the path of
+            a module and a slot.
+        kernels: The difference between each trained kernel and that of the base model, (in, out), by the layer's path.
+        biases: The difference between each trained bias and that of the base model, (out,), by the layer's path.
     """
 
     parts: dict[tuple[str, str], Part]
@@ -54,18 +55,21 @@ def load_bank(folders: Folders, model: nnx.Module) -> nnx.Module:
         with surm_jax.adapter_of_examples(jnp.array([0, 1, 1, 0])):
             logits = model(images)
 
-    A module may be changed by only some of the adapters. Fully trained linear layers, such as the head, are also
-    selected for each example. Dropout is off.
+    Here, the first and the last image use the adapter in `adapters/anna`, and the other two that in `adapters/bert`.
+
+    A module may be changed by only some of the adapters. If adapters also trained the kernel or the bias of a linear
+    layer, such as the head, each example uses those of its own adapter. The dropout of the adapters is off.
 
     Args:
-        folders: The folders of adapters that were trained on this base model with the same methods. An example with
-            the number i gets the adapter of `folders[i]`. A number without a folder is an error; in a compiled
-            function, which cannot raise it, the output of that example is NaN.
+        folders: The folders of adapters that were trained on this base model with the same methods. An example whose
+            index in `adapter_of_examples` is i uses the adapter in `folders[i]`. An index without a folder is an
+            error. A compiled function cannot raise this error, and returns NaN for that example instead.
         model: The base model, without adapters.
 
     Raises:
-        UserError: If a folder cannot be loaded (`load_adapter`); if adapters have parts of different forms in the same
-            module; if a parameter was trained that does not belong to a linear layer; or if the model has adapters.
+        UserError: If a folder cannot be loaded (`load_adapter`); if the parts of two adapters in the same module have
+            different structures; if a parameter was trained that does not belong to a linear layer; or if the model
+            already has adapters.
     """
     if isinstance(folders, str | os.PathLike):
         raise UserError(f"folders must be a list, got one: write [{str(folders)!r}]")
@@ -73,7 +77,7 @@ def load_bank(folders: Folders, model: nnx.Module) -> nnx.Module:
         raise UserError(f"a bank needs a base model without adapters, and this one has {', '.join(names)}")
     if not folders:
         raise UserError("load_bank needs at least one adapter folder")
-    base = fingerprint(nnx.state(model))  # once, since it reads all weights
+    base = fingerprint(nnx.state(model))  # Compute this only once: it reads all weights.
     contents = [_read(model, base, folder) for folder in folders]
     result = nnx.clone(model)
     modules = {join(path): module for path, module in nnx.iter_modules(result)}
@@ -95,20 +99,20 @@ def load_bank(folders: Folders, model: nnx.Module) -> nnx.Module:
 
 
 def _changed(content: _Content) -> set[str]:
-    """Return the paths of the linear layers that an adapter changes by a kernel part, a kernel or a bias."""
+    """Return the paths of linear layers in which an adapter has a kernel part, a trained kernel or a trained bias."""
     return {path for path, slot in content.parts if slot == KERNEL} | {*content.kernels, *content.biases}
 
 
 def _rows(path: str, tables: Sequence[Mapping[str, Array]]) -> list[Array] | None:
-    """Return each adapter's array at a path, with zeros for adapters without one; `None` if all are without."""
+    """Return one array for each adapter: its array at a path, or zeros. If no adapter has one, return `None`."""
     found = [table[path] for table in tables if path in table]
     return [table.get(path, jnp.zeros_like(found[0])) for table in tables] if found else None
 
 
 def _same_form(path: str, slot: str, folders: Folders, contents: Sequence[_Content]) -> Sequence[Part] | None:
-    """Return each adapter's part of a module; `None` if no adapter has one.
+    """Return one part for each adapter in a slot of a module, or `None` if no adapter has a part there.
 
-    An adapter without such a part gets a copy of another adapter's part, switched off.
+    An adapter without a part there gets a copy of another adapter's part whose scale is 0, so that it adds nothing.
 
     Raises:
         UserError: If two parts differ in more than the values of their arrays.
@@ -127,13 +131,22 @@ def _same_form(path: str, slot: str, folders: Folders, contents: Sequence[_Conte
 
 
 def _structure(part: Part) -> tuple[nnx.GraphDef, list[tuple[int, ...]]]:
-    """Return everything about a part except the values of its arrays. Parts can be stacked if this is equal."""
+    """Return the graph definition of a part and the shapes of its arrays. Parts can be stacked if both are equal."""
     graphdef, state = nnx.split(part)
     return graphdef, [np.shape(leaf) for leaf in jax.tree.leaves(state)]
 
 
 def _read(model: nnx.Module, base: Mapping[str, str], folder: str | os.PathLike) -> _Content:
-    """Read an adapter folder, check that it belongs to the base model, and return its content."""
+    """Return the content of an adapter folder, after a check that it belongs to the base model.
+
+    Args:
+        model: The base model.
+        base: The fingerprint of all parameters of the base model.
+        folder: The adapter folder.
+
+    Raises:
+        UserError: If the folder cannot be loaded, or its adapter was trained on another base model.
+    """
     loaded, adapter, expected = read_adapter(folder, model)
     _, _, frozen = nnx.split(loaded, adapter.trainable, ...)  # type: ignore[misc]  # `...` selects the rest
     paths = {join(path) for path, _ in nnx.to_flat_state(frozen)}
@@ -150,10 +163,12 @@ def _read(model: nnx.Module, base: Mapping[str, str], folder: str | os.PathLike)
 def _trained_layers(
     base: nnx.Module, loaded: nnx.Module, folder: str | os.PathLike
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return the changes of kernels and of biases, by layer, in the linear layers that were fully trained.
+    """Return what training added to the kernels and to the biases of linear layers, each by the layer's path.
+
+    A parameter was trained if the model with the adapter does not hold the same array as the base model.
 
     Raises:
-        UserError: If another kind of parameter was trained.
+        UserError: If a parameter was trained that is not the kernel or bias of a linear layer.
     """
     before, after = base_parameters(base), base_parameters(loaded)
     changed = [path for path, variable in after.items() if variable.get_value() is not before[path].get_value()]

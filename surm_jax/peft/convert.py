@@ -1,8 +1,10 @@
-"""Converting an adapter to another method, and combining several adapters, by nearest matrices.
+"""Converting an adapter to another method, and combining several adapters into one.
 
-An update of any kind can be converted to LoRA, for a server that loads only LoRA adapters. The functions return the
-approximation errors: check them. A circulant of full rank, for example, has a flat spectrum, and an approximation of
-low rank loses much of it.
+Both functions compute the dense change that the adapters make to each kernel. They then replace it by the nearest
+matrix that the new method can represent. An update of any kind can be converted to LoRA, for example, for a server that
+loads only LoRA adapters. Both functions return the errors of the approximation, which callers should check. The
+singular values of a circulant of full rank, for example, have similar sizes, so that an approximation of low rank loses
+much of the matrix.
 """
 
 import dataclasses
@@ -26,6 +28,8 @@ def convert(
 ) -> tuple[nnx.Module, Adapter, dict[str, float]]:
     """Return the model with an adapter replaced by its nearest approximation in another method.
 
+    In this example, a LoRA of rank 4 can represent any 4 x 4 matrix, so that only rounding errors are left:
+
     >>> import jax.numpy as jnp
     >>> import surm_jax
     >>> model, adapter = surm_jax.adapt(
@@ -37,17 +41,19 @@ def convert(
     True
 
     Args:
-        model: A model with the adapter. The adapter's scale is included in what is converted.
+        model: A model that has the adapter. The converted matrices include the adapter's scale (`set_scale`).
         adapter: The adapter.
-        method: The method of the new parts. A learned alpha is set to 1.
+        method: The method of the new adapter. If it trains alpha, alpha is set to 1.
         name: The name of the new adapter, which replaces the old one.
 
     Returns:
-        The new model, the new adapter, and the relative error in the Frobenius norm of each part, by the layer's path.
+        The new model, the new adapter, and the relative error of each new update in the Frobenius norm, by the path of
+        its layer.
 
     Raises:
         UserError: If the adapter has a part that cannot be written as a change of a kernel, such as a branch; if an
-            update is not finite; if the method cannot be fitted to a given matrix; or if it does not fit a layer.
+            update is not finite; if the method cannot approximate a given matrix, such as DoRA; or if its settings do
+            not fit a layer.
     """
     if not isinstance(method, PartMethod) or method.part.slot != KERNEL:
         raise UserError(f"an adapter is converted to an update such as LoRA(rank=4), not to {method!r}")
@@ -60,19 +66,20 @@ def convert(
 def combine(
     model: nnx.Module, weights: Mapping[Adapter, float], *, name: str = "combined"
 ) -> tuple[nnx.Module, Adapter, dict[str, float]]:
-    """Return the model with one more adapter: the weighted sum of the updates of adapters with the same rules.
+    """Return the model with a new adapter, the weighted sum of adapters that have the same rules.
 
-    The sum is exact for families that are closed under addition, such as circulants in their stored form. For other
-    families, the new update is the matrix of the family that is nearest to the sum.
+    The sum is exact if the sum of two matrices of the family is a matrix of the family, as for circulants that are
+    stored as one vector. For other families, each new update is the matrix of the family that is nearest to the sum.
 
     Args:
-        model: A model with all of the adapters. Their scales are included in what is combined. Other trained
-            parameters, such as the head, are not combined: they stay as they are in the model.
-        weights: A weight for each adapter. The weights need not sum to 1.
+        model: A model that has all of the adapters. The summed updates include the scales of the adapters. Other
+            trained parameters, such as the head, are not combined: they stay as they are in the model.
+        weights: A dictionary from each adapter to its weight. The weights need not sum to 1.
         name: The name of the new adapter. The old adapters stay in the model; switch them off with `set_active`.
 
     Returns:
-        The new model, the new adapter, and the relative error in the Frobenius norm of each part, by the layer's path.
+        The new model, the new adapter, and the relative error of each new update in the Frobenius norm, by the path of
+        its layer.
 
     Raises:
         UserError: If the adapters have different rules, or an adapter cannot be converted (see `convert`).
@@ -95,7 +102,7 @@ def combine(
 
 
 def _changes(model: nnx.Module, adapter: Adapter) -> dict[str, np.ndarray]:
-    """Return the changes that an adapter makes to kernels, as dense matrices by the layer's path."""
+    """Return the change that an adapter makes to each kernel, as a dense matrix, by the path of the layer."""
     changes = {row.path: np.asarray(kernel_change(row)) for row in parts_of(model, adapter)}
     if not changes:
         raise UserError(f"the adapter {adapter.name!r} has no update, and only updates can be converted or combined")
@@ -105,7 +112,17 @@ def _changes(model: nnx.Module, adapter: Adapter) -> dict[str, np.ndarray]:
 def _with_nearest(
     model: nnx.Module, adapter: Adapter, targets: Mapping[str, np.ndarray]
 ) -> tuple[nnx.Module, Adapter, dict[str, float]]:
-    """Return the model with an adapter whose parts approximate dense targets, the adapter, and the relative errors."""
+    """Return a copy of the model with a new adapter, whose updates approximate given dense matrices.
+
+    Args:
+        model: The model.
+        adapter: The recipe of the new adapter.
+        targets: The dense change that each update approximates, by the path of its layer.
+
+    Returns:
+        The new model, the adapter, and the relative error of each update in the Frobenius norm, by the path of its
+        layer.
+    """
     model = nnx.clone(model)
     errors = {}
     for matched in matched_modules(model, adapter):

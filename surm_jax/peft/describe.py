@@ -19,7 +19,7 @@ class Row:
         path: The path of the module or the parameter.
         shape: The shape of the part, (in_features, out_features), or of the parameter.
         kind: The kind of the part, such as the family of its matrix, or "trained" for a parameter.
-        trainable: The number of trained entries.
+        trainable: The number of trained parameters in this row.
     """
 
     path: str
@@ -33,10 +33,10 @@ class Description:
     """A summary of the trained parameters. Its `str()` is a table.
 
     Attributes:
-        rows: The parts of adapters, followed by the other trained parameters.
-        adapter: The number of trained parameters in adapter parts.
-        besides: The number of other trained parameters, such as those of the head.
-        total: The number of all parameters of the adapted model.
+        rows: A row for each part of an adapter, followed by a row for each other trained parameter.
+        adapter: The number of trained parameters in the parts of adapters.
+        besides: The number of trained parameters of the base model, such as those of the head.
+        total: The number of all parameters of the adapted model, trained or not.
     """
 
     rows: tuple[Row, ...]
@@ -69,6 +69,8 @@ class Description:
 def describe(model: nnx.Module, adapter: Adapter | None = None) -> Description:
     """Return a table of the trained parameters of an adapted model, which may be abstract (`nnx.eval_shape`).
 
+    In this example, the kernel and the bias have 72 parameters, and the two vectors of the update have 16:
+
     >>> import surm_jax
     >>> model, adapter = surm_jax.adapt(
     ...     nnx.Linear(8, 8, rngs=nnx.Rngs(0)), [surm_jax.Rule("", surm_jax.CirculantUpdate())], rngs=nnx.Rngs(1)
@@ -79,7 +81,8 @@ def describe(model: nnx.Module, adapter: Adapter | None = None) -> Description:
 
     Args:
         model: An adapted model.
-        adapter: The adapter that is trained. `None` means all adapters of the model, without other parameters.
+        adapter: The adapter that is trained. With `None`, the table contains the parts of all adapters of the model,
+            and no parameters of the base model.
 
     Raises:
         UserError: If the model does not have the adapter.
