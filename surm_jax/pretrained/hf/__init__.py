@@ -1,4 +1,4 @@
-"""Folders of Hugging Face transformers, read and written. Importing this registers the architectures of our models."""
+"""Read and write folders of Hugging Face transformers. Importing this package registers the architectures it knows."""
 
 from surm_jax.pretrained.hf import text, vision
 from surm_jax.pretrained.hf.architecture import (

@@ -1,8 +1,11 @@
-"""Names and array layouts of models in Hugging Face transformers and here, described once for reading and writing.
+"""Map the modules and arrays of our models to those of Hugging Face transformers.
 
-Checkpoints there name arrays by modules, such as `vit.encoder.layer.3.output.dense.weight`, and so do we:
-`blocks/3/mlp/down/kernel`. An `Architecture` lists the pairs of module names once, each with the layout of its arrays.
-Key rules, names for writing and module names for adapters all come from that list.
+An array in a checkpoint of transformers has a name such as `vit.encoder.layer.3.output.dense.weight`, where we have a
+parameter path such as `blocks/3/mlp/down/kernel`. An `Architecture` holds one list of pairs of module names, together
+with functions that convert the arrays of each module. From this list come the rules that read checkpoints, the names
+that are written, and the module names for adapters.
+
+In this file, "their" and "theirs" refer to transformers, and "our" and "ours" to surm_jax.
 """
 
 import math
@@ -26,20 +29,21 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
-"""Names of activations in Hugging Face transformers, mapped to ours. If several map to one of ours, the first is used
-when writing."""
+"""Our names of activations by their names in transformers. If several have the same value, the first one is written."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One array of a module in both layouts.
+    """The two names of an array within its module, and functions that convert between its two layouts.
 
     Attributes:
-        theirs: The last part of their name, such as "weight"; empty if the array belongs to no module.
-        ours: The last part of our path, such as "kernel"; empty if the array belongs to no module.
-        read: Converts their layout to ours, `(array, shape of our parameter) -> array`.
-        write: Converts our layout to theirs.
-        aliases: Other values of `theirs` that occur in files.
+        theirs: The last part of the array's name in transformers, such as "weight". It is empty if the array belongs
+            to no module there.
+        ours: The last part of the parameter's path, such as "kernel". It is empty if the parameter belongs to no module
+            of ours.
+        read: A function that converts their layout to ours, `(array, shape of our parameter) -> array`.
+        write: A function that converts our layout to theirs, `array -> array`.
+        aliases: Other values of `theirs` that occur in checkpoints. They are read, but not written.
     """
 
     theirs: str
@@ -50,13 +54,16 @@ class Tensor:
 
 
 def _reshaped(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return an array of one axis in the wanted shape."""
+    """Reshape an array with one dimension to the shape of our parameter."""
     _require_shape(array, (math.prod(shape),))
     return array.reshape(shape)
 
 
 def _require_shape(array: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Raise a `UserError` unless an array has the shape of their layout. Our shape is refused too."""
+    """Raise a `UserError` unless an array in a checkpoint has the shape that transformers gives it.
+
+    An array that already has the shape of our parameter is refused too.
+    """
     if array.shape != shape:
         raise UserError(f"it has shape {array.shape}, not {shape}")
 
@@ -66,10 +73,14 @@ def _flat(array: np.ndarray) -> np.ndarray:
 
 
 def linear(in_axes: int = 1) -> tuple[Tensor, ...]:
-    """Return the arrays of a linear layer: weight (out, in) and bias (out,) there, (*in, *out) and (*out,) here.
+    """Return the names and layouts of the weight and the bias of a linear layer.
+
+    In transformers the weight has shape (out, in) and the bias has shape (out,). Our kernel has shape (*in, *out) and
+    our bias has shape (*out,), where the input and the output may have several axes.
 
     Args:
-        in_axes: How many axes of our kernel belong to the input: 2 for the output projection of attention.
+        in_axes: The number of axes of our kernel that belong to the input. It is 2 for the output projection of
+            attention, whose input axes are the heads and the features of a head.
     """
 
     def read(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -84,10 +95,10 @@ def linear(in_axes: int = 1) -> tuple[Tensor, ...]:
 
 LINEAR = linear()
 LINEAR_OUT = linear(in_axes=2)
-"""The output projection of attention. Our kernel has shape (heads, width of a head, out)."""
+"""The arrays of the output projection of attention. Our kernel has shape (heads, width of a head, out)."""
 
 NORM = (
-    # Checkpoints that were converted from TensorFlow, such as the original BERT, say gamma and beta.
+    # Checkpoints that were converted from TensorFlow, such as the original BERT, use the names gamma and beta.
     Tensor("weight", "scale", _reshaped, _flat, aliases=("gamma",)),
     Tensor("bias", "bias", _reshaped, _flat, aliases=("beta",)),
 )
@@ -100,29 +111,35 @@ CONV = (
     ),
     Tensor("bias", "bias", _reshaped, _flat),
 )
-"""A convolution over images: weight (out, in, height, width) there, kernel (height, width, in, out) here."""
+"""The arrays of a convolution over images.
+
+The weight in transformers has shape (out, in, height, width), and our kernel has shape (height, width, in, out).
+"""
 
 EMBEDDING = (Tensor("weight", "embedding", lambda array, shape: array, lambda table: table),)
 ARRAY = (Tensor("", "", lambda array, shape: array, lambda array: array),)
-"""A parameter that belongs to no layer and has the same shape on both sides."""
+"""An array that belongs to no module and has the same shape in transformers and in our model."""
 
 VECTOR = (Tensor("", "", _reshaped, _flat),)
-"""A parameter that belongs to no layer and has one axis there and several here."""
+"""An array that belongs to no module. It has one dimension in transformers and several in our model."""
 
 
 @dataclass(frozen=True)
 class Name:
-    """The two names, theirs and ours, of a module or of a parameter outside modules. `#` is the number of a block.
+    """The name of a module in transformers, its path in our model, and its arrays.
+
+    It may also describe a single array that belongs to no module. `#` stands for the number of a block in both names:
 
     >>> Name("encoder.layer.#.output.dense", "blocks/#/mlp/down", LINEAR).theirs
     'encoder.layer.#.output.dense'
 
     Attributes:
         theirs: The module's name in checkpoints on the Hub. This name is written.
-        ours: Its path here.
-        tensors: Its arrays. A model may lack some of them, such as the bias.
-        aliases: Other names that are read. If transformers has another name for the module in memory, it comes first.
-        in_body: Whether the name begins with the prefix of the architecture.
+        ours: The module's path in our model.
+        tensors: The module's arrays. A model may lack some of them, such as the bias.
+        aliases: Other names of the module that are read. If the attribute path of the module in a loaded transformers
+            model differs from `theirs`, it is the first alias.
+        in_body: Whether the architecture's `prefix` is put before `theirs` and the aliases. It is false for heads.
     """
 
     theirs: str
@@ -134,23 +151,27 @@ class Name:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One `model_type` of transformers.
+    """How models of one `model_type` of transformers are read as models of ours and written.
 
     Attributes:
-        model_type: What `config.json` calls it.
-        prefix: What names in the body begin with, such as "vit.". Checkpoints of a model without a head lack it.
-        model: Our class; it is built as `model(config, rngs=...)`.
-        read_config: Returns our configuration, given their `config.json` and replacements of our fields. Raises a
-            `UserError` for what our model cannot express.
-        write_config: Returns their `config.json`, given our configuration. Raises a `UserError` for what they cannot
-            express.
-        names: Returns the pairs of names, given our configuration.
-        ignore: Returns patterns of keys that are not read, without the prefix, given our configuration.
-        fillers: Returns arrays by full name that are written although our model does not have them, given our
-            configuration.
-        chosen: Returns whether a model is written as this `model_type`, given our configuration; several types may
-            share our class. May raise a `UserError` that says why a model cannot be written as any of them.
-        normalization: The normalisation of pixels that the published models expect, for folders that do not give one.
+        model_type: The value of `model_type` in `config.json`.
+        prefix: The beginning of all names in the model's body, such as "vit.". Checkpoints of a model without a head
+            lack this prefix.
+        model: Our class of the model, which is built as `model(config, rngs=...)`.
+        read_config: A function `(content of config.json, overrides of our fields) -> our configuration`. It raises a
+            `UserError` if our class has no such model.
+        write_config: A function `our configuration -> content of config.json`. It raises a `UserError` if transformers
+            has no such model.
+        names: A function that returns the names of all modules, given our configuration.
+        ignore: A function that returns regular expressions for keys that are not read, given our configuration. The
+            expressions do not contain the prefix.
+        fillers: A function that returns arrays that checkpoints need but our model lacks, by full name, given our
+            configuration. They are written with the model.
+        chosen: A function that returns whether a model with a configuration of ours is written as this `model_type`,
+            since several types may share our class. It may raise a `UserError` that says why transformers has no such
+            model in any of these types.
+        normalization: The normalisation of pixels that the published models expect. It is used for folders that do not
+            specify one.
     """
 
     model_type: str
@@ -165,7 +186,7 @@ class Architecture:
     normalization: Normalization | None = None
 
     def key_rules(self, config: Any) -> list[KeyRule]:
-        """Return the rules that read a checkpoint."""
+        """Return the rules that map the keys of a checkpoint to the parameters of a model with this configuration."""
         rules = []
         for name in self.names(config):
             prefix = f"(?:{re.escape(self.prefix)})?" if name.in_body else ""
@@ -176,14 +197,14 @@ class Architecture:
         return rules
 
     def ignored(self, config: Any) -> list[str]:
-        """Return the patterns of keys that are not read."""
+        """Return regular expressions for the keys of a checkpoint that are not read."""
         return [f"(?:{re.escape(self.prefix)})?{pattern}" for pattern in self.ignore(config)]
 
     def tensor_name(self, config: Any, path: str) -> tuple[str, Tensor]:
-        """Return the name that checkpoints have for the array at a parameter path, and its layouts.
+        """Return the full name in checkpoints of the parameter at a path, and the `Tensor` that converts its array.
 
         Raises:
-            UserError: The array has no name in checkpoints of this architecture.
+            UserError: The parameter has no name in checkpoints of this architecture.
         """
         for name in self.names(config):
             for tensor in name.tensors:
@@ -198,14 +219,14 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {}
-"""The registered architectures by `model_type`, which can be read and written."""
+"""The registered architectures by `model_type`. Folders of these types can be read and written."""
 
 
 def register_architecture(architecture: Architecture) -> None:
-    """Make folders of one `model_type` readable and writable.
+    """Register an architecture, so that folders of its `model_type` can be read and written.
 
     Raises:
-        UserError: An architecture of another model has this `model_type`.
+        UserError: An architecture with another class of models is registered for this `model_type`.
     """
     other = ARCHITECTURES.get(architecture.model_type)
     if other is not None and other.model.__qualname__ != architecture.model.__qualname__:
@@ -214,7 +235,10 @@ def register_architecture(architecture: Architecture) -> None:
 
 
 def architecture_of(config: Config) -> Architecture:
-    """Return the architecture that writes a model with this configuration.
+    """Return the architecture that a model with this configuration is written as.
+
+    A ViT that averages its patches is written as I-JEPA, and a Bert whose positions are counted as in RoBERTa is
+    written as RoBERTa:
 
     >>> from surm_jax.models import BertConfig, ViTConfig
     >>> architecture_of(ViTConfig.from_variant("digits", num_classes=10)).model_type
@@ -223,7 +247,7 @@ def architecture_of(config: Config) -> Architecture:
     'roberta'
 
     Raises:
-        UserError: No registered architecture writes such a model.
+        UserError: No registered architecture has such a model.
     """
     model = model_class(config)
     for architecture in ARCHITECTURES.values():
@@ -234,10 +258,10 @@ def architecture_of(config: Config) -> Architecture:
 
 @dataclass(frozen=True)
 class Names:
-    """The names of one model's modules and arrays in an architecture, for adapters.
+    """The names that transformers gives to the modules and arrays of one model, for reading and writing adapters.
 
     Attributes:
-        architecture: The architecture.
+        architecture: The architecture that the model is written as.
         config: The model's configuration.
     """
 
@@ -245,7 +269,11 @@ class Names:
     config: Any
 
     def modules(self, path: str) -> tuple[str, ...]:
-        """Return the names of the module at a path, its name in memory first; an empty tuple if it has none."""
+        """Return the names that transformers gives to the module at a path.
+
+        The attribute path of the module in a loaded transformers model is first. If the name in checkpoints differs, it
+        is last. The result is an empty tuple if transformers has no such module.
+        """
         for name in self.architecture.names(self.config):
             match = re.fullmatch(_pattern(name.ours), path)
             if match and name.tensors[0].theirs:
@@ -255,24 +283,31 @@ class Names:
         return ()
 
     def tensor(self, path: str) -> tuple[str, Tensor]:
-        """Return the name that checkpoints have for the array at a parameter path, and its layouts.
+        """Return the full name in checkpoints of the parameter at a path, and the `Tensor` that converts its array.
 
         Raises:
-            UserError: The array has no name in checkpoints of this architecture.
+            UserError: The parameter has no name in checkpoints of this architecture.
         """
         return self.architecture.tensor_name(self.config, path)
 
 
 def refusal(model_type: str, name: str, value: Any, what: str) -> UserError:
-    """Return the error for a `config.json` that our model cannot express."""
+    """Return the error for a `config.json` of a model that our class does not have.
+
+    Args:
+        model_type: The value of `model_type` in the file.
+        name: The name of the field that makes the model unreadable.
+        value: The value of the field.
+        what: A clause that says why our class does not have such a model.
+    """
     return UserError(f"this {model_type} cannot be read: config.json says {name} = {value!r}, but {what}")
 
 
 def our_activation(model_type: str, theirs: Any) -> str:
-    """Return our name of an activation.
+    """Return our name of an activation, given its name in transformers.
 
     Raises:
-        UserError: We have no such activation.
+        UserError: Our models have no such activation.
     """
     if not isinstance(theirs, str) or theirs not in ACTIVATIONS:
         known = f"there are {', '.join(map(repr, ACTIVATIONS))}{did_you_mean(str(theirs), ACTIVATIONS)}"
@@ -281,12 +316,12 @@ def our_activation(model_type: str, theirs: Any) -> str:
 
 
 def _pattern(name: str) -> str:
-    """Return the regular expression of a name; the number of a block, if there is one, is a group."""
+    """Return the regular expression for a name. If the name contains `#`, a group matches the number of the block."""
     return re.escape(name).replace(r"\#", r"(\d+)")
 
 
 def _template(name: Name, tensor: Tensor) -> str:
     path = f"{name.ours}/{tensor.ours}" if tensor.ours else name.ours
-    # Each name has its own group for the number. Only the group of the name that matches is set; others expand to
-    # nothing.
+    # In the rule's expression, each alternative name has its own group for the number of the block. Only the group of
+    # the name that matches is set. The references to the other groups expand to empty strings.
     return path.replace("#", "".join(f"\\{group}" for group in range(1, 2 + len(name.aliases))))

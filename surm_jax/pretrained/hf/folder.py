@@ -1,6 +1,7 @@
-"""Folders of Hugging Face transformers, read and written: `config.json` and `model.safetensors`, whole or in shards.
+"""Read and write folders of Hugging Face transformers, with a `config.json` and a `model.safetensors`.
 
-The registered architectures say which model a folder holds and what its arrays are called.
+The weights may also be split into several files (shards) when they are read. The registered architectures determine the
+class of the model in a folder and the names of its arrays.
 """
 
 import json
@@ -39,17 +40,17 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class HuggingFaceCheckpoint(Checkpoint):
-    """A folder of transformers, or a safetensors file beside its `config.json`.
+    """A checkpoint of transformers, which is a folder or a safetensors file beside its `config.json`.
 
-    `config.json` is read once, when it is first needed; `fill` opens the weights.
+    `config.json` is read when it is first needed, and then kept. The files of weights in a folder are opened by `fill`.
     """
 
     def __init__(self, path: Path, file: TensorFile | None = None) -> None:
-        """Remember a folder, or a single file of weights, without reading it.
+        """Create the checkpoint without reading any file.
 
         Args:
-            path: The folder or the file.
-            file: The file, if it is open already.
+            path: The path of the folder, or of a single file of weights.
+            file: The open file of weights, if `path` is a file.
 
         Raises:
             UserError: The file is one of several shards.
@@ -59,7 +60,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.path, self._file = path, file
 
     def config(self, variant: str | None, overrides: Mapping[str, Any]) -> Config:
-        """Return the configuration in `config.json`."""
+        """Return our configuration of the model that `config.json` describes, with the overrides applied."""
         self._refuse_variant(variant)
         return self._config(overrides)
 
@@ -68,13 +69,13 @@ class HuggingFaceCheckpoint(Checkpoint):
     ) -> dict[str, jax.Array]:
         """Read the parameters of a model whose configuration is the one in `config.json`.
 
-        Position embeddings are resized to the model's image size as transformers does.
+        Position embeddings are resized to the model's image size by bicubic interpolation, as in transformers.
 
         Raises:
             UserError: The folder is damaged or incomplete, holds only pickles, or was written for another model.
         """
         architecture, _ = self._described
-        # If the head is not read, the kind of head and the pooling may differ from the model's.
+        # If the head is not read, the fields that describe the head and the pooling may differ from the model's.
         fields = () if reads_head(targets) or model_class(config) is not architecture.model else config.HEAD_FIELDS
         stored = self._config({name: getattr(config, name) for name in fields})
         require_same(str(self.path), stored, config, targets)
@@ -83,7 +84,11 @@ class HuggingFaceCheckpoint(Checkpoint):
             return fill(file.keys, file.read, targets, rules, ignore=ignored, fresh=fresh, origin=str(self.path))
 
     def normalization(self) -> Normalization | None:
-        """Return the normalisation in `preprocessor_config.json`, or else that of the published models of this type."""
+        """Return the normalisation of images that `preprocessor_config.json` describes.
+
+        If the file is missing or does not give it, the normalisation is that of the published models of this
+        `model_type`, or `None` for models that do not read images.
+        """
         default = self._described[0].normalization
         preprocessor = _folder_of(self.path) / PREPROCESSOR_NAME
         return read_preprocessor(preprocessor, default) if preprocessor.is_file() else default
@@ -104,6 +109,9 @@ class HuggingFaceCheckpoint(Checkpoint):
 
 def read_architecture(path: Path) -> tuple[Architecture, dict[str, Any]]:
     """Return the architecture of the model in a folder, and the content of its `config.json`.
+
+    Args:
+        path: The path of the folder, or of a file in it.
 
     Raises:
         UserError: `config.json` is missing or damaged, or its `model_type` is not registered.
@@ -131,22 +139,23 @@ def save_huggingface(
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     files: Sequence[Path] = (),
 ) -> None:
-    """Write a model as a folder that `from_pretrained` of transformers reads: `config.json` and `model.safetensors`.
+    """Write a model as a folder that `from_pretrained` of transformers reads, in `config.json` and `model.safetensors`.
 
-    The folder is complete or absent at every moment. Arrays keep their dtypes. The weights are one file, whatever
-    their size: shards help uploads, and no reader needs them. Writing takes the memory of a second copy of the model.
+    At every moment the folder is either complete or absent. Arrays keep their dtypes. The weights are written to one
+    file of any size, because no program needs shards to read them. The host needs memory for a second copy of the
+    model.
 
     Args:
-        folder: The folder, which is replaced if it holds such a model and nothing else.
-        model: The model, without adapters: merge them first.
-        labels: The names of the classes, in the order of the outputs.
-        normalization: Mean and standard deviation of each channel, with which pixels in [0, 1] were normalised for the
-            model; written as `preprocessor_config.json`.
-        files: Files to copy beside the weights, such as those of the tokenizer.
+        folder: The path of the folder. An existing folder is replaced if it holds nothing but such a model.
+        model: The model. It must not have adapters, so merge them into the model first.
+        labels: The names of the classes, in the order of the model's outputs.
+        normalization: The mean and the standard deviation of each channel with which pixels in [0, 1] were normalised
+            for the model. They are written to `preprocessor_config.json`.
+        files: The paths of files to copy into the folder, such as those of the tokenizer.
 
     Raises:
-        UserError: transformers has no such model, the model is not what its configuration says, labels do not fit, or
-            the folder holds something else or cannot be written.
+        UserError: transformers has no such model, the model's parameters are not those that its configuration
+            describes, the labels do not fit the classes, the folder holds other files, or it cannot be written.
     """
     folder = Path(folder)
     _require_free(folder, {CONFIG_NAME, WEIGHTS_NAME, PREPROCESSOR_NAME, *(path.name for path in files)})
@@ -178,13 +187,15 @@ def save_huggingface(
 
 
 def huggingface_names(config: Any) -> Names:
-    """Return the names that transformers, and adapters of peft, have for the modules and arrays of a model.
+    """Return the names that transformers gives to the modules and arrays of a model, for adapters in peft's format.
 
     Args:
         config: The configuration that the model was built from.
 
     Raises:
         UserError: transformers has no such model.
+
+    For each module, its attribute path in a loaded transformers model is first and its name in checkpoints is last:
 
     >>> from surm_jax.models import ViTConfig
     >>> huggingface_names(ViTConfig.from_variant("B/16", num_classes=10)).modules("blocks/0/mlp/up")
@@ -198,7 +209,7 @@ def _folder_of(path: Path) -> Path:
 
 
 def _open_weights(folder: Path) -> TensorFile | ShardedTensors:
-    """Open the weights of a folder."""
+    """Open the weights of a folder, in one file or in shards."""
     if (folder / WEIGHTS_NAME).is_file():
         return TensorFile(folder / WEIGHTS_NAME)
     if (folder / INDEX_NAME).is_file():
@@ -223,7 +234,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def _require_free(folder: Path, ours: set[str]) -> None:
-    """Raise a `UserError` if a folder to write is a file, or holds files that we do not write."""
+    """Raise a `UserError` if a folder to write is a file, or holds files whose names are not in `ours`."""
     if folder.is_dir():
         if other := sorted({path.name for path in folder.iterdir()} - ours):
             raise UserError(
@@ -246,7 +257,7 @@ def _label_fields(labels: Sequence[str], num_classes: int) -> dict[str, dict[str
 
 
 def _require_plain(parameters: Mapping[str, nnx.Variable], config: Any) -> None:
-    """Raise a `UserError` unless the parameters are exactly those of the model that a configuration describes."""
+    """Raise a `UserError` unless the paths and shapes of the parameters are those that a configuration describes."""
     abstract = nnx.eval_shape(lambda: model_class(config)(config, rngs=nnx.Rngs(0)))
     expected = {join(path): variable.shape for path, variable in nnx.to_flat_state(nnx.state(abstract, nnx.Param))}
     if extra := sorted(parameters.keys() - expected.keys()):

@@ -1,7 +1,8 @@
-"""BERT and RoBERTa as transformers writes them: their `config.json`, and their names for our parameters.
+"""Register BERT and RoBERTa of transformers, with their `config.json` and their names for our parameters.
 
-Our classifier is their `BertForSequenceClassification`, and our masked language model their `BertForMaskedLM`; likewise
-for RoBERTa. Both heads can also read checkpoints of the bare models, and of BERT's pretraining with its two heads.
+Our `Bert` with a classifier corresponds to `BertForSequenceClassification` or `RobertaForSequenceClassification`, and
+our `Bert` with the head of a masked language model to `BertForMaskedLM` or `RobertaForMaskedLM`. Checkpoints without a
+head, and those of BERT's pretraining with its two heads, can be read too.
 """
 
 from collections.abc import Mapping
@@ -60,9 +61,10 @@ _HEADS: Mapping[tuple[str, str], tuple[Name, ...]] = {
     ),
 }
 
-# The numbers 0, 1, ..., which old checkpoints store.
+# An array of the numbers 0, 1, ..., which old checkpoints store.
 _POSITION_IDS = r"embeddings\.position_ids"
-# Keys that are not read. The decoder of the vocabulary repeats the word embeddings and the bias of the head.
+# Regular expressions for the keys that are not read. The arrays of the decoder are copies of the word embeddings and of
+# the head's bias.
 _IGNORED: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("bert", "classifier"): (_POSITION_IDS, r"cls\.predictions\..*", r"cls\.seq_relationship\..*"),
     ("bert", "mlm"): (
@@ -72,7 +74,7 @@ _IGNORED: Mapping[tuple[str, str], tuple[str, ...]] = {
         r"pooler\.dense\..*",
         r"classifier\..*",
     ),
-    # RoBERTa's classifier has its own layer instead of the body's pooler.
+    # RoBERTa's classifier has a dense layer of its own, which it uses instead of the pooler in the body.
     ("roberta", "classifier"): (_POSITION_IDS, r"lm_head\..*", r"pooler\.dense\..*"),
     ("roberta", "mlm"): (_POSITION_IDS, r"lm_head\.decoder\..*", r"pooler\.dense\..*", r"classifier\..*"),
 }
@@ -97,9 +99,9 @@ _FIELDS = {
     "pad_token": "pad_token_id",
     "dropout": "hidden_dropout_prob",
 }
-"""Our fields and theirs that have the same values."""
+"""The names of our fields, mapped to those fields of `config.json` that have the same values."""
 
-# The values that transformers takes for fields that are not in config.json.
+# The values that transformers uses for fields that are missing in config.json.
 _BERT_DEFAULTS = {
     "vocab_size": 30522,
     "hidden_size": 768,
@@ -119,14 +121,15 @@ _MLM_CLASSES = ("ForMaskedLM", "ForPreTraining")
 
 
 def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> BertConfig:
-    """Return our configuration for a `config.json`.
+    """Return our configuration for the content of a `config.json`.
 
-    The head is a masked language model's if `architectures` says so, unless the overrides name a head or a number of
-    classes. Dropout is `hidden_dropout_prob` everywhere. The dropout of attention probabilities, and another one for
-    the classifier, are ignored: they do not change what a trained model computes.
+    The model has the head of a masked language model if `architectures` names a class with this head, and otherwise a
+    classifier. An override of `head` takes precedence, and so does an override of `num_classes`, which asks for a
+    classifier. `hidden_dropout_prob` becomes the dropout rate of all layers. The dropout rates of attention
+    probabilities and of the classifier are ignored, since they do not change what a trained model computes.
 
     Raises:
-        UserError: The file describes what `Bert` cannot express, or an override is not a field of ours.
+        UserError: The file describes a model that `Bert` does not have, or an override is not a field of `BertConfig`.
     """
     known = {**_DEFAULTS[model_type], **{name: value for name, value in fields.items() if value is not None}}
     for name in ("is_decoder", "is_encoder_decoder", "add_cross_attention", "pruned_heads"):
@@ -157,9 +160,10 @@ def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[
 
 
 def _write_config(model_type: str, config: BertConfig) -> dict[str, Any]:
-    """Return the `config.json` for our configuration, with the number of classes but not their names.
+    """Return the content of a `config.json` for our configuration.
 
-    The dropout of attention probabilities is 0, as in our model.
+    It holds the number of classes, but not their names. The dropout rate of attention probabilities is 0, as in our
+    model.
 
     Raises:
         UserError: transformers has no such model.

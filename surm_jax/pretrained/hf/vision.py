@@ -1,6 +1,7 @@
-"""Vision Transformers as transformers writes them: ViT, DeiT, DINOv2, I-JEPA, and the image tower of CLIP.
+"""Register the Vision Transformers of transformers: ViT, DeiT, DINOv2, I-JEPA, and the image encoder of CLIP.
 
-Each of them is our `ViT` with some fields fixed. A model is written as the one that has these values.
+Each of them corresponds to our `ViT` with fixed values of some fields. A `ViT` is written as the class of transformers
+whose fixed values it has.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,7 +46,7 @@ _CLASSES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "CLIPForImageClassification": ("clip", {**_CLIP, "pool": "patches", "final_norm": False}),
     "CLIPVisionModelWithProjection": ("clip_vision_model", {**_CLIP, "head_bias": False}),
 }
-"""Their classes: the `model_type`, and the fields of `ViTConfig` that all models of the class share."""
+"""For each class of transformers, its `model_type`, and the fields of `ViTConfig` that are equal in all its models."""
 
 _FIELDS = {
     "image_size": "image_size",
@@ -59,9 +60,9 @@ _FIELDS = {
     "qkv_bias": "qkv_bias",
     "dropout": "hidden_dropout_prob",
 }
-"""Our fields and theirs that have the same values."""
+"""The names of our fields, mapped to those fields of `config.json` that have the same values."""
 
-# The values that transformers takes for fields that are not in config.json.
+# The values that transformers uses for fields that are missing in config.json.
 _VIT_DEFAULTS = {
     "image_size": 224,
     "patch_size": 16,
@@ -95,14 +96,15 @@ _POOLER = r"pooler\.dense\.(weight|bias)"
 
 
 def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> ViTConfig:
-    """Return our configuration for a `config.json`.
+    """Return our configuration for the content of a `config.json`.
 
-    CLIP has the head of `CLIPForImageClassification` if `architectures` says so, and otherwise the projection of the
-    class token into the space that images and texts share. Dropout is `hidden_dropout_prob` everywhere. The dropout of
-    attention probabilities and stochastic depth are ignored: they do not change what a trained model computes.
+    A model of CLIP has the head of `CLIPForImageClassification` if `architectures` names that class. Otherwise its head
+    is the projection of the class token into the space that images and texts share. `hidden_dropout_prob` becomes the
+    dropout rate of all layers. The dropout rate of attention probabilities and stochastic depth are ignored, since they
+    do not change what a trained model computes.
 
     Raises:
-        UserError: The file describes what `ViT` cannot express, or an override is not a field of ours.
+        UserError: The file describes a model that `ViT` does not have, or an override is not a field of `ViTConfig`.
     """
     known = _known(model_type, fields)
     if known.get("use_swiglu_ffn"):
@@ -127,16 +129,16 @@ def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[
 
 
 def _known(model_type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of the image model in a `config.json`, completed with the defaults."""
+    """Return the fields in a `config.json` that describe the image model, with defaults for those that are missing."""
     given = {name: value for name, value in fields.items() if value is not None}
     if model_type == "clip":
-        # Old files have the values in `vision_config_dict`. If it exists, it takes precedence.
+        # Old files have the fields of the image model in `vision_config_dict`. If it exists, it takes precedence.
         section = "vision_config_dict" if "vision_config_dict" in given else "vision_config"
         _check_type(model_type, section, given.setdefault(section, {}), Mapping)
         own = ("architectures", "projection_dim", "id2label", "num_labels")
         given = {**given[section], **{name: given[name] for name in own if name in given}}
     if model_type.startswith("clip"):
-        # CLIP ignores fields of these names.
+        # The CLIP of transformers ignores fields with these names.
         given = {name: value for name, value in given.items() if name not in ("qkv_bias", "hidden_dropout_prob")}
     known = {**_DEFAULTS[model_type], **given}
     for name, default in _DEFAULTS[model_type].items():
@@ -155,14 +157,14 @@ def _check_type(model_type: str, name: str, value: Any, kind: Any) -> None:
 
 
 def _read_as(model_type: str, known: Mapping[str, Any]) -> str:
-    """Return the class of transformers that a checkpoint is read as. It fixes some fields."""
+    """Return the name in `_CLASSES` of the class of transformers that a checkpoint is read as."""
     if model_type == "clip" and "CLIPForImageClassification" not in known.get("architectures", ()):
         return "CLIPVisionModelWithProjection"
     return next(name for name, (its_type, _) in _CLASSES.items() if its_type == model_type)
 
 
 def _side(model_type: str, name: str, value: Any) -> Any:
-    """Return the side of an image or a patch, which may be given as height and width."""
+    """Return the side length of square images or patches. The value may be a number, or a list of height and width."""
     if not isinstance(value, list | tuple):
         return value
     if not value or any(side != value[0] for side in value):
@@ -171,10 +173,10 @@ def _side(model_type: str, name: str, value: Any) -> Any:
 
 
 def _class_of(config: ViTConfig) -> str:
-    """Return the class of transformers that a model is written as.
+    """Return the name in `_CLASSES` of the class of transformers that a model is written as.
 
     Raises:
-        UserError: transformers has no such model; the message names the nearest class and the fields that differ.
+        UserError: transformers has no such model. The message names the most similar class and the fields that differ.
     """
     different = {
         name: {field: value for field, value in fixed.items() if getattr(config, field) != value}
@@ -192,7 +194,9 @@ def _class_of(config: ViTConfig) -> str:
 
 
 def _write_config(model_type: str, config: ViTConfig) -> dict[str, Any]:
-    """Return the `config.json` for our configuration, with the number of classes but not their names.
+    """Return the content of a `config.json` for our configuration.
+
+    It holds the number of classes, but not their names.
 
     Raises:
         UserError: transformers has no such model, or has it under another `model_type`.
@@ -241,7 +245,8 @@ def _ignoring(*patterns: str) -> Callable[[ViTConfig], tuple[str, ...]]:
 # The normalisation that the published models expect. For DeiT, I-JEPA and DINOv2 it differs from the default of their
 # image processors in transformers.
 _register("vit", "vit.", HALF, names=vit_names, ignore=_ignoring(_POOLER))
-# The two heads of DeiTForImageClassificationWithTeacher read two tokens, ours reads one.
+# DeiTForImageClassificationWithTeacher has one head for the class token and one for the distillation token. Our model
+# has a single head.
 _DEIT_HEADS = r"(cls|distillation)_classifier\.(weight|bias)"
 _register("deit", "deit.", IMAGENET, names=vit_names, ignore=_ignoring(_POOLER, _DEIT_HEADS))
 _MASK_TOKEN = r"embeddings\.mask_token"

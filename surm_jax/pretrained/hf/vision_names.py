@@ -1,7 +1,7 @@
-"""Names of the parts of Vision Transformers in transformers, with our paths.
+"""The names of the modules of Vision Transformers in transformers, each with its path in our `ViT`.
 
-The names are those of checkpoints on the Hub, which every version writes. In memory, transformers 5.24 gives some
-modules other names, which are the aliases here.
+The names are those in checkpoints on the Hub, which every version of transformers writes. For some modules, the
+attribute path in a model that transformers 5.24 has loaded differs from this name. That path is then given as an alias.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,14 @@ _LAYOUTS = {
 
 
 def _blocks(stem: str, names: Mapping[str, str], alias_stem: str, aliases: Mapping[str, str]) -> tuple[Name, ...]:
-    """Return the names of the parts of a block, with aliases for modules that have other names in memory."""
+    """Return the names of the modules and arrays of a block.
+
+    Args:
+        stem: The beginning of their names in checkpoints, with `#` for the number of the block.
+        names: The rest of their names in checkpoints, by their paths within our block.
+        alias_stem: The beginning of their attribute paths in a loaded transformers model.
+        aliases: The rest of those attribute paths that differ from `names`, by the paths within our block.
+    """
     found = []
     for ours, theirs in names.items():
         checkpoint, memory = f"{stem}.{theirs}", f"{alias_stem}.{aliases.get(ours, theirs)}"
@@ -112,12 +119,15 @@ _CLIP_NAMES = (
 
 
 def vit_names(config: ViTConfig) -> tuple[Name, ...]:
-    """Return the names of ViT, DeiT and I-JEPA. A model may lack some of the tokens named."""
+    """Return the names of the modules and arrays of ViT, DeiT and I-JEPA.
+
+    The class token and the distillation token are always listed, although a model may lack them.
+    """
     return (*_VIT_NAMES, *_head_and_positions(config))
 
 
 def dinov2_names(config: ViTConfig) -> tuple[Name, ...]:
-    """Return the names of DINOv2."""
+    """Return the names of the modules and arrays of DINOv2."""
     return (*_DINOV2_NAMES, *_head_and_positions(config))
 
 
@@ -131,7 +141,11 @@ def _head_and_positions(config: ViTConfig) -> tuple[Name, ...]:
 
 
 def clip_names(config: ViTConfig) -> tuple[Name, ...]:
-    """Return the names of the image tower of CLIP, whose head is a classifier or the projection."""
+    """Return the names of the modules and arrays of CLIP's image encoder.
+
+    Its head is a classifier if the model averages its patches, and otherwise the projection into the space that images
+    and texts share.
+    """
 
     def read(table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return resize_position_embed_bicubic(table[None], shape, extra_tokens=config.extra_tokens)
@@ -146,7 +160,11 @@ def clip_names(config: ViTConfig) -> tuple[Name, ...]:
 
 
 def clip_ignore(config: ViTConfig) -> tuple[str, ...]:
-    """Return the patterns of keys that are not read: the text tower, leftovers of old versions, unused heads."""
+    """Return regular expressions for the keys of a CLIP checkpoint that are not read.
+
+    These belong to the text encoder and the loss, to heads and norms that the model does not use, and to arrays that
+    only old versions of transformers stored.
+    """
     ignored = [r"text_model\..*", r"text_projection\.weight", "logit_scale", r"embeddings\.position_ids"]
     if config.pool == "patches":
         ignored.append(r"visual_projection\.weight")
@@ -156,7 +174,10 @@ def clip_ignore(config: ViTConfig) -> tuple[str, ...]:
 
 
 def clip_fillers(config: ViTConfig) -> dict[str, np.ndarray]:
-    """Return the norm after the last block, which `CLIPForImageClassification` stores but does not use."""
+    """Return arrays for the norm after the last block, which `CLIPForImageClassification` stores but does not use.
+
+    The result is empty if the model has this norm itself.
+    """
     if config.final_norm:
         return {}
     ones = np.ones(config.width, np.float32)
@@ -164,5 +185,5 @@ def clip_fillers(config: ViTConfig) -> dict[str, np.ndarray]:
 
 
 def dinov2_fillers(config: ViTConfig) -> dict[str, np.ndarray]:
-    """Return the token of masked patches, which only the pretraining of DINOv2 uses."""
+    """Return an array of zeros for the mask token, which checkpoints of DINOv2 hold but only its pretraining uses."""
     return {"dinov2.embeddings.mask_token": np.zeros((1, config.width), jnp.dtype(config.param_dtype))}
