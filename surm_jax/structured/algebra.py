@@ -1,11 +1,13 @@
-"""Sums, products and multiples of structured matrices, stored as their parts and never as a dense matrix.
+"""Sums, products and multiples of structured matrices, which store their operands and no dense matrix.
 
-`A + B`, `A @ B` and `2.0 * A` build them from any matrices of this package, including other composites. The orientation
-is that of the package: `Product((A, B))` is the matrix `A @ B`, and `x @ (A @ B) = (x @ A) @ B`. The paper (SURM, arXiv
-2406.17740) writes `W x` with the transposes, so there the same product is `W = W_B W_A`.
+The expressions `A + B`, `A @ B` and `2.0 * A` return them. `A` and `B` are any structured matrices, including other
+sums, products and multiples. Inputs are rows, as everywhere in this package: `Product((A, B))` is the matrix `A @ B`,
+and `x @ (A @ B) = (x @ A) @ B`. The paper (SURM, arXiv 2406.17740) writes `W x` with the transposed matrices, so there
+the same product is `W = W_B W_A`.
 
-A composite has the arrays of its parts, under flat names such as `terms_0_c`, so it can be used wherever a family's
-matrix can. Composites are not families: they have no `init` and no `nearest`.
+A sum, product or multiple has the arrays of its operands, under flat names. In the example, `terms_0_factors_1_c` is
+the array `c` of the second factor of the first term. So it can be used wherever a matrix of a family can. It belongs to
+no family: it has no `init` and no `nearest`.
 
 >>> import jax.numpy as jnp
 >>> from surm_jax.structured import Circulant, LowRank
@@ -36,15 +38,15 @@ from surm_jax.structured.base import TIMES, Piece, StructuredMatrix, matrix_pytr
 
 
 class Composite(StructuredMatrix):
-    """A matrix made of other matrices, its parts."""
+    """Base class of matrices that are built from other structured matrices, which are called their parts."""
 
     @abc.abstractmethod
     def _parts(self) -> dict[str, StructuredMatrix]:
-        """Return the parts by name. An array is named after its part: `c` of `terms_0` is `terms_0_c`."""
+        """Return the parts by name. The name of a part begins the names of its arrays: `c` becomes `terms_0_c`."""
 
     @abc.abstractmethod
     def _with_parts(self, parts: Sequence[StructuredMatrix]) -> Self:
-        """Return a composite of the same kind with other parts."""
+        """Return a composite of the same class with other parts, in the order of `_parts`."""
 
     @property
     def small_residuals(self) -> bool:
@@ -52,7 +54,7 @@ class Composite(StructuredMatrix):
         return all(part.small_residuals for part in self._parts().values())
 
     def absorb(self, alpha: float | Float[Array, ""]) -> Self:
-        """Return `alpha * M` with the same structure: the first part absorbs alpha."""
+        """Return `alpha * M` as a matrix of the same pytree structure, by multiplying the first part by alpha."""
         first, *others = self._parts().values()
         return self._with_parts([first.absorb(alpha), *others])
 
@@ -63,15 +65,19 @@ class Composite(StructuredMatrix):
         return f"{name}_{part.linear_in}"
 
     def arrays(self) -> dict[str, Array]:
-        """Return the array leaves of all parts. Each name begins with its part: `terms_0_c` is `terms[0].c`."""
+        """Return the array leaves of all parts. Each name begins with the name of the part, as in `terms_0_c`."""
         return {f"{part}_{name}": leaf for part, m in self._parts().items() for name, leaf in m.arrays().items()}
 
     def compact(self) -> StructuredMatrix:
-        """Return the same composite with each part in its compact form."""
+        """Return an equal composite in which every part is replaced by its compact form."""
         return self._with_parts([part.compact() for part in self._parts().values()])
 
     def _piece(self, name: str) -> list[Piece | str]:
-        """Return the pieces of a picture that show one part. A `Scaled` part shows its factor first."""
+        """Return what a picture shows of one part.
+
+        A `Scaled` part is shown as its factor alpha and the matrix inside it. Any other part is shown as one `Piece`,
+        labelled with the name of its class.
+        """
         part = self._parts()[name]
         if isinstance(part, Scaled):
             return [part._sign(), *_renamed(part._piece("matrix"), name)]
@@ -99,18 +105,22 @@ class Composite(StructuredMatrix):
                 raise UserError(f"{type(self).__name__}: {name} must be a structured matrix, not {part!r}")
 
     def _has_shapes(self) -> bool:
-        """Return whether all parts have their arrays. Without them, matrices of some families have no shape."""
+        """Return whether no array of any part is None.
+
+        Some families compute their shape from their arrays, so it is unknown if an array is None.
+        """
         return all(leaf is not None for part in self._parts().values() for leaf in part.arrays().values())
 
 
 @matrix_pytree
 class Sum(Composite):
-    """The sum of structured matrices of one shape: `x @ (A + B) = x @ A + x @ B`.
+    """The sum of structured matrices of the same shape, with `x @ (A + B) = x @ A + x @ B`.
 
-    It costs as much as its terms together. A term that is itself a sum is replaced by its terms.
+    Its product with `x` costs as much as the products of all terms. A term that is itself a `Sum` is replaced by its
+    terms.
 
     Attributes:
-        terms: One matrix or more.
+        terms: The matrices that are added, at least one.
     """
 
     terms: tuple[StructuredMatrix, ...]
@@ -128,7 +138,7 @@ class Sum(Composite):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(in_features, out_features)` of every term."""
+        """The shape `(in_features, out_features)`, which all terms share."""
         return self.terms[0].shape
 
     @property
@@ -137,11 +147,11 @@ class Sum(Composite):
         return Sum(tuple(term.T for term in self.terms))
 
     def absorb(self, alpha: float | Float[Array, ""]) -> Self:
-        """Return `alpha * M` with the same structure: every term absorbs alpha."""
+        """Return `alpha * M` as a matrix of the same pytree structure, by multiplying every term by alpha."""
         return self._with_parts([term.absorb(alpha) for term in self.terms])
 
     def pieces(self) -> list[Piece | str]:
-        """Return the pieces of the first terms."""
+        """Return what a picture shows: the first two terms, and dots if there are more."""
         return sum_pieces(len(self.terms), lambda i: self._piece(f"terms_{i}"))
 
     def _parts(self) -> dict[str, StructuredMatrix]:
@@ -159,13 +169,14 @@ class Sum(Composite):
 
 @matrix_pytree
 class Product(Composite):
-    """The product of structured matrices, `M = A @ B`: `x @ M = (x @ A) @ B`.
+    """The product of structured matrices, `M = A @ B`, with `x @ M = (x @ A) @ B`.
 
-    It costs as much as its factors together. Intermediate results are not rounded to the precision of `x`. Its rank is
-    at most the smallest rank of a factor. A factor that is itself a product is replaced by its factors.
+    Its product with `x` costs as much as the products with all factors. Intermediate results stay in float32 or float64
+    and are not rounded to the dtype of `x`. The rank of `M` is at most the smallest rank of a factor. A factor that is
+    itself a `Product` is replaced by its factors.
 
     Attributes:
-        factors: One matrix or more; `x` is multiplied with the first one first.
+        factors: The matrices that are multiplied, at least one. `x` is multiplied by the first one first.
     """
 
     factors: tuple[StructuredMatrix, ...]
@@ -184,12 +195,12 @@ class Product(Composite):
 
     @property
     def small_residuals(self) -> bool:
-        """False: the result between two factors is about as large as `x`."""
+        """False, because the backward pass needs the results between the factors, which are about as large as `x`."""
         return False
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(in_features, out_features)`: in_features of the first factor, out_features of the last."""
+        """The shape: in_features of the first factor and out_features of the last factor."""
         return self.factors[0].shape[0], self.factors[-1].shape[1]
 
     @property
@@ -198,7 +209,7 @@ class Product(Composite):
         return Product(tuple(factor.T for factor in reversed(self.factors)))
 
     def pieces(self) -> list[Piece | str]:
-        """Return the pieces of all factors."""
+        """Return what a picture shows: all factors, with multiplication signs between them."""
         return [piece for name in self._parts() for piece in (TIMES, *self._piece(name))][1:]
 
     def _parts(self) -> dict[str, StructuredMatrix]:
@@ -212,7 +223,7 @@ class Product(Composite):
 
     def _dense(self) -> Float[Array, "in out"]:
         first, *others = self.factors
-        # Dense forms have full precision. By default accelerators would multiply in a lower one.
+        # Dense forms are computed in full precision. By default, accelerators multiply in a lower precision.
         with jax.default_matmul_precision("highest"):
             return functools.reduce(lambda rows, factor: factor._apply(rows), others, first._dense())
 
@@ -221,14 +232,15 @@ class Product(Composite):
 class Scaled(Composite):
     """A multiple of a structured matrix, `alpha * M`.
 
-    The type of alpha decides whether it is learned. A number (of Python or NumPy) is a constant and part of the
-    structure, like a size. An array of shape () is one more leaf: it has a gradient and is listed by `arrays()`, like
-    the learnable alpha of the code released with arXiv 2406.17740. A constant multiple of a constant multiple is stored
-    as one multiple.
+    The type of alpha decides whether alpha is trained. A Python or NumPy number is a constant and belongs to the pytree
+    structure, like a size. A JAX array of shape () is one more leaf: it has a gradient, and `arrays()` contains it. The
+    code released with arXiv 2406.17740 has such a trained alpha. A constant multiple of a constant multiple is stored
+    as a single `Scaled`, with the product of both constants. In the last example, only the array counts as a third
+    parameter.
 
     Attributes:
-        matrix: Any structured matrix.
-        alpha: A number or an array of shape ().
+        matrix: The structured matrix that is multiplied by alpha.
+        alpha: The factor, a number or an array of shape ().
 
     >>> import jax.numpy as jnp
     >>> from surm_jax.structured import Circulant
@@ -255,12 +267,15 @@ class Scaled(Composite):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(in_features, out_features)` of the wrapped matrix."""
+        """The shape `(in_features, out_features)` of `matrix`."""
         return self.matrix.shape
 
     @property
     def small_residuals(self) -> bool:
-        """Whether the matrix has small residuals and alpha is constant: a learned alpha needs the product."""
+        """Whether `matrix` has small residuals and alpha is a constant.
+
+        The gradient of a trained alpha needs the whole product of `x` and `matrix`.
+        """
         return self._is_constant() and self.matrix.small_residuals
 
     @property
@@ -269,11 +284,11 @@ class Scaled(Composite):
         return Scaled(self.matrix.T, self.alpha)
 
     def arrays(self) -> dict[str, Array]:
-        """Return the array leaves: those of the matrix, such as `matrix_c`, and `alpha` if it is an array."""
+        """Return the array leaves: those of `matrix`, under names such as `matrix_c`, and `alpha` if it is an array."""
         return super().arrays() | ({} if isinstance(self.alpha, float) else {"alpha": self.alpha})
 
     def pieces(self) -> list[Piece | str]:
-        """Return the factor and the matrix."""
+        """Return what a picture shows: the factor alpha, a multiplication sign, and the matrix."""
         return [self._sign(), *self._piece("matrix")]
 
     def _sign(self) -> str:
@@ -312,7 +327,7 @@ class Scaled(Composite):
 def _flattened(
     kind: type[Sum] | type[Product], name: str, parts: Sequence[StructuredMatrix]
 ) -> tuple[StructuredMatrix, ...]:
-    """Return the parts. A part that is itself of this kind is replaced by its own parts."""
+    """Return the parts as a tuple, in which every part of the class `kind` is replaced by its own parts."""
     try:
         parts = tuple(parts)
     except TypeError:
@@ -321,7 +336,7 @@ def _flattened(
 
 
 def _renamed(pieces: list[Piece | str], prefix: str) -> list[Piece | str]:
-    """Return the pieces of a part as pieces of the composite, where the names of arrays have a prefix."""
+    """Return the pieces of a part with the array names of the composite, which begin with the part's name."""
     return [
         piece
         if isinstance(piece, str)
@@ -331,12 +346,12 @@ def _renamed(pieces: list[Piece | str], prefix: str) -> list[Piece | str]:
 
 
 def _by(shape: tuple[int, int]) -> str:
-    """Return a shape as text, such as "2 x 3"."""
+    """Return a shape as text for messages, such as "2 x 3"."""
     return f"{shape[0]} x {shape[1]}"
 
 
 class _Operators:
-    """The operators `+`, `@` and `*` of matrices."""
+    """Implementation of the protocol `surm_jax.structured.base.Algebra`: the operators `+`, `@` and `*`."""
 
     @staticmethod
     def add(left: StructuredMatrix, right: StructuredMatrix) -> Sum:

@@ -1,12 +1,13 @@
-"""Base class of structured matrices: small frozen pytrees that stand for a dense `M` in `y = x @ M`.
+"""Base class of structured matrices: small frozen pytrees that represent a dense matrix `M` in `y = x @ M`.
 
-Orientation, once for the whole package: `M` has the shape and the orientation of a Flax kernel, `(in_features,
-out_features)`. The paper (SURM, arXiv 2406.17740) writes `W x` with `W` of shape (out, in), so `M` is the transpose of
-its `W`. The docstring of each family says where the transpose went.
+One orientation holds in the whole package: `M` has the shape and the orientation of a Flax kernel, `(in_features,
+out_features)`. The paper (SURM, arXiv 2406.17740) writes `W x` with `W` of shape (out_features, in_features), so `M` is
+the transpose of the paper's `W`. The docstring of each family shows the transposed formula.
 
-This file holds what all matrices share: argument checks, precision, registration as a pytree, and access to the leaves
-by name. Families (`surm_jax.structured.families`) also have a start for training (`init`) and a projection of dense
-matrices (`nearest`). Sums, products and multiples (`surm_jax.structured.algebra`) are matrices but not families.
+This file holds what all structured matrices share: the checks of arguments, the dtype of computations, the registration
+as a pytree, and the access to array leaves by name. The families (`surm_jax.structured.families`) add `init`, which
+returns the matrix with which training starts, and `nearest`, which projects a dense matrix onto the family. Sums,
+products and multiples (`surm_jax.structured.algebra`) are structured matrices too, but have no `init` and no `nearest`.
 """
 
 import abc
@@ -28,19 +29,22 @@ Matrix = TypeVar("Matrix", bound="StructuredMatrix")
 
 
 def static(default: Any = dataclasses.MISSING) -> Any:
-    """Declare a dataclass field of a matrix that is static structure, such as a size, and not an array leaf.
+    """Return a dataclass field for a static attribute of a structured matrix, such as its shape.
+
+    A static field belongs to the pytree structure. It is not an array leaf.
 
     Args:
-        default: The field's default, if it has one.
+        default: The default value of the field. Without it, the constructor requires a value.
     """
     return dataclasses.field(default=default, metadata={"static": True})
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))
 def matrix_pytree(cls: type[Matrix]) -> type[Matrix]:
-    """Make a subclass of `StructuredMatrix` a frozen dataclass and a pytree.
+    """Turn a subclass of `StructuredMatrix` into a frozen dataclass that is registered as a pytree.
 
-    Fields declared with `static()` become structure. All other fields become children, in the order of declaration.
+    Use it as a class decorator. Fields declared with `static()` become part of the pytree structure. All other fields
+    become children of the pytree, in the order in which the class declares them.
     """
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # the line above makes it a dataclass
@@ -54,8 +58,8 @@ def matrix_pytree(cls: type[Matrix]) -> type[Matrix]:
         return [(jax.tree_util.GetAttrKey(name), c) for name, c in matrix._children().items()], matrix._sizes()
 
     def unflatten(structure: tuple[Any, ...], children: Iterable[Any]) -> Matrix:
-        # `register_dataclass` would call the constructor, whose checks would refuse trees that JAX builds of
-        # placeholders or of leaves with a leading axis (vmap, jacobians).
+        # `jax.tree_util.register_dataclass` would call the constructor. Its checks would reject the pytrees that JAX
+        # builds with placeholders as leaves, or with leaves that have an extra leading axis (vmap, Jacobians).
         matrix = object.__new__(cls)
         for field, value in zip(cls._leaf_names + cls._size_names, (*children, *structure), strict=True):
             object.__setattr__(matrix, field, value)
@@ -66,9 +70,10 @@ def matrix_pytree(cls: type[Matrix]) -> type[Matrix]:
 
 
 def compute_dtype(*dtypes: DTypeLike) -> jnp.dtype:
-    """Return the precision in which matrices are computed: float64 if an operand has it, otherwise float32.
+    """Return the dtype in which products and dense forms are computed: float64 if an operand has it, else float32.
 
-    `jnp.fft` refuses bfloat16 and float16, and sums over thousands of features in half precision lose small terms.
+    Half precision is never used, because `jnp.fft` does not accept bfloat16 and float16, and because half-precision
+    sums over thousands of features lose small terms.
 
     >>> compute_dtype(jnp.bfloat16, jnp.float32)
     dtype('float32')
@@ -77,10 +82,10 @@ def compute_dtype(*dtypes: DTypeLike) -> jnp.dtype:
 
 
 def checked_shape(owner: str, shape: Sequence[int]) -> tuple[int, int]:
-    """Return `shape` as `(in_features, out_features)`.
+    """Return a checked `shape` as the tuple `(in_features, out_features)` of Python integers.
 
     Args:
-        owner: Name of the caller, for the start of the message.
+        owner: Name of the calling class or function, with which the error message begins.
         shape: Two positive integers.
 
     Raises:
@@ -96,9 +101,10 @@ def checked_shape(owner: str, shape: Sequence[int]) -> tuple[int, int]:
 
 
 class Algebra(Protocol):
-    """The functions behind the operators `+`, `@` and `*` of matrices.
+    """Protocol of the functions that implement the operators `+`, `@` and `*` of structured matrices.
 
-    `surm_jax.structured.algebra` defines sums, products and multiples. It imports this file, and installs them here.
+    The module `surm_jax.structured.algebra` implements them and assigns the implementation to
+    `StructuredMatrix._algebra`. This file cannot import that module, because that module imports this file.
     """
 
     def add(self, left: "StructuredMatrix", right: "StructuredMatrix") -> "StructuredMatrix":
@@ -115,13 +121,14 @@ class Algebra(Protocol):
 
 
 class Piece(NamedTuple):
-    """A factor or a term of a matrix, which pictures show beside the whole matrix.
+    """One factor or term of a structured matrix, which a picture shows beside the whole matrix.
 
     Attributes:
-        label: Name of the piece in TeX, without dollar signs.
-        arrays: The source of each array of the piece, by name: an array of the whole matrix and an index into it.
-        matrix: The piece as a structured matrix with arrays of these names. None if the piece is a dense matrix, which
-            is the only entry of `arrays`.
+        label: Name of the factor or term in TeX, without dollar signs.
+        arrays: Where the arrays of the piece come from. Each entry maps the name of one array of the piece to a pair:
+            the name of an array of the whole matrix, and an index into that array.
+        matrix: The piece as a structured matrix whose arrays have the names in `arrays`. None if the piece is a dense
+            matrix. In this case `arrays` has a single entry, the dense matrix itself.
     """
 
     label: str
@@ -130,15 +137,17 @@ class Piece(NamedTuple):
 
 
 TIMES = "\\times"
-"""The multiplication sign between two factors of a picture, in TeX."""
+"""TeX of the multiplication sign that a picture shows between two factors."""
 
 
 def sum_pieces(total: int, term: Callable[[int], list[Piece | str]], *, most: int = 2) -> list[Piece | str]:
-    """Return the pieces of the first terms of a sum, with plus signs between them.
+    """Return what a picture shows of a sum: its first terms, with plus signs between them.
+
+    If the sum has more than `most` terms, dots stand for the others.
 
     Args:
-        total: Number of terms of the sum.
-        term: Function from the number of a term to its pieces.
+        total: Number of terms in the sum.
+        term: Function that takes the index of a term and returns the list of its pieces and TeX signs.
         most: Largest number of terms to show.
     """
     pieces = [piece for k in range(min(total, most)) for piece in ("+", *term(k))][1:]
@@ -146,20 +155,22 @@ def sum_pieces(total: int, term: Callable[[int], list[Piece | str]], *, most: in
 
 
 class StructuredMatrix(abc.ABC):
-    """A matrix `M` of shape (in_features, out_features) stored as far fewer numbers, with a fast product `x @ M`.
+    """A matrix `M` of shape (in_features, out_features) with few parameters and a fast product `x @ M`.
 
-    Instances are frozen pytrees: the arrays are leaves and the sizes are structure, so they pass through `jit`, `grad`,
-    `vmap` and optimisers. The constructor checks its arrays. Trees that JAX builds are not checked. To use a stack of
-    matrices, such as the result of `jax.vmap` over `init`, call its methods inside another `jax.vmap`.
+    Instances are frozen pytrees: the arrays are leaves, and the sizes belong to the pytree structure. So they can be
+    arguments and results of functions under `jit`, `grad` and `vmap`, and of optimisers. The constructor checks the
+    arrays. When JAX unflattens a pytree, it does not call the constructor, so the arrays are not checked. A stack of
+    matrices, such as the result of `jax.vmap` over `init`, has a leading axis in every leaf. Call its methods inside
+    another `jax.vmap`.
 
-    Precision: parameters keep their own dtype. Products and dense forms are computed in `compute_dtype`: float32, or
-    float64 if an operand has it.
+    Parameters keep their own dtype. Products and dense forms are computed in the dtype that `compute_dtype` returns:
+    float64 if an operand has it, otherwise float32.
 
-    `A + B`, `A - B`, `A @ B`, `2.0 * A` and `-A` are matrices again, and stay as structured as their parts
-    (`surm_jax.structured.algebra`).
+    `A + B`, `A - B`, `A @ B`, `2.0 * A` and `-A` are structured matrices too. They store their operands and no dense
+    matrix (`surm_jax.structured.algebra`).
     """
 
-    # NumPy then leaves `number * matrix` to `__rmul__`. Otherwise it would make an array of objects.
+    # With this attribute, NumPy leaves `number * matrix` to `__rmul__`. Otherwise it would return an object array.
     __array_ufunc__ = None
 
     _algebra: ClassVar[Algebra]
@@ -170,47 +181,51 @@ class StructuredMatrix(abc.ABC):
         # Some classes have `shape` as a field, others compute it from their arrays.
         @property
         def shape(self) -> tuple[int, int]:
-            """`(in_features, out_features)`."""
+            """The shape `(in_features, out_features)` of `M`."""
 
     @property
     @abc.abstractmethod
     def T(self) -> "StructuredMatrix":
-        """The transpose, of shape (out_features, in_features), of the same class."""
+        """The transpose: a matrix of the same class, of shape (out_features, in_features)."""
 
     @abc.abstractmethod
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """Return `x @ M`. `x` is already checked; `x` and all leaves have the same dtype, float32 or float64."""
+        """Return `x @ M`.
+
+        The caller has checked `x`, and has converted `x` and all leaves to the same dtype, float32 or float64.
+        """
 
     @abc.abstractmethod
     def _dense(self) -> Float[Array, "in out"]:
-        """Return the dense `M`. All leaves have the same dtype, float32 or float64."""
+        """Return the dense `M`. The caller has converted all leaves to the same dtype, float32 or float64."""
 
     @property
     def small_residuals(self) -> bool:
-        """Whether reverse mode stores much less than `x` for the product `x @ M`, not counting `x` itself.
+        """Whether the backward pass of `x @ M` needs no arrays of the size of `x` except `x` itself.
 
-        Such a product is differentiated directly. Any other product is recomputed in the backward pass.
+        If False, the execution `fft` (`surm_jax.structured.products.execution`) does not store the intermediate arrays
+        of the product, but computes them again in the backward pass.
         """
         return False
 
     @property
     def linear_in(self) -> str:
-        """The name of an array in which the matrix is linear: the one that is zero at the start of training."""
+        """The name of an array in which `M` is linear. In a family, it is the array that `init` sets to zero."""
         return next(iter(self.arrays()))
 
     @property
     def num_params(self) -> int:
-        """The number of entries of all leaves."""
+        """The number of parameters, which is the sum of the sizes of all array leaves."""
         return sum(math.prod(leaf.shape) for leaf in self.arrays().values())
 
     def apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """Return `x @ M`, without forming `M`.
+        """Return the product `x @ M`.
 
         Args:
-            x: Any number of leading dimensions, (..., in_features); any real floating-point dtype.
+            x: Array of shape (..., in_features), with any number of leading dimensions and any floating-point dtype.
 
         Returns:
-            (..., out_features) in the dtype of `x`.
+            An array of shape (..., out_features) in the dtype of `x`.
 
         Raises:
             UserError: `x` is not floating point, or its last dimension is not in_features.
@@ -228,35 +243,46 @@ class StructuredMatrix(abc.ABC):
         return self._astype(dtype)._apply(x.astype(dtype)).astype(x.dtype)
 
     def to_dense(self) -> Float[Array, "in out"]:
-        """Return the dense `M`, (in_features, out_features), in at least float32: for merging, inspection and tests."""
+        """Return `M` as a dense array of shape (in_features, out_features), in float32 or float64.
+
+        It serves to merge `M` into a kernel, to inspect `M`, and to test other methods.
+        """
         return self._astype(self._compute_dtype())._dense()
 
     def absorb(self, alpha: float | Float[Array, ""]) -> Self:
-        """Return `alpha * M` with the same structure: alpha is multiplied into the array `linear_in`.
+        """Return `alpha * M` as a matrix of the same pytree structure.
 
-        The operator `alpha * M` instead returns a `Scaled`, which stores alpha separately. Here the structure does not
-        change, so alpha may be a traced array of shape (), and one compiled program serves all of its values.
+        Only the array named `linear_in` is multiplied by alpha. The operator `alpha * M` instead returns a `Scaled`
+        matrix, which stores alpha separately. Here the pytree structure does not change, so alpha may be a traced array
+        of shape (), and one compiled program serves all values of alpha.
         """
         leaf = self.arrays()[self.linear_in]
         return self._replace({self.linear_in: leaf * jnp.asarray(alpha, leaf.dtype)})
 
     def compact(self) -> "StructuredMatrix":
-        """Return an equal matrix with the fewest stored numbers, for deployment: itself if nothing can be saved."""
+        """Return an equal matrix with the fewest parameters, for deployment. By default it is this matrix itself."""
         return self
 
     def pieces(self) -> list[Piece | str]:
-        """Return the factors or terms that a picture shows, with TeX signs between them: an empty list by default."""
+        """Return the factors or terms that `surm_jax.structured.analysis.draw` shows to the left of the whole matrix.
+
+        The list holds a `Piece` for each factor or term, and TeX strings for the signs between them. By default it is
+        empty, and a picture shows only the whole matrix.
+        """
         return []
 
     def arrays(self) -> dict[str, Array]:
-        """Return the array leaves by name, in the order of the constructor."""
+        """Return the array leaves by name, in the order of the constructor's arguments."""
         return self._children()
 
     def with_arrays(self, **arrays: Any) -> Self:
-        """Return a matrix of the same structure with other arrays. Leaves that are not named keep their arrays.
+        """Return a copy of the matrix with other arrays. Leaves that are not named keep their arrays.
 
-        A leaf may be None. If all leaves are None, the matrix is only its structure: it is hashable, and a later
-        `with_arrays` fills it.
+        An array may be None. If all arrays are None, the matrix represents only its structure: two such matrices of the
+        same structure are equal and have the same hash. A later call of `with_arrays` sets the arrays.
+
+        Args:
+            **arrays: New arrays, under the names that `arrays()` returns.
 
         Raises:
             UserError: A name is not one of this matrix's leaves, or an array has the wrong shape.
@@ -271,29 +297,36 @@ class StructuredMatrix(abc.ABC):
         return self._replace(arrays)
 
     def __add__(self, other: "StructuredMatrix") -> "StructuredMatrix":
-        """Return the sum `A + B`, stored as its terms."""
+        """Return `A + B` as a `Sum`, which stores both terms."""
         return self._algebra.add(self, other) if isinstance(other, StructuredMatrix) else NotImplemented
 
     def __sub__(self, other: "StructuredMatrix") -> "StructuredMatrix":
-        """Return the difference `A - B`, stored as its terms."""
+        """Return `A - B` as a `Sum`, which stores the terms `A` and `-B`."""
         return self + -other if isinstance(other, StructuredMatrix) else NotImplemented
 
     def __matmul__(self, other: "StructuredMatrix") -> "StructuredMatrix":
-        """Return the product `A @ B`, stored as its factors."""
+        """Return `A @ B` as a `Product`, which stores both factors."""
         return self._algebra.multiply(self, other) if isinstance(other, StructuredMatrix) else NotImplemented
 
     def __mul__(self, factor: float | Float[Array, ""]) -> "StructuredMatrix":
-        """Return `factor * M`. A number is a constant factor; an array of shape () is one more leaf."""
+        """Return `factor * M` as a `Scaled` matrix.
+
+        A Python or NumPy number becomes a constant in the pytree structure. A JAX array of shape () becomes one more
+        leaf, which can be trained.
+        """
         return NotImplemented if isinstance(factor, StructuredMatrix) else self._algebra.scale(self, factor)
 
     __rmul__ = __mul__
 
     def __neg__(self) -> "StructuredMatrix":
-        """Return `-1.0 * M`."""
+        """Return `-1.0 * M` as a `Scaled` matrix."""
         return self * -1.0
 
     def __eq__(self, other: object) -> bool:
-        """Return whether both have equal class and sizes and the same array objects. Values are not compared."""
+        """Return whether both matrices have the same class, equal sizes and identical array objects.
+
+        The values of the arrays are not compared.
+        """
         if type(self) is not type(other):
             return NotImplemented
         theirs = other.arrays()
@@ -315,14 +348,18 @@ class StructuredMatrix(abc.ABC):
         return tuple(getattr(self, name) for name in self._size_names)
 
     def _structure(self) -> tuple[Any, ...]:
-        """Return the class and the sizes: a hashable value without the arrays."""
+        """Return the class and the sizes as a hashable value, which does not depend on the arrays."""
         return type(self), self._sizes()
 
     def _replace(self, arrays: dict[str, Array]) -> Self:
         return dataclasses.replace(self, **arrays)  # type: ignore[type-var]  # every matrix is a dataclass
 
     def _check_dimensions(self, **sizes: str) -> None:
-        """Raise `UserError` unless each leaf is an array with as many dimensions as its text, such as "(m, r)"."""
+        """Raise `UserError` unless each named leaf is an array with the expected number of dimensions.
+
+        Args:
+            **sizes: The expected shape of each leaf as text, such as "(m, r)" for an array with two dimensions.
+        """
         for name, dimensions in sizes.items():
             leaf = getattr(self, name)
             shape = getattr(leaf, "shape", None)
@@ -332,7 +369,7 @@ class StructuredMatrix(abc.ABC):
                 )
 
     def _check_leaf(self, name: str, expected: tuple[int, ...]) -> None:
-        """Raise `UserError` unless the leaf is a floating-point array of the expected shape, or None."""
+        """Raise `UserError` unless the leaf is None or a floating-point array of the expected shape."""
         leaf = getattr(self, name)
         if leaf is None:
             return
@@ -351,7 +388,7 @@ class StructuredMatrix(abc.ABC):
 
 
 def _describe(leaf: Any) -> str:
-    """Return dtype and shape, such as `float32[768]`. Placeholders in pytrees have neither: return their repr."""
+    """Return a leaf as text: dtype and shape of an array, such as `float32[768]`, or the repr of another object."""
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
     return repr(leaf)

@@ -1,7 +1,8 @@
-"""Refine a structured matrix towards a dense one by gradients, for families whose best approximation has no formula.
+"""Search for the structured matrix nearest to a dense one, for families in which it has no formula.
 
-The approximation study of arXiv 2406.17740 fits `W(G, H)` by gradient descent. The objective has no noise and is a
-polynomial of low degree, so L-BFGS reaches the same error in fewer steps, without a learning rate.
+The approximation study of arXiv 2406.17740 fits its matrices `W(G, H)` (`LowDisplacementRank`) by gradient descent. The
+search here uses L-BFGS. The error has no noise and is a polynomial of low degree in the parameters, so L-BFGS reaches
+the same error in fewer steps, without a learning rate.
 """
 
 import functools
@@ -17,30 +18,33 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from surm_jax.errors import UserError
 from surm_jax.structured.base import StructuredMatrix, compute_dtype
 
-# Steps between two updates of the progress bar: so few that the bar moves, so many that it costs almost nothing.
+# Number of steps between two updates of the progress bar: small enough that the bar moves visibly, and large enough
+# that the updates cost almost nothing.
 _PIECE = 25
 
 Matrix = TypeVar("Matrix", bound=StructuredMatrix)
-"""Any structured matrix; the refined matrix has the same class."""
+"""The class of the start of a search, which is also the class of its result."""
 
 
 def refine(start: Matrix, target: Float[ArrayLike, "in out"], *, steps: int = 200, progress: bool = False) -> Matrix:
-    """Search from `start`, by L-BFGS, for parameters whose dense form is near `target`.
+    """Return a structured matrix near `target`, found by an L-BFGS search that starts at `start`.
 
-    Minimise `||target - M||_F^2 / ||target||_F^2` over all leaves with `optax.lbfgs` and its line search, and return
-    the nearest matrix of the search. It is never further from the target than `start`, and in general a local minimum.
-    The search stops early when the error no longer falls.
+    The search minimises `||target - M||_F^2 / ||target||_F^2` over all array leaves with `optax.lbfgs` and its line
+    search. The result is the nearest matrix that the search has visited. It is never further from the target than
+    `start`, and in general it is a local minimum. The search ends early when its error is only rounding noise. A direct
+    call also ends when 25 steps have not reduced the error.
 
-    Under `jax.jit` and `jax.vmap` the search is one compiled loop. A direct call compiles a loop of at most 25 steps
-    once for each structure and shape, and repeats it. A leaf of zeros learns only if its gradient is not zero, so at
-    least one factor of a product must start away from zero.
+    Under `jax.jit` and `jax.vmap` the search is one compiled loop. A direct call compiles a loop of at most 25 steps,
+    once for each structure and shape, and calls it repeatedly. A leaf that is zero changes only if its gradient is not
+    zero. The gradient of a factor of a product is zero if another factor is zero, so at most one factor of `start`
+    should be zero.
 
     Args:
-        start: Any structured matrix.
-        target: (in_features, out_features) of `start`. It may be all zeros.
+        start: The structured matrix from which the search starts.
+        target: The dense matrix to approximate, of the shape of `start`. It may be all zeros.
         steps: Largest number of steps. Each step evaluates the dense form and its gradient once or a few times.
-        progress: Whether to show a bar with the relative error `||target - M||_F / ||target||_F` of the best point so
-            far. Inside a transformation of JAX no bar is shown.
+        progress: Whether to show a progress bar with the relative error `||target - M||_F / ||target||_F` of the best
+            matrix so far. Inside a transformation of JAX no bar is shown.
 
     Returns:
         A matrix with the structure of `start`. Its leaves are float64 if the target or a leaf of `start` is float64,
@@ -48,8 +52,8 @@ def refine(start: Matrix, target: Float[ArrayLike, "in out"], *, steps: int = 20
 
     Raises:
         UserError: The target has another shape or is not floating point, `steps` is not an integer of at least 0, or a
-            number in the target or in `start` is not finite. Inside a transformation of JAX, numbers are not known: if
-            some are not finite, `start` is returned.
+            number in the target or in `start` is not finite. Inside a transformation of JAX the values are traced and
+            cannot be checked. If some are not finite there, the result is `start`.
     """
     target = jnp.asarray(target)
     if target.shape != tuple(start.shape) or not jnp.issubdtype(target.dtype, jnp.floating):
@@ -84,10 +88,17 @@ def refine(start: Matrix, target: Float[ArrayLike, "in out"], *, steps: int = 20
 
 
 class _Search(NamedTuple):
-    """State of a search: its point, the optimiser's memory, and the best point so far with its squared error.
+    """State of a search, which every step of the compiled loop updates.
 
-    Points are leaves divided by `unit`, the size of the largest number in `start`, because the optimiser's first steps
-    are of order 1.
+    The optimiser works on scaled leaves, which are the array leaves of the matrix divided by `unit`. So they are about
+    as large as the first steps of the optimiser, which are of order 1.
+
+    Attributes:
+        point: The current scaled leaves.
+        memory: The state of the optax optimiser.
+        best: The scaled leaves with the smallest error so far.
+        error: The squared relative error of `best`.
+        unit: The smallest power of two above the largest absolute value in `start`.
     """
 
     point: list[Array]
@@ -103,11 +114,11 @@ _OPTIMIZER = optax.lbfgs()
 @functools.partial(jax.jit, static_argnames="structure")
 def _begin(leaves: list[Array], target: Float[Array, "in out"], *, structure: jax.tree_util.PyTreeDef) -> _Search:
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves]))
-    # The unit is a power of two, so that leaves that do not move are returned bit for bit.
+    # Division by a power of two is exact, so leaves that the search does not change are returned bit for bit.
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), jnp.ldexp(jnp.ones_like(largest), jnp.frexp(largest)[1]), 1)
     point = [leaf / unit for leaf in leaves]
-    # optax creates some numbers in the default type, which under x64 is wider than single-precision leaves, and some
-    # weakly typed, with which the second call of `_advance` would compile again.
+    # optax creates some arrays in the default dtype, which under x64 is wider than float32 leaves. Others have weak
+    # types, for which the second call of `_advance` would be compiled again.
     memory = jax.tree.map(
         lambda x: x.astype(target.dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype), _OPTIMIZER.init(point)
     )
@@ -135,7 +146,8 @@ def _advance(
             )
         memory = jax.tree.map(lambda new, old: new.astype(old.dtype), memory, search.memory)
         point = optax.apply_updates(search.point, move)
-        # The line search has evaluated the new point. Comparisons with NaN are false, so such a point is never best.
+        # The state of the optimiser holds the error of the new point, which the line search has evaluated. A comparison
+        # with NaN is false, so a point whose error is NaN never becomes the best.
         error = optax.tree.get(memory, "value")
         better = error < search.error
         best = [jnp.where(better, new, old) for new, old in zip(point, search.best, strict=True)]
@@ -151,8 +163,12 @@ def _best(search: _Search, structure: jax.tree_util.PyTreeDef) -> Any:
 def _objective(
     target: Float[Array, "in out"], unit: Float[Array, ""], structure: jax.tree_util.PyTreeDef
 ) -> Callable[[list[Array]], Float[Array, ""]]:
-    """Return the squared relative error as a function of the leaves divided by their unit."""
-    # The plain sum of squares would underflow for small targets.
+    """Return the function that a search minimises: the squared relative error of a list of scaled leaves.
+
+    As in `_Search`, the scaled leaves are the array leaves of the matrix divided by `unit`.
+    """
+    # `size` becomes the Frobenius norm of the target, or 1 for a zero target. The entries are divided by the largest
+    # one before they are squared, because the squares of small entries would underflow.
     size = jnp.max(jnp.abs(target))
     size = jnp.where(size > 0, size * jnp.linalg.norm(target / jnp.where(size > 0, size, 1)), 1)
 

@@ -1,7 +1,8 @@
-"""A matrix placed as a block in a larger matrix of zeros, to update some columns of a packed kernel.
+"""A structured matrix as one block of a larger matrix of zeros, to update one part of a packed kernel.
 
-It is a composite, like those in `surm_jax.structured.algebra`: it has the arrays of its block, under names such as
-`matrix_c`. A sum of several `Placed` matrices updates several blocks of one kernel.
+A packed kernel holds several kernels side by side, such as those of query, key and value. A `Sum` of several `Placed`
+matrices updates several parts of it. Like the classes in `surm_jax.structured.algebra`, a `Placed` matrix has the
+arrays of the matrix inside it, under names such as `matrix_c`.
 """
 
 from collections.abc import Sequence
@@ -17,14 +18,15 @@ from surm_jax.structured.base import StructuredMatrix, checked_shape, matrix_pyt
 
 @matrix_pytree
 class Placed(Composite):
-    """A matrix `M` inside a larger matrix `P` of zeros: `x @ P` is `x[..., row : row + m] @ M`, padded with zeros.
+    """A matrix `P` that is zero except for one block, the structured matrix `M`.
 
-    It costs as much as `M`, plus a copy for the padding.
+    If `M` has m rows, `x @ P` is `x[..., row : row + m] @ M`, padded with zeros to the output features of `P`. This
+    costs as much as the product with `M`, plus one copy for the padding.
 
     Attributes:
-        matrix: Any structured matrix `M`, with m rows.
-        shape: `(in_features, out_features)` of the larger matrix.
-        offset: (row, column) of the block's first entry.
+        matrix: The structured matrix `M`.
+        shape: `(in_features, out_features)` of `P`.
+        offset: `(row, column)` of the first entry of `M` in `P`.
 
     >>> from surm_jax.structured import Circulant
     >>> Placed(Circulant(jnp.array([1.0, 2.0]), shape=(2, 2)), shape=(2, 3), offset=(0, 1)).to_dense()
@@ -49,7 +51,7 @@ class Placed(Composite):
 
     @property
     def T(self) -> "Placed":
-        """The transpose: the transposed block, at the mirrored place."""
+        """The transpose: `M` is transposed, and the row and the column of its offset are exchanged."""
         return Placed(self.matrix.T, self.shape[::-1], self.offset[::-1])
 
     def _parts(self) -> dict[str, StructuredMatrix]:

@@ -1,10 +1,11 @@
-"""Base class of the families of matrices, and the registry of all families.
+"""Base class of the families of structured matrices, and the registry of all families.
 
-To add a family, write one file with a subclass of `Family` under the decorator `family`. The file may be anywhere:
-importing it registers the class under its name. The class names its array leaves as the paper does. It implements `T`,
-`_apply` and `_dense`, as every matrix does, and `init` and `nearest`, as every family does. If `init` and `nearest`
-take options, such as a rank, the class also says which ones and how large they may be (`option_names`,
-`options_within`, `typical_options`). All other code learns about a family from these members.
+A family is a class of matrices with one formula, such as all circulant matrices. To add one, write a file with a
+subclass of `Family` and decorate the class with `family`. The file may be anywhere, because importing it registers the
+class under its name. Name the array leaves as in the paper that proposes the family. The class implements `T`, `_apply`
+and `_dense`, as every structured matrix does, and `init` and `nearest`, as every family does. If `init` and `nearest`
+take options, such as a rank, the class also lists their names (`option_names`) and chooses their values for a budget of
+parameters (`options_within`) and for benchmarks (`typical_options`). All other code uses only these members.
 """
 
 import abc
@@ -25,11 +26,14 @@ F = TypeVar("F", bound="Family")
 
 
 class Family(StructuredMatrix):
-    """Base class of the families: matrices with a start for training and a projection of dense matrices.
+    """Base class of all families: structured matrices with the class methods `init` and `nearest`.
+
+    `init` returns the matrix with which training starts, and `nearest` projects a dense matrix onto the family.
 
     Attributes:
-        option_names: The options of `init` and `nearest`. A matrix has attributes of these names.
-        searches: Whether `nearest` is a search. If so, it takes `steps` and `progress`, like `refine`.
+        option_names: The names of the options of `init` and `nearest`. A matrix has attributes of the same names.
+        searches: Whether `nearest` is an iterative search. If so, it also takes the arguments `steps` and `progress` of
+            `surm_jax.structured.refine`.
     """
 
     option_names: ClassVar[tuple[str, ...]] = ()
@@ -39,14 +43,15 @@ class Family(StructuredMatrix):
     @classmethod
     @abc.abstractmethod
     def init(cls, *args: Any, **options: Any) -> Self:
-        """Return a zero matrix that can learn: if it has several factors, one is zero and the others are random.
+        """Return the matrix with which training starts. It equals zero but has a non-zero gradient.
 
-        The arguments are `init(key, shape, *, scale, dtype=float32, **options)`:
+        If the family has several factors, one factor is zero and the others are random. The arguments are `init(key,
+        shape, *, scale, dtype=float32, **options)`:
 
-        - key: Source of the random factors.
+        - key: Random key for the random factors.
         - shape: `(in_features, out_features)`.
         - scale: Standard deviation of the random factors. The speed of the first steps is proportional to its square.
-        - dtype: Type of the parameters.
+        - dtype: Dtype of the parameters.
         - options: Options of the family, such as a rank.
 
         Raises:
@@ -58,9 +63,10 @@ class Family(StructuredMatrix):
     def nearest(cls, *args: Any, **options: Any) -> Self:
         """Return the member of the family nearest to a dense matrix in the Frobenius norm.
 
-        The arguments are `nearest(dense, **options)`, and `steps` and `progress` if the family `searches`:
+        The arguments are `nearest(dense, **options)`. A family with `searches = True` also takes `steps` and
+        `progress`, and returns the nearest matrix that its search finds.
 
-        - dense: The target, (in_features, out_features). The result is in at least float32.
+        - dense: The matrix to approximate, (in_features, out_features). The result is in float32 or float64.
         - options: As in `init`.
 
         Raises:
@@ -69,27 +75,28 @@ class Family(StructuredMatrix):
 
     @property
     def title(self) -> str:
-        """The family's name in tables and pictures, in plain words."""
+        """The name of the family in plain words, for tables and pictures."""
         return self._title or re.sub("(?<=[a-z])(?=[A-Z])", " ", type(self).__name__).lower()
 
     def options(self) -> dict[str, Any]:
-        """Return the options with which `init` and `nearest` return a matrix of the same sizes."""
+        """Return the options of this matrix. With them, `init` and `nearest` return matrices of the same sizes."""
         return {name: getattr(self, name) for name in self.option_names}
 
     @classmethod
     def options_from(cls, shape: tuple[int, int], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options for a matrix of this shape, chosen from settings that all families share.
+        """Return the options of this family for a matrix of the given shape, taken from settings for all families.
 
         Args:
             shape: `(in_features, out_features)`.
-            settings: Values by name, such as `rank`. Names that the family does not know are ignored.
+            settings: Values of options by name, such as `rank`. Names of options that this family does not have are
+                ignored.
         """
         del shape
         return {name: settings[name] for name in cls.option_names if name in settings}
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return the options of the largest member with at most `budget` parameters, or None if there is none.
+        """Return the options of the matrix with the most parameters within a budget, or None if none is within it.
 
         Args:
             shape: `(in_features, out_features)`.
@@ -99,13 +106,16 @@ class Family(StructuredMatrix):
 
     @classmethod
     def typical_options(cls, shape: tuple[int, int]) -> tuple[dict[str, Any], ...]:
-        """Return the options that benchmarks time for a matrix of this shape, the most common choice first."""
+        """Return several sets of options for a matrix of this shape, with which the benchmarks measure its speed.
+
+        The first set is the most common choice.
+        """
         del shape
         return ({},)
 
     @classmethod
     def count(cls, shape: tuple[int, int], **options: Any) -> int:
-        """Return the number of parameters of a matrix with this shape and these options, without allocating it.
+        """Return the number of parameters of a matrix with this shape and these options, without allocating arrays.
 
         Raises:
             UserError: The shape or an option is not possible.
@@ -116,12 +126,12 @@ class Family(StructuredMatrix):
     def random(
         cls, shape: tuple[int, int], *, scale: float = 1.0, dtype: DTypeLike = jnp.float32, **options: Any
     ) -> Self:
-        """Return a member with random parameters, `scale * N(0, 1)`. Every call returns the same numbers.
+        """Return a matrix with random parameters, `scale * N(0, 1)`. Every call draws the same random numbers.
 
         Args:
             shape: `(in_features, out_features)`.
             scale: Standard deviation of the parameters.
-            dtype: Type of the parameters.
+            dtype: Dtype of the parameters.
             **options: Options of `init`.
         """
         draw = np.random.default_rng(0).normal
@@ -132,7 +142,7 @@ class Family(StructuredMatrix):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small random member for pictures, tables and tests. Every call returns the same one."""
+        """Return a small matrix with random parameters for pictures, tables and tests, the same in every call."""
         return cls.random((8, 8), **cls.typical_options((8, 8))[0])
 
     @classmethod
@@ -145,20 +155,22 @@ class Family(StructuredMatrix):
 
 
 FAMILIES: dict[str, type[Family]] = {}
-"""Every family by its class name."""
+"""All families by class name. The decorator `family` adds them."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))
 def family(cls: type[F]) -> type[F]:
-    """Make a subclass of `Family` a frozen dataclass and a pytree, and register it under its class name.
+    """Turn a subclass of `Family` into a frozen dataclass and a pytree, and register it under its class name.
 
-    Fields declared with `static()` become structure. All other fields become array leaves, in the order of declaration.
+    Use it as a class decorator. Fields declared with `static()` become part of the pytree structure. All other fields
+    become array leaves, in the order in which the class declares them.
 
     Args:
-        cls: The class. It becomes `FAMILIES[cls.__name__]`; configurations and messages use this name.
+        cls: The class. It becomes `FAMILIES[cls.__name__]`. Configurations and messages use this name.
 
     Raises:
-        UserError: The name is taken by another class, or the class is not a family or lacks one of its methods.
+        UserError: Another family has this name, or the class is not a subclass of `Family` or lacks a method that every
+            family must define.
     """
     if not issubclass(cls, Family):
         raise UserError(f"{cls.__name__} must be a subclass of surm_jax.structured.Family")
@@ -173,7 +185,10 @@ def family(cls: type[F]) -> type[F]:
 
 
 class LinearInVector(Family):
-    """Base class of the families that are linear in one vector. A subclass declares the vector, then `shape`."""
+    """Base class of the families whose matrices are linear in one vector, their only array.
+
+    A subclass declares two fields: first the vector, then the static field `shape`.
+    """
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", checked_shape(type(self).__name__, self.shape))
@@ -181,18 +196,20 @@ class LinearInVector(Family):
 
     @staticmethod
     def _length(shape: tuple[int, int]) -> int:
-        """Return how many numbers a matrix of this shape needs: N = max(in, out)."""
+        """Return the length of the vector for a matrix of this shape, by default N = max(in, out)."""
         return max(shape)
 
     @classmethod
     def init(cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32) -> Self:
-        """Return the zero matrix. It is linear in its vector, which can learn from zero: nothing is random.
+        """Return the zero matrix, with which training starts.
+
+        Nothing is random, because the matrix is linear in its vector: at zero, the gradient of the vector is not zero.
 
         Args:
             key: Not used.
             shape: `(in_features, out_features)`.
             scale: Not used.
-            dtype: Type of the vector.
+            dtype: Dtype of the vector.
 
         Raises:
             UserError: The shape is not two positive integers.
@@ -204,15 +221,18 @@ class LinearInVector(Family):
 def scaled_normal(
     key: PRNGKeyArray, shape: Sequence[int], scale: float | Float[ArrayLike, ""], dtype: DTypeLike
 ) -> Array:
-    """Return `scale * N(0, 1)` in `dtype`. A scale that is a NumPy number does not widen half precision."""
+    """Return an array of random numbers `scale * N(0, 1)` in `dtype`.
+
+    The scale is converted to `dtype` first, because a NumPy number would promote half precision to a wider dtype.
+    """
     return jnp.asarray(scale, dtype) * jax.random.normal(key, tuple(shape), dtype)
 
 
 def checked_dense(owner: str, dense: ArrayLike) -> Float[Array, "in out"]:
-    """Return the target of a projection as a floating-point matrix of at least float32.
+    """Return the checked argument of `nearest`, a dense matrix, as an array in float32 or float64.
 
     Args:
-        owner: Name of the caller, for the start of the message.
+        owner: Name of the calling class, with which the error message begins.
         dense: The matrix to approximate, (in_features, out_features).
 
     Raises:
@@ -228,5 +248,10 @@ def checked_dense(owner: str, dense: ArrayLike) -> Float[Array, "in out"]:
 
 
 def largest_size(available: int, most: int) -> int | None:
-    """Return `min(available, most)`, or None if `available` is below 1. `options_within` uses it to choose a size."""
+    """Return the largest possible size, such as a rank, for `options_within`, or None if no size is possible.
+
+    Args:
+        available: The largest size that the budget allows. If it is less than 1, no size is possible.
+        most: The largest size that the shape allows.
+    """
     return min(available, most) if available >= 1 else None

@@ -1,9 +1,10 @@
-"""Grids of circulant blocks: from one circulant (a single block) to any dense matrix (blocks of size 1).
+"""Block-circulant matrices: a single block is a circulant matrix, and blocks of size 1 give any dense matrix.
 
-In the paper's notation (arXiv 2406.17740, `W x`) block (q, p) of `W` is `Z_1(c[p, q])`, which maps input block p
-to output block q. Here `y = x @ M` with `M = W^T`, whose block (p, q) has `c[p, q]` as its first ROW.
+The paper (arXiv 2406.17740) writes `W x`. In its notation, block (q, p) of `W` is the circulant matrix `Z_1(c[p, q])`,
+which maps block p of the input to block q of the output. Here `y = x @ M` with `M = W^T`, and `c[p, q]` is the first
+ROW of block (p, q) of `M`.
 
-Rectangular shapes: the block size must divide both sizes; nothing is padded.
+A matrix may be rectangular, but the size of the blocks must divide both of its sizes. Nothing is padded.
 """
 
 import math
@@ -22,18 +23,20 @@ from surm_jax.structured.families.circulant import Circulant
 
 @family
 class BlockCirculant(Family):
-    """Grid of circulant b x b blocks, `M[p b + i, q b + j] = c[p, q, (j - i) mod b]`; the transpose of the paper's `W`.
+    """Matrix of circulant b x b blocks, `M[p b + i, q b + j] = c[p, q, (j - i) mod b]`.
 
-    It has in * out / b numbers. A row of x costs in / b real FFTs of length b, out / b inverse ones, and a complex
-    matrix product over the blocks for each of the b / 2 + 1 frequencies. With one block this is `Circulant`.
+    It has in * out / b parameters. The product with one row of x takes in / b real FFTs of length b, out / b inverse
+    FFTs, and for each of the b / 2 + 1 frequencies a product of a complex vector and a complex matrix of shape (in / b,
+    out / b). With a single block this is `Circulant`. `M` is the transpose of the `W` of arXiv 2406.17740.
 
-    It is the update of C3A (arXiv 2407.19342). The layer in Hugging Face's peft has a weight `w` of shape (out / b, in
-    / b, b) and adds `y[q b + i] = sum_{p, a} x[p b + a] w[q, p, (a - i) mod b] / in`. Both matrices are equal if
+    The fine-tuning method C3A (arXiv 2407.19342) adds such a matrix to a kernel. The C3A layer in Hugging Face's peft
+    has a weight `w` of shape (out / b, in / b, b) and adds `y[q b + i] = sum_{p, a} x[p b + a] w[q, p, (a - i) mod b] /
+    in`. This is `x @ M` if
 
         c[p, q, k] = w[q, p, -k mod b] / in,        w[q, p, k] = in * c[p, q, -k mod b].
 
     Attributes:
-        c: (in / b, out / b, b): the first row of every block.
+        c: (in / b, out / b, b), the first rows of all blocks.
 
     >>> BlockCirculant(jnp.array([[[1.0, 2.0], [3.0, 4.0]]])).to_dense()
     Array([[1., 2., 3., 4.],
@@ -53,13 +56,13 @@ class BlockCirculant(Family):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(in_features, out_features)`."""
+        """The shape `(in_features, out_features)` of `M`."""
         in_blocks, out_blocks, b = self.c.shape[-3:]
         return in_blocks * b, out_blocks * b
 
     @property
     def block(self) -> int:
-        """The size b of the blocks."""
+        """The size b of the b x b blocks."""
         return self.c.shape[-1]
 
     @classmethod
@@ -72,15 +75,17 @@ class BlockCirculant(Family):
         block: int | None = None,
         dtype: DTypeLike = jnp.float32,
     ) -> Self:
-        """Return the zero matrix. `M` is linear in `c`, which can learn from zero: nothing is random.
+        """Return the zero matrix, with which training starts.
+
+        Nothing is random, because `M` is linear in `c`: at `c = 0`, the gradient of `c` is not zero.
 
         Args:
             key: Not used.
             shape: `(in_features, out_features)`.
             scale: Not used.
-            block: The size of the blocks, a divisor of both sizes of the matrix. The default is the largest common
-                divisor, which needs the fewest numbers.
-            dtype: Type of `c`.
+            block: The size of the blocks, a divisor of both sizes of the matrix. The default is their greatest common
+                divisor, which gives the fewest parameters.
+            dtype: Dtype of `c`.
 
         Raises:
             UserError: The shape is not two positive integers, or the block does not divide both.
@@ -91,11 +96,13 @@ class BlockCirculant(Family):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"], *, block: int | None = None) -> Self:
-        """Return the block-circulant matrix nearest to `dense`: each block is projected by `Circulant.nearest`.
+        """Return the block-circulant matrix nearest to `dense` in the Frobenius norm.
+
+        Each block of `dense` is replaced by its nearest circulant matrix (`Circulant.nearest`).
 
         Args:
-            dense: (in_features, out_features).
-            block: As in `init`.
+            dense: The matrix to approximate, (in_features, out_features).
+            block: The size of the blocks, as in `init`.
 
         Raises:
             UserError: `dense` is not a floating-point matrix, or the block does not divide both of its sizes.
@@ -108,8 +115,8 @@ class BlockCirculant(Family):
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return the smallest block that stays within the budget."""
-        # Smaller blocks hold more numbers.
+        """Return the smallest size of the blocks with which the matrix stays within the budget of parameters."""
+        # Smaller blocks need more parameters.
         m, n = shape
         common = math.gcd(m, n)
         fitting = (b for b in range(1, common + 1) if common % b == 0 and m * n // b <= budget)
@@ -117,25 +124,26 @@ class BlockCirculant(Family):
 
     @classmethod
     def typical_options(cls, shape: tuple[int, int]) -> tuple[dict[str, Any], ...]:
-        """Return the options that benchmarks time."""
+        """Return the options with which the benchmarks measure the speed of this family: blocks of size 128."""
         del shape
         return ({"block": 128},)
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small random member, the same one in every call."""
+        """Return a small matrix with random parameters, the same in every call."""
         return cls.random((6, 9), block=3)
 
     @property
     def T(self) -> "BlockCirculant":
-        """The transpose: the grid is transposed and every block is read backwards, `c[q, p, -k mod b]`."""
+        """The transpose: blocks (p, q) and (q, p) are exchanged, and each block is transposed, `c[q, p, -k mod b]`."""
         return BlockCirculant(c=jnp.roll(jnp.flip(self.c, -1), 1, axis=-1).swapaxes(-3, -2))
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         return _convolve_blocks(x, self.c)
 
     def _dense(self) -> Float[Array, "in out"]:
-        # Row i of a block is a slice of its c repeated twice. Slices are far faster in reverse mode than indexing.
+        # Row i of a block is a slice of two copies of its c, one after the other. In reverse mode, slices are far
+        # faster than indexing.
         b, twice = self.block, jnp.concatenate([self.c, self.c], axis=-1)
         rows = jax.vmap(lambda i: jax.lax.dynamic_slice_in_dim(twice, b - i, b, axis=-1), out_axes=1)(jnp.arange(b))
         return rows.reshape(self.shape)
@@ -148,7 +156,7 @@ def _convolve_blocks(
     in_blocks, out_blocks, b = c.shape
     batch = x.shape[:-1]
     spectra = jnp.fft.rfft(x.reshape(*batch, in_blocks, b))
-    # Accelerators multiply in a lower precision by default, which would spoil both transforms in float32.
+    # By default, accelerators multiply in a lower precision, which would spoil the accuracy of the float32 FFTs.
     products = jnp.einsum("...pf,pqf->...qf", spectra, jnp.fft.rfft(c), precision=jax.lax.Precision.HIGHEST)
     return jnp.fft.irfft(products, n=b).reshape(*batch, out_blocks * b)
 

@@ -1,11 +1,11 @@
-"""Circulant matrices, and the Hadamard product of two of them: the update with the best results in the paper.
+"""Circulant matrices, and the Hadamard product of two of them, which has the best results in arXiv 2406.17740.
 
 The paper (arXiv 2406.17740) writes `W x` with `W = Z_1(c)`, `W[i, j] = c[(i - j) mod N]`. Here `y = x @ M` with
 `M = W^T`, so `M[i, j] = c[(j - i) mod N]`: the first ROW of `M` is `c`, and `y` is the circular convolution of `x` and
 `c`.
 
-Rectangular shapes: an m x n matrix is the top-left m x n block of the circulant of size `N = max(m, n)` and holds N
-numbers. Inputs are padded with zeros and outputs truncated.
+A rectangular m x n matrix is the top-left m x n block of a square circulant matrix of size `N = max(m, n)`, and has N
+parameters. Inputs are padded with zeros, and outputs are truncated.
 """
 
 from typing import Self
@@ -23,8 +23,9 @@ from surm_jax.structured.products.fourier import circular_convolve
 class Circulant(LinearInVector):
     """Circulant matrix `M[i, j] = c[(j - i) mod N]`, N = max(in, out): the transpose of `Z_1(c)` of arXiv 2406.17740.
 
-    `x @ M = irfft(rfft(x) * rfft(c))`: N numbers and O(N log N) operations per row; a dense matrix takes N^2 of both.
-    Products, sums and Hadamard products of circulants are circulant.
+    `x @ M = irfft(rfft(x) * rfft(c))`. So it has N parameters and takes O(N log N) operations per row of x, while a
+    dense square matrix has N^2 parameters and takes N^2 multiplications per row. Products, sums and Hadamard products
+    of square circulant matrices are circulant.
 
     Attributes:
         c: (N,), the first row of `M`, which is the first column of the paper's `W`.
@@ -41,11 +42,11 @@ class Circulant(LinearInVector):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:
-        """Return the circulant nearest to `dense` in the Frobenius norm.
+        """Return the circulant matrix nearest to `dense` in the Frobenius norm.
 
-        `c[k]` is the mean of the entries with j - i = k mod N. These wrapped diagonals are disjoint, so their indicator
-        matrices are an orthogonal basis and the projection is a mean. In an m x n block each of the N diagonals has
-        min(m, n) entries. O(m n).
+        `c[k]` is the mean of the entries (i, j) of `dense` with j - i = k mod N. These entries form a wrapped diagonal,
+        with min(m, n) entries in an m x n matrix. The N wrapped diagonals are disjoint, so their indicator matrices are
+        orthogonal, and the projection onto them is a mean. It takes O(m n) operations.
 
         Raises:
             UserError: `dense` is not a floating-point matrix.
@@ -54,13 +55,13 @@ class Circulant(LinearInVector):
         m, n = dense.shape
         if m > n:
             return cls(c=_reverse(cls.nearest(dense.T).c), shape=(m, n))
-        # Rolling row i to the left by i places turns every wrapped diagonal into a column.
+        # If row i is rolled to the left by i places, every wrapped diagonal becomes a column.
         rows = jnp.arange(m)[:, None]
         return cls(c=dense[rows, (rows + jnp.arange(n)[None, :]) % n].mean(axis=0), shape=(m, n))
 
     @property
     def T(self) -> "Circulant":
-        """The transpose: the circulant of `c` read backwards, `c[-k mod N]`."""
+        """The transpose: the circulant matrix of the reversed vector `c[-k mod N]`."""
         return Circulant(c=_reverse(self.c), shape=self.shape[::-1])
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -72,15 +73,16 @@ class Circulant(LinearInVector):
 
 @family
 class CirculantPair(Family):
-    """Hadamard product of two circulants, `C(r1) o C(r2) = C(r1 * r2)`, of arXiv 2406.17740.
+    """Hadamard product of two circulant matrices of arXiv 2406.17740, `C(r1) o C(r2) = C(r1 * r2)`.
 
-    Training uses 2N numbers, and `compact` stores N. The matrices and their cost are those of `Circulant`, but training
-    takes another path: `M` starts at zero although one of its two factors is random.
+    The product is itself a circulant matrix, so it represents the same matrices as `Circulant` at the same cost. It has
+    2N parameters in training, while `compact` returns an equal `Circulant` with N. Gradient descent on two factors
+    takes another path than on one vector: r1 is zero when training starts, and r2 is random.
 
     Attributes:
-        r1: (N,), N = max(in, out); zero at the start.
-        r2: (N,); random at the start.
-        shape: `(in_features, out_features)`; rectangular shapes as in `Circulant`.
+        r1: (N,), N = max(in, out), the first row of the first circulant matrix; zero when training starts.
+        r2: (N,), the first row of the second circulant matrix; random when training starts.
+        shape: `(in_features, out_features)`. Rectangular matrices are blocks of square ones, as in `Circulant`.
 
     >>> CirculantPair(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]), shape=(2, 2)).to_dense()
     Array([[3., 8.],
@@ -98,13 +100,15 @@ class CirculantPair(Family):
 
     @classmethod
     def init(cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32) -> Self:
-        """Return the zero matrix: `r1 = 0` and `r2 = scale * N(0, 1)`. If both were zero, neither would ever learn.
+        """Return the matrix with which training starts: it is zero, with `r1 = 0` and `r2 = scale * N(0, 1)`.
+
+        If both vectors were zero, both gradients would be zero too, and training could not change them.
 
         Args:
-            key: Draws `r2`.
+            key: Random key for `r2`.
             shape: `(in_features, out_features)`.
             scale: Standard deviation of `r2`.
-            dtype: Type of both factors.
+            dtype: Dtype of both vectors.
 
         Raises:
             UserError: The shape is not two positive integers.
@@ -115,9 +119,10 @@ class CirculantPair(Family):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:
-        """Return the nearest circulant (`Circulant.nearest`), factored as `r1 = c`, `r2 = 1`.
+        """Return the circulant matrix nearest to `dense` (`Circulant.nearest`), with `r1 = c` and `r2 = 1`.
 
-        This factorisation is exact. It has no entry where both factors are zero, because such an entry could not learn.
+        This factorisation is exact. No entry is zero in both vectors, because the gradients of such an entry would be
+        zero too, and training could not change it.
 
         Raises:
             UserError: `dense` is not a floating-point matrix.
@@ -127,11 +132,11 @@ class CirculantPair(Family):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small random member, the same one in every call."""
+        """Return a small matrix with random parameters, the same in every call."""
         return cls.random((6, 6))
 
     def pieces(self) -> list[Piece | str]:
-        """Return both circulants, with the sign of the Hadamard product between them."""
+        """Return what a picture shows: both circulant matrices, with the sign of the Hadamard product between them."""
         first, second = (
             Piece(f"Z_1(r_{i})^\\top", {"c": (f"r{i}", ...)}, Circulant(leaf, shape=self.shape))
             for i, leaf in enumerate((self.r1, self.r2), 1)
@@ -140,11 +145,11 @@ class CirculantPair(Family):
 
     @property
     def T(self) -> "CirculantPair":
-        """The transpose: both factors are read backwards."""
+        """The transpose: both vectors are reversed to `r[-k mod N]`."""
         return CirculantPair(r1=_reverse(self.r1), r2=_reverse(self.r2), shape=self.shape[::-1])
 
     def compact(self) -> Circulant:
-        """Return the circulant of `r1 * r2`: N numbers instead of 2N, with the product in at least float32."""
+        """Return the circulant matrix of `r1 * r2` in float32 or float64, which has N parameters instead of 2N."""
         dtype = compute_dtype(self.r1.dtype, self.r2.dtype)
         return Circulant(c=self.r1.astype(dtype) * self.r2.astype(dtype), shape=self.shape)
 
@@ -156,5 +161,5 @@ class CirculantPair(Family):
 
 
 def _reverse(c: Float[Array, " N"]) -> Float[Array, " N"]:
-    """Return `c[-k mod N]`: the first number stays, the others are reversed."""
+    """Return the vector `c[-k mod N]`, in which the first entry stays and the others are reversed."""
     return jnp.roll(jnp.flip(c), 1)

@@ -1,4 +1,4 @@
-"""Matrices without structure: the building blocks of bottleneck adapters, and the baseline of comparisons."""
+"""Dense matrices without structure, which bottleneck adapters use and with which other families are compared."""
 
 from typing import Self
 
@@ -13,10 +13,10 @@ from surm_jax.structured.families.base import Family, checked_dense, family
 
 @family
 class Dense(Family):
-    """Any matrix: in * out numbers, and as many multiplications per row.
+    """Any matrix. It has in * out parameters, and takes as many multiplications per row of x.
 
     Attributes:
-        W: (in_features, out_features); zero at the start.
+        W: (in_features, out_features), the matrix itself; zero when training starts.
 
     >>> Dense(jnp.array([[1.0, 2.0, 3.0]])).shape
     (1, 3)
@@ -34,24 +34,26 @@ class Dense(Family):
 
     @property
     def small_residuals(self) -> bool:
-        """True: reverse mode stores only `x`."""
+        """True, because the backward pass needs only `x`."""
         return True
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(in_features, out_features)`."""
+        """The shape `(in_features, out_features)` of `M`."""
         m, n = self.W.shape[-2:]
         return m, n
 
     @classmethod
     def init(cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32) -> Self:
-        """Return the zero matrix. `M` is linear in `W`, which can learn from zero: nothing is random.
+        """Return the zero matrix, with which training starts.
+
+        Nothing is random, because the matrix is `W` itself, and its gradient at zero is not zero.
 
         Args:
             key: Not used.
             shape: `(in_features, out_features)`.
             scale: Not used.
-            dtype: Type of `W`.
+            dtype: Dtype of `W`.
 
         Raises:
             UserError: The shape is not two positive integers.
@@ -60,10 +62,10 @@ class Dense(Family):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:
-        """Return the target itself.
+        """Return `dense` itself, in float32 or float64, because every matrix belongs to this family.
 
         Args:
-            dense: (in_features, out_features).
+            dense: The matrix to store, (in_features, out_features).
 
         Raises:
             UserError: `dense` is not a floating-point matrix.
@@ -72,7 +74,7 @@ class Dense(Family):
 
     @property
     def T(self) -> "Dense":
-        """The transpose."""
+        """The transpose, which stores the transposed `W`."""
         return Dense(self.W.swapaxes(-1, -2))
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:

@@ -1,11 +1,11 @@
-"""f-circulant matrices: wrapped diagonals whose entries are multiplied by f after they wrap around.
+"""f-circulant matrices: circulant matrices in which the entries that wrap around are multiplied by a number f.
 
 In the paper (arXiv 2406.17740) `Z_f(v)` has the first column v, and `Z_f(v)[i, j] = v[i - j]` for i >= j and
 `f * v[N + i - j]` for i < j. Here `y = x @ M` with `M = Z_f(v)^T`, so that the first ROW of `M` is v. f = 1 gives
 `Circulant`, f = -1 gives `SkewCirculant`, and f = 0 gives the upper triangular Toeplitz matrices.
 
-Rectangular shapes: an m x n matrix is the top-left m x n block of the matrix of size `N = max(m, n)` and holds N
-numbers. Inputs are padded with zeros and outputs truncated.
+A rectangular m x n matrix is the top-left m x n block of a square matrix of size `N = max(m, n)`, and has N parameters.
+Inputs are padded with zeros, and outputs are truncated.
 """
 
 import math
@@ -25,8 +25,9 @@ from surm_jax.structured.products.fourier import circular_convolve, skew_convolv
 class SkewCirculant(LinearInVector):
     """Skew-circulant matrix `M = Z_{-1}(v)^T` of arXiv 2406.17740: `M[i, j] = v[j - i]`, or `-v[N + j - i]` if j < i.
 
-    `x @ M` is the product of polynomials modulo `z^N + 1`. It has N numbers and costs O(N log N), like `Circulant`.
-    Products and sums of skew-circulants are skew-circulant.
+    If the entries of x and v are read as coefficients of polynomials in z, `x @ M` is their product modulo `z^N + 1`.
+    Like `Circulant`, the matrix has N parameters, and the product takes O(N log N) operations per row of x. Products
+    and sums of square skew-circulant matrices are skew-circulant.
 
     Attributes:
         v: (N,), N = max(in, out): the first row of `M`, which is the first column of the paper's `W`.
@@ -45,10 +46,10 @@ class SkewCirculant(LinearInVector):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:
-        """Return the skew-circulant nearest to `dense` in the Frobenius norm.
+        """Return the skew-circulant matrix nearest to `dense` in the Frobenius norm.
 
-        `v[k]` is the mean of the entries with j - i = k mod N, as in `Circulant.nearest`, but with a minus sign for
-        entries that wrap around (j < i). O(m n).
+        `v[k]` is the mean of the entries (i, j) of `dense` with j - i = k mod N, as in `Circulant.nearest`, but entries
+        that wrap around (j < i) enter the mean with a minus sign. It takes O(m n) operations.
 
         Raises:
             UserError: `dense` is not a floating-point matrix.
@@ -61,12 +62,12 @@ class SkewCirculant(LinearInVector):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small random member, the same one in every call."""
+        """Return a small matrix with random parameters, the same in every call."""
         return cls.random((5, 8))
 
     @property
     def T(self) -> "SkewCirculant":
-        """The transpose: the skew-circulant of `v[0], -v[N-1], ..., -v[1]`."""
+        """The transpose: the skew-circulant matrix of the vector `v[0], -v[N-1], ..., -v[1]`."""
         return SkewCirculant(v=_reverse(self.v, -1), shape=self.shape[::-1])
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -80,17 +81,21 @@ class SkewCirculant(LinearInVector):
 class FCirculant(Family):
     """f-circulant matrix `M = Z_f(v)^T` of arXiv 2406.17740: `M[i, j] = v[j - i]`, or `f * v[N + j - i]` if j < i.
 
-    `Z_f = (1 + f)/2 Z_1 + (1 - f)/2 Z_{-1}` for every real f, so `x @ M` is the sum of a circular and a skew-circular
-    convolution, O(N log N) per row. For f = 1 or f = -1 one of them is enough. The usual method scales by powers of the
-    Nth root of f to get a circulant; it loses digits as f goes to 0 and fails at f = 0. Rounding errors of the method
-    here are relative to the larger of 1 and abs(f).
+    `Z_f = (1 + f)/2 Z_1 + (1 - f)/2 Z_{-1}` for every real f. So `x @ M` is the weighted sum of a circular and a
+    skew-circular convolution, and takes O(N log N) operations per row of x. For f = 1 or f = -1 only one convolution is
+    computed. The usual method scales the matrix by powers of the Nth root of f to get a circulant matrix. It loses
+    digits as f approaches 0 and fails at f = 0. The rounding errors of the method used here are proportional to the
+    larger of 1 and abs(f).
+
+    The second example shows that the transpose stores the same vector v, with `transposed` set.
 
     Attributes:
-        v: (N,), N = max(in, out): the first row of `M` (its first column, if transposed).
+        v: (N,), N = max(in, out): the first row of `M`, or its first column if `transposed` is True.
         shape: `(in_features, out_features)`.
-        f: Any finite real number; part of the structure, not trained.
-        transposed: Whether `M = Z_f(v)` instead of its transpose. The transpose of an f-circulant is a (1/f)-circulant,
-            which does not exist for f = 0 and is badly scaled near it, so the structure stores the direction.
+        f: Any finite real number. It belongs to the pytree structure and is not trained.
+        transposed: Whether `M = Z_f(v)` instead of `Z_f(v)^T`. The transpose of an f-circulant matrix is
+            (1/f)-circulant. As 1/f does not exist for f = 0 and is very large near 0, the transpose keeps f and sets
+            this flag.
 
     >>> M = FCirculant(jnp.array([1.0, 2.0, 3.0]), shape=(3, 3), f=10.0)
     >>> M.to_dense()
@@ -117,14 +122,16 @@ class FCirculant(Family):
     def init(
         cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, f: float, dtype: DTypeLike = jnp.float32
     ) -> Self:
-        """Return the zero matrix. `M` is linear in `v`, which can learn from zero: nothing is random.
+        """Return the zero matrix, with which training starts.
+
+        Nothing is random, because `M` is linear in `v`: at `v = 0`, the gradient of `v` is not zero.
 
         Args:
             key: Not used.
             shape: `(in_features, out_features)`.
             scale: Not used.
-            f: The factor of entries that wrap around.
-            dtype: Type of `v`.
+            f: The factor by which entries that wrap around are multiplied.
+            dtype: Dtype of `v`.
 
         Raises:
             UserError: The shape is not two positive integers, or f is not a finite real number.
@@ -134,15 +141,18 @@ class FCirculant(Family):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"], *, f: float) -> Self:
-        """Return the f-circulant (not transposed) nearest to `dense` in the Frobenius norm.
+        """Return the f-circulant matrix nearest to `dense` in the Frobenius norm, with `transposed = False`.
 
-        `v[k] = sum(w D) / sum(w^2)` over the entries D of `dense` with j - i = k mod N, with w = f for entries that
-        wrap around and w = 1 for others: the indicator matrices with these weights are an orthogonal basis. `v[k]` is 0
-        if no entry depends on it (f = 0, and all entries of the diagonal wrap around). O(m n).
+        `v[k] = sum(w D) / sum(w^2)`. Both sums run over the entries D of `dense` at (i, j) with j - i = k mod N, which
+        form a wrapped diagonal. The weight w is f for entries that wrap around and 1 for the others. This is the
+        projection, because the matrices that hold w on one wrapped diagonal and 0 elsewhere are orthogonal. `v[k]` is 0
+        if no entry of the matrix depends on it: if f = 0 and all entries of the wrapped diagonal wrap around. The
+        projection takes O(m n) operations.
 
         Args:
-            dense: (in_features, out_features).
-            f: The factor of entries that wrap around. For the transposed direction, transpose target and result.
+            dense: The matrix to approximate, (in_features, out_features).
+            f: The factor by which entries that wrap around are multiplied. For the nearest matrix with `transposed =
+                True`, pass the transpose of `dense` and transpose the result.
 
         Raises:
             UserError: `dense` is not a floating-point matrix, or f is not a finite real number.
@@ -154,23 +164,26 @@ class FCirculant(Family):
 
     @property
     def title(self) -> str:
-        """The family's name in tables and pictures: triangular Toeplitz for f = 0, otherwise f-circulant."""
+        """The name in tables and pictures: "triangular Toeplitz" for f = 0, otherwise "f-circulant"."""
         return "triangular Toeplitz" if self.f == 0 else "f-circulant"
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return f = 0 if it is within the budget: triangular Toeplitz matrices, which `Circulant` does not contain."""
+        """Return f = 0 if N parameters are within the budget, otherwise None.
+
+        Every f gives N parameters. With f = 0 the matrices are triangular Toeplitz, which `Circulant` does not contain.
+        """
         return cls._if_within(shape, budget, {"f": 0.0})
 
     @classmethod
     def typical_options(cls, shape: tuple[int, int]) -> tuple[dict[str, Any], ...]:
-        """Return the options that benchmarks time."""
+        """Return the options with which the benchmarks measure the speed of this family: f = 0.5."""
         del shape
         return ({"f": 0.5},)
 
     @property
     def T(self) -> "FCirculant":
-        """The transpose: the same numbers with `transposed` flipped."""
+        """The transpose: the same vector v, with the opposite value of `transposed`."""
         return FCirculant(v=self.v, shape=self.shape[::-1], f=self.f, transposed=not self.transposed)
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -197,20 +210,27 @@ def _checked_f(f: float) -> float:
 
 
 def _reverse(v: Float[Array, " N"], sign: int) -> Float[Array, " N"]:
-    """Return `u = (v[0], sign v[N-1], ..., sign v[1])`: for f = sign, `Z_f(u)` is the transpose of `Z_f(v)`."""
+    """Return the vector u whose matrix `Z_f(u)` is the transpose of `Z_f(v)`, for f = sign.
+
+    It is `u = (v[0], sign v[N-1], ..., sign v[1])`.
+    """
     return jnp.concatenate([v[:1], sign * v[:0:-1]])
 
 
 def _diagonal_means(dense: Float[Array, "m n"], f: float, *, transposed: bool) -> Float[Array, " n"]:
-    """Return the v of `FCirculant.nearest` for a wide or square target: weighted means of the wrapped diagonals."""
+    """Return the vector v of `FCirculant.nearest` for a `dense` with m <= n: weighted means of its wrapped diagonals.
+
+    If `transposed` is True, v belongs to the nearest `Z_f(v)`, otherwise to the nearest `Z_f(v)^T`.
+    """
     m, n = dense.shape
     i, k = jnp.arange(m)[:, None], jnp.arange(n)[None, :]
-    # Row i is shifted so that every wrapped diagonal k becomes a column. j is the column in `dense` before `mod n`.
+    # Row i is rolled so that every wrapped diagonal k becomes a column. j mod n is the column of the entry in `dense`.
     j = i - k if transposed else i + k
     entries = dense[i, j % n]
     wraps: Bool[Array, "m n"] = (j < 0) if transposed else (j >= n)
     weights = jnp.where(wraps, jnp.asarray(f, dense.dtype), 1)
-    # Weights are divided by the largest one, so that squares of very large or very small f stay in range.
+    # The weights of each diagonal are divided by the largest one, because the square of a very large or very small f
+    # would overflow or underflow.
     unit = jnp.max(jnp.abs(weights), axis=0)
     weights = weights / jnp.where(unit > 0, unit, 1)[None]
     size = jnp.sum(jnp.square(weights), axis=0) * unit

@@ -60,7 +60,7 @@ class Kronecker(Family):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(in_features, out_features)`."""
+        """The shape `(in_features, out_features)` of `M`."""
         (m1, n1), (m2, n2) = self.factor_shapes
         return m1 * m2, n1 * n2
 
@@ -147,7 +147,7 @@ class Kronecker(Family):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small random member, the same one in every call."""
+        """Return a small matrix with random parameters, the same in every call."""
         return cls.random((12, 12))
 
     def pieces(self) -> list[Piece | str]:

@@ -52,7 +52,7 @@ class LowRank(Family):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(in_features, out_features)`."""
+        """The shape `(in_features, out_features)` of `M`."""
         return self.down.shape[-2], self.up.shape[-1]
 
     @property
@@ -115,7 +115,7 @@ class LowRank(Family):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small random member, the same one in every call."""
+        """Return a small matrix with random parameters, the same in every call."""
         return cls.random((8, 6), rank=1)
 
     def pieces(self) -> list[Piece | str]:

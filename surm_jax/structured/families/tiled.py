@@ -170,7 +170,7 @@ class Tiled(Family):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small random member, the same one in every call."""
+        """Return a small matrix with random parameters, the same in every call."""
         return cls.random((6, 8), side=3)
 
     @property

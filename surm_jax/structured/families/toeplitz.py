@@ -60,7 +60,7 @@ class Toeplitz(LinearInVector):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small random member, the same one in every call."""
+        """Return a small matrix with random parameters, the same in every call."""
         return cls.random((6, 8))
 
     @property

@@ -141,7 +141,7 @@ class ToeplitzPair(_Pair):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small random member, the same one in every call."""
+        """Return a small matrix with random parameters, the same in every call."""
         return cls.random((5, 5))
 
     @staticmethod
