@@ -1,20 +1,24 @@
-"""Measure what fine-tuning did to a network, layer by layer, and which structure its updates have.
+"""Measure how fine-tuning changed a network, layer by layer, or which structure would suit its updates.
 
     python -m experiments.analysis WORKDIR [--full=WORKDIR_OF_A_FULL_RUN]
 
-measures a finished run of `launch.py`, of any method and model (section B.4 of arXiv 2406.17740): rank and condition of
-every update, with the rank in theory; 1 - cosine similarity of tuned and pretrained weights; and, with `--full`, the
-linear CKA of the hidden states of every layer with those of the fully tuned network, on test examples.
+This command measures a finished run of `launch.py`, of any method and model, as in section B.4 of arXiv 2406.17740. For
+every kernel that was changed, it computes the rank and the condition number of the change, the rank that theory
+predicts from its structure, and one minus the cosine similarity of the fine-tuned and the pretrained kernel. With
+`--full` it also compares the hidden states of every block with those of a fully fine-tuned network, by their linear CKA
+on test examples.
 
     python -m experiments.analysis WORKDIR --energy=full
     python -m experiments.analysis WORKDIR_OR_CONFIG --energy=gradient
 
-show which structure fits a model and its data: how much of a dense update each family of matrices keeps at equal
-budget (`experiments/energy.py`). With `full` the update is what full fine-tuning learned, in a finished run of the
-method `full`. With `gradient` it is the first gradient of the training loss, which needs no training: the folder of a
-run or a configuration such as `configs/bert_glue.py:task=rte` is enough.
+These commands show which family of structured matrices suits a model and its data. They take a dense update of each
+kernel, and measure how much of its energy the nearest matrix of each family keeps when all families have the same
+number of parameters (`experiments/energy.py`). With `full` the updates are those that full fine-tuning learned, in a
+finished run of the method `full`. With `gradient` they are the first gradient of the training loss. This needs no
+training, so the folder of a run, or a configuration such as `configs/bert_glue.py:task=rte`, is enough.
 
-Writes tables (`.csv`) and pictures to `experiments/results/analysis_NAME_OF_THE_RUN`, or to `--out`, and prints them.
+The tables are printed, and written as csv files together with pictures. The names of the files begin with
+`experiments/results/analysis_NAME_OF_THE_RUN`, or with the value of `--out`.
 """
 
 import argparse
@@ -43,10 +47,11 @@ from surm_jax.training.setup import prepare
 
 
 def tables(name: str | Path) -> dict[str, str]:
-    """Return the tables of an analysis: updates, CKA, or energy by shape.
+    """Return the markdown tables of an earlier analysis: "updates" and "cka", or one table of energy for each shape.
 
     Args:
-        name: The value of `--out`, or NAME of `experiments/results/analysis_NAME`.
+        name: The beginning of the files' names as a path, or only NAME if they begin with
+            `experiments/results/analysis_NAME`.
     """
     out = name if isinstance(name, Path) else RESULTS / f"analysis_{name}"
     found = {}
@@ -59,7 +64,11 @@ def tables(name: str | Path) -> dict[str, str]:
 
 
 def draw(updates: Sequence[Update], alike: Sequence[Alike], title: str, path: Path) -> None:
-    """Draw rank, norm and 1 - cosine of the updates, and CKA, by block. Leave out what does not exist."""
+    """Draw the results of `analyse` against the number of the block.
+
+    Three panels show the rank, the relative norm, and one minus the cosine similarity of the changes of kernels. A
+    fourth panel shows the CKA. Panels without data are left out.
+    """
     panels = (["rank", "relative_norm", "one_minus_cosine"] if updates else []) + (["cka"] if alike else [])
     figure = new_figure(0.6 + 3.4 * len(panels), 3.6)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -80,7 +89,7 @@ def _draw_updates(axes: Axes, updates: Sequence[Update], column: str) -> None:
     last = max((block_of(row.layer) or 0) for row in updates)
     for kind in dict.fromkeys(kind_of(row.layer) for row in updates):
         mine = [row for row in updates if kind_of(row.layer) == kind]
-        # A layer outside the blocks, such as a pooler, is drawn after them.
+        # A layer outside the blocks, such as a pooler, is drawn to the right of the last block.
         blocks = [last + 1 if block_of(row.layer) is None else block_of(row.layer) for row in mine]
         (line,) = axes.plot(blocks, [getattr(row, column) for row in mine], "o-", ms=4, lw=1.5, label=kind)
         if column == "rank":
@@ -102,7 +111,18 @@ def _draw_alike(axes: Axes, alike: Sequence[Alike]) -> None:
 
 
 def analyse(workdir: Path, full: Path | None, overrides: Mapping[str, Any], out: Path, examples: int) -> None:
-    """Measure a finished run, and write the tables and the picture."""
+    """Measure the changes of kernels in a finished run, and write csv files and a picture.
+
+    Args:
+        workdir: The folder of the run.
+        full: The folder of a run of full fine-tuning to compare hidden states with, or None.
+        overrides: New values of keys such as `data.dir`, as in `saved_config`.
+        out: The beginning of the names of the files to write.
+        examples: The smallest number of test examples for CKA.
+
+    Raises:
+        UserError: A run does not exist or is not complete, or the two runs differ in their model or data.
+    """
     config = read_run(workdir, overrides)
     if full:
         theirs = read_full(full, {})
@@ -119,7 +139,7 @@ def analyse(workdir: Path, full: Path | None, overrides: Mapping[str, Any], out:
     updates = [examine(layer, change) for layer, change in found]
     alike = compare(run, fully_tuned, examples) if full else []
     for suffix in (".csv", ".cka.csv", ".png"):
-        # Remove files of an earlier analysis under this name, which may have written more of them.
+        # Remove the files of an earlier analysis with this name, since this analysis may not write all of them.
         _with_suffix(out, suffix).unlink(missing_ok=True)
     if updates:
         write_csv(_with_suffix(out, ".csv"), Update._fields, updates)
@@ -136,14 +156,23 @@ def _data(name: str, classes: Sequence[str]) -> str:
 
 
 def map_energy(title: str, matrices: Mapping[str, Float[np.ndarray, "in out"]], out: Path) -> None:
-    """Write the table and the heat maps of the matrices of all layers."""
+    """Measure which families of structured matrices approximate some matrices best, and write a csv file and heat maps.
+
+    Args:
+        title: The beginning of the picture's title.
+        matrices: The matrices, by the path of their layer.
+        out: The beginning of the names of the files to write.
+    """
     maps = energy.energy_maps(matrices)
     energy.write_maps(maps, _with_suffix(out, ".csv"))
     energy.draw(maps, f"{title}: energy that each family keeps, %", _with_suffix(out, ".png"))
 
 
 def name_of(source: str) -> str:
-    """Return a name for files of results from the folder of a run, or of one of its seeds, or from a job.
+    """Return a name for files of results, made from the first argument of the command line.
+
+    Args:
+        source: The folder of a run, the folder `seed-N` in one, or a configuration file.
 
     >>> name_of("runs/rte"), name_of("runs/rte/seed-1"), name_of("configs/bert_glue.py:task=rte")
     ('rte', 'rte_seed-1', 'bert_glue_task=rte')
@@ -155,12 +184,12 @@ def name_of(source: str) -> str:
 
 
 def _with_suffix(out: Path, suffix: str) -> Path:
-    # `with_suffix` would cut off a part of a name that contains a point, such as one with a learning rate.
+    # `Path.with_suffix` would cut off the end of a name that contains a dot, such as `run-0.01`.
     return out.parent / (out.name + suffix)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Analyse, write and print."""
+    """Do the analysis that the command line asks for, write its files, and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("workdir", help="folder of a run; with --energy=gradient also a configuration, FILE.py")
     parser.add_argument("--full", type=Path, help="folder of a run of the method full, of the same model and data")

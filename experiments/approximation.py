@@ -212,7 +212,8 @@ def _search(
 ) -> Float[Array, " trials"]:
     """Return, for each target, the smaller of the relative errors that two L-BFGS searches reach.
 
-    One search starts from the result of gradient descent, the other from the truncated SVD of the displacement.
+    One search starts from the result of gradient descent. The other starts from the result of `nearest` without steps,
+    which uses the truncated SVD of the displacement.
     """
     nearest = functools.partial(FAMILIES[kind.family].nearest, **kind.options, steps=0)
     starts = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), descended, jax.jit(jax.vmap(nearest))(targets))

@@ -1,4 +1,4 @@
-"""Measure how similarly two networks represent the same examples: linear CKA, block by block."""
+"""Measure how similarly two networks represent the same examples, by the linear CKA of their hidden states."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -18,19 +18,23 @@ from surm_jax.training.setup import Job
 
 
 def linear_cka(x: Float[ArrayLike, "examples d1"], y: Float[ArrayLike, "examples d2"]) -> float:
-    """Return the linear centred kernel alignment of two representations, from 0 to 1.
+    """Return the linear centred kernel alignment (CKA) of two representations, from 0 to 1.
 
-    `|Y^T X|^2 / (|X^T X| |Y^T Y|)` in Frobenius norms, every column centred: Kornblith et al. (2019), arXiv 1905.00414.
-    Rotating, shifting or scaling either representation does not change it; other linear maps do. It is computed in
-    float64 at a cost of O(examples d1 d2), without the Gram matrices of the definition.
+    It is `|Y^T X|^2 / (|X^T X| |Y^T Y|)` in Frobenius norms, where X and Y are the representations with the mean of
+    each column subtracted (Kornblith et al. 2019, arXiv 1905.00414). Rotating, shifting or scaling a representation
+    does not change the value, but other linear maps do. It is computed in float64, at a cost of O(examples d1 d2) for
+    the mixed product, without the (examples, examples) Gram matrices of the definition.
 
     Args:
-        x: (examples, d1), any real dtype.
-        y: (examples, d2), for the same examples in the same order.
+        x: The first representation, (examples, d1), of any real dtype.
+        y: The second representation, (examples, d2), of the same examples in the same order.
 
     Raises:
-        UserError: A representation is not a matrix, holds numbers that are not finite or has the same row for all
-            examples, or the two have different numbers of examples.
+        UserError: A representation does not have two dimensions, holds numbers that are not finite, or has the same row
+            for all examples. Or the two have different numbers of examples.
+
+    In this example the second representation has the columns of the first in reverse order, scaled and shifted, so the
+    CKA is 1. The two columns by themselves are uncorrelated, so their CKA is 0.
 
     >>> points = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     >>> round(linear_cka(points, 3 * points[:, ::-1] + 1), 6)
@@ -46,7 +50,7 @@ def linear_cka(x: Float[ArrayLike, "examples d1"], y: Float[ArrayLike, "examples
 
 
 def _centred(which: str, values: ArrayLike) -> Float[np.ndarray, "examples d"]:
-    """Return the representation in float64, with mean 0 in every column."""
+    """Return a representation in float64 with the mean of each column subtracted, after a check that it is valid."""
     values = np.asarray(values, np.float64)
     if values.ndim != 2:
         raise UserError(f"linear_cka: {which} representation must be a matrix (examples, d), not {values.shape}")
@@ -68,7 +72,17 @@ def _states(graphdef: nnx.GraphDef, state: nnx.State, batch: dict[str, Array]) -
 def hidden_states(
     job: Job, model: nnx.Module, batches: Iterable[dict[str, np.ndarray]]
 ) -> list[Float[np.ndarray, "tokens d"]]:
-    """Return the input of the first block and the output of each block, one row for each token without padding."""
+    """Return the hidden states of a model: the input of its first block, and the output of each block.
+
+    Args:
+        job: The job, which gives the mesh of devices.
+        model: The model.
+        batches: The batches of examples.
+
+    Returns:
+        For each hidden state, an array with a row for each token of all examples, (tokens, width). Padding tokens, and
+        the examples that fill up the last batch, are left out.
+    """
     graphdef, state = nnx.split(model)
     by_layer = []
     with jax.set_mesh(job.mesh):
@@ -80,7 +94,13 @@ def hidden_states(
 
 
 class Alike(NamedTuple):
-    """The linear CKA of a run, and of the pretrained model, with the fully tuned network, after a number of blocks."""
+    """The similarity of hidden states with those of a fully fine-tuned network, at one depth.
+
+    Attributes:
+        blocks: The number of blocks that the hidden states come after.
+        run: The linear CKA of the run's model with the fully fine-tuned network.
+        base: The linear CKA of the pretrained model with the fully fine-tuned network.
+    """
 
     blocks: int
     run: float
@@ -88,12 +108,12 @@ class Alike(NamedTuple):
 
 
 def compare(run: Run, full: nnx.Module, examples: int) -> list[Alike]:
-    """Compare a run and the pretrained model with a fully tuned network.
+    """Compare the hidden states of a run's two models with those of a fully fine-tuned network, at every depth.
 
     Args:
-        run: The run, with its pretrained model.
-        full: The fully tuned network.
-        examples: The minimum number of test examples. Whole batches are used, spread evenly over the test set.
+        run: The run, with its fine-tuned and its pretrained model.
+        full: The fully fine-tuned network.
+        examples: The smallest number of test examples to use. Whole batches are used, spread evenly over the test set.
     """
     batches = run.job.task.eval_batches(run.job.task.tests[0])
     every = max(1, len(batches) // -(-examples // run.job.config.data.eval_batch_size))
@@ -112,7 +132,7 @@ def compare(run: Run, full: nnx.Module, examples: int) -> list[Alike]:
 
 
 def alike_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Return the table of CKA."""
+    """Return a markdown table of CKA, from the rows of a csv file whose columns are the fields of `Alike`."""
     lines = [
         {"states after": f"{row['blocks']} blocks", "this run": float(row["run"]), "pretrained": float(row["base"])}
         for row in rows

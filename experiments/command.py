@@ -1,4 +1,4 @@
-"""Functions that the command lines of experiments share: report errors in one line, load jobs and set their keys."""
+"""What the command lines of experiments share: reporting errors, and loading and changing configurations."""
 
 import ast
 import runpy
@@ -15,7 +15,11 @@ from surm_jax.training.run import InterruptedRunError
 
 
 def command(main: Callable[[], None]) -> None:
-    """Run a program. A `UserError` ends it with one line, and an interruption with the status of its signal."""
+    """Run the main function of a script, and end the process on an error without a traceback.
+
+    A `UserError` or an `OSError` ends the process with an error message in one line. If a signal interrupted a training
+    run, the process ends with the exit status of that signal.
+    """
     try:
         main()
     except InterruptedRunError as interruption:
@@ -26,10 +30,13 @@ def command(main: Callable[[], None]) -> None:
 
 
 def load_job(name: str) -> ml_collections.ConfigDict:
-    """Return the configuration that `FILE.py`, or `FILE.py:ARGUMENT`, makes.
+    """Return the training configuration that a file's function `get_config` returns.
+
+    Args:
+        name: `FILE.py` or `FILE.py:ARGUMENT`. The text ARGUMENT is passed to `get_config`.
 
     Raises:
-        UserError: There is no such file, it makes no configuration, or its argument is wrong.
+        UserError: There is no such file, it has no function `get_config`, or the argument is wrong.
     """
     file, _, argument = name.partition(":")
     if not Path(file).is_file():
@@ -41,12 +48,12 @@ def load_job(name: str) -> ml_collections.ConfigDict:
 
 
 def set_values(config: ml_collections.ConfigDict, texts: Sequence[str], reserved: Sequence[str]) -> None:
-    """Set keys of a configuration, each from a text `KEY=VALUE`.
+    """Set keys of a configuration to the values of the option `--set`.
 
     Args:
         config: The configuration, which is changed in place.
-        texts: The values as a person types them after `--set`.
-        reserved: Keys, or the beginnings of keys, that the experiment sets itself.
+        texts: The arguments of `--set`, each of the form `KEY=VALUE`.
+        reserved: The keys that the experiment sets itself. A key that begins with one of them may not be set.
 
     Raises:
         UserError: A key is unknown or reserved, or a value does not fit its key.

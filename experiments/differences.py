@@ -1,8 +1,9 @@
-"""Differences between methods, with their 95 % confidence intervals over seeds: the table of results/README.md.
+"""Compute differences between the scores of methods, with their 95 % confidence intervals over seeds.
 
     python -m experiments.differences
 
-reads the rows of grids in `experiments/results/`. It only computes the differences and draws no conclusions.
+This command reads the rows of finished runs in `experiments/results/` and prints the table that is shown in
+`experiments/results/README.md`. It trains nothing.
 """
 
 import math
@@ -20,7 +21,12 @@ GLUE = ("stsb", "mrpc", "cola", "rte")
 
 
 class Difference(NamedTuple):
-    """A difference of two means, and half the width of its 95 % confidence interval."""
+    """A difference of two means with its 95 % confidence interval.
+
+    Attributes:
+        value: The difference.
+        error: Half the width of the confidence interval.
+    """
 
     value: float
     error: float
@@ -30,21 +36,29 @@ class Difference(NamedTuple):
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Return the difference of two means over seeds, by Welch's t-test, which allows different variances.
+    """Return the difference of two means over seeds, and its confidence interval.
+
+    The interval is that of Welch's t-test, which does not assume that both samples have the same variance.
 
     >>> print(difference([3.0, 4.0, 5.0], [1.0, 1.5, 2.0]))
     +2.5 ± 2.1
     """
     value = statistics.mean(first) - statistics.mean(second)
     if len({*first}) == len({*second}) == 1:
-        # Without any variance the test has no degrees of freedom.
+        # Welch's degrees of freedom are 0 / 0 if both samples have the variance zero.
         return Difference(value, 0.0)
     low, high = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
     return Difference(value, (high - low) / 2)
 
 
 class Cell(NamedTuple):
-    """The final runs of a method in a grid, on one task or averaged over several tasks for each seed."""
+    """The final runs of a method in a grid, whose scores are compared with those of another method.
+
+    Attributes:
+        grid: The name of the grid's csv file in `experiments/results/`, without its suffix.
+        tasks: The tasks. If there are several, the scores of each seed are averaged over them.
+        method: The name of the method.
+    """
 
     grid: str
     tasks: tuple[str, ...]
@@ -98,17 +112,20 @@ COMPARISONS: Mapping[str, tuple[Cell, Cell]] = {
 
 
 def scores(cell: Cell) -> list[float]:
-    """Return the scores of a cell in percent, one for each seed, with the learning rates that the searches chose."""
+    """Return the scores of a cell's final runs in percent, one for each seed.
+
+    Only runs with the learning rate that the search chose are used.
+    """
     rows = read_rows(RESULTS / f"{cell.grid}.csv")
     searched = {row["task"] for row in rows if row["part"] == "search"}
-    # If all searches are on one task, that search serves all tasks.
+    # If there are searches on only one task, its learning rates are used for all tasks.
     grid = Grid.of_rows(rows, searched.pop() if len(searched) == 1 else "")
     by_task = [grid.scores(rows, task, cell.method) for task in cell.tasks]
     return [statistics.mean(values) for values in zip(*by_task, strict=True)]
 
 
 def tables() -> dict[str, str]:
-    """Return the table of all comparisons."""
+    """Return the table "differences" in markdown, with a line for each entry of `COMPARISONS`."""
     rows = []
     for title, cells in COMPARISONS.items():
         first, second = map(scores, cells)

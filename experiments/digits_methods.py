@@ -1,10 +1,11 @@
-"""Compare four methods on the embedded digits job, with three seeds each.
+"""Compare four fine-tuning methods on handwritten digits 5 to 9, with three seeds each.
 
     python -m experiments.digits_methods
 
-The runs of `configs/digits.py` form a grid (`experiments/grid.py`) whose rows are in
-`experiments/results/digits_methods.csv`. Learning rates are compared on 150 held-out training images. `--report` starts
-no run: it shows the tables and the picture of the rows so far.
+Every run is one of `configs/digits.py`, which fine-tunes the small ViT that the package ships. The runs form a grid
+(`experiments/grid.py`) whose rows are in `experiments/results/digits_methods.csv`. The searches for a learning rate
+hold out 150 training images. With `--report` the command starts no run, and only shows the tables and the picture of
+the rows so far.
 """
 
 import argparse
@@ -35,7 +36,7 @@ GRID = Grid(
 
 
 def config_of(run: Run) -> RunConfig:
-    """Return the configuration of a run."""
+    """Return the training configuration of one run of the grid."""
     config = digits.get_config()
     config.seeds, config.peft.method = (run.seed,), run.method
     config.optim.learning_rate[run.method] = run.learning_rate
@@ -45,13 +46,13 @@ def config_of(run: Run) -> RunConfig:
 
 
 def tables() -> dict[str, str]:
-    """Return the accuracies and the learning rates."""
+    """Return the tables "scores" (test accuracies) and "rates" (learning rates) in markdown."""
     rows = read_rows(RESULTS / "digits_methods.csv")
     return {"scores": score_table(GRID, rows, mean=False), "rates": rate_table(GRID, rows)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the missing runs of the grid and show the results."""
+    """Do the runs of the grid that are missing, and show the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--report", action="store_true", help="start no run, only report")
     path = RESULTS / "digits_methods.csv"

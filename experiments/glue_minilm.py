@@ -81,8 +81,8 @@ METHODS = {
     "full": (3e-5, 1e-4, 3e-4),
 }
 # The learning rate of the new head's kernel for all methods except the linear probe, which trains nothing but the head
-# and uses its own rate. The rate is large because the inputs of the head are small: they come from the pooler, which
-# was not pretrained.
+# and uses its own rate. The rate is large because the inputs of the head are small: they come from the pooler, a
+# layer that took no part in the pretraining of this model.
 HEAD_RATE = 2e-2
 # The weight decay of the linear probe's head. AdamW multiplies the weight decay by the learning rate, so at the probe's
 # large learning rate the usual 0.25 of `configs/bert_glue.py` would pull the head to zero.

@@ -58,7 +58,7 @@ class Grid:
 
     @classmethod
     def of_rows(cls, rows: Sequence[Row], searched: str = "", order: Iterable[str] = ()) -> Self:
-        """Return a grid of exactly the tasks, methods and seeds that occur in rows.
+        """Return the grid that some rows belong to: all their methods, and the tasks and seeds of their final runs.
 
         Args:
             rows: The rows of finished runs.

@@ -1,4 +1,4 @@
-"""Parts that the grids on images share: options, methods with their learning rates, settings and configurations."""
+"""What `experiments.image_table` and `experiments.low_data` share: options, learning rates and configurations."""
 
 import argparse
 import hashlib
@@ -15,9 +15,9 @@ from surm_jax.peft import METHODS
 from surm_jax.training import base_config, parse
 from surm_jax.training.config import RunConfig
 
-# The learning rates that the search of each method begins with, chosen by first tries: 100 steps on 2,000 images, with
-# a model that `pretrain_cifar` made in four passes. The methods from lora to circulant_adapter train equally many
-# parameters.
+# The learning rates that the search of each method begins with. They were chosen in short runs of 100 steps on 2,000
+# images, with a model that `pretrain_cifar` had trained for four passes. The methods from lora to circulant_adapter
+# train equally many parameters.
 RATES = {
     "linear_probe": (1e-2, 3e-2, 1e-1),
     "lora": (3e-3, 1e-2, 3e-2),
@@ -28,20 +28,26 @@ RATES = {
     "bottleneck": (1e-3, 3e-3, 1e-2),
     "full": (3e-4, 1e-3, 3e-3),
 }
+# The largest number of training examples that a search holds out.
 MOST_HELD_OUT = 2000
 
 Settings = dict[str, Any]
 
 
 class Source(NamedTuple):
-    """The data of a task: the name of the set, and the number of training examples to use, including held-out ones."""
+    """The data of a task.
+
+    Attributes:
+        name: The name of the data set, the value of `config.data.name`.
+        examples: The number of training examples to use, including those that a search holds out.
+    """
 
     name: str
     examples: int
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that all grids on images have."""
+    """Add the command-line options that both experiments on images have."""
     parser.add_argument("--data", default="", help="folder of prepared TFDS sets")
     parser.add_argument("--sets", nargs="+", default=[], help="as config.data.name; default: five classes of CIFAR-10")
     parser.add_argument("--name", default="cifar", help="name of the grid in the files of results")
@@ -58,10 +64,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def classes_of(options: argparse.Namespace) -> tuple[str, ...]:
-    """Return the classes to keep; empty means all. The default is what `pretrain_cifar` left out of CIFAR-10.
+    """Return the names of the classes to train on. An empty tuple means all classes of the data set.
+
+    Without the options `--classes` and `--sets` they are the five classes of CIFAR-10 that `pretrain_cifar` leaves out.
 
     Raises:
-        UserError: CIFAR-10, which gives the names of the default classes, does not exist.
+        UserError: The names of those five classes are needed, but CIFAR-10 does not exist.
     """
     if options.classes or options.sets:
         return tuple(options.classes)
@@ -69,10 +77,10 @@ def classes_of(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def count_images(name: str, options: argparse.Namespace) -> int:
-    """Return the number of training images of a set, in the classes to keep.
+    """Return the number of training images of a data set that belong to the classes of `classes_of`.
 
     Raises:
-        UserError: The set does not exist, lacks one of the classes, or holds texts.
+        UserError: The data set does not exist, lacks one of the classes, or holds texts.
     """
     dataset = data.load(name, options.data or None)
     if isinstance(dataset, data.TextDataset):
@@ -82,10 +90,13 @@ def count_images(name: str, options: argparse.Namespace) -> int:
 
 
 def rates_of(options: argparse.Namespace) -> dict[str, tuple[float, ...]]:
-    """Return the first learning rates of each method: from `--rates`, from `RATES`, or three around its default rate.
+    """Return the learning rates that the search of each method of `--methods` begins with.
+
+    They come from the option `--rates` or, if it does not name the method, from `RATES`. For a method that is in
+    neither, they are 0.3, 1 and 3 times the method's default learning rate.
 
     Raises:
-        UserError: A method is unknown, or `--rates` does not parse.
+        UserError: A method is unknown, `--rates` does not parse, or it names a method that `--methods` leaves out.
     """
     given = {}
     for text in options.rates:
@@ -108,14 +119,14 @@ def _around(method: str) -> tuple[float, ...]:
 
 
 def settings_of(options: argparse.Namespace, about: str) -> Settings:
-    """Return what all runs of a grid share.
+    """Return the settings that all runs of a grid share, which are stored beside its rows.
 
     Args:
-        options: The command line.
-        about: A description of settings that have no option, such as the number of examples.
+        options: The parsed command line.
+        about: A description of the settings for which there is no option, such as the number of training examples.
 
     Raises:
-        UserError: No model is given, and that of `pretrain_cifar` does not exist.
+        UserError: `--model` is not given, and the model of `pretrain_cifar` does not exist.
     """
     if not options.model and not pretrain_cifar.MODEL.is_file():
         raise UserError(
@@ -136,7 +147,10 @@ def settings_of(options: argparse.Namespace, about: str) -> Settings:
 
 
 def digest_of(path: Path) -> str:
-    """Return a digest of the content of a file or folder, empty if there is none."""
+    """Return a hash of the content of a file or of all files in a folder.
+
+    It is 16 hexadecimal digits long, or empty if there is no such file or folder.
+    """
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     digests = []
     for file in filter(Path.is_file, files):
@@ -146,7 +160,7 @@ def digest_of(path: Path) -> str:
 
 
 def held_out(examples: int) -> int:
-    """Return how many of the training examples a search holds out: a fifth, as in VTAB-1k, and at most 2,000.
+    """Return how many of some training examples a search holds out: a fifth of them, as in VTAB-1k, up to 2,000.
 
     >>> held_out(1000), held_out(25_000)
     (200, 2000)
@@ -155,10 +169,18 @@ def held_out(examples: int) -> int:
 
 
 def run_config(settings: Settings, run: Run, source: Source, data_dir: str) -> RunConfig:
-    """Return the configuration of a run. Its learning rate applies to everything trained, including the head.
+    """Return the training configuration of one run of a grid.
+
+    The learning rate of the run applies to all trained parameters, including the head.
+
+    Args:
+        settings: The settings of the grid, as `settings_of` returns them.
+        run: The run.
+        source: The data of the run's task.
+        data_dir: The folder of prepared TFDS data sets; empty means the default folder.
 
     Raises:
-        UserError: A value is impossible.
+        UserError: A value is not possible.
     """
     config = base_config()
     config.seeds = (run.seed,)
@@ -184,16 +206,21 @@ def work(
     tasks: Sequence[str],
     searched: str = "",
 ) -> None:
-    """Make the missing runs of a grid on images.
+    """Do the runs of a grid on images that are missing.
 
     Args:
-        options: The command line.
+        options: The parsed command line.
         path: The csv file of rows.
-        root: The folder for runs, with a separate folder for each content of the weights.
-        sources: The data of every task, including the searched one.
-        about: As in `settings_of`.
-        tasks: The tasks with final runs.
-        searched: As in `Grid.searched`.
+        root: The folder for the folders of runs. In it, each grid and each content of the file of pretrained weights
+            gets its own folder.
+        sources: The data of every task, also of the task in `searched`.
+        about: A description of the settings for which there is no option, as in `settings_of`.
+        tasks: The tasks that final runs are done for.
+        searched: The task on which learning rates are searched for all tasks, as in `Grid`.
+
+    Raises:
+        UserError: An option is wrong, or the csv file holds rows that were made with other settings.
+        InterruptedRunError: A signal asked the process to stop.
     """
     rates, settings = rates_of(options), settings_of(options, about)
     note_settings(path, settings)

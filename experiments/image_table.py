@@ -1,21 +1,22 @@
-r"""Compare methods on sets of images with one backbone: Table 1 and Figure 7 of the paper, and VTAB-1k of Table 2.
+r"""Compare methods on image data sets with one backbone: Table 1 and Figure 7 of the paper, and VTAB-1k of Table 2.
 
     python -m experiments.image_table --data=FOLDER_OF_PREPARED_TFDS_SETS
 
-adapts the model of `pretrain_cifar` to the five classes of CIFAR-10 that it never saw, with all of their 25,000 images
-and 200 steps of 64 images (half a pass), in about 15 minutes on two CPU cores. With another backbone and other sets:
+This command takes the model of `experiments.pretrain_cifar` and fine-tunes it with every method on the five classes of
+CIFAR-10 that it never saw. A run takes 200 steps of 64 images, which is half a pass over the 25,000 images of these
+classes. All runs together take about 15 minutes on two CPU cores. Other backbones and data sets are options:
 
     python -m experiments.image_table --name=vit_b --model=augreg --variant=B/16 --steps=20000 \\
         --sets cifar10 cifar100 dtd --methods circulant lora full --rates circulant=2e-5,5e-5,2e-4 \\
         --data=FOLDER_OF_PREPARED_TFDS_SETS
 
-`--vtab` uses 1,000 training examples of each set, the same for every method: searches train on 800 and hold out 200,
-final runs train on all.
+With `--vtab`, only 1,000 training examples of each data set are used, the same ones for every method. The searches for
+a learning rate train on 800 of them and hold out 200, and the final runs train on all.
 
 The runs form a grid (`experiments/grid.py`) whose rows are in `experiments/results/image_table_NAME.csv`. All methods
-take the same steps with the same optimiser and a new head, and only their learning rate is searched. A later command
-may add sets, methods, rates and seeds. `--report` starts no run: it shows the tables and the picture of the rows so
-far.
+train for the same number of steps with the same optimiser and a new head, and only their learning rate is searched. A
+later command may add data sets, methods, learning rates and seeds to the same csv file. With `--report` the command
+starts no run, and only shows the tables and the picture of the rows so far.
 """
 
 import argparse
@@ -34,14 +35,18 @@ VTAB_EXAMPLES = 1000
 
 
 def tables(name: str = "cifar") -> dict[str, str]:
-    """Return the accuracies and the learning rates of a grid."""
+    """Return the tables "scores" (test accuracies) and "rates" (learning rates) in markdown.
+
+    Args:
+        name: The value of `--name` that the rows were made with.
+    """
     rows = read_rows(RESULTS / f"image_table_{name}.csv")
     whole = Grid.of_rows(rows, order=RATES)
     return {"scores": score_table(whole, rows), "rates": rate_table(whole, rows)}
 
 
 def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
-    """Draw a panel for each set: accuracy against trained parameters."""
+    """Draw a picture with a panel for each data set: test accuracy against the number of trained parameters."""
     across = max(1, min(len(whole.tasks), 3))
     down = max(1, -(-len(whole.tasks) // across))
     figure = new_figure(4.6 * across + 1.6, 3.4 * down)
@@ -57,7 +62,7 @@ def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the missing runs of the grid and show the results."""
+    """Do the runs of the grid that are missing, and show the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     image_grid.add_options(parser)
     parser.add_argument("--vtab", action="store_true", help=f"use {VTAB_EXAMPLES:,} training examples of each set")

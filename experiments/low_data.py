@@ -1,18 +1,21 @@
-r"""Measure how much data each method needs: accuracy against the share of the training set, Figure 6 of the paper.
+r"""Measure how the accuracy of each method depends on the size of the training set, as in Figure 6 of the paper.
 
     python -m experiments.low_data --data=FOLDER_OF_PREPARED_TFDS_SETS
 
-adapts the model of `pretrain_cifar` to the five classes of CIFAR-10 that it never saw, with 1, 2, 5, 10, 20 and 100 %
-of their 25,000 images. All methods and seeds use the same images for a share, and a smaller share is part of a larger
-one. With another backbone and other sets, each of which gets a table and a picture:
+This command takes the model of `experiments.pretrain_cifar` and fine-tunes it on the five classes of CIFAR-10 that it
+never saw, with 1, 2, 5, 10, 20 and 100 % of their 25,000 training images. For a given share, all methods and seeds use
+the same images, and they are among the images of every larger share. Other backbones and data sets are options. Each
+data set gets its own table and picture:
 
     python -m experiments.low_data --name=clip --model=hf://openai/clip-vit-base-patch16 --sets dtd sun397 \\
         --steps=2000 --data=FOLDER_OF_PREPARED_TFDS_SETS
 
-The runs form a grid (`experiments/grid.py`) whose rows are in `experiments/results/low_data_NAME.csv`, or in
-`low_data_NAME_SET.csv` with `--sets`. Every run takes 200 steps of 64 images, whatever the share. Each method has one
-search for all shares, with 10 % of the data. The whole grid without the bottleneck took 71 minutes on two CPU cores. A
-later command may add shares, methods, rates and seeds. `--report` starts no run: it shows the tables and the picture.
+The runs form a grid (`experiments/grid.py`) whose tasks are the shares. Its rows are in
+`experiments/results/low_data_NAME.csv`, or in `low_data_NAME_SET.csv` with `--sets`. By default every run takes 200
+steps of 64 images, whatever the share. For each method, the best learning rate is searched with 10 % of the data and
+used for all shares. The whole grid without the method "bottleneck" took 71 minutes on two CPU cores. A later command
+may add shares, methods, learning rates and seeds to the same csv file. With `--report` the command starts no run, and
+only shows the tables and the picture of the rows so far.
 """
 
 import argparse
@@ -30,13 +33,13 @@ from experiments.tables import new_figure, rate_table, score_table, tidy
 from surm_jax.errors import UserError
 
 RUNS = Path("runs/low_data")
-# In percent of the training set.
+# The shares that final runs use, and the share that learning rates are searched with, in percent of the training set.
 SHARES = (1.0, 2.0, 5.0, 10.0, 20.0, 100.0)
 SEARCHED = 10.0
 
 
 def task_of(share: float) -> str:
-    """Return the name of the task that learns from a share, in percent.
+    """Return the name of the task that trains on a share of the training set, given in percent.
 
     >>> task_of(0.5), task_of(20.0)
     ('0.5%', '20%')
@@ -45,18 +48,22 @@ def task_of(share: float) -> str:
 
 
 def share_of(task: str) -> float:
-    """Return the share, in percent, in the name of a task."""
+    """Return the share of the training set, in percent, that a name from `task_of` stands for."""
     return float(task.removesuffix("%"))
 
 
 def examples_of(share: float, examples: int) -> int:
-    """Return how many of the training examples a share is.
+    """Return the number of training examples in a share.
+
+    Args:
+        share: The share, in percent.
+        examples: The number of examples in the whole training set.
 
     >>> examples_of(1.0, 25_000), examples_of(100.0, 25_000)
     (250, 25000)
 
     Raises:
-        UserError: The share is not in (0, 100], or too small to hold out a fifth.
+        UserError: The share is not in (0, 100], or it has fewer than 5 examples, too few to hold out a fifth.
     """
     if not 0 < share <= 100:
         raise UserError(f"--shares are percent of the training set, above 0 and up to 100, got {share:g}")
@@ -68,19 +75,26 @@ def examples_of(share: float, examples: int) -> int:
 
 
 def grid_of(rows: Sequence[Row]) -> Grid:
-    """Return the grid that rows belong to, the smallest share first."""
+    """Return the grid that some rows belong to, with the tasks in the order of their shares, the smallest first."""
     whole = Grid.of_rows(rows, task_of(SEARCHED), RATES)
     return Grid(tuple(sorted(whole.tasks, key=share_of)), whole.rates, whole.seeds, whole.searched)
 
 
 def tables(name: str = "cifar") -> dict[str, str]:
-    """Return the accuracies and the learning rates of a grid."""
+    """Return the tables "scores" (test accuracies) and "rates" (learning rates) in markdown.
+
+    Args:
+        name: The name of the grid, as in `names_of`.
+    """
     rows = read_rows(RESULTS / f"low_data_{name}.csv")
     return {"scores": score_table(grid_of(rows), rows, mean=False), "rates": rate_table(grid_of(rows), rows)}
 
 
 def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
-    """Draw accuracy against the share, a line for each method, with bars of one standard deviation."""
+    """Draw the test accuracy against the share of the training set, with a line for each method.
+
+    Error bars show one standard deviation over seeds.
+    """
     figure = new_figure(7.4, 4.2)
     axes = figure.subplots()
     for method in whole.rates:
@@ -110,7 +124,11 @@ def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
 
 
 def names_of(name: str, sets: Sequence[str]) -> dict[str, str]:
-    """Return the name of the grid on each set.
+    """Return the name of the grid for each data set. It is part of the names of the files of results.
+
+    Args:
+        name: The value of `--name`.
+        sets: The values of `--sets`. If there are none, the data set is CIFAR-10, and its grid is called `name`.
 
     >>> names_of("clip", ["dtd", "glue/x"]), names_of("small", [])
     ({'dtd': 'clip_dtd', 'glue/x': 'clip_glue_x'}, {'cifar10': 'small'})
@@ -121,14 +139,14 @@ def names_of(name: str, sets: Sequence[str]) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the missing runs of the grids and show the results."""
+    """Do the runs of the grids that are missing, and show the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     image_grid.add_options(parser)
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="in percent of the training set")
     options = parser.parse_args(arguments)
     names, sources, counts = names_of(options.name, options.sets), {}, {}
     if not options.report:
-        # Report a mistake about any set before training on the first.
+        # Load all data sets first, so that an error in any of them is reported before the first training run.
         for one in names:
             counts[one] = image_grid.count_images(one, options)
             shares = dict.fromkeys((*options.shares, SEARCHED))

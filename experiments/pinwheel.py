@@ -1,27 +1,29 @@
-"""Measure which structured matrix can replace the hidden layer of a small network: losses, curves, decision regions.
+"""Measure which structured matrices can replace the kernel of the hidden layer in a small network.
 
     python -m experiments.pinwheel
 
-This follows Figures 4 and 9 of arXiv 2406.17740. Points of the plane lie on a pinwheel of 5 spokes, one class each. A
-network has a hidden layer of 64 x 64 numbers, which is replaced by a matrix of 128: LoRA of rank 1, a pair of
-circulants, a pair of symmetric Toeplitz matrices, or one Toeplitz matrix (127). The bottom layer is frozen, or
-everything is trained, for 2,000 epochs and with five seeds. The paper reports that the loss of LoRA stays several times
-higher, and that the structured matrices reach the dense layer.
+This experiment follows Figures 4 and 9 of arXiv 2406.17740. Points of the plane form a pinwheel with 5 spokes, and each
+spoke is a class. A small network classifies them. Its hidden layer has a dense 64 x 64 kernel, which is compared with
+four kernels of about 128 parameters: a matrix of rank 1 (LoRA), the product of two circulants, the product of two
+symmetric Toeplitz matrices, and one Toeplitz matrix (127 parameters). The bottom layer is frozen in one half of the
+runs; in the other half everything is trained. Every network is trained for 2,000 epochs, with five seeds. The paper
+reports that the loss of LoRA stays several times higher, and that the structured matrices reach the dense kernel.
 
-The paper leaves some choices open; they are made as follows.
+The paper leaves some choices open. This experiment makes them as follows:
 
-- The network is `tanh(tanh(x B + b) M + m) T + t`, where `M` is the matrix itself and not an update of one. Biases are
-  trained, except for that of a frozen bottom layer.
-- `B` is drawn from N(0, 1) and `T` from N(0, 1/64), the same for all layers. The parameters of `M` are normal, with the
-  deviation that gives the entries of `M` a variance of 1/64 too.
-- Adam sees all 500 training points in each step. Its learning rate falls to 0 by a cosine. The first rate is the best
-  of five, judged by the final loss on held-out points, averaged over two other seeds.
-- Losses and accuracies are those after the last epoch, on the training points and on new points.
-- CKA compares the hidden layer's outputs for the new points with those of the dense network of the same seed, whose
-  bottom and top start alike. The dense network itself is compared with that of the next seed.
+- The network is `tanh(tanh(x B + b) M + m) T + t`, where `M` is the structured matrix itself, not an update that is
+  added to a dense kernel. All biases are trained, except for that of a frozen bottom layer.
+- The initial `B` is drawn from N(0, 1) and `T` from N(0, 1/64). For a given seed, they are the same for all kinds of
+  `M`. The parameters of `M` are Gaussian, with the standard deviation that gives the entries of `M` a variance of 1/64.
+- The optimiser is Adam, and every step uses all 500 training points. The learning rate decays to 0 on a cosine
+  schedule. Its initial value is the best of five, judged by the final loss on held-out points, averaged over two other
+  seeds.
+- Losses and accuracies are measured after the last epoch, on the training points and on new test points.
+- CKA compares the hidden layer's outputs on the test points with those of the dense network of the same seed, which
+  started with the same `B` and `T`. The dense network itself is compared with the dense network of the next seed.
 
-Writes `pinwheel.csv`, `pinwheel.search.csv`, `pinwheel.png` and `pinwheel_regions.png` to `experiments/results`, or to
-`--out`, and prints the tables.
+The experiment writes `pinwheel.csv`, `pinwheel.search.csv`, `pinwheel.png` and `pinwheel_regions.png` to
+`experiments/results`, or to the folder given by `--out`, and prints the tables.
 """
 
 import argparse
@@ -43,7 +45,7 @@ from experiments.pinwheel_networks import LAYERS, SPOKES, Network, Points, evalu
 from experiments.tables import markdown, mean_and_deviation, new_figure, read_csv, tidy, write_csv
 from surm_jax.record.progress import Progress
 
-# The factor that multiplies the steps of the bottom layer.
+# Both kinds of bottom layer, with the factor that multiplies the optimiser's steps for its parameters.
 BOTTOMS = {"frozen": 0.0, "trained": 1.0}
 EPOCHS = 2000
 SEEDS = (0, 1, 2, 3, 4)
@@ -53,7 +55,13 @@ COLOURS = dict(zip(LAYERS, ("#4878a8", "#e0883a", "#5f9e5a", "#b8504f", "#8a6bb0
 
 
 class Data(NamedTuple):
-    """Three draws of the same pinwheel."""
+    """Three sets of random points on the pinwheel.
+
+    Attributes:
+        train: The points that networks are trained on.
+        held_out: The points that learning rates are chosen by.
+        test: The points that the final networks are evaluated on.
+    """
 
     train: Points
     held_out: Points
@@ -61,7 +69,22 @@ class Data(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A trained network, its training loss by epoch, and its hidden layer's outputs for the test points."""
+    """A trained network with its measurements.
+
+    Attributes:
+        layer: The kind of hidden kernel, a key of `LAYERS`.
+        bottom: Whether the bottom layer was "frozen" or "trained".
+        seed: The seed of the initial parameters.
+        learning_rate: The initial learning rate.
+        numbers: The number of parameters of the hidden kernel.
+        train_loss: The final loss on the training points.
+        test_loss: The final loss on the test points.
+        test_accuracy: The final accuracy on the test points, from 0 to 1.
+        cka: The linear CKA of the hidden layer's outputs with those of a dense network, see the module.
+        curve: The training loss before every step.
+        hidden: The outputs of the hidden layer for the test points.
+        network: The trained parameters.
+    """
 
     layer: str
     bottom: str
@@ -78,7 +101,15 @@ class Run(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A learning rate of the search with the mean losses of its seeds."""
+    """The result of one learning rate in the search for the best one.
+
+    Attributes:
+        layer: The kind of hidden kernel, a key of `LAYERS`.
+        bottom: Whether the bottom layer was "frozen" or "trained".
+        learning_rate: The initial learning rate.
+        train_loss: The final loss on the training points, averaged over `SEARCH_SEEDS`.
+        held_out_loss: The final loss on the held-out points, averaged over `SEARCH_SEEDS`.
+    """
 
     layer: str
     bottom: str
@@ -88,7 +119,7 @@ class Trial(NamedTuple):
 
 
 def search(layer: str, bottom: str, data: Data) -> list[Trial]:
-    """Try all learning rates for a layer."""
+    """Train networks with all learning rates of `RATES`, for one kind of hidden kernel and of bottom layer."""
     rates, seeds = zip(*itertools.product(RATES, SEARCH_SEEDS), strict=True)
     multiples = np.full(len(seeds), BOTTOMS[bottom], np.float32)
     networks, _ = train(starts(layer, seeds), np.float32(rates), multiples, data.train, epochs=EPOCHS)
@@ -98,23 +129,24 @@ def search(layer: str, bottom: str, data: Data) -> list[Trial]:
 
 
 def select(rows: Iterable[Trial | Run], layer: str, bottom: str) -> list[Trial | Run]:
-    """Return the trials or runs of a layer and a kind of bottom layer."""
+    """Return those of the trials or runs that have this kind of hidden kernel and of bottom layer."""
     return [row for row in rows if (row.layer, row.bottom) == (layer, bottom)]
 
 
 def best_rate(trials: Iterable[Trial], layer: str, bottom: str) -> float:
-    """Return the learning rate with the smallest loss on held-out points."""
+    """Return the learning rate with the smallest held-out loss, for one kind of hidden kernel and of bottom layer."""
     return min(select(trials, layer, bottom), key=lambda trial: trial.held_out_loss).learning_rate
 
 
 def measure(layer: str, rate_of: dict[str, float], data: Data, dense: Sequence[Run]) -> list[Run]:
-    """Train a layer with every seed and both kinds of bottom layer.
+    """Train and evaluate networks with one kind of hidden kernel, every seed and both kinds of bottom layer.
 
     Args:
-        layer: The name of the layer.
-        rate_of: The learning rate for each kind of bottom layer.
+        layer: The kind of hidden kernel, a key of `LAYERS`.
+        rate_of: The initial learning rate for each kind of bottom layer.
         data: The points.
-        dense: The runs of the dense layer in the same order; empty while the dense layer itself is measured.
+        dense: The runs with the dense kernel, in the same order, to compute CKA with. Empty if `layer` is itself the
+            dense kernel.
     """
     cases = list(itertools.product(BOTTOMS, SEEDS))
     rates = [rate_of[bottom] for bottom, _ in cases]
@@ -123,7 +155,7 @@ def measure(layer: str, rate_of: dict[str, float], data: Data, dense: Sequence[R
     networks, curves = jax.device_get(train(begun, np.float32(rates), multiples, data.train, epochs=EPOCHS))
     train_loss, _, _ = jax.device_get(evaluate(networks, data.train))
     test_loss, accuracy, hidden = jax.device_get(evaluate(networks, data.test))
-    # Compare with the dense network of the same seed, or compare the dense network with that of the next seed.
+    # CKA compares a network with the dense network of the same seed, and a dense network with that of the next seed.
     next_seed = np.arange(len(cases)).reshape(len(BOTTOMS), -1)
     others = [run.hidden for run in dense] or [hidden[place] for place in np.roll(next_seed, -1, axis=1).ravel()]
     return [
@@ -145,7 +177,7 @@ def measure(layer: str, rate_of: dict[str, float], data: Data, dense: Sequence[R
 
 
 def measure_all(data: Data) -> tuple[list[Trial], list[Run]]:
-    """Search and measure every layer, and show the progress."""
+    """For every kind of hidden kernel, search the learning rates and do the final runs, with a progress bar."""
     trials, runs = [], []
     with Progress("pinwheel", len(LAYERS), 0) as progress:
         for done, layer in enumerate(LAYERS, 1):
@@ -162,7 +194,11 @@ RUN_COLUMNS = Run._fields[: Run._fields.index("curve")]
 
 
 def tables(folder: Path = RESULTS) -> dict[str, str]:
-    """Return, for each kind of bottom layer, the means over seeds and the losses of the search."""
+    """Return two markdown tables for each kind of bottom layer: the results and the search for learning rates.
+
+    Args:
+        folder: The folder of `pinwheel.csv` and `pinwheel.search.csv`.
+    """
     runs, trials = read_csv(folder / "pinwheel.csv"), read_csv(folder / "pinwheel.search.csv")
     found = {}
     for bottom in dict.fromkeys(row["bottom"] for row in runs):
@@ -172,7 +208,10 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
 
 
 def run_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Return the table of means over seeds for every layer, with losses also as multiples of the dense layer's."""
+    """Return the table of results, with a line for each kind of hidden kernel.
+
+    Values are means over seeds. Losses are also given as multiples of the loss with the dense kernel.
+    """
     lines = []
     for layer in dict.fromkeys(row["layer"] for row in rows):
         line = {"layer": layer}
@@ -190,7 +229,7 @@ def run_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def search_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Return the training and held-out losses of all learning rates, the chosen rate in bold."""
+    """Return the table of training and held-out losses at all learning rates, with the chosen rate in bold."""
     lines = []
     for layer in dict.fromkeys(row["layer"] for row in rows):
         mine = [row for row in rows if row["layer"] == layer]
@@ -206,7 +245,11 @@ def _values(rows: Sequence[Mapping[str, str]], layer: str, column: str) -> list[
 
 
 def draw_curves(runs: Sequence[Run], path: Path) -> None:
-    """Draw the training loss by epoch, as median and range over seeds, and the CKA of every seed."""
+    """Draw a picture of three panels.
+
+    Two panels show the training loss by epoch (median and range over seeds), one for each kind of bottom layer. The
+    third shows the CKA of every run.
+    """
     figure = new_figure(11, 3.8)
     *panels, alike = figure.subplots(1, 3, width_ratios=(1, 1, 0.8))
     panels[1].sharey(panels[0])
@@ -237,7 +280,10 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
 
 
 def draw_regions(runs: Sequence[Run], points: Points, path: Path) -> None:
-    """Draw the regions that networks of the first seed assign to the spokes, and the training points."""
+    """Draw the decision regions of all networks with the first seed, and the training points.
+
+    A decision region is the part of the plane that a network assigns to one spoke.
+    """
     side = np.linspace(-2.4, 2.4, 300, dtype=np.float32)
     grid = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
     figure, colours = new_figure(11, 4.9), ListedColormap(list(COLOURS.values()))
@@ -258,7 +304,7 @@ def draw_regions(runs: Sequence[Run], points: Points, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Search and train, write and draw the results, and print the tables."""
+    """Run the experiment, write and draw its results, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder to write to")
     folder = parser.parse_args(arguments).out

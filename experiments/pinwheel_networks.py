@@ -1,4 +1,7 @@
-"""Points on a pinwheel, and small networks whose hidden layer is one of several matrices, trained side by side."""
+"""The data and the networks of the pinwheel experiment: points on spokes, and networks with a structured hidden kernel.
+
+All networks with the same kind of hidden kernel are trained side by side in one program.
+"""
 
 import functools
 from collections.abc import Iterable
@@ -13,7 +16,8 @@ from jaxtyping import Array, Float, Int
 from surm_jax import structured
 
 WIDTH, SPOKES = 64, 5
-# How each layer is made, and the deviation of its parameters that gives the matrix entries a deviation of about 1/8.
+# For each kind of hidden kernel, the function that makes it, and the standard deviation of its parameters. With this
+# deviation the entries of the kernel have a standard deviation of about 1/8.
 LAYERS = {
     "dense": (structured.Dense.init, WIDTH**-0.5),
     "lora": (functools.partial(structured.LowRank.init, rank=1), WIDTH**-0.25),
@@ -24,14 +28,28 @@ LAYERS = {
 
 
 class Points(NamedTuple):
-    """Points of the plane, in float32, and their spokes."""
+    """Labelled points of the plane.
+
+    Attributes:
+        x: The coordinates, in float32.
+        labels: The number of the spoke that each point lies on.
+    """
 
     x: Float[np.ndarray, "points 2"]
     labels: Int[np.ndarray, " points"]
 
 
 class Network(NamedTuple):
-    """The parameters of a network, or of a stack of them; `hidden` is the layer that is replaced."""
+    """The parameters of one network, or of several networks stacked along a new first axis.
+
+    Attributes:
+        bottom: The kernel of the bottom layer.
+        bottom_bias: The bias of the bottom layer.
+        hidden: The structured kernel of the hidden layer.
+        hidden_bias: The bias of the hidden layer.
+        top: The kernel of the top layer, which computes the logits.
+        top_bias: The bias of the top layer.
+    """
 
     bottom: Float[Array, "2 width"]
     bottom_bias: Float[Array, " width"]
@@ -42,10 +60,15 @@ class Network(NamedTuple):
 
 
 def pinwheel(draws: np.random.Generator, per_spoke: int) -> Points:
-    """Return points on a pinwheel, `per_spoke` on each spoke.
+    """Return random points on a pinwheel.
 
-    As in Johnson et al. (2016), arXiv 1603.06277: normal along a spoke (mean 1, standard deviation 0.3) and across it
-    (0.1), and turned by exp(distance) / 4.
+    They are drawn as by Johnson et al. (2016), arXiv 1603.06277. The position along a spoke is Gaussian with mean 1 and
+    standard deviation 0.3, the position across it with mean 0 and standard deviation 0.1. Each point is then rotated
+    about the origin by exp(position along the spoke) / 4, which bends the spokes.
+
+    Args:
+        draws: The random generator.
+        per_spoke: The number of points on each spoke.
     """
     labels = np.repeat(np.arange(SPOKES), per_spoke)
     along, across = draws.normal(size=(2, labels.size)) * [[0.3], [0.1]] + [[1.0], [0.0]]
@@ -55,7 +78,14 @@ def pinwheel(draws: np.random.Generator, per_spoke: int) -> Points:
 
 
 def start(layer: str, seed: int) -> Network:
-    """Return a network with random weights, where bottom and top depend only on the seed and not on the layer."""
+    """Return a network with random initial parameters.
+
+    The parameters of the bottom and the top layer depend only on the seed, not on the kind of hidden kernel.
+
+    Args:
+        layer: The kind of hidden kernel, a key of `LAYERS`.
+        seed: The seed.
+    """
     draws = np.random.default_rng(seed)
 
     def normal(deviation: float, *shape: int) -> Float[np.ndarray, "..."]:
@@ -70,15 +100,15 @@ def start(layer: str, seed: int) -> Network:
 
 
 def forward(network: Network, x: Float[Array, "points 2"]) -> tuple[Array, Array]:
-    """Return the outputs of the hidden layer, (points, width), and the scores of the spokes, (points, spokes)."""
+    """Return the outputs of the hidden layer, (points, width), and the logits, (points, spokes), of one network."""
     hidden = jnp.tanh(x @ network.bottom + network.bottom_bias[None])
-    # For so small a matrix, forming it costs less than transforming the points.
+    # For a matrix as small as this, forming the dense matrix costs less than Fourier transforms of the activations.
     hidden = jnp.tanh(structured.matmul(hidden, network.hidden, execution="dense") + network.hidden_bias[None])
     return hidden, hidden @ network.top + network.top_bias[None]
 
 
 def cross_entropy(scores: Float[Array, "points spokes"], points: Points) -> Float[Array, ""]:
-    """Return the loss, a mean over points."""
+    """Return the cross-entropy loss of some logits, averaged over the points."""
     return optax.softmax_cross_entropy_with_integer_labels(scores, points.labels).mean()
 
 
@@ -91,17 +121,17 @@ def train(
     *,
     epochs: int,
 ) -> tuple[Network, Float[Array, "networks epochs"]]:
-    """Train a stack of networks side by side, in one program for all seeds, rates and both kinds of bottom layer.
+    """Train several networks side by side in one program. They may differ in seed, learning rate and bottom layer.
 
     Args:
-        networks: The networks at their start, stacked.
-        rates: The first learning rate of each.
-        bottoms: The factor that multiplies the steps of each bottom layer.
+        networks: The initial parameters of all networks, stacked.
+        rates: The initial learning rate of each network. It decays to zero on a cosine schedule.
+        bottoms: For each network, a factor for the steps of its bottom layer: 0 freezes the layer and 1 trains it.
         points: The training points.
-        epochs: The number of steps, each on all points.
+        epochs: The number of steps. Each step uses all points.
 
     Returns:
-        The trained networks, and the loss of each before every step.
+        The trained networks, stacked, and the loss of each network before every step.
     """
     adam, share = optax.scale_by_adam(), optax.cosine_decay_schedule(1.0, epochs)
 
@@ -125,13 +155,13 @@ def train(
 
 
 def starts(layer: str, seeds: Iterable[int]) -> Network:
-    """Return a stack of networks at their start, one for each seed."""
+    """Return networks with random initial parameters, one for each seed, stacked. See `start`."""
     return jax.tree.map(lambda *arrays: np.stack(arrays), *(start(layer, seed) for seed in seeds))
 
 
 @jax.jit
 def evaluate(networks: Network, points: Points) -> tuple[Array, Array, Array]:
-    """Return the loss, the accuracy and the hidden layer's outputs of each network of a stack."""
+    """Return the loss, the accuracy and the hidden layer's outputs on some points, for each of several networks."""
 
     def evaluate_one(network):
         hidden, scores = forward(network, points.x)

@@ -1,7 +1,7 @@
-"""Read and write the rows of a grid, one for each run, in a csv file, and their common settings in a json file.
+"""Read and write the results of a grid: a csv file with a row for each finished run, and a json file of settings.
 
-Rows are comparable only if everything except task, method, learning rate and seed is the same. So a grid refuses to add
-rows to those made with other settings.
+Rows are comparable only if the runs differ in nothing but task, method, learning rate and seed. So the json file holds
+all other settings, and rows are not added to a csv file whose rows were made with other settings.
 """
 
 import csv
@@ -32,7 +32,15 @@ Row = dict[str, Any]
 
 
 class Run(NamedTuple):
-    """One run of a grid. Its part is "search" or "final"."""
+    """One run of a grid (see `experiments/grid.py`).
+
+    Attributes:
+        task: The name of the task.
+        method: The name of the method.
+        part: "search" if the run is part of the search for a learning rate, "final" otherwise.
+        learning_rate: The learning rate.
+        seed: The seed.
+    """
 
     task: str
     method: str
@@ -47,7 +55,7 @@ def run_of(row: Row) -> Run:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a csv file, or none if there is no such file."""
+    """Return the rows of a csv file, with values of the types in `KINDS`, or an empty list if there is no such file."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
@@ -55,7 +63,10 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def add_row(path: Path, row: Row) -> None:
-    """Append a row in one write, since another process may append to the same file."""
+    """Append a row to a csv file.
+
+    The row is written by a single call, because another process may append to the same file.
+    """
     with path.open("a", newline="") as file:
         text = io.StringIO()
         writer = csv.DictWriter(text, KINDS, lineterminator="\n")
@@ -66,10 +77,13 @@ def add_row(path: Path, row: Row) -> None:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings of the rows in a csv file, from the json file beside it.
+    """Return the settings that the rows in a csv file were made with, from the json file beside it.
+
+    Args:
+        path: The csv file.
 
     Raises:
-        UserError: There is no such file.
+        UserError: There is no such json file.
     """
     settings = path.with_suffix(".json")
     if not settings.is_file():
@@ -79,10 +93,16 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def note_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings beside the csv file, or check that they are those of the rows in it.
+    """Store the settings of a grid in the json file beside its csv file, before runs are done.
+
+    If the csv file has rows already, nothing is written, but the settings must equal those of the rows.
+
+    Args:
+        path: The csv file.
+        settings: The settings by name.
 
     Raises:
-        UserError: The rows have other settings (the message names what differs), or their settings are unknown.
+        UserError: The rows were made with other settings (the message names the differences), or with unknown ones.
     """
     new = json.loads(json.dumps(settings))
     if read_rows(path):

@@ -1,4 +1,4 @@
-"""Read runs of `launch.py`: their configurations, their models, and the gradient that training begins with."""
+"""Read training runs of `launch.py` for analysis: configurations, models, and the first gradient of training."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -24,12 +24,18 @@ from surm_jax.training.parsing import saved_config, to_dict
 from surm_jax.training.partition import partition
 from surm_jax.training.setup import Job, prepare
 
-# The norm of the first step of a head that starts at zero.
+# `first_gradient` moves a head kernel that is zero by a step of this Frobenius norm.
 HEAD_STEP = 1e-3
 
 
 class Run(NamedTuple):
-    """A finished run: its job, the pretrained model and the tuned model."""
+    """A finished run with its models.
+
+    Attributes:
+        job: The configuration, devices and data of the run.
+        base: The pretrained model, without an adapter.
+        tuned: The model after fine-tuning.
+    """
 
     job: Job
     base: nnx.Module
@@ -37,7 +43,11 @@ class Run(NamedTuple):
 
 
 def read_run(workdir: Path, overrides: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration of a finished run of one seed.
+    """Return the configuration of a finished run, which must have a single seed.
+
+    Args:
+        workdir: The folder of the run.
+        overrides: New values of keys such as `data.dir`, as in `saved_config`.
 
     Raises:
         UserError: The run does not exist, is not complete, or has several seeds.
@@ -53,10 +63,14 @@ def read_run(workdir: Path, overrides: Mapping[str, Any]) -> RunConfig:
 
 
 def read_full(workdir: Path, overrides: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration of a finished run that trained all parameters.
+    """Return the configuration of a finished run of full fine-tuning, which trained all parameters.
+
+    Args:
+        workdir: The folder of the run.
+        overrides: New values of keys such as `data.dir`, as in `saved_config`.
 
     Raises:
-        UserError: As in `read_run`, or the run has another method.
+        UserError: As in `read_run`, or the run used another method.
     """
     config = read_run(workdir, overrides)
     if config.peft.method != "full":
@@ -68,10 +82,14 @@ def read_full(workdir: Path, overrides: Mapping[str, Any]) -> RunConfig:
 
 
 def read_any(where: str, overrides: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration of a run, finished or not, or of a file such as `configs/digits.py`.
+    """Return the configuration of a run, whether it is finished or not, or that of a configuration file.
+
+    Args:
+        where: The folder of a run, or a file such as `configs/digits.py`.
+        overrides: New values of keys such as `data.dir`, as in `saved_config`.
 
     Raises:
-        UserError: Neither exists.
+        UserError: There is no such run or file.
     """
     if where.partition(":")[0].endswith(".py"):
         return parse(relocated(to_dict(parse(load_job(where))), overrides))
@@ -79,7 +97,7 @@ def read_any(where: str, overrides: Mapping[str, Any]) -> RunConfig:
 
 
 def open_run(config: RunConfig, workdir: Path) -> Run:
-    """Load the models of a run. Their arrays live on the mesh of the job."""
+    """Load the pretrained and the fine-tuned model of a finished run. Their arrays are on the job's mesh of devices."""
     job = prepare(config, config.seeds[0])
     with jax.set_mesh(job.mesh):
         base = job.base_model()
@@ -88,14 +106,18 @@ def open_run(config: RunConfig, workdir: Path) -> Run:
 
 
 def first_gradient(job: Job, count: int) -> dict[str, Float[np.ndarray, "in out"]]:
-    """Return the gradient of the training loss with respect to every kernel, before full fine-tuning, by layer.
+    """Return the gradient of the training loss at the pretrained weights, for the kernel of each layer but the head.
 
-    While the head is zero, as a ViT's is at the start, no gradient reaches the layers below. In that case the head
-    first takes a small step.
+    A gradient shows which update full fine-tuning would begin with. As long as the kernel of the head is zero, as that
+    of a new ViT head is, the gradient for all other layers is zero. In that case the head first takes one small step
+    along its own negative gradient.
 
     Args:
-        job: The job, whose model and training batches are used, without dropout.
-        count: The number of batches to average over.
+        job: The job whose model and training batches are used. Dropout is off.
+        count: The number of batches to average the gradient over.
+
+    Returns:
+        The gradient by the path of the layer, as a matrix (in_features, out_features).
     """
     batches = list(itertools.islice(job.task.train_batches(job.seed), count))
     with jax.set_mesh(job.mesh):

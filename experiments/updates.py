@@ -1,4 +1,4 @@
-"""Measure the updates of a network's kernels: rank, condition and size, and the rank in theory."""
+"""Measure the changes that fine-tuning makes to the kernels of a network: rank, condition number and norm."""
 
 import math
 import re
@@ -29,7 +29,9 @@ from surm_jax.structured import (
 
 
 def kernels(model: nnx.Module) -> dict[str, Float[Array, "in out"]]:
-    """Return the kernels of all linear layers outside the head as matrices, with layers of one kind together.
+    """Return the kernels of all linear layers outside the head as matrices (in_features, out_features), by path.
+
+    Layers at the same place in different blocks come one after another, ordered by the number of the block.
 
     >>> model = nnx.Dict(head=nnx.Linear(4, 2, rngs=nnx.Rngs(0)), up=nnx.Linear(2, 4, rngs=nnx.Rngs(1)))
     >>> {path: kernel.shape for path, kernel in kernels(model).items()}
@@ -43,7 +45,9 @@ def kernels(model: nnx.Module) -> dict[str, Float[Array, "in out"]]:
 
 
 def kind_of(path: str) -> str:
-    """Return the part of a path that layers at the same place in different blocks share.
+    """Return the path of a layer inside its block, which is the same for corresponding layers of all blocks.
+
+    For a layer outside the blocks it is the whole path.
 
     >>> kind_of("blocks/11/attention/query"), kind_of("pooler")
     ('attention/query', 'pooler')
@@ -52,7 +56,7 @@ def kind_of(path: str) -> str:
 
 
 def block_of(path: str) -> int | None:
-    """Return the number of the block that a layer belongs to, or None.
+    """Return the number of the block that a layer belongs to, or None if it is outside the blocks.
 
     >>> block_of("blocks/11/attention/query"), block_of("pooler")
     (11, None)
@@ -62,9 +66,13 @@ def block_of(path: str) -> int | None:
 
 
 class Change(NamedTuple):
-    """A kernel before fine-tuning and its update, both in float64, and the update as a structured matrix.
+    """The change of one kernel by fine-tuning.
 
-    The matrix is None if the kernel itself was trained or its columns were normalised.
+    Attributes:
+        before: The kernel before fine-tuning, in float64.
+        added: The change of the kernel as a dense matrix, in float64.
+        matrix: The change as a structured matrix. None if the kernel itself was trained, or if the change also depends
+            on the kernel, as in DoRA.
     """
 
     before: Float[np.ndarray, "in out"]
@@ -73,7 +81,12 @@ class Change(NamedTuple):
 
 
 def changes(base: nnx.Module, tuned: nnx.Module) -> dict[str, Change]:
-    """Return the changes of all kernels that were trained or have an update, by layer."""
+    """Return the changes of all kernels that were trained themselves or have an update, by the path of the layer.
+
+    Args:
+        base: The pretrained model.
+        tuned: The model after fine-tuning.
+    """
     parts = {row.path: row for row in iter_parts(tuned) if isinstance(row.part, KernelPart)}
     before, found = kernels(base), {}
     for path, kernel in kernels(tuned).items():
@@ -88,7 +101,25 @@ def changes(base: nnx.Module, tuned: nnx.Module) -> dict[str, Change]:
 
 
 class Update(NamedTuple):
-    """The measurements of a layer's update. Fields that do not apply are empty."""
+    """The measurements of the change of one kernel.
+
+    Attributes:
+        layer: The path of the layer.
+        rows: The number of rows of the kernel, in_features.
+        columns: The number of columns of the kernel, out_features.
+        family: The name of the family of structured matrices, or "dense".
+        numbers: The number of parameters of the change.
+        rank: The numerical rank.
+        largest_rank: The largest rank that a matrix of this structure and size can have.
+        theory: The rank that theory predicts from the structure, as text; empty for a dense change.
+        stable_rank: The squared Frobenius norm over the square of the largest singular value. It tells how many
+            singular directions carry most of the change.
+        condition: The condition number: the largest singular value over the smallest that the structure allows to
+            differ from zero.
+        displacement_rank: The displacement rank; empty for a dense change.
+        relative_norm: The Frobenius norm of the change over that of the kernel before fine-tuning.
+        one_minus_cosine: One minus the cosine similarity of the kernels before and after fine-tuning.
+    """
 
     layer: str
     rows: int
@@ -106,11 +137,13 @@ class Update(NamedTuple):
 
 
 def examine(layer: str, change: Change) -> Update:
-    """Measure an update, with the tolerances of float32, the dtype in which it was learned.
+    """Measure the change of a kernel.
 
-    The stable rank is the squared Frobenius norm over the square of the largest singular value; it says how many
-    directions matter. The condition is the largest singular value over the smallest that the structure allows to be
-    above zero. A dense update has no displacement rank.
+    Ranks are computed with the tolerances of float32, because changes are trained in float32.
+
+    Args:
+        layer: The path of the layer.
+        change: The change of its kernel.
     """
     added = change.added.astype(np.float32)
     values = singular_values(added)
@@ -135,7 +168,10 @@ def examine(layer: str, change: Change) -> Update:
 
 
 def one_minus_cosine(one: Float[np.ndarray, "in out"], other: Float[np.ndarray, "in out"]) -> float:
-    """Return 1 - cosine similarity of two matrices as vectors, computed as half a squared distance to keep its digits.
+    """Return one minus the cosine similarity of two matrices, each taken as one long vector.
+
+    It is computed as half of the squared distance of the normalised matrices. Subtracting a cosine near 1 from 1 would
+    lose most digits.
 
     >>> round(one_minus_cosine(np.eye(2), 3 * np.eye(2)), 12), round(one_minus_cosine(np.eye(2), np.eye(2)[::-1]), 12)
     (0.0, 1.0)
@@ -144,7 +180,7 @@ def one_minus_cosine(one: Float[np.ndarray, "in out"], other: Float[np.ndarray, 
 
 
 def largest_rank(matrix: StructuredMatrix) -> int:
-    """Return the largest rank that a matrix of this structure and size can have.
+    """Return the largest rank that a matrix with the same family, shape and size of factors can have.
 
     >>> import jax
     >>> largest_rank(Kronecker.init(jax.random.key(0), (768, 768), scale=1.0))
@@ -160,7 +196,10 @@ def largest_rank(matrix: StructuredMatrix) -> int:
 
 
 def rank_in_theory(matrix: StructuredMatrix) -> str:
-    """Return the rank that the structure implies; for a sum or a product it is in general only a bound.
+    """Return what theory says about the rank of a structured matrix, as text for a table.
+
+    It is the exact rank ("=") if the structure determines it from the parameters. Otherwise it is an upper bound
+    ("<="). The text in parentheses names what the rank was derived from.
 
     >>> rank_in_theory(Circulant(np.ones(2, np.float32), shape=(2, 2)))
     '= 1 (non-zero DFT)'
@@ -170,7 +209,8 @@ def rank_in_theory(matrix: StructuredMatrix) -> str:
         case Circulant() | SkewCirculant() if m == n:
             return f"= {numerical_rank(matrix)} (non-zero DFT)"
         case BlockCirculant():
-            # The Fourier transform makes the matrix block-diagonal, with a block for each frequency.
+            # A Fourier transform makes the matrix block-diagonal, with one block for each frequency. The rank is the
+            # sum of the ranks of these blocks.
             blocks = np.moveaxis(np.fft.fft(np.asarray(matrix.c, np.float64)), -1, 0)
             values = np.linalg.svd(blocks, compute_uv=False)
             tolerance = values.max() * max(m, n) * np.finfo(np.float32).eps
@@ -188,7 +228,11 @@ def rank_in_theory(matrix: StructuredMatrix) -> str:
 
 
 def update_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Return the table of the updates in a csv file."""
+    """Return a markdown table of the changes of all kernels.
+
+    Args:
+        rows: The rows of a csv file whose columns are the fields of `Update`.
+    """
     numbers = {"stable rank": ".1f", "condition": ".3g", "norm, of the kernel's": ".3g", "1 - cosine": ".2g"}
     names = ("stable_rank", "condition", "relative_norm", "one_minus_cosine")
     lines = []
