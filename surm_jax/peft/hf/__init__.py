@@ -1,4 +1,4 @@
-"""Reading and writing the adapter folders of Hugging Face's peft."""
+"""Read and write adapter folders in the format of Hugging Face's peft."""
 
 from surm_jax.peft.hf import c3a, lokr, lora  # noqa: F401  # importing them registers their formats
 from surm_jax.peft.hf.load import load_peft

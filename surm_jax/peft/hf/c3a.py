@@ -1,4 +1,4 @@
-"""The file format of C3A adapters in peft."""
+"""The file format of C3A adapters (grids of circulant blocks) in peft."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +15,12 @@ from surm_jax.structured import BlockCirculant, Circulant, CirculantPair, Struct
 
 
 class C3AFormat(Format):
-    """C3A: the tensor `c3a_kernel` of shape (out / b, in / b, b) holds our `BlockCirculant` with reversed vectors.
+    """The file format of C3A, which stores a grid of circulant blocks of size b x b for each layer.
 
-    `c3a_kernel[q, p, k] = factor * in * c[p, q, -k mod b]`, since peft divides by in_features. A square circulant is
-    a grid of one block. The format has no alpha, so the factor is multiplied into the numbers.
+    The tensor `c3a_kernel` of shape (out / b, in / b, b) holds the vectors `c` of our `BlockCirculant` in reversed
+    order: `c3a_kernel[q, p, k] = factor * in * c[p, q, -k mod b]`. The size `in` is there because peft divides by
+    in_features. A square circulant is a grid of one block. The format has no alpha, so the factor of an update is
+    multiplied into the tensor.
     """
 
     peft_type = "C3A"
@@ -27,12 +29,12 @@ class C3AFormat(Format):
     description = "blocks of circulants, or one square circulant"
 
     def holds(self, matrix: StructuredMatrix) -> bool:
-        """Return whether a matrix is a grid of circulants or one square circulant."""
+        """Return whether a matrix is a grid of circulant blocks or one square circulant."""
         is_square = isinstance(matrix, Circulant | CirculantPair) and matrix.shape[0] == matrix.shape[1]
         return isinstance(matrix, BlockCirculant) or is_square
 
     def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:
-        """Return the settings, which hold the block sizes, and the kernels by module."""
+        """Return the settings, which contain the block sizes, and the tensor `c3a_kernel` of each module."""
         kernels = {}
         for module, update in updates.items():
             c = np.asarray(update.matrix.compact().c, np.float64)
@@ -43,7 +45,12 @@ class C3AFormat(Format):
         return {**by_module("block_size", "block_size_pattern", blocks), "bias": "none"}, kernels
 
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
-        """Return a `C3A` update with alpha = 1, and the shape of `c3a_kernel`."""
+        """Return a `C3A` method with alpha = 1 and the block size in the settings, and the shape of `c3a_kernel`.
+
+        Raises:
+            UserError: If the block size is not a whole number of at least 1, or does not divide both dimensions of the
+                layer's kernel.
+        """
         block = int(settings.of_module("block_size", 256, "block_size_pattern", module, whole=True))
         if shape[0] % block or shape[1] % block:
             raise UserError(
@@ -53,10 +60,10 @@ class C3AFormat(Format):
         return C3A(block=block), {"c3a_kernel": (shape[1] // block, shape[0] // block, block)}
 
     def read(self, arrays: Arrays) -> BlockCirculant:
-        """Return the grid of circulants."""
+        """Return the grid of circulant blocks that the tensor `c3a_kernel` of a layer holds."""
         return BlockCirculant(c=jnp.asarray(_backwards(arrays["c3a_kernel"]).swapaxes(0, 1)))
 
 
 def _backwards(c: np.ndarray) -> np.ndarray:
-    """Return `c[..., -k mod b]` at each index k of the last axis."""
+    """Return the array with `c[..., -k mod b]` at each index k of the last axis, whose size is b."""
     return np.roll(np.flip(c, -1), 1, axis=-1)

@@ -1,7 +1,7 @@
-"""The interface of peft's file formats, which translate between our updates and the tensors in peft's files.
+"""The interface of the file formats of peft, which convert between our updates and the tensors in peft's files.
 
-Weights and updates in peft have the shape (out, in): they are the transposes of our kernels and updates. If a setting
-differs between layers, peft stores one common value and a dictionary of exceptions by module name.
+Weights and updates in peft have the shape (out, in), so they are the transposes of our kernels and updates. If a
+setting differs between layers, peft stores one common value, and a dictionary of exceptions by module name.
 """
 
 import abc
@@ -17,7 +17,7 @@ from surm_jax.peft.methods.update import Update
 from surm_jax.structured import StructuredMatrix
 
 Arrays = dict[str, np.ndarray]
-"""The tensors of a layer, by the last parts of their names, such as "lora_A.weight"."""
+"""The tensors of a layer, by the part of their names after the module's name, such as "lora_A.weight"."""
 
 Shapes = dict[str, tuple[int, ...]]
 """The shapes of a layer's tensors, by the same names as in `Arrays`."""
@@ -25,12 +25,12 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class LayerUpdate:
-    """The update of a layer's kernel, `factor * matrix`.
+    """The update that an adapter adds to the kernel of one layer, `factor * matrix`.
 
     Attributes:
-        path: The path of the layer.
-        matrix: The matrix, of a family that the format can store.
-        factor: The factor of the matrix.
+        path: The path of the layer in our model.
+        matrix: The structured matrix.
+        factor: The number that the matrix is multiplied by.
     """
 
     path: str
@@ -39,17 +39,17 @@ class LayerUpdate:
 
 
 FORMATS: dict[str, "Format"] = {}
-"""The formats by `peft_type`. Importing a file of this folder registers the format that it defines."""
+"""The file formats by `peft_type`. Defining a subclass of `Format` adds an instance of it."""
 
 
 class Format(abc.ABC):
-    """The file format of one `peft_type`.
+    """The file format of one `peft_type`, which converts updates to tensors and settings and back.
 
     Attributes:
         peft_type: The name of the format in `adapter_config.json`.
         settings: The names of the settings that the format reads.
-        mark: The prefix of a tensor's name after the name of its module, such as "lora_".
-        description: The kind of updates that the format can store, for messages.
+        mark: The beginning of that part of a tensor's name that follows the module's name, such as "lora_".
+        description: The kind of updates that the format can store, for error messages.
     """
 
     peft_type: ClassVar[str]
@@ -63,35 +63,38 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def holds(self, matrix: StructuredMatrix) -> bool:
-        """Return whether the format can store a matrix."""
+        """Return whether the format can store an update with this matrix."""
 
     @abc.abstractmethod
     def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:
-        """Return the settings for updates, and the tensors of each update.
+        """Return the settings and the tensors that store the updates of all layers.
 
         Args:
-            updates: The updates, by the names of their modules in peft. The format can store their matrices.
+            updates: The updates, by the name of the module in peft. `holds` must be true for their matrices.
 
         Returns:
-            The settings for `adapter_config.json`, and the tensors by module.
+            The settings for `adapter_config.json`, and the tensors of each module, by the module's name.
         """
 
     @abc.abstractmethod
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
-        """Return our update for a module according to the settings, and the shapes that its tensors must have.
+        """Return our method that corresponds to a module's settings, and the shapes that its tensors must have.
 
         Args:
-            settings: The settings of the file.
+            settings: The settings in the folder's `adapter_config.json`.
             module: The name of the module in peft.
-            shape: The (in_features, out_features) of the layer.
+            shape: The shape of the layer's kernel as a matrix, (in_features, out_features).
 
         Raises:
-            UserError: If the value of a setting is not possible.
+            UserError: If a setting has a value that is not allowed.
         """
 
     @abc.abstractmethod
     def read(self, arrays: Arrays) -> StructuredMatrix:
-        """Return the matrix of a layer from its tensors, which have the shapes that `read_settings` returned."""
+        """Return the matrix that the tensors of a layer describe.
+
+        The tensors must have the shapes that `read_settings` returned.
+        """
 
 
 def tidy(value: float) -> float:
@@ -105,7 +108,10 @@ def tidy(value: float) -> float:
 
 
 def by_module(name: str, exceptions: str, values: Mapping[str, float]) -> dict[str, Any]:
-    """Return settings that give each module its value: the most frequent value as common, the others as exceptions.
+    """Return the two settings that give each module its value.
+
+    The setting `name` holds the most frequent value. The setting `exceptions` holds the values of the modules that
+    differ from it.
 
     >>> by_module("r", "rank_pattern", {"a": 4, "b": 4, "c": 8})
     {'r': 4, 'rank_pattern': {'c': 8}}

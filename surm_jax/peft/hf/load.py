@@ -1,4 +1,4 @@
-"""Reading an adapter from a folder of Hugging Face's peft."""
+"""Read an adapter from a folder of Hugging Face's peft."""
 
 import os
 import re
@@ -34,10 +34,10 @@ def load_peft(
     name: str = DEFAULT_NAME,
     execution: str = "auto",
 ) -> tuple[nnx.Module, Adapter]:
-    """Return a copy of a base model with an adapter from a folder of Hugging Face's peft added.
+    """Return a copy of a base model with an adapter that is read from a folder of Hugging Face's peft.
 
-    `model` is not changed. Supported are LoRA (with or without `use_rslora`), C3A and LoKr on linear layers, and
-    `modules_to_save`. Modules may have the names of transformers 5.24 or those of earlier versions, which checkpoints
+    `model` is not changed. LoRA (with or without `use_rslora`), C3A and LoKr on linear layers are supported, and so are
+    `modules_to_save`. Modules may have their names in transformers 5.24 or those in earlier versions, which checkpoints
     on the Hub use. A folder of peft does not identify the base weights, so this function cannot check that the adapter
     was trained on `model`.
 
@@ -46,17 +46,18 @@ def load_peft(
 
     Args:
         folder: A folder that peft's `save_pretrained` or our `save_peft` wrote.
-        model: The base model. Its head must have the shape of the adapter's head. It may have other adapters.
-        names: The names of the modules in transformers.
-        name: The adapter's name in the model.
+        model: The base model. If the adapter's folder holds a head, the model's head must have the same shape. The
+            model may have other adapters.
+        names: The names that transformers gives to the modules of the model.
+        name: The name of the adapter in the returned model.
         execution: How the updates are computed, as in `adapt`.
 
     Returns:
         The adapted model and the adapter.
 
     Raises:
-        UserError: If a setting or tensor has no counterpart in surm_jax, is damaged or has the wrong shape, or if a
-            tensor is missing or not used.
+        UserError: If a setting or tensor has no counterpart in surm_jax or is damaged, or if a tensor is missing, has
+            the wrong shape, or belongs to no module of the model.
     """
     folder = Path(folder)
     settings = Settings(folder / CONFIG_NAME)
@@ -82,7 +83,10 @@ def load_peft(
 
 
 class _Tensors:
-    """The tensors of a folder, by their names in peft without `ROOT`. Every tensor must be taken once."""
+    """The tensors of a folder of peft. Each of them must be taken exactly once.
+
+    The methods take names without the prefix `ROOT`, with which all names in the file begin.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / TENSORS_NAME
@@ -94,22 +98,27 @@ class _Tensors:
         self._file = TensorFile(self.path)
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Return a tensor, which must have this shape.
+        """Return the tensor with a name, after checking its shape, and count it as taken.
 
         Raises:
-            UserError: If the tensor cannot be taken (`TensorFile.take`).
+            UserError: If there is no such tensor, or it does not have this shape. See `TensorFile.take`.
         """
         return self._file.take(ROOT + name, shape)
 
     def has(self, prefix: str) -> bool:
-        """Return whether a tensor that was not taken yet has a name that begins with `prefix`."""
+        """Return whether any tensor that was not taken yet has a name that begins with `prefix`."""
         return any(name.startswith(ROOT + prefix) for name in self._file.left)
 
     def refuse_rest(self, mark: str, model: nnx.Module, names: ModuleNames) -> None:
-        """Check that no tensor is left over.
+        """Check that all tensors were taken.
+
+        Args:
+            mark: The attribute `mark` of the folder's `Format`.
+            model: The base model.
+            names: The names that transformers gives to the modules of the model.
 
         Raises:
-            UserError: If a tensor is left. The message says why it might be there.
+            UserError: If a tensor was not taken. The message says why it belongs to no linear layer of the model.
         """
         if not self._file.left:
             return
@@ -134,10 +143,11 @@ def _modules(model: nnx.Module) -> dict[str, nnx.Module]:
 def _read_updates(
     form: Format, settings: Settings, tensors: _Tensors, model: nnx.Module, names: ModuleNames
 ) -> tuple[dict[str, Update], dict[str, StructuredMatrix]]:
-    """Return the updates of the layers that have tensors in the folder, and their matrices, both by path.
+    """Return the method and the matrix of each layer that has tensors in the folder, both by the path of the layer.
 
     Raises:
-        UserError: If a layer that the settings name has no tensors, or a tensor or setting has no counterpart here.
+        UserError: If a layer that the settings name has no tensors, or a tensor or setting has no counterpart in
+            surm_jax.
     """
     layers = {path: layer for path, layer in sorted(_modules(model).items()) if is_linear(layer)}
     called = {path: names.modules(path) for path in layers}
@@ -145,7 +155,8 @@ def _read_updates(
         path: [place for place, name in enumerate(found) if tensors.has(f"{name}.{form.mark}")]
         for path, found in called.items()
     }
-    # Versions of transformers use different names. The layers with tensors show which version's names this file uses.
+    # Versions of transformers use different names, and `names.modules` returns one name for each version. The layers
+    # with tensors show which version's names this file uses.
     versions = {place for path, places in held.items() for place in places if len(called[path]) > 1}
     updates, matrices = {}, {}
     for path, layer in layers.items():
@@ -170,7 +181,11 @@ def _read_updates(
 def _read_modules(
     settings: Settings, tensors: _Tensors, model: nnx.Module, names: ModuleNames, adapted: Collection[str]
 ) -> tuple[str, ...]:
-    """Set the parameters of the modules that were trained as a whole, and return patterns for their paths."""
+    """Set the parameters of those modules in `model` that the folder holds as a whole (`modules_to_save`).
+
+    Returns:
+        Patterns that match the paths of these parameters.
+    """
     modules, read = whole_modules(base_parameters(model), names), []
     for path in sorted(modules.keys() - set(adapted)):
         found = names.modules(path)
@@ -188,7 +203,7 @@ def _read_modules(
 
 
 def _rules(updates: Mapping[str, Update], model: nnx.Module) -> tuple[Rule, ...]:
-    """Return rules that assign exactly these layers their updates."""
+    """Return rules that give each of these layers its update, and no update to other linear layers of the model."""
     linear = [path for path, module in _modules(model).items() if is_linear(module)]
     groups: dict[Update, list[str]] = {}
     for path, update in updates.items():
@@ -197,7 +212,10 @@ def _rules(updates: Mapping[str, Update], model: nnx.Module) -> tuple[Rule, ...]
 
 
 def _patterns(paths: Sequence[str], of: Sequence[str]) -> list[str]:
-    """Return patterns that match only these paths among `of`. Where possible, one pattern covers all block numbers."""
+    """Return patterns that match all paths in `paths` and no other path in `of`.
+
+    Where possible, one pattern covers all block numbers.
+    """
     patterns = []
     for path in paths:
         literal = re.escape(path)

@@ -1,4 +1,4 @@
-"""The file format of LoKr adapters in peft."""
+"""The file format of LoKr adapters (Kronecker products) in peft."""
 
 from collections.abc import Mapping
 from typing import Any, TypeGuard
@@ -18,12 +18,16 @@ Sizes = tuple[tuple[int, int], tuple[int, int]]
 
 
 class LoKrFormat(Format):
-    """LoKr: peft computes `alpha / r * kron(w1, w2)`, the transpose of our `A (x) B`: w1 is A^T and w2 is B^T.
+    """The file format of LoKr, which stores the two factors of a Kronecker product for each layer.
 
-    The setting `decompose_factor` determines the sizes of the factors, for all layers. If `r` is below half of the
-    larger size of w2, then w2 is the product `w2_a @ w2_b` of rank r, where w2_a is up^T and w2_b is down^T of our
-    `LowRankKronecker`. Otherwise r only enters the scale. With `decompose_both`, w1 may be a product too. Such files
-    are read, but never written: w1 is written as one matrix.
+    The update in peft is `alpha / r * kron(w1, w2)`, which is the transpose of our update `factor * kron(A, B)`. So w1
+    is A^T and w2 is B^T. The setting `decompose_factor` determines the shapes of w1 and w2 from the shape of the layer,
+    for all layers.
+
+    If `r` is less than half of the larger dimension of w2, then w2 is stored as a product `w2_a @ w2_b` of rank r,
+    where w2_a is up^T and w2_b is down^T of our `LowRankKronecker`. Otherwise w2 is one matrix, and r has an effect
+    only on the scale `alpha / r`. With the setting `decompose_both`, w1 may also be stored as a product. Such files can
+    be read, but w1 is always written as one matrix.
     """
 
     peft_type = "LOKR"
@@ -32,17 +36,18 @@ class LoKrFormat(Format):
     description = "one Kronecker product"
 
     def holds(self, matrix: StructuredMatrix) -> bool:
-        """Return whether a matrix is a single Kronecker product."""
+        """Return whether a matrix is a single Kronecker product, not a sum of several."""
         return isinstance(matrix, Kronecker | LowRankKronecker) and matrix.terms == 1
 
     def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:
-        """Return the settings, which hold `decompose_factor`, ranks and alphas, and the factors by module.
+        """Return the settings, which contain `decompose_factor`, ranks and alphas, and the two factors of each module.
 
         Raises:
-            UserError: If no `decompose_factor` gives the factors their sizes.
+            UserError: If there is no `decompose_factor` for which peft uses the factor shapes of all updates.
         """
         low = {module: update.matrix.rank for module, update in updates.items() if _is_low_rank(update.matrix)}
-        # If w2 is dense, r is free as long as it is large enough: choose the same for all layers if possible.
+        # If w2 is stored as one matrix, r may have any value that is large enough. The same value is used for all such
+        # layers, and is at least as large as the rank of the other layers.
         least = [
             -(-max(update.matrix.factor_shapes[1]) // 2) for module, update in updates.items() if module not in low
         ]
@@ -57,7 +62,11 @@ class LoKrFormat(Format):
         return settings, {module: _factors(update.matrix) for module, update in updates.items()}
 
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
-        """Return a `LoKr` update with the same settings, and the shapes of the tensors."""
+        """Return a `LoKr` method with the same rank, alpha and factor shapes, and the shapes of the tensors.
+
+        Raises:
+            UserError: If a setting has a value that is not allowed.
+        """
         rank = int(settings.of_module("r", 8, "rank_pattern", module, whole=True))
         alpha = settings.of_module("alpha", 8, "alpha_pattern", module)
         factor = settings.values.get("decompose_factor", -1)
@@ -77,20 +86,21 @@ class LoKrFormat(Format):
         return update, shapes | {"lokr_w2": (n2, m2)}
 
     def read(self, arrays: Arrays) -> Kronecker | LowRankKronecker:
-        """Return the Kronecker product."""
+        """Return the Kronecker product whose factors the tensors of a layer hold."""
         w1 = arrays["lokr_w1"] if "lokr_w1" in arrays else arrays["lokr_w1_a"] @ arrays["lokr_w1_b"]
         A = jnp.asarray(w1.T[None])
         if "lokr_w2" in arrays:
             return Kronecker(A=A, B=jnp.asarray(arrays["lokr_w2"].T[None]))
         w2_a, w2_b = arrays["lokr_w2_a"], arrays["lokr_w2_b"]
         if w2_a.shape[1] > min(w2_a.shape[0], w2_b.shape[1]):
-            # In peft the rank may exceed a size of w2, if w2 is far from square. Our `LowRankKronecker` refuses this.
+            # If w2 is far from square, the rank in peft may exceed its smaller dimension. Our `LowRankKronecker` does
+            # not allow this.
             return Kronecker(A=A, B=jnp.asarray((w2_a @ w2_b).T[None]))
         return LowRankKronecker(A=A, down=jnp.asarray(w2_b.T[None]), up=jnp.asarray(w2_a.T[None]))
 
 
 def _is_low_rank(matrix: Kronecker | LowRankKronecker) -> TypeGuard[LowRankKronecker]:
-    """Return whether peft stores the second factor as a product of two matrices."""
+    """Return whether peft stores the second factor of this matrix, w2, as a product of two matrices."""
     return isinstance(matrix, LowRankKronecker) and matrix.rank < max(matrix.factor_shapes[1]) / 2
 
 
@@ -104,10 +114,10 @@ def _factors(matrix: Kronecker | LowRankKronecker) -> Arrays:
 
 
 def _decompose_factor(updates: Mapping[str, LayerUpdate]) -> int:
-    """Return a `decompose_factor` for which peft uses the sizes of these updates' factors.
+    """Return a value of `decompose_factor` for which peft gives the factors of these updates the shapes that they have.
 
     Raises:
-        UserError: If there is none.
+        UserError: If no value does so for all updates.
     """
     wanted = {update.matrix.factor_shapes: update for update in updates.values()}
     largest = max(size for update in updates.values() for size in update.matrix.shape)
@@ -124,7 +134,7 @@ def _decompose_factor(updates: Mapping[str, LayerUpdate]) -> int:
 
 
 def _sizes(shape: tuple[int, int], factor: int) -> Sizes:
-    """Return the shapes (m1, n1), (m2, n2) of A and B that follow from peft's `decompose_factor`."""
+    """Return the shapes (m1, n1) of A and (m2, n2) of B that peft's `decompose_factor` gives to a layer's factors."""
     (m1, m2), (n1, n2) = (balanced_factors(size, max(factor, 0)) for size in shape)
     return (m1, n1), (m2, n2)
 

@@ -14,11 +14,12 @@ from surm_jax.structured import LowRank, StructuredMatrix
 
 
 class LoRAFormat(Format):
-    """LoRA: peft computes `lora_alpha / r * lora_B @ lora_A`, the transpose of our update.
+    """The file format of LoRA, which stores two low-rank factors for each layer.
 
-    `lora_A` is the transpose of `down` in our `LowRank`, (r, in), and `lora_B` is the transpose of `up`, (out, r). With
-    `use_rslora` the factor in peft is `lora_alpha / sqrt(r)`. Such files are read, but never written: writing uses an
-    equivalent `lora_alpha` without `use_rslora`.
+    The update in peft is `lora_alpha / r * lora_B @ lora_A`, which is the transpose of our update. `lora_A` of shape
+    (r, in) is the transpose of `down` in our `LowRank`, and `lora_B` of shape (out, r) is the transpose of `up`. With
+    the setting `use_rslora`, the factor in peft is `lora_alpha / sqrt(r)`. Files with this setting can be read. They
+    are never written, because an equivalent `lora_alpha` without `use_rslora` is written instead.
     """
 
     peft_type = "LORA"
@@ -27,11 +28,11 @@ class LoRAFormat(Format):
     description = "low rank"
 
     def holds(self, matrix: StructuredMatrix) -> bool:
-        """Return whether a matrix is a `LowRank`."""
+        """Return whether a matrix is a `LowRank`, the product of two low-rank factors."""
         return isinstance(matrix, LowRank)
 
     def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:
-        """Return the settings, which hold ranks and alphas, and both low-rank factors by module."""
+        """Return the settings, which contain ranks and alphas, and both low-rank factors of each module."""
         alphas = {module: tidy(update.factor * update.matrix.rank) for module, update in updates.items()}
         settings = {
             **by_module("r", "rank_pattern", {module: update.matrix.rank for module, update in updates.items()}),
@@ -45,12 +46,15 @@ class LoRAFormat(Format):
         return settings, arrays
 
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
-        """Return a `LoRA` or `RankStabilizedLoRA` update with the same rank and alpha, and the tensors' shapes."""
+        """Return a method with the rank and alpha in the settings, and the shapes of `lora_A` and `lora_B`.
+
+        The method is `RankStabilizedLoRA` if `use_rslora` is set, and `LoRA` otherwise.
+        """
         rank = int(settings.of_module("r", 8, "rank_pattern", module, whole=True))
         alpha = settings.of_module("lora_alpha", 8, "alpha_pattern", module)
         method = RankStabilizedLoRA if settings.flag("use_rslora") else LoRA
         return method(rank=rank, alpha=alpha), {"lora_A.weight": (rank, shape[0]), "lora_B.weight": (shape[1], rank)}
 
     def read(self, arrays: Arrays) -> LowRank:
-        """Return the `LowRank` matrix."""
+        """Return the `LowRank` matrix whose factors the tensors of a layer hold."""
         return LowRank(down=jnp.asarray(arrays["lora_A.weight"].T), up=jnp.asarray(arrays["lora_B.weight"].T))

@@ -1,4 +1,7 @@
-"""The names that Hugging Face's transformers gives to the modules and arrays of a model, as adapters need them."""
+"""The interface for the names that Hugging Face's transformers gives to the modules and arrays of our models.
+
+Adapters in peft's format need these names.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -11,7 +14,7 @@ ROOT = "base_model.model."
 
 
 class Layout(Protocol):
-    """The name and layout of one array in transformers, and how to convert it from and to our layout."""
+    """The name of one array in transformers, and functions that convert between the two layouts of the array."""
 
     @property
     def theirs(self) -> str:
@@ -19,33 +22,44 @@ class Layout(Protocol):
 
     @property
     def read(self) -> Callable[[np.ndarray, tuple[int, ...]], np.ndarray]:
-        """The function from their layout to ours, `(array, shape of our parameter) -> array`."""
+        """The function that converts their layout to ours, `(array, shape of our parameter) -> array`."""
 
     @property
     def write(self) -> Callable[[np.ndarray], np.ndarray]:
-        """The function from our layout to theirs, `array -> array`."""
+        """The function that converts our layout to theirs, `array -> array`."""
 
 
 class ModuleNames(Protocol):
-    """The names that transformers uses for one of our models, such as `surm_jax.pretrained.hf.architecture.Names`."""
+    """An object that returns the names that transformers gives to the modules and arrays of one of our models.
+
+    `surm_jax.pretrained.hf.architecture.Names` implements this interface.
+    """
 
     def modules(self, path: str) -> tuple[str, ...]:
-        """Return the names of the module at a path, first the one in memory; an empty tuple if it has no name."""
+        """Return the names that transformers gives to the module at a path.
+
+        The attribute path of the module in a loaded transformers model is first. The result is an empty tuple if
+        transformers has no such module.
+        """
 
     def tensor(self, path: str) -> tuple[str, Layout]:
-        """Return the checkpoint name of the array at a parameter path, and its layouts."""
+        """Return the full name in checkpoints of the parameter at a path, and the `Layout` that converts its array."""
 
 
 def whole_modules(
     parameters: Mapping[str, nnx.Param], names: ModuleNames
 ) -> dict[str, dict[str, tuple[nnx.Param, Layout]]]:
-    """Return the modules that peft can train as a whole, by path, and their parameters by their names in transformers.
+    """Return the parameters of the modules that peft can train as a whole.
 
     These are the modules that have a name in transformers and contain no other modules with parameters.
 
     Args:
         parameters: The parameters of the model, by path.
-        names: The names of the modules in transformers.
+        names: The names that transformers gives to the modules of the model.
+
+    Returns:
+        A dictionary for each such module, by the path of the module. It maps the last part of an array's name in
+        transformers, such as "weight", to our parameter and its `Layout`.
     """
     paths = {path: path.rpartition("/")[0] for path in parameters}
     outer = {module[:end] for module in paths.values() for end, char in enumerate(module) if char == "/"}

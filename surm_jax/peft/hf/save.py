@@ -1,4 +1,4 @@
-"""Writing an adapter as a folder that Hugging Face's peft reads."""
+"""Write an adapter as a folder that Hugging Face's peft reads."""
 
 import json
 import os
@@ -27,25 +27,27 @@ def save_peft(
 ) -> None:
     """Write an adapter of a model as a folder that `peft.PeftModel.from_pretrained` reads.
 
-    Low-rank updates become LoRA, block-circulant and square circulant updates become C3A, and Kronecker products
-    become LoKr. Alpha is written as a setting if the format has one, and is otherwise multiplied into the numbers.
-    Other trained parameters become `modules_to_save`. In peft these are whole modules, so the bias of a layer whose
-    kernel was trained is written too. An existing adapter folder is replaced.
+    Low-rank updates are written as LoRA, block-circulant and square circulant updates as C3A, and Kronecker products as
+    LoKr. Alpha is written as a setting if the format has such a setting, and is otherwise multiplied into the tensors.
+    Other trained parameters are written as `modules_to_save`. In peft these are whole modules, so if the kernel of a
+    layer was trained, its bias is written too. An existing adapter folder is replaced.
 
-    Modules get the names that transformers 5.24 uses in memory. For BERT these are the names in all versions. If an
-    earlier version uses other names (the names in checkpoints on the Hub), these are also listed in `target_modules`.
-    To load the tensors there, call `PeftModel.from_pretrained(..., key_mapping={name: earlier name, ...})`.
+    The name of a module is its attribute path in a model that transformers 5.24 has loaded. For BERT, this path is the
+    same in all versions. For other models, earlier versions may use the names in checkpoints on the Hub instead. These
+    names are then also listed in `target_modules`. To load the tensors with an earlier version, call
+    `PeftModel.from_pretrained(..., key_mapping={name: earlier name, ...})`.
 
     Args:
         folder: The folder to write. Missing parent folders are created.
         model: The adapted model, trained or not.
-        adapter: The adapter.
-        names: The names of the modules in transformers.
-        base_model: The name or path of the base model, written into the settings for users who load the adapter.
+        adapter: The adapter to write.
+        names: The names that transformers gives to the modules of the model.
+        base_model: The name or path of the base model. It is written into the settings, where users of the adapter
+            find it.
 
     Raises:
-        UserError: If an update or a trained parameter has no counterpart in peft, if the adapter's scale is not 1, or
-            if the folder holds anything but an adapter or cannot be written.
+        UserError: If the adapter has no update, if an update or a trained parameter has no counterpart in peft, if the
+            adapter's scale is not 1, or if the folder holds other files than an adapter or cannot be written.
     """
     rows = parts_of(model, adapter)
     if not rows:
@@ -67,12 +69,12 @@ def save_peft(
         "task_type": None,
         "base_model_name_or_path": base_model or None,
         "inference_mode": True,
-        # These include the names in earlier versions of transformers. Names that do not exist have no effect.
+        # The list includes names in earlier versions of transformers. In peft, names that do not exist have no effect.
         "target_modules": [*updates, *others],
         "modules_to_save": list(saved) or None,
         **settings,
     }
-    # peft's own files have this metadata too.
+    # The files that peft writes have this metadata too.
     payload = safetensors.numpy.save(tensors, metadata={"format": "pt"})
     write_folder(Path(folder), json.dumps(config, indent=2, sort_keys=True).encode(), payload)
 
@@ -119,10 +121,19 @@ def _peft_type(updates: Mapping[str, LayerUpdate]) -> str:
 def _saved_modules(
     model: nnx.Module, adapter: Adapter, names: ModuleNames, adapted: Collection[str]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Return the arrays, in peft's layout, of the modules with other trained parameters, by module and name.
+    """Return the arrays, in peft's layout, of the modules that hold trained parameters outside the updates.
+
+    Args:
+        model: The adapted model.
+        adapter: The adapter. Its `train` lists patterns for these parameters.
+        names: The names that transformers gives to the modules of the model.
+        adapted: The paths of the layers that have an update.
+
+    Returns:
+        The arrays of each module by their names, such as "weight", by the name of the module in transformers.
 
     Raises:
-        UserError: If peft could not train such a module.
+        UserError: If peft cannot train such a module as a whole.
     """
     parameters = base_parameters(model)
     modules = whole_modules(parameters, names)

@@ -1,7 +1,7 @@
 """The settings in the `adapter_config.json` of Hugging Face's peft, which may come from an untrusted source.
 
-Every value is checked before it is used. If a setting changes what the adapter computes and surm_jax has no
-counterpart for it, it is refused, and the message names it.
+Every value is checked before it is used. A setting that changes what the adapter computes is refused if surm_jax has no
+counterpart for it, and the error message names the setting.
 """
 
 from pathlib import Path
@@ -15,7 +15,10 @@ _MOST_BYTES = 2**20
 _LARGEST = 1e30
 
 _WHERE = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"})
-"""Settings that say which modules have updates or are trained. The names of the tensors say the same."""
+"""The names of settings that select the modules with updates, and the modules that are trained as a whole.
+
+`load_peft` finds these modules by the names of the tensors instead.
+"""
 
 _ABOUT_TRAINING = frozenset(
     "auto_mapping base_model_name_or_path ensure_weight_tying eva_config inference_mode"
@@ -23,25 +26,25 @@ _ABOUT_TRAINING = frozenset(
     " module_dropout peft_type peft_version qalora_group_size rank_dropout rank_dropout_scale revision task_type"
     " use_effective_conv2d".split()
 )
-"""Settings that have no influence on what a trained adapter computes in linear layers."""
+"""The names of settings that do not change what a trained adapter computes in linear layers."""
 
 _NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
-"""Values for which a setting has no effect."""
+"""The values with which a setting has no effect. An unknown setting may have one of them."""
 
 
 class Settings:
-    """The settings in an `adapter_config.json`.
+    """The settings in an `adapter_config.json`, with methods that check a value and return it.
 
     Attributes:
-        path: The path of the file, for messages.
-        values: The settings by name, as JSON values.
+        path: The path of the file, for error messages.
+        values: The values of the settings as JSON gives them, by name.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read a file.
+        """Read the file of settings at a path.
 
         Raises:
-            UserError: If the file cannot be read, is not a JSON object, or is far too large.
+            UserError: If the file cannot be read, is larger than 1 MiB, or holds no JSON object.
         """
         self.path = path
         if not path.is_file():
@@ -49,10 +52,13 @@ class Settings:
         self.values = read_json(path, _MOST_BYTES)
 
     def refuse_others(self, known: frozenset[str]) -> None:
-        """Check that no unknown setting changes what the adapter computes.
+        """Check that no setting without a counterpart in surm_jax changes what the adapter computes.
+
+        Args:
+            known: The names of the settings that the adapter's format reads.
 
         Raises:
-            UserError: If an unknown setting does. The message names the first one.
+            UserError: If there is such a setting. The message names the first one.
         """
         for name, value in self.values.items():
             if name not in known | _WHERE | _ABOUT_TRAINING and value not in _NEUTRAL:
@@ -67,41 +73,59 @@ class Settings:
             )
 
     def refusal(self, name: str, why: str) -> UserError:
-        """Return an error that says that the value of a setting is refused, and why."""
+        """Return the error for a refused value of a setting.
+
+        Args:
+            name: The name of the setting.
+            why: A clause that says why its value is refused, such as "which must be true or false".
+        """
         return UserError(f"{self.path} sets {name} = {_short(self.values.get(name))}, {why}")
 
     def flag(self, name: str) -> bool:
-        """Return the value of a setting that is true or false. The default is false."""
+        """Return the value of a setting that must be true or false. The default is false.
+
+        Raises:
+            UserError: If the value is neither.
+        """
         value = self.values.get(name)
         if value is not None and not isinstance(value, bool):
             raise self.refusal(name, "which must be true or false")
         return bool(value)
 
     def whole(self, name: str, default: int) -> int:
-        """Return the value of a setting that is a whole number."""
+        """Return the value of a setting that must be a whole number, or the default if the setting is missing.
+
+        Raises:
+            UserError: If the value is not a whole number.
+        """
         value = self.values.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.refusal(name, "which must be a whole number")
         return value
 
     def names(self, name: str) -> list[str]:
-        """Return the value of a setting that is a list of names. Null counts as an empty list."""
+        """Return the value of a setting that must be a list of names. A missing setting or null is an empty list.
+
+        Raises:
+            UserError: If the value is not a list of strings.
+        """
         value = self.values.get(name) or []
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
             raise self.refusal(name, "which must be a list of module names")
         return value
 
     def of_module(self, name: str, default: float, exceptions: str, module: str, *, whole: bool = False) -> float:
-        """Return the value of a setting for one module.
+        """Return the value of a numeric setting for one module.
 
         Args:
             name: The name of the setting, such as "r".
-            default: The value if the file does not have the setting.
-            exceptions: The name of the setting that holds exceptions by regular expression, such as "rank_pattern".
-                The first expression that matches the end of the module's name applies, as in
+            default: The value if the setting is missing.
+            exceptions: The name of another setting that maps regular expressions to the values of some modules, such as
+                "rank_pattern". The first expression that matches the end of the module's name applies, as in
                 `peft.utils.other.get_pattern_key`.
             module: The name of the module in peft.
-            whole: Whether the value must be a whole number of at least 1. Otherwise it may be any finite number but 0.
+            whole: Whether the value must be a whole number of at least 1. Otherwise it may be any number but 0 whose
+                absolute value is below 1e30.
 
         Raises:
             UserError: If the value is not such a number, or a regular expression is not valid.
@@ -121,7 +145,11 @@ class Settings:
         return value
 
     def targets(self, module: str) -> bool | None:
-        """Return whether `target_modules` names a module; `None` if the name of the module does not decide it."""
+        """Return whether `target_modules` selects a module for an update.
+
+        The result is `None` if this does not follow from the module's name alone, because the setting is missing or
+        "all-linear", or because `layers_to_transform` or `exclude_modules` is set too.
+        """
         value = self.values.get("target_modules")
         if value in (None, "all-linear") or any(
             self.values.get(name) not in (None, []) for name in ("layers_to_transform", "exclude_modules")
@@ -132,16 +160,18 @@ class Settings:
         return any(module == name or module.endswith(f".{name}") for name in self.names("target_modules"))
 
     def saves(self, module: str) -> bool:
-        """Return whether `modules_to_save` names a module or a module that contains it.
+        """Return whether `modules_to_save` selects a module, or another module that contains it.
 
-        As in peft, an entry names every module whose name ends with it.
+        As in peft, an entry selects every module whose name ends with that entry.
         """
         parts = module.split(".")
         around = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
         return any(outer.endswith(name) for name in self.names("modules_to_save") for outer in around)
 
     def _matches(self, pattern: str, module: str, *, end: bool = False) -> bool:
-        """Return whether a pattern matches the name of a module, or with `end` the end of the name.
+        """Return whether a regular expression matches the name of a module.
+
+        It must match the whole name. With `end`, it may instead match the last components of the name.
 
         Raises:
             UserError: If the pattern is not a valid regular expression, or matching takes very long.

@@ -237,8 +237,8 @@ def register_architecture(architecture: Architecture) -> None:
 def architecture_of(config: Config) -> Architecture:
     """Return the architecture that a model with this configuration is written as.
 
-    A ViT that averages its patches is written as I-JEPA, and a Bert whose positions are counted as in RoBERTa is
-    written as RoBERTa:
+    A ViT without a class token, such as the variant "digits", is written as I-JEPA. A Bert whose positions are counted
+    as in RoBERTa is written as RoBERTa:
 
     >>> from surm_jax.models import BertConfig, ViTConfig
     >>> architecture_of(ViTConfig.from_variant("digits", num_classes=10)).model_type
