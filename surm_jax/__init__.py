@@ -1,9 +1,16 @@
 """Parameter-efficient fine-tuning with structured matrices (SURM, arXiv 2406.17740) in JAX and Flax NNX.
 
-rules = [surm_jax.Rule(r".*/(query|key|value)", surm_jax.CirculantUpdate())]
-model, adapter = surm_jax.adapt(model, rules, train=["head/.*"], rngs=nnx.Rngs(0))
-graphdef, trainable, frozen = nnx.split(model, adapter.trainable, ...)   # train only `trainable`
-surm_jax.save_adapter("my_adapter", nnx.merge(graphdef, trainable, frozen), adapter)
+The example adds a trainable circulant matrix to each query, key and value layer of a pretrained model, and saves the
+result. The head of the model is trained too, and all other parameters are frozen.
+
+    import surm_jax
+    from flax import nnx
+
+    rules = [surm_jax.Rule(r".*/(query|key|value)", surm_jax.CirculantUpdate())]
+    model, adapter = surm_jax.adapt(model, rules, train=["head/.*"], rngs=nnx.Rngs(0))
+    graphdef, trainable, frozen = nnx.split(model, adapter.trainable, ...)
+    # Train `trainable` here with jax.grad and optax.
+    surm_jax.save_adapter("my_adapter", nnx.merge(graphdef, trainable, frozen), adapter)
 """
 
 from surm_jax.errors import UserError as UserError

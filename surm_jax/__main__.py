@@ -1,11 +1,12 @@
-"""Fine-tune a pretrained model: `python -m surm_jax --config=configs/digits.py`, or launch.py in a checkout.
+"""Command line program that fine-tunes a pretrained model: `python -m surm_jax --config=configs/digits.py`.
 
-Any value of the configuration can be given on the command line: `--config.peft.method=lora`. A run writes everything to
-its folder (`--workdir`). If it is interrupted, the same command resumes it.
+In a checkout of the repository, `python launch.py` is the same program. Any value of the configuration can be replaced
+on the command line, for example with `--config.peft.method=lora`. A run writes all its files to the folder `--workdir`.
+If a run is interrupted, the same command resumes it.
 
-For one run on several hosts, start the same command on each host, with a folder on a file system that they share. On
-Slurm, Cloud TPU and GKE, the processes find each other. Elsewhere, give `--coordinator`, `--process_id` and
-`--num_processes`.
+For one run on several hosts, start the same command on each host, with a `--workdir` on a file system that all hosts
+share. On Slurm, Cloud TPU and GKE, JAX connects the processes by itself. Elsewhere, give `--coordinator`,
+`--process_id` and `--num_processes`.
 """
 
 import functools
@@ -27,7 +28,7 @@ from surm_jax.training import modes
 from surm_jax.training.parsing import base_config, meant_key, parse, plugins_of, require_key, require_steps
 from surm_jax.training.run import InterruptedRunError
 
-# In a checkout, the configurations are in the folder next to the package; in an installed package, inside of it.
+# In a checkout of the repository, the folder `configs` is next to the package. In an installed package, it is inside.
 _HERE = Path(__file__).resolve().parent
 CONFIGS = next((folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir()), _HERE)
 
@@ -44,13 +45,16 @@ FLAGS = ("config", "workdir", "mode", "format", "input", "output", "coordinator"
 
 
 def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
-    """Read the flags and the configuration, and return the arguments that are left.
+    """Parse the flags and the configuration on the command line, and return the arguments that are not flags.
+
+    Args:
+        arguments: The command line. The first item is the name of the program, as in `sys.argv`.
 
     Raises:
-        UserError: A configuration, key or flag is unknown (the message names the nearest one), a value is not allowed,
-            or a plugin cannot be imported.
+        UserError: A configuration file, configuration key or flag is unknown, a value is not allowed, or a plugin
+            cannot be imported. For an unknown name, the message suggests a similar one.
     """
-    # Check the keys before ml_collections defines the flag, because it ends with a traceback for a mistyped key.
+    # Check the configuration keys here, because ml_collections would show a traceback for a mistyped key.
     text = "\n".join(arguments)
     defaults = base_config(plugins_of(re.findall(r"(?:^|\n)--?config\.plugins[=\n]([^\n]*)", text)))
     for argument in arguments[1:]:
@@ -59,7 +63,7 @@ def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
     files = re.findall(r"(?:^|\n)--?config[=\n]([^:\n]+)", text)
     for file in files:
         if (ours := CONFIGS.parent / file).is_file() and not Path(file).is_file():
-            # In any working directory, configs/NAME.py also names a configuration of this program.
+            # Let configs/NAME.py name a configuration of this program in every working directory.
             arguments = [
                 re.sub(rf"^(--?config=)?{re.escape(file)}(?=:|$)", rf"\g<1>{ours}", word) for word in arguments
             ]
@@ -99,7 +103,14 @@ def _define_flags() -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the mode that `--mode` names."""
+    """Run the program in the mode that the flag `--mode` names, after `parse_flags`.
+
+    Args:
+        arguments: The command line without its flags: only the name of the program.
+
+    Raises:
+        UserError: There are other arguments, or the flags do not fit together.
+    """
     given = flags.FLAGS
     processes.start(given.coordinator, given.process_id, given.num_processes)
     use_compilation_cache()
@@ -131,7 +142,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> Any:
-    """Run a function of the program. For an error that the user can correct, end the program with one message."""
+    """Return `step(arguments)`, and turn exceptions into short messages and exit statuses.
+
+    An interrupted run, an error that the user can correct, and too little device memory end the program with a message
+    of one line. In a single process, any other exception is raised again and shows its traceback.
+    """
     try:
         return step(arguments)
     except InterruptedRunError as interruption:
@@ -151,8 +166,8 @@ def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> A
 
 
 def run() -> None:
-    """Run the program with the arguments of the command line."""
-    # Silence the log of Orbax: what it says about damaged files is also in the message that this program prints.
+    """Run the program with the arguments of the command line. This is the entry point of the program."""
+    # Silence the log of Orbax. If a file is damaged, the message of this program says so too.
     logging.set_verbosity(logging.FATAL)
     warnings.formatwarning = lambda message, *_: f"WARNING: {message}\n"
     app.run(functools.partial(guarded, main), flags_parser=functools.partial(guarded, parse_flags))

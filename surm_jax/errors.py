@@ -1,7 +1,6 @@
-"""The exception for mistakes that the user can correct.
+"""The exception for mistakes that the user can correct, and helpers for its messages.
 
-`launch.py` prints its message and exits with status 1, without a traceback. Any other exception that reaches the user
-is a bug.
+The command line program (`launch.py`) prints the message of a `UserError` and exits with status 1, without a traceback.
 """
 
 import itertools
@@ -15,10 +14,11 @@ _MOST_NAMES = 1000
 
 
 class UserError(ValueError):
-    r"""A mistake in the input: the message says what is wrong, where, and what would be right.
+    r"""An error that the user can correct, such as a wrong argument or a damaged file.
 
-    The message may quote names and values from untrusted files. Therefore control characters are shown as escapes, and
-    the middle of a very long message is left out.
+    Its message says what is wrong, where, and what would be right. The message may quote names and values from
+    untrusted files. Therefore `str(error)` shows control characters as escape sequences, and replaces the middle of a
+    message of more than 4,000 characters by ` ... `.
 
     >>> str(UserError("no layer \x1b[2J" + "a" * 10_000))[:20], len(str(UserError("a" * 10_000)))
     ('no layer \\x1b[2Jaaaa', 4005)
@@ -32,10 +32,16 @@ class UserError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
-    """Return `"; did you mean 'a' or 'b'?"` with the known names nearest to `name`, or an empty string.
+    """Return the end of an error message that suggests known names similar to `name`.
 
-    Only the first thousand names are compared, and only names of at most a hundred characters, because a file may hold
+    The result is, for example, `"; did you mean 'a' or 'b'?"`, or an empty string if no known name is similar. Only the
+    first thousand known names are compared, and only names of at most a hundred characters, because a file may hold
     millions of names.
+
+    Args:
+        name: The name that the user gave.
+        known: The names that are possible.
+        most: Largest number of names to suggest.
 
     >>> did_you_mean("circulent", ["circulant", "lora"])
     "; did you mean 'circulant'?"
@@ -53,12 +59,12 @@ def require_one_of(what: str, value: Any, known: Collection[str]) -> None:
     """Check that a value is one of the known names.
 
     Args:
-        what: Name of the value, for the start of the message.
-        value: Any value.
+        what: What the value is, such as the name of an option. The message of the error begins with it.
+        value: The value to check. It may have any type.
         known: The known names.
 
     Raises:
-        UserError: The value is not one of the known names. The message names the nearest ones.
+        UserError: The value is not one of the known names. The message suggests the most similar names.
 
     >>> require_one_of("decay", "cosin", ("cosine", "linear"))
     Traceback (most recent call last):

@@ -1,8 +1,10 @@
-"""Writing of files that are complete or absent, and reading of untrusted files.
+"""Safe writing of files and folders, and safe reading of untrusted files.
 
-Writing: a file or folder gets its name only after its content is on the disk. So after a kill or a power loss, nothing
-incomplete has this name. Reading: nothing in a file is executed, its size in memory is known before memory is
-allocated, and any damage is a `UserError` that names the file.
+A file or folder is written under a temporary name. It gets its final name only after its content is on the disk. So if
+the process is killed or the power fails, no incomplete file has the final name.
+
+Reading a file never executes code from it. The size of an array or JSON file is checked before memory is allocated for
+it. If a file is damaged, the functions raise a `UserError` that names the file.
 """
 
 import json
@@ -27,11 +29,14 @@ _SUFFIXES = (".tmp", ".old")
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, and rename what is written there to `path` when the block succeeds.
+    """Write a file so that it is either complete or not changed at all.
 
-    Missing parent folders are created. If the block fails, the temporary file is removed and `path` is unchanged. The
-    content is synced to the disk before the file gets its name, and the name is synced before this function returns. An
-    `OSError` in the block names the file; the system's error for a full disk would not.
+    This context manager yields a temporary path in the same folder. The `with` block must write a file there. When the
+    block succeeds, this file is renamed to `path` and replaces an older file. If the block raises an exception, the
+    temporary file is removed, and `path` is not changed. Missing parent folders are created.
+
+    The content is synced to the disk (fsync) before the file is renamed, and the folder is synced afterwards. If the
+    block raises an `OSError` without a file name, such as the error for a full disk, `path` is added as its file name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
@@ -47,9 +52,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder, and rename it to `folder` when the block succeeds.
+    """Write a folder so that it is complete before it gets its name.
 
-    An existing folder cannot be replaced in one step: see `move_folder`. If `folder` is a link, its target is replaced.
+    This context manager yields an empty temporary folder, in which the `with` block writes files. When the block
+    succeeds, the temporary folder is renamed to `folder` by `move_folder`, and replaces an older folder. If the block
+    raises an exception, the temporary folder is removed. If `folder` is a symbolic link, the folder that it points to
+    is replaced.
     """
     folder = folder.resolve()  # Renaming would rename the link itself, and `.` has no name.
     temporary = _beside(folder)
@@ -63,10 +71,15 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def move_folder(temporary: Path, folder: Path) -> None:
-    """Rename a complete folder to its final name, and replace a folder of that name if there is one.
+    """Rename a complete temporary folder to its final name, and remove an older folder of that name.
 
-    The old folder is renamed first and removed last. If the process dies in between, the old content is still there
-    under a temporary name that ends in `.old`, and `remove_temporaries` renames it back.
+    `os.replace` cannot replace a folder that has content. Therefore the older folder is first renamed to a temporary
+    name that ends in `.old`, and it is removed last. If the process is killed while no folder has the final name,
+    `remove_temporaries` renames the older folder back.
+
+    Args:
+        temporary: The complete folder.
+        folder: The final path, in the same parent folder.
     """
     for path in temporary.rglob("*"):
         _sync(path)
@@ -86,24 +99,32 @@ def move_folder(temporary: Path, folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder. It is renamed first, so if the process dies, no half-removed folder has its name."""
+    """Remove a folder and its content.
+
+    The folder is first renamed to a temporary name. So if the process is killed, no folder with only a part of its
+    content has the original name.
+    """
     temporary = _beside(folder)
     os.replace(folder, temporary)
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_temporary(path: Path) -> bool:
-    """Return whether a path has a temporary name, which a killed process leaves behind."""
+    """Return whether a file or folder has a temporary name as this module makes them.
+
+    A process that is killed while it writes leaves such files behind.
+    """
     return path.name.startswith(".") and path.suffix in _SUFFIXES
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder, and restore folders that they had moved away.
+    """Remove the temporary files and folders that killed processes left in a folder.
 
-    Call this only when no process writes to the folder.
+    A folder whose temporary name ends in `.old` is renamed back to its original name, unless a folder of that name
+    exists; see `move_folder`. Call this function only when no process writes to the folder.
     """
     for path in filter(is_temporary, list(folder.iterdir())):
-        # The temporary name is .NAME.RANDOM.old
+        # A temporary name is .NAME.RANDOM.old or .NAME.RANDOM.tmp, with a random hexadecimal number.
         name = path.name[1:].rsplit(".", 2)[0]
         if path.suffix == ".old" and not (folder / name).exists():
             os.replace(path, folder / name)
@@ -116,14 +137,14 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # An error without a number shows only its text. With a file name it would no longer show the text.
+        # An OSError without an error number (errno) shows only its text. With a file name it would not show its text.
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on the disk."""
+    """Wait until the content of a file is on the disk, or for a folder, the list of the names in it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -136,16 +157,19 @@ def _beside(path: Path) -> Path:
 
 
 _MOST_BYTES_OF_JSON = 2**24
-# A compression bomb unpacks to a thousand times its size. So may small sets of plain images, but no large sets.
+# A file is refused if its arrays are larger than 2^28 bytes plus a hundred times its own size. A file that is made to
+# fill the memory (a compression bomb) unpacks to about a thousand times its size. A small data set of plain images may
+# do so too, which is why 2^28 bytes are always allowed, but large data sets do not.
 _MOST_UNPACKED, _UNPACKED_IN_ANY_CASE = 100, 2**28
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def require_file(path: Path) -> int:
-    """Return the size of a regular file in bytes.
+    """Check that a path is a regular file, and return the size of the file in bytes.
 
     Raises:
-        UserError: The file does not exist, or it is not a regular file: reading a pipe or a device might never end.
+        UserError: The file does not exist or its status cannot be read, or it is not a regular file. Reading a pipe or
+            a device might never end.
     """
     try:
         status = path.stat()
@@ -157,10 +181,15 @@ def require_file(path: Path) -> int:
 
 
 def read_json(path: Path, most_bytes: int = _MOST_BYTES_OF_JSON) -> dict[str, Any]:
-    """Read the object in a JSON file.
+    """Read a JSON file that holds one JSON object, and return it as a dictionary.
+
+    Args:
+        path: The file.
+        most_bytes: Largest size of the file in bytes.
 
     Raises:
-        UserError: The file does not exist, is too large, or holds no JSON object, or an object in it has a name twice.
+        UserError: The file cannot be read, is too large, or does not hold a JSON object, or an object in it has the
+            same key twice.
     """
     if (size := require_file(path)) > most_bytes:
         raise UserError(f"{path} has {size:,} bytes, but such a file may have at most {most_bytes:,}")
@@ -176,7 +205,10 @@ def read_json(path: Path, most_bytes: int = _MOST_BYTES_OF_JSON) -> dict[str, An
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Return whether an array holds neither NaN nor infinity, without allocating an array of booleans.
+    """Return whether an array contains neither NaN nor infinity, without allocating an array of booleans.
+
+    The function looks only at the sum of the entries in float64, which is finite only if all entries are. For float64
+    arrays with entries near the largest float64, the sum may overflow and the result be False.
 
     >>> is_finite(np.ones(3, np.float16)), is_finite(np.array([1.0, np.inf, -np.inf], np.float32))
     (True, False)
@@ -187,11 +219,11 @@ def is_finite(array: np.ndarray) -> bool:
 
 @dataclass(frozen=True)
 class Npz:
-    """An open `.npz` file.
+    """An open `.npz` file, which `open_npz` yields.
 
     Attributes:
-        keys: The names of the arrays.
-        read: Returns the array of a name.
+        keys: The names of the arrays in the file.
+        read: Function that reads the array with a given name from the file and returns it.
     """
 
     keys: Sequence[str]
@@ -200,11 +232,12 @@ class Npz:
 
 @contextmanager
 def open_npz(path: Path) -> Iterator[Npz]:
-    """Open an `.npz` file.
+    """Open an `.npz` file, a zip archive of named NumPy arrays, to read its arrays one at a time.
 
     Raises:
-        UserError: The file is missing or damaged, holds pickled objects, holds one name twice, or is large and would
-            unpack to more than a hundred times its size. Reading an array raises this error too.
+        UserError: The file is missing or damaged, is a pickle file, holds the same name twice, or would unpack to more
+            than 256 MiB plus a hundred times its size. `Npz.read` raises this error if the array is damaged or holds
+            pickled objects.
     """
     size = require_file(path)
     with path.open("rb") as file:
@@ -233,7 +266,7 @@ def _read(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.n
             there = member.file_size - file.tell()
         if dtype.hasobject:
             raise _pickled(path)
-        # An array of empty strings takes no bytes whatever its shape is, so it is refused.
+        # An array of empty strings has zero bytes for any shape, so a tiny file could declare a huge one. Refuse it.
         if not dtype.itemsize or math.prod(shape) * dtype.itemsize != there:
             raise ValueError(f"{member.filename} has {there} bytes for an array of shape {shape} and type {dtype}")
         with archive.open(member) as file:
@@ -268,5 +301,8 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def cache_root() -> Path:
-    """Return the folder of downloads and compiled programs: `$SURM_JAX_CACHE`, or else `~/.cache/surm_jax`."""
+    """Return the folder for downloaded files and compiled programs.
+
+    It is the value of the environment variable `SURM_JAX_CACHE`, or `~/.cache/surm_jax` if this is not set.
+    """
     return Path(os.environ.get("SURM_JAX_CACHE") or Path.home() / ".cache" / "surm_jax").expanduser()

@@ -1,10 +1,11 @@
-"""Paths of modules and parameters, and the patterns that select them.
+"""Paths of modules and parameters in a model, and the regular expressions that select them.
 
-A path is the `/`-joined route from the root of a model, such as `blocks/0/attention/query/kernel`. A pattern is a
-regular expression that must match the whole path. A pattern that matches no path is always an error.
+A path consists of the keys from the root of a model to a module or parameter, joined by `/`, such as
+`blocks/0/attention/query/kernel`. A pattern is a regular expression that must match the whole path. Where a user gives
+a pattern, it is an error if it matches no path.
 
 Patterns also come from untrusted adapter files, and matching a regular expression can take exponential time. The
-`regex` library stops after a time limit, which Python's `re` cannot do.
+`regex` library can stop after a time limit, which Python's `re` cannot do.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ _SECONDS_PER_MATCH = 1.0
 
 
 def join(path: Iterable[Any]) -> str:
-    """Join the keys of an NNX path.
+    """Return the path as a string, from a tuple of keys such as `flax.nnx` uses.
 
     >>> join(("blocks", 0, "attention", "query"))
     'blocks/0/attention/query'
@@ -32,7 +33,7 @@ def join(path: Iterable[Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class PathPattern:
-    """A compiled pattern, which `compile_pattern` returns.
+    """A valid pattern for paths. Make one with `compile_pattern`, which checks the regular expression.
 
     Attributes:
         text: The regular expression.
@@ -44,7 +45,7 @@ class PathPattern:
         """Return whether the pattern matches the whole path.
 
         Raises:
-            UserError: Matching takes longer than a second.
+            UserError: The match takes longer than one second.
         """
         try:
             return _compiled(self.text).fullmatch(path, timeout=_SECONDS_PER_MATCH) is not None
@@ -56,7 +57,7 @@ class PathPattern:
 
 
 def compile_pattern(pattern: str) -> PathPattern:
-    """Compile a path pattern.
+    """Check a regular expression for paths, and return it as a pattern.
 
     >>> compile_pattern("blocks/.*/kernel").matches("blocks/0/kernel")
     True
@@ -81,7 +82,9 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
 
 
 def matching(pattern: str, paths: Iterable[str]) -> list[str]:
-    r"""Return the paths that `pattern` matches as a whole, in their order.
+    r"""Return those of the paths that `pattern` matches as a whole, in the same order.
+
+    In the example, the second path is not returned, because the pattern matches only the beginning of it.
 
     >>> matching(r"blocks/\d+/up", ["blocks/0/up", "blocks/0/up/kernel", "head"])
     ['blocks/0/up']
@@ -91,19 +94,19 @@ def matching(pattern: str, paths: Iterable[str]) -> list[str]:
 
 
 def no_match_message(pattern: str, paths: Sequence[str], what: str) -> str:
-    """Return the error message for a pattern that matches none of `paths`. It lists the nearest paths.
+    """Return the error message for a pattern that matches none of `paths`. It lists at most five similar paths.
 
-    Paths that differ only in numbers, such as `blocks/0/mlp` and `blocks/11/mlp`, are listed once.
+    Of paths that differ only in numbers, such as `blocks/0/mlp` and `blocks/11/mlp`, only the first is listed.
 
     Args:
-        pattern: A regular expression for whole paths.
-        paths: The paths to choose from.
-        what: What a path names, such as "parameter".
+        pattern: The regular expression, which must match whole paths.
+        paths: The paths in the model.
+        what: The kind of object that the paths lead to, such as "parameter". The message uses this word.
     """
     distinct: dict[str, str] = {}
     for path in paths:
         distinct.setdefault(regex.sub(r"\d+", "#", path), path)
-    # Compare without the pattern's special characters, which would make it look far from every path.
+    # Remove the special characters of the regular expression, which would make it differ from every path.
     plain = regex.sub(r"\\[dwsb]|[.*+?()|\[\]^${}\\]", "", pattern)
     near = get_close_matches(plain, [regex.sub(r"\d+", "", path) for path in distinct.values()], n=5, cutoff=0.3)
     names = list(distinct.values())
@@ -118,15 +121,15 @@ def no_match_message(pattern: str, paths: Sequence[str], what: str) -> str:
 
 
 def require_match(pattern: str, paths: Sequence[str], what: str) -> list[str]:
-    """Return the paths that `pattern` matches as a whole, at least one.
+    """Return those of the paths that `pattern` matches as a whole. There must be at least one.
 
     Args:
-        pattern: A regular expression for whole paths.
-        paths: The paths to choose from.
-        what: What a path names, for the message, such as "parameter".
+        pattern: The regular expression, which must match whole paths.
+        paths: The paths in the model.
+        what: The kind of object that the paths lead to, such as "parameter". The message of the error uses this word.
 
     Raises:
-        UserError: No path matches. The message lists the nearest paths.
+        UserError: No path matches. The message lists similar paths.
     """
     found = matching(pattern, paths)
     if not found:

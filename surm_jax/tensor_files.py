@@ -1,7 +1,9 @@
-"""Arrays by name in safetensors files, read one at a time: from one file, or from the shards that an index lists.
+"""Reading and writing of safetensors files, which hold named arrays.
 
-Files and indices are untrusted. Names of shards outside the folder are refused, and so is an index that does not list
-exactly the arrays in the shards.
+The arrays are read one at a time, from a single file (`TensorFile`) or from several files (`ShardedTensors`). Large
+checkpoints are split into several files, called shards, and a JSON file, called the index, tells which shard holds
+which array. All these files are untrusted. An index is refused if it names a shard outside its folder, or if it does
+not list exactly the arrays in the shards.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,20 +24,21 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class TensorFile:
-    """An open safetensors file.
+    """An open safetensors file. Use it in a `with` statement.
 
-    Arrays are read from the file (`pread`) and not mapped. The pages of a mapped file would count as memory of the
-    process, in addition to the arrays made from them. If a mapped file is truncated during reading, the process dies.
+    Arrays are read by the system call `pread`, and the file is not mapped into memory (mmap). The pages of a mapped
+    file would count as memory of the process, in addition to the arrays that are copied from them. Also, if a mapped
+    file is truncated while it is read, the process is killed.
 
     Attributes:
-        path: The path of the file, for messages.
-        keys: The names of the arrays, in the order in which the file holds them.
-        header: The text entries of the file.
+        path: The path of the file. Error messages name it.
+        keys: The names of the arrays, in the order in which they are stored in the file.
+        header: The metadata of the file, which maps strings to strings.
         left: The names of the arrays that `take` has not returned yet.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open a file.
+        """Open the file at `path`.
 
         Raises:
             UserError: The file cannot be read or is damaged.
@@ -57,20 +60,23 @@ class TensorFile:
         self._file.__exit__(kind, error, trace)
 
     def read(self, key: str) -> np.ndarray:
-        """Return an array as a copy, which does not depend on the file.
+        """Return the array with the name `key`, as a copy that does not depend on the file.
 
         Raises:
-            UserError: The file is damaged, or NumPy has no such type or shape.
+            UserError: The file is damaged, or NumPy does not support the dtype or shape of the array.
         """
         with self._damage():
             return self._file.get_tensor(key)
 
     def take(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Return an array that must exist, have this shape and be finite. The shape is checked before reading it.
+        """Return the array with the name `key` after checking it, and remove the name from `left`.
+
+        The array must have the given shape, be floating point, and contain only finite values. Shape and dtype are
+        checked before the array is read.
 
         Raises:
-            UserError: There is no array of this name, it was taken before, it has another shape, is not floating point,
-                or holds NaN or infinity.
+            UserError: There is no array of this name, `take` has already returned it, it has another shape or is not
+                floating point, it contains NaN or infinity, or the file is damaged.
         """
         if key not in self.left:
             raise UserError(f"{self.path} lacks {key!r}{did_you_mean(key, self.left)}")
@@ -87,29 +93,33 @@ class TensorFile:
 
     @contextmanager
     def _damage(self) -> Iterator[None]:
-        """Turn any exception of the library into a `UserError` that names the file."""
+        """Turn any exception of the safetensors library into a `UserError` that names the file."""
         try:
             yield
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
-        except Exception as error:  # the library's own, NumPy's for shapes, AttributeError for types that NumPy lacks
+        except Exception as error:  # SafetensorError, NumPy's errors for shapes, AttributeError for unknown dtypes
             hint = "it may be incomplete, fetch or write it again"
             raise UserError(f"{self.path} is damaged: {error} ({hint})") from error
 
 
 class ShardedTensors:
-    """Several open safetensors files that an index (`model.safetensors.index.json`) lists, read as if they were one.
+    """The open safetensors files (shards) of one checkpoint, read as if they were one file.
+
+    The index of the checkpoint, `model.safetensors.index.json`, lists the shards. Use an instance in a `with`
+    statement.
 
     Attributes:
-        keys: The names of the arrays, shard by shard in the order in which the files hold them.
+        keys: The names of all arrays, in the alphabetical order of their shards, and within a shard in the order in
+            which the shard stores them.
     """
 
     def __init__(self, index: Path) -> None:
-        """Open all shards.
+        """Open all shards that the index lists.
 
         Raises:
-            UserError: `shards_of` refuses the index, or a shard is missing or damaged, lacks an array that the index
-                lists for it, or holds an array that the index does not list for it.
+            UserError: The index is damaged (see `shards_of`), a shard is missing or damaged, or a shard does not hold
+                exactly the arrays that the index lists for it.
         """
         self._shard_of = shards_of(index)
         self._files: dict[str, TensorFile] = {}
@@ -133,15 +143,24 @@ class ShardedTensors:
         self._stack.close()
 
     def read(self, key: str) -> np.ndarray:
-        """Return an array as a copy, which does not depend on the file.
+        """Return the array with the name `key`, as a copy that does not depend on the file.
 
         Raises:
-            UserError: Its shard is damaged, or NumPy has no such type or shape.
+            UserError: The shard of the array is damaged, or NumPy does not support the dtype or shape of the array.
         """
         return self._files[self._shard_of[key]].read(key)
 
     def _require_promised(self, index: Path, name: str, keys: Sequence[str]) -> None:
-        """Raise a `UserError` unless a shard holds exactly the arrays that the index lists for it."""
+        """Check that a shard holds exactly the arrays that the index lists for it.
+
+        Args:
+            index: Path of the index, for messages.
+            name: File name of the shard.
+            keys: Names of the arrays in the shard.
+
+        Raises:
+            UserError: The shard lacks an array, or holds an array that the index does not list for it.
+        """
         promised = {key for key, shard in self._shard_of.items() if shard == name}
         if absent := sorted(promised - {*keys}):
             raise UserError(
@@ -154,10 +173,11 @@ class ShardedTensors:
 
 
 def shards_of(index: Path) -> dict[str, str]:
-    """Return, for every array in an index, the file name of its shard.
+    """Read the index of a sharded checkpoint, and return the file name of the shard for every array name.
 
     Raises:
-        UserError: The index is damaged, names an array twice, or a shard is not a plain `.safetensors` file name.
+        UserError: The index cannot be read, is damaged, or names an array twice, or it names a shard that is not a
+            `.safetensors` file in the same folder.
     """
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(name, str) for name in shard_of.values()):
@@ -169,7 +189,14 @@ def shards_of(index: Path) -> dict[str, str]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> None:
-    """Write a safetensors file without a second copy of the arrays.
+    """Write named arrays to a safetensors file, without a second copy of all arrays in memory.
+
+    Only an array that is not stored in C order is copied.
+
+    Args:
+        path: The file. It gets the default permissions of new files.
+        tensors: The arrays by name.
+        header: The metadata of the file.
 
     Raises:
         OSError: The file cannot be written.
@@ -180,7 +207,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], header: Mapping
         save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, path, metadata=dict(header))
     except SafetensorError as error:
         raise OSError(str(error)) from error
-    # The library makes files that only their owner can read.
+    # The safetensors library makes files that only their owner can read. Restore the default permissions.
     path.chmod(mode)
 
 

@@ -1,4 +1,7 @@
-"""Models in Flax NNX, exact to the code their checkpoints come from. They know nothing of adapters."""
+"""Transformer models in Flax NNX, which compute the same function as the code that their checkpoints come from.
+
+The models do not know of adapters. `surm_jax.adapt` adds adapters to a model from outside.
+"""
 
 from surm_jax.models.base import (
     DTYPES,

@@ -1,8 +1,9 @@
-"""Base classes and registry of models, and the checks that all model configurations share.
+"""Base classes of models and their configurations, the registry of models, and checks of configurations.
 
-A new model is one file with a `Config` and a `Model` decorated with `register_model`. To read and write checkpoints of
-Hugging Face transformers, it also gives an `Architecture` to `surm_jax.pretrained.hf.register_architecture`. Importing
-the file registers all of them, and no other file changes.
+To add a model, write one file with a subclass of `Config` and a subclass of `Model` that is decorated with
+`register_model`. If the model should read and write checkpoints of Hugging Face transformers, the file also passes an
+`Architecture` to `surm_jax.pretrained.hf.register_architecture`. Importing the file registers the model, and no other
+file has to change.
 """
 
 import dataclasses
@@ -16,57 +17,74 @@ from surm_jax.errors import UserError, did_you_mean, require_one_of
 from surm_jax.models.layers import REMAT, Blocks
 
 DTYPES = ("float32", "bfloat16")
-# Bounds on numbers that come from files: JAX cannot handle larger sizes, and every block takes time to build.
+# Upper bounds for the fields of a configuration, which may come from an untrusted file: the largest size of any
+# dimension, because JAX cannot handle larger ones, and the largest number of blocks, because each takes time to build.
 _LARGEST_SIZE, _MOST_BLOCKS = 2**31, 100
 
 READS = ("images", "text")
-"""Kinds of input. A task chooses a model by the kind of input that the model reads."""
+"""The kinds of input that a model may take. A task uses only models that take its kind of input."""
 
 HEAD = (r"head/.*",)
-"""Patterns of the parameters of the head."""
+"""Regular expressions that match the paths of the head's parameters. The head is the output layer of a model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Base class of the configurations of models: frozen dataclasses of numbers, booleans and strings.
+    """Base class of model configurations. A configuration is a frozen dataclass of numbers, booleans and strings.
 
-    A model of images also has the fields `image_size` and `channels`, a model of text `vocab_size`, `pad_token` and
-    `max_tokens`.
+    The configuration of an image model must also have the attributes `image_size` and `channels`. That of a text model
+    must have the attributes `vocab_size`, `pad_token` and `max_tokens`.
 
     Attributes:
-        num_classes: Outputs of the head.
+        num_classes: Number of outputs of the head.
     """
 
     num_classes: int
 
     VARIANTS: ClassVar[dict[str, Mapping[str, Any]]] = {}
-    """The fields that each named model sets."""
+    """The published or otherwise named sizes of the model: for each name, the fields of the configuration that it sets.
+
+    An example of a name is "B/16", for a ViT.
+    """
 
     RUNTIME_FIELDS: ClassVar[tuple[str, ...]] = ()
-    """Fields that change how the model runs, but not which parameters it has. A checkpoint may have other values."""
+    """Names of the fields that change how the model is computed, but not which parameters it has.
+
+    A model may load a checkpoint whose configuration has other values of these fields.
+    """
 
     HEAD_FIELDS: ClassVar[tuple[str, ...]] = ("num_classes",)
-    """Fields that change only the head and its input. A checkpoint may have other values if its head is not loaded."""
+    """Names of the fields that change only the head and what it takes as input.
+
+    A model may load a checkpoint whose configuration has other values of these fields, if it does not load the head.
+    """
 
     @property
     def new_head(self) -> tuple[str, ...]:
-        """Patterns of the parameters that a new task initialises and trains."""
+        """Regular expressions for the paths of the parameters that a new task initialises anew and trains."""
         return HEAD
 
     @property
     def position_grids(self) -> Mapping[str, int]:
-        """Position embeddings of a square grid of patches, which are resized when `image_size` changes.
+        """The parameters that are position embeddings of a square grid of image patches.
 
-        Maps the path of each such parameter to the number of tokens before the patches, such as 1 for a class token.
+        When a checkpoint is loaded into a model with another `image_size`, these parameters are resized. The mapping
+        gives, for the path of each such parameter, the number of its first rows that do not belong to patches. This
+        number is 1 if there is only a class token before the patches.
         """
         return {}
 
     @classmethod
     def build(cls, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> Self:
-        """Return the configuration with these fields, some of them replaced or added by the overrides.
+        """Return a configuration with the given fields.
+
+        Args:
+            fields: Values of fields by name.
+            overrides: More values of fields by name. They replace those in `fields`.
 
         Raises:
-            UserError: An override is not a field, or the fields do not fit together.
+            UserError: A name in `overrides` is not a field of this class, a value is invalid, or the values do not fit
+                together.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         for name in overrides:
@@ -76,10 +94,15 @@ class Config:
 
     @classmethod
     def from_variant(cls, name: str, **fields: Any) -> Self:
-        """Return the configuration of a named model (`VARIANTS`), with some fields set or replaced.
+        """Return the configuration of a named size of the model.
+
+        Args:
+            name: One of the names in `VARIANTS`.
+            **fields: Values of other fields. They replace those of the variant.
 
         Raises:
-            UserError: The name is not a variant, a field is unknown, or the fields do not fit together.
+            UserError: There is no variant of this name, a field is unknown, a value is invalid, or the values do not
+                fit together.
         """
         if name not in cls.VARIANTS:
             raise UserError(
@@ -90,23 +113,29 @@ class Config:
 
 
 class Model(nnx.Module):
-    """Base class of models.
+    """Base class of models. A subclass must keep the following protocol.
 
-    A model is built as `Model(config, rngs=...)` and keeps its configuration as `config`. It returns float32 logits, of
-    shape (batch, num_classes) for classification. A model of images is called as `model(images, rngs=key)`, a model of
-    text as `model(tokens, mask=..., token_types=..., rngs=key)`. `rngs` is the random key of dropout, and `None` turns
-    dropout off. The head's parameters have paths `head/...`. The model keeps its blocks in `blocks` and runs them with
-    `blocks.run`, which lets training compile equal blocks once and split their weights over devices.
+    - `Model(config, rngs=...)` builds the model, which keeps its configuration as `config`.
+    - An image model is called as `model(images, rngs=key)`, and a text model as `model(tokens, mask=...,
+      token_types=..., rngs=key)`. `rngs` is the random key of dropout, and None turns dropout off.
+    - The result is the logits in float32. For classification their shape is (batch, num_classes).
+    - The paths of the head's parameters begin with `head/`.
+    - The model keeps its transformer blocks in the attribute `blocks` and calls them by `blocks.run`. Training replaces
+      `blocks` by a list with another `run`, which compiles only one of several equal blocks and gathers sharded weights
+      block by block.
     """
 
     config_class: ClassVar[type[Config]]
-    """The class of the configuration. Each model has its own."""
+    """The class of the model's configuration. Two models must not share one."""
 
     reads: ClassVar[str]
-    """What the model reads, one of `READS`."""
+    """The kind of input that the model takes, one of `READS`."""
 
     adapter_targets: ClassVar[Mapping[str, str]] = {}
-    """Patterns of module paths by name, for adapters; see `surm_jax.peft.Rule`."""
+    """Names for common choices of modules to adapt, and regular expressions for the paths of these modules.
+
+    A `surm_jax.Rule` accepts such a name in place of a regular expression.
+    """
 
     config: Any
     blocks: Blocks
@@ -118,17 +147,18 @@ class Model(nnx.Module):
 AnyModel = TypeVar("AnyModel", bound=Model)
 
 MODELS: dict[str, type[Model]] = {}
-"""The registered models by the name of their class."""
+"""All registered model classes, by the name of the class."""
 
 
 def register_model(model: type[AnyModel]) -> type[AnyModel]:
-    """Add a model to the registry. Use it as the decorator of the class.
+    """Add a model class to the registry, and return it. Use this function as the decorator of the class.
 
-    A class that is defined again under the same name in the same module, as in a notebook, replaces the earlier one.
+    If a class is defined again under the same name in the same module, as in a notebook, the new class replaces the
+    earlier one.
 
     Raises:
-        UserError: The class lacks a part of the protocol, or another model has its name, its configuration class or the
-            name of one of its variants.
+        UserError: `config_class` or `reads` of the class is missing or wrong, another model has the same name or the
+            same configuration class, or another model with the same kind of input has a variant of the same name.
     """
     name, config_class = model.__name__, getattr(model, "config_class", None)
     if not (isinstance(config_class, type) and issubclass(config_class, Config)):
@@ -151,10 +181,10 @@ def _place(model: type[Model]) -> tuple[str, str]:
 
 
 def model_class(config: Config) -> type[Model]:
-    """Return the model that is built from a configuration.
+    """Return the model class to which a configuration belongs.
 
     Raises:
-        UserError: No registered model has this configuration class.
+        UserError: No registered model has the class of this configuration as its `config_class`.
 
     >>> from surm_jax.models import ViTConfig
     >>> model_class(ViTConfig.from_variant("B/16", num_classes=10)).__name__
@@ -167,7 +197,10 @@ def model_class(config: Config) -> type[Model]:
 
 
 def variant_names(reads: str | None = None) -> list[str]:
-    """Return the names of the variants of all models, or of those that read one kind of input.
+    """Return the names of the variants (named sizes) of all registered models, each name once.
+
+    Args:
+        reads: If given, one of `READS`. Then only models that take this kind of input are considered.
 
     >>> variant_names("text")
     ['tiny', 'mini', 'small', 'medium', 'base', 'large']
@@ -177,14 +210,14 @@ def variant_names(reads: str | None = None) -> list[str]:
 
 
 def model_of_variant(name: str, reads: str) -> type[Model]:
-    """Return the model that has a variant of this name.
+    """Return the model class that has a variant (named size) of the given name.
 
     Args:
-        name: The variant. Models that read different inputs may have variants of the same name.
-        reads: The kind of input, one of `READS`.
+        name: Name of the variant. An image model and a text model may have variants of the same name.
+        reads: The kind of input that the model takes, one of `READS`.
 
     Raises:
-        UserError: No model has this variant; the message names the nearest one.
+        UserError: No such model has a variant of this name. The message suggests a similar name.
 
     >>> model_of_variant("mini", "images").__name__, model_of_variant("mini", "text").__name__
     ('ViT', 'Bert')
@@ -197,7 +230,11 @@ def model_of_variant(name: str, reads: str) -> type[Model]:
 
 
 def check_sizes(config: Config, names: Iterable[str]) -> None:
-    """Raise a `UserError` unless each of the fields is a positive integer and not too large."""
+    """Check that the fields of a configuration with the given names are positive integers of at most 2^31.
+
+    Raises:
+        UserError: A field is something else. The message names the field and its value.
+    """
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -207,15 +244,22 @@ def check_sizes(config: Config, names: Iterable[str]) -> None:
 
 
 def check_choice(config: Config, name: str, known: Collection[str]) -> None:
-    """Raise a `UserError` with the nearest names unless the field is one of `known`."""
+    """Check that the field `name` of a configuration has one of the `known` values.
+
+    Raises:
+        UserError: The field has another value. The message suggests similar ones.
+    """
     require_one_of(f"{type(config).__name__}.{name}", getattr(config, name), known)
 
 
 def check_transformer(config: Any) -> None:
-    """Check the fields that all transformers share: booleans, depth, heads, dropout, epsilon, dtypes and remat.
+    """Check the fields that the configurations of all transformers have.
+
+    The function checks all boolean fields, and the fields `depth`, `width`, `heads`, `dropout`, `epsilon`, `dtype`,
+    `param_dtype` and `remat`. `check_sizes` must have accepted `depth`, `width` and `heads` before.
 
     Raises:
-        UserError: A value is invalid; the message names the field.
+        UserError: A value is invalid. The message names the field.
     """
     kind = type(config).__name__
     for field in dataclasses.fields(config):

@@ -1,9 +1,11 @@
-"""BERT (arXiv 1810.04805) and RoBERTa (arXiv 1907.11692) with the numerics of transformers' PyTorch models.
+"""BERT (arXiv 1810.04805) and RoBERTa (arXiv 1907.11692), which compute the same as the models of transformers.
 
 The blocks are post-norm, LayerNorm has epsilon 1e-12 (RoBERTa: 1e-5), GELU uses the error function, and position
-embeddings are learned:
+embeddings are learned, as in
 https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/bert/modeling_bert.py.
-Suffixes of local names: b batch, t tokens, d width, v vocabulary.
+
+The suffix of a variable's name gives its dimensions, for example `tokens_bt`: b batch, t tokens, d width of the model,
+v vocabulary.
 """
 
 from collections.abc import Mapping
@@ -37,12 +39,12 @@ def _geometry(depth: int, width: int) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig(Config):
-    """Geometry and precision of a `Bert`.
+    """Configuration of a `Bert`: its sizes, its head, and its dtypes.
 
     Raises:
-        UserError: A size is not a positive integer, heads do not divide the width, the padding token is not in the
-            vocabulary or leaves no positions, dropout is outside [0, 1), epsilon is not positive, or `head`,
-            `positions`, `activation` or a dtype is unknown.
+        UserError: A size is not a positive integer, `heads` does not divide `width`, `pad_token` is not in the
+            vocabulary or leaves no positions for other tokens, `dropout` is outside [0, 1), `epsilon` is not positive,
+            or another value is not allowed.
 
     >>> config = BertConfig.from_variant("base", num_classes=3, dtype="bfloat16")
     >>> config.width, config.head, config.max_tokens
@@ -56,30 +58,33 @@ class BertConfig(Config):
     mlp_width: int
     # Number of position embeddings.
     max_positions: int
-    # Number of segment types, such as first and second sentence.
+    # Number of segment types. Two types, for example, distinguish the first and the second sentence of a pair.
     type_vocab_size: int
-    # Outputs of the classifier. A masked language model has one output for each token of the vocabulary instead.
+    # Number of outputs of a classifier. A masked language model instead has an output for each token of the vocabulary.
     num_classes: int = 2
-    # "classifier" scores the classes from the first token. "mlm", a masked language model, scores the vocabulary at
-    # every token.
+    # "classifier": the logits of the classes are computed from the first token of each sequence.
+    # "mlm" (masked language model): the logits of the vocabulary are computed at every token.
     head: str = "classifier"
-    # Whether the classifier reads the first token through a dense layer and tanh; "mlm" has no such layer.
+    # Whether a classifier has a dense layer with tanh, called the pooler, between the first token and the head. A
+    # masked language model has no such layer.
     pooler: bool = True
-    # "absolute" numbers all tokens 0, 1, ... "after_padding" (RoBERTa) numbers the tokens that are not padding
-    # pad_token + 1, pad_token + 2, ... and gives padding the position pad_token.
+    # "absolute": the tokens of a sequence have the positions 0, 1, ...
+    # "after_padding" (RoBERTa): the tokens other than pad_token have the positions pad_token + 1, pad_token + 2, ...,
+    # and every pad_token has the position pad_token.
     positions: str = "absolute"
-    # The token that pads short sequences. Only the mask, and not this token, excludes padding from attention.
+    # The token that pads short sequences. It does not exclude padding from attention; only the mask does.
     pad_token: int = 0
     epsilon: float = 1e-12
     activation: str = "gelu"
-    # Probability of dropping an activation: after the embeddings, at the end of branches, before the classifier.
+    # Probability of dropout after the embeddings, on the outputs of attention and MLP, and on the input of a
+    # classifier's head.
     dropout: float = 0.0
-    # Dtype of the computation; norms and logits are always float32.
+    # Dtype of the computation. LayerNorms and logits are always computed in float32.
     dtype: str = "float32"
-    # Dtype of embeddings and layers. Norms, pooler, classifier and the output bias of the vocabulary are small and
-    # always float32.
+    # Dtype of the parameters. Those of LayerNorms, the pooler and a classifier's head, and the output bias of a masked
+    # language model are small and always float32.
     param_dtype: str = "float32"
-    # What a block recomputes for its gradient: one of surm_jax.models.REMAT.
+    # Name of the rematerialisation policy, one of surm_jax.models.REMAT.
     remat: str = "none"
 
     # The small models of arXiv 1908.08962 (https://github.com/google-research/bert) and the two models of the BERT
@@ -114,10 +119,10 @@ class BertConfig(Config):
 
     @property
     def new_head(self) -> tuple[str, ...]:
-        """Patterns of the parameters that a new task initialises and trains.
+        """Regular expressions for the paths of the parameters that a new task initialises anew and trains.
 
-        There are none for a masked language model, whose head is pretrained. RoBERTa's classifier has two layers, and
-        a new task initialises both: the pooler and the head.
+        A masked language model has no such parameters, because its head is pretrained. The classifier of RoBERTa
+        consists of two layers, the pooler and the head, and a new task initialises both.
         """
         if self.head == "mlm":
             return ()
@@ -125,12 +130,15 @@ class BertConfig(Config):
 
     @property
     def max_tokens(self) -> int:
-        """Length of the longest sequence for which there are position embeddings."""
+        """Number of tokens in the longest sequence for which there are enough position embeddings."""
         return self.max_positions - (self.pad_token + 1 if self.positions == "after_padding" else 0)
 
 
 class Block(nnx.Module):
-    """One post-norm encoder block: `norm1(x + attention(x))`, then `norm2(x + mlp(x))`."""
+    """One post-norm transformer block.
+
+    It computes `norm1(x + attention(x))`, and then, with this result as x, `norm2(x + mlp(x))`.
+    """
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         options: dict[str, Any] = {
@@ -141,7 +149,7 @@ class Block(nnx.Module):
         }
         self.attention = Attention(config.width, config.heads, **options)
         self.norm1 = _norm(config, rngs)
-        # Unlike ViT, BERT has no dropout between the two layers.
+        # Unlike ViT, BERT has no dropout between the two layers of the MLP.
         self.mlp = MLP(
             config.width,
             config.mlp_width,
@@ -156,19 +164,27 @@ class Block(nnx.Module):
     def __call__(
         self, x_btd: Float[Array, "b t d"], mask_bt: Bool[Array, "b t"] | None, key: jax.Array | None
     ) -> Float[Array, "b t d"]:
-        """Apply both branches; `key` is the random key of their dropout, and `None` turns dropout off."""
+        """Return the output of the block.
+
+        Args:
+            x_btd: The features of the tokens.
+            mask_bt: True for tokens that queries attend to. With None, queries attend to all tokens.
+            key: The random key of dropout. None turns dropout off.
+        """
         attention_key, mlp_key = split_key(key, 2)
         y_btd = drop(self.dropout, self.attention(x_btd, mask_bt), attention_key)
-        # The norms return float32, but layers and their adapters expect the dtype of the computation.
+        # The norms return float32, but the dense layers and their adapters expect the dtype of x.
         x_btd = self.norm1(x_btd + y_btd).astype(x_btd.dtype)
         y_btd = drop(self.dropout, self.mlp(x_btd, None), mlp_key)
         return self.norm2(x_btd + y_btd).astype(x_btd.dtype)
 
 
 class MaskedLMHead(nnx.Module):
-    """Scores of the vocabulary at every token: `norm(activation(x T + t)) E^T + b` with the word embeddings `E`.
+    """Head of a masked language model, which returns a logit for each token of the vocabulary at every position.
 
-    `E` is an argument, since the model shares it between input and output (arXiv 1608.05859).
+    It computes `norm(activation(x T + t)) E^T + b`. T and t are the kernel and bias of `transform`, and b is `bias`.
+    E, of shape (v, d), holds the word embeddings, which the model shares between input and output (arXiv 1608.05859).
+    Therefore E is an argument of the call and not a parameter of this module.
     """
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
@@ -185,7 +201,13 @@ class MaskedLMHead(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((config.vocab_size,), jnp.float32))
 
     def __call__(self, x_btd: Float[Array, "b t d"], table_vd: Float[Array, "v d"]) -> Float[Array, "b t v"]:
-        """Return float32 scores; the product with the table has inputs in the dtype of `x_btd` and float32 sums."""
+        """Return the logits of the vocabulary at every token, in float32.
+
+        Args:
+            x_btd: The output of the last block.
+            table_vd: The word embeddings. The product with them takes both factors in the dtype of `x_btd` and sums in
+                float32.
+        """
         y_btd = self.norm(ACTIVATIONS[self.activation](self.transform(x_btd))).astype(x_btd.dtype)
         scores_btv = jnp.einsum("btd,vd->btv", y_btd, table_vd.astype(x_btd.dtype), preferred_element_type=jnp.float32)
         return scores_btv + self.bias[...][None, None]
@@ -195,14 +217,14 @@ class MaskedLMHead(nnx.Module):
 class Bert(Model):
     """BERT or RoBERTa, as a classifier of sequences or as a masked language model.
 
-    Parameter paths: `{word,position,type}_embed/embedding`, `embed_norm/{scale,bias}`,
-    `blocks/<i>/attention/{query,key,value,out}/{kernel,bias}`, `blocks/<i>/mlp/{up,down}/{kernel,bias}`,
-    `blocks/<i>/{norm1,norm2}/{scale,bias}`. A classifier has `pooler/{kernel,bias}` and `head/{kernel,bias}`, a masked
-    language model `head/transform/{kernel,bias}`, `head/norm/{scale,bias}` and `head/bias`. Kernels and embeddings
-    start from N(0, 0.02^2), biases at zero.
+    The parameters have the paths `{word,position,type}_embed/embedding`, `embed_norm/{scale,bias}`,
+    `blocks/<i>/attention/{query,key,value,out}/{kernel,bias}`, `blocks/<i>/mlp/{up,down}/{kernel,bias}` and
+    `blocks/<i>/{norm1,norm2}/{scale,bias}`. A classifier also has `head/{kernel,bias}`, and, if it has a pooler,
+    `pooler/{kernel,bias}`. A masked language model also has `head/transform/{kernel,bias}`, `head/norm/{scale,bias}`
+    and `head/bias`. Kernels and embeddings are drawn from N(0, 0.02^2), and biases start at zero.
 
-    Dropout differs from transformers in two places. Attention probabilities have none, because
-    `jax.nn.dot_product_attention` does not offer it. The input of RoBERTa's pooler has none either.
+    Dropout differs from Hugging Face transformers in two places. There is no dropout on the attention probabilities,
+    because `jax.nn.dot_product_attention` does not offer it, and none on the input of RoBERTa's pooler.
 
     >>> config = BertConfig.from_variant("tiny", num_classes=3)
     >>> jax.eval_shape(lambda tokens: Bert(config, rngs=nnx.Rngs(0))(tokens), jnp.zeros((2, 16), jnp.int32)).shape
@@ -237,19 +259,19 @@ class Bert(Model):
         token_types: Int[Array, "b t"] | None = None,
         rngs: nnx.Rngs | jax.Array | None = None,
     ) -> Float[Array, "b num_classes"] | Float[Array, "b t v"]:
-        """Return float32 logits: of the classes, or of the vocabulary at every token.
+        """Return the logits in float32. Their shape is (b, num_classes), or (b, t, v) for a masked language model.
 
         Args:
-            tokens_bt: Token numbers below `config.vocab_size` (larger ones give NaN).
-            mask: True or 1 for tokens to attend to, False or 0 for padding. `None` attends to all tokens, also to those
-                equal to `config.pad_token`.
-            token_types: Segment types below `config.type_vocab_size`; `None` means 0 everywhere.
-            rngs: Random key of dropout: an `nnx.Rngs` with the stream `dropout`, or a JAX key; `None` turns dropout
+            tokens_bt: Indices of tokens in the vocabulary, below `config.vocab_size`. Larger indices give NaN.
+            mask: True or 1 for tokens that queries attend to, False or 0 for padding. With None, queries attend to all
+                tokens, also to those that equal `config.pad_token`.
+            token_types: Segment type of each token, below `config.type_vocab_size`. None means type 0 for all tokens.
+            rngs: Random key of dropout, as a JAX key or as an `nnx.Rngs` with the stream `dropout`. None turns dropout
                 off.
 
         Raises:
-            UserError: The tokens are not a matrix of integers, a row has more than `config.max_tokens`, or `mask` or
-                `token_types` has another shape or dtype.
+            UserError: The tokens are not a two-dimensional array of integers, there are more than `config.max_tokens`
+                tokens in a row, or `mask` or `token_types` has another shape than the tokens or a wrong dtype.
         """
         key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
         body_key, head_key = split_key(key, 2)
@@ -269,9 +291,9 @@ class Bert(Model):
         token_types: Int[Array, "b t"] | None = None,
         rngs: nnx.Rngs | jax.Array | None = None,
     ) -> tuple[Float[Array, "b t d"], ...]:
-        """Return the embeddings and the output of each block: `depth + 1` arrays.
+        """Return the input of the first block and the outputs of all blocks, `depth + 1` arrays of shape (b, t, d).
 
-        Arguments and errors are those of `__call__`. The states of padding have no meaning.
+        The values at padding tokens have no meaning. Arguments and errors are the same as in `__call__`.
         """
         key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
         return self._states(tokens_bt, mask, token_types, key, every=True)
@@ -285,7 +307,7 @@ class Bert(Model):
         *,
         every: bool,
     ) -> tuple[Float[Array, "b t d"], ...]:
-        """Return all states if `every` is true, and otherwise a tuple of only the last."""
+        """Return the hidden states as in `hidden_states` if `every` is true, and otherwise a tuple of only the last."""
         self._check(tokens_bt, mask, token_types)
         mask_bt = None if mask is None else mask.astype(jnp.bool_)
         types_bt = jnp.zeros_like(tokens_bt) if token_types is None else token_types
@@ -309,8 +331,8 @@ class Bert(Model):
                 f"this BERT has positions for {self.config.max_tokens} tokens, got sequences of {tokens_bt.shape[1]}: "
                 "truncate them"
             )
-        # A mask of floats is refused because it is ambiguous: other libraries add it to the scores, where 0 keeps a
-        # token.
+        # Refuse a mask of floats, because it is ambiguous. Other libraries add such a mask to the attention scores, so
+        # that 0 means that a token is attended to.
         for name, array, kinds in (
             ("mask", mask, (jnp.bool_, jnp.integer)),
             ("token_types", token_types, (jnp.integer,)),
@@ -340,5 +362,6 @@ def _embed(rows: int, config: BertConfig, rngs: nnx.Rngs) -> nnx.Embed:
 
 
 def _norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # Compute the variance in two passes, as PyTorch does: for so small an epsilon E[x^2] - E[x]^2 is too inexact.
+    # Compute the variance in two passes, as PyTorch does. The fast formula E[x^2] - E[x]^2 is too inexact for an
+    # epsilon as small as 1e-12.
     return nnx.LayerNorm(config.width, epsilon=config.epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)

@@ -1,7 +1,10 @@
-"""Building blocks of all transformers: attention, MLP, activations, dropout and rematerialisation.
+"""Building blocks that all transformers of this package share: attention, MLP, activations, dropout, rematerialisation.
 
-Parameters have `param_dtype`, the computation has `dtype`, and the softmax is always float32.
-Suffixes of local names: b batch, t tokens, d width, m width inside the MLP, n heads, k width of a head.
+Parameters have the dtype `param_dtype`. The computation has the dtype `dtype`, except for the softmax, which is always
+computed in float32.
+
+The suffix of a variable's name gives its dimensions, for example `x_btd`: b batch, t tokens, d width of the model, m
+width of the MLP's hidden layer, n heads, k width of one head.
 """
 
 import math
@@ -20,7 +23,8 @@ from jaxtyping import Array, Bool, Float
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return the exact GELU, `x (1 + erf(x / sqrt 2)) / 2` (arXiv 1606.08415).
 
-    This is the formula of PyTorch. `jax.nn.gelu` uses `erfc`, which is also exact in the far tail, but slower on a CPU.
+    PyTorch uses the same formula. `jax.nn.gelu` instead uses `erfc`, which is also accurate for very negative `x`, but
+    is slower on a CPU.
     """
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
@@ -41,14 +45,16 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
         "relu": jax.nn.relu,
     }
 )
-"""Activations of the MLP by name. "gelu" is exact: it uses the error function."""
+"""Activation functions of the MLP by their name in configurations. "gelu" is the exact GELU, with the error function,
+and "gelu_tanh" its approximation with tanh."""
 
 
 class Attention(nnx.Module):
     """Multi-head self-attention, `softmax(Q K^T / sqrt(k)) V` for every head (arXiv 1706.03762, equation 1).
 
-    The four projections are called as modules, so an adapter on one of them changes the model. The kernels of `query`,
-    `key` and `value` have shape (d, n, k), the kernel of `out` has (n, k, d).
+    The four projections are the submodules `query`, `key`, `value` and `out`. An adapter can replace each of them,
+    because they are only used by calling them. The kernels of `query`, `key` and `value` have the shape (d, n, k), and
+    the kernel of `out` has the shape (n, k, d), with d features, n heads and k = d / n features in each head.
     """
 
     def __init__(
@@ -81,19 +87,23 @@ class Attention(nnx.Module):
         """Return the output of attention for every token. The cost is `O(t d^2 + t^2 d)` for each sequence.
 
         Args:
-            x_btd: The tokens.
-            mask_bt: True for tokens to attend to; `None` attends to all tokens.
+            x_btd: The features of the tokens.
+            mask_bt: True for the tokens that queries attend to, and False for tokens that are ignored, such as padding.
+                With None, queries attend to all tokens.
         """
         q_btnk, k_btnk, v_btnk = self.query(x_btd), self.key(x_btd), self.value(x_btd)
         mask_bnts = None if mask_bt is None else mask_bt[:, None, None, :]
-        # jax.nn queries how bfloat16 and float32 promote; under strict promotion even the query raises an error.
+        # jax.nn.dot_product_attention promotes bfloat16 with float32, which raises an error under strict promotion.
         with jax.numpy_dtype_promotion("standard"):
             y_btnk = jax.nn.dot_product_attention(q_btnk, k_btnk, v_btnk, mask=mask_bnts)
         return self.out(y_btnk)
 
 
 class MLP(nnx.Module):
-    """Two layers, `activation(x U + u) D + d`, that are applied to each token; `(b, t, d) -> (b, t, d)`."""
+    """Two dense layers, `activation(x U + u) D + d`, which are applied to each token. The shape stays (b, t, d).
+
+    U and u are the kernel and bias of the submodule `up`, D and d those of the submodule `down`.
+    """
 
     def __init__(
         self,
@@ -121,7 +131,12 @@ class MLP(nnx.Module):
         self.dropout = nnx.Dropout(dropout)
 
     def __call__(self, x_btd: Float[Array, "b t d"], key: jax.Array | None) -> Float[Array, "b t d"]:
-        """Apply the two layers; `key` is the random key of the dropout between them, and `None` turns it off."""
+        """Return the output of the two layers.
+
+        Args:
+            x_btd: The features of the tokens.
+            key: The random key of the dropout between the layers. None turns dropout off.
+        """
         hidden_btm = ACTIVATIONS[self.activation](self.up(x_btd))
         return self.down(drop(self.dropout, hidden_btm, key))
 
@@ -133,28 +148,31 @@ REMAT: Mapping[str, Callable[..., bool] | None] = MappingProxyType(
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     }
 )
-"""Rematerialisation policies: what a block keeps for its gradient, and what it recomputes (arXiv 1604.06174).
+"""Rematerialisation policies by name. A policy says which intermediate results of a block the forward pass stores, and
+which ones the backward pass computes again (arXiv 1604.06174).
 
-"none" keeps everything. "block" keeps only the block's input: it needs the memory of one block instead of all blocks,
-and a third more work. "dots" keeps the outputs of layers and recomputes attention scores and activations, which is
-little work.
+"none" stores all intermediate results. "block" stores only the inputs of each block. Then only one block at a time has
+its intermediate results in memory, and a training step costs about a third more. "dots" stores the outputs of the dense
+layers. It computes the attention scores and the activation functions again, which costs little.
 """
 
 
 class Blocks(nnx.List):
-    """The blocks of a model. Each reads the output of the previous one."""
+    """The list of a model's transformer blocks. Each block takes the output of the previous block as its input."""
 
     def run(
         self, x: Array, *arguments: Array | None, keys: jax.Array | None, remat: str, every: bool
     ) -> tuple[Array, ...]:
-        """Return the states between blocks: `x` and the output of each block, or only the last output.
+        """Call all blocks one after another, and return their outputs.
 
         Args:
             x: The input of the first block. Every block returns an array of this shape and dtype.
-            *arguments: Further arguments of every block.
-            keys: A random key for each block, passed as its last argument; `None` passes `None` to every block.
-            remat: One of `REMAT`.
-            every: Whether to return all states; otherwise the tuple holds only the last.
+            *arguments: More arguments, which are the same for every block, such as an attention mask.
+            keys: One random key for each block, which is passed as the last argument of the block. With None, the last
+                argument of every block is None.
+            remat: Name of the rematerialisation policy, one of `REMAT`.
+            every: Whether to return `x` and the outputs of all blocks. If it is false, the tuple holds only the output
+                of the last block.
         """
         states = [x]
         for index, block in enumerate(self):
@@ -174,16 +192,25 @@ TARGETS: Mapping[str, str] = MappingProxyType(
         "all-linear": r"blocks/\d+/(attention/(query|key|value|out)|mlp/(up|down))",
     }
 )
-"""Patterns of module paths for adapters, by the names that papers use, in a model that is built of these layers."""
+"""Names for common choices of modules to adapt, and the regular expressions that match the paths of these modules.
+
+"houlsby" and "pfeiffer" select whole attention and MLP modules, after whose output those papers put an adapter. The
+other names select dense layers. The paths are those of models that consist of the layers in this file.
+"""
 
 
 def split_key(key: jax.Array | None, count: int) -> tuple[jax.Array | None, ...]:
-    """Return `count` independent keys, or `count` times `None` if there is no key."""
+    """Return `count` independent random keys made from `key`. If `key` is None, return `count` times None."""
     return (None,) * count if key is None else tuple(jax.random.split(key, count))
 
 
 def split_block_keys(key: jax.Array | None, depth: int) -> tuple[jax.Array | None, jax.Array | None]:
-    """Return a key and an array of `depth` more keys, all independent, or `None` twice if there is no key."""
+    """Return independent random keys for a model of `depth` blocks, made from `key`.
+
+    Returns:
+        A key for the dropout after the embeddings, and an array of `depth` keys for the blocks. If `key` is None, both
+        are None.
+    """
     if key is None:
         return None, None
     keys = jax.random.split(key, depth + 1)
@@ -191,14 +218,17 @@ def split_block_keys(key: jax.Array | None, depth: int) -> tuple[jax.Array | Non
 
 
 def drop(dropout: nnx.Dropout, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Apply dropout with a random key; `None` drops nothing."""
+    """Return `x` after dropout with the given random key. If the key is None, return `x` unchanged."""
     return dropout(x, deterministic=key is None, rngs=key)
 
 
 def call_block(block: nnx.Module, *arguments: Array | None, remat: str) -> Array:
-    """Return `block(*arguments)`; its gradient recomputes the parts that `remat`, one of `REMAT`, selects.
+    """Return `block(*arguments)`, with rematerialisation for its gradient.
 
-    The values do not depend on `remat`. The block must not change its own state when it is called.
+    Args:
+        block: The block. It must not change its own state when it is called.
+        *arguments: The arguments of the block.
+        remat: Name of the rematerialisation policy, one of `REMAT`. It changes memory and time, but not the result.
     """
     policy = REMAT[remat]
     if policy is None:

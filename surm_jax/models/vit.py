@@ -1,9 +1,12 @@
-"""Vision Transformer (arXiv 2010.11929): AugReg by default; other settings give ViT, DeiT, DINOv2, CLIP and I-JEPA.
+"""Vision Transformer (arXiv 2010.11929), with the variations of AugReg, DeiT, DINOv2, CLIP and I-JEPA.
 
-The blocks are pre-norm. By default LayerNorm has epsilon 1e-6, GELU is the tanh approximation, and position embeddings
-are added after the class token is prepended, as in google-research/vision_transformer:
-https://github.com/google-research/vision_transformer/blob/main/vit_jax/models_vit.py.
-Suffixes of local names: b batch, h height, w width, c channels, t tokens, d width.
+The blocks are pre-norm. The default settings are those of the AugReg checkpoints: LayerNorm has epsilon 1e-6, GELU is
+the tanh approximation, and position embeddings are added after the class token is prepended. They are computed as in
+https://github.com/google-research/vision_transformer/blob/main/vit_jax/models_vit.py. Other settings give the models of
+the other checkpoints.
+
+The suffix of a variable's name gives its dimensions, for example `images_bhwc`: b batch, h height, w width of the
+image, c channels, t tokens, d width of the model.
 """
 
 from collections.abc import Mapping
@@ -21,7 +24,8 @@ from surm_jax.models.layers import ACTIVATIONS, MLP, TARGETS, Attention, Blocks,
 
 POOLS = ("token", "mean", "patches", "token+patches")
 
-# Width, depth, heads and width of the MLP by size: table 2 of https://arxiv.org/abs/2106.04560.
+# For each size of the model: its width, depth, number of heads and width of the MLP's hidden layer, from table 2 of
+# https://arxiv.org/abs/2106.04560.
 _SIZES = {"Ti": (192, 12, 3, 768), "S": (384, 12, 6, 1536), "B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096)}
 
 _VARIANTS: dict[str, Mapping[str, Any]] = {
@@ -36,7 +40,7 @@ _VARIANTS: dict[str, Mapping[str, Any]] = {
     for size, (width, depth, heads, mlp_width) in _SIZES.items()
     for patch_size in (8, 14, 16, 32)
 } | {
-    # Small enough for a CPU: for CIFAR, and for the 8 x 8 digits of scikit-learn.
+    # Two models that are small enough for a CPU: "mini" for CIFAR, "digits" for the 8 x 8 digits of scikit-learn.
     "mini": {"image_size": 32, "patch_size": 4, "width": 192, "depth": 6, "heads": 3, "mlp_width": 768},
     "digits": {
         "image_size": 8,
@@ -53,11 +57,13 @@ _VARIANTS: dict[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig(Config):
-    """Geometry, parts and precision of a `ViT`.
+    """Configuration of a `ViT`: its sizes, its optional parts, and its dtypes.
 
     Raises:
-        UserError: A size is not a positive integer, heads do not divide the width, patches do not divide the image,
-            another value is not allowed, or there is a distillation token without a class token.
+        UserError: A size is not a positive integer, `heads` does not divide `width`, `patch_size` does not divide
+            `image_size`, another value is not allowed, or there is a distillation token without a class token.
+
+    The example has 14 x 14 patches, and 197 tokens because of the class token.
 
     >>> config = ViTConfig.from_variant("B/16", num_classes=10, dtype="bfloat16")
     >>> config.width, config.grid, config.tokens
@@ -74,11 +80,13 @@ class ViTConfig(Config):
     heads: int
     mlp_width: int
     num_classes: int
-    # What the head reads. "token": the class token. "mean": the mean over all patches; the model has no class token.
-    # "patches": the mean over all patches; the model has a class token, which only the blocks read. "token+patches":
-    # class token and mean, concatenated.
+    # The input of the head, computed from the output of the last block:
+    # "token": the output for the class token.
+    # "mean": the mean over all patches, in a model without a class token.
+    # "patches": the mean over all patches, in a model with a class token.
+    # "token+patches": the output for the class token and the mean over all patches, concatenated.
     pool: str = "token"
-    # One of surm_jax.models.ACTIVATIONS.
+    # Activation function of the MLP, one of surm_jax.models.ACTIVATIONS.
     activation: str = "gelu_tanh"
     # Epsilon of every LayerNorm.
     epsilon: float = 1e-6
@@ -88,18 +96,19 @@ class ViTConfig(Config):
     pre_norm: bool = False
     # Whether there is a LayerNorm after the last block.
     final_norm: bool = True
-    # Whether the output of each branch is multiplied by a trained vector (arXiv 2103.17239; DINOv2).
+    # Whether the outputs of attention and MLP are multiplied by a trained vector, as in DINOv2 (arXiv 2103.17239).
     layer_scale: bool = False
-    # Whether a second token follows the class token (DeiT, arXiv 2012.12877); the head does not read it.
+    # Whether a distillation token follows the class token, as in DeiT (arXiv 2012.12877). The head does not use it.
     distillation: bool = False
     head_bias: bool = True
-    # Probability of dropping an activation: after the position embeddings, inside the MLP, and at the end of branches.
+    # Probability of dropout after the position embeddings, between the layers of the MLP, and on the outputs of
+    # attention and MLP.
     dropout: float = 0.0
-    # Dtype of the computation; norms and logits are always float32.
+    # Dtype of the computation. LayerNorms and logits are always computed in float32.
     dtype: str = "float32"
-    # Dtype of kernels, biases and embeddings; norms, layer scales and the head are always float32.
+    # Dtype of the parameters. Those of LayerNorms, layer scales and the head are always float32.
     param_dtype: str = "float32"
-    # What a block recomputes for its gradient: one of surm_jax.models.REMAT.
+    # Name of the rematerialisation policy, one of surm_jax.models.REMAT.
     remat: str = "none"
 
     VARIANTS: ClassVar[dict[str, Mapping[str, Any]]] = _VARIANTS
@@ -133,19 +142,23 @@ class ViTConfig(Config):
 
     @property
     def tokens(self) -> int:
-        """Length of the sequence."""
+        """Number of tokens of an image, the length of the sequence: the extra tokens and the patches."""
         return self.extra_tokens + self.grid**2
 
     @property
     def position_grids(self) -> Mapping[str, int]:
-        """The position embeddings, whose first rows belong to the extra tokens."""
+        """The path of the position embeddings, and the number of their first rows, which belong to the extra tokens.
+
+        See `Config.position_grids`.
+        """
         return {"position_embed": self.extra_tokens}
 
 
 class Block(nnx.Module):
-    """One pre-norm encoder block: `x + s1 attention(norm1(x))`, then `x + s2 mlp(norm2(x))`.
+    """One pre-norm transformer block.
 
-    The layer scales `s1` and `s2` are vectors; without `layer_scale` they are left out.
+    It computes `x + scale1 * attention(norm1(x))`, and then, with this result as x, `x + scale2 * mlp(norm2(x))`. The
+    vectors `scale1` and `scale2` exist only if `config.layer_scale` is true. Otherwise the factors are left out.
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
@@ -159,9 +172,14 @@ class Block(nnx.Module):
         self.scale2 = nnx.Param(jnp.ones(config.width, jnp.float32)) if config.layer_scale else None
 
     def __call__(self, x_btd: Float[Array, "b t d"], key: jax.Array | None) -> Float[Array, "b t d"]:
-        """Apply both branches; `key` is the random key of their dropout, and `None` turns dropout off."""
+        """Return the output of the block.
+
+        Args:
+            x_btd: The features of the tokens.
+            key: The random key of dropout. None turns dropout off.
+        """
         attention_key, hidden_key, mlp_key = split_key(key, 3)
-        # The norms return float32, but layers and their adapters expect the dtype of the residual stream.
+        # The norms return float32, but the dense layers and their adapters expect the dtype of x.
         y_btd = _scaled(self.attention(self.norm1(x_btd).astype(x_btd.dtype)), self.scale1)
         x_btd = x_btd + drop(self.dropout, y_btd, attention_key)
         y_btd = _scaled(self.mlp(self.norm2(x_btd).astype(x_btd.dtype), hidden_key), self.scale2)
@@ -170,13 +188,14 @@ class Block(nnx.Module):
 
 @register_model
 class ViT(Model):
-    """Vision Transformer classifier.
+    """Vision Transformer that classifies images.
 
-    Parameter paths: `patch_embed/{kernel,bias}`, `cls_token` (unless `pool="mean"`), `distillation_token`,
+    The parameters have the paths `patch_embed/{kernel,bias}`, `cls_token` (unless `pool="mean"`), `distillation_token`,
     `position_embed`, `pre_norm/{scale,bias}`, `blocks/<i>/{norm1,norm2}/{scale,bias}`,
     `blocks/<i>/attention/{query,key,value,out}/{kernel,bias}`, `blocks/<i>/mlp/{up,down}/{kernel,bias}`,
-    `blocks/<i>/{scale1,scale2}`, `norm/{scale,bias}`, `head/{kernel,bias}`; some of them exist only with certain
-    settings. They are initialised as in vision_transformer: the head starts at zero, and so do the logits.
+    `blocks/<i>/{scale1,scale2}`, `norm/{scale,bias}` and `head/{kernel,bias}`. Some of them exist only with certain
+    settings of the configuration. The parameters are initialised as in google-research/vision_transformer. The head
+    starts at zero, so a new model returns logits of zero.
 
     >>> config = ViTConfig.from_variant("digits", num_classes=10)
     >>> jax.eval_shape(lambda images: ViT(config, rngs=nnx.Rngs(0))(images), jnp.zeros((2, 8, 8, 1))).shape
@@ -228,16 +247,16 @@ class ViT(Model):
         *,
         rngs: nnx.Rngs | jax.Array | None = None,
     ) -> Float[Array, "b num_classes"]:
-        """Return float32 logits.
+        """Return the logits of the classes, in float32.
 
         Args:
-            images_bhwc: Images of `config.image_size` and `config.channels`; AugReg checkpoints expect values in
-                [-1, 1].
-            rngs: Random key of dropout: an `nnx.Rngs` with the stream `dropout`, or a JAX key; `None` turns dropout
+            images_bhwc: Images of shape (batch, image_size, image_size, channels), with the sizes of the configuration.
+                AugReg checkpoints expect values in [-1, 1].
+            rngs: Random key of dropout, as a JAX key or as an `nnx.Rngs` with the stream `dropout`. None turns dropout
                 off.
 
         Raises:
-            UserError: The images do not have the configured shape.
+            UserError: The images do not have this shape.
         """
         x_btd = self._states(images_bhwc, rngs, every=False)[-1]
         x_btd = x_btd.astype(jnp.float32) if self.norm is None else self.norm(x_btd)
@@ -249,23 +268,24 @@ class ViT(Model):
         *,
         rngs: nnx.Rngs | jax.Array | None = None,
     ) -> tuple[Float[Array, "b t d"], ...]:
-        """Return the `depth + 1` states of the residual stream: the first block's input and the output of each block.
+        """Return the input of the first block and the outputs of all blocks, `depth + 1` arrays.
 
-        The last state is not yet normalised. These are the `hidden_states` of transformers' models.
+        The LayerNorm after the last block is not applied. The models of Hugging Face transformers return the same
+        arrays as `hidden_states`.
 
         Args:
             images_bhwc: As in `__call__`.
             rngs: As in `__call__`.
 
         Raises:
-            UserError: The images do not have the configured shape.
+            UserError: The images do not have the shape that the configuration requires.
         """
         return self._states(images_bhwc, rngs, every=True)
 
     def _states(
         self, images_bhwc: Float[Array, "b h w c"], rngs: nnx.Rngs | jax.Array | None, *, every: bool
     ) -> tuple[Float[Array, "b t d"], ...]:
-        """Return all states if `every` is true, and otherwise a tuple of only the last."""
+        """Return the hidden states as in `hidden_states` if `every` is true, and otherwise a tuple of only the last."""
         config = self.config
         expected = (config.image_size, config.image_size, config.channels)
         if images_bhwc.ndim != 4 or images_bhwc.shape[1:] != expected:
@@ -279,7 +299,7 @@ class ViT(Model):
         return self.blocks.run(x_btd, keys=keys, remat=config.remat, every=every)
 
     def _embed(self, images_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b t d"]:
-        """Return the extra tokens and the patches, with position embeddings added."""
+        """Return the embeddings of all tokens: the extra tokens and the patches, with position embeddings added."""
         patches_bhwd = self.patch_embed(images_bhwc)
         batch, width = patches_bhwd.shape[0], self.config.width
         patches_btd = patches_bhwd.reshape(batch, self.config.grid**2, width)
@@ -290,7 +310,7 @@ class ViT(Model):
         return x_btd + self.position_embed[...].astype(x_btd.dtype)
 
     def _pool(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b d"]:
-        """Return the features that the head reads."""
+        """Return the input of the head, as `config.pool` says, from the features of the tokens after the last norm."""
         if self.config.pool == "token":
             return x_btd[:, 0]
         mean_bd = x_btd[:, self.config.extra_tokens :].mean(axis=1)
@@ -298,10 +318,11 @@ class ViT(Model):
 
 
 def _norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # Compute the variance in two passes, as PyTorch does: E[x^2] - E[x]^2 loses digits if the mean is large.
+    # Compute the variance in two passes, as PyTorch does. The fast formula E[x^2] - E[x]^2 loses digits if the mean is
+    # large.
     return nnx.LayerNorm(config.width, epsilon=config.epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
 
 
 def _scaled(y_btd: Float[Array, "b t d"], scale: nnx.Param | None) -> Float[Array, "b t d"]:
-    """Apply the layer scale, if there is one."""
+    """Return `y_btd` multiplied by the layer scale, or unchanged if there is none."""
     return y_btd if scale is None else y_btd * scale[...].astype(y_btd.dtype)[None, None]

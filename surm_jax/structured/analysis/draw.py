@@ -134,7 +134,7 @@ class _Column(NamedTuple):
 def _colours(matrix: StructuredMatrix) -> dict[str, _Numbers]:
     """Return colours and labels for all parameters, by the name of their array.
 
-    Each array has its own colour map, along which the colour changes most slowly on the array's longest axis.
+    Each array has its own colour map. Neighbours along the longest axis of the array have neighbouring colours.
     """
     numbers = {}
     for i, (name, leaf) in enumerate(matrix.arrays().items()):
