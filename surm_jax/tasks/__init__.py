@@ -1,4 +1,4 @@
-"""Tasks: what a run learns. A task has data, a model, an objective and scores, behind one protocol."""
+"""Tasks, which define what a run learns: each brings together a data set, a model, a loss and metrics."""
 
 from surm_jax.tasks.base import Batch, Forward, Questions, Task, register_task, task_for
 from surm_jax.tasks.glue import Glue

@@ -1,8 +1,8 @@
-"""The protocol that every task implements, and the registry of tasks.
+"""The abstract base class of tasks, and the registry of tasks.
 
-A task brings together data, model, objective and scores. To add one, write a subclass of `Task` in a file of its own
-and decorate it with `@register_task`. A task outside the package is registered when its module is imported: name the
-module in `config.plugins`.
+A task brings together a data set, a model, a loss and metrics. To add a task, write a subclass of `Task` in a file of
+its own and decorate it with `@register_task`. The task is registered when its module is imported. To have a module
+outside of this package imported, name it in `config.plugins`.
 """
 
 import abc
@@ -24,26 +24,35 @@ from surm_jax.tasks.objective import Objective
 
 Batch = dict[str, jax.Array]
 Forward = Callable[[nnx.Module, Batch, jax.Array | None], jax.Array]
-"""`(model, batch, dropout key or None) -> logits`."""
+"""A function `(model, batch, key) -> logits`. The key is for dropout, and None means no dropout."""
 
 
 class Questions(Protocol):
-    """New examples without labels, whose labels a run predicts."""
+    """New examples without labels, for `--mode=predict`, which predicts their labels with a trained adapter."""
 
     @property
     def count(self) -> int:
         """Number of examples."""
 
     def batches(self, checkpoint: Path | None, geometry: Any, config: DataConfig) -> data.EvalBatches:
-        """Return the batches of one pass. Each has the `index` of its rows, and a `mask` that is False for padding."""
+        """Return the batches of one pass over the examples.
+
+        Each batch also has two arrays of shape (batch,): `index` holds the indices of its examples, and `mask` is False
+        for rows that are padding.
+
+        Args:
+            checkpoint: The file or folder of the pretrained weights, which also holds the tokeniser of a text model.
+            geometry: The configuration of the model.
+            config: The section `config.data`.
+        """
 
     def write(self, target: Path, classes: tuple[str, ...], logits: np.ndarray) -> None:
-        """Write the predictions to a file, completely or not at all, and print their number.
+        """Write the predictions to a file, completely or not at all, and print how many there are.
 
         Args:
             target: The file.
-            classes: Names of the classes; empty if the model predicts a number.
-            logits: (count, outputs).
+            classes: The names of the classes. It is empty if the labels are real numbers.
+            logits: The outputs of the model, of shape (count, outputs).
 
         Raises:
             UserError: The file cannot be written.
@@ -51,15 +60,16 @@ class Questions(Protocol):
 
 
 class Task(abc.ABC):
-    """What a training run needs to know about data and model.
+    """The data set, the model, the loss and the metrics of a training run.
 
-    An instance holds loaded data and found files. The class methods are called before there is an instance.
+    An instance holds the loaded data set and the place of the pretrained weights. Before there is an instance, a run
+    calls the class methods `accepts`, `load`, `geometry` and `build`, in this order. `build` makes the instance.
 
     Attributes:
-        reads: What its models read: "images" or "text".
-        dataset: The data set, with `name` and `classes`.
-        model_config: The model's geometry and precision.
-        checkpoint: The file or folder of the pretrained weights, or None for random ones.
+        reads: What the models of this task read: "images" or "text".
+        dataset: The data set, an object with the attributes `name` and `classes`.
+        model_config: The configuration of the model, such as its numbers of features and blocks, and its dtypes.
+        checkpoint: The file or folder of the pretrained weights, or None for random weights.
     """
 
     reads: ClassVar[str]
@@ -70,22 +80,22 @@ class Task(abc.ABC):
     @property
     @abc.abstractmethod
     def objective(self) -> Objective:
-        """What the model's outputs mean."""
+        """The loss, and the function that turns logits into predictions."""
 
     @property
     @abc.abstractmethod
     def metrics(self) -> tuple[str, ...]:
-        """Names in `surm_jax.tasks.objective.SCORES`, the most important first."""
+        """The names of the task's metrics (`surm_jax.tasks.objective.SCORES`), beginning with the most important."""
 
     @property
     @abc.abstractmethod
     def tests(self) -> tuple[str, ...]:
-        """Names of the splits for testing."""
+        """The names of the test splits."""
 
     @property
     @abc.abstractmethod
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits that can be evaluated: `tests`, and "holdout" if training examples are held out."""
+        """The names of the splits that can be evaluated: `tests`, and "holdout" if training examples are held out."""
 
     @property
     @abc.abstractmethod
@@ -95,7 +105,7 @@ class Task(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def accepts(cls, config: DataConfig) -> bool:
-        """Return whether a data set belongs to this task, without reading it."""
+        """Return whether the data set `config.name` belongs to this task, without reading it."""
 
     @classmethod
     @abc.abstractmethod
@@ -103,73 +113,91 @@ class Task(abc.ABC):
         """Load the data set.
 
         Raises:
-            UserError: It is missing or damaged, or does not fit the configuration.
+            UserError: The data set is missing or damaged, or does not fit the configuration.
         """
 
     @classmethod
     def geometry(cls, model: ModelConfig, config: DataConfig, outputs: int) -> Any:
-        """Return the configuration of the model for a number of outputs. No weights are read if a variant is named.
+        """Return the configuration of the model to train.
+
+        If `config.model.variant` names the model, no file is read. Otherwise the checkpoint is read.
+
+        Args:
+            model: The section `config.model`.
+            config: The section `config.data`.
+            outputs: The number of outputs of the model's head.
 
         Raises:
-            UserError: The configuration asks for a model that does not exist, or that this task cannot train.
+            UserError: There is no such model, or this task cannot train it.
         """
         return find_geometry(model, cls.reads, outputs)
 
     @classmethod
     @abc.abstractmethod
     def build(cls, model: ModelConfig, config: DataConfig, dataset: Any, geometry: Any) -> "Task":
-        """Find the pretrained weights, and return the task.
+        """Find or download the pretrained weights, prepare the data, and return an instance of the task.
 
         Args:
             model: The section `config.model`.
             config: The section `config.data`.
-            dataset: What `load` returned.
-            geometry: What `geometry` returned.
+            dataset: The result of `load`.
+            geometry: The result of the class method `geometry`.
 
         Raises:
-            UserError: Data, model and files do not fit together.
+            UserError: The data set, the model and the files do not fit together.
         """
 
     @classmethod
     def read_questions(cls, config: DataConfig, source: Path) -> Questions:
-        """Read new examples to predict.
+        """Read new examples without labels from a file, for `--mode=predict`.
+
+        Args:
+            config: The section `config.data`.
+            source: The file.
 
         Raises:
-            UserError: The file cannot be read, or this task cannot predict from files.
+            UserError: The file cannot be read, or this task cannot read examples from a file, as by default.
         """
         raise UserError(f"--mode=predict reads sentences, but this run is about {cls.reads} ({config.name})")
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes; empty if labels are numbers."""
+        """The names of the classes. It is empty if the labels are real numbers, as in regression."""
         return self.dataset.classes
 
     def make_model(self, seed: int) -> Model:
-        """Build the model with random parameters."""
+        """Build the model with random parameters, which are drawn from the seed."""
         return make_model(self.model_config, seed)
 
     @staticmethod
     @abc.abstractmethod
     def forward(model: nnx.Module, batch: Batch, key: jax.Array | None) -> jax.Array:
-        """Return the logits of a batch. The key is that of dropout; None means no dropout."""
+        """Return the logits of a batch. The key is for dropout, and None means no dropout."""
 
     @abc.abstractmethod
     def train_batches(self, seed: int) -> data.TrainBatches:
-        """Return an endless, resumable iterator of training batches, with this process's part of each."""
+        """Return an endless iterator over training batches that can save and restore its position.
+
+        If a run has several processes, each gets only its own rows of every batch.
+        """
 
     @abc.abstractmethod
     def eval_batches(self, split: str) -> data.EvalBatches:
-        """Return the batches of one pass over one of the `splits`, with this process's part of each."""
+        """Return the batches of one pass over a split, which is one of `splits`.
+
+        If a run has several processes, each gets only its own rows of every batch.
+        """
 
     @abc.abstractmethod
     def train_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """Return the shapes of the arrays of every kind of training batch.
+        """Return all shapes that a training batch can have, so that a run can compile its step for each of them.
 
-        The keys are names to print, such as "32 pixels". The shapes are those of whole batches, over all processes.
+        Each key is a name to print, such as "32 pixels". Each value holds the shape and the dtype of every array of the
+        batch. The shapes are those of the whole batch, with the rows of all processes.
         """
 
     def export_options(self) -> dict[str, Any]:
-        """Return additional keyword arguments for `surm_jax.pretrained.save_huggingface`."""
+        """Return additional keyword arguments with which an export calls `surm_jax.pretrained.save_huggingface`."""
         return {}
 
 
@@ -178,13 +206,13 @@ SomeTask = TypeVar("SomeTask", bound=type[Task])
 
 
 def register_task(cls: SomeTask) -> SomeTask:
-    """Add a task class to the registry. Use it as a decorator."""
+    """Add a task class to the registry, in which `task_for` finds it. Use this function as a decorator."""
     _TASKS.append(cls)
     return cls
 
 
 def task_for(config: DataConfig) -> type[Task]:
-    """Return the task class of a data set: the class registered last among those that accept it.
+    """Return the task class for a data set. If several classes accept it, return the one registered last.
 
     Raises:
         UserError: No task accepts the data set.
@@ -196,20 +224,20 @@ def task_for(config: DataConfig) -> type[Task]:
 
 
 def make_model(geometry: Config, seed: int) -> Model:
-    """Build the model of a configuration with random parameters."""
+    """Build the model that a configuration describes, with random parameters, which are drawn from the seed."""
     return model_class(geometry)(geometry, rngs=nnx.Rngs(seed))
 
 
 def find_geometry(config: ModelConfig, reads: str, outputs: int) -> Any:
-    """Return the configuration of the model that a run asks for.
+    """Return the configuration of the model that the section `config.model` describes.
 
-    It starts from the named variant, or else from the checkpoint. The geometry keys of `config.model` that are not 0
-    override it.
+    It starts from the named variant, or from the checkpoint if `variant` is empty. Then the keys in `GEOMETRY` that are
+    not 0, such as `depth`, replace its values.
 
     Args:
         config: The section `config.model`.
-        reads: What the examples of the task are: "images" or "text".
-        outputs: Number of outputs of the head.
+        reads: What the model must read: "images" or "text".
+        outputs: The number of outputs of the model's head.
 
     Raises:
         UserError: The keys do not fit together, or the checkpoint cannot be read or holds another kind of model.

@@ -1,6 +1,6 @@
-"""The sections `config.model` and `config.data`: every key, what it means, its default, its unit, and its check.
+"""The sections `config.model` and `config.data`: the meaning, default, unit and allowed values of every key.
 
-`surm_jax/training/config.py` documents the other sections and puts all of them together.
+`surm_jax/training/config.py` defines the other sections and the whole configuration.
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ from surm_jax.models import REMAT, variant_names
 from surm_jax.models.base import DTYPES
 
 GEOMETRY = ("image_size", "patch_size", "width", "depth", "heads", "mlp_width")
-"""Fields of `ModelConfig` that override the geometry of the variant or the checkpoint, unless they are 0."""
+"""The fields of `ModelConfig` that give sizes of the model. A value other than 0 replaces that of the variant or the
+checkpoint."""
 
 
 def check_at_least(key: str, value: float, least: float) -> None:
@@ -29,41 +30,44 @@ def check_fraction(key: str, value: float) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The pretrained model: its architecture, its weights, and its precision."""
+    """The section `config.model`: the architecture, the weights and the dtypes of the pretrained model."""
 
-    # The model by name: "Ti/16", "S/16", "B/16" or another ViT for images, "base" or another BERT for text. Empty: read
-    # the architecture from the checkpoint, which must then be a folder of transformers or hf://owner/name.
+    # The name of the architecture: "Ti/16", "S/16", "B/16" or another ViT for images, "base" or another BERT for text.
+    # Empty: read the architecture from the checkpoint. The checkpoint must then be "hf://owner/name" or a folder that
+    # the library transformers wrote.
     variant: str = "B/16"
     # The pretrained weights:
     #   "augreg"           the official AugReg file of the variant (ViT, ImageNet-21k), downloaded once;
     #   "digits"           the small ViT that is part of this package;
     #   "hf://owner/name"  a model of the Hugging Face Hub, downloaded once;
-    #   a path or a URL    a file of weights, or a folder that transformers wrote;
+    #   a path or a URL    a file of weights, or a folder that the library transformers wrote;
     #   "none"             random weights.
-    # A text model reads its tokeniser from the same folder.
+    # A text model also reads its tokeniser from the folder of the weights.
     checkpoint: str = "augreg"
-    # Number of outputs of the new head. 0: one for each class of the data set, or a single one if the labels are
-    # numbers, as in regression.
+    # Number of outputs of the new head. 0: one output for each class of the data set, or a single output if the labels
+    # are real numbers, as in regression.
     num_classes: int = 0
-    # Geometry. 0: keep the value of the variant or the checkpoint. Text models have no image_size and no patch_size.
+    # Sizes of the model. 0: keep the value of the variant or the checkpoint. Text models have no image_size and no
+    # patch_size.
     image_size: int = 0  # Height and width of the input image, in pixels.
     patch_size: int = 0  # Height and width of a patch, in pixels.
     width: int = 0  # Number of features of a token.
     depth: int = 0  # Number of transformer blocks.
     heads: int = 0  # Number of attention heads in each block.
     mlp_width: int = 0  # Number of hidden features in the MLP of each block.
-    # Dropout in the base model while training: the probability of dropping an activation, in [0, 1). An adapter has its
-    # own dropout, a setting of its method such as peft.lora.dropout.
+    # Probability with which the base model drops an activation during training, in [0, 1). The dropout of an adapter is
+    # a separate setting of its method, such as peft.lora.dropout.
     dropout: float = 0.0
-    # Dtype of activations and products: "float32" or "bfloat16".
+    # Dtype in which activations and matrix products are computed: "float32" or "bfloat16".
     dtype: str = "float32"
-    # Dtype of the frozen weights: "float32" or "bfloat16". Trained parameters are always float32.
+    # Dtype in which the frozen weights are stored: "float32" or "bfloat16". Trained parameters are always float32.
     param_dtype: str = "float32"
-    # Rematerialisation: which activations of a block are recomputed in the backward pass, which saves memory and takes
-    # time: "none", "block" (all of them), or "dots" (all except the outputs of linear layers).
+    # Rematerialisation: which activations of a block are recomputed in the backward pass instead of being kept in
+    # memory. More recomputation takes less memory and more time. "none": nothing, "block": all activations, "dots": all
+    # except the outputs of linear layers.
     remat: str = "none"
-    # True: compile equal neighbouring blocks once, and run them in a scan. A deep model then compiles as fast as a
-    # shallow one. Results are the same up to rounding.
+    # Whether to compile equal neighbouring blocks only once and run them in `jax.lax.scan`. A deep model then compiles
+    # as fast as a shallow one. The results are the same up to rounding.
     scan_layers: bool = False
 
     def __post_init__(self):
@@ -79,36 +83,37 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The data set and its batches."""
+    """The section `config.data`: the data set and its batches."""
 
-    # The data set: "digits_5to9" (part of this package), a set of TensorFlow Datasets such as "cifar10" or "glue/rte",
-    # or the path of an .npz file with your own images. The docstring of `surm_jax.data.load` lists all forms.
+    # The data set: "digits_5to9" (part of this package), a data set of TensorFlow Datasets such as "cifar10" or
+    # "glue/rte", or the path of an .npz file with your own images. The docstring of `surm_jax.data.load` lists all
+    # forms.
     name: str = "cifar10"
-    # The folder that holds prepared sets of TensorFlow Datasets. Empty: $TFDS_DATA_DIR if it is set, otherwise
+    # The folder that holds prepared data sets of TensorFlow Datasets. Empty: $TFDS_DATA_DIR if it is set, otherwise
     # ~/tensorflow_datasets.
     dir: str = ""
-    # The classes of images to keep, by name, two or more. They are numbered in this order. Empty: all classes. On the
-    # command line: --config.data.classes="('cat','dog')".
+    # The names of the image classes to use, at least two. Their labels are 0, 1, ... in this order. Empty: all classes.
+    # Example on the command line: --config.data.classes="('cat','dog')".
     classes: tuple[str, ...] = ()
-    # Number of training examples to use. 0: all. Every run with the same number uses the same examples, and a smaller
-    # number uses a subset of those of a larger one.
+    # Number of training examples to use. 0: all. Every run with the same number uses the same examples, and the
+    # examples for a larger number include those for a smaller number.
     train_examples: int = 0
     # Augmentation of training images: "none", "affine" (small random rotations, shears, shifts and scalings, for digits
-    # and letters on black), or "crop_flip" (a random crop, flipped horizontally half of the time).
+    # and letters on a black background), or "crop_flip" (a random crop, flipped horizontally with probability 0.5).
     augment: str = "crop_flip"
-    # The lengths that a batch of text can have, in tokens, increasing. A batch is padded to the smallest of them that
-    # its longest text fits in. A text longer than the last one is cut off there. The training step is compiled once for
-    # each length that occurs.
+    # The lengths in tokens to which a batch of text can be padded, in increasing order. A batch is padded to the
+    # smallest length that its longest text fits in. A text longer than the last length is cut off. The training step is
+    # compiled once for each length that occurs.
     lengths: tuple[int, ...] = (16, 32, 64, 96, 128)
-    # Number of training examples to hold out for validation. They are evaluated during training, and the test set only
-    # once, at the end. 0: hold out none, and evaluate the test set during training.
+    # Number of training examples to hold out for validation. The held-out examples are evaluated during training, and
+    # the test set only once, at the end. 0: hold out none, and evaluate the test set during training.
     holdout: int = 0
-    # How many images of each split may be unreadable. Up to this many are skipped: each is named in a warning, and
-    # the result counts them. One more is an error.
+    # Largest number of images in each split that may be unreadable. Unreadable images are skipped, with a warning for
+    # each, and the result holds their number. If there are more than this, the run stops with an error.
     max_corrupt: int = 0
-    # Number of training examples per update, in total over all devices and all accumulated micro-batches.
+    # Number of training examples per update, summed over all devices and all accumulated micro-batches.
     batch_size: int = 64
-    # Number of examples per batch in evaluations. It affects speed and memory, not the result.
+    # Number of examples per batch in evaluations. It affects speed and memory, but not the result.
     eval_batch_size: int = 256
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""The tasks of GLUE: predict the class or the score of a sentence or a pair of sentences."""
+"""The tasks of the GLUE benchmark: to predict the class or the score of a sentence or of a pair of sentences."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,16 +21,17 @@ from surm_jax.tasks.sentences import Sentences, load_tokenizer, read_sentences
 @register_task
 @dataclasses.dataclass(frozen=True)
 class Glue(Task):
-    """A task of GLUE (arXiv 1804.07461).
+    """A task of the GLUE benchmark (arXiv 1804.07461).
 
     Attributes:
         config: The section `config.data`.
-        dataset: The sentences, and the names of classes and metrics.
-        train: Training examples as tokens, without those held out.
-        evaluated: Examples as tokens for each split: the test splits, and "holdout" if training examples are held out.
+        dataset: The sentences with their labels, and the names of the classes and the metrics.
+        train: The tokenised training examples, without those held out.
+        evaluated: The tokenised examples of each split that can be evaluated: the test splits, and "holdout" if
+            training examples are held out.
         model_config: The configuration of the model.
-        checkpoint: The folder of the pretrained weights.
-        tokenizer: The model's tokeniser.
+        checkpoint: The file or folder of the pretrained weights.
+        tokenizer: The tokeniser of the model.
     """
 
     config: DataConfig
@@ -50,14 +51,22 @@ class Glue(Task):
 
     @classmethod
     def load(cls, config: DataConfig) -> data.TextDataset:
-        """Load the data set."""
+        """Load the data set of sentences.
+
+        Raises:
+            UserError: The data set is missing or damaged, or `config.classes` is not empty.
+        """
         if config.classes:
             raise UserError(f"config.data.classes is for sets of images, but {config.name} is text: leave it empty")
         return cast(data.TextDataset, data.load(config.name, config.dir or None))
 
     @classmethod
     def geometry(cls, model: ModelConfig, config: DataConfig, outputs: int) -> Any:
-        """Return the configuration of the model, after checking that it has positions for the longest text."""
+        """Return the configuration of the model.
+
+        Raises:
+            UserError: There is no such model, or it has fewer positions than the largest of `config.lengths`.
+        """
         geometry = find_geometry(model, cls.reads, outputs)
         if config.lengths[-1] > geometry.max_tokens:
             raise UserError(
@@ -68,7 +77,7 @@ class Glue(Task):
 
     @classmethod
     def build(cls, model: ModelConfig, config: DataConfig, dataset: data.TextDataset, geometry: Any) -> "Glue":
-        """Find weights and tokeniser, tokenise all splits, and return the task."""
+        """Find or download the weights and the tokeniser, tokenise all splits, and return the task."""
         train = data.first_examples(dataset.train, config.train_examples)
         kept, held_out = data.hold_out(train, config.holdout)
         checkpoint = locate(model.checkpoint)
@@ -80,27 +89,27 @@ class Glue(Task):
 
     @classmethod
     def read_questions(cls, config: DataConfig, source: Path) -> Sentences:
-        """Read a table of sentences to predict."""
+        """Read a table of sentences without labels, for `--mode=predict`."""
         return read_sentences(source, data.glue_task(config.name).columns)
 
     @property
     def objective(self) -> Objective:
-        """What the model's outputs mean."""
+        """Cross-entropy for a task with classes, and squared error for a task whose labels are real numbers."""
         return CLASSES if self.classes else NUMBER
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names in `surm_jax.tasks.objective.SCORES`, the most important first."""
+        """The names of the task's metrics (`surm_jax.tasks.objective.SCORES`), beginning with the most important."""
         return self.dataset.metrics
 
     @property
     def tests(self) -> tuple[str, ...]:
-        """Names of the splits for testing."""
+        """The names of the test splits."""
         return tuple(self.dataset.tests)
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits that can be evaluated."""
+        """The names of the splits that can be evaluated: `tests`, and "holdout" if training examples are held out."""
         return tuple(self.evaluated)
 
     @property
@@ -110,23 +119,23 @@ class Glue(Task):
 
     @staticmethod
     def forward(model: nnx.Module, batch: Batch, key: jax.Array | None) -> jax.Array:
-        """Return the logits of a batch."""
+        """Return the logits of a batch of token ids. The key is for dropout, and None means no dropout."""
         return model(batch["tokens"], mask=batch["token_mask"], token_types=batch["token_types"], rngs=key)
 
     def train_batches(self, seed: int) -> data.TrainBatches:
-        """Return an endless, resumable iterator of training batches, with this process's part of each."""
+        """Return an endless iterator over training batches, with this process's rows of each batch."""
         return data.text_train_batches(
             self.train, **share(self.config.batch_size), lengths=self.config.lengths, seed=seed
         )
 
     def eval_batches(self, split: str) -> data.EvalBatches:
-        """Return the batches of one pass over a split, with this process's part of each."""
+        """Return the batches of one pass over a split, with this process's rows of each batch."""
         return data.text_eval_batches(
             self.evaluated[split], **share(self.config.eval_batch_size), lengths=self.config.lengths
         )
 
     def train_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """Return the shapes of the arrays of a batch, for every length in tokens that occurs."""
+        """Return the shapes of the arrays of a training batch, for every padded length that occurs in the data."""
         size, dtype = self.config.batch_size, "int32" if self.classes else "float32"
         shapes = {}
         for length in data.lengths_in_use(self.train, self.config.lengths):
@@ -140,5 +149,5 @@ class Glue(Task):
         return shapes
 
     def export_options(self) -> dict[str, Any]:
-        """Return the files of the tokeniser, for `save_huggingface` to copy."""
+        """Return the files of the tokeniser, which `save_huggingface` copies into the exported folder."""
         return {"files": self.tokenizer.files}

@@ -20,16 +20,16 @@ from surm_jax.tasks.objective import CLASSES, Objective
 @register_task
 @dataclasses.dataclass(frozen=True)
 class ImageClassification(Task):
-    """Images that each belong to one class.
+    """The task of predicting the class of an image.
 
     Attributes:
         config: The section `config.data`.
-        dataset: Training and test examples. The training examples do not include those held out.
-        holdout: The training examples that are held out, or None.
+        dataset: The training and the test examples. The training examples do not include those held out.
+        holdout: The training examples that are held out for validation, or None.
         model_config: The configuration of the model.
-        checkpoint: The file or folder of the pretrained weights, or None for random ones.
-        normalization: The mean and the standard deviation of each channel by which the weights expect images to be
-            normalised, or None if they expect pixels in [-1, 1].
+        checkpoint: The file or folder of the pretrained weights, or None for random weights.
+        normalization: The mean and the standard deviation of each channel with which the model expects images to be
+            normalised, or None if it expects pixels in [-1, 1].
     """
 
     config: DataConfig
@@ -43,12 +43,12 @@ class ImageClassification(Task):
 
     @classmethod
     def accepts(cls, config: DataConfig) -> bool:
-        """Return whether the data set holds images: every data set that is not text does."""
+        """Return whether the data set holds images. This is assumed of every data set that does not hold text."""
         return not data.is_text(config.name)
 
     @classmethod
     def load(cls, config: DataConfig) -> data.ImageDataset:
-        """Load the data set. If the configuration names classes, keep only those."""
+        """Load the data set. If `config.classes` is not empty, keep only the images of these classes."""
         dataset = cast(data.ImageDataset, data.load(config.name, config.dir or None))
         return data.keep_classes(dataset, config.classes) if config.classes else dataset
 
@@ -56,7 +56,12 @@ class ImageClassification(Task):
     def build(
         cls, model: ModelConfig, config: DataConfig, dataset: data.ImageDataset, geometry: Any
     ) -> "ImageClassification":
-        """Find the weights and the normalisation of images, and return the task."""
+        """Find or download the weights, read which normalisation of images they expect, and return the task.
+
+        Raises:
+            UserError: The weights cannot be found, or the images or the normalisation have another number of channels
+                than the model.
+        """
         train = data.first_examples(dataset.train, config.train_examples)
         train, holdout = data.hold_out(train, config.holdout)
         dataset.require_channels(geometry.channels)
@@ -77,22 +82,22 @@ class ImageClassification(Task):
 
     @property
     def objective(self) -> Objective:
-        """What the model's outputs mean: one logit for each class."""
+        """Cross-entropy, with one logit for each class."""
         return CLASSES
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names in `surm_jax.tasks.objective.SCORES`."""
+        """The names of the task's metrics (`surm_jax.tasks.objective.SCORES`)."""
         return ("accuracy",)
 
     @property
     def tests(self) -> tuple[str, ...]:
-        """Names of the splits for testing."""
+        """The names of the test splits."""
         return ("test",)
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits that can be evaluated."""
+        """The names of the splits that can be evaluated: "test", and "holdout" if training examples are held out."""
         return self.tests if self.holdout is None else (*self.tests, "holdout")
 
     @property
@@ -102,11 +107,11 @@ class ImageClassification(Task):
 
     @staticmethod
     def forward(model: nnx.Module, batch: Batch, key: jax.Array | None) -> jax.Array:
-        """Return the logits of a batch."""
+        """Return the logits of a batch of images. The key is for dropout, and None means no dropout."""
         return model(batch["image"], rngs=key)
 
     def train_batches(self, seed: int) -> data.TrainBatches:
-        """Return an endless, resumable iterator of training batches, with this process's part of each."""
+        """Return an endless iterator over training batches, with this process's rows of each batch."""
         return data.train_batches(
             self.dataset.train,
             **share(self.config.batch_size),
@@ -118,7 +123,7 @@ class ImageClassification(Task):
         )
 
     def eval_batches(self, split: str) -> data.EvalBatches:
-        """Return the batches of one pass over "test" or "holdout", with this process's part of each."""
+        """Return the batches of one pass over "test" or "holdout", with this process's rows of each batch."""
         source = self.holdout if split == "holdout" and self.holdout is not None else self.dataset.test
         return data.eval_batches(
             source,
@@ -129,12 +134,12 @@ class ImageClassification(Task):
         )
 
     def train_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """Return the shapes of the arrays of a batch; all batches have the same."""
+        """Return the shapes of the arrays of a training batch. There is only one entry: all batches are alike."""
         size, side = self.config.batch_size, self.model_config.image_size
         image = jax.ShapeDtypeStruct((size, side, side, self.model_config.channels), "float32")
         return {f"{side} pixels": {"image": image, "label": jax.ShapeDtypeStruct((size,), "int32")}}
 
     def export_options(self) -> dict[str, Any]:
-        """Return the normalisation of images, for `save_huggingface` to write."""
+        """Return the normalisation of images, which `save_huggingface` writes into the exported folder."""
         half = (0.5,) * self.model_config.channels
         return {"normalization": self.normalization or (half, half)}

@@ -1,4 +1,4 @@
-"""What the outputs of a model mean: their loss, the prediction that they make, and the scores of predictions."""
+"""The losses that a task can train with, the predictions from a model's outputs, and the metrics of predictions."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ from sklearn import metrics
 
 
 class Objective(NamedTuple):
-    """The loss of a model's outputs, and the prediction that they make.
+    """The loss of a model's outputs, and the function that turns these outputs into predictions.
 
     Attributes:
-        loss: The function `(logits, labels, smoothing) -> loss of each example`, float32 (batch,).
-        predict: The function `logits -> prediction of each example`, (batch,).
-        classifies: Whether predictions are classes. Otherwise they are real numbers.
+        loss: A function `(logits, labels, smoothing) -> losses`. The losses are float32 of shape (batch,).
+        predict: A function `logits -> predictions`. The predictions have the shape (batch,).
+        classifies: Whether the predictions are indices of classes. Otherwise they are real numbers.
     """
 
     loss: Callable[[Any, Any, float], jax.Array]
@@ -31,7 +31,10 @@ def cross_entropy(
 ) -> Float[Array, "batch"]:
     """Return the cross-entropy of each example.
 
-    `smoothing` is the fraction of the probability of each label that is spread evenly over all classes.
+    Args:
+        logits: The outputs of the model.
+        labels: The index of each example's class.
+        smoothing: Label smoothing: the fraction of each label's probability that is spread evenly over all classes.
     """
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
     return optax.softmax_cross_entropy(logits, targets)
@@ -40,7 +43,10 @@ def cross_entropy(
 def squared_error(
     logits: Float[Array, "batch 1"], labels: Float[Array, "batch"], smoothing: float = 0.0
 ) -> Float[Array, "batch"]:
-    """Return the squared difference between the output and the label of each example. `smoothing` has no effect."""
+    """Return the squared difference between the output and the label of each example.
+
+    The argument `smoothing` has no effect. It is there because all losses take the same arguments.
+    """
     del smoothing
     return jnp.square(logits[:, 0] - labels)
 
@@ -53,7 +59,8 @@ Score = Callable[[np.ndarray, np.ndarray], float]
 
 def _correlation(correlate: Callable[..., Any]) -> Score:
     def score(labels: np.ndarray, predictions: np.ndarray) -> float:
-        # The correlation with a constant is undefined. Return 0: a constant prediction has learned nothing.
+        # The correlation with a constant is undefined. Return 0, because a model with constant predictions has learned
+        # nothing.
         if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
             return 0.0
         return float(correlate(labels, predictions).statistic)
@@ -69,5 +76,5 @@ SCORES: Mapping[str, Score] = {
     "pearson": _correlation(scipy.stats.pearsonr),
     "spearman": _correlation(scipy.stats.spearmanr),
 }
-"""The metrics of an evaluation by name: `(labels, predictions) -> float`. Larger is better. The correlation with a
-constant counts as 0."""
+"""The metrics by name, as functions `(labels, predictions) -> float`. Larger values are better. A correlation with
+constant labels or predictions is 0."""

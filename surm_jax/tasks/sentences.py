@@ -1,4 +1,4 @@
-"""The tokeniser of a text model, and tables of new sentences whose labels are predicted."""
+"""The tokeniser of a text model, and the tables of new sentences whose labels `--mode=predict` predicts."""
 
 import csv
 import dataclasses
@@ -18,14 +18,15 @@ from surm_jax.tasks.config import DataConfig
 
 
 def load_tokenizer(checkpoint: Path | None, geometry: Any) -> data.Tokenizer:
-    """Load the tokeniser that belongs to a model.
+    """Load the tokeniser of a text model from the folder of its weights.
 
     Args:
-        checkpoint: The file or folder of the weights, from `surm_jax.pretrained.locate`.
+        checkpoint: The file or folder of the weights, as `surm_jax.pretrained.locate` returns it.
         geometry: The configuration of the model.
 
     Raises:
-        UserError: The folder of the weights has no tokeniser, or one of another model.
+        UserError: There is no folder of weights (`checkpoint` is None), it has no tokeniser, or its tokeniser does not
+            fit the model.
     """
     if checkpoint is None:
         raise UserError(
@@ -44,12 +45,12 @@ def load_tokenizer(checkpoint: Path | None, geometry: Any) -> data.Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Sentences:
-    """The well-formed rows of a table of sentences; implements `surm_jax.tasks.base.Questions`.
+    """The well-formed rows of a table of sentences. This class implements the protocol `surm_jax.tasks.base.Questions`.
 
     Attributes:
-        lines: The line number of each row, counted from 1.
+        lines: The line number of each row in the file, counted from 1.
         rows: The one or two sentences of each row.
-        malformed: A message for each malformed row, with its line number and what is wrong.
+        malformed: A message for each malformed row, with its line number and its error.
     """
 
     lines: tuple[int, ...]
@@ -62,13 +63,21 @@ class Sentences:
         return len(self.rows)
 
     def batches(self, checkpoint: Path | None, geometry: Any, config: DataConfig) -> data.EvalBatches:
-        """Return the batches of one pass over the rows as tokens."""
+        """Tokenise the rows, and return the batches of one pass over them (see `Questions.batches`)."""
         source = data.TextSource(list(self.rows), np.zeros(self.count, np.int64))
         tokens = load_tokenizer(checkpoint, geometry).encode(source, config.lengths[-1])
         return data.text_eval_batches(tokens, batch_size=config.eval_batch_size, lengths=config.lengths)
 
     def write(self, target: Path, classes: Sequence[str], logits: np.ndarray) -> None:
-        """Write a table with line number, label and the probability of each class, or with line number and score.
+        """Write the predictions to a table whose columns are separated by tabs, and print how many there are.
+
+        The columns are the line number, the predicted class and the probability of each class. If there are no classes,
+        they are the line number and the predicted score.
+
+        Args:
+            target: The file.
+            classes: The names of the classes. It is empty if the model predicts a score.
+            logits: The outputs of the model, of shape (count, outputs).
 
         Raises:
             UserError: The file cannot be written.
@@ -92,14 +101,15 @@ class Sentences:
 
 
 def read_sentences(path: Path, columns: Sequence[str]) -> Sentences:
-    """Read a table of sentences: UTF-8, one row per line, columns separated by tabs; quotes have no meaning.
+    """Read a table of sentences without labels from a file.
 
-    Empty lines are skipped, and so is a first line that holds the names of the columns, in upper or lower case. Each
-    malformed row is left out and reported on the standard error.
+    The file is UTF-8 text with one row per line, and its columns are separated by tabs. Quotes have no special meaning.
+    Empty lines are skipped. The first line is also skipped if it holds the names of the columns, in upper or lower
+    case. Malformed rows are left out, with a message for each on the standard error.
 
     Args:
         path: The file.
-        columns: The names of the columns.
+        columns: The names of the one or two columns of sentences.
 
     Raises:
         UserError: The file cannot be read, or no row is well-formed.
