@@ -1,12 +1,17 @@
-"""Serve many adapters in one batch, compared with a single adapter and with a loop over adapters.
+"""Time three ways to serve adapters: many in one batch, many in a loop, and a single one.
 
     python -m benchmarks.bank [--out=FILE.json] [--adapters=1,8,64] [--method=circulant] [--variant=S/16] [--batch=64]
                               [--image_size=64] [--rounds=5]
 
-The model is a ViT with random weights; each adapter has updates on Q, K and V and a head. Only the forward pass is
-timed. `bank` gives each example of the batch its own adapter in one program (`surm_jax.load_bank`). `loop` runs the
-examples of each adapter in turn through a model with that adapter, which is compiled once. `one` runs the whole batch
-with a single adapter.
+The model is a ViT with random weights. Each adapter has updates of Q, K and V, and a head. Only the forward pass is
+timed, in three ways:
+
+- `bank`: one program holds all adapters and applies to each example its own (`surm_jax.load_bank`).
+- `loop`: the examples of each adapter run through a model that has only this adapter, one adapter after another. The
+  program is compiled once for all adapters.
+- `one`: the whole batch runs through a model with a single adapter.
+
+`bank_to_one` is the time of `bank` over that of `one`, and `loop_to_bank` the time of `loop` over that of `bank`.
 """
 
 import tempfile
@@ -53,7 +58,13 @@ COLUMNS = {
 
 
 def noisy_adapters(base: ViT, count: int, folder: Path) -> list[Path]:
-    """Write adapters with random numbers, and return their folders."""
+    """Write adapters with random parameters, and return their folders.
+
+    Args:
+        base: The frozen base model.
+        count: The number of adapters.
+        folder: The folder in which each adapter gets its own folder.
+    """
     method, folders = make_method(METHOD.value, {}), []
     for number in range(count):
         model, adapter = adapt(base, [Rule(TARGETS["qkv"], method)], train=["head/.*"], rngs=nnx.Rngs(number))
@@ -66,7 +77,18 @@ def noisy_adapters(base: ViT, count: int, folder: Path) -> list[Path]:
 
 
 def programs(base: ViT, folders: list[Path], images: jax.Array) -> dict[str, Callable[[], jax.Array]]:
-    """Return the three ways to serve the images, compiled, after a check that bank and loop agree."""
+    """Return the programs `one`, `bank` and `loop` as functions without arguments.
+
+    Before that, run `bank` and `loop` once and check that they give the same outputs.
+
+    Args:
+        base: The frozen base model.
+        folders: The folders of the adapters.
+        images: The batch of images. Each adapter serves an equal part of it.
+
+    Raises:
+        AssertionError: The outputs of `bank` and `loop` differ.
+    """
     count = len(folders)
     ids = jnp.arange(len(images)) // (len(images) // count)
     graphdef, bank = nnx.split(load_bank(folders, base))
@@ -95,7 +117,7 @@ def programs(base: ViT, folders: list[Path], images: jax.Array) -> dict[str, Cal
 
 
 def main() -> None:
-    """Time all programs, print a table and write the rows."""
+    """Time all programs, print a table of the results, and write them as rows to the file of `--out`."""
     counts = numbers(ADAPTERS)
     for count in counts:
         if BATCH.value % count:

@@ -1,18 +1,20 @@
-"""Compare a training step of BERT-base with the same step in PyTorch with transformers and peft, in one run.
+"""Time a training step of BERT-base in this package and in PyTorch with transformers and peft, in one run.
 
     python -m benchmarks.bert [--out=FILE.json] [--variant=base] [--batch=16] [--length=128] [--rounds=5]
 
-Needs requirements-peers.txt. All programs have the same random weights and the same batch (without padding, but with a
-mask), updates of Q, K and V, a trained classifier of two classes, float32, no dropout, and AdamW for the trained part:
+The packages of `requirements-peers.txt` must be installed. All steps start from the same random weights and use the
+same batch (without padding, but with a mask), in float32 and without dropout. They train updates of Q, K and V and a
+classifier of two classes with AdamW. The steps are:
 
-- `ours circulant`: circulant updates, each the product of two vectors;
-- `ours lora`, `peft lora`: LoRA r = 1;
-- `peft c3a`: `peft`'s circulant updates, one block of size n, so one vector each. peft 0.18.0 to 0.21.2 computes a
-  wrong gradient with respect to the INPUT (see `benchmarks/peers.py`); its time is reported all the same.
+- `ours circulant`: circulant updates of this package, each made from two trained vectors.
+- `ours lora` and `peft lora`: LoRA with r = 1, of this package and of `peft`.
+- `peft c3a`: circulant updates of `peft`, with one block as large as the kernel and so one trained vector each. The
+  versions 0.18.0 to 0.21.2 of peft compute a wrong gradient with respect to the INPUT (see `benchmarks/peers.py`). The
+  time is reported all the same.
 
-The PyTorch side uses `sdpa` attention, the fused AdamW and a thread for each core. Updates begin at zero, so the first
-steps of all programs must have the same loss; this is checked before anything is timed. `ratio_to_circulant` is the
-time of a program over that of `ours circulant`.
+In PyTorch, the steps use `sdpa` attention, the fused AdamW and a thread for each core. All updates are zero at first,
+so the first step must have the same loss in all programs. This is checked before anything is timed.
+`ratio_to_circulant` is the time of a step over that of `ours circulant`.
 """
 
 import math
@@ -49,7 +51,7 @@ Program = Callable[[], float]
 
 
 def random_batch(config: BertConfig) -> Batch:
-    """Return a batch of random tokens and labels."""
+    """Return a batch of random tokens and labels, with a mask that marks all tokens as valid."""
     rng, shape = np.random.default_rng(0), (BATCH.value, LENGTH.value)
     return {
         "tokens": rng.integers(config.vocab_size, size=shape),
@@ -59,7 +61,16 @@ def random_batch(config: BertConfig) -> Batch:
 
 
 def our_step(model: Bert, method: Update, batch: Batch) -> tuple[Program, int]:
-    """Return our training step, whose result is its loss, and the number of trained parameters."""
+    """Return a training step of this package, and its number of trained parameters.
+
+    Args:
+        model: The base model.
+        method: The update of Q, K and V.
+        batch: The batch that every step uses.
+
+    Returns:
+        A function that takes one step and returns its loss, and the number of trained parameters.
+    """
     rules = [Rule(r".*/(query|key|value)", method)]
     adapted, adapter = adapt(model, rules, train=["head/.*"], rngs=nnx.Rngs(1))
     graphdef, trained, frozen = nnx.split(adapted, adapter.trainable, ...)
@@ -75,7 +86,7 @@ def our_step(model: Bert, method: Update, batch: Batch) -> tuple[Program, int]:
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, trained)
         return (optax.apply_updates(trained, updates), optimizer_state), value
 
-    # Copy the state: the step donates its memory, and the model shares the memory of the head.
+    # Copy the state, because the step donates its buffers, and the model still uses the buffers of the head.
     state = jax.tree.map(jnp.copy, (trained, optimizer.init(trained)))
     arrays = {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
     compiled = jax.jit(update, donate_argnums=0).lower(state, frozen, arrays).compile()
@@ -89,7 +100,7 @@ def our_step(model: Bert, method: Update, batch: Batch) -> tuple[Program, int]:
 
 
 def torch_model(model: Bert) -> torch.nn.Module:
-    """Return the model of transformers that has the same weights as ours."""
+    """Return a model of the package transformers that has the same weights as a model of this package."""
     names = huggingface_names(model.config)
     config = transformers.BertConfig(**names.architecture.write_config(model.config))
     theirs = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
@@ -102,7 +113,16 @@ def torch_model(model: Bert) -> torch.nn.Module:
 
 
 def torch_step(base: torch.nn.Module, config: peft.PeftConfig, batch: Batch) -> tuple[Program, int]:
-    """Return the training step of a peft adapter, whose result is its loss, and the number of trained parameters."""
+    """Return a training step in PyTorch with an adapter of peft, and its number of trained parameters.
+
+    Args:
+        base: The base model.
+        config: The configuration of the adapter.
+        batch: The batch that every step uses.
+
+    Returns:
+        A function that takes one step and returns its loss, and the number of trained parameters.
+    """
     model = peft.get_peft_model(base, config).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=1e-4, fused=True)
@@ -120,7 +140,7 @@ def torch_step(base: torch.nn.Module, config: peft.PeftConfig, batch: Batch) -> 
 
 
 def main() -> None:
-    """Time all steps, print a table and write the rows."""
+    """Time all steps, print a table of the results, and write them as rows to the file of `--out`."""
     config = BertConfig.from_variant(VARIANT.value, num_classes=CLASSES)
     if LENGTH.value > config.max_tokens:
         raise UserError(

@@ -1,10 +1,13 @@
-"""Measure how long a training step takes to compile, by the number of blocks, in a loop and in a scan.
+"""Measure how long a training step takes to compile for models of different depths, looped and scanned.
 
     python -m benchmarks.depth [--out=FILE.json] [--depths=12,24,48] [--width=64] [--method=circulant] [--remat=none]
 
-The model is a narrow ViT with random weights and a trained head. The method has its default settings, on the modules
-that it is meant for, and the optimiser is AdamW. `trace_s` is the time of tracing and lowering, `compile_s` that of the
-compiler, `instructions` the size of the compiled program, and `temp_bytes` its temporary memory.
+A looped model runs its blocks in a Python loop, so every block is a part of the program. A scanned model runs them in
+`jax.lax.scan`, so the program contains one block. The model is a narrow ViT with random weights and a trained head. The
+method has its default settings and adapts its default modules, and the optimiser is AdamW.
+
+`trace_s` is the time for tracing and lowering in seconds, and `compile_s` that for compiling. `instructions` is the
+number of instructions of the compiled program, and `temp_bytes` its temporary memory.
 """
 
 import time
@@ -34,7 +37,13 @@ COLUMNS = {"depth": "", "layers": "", "trace_s": ".1f", "compile_s": ".1f", "ins
 
 
 def measure(depth: int, scan: bool, mesh: jax.sharding.Mesh) -> dict[str, float]:
-    """Compile one step, and return the times and sizes of its row."""
+    """Compile one training step, and return the times and sizes that belong in its row.
+
+    Args:
+        depth: The number of blocks.
+        scan: Whether the blocks are scanned instead of looped.
+        mesh: The devices.
+    """
     config = ViTConfig.from_variant(
         "digits", num_classes=10, depth=depth, width=WIDTH.value, mlp_width=4 * WIDTH.value, remat=REMAT_NAME.value
     )
@@ -60,10 +69,10 @@ def measure(depth: int, scan: bool, mesh: jax.sharding.Mesh) -> dict[str, float]
 
 
 def main() -> None:
-    """Compile all steps, print a table and write the rows."""
+    """Compile all steps, print a table of the results, and write them as rows to the file of `--out`."""
     depths, mesh, rows = numbers(DEPTHS), make_mesh(1, {}), []
     with jax.set_mesh(mesh):
-        measure(min(depths), False, mesh)  # warm up what all programs share
+        measure(min(depths), False, mesh)  # the first compilation in a process also pays for what all of them share
         for depth in depths:
             for layers in ("looped", "scanned"):
                 print(f"{depth} blocks, {layers}", flush=True)

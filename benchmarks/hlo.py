@@ -1,4 +1,4 @@
-"""Find in compiled programs what the devices send each other."""
+"""Find the collective operations, by which devices exchange data, in the text of compiled programs."""
 
 import math
 import re
@@ -11,7 +11,13 @@ _SHAPE = re.compile(r"\b([a-z]+)(\d+)\[([\d,]*)\]")
 
 
 class Collective(NamedTuple):
-    """An operation between devices: its HLO name, the number of elements of each result, and their bytes together."""
+    """A collective operation of a compiled program.
+
+    Attributes:
+        name: The name of the operation in HLO, such as "all-reduce".
+        sizes: The number of elements of each result.
+        bytes: The size of all results together, in bytes.
+    """
 
     name: str
     sizes: tuple[int, ...]
@@ -19,9 +25,13 @@ class Collective(NamedTuple):
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """Return the operations between devices in the text of a compiled program, with the results on one device.
+    """Return the collective operations in the text of a compiled program.
 
-    An operation in the body of a loop counts once.
+    Sizes are those of the results on one device. An operation in the body of a loop is listed once, however often the
+    loop runs.
+
+    Args:
+        hlo: The text of the program, such as `compiled.as_text()`.
 
     >>> collectives("  %r = (f32[2,3]{1,0}, bf16[]) all-reduce(%a, %b), channel_id=1")
     [Collective(name='all-reduce', sizes=(6, 1), bytes=26)]
@@ -38,7 +48,7 @@ def collectives(hlo: str) -> list[Collective]:
 
 
 def gathered_sizes(hlo: str) -> list[int]:
-    """Return the number of elements of the largest result of every all-gather.
+    """Return, for every all-gather in the text of a compiled program, the number of elements of its largest result.
 
     >>> gathered_sizes("  %all-gather = f32[16,5,64]{2,1,0} all-gather(%param), channel_id=1")
     [5120]

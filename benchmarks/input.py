@@ -1,13 +1,16 @@
-"""Measure how long a training step of ViT-B/16 waits for its data, with real images through the input pipeline.
+"""Measure how long a training step of ViT-B/16 waits for its batch, with real images from the input pipeline.
 
     python -m benchmarks.input --data=FOLDER [--out=FILE.json] [--set=cifar10] [--variant=B/16] [--batch=8] [--steps=20]
 
-Circulant updates of Q, K and V are trained; images are cropped, resized and flipped (`crop_flip`). As in a run, the
-next batch is prepared while the device works on the current step. `wait_ms` is the time that a step waits for its
-batch, and `share_waiting` its share of the whole step. For comparison the same step runs repeatedly on one batch:
-where the input pipeline and the model share processors, `ratio_to_one_batch` shows how much the pipeline slows the
-model down. `images_per_s` is the rate of the pipeline without a model, and `images_needed_per_s` the rate at which the
-step on one batch consumes images. The first two steps are not timed.
+The model trains circulant updates of Q, K and V. The images are cropped, resized and flipped (`crop_flip`). As in a
+training run, the next batch is prepared while the device computes the current step. The first two steps are not timed.
+
+- `ms` is the time of a step, `wait_ms` the time that it waits for its batch, and `share_waiting` their ratio.
+- `one_batch_ms` is the time of a step without the pipeline, in a loop that uses the same batch again and again, and
+  `ratio_to_one_batch` is `ms` over `one_batch_ms`. It shows how much the pipeline slows the model down, as it does if
+  both run on the same processors.
+- `images_per_s` is the rate of the pipeline while no model is running, and `images_needed_per_s` the rate at which the
+  step without the pipeline consumes images.
 """
 
 import statistics
@@ -51,7 +54,10 @@ COLUMNS = {
 
 
 class Model:
-    """A model in training. A call starts a step, and returns when the previous step has ended."""
+    """A model in training.
+
+    A call with a batch starts a training step, and returns when the previous step has ended.
+    """
 
     def __init__(self, classes: int, channels: int, image_size: int | None):
         geometry = {} if image_size is None else {"image_size": image_size}
@@ -74,7 +80,13 @@ class Model:
 
 
 def timed(model: Model, batches: Iterator[dict[str, np.ndarray]], what: str) -> tuple[float, float]:
-    """Return the mean milliseconds of a step, and how many of them it spent waiting for its batch."""
+    """Return the mean time of a training step, and the mean time that it waited for its batch, in milliseconds.
+
+    Args:
+        model: The model to train.
+        batches: The batches.
+        what: The name of the progress bar.
+    """
     waits, ends = [], []
     for _ in tqdm(range(WARM_UP + STEPS.value), desc=what, leave=False):
         began = time.perf_counter()
@@ -86,8 +98,8 @@ def timed(model: Model, batches: Iterator[dict[str, np.ndarray]], what: str) -> 
 
 
 def pipeline_rate(batches: Iterator[dict[str, np.ndarray]]) -> float:
-    """Return the images per second that the pipeline makes while no model is running."""
-    # Skip the batches that were read ahead before the clock starts.
+    """Return how many images per second the input pipeline delivers while no model is running."""
+    # Skip the batches that the pipeline has prepared in advance, before the clock starts.
     for _ in range(WARM_UP + 8):
         next(batches)
     began = time.perf_counter()
@@ -97,13 +109,13 @@ def pipeline_rate(batches: Iterator[dict[str, np.ndarray]]) -> float:
 
 
 def repeated(batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-    """Yield one batch again and again."""
+    """Yield the same batch forever."""
     while True:
         yield batch
 
 
 def main() -> None:
-    """Time the steps and the pipeline, print a table and write the row."""
+    """Time the steps and the pipeline, print a table of the results, and write them as a row to the file of `--out`."""
     images = data.load(SET.value, DATA.value)
     if not isinstance(images, data.ImageDataset):
         raise UserError(f"--set={SET.value} has no images")

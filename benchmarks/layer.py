@@ -1,4 +1,4 @@
-"""The timed programs of one linear layer, forward and backward, with a structured update or without."""
+"""Functions for timing one linear layer: its forward and backward pass, with a structured update and without."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,23 +9,40 @@ from surm_jax.structured import FAMILIES, StructuredMatrix, updated_matmul
 
 
 def step(x: jax.Array, kernel: jax.Array, update: StructuredMatrix, dy: jax.Array, *, execution: str) -> Any:
-    """Return the output, the gradient of the input and the gradients of the update."""
+    """Compute the forward and the backward pass of a linear layer with a structured update.
+
+    Args:
+        x: The input, (tokens, in_features).
+        kernel: The frozen kernel, (in_features, out_features).
+        update: The structured matrix that is added to the kernel.
+        dy: The gradient with respect to the output, (tokens, out_features).
+        execution: How the product with the update is computed, one of `EXECUTIONS`.
+
+    Returns:
+        The output, and the gradients with respect to the input and to the parameters of the update.
+    """
     y, pull = jax.vjp(lambda x, update: updated_matmul(x, kernel, update, execution=execution), x, update)
     return y, *pull(dy)
 
 
 def frozen_step(x: jax.Array, kernel: jax.Array, update: None, dy: jax.Array) -> Any:
-    """Return the output and the gradient of the input, without an update."""
+    """Compute the forward and the backward pass of a frozen linear layer without an update.
+
+    The arguments are those of `step`, but the update is None.
+
+    Returns:
+        The output, and the gradient with respect to the input.
+    """
     del update
     y, pull = jax.vjp(lambda x: x @ kernel, x)
     return y, *pull(dy)
 
 
 def check_sizes(families: Iterable[str], width: int) -> None:
-    """Check that every variant of the families exists for kernels of width x width.
+    """Check that the families have matrices of the shape (width, width) with all options that are timed.
 
     Raises:
-        UserError: A variant does not exist; the message names it.
+        UserError: There is no such matrix for a family and its options. The message tells why.
     """
     for family in families:
         for options in FAMILIES[family].typical_options((width, width)):
@@ -33,5 +50,11 @@ def check_sizes(families: Iterable[str], width: int) -> None:
 
 
 def random_update(family: str, width: int, options: dict[str, Any]) -> StructuredMatrix:
-    """Return a member of a family with random parameters."""
+    """Return a matrix of a family with random parameters and the shape (width, width).
+
+    Args:
+        family: The name of the family.
+        width: The number of rows and of columns.
+        options: The options of the family, such as a rank.
+    """
     return FAMILIES[family].random((width, width), scale=0.02, **options)

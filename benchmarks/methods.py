@@ -1,4 +1,4 @@
-"""The tables of docs/methods.md: every registered method, its settings and its number of trained parameters."""
+"""Make the tables of `docs/methods.md`: every registered method, its settings and its number of trained parameters."""
 
 import dataclasses
 import inspect
@@ -13,7 +13,7 @@ KINDS = {"updates": Update, "adapters": Branch, "selections": Selection}
 
 
 def models() -> dict[str, nnx.Module]:
-    """Return the models in which trained parameters are counted, without allocating their weights."""
+    """Return the models that the tables count trained parameters in, as abstract modules without allocated arrays."""
     vit = ViTConfig.from_variant("B/16", num_classes=10)
     bert = BertConfig.from_variant("base", num_classes=2)
     return {
@@ -23,7 +23,7 @@ def models() -> dict[str, nnx.Module]:
 
 
 def count(model: nnx.Module, method: Method) -> int:
-    """Return how many parameters a method trains in a model, on the modules that it is meant for, without the head."""
+    """Return how many parameters a method trains in a model on its default modules, not counting the head."""
     if isinstance(method, Selection):
         adapted, adapter = adapt(model, [], train=method.patterns, rngs=nnx.Rngs(0))
     else:
@@ -32,7 +32,7 @@ def count(model: nnx.Module, method: Method) -> int:
 
 
 def tables() -> dict[str, str]:
-    """Return a table for each kind of method."""
+    """Return three markdown tables of methods: "updates", "adapters" and "selections"."""
     counted, found = models(), {}
     for title, kind in KINDS.items():
         rows = []

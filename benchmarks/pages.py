@@ -1,11 +1,14 @@
-"""Insert tables and files of code into hand-written pages.
+"""Insert generated tables and files of code into hand-written markdown pages.
 
     python -m benchmarks.pages [--check] [PAGE ...]
 
-In a page, `<!-- table: MODULE NAME -->` and `<!-- end -->` enclose the table NAME of `MODULE.tables()`; everything else
-stays as it is. `MODULE:ARGUMENT` calls `tables(ARGUMENT)`. In the same way `<!-- code: FILE -->` and `<!-- end -->`
-enclose a file of Python. Without PAGE it updates README.md and all pages in `docs/` and `experiments/results/`. With
-`--check` it writes nothing, and fails if a page is stale.
+A page marks the places with comments. The text between `<!-- table: MODULE NAME -->` and `<!-- end -->` is replaced by
+the value of NAME in the dictionary that `MODULE.tables()` returns. With `MODULE:ARGUMENT` instead of MODULE, the
+function is called as `tables(ARGUMENT)`. The text between `<!-- code: FILE -->` and `<!-- end -->` is replaced by the
+content of a Python file. Everything else stays as it is.
+
+Without PAGE, the command updates README.md and all pages in `docs/` and `experiments/results/`. With `--check` it
+writes nothing, and fails if a page is not up to date.
 """
 
 import argparse
@@ -26,7 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @functools.cache
 def tables_of(source: str) -> Mapping[str, str]:
-    """Return the tables of `MODULE` or `MODULE:ARGUMENT`."""
+    """Import a module and return its tables by name.
+
+    Args:
+        source: `MODULE` to call its function `tables()`, or `MODULE:ARGUMENT` to call `tables(ARGUMENT)`.
+    """
     module, _, argument = source.partition(":")
     make = importlib.import_module(module).tables
     return make(argument) if argument else make()
@@ -35,8 +42,11 @@ def tables_of(source: str) -> Mapping[str, str]:
 def filled(text: str) -> str:
     """Return the text of a page with its tables and files of code brought up to date.
 
+    Args:
+        text: The text of the page as it is now.
+
     Raises:
-        UserError: A marker has no end, or names a table or a file that does not exist.
+        UserError: A marker lacks its `<!-- end -->`, or names a table or a file that does not exist.
     """
 
     def table(match: re.Match[str]) -> str:
@@ -60,12 +70,12 @@ def filled(text: str) -> str:
 
 
 def all_pages(root: Path) -> list[Path]:
-    """Return README.md and the pages in the folders that hold pages."""
+    """Return the paths of README.md and of all markdown pages in `docs/` and `experiments/results/`."""
     return [root / "README.md", *sorted(root.glob("docs/*.md")), *sorted(root.glob("experiments/results/*.md"))]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Insert the tables, or check them."""
+    """Update the pages, or check that they are up to date."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE", help="default: all")
     parser.add_argument("--check", action="store_true", help="write nothing, and fail if a page is stale")

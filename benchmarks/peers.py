@@ -1,19 +1,21 @@
-"""Compare the layer of `benchmarks.structured` with the same layer in PyTorch, in one run.
+"""Time a linear layer with a structured update in this package and in PyTorch, in one run.
 
     python -m benchmarks.peers [--out=FILE.json] [--width=768] [--tokens=6304] [--rounds=11]
 
-Needs requirements-peers.txt. The PyTorch layers, all with a frozen `nn.Linear`, float32:
+The packages of `requirements-peers.txt` must be installed. The PyTorch layers are a frozen `nn.Linear` in float32, with
+one of these updates:
 
-- `torch frozen`: only the linear layer, with the gradient of its input;
-- `torch lora`: LoRA r = 1;
-- `torch circulant`: the circulant update by FFTs, as in the released code of arXiv 2406.17740;
-- `torch toeplitz pair`: two symmetric Toeplitz matrices by four FFTs, padded to a power of two as that code does;
-- `peft c3a`: `peft`'s own layer with one block of size n. peft 0.18.0 to 0.21.2 computes a wrong gradient with respect
-  to the INPUT (the backward pass indexes w[a + i] where the forward pass needs w[a - i]); its time is reported all the
-  same.
+- `torch frozen`: no update; only the gradient with respect to the input is computed.
+- `torch lora`: LoRA with r = 1.
+- `torch circulant`: the circulant update by FFTs, as in the released code of arXiv 2406.17740.
+- `torch toeplitz pair`: the product of two symmetric Toeplitz matrices by four FFTs, padded to a power of two as in
+  that code.
+- `peft c3a`: the layer of the package `peft` with one block of size n. The versions 0.18.0 to 0.21.2 of peft compute a
+  wrong gradient with respect to the INPUT: the backward pass indexes w[a + i] where the forward pass needs w[a - i].
+  Its time is reported all the same.
 
-Every step computes output, input gradient and parameter gradients. `ratio_to_ours` is the time of a peer over that of
-our matrix of the same kind with `auto`.
+Every step computes the output and the gradients with respect to the input and the trained parameters. `ratio_to_ours`
+is the time of a PyTorch layer over that of this package's layer with the same kind of update and the execution `auto`.
 """
 
 import functools
@@ -34,7 +36,7 @@ WIDTH = flags.DEFINE_integer("width", 768, "Features in and out.", lower_bound=1
 TOKENS = flags.DEFINE_integer("tokens", 6304, "Rows of the input.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 11, "How often each program is timed.", lower_bound=1)
 
-#: Our counterpart of each peer: (family, options).
+#: For each PyTorch layer, the update of this package that it is compared with, as (family, options).
 COUNTERPARTS = {
     "torch frozen": ("frozen", {}),
     "torch lora": ("LowRank", {"rank": 1}),
@@ -45,7 +47,7 @@ COUNTERPARTS = {
 
 
 class LoRA(torch.nn.Module):
-    """`W x + B A x` with r = 1."""
+    """A linear layer with a LoRA update of rank 1: `W x + B A x`."""
 
     def __init__(self, base: torch.nn.Linear):
         super().__init__()
@@ -59,7 +61,7 @@ class LoRA(torch.nn.Module):
 
 
 class Circulant(torch.nn.Module):
-    """`W x + C x` with the circulant C of a vector."""
+    """A linear layer with a circulant update: `W x + C x`, where C is the circulant matrix of a trained vector."""
 
     def __init__(self, base: torch.nn.Linear):
         super().__init__()
@@ -73,7 +75,10 @@ class Circulant(torch.nn.Module):
 
 
 class SymmetricToeplitzPair(torch.nn.Module):
-    """`W x + T2 T1 x`; each T is embedded in a circulant whose size is a power of two."""
+    """A linear layer updated by a product of symmetric Toeplitz matrices: `W x + T2 T1 x`.
+
+    For the products, each Toeplitz matrix is embedded in a circulant matrix whose size is a power of two.
+    """
 
     def __init__(self, base: torch.nn.Linear):
         super().__init__()
@@ -87,7 +92,7 @@ class SymmetricToeplitzPair(torch.nn.Module):
 
     @staticmethod
     def product(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return `T x`."""
+        """Return `T x`, where t is the first column of the symmetric Toeplitz matrix T."""
         n = t.shape[0]
         size = 1 << (2 * n - 1).bit_length()
         column = torch.cat([t, t.new_zeros(size - 2 * n + 1), t[1:].flip(0)])
@@ -95,21 +100,27 @@ class SymmetricToeplitzPair(torch.nn.Module):
 
 
 def c3a(base: torch.nn.Linear) -> torch.nn.Module:
-    """Return the adapted layer of `peft` with one block of size n."""
+    """Return the layer of `peft` with a circulant update (C3A) of one block, which is as large as the kernel."""
     model = torch.nn.Sequential(base)
     config = peft.C3AConfig(target_modules=["0"], block_size=base.in_features, init_weights=False)
     return peft.get_peft_model(model, config)
 
 
 def torch_step(layer: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], None]:
-    """Return a program that computes the output and all gradients."""
+    """Return a function that computes the layer's output, and the gradients for its input and trained parameters.
+
+    Args:
+        layer: The layer.
+        x: The input.
+        dy: The gradient with respect to the output.
+    """
     trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     x = x.clone().requires_grad_()
     return lambda: torch.autograd.grad(layer(x), [x, *trained], dy) and None
 
 
 def main() -> None:
-    """Time all layers, print a table and write the rows."""
+    """Time all layers, print a table of the results, and write them as rows to the file of `--out`."""
     width, tokens = WIDTH.value, TOKENS.value
     rng = np.random.default_rng(0)
     shapes = ((tokens, width), (width, width), (tokens, width))

@@ -10,12 +10,12 @@ from PIL import Image
 from surm_jax.structured import FAMILIES
 from surm_jax.structured.analysis.draw import draw
 
-#: A dense matrix has no structure to show.
+#: The families to draw: all but `Dense`, which has no structure to show.
 SHOWN = tuple(name for name in FAMILIES if name != "Dense")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write one PNG for each family into a folder."""
+    """Write a PNG file for each family into the folder of `--out`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="default: all")
     parser.add_argument("--out", type=Path, default=Path("docs/structured"), help="default: %(default)s")
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.families or SHOWN:
         drawn = io.BytesIO()
         draw(FAMILIES[name].example()).savefig(drawn, dpi=100)
-        # 128 colours are enough and halve the file.
+        # A palette of 128 colours is enough and halves the size of the file.
         Image.open(drawn).convert("RGB").quantize(128).save(options.out / f"{name}.png", optimize=True)
 
 

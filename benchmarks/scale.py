@@ -1,4 +1,4 @@
-"""The arithmetic of docs/scale.md: what a training step holds on a device, and what devices send each other."""
+"""The formulas of `docs/scale.md`: the memory of a training step on each device, and the traffic between devices."""
 
 import dataclasses
 
@@ -7,18 +7,19 @@ from experiments.tables import markdown
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """The geometry of a transformer.
+    """The sizes of a transformer.
 
     Attributes:
-        width: Features of the residual stream.
-        depth: Blocks.
-        heads: Attention heads.
-        mlp_width: Features inside the MLP.
-        mlp_kernels: Kernels of the MLP: two, or three with a gate.
-        vectors: Number of parameters in the biases and norms of a block.
-        outside: Number of parameters outside the blocks.
-        tokens: Tokens of an example.
-        outputs: Outputs for every token; 0 for a classifier, which has one row of logits for an example.
+        width: The number of features of the residual stream.
+        depth: The number of blocks.
+        heads: The number of attention heads.
+        mlp_width: The number of features inside the MLP.
+        mlp_kernels: The number of kernels of the MLP: two, or three if it has a gate.
+        vectors: The number of parameters in the biases and norms of one block.
+        outside: The number of parameters outside the blocks.
+        tokens: The number of tokens of an example.
+        outputs: The number of logits for every token. It is 0 for a classifier, which has only one row of logits for
+            each example; they are not counted.
     """
 
     width: int
@@ -33,24 +34,35 @@ class Transformer:
 
     @property
     def block(self) -> int:
-        """Number of parameters of a block."""
+        """The number of parameters of one block."""
         return 4 * self.width**2 + self.mlp_kernels * self.width * self.mlp_width + self.vectors
 
     @property
     def numbers(self) -> int:
-        """Number of parameters of the whole model."""
+        """The number of parameters of the whole model."""
         return self.depth * self.block + self.outside
 
 
 def vit(width: int, depth: int, heads: int, mlp_width: int, patch: int, image: int, classes: int) -> Transformer:
-    """Return the geometry of a ViT with a class token, as in `surm_jax.models`."""
+    """Return the sizes of a ViT with a class token, as in `surm_jax.models`.
+
+    Args:
+        width: The number of features of the residual stream.
+        depth: The number of blocks.
+        heads: The number of attention heads.
+        mlp_width: The number of features inside the MLP.
+        patch: The side of a patch in pixels.
+        image: The side of an image in pixels.
+        classes: The number of classes.
+    """
     tokens = 1 + (image // patch) ** 2
     outside = 3 * patch**2 * width + (tokens + 4) * width + (width + 1) * classes
     return Transformer(width, depth, heads, mlp_width, 2, 9 * width + mlp_width, outside, tokens)
 
 
-# Each model with the number of examples that a device processes in a step. ViT-g/14: Table 2 of
-# https://arxiv.org/abs/2106.04560. The decoder has the geometry of Llama 2 7B (https://arxiv.org/abs/2307.09288).
+# The models, each with the number of examples that a device processes in a step. The sizes of ViT-g/14 are those in
+# Table 2 of https://arxiv.org/abs/2106.04560, and the decoder's are those of Llama 2 7B
+# (https://arxiv.org/abs/2307.09288).
 MODELS = {
     "ViT-B/16": (vit(768, 12, 12, 3072, 16, 224, 1000), 64),
     "ViT-g/14": (vit(1408, 40, 16, 6144, 14, 224, 1000), 32),
@@ -59,47 +71,79 @@ MODELS = {
 
 
 def trained_numbers(model: Transformer, method: str) -> int:
-    """Return P, the number of trained parameters.
+    """Return the number of parameters that a method trains, which `docs/scale.md` calls P.
 
-    A circulant pair has two vectors on each of Q, K and V, and LoRA of rank 16 has 32. `full` trains everything.
+    `circulant` trains two vectors for each of Q, K and V in every block, and `lora` (of rank 16) trains 32. `full`
+    trains all parameters.
     """
     vectors = {"circulant": 2, "lora": 32}
     return model.numbers if method == "full" else 3 * model.depth * vectors[method] * model.width
 
 
 def base_bytes(model: Transformer, fsdp: int, size: int = 2) -> float:
-    """Return the bytes of the frozen base on a device. If it is split, the device also holds two whole blocks."""
+    """Return the bytes that the frozen base model takes on each device.
+
+    If the base model is split over several devices, each device also holds two whole blocks at a time.
+
+    Args:
+        model: The sizes of the model.
+        fsdp: The number of devices that the base model is split over.
+        size: The bytes of one parameter.
+    """
     return size * (model.numbers / fsdp + (2 * model.block if fsdp > 1 else 0))
 
 
 def trained_bytes(trained: int) -> int:
-    """Return the bytes of what is trained, in float32: value, gradient and the two moments of AdamW."""
+    """Return the bytes that trained parameters take: value, gradient and two moments of AdamW, all in float32."""
     return 16 * trained
 
 
 def activation_bytes(model: Transformer, examples: int) -> int:
-    """Return the bytes of activations in bfloat16 with `config.model.remat=block`."""
+    """Return the bytes of the activations of a step in bfloat16, with `config.model.remat=block`.
+
+    Args:
+        model: The sizes of the model.
+        examples: The number of examples that a device processes in the step.
+    """
     inside = 16 * model.width + 2 * model.mlp_kernels * model.mlp_width + 6 * model.heads * model.tokens
     return examples * model.tokens * (2 * model.depth * model.width + inside + 8 * model.outputs)
 
 
 def gathered_bytes(numbers: int, fsdp: int, size: int = 2) -> float:
-    """Return the bytes that a device receives of a split base in a step: in the forward and in the backward pass."""
+    """Return the bytes of base parameters that each device receives in a step, if the base model is split over devices.
+
+    The parameters of other devices are received twice, in the forward and in the backward pass.
+
+    Args:
+        numbers: The number of parameters that are split.
+        fsdp: The number of devices that they are split over.
+        size: The bytes of one parameter.
+    """
     return 2 * size * numbers * (fsdp - 1) / fsdp
 
 
 def reduced_bytes(trained: int, devices: int) -> float:
-    """Return the bytes of the gradient that a device sends in a step: a ring sends nearly everything twice."""
+    """Return the bytes of gradients that each device sends in a step, to sum them over all devices.
+
+    The sum is an all-reduce on a ring, in which each device sends almost the whole float32 gradient twice.
+
+    Args:
+        trained: The number of trained parameters.
+        devices: The number of devices.
+    """
     return 2 * 4 * trained * (devices - 1) / devices
 
 
 def tables() -> dict[str, str]:
-    """Return the table of what each model and method needs, on one device and on eight."""
+    """Return the table "step" in markdown.
+
+    It shows the memory and the traffic of a training step for each model and method, on one device and on eight.
+    """
     rows = []
     for name, (model, examples) in MODELS.items():
         for method in ("circulant", "lora", "full"):
             trained, frozen = trained_numbers(model, method), method != "full"
-            # Full fine-tuning keeps a bfloat16 copy of the parameters instead of a frozen base.
+            # Full fine-tuning has no frozen base model, but a bfloat16 copy of the trained parameters.
             base = base_bytes(model, 1) if frozen else 2 * model.numbers
             row = {"model": name, "method": method, "examples": examples, "trained": trained, "weights GB": base / 1e9}
             row |= {

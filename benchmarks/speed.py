@@ -1,8 +1,8 @@
-"""The tables of docs/speed.md, from the rows in benchmarks/results/, and its picture.
+"""Make the tables and the picture of `docs/speed.md` from the measurements in `benchmarks/results/`.
 
     python -m benchmarks.speed
 
-draws docs/speed.png. `python -m benchmarks.pages` inserts the tables.
+This command draws the picture, `docs/speed.png`. The tables are inserted by `python -m benchmarks.pages`.
 """
 
 import json
@@ -17,12 +17,18 @@ Row = dict[str, Any]
 
 
 def read(name: str) -> list[Row]:
-    """Return the rows of a file in benchmarks/results."""
+    """Return the rows of the file `benchmarks/results/NAME.json`."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def layer_lines(rows: list[Row]) -> list[Row]:
-    """Return a line for each variant of a family: the times of its executions as multiples of LoRA's."""
+    """Return the lines of a table of single layers, one for each family with its options.
+
+    A line has, for each execution, the time as a multiple of LoRA's. The lines are sorted by the time of `auto`.
+
+    Args:
+        rows: The rows of `benchmarks.structured` for one width, number of tokens and dtype.
+    """
     lines: dict[str, Row] = {}
     for row in rows:
         if row["family"] == "frozen":
@@ -37,7 +43,10 @@ def layer_lines(rows: list[Row]) -> list[Row]:
 
 
 def layer_table(rows: list[Row]) -> str:
-    """Return the table of one size, the frozen layer first."""
+    """Return the markdown table of single layers for one width, number of tokens and dtype.
+
+    The first line is the frozen layer without an update.
+    """
     executions = [name for name in EXECUTIONS if any(row["execution"] == name for row in rows)]
     columns = {"family": "", "numbers": ","} | dict.fromkeys(executions, ".2f")
     frozen = next(row for row in rows if row["family"] == "frozen")
@@ -47,14 +56,22 @@ def layer_table(rows: list[Row]) -> str:
 
 
 def step_table(rows: list[Row], columns: dict[str, str]) -> str:
-    """Return a table of training steps, with bytes in megabytes."""
+    """Return a markdown table of training steps. Sizes are shown in megabytes.
+
+    Args:
+        rows: The rows of `benchmarks.step`. The sizes in megabytes are added to them.
+        columns: The columns to show, as in `markdown`.
+    """
     for row in rows:
         row |= {"MB of AdamW": row["optimizer_bytes"] / 1e6, "MB at peak": row["peak_bytes"] / 1e6}
     return markdown(rows, columns)
 
 
 def tables() -> dict[str, str]:
-    """Return all tables. Those of single layers are named `WIDTHxTOKENS`, with the dtype if it is not float32."""
+    """Return all tables in markdown, by name.
+
+    The tables of single layers are named `WIDTHxTOKENS`, followed by the dtype if it is not float32.
+    """
     sizes: dict[str, list[Row]] = {}
     for row in read("structured"):
         dtype = "" if row["dtype"] == "float32" else f" {row['dtype']}"
@@ -92,7 +109,10 @@ def tables() -> dict[str, str]:
 
 
 def draw(path: Path) -> None:
-    """Draw the time of a layer by family, with `auto`, as a multiple of the frozen layer's."""
+    """Draw the time of a layer with an update of each family as a multiple of the time of the frozen layer.
+
+    The execution is `auto`.
+    """
     rows = [row for row in read("structured") if row["tokens"] == 6304 and row["dtype"] == "float32"]
     lora = next(row["ratio_to_frozen"] for row in rows if (row["family"], row["execution"]) == ("LowRank", "fft"))
     lines = layer_lines(rows)[::-1]

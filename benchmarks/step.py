@@ -3,13 +3,16 @@
     python -m benchmarks.step [--out=FILE.json] [--methods=lora,circulant,full] [--variant=B/16] [--batch=8]
                               [--rounds=5] [--execution=auto] [--devices=1,2,4]
 
-Every registered method has its default settings, on the modules that it is meant for (Q, K and V for updates), and a
-trained head. The whole step is timed: forward, backward and AdamW. There are two references: LoRA r = 1, and `frozen`,
-which computes the forward pass and the gradient with respect to the image, and trains nothing. `peak_bytes` counts the
-arguments, results and temporaries of the compiled program, `optimizer_bytes` the state of AdamW.
+Every registered method is used with its default settings on its default modules (Q, K and V for updates), together with
+a trained head. The whole step is timed: the forward pass, the backward pass and the update by AdamW. Times are compared
+with two references. One is LoRA with r = 1. The other is called `frozen`: it computes the forward pass and the gradient
+with respect to the images, and trains nothing.
 
-With `--devices` every step is timed for each number of devices, with the same batch split over them. On a CPU the
-devices are simulated and share its cores.
+`temp_bytes` is the temporary memory of the compiled program, and `peak_bytes` adds its arguments and results.
+`optimizer_bytes` is the size of the state of AdamW.
+
+With `--devices` every step is timed for each number of devices in the list, with the same batch split over the devices.
+On a CPU the devices are simulated and share its cores.
 """
 
 import dataclasses
@@ -57,7 +60,14 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A compiled step, a function that runs it, its number of trained parameters, and the bytes of its optimiser."""
+    """A compiled training step.
+
+    Attributes:
+        compiled: The compiled program.
+        run: Runs the program once, without arguments.
+        parameters: The number of trained parameters.
+        optimizer_bytes: The size of the optimiser's state in bytes.
+    """
 
     compiled: Any
     run: Callable[[], Any]
@@ -66,7 +76,7 @@ class Step:
 
 
 def images_and_labels(model: ViT, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Return a batch of noise, on the devices."""
+    """Return a batch of random images and labels, split over the devices of a mesh."""
     config, rng = model.config, np.random.default_rng(0)
     shape = (BATCH.value, config.image_size, config.image_size, config.channels)
     labels = rng.integers(NUM_CLASSES, size=BATCH.value).astype(np.int32)
@@ -74,7 +84,10 @@ def images_and_labels(model: ViT, mesh: jax.sharding.Mesh) -> dict[str, jax.Arra
 
 
 def frozen_step(model: ViT, mesh: jax.sharding.Mesh) -> Step:
-    """Return the reference: the forward pass, and the gradient of the loss with respect to the images."""
+    """Return the reference that trains nothing.
+
+    It computes the forward pass, and the gradient of the loss with respect to the images.
+    """
     graphdef, state = nnx.split(model)
     state, batch = put_base(state, mesh), images_and_labels(model, mesh)
 
@@ -86,7 +99,12 @@ def frozen_step(model: ViT, mesh: jax.sharding.Mesh) -> Step:
 
 
 def method_step(model: ViT, name: str, mesh: jax.sharding.Mesh) -> Step:
-    """Return the training step of a method.
+    """Return the training step of a method with its default settings, including the update by AdamW.
+
+    Args:
+        model: The pretrained model.
+        name: The name of the method.
+        mesh: The devices.
 
     Raises:
         UserError: The method cannot adapt the model.
@@ -107,7 +125,7 @@ def method_step(model: ViT, name: str, mesh: jax.sharding.Mesh) -> Step:
     optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
 
     def program() -> jax.Array:
-        # The step donates the memory of its state, so each call continues from the last.
+        # The step donates the buffers of its state, so each call must start from the state that the last call returned.
         nonlocal state
         state, metrics = compiled(state, frozen, batch, key, {})
         return metrics["train_loss"]
@@ -116,7 +134,7 @@ def method_step(model: ViT, name: str, mesh: jax.sharding.Mesh) -> Step:
 
 
 def row_of(name: str, devices: int, step: Step) -> dict[str, Any]:
-    """Return the row of a step without its times. Bytes are those on one device."""
+    """Return the row of results for a step, still without its times. Sizes in bytes are those on one device."""
     memory = step.compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
@@ -134,13 +152,13 @@ def row_of(name: str, devices: int, step: Step) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Time all steps, print a table and write the rows."""
+    """Time all steps, print a table of the results, and write them as rows to the file of `--out`."""
     names = list(dict.fromkeys(["lora", *(METHOD_NAMES.value or METHODS)]))
     unknown = set(names) - set(METHODS)
     if unknown:
         raise UserError(f"unknown methods {', '.join(sorted(unknown))}; known: {', '.join(METHODS)}")
     counts = numbers(DEVICES)
-    # Set this before JAX looks for devices. It simulates only CPU devices.
+    # This has to be set before JAX initialises its devices. It changes only the number of (simulated) CPU devices.
     jax.config.update("jax_num_cpu_devices", max(counts))
     try:
         meshes = {count: make_mesh(count, {"--batch": BATCH.value}) for count in counts}

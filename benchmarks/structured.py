@@ -3,14 +3,18 @@
     python -m benchmarks.structured [--out=FILE.json] [--families=Circulant,Kronecker] [--sizes=768x6304,4096x2048]
                                     [--dtypes=float32,bfloat16] [--rounds=11] [--write_table]
 
-Every program computes the output, the gradient of the input and the gradients of the update's parameters, from the
-input and a given gradient of the output. `frozen` has no update and is the lower bound: `x @ W` and `dy @ W^T`. `lora`
-is the textbook form `x @ W + (x @ down) @ up` with r = 1, the row `LowRank`, `fft`.
+Every program gets an input and a gradient with respect to the output. It computes the output, and the gradients with
+respect to the input and to the parameters of the update. Times are compared with two references. One is called
+`frozen`: it has no update, computes only `x @ W` and `dy @ W^T`, and is a lower bound. The other is LoRA with r = 1 in
+its textbook form, `x @ W + (x @ down) @ up`, which is the row with the family `LowRank` and the execution `fft`.
 
-A row has `ms`, the median over rounds in which all programs of a size take turns; its ratios to `frozen` and to `lora`;
-`temp_bytes`, the temporary memory of the compiled program; and `peak_bytes`, which adds arguments and results. In the
-file of `--out`, new rows replace those of the same width, tokens and dtype, and other rows stay. `--write_table` makes
-the fastest execution of each case the choice of `auto` (`surm_jax/structured/products/choice.json`).
+A program is a row of results. `ms` is its median time over several rounds, in which all programs of a size take turns.
+`ratio_to_frozen` and `ratio_to_lora` compare it with the references. `temp_bytes` is the temporary memory of the
+compiled program, and `peak_bytes` adds its arguments and results.
+
+New rows replace those in the file of `--out` that have the same width, tokens and dtype; all other rows in it stay.
+With `--write_table`, the fastest execution of each case is stored as the one that `auto` chooses
+(`surm_jax/structured/products/choice.json`).
 """
 
 import functools
@@ -37,7 +41,7 @@ DTYPES = flags.DEFINE_list("dtypes", "float32", "Dtypes of input and kernel: flo
 ROUNDS = flags.DEFINE_integer("rounds", 11, "How often each program is timed.", lower_bound=1)
 WRITE_TABLE = flags.DEFINE_bool("write_table", False, "Make `auto` choose by these measurements.")
 
-#: The keys of a case in the table of `auto`.
+#: The keys that identify a case in the table from which `auto` chooses an execution.
 CASE = ("family", "dtype", "width", "tokens", "parameters")
 COLUMNS = {
     "family": "",
@@ -52,7 +56,13 @@ COLUMNS = {
 
 
 def cases(families: list[str], width: int, half: bool) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield (family, options, execution); `LowRank` first, because the others are compared with it."""
+    """Yield the programs to time as (family, options, execution), first those of `LowRank`, the reference.
+
+    Args:
+        families: The names of the families.
+        width: The number of rows and of columns of the matrices.
+        half: Whether the dtype is bfloat16, for which there is no execution `fused`.
+    """
     for family in dict.fromkeys(["LowRank", *families]):
         for options in FAMILIES[family].typical_options((width, width)):
             for execution in EXECUTIONS:
@@ -61,7 +71,15 @@ def cases(families: list[str], width: int, half: bool) -> Iterator[tuple[str, di
 
 
 def measure(families: list[str], width: int, tokens: int, dtype: str, rounds: int) -> list[dict[str, Any]]:
-    """Time all programs of one size, and return their rows."""
+    """Time all programs of one size, and return their rows of results.
+
+    Args:
+        families: The names of the families to time.
+        width: The number of input and of output features.
+        tokens: The number of rows of the input.
+        dtype: The dtype of the input and the kernel.
+        rounds: How often each program is timed.
+    """
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
     x, kernel, dy = draw(tokens, width), draw(width, width) * jnp.asarray(width**-0.5, dtype), draw(tokens, width)
@@ -99,7 +117,7 @@ def measure(families: list[str], width: int, tokens: int, dtype: str, rounds: in
 
 
 def fastest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the fastest execution of each case, as the table of `auto` stores it."""
+    """Return the fastest execution of each case, in the form in which the table of `auto` stores it."""
     best: dict[tuple, dict[str, Any]] = {}
     for row in rows:
         if row["execution"] in ("auto", "frozen"):
@@ -111,7 +129,11 @@ def fastest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_table(rows: list[dict[str, Any]]) -> None:
-    """Put the measured cases into the table of `auto`, and leave its other cases as they are."""
+    """Store the fastest execution of each measured case in the table of `auto`, and keep its other cases.
+
+    Args:
+        rows: The rows of results.
+    """
     measured = json.loads(TABLE.read_text())
     old = measured.get(jax.default_backend(), {}).get("fastest", [])
     best = {tuple(row[key] for key in CASE): row for row in [*old, *fastest(rows)]}
@@ -124,10 +146,10 @@ def write_table(rows: list[dict[str, Any]]) -> None:
 
 
 def earlier_rows() -> dict[tuple[int, int, str], list[dict[str, Any]]]:
-    """Return the rows in the file of `--out` by width, tokens and dtype.
+    """Return the rows that the file of `--out` already holds, by (width, tokens, dtype).
 
     Raises:
-        UserError: The file holds something other than rows.
+        UserError: The file holds something other than rows of this benchmark.
     """
     sizes: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
     if OUT.value is not None and Path(OUT.value).exists():
@@ -140,7 +162,7 @@ def earlier_rows() -> dict[tuple[int, int, str], list[dict[str, Any]]]:
 
 
 def main() -> None:
-    """Time what the flags ask for, print tables and write the files."""
+    """Time the programs that the flags name, print tables of the results, and write the files."""
     families = FAMILY_NAMES.value or list(FAMILIES)
     unknown = set(families) - set(FAMILIES)
     if unknown:

@@ -1,6 +1,7 @@
-"""What all benchmarks share: their command line, fair timing, and tables.
+"""What all benchmarks share: the command line, the timing of programs, and tables of results.
 
-Programs are warmed up and timed in turn, and their medians are compared, so that a disturbance hits all of them alike.
+Times are medians over several rounds. In each round every program is warmed up and timed once, so that a disturbance of
+the machine affects all programs alike.
 """
 
 import json
@@ -26,7 +27,10 @@ OUT = flags.DEFINE_string("out", None, "Write the rows as JSON to this file.")
 
 
 def benchmark(main: Callable[[], None]) -> None:
-    """Read the flags and run a benchmark; a mistake ends it with one line before anything is timed."""
+    """Parse the flags and run the main function of a benchmark.
+
+    A wrong argument ends the process with an error message in one line, before anything is timed.
+    """
 
     def checked(arguments: list[str]) -> None:
         if len(arguments) > 1:
@@ -41,16 +45,16 @@ def benchmark(main: Callable[[], None]) -> None:
 
 
 def write(rows: list[dict[str, Any]]) -> None:
-    """Write the rows to the file of `--out`, if there is one."""
+    """Write rows of results as JSON to the file of `--out`. Without `--out`, do nothing."""
     if OUT.value is not None:
         Path(OUT.value).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def numbers(flag: flags.FlagHolder[list[str]]) -> list[int]:
-    """Return the numbers that a flag lists.
+    """Return the integers in the list of a flag such as `--devices=1,2,4`.
 
     Raises:
-        UserError: The list is empty, or holds something other than positive whole numbers.
+        UserError: The list is empty, or it holds something other than positive integers.
     """
     if not flag.value or not all(re.fullmatch(r"[1-9]\d*", text) for text in flag.value):
         raise UserError(f"--{flag.name}={','.join(flag.value)} must list whole numbers above 0, such as 1,2,4")
@@ -60,11 +64,13 @@ def numbers(flag: flags.FlagHolder[list[str]]) -> list[int]:
 def medians(programs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
     """Return the median time of each program, in seconds.
 
-    In each round every program is called twice in a row, and the second call is timed: then the program itself has left
-    caches and allocator in their state, as in a training loop. The order of programs changes from round to round.
+    In each round every program is called twice in a row, and only the second call is timed. So the caches and the
+    memory allocator are in the state in which the program itself left them, as in a training loop. The order of the
+    programs is random in each round.
 
     Args:
-        programs: Functions without arguments, by name. A call ends when its result is ready.
+        programs: The programs by name, as functions without arguments. Arrays in a result need not be ready when the
+            function returns; the time until they are ready counts.
         rounds: The number of rounds.
     """
     times: dict[Any, list[float]] = {name: [] for name in programs}
@@ -79,12 +85,12 @@ def medians(programs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any,
 
 
 def setting() -> dict[str, str]:
-    """Return the part of a row that says where it was measured."""
+    """Return the entries of a row that tell on which device and with which version of JAX it was measured."""
     return {"device": device(), "jax": jax.__version__}
 
 
 def device() -> str:
-    """Return the name of the device that programs run on."""
+    """Return the name of the device that programs run on, with the number of devices or of CPU cores."""
     first = jax.devices()[0]
     if first.platform != "cpu":
         return f"{jax.device_count()} x {first.device_kind}"
@@ -104,7 +110,12 @@ def _processor() -> str:
 
 
 def table(rows: list[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
-    """Return a text table. `columns` maps keys of the rows to format specifications."""
+    """Return rows as a table of plain text.
+
+    Args:
+        rows: The rows, which map keys to values. If a key is missing or its value is None, the cell is empty.
+        columns: The format specification of each column, by key.
+    """
     cells = [list(columns)] + [
         [format(row[key], spec) if row.get(key) is not None else "" for key, spec in columns.items()] for row in rows
     ]
