@@ -120,6 +120,7 @@ def test_a_pretrained_model(tmp_path, monkeypatch):
     assert isinstance(names["vit"], ViT) and names["vit"].head.kernel.shape == (64, 10)
 
 
+@pytest.mark.exhaustive
 def test_a_finished_run(tmp_path, monkeypatch):
     # The folder of a run of `python launch.py`, with random parameters in place of trained ones.
     job = prepare(parse(get_config()), 0)

@@ -18,6 +18,7 @@ def run(module, *arguments):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.exhaustive
 def test_structured(tmp_path):
     out = tmp_path / "rows.json"
     done = run("structured", f"--out={out}", "--families=Circulant", "--sizes=16x8", "--rounds=1")

@@ -131,6 +131,7 @@ def grids(m, n, b):
     ]  # fmt: skip
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("no_search")
 @pytest.mark.parametrize("shape", [(10, 10), pytest.param((14, 10), marks=pytest.mark.exhaustive)])
 def test_shares_are_those_of_projections(shape):

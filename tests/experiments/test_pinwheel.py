@@ -52,6 +52,7 @@ def test_layers_start_alike(layer, numbers):
     assert not np.array_equal(mine[0].bottom, mine[1].bottom)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("adam")
 def test_training_is_that_of_optax(points):
     epochs, rate = 6, 0.01

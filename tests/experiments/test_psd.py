@@ -36,6 +36,7 @@ def _projection_error(M, basis):
     return np.linalg.norm(M.ravel() - columns @ weights) / np.linalg.norm(M)
 
 
+@pytest.mark.exhaustive
 def test_optima_of_subspaces_are_least_squares(targets):
     errors = psd.optimal_errors(targets)
     units = np.eye(psd.SIDE)
@@ -64,6 +65,7 @@ def _kronecker(a, M):
     return np.sum(R**2) / 2, gradient.ravel()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "make", [psd.gram, pytest.param(psd.scaled_rows, marks=pytest.mark.exhaustive)], ids=list(psd.TARGETS)
 )

@@ -327,6 +327,7 @@ class TestAdaptersAndRemat:
     def test_every_target_preset_is_tested(self):
         assert TARGETS.keys() == {"qkv", "qv", "attention", "mlp", "all-linear", "houlsby", "pfeiffer"}
 
+    @pytest.mark.exhaustive
     def test_updates_start_at_zero_count_and_merge(self):
         inputs = batch()
         base = tiny()
@@ -340,6 +341,7 @@ class TestAdaptersAndRemat:
         assert relative_error(changed, expected) > 1e-2
         assert relative_error(run(merge(model)[0], *inputs)[0], changed) < 1e-5
 
+    @pytest.mark.exhaustive
     def test_rematerialised_blocks_have_the_same_values_and_gradients(self):
         tokens, mask, types = batch()
 

@@ -217,6 +217,7 @@ class TestForward:
         error = jnp.abs(rounded - exact).max() / jnp.abs(exact).max()
         assert 1e-5 < error < 0.05  # The error is that of rounding to 8 bits, and not larger.
 
+    @pytest.mark.exhaustive
     def test_projections_are_called_and_can_be_wrapped(self):
         class Doubled(nnx.Module):
             def __init__(self, base):

@@ -130,6 +130,7 @@ def test_a_learned_alpha_starts_at_one(alpha):
     assert relative_error(run(converted, batch()), expected(net(), batch(), changes)) < 1e-5
 
 
+@pytest.mark.exhaustive
 def test_a_sum_or_product_is_searched_for():
     layer = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(0))
     model, adapter = tuned(layer, StructuredUpdate(family="Circulant + LowRank", alpha=0.5), target="")

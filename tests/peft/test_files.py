@@ -60,6 +60,7 @@ def edit_tensors(folder, change):
 
 
 class TestRoundTrip:
+    @pytest.mark.exhaustive
     def test_a_fresh_process_computes_the_same_bits(self, saved, tmp_path):
         root = Path(__file__).resolve().parent.parent.parent
         subprocess.run(

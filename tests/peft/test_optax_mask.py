@@ -82,6 +82,7 @@ def test_the_mask_has_the_form_of_the_tree(kind):
     assert 0 < len(trained) < len(flat(tree))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("kind", "jit"), [("nested", False), *((kind, True) for kind in TREES)])
 def test_frozen_leaves_get_exactly_nothing_and_the_others_what_optax_gives(kind, jit):
     tree, patterns, trained = TREES[kind]

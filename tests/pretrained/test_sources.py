@@ -95,6 +95,7 @@ def test_misspelt_name(tmp_path, monkeypatch):
         locate("augregg", "B/16")
 
 
+@pytest.mark.exhaustive
 def test_the_shipped_weights_are_small_and_know_the_digits_that_they_were_pretrained_on():
     path = locate("digits", "digits")
     assert path.stat().st_size <= 1_000_000

@@ -39,6 +39,7 @@ def test_reaches_the_truncated_svd():
     assert abs(relative_error(found, target()) - best_error(target())) < 1e-6
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("dtype", quick(["float32", "float64"], "float64"))
 def test_precision_is_that_of_the_arrays_where_doubles_exist(dtype):
@@ -78,12 +79,14 @@ def test_more_steps_are_nearer_and_none_is_the_start():
     assert errors == sorted(errors, reverse=True) and len(set(errors)) == 5
 
 
+@pytest.mark.exhaustive
 def test_never_worse_than_the_start():
     best = CirculantPair.nearest(jnp.asarray(target()))
     found = refine(best, target(), steps=30)
     assert relative_error(found, target()) <= relative_error(best, target()) * (1 + 1e-6)
 
 
+@pytest.mark.exhaustive
 def test_under_jit_and_vmap():
     stack = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), start())
     goals = jnp.stack([target(), target()[::-1]])

@@ -106,6 +106,7 @@ def test_the_measured_numbers_are_those_of_each_example_alone(rte, files):
     assert result["metrics"]["test_accuracy"]["seeds"][0] == pytest.approx((logits.argmax(1) == source.labels).mean())
 
 
+@pytest.mark.exhaustive
 def test_scores_have_no_accuracy_and_their_loss_is_the_squared_error(stsb, files):
     folder, result = stsb
     assert (result["classes"], result["metric"]) == ([], "test_spearman")
@@ -235,6 +236,7 @@ def test_a_merged_model_stands_alone(rte, files, capsys):
     assert "logits of 8 test examples within" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_an_exported_folder_is_a_base_again(rte, files, tmp_path):
     folder, _ = rte
     assert export_run(folder, {}, "hf") == [folder / f"seed-{seed}" / "hf" for seed in (0, 1)]

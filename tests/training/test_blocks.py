@@ -56,6 +56,7 @@ def test_values_and_gradients_are_those_of_a_loop(kind, method):
     assert_same(looped, scanned)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", small.quick(small.KINDS, "bert"))
 @pytest.mark.parametrize(
     ("method", "remat"),
@@ -74,6 +75,7 @@ def test_dropout_draws_the_same_keys(kind, method, remat):
     assert_same(looped, scanned)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("remat", small.quick(["none", "block"], "block"))
 def test_bfloat16(remat):
     with jax.numpy_dtype_promotion("standard"):  # which the gradient of jax.nn.dot_product_attention needs
@@ -202,6 +204,7 @@ def program_size(depth, scan):
         return len(step.lower(state, frozen, built.batch, KEY, rates).as_text().splitlines())
 
 
+@pytest.mark.exhaustive
 def test_the_program_does_not_grow_with_depth():
     assert program_size(3, True) == program_size(6, True)
     assert program_size(4, False) > 1.5 * program_size(2, False)

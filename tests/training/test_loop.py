@@ -261,6 +261,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_next_start_makes_it(tiny_
     tiny.assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.exhaustive
 def test_an_evaluation_that_fails_loses_no_step(tiny_files, tmp_path, monkeypatch):
     config = tiny.make_config(tiny_files, **{"optim.steps": 2, "log.metrics_every": 1, "log.checkpoint_every": 0})
     start(config, 0, tmp_path / "whole")
@@ -367,6 +368,7 @@ def test_checkpoints_of_other_data_are_refused(tiny_files, tmp_path, signal_at, 
     assert start(config, 0, tmp_path / "run")["steps"] == 2
 
 
+@pytest.mark.exhaustive
 def test_a_frozen_factor_that_is_drawn_otherwise_is_refused(tiny_files, tmp_path, signal_at, monkeypatch):
     config = tiny.make_config(tiny_files, "lora_fix", **{"optim.steps": 3})
     signal_at(signal.SIGTERM, 1)

@@ -84,6 +84,7 @@ def test_a_learning_rate_of_a_group_without_parameters_is_refused(groups):
     assert set(Rates(config, "lora", paths).before(1).values()) == {np.float32(RATES["lora"])}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
 def test_updates_are_those_of_adamw_by_hand(clip_norm):
     config = OptimConfig(

@@ -110,6 +110,7 @@ def test_a_sentence_of_spaces_is_empty(tmp_path):
     assert read.rows == (("fine",),) and read.malformed == (f"{tmp_path / 'in.tsv'}, line 1: sentence is empty",)
 
 
+@pytest.mark.exhaustive
 def test_scores_are_numbers(files, tmp_path):
     folder = tmp_path / "run"
     values = {"optim.steps": 1, "data.lengths": (20,)}

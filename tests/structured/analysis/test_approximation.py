@@ -61,6 +61,7 @@ def test_closed_forms_of_numpy():
     assert found["Tiled"].energy == pytest.approx(4 * np.sum(tile**2) / total, rel=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("shape", "side"),
     quick([((3, 20), 13), ((20, 3), 13), ((3, 10), 10), ((12, 12), 6)], ((12, 12), 6), unpack=True),

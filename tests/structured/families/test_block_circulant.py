@@ -114,6 +114,7 @@ def test_c3a_is_this_family(grid):
     assert_close(BlockCirculant(jnp.asarray(from_c3a(w))).apply(jnp.asarray(x)), c3a(x, w))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_c3a_of_peft_is_this_family(grid):
     reason = "compares with peft's C3A: pip install -r requirements-peers.txt"

@@ -150,6 +150,7 @@ def random_target():
     return jnp.asarray(draw(20, 20).astype(np.float32))
 
 
+@pytest.mark.exhaustive
 def test_the_better_start_is_no_worse_than_zero():
     """For a target without structure, the truncated SVD itself, without the best multiple, is worse than zero."""
     assert relative_error(LowDisplacementRank.nearest(random_target(), rank=2, steps=0), random_target()) < 1
@@ -162,6 +163,7 @@ def test_half_the_rank_does_not_hold_a_product_of_two_toeplitz_matrices():
     assert relative_error(LowDisplacementRank.nearest(jnp.asarray(target), rank=2, steps=60), target) > 0.1
 
 
+@pytest.mark.exhaustive
 def test_nearest_keeps_the_best_of_two_searches(monkeypatch):
     target, rank, searches = random_target(), 2, []
 
@@ -204,6 +206,7 @@ def test_nearest_is_better_than_gradient_descent():
     assert relative_error(LowDisplacementRank.nearest(target, rank=2), target) < np.nanmin(errors)
 
 
+@pytest.mark.exhaustive
 def test_nearest_does_not_depend_on_the_scale_and_works_under_jit():
     target = random_target()
     error = relative_error(LowDisplacementRank.nearest(target, rank=2, steps=60), target)

@@ -107,6 +107,7 @@ def test_the_start_is_the_optimum_of_kronecker_with_every_B_truncated():
     assert_close(whole.to_dense(), full.to_dense())
 
 
+@pytest.mark.exhaustive
 def test_the_search_is_better_than_its_start_and_finds_a_member_again():
     target = draw(2, 1).to_dense()
     near = [LowRankKronecker.nearest(target, rank=1, terms=2, factor_shapes=FACTORS, steps=steps) for steps in (0, 200)]
@@ -130,6 +131,7 @@ def test_the_search_does_not_depend_on_the_size_of_the_target():
     np.testing.assert_allclose(errors, errors[1], rtol=0.01)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("target", quick(["zero", "one product of rank 1"], "one product of rank 1"))
 def test_what_the_target_leaves_empty_can_still_learn(target):
     dense = jnp.zeros((12, 10)) if target == "zero" else draw(1, 1).to_dense()
@@ -165,7 +167,7 @@ def test_nearest_to_numbers_that_are_not_finite():
         ({"rank": 0}, "a factor of 4 x 5 has a rank from 1 to 4, but 0 was asked for"),
         ({"rank": 5}, "a factor of 4 x 5 has a rank from 1 to 4, but 5 was asked for"),
         ({"rank": 1.0}, "a factor of 4 x 5 has a rank from 1 to 4, but 1.0 was asked for"),
-        ({"rank": 1, "terms": 7}, r"LowRankKronecker: 6 terms of 3 x 2 \(x\) 4 x 5 .* but 7 was asked for"),
+        ({"rank": 1, "terms": 7}, r"LowRankKronecker: 6 terms of 3 x 2 \(x\) 4 x 5 .*from 1 to 6"),
         (
             {"rank": 1, "factor_shapes": ((3, 2), (5, 4))},
             "LowRankKronecker: factors of 3 x 2 and 5 x 4 multiply to 15 x 8",

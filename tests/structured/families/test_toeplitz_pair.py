@@ -131,6 +131,7 @@ def test_nearest_starts_at_the_nearest_single_one_with_balanced_factors(family, 
     assert abs(first - second) < 1e-10
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("family", "single"), quick(FAMILIES, FAMILIES[1], unpack=True))
 def test_nearest_is_nearer_than_a_single_one_finds_members_and_near_to_zero_can_learn(family, single):

@@ -59,6 +59,7 @@ def test_float32(how):
         assert_close(actual, expected, "float32")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("tokens", quick([19, 20, 23, 31], 23))
 def test_pieces_of_any_number_of_tokens(tokens, monkeypatch):
