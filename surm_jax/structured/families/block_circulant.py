@@ -27,7 +27,7 @@ class BlockCirculant(Family):
 
     It has in * out / b parameters. The product with one row of x takes in / b real FFTs of length b, out / b inverse
     FFTs, and for each of the b / 2 + 1 frequencies a product of a complex vector and a complex matrix of shape (in / b,
-    out / b). With a single block this is `Circulant`. `M` is the transpose of the `W` of arXiv 2406.17740.
+    out / b). With a single block this is `Circulant`. `M` is `W^T` in the notation of arXiv 2406.17740.
 
     The fine-tuning method C3A (arXiv 2407.19342) adds such a matrix to a kernel. The C3A layer in Hugging Face's peft
     has a weight `w` of shape (out / b, in / b, b) and adds `y[q b + i] = sum_{p, a} x[p b + a] w[q, p, (a - i) mod b] /

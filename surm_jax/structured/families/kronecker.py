@@ -1,11 +1,11 @@
-"""Kronecker products and sums of them: few numbers, and nearly full rank at the default factors.
+"""Kronecker products and sums of them, which have few parameters, and often nearly full rank with the default factors.
 
-The paper (arXiv 2406.17740) writes `W x` with `W = A (x) B`. Here `y = x @ M` with `M = W^T = A^T (x) B^T`: transposing
-a Kronecker product transposes each factor. So `A` and `B` in this file are the transposes of the paper's factors. Like
-`M`, they map from their rows to their columns.
+The paper (arXiv 2406.17740) writes `W x` with `W = A (x) B`, where `(x)` is the Kronecker product. Here `y = x @ M`
+with `M = W^T = A^T (x) B^T`, because the transpose of a Kronecker product is the product of the transposed factors. So
+the factors `A` and `B` in this file are the transposes of the paper's factors.
 
-Rectangular shapes: the sizes of the factors multiply to the sizes of the matrix; nothing is padded. If a size is prime,
-a factor has a single row or column, and the rank may be 1.
+The shapes of the two factors multiply to the shape of the matrix, which may be rectangular. Nothing is padded. If a
+size of the matrix is prime, one factor has a single row or column, and the rank may be 1.
 """
 
 import math
@@ -23,21 +23,25 @@ from surm_jax.structured.base import Piece, checked_shape, sum_pieces
 from surm_jax.structured.families.base import Family, checked_dense, family, largest_size, scaled_normal
 
 FactorShapes = tuple[tuple[int, int], tuple[int, int]]
-"""The shapes `(m1, n1), (m2, n2)` of the two factors of a Kronecker product, of shape (m1 m2, n1 n2)."""
+"""The shapes `(m1, n1), (m2, n2)` of the two factors of a Kronecker product, whose shape is (m1 m2, n1 n2)."""
 
 
 @family
 class Kronecker(Family):
-    """Sum of Kronecker products `M = sum_k A_k (x) B_k`; the transpose of the paper's `W` has each factor transposed.
+    """Sum of k Kronecker products, `M = sum_k A_k (x) B_k`.
 
-    `M[i1 m2 + i2, j1 n2 + j2] = sum_k A[k, i1, j1] B[k, i2, j2]`. If a row of x is written as an m1 x m2 matrix X, the
-    row `x @ M` is `sum_k A_k^T X B_k`, computed in the cheaper order: a row takes k (m1 n1 m2 + n1 m2 n2)
-    multiplications if A comes first, and k (m1 m2 n2 + m1 n1 n2) if B comes first. With factors of 32 x 24 and 24 x 32
-    that is 36,864, while a dense 768 x 768 matrix takes 589,824. The rank of one product is rank A times rank B.
+    Its entries are `M[i1 m2 + i2, j1 n2 + j2] = sum_k A[k, i1, j1] B[k, i2, j2]`. `M` is the transpose of the `W` of
+    arXiv 2406.17740, with each factor transposed.
+
+    If a row of x is reshaped to an m1 x m2 matrix X, the row of `x @ M` is `sum_k A_k^T X B_k`, reshaped to a vector.
+    The products with A and B are computed in the cheaper order. A row takes k (m1 n1 m2 + n1 m2 n2) multiplications if
+    A comes first, and k (m1 m2 n2 + m1 n1 n2) if B comes first. With one term and factors of 32 x 24 and 24 x 32
+    these are 36,864 multiplications, while a dense 768 x 768 matrix takes 589,824. The rank of one Kronecker product is
+    the rank of A times the rank of B.
 
     Attributes:
-        A: (k, m1, n1); zero at the start.
-        B: (k, m2, n2); random at the start.
+        A: (k, m1, n1), the first factors of all products; zero when training starts.
+        B: (k, m2, n2), the second factors of all products; random when training starts.
 
     >>> Kronecker(A=jnp.array([[[1.0, 2.0, 3.0]]]), B=jnp.array([[[1.0], [10.0]]])).to_dense()
     Array([[ 1.,  2.,  3.],
@@ -66,13 +70,13 @@ class Kronecker(Family):
 
     @property
     def factor_shapes(self) -> FactorShapes:
-        """The shapes of the two factors."""
+        """The shapes `(m1, n1), (m2, n2)` of `A_k` and `B_k`."""
         (m1, n1), (m2, n2) = self.A.shape[-2:], self.B.shape[-2:]
         return (m1, n1), (m2, n2)
 
     @property
     def terms(self) -> int:
-        """The number k of products that are summed."""
+        """The number k of Kronecker products that are summed."""
         return self.A.shape[-3]
 
     @classmethod
@@ -86,19 +90,22 @@ class Kronecker(Family):
         factor_shapes: FactorShapes | None = None,
         dtype: DTypeLike = jnp.float32,
     ) -> Self:
-        """Return the zero matrix: `A = 0` and `B = scale * N(0, 1)`. If both were zero, neither would ever learn.
+        """Return the matrix with which training starts: it is zero, with `A = 0` and `B = scale * N(0, 1)`.
+
+        If both arrays were zero, both gradients would be zero too, and training could not change them.
 
         Args:
-            key: Draws `B`.
+            key: Random key for `B`.
             shape: `(in_features, out_features)`.
             scale: Standard deviation of `B`.
-            terms: Number of products in the sum, from 1 to min(m1 n1, m2 n2).
-            factor_shapes: `((m1, n1), (m2, n2))` with m1 m2 = in_features and n1 n2 = out_features; by default
-                `near_square_factors(shape)`.
-            dtype: Type of both factors.
+            terms: Number of Kronecker products in the sum, from 1 to min(m1 n1, m2 n2).
+            factor_shapes: Shapes `((m1, n1), (m2, n2))` of the factors, with m1 m2 = in_features and n1 n2 =
+                out_features. The default is `near_square_factors(shape)`.
+            dtype: Dtype of both arrays.
 
         Raises:
-            UserError: The shape is not two positive integers, or the factors or the terms are not possible for it.
+            UserError: The shape is not two positive integers, or the shapes of the factors or the number of terms are
+                not possible for it.
         """
         factors = checked_factors(cls.__name__, factor_shapes, checked_shape(cls.__name__, shape))
         check_terms(cls.__name__, terms, factors)
@@ -111,20 +118,23 @@ class Kronecker(Family):
     ) -> Self:
         """Return the sum of `terms` Kronecker products nearest to `dense` in the Frobenius norm.
 
-        Van Loan and Pitsianis (1993): if the entries of `dense` are rearranged so that each row is a block of size m2 x
-        n2, `A (x) B` becomes the outer product of the entries of A and B, and a sum of k such products becomes a matrix
-        of rank k. So the optimum is a truncated SVD of a matrix of size m1 n1 x m2 n2. This SVD is the main cost.
+        The method is that of Van Loan and Pitsianis (1993). It rearranges the entries of `dense` so that each m2 x n2
+        block becomes one row. After this, `A (x) B` is the outer product of the entries of A and the entries of B, and
+        a sum of k Kronecker products is a matrix of rank k. So the optimum is the truncated SVD of the rearranged
+        matrix, whose shape is (m1 n1, m2 n2). This SVD is the main cost.
 
-        A and B get equal norms, so that both learn at the same speed. If the target does not need a term, its A is zero
-        and its B has the norm of the first term's B (1 for a zero target), so that the term can still learn.
+        In each term, A and B get equal norms, so that training changes both at the same speed. If a term is not needed
+        for `dense`, its A is zero, and its B gets the norm of the first term's B (1 if `dense` is zero). So the
+        gradient of its A is not zero.
 
         Args:
-            dense: (in_features, out_features).
-            terms: As in `init`.
-            factor_shapes: As in `init`.
+            dense: The matrix to approximate, (in_features, out_features).
+            terms: Number of Kronecker products in the sum, as in `init`.
+            factor_shapes: Shapes of the factors, as in `init`.
 
         Raises:
-            UserError: `dense` is not a floating-point matrix, or the factors or the terms are not possible for it.
+            UserError: `dense` is not a floating-point matrix, or the shapes of the factors or the number of terms are
+                not possible for it.
         """
         dense = checked_dense(cls.__name__, dense)
         m, n = dense.shape
@@ -140,7 +150,7 @@ class Kronecker(Family):
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return the largest number of terms that the budget allows, with the default factors."""
+        """Return the largest number of terms within the budget of parameters, for the default shapes of the factors."""
         (m1, n1), (m2, n2) = near_square_factors(shape)
         terms = largest_size(budget // (m1 * n1 + m2 * n2), min(m1 * n1, m2 * n2))
         return {"terms": terms} if terms else None
@@ -151,14 +161,14 @@ class Kronecker(Family):
         return cls.random((12, 12))
 
     def pieces(self) -> list[Piece | str]:
-        """Return the factors of the first terms."""
+        """Return what a picture shows: the factors A and B of the first two products, and dots if there are more."""
         return sum_pieces(
             self.terms, lambda k: [factor_piece("A", k, self.terms), "\\otimes", factor_piece("B", k, self.terms)]
         )
 
     @property
     def T(self) -> "Kronecker":
-        """The transpose: each factor is transposed, and their order stays."""
+        """The transpose, in which each factor is transposed and the order of the factors stays the same."""
         return Kronecker(A=self.A.swapaxes(-1, -2), B=self.B.swapaxes(-1, -2))
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -169,20 +179,24 @@ class Kronecker(Family):
 
 
 def factor_piece(name: str, k: int, terms: int) -> Piece:
-    """Return the piece of a picture for factor k of an array of factors, labelled with k if there are several terms."""
+    """Return the piece of a picture for `array[k]`, the factor of term k in the array of this name.
+
+    Its label is the name of the array, with the index k if the sum has several terms.
+    """
     label = name if len(name) == 1 else f"\\mathrm{{{name}}}"
     return Piece(f"{label}_{k}" if terms > 1 else label, {name: (name, k)})
 
 
 def near_square_factors(shape: tuple[int, int]) -> FactorShapes:
-    """Return the factor shapes with the fewest numbers `m1 n1 + m2 n2` and, among these, the highest rank.
+    """Return the shapes of two factors with the fewest parameters `m1 n1 + m2 n2` and, among these, the highest rank.
 
-    The sum is smallest if both factors have equally many numbers, and the rank `min(m1, n1) min(m2, n2)` is largest if
-    both are near square. If shapes tie in both, the one with the tallest A wins, because its product with an input is
+    The number of parameters is smallest if both factors have about equally many. The largest rank that a Kronecker
+    product of these shapes can have is `min(m1, n1) min(m2, n2)`, which is largest if both factors are nearly square.
+    Among shapes with equal numbers of parameters and equal ranks, the largest m1 is chosen, because `x @ M` is then
     cheaper.
 
     Args:
-        shape: `(in_features, out_features)`.
+        shape: `(in_features, out_features)` of the product.
 
     Raises:
         UserError: The shape is not two positive integers.
@@ -202,12 +216,12 @@ def near_square_factors(shape: tuple[int, int]) -> FactorShapes:
 
 
 def checked_factors(owner: str, factors: Sequence[Sequence[int]] | None, shape: tuple[int, int]) -> FactorShapes:
-    """Return checked factor shapes; for None, those of `near_square_factors`.
+    """Return the shapes of the factors, after checking them. For None, return `near_square_factors(shape)`.
 
     Args:
-        owner: Name of the caller, for the start of the message.
-        factors: `((m1, n1), (m2, n2))`, or None.
-        shape: Shape of the product.
+        owner: Name of the calling class, with which the error message begins.
+        factors: Shapes `((m1, n1), (m2, n2))` of the factors, or None.
+        shape: Shape of the Kronecker product.
 
     Raises:
         UserError: The factor shapes are not four positive integers, or do not multiply to `shape`.
@@ -230,10 +244,12 @@ def checked_factors(owner: str, factors: Sequence[Sequence[int]] | None, shape: 
 
 
 def check_terms(owner: str, terms: int, factors: FactorShapes) -> None:
-    """Check that a sum of Kronecker products has from 1 to min(m1 n1, m2 n2) terms, which reach every matrix.
+    """Check that a sum of Kronecker products has at least 1 term and at most min(m1 n1, m2 n2) terms.
+
+    With the largest number of terms, every matrix is such a sum, so more terms would be redundant.
 
     Raises:
-        UserError: The number of terms is not possible for these factors.
+        UserError: The number of terms is outside this range or is not an integer.
     """
     (m1, n1), (m2, n2) = factors
     most = min(m1 * n1, m2 * n2)
@@ -248,11 +264,12 @@ def check_terms(owner: str, terms: int, factors: FactorShapes) -> None:
 def _multiply_rows(
     x: Float[Array, "*batch in"], A: Float[Array, "k m1 n1"], B: Float[Array, "k m2 n2"]
 ) -> Float[Array, "*batch out"]:
-    """Return `sum_k A_k^T X B_k` for each row of x, written as an m1 x m2 matrix X.
+    """Return `sum_k A_k^T X B_k` for each row of x, where X is the row reshaped to an m1 x m2 matrix.
 
-    All steps, including the sum over k, are products of two-dimensional matrices, one of which holds all rows. The
-    gradients are such products too: for A and B they sum over the rows. Between the products, two short axes are
-    exchanged. `einsum` takes about twice the time and memory on CPUs.
+    There are two products of two-dimensional arrays, in each of which one operand holds all rows of x. The second
+    product also computes the sum over k. So the gradients are products of two-dimensional arrays too, and those of A
+    and B sum over all rows. Between the two products, the short axes are transposed. `einsum` takes about twice the
+    time and memory on CPUs.
     """
     k, m1, n1 = A.shape
     _, m2, n2 = B.shape

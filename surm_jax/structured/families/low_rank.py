@@ -1,4 +1,4 @@
-"""Matrices of low rank, the update of LoRA (arXiv 2106.09685): the baseline of the other families."""
+"""Matrices of low rank, which LoRA (arXiv 2106.09685) adds to kernels. The other families are compared with them."""
 
 from typing import Any, Self
 
@@ -13,14 +13,14 @@ from surm_jax.structured.families.base import Family, checked_dense, family, lar
 
 @family
 class LowRank(Family):
-    """Matrix of rank at most r, `M = down @ up`; the paper (arXiv 2406.17740) writes its transpose, `W = A B^T`.
+    """Matrix of rank at most r, `M = down @ up`, which is the transpose of `W = A B^T` in arXiv 2406.17740.
 
-    `x @ M = (x @ down) @ up` takes r (in + out) numbers, and as many multiplications per row. `down` is the paper's B
-    and the `lora_A` of Flax; `up` is the paper's A^T and the `lora_B` of Flax.
+    It has r (in + out) parameters. `x @ M` is computed as `(x @ down) @ up` and takes as many multiplications per row
+    of x. `down` is the paper's `B` and the `lora_a` of Flax. `up` is the paper's `A^T` and the `lora_b` of Flax.
 
     Attributes:
-        down: (in_features, r); random at the start.
-        up: (r, out_features); zero at the start.
+        down: (in_features, r); random when training starts.
+        up: (r, out_features); zero when training starts.
 
     >>> LowRank(down=jnp.array([[1.0], [10.0]]), up=jnp.array([[1.0, 2.0, 3.0]])).to_dense()
     Array([[ 1.,  2.,  3.],
@@ -42,12 +42,12 @@ class LowRank(Family):
 
     @property
     def linear_in(self) -> str:
-        """`up`, the array that is zero at the start."""
+        """The name `up` of the array that `init` sets to zero. `M` is linear in it."""
         return "up"
 
     @property
     def small_residuals(self) -> bool:
-        """True: reverse mode stores only `x` and `x @ down`."""
+        """True, because the backward pass needs only `x` and the small array `x @ down`."""
         return True
 
     @property
@@ -57,21 +57,23 @@ class LowRank(Family):
 
     @property
     def rank(self) -> int:
-        """The number r of columns of `down`."""
+        """The number r of columns of `down`, which is the largest possible rank of `M`."""
         return self.down.shape[-1]
 
     @classmethod
     def init(
         cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, rank: int, dtype: DTypeLike = jnp.float32
     ) -> Self:
-        """Return the zero matrix: `up = 0` and `down = scale * N(0, 1)`. If both were zero, neither would ever learn.
+        """Return the matrix with which training starts: it is zero, with `up = 0` and `down = scale * N(0, 1)`.
+
+        If both arrays were zero, both gradients would be zero too, and training could not change them.
 
         Args:
-            key: Draws `down`.
+            key: Random key for `down`.
             shape: `(in_features, out_features)`.
             scale: Standard deviation of `down`.
             rank: Number of columns of `down`, from 1 to min(in_features, out_features).
-            dtype: Type of both factors.
+            dtype: Dtype of both arrays.
 
         Raises:
             UserError: The shape is not two positive integers, or the rank is not possible for it.
@@ -82,15 +84,15 @@ class LowRank(Family):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"], *, rank: int) -> Self:
-        """Return the matrix of rank at most `rank` nearest to `dense` in the Frobenius norm: the truncated SVD.
+        """Return the matrix of rank at most `rank` that is nearest to `dense` in the Frobenius norm.
 
-        Eckart and Young (1936). With `dense = U S V^T`, `down` gets the leading columns of U and `up` the leading rows
-        of S V^T. No column of `down` is zero, as at the start of training, so that directions that the target does not
-        use can still learn. O(m n min(m, n)).
+        It is the truncated SVD (Eckart and Young, 1936). With `dense = U S V^T`, `down` consists of the leading columns
+        of U, and `up` of the leading rows of S V^T. No column of `down` is zero. So, if the rank of `dense` is lower
+        than `rank`, the gradients of the zero rows of `up` are not zero. The SVD takes O(m n min(m, n)) operations.
 
         Args:
-            dense: (in_features, out_features).
-            rank: From 1 to min(in_features, out_features).
+            dense: The matrix to approximate, (in_features, out_features).
+            rank: Number of columns of `down`, from 1 to min(in_features, out_features).
 
         Raises:
             UserError: `dense` is not a floating-point matrix, or the rank is not possible for it.
@@ -103,13 +105,13 @@ class LowRank(Family):
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return the largest rank that the budget allows."""
+        """Return the largest rank within the budget of parameters, or None if rank 1 exceeds it."""
         rank = largest_size(budget // sum(shape), min(shape))
         return {"rank": rank} if rank else None
 
     @classmethod
     def typical_options(cls, shape: tuple[int, int]) -> tuple[dict[str, Any], ...]:
-        """Return the options that benchmarks time."""
+        """Return the options with which the benchmarks measure the speed of this family: rank 1."""
         del shape
         return ({"rank": 1},)
 
@@ -119,12 +121,12 @@ class LowRank(Family):
         return cls.random((8, 6), rank=1)
 
     def pieces(self) -> list[Piece | str]:
-        """Return both factors."""
+        """Return what a picture shows: `down` and `up`, with a multiplication sign between them."""
         return [Piece("\\mathrm{down}", {"down": ("down", ...)}), TIMES, Piece("\\mathrm{up}", {"up": ("up", ...)})]
 
     @property
     def T(self) -> "LowRank":
-        """The transpose: the factors are transposed and change places."""
+        """The transpose `up^T @ down^T`, with `up^T` as its `down` and `down^T` as its `up`."""
         return LowRank(down=self.up.swapaxes(-1, -2), up=self.down.swapaxes(-1, -2))
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:

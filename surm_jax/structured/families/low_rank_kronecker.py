@@ -1,11 +1,12 @@
-"""Sums of Kronecker products whose second factor has low rank: the updates of LoKr, Compacter and KAdaptation.
+"""Sums of Kronecker products whose second factor has low rank, as LoKr, Compacter and KAdaptation use them.
 
-LoKr (arXiv 2309.14859) has one product, whose B has a chosen rank. The parameterised hypercomplex layers of Compacter
-(arXiv 2106.04647) and KAdaptation (arXiv 2203.16329) have k products, where A is k x k and B has rank 1. These papers
-write `W x`. Here `y = x @ M` with `M = W^T`: as in `Kronecker`, each factor is the transpose of the papers' factor and
-maps from its rows to its columns.
+LoKr (arXiv 2309.14859) uses one Kronecker product `A (x) B`, in which B has a chosen rank. The parameterised
+hypercomplex layers of Compacter (arXiv 2106.04647) and KAdaptation (arXiv 2203.16329) use sums of k products, in which
+A is k x k and B has rank 1. These papers write `W x`. Here `y = x @ M` with `M = W^T`, so each factor is the transpose
+of the factor in the papers, as in `Kronecker`.
 
-Rectangular shapes: as in `Kronecker`; nothing is padded.
+Matrices may be rectangular. As in `Kronecker`, the shapes of the factors multiply to the shape of the matrix, and
+nothing is padded.
 """
 
 import functools
@@ -31,15 +32,16 @@ from surm_jax.structured.fit import refine
 
 @family
 class LowRankKronecker(Family):
-    """Sum of Kronecker products `M = sum_k A_k (x) (down_k up_k)`, whose second factors have rank at most r.
+    """Sum of k Kronecker products, `M = sum_k A_k (x) (down_k up_k)`, whose second factors have rank at most r.
 
-    It has k (m1 n1 + r (m2 + n2)) numbers. The matrices `B_k = down_k up_k` are formed once for all rows. Then a row of
-    x costs as much as with `Kronecker`. The rank of one product is at most rank A times r.
+    It has k (m1 n1 + r (m2 + n2)) parameters. The product `x @ M` first computes the matrices `B_k = down_k up_k`, once
+    for all rows of x, and then costs as much per row as with `Kronecker`. The rank of one Kronecker product is at most
+    the rank of `A_k` times r.
 
     Attributes:
-        A: (k, m1, n1); zero at the start.
-        down: (k, m2, r); random at the start.
-        up: (k, r, n2); random at the start.
+        A: (k, m1, n1), the first factors of all products; zero when training starts.
+        down: (k, m2, r), with `up` the second factors of all products; random when training starts.
+        up: (k, r, n2); random when training starts.
 
     >>> down, up = jnp.array([[[1.0], [10.0]]]), jnp.array([[[1.0, 3.0]]])
     >>> M = LowRankKronecker(A=jnp.array([[[1.0, 2.0]]]), down=down, up=up)
@@ -75,18 +77,18 @@ class LowRankKronecker(Family):
 
     @property
     def factor_shapes(self) -> FactorShapes:
-        """The shapes of the two factors, `A_k` and `down_k up_k`."""
+        """The shapes `(m1, n1), (m2, n2)` of the factors `A_k` and `down_k up_k`."""
         m1, n1 = self.A.shape[-2:]
         return (m1, n1), (self.down.shape[-2], self.up.shape[-1])
 
     @property
     def terms(self) -> int:
-        """The number k of products that are summed."""
+        """The number k of Kronecker products that are summed."""
         return self.A.shape[-3]
 
     @property
     def rank(self) -> int:
-        """The number r of columns of `down_k`."""
+        """The number r of columns of `down_k`, which is the largest possible rank of the second factors."""
         return self.down.shape[-1]
 
     @classmethod
@@ -101,24 +103,25 @@ class LowRankKronecker(Family):
         factor_shapes: FactorShapes | None = None,
         dtype: DTypeLike = jnp.float32,
     ) -> Self:
-        """Return the zero matrix: `A = 0`, and `down` and `up` are `scale * N(0, 1)`.
+        """Return the matrix with which training starts: it is zero, with `A = 0` and random `down` and `up`.
 
-        If two of the three arrays were zero, none would ever learn. An entry of `down_k up_k` has the standard
-        deviation `scale^2 sqrt(rank)`.
+        `down` and `up` are drawn from `scale * N(0, 1)`, so an entry of `down_k up_k` has the standard deviation
+        `scale^2 sqrt(rank)`. If two of the three arrays were zero, all gradients would be zero too, and training could
+        not change any of them.
 
         Args:
-            key: Draws `down` and `up`.
+            key: Random key for `down` and `up`.
             shape: `(in_features, out_features)`.
             scale: Standard deviation of `down` and of `up`.
-            rank: Rank of the second factors, from 1 to min(m2, n2).
-            terms: Number of products in the sum, from 1 to min(m1 n1, m2 n2).
-            factor_shapes: `((m1, n1), (m2, n2))` with m1 m2 = in_features and n1 n2 = out_features; by default
-                `near_square_factors(shape)`.
-            dtype: Type of all three arrays.
+            rank: Largest rank of the second factors, from 1 to min(m2, n2).
+            terms: Number of Kronecker products in the sum, from 1 to min(m1 n1, m2 n2).
+            factor_shapes: Shapes `((m1, n1), (m2, n2))` of the factors, with m1 m2 = in_features and n1 n2 =
+                out_features. The default is `near_square_factors(shape)`.
+            dtype: Dtype of all three arrays.
 
         Raises:
-            UserError: The shape is not two positive integers, or the factors, the terms or the rank are not possible
-                for it.
+            UserError: The shape is not two positive integers, or the shapes of the factors, the number of terms or the
+                rank are not possible for it.
         """
         (m1, n1), (m2, n2) = _checked_sizes(checked_shape(cls.__name__, shape), rank, terms, factor_shapes)
         draw_down, draw_up = jax.random.split(key)
@@ -139,34 +142,36 @@ class LowRankKronecker(Family):
         steps: int = 200,
         progress: bool = False,
     ) -> Self:
-        """Return the nearest such matrix that a search finds; the optimum has no closed form.
+        """Return a matrix of this family near to `dense` in the Frobenius norm, found by a search.
 
-        The search starts from `Kronecker.nearest` with every B truncated by SVD, and takes `steps` steps of
-        `surm_jax.structured.refine`. The start is already the optimum if the rank is min(m2, n2), or if the target is
-        one product whose B has at most this rank. The result is never further from the target than the start or zero.
+        The nearest matrix has no closed form. The search `surm_jax.structured.refine` starts from the result of
+        `Kronecker.nearest`, in which every B is replaced by its truncated SVD. This start is already the optimum if the
+        rank is min(m2, n2), or if `dense` is a single Kronecker product whose B has at most this rank. The result is
+        never further from `dense` than the start, nor than the zero matrix.
 
-        At the start, A and B have equal norms, and so have down and up. If the target does not need a term, its A is
-        zero; if it does not need a direction of a term, its part of up is zero. The other arrays are not zero there, so
-        the term or direction can still learn.
+        In each term of the start, A and B have equal norms, and `down` and `up` have equal norms. If a term is not
+        needed for `dense`, its A is zero. If a singular direction of its B is not needed, the corresponding row of `up`
+        is zero. The other arrays are not zero there, so the zero entries have non-zero gradients.
 
-        The cost is O(m n min(m1 n1, m2 n2)) for the SVD and O(m n terms) per step.
+        The SVD takes O(m n min(m1 n1, m2 n2)) operations, and each step takes O(m n terms).
 
         Args:
-            dense: (in_features, out_features).
-            rank: As in `init`.
-            terms: As in `init`.
-            factor_shapes: As in `init`.
+            dense: The matrix to approximate, (in_features, out_features).
+            rank: Largest rank of the second factors, as in `init`.
+            terms: Number of Kronecker products in the sum, as in `init`.
+            factor_shapes: Shapes of the factors, as in `init`.
             steps: Largest number of steps of the search.
-            progress: Whether to show a bar.
+            progress: Whether to show a progress bar.
 
         Raises:
-            UserError: `dense` is not a floating-point matrix or holds numbers that are not finite, or the factors, the
-                terms, the rank or the number of steps is not possible.
+            UserError: `dense` is not a floating-point matrix or holds numbers that are not finite, or the shapes of the
+                factors, the number of terms, the rank or the number of steps is not possible.
         """
         dense = checked_dense(cls.__name__, dense)
         m, n = dense.shape
         factors = _checked_sizes((m, n), rank, terms, factor_shapes)
-        # The search divides the target by its largest entry, because A, down and up scale with different powers of it.
+        # The search works on the target divided by its largest entry, because A, down and up scale with different
+        # powers of the size of the target.
         unit = jnp.max(jnp.abs(dense))
         unit = jnp.where(unit > 0, unit, 1)
         start = _truncated(Kronecker.nearest(dense / unit, terms=terms, factor_shapes=factors), rank)
@@ -176,14 +181,14 @@ class LowRankKronecker(Family):
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return the largest rank of one term that the budget allows, with the default factors."""
+        """Return the largest rank within the budget of parameters, for one term and default factor shapes."""
         (m1, n1), (m2, n2) = near_square_factors(shape)
         rank = largest_size((budget - m1 * n1) // (m2 + n2), min(m2, n2))
         return {"rank": rank} if rank else None
 
     @classmethod
     def typical_options(cls, shape: tuple[int, int]) -> tuple[dict[str, Any], ...]:
-        """Return the options that benchmarks time."""
+        """Return the options with which the benchmarks measure the speed of this family: one term of rank 1."""
         del shape
         return ({"rank": 1},)
 
@@ -193,7 +198,7 @@ class LowRankKronecker(Family):
         return cls.random((8, 8), rank=1, factor_shapes=((2, 2), (4, 4)))
 
     def pieces(self) -> list[Piece | str]:
-        """Return the factors of the first terms."""
+        """Return what a picture shows: the factors of the first two products, and dots if there are more."""
 
         def term(k: int) -> list[Piece | str]:
             A, down, up = (factor_piece(name, k, self.terms) for name in ("A", "down", "up"))
@@ -203,11 +208,11 @@ class LowRankKronecker(Family):
 
     @property
     def T(self) -> "LowRankKronecker":
-        """The transpose: A is transposed, and down and up change places."""
+        """The transpose, with `A_k^T` as its `A_k`, `up_k^T` as its `down_k` and `down_k^T` as its `up_k`."""
         return LowRankKronecker(A=self.A.swapaxes(-1, -2), down=self.up.swapaxes(-1, -2), up=self.down.swapaxes(-1, -2))
 
     def compact(self) -> StructuredMatrix:
-        """Return the `Kronecker` of `down_k up_k` if that has fewer numbers, otherwise the matrix itself."""
+        """Return an equal `Kronecker` with `B_k = down_k up_k` if it has fewer parameters, otherwise this matrix."""
         m2, n2 = self.factor_shapes[1]
         return self._astype(self._compute_dtype())._kronecker() if m2 * n2 < self.rank * (m2 + n2) else self
 
@@ -238,7 +243,10 @@ def _check_rank(rank: int, factors: FactorShapes) -> None:
 
 @functools.partial(jax.jit, static_argnames="rank")
 def _truncated(matrix: Kronecker, rank: int) -> LowRankKronecker:
-    """Return the matrix with every B replaced by its nearest `down @ up` of this rank, with factors of equal norms."""
+    """Return the matrix in which every B is replaced by the nearest `down @ up` of this rank.
+
+    In each product `down @ up`, the two factors have equal norms.
+    """
     U, S, Vt = jnp.linalg.svd(matrix.B, full_matrices=False)
     largest = S[:, :1]  # never zero, because `Kronecker.nearest` returns no zero B
     empty = max(matrix.B.shape[1:]) * jnp.finfo(S.dtype).eps * largest >= S
