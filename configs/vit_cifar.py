@@ -1,6 +1,7 @@
-r"""ViT-B/16 (ImageNet-21k, AugReg) on CIFAR-10 with the settings of SURM (arXiv 2406.17740, section 5).
+r"""The configuration of a job that adapts ViT-B/16 (ImageNet-21k, AugReg) to CIFAR-10.
 
-They are Adam with the learning rate 5e-5, batch 64, 20,000 steps, and circulant updates of query, key and value.
+The settings are those of SURM (arXiv 2406.17740, section 5): Adam with the learning rate 5e-5, batch size 64, 20,000
+steps, and circulant updates of the query, key and value kernels.
 
     python launch.py --config=configs/vit_cifar.py --config.data.dir=FOLDER_OF_PREPARED_TFDS_SETS
 

@@ -1,1 +1,1 @@
-"""Where a run computes: the mesh of devices, the processes, and the cache of compiled programs."""
+"""The hardware side of a run: the device mesh, the processes, and the cache of compiled programs."""

@@ -1,9 +1,9 @@
-"""Computation on each device's part of a batch, without gathering the parts.
+"""A wrapper with which each device computes only its own part of a sharded batch.
 
-Under `jax.jit`, XLA does not partition an FFT along its batch dimensions: with activations sharded over a mesh it
-gathers all of them on every device, forward and backward, although the output's sharding looks right
-(https://github.com/jax-ml/jax/issues/15680). `batch_local` runs a function in `jax.shard_map`, where nothing is
-gathered.
+Under `jax.jit`, XLA does not partition an FFT along its batch dimensions. If the activations are sharded over a mesh,
+XLA gathers all of them on every device, in the forward and in the backward pass, although the sharding of the output
+looks right (https://github.com/jax-ml/jax/issues/15680). The wrapper `batch_local` runs a function in `jax.shard_map`,
+where nothing is gathered.
 """
 
 import functools
@@ -16,23 +16,28 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 BATCH_AXES = ("data", "fsdp")
-"""The mesh axes over which a batch is sharded, in this order."""
+"""The names of the mesh axes over which a batch is sharded, in this order."""
 
 
 def batch_local(fn: Callable[..., Array]) -> Callable[..., Array]:
-    """Return a version of `fn(x, *replicated)` that computes each device's part of the batch on that device.
+    """Return a version of a function that computes each device's part of the batch on that device.
 
-    The leading dimension of `x` and of the result is the batch. The other arguments are small and the same on every
-    device; their gradients are summed over the devices. `fn` must treat the examples independently.
+    The mesh is the one that `jax.set_mesh` set. The leading dimension of `x` is split over those of the mesh axes
+    `BATCH_AXES` that have the type `Auto`. An axis of the type `Explicit` counts only if the sharding in the type of
+    `x` names it for the leading dimension. An axis of the type `Manual` does not count, because the call is inside a
+    `jax.shard_map` that has already split the batch over this axis.
 
-    The mesh is the one that `jax.set_mesh` set. An `Auto` axis among its `BATCH_AXES` shards the leading dimension. An
-    `Explicit` axis does so if the type of `x` says so. A `Manual` axis has already done so: the call is inside a
-    `jax.shard_map`. `fn` is called directly if no axis is left, if `x` has rank 1, and if the axes do not divide the
-    leading dimension: a batch that cannot be sharded evenly has no local parts. Under `jax.vmap` the mapped dimension
-    is invisible here, so keep the batch as the leading dimension instead of mapping over it.
+    In three cases `fn` is called directly: no axis counts, `x` has fewer than two dimensions, or the number of devices
+    does not divide the leading dimension. Under `jax.vmap`, this function cannot see the mapped dimension. So keep the
+    batch as the leading dimension instead of mapping over it.
+
+    Args:
+        fn: A function `fn(x, *replicated)`. The leading dimension of `x` and of the result is the batch, and `fn` must
+            treat the examples independently. The other arguments are small arrays that are the same on every device.
+            Their gradients are summed over the devices.
 
     Returns:
-        A function of the same arguments with the same value and gradients, for `jit` and for eager use.
+        A function of the same arguments with the same value and gradients. It works with and without `jax.jit`.
     """
 
     @functools.wraps(fn)
@@ -42,8 +47,9 @@ def batch_local(fn: Callable[..., Array]) -> Callable[..., Array]:
             return fn(x, *replicated)
 
         def on_part(x: Array, *replicated: Array) -> Array:
-            # JAX sums gradients where an array stops being the same on all devices. Do it here, where the arrays are
-            # small, and not where they meet `x`, perhaps as a dense matrix.
+            # `pcast` marks an array as different on each device. In the backward pass, JAX sums the gradient over the
+            # devices at this place. Do it here, where the arrays are small. Otherwise JAX does it where `fn` combines
+            # them with `x`, perhaps after they were expanded to a dense matrix.
             return fn(x, *jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axes, to="varying"), replicated))
 
         specs = (P(axes), *(P() for _ in replicated))
@@ -58,7 +64,7 @@ def _batch_axes(x: Array) -> tuple[str, ...]:
     if mesh.empty or x.ndim < 2:
         return ()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    # shard_map requires its specs to repeat what the types of explicit axes say, in the same order.
+    # `shard_map` requires that its specs name the explicit axes in the same order as the type of `x`.
     leading = jax.typeof(x).sharding.spec[0] or ()
     typed = (leading,) if isinstance(leading, str) else tuple(leading)
     explicit = tuple(axis for axis in typed if axis in BATCH_AXES and types[axis] == AxisType.Explicit)

@@ -1,4 +1,4 @@
-"""The cache of compiled programs: a run that is repeated or resumed does not compile its step again."""
+"""The persistent cache of compiled programs, which saves a repeated or resumed run from compiling its step again."""
 
 import jax
 
@@ -8,14 +8,15 @@ LARGEST = 2**31
 
 
 def use_compilation_cache() -> None:
-    """Turn on JAX's persistent compilation cache in `<cache>/programs`, unless JAX was given another folder.
+    """Turn on JAX's persistent compilation cache, unless the user has already turned it on with another folder.
 
-    It holds up to 2 GiB, and removes the least recently used programs first. See
-    https://docs.jax.dev/en/latest/persistent_compilation_cache.html, also for `JAX_COMPILATION_CACHE_DIR`.
+    The cache is the folder `programs` in `surm_jax.files.cache_root()`. It holds up to 2 GiB, and the least recently
+    used programs are removed first. The user can choose another folder with the environment variable
+    `JAX_COMPILATION_CACHE_DIR` (https://docs.jax.dev/en/latest/persistent_compilation_cache.html).
     """
     # JAX defines the attributes of its options when it is imported, so that a type checker does not see them.
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "programs"))
         jax.config.update("jax_compilation_cache_max_size", LARGEST)
-        # Reading a program from the disk is hardly faster than compiling it in less than a second.
+        # Do not store programs that compile in less than a second: reading them from the disk is hardly faster.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -1,8 +1,9 @@
-"""The device mesh: both axes split the batch, and `fsdp` also splits the large arrays of the frozen base.
+"""The device mesh with its axes `data` and `fsdp`, and the sharding of all arrays of a run over it.
 
-Trained arrays, the optimiser's state and small arrays are replicated. A split array is gathered where it is used, in
-the forward pass and again in the backward pass, so that no device ever keeps the whole base (fully sharded data
-parallelism, arXiv 1910.02054, stage 3, for the frozen weights).
+The batch is split over both axes. The large arrays of the frozen base model are split over `fsdp`. The trained arrays,
+the optimiser's state and small arrays are replicated. A split array is gathered just before it is used, in the forward
+pass and again in the backward pass, so that no device ever holds the whole base model. This is fully sharded data
+parallelism (arXiv 1910.02054, stage 3), applied to the frozen weights.
 """
 
 import re
@@ -17,11 +18,14 @@ from surm_jax.devices.batch import BATCH_AXES
 from surm_jax.errors import UserError
 
 FSDP_AXIS = BATCH_AXES[1]
-# Arrays with fewer elements are replicated: splitting them would save less memory than the communication is worth.
+# Arrays of the base model with fewer elements are replicated. Splitting them would save too little memory to be worth
+# the communication.
 SMALLEST_SPLIT = 2**14
-# Primitives whose outputs the backward pass recomputes: the gathering of arrays, and copies in other shapes and dtypes.
+# Names of the JAX primitives whose outputs are not kept for the backward pass. The first one gathers a split array. The
+# others make copies of a gathered array in another shape or dtype.
 _NOT_KEPT = ("sharding_constraint", "reshape", "convert_element_type", "transpose", "squeeze", "broadcast_in_dim")
-# Paths of the frozen arrays of blocks, and of the arrays that hold several equal blocks along their first axis.
+# The beginnings of the paths of all arrays inside blocks, and of those arrays that hold several equal blocks, stacked
+# along the first axis.
 _IN_BLOCKS = re.compile(r"blocks/")
 _STACKED = re.compile(r"blocks/\d+/stacked/")
 
@@ -30,18 +34,21 @@ Tree = TypeVar("Tree")
 
 
 def make_mesh(data: int, batch_sizes: dict[str, int], fsdp: int = 1) -> jax.sharding.Mesh:
-    """Return a mesh of `data` times `fsdp` devices.
+    """Return a device mesh of `data` times `fsdp` devices, after checking that the batch sizes fit it.
 
-    The devices are ordered by process, so that the devices of each process, and its rows of a batch, are contiguous.
+    The devices are ordered by process. Thus the devices of one process are neighbours in the mesh, and its rows of a
+    batch are neighbours in the batch.
 
     Args:
-        data: Number of devices along the axis that splits only the batch. 0: all devices, divided by `fsdp`.
-        batch_sizes: The batch sizes that must divide over the mesh, by their configuration key.
-        fsdp: Number of devices along the axis that also splits the base.
+        data: The number of devices along the axis `data`, which splits only the batch. 0 means the number of all
+            devices divided by `fsdp`.
+        batch_sizes: Batch sizes that must be divisible by the number of devices, by the configuration key that error
+            messages name.
+        fsdp: The number of devices along the axis `fsdp`, which also splits the large arrays of the base model.
 
     Raises:
-        UserError: There are too few devices, a batch size does not divide over them, or several processes would not use
-            all of their devices.
+        UserError: There are too few devices, a batch size is not divisible by the number of devices, or a run with
+            several processes would leave devices unused.
     """
     available = jax.device_count()
     data = data or max(1, available // fsdp)
@@ -68,17 +75,21 @@ def make_mesh(data: int, batch_sizes: dict[str, int], fsdp: int = 1) -> jax.shar
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
-    """Return the sharding of arrays that every device holds completely: adapters, optimiser state, small weights."""
+    """Return the sharding with which every device holds the whole array, as for trained arrays and small weights."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Return the sharding of batches: along their first axis, over all devices."""
+    """Return the sharding of the arrays of a batch: their first axis is split over all devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def base_sharding(mesh: AnyMesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Return the sharding of a frozen array: along the longest axis that divides over `fsdp`, or none if it is small.
+    """Return the sharding of a frozen array of a given shape.
+
+    Its longest axis that is divisible by the number of devices along `fsdp` is split over these devices. If no axis is
+    divisible, or if the array has fewer than 2**14 elements, the array is replicated. In this example, the first array
+    is split along its first axis, and the second is too small:
 
     >>> mesh = make_mesh(1, {}, fsdp=4)
     >>> base_sharding(mesh, (768, 12, 64)).spec, base_sharding(mesh, (768,)).spec
@@ -93,7 +104,11 @@ def base_sharding(mesh: AnyMesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def put_base(frozen: Tree, mesh: jax.sharding.Mesh) -> Tree:
-    """Put the frozen arrays on the mesh. The slices of a stacked array are split like the array of a single block."""
+    """Move the frozen arrays of a model to the devices of the mesh, each with its `base_sharding`.
+
+    An array that is stacked over several blocks is sharded so that each of its slices has the `base_sharding` of the
+    array of a single block.
+    """
 
     def sharding(path: tuple, leaf: jax.Array) -> NamedSharding:
         if not _STACKED.match(_name(path)):
@@ -104,7 +119,7 @@ def put_base(frozen: Tree, mesh: jax.sharding.Mesh) -> Tree:
 
 
 def gathered(tree: Tree, mesh: AnyMesh) -> Tree:
-    """Gather the split arrays of the base on every device, inside a compiled program."""
+    """Gather all split arrays of a pytree on every device. Use this inside a compiled function."""
 
     def gather(leaf: jax.Array) -> jax.Array:
         if base_sharding(mesh, leaf.shape).is_fully_replicated:
@@ -115,15 +130,18 @@ def gathered(tree: Tree, mesh: AnyMesh) -> Tree:
 
 
 def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Tell `jax.checkpoint`, as its policy, to keep all outputs except gathered arrays and copies of them."""
+    """Return whether `jax.checkpoint` keeps the outputs of a primitive for the backward pass.
+
+    This is a policy for `jax.checkpoint`. It keeps all outputs except gathered arrays and copies of them.
+    """
     return primitive.name not in _NOT_KEPT
 
 
 def with_whole_base(fn: Callable, mesh: jax.sharding.Mesh) -> Callable:
-    """Return a version of `fn(trained, frozen, *rest)` that works with a split frozen base.
+    """Return a version of `fn(trained, frozen, *rest)` that works if the arrays in `frozen` are split over devices.
 
-    Arrays outside the blocks are gathered before `fn` uses them. Each block gathers its own arrays, in the forward pass
-    and again in the backward pass (`surm_jax.training.blocks`).
+    The frozen arrays outside the blocks are gathered before `fn` is called. The arrays of the blocks stay split,
+    because each block gathers its own arrays when it runs (`surm_jax.training.blocks`).
     """
     if mesh.shape[FSDP_AXIS] == 1:
         return fn
@@ -139,6 +157,11 @@ def _name(path: tuple) -> str:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Put this process's part of a batch on its devices."""
+    """Make the sharded arrays of a batch from the rows that this process has loaded.
+
+    Args:
+        batch: This process's rows of the batch, as host arrays by name.
+        mesh: The device mesh.
+    """
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

@@ -1,9 +1,11 @@
-"""The processes of one run: how they start, what only the first does, and what all must agree on.
+"""The processes of one run: how they start, exchange information and stop.
 
-Every process runs the same program on its own devices and its own part of each batch. Only the first (number 0) writes
-files and prints, except that Orbax writes from all processes. If one process takes another branch than the others, they
-wait for it forever. So all processes must know whatever decides the next step: a signal that one of them got
-(`Agreement`), what the first found on the disk (`on_first`), an error (`leave`).
+Every process runs the same program on its own devices, with its own rows of each batch. Only the first process (index
+0) writes files and prints. The exception is Orbax, which writes checkpoints from all processes.
+
+If one process took another branch of the program than the others, they would wait for it forever. So all processes must
+share whatever decides what they do next. `Agreement` shares a signal that one process got, `on_first` shares what the
+first process found on the disk, and `leave` ends all processes together.
 """
 
 import contextlib
@@ -27,14 +29,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from surm_jax.devices import private
 from surm_jax.errors import UserError
 
-# Seconds without a heartbeat after which a process counts as dead and the others are stopped.
+# Seconds without a heartbeat after which JAX considers a process dead and stops the others.
 HEARTBEAT = 30
-# Seconds for which processes that stop for the same reason wait for each other.
+# Longest time in seconds that a process waits for the others when it ends (`leave`).
 MEETING = 10
-# Seconds that the first process waits before it exits, so that the others can print their messages: they die with it.
+# Seconds that the first process waits before it exits early. The other processes die with it, and in this time they can
+# still print their messages.
 LAST_WORDS = 2
-# Words in errors which mean that another process is gone. They come from collectives on CPUs and GPUs, and from the
-# coordination service.
+# An error message that contains one of these words means that another process is gone. Gloo runs the collectives on
+# CPUs, and NCCL on GPUs.
 _LOST = ("Gloo", "NCCL", "coordination service", "CoordinationService", "UNAVAILABLE")
 # One day in milliseconds.
 _DAY = 24 * 3600 * 1000
@@ -45,19 +48,20 @@ _numbers = itertools.count()
 
 
 def start(coordinator: str | None = None, process_id: int | None = None, num_processes: int | None = None) -> None:
-    """Join the other processes of this run, if there are any. Call it before devices are used.
+    """Connect this process with the other processes of its run, if there are any.
 
-    Without arguments, JAX recognises the cluster: Slurm, Open MPI, Cloud TPU, GKE or another Kubernetes job. A single
-    process is left as it is. After this call, only the first process prints to the standard output and shows warnings.
+    Call it before JAX's devices are used. Without arguments, the processes are found if JAX recognises the cluster
+    (Slurm, Open MPI, Cloud TPU, GKE or another Kubernetes job). If there is only one process, this does nothing. With
+    several processes, only the first one prints to the standard output and shows warnings from now on.
 
     Args:
-        coordinator: `HOST:PORT` of process 0, which all processes must be able to reach.
-        process_id: The number of this process, from 0.
+        coordinator: The address `HOST:PORT` at which process 0 listens, and which all processes must be able to reach.
+        process_id: The index of this process, counted from 0.
         num_processes: The number of processes.
 
     Raises:
-        UserError: Only some arguments are given, a value is not allowed, or the port is in use. If the other processes
-            do not connect within five minutes, JAX itself ends this process with a message.
+        UserError: Only some of the arguments are given, a value is not allowed, or the port is in use. If the other
+            processes do not connect within five minutes, JAX itself ends this process with a message.
     """
     if coordinator is not None and process_id is not None and num_processes is not None:
         _require_place(coordinator, process_id, num_processes)
@@ -71,7 +75,8 @@ def start(coordinator: str | None = None, process_id: int | None = None, num_pro
             )
         if private.process_count_of_environment() < 2:
             return
-    # `Agreement` already tells all processes of a signal, so that they save at the next step.
+    # JAX's preemption service would also catch signals. It is not needed: when one process gets a signal, `Agreement`
+    # shares it, and all processes save a checkpoint and stop.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator_address=coordinator,
@@ -90,12 +95,14 @@ def several() -> bool:
 
 
 def is_first() -> bool:
-    """Return whether this process writes and prints: the only process, or the first of several."""
+    """Return whether this process writes files and prints, because it is the only process or the first of several."""
     return private.process_index() == 0
 
 
 def share(batch_size: int) -> dict[str, int]:
-    """Return the arguments with which an input pipeline makes this process's part of each batch.
+    """Return the arguments with which the data pipelines of `surm_jax.data` make this process's rows of each batch.
+
+    `batch_size` in the result is the number of rows of this process. A single process makes the whole batch:
 
     >>> share(64)
     {'batch_size': 64, 'process_index': 0, 'process_count': 1}
@@ -105,10 +112,10 @@ def share(batch_size: int) -> dict[str, int]:
 
 
 def whole_on_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """Return the whole array on the host, including parts that only other processes hold.
+    """Return a whole array as a NumPy array, including the parts that are only on devices of other processes.
 
-    Collective: call it from every process, with the arrays in the same order. Arrays that each process holds completely
-    are not transferred. It costs one copy.
+    Collective: call it from every process, with the arrays in the same order. It costs one copy of the array. Arrays
+    that every process holds completely are not transferred between processes.
 
     >>> whole_on_host(jnp.arange(3))
     array([0, 1, 2], dtype=int32)
@@ -119,7 +126,10 @@ def whole_on_host(array: jax.Array | np.ndarray) -> np.ndarray:
 
 
 def meet() -> None:
-    """Wait for the other processes. Gloo fails if a process is half a minute late for the first collective."""
+    """Wait until all processes of the run have called this function.
+
+    It is used before the first collective, because Gloo fails if a process comes to it half a minute after the others.
+    """
     if several():
         private.coordination_client().wait_at_barrier(f"surm_jax/meet/{next(_numbers)}", _DAY)
 
@@ -128,13 +138,15 @@ def on_first(action: Callable[[], Any]) -> Any:
     """Run a function only in the first process, while the others wait. Collective: call it from every process.
 
     Args:
-        action: Takes no arguments and returns JSON values. It must not use arrays of which other processes hold parts.
+        action: A function without arguments that returns a value that JSON can represent. It must not use arrays that
+            are partly on devices of other processes.
 
     Returns:
-        The value that the function returned, in all processes.
+        The value that `action` returned in the first process. All processes return it.
 
     Raises:
-        UserError: The function raised a `UserError` or an `OSError` in the first process. Raised in all processes.
+        UserError: `action` raised a `UserError` or an `OSError` in the first process. All processes raise this error.
+            In a run of one process, the error of `action` is raised as it is.
     """
     if not several():
         return action()
@@ -157,7 +169,7 @@ def opened_on_first(context: contextlib.AbstractContextManager) -> Iterator[None
     """Enter a context only in the first process, while the others wait. Collective: call it from every process.
 
     Raises:
-        UserError: Entering the context failed in the first process. Raised in all processes.
+        UserError: Entering the context failed in the first process. All processes raise this error.
     """
     with contextlib.ExitStack() as stack:
         on_first(lambda: stack.enter_context(context))
@@ -165,19 +177,26 @@ def opened_on_first(context: contextlib.AbstractContextManager) -> Iterator[None
 
 
 def tree_on_first(tree: Tree) -> Tree | None:
-    """Copy the arrays of a tree to the host of the first process; return None in the other processes.
+    """Return a pytree with whole host copies of all arrays in the first process, and None in the other processes.
 
-    Collective: call it from every process. A single process gets the arrays as they are.
+    Collective: call it from every process. In a run of one process, the pytree is returned unchanged.
     """
     if not several():
         return tree
-    # Array by array, so that a process that keeps no array holds only one at a time.
+    # Copy the arrays one by one, and drop each at once in the other processes, so that these hold only one at a time.
     arrays = jax.tree.map(lambda array: whole_on_host(array) if is_first() else whole_on_host(array) is None, tree)
     return arrays if is_first() else None
 
 
 def union(numbers: set[int], most: int) -> set[int]:
-    """Return the union of the sets of all processes. Each set holds at most `most` numbers, none of them negative."""
+    """Return the union of the sets that all processes pass.
+
+    Collective: call it from every process.
+
+    Args:
+        numbers: This process's set of integers >= 0.
+        most: The largest size that the set of a process can have. It must be the same in all processes.
+    """
     if not several() or not most:
         return numbers
     mine = np.full(most, -1, np.int32)
@@ -186,10 +205,13 @@ def union(numbers: set[int], most: int) -> set[int]:
 
 
 class Agreement:
-    """A way to tell all processes a number that one of them has, without waiting for the devices.
+    """A maximum over all processes, with which one process shares a number, such as a signal, with the others.
 
-    Each call returns the largest number that any process passed to the previous call. A single process gets its own
-    number at once. Collective: all processes must call it equally often. Each call costs a maximum over one number per
+    Each call takes a number and returns the largest number that any process passed to the previous call. Since the
+    result is always that of the previous call, no call waits for the devices. In a run of one process, each call
+    returns its own number.
+
+    Collective: all processes must call it equally often. A call costs a maximum over an array with one number for each
     device.
 
     Args:
@@ -202,7 +224,7 @@ class Agreement:
         self._before: jax.Array | None = None
 
     def __call__(self, number: int) -> int:
-        """Pass a number >= 0; return the largest number of the previous call, or 0 in the first call."""
+        """Pass a number >= 0, and return the largest number that was passed to the previous call (0 at first)."""
         if not several():
             return number
         mine = np.full(jax.local_device_count(), number, np.int32)
@@ -213,27 +235,33 @@ class Agreement:
 def leave(message: object, status: int) -> NoReturn:
     """End this process with a message on the standard error.
 
-    If all processes leave, only the first prints its message. A process that leaves while the others stay prints its
-    own message and does not wait for the others, which notice that it is gone and stop as well.
+    If all processes call this function within 10 seconds, only the first prints its message. If some process does not
+    call it, those that do print their own messages and end without waiting. The others notice that a process is gone,
+    and stop as well.
+
+    Args:
+        message: The message.
+        status: The exit status of the process.
     """
     if several():
         try:
             private.coordination_client().wait_at_barrier("surm_jax/leave", MEETING * 1000)
-        except Exception:  # The service may raise anything if another process does not come.
+        except Exception:  # If another process does not come, the service may raise any type of error.
             _exit_now(message, status)
     if not is_first():
         sys.exit(status)
     if status == 1:
-        sys.exit(str(message))  # Python prints it.
+        sys.exit(str(message))  # Python prints the message and uses the status 1.
     print(message, file=sys.stderr)
     sys.exit(status)
 
 
 def leave_for(error: Exception) -> NoReturn:
-    """End this process because of an error.
+    """End this process because of an error, with an error message and exit status 1.
 
-    A `UserError` or an `OSError` is printed as one line, any other error with its traceback. If the error means that
-    another process is gone, this process says so and does not wait for the others.
+    For a `UserError` or an `OSError`, only the message of the error is printed. For any other error, the traceback is
+    printed, too. If the error means that another process is gone, this process prints that and does not wait for the
+    others.
     """
     if several() and is_lost(error):
         _exit_now(
@@ -264,7 +292,11 @@ def _exit_now(message: object, status: int) -> NoReturn:
 
 
 def _require_place(coordinator: str, process_id: int, num_processes: int) -> None:
-    """Check the arguments of `start`. Process 0 must also be able to listen at the port."""
+    """Check the arguments of `start`. Process 0 also checks that it can listen at the port, and prints that it waits.
+
+    Raises:
+        UserError: An argument is not allowed, or the port is in use.
+    """
     if not 0 <= process_id < num_processes:
         raise UserError(f"--process_id={process_id} must lie between 0 and {num_processes - 1} (--num_processes - 1)")
     if not coordinator.rpartition(":")[2].isdecimal() or ":" not in coordinator:
@@ -275,7 +307,7 @@ def _require_place(coordinator: str, process_id: int, num_processes: int) -> Non
 
 
 def _require_free(coordinator: str) -> None:
-    # JAX would crash if the port is in use.
+    # Check it here, because JAX crashes if the port is in use.
     try:
         socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
     except (OSError, OverflowError) as error:

@@ -1,1 +1,1 @@
-"""What a run writes into its folder: configuration, checkpoints, metrics, result and curves."""
+"""The files that a run writes into its folder: configuration, checkpoints, metrics, result and curves."""

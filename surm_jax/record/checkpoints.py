@@ -1,9 +1,13 @@
-"""Checkpoints of a run: the trained arrays, the optimiser, and the position in the data, but not the base weights.
+"""The checkpoints of a run, from which an interrupted run resumes.
 
-A checkpoint is a folder named by its step. It holds `arrays/`, which Orbax writes, and `checkpoint.json`, which records
-the run, base and data that the arrays belong to and the SHA-256 of every file. The folder is written under a temporary
-name and renamed when everything is on the disk. The last two checkpoints and the one with the best evaluation are kept.
-Reading is strict: another structure, other base weights or a single flipped bit in any file is an error that says so.
+A checkpoint holds the trained arrays, the state of the optimiser and the position in the data, but not the weights of
+the frozen base model. It is a folder whose name is its step. The folder contains `arrays/`, which Orbax writes, and
+`checkpoint.json`. This file holds the SHA-256 of every file, the configuration of the run, the fingerprint of the base
+model, and a description of the data set.
+
+The folder is written under a temporary name, and renamed when everything is on the disk. The last two checkpoints and
+the one with the best evaluation are kept. A checkpoint is checked strictly when it is read: another structure, other
+base weights or a single changed bit in any file raises an error whose message says what is wrong.
 """
 
 import hashlib
@@ -25,7 +29,8 @@ from surm_jax.peft import check_fingerprint
 from surm_jax.record.workdir import config_changes, differences
 
 State = Any
-"""A named tuple of arrays and trees of arrays. Its field `step` is the number of updates."""
+"""A named tuple of arrays and pytrees of arrays, such as `surm_jax.training.step.TrainState`. Its field `step` is the
+number of updates made."""
 
 ARRAYS_NAME = "arrays"
 RECORD_NAME = "checkpoint.json"
@@ -35,10 +40,10 @@ class Restored(NamedTuple):
     """The content of a checkpoint.
 
     Attributes:
-        state: The arrays, on the same devices as those of the template.
-        data: The state of the data iterator.
-        seconds: The working time of the run until then.
-        score: The task's first metric in the evaluation at this step, or None if there was none.
+        state: The arrays, with the same sharding as those of the template that was passed to `Checkpoints.restore`.
+        data: The state of the iterator over training batches.
+        seconds: The working time of the run until this checkpoint, summed over all its starts.
+        score: The task's first metric in the evaluation at this step, or None if there was no evaluation.
     """
 
     state: State
@@ -48,13 +53,17 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in one folder. All processes write the arrays; the first process does everything else.
+    """The folder of a run's checkpoints, for saving and restoring them.
+
+    If a run has several processes, all of them write the arrays, and the first one does everything else.
 
     Args:
-        folder: The folder. It is made if it does not exist. Half-written checkpoints of killed processes are removed.
-        base: The fingerprint of the frozen weights.
-        config: The configuration of the run.
-        dataset: JSON values by name that identify the data.
+        folder: The folder. It is made if it does not exist. Half-written checkpoints, which killed processes have left,
+            are removed.
+        base: The fingerprint of the frozen arrays.
+        config: The configuration of the run, as nested dictionaries.
+        dataset: Values that identify the data set, such as its name and its number of examples. JSON must be able to
+            represent them.
 
     Raises:
         UserError: The folder cannot be read or made, or a checkpoint in it is damaged. The message names the damaged
@@ -90,22 +99,23 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the last checkpoint, or None if there is none."""
+        """The step of the last checkpoint, or None if there is no checkpoint."""
         return max(self._scores, default=None)
 
     def save(self, state: State, data: dict[str, Any], seconds: float, score: float | None = None) -> None:
-        """Write a checkpoint, then remove all but the last two and the one with the best score.
+        """Write a checkpoint. Then remove all checkpoints except the last two and the one with the best score.
 
-        A checkpoint of the same step is replaced.
+        If there already is a checkpoint of the same step, it is replaced. Collective: call it from every process.
 
         Args:
             state: The arrays.
-            data: The state of the data iterator, as JSON values.
-            seconds: The working time of the run until now.
-            score: The task's first metric in the evaluation at this step, if there was one. Larger is better.
+            data: The state of the iterator over training batches. JSON must be able to represent it.
+            seconds: The working time of the run until now, summed over all its starts.
+            score: The task's first metric in the evaluation at this step, or None if there was no evaluation. Larger is
+                better.
 
         Raises:
-            UserError: The checkpoint cannot be written. Earlier checkpoints stay.
+            UserError: The checkpoint cannot be written. Earlier checkpoints are not changed.
         """
         step = int(state.step)
         record = {
@@ -124,7 +134,7 @@ class Checkpoints:
             on_first(lambda: self._complete(temporary, record))
             self._scores[step] = score
             self._prune()
-        except Exception as error:  # Orbax raises whatever its storage raises.
+        except Exception as error:  # Orbax passes on any error of the file system or storage library below it.
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(
                 f"cannot write the checkpoint {self.folder / str(step)}: {_first_line(error)}. Earlier ones are as they"
@@ -132,13 +142,15 @@ class Checkpoints:
             ) from error
 
     def restore(self, template: State) -> Restored:
-        """Read the last checkpoint.
+        """Read the last checkpoint, after checking that it belongs to this run and is not damaged.
 
         Args:
-            template: A state of the same structure, on the devices on which to put the arrays.
+            template: A state of the same structure, whose arrays have the shapes, dtypes and shardings that the
+                restored arrays get.
 
         Raises:
-            UserError: The checkpoint is damaged, has another structure, or belongs to another run, base or data set.
+            UserError: The checkpoint is damaged, has another structure, or belongs to another run, base model or data
+                set.
         """
         step = self.latest
         if step is None:
@@ -192,7 +204,7 @@ class Checkpoints:
 
 
 def last_checkpoint(folder: Path) -> str:
-    """Return a sentence that names the last checkpoint in a folder.
+    """Return a sentence that names the last checkpoint in a folder, for error messages.
 
     >>> last_checkpoint(Path("nowhere"))
     'There is no checkpoint yet'
@@ -222,10 +234,10 @@ _RECORD: dict[str, type | tuple[type, ...]] = {
 
 
 def _read_record(checkpoint: Path) -> dict[str, Any]:
-    """Read `checkpoint.json`, and check every file of the checkpoint against it.
+    """Read `checkpoint.json` of a checkpoint, and check every file of the checkpoint by its SHA-256 in it.
 
     Raises:
-        UserError: A file is missing, damaged or does not belong to the checkpoint. The message names it.
+        UserError: A file is missing or damaged, or does not belong to the checkpoint. The message names the file.
     """
     record = read_json(checkpoint / RECORD_NAME)
     if wrong := [key for key, kind in _RECORD.items() if not isinstance(record.get(key, ...), kind)]:
@@ -248,13 +260,13 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
 
 
 def _sum(record: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of all fields of a record except `sha256`."""
+    """Return the SHA-256 of the content of `checkpoint.json`, without its field `sha256`."""
     rest = {key: value for key, value in record.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file below a folder, by relative path."""
+    """Return the SHA-256 of every file in a folder and its subfolders, by the relative path of the file."""
     sums = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -264,7 +276,11 @@ def _files(folder: Path) -> dict[str, str]:
 
 
 def _digest(state: State) -> dict[str, Any]:
-    """Return the names, shapes and dtypes of all leaves, and one SHA-256 of their bits."""
+    """Return two fields of `checkpoint.json` that describe a state.
+
+    `leaves` holds the dtype and the shape of every array by its path, and `arrays` is one SHA-256 of the paths and the
+    bits of all arrays.
+    """
     leaves, sha256 = {}, hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

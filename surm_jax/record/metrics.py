@@ -1,4 +1,4 @@
-"""The metrics of a run: `metrics.jsonl`, one JSON object per line, and TensorBoard."""
+"""The log of a run's metrics: the file `metrics.jsonl`, with one JSON object per line, and files for TensorBoard."""
 
 import contextlib
 import json
@@ -17,22 +17,23 @@ from surm_jax.files import replacing
 from surm_jax.record.progress import Progress, Stopwatch
 
 JSONL_NAME = "metrics.jsonl"
-# The metrics of a step, in the order in which they are shown. Without classes there is no accuracy.
+# The metrics of a training step, in the order in which they are shown. A task without classes has no accuracy.
 STEP_METRICS = ("train_loss", "train_accuracy", "gradient_norm")
 
 
 class NotFiniteError(UserError):
-    """The error of a run that diverged: a loss or another metric is NaN or infinite."""
+    """The error that is raised if a loss or another metric is NaN or infinite, because the run has diverged."""
 
 
 class MetricWriter:
     """A writer of metrics to `<folder>/metrics.jsonl` and `<folder>/tensorboard/`. Use it as a context manager.
 
-    Only the first process writes. The others only check that the numbers are finite.
+    If a run has several processes, only the first one writes. The others only check that the metrics are finite.
 
     Args:
-        folder: The run's folder.
-        step: The step from which the run resumes. Lines of later steps are removed, because those steps are repeated.
+        folder: The folder of the run.
+        step: The step from which the run resumes, or 0. Metrics of later steps, which an earlier start has written, are
+            removed, because these steps are repeated.
 
     Raises:
         UserError: The file cannot be written.
@@ -59,7 +60,7 @@ class MetricWriter:
     def __exit__(self, kind: type | None, *_: object) -> None:
         if self._jsonl is None:
             return
-        # Every line was flushed when it was written, so closing the file has nothing left to write.
+        # Every line was flushed when it was written. So nothing is lost if closing the file fails.
         with contextlib.suppress(OSError):
             self._jsonl.close()
         try:
@@ -72,8 +73,8 @@ class MetricWriter:
         """Write the metrics of one step.
 
         Raises:
-            NotFiniteError: A number is not finite.
-            UserError: The numbers cannot be written.
+            NotFiniteError: A metric is not finite.
+            UserError: The metrics cannot be written.
         """
         require_finite(step, metrics)
         if self._jsonl is None:
@@ -87,16 +88,21 @@ class MetricWriter:
             self._tensorboard.add_scalar(name, value, step)
 
     def sync(self) -> None:
-        """Force all lines to disk. Call it before each checkpoint, so that none exists without its metrics."""
+        """Force all written metrics to disk.
+
+        Call it before a checkpoint is saved, so that there is never a checkpoint whose metrics are missing.
+        """
         if self._jsonl is not None:
             os.fsync(self._jsonl.fileno())
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a run's `metrics.jsonl`. A damaged last line, which a kill leaves, is skipped.
+    """Yield the JSON objects in the lines of a run's `metrics.jsonl`.
+
+    If the last line is damaged, it is skipped, because the run may have been killed while it wrote this line.
 
     Raises:
-        UserError: A line before the last one is not a JSON object with a step.
+        UserError: A line before the last one is not a JSON object with a number `step`.
     """
     path = folder / JSONL_NAME
     lines = path.read_text().splitlines()
@@ -112,7 +118,7 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def require_finite(step: int, metrics: Mapping[str, float]) -> None:
-    """Check that all metrics are finite, in order to stop a run that diverged.
+    """Check that all metrics of a step are finite, in order to stop a run that has diverged.
 
     Raises:
         NotFiniteError: A metric is not finite. The message names it and the step.
@@ -123,17 +129,20 @@ def require_finite(step: int, metrics: Mapping[str, float]) -> None:
 
 
 class StepLog:
-    """A log of training steps. It works one step behind the device, so that the device never waits for it.
+    """A log of the metrics of training steps.
 
-    The metrics of every step are checked. Those of every `every`-th step and of the last step are written.
+    While the device computes a step, this object handles the metrics of the previous step, so that the device never
+    waits for it. It checks that the metrics of every step are finite. It writes and shows them at every `every`-th step
+    and at the last step.
 
     Args:
         writer: Writes the metrics.
         progress: Shows the metrics.
-        watch: Counts the steps. It starts after the first step, whose time may include compilation.
-        every: Number of steps between two that are written. 0: only the last step is written.
-        last: The last step.
-        rates: Returns other values of a step, such as its learning rates.
+        watch: Counts the steps and measures their time. It is started after the first step, whose time may include
+            compilation.
+        every: The number of steps from one that is written to the next. 0 means that only the last step is written.
+        last: The last step of the run.
+        rates: A function from a step to further values to write for it, such as its learning rates.
     """
 
     def __init__(
@@ -150,12 +159,12 @@ class StepLog:
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
 
     def note(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Write the metrics of the previous step, and keep those of this step, which may still be running."""
+        """Take the metrics of a step that may still be running on the device. Handle those of the previous step."""
         self.flush()
         self._pending = step, metrics
 
     def flush(self) -> None:
-        """Wait for the metrics passed last, check them, and write them if they are due.
+        """Wait for the metrics that were passed to `note` last. Check them, and write them if this step is written.
 
         Raises:
             NotFiniteError: A metric is not finite.
@@ -165,7 +174,7 @@ class StepLog:
         step, metrics = self._pending
         self._pending = None
         metrics = jax.device_get(metrics)
-        # jit sorts the names of its outputs; restore the order in which they are shown.
+        # `jax.jit` sorts the keys of the dictionary that it returns. Restore the order in which metrics are shown.
         values = {name: float(metrics[name]) for name in STEP_METRICS if name in metrics}
         self._watch.count_or_start()
         require_finite(step, values)

@@ -1,6 +1,7 @@
-"""The progress that a run shows, and the signals that stop it.
+"""The display of a run's progress, and the handling of the signals that stop a run.
 
-A terminal shows a bar with the time left, a log file plain lines. Only the first process shows anything.
+Progress is written to the standard error: as a bar with the time left if this is a terminal, and otherwise as plain
+lines, such as in a log file. If a run has several processes, only the first one shows anything.
 """
 
 import datetime
@@ -17,12 +18,12 @@ from surm_jax.devices.processes import is_first
 
 
 class Progress:
-    """The progress of a loop of known length. Use it as a context manager.
+    """The display of the progress of a loop of known length. Use it as a context manager.
 
     Args:
-        what: The name to show.
-        total: Number of steps of the whole run.
-        start: Number of steps already made.
+        what: The name that is shown with the bar or at the beginning of each line.
+        total: The number of steps of the whole run.
+        start: The number of steps that were made before this start of the run.
     """
 
     def __init__(self, what: str, total: int, start: int):
@@ -38,11 +39,11 @@ class Progress:
         self._bar.close()
 
     def advance(self) -> None:
-        """Count one step."""
+        """Count one step, and move the bar."""
         self._bar.update()
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the metrics of a step next to the bar, or without a terminal as a line with the time left."""
+        """Show the metrics of a step: next to the bar, or without a terminal in a line with the time left."""
         if not self._bar.disable:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
             return
@@ -52,14 +53,14 @@ class Progress:
         self.say(f"{self._what}: step {step}/{self._total}  {values}  ETA {datetime.timedelta(seconds=round(left))}")
 
     def say(self, line: str) -> None:
-        """Print a line above the bar."""
+        """Print a line on the standard error, above the bar if there is one."""
         if is_first():
             self._bar.write(line, file=sys.stderr)
             sys.stderr.flush()
 
 
 def track(batches: Iterable, what: str) -> Iterable:
-    """Return the batches, whose iteration shows a bar in a terminal. The bar vanishes at the end."""
+    """Return an iterable over the same batches that shows a progress bar in a terminal. The bar vanishes at the end."""
     return tqdm.tqdm(batches, desc=what, leave=False, disable=not _has_terminal(), dynamic_ncols=True)
 
 
@@ -68,11 +69,13 @@ def _has_terminal() -> bool:
 
 
 class Stopwatch:
-    """A measure of steps per second, which leaves out evaluations and checkpoints.
+    """A stopwatch that measures the number of training steps per second.
+
+    It is stopped during evaluations and checkpoints, so that their time does not count.
 
     Attributes:
-        steps: Number of steps counted.
-        seconds: Time between starts and stops.
+        steps: The number of steps counted so far.
+        seconds: The time in seconds for which the watch ran until it was last stopped.
     """
 
     def __init__(self) -> None:
@@ -80,17 +83,20 @@ class Stopwatch:
         self._since: float | None = None
 
     def start(self) -> None:
-        """Start the watch."""
+        """Start the watch, or continue after a stop."""
         self._since = time.monotonic()
 
     def stop(self) -> None:
-        """Stop the watch if it runs."""
+        """Stop the watch. If it does not run, this does nothing."""
         if self._since is not None:
             self.seconds += time.monotonic() - self._since
             self._since = None
 
     def count_or_start(self) -> None:
-        """Count a step if the watch runs. Otherwise start it without counting this step, which may have compiled."""
+        """Count a step that has ended.
+
+        If the watch does not run, start it and do not count the step, because its time may include compilation.
+        """
         if self._since is None:
             self.start()
         else:
@@ -103,9 +109,10 @@ class Stopwatch:
 
 
 class Interruption:
-    """A request to stop after the current step, made by the first SIGINT or SIGTERM. A second signal acts at once.
+    """A handler of the signals SIGINT and SIGTERM that lets a run end its current step. Use it as a context manager.
 
-    Use it as a context manager around the loop.
+    The first signal is only stored, so that the run can save a checkpoint and stop. It also restores the earlier
+    handlers, so that a second signal ends the program at once.
 
     Attributes:
         signal: The signal that came, or None.

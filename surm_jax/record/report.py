@@ -1,4 +1,4 @@
-"""The report of a run: its result, a table for the terminal, and a picture of its curves."""
+"""The report of a run: the content of `result.json`, a table for the terminal, and a picture of the curves."""
 
 import importlib.metadata
 import statistics
@@ -35,21 +35,23 @@ def make_result(
     examples_per_second: float | None,
     adapter_bytes: int,
 ) -> dict[str, Any]:
-    """Return the result of one run as JSON values, for `result.json`.
+    """Return the result of a run with one seed, as a dictionary that is written to `result.json`.
 
     Args:
-        method: Name of the method.
-        tests: The evaluation of each test split after the last step: the metrics, `loss` and `examples`.
-        description: What was trained.
+        method: The name of the method.
+        tests: For each test split, the values of its evaluation after the last step: the task's metrics, `loss` and
+            `examples`.
+        description: The description of what was trained.
         seed: The seed of the run.
-        metrics: Names of the task's metrics. The main metric is the first one, on the first split.
-        classes: Names of the classes; empty if labels are numbers.
-        corrupt: Number of examples of each split that could not be read and were skipped.
-        steps: Number of updates.
-        seconds: Duration of the run, summed over all its starts, including compilation and evaluation.
-        examples_per_second: Training speed, without compilation, evaluation and checkpoints. None if there was only one
-            step.
-        adapter_bytes: Size of the adapter folder.
+        metrics: The names of the task's metrics. The first metric on the first test split is the main metric of the
+            result.
+        classes: The names of the classes. It is empty if the labels are real numbers.
+        corrupt: The number of examples in each split that could not be read and were skipped.
+        steps: The number of updates.
+        seconds: The working time of the run, summed over all its starts, including compilation and evaluation.
+        examples_per_second: The training speed, without compilation, evaluation and checkpoints. None if it could not
+            be measured, as in a run of one step.
+        adapter_bytes: The size of the adapter folder in bytes.
     """
     measured = {f"{split}_{name}": values[name] for split, values in tests.items() for name in (*metrics, "loss")}
     return {
@@ -75,12 +77,14 @@ def make_result(
 
 
 def combine(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the combined result of several seeds: mean and standard deviation (denominator n - 1) of every metric.
+    """Combine the results of several seeds into one result.
 
-    The numbers of corrupt examples are the largest of all seeds, and the seconds are the sum.
+    Every metric becomes a dictionary with its `mean`, its standard deviation `std` (with the denominator n - 1) and its
+    values for the `seeds`. The working time is the sum over the seeds. The numbers of unreadable examples are the
+    largest of any seed. All other entries are those of the first seed.
 
     Args:
-        results: The result of each seed.
+        results: The result of each seed, by seed.
     """
     first = next(iter(results.values()))
     metrics = {}
@@ -100,7 +104,10 @@ def combine(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table with one line for each result of a task.
+    """Return a table as text, with one line for each result.
+
+    The columns are the method, the number of trained parameters, its share of all parameters, the main metric, the
+    working time in seconds, and the size of the adapter folder.
 
     >>> result = {"method": "circulant", "metric": "test_accuracy", "metrics": {"test_accuracy": 0.953},
     ...           "seconds": 21.0, "adapter_bytes": 9210, "parameters": {"trainable": 1861, "total": 203525}}
@@ -131,12 +138,15 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw_curves(folder: Path, model: nnx.Module, metric: str) -> None:
-    """Draw `curves.png`: the loss and the main metric of a run by step, and the largest update that it learned.
+    """Draw the curves of a run to the file `curves.png` in its folder.
+
+    The picture shows the loss and the main metric over the steps. If the adapter has updates of kernels, it also shows
+    the update with the largest norm as a matrix.
 
     Args:
         folder: The folder of the run, which holds `metrics.jsonl`.
-        model: The adapted model. If it has no updates, only the curves are drawn.
-        metric: Name of the main metric, such as "accuracy".
+        model: The adapted model.
+        metric: The name of the main metric, such as "accuracy".
     """
     lines = list(read_metrics(folder))
     largest = _largest_update(model)
@@ -159,7 +169,7 @@ def draw_curves(folder: Path, model: nnx.Module, metric: str) -> None:
 
 def _largest_update(model: nnx.Module) -> tuple[str, np.ndarray] | None:
     """Return the path and the dense matrix of the update with the largest norm, or None if there is no update."""
-    # Keep only the largest: at most two dense matrices exist at a time.
+    # Keep only the largest update, so that at most two dense matrices exist at the same time.
     largest, norm = None, -1.0
     for row in iter_parts(model):
         if not isinstance(row.part, KernelPart):

@@ -1,7 +1,7 @@
-"""The folder of a run: which run it belongs to, which process may use it, and how its JSON files are written.
+"""The folder of a run: the check that it belongs to this run, its lock against other processes, and its JSON files.
 
-In this file, a configuration is a tree of nested dictionaries and JSON values, as made by
-`surm_jax.training.parsing.to_dict`.
+In this file, a configuration is a nested dictionary with values that JSON can represent, as
+`surm_jax.training.parsing.to_dict` makes it.
 """
 
 import contextlib
@@ -27,7 +27,8 @@ LOCK_NAME = ".lock"
 
 Tree = Mapping[str, Any]
 Check = Callable[[Tree], Tree]
-"""A function that checks a configuration and fills in defaults. It raises a `UserError` if a key or value is wrong."""
+"""A function that takes a configuration and returns it with default values for missing keys. It raises a `UserError` if
+a key or a value is wrong."""
 
 CHANGEABLE = (
     "data.dir",
@@ -38,17 +39,18 @@ CHANGEABLE = (
     "mesh.data",
     "mesh.fsdp",
 )
-"""Keys that may change when a run is resumed, evaluated or exported.
+"""The configuration keys whose values may change when a run is resumed, evaluated or exported.
 
-They say where data and weights are, and how the run is computed, which changes its numbers only by rounding. When
-weights are loaded from another place, they are checked against the fingerprint of the run's base.
+They give the places of data and weights, and settings that change the results only by rounding. When weights are loaded
+from another place, they are compared with the fingerprint of the run's base model.
 """
 
 
 def default_workdir(config_name: str, overrides: Mapping[str, object]) -> Path:
-    """Return `runs/<name>`, where the name holds the configuration and the values given on the command line.
+    """Return the default folder of a run, `runs/<name>`.
 
-    The keys in `CHANGEABLE` are left out of the name, except for `model.checkpoint`.
+    The name consists of the name of the configuration file and the values given on the command line. The keys in
+    `CHANGEABLE` are left out of the name, except for `model.checkpoint`.
 
     >>> default_workdir("digits", {"peft.method": "lora", "seeds": (0, 1), "data.dir": "/data"}).as_posix()
     'runs/digits,peft.method=lora,seeds=(0,1)'
@@ -62,16 +64,17 @@ def default_workdir(config_name: str, overrides: Mapping[str, object]) -> Path:
 
 @contextlib.contextmanager
 def open_workdir(workdir: Path, config: Tree, check: Check) -> Iterator[None]:
-    """Make the folder of a run, or check that it belongs to this run, and lock it while the block runs.
+    """Make the folder of a run, or check that it belongs to this run. Lock it while the `with` block runs.
 
-    A folder that holds only a configuration may be used by any run, because its own run failed before the first step.
-    Each start saves its configuration, with the present values of the keys in `CHANGEABLE`. If there is already a
-    result, it does not, because the data and weights of a complete run are not loaded and thus not checked.
+    Each start of a run saves its configuration in the folder, with the present values of the keys in `CHANGEABLE`. The
+    exception is a folder that already holds a result: the data and the weights of a complete run are not loaded, and so
+    new values of these keys would not be checked. A folder that holds only a configuration may be used by any run,
+    because the run that wrote it failed before its first step.
 
     Args:
         workdir: The folder.
         config: The configuration of the run.
-        check: The check of the configuration that the folder holds.
+        check: Checks the configuration that is already in the folder.
 
     Raises:
         UserError: The folder cannot be written, another process uses it, or it holds another run or other files.
@@ -90,7 +93,8 @@ def _require_this_run(workdir: Path, config: Tree, check: Check) -> None:
         return
     if workdir / CONFIG_NAME not in files:
         raise UserError(f"{workdir} holds files but no run (no {CONFIG_NAME}): choose another folder")
-    # The weights of a complete run are not loaded and checked: refuse its result for another checkpoint.
+    # If the run is complete, its weights are not loaded and checked. So do not return its result if the configuration
+    # now gives another checkpoint.
     complete = any(path.name == RESULT_NAME for path in files)
     changeable = [key for key in CHANGEABLE if not (complete and key == "model.checkpoint")]
     if changes := config_changes(read_config(workdir, check), config, changeable):
@@ -102,10 +106,10 @@ def _require_this_run(workdir: Path, config: Tree, check: Check) -> None:
 
 
 def require_shared(workdir: Path) -> None:
-    """Check that this process sees the folder that the first of several processes opened.
+    """Check that this process sees the folder that the first process of the run has opened.
 
     Raises:
-        UserError: It does not, because the folder is on another file system.
+        UserError: This process does not see it, because it is on a file system that the processes do not share.
     """
     if not (workdir / CONFIG_NAME).exists():
         raise UserError(
@@ -115,11 +119,11 @@ def require_shared(workdir: Path) -> None:
 
 
 def relocated(config: Tree, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration of a run with new values, such as other places of data and weights or other devices.
+    """Return a copy of a run's configuration with new values, such as other places of data and weights.
 
     Args:
         config: The configuration of the run.
-        overrides: New values by key, such as `data.dir`.
+        overrides: New values by dotted key, such as "data.dir".
 
     Raises:
         UserError: A key that is not in `CHANGEABLE` would get another value.
@@ -138,10 +142,10 @@ def relocated(config: Tree, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_config(workdir: Path, check: Check) -> Tree:
-    """Read the configuration of the run in a folder.
+    """Read the configuration of the run in a folder, and return the result of `check` for it.
 
     Raises:
-        UserError: There is no configuration, or it is damaged.
+        UserError: There is no configuration, it is damaged, or `check` finds an error in it.
     """
     path = workdir / CONFIG_NAME
     if not path.exists():
@@ -183,7 +187,8 @@ def write_json(path: Path, tree: Tree) -> None:
 def _require_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Permissions do not tell everything (read-only mounts, full disks, root): try to write.
+        # Try to write. The permissions of the folder do not say everything: the file system may be read-only or full,
+        # or the user may be root.
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
     except FileExistsError:
@@ -197,7 +202,9 @@ def _require_writable(folder: Path) -> None:
 
 
 def config_changes(old: Tree, new: Tree, changeable: Collection[str] = CHANGEABLE) -> list[str]:
-    """Return the differences between two configurations as text, except for the keys in `changeable`.
+    """Return the differences between two configurations as text, ignoring those of the keys in `changeable`.
+
+    Each text gives a key with its old and its new value ("here"). In the example, `data.dir` may change:
 
     >>> config_changes({"optim": {"steps": 9}, "data": {"dir": "a"}}, {"optim": {"steps": 8}, "data": {"dir": "b"}})
     ['config.optim.steps is 9, here 8']
@@ -207,7 +214,7 @@ def config_changes(old: Tree, new: Tree, changeable: Collection[str] = CHANGEABL
 
 
 def differences(old: Any, new: Any, path: str) -> Iterator[str]:
-    """Yield the differences between two trees as text.
+    """Yield the differences between two nested dictionaries as text: a path with its old and its new value ("here").
 
     >>> list(differences({"a": {"b": 1}}, {"a": {"b": 2}}, "config"))
     ['config.a.b is 1, here 2']
@@ -220,23 +227,24 @@ def differences(old: Any, new: Any, path: str) -> Iterator[str]:
 
 
 def jsonable(value: Any) -> Any:
-    """Return a copy of a value as it comes back from JSON: tuples become lists."""
+    """Return a copy of a value as it is after writing it to JSON and reading it again. Tuples become lists."""
     return json.loads(json.dumps(value))
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock the folder of a run against all other processes while the block runs.
+    """Lock the folder of a run against all other processes while the `with` block runs.
 
-    The operating system holds the lock (`flock` on `<folder>/.lock`) and releases it when the process ends, however it
-    ends: after a killed run, nobody has to remove anything. Over NFS, Linux asks the server for the lock, which then
-    also holds between machines. On a file system without locks, there is a warning and no protection.
+    The lock is a lock of the operating system (`flock` on the file `<folder>/.lock`). It is released when the process
+    ends, even if it is killed, so that nobody has to remove anything afterwards. Over NFS, Linux asks the server for
+    the lock, so that it also holds between machines. On a file system without locks, this prints a warning and the
+    folder is not protected.
 
     Args:
         folder: An existing folder.
 
     Raises:
-        UserError: Another process has the lock. The message says which process, and on which host.
+        UserError: Another process has the lock. The message names the process and its host.
 
     >>> with tempfile.TemporaryDirectory() as folder, locked(Path(folder)):
     ...     print(sorted(os.listdir(folder)))
@@ -260,7 +268,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _open_current(path: Path) -> TextIO:
-    """Open and lock the lock file. If its last owner has removed it meanwhile, try again."""
+    """Open the lock file, lock it, and return it.
+
+    Between opening and locking, the previous owner may remove the file. Then it is opened again.
+
+    Raises:
+        UserError: Another process has the lock.
+    """
     while True:
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(path.open("a+"))
@@ -281,5 +295,5 @@ def _owner(text: str) -> str:
     try:
         owner = json.loads(text)
         return f"the process {owner['process']} on {owner['host']}"
-    except (ValueError, TypeError, KeyError):  # The owner has not written it yet.
+    except (ValueError, TypeError, KeyError):  # The owner has not yet written its name into the file.
         return "another process"
