@@ -1,4 +1,7 @@
-"""Untrusted JSON and `.npz` files: nothing in them is executed, and memory and time are in proportion to their size."""
+"""Tests of reading untrusted JSON and `.npz` files.
+
+They check that no code in a file is executed, and that a small file cannot make the reader use much memory or time.
+"""
 
 import io
 import json
@@ -19,7 +22,7 @@ from surm_jax.files import is_finite, open_npz, read_json, require_file
 class TestFiles:
     @pytest.mark.parametrize("read", [require_file, read_json])
     def test_what_is_no_file_is_not_opened(self, tmp_path, read):
-        os.mkfifo(tmp_path / "pipe")  # opening it would block for ever
+        os.mkfifo(tmp_path / "pipe")  # Opening this pipe would block forever, because no process writes to it.
         for path in (tmp_path / "pipe", tmp_path):
             with pytest.raises(UserError, match=f"^cannot read {path}: it is not a regular file$"):
                 read(path)
@@ -32,7 +35,7 @@ class TestFiles:
 class TestJson:
     def test_size_is_looked_at_first(self, tmp_path):
         with (tmp_path / "x.json").open("wb") as file:
-            file.truncate(2**40)  # a sparse file of one tebibyte
+            file.truncate(2**40)  # This makes a sparse file of one tebibyte.
         with pytest.raises(UserError, match=r"has 1,099,511,627,776 bytes, but such a file may have at most"):
             read_json(tmp_path / "x.json")
 

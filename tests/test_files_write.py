@@ -1,3 +1,5 @@
+"""Tests of the context managers that write a file or folder completely or not at all."""
+
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ def test_success_replaces_and_leaves_nothing_else(tmp_path):
     for content in ("first", "second"):
         with replacing(path) as temporary:
             temporary.write_text(content)
-            assert temporary.parent == path.parent  # os.replace is atomic within one file system only
+            assert temporary.parent == path.parent  # os.replace is atomic only within one file system.
         assert path.read_text() == content
     assert list(path.parent.iterdir()) == [path]
 

@@ -1,4 +1,7 @@
-"""Tests of the imports between the packages, which they read from the source."""
+"""Tests of the structure of `surm_jax`: which parts may import which others, and how long files are.
+
+The tests read the imports from the source text.
+"""
 
 import ast
 import graphlib
@@ -13,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "surm_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# The packages and files that each package or file of `surm_jax` may import, except itself. A new one needs a line here.
+# For each package and each file directly in `surm_jax`, the others that it may import. Add a line for a new package.
 GROUND = {"errors", "paths", "files", "tensor_files"}
 ARROWS = {
     "errors": set(),
@@ -37,12 +40,18 @@ NOWHERE = {"torch", "torchvision", "tensorflow", "transformers", "peft"}
 
 
 def package_of(path: Path) -> str:
-    """Return the subpackage that holds a file, or the name of a file directly in `surm_jax`."""
+    """Return the name of the subpackage of `surm_jax` that holds a file.
+
+    For a file directly in `surm_jax`, return the name of the file without `.py`.
+    """
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported(path: Path) -> set[str]:
-    """Return the dotted names of all imports anywhere in a file. `from a import b` gives `a.b`."""
+    """Return the dotted names of everything that a file imports, also inside functions.
+
+    For `from a import b`, the name is `a.b`. Calls of `import_module` and `__import__` with a constant are included.
+    """
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -76,7 +85,7 @@ def test_no_imports_go_round_in_a_circle():
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
     graph = {}
     for name, path in modules.items():
-        # In `from package import name`, the name may be a module or an object in the package.
+        # After `from package import name`, `package.name` may be a module, or else an object in the module `package`.
         found = {part if part in modules else part.rpartition(".")[0] for part in imported(path)}
         graph[name] = {other for other in found if other in modules and other != name}
     try:

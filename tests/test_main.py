@@ -1,4 +1,4 @@
-"""Tests of the command line: configurations, messages about mistakes, and runs that are stopped and resumed."""
+"""Tests of the command line program: configurations, error messages, and runs that are stopped and resumed."""
 
 import json
 import os
@@ -26,7 +26,13 @@ GLUE = f"--config={ROOT / 'configs' / 'bert_glue.py'}"
 
 
 class Answer(NamedTuple):
-    """Result of a launch: its exit status, its last message, and what it printed."""
+    """The result of one call of the program.
+
+    Attributes:
+        status: The exit status.
+        message: The message with which the program ended, or an empty string.
+        out: The text that it printed to the standard output.
+    """
 
     status: int
     message: str
@@ -35,11 +41,11 @@ class Answer(NamedTuple):
 
 @pytest.fixture
 def launched(monkeypatch, capsys):
-    """Return a function that launches in this process, as `python launch.py` would."""
+    """Return a function that runs the program in this process with the given arguments, as `python launch.py` would."""
 
     def run(*arguments):
         argv = ["launch.py", *arguments]
-        # ml_collections also reads sys.argv.
+        # ml_collections reads the arguments from sys.argv too.
         monkeypatch.setattr(sys, "argv", argv)
         known = set(flags.FLAGS)
         capsys.readouterr()
@@ -62,7 +68,7 @@ def files(tmp_path_factory):
 
 
 def parsed(monkeypatch, *arguments):
-    """Return the configuration of a command line."""
+    """Return the configuration that the program reads from the given arguments."""
     argv = ["launch.py", *arguments]
     monkeypatch.setattr(sys, "argv", argv)
     known = set(flags.FLAGS)
@@ -282,7 +288,11 @@ def test_too_little_memory_has_one_message(capsys):
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-    """Write a module with a user's method to the working directory; return a function that undoes its import."""
+    """Write a module that defines a new method to the working directory.
+
+    The module is named `my_own` and its method `mine`. The fixture returns a function that makes Python and the
+    registry of methods forget both.
+    """
     (tmp_path / "my_own.py").write_text(
         "import dataclasses\nfrom surm_jax.peft import Selection\n\n"
         "@dataclasses.dataclass(frozen=True, kw_only=True)\nclass Mine(Selection):\n"
@@ -302,7 +312,7 @@ def plugin(tmp_path, monkeypatch):
 def test_a_method_of_ones_own_is_known_in_every_mode(launched, files, tmp_path, plugin):
     values = {**tiny.flat_config(files), "optim.steps": 1}
     values |= {"plugins": "('my_own',)", "peft.method": "mine", "peft.mine.order": 2, "optim.learning_rate.mine": 0.1}
-    # The file of the configuration only adds the model variant of the tests.
+    # This configuration file is only needed to register the tiny model of the tests.
     job = f"--config={ROOT / 'tests' / 'training' / 'tiny_job.py'}:{files}"
     run = launched(job, f"--workdir={tmp_path / 'run'}", *(f"--config.{key}={value}" for key, value in values.items()))
     assert (run.status, run.message) == (0, "")
@@ -349,7 +359,17 @@ LONG = (
 
 
 def stop_after(files, workdir, count, number):
-    """Start or resume the run, and send it the signal `number` after it has reported `count` steps."""
+    """Start or resume a run in another process, and stop it by a signal.
+
+    Args:
+        files: The folder that `tiny.write_files` filled.
+        workdir: The folder of the run.
+        count: The number of training steps that this process reports before it gets the signal.
+        number: The signal.
+
+    Returns:
+        The exit status of the process, and the text that it printed to the standard error.
+    """
     with process(files, workdir, *LONG) as run:
         said = []
         for line in run.stderr:
@@ -363,7 +383,8 @@ def stop_after(files, workdir, count, number):
 
 @pytest.mark.exhaustive
 def test_a_run_that_was_stopped_in_three_ways_ends_like_one_that_was_not(files, tmp_path):
-    # This run is concurrent with the others. Its output is short enough to stay in the pipe.
+    # This run is not interrupted. It runs at the same time as the others. Its output is so short that it fits into the
+    # pipe, so the process does not wait until the test reads it.
     whole = process(files, tmp_path / "whole", *LONG)
     parts = tmp_path / "parts"
 
@@ -394,7 +415,10 @@ def test_a_run_that_was_stopped_in_three_ways_ends_like_one_that_was_not(files, 
 
 @pytest.mark.exhaustive
 def test_mistakes_in_a_process_of_their_own(files, tmp_path):
-    """Check whole messages: only a separate process shows what absl and the interpreter add to them."""
+    """Check the whole text that a program with wrong arguments prints.
+
+    The program runs in its own process, because absl and the Python interpreter may add to its message.
+    """
     (tmp_path / "file").write_text("mine")
     mistyped = process(files, tmp_path / "run", "--config.optim.stepss=3")
     said = mistyped.communicate()[1]
@@ -409,7 +433,7 @@ def test_mistakes_in_a_process_of_their_own(files, tmp_path):
 
 @pytest.fixture
 def no_programs_yet(monkeypatch):
-    """Unset JAX's folder of compiled programs during a test, and restore its settings afterwards."""
+    """Unset the folder of JAX's compilation cache during a test, and restore the cache's settings afterwards."""
     names = ("dir", "max_size")
     before = {name: getattr(jax.config, f"jax_compilation_cache_{name}") for name in names}
     least = jax.config.jax_persistent_cache_min_compile_time_secs
@@ -433,7 +457,10 @@ def test_programs_are_kept_in_the_cache_unless_jax_knows_better(no_programs_yet,
 
 
 def text_process(files, workdir, *arguments):
-    """Run the documented command line in a separate process, which caches even the smallest compiled programs."""
+    """Run the program in a separate process, and return the completed process.
+
+    JAX writes all programs that this process compiles to the folder `files / "programs"`.
+    """
     programs = {"JAX_COMPILATION_CACHE_DIR": str(files / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.run(
         [sys.executable, "launch.py", f"--workdir={workdir}", *arguments],
@@ -462,7 +489,8 @@ def test_text_by_the_command_line_and_another_seed_compiles_nothing(tmp_path):
     kept = programs()
     assert sum("train_step" in name for name in kept) == 1
 
-    # Rates are arguments of the compiled program. Only the new head is drawn by a small program for each seed.
+    # Learning rates are arguments of the compiled training step, so another learning rate does not compile it again.
+    # Only the small program that initialises the new head is compiled again for another seed.
     another = ["--config.seeds=(5,)", "--config.optim.learning_rate.circulant_adapter=0.5"]
     second = text_process(files, tmp_path / "second", *job, *another)
     assert second.returncode == 0, second.stderr

@@ -1,3 +1,5 @@
+"""Tests of the regular expressions that select paths, and of the messages when they match no path."""
+
 import re
 import time
 
@@ -19,8 +21,8 @@ def test_join_writes_every_kind_of_key():
     ("pattern", "found"),
     [
         (r"blocks/1/mlp/up", ["blocks/1/mlp/up"]),
-        (r"blocks/1", []),  # a part of a path is not enough,
-        (r"mlp/up", []),  # at neither end
+        (r"blocks/1", []),  # The pattern matches only the beginning of paths.
+        (r"mlp/up", []),  # The pattern matches only the end of paths.
         (r"blocks/1/.*", LAYERS[3:6]),
         (r".*/query|.*/up", [path for path in LAYERS if path.endswith(("query", "up"))]),
         (r"blocks/.", []),

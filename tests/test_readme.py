@@ -1,4 +1,4 @@
-"""Tests that the Python code of the README and the guide runs, and that the programs know their commands."""
+"""Tests of README.md and docs/guide.md: the Python code runs, and the keys and flags of the commands exist."""
 
 import ast
 import re
@@ -27,7 +27,7 @@ PAGES = README + GUIDE
 
 
 class Model(nnx.Module):
-    """A model of a user, as the README describes it."""
+    """A small model with attention layers, for the README's code on a user's own model."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
@@ -62,7 +62,7 @@ def test_your_own_model_and_several_adapters(tmp_path, monkeypatch, capsys):
         "head/bias",
         "head/kernel",
     ]
-    # A new adapter adds nothing, which would hide errors in saving and loading. So its parameters become random.
+    # The update of a new adapter is zero, which would hide errors in saving and loading. Make its parameters random.
     rng = np.random.default_rng(0)
     learn = lambda a: a + jnp.asarray(0.7 * rng.normal(size=a.shape), a.dtype)  # noqa: E731
     names["trainable"] = jax.tree.map(learn, names["trainable"])
@@ -97,12 +97,18 @@ def test_your_own_model_and_several_adapters(tmp_path, monkeypatch, capsys):
 
 
 def circulant(delta) -> np.ndarray:
-    """Return the update of a layer from its trained parameters, by SciPy."""
+    """Return the circulant update matrix of a layer from its parameters r1 and r2, computed by SciPy."""
     return scipy.linalg.circulant(np.asarray(delta["r1"][...] * delta["r2"][...], np.float64)).T
 
 
 def with_kernels(model: Model, head, added: dict[str, np.ndarray]) -> Model:
-    """Return a copy of the model with the given head, and with matrices added to layers of its attention."""
+    """Return a copy of the model with other parameters.
+
+    Args:
+        model: The model to copy.
+        head: The parameters of the copy's head.
+        added: Matrices to add to the kernels of attention layers, by the name of the layer.
+    """
     model = nnx.clone(model)
     model.head.kernel[...], model.head.bias[...] = head["kernel"][...], head["bias"][...]
     for name, M in added.items():
@@ -122,7 +128,7 @@ def test_a_pretrained_model(tmp_path, monkeypatch):
 
 @pytest.mark.exhaustive
 def test_a_finished_run(tmp_path, monkeypatch):
-    # The folder of a run of `python launch.py`, with random parameters in place of trained ones.
+    # Make a folder like that of a finished run of `python launch.py`, with random instead of trained parameters.
     job = prepare(parse(get_config()), 0)
     trained, adapter = job.adapt(job.base_model())
     graphdef, numbers, rest = nnx.split(trained, adapter.trainable, ...)
@@ -147,7 +153,7 @@ def test_the_matrices_on_their_own(capsys):
     W, M = np.asarray(W, np.float64), np.asarray(names["C"].to_dense(), np.float64)
     U, S, Vt = np.linalg.svd(W)
     np.testing.assert_allclose(names["y"], x @ (W + 0.1 * M + (U[:, :2] * S[:2]) @ Vt[:2]), rtol=1e-4, atol=1e-4)
-    # A low-rank matrix has 80 numbers per rank, so the budget allows rank 19.
+    # A low-rank matrix has 80 parameters per rank, so the budget allows rank 19.
     energies = ast.literal_eval(capsys.readouterr().out)
     assert energies["LowRank"] == pytest.approx(np.sum(S[:19] ** 2) / np.sum(S**2), rel=1e-5)
     assert energies["Circulant"] == pytest.approx(np.sum(M**2) / np.sum(W**2), rel=1e-5)
@@ -162,7 +168,7 @@ def test_the_commands_are_those_of_ci():
 
 @pytest.mark.parametrize("key", sorted(set(re.findall(r"--config\.([\w.]+\w)", PAGES))))
 def test_every_key_of_its_commands_is_one_of_the_configuration(key):
-    # METHOD stands for the name of a method.
+    # In the commands on the pages, METHOD stands for the name of any method.
     assert key.replace("METHOD", "lora") in keys(base_config())
 
 

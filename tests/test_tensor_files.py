@@ -1,3 +1,5 @@
+"""Tests of reading and writing safetensors files, single ones and sharded ones with an index."""
+
 import json
 
 import ml_dtypes
@@ -41,7 +43,7 @@ def test_one_file(tmp_path):
         assert_holds_arrays(file)
         assert file.header == {"format": "pt"}
         held = file.read("z")
-    # The array is a copy: it does not change with the file.
+    # The array that was read is a copy, so it does not change if the file does.
     (tmp_path / "x.safetensors").write_bytes(b"")
     np.testing.assert_array_equal(held, ARRAYS["z"])
 

@@ -1,6 +1,6 @@
-"""Comparison with PyTorch libraries: peft's C3A and LoRA, and a few training steps.
+"""Comparison with PyTorch libraries: adapters with C3A and LoRA of peft, and training steps with those of torch.
 
-Skipped if the libraries in `requirements-peers.txt` are not installed.
+The tests are skipped if the libraries in `requirements-peers.txt` are not installed.
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 peft = pytest.importorskip("peft", reason=REASON)
 
-# All axes of a stored array have different sizes, except the sides of a patch.
+# In each stored array, all dimensions have different sizes, except for the height and width of a patch. So a wrong
+# transposition cannot go unnoticed.
 GEOMETRY = {"image_size": 8, "patch_size": 4, "channels": 2, "width": 12, "depth": 2, "heads": 3, "mlp_width": 20}
 CLASSES = 7
 
@@ -46,7 +47,7 @@ def array(tensor):
 
 
 def hub_vit(model):
-    """Return the ViT of transformers with our weights, without updates."""
+    """Return the ViT of Hugging Face transformers with the weights of our model, but without its updates."""
     architecture = architecture_of(model.config)
     weights = {}
     for path, weight in parameters(model).items():
@@ -62,7 +63,14 @@ def hub_vit(model):
 
 
 def adapted_linear(inputs, outputs, update, config):
-    """Return our linear layer with a random update, and torch's layer with the same weights and peft's update."""
+    """Return an adapted linear layer of this package, and one of torch with the same kernel and bias.
+
+    Args:
+        inputs: Number of input features.
+        outputs: Number of output features.
+        update: The method that adapts our layer. The parameters of its update are random.
+        config: The configuration of peft that adapts the layer of torch.
+    """
     base = materialize(lambda: nnx.Linear(inputs, outputs, rngs=nnx.Rngs(0)))
     model = perturb(*adapt(base, [Rule("", update)], rngs=nnx.Rngs(1)))
     linear = torch.nn.Linear(inputs, outputs)
@@ -71,9 +79,13 @@ def adapted_linear(inputs, outputs, update, config):
 
 
 def assert_same_layer(model, peer, x, dy):
-    """Compare outputs, merged kernels, and the gradients of `sum(dy * y)` with respect to x.
+    """Check that an adapted layer of this package and one of peft are equal.
 
-    Return our gradients with respect to the update's arrays. peft's gradients are stored in its parameters.
+    The check compares the outputs y, the merged kernels, and the gradients of `sum(dy * y)` with respect to x. The
+    gradients with respect to the parameters of peft's update are left in `grad` of these parameters.
+
+    Returns:
+        The gradients of `sum(dy * y)` with respect to the arrays of our update, by name.
     """
     graphdef, arrays, frozen = nnx.split(model, AdapterParam, ...)
 
@@ -88,8 +100,8 @@ def assert_same_layer(model, peer, x, dy):
     assert relative_error(y, array(peer_y)) <= 1e-5
     layer.merge()
     assert relative_error(merge(model)[0].kernel[...], array(layer.base_layer.weight).T) <= 1e-6
-    # The gradient of x is taken through the merged layer, because C3A's own backward is wrong for x. In peft 0.18.0 and
-    # 0.21.2 it uses w[a + i] instead of w[a - i], and `torch.autograd.gradcheck` fails.
+    # Compute peft's gradient of x with the merged layer, because the backward function of its C3A is wrong for x. In
+    # peft 0.18.0 and 0.21.2 it uses w[a + i] instead of w[a - i], and `torch.autograd.gradcheck` fails.
     peer(peer_x).backward(tensor(dy))
     assert relative_error(by_x, array(peer_x.grad)) <= 1e-5
     return {path[-1]: variable[...] for path, variable in nnx.to_flat_state(by_arrays)}
@@ -97,9 +109,10 @@ def assert_same_layer(model, peer, x, dy):
 
 @pytest.mark.parametrize("size", fast([8, 15]))
 def test_our_circulant_is_c3a_of_one_block(size):
-    """C3A adds `y[i] = sum_a x[a] w[(a - i) mod n] / n`, and we add `alpha * sum_a x[a] c[(i - a) mod n]`, c = r1 * r2.
+    """Check that C3A with one block computes the same update as `CirculantUpdate`.
 
-    So `w[k] = n * alpha * c[-k mod n]`: the kernel of C3A is `alpha * c` in reverse order, times n.
+    C3A adds `sum_a x[a] w[(a - i) mod n] / n` to the output i of a layer. `CirculantUpdate` adds
+    `alpha * sum_a x[a] c[(i - a) mod n]` with `c = r1 * r2`. They are equal if `w[k] = n * alpha * c[-k mod n]`.
     """
     alpha = 0.7
     config = peft.C3AConfig(block_size=size, target_modules=["0"])
@@ -128,7 +141,10 @@ def test_our_lora_is_that_of_peft(inputs, outputs):
 
 
 def random_vit():
-    """Return a model whose residual stream is so small that the epsilon of the norms matters."""
+    """Return a ViT with random parameters.
+
+    The outputs of its layers are so small that a wrong epsilon of the LayerNorms would change the results.
+    """
     model = materialize(lambda: ViT(ViTConfig(**GEOMETRY, num_classes=CLASSES), rngs=nnx.Rngs(0)))
     layers = [model.patch_embed, *(layer for block in model.blocks for layer in (block.attention.out, block.mlp.down))]
     added = [model.cls_token, model.position_embed, *(v for layer in layers for v in (layer.kernel, layer.bias))]
@@ -147,7 +163,11 @@ BATCHES = [
 
 
 def train(model, adapter):
-    """Return loss and gradient norm of every step, and the trained arrays after the last step."""
+    """Train our model for `STEPS` steps.
+
+    Returns:
+        The loss and the gradient norm of every step, of shape (STEPS, 2), and the trained arrays after the last step.
+    """
     config = OptimConfig(steps=STEPS, decay="constant", clip_norm=CLIP)
     groups = {"adapter": GroupConfig(pattern=".*/delta/.*", **ADAPTER), "head": GroupConfig(pattern="head/.*", **HEAD)}
     config = dataclasses.replace(config, groups=dataclasses.replace(config.groups, **groups))
@@ -166,7 +186,16 @@ def train(model, adapter):
 
 
 def train_peer(peer, adapter, head):
-    """Train the same way in torch, and return loss and gradient norm of every step."""
+    """Train the model of peft in torch in the same way as `train` does.
+
+    Args:
+        peer: The model.
+        adapter: The parameters of the adapter.
+        head: The parameters of the head.
+
+    Returns:
+        The loss and the gradient norm of every step, of shape (STEPS, 2).
+    """
     settings = [{"lr": group["learning_rate"], "weight_decay": group["weight_decay"]} for group in (ADAPTER, HEAD)]
     optimizer = torch.optim.AdamW([{"params": adapter, **settings[0]}, {"params": head, **settings[1]}])
     curve = []
@@ -200,7 +229,7 @@ def test_our_training_is_that_of_torch():
 
     peer_curve = train_peer(peer, list(factors.values()), head)
     curve, trained = train(model, adapter)
-    # Some gradients are clipped, and the losses change by far more than the tolerance.
+    # Check that the gradients of some steps were clipped, and that the losses changed by far more than the tolerance.
     assert (curve[:, 1] > CLIP).any()
     assert np.ptp(curve[:, 0]) > 0.1
     np.testing.assert_allclose(curve, peer_curve, rtol=1e-4)

@@ -1,3 +1,5 @@
+"""Tests of the registry of models, and of the protocol that every registered model must keep."""
+
 import dataclasses
 from typing import ClassVar
 
@@ -29,7 +31,7 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-    """Remove the models that a test registers."""
+    """Give each test a copy of the registry, so that the models that it registers are gone afterwards."""
     monkeypatch.setattr("surm_jax.models.base.MODELS", {**MODELS})
 
 

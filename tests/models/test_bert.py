@@ -1,3 +1,5 @@
+"""Tests of `Bert` and its configuration, compared with the published architecture in NumPy."""
+
 import functools
 import math
 import re
@@ -15,7 +17,7 @@ from surm_jax.peft import AdapterParam, iter_parts
 from tests.peft.models import materialize, parameters, perturb, relative_error
 from tests.speeds import fast
 
-# Parameters of the model with a pooler and without a head, as transformers' BertModel counts them.
+# The number of parameters of each variant with a pooler and without a head, as in `BertModel` of transformers.
 SIZES = {
     "tiny": 4_385_920,
     "mini": 11_170_560,
@@ -25,7 +27,7 @@ SIZES = {
     "large": 335_141_888,
 }
 
-# All axes of an array have different sizes, except in square kernels.
+# All dimensions of an array have different sizes, except in square kernels. So a wrong transposition is noticed.
 TINY = {
     "vocab_size": 23,
     "width": 12,
@@ -37,7 +39,7 @@ TINY = {
     "num_classes": 5,
 }
 ROBERTA = {"positions": "after_padding", "pad_token": 3, "epsilon": 1e-5, "type_vocab_size": 1}
-# Models that together run every branch of the code.
+# Fields of three configurations whose models together run every branch of the code.
 MODELS = {
     "classifier": {},
     "mlm": {"head": "mlm", "activation": "gelu_tanh", **ROBERTA},
@@ -50,7 +52,7 @@ LENGTHS = (9, 5, 2)
 
 @functools.cache
 def tiny(**overrides):
-    """A tiny model of random numbers from NumPy. Tests share it and must not change it."""
+    """Return a tiny model with random parameters that NumPy draws. Tests share it and must not change it."""
     return materialize(lambda: Bert(BertConfig(**{**TINY, **overrides}), rngs=nnx.Rngs(0)))
 
 
@@ -63,7 +65,7 @@ def shapes(config):
 
 
 def batch(pad_token=0):
-    """Tokens, mask and token types of three sentences, two of them padded."""
+    """Return the tokens, mask and token types of three sentences. Two of the sentences are padded."""
     rng = np.random.default_rng(1)
     mask = np.arange(TOKENS)[None] < np.array(LENGTHS)[:, None]
     tokens = np.where(mask, rng.integers(4, TINY["vocab_size"], (BATCH, TOKENS)), pad_token)
@@ -79,7 +81,7 @@ def _run(graphdef, state, tokens, mask, types, key):
 
 
 def run(model, tokens, mask=None, types=None, key=None):
-    """Logits and hidden states, compiled."""
+    """Return the logits and the hidden states of the model, computed under `jax.jit`."""
     return _run(*nnx.split(model), tokens, mask, types, key)
 
 
@@ -96,7 +98,16 @@ ORACLE_ACTIVATIONS = {
 
 
 def oracle(model, tokens, mask, types):
-    """The published architecture in float64 NumPy, sentence by sentence and head by head: logits and hidden states."""
+    """Return the logits and hidden states of the published architecture, computed by NumPy in float64.
+
+    They are computed for one sentence and one attention head at a time.
+
+    Args:
+        model: The model whose configuration and parameters are used.
+        tokens: The tokens, (batch, tokens).
+        mask: True for tokens that are not padding, (batch, tokens).
+        types: The segment type of each token, (batch, tokens).
+    """
     c = model.config
     p = {path: value.astype(np.float64) for path, value in parameters(model).items()}
     activation = ORACLE_ACTIVATIONS[c.activation]
@@ -228,7 +239,7 @@ class TestForward:
     def test_padding_is_not_looked_at(self):
         model, (tokens, mask, types) = tiny(), batch()
         noise = jnp.where(mask, tokens, 7)
-        # Tokenizers return 0 and 1; each dtype is compiled once.
+        # Pass the mask as integers, as tokenizers return it. Other tests pass booleans.
         hidden = run(model, tokens, mask.astype(jnp.int32), types)[1]
         for before, after in zip(hidden, run(model, noise, mask.astype(jnp.int32), types)[1], strict=True):
             np.testing.assert_allclose(after[mask], before[mask], rtol=1e-6, atol=1e-6)
@@ -260,7 +271,8 @@ class TestForward:
         logits, hidden = run(model, tokens, mask)
         assert logits.dtype == jnp.float32
         assert {state.dtype for state in hidden} == {jnp.dtype("bfloat16")}
-        assert 1e-4 < relative_error(logits, exact) < 0.05  # The error is that of rounding to 8 bits, and not larger.
+        # The error must be as large as that of rounding to the 8 bits of bfloat16.
+        assert 1e-4 < relative_error(logits, exact) < 0.05
 
     @pytest.mark.parametrize("name", fast(["classifier", "mlm"]))
     def test_gradients_reach_every_parameter_and_are_finite_even_of_padding_alone(self, name):
@@ -271,7 +283,9 @@ class TestForward:
         for path, variable in nnx.to_flat_state(gradients):
             gradient = np.asarray(variable[...])
             assert np.isfinite(gradient).all(), path
-            if path[-2:] != ("key", "bias"):  # The softmax ignores this bias: it shifts all scores of a query.
+            # The bias of the keys has no gradient: it adds the same number to all scores of a query, and the softmax
+            # does not depend on this number.
+            if path[-2:] != ("key", "bias"):
                 assert gradient.any(), path
 
 

@@ -1,6 +1,7 @@
-"""Compare our models with transformers' BERT and RoBERTa, on random weights and on real ones.
+"""Comparison of `Bert` with BERT and RoBERTa of Hugging Face transformers, with random and with pretrained weights.
 
-Skipped if the libraries in `requirements-peers.txt` are not installed.
+In this file, "ours" and "theirs" are the results or models of this package and of transformers. The tests are skipped
+if the libraries in `requirements-peers.txt` are not installed.
 """
 
 import functools
@@ -26,7 +27,7 @@ REASON = "compares with a PyTorch library: pip install -r requirements-peers.txt
 torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 
-# All axes of an array have different sizes, except in square kernels.
+# All dimensions of an array have different sizes, except in square kernels. So a wrong transposition is noticed.
 SIZES = {
     "vocab_size": 23,
     "hidden_size": 12,
@@ -37,7 +38,8 @@ SIZES = {
     "num_labels": 5,
 }
 ROBERTA = {**SIZES, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
-# Their class, their configuration class, the fields of their configuration, and the fields of ours that must result.
+# For each case: the classes of model and configuration in transformers, the fields of that configuration, and fields
+# that our configuration must have when it is read from that configuration.
 CASES = {
     "bert classifier": ("BertForSequenceClassification", "BertConfig", SIZES, {}),
     "bert mlm": (
@@ -53,12 +55,15 @@ CASES = {
 
 
 HEADLESS = {name: ["head/"] if name == "bert" else [] for name in CASES}
-"""Parts of our model that theirs does not have."""
+"""For each case, beginnings of the paths of our parameters that the model of transformers does not have."""
 
 
 @functools.cache
 def theirs(name):
-    """A model of transformers whose random weights are large enough for every part to matter."""
+    """Return the model of transformers for a case, with random weights.
+
+    The weights are so large that an error in any part of the model would change the results.
+    """
     model, config, fields, _ = CASES[name]
     model = getattr(transformers, model)(getattr(transformers, config)(**fields, architectures=[model])).eval()
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +87,7 @@ def ours(name):
 
 
 def as_theirs(name, model):
-    """Our parameters in the layout of a checkpoint of their class."""
+    """Return the parameters of our model as a checkpoint of the class of `theirs(name)` holds them."""
     tensors = written_tree(architecture_of(model.config), model)
     if name == "bert":
         tensors = {key.removeprefix("bert."): value for key, value in tensors.items() if key.startswith("bert.")}
@@ -90,11 +95,14 @@ def as_theirs(name, model):
 
 
 def batch(config):
-    """Three sentences, two of them padded, with two segments if the model has two."""
+    """Return the tokens, mask and token types of three sentences. Two of the sentences are padded.
+
+    If the model has two segment types, the sentences have tokens of both types.
+    """
     rng = np.random.default_rng(1)
     place = np.arange(9)[None]
-    # Models that do not read the first token are also padded in front. In torch the embedding of padding has no
-    # gradient (`padding_idx`).
+    # For a masked language model, the third sentence is padded at the beginning. A classifier reads the first token,
+    # which therefore must not be padding: the embedding of padding has no gradient in PyTorch (`padding_idx`).
     third = place[0] >= 3 if config.head == "mlm" else place[0] < 2
     mask = np.stack([place[0] >= 0, place[0] < 5, third])
     tokens = np.where(mask, rng.integers(4, config.vocab_size, mask.shape), config.pad_token)
@@ -119,7 +127,7 @@ def test_hidden_states_logits_and_gradients(name):
     model, peer = ours(name), theirs(name)
     inputs = batch(model.config)
     expected = their_outputs(peer, *inputs)
-    # The loss of a masked language model ignores padding.
+    # For a masked language model, the cotangent is zero at padding, because the loss ignores padding.
     seen = inputs[1][..., None] if model.config.head == "mlm" else 1.0
     dy = (np.random.default_rng(2).normal(size=expected.logits.shape) * seen).astype(np.float32)
     peer.zero_grad()
@@ -138,7 +146,8 @@ def test_hidden_states_logits_and_gradients(name):
     wanted = {key: parameter.grad.numpy() for key, parameter in peer.named_parameters()}
     assert got.keys() == wanted.keys()
     for key in got:
-        if not key.endswith("key.bias"):  # Its gradient is zero: it shifts all scores of a query.
+        # The gradient of the bias of the keys is zero: it adds the same number to all scores of a query.
+        if not key.endswith("key.bias"):
             assert relative_error(got[key], wanted[key]) < 1e-5, key
 
 
@@ -253,10 +262,14 @@ def test_sentence_embeddings_of_real_weights():
         assert relative_error(got, wanted) < 1e-5
 
     def embedding(hidden):
-        """The mean over tokens that are not padding, normalised to length 1, as the model's README says."""
+        """Return the embedding of each sentence as the README of the pretrained model defines it.
+
+        It is the mean of the last hidden state over the tokens that are not padding, normalised to length 1.
+        """
         mean = (np.asarray(hidden) * inputs[1][..., None]).sum(1) / inputs[1].sum(1, keepdims=True)
         return mean / np.linalg.norm(mean, axis=1, keepdims=True)
 
     ours, theirs = embedding(hidden[-1]), embedding(expected.last_hidden_state)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
-    assert ours[0] @ ours[1] > ours[0] @ ours[3]  # The two sentences on music are more similar.
+    # The two sentences about music are more similar to each other than the first and the last sentence.
+    assert ours[0] @ ours[1] > ours[0] @ ours[3]

@@ -1,3 +1,5 @@
+"""Tests of the layers that all transformers share, compared with their definitions in NumPy and SciPy."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +32,7 @@ def normal(seed, *shape):
 
 
 def materialize(make):
-    """A module of random numbers from NumPy."""
+    """Return the module that `make` builds, with random parameters that NumPy draws."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
     rng = np.random.default_rng(0)
     flat = [
@@ -55,7 +57,13 @@ def attention(**options):
 
 
 def attention_oracle(a, x, mask):
-    """The definition, one sequence, head and query at a time."""
+    """Return the output of attention by its definition, for one sequence, head and query at a time.
+
+    Args:
+        a: The parameters of the module by path.
+        x: The features of the tokens, (batch, tokens, 12).
+        mask: True for tokens to attend to, (batch, tokens).
+    """
     y = np.zeros(x.shape)
     for b, h, i in np.ndindex(len(x), 3, x.shape[1]):
         tokens = x[b][mask[b]]
@@ -170,10 +178,11 @@ class TestCallBlock:
         for policy in again:
             for one, other in zip(plain, policy, strict=True):
                 np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
-        # The policy "block" keeps only the parameters and the arguments of the block, and no intermediate result.
+        # With the policy "block", the forward pass stores the parameters and arguments of the block, and no
+        # intermediate result.
         kept = {remat: _residuals(loss, state, x, remat) for remat in REMAT}
         assert kept["block"] <= sum(leaf.size for leaf in jax.tree.leaves(state)) + x.size + mask.size
-        # The policy "dots" also keeps queries, keys and values, but no scores.
+        # With the policy "dots", it also stores queries, keys and values, but no attention scores.
         assert kept["dots"] == kept["block"] + 3 * x.size
         assert kept["dots"] < kept["none"]
 
@@ -184,6 +193,6 @@ class TestCallBlock:
 
 
 def _residuals(loss, state, x, remat):
-    """The number of values that the forward pass keeps for the backward pass."""
+    """Return how many values the forward pass stores for the backward pass."""
     _, backward = jax.vjp(lambda state, x: loss(state, x, remat), state, x)
     return sum(leaf.size for leaf in jax.tree.leaves(backward))

@@ -1,3 +1,5 @@
+"""Tests of `ViT` and its configuration that need no other library. `test_vit_peers.py` compares it with PyTorch."""
+
 import dataclasses
 import functools
 import itertools
@@ -14,7 +16,8 @@ from surm_jax.errors import UserError
 from surm_jax.models import REMAT, TARGETS, ViT, ViTConfig
 from tests.speeds import fast
 
-# Parameters with 1,000 classes. The official ones are MODEL_SIZES of vision_transformer's models_test.py.
+# The number of parameters of each variant with 1,000 classes. For the published models, the numbers are those of
+# MODEL_SIZES in models_test.py of google-research/vision_transformer.
 SIZES = {
     "Ti/16": 5_717_416,
     "S/16": 22_050_664,
@@ -30,7 +33,10 @@ TINY = {"image_size": 8, "patch_size": 4, "width": 12, "depth": 2, "heads": 3, "
 
 
 def tiny(**overrides):
-    """A tiny ViT of random numbers from NumPy: compiling the initialisers would take longer than all tests here."""
+    """Return a tiny ViT with random parameters.
+
+    NumPy draws the parameters, because compiling the initialisers would take longer than all tests in this file.
+    """
     config = ViTConfig(**{**TINY, **overrides})
     graphdef, state = nnx.split(abstract(config))
     rng = np.random.default_rng(0)
@@ -46,7 +52,7 @@ def _logits(graphdef, state, images_bhwc, key):
 
 
 def logits(model, images_bhwc, key=None):
-    """The output of the compiled model."""
+    """Return the output of the model, computed under `jax.jit`."""
     return _logits(*nnx.split(model), images_bhwc, key)
 
 
@@ -215,7 +221,7 @@ class TestForward:
         assert rounded.dtype == jnp.float32
         assert {variable.dtype for variable in parameter_paths(model).values()} == {jnp.dtype("float32")}
         error = jnp.abs(rounded - exact).max() / jnp.abs(exact).max()
-        assert 1e-5 < error < 0.05  # The error is that of rounding to 8 bits, and not larger.
+        assert 1e-5 < error < 0.05  # The error is as large as that of rounding to the 8 bits of bfloat16.
 
     @pytest.mark.exhaustive
     def test_projections_are_called_and_can_be_wrapped(self):
@@ -242,7 +248,9 @@ class TestForward:
         graphdef, state = nnx.split(tiny())
         grads = jax.jit(jax.grad(lambda state: (nnx.merge(graphdef, state)(images()) ** 2).sum()))(state)
         for path, variable in nnx.to_flat_state(grads):
-            if path[-2:] != ("key", "bias"):  # The softmax ignores this bias: it shifts all scores of a query.
+            # The bias of the keys has no gradient: it adds the same number to all scores of a query, and the softmax
+            # does not depend on this number.
+            if path[-2:] != ("key", "bias"):
                 assert jnp.abs(variable[...]).max() > 0, path
 
 
@@ -261,7 +269,7 @@ class TestPrecisionAndMemory:
         assert grads.keys() == trained.keys()
         for path, variable in trained.items():
             assert variable.dtype == grads[path].dtype == jnp.float32, path
-            # r1 starts at zero, so r2 has no gradient yet; neither would a bias of the key.
+            # The update is the circulant matrix of r1 * r2. r1 is zero at the start, so the gradient of r2 is zero.
             assert (jnp.abs(grads[path][...]).max() > 0) == (not path.endswith("r2")), path
         others = re.compile(".*(norm.*|/scale)")
         kernels = {path: v.dtype for path, v in parameter_paths_of(frozen).items() if not others.fullmatch(path)}
@@ -275,7 +283,7 @@ class TestPrecisionAndMemory:
             base = tiny(remat=remat, layer_scale=True, dropout=0.5, depth=1)
             model, adapter = surm_jax.adapt(base, rules, train=["norm/.*"], rngs=nnx.Rngs(0))
             graphdef, trained, frozen = nnx.split(model, adapter.trainable, ...)
-            # Move away from the start, where one of the factors has no gradient.
+            # Change the parameters, because at the start the gradient of one factor of each LoRA update is zero.
             trained = jax.tree.map(
                 lambda a: a + 0.3 * jnp.asarray(np.sin(np.arange(a.size)).reshape(a.shape), a.dtype), trained
             )
@@ -353,7 +361,7 @@ class TestInitialisation:
             "blocks/0/mlp/up/kernel": 96 + 384,
             "blocks/0/mlp/down/kernel": 384 + 96,
         }.items():
-            bound = np.sqrt(6 / fans)  # The bound of the uniform distribution of Glorot and Bengio.
+            bound = np.sqrt(6 / fans)  # The bound of the uniform distribution of Glorot (Xavier) initialisation.
             assert 0.98 * bound < np.abs(values[path]).max() <= bound, path
             np.testing.assert_allclose(values[path].std(), bound / np.sqrt(3), rtol=0.05)
         assert (values["blocks/0/attention/query/kernel"] != values["blocks/0/attention/key/kernel"]).all()

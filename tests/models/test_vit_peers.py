@@ -1,6 +1,7 @@
-"""Compare our ViT with the image models of transformers, in PyTorch.
+"""Comparison of `ViT` with the image models of Hugging Face transformers, which run in PyTorch.
 
-Skipped if the libraries in `requirements-peers.txt` are not installed.
+In this file, "ours" and "theirs" are the results or models of this package and of transformers. The tests are skipped
+if the libraries in `requirements-peers.txt` are not installed.
 """
 
 import functools
@@ -23,7 +24,8 @@ transformers = pytest.importorskip("transformers", reason=REASON)
 
 CLASSES = 7
 
-# All axes of a stored array have different sizes, except the sides of a patch. The epsilon is large enough to matter.
+# In each array of a checkpoint, all dimensions have different sizes, except for the height and width of a patch. So a
+# wrong transposition cannot go unnoticed. The epsilon is so large that a wrong one would change the results.
 GEOMETRY = {
     "image_size": 8,
     "patch_size": 4,
@@ -64,7 +66,7 @@ CASES = {
         transformers.CLIPVisionConfig(**GEOMETRY, projection_dim=CLASSES)
     ),
 }
-# Checkpoints that hold more than our model, or lack its head.
+# Models of transformers whose checkpoints have more parameters than our model, or lack the head.
 OTHERS = {
     "bare_vit": lambda: transformers.ViTModel(transformers.ViTConfig(**GEOMETRY)),
     "two_heads": lambda: transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**GEOMETRY)),
@@ -74,13 +76,13 @@ OTHERS = {
         transformers.CLIPConfig(vision_config=GEOMETRY, text_config=TEXT, projection_dim=CLASSES)
     ),
 }
-# Arrays that their models have but do not use; they are written with their initial values.
+# Parameters that models of transformers have but do not use. We write them with their initial values.
 UNUSED = {"clip": "post_layernorm", "dinov2": "mask_token"}
 
 
 @functools.cache
 def peer(name):
-    """One of their models, filled with random numbers."""
+    """Return the model of transformers for a name in `CASES` or `OTHERS`, with noise added to its parameters."""
     torch.manual_seed(0)
     model = (CASES | OTHERS)[name]().eval()
     for path, parameter in model.named_parameters():
@@ -103,7 +105,12 @@ def arrays_of(model):
 
 @functools.cache
 def read_peer(name, fresh=()):
-    """Our model with their weights, and its architecture."""
+    """Return our model with the weights of the model `peer(name)`, and the `Architecture` that converts between them.
+
+    Args:
+        name: A name in `CASES` or `OTHERS`.
+        fresh: Beginnings of the paths of our parameters that the checkpoint does not have, such as `head/`.
+    """
     fields = full_config(peer(name))
     architecture = ARCHITECTURES[fields["model_type"]]
     return read_tree(architecture, architecture.read_config(fields, {}), arrays_of(peer(name)), fresh), architecture
@@ -151,7 +158,7 @@ def test_hidden_states_logits_and_gradients(name):
 @pytest.mark.parametrize("name", fast(CASES))
 def test_another_image_size(name):
     images = normal(2, 2, 12, 12, 2)
-    # DINOv2 always interpolates and has no such option.
+    # DINOv2 has no such option, because it always interpolates the position embeddings.
     options = {} if name == "dinov2" else {"interpolate_pos_encoding": True}
     theirs = output(peer(name)(pixel_values=pixels(images), **options))
 
@@ -185,7 +192,7 @@ def test_configurations_go_there_and_back(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(written))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert type(theirs) is type(peer(name).config)
-    # Our model has no text tower.
+    # Skip the configuration of CLIP's text model, which our model does not have.
     skipped = ("_name_or_path", "dtype", "text_config")
     ours, expected = (
         {key: value for key, value in fields.items() if key not in skipped}
@@ -196,7 +203,7 @@ def test_configurations_go_there_and_back(name, tmp_path):
             fields["vision_config"] = {**fields["vision_config"], **dict.fromkeys(skipped)}
     assert ours == expected
     assert architecture.read_config(ours, {}) == architecture.read_config(written, {}) == model.config
-    # Their class reads what we write, without missing or unexpected keys.
+    # Check that the class of transformers loads what we write, without missing or unexpected keys.
     tensors = {key: torch.tensor(np.array(array)) for key, array in written_tree(architecture, model).items()}
     loaded, info = type(peer(name)).from_pretrained(None, config=theirs, state_dict=tensors, output_loading_info=True)
     assert not any(info.values()), info

@@ -1,7 +1,10 @@
-"""Tests that every structured matrix and every family must pass, against a dense matrix that each test file builds.
+"""Tests that every structured matrix must pass, as base classes of test classes.
 
-`MatrixContract` is for any structured matrix. `StructuredMatrixContract` is for a family, which also has `init` and
-`nearest`. `ProjectionContract` is for a family whose `nearest` is the optimum.
+The tests compare a structured matrix with a dense matrix that the subclass builds by NumPy or SciPy.
+
+- `MatrixContract` is for any structured matrix.
+- `StructuredMatrixContract` is for a family, which also has the methods `init` and `nearest`.
+- `ProjectionContract` is for a family whose method `nearest` returns the best approximation.
 """
 
 import itertools
@@ -16,29 +19,32 @@ import pytest
 from surm_jax.errors import UserError
 from surm_jax.structured import Family, StructuredMatrix
 
-# Relative error of a whole result in the Frobenius norm.
+# For each dtype, the largest relative error of a result that `assert_close` accepts, in the Frobenius norm.
 TOLERANCES = {
-    "float64": 1e-10,  # rounding is about 1e-16 times log n; the rest is a margin for other FFT libraries
-    "float32": 1e-5,  # rounding is about 1e-7 times log n, and sums over 768 features add a factor of some tens
-    "float16": 2.0**-11,  # the result is rounded once, to 11 bits: at most half a unit in the last place
-    "bfloat16": 2.0**-8,  # the same for 8 bits
+    "float64": 1e-10,  # Rounding errors are about 1e-16 times log n. The rest is a margin for other FFT libraries.
+    "float32": 1e-5,  # Rounding errors are about 1e-7 times log n. Sums over 768 features add a factor of some tens.
+    "float16": 2.0**-11,  # The result is rounded once, to 11 bits, with an error of half a unit in the last place.
+    "bfloat16": 2.0**-8,  # The result is rounded once, to 8 bits.
 }
 
 EXHAUSTIVE = pytest.mark.exhaustive
 
 
 def quick(cases: Iterable[Any], *fast: Any, unpack: bool = False) -> list[Any]:
-    """Return the cases of a parametrised test, marked as exhaustive except those that the fast run keeps.
+    """Return the cases of a parametrised test, of which only some run when pytest is called without options.
+
+    The other cases get the mark `exhaustive`.
 
     Args:
-        cases: The values of one argument, or tuples of the values of several.
-        *fast: The cases that the fast run keeps.
-        unpack: Whether the cases are tuples of the values of several arguments.
+        cases: All cases: the values of one argument, or tuples with the values of several arguments.
+        *fast: The cases without the mark.
+        unpack: Whether each case is a tuple with the values of several arguments.
     """
     return [pytest.param(*(case if unpack else (case,)), marks=() if case in fast else EXHAUSTIVE) for case in cases]
 
 
-# Small sizes, odd and even, wide and tall. `SMALL` is for tests that compile more programs.
+# Shapes (in_features, out_features) for the tests: odd and even sizes, wide and tall matrices. Tests that compile many
+# programs use only the shapes in `SMALL`.
 SMALL = [(1, 1), (2, 2), (7, 7), (1, 4), (4, 1), (5, 12), (12, 5)]
 SHAPES = [*SMALL, (3, 3), (8, 8), (12, 12), (2, 3), (3, 2), (768, 768), (768, 501)]
 BATCHES = [(), (4,), (2, 3), (2, 1, 3)]
@@ -48,7 +54,13 @@ dense_of = jax.jit(lambda matrix: matrix.to_dense())
 
 
 def assert_close(actual, expected, precision: str = "float64") -> None:
-    """Check that `actual` has the shape of `expected` and is within the relative error in `TOLERANCES`."""
+    """Check that two arrays have the same shape and that the relative error of `actual` is small.
+
+    Args:
+        actual: The result to check.
+        expected: The correct result.
+        precision: The dtype whose tolerance in `TOLERANCES` applies.
+    """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
     error, size = np.linalg.norm(actual - expected), np.linalg.norm(expected)
@@ -56,32 +68,49 @@ def assert_close(actual, expected, precision: str = "float64") -> None:
 
 
 class MatrixContract:
-    """The tests of a kind of matrix. A subclass names its class and gives two hooks: `abstract` and `dense`."""
+    """The tests that every structured matrix must pass.
+
+    A subclass sets `family` to the class under test and defines the methods `abstract` and `dense`.
+    """
 
     family: type[StructuredMatrix]
 
     def abstract(self, shape: tuple[int, int]) -> StructuredMatrix:
-        """Return a matrix of this kind with shapes and dtypes (float32) in place of arrays."""
+        """Return a matrix of the class under test whose leaves are `jax.ShapeDtypeStruct`s in float32.
+
+        Args:
+            shape: `(in_features, out_features)`.
+        """
         raise NotImplementedError
 
     def dense(self, arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-        """Return the oracle: `M`, (in, out), from the leaves, by NumPy or SciPy and never by the code under test."""
+        """Return the dense matrix `M` that the given leaves stand for. Every test compares its results with this one.
+
+        It must be computed by NumPy or SciPy, and not by the code under test.
+
+        Args:
+            arrays: The leaves of the matrix by name, in float64.
+            shape: The shape of M, `(in_features, out_features)`.
+        """
         raise NotImplementedError
 
     def path(self, name: str) -> str:
-        """Return the path of an array of this name in the pytree."""
+        """Return the key path in the pytree, as `jax.tree_util.keystr` writes it, of the array `name`."""
         return f".{name}"
 
     def field(self, name: str) -> str:
-        """Return the name of this array in the part that holds it."""
+        """Return the name that the array `name` has in the innermost matrix that holds it.
+
+        In a sum or product, for example, the array `terms_0_c` of the whole is the array `c` of a term.
+        """
         return name
 
     # Helpers
 
     def create(self, shape, dtype="float64", seed=0) -> tuple[StructuredMatrix, np.ndarray]:
-        """Return a matrix whose leaves are all random, and its dense form."""
+        """Return a matrix with random leaves, and the dense matrix that `dense` computes for it."""
         rng = np.random.default_rng(seed)
-        # NumPy draws the numbers, so that nothing is compiled: eager JAX operations on many shapes are slow.
+        # The random values are drawn by NumPy. JAX would compile a program for every shape, which is slow.
         start = self.abstract(shape)
         leaves = {k: jnp.asarray(rng.normal(size=v.shape).astype(dtype)) for k, v in start.arrays().items()}
         return start.with_arrays(**leaves), self.oracle(leaves, shape)
@@ -90,9 +119,13 @@ class MatrixContract:
         return self.dense({k: np.asarray(v, np.float64) for k, v in leaves.items()}, shape)
 
     def tangents(self, matrix) -> dict[str, np.ndarray]:
-        """Return, for each leaf, the derivatives of M by its numbers: an array (numbers in the leaf, in, out).
+        """Return the derivatives of M with respect to each entry of each leaf.
 
-        M is affine in every single number, so one difference is the derivative, up to rounding.
+        M is an affine function of each single entry if all other entries are fixed. So the difference of two matrices
+        is the exact derivative, up to rounding.
+
+        Returns:
+            For each leaf, by name, an array of shape (number of entries of the leaf, in_features, out_features).
         """
         leaves = {k: np.asarray(v, np.float64) for k, v in matrix.arrays().items()}
         here, result = self.dense(leaves, matrix.shape), {}
@@ -151,7 +184,10 @@ class MatrixContract:
     @pytest.mark.usefixtures("x64")
     @pytest.mark.parametrize("shape", quick([(7, 7), (5, 12)], (5, 12)), ids=str)
     def test_absorb_gives_the_multiple_of_the_same_structure(self, shape):
-        """Check a factor that is a number, and a traced array: one compiled program for all of its values."""
+        """Check `absorb` with a Python number and with a traced array.
+
+        For the traced array, one compiled program must serve all values.
+        """
         matrix, M = self.create(shape)
         x, traces = np.random.default_rng(1).normal(size=(4, shape[0])), []
         scaled = matrix.absorb(-1.5)
@@ -268,7 +304,7 @@ class MatrixContract:
         assert y.dtype == jnp.float32
         np.testing.assert_array_equal(y, np.asarray(matrix.apply(x.astype(jnp.float64)), np.float32))
 
-    # Trees and arrays by name
+    # Pytrees, and access to arrays by name
 
     def test_tree_round_trip(self):
         matrix, _ = self.create((5, 3), "float32")
@@ -315,7 +351,7 @@ class MatrixContract:
             apply(self.create((5, 3), "float32", seed)[0], jnp.ones(5))
         assert traces == [(5, 3)]
 
-    # Mistakes
+    # Wrong arguments
 
     def test_wrong_input_width(self):
         matrix, _ = self.create((5, 3), "float32")
@@ -348,21 +384,28 @@ class MatrixContract:
 
 
 class StructuredMatrixContract(MatrixContract):
-    """The tests of a family. A subclass names the family and gives the oracle, `dense`."""
+    """The tests that every family must pass. A subclass sets `family` and defines the method `dense`."""
 
     family: type[Family]
 
     def options(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Return the options of `init` and `nearest`, by default those of a small member."""
+        """Return the options of `init` and `nearest` in the tests. By default they are those of a small matrix.
+
+        Args:
+            shape: `(in_features, out_features)`.
+        """
         m, n = shape
         return next(filter(None, (self.family.options_within(shape, size) for size in (3 * max(m, n), m * n))), {})
 
     def example(self) -> Family:
-        """Return a small member, by default `Family.example`. A case with other options returns one with these."""
+        """Return a small matrix of the family, by default `Family.example()`.
+
+        If a subclass tests other options than those of `Family.example`, it returns a matrix with its own options.
+        """
         return self.family.example()
 
     def nearest_options(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Return the options of `nearest`. By default a search takes no steps."""
+        """Return the options of `nearest` in the tests. By default, a family that searches takes no search steps."""
         return self.options(shape) | ({"steps": 0} if self.family.searches else {})
 
     def abstract(self, shape):
@@ -429,7 +472,10 @@ class StructuredMatrixContract(MatrixContract):
 
 
 class ProjectionContract(StructuredMatrixContract):
-    """The tests of a family whose `nearest` is the optimum, in closed form. Other families test their search."""
+    """The tests of a family whose `nearest` computes the best approximation in closed form.
+
+    The other families, whose `nearest` is a search, have their own tests of it.
+    """
 
     @pytest.mark.usefixtures("x64")
     @pytest.mark.parametrize("shape", quick(SMALL, (5, 12)), ids=str)
@@ -448,7 +494,7 @@ class ProjectionContract(StructuredMatrixContract):
         for step, _ in itertools.product((1e-3, 1e-1, 1.0), range(20)):
             moved = {k: v + step * rng.normal(size=v.shape) for k, v in leaves.items()}
             assert np.linalg.norm(target - self.dense(moved, shape)) >= distance * (1 - TOLERANCES["float64"])
-        # Also to first order: the error is orthogonal to every direction in which the family can move.
+        # Check the first-order condition: the error is orthogonal to the derivative with respect to every parameter.
         for tangent in self.tangents(found).values():
             slope = np.einsum("kio,io->k", tangent, target - self.dense(leaves, shape))
             assert np.linalg.norm(slope) <= TOLERANCES["float64"] * np.linalg.norm(tangent) * np.linalg.norm(target)

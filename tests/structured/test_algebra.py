@@ -1,4 +1,4 @@
-"""Sums, products and multiples: the contract of every matrix, the operators, and what the parts may not be."""
+"""Tests of sums, products and multiples of matrices: the contract tests, the operators, and parts that are refused."""
 
 import re
 
@@ -129,7 +129,7 @@ def test_a_multiple_is_lean_if_its_factor_is_constant():
 
 
 def test_orientation_of_a_product():
-    # From 2 features to 3, then to 1: x is multiplied by the first factor first.
+    # The first factor maps 2 features to 3, and the second maps these to 1. x is multiplied by the first factor first.
     A = LowRank(down=jnp.array([[1.0], [10.0]]), up=jnp.array([[1.0, 2.0, 3.0]]))
     B = LowRank(down=jnp.array([[1.0], [0.0], [2.0]]), up=jnp.array([[1.0]]))
     product = A @ B
@@ -170,7 +170,7 @@ def test_a_constant_factor_is_structure_and_an_array_is_a_leaf(parts):
     x = jnp.array([1.0, 0.0, 0.0])
     slope = jax.grad(lambda m: m.apply(x)[2])(learned).alpha
     np.testing.assert_allclose(slope, 4.0, rtol=1e-6)
-    # Like the learnable alpha of the released code, it can start at 0 and learn.
+    # If alpha is zero, its gradient is not zero, so it can be trained from there, as in the released code of the paper.
     grad = jax.grad(lambda m: m.apply(x)[2])(jnp.float32(0) * A)
     assert grad.alpha != 0 and not np.any(grad.matrix.c)
 

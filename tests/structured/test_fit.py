@@ -1,4 +1,7 @@
-"""Tests of `refine`, the search for a nearest matrix: closed-form optima, and bad input."""
+"""Tests of `refine`, which moves the parameters of a matrix to bring it nearer to a dense target.
+
+The results are compared with optima that are known in closed form. Other tests pass wrong arguments.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +31,10 @@ def relative_error(matrix, target) -> float:
 
 
 def best_error(target) -> float:
-    """Return the relative error of the truncated SVD, the optimum for `start`."""
+    """Return the relative error of the best approximation of rank 3, by a truncated SVD.
+
+    The matrix that `start` returns has rank 3, so `refine` cannot reach a smaller error.
+    """
     singular = np.linalg.svd(np.asarray(target, np.float64), compute_uv=False)
     return np.linalg.norm(singular[3:]) / np.linalg.norm(singular)
 
@@ -126,7 +132,7 @@ TRACES = []
 
 @matrix_pytree
 class Row(StructuredMatrix):
-    """A squared column times a row of ones. `TRACES` counts how often its dense form is traced."""
+    """A matrix whose columns all equal `c ** 2`. Each time JAX traces its dense form, `TRACES` gets one more item."""
 
     c: jax.Array
     shape: tuple[int, int] = static()

@@ -1,4 +1,4 @@
-"""Blocks of a larger matrix of zeros: the contract of every matrix, sums of blocks, and blocks that stick out."""
+"""Tests of `Placed`, which puts a structured matrix as a block into a larger matrix of zeros."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,11 @@ from tests.structured.cases import MatrixContract, assert_close
 
 
 def placed_block(shape):
-    """Return shape and offset of the block in the contract: all but the first row and last column, but not empty."""
+    """Return the shape and offset of the block for a `Placed` matrix of the given shape in the contract tests.
+
+    The block covers all but the first row and the last column. If the matrix has only one row or column, the block
+    covers it too, so that it is not empty.
+    """
     m, n = shape
     return (max(1, m - 1), max(1, n - 1)), (min(1, m - 1), 0)
 

@@ -1,4 +1,4 @@
-"""How much of a matrix each family keeps within a budget."""
+"""Tests of `approximations`, which compares how well the families approximate a matrix with few parameters."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from tests.structured.cases import EXHAUSTIVE, quick
 
 
 def is_ours(name):
-    """Return whether the package defines a family. Other test files register their own families."""
+    """Return whether the family `name` is part of the package. Other test files register families of their own."""
     return FAMILIES[name].__module__.startswith("surm_jax.")
 
 
@@ -43,19 +43,21 @@ def test_closed_forms_of_numpy():
     singular = np.linalg.svd(target, compute_uv=False) ** 2
     assert found["LowRank"].options == {"rank": 2}
     assert found["LowRank"].energy == pytest.approx(singular[:2].sum() / total, rel=1e-5)
-    # Two terms of 4 x 3 (x) 3 x 4: the energy of two singular values of the matrix whose rows are the blocks.
+    # A sum of two Kronecker products of a 4 x 3 and a 3 x 4 matrix. Its energy is that of the two largest singular
+    # values of the matrix whose rows are the flattened 3 x 4 blocks of the target.
     assert found["Kronecker"].options == {"terms": 2}
     blocks = target.reshape(4, 3, 3, 4).transpose(0, 2, 1, 3).reshape(12, 12)
     singular = np.linalg.svd(blocks, compute_uv=False) ** 2
     assert found["Kronecker"].energy == pytest.approx(singular[:2].sum() / total, rel=1e-5)
     means = [np.mean(np.diag(target, k)) ** 2 * (12 - abs(k)) for k in range(-11, 12)]
     assert found["Toeplitz"].energy == pytest.approx(sum(means) / total, rel=1e-5)
-    # A has 12 numbers, so the budget allows rank 3 for B, its full rank: this is the best single product.
+    # The factor A has 12 parameters, so the budget allows the rank 3 for the 3 x 4 factor B. This is the full rank, so
+    # the result is the best single Kronecker product.
     assert found["LowRankKronecker"].options == {"rank": 3}
     assert found["LowRankKronecker"].energy == pytest.approx(singular[:1].sum() / total, rel=1e-5)
-    # In blocks of 3 there are 4 x 4 x 3 numbers.
+    # With blocks of 3 x 3, there are 4 x 4 blocks with 3 parameters each.
     assert found["BlockCirculant"].options == {"block": 3}
-    # The mean of 4 tiles of 6 x 6.
+    # The best tile is the mean of the four 6 x 6 tiles of the target.
     assert found["Tiled"].options == {"side": 6}
     tile = target.reshape(2, 6, 2, 6).mean(axis=(0, 2))
     assert found["Tiled"].energy == pytest.approx(4 * np.sum(tile**2) / total, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Ranks, determinants and condition numbers against numpy on dense matrices that scipy builds."""
+"""Tests of ranks, determinants and condition numbers, compared with NumPy's results for the dense matrices."""
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +23,26 @@ from tests.structured.cases import assert_close
 
 
 def shift(n: int, f: float) -> np.ndarray:
-    """Return the paper's `Z_f`."""
+    """Return the n x n matrix `Z_f` of arXiv 2406.17740.
+
+    It has ones directly below the diagonal and f in the upper right corner.
+    """
     Z = np.diag(np.ones(n - 1), -1)
     Z[0, -1] += f
     return Z
 
 
 def paper_f_circulant(v: np.ndarray, f: float) -> np.ndarray:
-    """Return the paper's `Z_f(v)`: the polynomial with coefficients v of the shift `Z_f`."""
+    """Return the f-circulant matrix `Z_f(v)` of arXiv 2406.17740, the sum of `v[k]` times the kth power of `Z_f`."""
     return sum(v[k] * np.linalg.matrix_power(shift(len(v), f), k) for k in range(len(v)))
 
 
 def members(n: int, seed: int = 0):
-    """Return square matrices with and without a spectrum in closed form, each with its dense form."""
+    """Return random n x n structured matrices, each with the dense matrix that NumPy computes for it.
+
+    For the first five, the code under test computes eigenvalues by an FFT, but not for the last two. Only the last
+    matrix is singular for n > 1.
+    """
     u, v = np.random.default_rng(seed).normal(size=(2, n))
     with jax.enable_x64(True):
         return [
@@ -78,7 +85,7 @@ def test_rectangular_matrices_have_singular_values_and_a_rank(shape):
 
 
 def test_circulants_are_never_formed():
-    n = 2**17  # the dense matrix would take 137 GB
+    n = 2**17  # The dense matrix would take 137 GB in float64.
     c = np.zeros(n, np.float32)
     c[:2] = 3.0, 1.0
     matrix = CirculantPair(jnp.asarray(c), jnp.ones(n), shape=(n, n))
@@ -91,7 +98,8 @@ def test_circulants_are_never_formed():
 @pytest.mark.parametrize("zeros", [1, 3, 5])
 def test_the_rank_of_a_circulant_is_its_number_of_non_zero_frequencies(zeros):
     spectrum = np.ones(7) + np.arange(7)
-    spectrum[:zeros] = 0  # 7 values for 12 frequencies: all except the first and the last count twice
+    # These 7 values stand for 12 frequencies. All except the first and the last stand for two frequencies each.
+    spectrum[:zeros] = 0
     c = np.fft.irfft(spectrum, n=12)
     matrix = Circulant(jnp.asarray(c, jnp.float32), shape=(12, 12))
     # After rounding to float32, the zeros are no longer exactly zero.
@@ -127,7 +135,8 @@ def test_singular_matrices():
 
 
 def test_a_toeplitz_matrix_on_which_levinson_breaks_down():
-    T = scipy.linalg.toeplitz([0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0])  # every odd leading block is singular
+    # The leading 1 x 1 and 3 x 3 blocks of this matrix are singular.
+    T = scipy.linalg.toeplitz([0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0])
     with pytest.raises(np.linalg.LinAlgError):
         scipy.linalg.solve_toeplitz(T[0], np.ones(4))
     sign, log = log_determinant(T)
@@ -163,7 +172,8 @@ def test_displacement_ranks_of_families():
     assert displacement_rank(C) == displacement_rank(S) == 1
     assert displacement_rank(C, g=1.0) == 0 and displacement_rank(S, f=-1.0) == 0
     assert displacement_rank(C + S) == 2
-    # x is multiplied by the skew-circulant first: M = S C is the transpose of the paper's Z_1(g) Z_{-1}(h).
+    # The input is multiplied by the skew-circulant matrix S first. So M = S C is the transpose of the product
+    # Z_1(g) Z_{-1}(h) in the paper.
     assert displacement_rank(S @ C) == 1 and displacement_rank(C @ S) > 1
     T = scipy.linalg.toeplitz(c, [c[0], *v[1:]])
     assert displacement_rank(T) == displacement_rank(T[:5]) == 2

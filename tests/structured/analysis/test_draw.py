@@ -1,4 +1,4 @@
-"""Tests of the pictures, whose colours show where the parameters appear, and of the page that shows every family."""
+"""Tests of `draw` and `origins`, and of the page `docs/structured.md`, which shows a picture of every family."""
 
 import re
 import subprocess
@@ -30,7 +30,7 @@ def zeros(family, shape, **options):
 
 
 def pictures(figure):
-    """Return the coloured cells of all axes that have an image, from left to right and from top to bottom."""
+    """Return the colours of all matrices and colour bars in a figure, from left to right and from top to bottom."""
     axes = sorted((a for a in figure.axes if a.images), key=lambda a: (a.get_position().x0, -a.get_position().y0))
     return [np.asarray(a.images[0].get_array()) for a in axes]
 

@@ -1,4 +1,4 @@
-"""Tests of the execution that `auto` chooses."""
+"""Tests of `choose`, which chooses the execution for `auto` from a table of measurements."""
 
 import json
 

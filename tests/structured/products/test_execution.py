@@ -1,4 +1,7 @@
-"""Tests of the executions of `x @ (W + M)`: values, gradients, stored residuals, and communication between devices."""
+"""Tests of `updated_matmul` and `matmul` with every execution.
+
+They test values, gradients, the arrays that reverse mode stores, and communication between devices.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,11 @@ from tests.structured.cases import TOLERANCES, assert_close, quick
 
 
 def case(family, shape=(12, 8), batch=(4, 5), dtype="float64", seed=0):
-    """Return an update with random leaves, x, W, and the cotangent of the output."""
+    """Return the arguments of a test, with random values.
+
+    Returns:
+        A structured matrix of the family (the update), the input x, the kernel W, and a cotangent of the output.
+    """
     rng = np.random.default_rng(seed)
     options = FAMILIES[family].options_within(shape, 4 * max(shape)) or {}
     start = jax.eval_shape(lambda: FAMILIES[family].init(jax.random.key(0), shape, scale=1.0, **options))
@@ -25,7 +32,7 @@ def case(family, shape=(12, 8), batch=(4, 5), dtype="float64", seed=0):
 
 
 def outputs(update, x, kernel, dy, how):
-    """Return the output, and the gradients of update, x and kernel."""
+    """Return the output of `updated_matmul` with the execution `how`, and the gradients of update, x and kernel."""
     y, pull = jax.vjp(lambda update, x, kernel: updated_matmul(x, kernel, update, execution=how), update, x, kernel)
     return y, *pull(dy)
 
@@ -37,7 +44,8 @@ def test_all_executions_give_the_same_values_and_gradients(family, monkeypatch):
     update, x, kernel, dy = case(family)
     M = np.asarray(update.to_dense())
     results = jax.jit(lambda *args: {how: outputs(*args, how) for how in EXECUTIONS})(update, x, kernel, dy)
-    # Only `fft` is plain differentiation, which the contract of every family compares with NumPy.
+    # The gradients of `fft` are the expected ones: JAX differentiates the fast product, and the contract tests of every
+    # family compare these gradients with NumPy.
     _, expected, *_ = results["fft"]
     for y, by_update, by_x, by_kernel in results.values():
         assert_close(y, x @ (kernel + M))
@@ -86,7 +94,7 @@ def test_transformations(how, batch):
     assert_close(dy, dx @ (kernel + M) + x @ Circulant(r1 + r2, (5, 7)).to_dense())
     stack = jnp.stack([x, dx])
     assert_close(jax.vmap(product, (None, 0))(update, stack), stack @ (kernel + M))
-    # Second derivatives: the directional derivative of the gradient, against a central difference.
+    # Compare second derivatives: the directional derivative of the gradient must equal a central difference.
     gradient = jax.grad(lambda update: jnp.sum(product(update, x) ** 2))
     curvature = jax.jvp(gradient, (update,), (moved,))[1]
     step = 1e-4
@@ -104,7 +112,7 @@ def test_reverse_mode_keeps_the_input_alone(family, how):
     _, pull = jax.vjp(lambda update, x: updated_matmul(x, kernel, update, execution=how), update, x)
     kept = {np.asarray(leaf).ctypes.data: leaf for leaf in jax.tree.leaves(pull)}.values()
     assert [leaf.size for leaf in kept if leaf.size > kernel.size] == [x.size]
-    # All other residuals together are at most one kernel and some arrays as small as the update.
+    # All other stored arrays together are at most as large as one kernel and some arrays of the size of the update.
     assert sum(leaf.size for leaf in kept if leaf.size <= kernel.size) <= kernel.size + 8 * update.num_params
 
 
@@ -147,8 +155,8 @@ def test_only_gradients_cross_devices(family, kind):
 
 @pytest.mark.parametrize("how", ["auto", "fft", "dense"])
 def test_half_precision_does_not_lose_a_small_update(how):
-    # 8 + 1e-4 is 8 in bfloat16. The rows of x sum to zero, so the product with the constant kernel vanishes and the
-    # output is the product with the update only.
+    # In bfloat16, 8 + 1e-4 is rounded to 8. All entries of the kernel are 8 and each row of x sums to zero, so the
+    # product of x and the kernel is zero. The output must be the product of x and the update.
     rng = np.random.default_rng(0)
     update = Circulant(jnp.asarray(1e-4 * rng.normal(size=64), jnp.float32), (64, 64))
     x = jnp.asarray(rng.permuted(np.tile([1.0, -1.0], (8, 32)), axis=1), jnp.bfloat16)
@@ -161,8 +169,8 @@ def test_half_precision_does_not_lose_a_small_update(how):
 
 @pytest.mark.parametrize(("of_x", "of_kernel"), [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_auto_does_not_fold_where_x_and_kernel_differ(of_x, of_kernel):
-    # The same x and kernel as above. Added to the kernel of 8, the update would vanish in bfloat16 and keep three
-    # digits in float32.
+    # Use the same x and kernel as in the test above. If the update were added to the kernel, it would vanish in
+    # bfloat16, and keep only three digits in float32.
     rng = np.random.default_rng(0)
     update = Circulant(jnp.asarray(1e-4 * rng.normal(size=64), jnp.float32), (64, 64))
     x = jnp.asarray(rng.permuted(np.tile([1.0, -1.0], (8, 32)), axis=1), of_x)
@@ -202,7 +210,8 @@ def test_a_product_of_another_dtype_than_its_input_has_gradients(how):
         0
     ]
     found = pull(jnp.ones_like(y))[0].c
-    # `dense` rounds twice: the kernel's gradient, which is a product of this `dot`, and the sum of its diagonals.
+    # The execution `dense` rounds to bfloat16 twice: first the gradient of the kernel, which is a product of this
+    # `dot`, and then the sums of its diagonals.
     assert np.linalg.norm(found - expected.c) <= 2 * TOLERANCES["bfloat16"] * np.linalg.norm(expected.c)
 
 
@@ -249,7 +258,7 @@ def test_the_product_with_the_update_alone_keeps_the_dtype_of_half_precision_inp
     y = matmul(half, update, execution=how)
     assert y.dtype == jnp.bfloat16
     M = np.asarray(update.to_dense(), np.float64)
-    # `dense` rounds the matrix to the precision of the input, and the product afterwards.
+    # The execution `dense` rounds to the dtype of the input twice: first the dense matrix, and then the product.
     error = np.linalg.norm(np.asarray(y, np.float64) - np.asarray(half, np.float64) @ M)
     assert error <= 2 * TOLERANCES["bfloat16"] * np.linalg.norm(np.asarray(y, np.float64))
 

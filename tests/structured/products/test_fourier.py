@@ -1,4 +1,8 @@
-"""Circular and skew-circular convolution against their defining sums, and what happens to them on 8 devices."""
+"""Tests of circular and skew-circular convolution.
+
+Their values are compared with the defining sums. On a mesh of 8 devices, the tests check that no device gathers the
+activations of the others.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +34,20 @@ BATCH, TOKENS, IN, OUT = 16, 3, 9, 7
 
 
 def loop(x: np.ndarray, c: np.ndarray, wrapped: int = 1) -> np.ndarray:
-    """Return the defining sum for one row x. Terms that wrap around are multiplied by `wrapped`."""
+    """Return the convolution of two vectors, computed by its definition as a sum.
+
+    Terms that wrap around are multiplied by `wrapped`, which is 1 for circular and -1 for skew-circular convolution.
+    """
     n = len(c)
     return np.array([sum(x[i] * c[(j - i) % n] * (wrapped if i > j else 1) for i in range(len(x))) for j in range(n)])
 
 
 @pytest.fixture
 def problem():
-    """Return a circulant pair, activations and output cotangents, as NumPy arrays that belong to no device."""
+    """Return a `CirculantPair`, activations, and cotangents of the output.
+
+    All are NumPy arrays, which are not placed on a device yet.
+    """
     rng = np.random.default_rng(0)
     pair = CirculantPair(*rng.normal(size=(2, IN)).astype(np.float32), shape=(IN, OUT))
     x = rng.normal(size=(BATCH, TOKENS, IN)).astype(np.float32)
@@ -79,7 +89,8 @@ def test_skew_convolve_is_its_defining_sum_with_its_gradients(m, n):
     dx, dv = vjp(dy)
     assert_close(y, x @ Z)
     assert_close(dx, dy @ Z.T)
-    # v_k stands on the wrapped diagonal j - i = k.
+    # v_k is the entry on the diagonal j - i = k, and minus v_k is the entry on the diagonal j - i = k - n. So the
+    # gradient of v_k is a signed sum over these two diagonals.
     X, expected = dy.T @ np.pad(x, ((0, 0), (0, n - m))), []
     for _ in range(n):
         expected.append(np.trace(X))
@@ -168,7 +179,11 @@ def test_no_activation_is_gathered_by_a_skew_convolution(mesh_name, axis_type, n
 
 @pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=str)
 def test_xla_still_gathers_without_batch_local(problem, axis_type):
-    """If this fails, jax#15680 is fixed: remove `batch_local`, and the test above, which then proves nothing."""
+    """Check that without `batch_local`, XLA gathers the activations before an FFT (jax#15680).
+
+    If this test fails, XLA no longer does so. Then remove `batch_local`, and the test above, which proves nothing any
+    more.
+    """
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
 
     def naive(x, c):
