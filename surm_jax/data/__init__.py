@@ -1,6 +1,8 @@
-"""Data sets and input pipelines: `load` a set, then `train_batches` and `eval_batches`.
+"""Data sets, and input pipelines that make batches of them.
 
-For text, `load` the set, `load_tokenizer`, `encode` the sentences, then `text_train_batches` and `text_eval_batches`.
+For images, call `load` for the data set, and pass its examples to `train_batches` and `eval_batches`. For text, call
+`load` for the data set and `load_tokenizer` for the tokenizer, encode the sentences with `Tokenizer.encode`, and pass
+the result to `text_train_batches` and `text_eval_batches`.
 """
 
 from surm_jax.data.batches import EvalBatches, TrainBatches

@@ -1,11 +1,11 @@
-"""Iterators over batches and checks of arguments, which the pipelines of images and of text share.
+"""Iterators over batches, and checks of arguments, for the pipelines of images and of text.
 
-All pipelines follow one rule: in each step, the batches of `batch_size` examples of all `process_count` processes,
-concatenated, equal the batch of `process_count * batch_size` examples that a single process would make. So the number
-of hosts changes neither what a training step sees nor what an evaluation counts.
+With several JAX processes, each process makes its own batch of `batch_size` examples in each step. Concatenated in the
+order of the processes, these equal the batch of `process_count * batch_size` examples that a single process would make.
+So the number of processes changes neither the examples of a training step nor the result of an evaluation.
 
-grain makes the batches in threads, before the device needs them. Pillow and numpy release the interpreter lock during
-the heavy work, so worker processes are not needed.
+The library grain makes the batches in threads, before the device needs them. Pillow and numpy release Python's global
+interpreter lock while they compute, so worker processes are not needed.
 """
 
 from collections.abc import Iterator, Sized
@@ -18,14 +18,16 @@ from surm_jax.data.corrupt import skipping
 from surm_jax.errors import UserError
 
 Batch = dict[str, Any]
-"""Arrays by name."""
+"""A batch: a dictionary of arrays by name, such as "image" and "label"."""
 
 
 class TrainBatches:
-    """An endless, resumable iterator over batches, as `train_batches` and `text_train_batches` return it.
+    """An endless iterator over training batches, which can be resumed.
+
+    `train_batches` and `text_train_batches` return it.
 
     Attributes:
-        corrupt: The indices of the unreadable examples that were skipped in the batches handed out so far.
+        corrupt: The indices of the corrupt examples that were skipped in the batches that were returned so far.
     """
 
     def __init__(self, batches: grain.DatasetIterator[Batch], max_corrupt: int = 0):
@@ -44,22 +46,27 @@ class TrainBatches:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Return the position in the data, in JSON values. Batches that were only read ahead do not count."""
+        """Return the iterator's position in the data, as a dictionary that can be written as JSON.
+
+        The position is after the last batch that was returned. Batches that were made ahead of time do not count.
+        """
         corrupt = {"corrupt": sorted(self.corrupt)} if self.corrupt else {}
         return {**self._batches.get_state(), **corrupt}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from a position that an iterator with the same arguments returned."""
+        """Continue from a position that `get_state` of an iterator with the same arguments returned."""
         self.corrupt = set(state.get("corrupt", ()))
         self._batches.set_state({key: value for key, value in state.items() if key != "corrupt"})
 
 
 @dataclass(frozen=True)
 class EvalBatches:
-    """Batches that make one pass over all examples each time they are iterated; `len()` is the number of batches.
+    """An iterable over evaluation batches, which holds every example once and can be iterated several times.
+
+    `len()` is the number of batches.
 
     Attributes:
-        examples: Number of examples in the source. Corrupt examples are masked out of the batches.
+        examples: The number of examples in the source, including corrupt examples, which are masked in the batches.
     """
 
     examples: int
@@ -80,8 +87,8 @@ class EvalBatches:
 
 
 def read_options(threads: int, read_ahead: int) -> grain.ReadOptions:
-    """Return grain's options for a number of threads and of batches that are made ahead of time."""
-    # More threads than batches to make ahead would idle, and grain warns about them.
+    """Return grain's options for a number of threads and a number of batches that are made ahead of time."""
+    # Threads in excess of `read_ahead` would have nothing to do, and grain warns about them.
     return grain.ReadOptions(num_threads=min(threads, read_ahead), prefetch_buffer_size=read_ahead)
 
 
@@ -95,7 +102,7 @@ def check_batches(
     read_ahead: int,
     seed: int = 0,
 ) -> None:
-    """Check the arguments that all pipelines share.
+    """Check the arguments that all functions that make batches share.
 
     Raises:
         UserError: An argument is out of range, or the source is empty.

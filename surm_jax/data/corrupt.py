@@ -1,4 +1,4 @@
-"""Skip examples that cannot be read, such as a record whose image does not decode, up to a limit."""
+"""Skip a limited number of corrupt examples, which cannot be read, such as a record whose image cannot be decoded."""
 
 import warnings
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from surm_jax.errors import UserError
 
 
 class CorruptExampleError(UserError):
-    """The error for one example that cannot be read; other examples of its source may be readable."""
+    """The error for one example that cannot be read. Other examples of its source may be readable."""
 
 
 class Examples(Protocol):
-    """A random-access sequence of examples."""
+    """The interface of a random-access sequence of examples. Each example is a dictionary."""
 
     def __len__(self) -> int: ...
 
@@ -21,21 +21,21 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class Readable:
-    """A source that replaces each corrupt example by the next readable one.
+    """A sequence of examples in which each corrupt example of a source is replaced by the next readable one.
 
-    The replacement depends only on the source. Other examples keep their places and their indices, for any number of
-    processes and after a run is resumed.
+    After the last example, the search continues with the first. The replacement depends only on the source. Readable
+    examples keep their indices. So the examples are the same for any number of processes and after a run is resumed.
 
-    `source[i]` has an additional entry `"corrupt"`, which maps the index of each example that was skipped for it to the
-    reason why that example cannot be read.
+    Each example has an additional entry `"corrupt"`. It maps the index of each corrupt example that was skipped to find
+    this example to the reason why it cannot be read. The entry is empty if the example itself is readable.
 
     Attributes:
-        source: All examples.
-        max_corrupt: Number of examples that may be skipped.
+        source: All examples, including corrupt ones.
+        max_corrupt: The number of corrupt examples that may be skipped to find a readable one.
 
     Raises:
-        CorruptExampleError: On reading, if more than `max_corrupt` examples in a row are corrupt, or if none can be
-            read.
+        CorruptExampleError: When an example is read, if more than `max_corrupt` examples in a row are corrupt, or if no
+            example of the source can be read.
     """
 
     source: Examples
@@ -59,12 +59,12 @@ class Readable:
 
 
 def skipping(why: str, so_far: int, max_corrupt: int) -> None:
-    """Warn that an example is skipped.
+    """Warn that a corrupt example is skipped, or raise an error if too many were skipped.
 
     Args:
-        why: The reason why it cannot be read, which names the example.
-        so_far: Number of examples that were skipped, including this one.
-        max_corrupt: Number of examples that may be skipped.
+        why: The reason why the example cannot be read, which names the example.
+        so_far: The number of examples that were skipped so far, including this one.
+        max_corrupt: The number of examples that may be skipped.
 
     Raises:
         CorruptExampleError: More than `max_corrupt` examples were skipped.
@@ -75,5 +75,10 @@ def skipping(why: str, so_far: int, max_corrupt: int) -> None:
 
 
 def one_too_many(why: str, max_corrupt: int) -> CorruptExampleError:
-    """Return the error for more corrupt examples than `max_corrupt`."""
+    """Return the error for a corrupt example after which more than `max_corrupt` examples would be skipped.
+
+    Args:
+        why: The reason why the example cannot be read, which names the example.
+        max_corrupt: The number of examples that may be skipped.
+    """
     return CorruptExampleError(f"{why}; max_corrupt lets {max_corrupt} such examples be skipped")

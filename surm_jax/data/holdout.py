@@ -1,4 +1,7 @@
-"""Select parts of a training set: a few examples to train on, or held-out examples to choose settings with."""
+"""Split a training set.
+
+A part of it can be selected for training with few examples, or held out to choose settings with.
+"""
 
 from typing import Any, TypeVar
 
@@ -12,15 +15,18 @@ Source = TypeVar("Source", ImageSource, TextSource)
 
 
 def first_examples(train: Source, count: int) -> Source:
-    """Take the first `count` examples of a training set in a random order that is the same in every run.
+    """Return `count` random examples of a training set, the same in every run.
 
-    The examples for a larger `count` include those for a smaller one.
+    They are the first `count` examples of a random order that is the same in every run. So the examples for a larger
+    `count` include those for a smaller one.
 
     Returns:
-        These examples, in the order of the training set; all examples if `count` is 0.
+        These examples, in the order of the training set. If `count` is 0, all examples are returned.
 
     Raises:
-        UserError: There are fewer examples.
+        UserError: `count` is negative, or the training set has fewer examples.
+
+    In this set of 8 examples, the label of each example is its index:
 
     >>> from surm_jax.data import ArraySource
     >>> source = ArraySource(np.zeros((8, 4, 4, 1), np.uint8), np.arange(8))
@@ -35,13 +41,15 @@ def first_examples(train: Source, count: int) -> Source:
 
 
 def hold_out(train: Source, count: int) -> tuple[Source, Source | None]:
-    """Hold out `count` examples of a training set, the same in every run.
+    """Split a training set into examples to train on and `count` random examples that are held out.
+
+    The split is the same in every run.
 
     Returns:
-        The remaining training examples, and those held out (`None` if `count` is 0).
+        The remaining training examples, and the held-out examples, or `None` instead of these if `count` is 0.
 
     Raises:
-        UserError: No example would remain.
+        UserError: `count` is negative, or no example would remain.
 
     >>> from surm_jax.data import ArraySource
     >>> left, held_out = hold_out(ArraySource(np.zeros((5, 4, 4, 1), np.uint8), np.arange(5)), 2)

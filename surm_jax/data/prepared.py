@@ -1,7 +1,7 @@
-"""Prepared folders of TensorFlow Datasets, opened without TensorFlow and without the network.
+"""Open data sets that TensorFlow Datasets has prepared, without TensorFlow and without the network.
 
-The folder that `tfds build` wrote is opened directly (`builder_from_directory`). A builder that is looked up by name
-would run the preparation code of the set, which may try to download it.
+The folder that `tfds build` wrote is opened directly (`builder_from_directory`). The alternative, a builder that is
+found by the name of the data set, would run the code that prepares the data set, which may try to download it.
 """
 
 import os
@@ -18,26 +18,26 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 class Records(Protocol):
-    """Records with random access, as tensorflow_datasets opens them."""
+    """The interface of the random-access sequences of records that tensorflow_datasets returns."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Return many records at once, which is faster than one by one."""
+        """Return the records at several indices, which is faster than reading them one by one."""
 
 
 @dataclass(frozen=True)
 class PreparedSet:
-    """One version of a set, opened by `open_prepared`.
+    """One version of a prepared data set, which `open_prepared` returns.
 
     Attributes:
-        name: The name that was asked for.
+        name: The name that was passed to `open_prepared`.
         version: The version that was found, such as "3.0.2".
-        features: The set's features by name, as tensorflow_datasets describes them.
-        splits: Names of the splits.
-        data_dir: The folder of prepared sets that it was found in.
+        features: The descriptions of the data set's features by tensorflow_datasets, by the name of the feature.
+        splits: The names of the splits.
+        data_dir: The folder of prepared data sets in which this one was found.
     """
 
     name: str
@@ -49,15 +49,17 @@ class PreparedSet:
 
     @property
     def full_name(self) -> str:
-        """The name with the version."""
+        """The name of the data set with the version that was found, such as "cifar10:3.0.2"."""
         return f"{self.name.partition(':')[0]}:{self.version}"
 
     def records(self, split: str, decoders: Mapping[str, Any] | None = None) -> Records:
-        """Open a split for random access. A damaged file raises a RuntimeError when it is read.
+        """Return the records of a split, for random access.
+
+        If a file is damaged, a RuntimeError is raised when one of its records is read.
 
         Args:
-            split: One of `splits`.
-            decoders: Decoders of tensorflow_datasets by feature, which replace the default ones.
+            split: The name of the split, one of `splits`.
+            decoders: Decoders of tensorflow_datasets that replace the default ones, by the name of the feature.
 
         Raises:
             UserError: A file of the split is missing.
@@ -74,16 +76,20 @@ class PreparedSet:
 def open_prepared(
     name: str, data_dir: str | os.PathLike[str] | None = None, others: Collection[str] = ()
 ) -> PreparedSet:
-    """Open a prepared set. This takes milliseconds after the import of tensorflow_datasets (half a second).
+    """Open a data set that TensorFlow Datasets has prepared.
+
+    This takes milliseconds, after the import of tensorflow_datasets, which takes half a second.
 
     Args:
-        name: `cifar10`, `cifar10:3.0.2`, `name/config` or `name/config:version`; without a version the newest.
-        data_dir: The folder of prepared sets; `None` means `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`.
-        others: Names of sets from other sources, which the message about an unknown name also lists.
+        name: The name of the data set, such as `cifar10`, `cifar10:3.0.2`, `name/config` or `name/config:version`.
+            Without a version, the newest prepared one is opened.
+        data_dir: The folder of prepared data sets. `None` means `$TFDS_DATA_DIR`, or `~/tensorflow_datasets` if this
+            variable is not set.
+        others: The names of data sets from other sources. The error message for an unknown name lists them too.
 
     Raises:
-        UserError: The name is unknown, the set is not prepared in `data_dir` (the message says how to prepare it;
-            nothing is ever downloaded), its description is damaged, or its files allow no random access.
+        UserError: The name is unknown, the data set is not prepared in `data_dir`, its description is damaged, or its
+            files do not allow random access. Nothing is ever downloaded; the message says how to prepare the data set.
     """
     folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     set_folder = _find(name, folder, others)
@@ -92,7 +98,7 @@ def open_prepared(
     try:
         builder = tfds.builder_from_directory(set_folder)
     except Exception as error:
-        # Protobuf, json and tfds have no common class for the errors of a damaged description.
+        # A damaged description raises errors of Protobuf, json or tfds, which have no other common base class.
         raise UserError(
             f"{set_folder} is damaged: its dataset_info.json or features.json cannot be read ({error}). "
             + _how_to_prepare(name, folder)
@@ -108,7 +114,11 @@ def open_prepared(
 
 
 def _find(name: str, folder: Path, others: Collection[str]) -> Path:
-    """Return the folder of one version of the set, or raise an error that says why there is none."""
+    """Return the folder of the version of a data set that is to be opened.
+
+    Raises:
+        UserError: There is no such folder. The message says why.
+    """
     prepared = _prepared(folder)
     holds = (
         f"it holds {', '.join(f'{known}:{versions[-1]}' for known, versions in prepared.items()) or 'no prepared set'}"
@@ -121,8 +131,8 @@ def _find(name: str, folder: Path, others: Collection[str]) -> Path:
         return folder / base / version
     import tensorflow_datasets as tfds
 
-    # Community sets are left out, because their list would be downloaded. GLUE is listed only if TensorFlow is
-    # installed.
+    # Community data sets are left out, because `list_builders` would download their list. It lists GLUE only if
+    # TensorFlow is installed, so GLUE is added here.
     official = [*tfds.list_builders(with_community_datasets=False), "glue"]
     if not match or match["name"].split("/")[0] not in {*official, *(known.split("/")[0] for known in prepared)}:
         near = did_you_mean(match["name"] if match else name, dict.fromkeys([*others, *prepared, *official]))
@@ -139,7 +149,10 @@ def _find(name: str, folder: Path, others: Collection[str]) -> Path:
 
 
 def _prepared(folder: Path) -> dict[str, list[str]]:
-    """Return the sets in a folder: their names, with the configuration if any, and their versions, oldest first."""
+    """Return the versions of all prepared data sets in a folder, oldest first, by the name of the data set.
+
+    If a data set has configurations, the name includes one, as in `name/config`.
+    """
     prepared: dict[str, list[str]] = {}
     for pattern in ("*/*/dataset_info.json", "*/*/*/dataset_info.json"):
         for info in sorted(folder.glob(pattern)):

@@ -1,4 +1,4 @@
-"""Data sets by name."""
+"""Load data sets of images or text by their names."""
 
 import os
 
@@ -10,22 +10,25 @@ from surm_jax.data.text.glue import load_glue
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageDataset | TextDataset:
-    """Load a set of labelled images or of labelled sentences, without the network.
+    """Load a data set of labelled images or labelled sentences, without the network.
 
     Args:
-        name: One of
-            - `digits`, `digits_0to4`, `digits_5to9`: embedded, 8 x 8 grey images (see `load_digits`);
+        name: The name of the data set, which is one of
+            - `digits`, `digits_0to4`, `digits_5to9`: grey images of 8 x 8 pixels that scikit-learn contains (see
+              `load_digits`);
             - a path that ends in `.npz` (see `load_npz`);
-            - a task of GLUE that TensorFlow Datasets has prepared: `glue/rte`, `glue/rte:version` (see `load_glue`);
-            - a set of images that TensorFlow Datasets has prepared: `cifar10`, `name:version`, `name/config` (see
-              `load_tfds`).
-        data_dir: The folder of prepared sets; `None` means `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`.
+            - a task of GLUE that TensorFlow Datasets has prepared, such as `glue/rte` or `glue/rte:version` (see
+              `load_glue`);
+            - a data set of images that TensorFlow Datasets has prepared, such as `cifar10`, `name:version` or
+              `name/config` (see `load_tfds`).
+        data_dir: The folder of prepared data sets. `None` means `$TFDS_DATA_DIR`, or `~/tensorflow_datasets` if this
+            variable is not set.
 
     Returns:
-        A `TextDataset` for a task of GLUE, otherwise an `ImageDataset`.
+        A `TextDataset` for a task of GLUE, and otherwise an `ImageDataset`.
 
     Raises:
-        UserError: There is no such set, or it is damaged or of another kind.
+        UserError: There is no such data set, it is damaged, or it does not hold labelled images or sentences.
 
     >>> data = load("digits_5to9")
     >>> len(data.train), len(data.test), data.classes, data.image_shape
@@ -41,7 +44,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageData
 
 
 def is_text(name: str) -> bool:
-    """Return whether a name stands for sentences and not for images.
+    """Return whether a name stands for a data set of sentences, not of images.
 
     >>> is_text("glue/rte"), is_text("cifar10")
     (True, False)

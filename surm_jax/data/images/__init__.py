@@ -1,1 +1,1 @@
-"""Sets of images, their transforms and their batches."""
+"""Data sets of images, transforms of images, and pipelines that make batches of images."""

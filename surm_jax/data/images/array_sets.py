@@ -1,4 +1,4 @@
-"""Data sets that fit in memory: the embedded digits, and arrays in an .npz file."""
+"""Image data sets that are held in memory: the digits of scikit-learn, and arrays in an .npz file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from surm_jax.data.images.dataset import ArraySource, ImageDataset
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.files import open_npz
 
-# The digits of each set, by its name.
+# The digits that are the classes of each embedded data set, by the name of the data set.
 EMBEDDED: Mapping[str, range] = {"digits": range(10), "digits_0to4": range(5), "digits_5to9": range(5, 10)}
 
 _REQUIRED = ("train_images", "train_labels", "test_images", "test_labels")
@@ -17,16 +17,18 @@ _MOST_CLASSES = 1_000_000
 
 
 def load_digits(name: str) -> ImageDataset:
-    """Load the handwritten digits of scikit-learn: 1,797 grey images of 8 x 8 pixels, without a file or the network.
+    """Load the handwritten digits that scikit-learn contains, 1,797 grey images of 8 x 8 pixels.
 
-    `digits` has all ten classes. `digits_0to4` (to pretrain on) and `digits_5to9` (to adapt to) are its halves, each
-    with labels from 0. All three use the same fixed stratified split with a third for testing, whatever the seed of a
-    run, so a test image of one is never a training image of another.
+    The data set `digits` has all ten classes. `digits_0to4` (to pretrain on) and `digits_5to9` (to adapt to) have five
+    classes each, with labels counted from 0. All three use the same fixed stratified split, with a third of the images
+    for testing. It does not depend on the seed of a run, so a test image of one data set is never a training image of
+    another.
 
-    Pixels 0..16 become uint8 `round(255 * pixel / 16)`. From then on they are treated like all other images.
+    The original pixels 0..16 are converted to uint8 by `round(255 * pixel / 16)`, so that the images are treated like
+    all others.
 
     Raises:
-        UserError: `name` is not one of the three.
+        UserError: `name` is not one of the three names.
     """
     if name not in EMBEDDED:
         raise UserError(f"no embedded data set {name!r}: there are {', '.join(EMBEDDED)}{did_you_mean(name, EMBEDDED)}")
@@ -49,12 +51,16 @@ def load_digits(name: str) -> ImageDataset:
 
 
 def load_npz(path: str) -> ImageDataset:
-    """Load a data set from an .npz file, and check it completely.
+    """Load an image data set from an .npz file, and check all its arrays.
 
-    The file holds `train_images`, `train_labels`, `test_images`, `test_labels` and optionally `classes` (strings;
-    without them the classes are "0", "1", ... up to the largest training label). Images are (n, height, width,
-    channels), all of one size: uint8 0..255, or floats already scaled to [-1, 1]. Floats without a negative value are
-    refused, since they were scaled to [0, 1]. Labels are integers from 0. Pickled objects are refused.
+    The file holds these arrays. Other arrays are ignored, and pickled objects are refused.
+
+    - `train_images` and `test_images` have shape (n, height, width, channels), with the same height, width and channels
+      in both. They are uint8 0..255, or floats already scaled to [-1, 1]. Floats without any negative value are
+      refused, since they were probably scaled to [0, 1].
+    - `train_labels` and `test_labels` have shape (n,) and hold integers counted from 0.
+    - `classes`, which is optional, holds the names of the classes as strings. Without it, the names are "0", "1", ...
+      up to the largest training label.
 
     Raises:
         UserError: The file or an array is missing or damaged, or an array has a wrong shape, dtype or value. The
@@ -71,7 +77,7 @@ def load_npz(path: str) -> ImageDataset:
                 f"{did_you_mean(missing[0], archive.keys)}"
             )
         arrays = {key: archive.read(key) for key in archive.keys if key in (*_REQUIRED, "classes")}
-    # Each array is taken out of the dict, so it is released when its conversion replaces it.
+    # `pop` removes each array from the dict, so that its memory is released when a converted copy replaces it.
     images = {
         split: _checked_images(path, f"{split}_images", arrays.pop(f"{split}_images")) for split in ("train", "test")
     }
@@ -97,7 +103,7 @@ def load_npz(path: str) -> ImageDataset:
 
 
 def _checked_images(path: str, key: str, images: np.ndarray) -> np.ndarray:
-    """Return uint8 or float32 images, after checking their dimensions and values."""
+    """Return images as uint8 or float32, after checking their shape, dtype and values."""
     if images.ndim != 4 or 0 in images.shape:
         raise UserError(
             f"{path}: {key} has shape {images.shape}, but must be a non-empty (n, height, width, channels)"
@@ -125,7 +131,10 @@ def _checked_images(path: str, key: str, images: np.ndarray) -> np.ndarray:
 
 
 def _checked_labels(path: str, key: str, labels: np.ndarray, count: int) -> np.ndarray:
-    """Return int64 labels of the right shape; their range is checked when the classes are known."""
+    """Return labels as int64, after checking their shape and dtype.
+
+    `load_npz` checks their range later, when the classes are known.
+    """
     if labels.shape != (count,):
         raise UserError(f"{path}: {key} has shape {labels.shape}, but its images need ({count},)")
     if not np.issubdtype(labels.dtype, np.integer):
@@ -134,7 +143,7 @@ def _checked_labels(path: str, key: str, labels: np.ndarray, count: int) -> np.n
 
 
 def _class_names(path: str, classes: np.ndarray | None, train_labels: np.ndarray) -> tuple[str, ...]:
-    """Return the names in the file, or the numbers up to the largest training label."""
+    """Return the names of the classes in the file or, if it has none, the numbers up to the largest training label."""
     if classes is None:
         if (largest := train_labels.max()) >= _MOST_CLASSES:
             where = f"{path}: train_labels[{train_labels.argmax()}] is {largest}"
@@ -146,5 +155,5 @@ def _class_names(path: str, classes: np.ndarray | None, train_labels: np.ndarray
         )
     try:
         return tuple(map(str, classes))
-    except (ValueError, SystemError) as error:  # code points that are not characters
+    except (ValueError, SystemError) as error:  # The array holds code points that are not characters.
         raise UserError(f"{path}: classes holds strings that are not text ({error})") from None

@@ -1,4 +1,4 @@
-"""Image classification sets: random-access sources for training and testing, class names and an image shape."""
+"""Image classification data sets, and the random-access sources of examples that they consist of."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ Images = UInt8[np.ndarray, "n height width channels"] | Float[np.ndarray, "n hei
 
 
 class ImageSource(Protocol):
-    """A random-access sequence of labelled images, safe to read from several threads.
+    """The interface of a random-access sequence of labelled images.
 
-    `source[i]` is `{"image": array (height, width, channels), "label": int}`. A uint8 image holds 0..255; a float image
-    must already be scaled to [-1, 1].
+    `source[i]` is `{"image": array (height, width, channels), "label": int}`. A uint8 image has pixels 0..255, and the
+    pixels of a float image must already be scaled to [-1, 1]. Several threads may read examples at the same time.
     """
 
     @property
     def labels(self) -> Int[np.ndarray, "n"]:
-        """The labels of all examples. Their images are not decoded."""
+        """The labels of all examples. Getting them does not decode any image."""
 
     def __len__(self) -> int: ...
 
@@ -31,11 +31,11 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class ArraySource:
-    """An `ImageSource` held in memory.
+    """An `ImageSource` whose images and labels are arrays in memory.
 
     Attributes:
-        images: (n, height, width, channels), uint8 or float32 in [-1, 1].
-        labels: (n,), integers counted from 0.
+        images: An array of shape (n, height, width, channels), uint8 or float32 in [-1, 1].
+        labels: An array of shape (n,) of integers counted from 0.
 
     Raises:
         UserError: The arrays differ in length or have the wrong number of dimensions.
@@ -64,14 +64,16 @@ class ArraySource:
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """An image classification set.
+    """An image classification data set.
 
     Attributes:
-        name: The name or path that `load` was given; for a prepared set with the version that was found.
-        train: Training examples.
-        test: Test examples. If the set has no test split, they are its validation split.
-        classes: Class names; the label `k` stands for `classes[k]`.
-        image_shape: (height, width, channels); height and width are None if images differ in size.
+        name: The name or path that was passed to `load`. For a prepared data set of TensorFlow Datasets, the version
+            that was found is included.
+        train: The training examples.
+        test: The test examples. If the data set has no test split, they are its validation split.
+        classes: The names of the classes. The label `k` stands for `classes[k]`.
+        image_shape: The shape (height, width, channels) of the images. The height and width are None if they differ
+            between images.
     """
 
     name: str
@@ -82,13 +84,16 @@ class ImageDataset:
 
     @property
     def channels(self) -> int:
-        """Number of colour channels: 1 for grey images, 3 for RGB."""
+        """The number of colour channels, such as 1 for grey images and 3 for RGB."""
         return self.image_shape[-1]
 
     def require_channels(self, channels: int) -> None:
-        """Raise a `UserError` unless a model with this number of input channels can read these images.
+        """Check that the images have as many channels as a model reads.
 
-        Channels are never repeated or dropped silently.
+        No function repeats or drops channels silently, so the two numbers must be equal.
+
+        Raises:
+            UserError: The numbers differ.
         """
         if channels != self.channels:
             raise UserError(
@@ -99,11 +104,11 @@ class ImageDataset:
 
 @dataclass(frozen=True)
 class Subset:
-    """Some examples of a source.
+    """An `ImageSource` with some examples of another source.
 
     Attributes:
-        source: All examples.
-        indices: The indices of the examples, in the order of the subset.
+        source: The source with all examples.
+        indices: The indices in `source` of the examples in this subset, in its order.
     """
 
     source: ImageSource
@@ -111,7 +116,7 @@ class Subset:
 
     @property
     def labels(self) -> Int[np.ndarray, "n"]:
-        """The labels of these examples."""
+        """The labels of the examples in this subset."""
         return self.source.labels[self.indices]
 
     def __len__(self) -> int:
@@ -123,7 +128,7 @@ class Subset:
 
 @dataclass(frozen=True)
 class _Relabelled:
-    """Some examples of a source, with other labels."""
+    """An `ImageSource` with some examples of another source, which have new labels."""
 
     examples: Subset
     labels: Int[np.ndarray, "n"]
@@ -136,14 +141,17 @@ class _Relabelled:
 
 
 def keep_classes(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:
-    """Return a data set with only the examples of some classes, in their old order.
+    """Return a data set with only the examples of some classes, in the same order as before.
 
     Args:
-        dataset: The set with all classes.
-        classes: The names of the classes to keep. The new labels number them in this order.
+        dataset: The data set with all classes.
+        classes: The names of the classes to keep. Their new labels are 0, 1, ... in this order.
 
     Raises:
-        UserError: A name is unknown or given twice, or a split has no example of these classes.
+        UserError: A name is unknown or is given twice, or a split has no example of these classes.
+
+    In the example, the labels 2, 0, 1, 2 become 0, 1, 0, because the class "2" gets the label 0, the class "0" gets the
+    label 1, and the example of class "1" is removed:
 
     >>> digits = ArraySource(np.zeros((4, 8, 8, 1), np.uint8), np.array([2, 0, 1, 2]))
     >>> kept = keep_classes(ImageDataset("digits", digits, digits, ("0", "1", "2"), (8, 8, 1)), ("2", "0"))

@@ -1,4 +1,4 @@
-"""Batches of images for training and evaluation."""
+"""Make batches of images for training and evaluation."""
 
 import functools
 import typing
@@ -31,38 +31,41 @@ def train_batches(
     threads: int = 4,
     read_ahead: int = 4,
 ) -> TrainBatches:
-    """Return an endless iterator over shuffled, augmented batches.
+    """Return an endless iterator over shuffled batches of augmented images for training.
 
-    Every epoch visits every example once, in a new order and with new augmentation, which depend only on `seed`. Epochs
-    follow each other without a gap: a batch may span two epochs (or more, if it is larger than the set), and no example
-    is dropped.
+    Every epoch contains every example once, in a new order and with new augmentation. Both depend only on `seed`. The
+    next epoch starts directly after the last example of an epoch, so no example is dropped, and a batch may hold
+    examples of two epochs (or more, if it is larger than the source).
 
-    The iterator can be resumed: `get_state()` returns a small dict for JSON, and `set_state` on an iterator with the
-    same arguments continues with the next batch.
+    The iterator can be resumed: `get_state()` returns a small dict for JSON, and after `set_state` with this dict,
+    another iterator with the same arguments continues with the next batch.
 
-    A corrupt example is replaced by the next readable one of the source, and nothing else changes. A warning names each
-    corrupt example once, and the process that reads it records it in `TrainBatches.corrupt`.
+    A corrupt example is replaced by the next readable one of the source, and no other example changes. A warning names
+    each corrupt example once, and the process that reads it records it in `TrainBatches.corrupt`.
 
     Args:
-        source: Labelled images, (height, width, channels) each. Sizes may differ, the number of channels may not.
-        batch_size: Examples per batch of this process.
-        image_size: Height and width of the images in the batch.
-        augment: "crop_flip", "affine" or "none", see `train_image`.
-        seed: Non-negative; determines order and augmentation.
-        normalization: Mean and standard deviation of each channel, for pixels in [0, 1]; `None` keeps [-1, 1].
-        max_corrupt: Number of examples that may be skipped because they cannot be read.
-        process_index: Index of this process, below `process_count`. Processes read disjoint examples.
-        process_count: Number of processes that take batches in step.
-        threads: Number of batches that are made at the same time.
-        read_ahead: Number of batches that are made ahead of time and held in memory; 0 makes each on demand.
+        source: The labelled images, of shape (height, width, channels). Their heights and widths may differ, but their
+            numbers of channels must be equal.
+        batch_size: The number of examples in each batch of this process.
+        image_size: The height and width of the images in a batch.
+        augment: The augmentation, "crop_flip", "affine" or "none". See `train_image`.
+        seed: A non-negative number that determines the order and the augmentation.
+        normalization: The mean and the standard deviation of each channel with which pixels in [0, 1] are normalised.
+            With `None`, pixels are scaled to [-1, 1] instead.
+        max_corrupt: The number of corrupt examples that may be skipped.
+        process_index: The index of this process, below `process_count`. Processes read disjoint examples.
+        process_count: The number of processes. In each step, every process takes one batch of its own.
+        threads: The number of batches that are made at the same time.
+        read_ahead: The number of batches that are made ahead of time and held in memory. With 0, each batch is made
+            when it is needed.
 
     Returns:
-        An iterator of `{"image": float32 (batch_size, image_size, image_size, channels), "label": int32
+        An iterator over `{"image": float32 (batch_size, image_size, image_size, channels), "label": int32
         (batch_size,)}`.
 
     Raises:
-        UserError: An argument is out of range, or the source is empty. The iterator raises it if there
-            are more than `max_corrupt` corrupt examples; the message names one of them.
+        UserError: An argument is out of range, or the source is empty. The iterator raises it too, if there are more
+            than `max_corrupt` corrupt examples; the message names one of them.
     """
     check_batches(
         source,
@@ -83,8 +86,9 @@ def train_batches(
         step, row = divmod(place, batch_size)
         return examples[(step * process_count + process_index) * batch_size + row]
 
-    # The examples are divided among processes after the shuffle, so all processes share one order and one numbering of
-    # random generators. Elements are lazy: no process reads the examples of another.
+    # The examples are divided among processes after the shuffle, so all processes use the same order, and the same
+    # random generator for each place in it. An example is read only when it is indexed, so no process reads the
+    # examples of another.
     batches = grain.MapDataset.range(len(examples) // process_count).map(mine)
     batches = batches.batch(batch_size, batch_fn=_stacked).to_iter_dataset(read_options(threads, read_ahead))
     return TrainBatches(iter(batches), max_corrupt)
@@ -102,32 +106,33 @@ def eval_batches(
     threads: int = 4,
     read_ahead: int = 4,
 ) -> EvalBatches:
-    """Return batches that hold every example exactly once, in order; each pass starts at the first example.
+    """Return an iterable over batches for evaluation, which contain every example exactly once, in order.
 
-    A corrupt example is masked out, and a warning names it.
+    It can be iterated several times, and each time starts at the first example.
 
-    Incomplete batches are padded, and no example is dropped. Every process yields the same number of batches,
-    `ceil(n / (batch_size * process_count))`, so collective operations stay in step; some batches of a process may hold
-    only padding.
+    Incomplete batches are padded, so no example is dropped. All processes yield the same number of batches,
+    `ceil(n / (batch_size * process_count))` for n examples, so they take part in the same collective operations. Some
+    batches of a process may hold only padding. A corrupt example is masked like padding, and a warning names it.
 
     Args:
-        source: Labelled images.
-        batch_size: Examples per batch of this process.
-        image_size: Height and width of the images in the batch.
-        normalization: As in `train_batches`.
-        max_corrupt: Number of examples that each process may mask out because they cannot be read.
-        process_index: Index of this process, below `process_count`.
-        process_count: Number of processes that take batches in step.
-        threads: Number of batches that are made at the same time.
-        read_ahead: Number of batches that are made ahead of time and held in memory; 0 makes each on demand.
+        source: The labelled images.
+        batch_size: The number of examples in each batch of this process.
+        image_size: The height and width of the images in a batch.
+        normalization: The normalisation of pixels, as in `train_batches`.
+        max_corrupt: The number of corrupt examples that each process may mask.
+        process_index: The index of this process, below `process_count`.
+        process_count: The number of processes. In each step, every process takes one batch of its own.
+        threads: The number of batches that are made at the same time.
+        read_ahead: The number of batches that are made ahead of time and held in memory. With 0, each batch is made
+            when it is needed.
 
     Returns:
-        An iterable of `{"image": float32 (batch_size, image_size, image_size, channels), "label": int32
-        (batch_size,), "mask": bool (batch_size,)}`; where the mask is False the image and the label are zeros.
+        An iterable over `{"image": float32 (batch_size, image_size, image_size, channels), "label": int32
+        (batch_size,), "mask": bool (batch_size,)}`. Where the mask is False, the image and the label are zeros.
 
     Raises:
-        UserError: An argument is out of range, or the source is empty. The iterator raises it if there
-            are more than `max_corrupt` corrupt examples; the message names one of them.
+        UserError: An argument is out of range, or the source is empty. The iterator raises it too, if there are more
+            than `max_corrupt` corrupt examples; the message names one of them.
     """
     check_batches(
         source,
@@ -187,7 +192,7 @@ def _stacked(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _channels(source: Readable, image_size: int) -> int:
-    """Check the size of the images in a batch, and return the number of channels of the first readable image."""
+    """Return the number of channels of the first readable image, after checking its shape and `image_size`."""
     if image_size < 1:
         raise UserError(f"image_size is {image_size}, but must be at least 1")
     shape = np.shape(source[0]["image"])

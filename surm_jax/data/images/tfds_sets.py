@@ -1,6 +1,6 @@
-"""Image classification sets in the layout of TensorFlow Datasets, read without TensorFlow and without the network.
+"""Load image classification data sets that TensorFlow Datasets has prepared, without TensorFlow and the network.
 
-Pillow decodes the images here, so pixels do not depend on whether OpenCV is installed.
+The images are always decoded by Pillow, so that the pixels do not depend on whether OpenCV is installed.
 """
 
 import io
@@ -20,22 +20,23 @@ from surm_jax.data.prepared import PreparedSet, Records, open_prepared
 from surm_jax.errors import UserError
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# Number of records that are read at once to get their labels.
+# The number of records that are read at once to get their labels.
 _CHUNK = 1000
 
 
 @dataclass(frozen=True)
 class TfdsSource:
-    """An `ImageSource` over the encoded records of one split.
+    """An `ImageSource` that decodes the records of one split of a prepared data set.
 
     Attributes:
-        records: Random-access records with encoded bytes under "image" and a number under "label".
-        channels: Number of channels to decode to: 1, 3 or 4.
-        num_classes: Number of classes; labels must be below it.
+        records: The records. Each holds the encoded bytes of an image under "image" and a number under "label".
+        channels: The number of channels of the decoded images: 1, 3 or 4.
+        num_classes: The number of classes. Labels must be below it.
         name: The name of this split in error messages.
 
     Raises:
-        CorruptExampleError: On reading, if a record cannot be decoded or has no label; the message names it.
+        CorruptExampleError: When an example is read, if its record is damaged, its image cannot be decoded, or its
+            label is not one of the classes. The message names the example.
     """
 
     records: Records
@@ -45,14 +46,14 @@ class TfdsSource:
 
     @property
     def labels(self) -> Int[np.ndarray, "n"]:
-        """The labels of all examples. The images are not decoded; 50,000 records take a second."""
+        """The labels of all examples. Getting them does not decode any image, and takes a second for 50,000 records."""
         labels: list[int] = []
         for start in range(0, len(self), _CHUNK):
             indices = range(start, min(start + _CHUNK, len(self)))
             try:
                 records: Iterable[dict[str, Any]] = self.records.__getitems__(indices)
             except RuntimeError:
-                records = map(self._record, indices)  # One by one, to find the damaged one.
+                records = map(self._record, indices)  # Reading one by one finds the damaged record.
             labels += map(self._label, indices, records)
         return np.array(labels)
 
@@ -65,7 +66,8 @@ class TfdsSource:
         try:
             image = np.asarray(Image.open(io.BytesIO(record["image"])).convert(_MODES[self.channels]))
         except Exception as error:
-            # Pillow's errors have no common class: SyntaxError for a broken PNG, its own for a decompression bomb.
+            # Pillow's errors have no common base class. They are, for example, a SyntaxError for a broken PNG and a
+            # class of its own for a decompression bomb.
             raise CorruptExampleError(
                 f"{self.name}: the image of example {index} cannot be decoded ({error})"
             ) from error
@@ -89,16 +91,20 @@ class TfdsSource:
 
 
 def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageDataset:
-    """Open a prepared TFDS set. This takes milliseconds after the import of tensorflow_datasets (half a second).
+    """Open an image classification data set that TensorFlow Datasets has prepared.
+
+    This takes milliseconds, after the import of tensorflow_datasets, which takes half a second.
 
     Args:
-        name: `cifar10`, `cifar10:3.0.2`, `name/config` or `name/config:version`; without a version the newest.
-        data_dir: The folder of prepared sets; `None` means `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`.
+        name: The name of the data set, such as `cifar10`, `cifar10:3.0.2`, `name/config` or `name/config:version`.
+            Without a version, the newest prepared one is opened.
+        data_dir: The folder of prepared data sets. `None` means `$TFDS_DATA_DIR`, or `~/tensorflow_datasets` if this
+            variable is not set.
 
     Raises:
-        UserError: The name is unknown, the set is not prepared in `data_dir` (the message says how to prepare it;
-            nothing is ever downloaded), its files are missing or damaged, or it is not an image classification set
-            with train and test splits.
+        UserError: The name is unknown, the data set is not prepared in `data_dir`, its files are missing or damaged, or
+            it is not an image classification data set with a split "train" and a split "test" or "validation". Nothing
+            is ever downloaded; the message says how to prepare the data set.
     """
     prepared = open_prepared(name, data_dir, EMBEDDED)
     import tensorflow_datasets as tfds  # Imported here: other data sets do not need it.
@@ -118,7 +124,7 @@ def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> Imag
 
 
 def _features(prepared: PreparedSet, tfds: Any) -> tuple[Any, Any]:
-    """Return the image feature and the label feature."""
+    """Return the descriptions of the image feature and the label feature, after checking their types."""
     image, label = (prepared.features.get(key) for key in ("image", "label"))
     if (
         not isinstance(image, tfds.features.Image)
@@ -135,7 +141,7 @@ def _features(prepared: PreparedSet, tfds: Any) -> tuple[Any, Any]:
 
 
 def _splits(prepared: PreparedSet) -> tuple[str, str]:
-    """Return the names of the training split and the test split."""
+    """Return the names of the training split and of the test split, which is "validation" if there is no "test"."""
     test = next((split for split in ("test", "validation") if split in prepared.splits), None)
     if "train" not in prepared.splits or test is None:
         raise UserError(

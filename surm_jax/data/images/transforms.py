@@ -1,9 +1,9 @@
-"""Convert decoded images to the input of a model: float32 in [-1, 1], of one size, possibly augmented.
+"""Convert decoded images to the input of a model, which is float32 in [-1, 1], square, and possibly augmented.
 
-A uint8 image becomes `x / 127.5 - 1`, the convention of the AugReg checkpoints (arXiv 2106.10270). A float image must
-already lie in [-1, 1]. Images are resized with Pillow's bilinear filter with antialiasing. As in the usual pipelines,
-uint8 images are resized as uint8, so the result is rounded to whole pixel values. Pixels that are not finite are passed
-on, and the training loop stops when it meets them.
+The pixels x of a uint8 image are scaled to `x / 127.5 - 1`, the convention of the AugReg checkpoints (arXiv
+2106.10270). The pixels of a float image must already be in [-1, 1]. Images are resized with Pillow's bilinear filter
+with antialiasing. As in the usual pipelines, uint8 images are resized as uint8, so the result is rounded to whole pixel
+values. NaN and infinity are kept, and the training loop stops when it finds them.
 """
 
 from collections.abc import Sequence
@@ -39,14 +39,17 @@ def train_image(
     """Augment an image and scale it to float32 in [-1, 1].
 
     Args:
-        image: (height, width, channels), uint8 or float in [-1, 1].
-        rng: The generator of this example, the only source of randomness.
-        image_size: Height and width of the result.
-        augment: "crop_flip" resizes to 8/7 of `image_size`, rounded up (256 for 224), takes a random crop of
-            `image_size` x `image_size`, and mirrors it left to right with probability 1/2. "affine" is for digits and
-            letters on black, which must not be mirrored: it rotates (by up to 0.3), shears (0.2), scales each axis
-            (0.85 to 1.2) and shifts (a tenth of `image_size`), all uniformly and around the centre, and fills with
-            black. "none" does the same as `eval_image`.
+        image: An image of shape (height, width, channels), uint8 or float in [-1, 1].
+        rng: The random generator of this example. There is no other source of randomness.
+        image_size: The height and width of the result.
+        augment: The name of the augmentation:
+            - "crop_flip" resizes the image to 8/7 of `image_size`, rounded up (256 for 224), takes a random crop of
+              `image_size` x `image_size`, and mirrors it left to right with probability 1/2.
+            - "affine" is for digits and letters on a black background, which must not be mirrored. It resizes the image
+              to `image_size` and applies a random affine map around the centre: a rotation by up to 0.3 radians, a
+              shear by up to 0.2, factors of 0.85 to 1.2 along each axis, and a shift by up to a tenth of
+              `image_size`. All of these are drawn uniformly. Pixels from outside the image are black.
+            - "none" does the same as `eval_image`.
     """
     if augment == "none":
         return eval_image(image, image_size)
@@ -59,9 +62,10 @@ def train_image(
 
 
 def resize(image: Shaped[np.ndarray, "height width channels"], size: int) -> Shaped[np.ndarray, "size size channels"]:
-    """Resize to `size` x `size` (bilinear, antialiased); uint8 stays uint8, and floats become float32.
+    """Resize an image to `size` x `size` pixels, with a bilinear filter and antialiasing.
 
-    An image of this size is returned unchanged.
+    A uint8 image stays uint8, and a float image becomes float32. An image that already has this size is returned
+    unchanged.
     """
     if image.shape[:2] == (size, size):
         return image
@@ -69,7 +73,7 @@ def resize(image: Shaped[np.ndarray, "height width channels"], size: int) -> Sha
 
 
 def scale(image: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """Return float32 in [-1, 1]: `x / 127.5 - 1` for uint8, unchanged values for floats."""
+    """Return an image as float32 in [-1, 1]: `x / 127.5 - 1` for uint8 pixels x, and unchanged values for floats."""
     scaled = image.astype(np.float32)
     if image.dtype == np.uint8:
         scaled /= np.float32(127.5)
@@ -80,7 +84,10 @@ def scale(image: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
 def normalize(
     image: Float[np.ndarray, "height width channels"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[np.ndarray, "height width channels"]:
-    """Return `(x - mean) / std` by channel, where x is the image, scaled from [-1, 1] to [0, 1].
+    """Normalise each channel of an image in [-1, 1] with a mean and a standard deviation for pixels in [0, 1].
+
+    The result is `(x - mean) / std`, where x is the image after scaling from [-1, 1] to [0, 1]. In the example, all
+    pixels 0 in [-1, 1] are 0.5 in [0, 1]:
 
     >>> normalize(np.zeros((1, 1, 3), np.float32), (0.5, 0.4, 0.3), (0.5, 0.5, 0.5)).astype(float).round(2).tolist()
     [[[0.0, 0.2, 0.4]]]
@@ -89,7 +96,10 @@ def normalize(
 
 
 def _affine_map(rng: np.random.Generator, size: int) -> tuple[float, ...]:
-    """Draw the six numbers of Pillow's affine transform, which maps each output pixel (x, y) to its input point."""
+    """Return random coefficients of Pillow's affine transform, as `train_image` describes it.
+
+    The six coefficients map the position (x, y) of each output pixel to a position in the input.
+    """
     angle, shear = rng.uniform(-0.3, 0.3), rng.uniform(-0.2, 0.2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     scale_x, scale_y = rng.uniform(0.85, 1.2, size=2)
@@ -102,7 +112,10 @@ def _affine_map(rng: np.random.Generator, size: int) -> tuple[float, ...]:
 def _resample(
     image: Shaped[np.ndarray, "height width channels"], size: int, affine_map: tuple[float, ...] | None = None
 ) -> Shaped[np.ndarray, "size size channels"]:
-    """Resize with Pillow's bilinear filter or, given a map, transform with bilinear interpolation."""
+    """Resize an image to `size` x `size` pixels or, if `affine_map` is given, apply this map to it.
+
+    Resizing uses Pillow's bilinear filter with antialiasing, and the map uses bilinear interpolation.
+    """
 
     def resampled(plane: np.ndarray) -> np.ndarray:
         picture = Image.fromarray(np.ascontiguousarray(plane))
@@ -117,7 +130,7 @@ def _resample(
 
     if image.dtype == np.uint8 and image.shape[-1] == 3:
         return resampled(image)
-    # Resample channels one by one: Pillow has no float mode with several channels, and treats a fourth channel as
-    # opacity.
+    # The channels are resampled one by one, because Pillow has no float mode with several channels and treats a fourth
+    # channel as opacity.
     image = image if image.dtype == np.uint8 else image.astype(np.float32)
     return np.stack([resampled(image[..., channel]) for channel in range(image.shape[-1])], axis=-1)

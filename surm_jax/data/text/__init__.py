@@ -1,1 +1,1 @@
-"""Sets of texts, their tokenizers and their batches."""
+"""Data sets of texts, tokenizers, and pipelines that make batches of tokens."""

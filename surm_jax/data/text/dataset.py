@@ -1,4 +1,7 @@
-"""Text classification sets: sentences or pairs of sentences in memory, labelled with classes or scores."""
+"""Text data sets, which hold labelled sentences or labelled pairs of sentences in memory.
+
+The labels are classes or scores.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +14,11 @@ from surm_jax.errors import UserError
 
 @dataclass(frozen=True)
 class TextSource:
-    """Labelled sentences, or pairs of sentences.
+    """A sequence of labelled sentences, or of labelled pairs of sentences.
 
     Attributes:
-        sentences: The sentences of each example: one in all examples, or two in all.
-        labels: (n,), int64 classes counted from 0, or float32 scores.
+        sentences: A tuple of sentences for each example. All examples have one sentence, or all have two.
+        labels: An array of shape (n,), which holds classes counted from 0 as int64, or scores as float32.
 
     Raises:
         UserError: The numbers of labels and examples differ, or only some examples are pairs.
@@ -47,15 +50,17 @@ class TextSource:
 
 @dataclass(frozen=True)
 class TextDataset:
-    """A set of labelled sentences or pairs of sentences.
+    """A data set of labelled sentences, or of labelled pairs of sentences.
 
     Attributes:
-        name: The name that `load` was given, with the version that was found.
-        train: Training examples.
-        tests: Test examples by the name of the split: "test", or several such as "test_matched" and "test_mismatched".
-        classes: Class names; the label `k` stands for `classes[k]`. Empty if labels are scores.
-        columns: Names of the sentences of an example, such as ("sentence1", "sentence2").
-        metrics: Names of the official metrics, the one to report first.
+        name: The name that was passed to `load`, with the version that was found.
+        train: The training examples.
+        tests: The test examples, by the name of the split. There is one split "test", or there are several, such as
+            "test_matched" and "test_mismatched".
+        classes: The names of the classes. The label `k` stands for `classes[k]`. The tuple is empty if the labels are
+            scores.
+        columns: The names of the sentences of an example, such as ("sentence1", "sentence2").
+        metrics: The names of the official metrics. The first one is the main metric.
     """
 
     name: str

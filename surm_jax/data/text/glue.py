@@ -1,4 +1,4 @@
-"""The tasks of GLUE (https://gluebenchmark.com), read from prepared folders of TensorFlow Datasets into memory.
+"""Load the tasks of GLUE (https://gluebenchmark.com) from folders that TensorFlow Datasets has prepared.
 
 The official test splits have no labels, so the validation splits are used for testing.
 """
@@ -17,7 +17,11 @@ from surm_jax.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class GlueTask:
-    """The names of the sentences of a task and of its metrics, the main metric first."""
+    """The description of a task of GLUE.
+
+    `columns` holds the names of the sentences of an example, and `metrics` holds the names of the official metrics, the
+    main metric first.
+    """
 
     columns: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
@@ -41,11 +45,13 @@ _TESTS = {
     "validation_matched": "test_matched",
     "validation_mismatched": "test_mismatched",
 }
-_HIGHEST_SCORE = 5  # Of STS-B, the only task whose labels are scores.
+_HIGHEST_SCORE = 5  # The highest score in STS-B, the only task whose labels are scores.
 
 
 def glue_task(name: str) -> GlueTask:
-    """Return the description of a task, `glue/rte` or `glue/rte:2.0.0`, without its data.
+    """Return the description of a task, without reading its data.
+
+    The name of the task is, for example, `glue/rte`, or `glue/rte:2.0.0` with a version.
 
     Raises:
         UserError: There is no such task.
@@ -62,19 +68,24 @@ def glue_task(name: str) -> GlueTask:
 
 
 def load_glue(name: str, data_dir: str | os.PathLike[str] | None = None) -> TextDataset:
-    """Read a prepared task of GLUE; SST-2 takes two seconds.
+    """Load a task of GLUE that TensorFlow Datasets has prepared into memory.
+
+    This takes two seconds for SST-2.
 
     Args:
-        name: `glue/rte` or `glue/rte:2.0.0`; one of `GLUE_TASKS`, without a version the newest.
-        data_dir: The folder of prepared sets; `None` means `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`.
+        name: The name of the task, such as `glue/rte` or `glue/rte:2.0.0`, where `rte` is a key of `GLUE_TASKS`.
+            Without a version, the newest prepared one is loaded.
+        data_dir: The folder of prepared data sets. `None` means `$TFDS_DATA_DIR`, or `~/tensorflow_datasets` if this
+            variable is not set.
 
     Returns:
-        The task. `tests` holds "test", which is the validation split. For MNLI it holds "test_matched" and
-        "test_mismatched" instead, or only the one that is prepared. Scores (STS-B) are 0 to 5.
+        The data set of the task. Its `tests` contain one split "test", which is the validation split. For MNLI, they
+        contain "test_matched" and "test_mismatched" instead, or only one of these if the other is not prepared. The
+        labels of STS-B are scores from 0 to 5.
 
     Raises:
         UserError: There is no such task, it is not prepared in `data_dir` (the message says how to prepare it), its
-            files are missing or damaged, or an example has no label or an impossible one.
+            files are missing or damaged, or the label of an example is missing or out of range.
     """
     task = glue_task(name)
     prepared = open_prepared(name, data_dir)
@@ -96,11 +107,11 @@ def load_glue(name: str, data_dir: str | os.PathLike[str] | None = None) -> Text
 
 
 def _read(prepared: PreparedSet, split: str, task: GlueTask, num_classes: int) -> TextSource:
-    """Read a split; `num_classes` of 0 means that labels are scores."""
+    """Read a split of a task into memory. If `num_classes` is 0, the labels are scores."""
     records = prepared.records(split)
     where = f"{prepared.name}, split {split}"
     try:
-        rows = records.__getitems__(range(len(records)))  # All at once is five times as fast.
+        rows = records.__getitems__(range(len(records)))  # This is five times as fast as reading them one by one.
     except RuntimeError as error:  # From the C++ reader, which opens a file only when it is read.
         raise UserError(f"{where} cannot be read, its file is damaged ({error})") from error
     labels: np.ndarray = np.array([row["label"] for row in rows], np.int64 if num_classes else np.float32)

@@ -1,7 +1,7 @@
-"""Batches of tokenised text with little padding: examples of similar length share a batch.
+"""Make batches of tokenised text with little padding, by putting examples of similar length into the same batch.
 
-A batch is padded to the smallest of a few given lengths that holds its examples. So batches have only a few shapes, and
-a program is compiled once for each shape.
+A batch is padded to the smallest of a few given lengths that is enough for its longest example. So batches have only a
+few shapes, and JAX compiles a program only once for each of them.
 """
 
 import functools
@@ -17,8 +17,8 @@ from surm_jax.data.batches import Batch, EvalBatches, TrainBatches, check_batche
 from surm_jax.data.text.tokenizer import TokenSource
 from surm_jax.errors import UserError
 
-# Number of training batches whose examples are sorted by length together. A larger window needs less padding, but mixes
-# the examples less.
+# The number of training batches whose examples are sorted by length together. With a larger window, less padding is
+# needed, but the order of the examples is less random.
 WINDOW = 16
 
 
@@ -33,34 +33,39 @@ def text_train_batches(
     threads: int = 2,
     read_ahead: int = 4,
 ) -> TrainBatches:
-    """Return an endless iterator over shuffled batches.
+    """Return an endless iterator over shuffled batches of tokenised text for training.
 
-    Epochs follow each other without a gap, each in a new order, and no example is dropped. The stream of examples is
-    cut into windows of 16 batches. The examples of a window are sorted by their padded length, in random order within
-    one length, and cut into batches, which are then shuffled. If an epoch ends in a window, the window mixes two
-    epochs.
+    Every epoch contains every example once, in a new random order, and the next epoch starts directly after its last
+    example. This stream of examples is divided into windows of 16 batches. The examples of a window are sorted by
+    their padded length and divided into batches, which are then shuffled. Examples of equal padded length keep their
+    random order. A window may contain the end of one epoch and the start of the next, so no example is dropped.
 
-    The iterator can be resumed: `get_state()` returns a small dict for JSON, and `set_state` on an iterator with the
-    same arguments continues with the next batch, without making the earlier ones.
+    The iterator can be resumed: `get_state()` returns a small dict for JSON, and after `set_state` with this dict,
+    another iterator with the same arguments continues with the next batch. It does not make the earlier batches again.
 
     Args:
-        source: Tokenised examples.
-        batch_size: Examples per batch of this process.
-        lengths: The lengths that batches may have, in increasing order; the last must hold the longest example.
-        seed: Non-negative; determines the order.
-        process_index: Index of this process, below `process_count`. In each step all processes have the same length.
-        process_count: Number of processes that take batches in step.
-        threads: Number of batches that are made at the same time.
-        read_ahead: Number of batches that are made ahead of time and held in memory; 0 makes each on demand.
+        source: The tokenised examples.
+        batch_size: The number of examples in each batch of this process.
+        lengths: The lengths that batches may be padded to, in increasing order. The last one must be at least the
+            length of the longest example.
+        seed: A non-negative number that determines the order.
+        process_index: The index of this process, below `process_count`.
+        process_count: The number of processes. In each step, every process takes one batch of its own, and all of these
+            batches have the same length.
+        threads: The number of batches that are made at the same time.
+        read_ahead: The number of batches that are made ahead of time and held in memory. With 0, each batch is made
+            when it is needed.
 
     Returns:
-        An iterator of `{"tokens": int32 (batch_size, t), "token_types": int32 (batch_size, t), "token_mask": bool
-        (batch_size, t), "label": int32 or float32 (batch_size,)}`; `t` is the smallest of `lengths` that holds the
-        examples of the batch in all processes. Where the token mask is False, the token is the source's `pad_token`
-        and its type is 0.
+        An iterator over `{"tokens": int32 (batch_size, t), "token_types": int32 (batch_size, t), "token_mask": bool
+        (batch_size, t), "label": int32 or float32 (batch_size,)}`. The length `t` is the smallest of `lengths` that is
+        enough for the examples of this step in all processes. The token mask is False for padding, whose token is the
+        source's `pad_token` and whose token type is 0.
 
     Raises:
         UserError: An argument is out of range, or the source is empty.
+
+    In the example, two examples of 3 tokens are padded to the length 4:
 
     >>> source = TokenSource(np.arange(6), np.zeros(6, int), np.array([0, 3, 6]), np.array([0, 1]), pad_token=0)
     >>> batch = next(text_train_batches(source, batch_size=2, lengths=(4, 8), seed=0))
@@ -95,7 +100,7 @@ def text_train_batches(
         indices = window(step // WINDOW)[step % WINDOW]
         return _padded(source, indices[mine], lengths[buckets[indices].max()])
 
-    # A batch depends only on the number of its step, so the iterator can resume at any step at no cost.
+    # A batch depends only on the number of its step, so resuming at any step does not make earlier batches again.
     batches = grain.MapDataset.range(sys.maxsize).map(batch)
     return TrainBatches(iter(batches.to_iter_dataset(read_options(threads, read_ahead))))
 
@@ -110,25 +115,29 @@ def text_eval_batches(
     threads: int = 2,
     read_ahead: int = 4,
 ) -> EvalBatches:
-    """Return batches that hold every example exactly once, from short to long; each pass starts at the first.
+    """Return an iterable over batches for evaluation, which contain every example once, from short to long.
 
-    Incomplete batches are padded, and no example is dropped. Every process yields the same number of batches,
-    `ceil(n / (batch_size * process_count))`; some or all rows of its last batch may be padding.
+    It can be iterated several times, and each time starts at the first batch.
+
+    Incomplete batches are padded, so no example is dropped. All processes yield the same number of batches,
+    `ceil(n / (batch_size * process_count))` for n examples. Some or all rows in the last batch of a process may be
+    padding.
 
     Args:
-        source: Tokenised examples.
-        batch_size: Examples per batch of this process.
-        lengths: As in `text_train_batches`.
-        process_index: Index of this process, below `process_count`.
-        process_count: Number of processes that take batches in step.
-        threads: Number of batches that are made at the same time.
-        read_ahead: Number of batches that are made ahead of time and held in memory; 0 makes each on demand.
+        source: The tokenised examples.
+        batch_size: The number of examples in each batch of this process.
+        lengths: The lengths that batches may be padded to, as in `text_train_batches`.
+        process_index: The index of this process, below `process_count`.
+        process_count: The number of processes. In each step, every process takes one batch of its own.
+        threads: The number of batches that are made at the same time.
+        read_ahead: The number of batches that are made ahead of time and held in memory. With 0, each batch is made
+            when it is needed.
 
     Returns:
-        An iterable of the batches that `text_train_batches` yields, with two more arrays: `"mask": bool
-        (batch_size,)`, and `"index": int32 (batch_size,)`, the place of each example in the source. A row of padding
-        has mask False, index -1, label 0 and only `pad_token`. Its token mask is True for the first token, since
-        attention to no token is NaN.
+        An iterable over batches as in `text_train_batches`, with two more arrays: `"mask": bool (batch_size,)`, and
+        `"index": int32 (batch_size,)`, the index of each example in the source. A row of padding has mask False, index
+        -1 and label 0, and all its tokens are `pad_token`. But its token mask is True for the first token, since
+        attention without any token to attend to gives NaN.
 
     Raises:
         UserError: An argument is out of range, or the source is empty.
@@ -158,10 +167,13 @@ def text_eval_batches(
 
 
 def lengths_in_use(source: TokenSource, lengths: Sequence[int]) -> tuple[int, ...]:
-    """Return the subset of `lengths` that batches of these examples can have.
+    """Return those of the given lengths that batches of these examples can be padded to.
 
     Raises:
-        UserError: The lengths do not increase, or none holds the longest example.
+        UserError: The lengths do not increase, or the longest example is longer than all of them.
+
+    In the example, the source has an example of 2 tokens, which is padded to 4, and one of 7 tokens, which is padded
+    to 8:
 
     >>> source = TokenSource(np.arange(9), np.zeros(9, int), np.array([0, 2, 9]), np.array([0, 1]), pad_token=0)
     >>> lengths_in_use(source, (4, 6, 8, 16))
@@ -171,7 +183,7 @@ def lengths_in_use(source: TokenSource, lengths: Sequence[int]) -> tuple[int, ..
 
 
 def _padded(source: TokenSource, indices: Int[np.ndarray, "n"], length: int, padding: int = 0) -> Batch:
-    """Return a batch of the examples at `indices`, followed by `padding` rows of padding."""
+    """Return a batch of the examples at `indices`, padded to `length` tokens, and of `padding` rows of padding."""
     shape = (len(indices) + padding, length)
     batch = {
         "tokens": np.full(shape, source.pad_token, np.int32),
@@ -191,7 +203,11 @@ def _padded(source: TokenSource, indices: Int[np.ndarray, "n"], length: int, pad
 
 
 def _buckets(source: TokenSource, lengths: Sequence[int]) -> Int[np.ndarray, "n"]:
-    """Return for each example the place in `lengths` of the smallest length that holds it."""
+    """Return for each example the index in `lengths` of the smallest length that is enough for it.
+
+    Raises:
+        UserError: The lengths do not increase, or the longest example is longer than all of them.
+    """
     if not lengths or lengths[0] < 1 or any(after <= before for before, after in itertools.pairwise(lengths)):
         raise UserError(f"lengths are {lengths}, but must be positive and increasing")
     if (longest := source.lengths.max()) > lengths[-1]:

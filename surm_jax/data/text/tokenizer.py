@@ -1,6 +1,6 @@
-"""The tokenizers of BERT and RoBERTa, read from the files beside a model's weights.
+"""Read the tokenizers of BERT and RoBERTa from the files beside a model's weights, and encode text.
 
-The library `tokenizers` does the work. It is set up as `transformers` sets it up, so the tokens are the same.
+The library `tokenizers` encodes the text. It is configured as in `transformers`, so the tokens are the same.
 """
 
 import os
@@ -27,20 +27,23 @@ _SHORTEST = 8
 _LARGEST_TOKEN = 2**24
 _MOST_BYTES = 2**28
 _TRIAL = "a \uffff"
-# Number of examples that are encoded at once. The results of the library are large, so not all are kept at once.
+# The number of examples that are encoded at once. The library's results need much memory, so only the results of one
+# chunk are kept at the same time.
 _CHUNK = 1024
 
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Tokenised examples of different lengths, in memory.
+    """Tokenised examples in memory, which may have different lengths.
 
     Attributes:
-        tokens: The tokens of all examples, one after the other.
-        token_types: For each token 0, or 1 if it belongs to the second sentence and the model distinguishes them.
-        offsets: The starts of the examples: example `i` is `tokens[offsets[i] : offsets[i + 1]]`.
-        labels: The label of each example, int64 classes or float32 scores.
-        pad_token: The token that fills up short examples.
+        tokens: The tokens of all examples, concatenated.
+        token_types: The type of each token. It is 1 if the token belongs to the second sentence of a pair and the model
+            distinguishes the sentences, and otherwise 0.
+        offsets: The indices in `tokens` at which the examples start. Example `i` is
+            `tokens[offsets[i] : offsets[i + 1]]`.
+        labels: The label of each example, as int64 classes or float32 scores.
+        pad_token: The token with which short examples are padded.
     """
 
     tokens: Int[np.ndarray, "total"]
@@ -54,17 +57,17 @@ class TokenSource:
 
     @property
     def lengths(self) -> Int[np.ndarray, "n"]:
-        """Number of tokens of each example."""
+        """The number of tokens of each example."""
         return np.diff(self.offsets)
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer that `load_tokenizer` has read.
+    """A tokenizer, which converts sentences to tokens. `load_tokenizer` reads it from a folder.
 
     Attributes:
-        pad_token: The token that fills up short examples.
-        files: The files that it was read from. Another program needs them to read the same tokenizer.
+        pad_token: The token with which short examples are padded.
+        files: The paths of the files that it was read from. They can be copied to use the same tokenizer elsewhere.
     """
 
     pad_token: int
@@ -80,12 +83,13 @@ class Tokenizer:
         """Return the tokens of all examples, with the special tokens around them.
 
         Args:
-            source: Sentences, or pairs of them.
-            max_length: Largest number of tokens of an example, including special tokens. If a pair is too long, tokens
-                are dropped at the end of its longer sentence until it fits.
+            source: The sentences, or pairs of sentences.
+            max_length: The largest number of tokens in an example, including special tokens. If an example is too long,
+                tokens at the end of its sentence are dropped. If a pair is too long, tokens at the end of the longer
+                sentence are dropped until the pair is short enough.
 
         Raises:
-            UserError: `max_length` is below 8, which leaves too little room for tokens that are not special.
+            UserError: `max_length` is below 8, which leaves too few tokens for the text beside the special tokens.
         """
         if max_length < _SHORTEST:
             raise UserError(f"max_length is {max_length}, but must be at least {_SHORTEST}")
@@ -103,13 +107,15 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
-    """Read the tokenizer of a model.
+    """Read the tokenizer of a BERT or RoBERTa model from a folder of `transformers`.
+
+    The tokenizer is read from `tokenizer.json` if this file exists, and its settings for padding and truncation are
+    ignored. Otherwise it is read from `vocab.txt`, which holds the word pieces of BERT, or else from `vocab.json` and
+    `merges.txt`, which hold the byte pairs of RoBERTa. In these two cases `tokenizer_config.json`, if it exists, gives
+    further settings.
 
     Args:
-        folder: A folder of `transformers`. The first of these files is read: `tokenizer.json`; `vocab.txt`, the word
-            pieces of BERT; `vocab.json` and `merges.txt`, the byte pairs of RoBERTa. For the last two,
-            `tokenizer_config.json` gives further settings if it is there. Lengths for padding and truncation in
-            `tokenizer.json` are ignored.
+        folder: The path of the folder.
 
     Raises:
         UserError: The folder has none of these files, a file is damaged, or special tokens are missing.
@@ -143,13 +149,13 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _whole(path: Path) -> tokenizers.Tokenizer:
-    """Read a `tokenizer.json`, and switch off its padding and truncation."""
+    """Read a `tokenizer.json`, and disable its padding and truncation."""
     read_json(path, _MOST_BYTES)
     library = _parse(path, tokenizers.Tokenizer.from_file, str(path))
     library.no_padding()
     library.no_truncation()
-    # If the file names a special token that is not in its vocabulary, the threads of the library panic at the first
-    # text. To find this out early, encode a sentence and a pair.
+    # If the file names a special token that is not in its vocabulary, the threads of the library panic when they encode
+    # the first text. To detect this now, encode a sentence and a pair.
     for texts in ([_TRIAL], [_TRIAL, _TRIAL]):
         if not {*_parse(path, library.encode, *texts).type_ids} <= {0, 1}:
             raise UserError(f"{path} is damaged: the types of tokens must be 0 and 1")
@@ -207,12 +213,16 @@ def _setting(folder: Path, config: dict[str, Any], key: str, default: bool | Non
 
 
 def _parse(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
-    """Return `read(*arguments)`; any error means that the file is damaged."""
+    """Return `read(*arguments)`, which reads the file at `path`.
+
+    Raises:
+        UserError: `read` raised an error of any kind, which means that the file is damaged.
+    """
     try:
         return read(*arguments)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # The library has no own class of errors, and its panics are not `Exception`s.
+    except BaseException as error:  # The library has no class of its own for errors, and panics are no `Exception`s.
         raise UserError(f"{path} is damaged: {error}. Copy it again from where the model came from") from error
 
 
