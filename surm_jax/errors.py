@@ -20,6 +20,8 @@ class UserError(ValueError):
     untrusted files. Therefore `str(error)` shows control characters as escape sequences, and replaces the middle of a
     message of more than 4,000 characters by ` ... `.
 
+    In the example, the message contains an escape character, with which a file could control the user's terminal.
+
     >>> str(UserError("no layer \x1b[2J" + "a" * 10_000))[:20], len(str(UserError("a" * 10_000)))
     ('no layer \\x1b[2Jaaaa', 4005)
     """

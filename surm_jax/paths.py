@@ -57,7 +57,7 @@ class PathPattern:
 
 
 def compile_pattern(pattern: str) -> PathPattern:
-    """Check a regular expression for paths, and return it as a pattern.
+    """Check a regular expression for paths, and return it as a `PathPattern`.
 
     >>> compile_pattern("blocks/.*/kernel").matches("blocks/0/kernel")
     True

@@ -1,4 +1,4 @@
-"""BERT (arXiv 1810.04805) and RoBERTa (arXiv 1907.11692), which compute the same as the models of transformers.
+"""BERT (arXiv 1810.04805) and RoBERTa (arXiv 1907.11692), with the same results as in Hugging Face transformers.
 
 The blocks are post-norm, LayerNorm has epsilon 1e-12 (RoBERTa: 1e-5), GELU uses the error function, and position
 embeddings are learned, as in

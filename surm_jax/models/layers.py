@@ -50,8 +50,9 @@ and "gelu_tanh" its approximation with tanh."""
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention, `softmax(Q K^T / sqrt(k)) V` for every head (arXiv 1706.03762, equation 1).
+    """Multi-head self-attention (arXiv 1706.03762).
 
+    Every head computes `softmax(Q K^T / sqrt(k)) V` (equation 1) from its queries Q, keys K and values V.
     The four projections are the submodules `query`, `key`, `value` and `out`. An adapter can replace each of them,
     because they are only used by calling them. The kernels of `query`, `key` and `value` have the shape (d, n, k), and
     the kernel of `out` has the shape (n, k, d), with d features, n heads and k = d / n features in each head.
@@ -194,8 +195,9 @@ TARGETS: Mapping[str, str] = MappingProxyType(
 )
 """Names for common choices of modules to adapt, and the regular expressions that match the paths of these modules.
 
-"houlsby" and "pfeiffer" select whole attention and MLP modules, after whose output those papers put an adapter. The
-other names select dense layers. The paths are those of models that consist of the layers in this file.
+"houlsby" and "pfeiffer" select the whole attention and MLP modules after which the methods of these authors put an
+adapter. The other names select single dense layers. The paths are those of models that consist of the layers in this
+file.
 """
 
 

@@ -52,6 +52,9 @@ def approximations(
         UserError: The target is not a finite floating-point matrix or is zero, the budget is not an integer, or every
             family needs more parameters.
 
+    In the example, the target is itself a circulant matrix, so the family `Circulant` keeps all of its energy. The
+    nearest symmetric Toeplitz matrix keeps half of it.
+
     >>> shift = jnp.roll(jnp.eye(6), 1, axis=1)  # a circulant of full rank
     >>> kept = approximations(shift, budget=6)
     >>> round(kept["Circulant"].energy, 3), round(kept["SymmetricToeplitz"].energy, 3)

@@ -77,6 +77,8 @@ def condition_number(matrix: AnyMatrix) -> float:
     Raises:
         UserError: The matrix is not square, or has entries that are not finite and real.
 
+    In the example, the eigenvalues of the matrix are 4 and 2.
+
     >>> condition_number(Circulant(jnp.array([3.0, 1.0]), shape=(2, 2)))
     2.0
     """
@@ -93,6 +95,8 @@ def log_determinant(matrix: AnyMatrix) -> tuple[float, float]:
 
     Raises:
         UserError: The matrix is not square, or has entries that are not finite and real.
+
+    In the example, the determinant of the 2 x 2 matrix is 1 - 9 = -8.
 
     >>> sign, log = log_determinant(Circulant(jnp.array([1.0, 3.0]), shape=(2, 2)))
     >>> sign, round(float(np.exp(log)), 12)
@@ -132,6 +136,9 @@ def displacement_rank(matrix: AnyMatrix, *, f: float = 1.0, g: float = -1.0, rto
 
     Raises:
         UserError: The argument is not a matrix of finite real numbers.
+
+    The first example is a circulant matrix. The second is the identity with its columns in reverse order, whose
+    displacement is invertible.
 
     >>> displacement_rank(Circulant(jnp.array([1.0, 2.0, 4.0]), shape=(3, 3)))
     1

@@ -34,7 +34,7 @@ PALETTES = tuple(
         "moss": "#edf4ea #7fae8b".split(),
     }.items()
 )
-"""Colour maps for the parameters. The first array of a matrix has the first colour map, the second array the second.
+"""Colour maps for the parameters. The arrays of a matrix get these colour maps in turn.
 
 The colour maps are easy to tell apart, and so are the products of a colour from one map with a colour from the next.
 """
@@ -45,8 +45,8 @@ VALUES = LinearSegmentedColormap.from_list("values", ["#1f6391", "#8dbbd6", "#f6
 # In inches: the longest side of a drawn matrix, the space for a symbol between two matrices, the border of the figure.
 BOX, GAP, MARGIN = 2.5, 0.5, 0.3
 MOST_LETTERS = 9
-"""Limit for labels and grid lines. Entries are labelled in matrices of at most (2 * 9)^2 entries. Grid lines are drawn
-in matrices of at most 4 * 9 rows and columns."""
+"""Size below which a matrix is drawn in detail. Entries are labelled in matrices of at most (2 * 9)^2 entries. Grid
+lines are drawn in matrices of at most 4 * 9 rows and columns."""
 
 
 def draw(matrix: StructuredMatrix) -> Figure:

@@ -26,12 +26,13 @@ class Origins(NamedTuple):
 
 
 def origins(matrix: StructuredMatrix) -> Origins | None:
-    """Return which parameters and which constant multiply to each entry, or None if some entries are sums.
+    """Return the factors of each entry: parameters and a constant. Return None if some entries are sums.
 
     This works for any family, and does not depend on the values of the parameters. The function fills the arrays with
-    random values, and then, in one array at a time, multiplies the parameter with the index k by k + 2. An entry
-    that contains this parameter grows by the factor k + 2, which identifies the parameter. A second set of random
-    values confirms the result. The dense form is computed in float64, once for each array and twice more.
+    random values and computes the dense matrix. Then, in one array at a time, it multiplies the parameter with the
+    index k by k + 2 for all k, and computes the dense matrix again. The ratio of an entry to its first value is k + 2
+    if the entry contains this parameter, which identifies k. A second set of random values confirms the result. The
+    dense matrix is computed in float64, once for each array and twice more.
 
     In the example, the entry (1, 0) of the 2 x 3 skew-circulant matrix is -1 times the parameter `v[2]`.
 

@@ -27,9 +27,10 @@ def choose(update: StructuredMatrix, tokens: int, dtype: DTypeLike) -> str:
 
     The function looks at the cases that were measured for the family of `update` on this JAX backend in this dtype. It
     takes the case with the smallest Euclidean distance between the logarithms of the width, the number of tokens and
-    the number of parameters. The width of a matrix is the square root of in_features times out_features. If there is
-    no such case, it returns `fft` if the product `x @ update` has small residuals, as in LoRA. Otherwise it returns
-    `dense`, which spends most of its time in dense matrix products.
+    the number of parameters. The width of a matrix is the square root of in_features times out_features. If no case
+    was measured, it returns `fft` for matrices whose product needs little memory in reverse mode, as in LoRA
+    (`StructuredMatrix.small_residuals`). For all others it returns `dense`, which spends most of its time in dense
+    matrix products.
 
     Args:
         update: The structured matrix. For a `Scaled`, which is a multiple of a matrix, the matrix inside it is used.

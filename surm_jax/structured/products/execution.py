@@ -6,9 +6,9 @@ number of tokens, the dtype and the device:
 - `fft` computes `x @ W + x @ M`. For `x @ M` and its gradients it uses the fast product of the family of M, often an
   FFT, and never forms M. It works in every dtype.
 - `dense` forms M as a dense array of the shape of W. In float32 and float64 it multiplies `x` by the single kernel
-  `W + M`, so the output and the gradient of `x` cost as much as in the frozen layer. For the gradient of M's parameters
-  it computes the gradient of the dense M and reduces it to the parameters. In half precision `x @ W` and `x @ M` are
-  separate products, because an update below half a unit in the last place of W would vanish in `W + M`.
+  `W + M`, so the output and the gradient of `x` cost as much as in a layer without M. For the gradient of M's
+  parameters it computes the gradient of the dense M and reduces it to the parameters. In half precision `x @ W` and
+  `x @ M` are separate products, because an update below half a unit in the last place of W would vanish in `W + M`.
 - `fused` computes the output and the gradient of `x` like `dense`. It computes the gradient of M's parameters by the
   fast product. To keep the intermediate arrays in the cache of a CPU, it divides the tokens into pieces and processes
   one piece after another. It does not work in half precision.
@@ -77,8 +77,8 @@ def updated_matmul(
         kernel: Array of shape (in_features, out_features), usually in the dtype of `x`.
         update: Structured matrix of the same shape as the kernel, in any dtype.
         execution: One of `EXECUTIONS`, which the docstring of the module explains.
-        dot: Function that multiplies `x` by a dense kernel and is linear in both, such as `jnp.matmul`, or `jnp.matmul`
-            with another precision.
+        dot: Function that multiplies `x` by a dense kernel and is linear in both. It may be `jnp.matmul` with another
+            value of its argument `precision`.
 
     Returns:
         An array of shape (..., out_features), in the dtype of the result of `dot`.
@@ -86,6 +86,9 @@ def updated_matmul(
     Raises:
         UserError: The shapes do not fit, `x` or the kernel is not real floating point, the execution is unknown, or the
             execution is `fused` and the dtypes of `x` and kernel are not both float32 or both float64.
+
+    In the example, the update shifts the entries of x by one place to the right, to 3, 1, 2, and the kernel multiplies
+    x by 10.
 
     >>> from surm_jax.structured import Circulant
     >>> shift = Circulant(jnp.array([0.0, 1.0, 0.0]), shape=(3, 3))
@@ -195,9 +198,10 @@ def _through_dense(dot: Dot, x: Array, update: StructuredMatrix) -> Array:
 
 
 def _at_once(x: Array, update: StructuredMatrix) -> Array:
-    """Return `x @ update`, computed by one fast product over all tokens, for an update with small residuals.
+    """Return `x @ update`, computed by one fast product over all tokens.
 
-    If `x` is in half precision, reverse mode would store a float32 copy of `x`. In this case the product is wrapped in
+    It is for updates whose product stores little for reverse mode (`StructuredMatrix.small_residuals`). But if `x` is
+    in half precision, reverse mode would store a float32 copy of `x`. In this case the product is wrapped in
     `jax.checkpoint`, and the backward pass computes it again.
     """
     if x.dtype == update._compute_dtype(x.dtype):

@@ -30,6 +30,8 @@ def circular_convolve(x: Float[Array, "*batch m"], c: Float[Array, " n"]) -> Flo
     Raises:
         UserError: `x` is wider than `c`, or the dtypes differ or are not float32 or float64.
 
+    In the example, x is a unit vector, so the result is c, shifted by one place to the right.
+
     >>> circular_convolve(jnp.array([0.0, 1.0, 0.0]), jnp.array([1.0, 2.0, 3.0])).round().astype(jnp.int32)
     Array([3, 1, 2], dtype=int32)
     """
@@ -55,6 +57,9 @@ def skew_convolve(x: Float[Array, "*batch m"], v: Float[Array, " n"]) -> Float[A
     Raises:
         UserError: `x` is wider than `v`, or the dtypes differ or are not float32 or float64.
 
+    In the example, x is a unit vector, so the result is v, shifted by one place to the right. The entry that wraps
+    around changes its sign.
+
     >>> skew_convolve(jnp.array([0.0, 1.0, 0.0]), jnp.array([1.0, 2.0, 3.0])).round().astype(jnp.int32)
     Array([-3,  1,  2], dtype=int32)
     """
@@ -63,7 +68,7 @@ def skew_convolve(x: Float[Array, "*batch m"], v: Float[Array, " n"]) -> Float[A
 
 
 def skew_fft(x: Float[Array, "*batch m"], n: int) -> Complex[Array, "*batch k"]:
-    """Return the spectrum S x, in which a skew-circular convolution is a product of entries.
+    """Return the transform S x of `x`, which turns a skew-circular convolution into an entrywise product.
 
     S x holds the values of the polynomial with the coefficients `x` at half of the roots of `z^n = -1`. These roots
     come in complex conjugate pairs, and for odd n there is also the real root -1. For a real `x`, one root of each pair
@@ -104,7 +109,7 @@ def inverse_skew_fft(spectrum: Complex[Array, "*batch k"], n: int) -> Float[Arra
 
 
 def fast_length(n: int) -> int:
-    """Return the smallest length >= n that has no prime factor above 5. FFT libraries are fast at such lengths.
+    """Return the smallest length >= n that has no prime factor above 5. FFT libraries are fast for such lengths.
 
     Padding to the next power of two could double the length. The length that this function returns is longer than n by
     at most a seventh of n for n >= 14, and by at most a ninth of n for n >= 33.
