@@ -1,1 +1,1 @@
-"""Families of structured matrices, one per file. `surm_jax.structured` exports them."""
+"""The families of structured matrices. Import their classes from `surm_jax.structured`."""

@@ -1,19 +1,22 @@
-"""Matrices of low displacement rank: between circulant and unrestricted, depending on the rank.
+"""Matrices of low displacement rank, which range from circulant matrices (rank 1) to all matrices (full rank).
 
-In the paper (arXiv 2406.17740) `W(G, H) = sum_{i<r} Z_1(g_i) Z_{-1}(h_i)` is a sum of products of a circulant and a
-skew-circulant matrix. Here `y = x @ M` with `M = W(G, H)^T`: x is multiplied by the skew-circulant factor first.
+In the paper (arXiv 2406.17740) `W(G, H) = sum_{i<r} Z_1(g_i) Z_{-1}(h_i)` is a sum of r terms. Each term is the product
+of a circulant matrix, whose first column is `g_i`, and a skew-circulant matrix, whose first column is `h_i`. Here `y =
+x @ M` with `M = W(G, H)^T`, so x is multiplied by the skew-circulant matrix first.
 
-Everything here follows from the displacement equation
+The algorithms in this file follow from the displacement equation
 
-    Z_1 W - W Z_{-1} = 2 G (J H)^T,    J the reversal of rows,
+    Z_1 W - W Z_{-1} = 2 G (J H)^T,    where J reverses the order of the rows.
 
-which holds since circulants commute with `Z_1` and skew-circulants with `Z_{-1}`, `Z_1 - Z_{-1} = 2 e_0 e_{N-1}^T`, and
-`J h` is the last row of `Z_{-1}(h)`. `Z_1` and `Z_{-1}` have no eigenvalue in common, so the right-hand side
-determines W: a matrix is `W(G, H)` with r columns exactly if its displacement has rank at most r. Along the diagonals
-the equation is a recurrence, which gives the dense form. A truncated SVD of the displacement of a matrix gives G and H.
+`Z_1` and `Z_{-1}` without an argument are the matrices that shift a vector by one place, cyclically and with a change
+of sign. The left-hand side is called the displacement of W. The equation holds because circulant matrices commute with
+`Z_1`, skew-circulant matrices commute with `Z_{-1}`, `Z_1 - Z_{-1} = 2 e_0 e_{N-1}^T`, and `J h` is the last row of
+`Z_{-1}(h)`. `Z_1` and `Z_{-1}` have no eigenvalue in common, so the displacement determines W. Hence a matrix is `W(G,
+H)` with r columns exactly if the rank of its displacement is at most r. Along each diagonal of W the equation is a
+recurrence, from which the dense form is computed. A truncated SVD of the displacement of a matrix gives G and H.
 
-Rectangular shapes: an m x n matrix is the top-left m x n block of the matrix of size `N = max(m, n)`. Inputs are padded
-with zeros and outputs truncated.
+A rectangular m x n matrix is the top-left m x n block of a square matrix of size `N = max(m, n)`. Inputs are padded
+with zeros, and outputs are truncated.
 """
 
 import dataclasses
@@ -38,19 +41,23 @@ from surm_jax.structured.products.fourier import inverse_skew_fft, skew_fft
 class LowDisplacementRank(Family):
     """Matrix of displacement rank at most r, `M = W(G, H)^T = sum_i Z_{-1}(h_i)^T Z_1(g_i)^T` of arXiv 2406.17740.
 
-    It has 2Nr numbers, N = max(in, out). With r = 1 it can be any circulant or skew-circulant matrix, with r = 2 any
-    Toeplitz matrix or the inverse of a square one, and with r = min(in, out) any matrix.
+    It has 2Nr parameters, N = max(in, out). With r = 1 it can be any circulant or skew-circulant matrix, with r = 2 any
+    Toeplitz matrix or the inverse of any square Toeplitz matrix, and with r = min(in, out) any matrix.
 
-    `x @ M` takes 2r + 2 real FFTs of length N per row: one of `x`, two for each term, and one inverse for the sum of
-    all terms, which is computed in the spectrum. Reverse mode takes as many again. The dense form takes O(m n r)
-    operations and FFTs of single rows only.
+    `x @ M` takes 2r + 2 real FFTs of length N per row of x: one of `x`, two for each term, and one inverse FFT of the
+    sum of all terms, which are added in the frequency domain. The backward pass takes as many again. The dense form
+    takes O(m n r) operations, and FFTs of only one row.
+
+    In the first example H makes the skew-circulant factor the identity, so the result is the circulant matrix of g. In
+    the second example the roles are exchanged, and the result is the first two rows of a skew-circulant matrix.
 
     Attributes:
-        G: (N, r), the first columns of the circulant factors; zero at the start.
-        H: (N, r), the first columns of the skew-circulant factors; random at the start.
+        G: (N, r), the first columns of the circulant matrices; zero when training starts.
+        H: (N, r), the first columns of the skew-circulant matrices; random when training starts.
         shape: `(in_features, out_features)`.
-        transposed: Whether `M = W(G, H)` instead of its transpose. The transpose of `W(G, H)` has the factors in the
-            other order and would need up to r + 2 terms in this order, so the structure stores the direction.
+        transposed: Whether `M = W(G, H)` instead of `W(G, H)^T`. In the transpose of `W(G, H)`, the skew-circulant
+            matrices come first. With the circulant matrices first, it would need up to r + 2 terms. So the transpose
+            keeps G and H and sets this flag.
 
     >>> g, h = jnp.array([[1.0], [2.0], [3.0]]), jnp.array([[1.0], [0.0], [0.0]])
     >>> LowDisplacementRank(G=g, H=h, shape=(3, 3)).to_dense()  # the circulant of g
@@ -88,14 +95,16 @@ class LowDisplacementRank(Family):
     def init(
         cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, rank: int, dtype: DTypeLike = jnp.float32
     ) -> Self:
-        """Return the zero matrix: `G = 0` and `H = scale * N(0, 1)`. If both were zero, neither would ever learn.
+        """Return the matrix with which training starts: it is zero, with `G = 0` and `H = scale * N(0, 1)`.
+
+        If both arrays were zero, both gradients would be zero too, and training could not change them.
 
         Args:
-            key: Draws `H`.
+            key: Random key for `H`.
             shape: `(in_features, out_features)`.
             scale: Standard deviation of `H`.
-            rank: Columns of G and H, from 1 to the larger of the two sizes.
-            dtype: Type of both.
+            rank: Number of columns of G and of H, from 1 to max(in_features, out_features).
+            dtype: Dtype of both arrays.
 
         Raises:
             UserError: The shape is not two positive integers, or the rank is not possible for it.
@@ -107,23 +116,25 @@ class LowDisplacementRank(Family):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"], *, rank: int, steps: int = 200, progress: bool = False) -> Self:
-        """Return the nearest `W(G, H)^T` that a search finds; the optimum has no closed form.
+        """Return a matrix `W(G, H)^T` near to `dense` in the Frobenius norm, found by two searches.
 
-        Two searches start from the truncated SVD of the displacement, and from a random point with the norm of the
-        target, the same point in every call. Each takes `steps` steps of `surm_jax.structured.refine`. The result is
-        the best multiple of the nearer matrix, so it is never worse than either search or the zero matrix. Without
-        steps the multiple matters, because the SVD itself is often worse than zero.
+        The nearest matrix has no closed form. One search starts from the truncated SVD of the displacement of `dense`.
+        The other starts from random G and H with about the norm of `dense`, the same in every call. Both are searches
+        of `surm_jax.structured.refine` with at most `steps` steps. The result is the nearest among both found matrices
+        and the best multiple of each. So it is never further from `dense` than either of them or the zero matrix. The
+        multiples matter most for `steps = 0`, because the truncated SVD is often further from `dense` than zero.
 
-        The result is exact without any step for every target if the rank is at least min(m, n), for Toeplitz targets if
-        the rank is at least 2, and for square targets whose displacement has at most this rank.
+        Even with `steps = 0` the result equals `dense` in three cases: for every `dense` if the rank is at least min(m,
+        n), for a Toeplitz matrix if the rank is at least 2, and for a square matrix whose displacement has at most this
+        rank.
 
-        The cost is O(N^3) for the SVD and O(m n rank) per step.
+        The SVD takes O(N^3) operations, and each step takes O(m n rank).
 
         Args:
-            dense: (in_features, out_features).
-            rank: From 1 to the larger of the two sizes.
-            steps: Largest number of steps of each search. With 0 the better of the two starts is used.
-            progress: Whether to show a bar for each search.
+            dense: The matrix to approximate, (in_features, out_features).
+            rank: Number of columns of G and of H, from 1 to max(in_features, out_features).
+            steps: Largest number of steps of each search. With 0, the better of the two starts is used.
+            progress: Whether to show a progress bar for each search.
 
         Raises:
             UserError: `dense` is not a floating-point matrix or holds numbers that are not finite, or the rank or the
@@ -137,18 +148,21 @@ class LowDisplacementRank(Family):
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return the largest rank that the budget allows."""
+        """Return the largest rank within the budget of parameters, or None if rank 1 exceeds it."""
         rank = largest_size(budget // (2 * max(shape)), min(shape))
         return {"rank": rank} if rank else None
 
     @classmethod
     def typical_options(cls, shape: tuple[int, int]) -> tuple[dict[str, Any], ...]:
-        """Return the options that benchmarks time."""
+        """Return the options with which the benchmarks measure the speed of this family: rank 1 and rank 4."""
         del shape
         return {"rank": 1}, {"rank": 4}
 
     def pieces(self) -> list[Piece | str]:
-        """Return the circulant and the skew-circulant factor of the first terms, in the order of `x @ M`."""
+        """Return what a picture shows: both factors of each of the first two terms, and dots if there are more.
+
+        The factor by which x is multiplied first is the first in its term.
+        """
         size, power = max(self.shape), "" if self.transposed else "^\\top"
 
         def factor(name: str, f: float, i: int) -> Piece:
@@ -164,7 +178,7 @@ class LowDisplacementRank(Family):
 
     @property
     def T(self) -> "LowDisplacementRank":
-        """The transpose: the same numbers with `transposed` flipped."""
+        """The transpose: the same G and H, with the opposite value of `transposed`."""
         return dataclasses.replace(self, shape=self.shape[::-1], transposed=not self.transposed)
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -187,7 +201,7 @@ def _check_rank(rank: int, shape: tuple[int, int]) -> None:
 
 @batch_local
 def _product(x: Float[Array, "*batch m"], G: Float[Array, "N r"], H: Float[Array, "N r"]) -> Float[Array, "*batch N"]:
-    """Return `x @ W(G, H)^T`, which is the paper's `W x` for every row of `x`."""
+    """Return `x @ W(G, H)^T`, which is `W(G, H) x` in the notation of the paper, for every row of `x`."""
     N = G.shape[0]
     G_hat, H_hat = _for_terms(jnp.fft.rfft(G.T), x), _for_terms(skew_fft(H.T, N), x)
     terms = inverse_skew_fft(jnp.expand_dims(skew_fft(x, N), -2) * H_hat, N)
@@ -198,7 +212,10 @@ def _product(x: Float[Array, "*batch m"], G: Float[Array, "N r"], H: Float[Array
 def _transposed_product(
     x: Float[Array, "*batch m"], G: Float[Array, "N r"], H: Float[Array, "N r"]
 ) -> Float[Array, "*batch N"]:
-    """Return `x @ W(G, H)`: the order of the factors is reversed, and transposing them conjugates their spectra."""
+    """Return `x @ W(G, H)`.
+
+    Compared with `_product`, the factors come in reverse order, and each is transposed, which conjugates its spectrum.
+    """
     N = G.shape[0]
     G_hat, H_hat = _for_terms(jnp.fft.rfft(G.T), x).conj(), _for_terms(skew_fft(H.T, N), x).conj()
     terms = jnp.fft.irfft(jnp.expand_dims(jnp.fft.rfft(x, n=N), -2) * G_hat, n=N)
@@ -206,16 +223,17 @@ def _transposed_product(
 
 
 def _for_terms(spectra: Array, x: Array) -> Array:
-    """Return spectra (r, k) with one more leading axis for each batch dimension of `x`."""
+    """Return `spectra`, of shape (r, k), with one leading axis of size 1 for each batch dimension of `x`."""
     return jnp.expand_dims(spectra, tuple(range(x.ndim - 1)))
 
 
 def _block(G: Float[Array, "N r"], H: Float[Array, "N r"], rows: int, columns: int) -> Float[Array, "rows columns"]:
-    """Return the top-left block of `W(G, H)`. It must have N rows or N columns.
+    """Return the top-left block of `W(G, H)` of shape (rows, columns), of which at least one is N.
 
-    By the displacement equation, column k + 1 of W is column k shifted down by one place, minus `2 G (J h)_k`. Row a is
-    the difference of row a - 1 and `2 G_a (J H)^T`, shifted by one place with a change of sign. So the block is its
-    first column or row plus a sum of shifted outer products.
+    By the displacement equation, column k + 1 of W is column k, cyclically shifted down by one place, minus `2 G` times
+    row k of `J H`. Similarly, row a is obtained from row a - 1: subtract `2 G_a (J H)^T`, shift the result by one
+    place, and change the sign of the entry that wraps around. So all columns follow from the first column, and all rows
+    from the first row. The shorter of the two recurrences is used.
     """
     N = G.shape[0]
     unit = jnp.zeros(N, G.dtype).at[0].set(1)
@@ -228,19 +246,20 @@ def _block(G: Float[Array, "N r"], H: Float[Array, "N r"], rows: int, columns: i
 def _rolling_sums(
     first: Float[Array, " N"], left: Float[Array, "k-1 r"], right: Float[Array, "N r"], sign: int
 ) -> Float[Array, "k N"]:
-    """Return the rows `a_0 = first`, `a_{i+1} = turn(a_i) + left_i @ right^T`.
+    """Return the k rows of the recurrence `a_0 = first`, `a_{i+1} = turn(a_i) + left_i @ right^T`.
 
-    `turn` shifts a row by one place to the right; the last number comes first, times `sign`.
+    `turn` shifts a row by one place to the right. The last entry becomes the first one and is multiplied by `sign`.
     """
     terms = jnp.concatenate([first[None], jnp.matmul(left, right.T, precision=jax.lax.Precision.HIGHEST)])
     return _turned_rows(_running_sums(_turned_back_rows(terms, sign)), sign)
 
 
 def _running_sums(rows: Float[Array, "k N"]) -> Float[Array, "k N"]:
-    """Return the cumulative sums of the rows: row i of the result is the sum of rows 0 to i.
+    """Return the cumulative sums over rows: row i of the result is the sum of rows 0 to i.
 
-    Matrix products compute them on two levels: within blocks of about `sqrt(k)` rows, and over the blocks. `jnp.cumsum`
-    takes twice as long on a CPU, forward and backward, and a loop would start one kernel per row on an accelerator.
+    Two matrix products compute them: one within blocks of about `sqrt(k)` rows, and one over the sums of the blocks. On
+    a CPU `jnp.cumsum` takes twice as long, forward and backward. On an accelerator a loop would launch one kernel per
+    row.
     """
     k, N = rows.shape
     size = math.isqrt(k - 1) + 1
@@ -252,14 +271,22 @@ def _running_sums(rows: Float[Array, "k N"]) -> Float[Array, "k N"]:
 
 
 def _turned_back_rows(rows: Float[Array, "k N"], sign: int) -> Float[Array, "k N"]:
-    """Return the rows with row i shifted left by i places, k <= N, without a gather: its gradient is a slow scatter."""
+    """Return the k rows with row i shifted to the left by i places, for k <= N.
+
+    An entry that wraps around is multiplied by `sign`. Reshaping does the shifts. Indexing would be a gather, whose
+    gradient is a slow scatter.
+    """
     k, N = rows.shape
     wide = jnp.concatenate([rows, sign * rows[:, : k - 1]], axis=1).reshape(-1)
     return jnp.pad(wide, (0, k)).reshape(k, N + k)[:, :N]
 
 
 def _turned_rows(rows: Float[Array, "k N"], sign: int) -> Float[Array, "k N"]:
-    """Return the rows with row i shifted right by i places: the transpose and the inverse of `_turned_back_rows`."""
+    """Return the k rows with row i shifted to the right by i places, for k <= N.
+
+    An entry that wraps around is multiplied by `sign`. This is both the inverse and the transpose of
+    `_turned_back_rows`.
+    """
     k, N = rows.shape
     wide = jnp.pad(rows, ((0, 0), (0, k))).reshape(-1)[:-k].reshape(k, N + k - 1)
     return wide[:, :N] + jnp.pad(sign * wide[:, N:], ((0, 0), (0, N - k + 1)))
@@ -267,12 +294,13 @@ def _turned_rows(rows: Float[Array, "k N"], sign: int) -> Float[Array, "k N"]:
 
 @functools.partial(jax.jit, static_argnames="rank")
 def _from_displacement(dense: Float[Array, "in out"], rank: int) -> LowDisplacementRank:
-    """Return the matrix whose displacement is the truncated SVD of the displacement of `dense`."""
+    """Return the matrix whose displacement is the truncated SVD, with `rank` terms, of the displacement of `dense`."""
     W = _completed(dense)
     displacement = jnp.roll(W, 1, axis=0) - jnp.concatenate([W[:, 1:], -W[:, :1]], axis=1)
     U, S, Vt = jnp.linalg.svd(displacement / 2)
     largest = jnp.where(S[0] > 0, S[0], 1)
-    # A term whose singular value is only rounding error gets an H of full size, so that its G can learn.
+    # If a singular value is only rounding error, its column of G is about zero. Its column of H gets the norm of the
+    # first column, so that the gradient of the column of G is not zero.
     empty = S.size * jnp.finfo(S.dtype).eps * largest >= S
     norms = jnp.sqrt(jnp.where(empty, largest, S))[None, :rank]
     G, JH = U[:, :rank] * (S[None, :rank] / norms), Vt[:rank].T * norms
@@ -281,10 +309,11 @@ def _from_displacement(dense: Float[Array, "in out"], rank: int) -> LowDisplacem
 
 
 def _completed(dense: Float[Array, "in out"]) -> Float[Array, "N N"]:
-    """Return a square W whose transpose has `dense` as its top-left block, and continues it along the diagonals.
+    """Return a square matrix W such that `dense` is the top-left block of `W^T`.
 
-    Outside the block, only one row or column of the displacement of W is not zero. So a Toeplitz `dense` gives a
-    Toeplitz W, and the displacement rank is at most min(m, n).
+    The other entries of `W^T` continue the diagonals of `dense`, and wrap around at the border, with a change of sign
+    if m > n. There the displacement of W is zero except in one row or column. So the rank of the displacement is at
+    most min(m, n), and a Toeplitz `dense` gives a Toeplitz W.
     """
     m, n = dense.shape
     if m <= n:
@@ -297,9 +326,9 @@ def _completed(dense: Float[Array, "in out"]) -> Float[Array, "N N"]:
 
 @functools.partial(jax.jit, static_argnames="rank")
 def _random(dense: Float[Array, "in out"], rank: int) -> LowDisplacementRank:
-    """Return a matrix with random G and H, scaled to have the norm of `dense` on average."""
+    """Return a matrix with random G and H. They are scaled so that its norm is about the norm of `dense`."""
     G, H = jax.random.normal(jax.random.key(0), (2, max(dense.shape), rank), dense.dtype)
-    # Before scaling, the entries of W have the variance r N.
+    # With unscaled G and H, the entries of W have the variance r N.
     unit = _largest(dense)
     scale = jnp.sqrt(unit) * (jnp.mean(jnp.square(dense / unit)) / (rank * max(dense.shape))) ** 0.25
     m, n = dense.shape
@@ -308,7 +337,7 @@ def _random(dense: Float[Array, "in out"], rank: int) -> LowDisplacementRank:
 
 @jax.jit
 def _nearer(one: LowDisplacementRank, other: LowDisplacementRank, dense: Float[Array, "in out"]) -> LowDisplacementRank:
-    """Return the matrix nearest to `dense` among two matrices and the best multiple of each."""
+    """Return the nearest to `dense` of four matrices: the two given ones, and the best multiple of each."""
     unit = _largest(dense)
     target = dense / unit
     points, distances = [], []
@@ -323,6 +352,9 @@ def _nearer(one: LowDisplacementRank, other: LowDisplacementRank, dense: Float[A
 
 
 def _largest(dense: Float[Array, "in out"]) -> Float[Array, ""]:
-    """Return the largest absolute entry, or 1 if all are zero: a unit in which squares neither vanish nor overflow."""
+    """Return the largest absolute value of the entries, or 1 if all entries are zero.
+
+    Entries divided by it can be squared without overflow, and their sum of squares does not underflow.
+    """
     largest = jnp.max(jnp.abs(dense))
     return jnp.where(largest > 0, largest, 1)

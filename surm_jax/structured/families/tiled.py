@@ -1,10 +1,10 @@
-"""Large matrices tiled with copies of a small one: MoRA's update (arXiv 2405.12130), of high rank for few numbers.
+"""Large matrices made of copies of a small matrix, which MoRA (arXiv 2405.12130) adds to kernels.
 
-MoRA multiplies a compressed input by a small square matrix and decompresses the result. Compression and decompression
-have no parameters, so the whole is one matrix that is linear in the small one. The paper does not say what happens if
-the side of the small matrix does not divide the sizes. Here, as in the released code
-(https://github.com/kongds/MoRA), the input is filled up to whole chunks with its own first features, and the output is
-cut.
+MoRA multiplies a compressed input by a small square matrix and decompresses the result. So the large matrix can have a
+high rank with few parameters. Compression and decompression have no parameters, so the large matrix is linear in the
+small one. The paper does not say what happens if the side of the small matrix does not divide in_features or
+out_features. Here the input is extended to a whole number of chunks with its own first features, and the output is
+truncated, as in the released code (https://github.com/kongds/MoRA).
 """
 
 import dataclasses
@@ -25,27 +25,31 @@ from surm_jax.structured.families.base import Family, checked_dense, family
 
 @family
 class Tiled(Family):
-    """Matrix made of copies of a small `M`, the update of MoRA (arXiv 2405.12130); its `lora_A.weight` is `M^T`.
+    """Large matrix made of copies of a small matrix `M`, which MoRA (arXiv 2405.12130) adds to kernels.
 
-    In the formulas, a row of x continues with its own first features, x[i] = x[i - in] for i >= in, to the end of its
-    last chunk of p features.
+    The array `lora_A.weight` in the released code of MoRA is `M^T`. A row of x is divided into chunks of p features. If
+    p does not divide in_features, the row is extended with its own first features, x[i] = x[i - in] for i >= in, to the
+    end of the last chunk. There are two ways to multiply the chunks by M:
 
-    - Sharing (equation 6, type 1 of the released code): features whose indices are equal modulo p are summed, and the
-      p' results are repeated along the output, `y[j] = sum_i x[i] M[i mod p, j mod p']`. If p divides in, the dense
-      form is `M[i mod p, j mod p']`. Otherwise the features that fill the last chunk are used twice, so their rows are
-      sums of two rows. The rank is that of M. A row takes in + p p' + out operations.
-    - Rotation (equation 9, type 6): chunk c of x, `x[c p : (c + 1) p]`, is rotated by the angles `c / 10000^(2a / p)`
-      of a rotary position embedding (arXiv 2104.09864) in the planes of its entries a and a + p / 2, a < p / 2, and
-      multiplied by M. The results are concatenated to the output, which is cut if it is too long, and repeated if it is
-      too short. So chunk c of x gives chunk c of y, and the rank is up to min(in, out). If out p < in p', the features
-      after the first out p / p' have no effect. A row takes in p' multiplications.
+    - Sharing (equation 6, type 1 of the released code): the chunks are summed, the sum is multiplied by M, and the p'
+      results are repeated along the output, `y[j] = sum_i x[i] M[i mod p, j mod p']`. If p divides in, the entry (i, j)
+      of the dense form is `M[i mod p, j mod p']`. Otherwise the features that extend the last chunk are used twice, so
+      their rows in the dense form are sums of two rows. The rank is at most that of M. A row of x takes in + p p' + out
+      operations.
+    - Rotation (equation 9, type 6 of the released code): chunk c of x, `x[c p : (c + 1) p]`, is rotated as in a rotary
+      position embedding (arXiv 2104.09864). The entries a and a + p / 2, for a < p / 2, are the two coordinates of a
+      plane, and are rotated by the angle `c / 10000^(2a / p)`. Then the chunk is multiplied by M. The results of all
+      chunks are concatenated. If the output is too long, it is truncated, and if it is too short, it is repeated. So
+      chunk c of x gives chunk c of y, and the rank can be min(in, out). If out p < in p', the chunks of x whose results
+      would lie beyond the end of the output have no effect. A row of x takes in p' multiplications.
 
     Attributes:
-        M: (p, p'), p <= in and p' <= out, even p for rotation; zero at the start. Square in the paper.
+        M: (p, p'), p <= in and p' <= out, with an even p for rotation; zero when training starts. In the paper it is
+            square.
         shape: `(in_features, out_features)`.
         rotate: Whether to use rotation instead of sharing.
-        transposed: Whether this is the transpose of the matrix in the formulas. These continue and rotate only chunks
-            of the input, so the structure stores the direction.
+        transposed: Whether this is the transpose of the matrix in the formulas. The formulas extend and rotate the
+            input but not the output, so the transpose has no such formula and sets this flag instead.
 
     >>> Tiled(jnp.array([[1.0, 2.0], [3.0, 4.0]]), shape=(4, 5)).to_dense()
     Array([[1., 2., 1., 2., 1.],
@@ -77,12 +81,15 @@ class Tiled(Family):
 
     @property
     def side(self) -> int:
-        """The number of rows or columns of `M`, whichever is larger."""
+        """The number of rows or the number of columns of `M`, whichever is larger."""
         return max(self.M.shape[-2:])
 
     @property
     def small_residuals(self) -> bool:
-        """True for sharing, which stores the compressed input, (..., p). Rotation stores the whole rotated input."""
+        """True for sharing, whose backward pass needs only the sum of the chunks, of shape (..., p).
+
+        With rotation, the backward pass needs the whole rotated input.
+        """
         return not self.rotate
 
     @classmethod
@@ -96,16 +103,19 @@ class Tiled(Family):
         rotate: bool = False,
         dtype: DTypeLike = jnp.float32,
     ) -> Self:
-        """Return the zero matrix. It is linear in `M`, which can learn from zero: nothing is random.
+        """Return the zero matrix, with which training starts.
+
+        Nothing is random, because the matrix is linear in `M`: at `M = 0`, the gradient of `M` is not zero.
 
         Args:
             key: Not used.
             shape: `(in_features, out_features)`.
             scale: Not used.
-            side: Number of rows and columns of `M`. If the matrix has fewer rows or columns, so has `M`. The side must
-                be even for rotation. `tiled_side` returns the paper's side.
+            side: Number of rows and columns of `M`. If in_features or out_features is less than the side, `M` has
+                accordingly fewer rows or columns. The side must be even for rotation. `tiled_side` returns the side
+                that MoRA uses.
             rotate: Whether to use rotation instead of sharing.
-            dtype: Type of `M`.
+            dtype: Dtype of `M`.
 
         Raises:
             UserError: The shape is not two positive integers, or the side is not possible for it.
@@ -115,21 +125,23 @@ class Tiled(Family):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"], *, side: int, rotate: bool = False) -> Self:
-        """Return the tiled matrix (not transposed) nearest to `dense` in the Frobenius norm.
+        """Return the matrix of this family nearest to `dense` in the Frobenius norm, with `transposed = False`.
 
-        The matrix is linear in `M`, and the dense form repeats every column of M:
+        The dense form contains several copies of every column of M, so the best M is a mean over parts of `dense`:
 
-        - Rotation: the blocks of the dense form are rotated copies of M. The best M is the mean of the target's blocks,
-          rotated back.
-        - Sharing: all copies of a column are multiplied by the same in x p compression matrix P. The best M is the
-          pseudo-inverse of P times the mean of the target's columns. If p divides in, this is the mean of the tiles.
+        - Rotation: the diagonal blocks of the dense form are rotated copies of M. The best M is the mean of these
+        blocks
+          of `dense`, rotated back.
+        - Sharing: the dense form is P M, with its columns repeated. P is the in x p matrix that extends a row of x and
+          sums its chunks. The best M is the pseudo-inverse of P times the mean of the corresponding columns of `dense`.
+          If p divides in, this is the mean of all p x p' tiles of `dense`.
 
-        The cost is O(in * out * p) for sharing and O(in * out) for rotation.
+        Sharing takes O(in * out * p) operations, and rotation takes O(in * out).
 
         Args:
-            dense: (in_features, out_features).
-            side: As in `init`.
-            rotate: As in `init`.
+            dense: The matrix to approximate, (in_features, out_features).
+            side: Number of rows and columns of `M`, as in `init`.
+            rotate: Whether to use rotation instead of sharing.
 
         Raises:
             UserError: `dense` is not a floating-point matrix, or the side is not possible for it.
@@ -137,7 +149,7 @@ class Tiled(Family):
         dense = checked_dense(cls.__name__, dense)
         m, n = dense.shape
         p, q = _sizes((m, n), side, rotate)
-        # How many columns of the dense form are copies of each column of M.
+        # The number of copies of each column of M in the dense form.
         copies = _fold(jnp.ones(n, dense.dtype), q)
         if rotate:
             count = _chunks((m, n), (p, q), rotate)
@@ -151,20 +163,23 @@ class Tiled(Family):
 
     @classmethod
     def options_from(cls, shape: tuple[int, int], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the side with as many numbers as LoRA with `settings["rank"]` has; see `tiled_side`."""
+        """Return the side with which `M` has about as many parameters as LoRA of rank `settings["rank"]`."""
         return {"side": tiled_side(shape, settings["rank"])}
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return the largest side that the budget allows."""
-        # If the side exceeds the smaller size of the matrix, M only grows along the larger one.
+        """Return the largest side, for sharing, within the budget of parameters, or None if no side is."""
+        # If the side exceeds the smaller of in_features and out_features, M grows only along the larger one.
         square = math.isqrt(max(0, budget))
         side = square if square <= min(shape) else min(budget // min(shape), max(shape))
         return {"side": side} if side else None
 
     @classmethod
     def typical_options(cls, shape: tuple[int, int]) -> tuple[dict[str, Any], ...]:
-        """Return the options that benchmarks time."""
+        """Return the options with which the benchmarks measure the speed of this family: sharing, then rotation.
+
+        Both have about as many parameters as LoRA of rank 1.
+        """
         sharing, rotation = (tiled_side(shape, 1, rotate=rotate) for rotate in (False, True))
         return {"side": sharing}, {"side": rotation, "rotate": True}
 
@@ -175,12 +190,12 @@ class Tiled(Family):
 
     @property
     def T(self) -> "Tiled":
-        """The transpose: the same numbers with `transposed` flipped."""
+        """The transpose: the same `M`, with the opposite value of `transposed`."""
         return dataclasses.replace(self, shape=self.shape[::-1], transposed=not self.transposed)
 
     @property
     def _forward_shape(self) -> tuple[int, int]:
-        """The shape of the matrix in the formulas of the class, which is this matrix or its transpose."""
+        """The shape (in, out) in the formulas of the class docstring, which describe this matrix or its transpose."""
         return self.shape[::-1] if self.transposed else self.shape
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -191,7 +206,7 @@ class Tiled(Family):
             h = _repeat(x, count * p)
             h = _turn(h.reshape(*x.shape[:-1], count, p), 1) if self.rotate else _fold(h, p)
             return _repeat((h @ self.M).reshape(*x.shape[:-1], count * q if self.rotate else q), n)
-        # The adjoint of each step, in reverse order. `_fold` and `_repeat` are adjoints of each other.
+        # The transposed product applies the adjoint of each step in reverse order. `_fold` is the adjoint of `_repeat`.
         if not self.rotate:
             return _fold(_repeat(_fold(x, q) @ self.M.T, count * p), m)
         h = _fold(x, count * q).reshape(*x.shape[:-1], count, q) @ self.M.T
@@ -201,7 +216,7 @@ class Tiled(Family):
         m, n = self._forward_shape
         p, q = self.M.shape
         count = _chunks((m, n), (p, q), self.rotate)
-        # W is the transpose of the dense form, (out, in).
+        # W is the transpose of the dense form in the formulas of the class, and has the shape (out, in).
         if self.rotate:
             blocks = _turn(jnp.broadcast_to(self.M.T[:, None], (q, count, p)), -1)
             diagonal = jnp.eye(count, dtype=blocks.dtype)[:, None, :, None] * blocks[None]
@@ -213,15 +228,16 @@ class Tiled(Family):
 
 
 def tiled_side(shape: tuple[int, int], rank: int, *, rotate: bool = False) -> int:
-    """Return the side of a square with as many numbers as LoRA of this rank: `sqrt((in + out) rank)`, MoRA's r-hat.
+    """Return the side of a square matrix with about as many parameters as LoRA of a given rank.
 
-    It is rounded to the nearest integer as in the released code, while the paper rounds down. For rotation it is then
-    rounded down to an even integer, at least 2.
+    It is `sqrt((in + out) rank)`, which the MoRA paper writes as r with a hat. It is rounded to the nearest integer, as
+    in the released code, while the paper rounds down. For rotation it is then rounded down to an even integer, but not
+    below 2.
 
     Args:
         shape: `(in_features, out_features)`.
         rank: The rank of LoRA.
-        rotate: Whether the side is for rotation.
+        rotate: Whether the side is for rotation instead of sharing.
 
     Raises:
         UserError: The shape is not two positive integers, or the rank is not a positive integer.
@@ -237,7 +253,7 @@ def tiled_side(shape: tuple[int, int], rank: int, *, rotate: bool = False) -> in
 
 
 def _sizes(shape: tuple[int, int], side: int, rotate: bool) -> tuple[int, int]:
-    """Return the shape of M in a matrix of this shape: `side` in both directions, but no larger than the matrix."""
+    """Return the shape of M for a large matrix of this shape: `side` x `side`, but no larger than the large matrix."""
     m, n = shape
     if not isinstance(side, int) or side < 1:
         raise UserError(f"Tiled: side must be a positive integer, not {side!r}")
@@ -252,30 +268,36 @@ def _sizes(shape: tuple[int, int], side: int, rotate: bool) -> tuple[int, int]:
 
 
 def _chunks(shape: tuple[int, int], sizes: tuple[int, int], rotate: bool) -> int:
-    """Return how many chunks of the input are used: all, or with rotation at most as many as fit into the output."""
+    """Return the number of chunks of the input that are used.
+
+    Sharing uses all chunks. Rotation uses at most as many as the output has.
+    """
     (m, n), (p, q) = shape, sizes
     return min(-(-m // p), -(-n // q)) if rotate else -(-m // p)
 
 
 def _repeat(x: Float[Array, "*batch k"], n: int) -> Float[Array, "*batch n"]:
-    """Return `y[j] = x[j mod k]` for j < n."""
+    """Return x repeated along its last axis to the length n, `y[j] = x[j mod k]`."""
     *batch, k = x.shape
     copies = -(-n // k)
     if copies == 1:
         return x[..., :n]
-    # Broadcast and not concatenate, because XLA fuses nothing into a concatenation.
+    # This broadcasts instead of concatenating, because XLA does not fuse other operations into a concatenation.
     return jnp.broadcast_to(x[..., None, :], (*batch, copies, k)).reshape(*batch, copies * k)[..., :n]
 
 
 def _fold(x: Float[Array, "*batch n"], k: int) -> Float[Array, "*batch k"]:
-    """Return `y[a]`, the sum of x[j] over all j with j mod k = a: the adjoint of `_repeat`."""
+    """Return the sum of the chunks of length k of the last axis, so that `y[a]` sums all x[j] with j mod k = a.
+
+    This is the adjoint of `_repeat`.
+    """
     *batch, n = x.shape
     x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, -n % k)])
     return jnp.sum(x.reshape(*batch, -(-n // k), k), axis=-2) if n > k else x
 
 
 def _turn(x: Float[Array, "*batch chunks p"], sign: int) -> Float[Array, "*batch chunks p"]:
-    """Return every chunk rotated by its angles, or rotated back if `sign` is -1."""
+    """Return x with every chunk rotated by the angles of its index, or rotated back if `sign` is -1."""
     chunks, p = x.shape[-2:]
     cos, sin = (
         jnp.expand_dims(jnp.asarray(table, x.dtype), tuple(range(x.ndim - 2))) for table in _tables(chunks, p, sign)
@@ -286,13 +308,13 @@ def _turn(x: Float[Array, "*batch chunks p"], sign: int) -> Float[Array, "*batch
 
 @functools.cache
 def _tables(chunks: int, p: int, sign: int) -> tuple[Float[np.ndarray, "chunks p/2"], Float[np.ndarray, "chunks p/2"]]:
-    """Return cosine and sine of the angles of every chunk, computed in double precision."""
+    """Return the cosines and the sines, multiplied by `sign`, of the angles of every chunk, in float64."""
     angles = np.outer(np.arange(chunks), 10000.0 ** (-2 * np.arange(p // 2) / p))
     return np.cos(angles), sign * np.sin(angles)
 
 
 def _compression(m: int, p: int) -> Float[np.ndarray, "m p"]:
-    """Return the matrix P of `x @ P`, which continues x and sums the features that are equal modulo p."""
+    """Return the matrix P for which `x @ P` extends x to a whole number of chunks of length p and sums the chunks."""
     P, places = np.zeros((m, p)), np.arange(-(-m // p) * p)
     np.add.at(P, (places % m, places % p), 1)
     return P

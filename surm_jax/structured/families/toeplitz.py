@@ -1,9 +1,9 @@
-"""Toeplitz matrices, constant along every diagonal, and symmetric ones, equal on both sides of the main diagonal.
+"""Toeplitz matrices, which are constant along every diagonal, and symmetric Toeplitz matrices.
 
-The paper (arXiv 2406.17740) writes `W x`. Here `y = x @ M` with `M = W^T`: entries above the diagonal of `M` are below
-the diagonal of `W`. Symmetric square matrices are their own transposes.
+The paper (arXiv 2406.17740) writes `W x`. Here `y = x @ M` with `M = W^T`, so the entries above the main diagonal of
+`M` are those below the main diagonal of `W`. A symmetric square matrix is its own transpose.
 
-Rectangular shapes are Toeplitz matrices themselves; nothing is padded.
+A rectangular matrix can be a Toeplitz matrix too, so nothing is padded.
 """
 
 from collections.abc import Callable
@@ -22,14 +22,15 @@ from surm_jax.structured.products.fourier import fast_length, inverse_skew_fft, 
 
 @family
 class Toeplitz(LinearInVector):
-    """Toeplitz matrix `M[i, j] = t[j - i + in - 1]`: `t` read along the diagonals; the transpose of the paper's `W`.
+    """Toeplitz matrix `M[i, j] = t[j - i + in - 1]`, which has one parameter for each diagonal.
 
-    It has in + out - 1 numbers. A Toeplitz matrix is a block of a circulant or skew-circulant matrix of any size that
-    is at least in + out - 1. The skew-circulant has the cheaper transforms, forward and in reverse mode: for in = out
-    they are complex FFTs of length in, without padding. A row costs O(N log N), N = max(in, out).
+    These are in + out - 1 parameters. A Toeplitz matrix is a block of a larger circulant or skew-circulant matrix,
+    whose size is at least in + out - 1. The product with x embeds it into a skew-circulant matrix, which has the
+    cheaper FFTs, forward and backward: for in = out they are complex FFTs of length in, without padding. The product
+    takes O(N log N) operations per row of x, N = max(in, out). `M` is the transpose of the `W` of arXiv 2406.17740.
 
     Attributes:
-        t: (in + out - 1,): the first column of `M` from bottom to top, then the rest of its first row.
+        t: (in + out - 1,), the first column of `M` from bottom to top, followed by the rest of its first row.
         shape: `(in_features, out_features)`.
 
     >>> Toeplitz(jnp.array([1.0, 2.0, 3.0, 4.0]), shape=(2, 3)).to_dense()
@@ -44,12 +45,14 @@ class Toeplitz(LinearInVector):
 
     @staticmethod
     def _length(shape: tuple[int, int]) -> int:
-        """Return how many diagonals a matrix of this shape has."""
+        """Return the number of diagonals of a matrix of this shape, which is the length of `t`."""
         return sum(shape) - 1
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:
-        """Return the Toeplitz matrix nearest to `dense` in the Frobenius norm: the mean of every diagonal. O(in * out).
+        """Return the Toeplitz matrix nearest to `dense` in the Frobenius norm.
+
+        Each entry of `t` is the mean of one diagonal of `dense`. This takes O(in * out) operations.
 
         Raises:
             UserError: `dense` is not a floating-point matrix.
@@ -65,14 +68,14 @@ class Toeplitz(LinearInVector):
 
     @property
     def T(self) -> "Toeplitz":
-        """The transpose: `t` read backwards."""
+        """The transpose, with the reversed vector `t`."""
         return Toeplitz(t=jnp.flip(self.t), shape=self.shape[::-1])
 
     def _convolve(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Return `x @ M` on one device, for `_apply`."""
         m, n = self.shape
         size = 2 * fast_length((m + n) // 2)  # an even length of at least m + n - 1
-        # Entries that wrap around change their sign in a skew-circulant matrix: hence the minus.
+        # The minus sign cancels the one that a skew-circulant matrix gives to entries that wrap around.
         v = jnp.concatenate([self.t[m - 1 :], jnp.zeros(size - (m + n - 1), x.dtype), -self.t[: m - 1]])
         spectrum = jnp.expand_dims(skew_fft(v, size), tuple(range(x.ndim - 1)))
         return inverse_skew_fft(skew_fft(x, size) * spectrum, size)[..., :n]
@@ -86,13 +89,15 @@ class Toeplitz(LinearInVector):
 
 @family
 class SymmetricToeplitz(LinearInVector):
-    """Symmetric Toeplitz matrix `M[i, j] = t[|i - j|]`: max(in, out) numbers; the transpose of the paper's `W`.
+    """Symmetric Toeplitz matrix `M[i, j] = t[|i - j|]`, which has max(in, out) parameters.
 
-    For in = out it is its own transpose. A rectangular matrix is the top left block of the square matrix of size
-    max(in, out). Products cost as much as those of `Toeplitz`.
+    For in = out it is its own transpose. A rectangular matrix is the top-left block of a symmetric square matrix of
+    size max(in, out). The product with x costs as much as with `Toeplitz`. `M` is the transpose of the `W` of arXiv
+    2406.17740.
 
     Attributes:
-        t: (max(in, out),), by distance from the main diagonal: the longer of the first row and the first column.
+        t: (max(in, out),), where `t[k]` is the entry at distance k from the main diagonal. It is the longer of the
+            first row and the first column of `M`.
         shape: `(in_features, out_features)`.
 
     >>> SymmetricToeplitz(jnp.array([1.0, 2.0, 3.0]), shape=(2, 3)).to_dense()
@@ -107,10 +112,11 @@ class SymmetricToeplitz(LinearInVector):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:
-        """Return the symmetric Toeplitz matrix nearest to `dense` in the Frobenius norm. O(in * out).
+        """Return the symmetric Toeplitz matrix nearest to `dense` in the Frobenius norm.
 
-        `t[k]` is the mean over all entries at distance k from the main diagonal, above and below it. The formula in
-        arXiv 2406.17740 takes only one side, which gives the nearest matrix only if `dense` is symmetric.
+        `t[k]` is the mean of all entries of `dense` at distance k from the main diagonal, above and below it. The
+        formula in arXiv 2406.17740 uses only one side, which gives the nearest matrix only if `dense` is symmetric. The
+        mean takes O(in * out) operations.
 
         Raises:
             UserError: `dense` is not a floating-point matrix.
@@ -122,11 +128,11 @@ class SymmetricToeplitz(LinearInVector):
 
     @property
     def T(self) -> "SymmetricToeplitz":
-        """The transpose: the same numbers, with the sizes exchanged."""
+        """The transpose: the same vector `t`, with the two sizes of the shape exchanged."""
         return SymmetricToeplitz(t=self.t, shape=self.shape[::-1])
 
     def general(self) -> Toeplitz:
-        """Return the same matrix as a `Toeplitz`, with every diagonal written out."""
+        """Return an equal `Toeplitz` matrix, which stores both sides of the main diagonal."""
         return Toeplitz(t=_mirror(self.t, self.shape), shape=self.shape)
 
     def _convolve(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -142,14 +148,17 @@ class SymmetricToeplitz(LinearInVector):
 
 @batch_local
 def apply_in_turn(x: Float[Array, "*batch in"], *matrices: Toeplitz | SymmetricToeplitz) -> Float[Array, "*batch out"]:
-    """Return `x @ M1 @ M2 ...`, all in one dtype, float32 or float64; each device works on its part of the batch."""
+    """Return `x @ M1 @ M2 ...` for the given matrices, where each device computes its part of the batch.
+
+    `x` and all matrices have the same dtype, float32 or float64.
+    """
     for matrix in matrices:
         x = matrix._convolve(x)
     return x
 
 
 def _mirror(t: Float[Array, " N"], shape: tuple[int, int]) -> Float[Array, " diagonals"]:
-    """Return the numbers of all diagonals, as in `Toeplitz.t`, from the numbers by distance."""
+    """Return the vector `t` of the equal `Toeplitz` matrix for the vector `t` of a `SymmetricToeplitz` matrix."""
     m, n = shape
     return jnp.concatenate([jnp.flip(t[1:m]), t[:n]])
 
@@ -157,10 +166,11 @@ def _mirror(t: Float[Array, " N"], shape: tuple[int, int]) -> Float[Array, " dia
 def _project(
     build: Callable[[Float[Array, " k"]], Float[Array, "in out"]], count: int, dense: Float[Array, "in out"]
 ) -> Float[Array, " k"]:
-    """Return, for each of `count` numbers, the mean of `dense` over the entries where `build` puts the number.
+    """Return the vector t of length `count` for which `build(t)` is nearest to `dense` in the Frobenius norm.
 
-    Each entry of the matrix is one of the numbers, so the matrices that `build` makes of unit vectors are orthogonal,
-    and the projection needs only the adjoint of `build`: sums over entries, divided by their counts.
+    `build` returns a matrix each of whose entries is one entry of t. So `t[k]` is the mean of `dense` over the entries
+    where `build` places `t[k]`. The adjoint of `build` computes the sums of these entries and, applied to a matrix of
+    ones, their number.
     """
     adjoint = jax.linear_transpose(build, jax.ShapeDtypeStruct((count,), dense.dtype))
     return adjoint(dense)[0] / adjoint(jnp.ones_like(dense))[0]

@@ -1,11 +1,11 @@
-"""Products of two Toeplitz matrices, the paper's Toeplitz update.
+"""Products of two Toeplitz matrices, the Toeplitz update of arXiv 2406.17740.
 
-The paper (arXiv 2406.17740) writes `W x` with `W = T2 T1`: x is multiplied by `T1` first. Here `y = x @ M` with
-`M = W^T = T1^T T2^T`, and `t1` and `t2` hold the numbers of `T1^T` and `T2^T`. Transposing exchanges the factors, so
-the transpose of a pair is a pair of the same family.
+This paper writes `W x` with `W = T2 T1`, so x is multiplied by `T1` first. Here `y = x @ M` with `M = W^T = T1^T T2^T`,
+and the vectors `t1` and `t2` hold the parameters of `T1^T` and `T2^T`. The transpose of a pair is a pair of the same
+family, in which the factors are transposed and exchanged.
 
-Rectangular shapes: the size between the factors is `N = max(in, out)`. So `M` is the top left block of a product of
-square matrices of size N, as in the circulant families.
+For a rectangular matrix, the factors have the shapes (in, N) and (N, out) with `N = max(in, out)`. So `M` is the
+top-left block of a product of two square matrices of size N.
 """
 
 import abc
@@ -25,7 +25,7 @@ Factor = Toeplitz | SymmetricToeplitz
 
 @matrix_pytree
 class _Pair(Family):
-    """Base class of both families, which differ in the class of their factors."""
+    """Base class of the two families in this file, which differ only in the class of their factors."""
 
     t1: Float[Array, " count1"]
     t2: Float[Array, " count2"]
@@ -37,7 +37,7 @@ class _Pair(Family):
     @staticmethod
     @abc.abstractmethod
     def _counts(shape: tuple[int, int]) -> tuple[int, int]:
-        """Return how many numbers `t1` and `t2` hold."""
+        """Return the lengths of `t1` and `t2` for a matrix of this shape."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", checked_shape(type(self).__name__, self.shape))
@@ -46,13 +46,15 @@ class _Pair(Family):
 
     @classmethod
     def init(cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32) -> Self:
-        """Return the zero matrix: `t1 = 0` and `t2 = scale * N(0, 1)`. If both were zero, neither would ever learn.
+        """Return the matrix with which training starts: it is zero, with `t1 = 0` and `t2 = scale * N(0, 1)`.
+
+        If both vectors were zero, both gradients would be zero too, and training could not change them.
 
         Args:
-            key: Draws `t2`.
+            key: Random key for `t2`.
             shape: `(in_features, out_features)`.
             scale: Standard deviation of `t2`.
-            dtype: Type of both factors.
+            dtype: Dtype of both vectors.
 
         Raises:
             UserError: The shape is not two positive integers.
@@ -63,17 +65,19 @@ class _Pair(Family):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"], *, steps: int = 200, progress: bool = False) -> Self:
-        """Return a pair near to `dense` in the Frobenius norm, never further from it than the nearest single factor.
+        """Return a product of two factors near to `dense` in the Frobenius norm, found by a search.
 
-        There is no formula for the nearest product. The search starts at the nearest single Toeplitz matrix (symmetric
-        if the factors are symmetric) times the identity, and `refine` finds a local minimum. At the start both factors
-        get the same Frobenius norm; with an unscaled identity, of norm sqrt(N), the search stops earlier, at a larger
-        error. Neither factor is zero, so that a pair near zero can still learn.
+        The nearest product has no closed form. The search `surm_jax.structured.refine` starts at the product of the
+        identity and the nearest single Toeplitz matrix (symmetric if the factors are symmetric), and finds a local
+        minimum. So the result is never further from `dense` than the nearest single Toeplitz matrix. Both factors are
+        scaled to the same Frobenius norm before the search. With an unscaled identity, whose norm is sqrt(in), the
+        search stops earlier, at a larger error. The factor that is the scaled identity is not zero even if `dense` is,
+        so the gradient of the other factor is not zero.
 
         Args:
-            dense: (in_features, out_features).
-            steps: Largest number of steps of `refine`.
-            progress: Whether to show a bar.
+            dense: The matrix to approximate, (in_features, out_features).
+            steps: Largest number of steps of the search.
+            progress: Whether to show a progress bar.
 
         Raises:
             UserError: `dense` is not a floating-point matrix or holds numbers that are not finite, or the number of
@@ -84,14 +88,14 @@ class _Pair(Family):
         single, identity = cls._factor.nearest(dense), cls._factor.nearest(jnp.eye(m, max(m, n), dtype=dense.dtype))
         norm = jnp.linalg.norm(single.to_dense()) / m**0.5
         balance = jnp.sqrt(jnp.where(norm > 0, norm, 1))
-        # A second factor that is taller than `dense` has diagonals in the bottom left corner that the product with
-        # the identity does not use.
+        # If the second factor has more rows than `dense`, the product with the identity does not use the diagonals in
+        # its bottom-left corner.
         unreached = cls._counts((m, n))[1] - single.t.shape[0]
         t2 = jnp.pad(single.t / balance, (unreached, 0))
         return refine(cls(t1=identity.t * balance, t2=t2, shape=(m, n)), dense, steps=steps, progress=progress)
 
     def pieces(self) -> list[Piece | str]:
-        """Return both factors."""
+        """Return what a picture shows: both factors, with a multiplication sign between them."""
         first, second = (
             Piece(f"T_{i}^\\top", {"t": (f"t{i}", ...)}, factor) for i, factor in enumerate(self.factors, 1)
         )
@@ -99,13 +103,13 @@ class _Pair(Family):
 
     @property
     def T(self) -> Self:
-        """The transpose: the factors are transposed and change places."""
+        """The transpose, in which the factors are transposed and exchanged."""
         first, second = self.factors
         return type(self)(t1=second.T.t, t2=first.T.t, shape=self.shape[::-1])
 
     @property
     def factors(self) -> tuple[Factor, Factor]:
-        """The matrices whose product is `M`, of shapes (in_features, N) and (N, out_features), N = max(in, out)."""
+        """The two matrices whose product is `M`. Their shapes are (in, N) and (N, out), N = max(in, out)."""
         m, n = self.shape
         return self._factor(self.t1, shape=(m, max(m, n))), self._factor(self.t2, shape=(max(m, n), n))
 
@@ -121,14 +125,14 @@ class _Pair(Family):
 class ToeplitzPair(_Pair):
     """Product of two Toeplitz matrices, `M = T1^T T2^T`; the transpose of `W = T2 T1` of arXiv 2406.17740.
 
-    It has (in + N - 1) + (N + out - 1) numbers, N = max(in, out): 4 in - 2 for in = out. In general the product is not
-    a Toeplitz matrix; its displacement rank is at most 4. A row costs the four transforms of two products with
-    `Toeplitz`, because the intermediate result has to be cut to size. The dense form takes O(N^2 log N), less than a
-    matrix product.
+    It has (in + N - 1) + (N + out - 1) parameters, N = max(in, out). For in = out these are 4 in - 2. In general the
+    product is not a Toeplitz matrix, but its displacement rank is at most 4. A row of x takes four FFTs, as in two
+    products with `Toeplitz`: they cannot be merged, because the intermediate result is truncated to N entries. The
+    dense form takes O(N^2 log N) operations, fewer than a matrix product.
 
     Attributes:
-        t1: (in + N - 1,), the numbers of `T1^T`, (in, N), in the order of `Toeplitz`; zero at the start.
-        t2: (N + out - 1,), the numbers of `T2^T`, (N, out), in the same order; random at the start.
+        t1: (in + N - 1,), the vector `t` of the `Toeplitz` matrix `T1^T`, (in, N); zero when training starts.
+        t2: (N + out - 1,), the vector `t` of the `Toeplitz` matrix `T2^T`, (N, out); random when training starts.
         shape: `(in_features, out_features)`.
 
     >>> ToeplitzPair(t1=jnp.array([0.0, 1.0, 1.0]), t2=jnp.array([2.0, 1.0, 0.0]), shape=(2, 2)).to_dense().round()
@@ -153,13 +157,13 @@ class ToeplitzPair(_Pair):
 class SymmetricToeplitzPair(_Pair):
     """Product of two symmetric Toeplitz matrices, `M = T1 T2`; the transpose of `W = T2 T1` of arXiv 2406.17740.
 
-    It has 2N numbers, N = max(in, out), and is the update that the paper calls Toeplitz. In general the product is
-    neither symmetric nor a Toeplitz matrix. For in = out, `M^T` is the pair with its factors exchanged. It costs as
-    much as `ToeplitzPair`.
+    It has 2N parameters, N = max(in, out), and is the update that the paper calls Toeplitz. In general the product is
+    neither symmetric nor a Toeplitz matrix. For in = out, `M^T` is the pair in which t1 and t2 are exchanged. The
+    product with x costs as much as with `ToeplitzPair`.
 
     Attributes:
-        t1: (N,), the numbers of `T1^T`, in the order of `SymmetricToeplitz`; zero at the start.
-        t2: (N,), the numbers of `T2^T`, in the same order; random at the start.
+        t1: (N,), the vector `t` of the first `SymmetricToeplitz` factor, (in, N); zero when training starts.
+        t2: (N,), the vector `t` of the second `SymmetricToeplitz` factor, (N, out); random when training starts.
         shape: `(in_features, out_features)`.
 
     >>> SymmetricToeplitzPair(t1=jnp.array([0.0, 1.0]), t2=jnp.array([2.0, 1.0]), shape=(2, 2)).to_dense().round()
