@@ -1,4 +1,4 @@
-"""The benchmarks run on sizes too small to mean anything, and write the rows that they promise."""
+"""Tests that the benchmarks run and write correct rows, at sizes so small that the times mean nothing."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def test_structured(tmp_path):
         assert row["ms"] > 0 and row["temp_bytes"] >= 0
         assert math.isclose(row["ratio_to_frozen"], row["ms"] / rows[0]["ms"])
         assert math.isclose(row["ratio_to_lora"], row["ms"] / lora["ms"])
-        # At least the arguments x, W and dy, and the results y and dx.
+        # The memory is at least that of the arguments x, W and dy, and of the results y and dx.
         assert row["peak_bytes"] >= 4 * (8 * 16 + 16 * 16 + 8 * 16 + 2 * 8 * 16)
     assert "ratio_to_lora" in done.stdout and "width 16, 8 tokens, float32" in done.stdout
 
@@ -64,7 +64,7 @@ def test_step(tmp_path):
     rows = {row["method"]: row for row in found[:4]}
     assert [*rows] == [row["method"] for row in found[4:]] == ["frozen", "lora", "bitfit", "full"]
     assert rows["full"]["parameters"] > rows["lora"]["parameters"] > rows["frozen"]["parameters"] == 0
-    # AdamW keeps two float32 numbers for each trained number, and a counter.
+    # The state of AdamW is two float32 moments for each trained parameter, and a counter.
     for row in found:
         assert row["ms"] > 0 and row["peak_bytes"] > 0
         assert row["optimizer_bytes"] == (8 * row["parameters"] + 4 if row["parameters"] else 0)
@@ -115,7 +115,8 @@ def test_depth(tmp_path):
     assert all(row["trace_s"] > 0 and row["compile_s"] > 0 and row["temp_bytes"] > 0 for row in rows.values())
     assert rows[3, "looped"]["instructions"] > rows[2, "looped"]["instructions"]
     assert rows[3, "scanned"]["instructions"] == rows[2, "scanned"]["instructions"]
-    # This method leaves out the first five blocks, so the benchmark must not try a shorter model first.
+    # This method leaves the first five blocks without an adapter, so it does not fit a shorter model, and the benchmark
+    # must not use one to warm up.
     done = run("depth", "--depths=6", "--width=4", "--method=adapter_drop")
     assert done.returncode == 0, done.stderr
 
@@ -142,7 +143,7 @@ def test_bert(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = {row["step"]: row for row in json.loads(out.read_text())}
     assert [*rows] == ["ours circulant", "ours lora", "peft lora", "peft c3a"]
-    # Vectors of 128 numbers in three layers of two blocks, and a classifier of two classes.
+    # Each method trains some vectors of length 128 in three layers of both blocks, and a classifier of two classes.
     head = 2 * 128 + 2
     vectors = {name: (row["parameters"] - head) / (2 * 3 * 128) for name, row in rows.items()}
     assert vectors == {"ours circulant": 2, "ours lora": 2, "peft lora": 2, "peft c3a": 1}
@@ -151,7 +152,7 @@ def test_bert(tmp_path):
         assert (row["model"], row["batch"], row["length"]) == ("BERT-tiny", 2, 8)
         assert math.isclose(row["examples_per_s"], 2 / (row["ms"] / 1e3))
         assert math.isclose(row["ratio_to_circulant"], row["ms"] / ours["ms"])
-        # Same weights, same batch, and updates that begin at zero.
+        # All programs have the same weights and batch, and updates that are zero at first, so their losses agree.
         assert math.isclose(row["first_loss"], ours["first_loss"], rel_tol=1e-5)
     done = run("bert", "--variant=tiny", "--length=513")
     assert done.returncode != 0 and "positions for 512 tokens" in done.stdout + done.stderr

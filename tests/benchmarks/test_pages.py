@@ -1,4 +1,4 @@
-"""Pages with inserted tables: they are up to date, and their commands measure what they show."""
+"""Tests of markdown pages: their tables are up to date, and the commands beside them produce the rows of the tables."""
 
 import json
 import re
@@ -112,7 +112,7 @@ def test_commands_for_many_chips_have_data_weights_and_a_batch_that_divides(comm
     config = dict(word.removeprefix("--config.").split("=") for word in words if word.startswith("--config."))
     assert config.keys() <= {*keys(base_config())}
     assert config["data.dir"].startswith("/shared/")
-    # A pod of 256 chips, or four nodes of eight.
+    # The commands are for 256 chips, or for four nodes of 8 devices, and 256 is a multiple of both numbers of devices.
     assert all(int(config[f"data.{size}"]) % 256 == 0 for size in ("batch_size", "eval_batch_size"))
     (cache,) = [word.partition("=") for word in words if word.startswith("SURM_JAX_CACHE=")]
     monkeypatch.setenv(cache[0], cache[2])

@@ -1,4 +1,4 @@
-"""The arithmetic of docs/scale.md, against models, adapters and compiled programs."""
+"""Tests of the formulas of `docs/scale.md`, against real models, adapters and compiled programs."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def test_numbers_are_those_of_the_model():
     config = ViTConfig.from_variant("B/16", num_classes=1000)
     abstract = nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))
     assert scale.MODELS["ViT-B/16"][0].numbers == numbers(abstract) == 86_567_656
-    # https://arxiv.org/abs/2307.09288 calls it 7 B; its checkpoints hold 6,738,415,616 numbers.
+    # This is Llama 2 7B (https://arxiv.org/abs/2307.09288), whose checkpoint holds 6,738,415,616 parameters.
     assert scale.MODELS["decoder, 7 B"][0].numbers == 6_738_415_616
 
 
@@ -44,7 +44,17 @@ def test_trained_numbers_are_those_of_the_adapter(method, settings):
 
 
 def compiled_step(method, data, fsdp):
-    """The compiled training step of a small ViT, its trained numbers, and the sizes of replicated and split arrays."""
+    """Compile the training step of a small ViT for a mesh of devices.
+
+    Args:
+        method: The fine-tuning method.
+        data: The number of devices in the mesh axis that only the batch is split over.
+        fsdp: The number of devices in the mesh axis that the frozen base model is split over too.
+
+    Returns:
+        The compiled program, and three numbers of parameters: those that are trained, the frozen ones that every device
+        holds completely, and the frozen ones that are split over devices.
+    """
     config = ViTConfig(
         image_size=32, patch_size=8, width=256, depth=4, heads=4, mlp_width=1024, num_classes=10, dropout=0.0
     )
@@ -74,11 +84,11 @@ def compiled_step(method, data, fsdp):
     [("lora", 2, 4), ("lora", 1, 8), ("lora", 8, 1), ("circulant", 2, 4), ("circulant", 8, 1), ("full", 8, 1)],
 )
 def test_compiled_programs_hold_and_send_what_the_formulas_say(method, data, fsdp):
-    # optax mixes its counter with floats.
+    # Allow implicit dtype promotion, because optax uses its integer counter in floating-point formulas.
     with jax.numpy_dtype_promotion("standard"):
         program, trained, replicated, split = compiled_step(method, data, fsdp)
-    # The step holds in float32, without donation: base, values and two moments, two images and labels of a device, and
-    # two counters.
+    # The arguments on one device, all of four bytes: the base model, the values and two moments of the trained
+    # parameters, two images and their labels, and two counters.
     batch = 2 * (32 * 32 * 3 + 1)
     assert program.memory_analysis().argument_size_in_bytes == 4 * (
         replicated + split // fsdp + 3 * trained + batch + 2
@@ -86,14 +96,16 @@ def test_compiled_programs_hold_and_send_what_the_formulas_say(method, data, fsd
     found = dict.fromkeys(("all-gather", "all-reduce"), 0)
     for one in collectives(program.as_text()):
         found[one.name] += one.bytes
-    # A program states the sizes of whole results, without the factor 2 (c - 1) / c of a ring. Loss and accuracy are
-    # reduced as well. Both vectors of a circulant pair get their gradient from one half spectrum.
+    # The text of a program shows the sizes of results, not the factor 2 (c - 1) / c of an all-reduce on a ring of c
+    # devices, so divide by it. Besides gradients, the loss and the accuracy are reduced; they take up to 64 bytes. For
+    # a circulant pair, one half of a spectrum is reduced, from which the gradients of both vectors are computed.
     reduced = scale.reduced_bytes(trained, 8) * 8 / 7 / 2
     assert 0 <= found["all-reduce"] - (reduced / 2 if method == "circulant" else reduced) <= 64
     if fsdp == 1:
         assert found["all-gather"] == 0 == scale.gathered_bytes(split, fsdp)
     else:
-        # The backward pass ends before it needs the kernels of the patches and of Q, K and V of the first block.
+        # The backward pass does not need the kernels of the patch embedding and of the first block's Q, K and V, so
+        # they are gathered only once.
         left_out = 4 * (3 * 8**2 * 256 + 3 * 256**2)
         whole = scale.gathered_bytes(split, fsdp, size=4) * fsdp / (fsdp - 1)
         assert found["all-gather"] == pytest.approx(whole - left_out, abs=1)
@@ -104,7 +116,7 @@ def test_bytes_of_a_known_model():
     assert scale.base_bytes(model, 1) == 2 * 86_567_656
     assert scale.base_bytes(model, 4) == 2 * 86_567_656 / 4 + 2 * 2 * 7_087_872
     assert scale.trained_bytes(55_296) == 16 * 55_296
-    # By hand, for one example of 197 tokens: the inputs of 12 blocks, the inside of one block, and its attention.
+    # For one example of 197 tokens: the inputs of 12 blocks, the activations inside one block, and its attention.
     assert scale.activation_bytes(model, 1) == 197 * (2 * 12 * 768 + 16 * 768 + 4 * 3072 + 6 * 12 * 197)
 
 

@@ -1,4 +1,4 @@
-"""Ablations: every variant is a valid job, and the grid runs, continues and reports."""
+"""Tests of `experiments.ablations`: every variant has a valid configuration; the grid runs, continues and reports."""
 
 import argparse
 
@@ -30,7 +30,7 @@ def test_every_variant_is_a_job(name):
 def test_variants_of_a_question_differ_from_each_other():
     for question, variants in ablations.QUESTIONS.items():
         assert len({repr(variant) for variant in variants.values()}) == len(variants) > 1, question
-    # A name means the same variant in every question.
+    # If a variant occurs in several questions, its name means the same settings in all of them.
     for variants in ablations.QUESTIONS.values():
         for name, variant in variants.items():
             assert ablations.VARIANTS[name] == variant
@@ -48,7 +48,7 @@ def test_runs_go_on_and_are_reported(tmp_path, monkeypatch, capsys):
     searches = [row for row in made if row["part"] == "search"]
     assert 3 <= len(searches) <= grid.MOST_RATES
     assert [(row["part"], row["seed"]) for row in made[len(searches) :]] == [("final", seed) for seed in range(3)]
-    # A circulant pair on Q and V of four blocks of width 64, and the head.
+    # Trained are two vectors for each of Q and V in four blocks of width 64, and the head.
     assert {row["trainable"] for row in made} == {4 * 2 * 2 * 64 + 64 * 5 + 5}
     ablations.main(command)
     assert rows.read_rows(tmp_path / "ablations_digits.csv") == made

@@ -1,4 +1,4 @@
-"""Analyses of updates against numpy, and the commands from end to end on the smallest runs."""
+"""Tests of `experiments.analysis`: single measurements against numpy, and the commands on runs of a tiny model."""
 
 import csv
 import functools
@@ -50,7 +50,7 @@ def tiny_variant():
 
 @pytest.fixture
 def no_search(monkeypatch):
-    """Let families without a formula keep their starting points, because searches take long to compile."""
+    """Let families whose nearest matrix is found by a search use its starting point, as searches compile slowly."""
     monkeypatch.setattr(energy, "approximations", functools.partial(approximations, steps=0))
 
 
@@ -61,7 +61,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(files, tmp_path_factory):
-    """Folders like those of finished runs, by method."""
+    """Return a folder that holds the folder of a finished run for each of three methods."""
     folder = tmp_path_factory.mktemp("runs")
     for method in ("circulant", "full", "bottleneck"):
         make_run(tiny.make_config(files, method), folder / method)
@@ -69,7 +69,10 @@ def runs(files, tmp_path_factory):
 
 
 def make_run(config, folder):
-    """Write the files of a finished run that analysis reads, with a random step instead of training."""
+    """Write those files of a finished run that the analysis reads.
+
+    Instead of training, Gaussian noise is added to the trained parameters.
+    """
     job = prepare(config, 0)
     model, adapter = job.adapt(job.base_model())
     rng = np.random.default_rng(0)
@@ -81,7 +84,7 @@ def make_run(config, folder):
 
 
 def states_of(model, *arguments, **options):
-    """The hidden states of a model, in one program."""
+    """Return the hidden states of a model, computed by one compiled program."""
     graphdef, state = nnx.split(model)
     return _states(graphdef, state, arguments, options)
 
@@ -100,11 +103,11 @@ def draw(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-# Which structure fits
+# Tests of the share of energy that families keep.
 
 
 def share_of_span(M, basis):
-    """The share of the energy of M that the nearest matrix in a span keeps, by least squares."""
+    """Return the share of the energy of M that the nearest matrix in the span of a basis keeps, by least squares."""
     columns = np.stack([matrix.ravel() for matrix in basis], axis=1).astype(float)
     weights = np.linalg.lstsq(columns, M.ravel().astype(float), rcond=None)[0]
     return np.sum((columns @ weights) ** 2) / np.sum(M.astype(float) ** 2)
@@ -112,7 +115,8 @@ def share_of_span(M, basis):
 
 def circulants(m, n):
     N = max(m, n)
-    # Our circulants store their first row. Transposing does not change the span of square circulants.
+    # `Circulant` stores the first row of its matrix, and scipy takes the first column, so transpose. For square
+    # matrices the span is the same without transposing.
     return [scipy.linalg.circulant(unit).T[:m, :n] for unit in np.eye(N)]
 
 
@@ -144,7 +148,7 @@ def test_shares_are_those_of_projections(shape):
         "Toeplitz": toeplitz(m, n),
         "SymmetricToeplitz": symmetric_toeplitz(m, n),
     }
-    # Blocks of 2, the largest that divide 14 and 10, hold too many numbers.
+    # The largest block that divides both 14 and 10 is 2, and with blocks of 2 a matrix has too many parameters.
     assert ("BlockCirculant" in kept) == (m == n)
     if m == n:
         assert kept["BlockCirculant"][1].size == "block 5"
@@ -186,7 +190,8 @@ def test_a_gaussian_matrix_keeps_parameters_by_entries(monkeypatch):
         for name in ("Circulant", "Toeplitz", "SymmetricToeplitz", "SkewCirculant"):
             share, parameters = gaussian[name]
             assert share == pytest.approx(parameters / np.prod(found.shape), rel=0.2), name
-    # A product keeps more, since the largest singular value of a Gaussian matrix is above average.
+    # Low rank, a family of products, keeps more, since the largest singular value of a Gaussian matrix is larger than
+    # the average one.
     share, parameters = {family.name: (s, family.parameters) for family, s in one.gaussian.items()}["LowRank"]
     expected = np.mean([
         np.linalg.norm(M, 2) ** 2 / np.linalg.norm(M) ** 2
@@ -211,7 +216,7 @@ def test_a_layer_without_energy_is_named(value):
         energy.energy_maps({"blocks/1/up": np.full((4, 4), value, np.float32)})
 
 
-# Updates of single layers
+# Tests of the measurements of a single layer's update.
 
 
 def zeroed(c, *frequencies):
@@ -276,7 +281,7 @@ def test_tiny_angles_are_measured():
     across = draw(1, 30, 30) - np.sum(draw(1, 30, 30) * one) / np.sum(one**2) * one
     for angle in (1e-7, 1e-3):
         other = one / np.linalg.norm(one) * np.cos(angle) + across / np.linalg.norm(across) * np.sin(angle)
-        # Subtracting two numbers near 1 would have lost most digits.
+        # Computing this as 1 minus a cosine near 1 would lose most digits.
         np.testing.assert_allclose(one_minus_cosine(one, 5 * other), 2 * np.sin(angle / 2) ** 2, rtol=1e-6)
 
 
@@ -290,7 +295,7 @@ def test_what_is_no_plain_update_is_dense():
     change = changes(base, dora)["up"]
     assert change.matrix is None and examine("up", change).theory == ""
     np.testing.assert_allclose(change.added, merged.up.kernel[...] - base.up.kernel[...], atol=1e-6)
-    # A kernel that was trained as well as its update.
+    # Here both the kernel itself and an update of it are trained.
     both, _ = surm_jax.adapt(
         base, [surm_jax.Rule("up", surm_jax.LoRA(rank=1))], train=[".*/kernel"], rngs=nnx.Rngs(3)
     )  # fmt: skip
@@ -312,11 +317,17 @@ def test_layers_of_one_kind_stand_together_in_the_order_of_blocks():
     assert [block_of(path) for path in ("blocks/10/up", "pooler")] == [10, None]
 
 
-# The first gradient
+# Tests of the first gradient of training.
 
 
 def by_hand(model, batches, outputs_of):
-    """The gradient of the mean cross-entropy with respect to all parameters of a plain model."""
+    """Return the gradient of the mean cross-entropy with respect to all parameters of a model without an adapter.
+
+    Args:
+        model: The model.
+        batches: The batches to average over.
+        outputs_of: Returns the logits, given the model and a batch.
+    """
 
     def loss(model):
         outputs = [outputs_of(model, batch) for batch in batches]
@@ -337,7 +348,7 @@ def test_gradient_of_a_head_that_starts_at_zero_is_that_of_its_second_step(files
     batches = [next(stream) for _ in range(2)]
     model = job.base_model()
     assert not np.any(model.head.kernel[...])
-    # With zero scores the gradient with respect to the head is known without differentiating.
+    # While all logits are zero, the gradient for the head's kernel has a simple formula.
     labels = np.concatenate([batch["label"] for batch in batches])
     inputs = np.concatenate([
         np.asarray(model.norm(states_of(model, batch["image"])[-1]))[:, 0] for batch in batches
@@ -377,7 +388,7 @@ def test_gradient_of_a_text_model_is_by_its_own_head(tmp_path):
         np.testing.assert_allclose(gradient, expected[path], atol=1e-4 * np.abs(expected[path]).max(), err_msg=path)
 
 
-# From end to end
+# Tests of the commands from end to end.
 
 
 @pytest.mark.exhaustive
@@ -389,7 +400,7 @@ def test_a_run_beside_full_fine_tuning(runs, files, tmp_path, capsys):
     assert sorted(rows) == [f"blocks/0/attention/{name}" for name in ("key", "query", "value")]
     weights, adapter = load_file(files / "weights.safetensors"), load_file(runs / "circulant" / "adapter" / ADAPTER)
     for layer, row in rows.items():
-        # The adapter stores the product of both vectors; the paper's factor is 1.
+        # The file of the adapter stores the product of the two trained vectors, and its matrix has the scale 1.
         D = scipy.linalg.circulant(adapter[f"{layer}/delta/c"].astype(np.float64)).T
         W = weights[f"{layer}/kernel"].reshape(10, 10).astype(np.float64)
         assert float(row["relative_norm"]) == pytest.approx(np.linalg.norm(D) / np.linalg.norm(W), rel=1e-4)
@@ -462,7 +473,7 @@ def test_a_text_run(tmp_path):
         ("LowRank", "1", "<= 1 (columns)")
     }
     rows = read(tmp_path / "x.cka.csv")
-    # Padding must not matter: compare with one example at a time, without padding.
+    # Padding must not affect the result, so compare it with hidden states of one example at a time without padding.
     job = prepare(tiny_text.make_config(files, "stsb"), 0)
     base = job.base_model()
     full, _ = surm_jax.load_adapter(tmp_path / "full" / "adapter", base)
@@ -515,11 +526,11 @@ def test_the_gradient_needs_no_run(files, tmp_path, monkeypatch):
     assert read(tmp_path / "analysis_begun_energy_gradient.csv") == of_file
 
 
-# What cannot be analysed
+# Tests of what cannot be analysed.
 
 
 def copied(run, folder, **changed):
-    """A copy of a finished run whose configuration says something else."""
+    """Copy the folder of a finished run, and change sections or values of the configuration in the copy."""
     shutil.copytree(run, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changed}))

@@ -1,4 +1,4 @@
-"""The approximation study, small, against numpy and scipy."""
+"""Tests of the approximation study on small matrices, against numpy and scipy."""
 
 import csv
 
@@ -21,18 +21,19 @@ def small(monkeypatch):
 def _shrink(monkeypatch):
     monkeypatch.setattr(approximation, "SIDE", SIDE)
     monkeypatch.setattr(approximation, "SIZES", (1, 3))
-    # Compiling L-BFGS takes most of the time, and it has tests of its own.
+    # Do no L-BFGS search, because compiling it takes most of the time. It has its own tests.
     monkeypatch.setattr(approximation, "SEARCH_STEPS", 0)
 
 
 def test_targets_are_what_they_are_called():
     targets = dict(zip(approximation.TARGETS, approximation.draw_targets(1).astype(float), strict=True))
-    np.testing.assert_array_equal(targets["gaussian"], approximation.draw_targets(2)[0])  # trials are what they were
+    # The first trial is the same, however many trials there are.
+    np.testing.assert_array_equal(targets["gaussian"], approximation.draw_targets(2)[0])
     values = np.linalg.svd(targets["near low rank"], compute_uv=False)
     rank = approximation.LOW_RANK
     assert values[rank - 1] > 1 > values[rank] > 0
     for name in ("sine", "slow sine"):
-        # sin((k + 1) t) + sin((k - 1) t) = 2 cos(t) sin(k t): a row is known from its first two entries.
+        # Since sin((k + 1) t) + sin((k - 1) t) = 2 cos(t) sin(k t), the first two entries of a row determine the rest.
         M = targets[name]
         doubled = M[:, 1] / M[:, 0]
         np.testing.assert_allclose(M[:, 2:] + M[:, :-2], doubled[:, None] * M[:, 1:-1], atol=1e-4)
@@ -63,7 +64,7 @@ def _tail(M, rank):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """The folder of a study of two trials at size 3 and two kinds of targets, its rows, and the targets."""
+    """A finished study of two trials, two kinds of targets and size 3: its folder, its rows, and its targets."""
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         _shrink(patch)
@@ -83,7 +84,8 @@ def test_closed_forms_are_optimal_and_descent_comes_near(study):
         "SymmetricToeplitz": lambda M: _span(M, [scipy.linalg.toeplitz(u) for u in units]),
         "Toeplitz": lambda M: _span(M, [scipy.linalg.toeplitz(u[SIDE - 1 :: -1], u[SIDE - 1 :]) for u in wide]),
         "LowRank": lambda M: _tail(M, 3),
-        # 12 = 4 x 3 rows and 3 x 4 columns: the blocks of 3 x 4 numbers become rows.
+        # The factors are 4 x 3 and 3 x 4. If each 3 x 4 block of M becomes a row of a new matrix, a sum of k Kronecker
+        # products becomes a matrix of rank k.
         "Kronecker": lambda M: _tail(
             np.stack([M[i : i + 3, j : j + 4].ravel() for i in range(0, 12, 3) for j in range(0, 12, 4)]), 3
         ),
@@ -106,11 +108,11 @@ def test_bound_on_low_displacement_rank():
     G, H = rng.normal(size=(2, 2, SIDE))
     E = rng.normal(size=(SIDE, SIDE))
     W = sum(scipy.linalg.circulant(g) @ _skew_circulant(h) for g, h in zip(G, H, strict=True))
-    # The bound of a member of the family is zero.
+    # For a target that is itself a `W(G, H)` of this rank, the bound is zero.
     exact = approximation.displacement_bound(W.T[None], 2)
     np.testing.assert_allclose(exact, 0, atol=1e-12)
     assert approximation.displacement_bound(W.T[None], 1)[0] > 0.01
-    # Near the family: W is at most as far away as E is large, so the bound must not exceed that.
+    # The distance of M from W is the norm of 0.1 E, so the bound must not exceed it.
     M = W + 0.1 * E
     bound = approximation.displacement_bound(M.T[None], 2)[0]
     assert 0 < bound <= 0.1 * np.linalg.norm(E) / np.linalg.norm(M)
@@ -137,7 +139,8 @@ def test_table_marks_the_nearest_of_a_budget():
     kinds = [Kind("Circulant"), *(Kind(family, option, 1) for family, option in approximation.SIZED.items())]
     errors = dict(zip(kinds, (0.9, 0.5, 0.4, 0.6), strict=True))
     lines = approximation.error_table({"gaussian": {kind: [e, e] for kind, e in errors.items()}}).splitlines()[2:]
-    # The circulant has no rival in its budget; among the others low rank is the nearest.
+    # No other family has as few parameters as the circulant, so its error is in bold. Among the other three families
+    # low rank has the smallest error.
     assert ["**" in line for line in lines] == [True, False, True, False]
 
 

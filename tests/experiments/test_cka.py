@@ -1,4 +1,4 @@
-"""Linear CKA against its definition by centred Gram matrices, in numpy."""
+"""Tests of linear CKA against its definition by centred Gram matrices, in numpy."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,10 @@ from surm_jax.errors import UserError
 
 
 def by_gram_matrices(x, y):
-    """HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with K = X X^T, L = Y Y^T: arXiv 1905.00414, equations 3 and 4."""
+    """Return the linear CKA by its definition, equations 3 and 4 of arXiv 1905.00414.
+
+    It is HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with the Gram matrices K = X X^T and L = Y Y^T.
+    """
     n = len(x)
     H = np.eye(n) - np.ones((n, n)) / n
 
@@ -34,7 +37,7 @@ def test_does_not_see_rotations_scales_and_shifts():
     np.testing.assert_allclose(linear_cka(x, x), 1.0, rtol=1e-12)
     np.testing.assert_allclose(linear_cka(x, 1e-3 * x @ rotation + 7.0), 1.0, rtol=1e-9)
     np.testing.assert_allclose(linear_cka(x @ rotation, y), linear_cka(y, x), rtol=1e-12)
-    # But it sees other linear maps.
+    # Other linear maps, such as scaling a single column, do change the value.
     assert linear_cka(x, x * [10, 1, 1, 1, 1, 1]) < 0.9
 
 

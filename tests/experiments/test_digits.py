@@ -1,4 +1,4 @@
-"""The two digits experiments, cut short."""
+"""Tests of the two experiments on digits, `pretrain_digits` and `digits_methods`, with few training steps or none."""
 
 import numpy as np
 import pytest
@@ -21,14 +21,14 @@ def test_pretraining_writes_weights_that_the_job_can_read(tmp_path, monkeypatch)
     pretrain_digits.main(["--steps=60"])
     assert shipped.read_bytes() == b"what adapters were trained on"
     arrays = np.load(tmp_path / "runs" / "pretrain_digits.npz")
-    # Five digits in four directions, and none of the other digits.
+    # The labels are those of five digits in four directions, and there are no other digits.
     assert set(arrays["train_labels"]) == set(arrays["test_labels"]) == set(range(20))
     assert len(arrays["train_images"]) == 4 * len(data.load("digits_0to4").train)
     config = ViTConfig.from_variant("digits", num_classes=5)
     written = tmp_path / "runs" / "pretrain_digits" / "model.safetensors"
     model = load(lambda: ViT(config, rngs=nnx.Rngs(0)), written)
     assert np.asarray(model.blocks[0].attention.query.kernel[...]).any()
-    # The run is complete, so only the shipped file is replaced.
+    # The run is complete, so this command trains no more and only replaces the shipped file.
     pretrain_digits.main(["--steps=60", "--replace"])
     assert shipped.read_bytes() == written.read_bytes()
 
@@ -75,7 +75,7 @@ def test_tables_and_picture(tmp_path, monkeypatch, capsys):
             (digits_methods.RESULTS / f"digits_methods{suffix}").read_bytes()
         )
     monkeypatch.setattr(digits_methods, "RESULTS", tmp_path)
-    # Nothing is left to run: the command reports like --report.
+    # All runs are finished, so the command only reports, as with --report.
     digits_methods.main([])
     assert "| lora | 1,861 | 97.1 ± 0.7 |" in capsys.readouterr().out
     assert (tmp_path / "digits_methods.png").stat().st_size > 10_000

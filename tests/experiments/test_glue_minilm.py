@@ -1,4 +1,4 @@
-"""The grid on GLUE: reports, a missing model, and a small grid from end to end."""
+"""Tests of `experiments.glue_minilm`: reports, a missing model, and a small grid from end to end."""
 
 import json
 
@@ -68,7 +68,7 @@ def test_a_small_grid(tmp_path, monkeypatch):
     monkeypatch.setattr(glue_minilm, "METHODS", {"linear_probe": (0.1, 0.5)})
     glue_minilm.main([f"--data={files / 'tfds'}", f"--model={files / 'bert'}", "--tasks", "stsb"])
     none, *rows = read_rows(tmp_path / "results" / "glue_minilm.csv")
-    # A constant has no rank correlation.
+    # The baseline predicts a constant, and the rank correlation with a constant counts as zero.
     assert (none["method"], none["metric"], none["score"]) == ("commonest_answer", "spearman", 0.0)
     assert [(row["part"], row["seed"], row["steps"]) for row in rows] == [
         ("search", 10, 4), ("search", 10, 4), ("final", 0, 4), ("final", 1, 4),
@@ -79,7 +79,7 @@ def test_a_small_grid(tmp_path, monkeypatch):
             f"linear_probe-{row['part']}-{row['learning_rate']:g}-{row['seed']}"
         )  # fmt: skip
         if row["part"] == "search":
-            # A search is scored on held-out examples and not on the test set.
+            # A run of a search is scored on held-out training examples, not on the test set.
             (measured,) = [
                 line
                 for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""Grids of runs: the order of runs, searches, tables, rows, and continuing after an interruption."""
+"""Tests of grids of runs: their order, searches, tables and rows, and continuing after an interruption."""
 
 import dataclasses
 import itertools
@@ -35,7 +35,10 @@ def searched(task, method, scores, losses=(0.5, 0.5, 0.5)):
 
 
 def all_runs(whole):
-    """The runs in the order in which they are made, and their rows: the middle rate is always the best one."""
+    """Return all runs of a grid in the order in which they are done, and their rows.
+
+    The middle learning rate always has the best score.
+    """
     rows, runs = [], []
     while missing := whole.missing(rows):
         run = missing[0]
@@ -56,7 +59,7 @@ def test_the_grid_is_made_in_order_and_each_run_once():
     assert [key for key, _ in itertools.groupby((run.task, run.method) for run in runs)] == [
         ("stsb", "linear_probe"), ("stsb", "lora"), ("rte", "linear_probe"), ("rte", "lora"),
     ]  # fmt: skip
-    # If a row is lost, its run is made next.
+    # If the row of a final run is lost, this run is the next one to do.
     for lost in rows:
         if lost["part"] == "final":
             assert GRID.missing([row for row in rows if row is not lost])[0]._asdict().items() <= lost.items()
@@ -67,7 +70,7 @@ def test_a_part_of_a_grid_counts_only_its_own_runs():
     part = dataclasses.replace(GRID, tasks=("rte",), rates={"lora": RATES["lora"]})
     assert not part.missing(rows)
     assert len(part.wanted(rows)) == part.size(rows) == 5
-    # Rows of another task do not count.
+    # Rows of another task make no difference to the runs that are missing.
     assert part.missing([row for row in rows if row["task"] == "stsb"]) == part.wanted([])
 
 
@@ -83,7 +86,7 @@ def test_one_search_for_all_tasks():
         "| linear_probe | 0.1, 0.2, 0.4 | 0.2 |",
         "| lora | 0.01, 0.02, 0.04 | 0.02 |",
     ]
-    # The searched task need not have final runs.
+    # The task of the searches need not have final runs of its own.
     other = dataclasses.replace(whole, tasks=("stsb",))
     assert not other.missing(rows)
     assert len(other.wanted(rows)) == other.size(rows) == 2 * 3 + 2 * 2
@@ -101,15 +104,15 @@ def test_the_best_rate_has_the_best_score_and_then_the_smallest_loss(scores, los
     rows = searched("rte", "lora", scores, losses)
     assert GRID.best_rate(rows, "rte", "lora") == best
     assert GRID.best_rate(rows[:2], "rte", "lora") is GRID.best_rate(rows, "stsb", "lora") is None
-    # Scores of final runs do not decide the rate.
+    # The scores of final runs do not influence the choice of the learning rate.
     assert GRID.best_rate([*rows, row_of(Run("rte", "lora", "final", 0.01, 0), 0.99)], "rte", "lora") == best
-    # A rate that an earlier command tried does.
+    # A learning rate that is not in the grid, but that an earlier command tried, does influence it.
     other = row_of(Run("rte", "lora", "search", 0.03, 10), 0.99)
     assert GRID.best_rate([*rows, other], "rte", "lora") == 0.03
 
 
 def tried(scores):
-    """The rows of a search with these scores, by learning rate."""
+    """Return the rows of a search, given the score at each learning rate."""
     return [row_of(Run("rte", "lora", "search", rate, 10), score) for rate, score in scores.items()]
 
 
@@ -119,12 +122,12 @@ def tried(scores):
         ({0.01: 0.1, 0.02: 0.3, 0.04: 0.2}, None),
         ({0.01: 0.1, 0.02: 0.3, 0.04: 0.4}, 0.1),
         ({0.01: 0.5, 0.02: 0.3, 0.04: 0.4}, 0.003),
-        # The search continues while the best is at an end, up to five rates.
+        # The search continues as long as the best rate is at an end of the list, up to five rates in all.
         ({0.003: 0.6, 0.01: 0.5, 0.02: 0.3, 0.04: 0.4}, 0.001),
         ({0.001: 0.7, 0.003: 0.6, 0.01: 0.5, 0.02: 0.3, 0.04: 0.4}, None),
-        # Equal scores are mostly constant answers: try smaller rates.
+        # If all scores are equal, most likely the models predict a constant, so a smaller rate is tried.
         ({0.01: 0.0, 0.02: 0.0, 0.04: 0.0}, 0.003),
-        # One of the first rates is not tried yet.
+        # The rate 0.02, with which the search was to begin, has not been tried yet.
         ({0.01: 0.1, 0.04: 0.4}, 0.02),
     ],
 )
@@ -151,9 +154,9 @@ def test_tables_of_an_unfinished_grid():
     rows = searched("rte", "lora", (0.1, 0.3, 0.2)) + searched("rte", "linear_probe", (0.1, 0.2, 0.3))
     rows += [row_of(Run("rte", "linear_probe", "search", rate, 10), 0.3 + rate) for rate in (1.0, 3.0)]
     rows += [row_of(Run("rte", "lora", "final", 0.02, seed), score) for seed, score in ((0, 0.5), (1, 0.7))]
-    # Final runs with a rate that is no longer the best do not count.
+    # The table does not use final runs whose learning rate is no longer the best one.
     rows += [row_of(Run("rte", "linear_probe", "final", rate, seed), 0.5) for rate, seed in ((3.0, 0), (0.2, 1))]
-    # A cell that lacks a seed says so, and a mean that lacks a task or a seed is empty.
+    # A cell without the final runs of all seeds says so. The mean is empty if a task or a seed is missing.
     assert score_table(GRID, rows).splitlines() == [
         "| method | trained | rte (accuracy) | mean |",
         "|---|---:|---:|---:|",
@@ -190,7 +193,10 @@ def test_rows_are_read_back_as_they_were(tmp_path):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """Record each run instead of making it, and give the middle rate of each search the best score."""
+    """Replace training by a function that returns a row at once, and return a list to which it adds every run.
+
+    The middle learning rate of a search gets the best score.
+    """
     made = []
 
     def measure(run, config, root, interruption):
@@ -215,7 +221,7 @@ def test_a_grid_continues_where_it_was_stopped(tmp_path, monkeypatch, capsys, pr
         work(GRID, path, lambda run: None, tmp_path)
     assert len(read_rows(path)) == 3
     work(GRID, path, lambda run: None, tmp_path)
-    # The fourth run is made again, and no other.
+    # The fourth run, which was interrupted, is done again, and no other.
     assert calls[4] == calls[3] and len(calls) == 21
     assert [run_of(row) for row in read_rows(path)] == calls[:3] + calls[4:] == pretended
     said = capsys.readouterr().out
@@ -246,7 +252,7 @@ def test_two_processes_on_parts_of_one_grid(tmp_path, monkeypatch, pretended):
     first, second = [dataclasses.replace(GRID, rates={method: rates}) for method, rates in RATES.items()]
     measure = grid.measure
 
-    # While the first makes its third run, the second one makes all of its own.
+    # During the third run of the first process, the second process does all of its runs.
     def interleaved(run, *arguments):
         if len(pretended) == 2:
             monkeypatch.setattr(grid, "measure", measure)
@@ -272,7 +278,7 @@ def test_what_a_run_measured(tmp_path):
         assert (folder / "result.json").is_file()
         assert list(row) == list(KINDS)
         assert row.items() >= {**run._asdict(), "metric": "accuracy", "steps": 2, "trainable": 93}.items()
-        # The score is a multiple of 1 / 8 (held out) or 1 / 21 (test set).
+        # The score is an accuracy on 8 held-out examples or on 21 test examples, so it is a multiple of 1/8 or 1/21.
         count = 8 if run.part == "search" else 21
         assert count * row["score"] == pytest.approx(round(count * row["score"]), abs=1e-4)
 
@@ -305,11 +311,11 @@ def test_a_run_that_diverges_has_a_row(tmp_path, monkeypatch):
         add_row(tmp_path / "rows.csv", final)
     rows = read_rows(tmp_path / "rows.csv")
     assert rows[0] == found
-    # A diverged search run has the worst score.
+    # In a search, a run that diverged has the worst score.
     others = [row for row in searched("rte", "lora", (0.0, 0.2, 0.0)) if row["learning_rate"] != 0.04]
     assert GRID.best_rate([*rows, *others], "rte", "lora") == 0.02
     assert GRID.metrics([*others, *rows]) == {"rte": "accuracy"}
-    # The table reports a diverged final run, and the grid continues.
+    # The table reports a final run that diverged, and the grid goes on to the next cell.
     rows += [*others, row_of(Run("rte", "lora", "final", 0.02, 1), 0.5)]
     assert score_table(GRID, rows).splitlines()[-1] == "| lora | 40 | 1 of 2 diverged |  |"
     assert GRID.missing(rows)[0].method == "linear_probe"
@@ -317,7 +323,7 @@ def test_a_run_that_diverges_has_a_row(tmp_path, monkeypatch):
 
 def test_rows_of_other_settings_are_not_gone_on_with(tmp_path):
     path = tmp_path / "results" / "rows.csv"
-    # Without rows the settings may change.
+    # As long as there are no rows, the settings may change.
     for steps in (4, 5):
         note_settings(path, {"steps": steps, "set": ("a=1",)})
     add_row(path, row_of(Run("rte", "lora", "search", 0.01, 10), 0.5))
@@ -325,12 +331,13 @@ def test_rows_of_other_settings_are_not_gone_on_with(tmp_path):
     with pytest.raises(UserError, match=r"another grid: steps was 5, now 6; set was \['a=1'\], now \[\]\. Move its"):
         note_settings(path, {"steps": 6, "set": ()})
     assert read_settings(path) == {"steps": 5, "set": ["a=1"]}
-    # Rows without known settings are refused too.
+    # If the settings of the rows are unknown, adding rows is refused too.
     path.with_suffix(".json").unlink()
     with pytest.raises(UserError, match=r"the settings of the rows in .*rows.csv are unknown: .*json does not exist"):
         note_settings(path, {"steps": 5, "set": ()})
 
 
+# The grids whose rows are in the repository, by the name of their files. A value returns the grid, given all its rows.
 COMMITTED = {
     "ablations_digits": lambda rows: ablations.whole_grid("digits"),
     "digits_methods": lambda rows: digits_methods.GRID,

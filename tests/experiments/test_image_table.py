@@ -1,4 +1,4 @@
-"""Tables of image sets: small grids from end to end, later commands that add to them, and mistakes."""
+"""Tests of `experiments.image_table`: small grids from end to end, later commands that add runs, and wrong options."""
 
 import argparse
 import json
@@ -20,7 +20,10 @@ from tests.training import tiny
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """A folder to work in, with the tiny job's data and weights, and calls with them."""
+    """Return a function that runs the command on the tiny data set and weights, and returns the rows so far.
+
+    It works in a temporary folder. Its arguments are added to the command line.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(image_table, "RESULTS", tmp_path / "results")
     tiny.write_files(tmp_path)
@@ -37,7 +40,10 @@ def small(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """Record each run instead of making it, and score it by its learning rate."""
+    """Replace training by a function that returns a row at once, and return a list to which it adds every run.
+
+    The score of a run is its learning rate (0 if the rate is 0.5 or larger) plus a hundredth of its seed.
+    """
     made = []
 
     def measure(run, config, root, interruption):
@@ -67,7 +73,7 @@ def test_a_small_grid(small, tmp_path, capsys):
     for row in rows:
         folder = runs / "data.npz" / f"{row['method']}-{row['part']}-{row['learning_rate']:g}-{row['seed']}"
         config = json.loads((folder / "config.json").read_text())
-        # A fifth of the 40 training examples is held out while searching.
+        # A search holds out a fifth of the 40 training examples.
         assert config["data"]["holdout"] == (8 if row["part"] == "search" else 0)
         assert (config["optim"]["steps"], config["data"]["batch_size"], config["seeds"]) == (2, 8, [row["seed"]])
         assert config["optim"]["learning_rate"][row["method"]] == row["learning_rate"]
@@ -77,7 +83,7 @@ def test_a_small_grid(small, tmp_path, capsys):
     assert (noted["model"], noted["about"], noted["steps"]) == ("weights.safetensors", "all training examples", 2)
     assert f"| linear_probe | 33 | {100 * np.mean([row['score'] for row in rows[2:]]):.1f} ± " in text
     assert (tmp_path / "results" / "image_table_small.png").stat().st_size > 5000
-    # No run is made twice.
+    # The same command does not repeat any run.
     capsys.readouterr()
     assert small(*arguments) == rows
     assert "== run" not in capsys.readouterr().out
@@ -87,7 +93,8 @@ def test_other_calls_add_methods_and_rates(small, pretended, tmp_path, capsys):
     small("--methods", "lora", "--rates", "lora=0.1,0.2")
     assert len(pretended) == 4
     small("--methods", "circulant", "--rates", "circulant=0.1")
-    # Rates tried before count: the new one is the best of three, and the next above is not better.
+    # The learning rates 0.1 and 0.2, which an earlier command tried, belong to the search too. The new rate 0.3 is the
+    # best of these three, so the search also tries the next rate above it, 1, which is not better.
     small("--methods", "lora", "--rates", "lora=0.3")
     assert pretended[7:] == [
         Run("data.npz", "lora", "search", 0.3, 10),
@@ -96,7 +103,7 @@ def test_other_calls_add_methods_and_rates(small, pretended, tmp_path, capsys):
     ]
     small("--methods", "lora", "--rates", "lora=0.2")
     assert len(pretended) == 11
-    # A report shows all of it, without options, data or model.
+    # A report shows all methods. It needs neither the data nor the model, nor any option but the name.
     for name in ("data.npz", "weights.safetensors"):
         (tmp_path / name).unlink()
     (capsys.readouterr(), image_table.main(["--name=small", "--report"]))
@@ -153,13 +160,13 @@ def test_by_default_the_classes_are_those_that_the_model_never_saw(tmp_path, mon
     (runs,) = (tmp_path / "runs" / "image_table").glob("cifar-????????")
     task = prepare(saved_config(runs / "cifar10" / "linear_probe-final-0.1-0"), 0).task
     assert task.classes == ("automobile", "cat", "dog", "horse", "truck")
-    # Without --vtab there are 40.
+    # The limit of 15 examples comes from --vtab. All five classes together have 40 training images.
     assert (task.examples, len(task.dataset.test)) == (15, 10)
     with pytest.raises(
         UserError, match=r"cifar\.json is of another grid: about was '15 tr.*', now 'all tr.*another --name"
     ):
         image_table.main(arguments)
-    # Another model at the same path is refused too.
+    # A file of weights with the same path but another content is refused too.
     pretrain_cifar.MODEL.write_bytes(pretrain_cifar.MODEL.read_bytes() + b" ")
     with pytest.raises(UserError, match=r"digest was '\w{16}', now '\w{16}'"):
         image_table.main([*arguments, "--vtab"])

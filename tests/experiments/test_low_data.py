@@ -1,4 +1,4 @@
-"""Accuracy against the share of the data: a small grid from end to end, its picture, and mistakes."""
+"""Tests of `experiments.low_data`: a small grid from end to end, its picture, and wrong options."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,10 @@ MEASURED = {"metric": "accuracy", "loss": 0.5, "trainable": 7, "steps": 2, "seco
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """A folder to work in, with the tiny job's data and weights, and calls with them."""
+    """Return a function that runs the command on the tiny data set and weights, and returns the rows so far.
+
+    It works in a temporary folder. Its arguments are added to the command line.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(low_data, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(low_data, "SEARCHED", 50.0)
@@ -50,7 +53,7 @@ def test_a_small_grid(small, tmp_path, capsys):
         seen.setdefault(row["task"], []).append(images)
         assert (task.examples, held_out) == {"50%": (16, 4), "25%": (10, 0), "100%": (40, 0)}[row["task"]]
         assert len(task.dataset.test) == 21
-    # Every seed sees the same images, and the smaller share is part of the larger one.
+    # All seeds train on the same images, and those of the smaller share are among those of the larger one.
     assert all(images == several[0] for several in seen.values() for images in several)
     assert seen["25%"][0] < seen["100%"][0]
     shown = capsys.readouterr().out
@@ -60,7 +63,7 @@ def test_a_small_grid(small, tmp_path, capsys):
     assert [cell.split(" ±")[0].strip() for cell in line.split("|")[3:5]] == [f"{mean:.1f}" for mean in means]
     assert "| method | tried | 50% |" in shown
     assert (tmp_path / "results" / "low_data_small_data.npz.png").stat().st_size > 5000
-    # No run is made twice.
+    # The same command does not repeat any run.
     capsys.readouterr()
     assert small() == rows
     assert "== run" not in capsys.readouterr().out
@@ -68,7 +71,10 @@ def test_a_small_grid(small, tmp_path, capsys):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """Record each run instead of making it, and score it by its learning rate."""
+    """Replace training by a function that returns a row at once, and return a list to which it adds every run.
+
+    The score of a run is its learning rate plus a hundredth of its seed.
+    """
     made = []
 
     def measure(run, config, root, interruption):
@@ -84,7 +90,7 @@ def test_other_calls_add_shares(small, pretended, tmp_path, capsys):
     rows = small("--shares", "50")
     assert len(pretended) == 7
     assert [(row["task"], row["part"], row["seed"]) for row in rows[5:]] == [("50%", "final", 0), ("50%", "final", 1)]
-    # Shares are sorted, whatever the order of the runs, and a report needs neither data nor model.
+    # The table sorts the shares, whatever the order of the runs was. A report needs neither the data nor the model.
     for name in ("data.npz", "weights.safetensors"):
         (tmp_path / name).unlink()
     (capsys.readouterr(), low_data.main(["--name=small", "--sets", "data.npz", "--report"]))
@@ -143,6 +149,6 @@ def test_the_picture_shows_cells_by_share(tmp_path):
     low_data.draw(whole, rows, tmp_path / "two.png")
     pictures = [(tmp_path / f"{name}.png").read_bytes() for name in ("empty", "one", "two")]
     assert len(set(pictures)) == 3
-    # A cell that lacks a seed is drawn too.
+    # If the final run of a seed is missing, those of the other seeds are drawn all the same.
     low_data.draw(whole, rows[:-1], tmp_path / "lacking.png")
     assert (tmp_path / "lacking.png").read_bytes() not in (pictures[0], pictures[1])

@@ -1,4 +1,7 @@
-"""The pinwheel experiment: its data, its networks, one training against plain optax, and all of it cut short."""
+"""Tests of the pinwheel experiment: its points and networks, its training loop, and the whole command.
+
+The training loop is compared with one written directly in optax. The whole command runs with few epochs and seeds.
+"""
 
 import csv
 
@@ -14,7 +17,10 @@ from experiments import pinwheel_networks as networks
 
 @pytest.fixture
 def adam():
-    """Allow the mixed dtypes of Adam, which counts steps in integers and divides by powers of them."""
+    """Allow implicit dtype promotion, which `tests/conftest.py` forbids.
+
+    Adam needs it, because it counts steps in an integer and uses this count in floating-point formulas.
+    """
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -29,7 +35,7 @@ def test_points_lie_on_their_spokes(points):
     assert points.x.dtype == np.float32
     assert np.bincount(points.labels).tolist() == [40] * 5
     spoke = points.x[:, 0] + 1j * points.x[:, 1]
-    # Without the turns by spoke and by distance, all points lie around (1, 0).
+    # Undo the rotation to the spoke and the rotation by distance. Then all points must lie around (1, 0).
     back = spoke * np.exp(-1j * (2 * np.pi * points.labels / 5 + np.exp(np.abs(spoke)) / 4))
     assert abs(back.real.mean() - 1) < 0.1
     assert 0.2 < back.real.std() < 0.4
@@ -125,7 +131,8 @@ def test_the_whole_experiment(tmp_path, monkeypatch):
     assert [(row["layer"], row["bottom"], row["seed"]) for row in rows] == cells
     assert all(0 < float(row["cka"]) < 1 for row in rows)
     assert all(0 < float(row["test_loss"]) < 3 for row in rows)
-    # With two seeds, each is the next seed of the other.
+    # A dense network is compared with that of the next seed. With two seeds, each is the next one of the other, so both
+    # have the same CKA.
     assert rows[0]["cka"] == rows[1]["cka"] != rows[2]["cka"]
     text = "\n".join(pinwheel.tables(tmp_path).values())
     assert text.count("| toeplitz | 127 |") == 2

@@ -1,4 +1,4 @@
-"""Pretraining on five classes of CIFAR-10, cut short."""
+"""Tests of the pretraining on five classes of CIFAR-10, with a tiny model and few random images."""
 
 import json
 
@@ -20,15 +20,16 @@ def test_it_writes_a_model_of_five_classes_and_goes_on(tmp_path, monkeypatch):
     arguments = [f"--data={tiny_cifar.write_data(tmp_path / 'tfds')}", "--epochs=3"]
     pretrain_cifar.main(arguments)
     model = from_pretrained(tmp_path / "runs" / "pretrain_cifar" / "model.safetensors")
-    # 16 pixels in the tiny variant: the script halves each side of the patches of "mini".
+    # The patches are 8 x 8 pixels, as the script sets them, although the tiny geometry that stands for the variant
+    # "mini" has patches of 16 x 16.
     assert model.head.bias.shape == (5,)
     assert model.patch_embed.kernel.shape[-4:-2] == (8, 8)
     config = json.loads((tmp_path / "runs" / "pretrain_cifar" / "config.json").read_text())
     assert config["data"]["classes"] == ["airplane", "bird", "deer", "frog", "ship"]
-    # 3 passes over 40 images in batches of 64.
+    # Three passes over 40 images in batches of 64 take two steps.
     text = pretrain_cifar.tables()["result"]
     assert "| 3 | 2 | " in text
-    # The run is complete: the same command makes the same files again.
+    # The run is complete, so the same command trains no more and writes the same files again.
     pretrain_cifar.main(arguments)
     assert pretrain_cifar.tables()["result"] == text
     assert (tmp_path / "runs" / "pretrain_cifar" / "model.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""The study of positive semi-definite matrices, small, against numpy and scipy."""
+"""Tests of the study of positive semi-definite matrices, with few trials, against numpy and scipy."""
 
 import csv
 
@@ -30,7 +30,7 @@ def test_every_family_has_fifty_numbers():
 
 
 def _projection_error(M, basis):
-    """The distance of M to the span of some matrices, by least squares."""
+    """Return the distance of M from the span of some matrices, relative to the norm of M, by least squares."""
     columns = np.stack([matrix.ravel() for matrix in basis], axis=1)
     weights = np.linalg.solve(columns.T @ columns, columns.T @ M.ravel())
     return np.linalg.norm(M.ravel() - columns @ weights) / np.linalg.norm(M)
@@ -51,13 +51,13 @@ def test_optima_of_subspaces_are_least_squares(targets):
 
 
 def _rank_one(u, M):
-    """Half of the squared distance of `u u^T` to M, and its gradient."""
+    """Return half of the squared distance of `u u^T` from M, and its gradient with respect to u."""
     R = np.outer(u, u) - M
     return np.sum(R**2) / 2, (R + R.T) @ u
 
 
 def _kronecker(a, M):
-    """Half of the squared distance of `A (x) A^T` to M, and its gradient."""
+    """Return half of the squared distance of `A (x) A^T` from M, and its gradient with respect to the entries of A."""
     A = a.reshape(10, 5)
     R = np.kron(A, A.T) - M
     blocks = R.reshape(10, 5, 5, 10)
@@ -76,7 +76,7 @@ def test_no_search_finds_a_better_product(make, name, objective):
     rng = np.random.default_rng(0)
     starts = 0.3 * rng.normal(size=(3, 50))
     found = [scipy.optimize.minimize(objective, start, args=(M,), jac=True, method="L-BFGS-B").fun for start in starts]
-    # The objective is quartic but has no local minima: every search arrives at the closed form.
+    # Every search must end with the error of the closed form, because all local minima are global ones.
     np.testing.assert_allclose(np.sqrt(2 * np.array(found)) / np.linalg.norm(M), error, atol=1e-5)
 
 
@@ -94,7 +94,7 @@ def test_study_descends_to_the_optimum_and_writes_what_it_found(tmp_path, monkey
         if row["descent"]:
             assert float(row["optimum"]) - 1e-5 <= float(row["descent"]) <= float(row["optimum"]) + 2e-3
     text = capsys.readouterr().out
-    # With exact optima the order holds in no trial for two columns, and in every trial for five hundred.
+    # The paper's order of the exact errors holds in no trial if X has 2 columns, and in every trial if it has 500.
     whole = [line for line in text.splitlines() if line.startswith(("| 2 |", "| 500 |"))]
     assert [line.split("|")[-2].strip() for line in whole] == ["0 of 2", "2 of 2"]
     fitted = [row for row in rows if row["descent"]]

@@ -1,4 +1,4 @@
-"""A prepared CIFAR-10 of noise, and a small ViT on 32 x 32 pixels, for the tests of the grids on images."""
+"""Files for tests of the experiments on images: a prepared CIFAR-10 of random images, and the weights of a tiny ViT."""
 
 from pathlib import Path
 
@@ -15,7 +15,11 @@ GEOMETRY = {"image_size": 32, "patch_size": 16, "width": 12, "depth": 1, "heads"
 
 
 def write_data(folder: Path) -> Path:
-    """Write `cifar10`: 80 training and 20 test images, equally many of each class."""
+    """Write the data set `cifar10` with 80 training and 20 test images, equally many of each class.
+
+    Args:
+        folder: The folder for prepared TFDS data sets, which is also returned.
+    """
     rng = np.random.default_rng(0)
     records = {
         split: [(png(rng.integers(0, 256, (32, 32, 3), np.uint8)), index % 10) for index in range(count)]
@@ -30,7 +34,7 @@ def write_data(folder: Path) -> Path:
 
 
 def write_model(path: Path) -> None:
-    """Write a model of random weights."""
+    """Write the random weights of a ViT with five classes to a file."""
     config = ViTConfig(**GEOMETRY, num_classes=5)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_model(path, load(lambda: ViT(config, rngs=nnx.Rngs(5)), None))
