@@ -106,7 +106,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run the program in the mode that the flag `--mode` names, after `parse_flags`.
 
     Args:
-        arguments: The command line without its flags: only the name of the program.
+        arguments: What `parse_flags` returned. This must be only the name of the program.
 
     Raises:
         UserError: There are other arguments, or the flags do not fit together.

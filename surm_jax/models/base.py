@@ -42,9 +42,9 @@ class Config:
     num_classes: int
 
     VARIANTS: ClassVar[dict[str, Mapping[str, Any]]] = {}
-    """The published or otherwise named sizes of the model: for each name, the fields of the configuration that it sets.
+    """The sizes of the model that have names, such as "B/16" for a ViT.
 
-    An example of a name is "B/16", for a ViT.
+    Each name is mapped to the fields of the configuration that it sets.
     """
 
     RUNTIME_FIELDS: ClassVar[tuple[str, ...]] = ()
@@ -230,7 +230,11 @@ def model_of_variant(name: str, reads: str) -> type[Model]:
 
 
 def check_sizes(config: Config, names: Iterable[str]) -> None:
-    """Check that the fields of a configuration with the given names are positive integers of at most 2^31.
+    """Check that fields of a configuration are positive integers of at most 2^31.
+
+    Args:
+        config: The configuration.
+        names: Names of the fields to check.
 
     Raises:
         UserError: A field is something else. The message names the field and its value.

@@ -214,7 +214,7 @@ class TestConfig:
 
     def test_max_tokens(self):
         assert BertConfig(**TINY).max_tokens == 14
-        assert BertConfig(**{**TINY, **ROBERTA}).max_tokens == 10  # positions 4 to 13
+        assert BertConfig(**{**TINY, **ROBERTA}).max_tokens == 10  # The positions of tokens are 4 to 13.
 
 
 class TestForward:

@@ -28,7 +28,7 @@ def test_energy_is_that_of_the_matrix_and_the_budget_is_kept(shape):
     assert energies == sorted(energies, reverse=True)
     assert {*filter(is_ours, found)} == {*filter(is_ours, FAMILIES)} - {
         "Dense"
-    }  # which holds more numbers than the budget
+    }  # The smallest `Dense` matrix has more parameters than the budget.
     for kept in found.values():
         assert kept.matrix.num_params <= 48 and kept.matrix.shape == shape
         lost = np.sum((target - np.asarray(kept.matrix.to_dense(), np.float64)) ** 2) / np.sum(target**2)

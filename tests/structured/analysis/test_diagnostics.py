@@ -91,7 +91,7 @@ def test_circulants_are_never_formed():
     matrix = CirculantPair(jnp.asarray(c), jnp.ones(n), shape=(n, n))
     assert numerical_rank(matrix) == n
     assert condition_number(matrix) == pytest.approx(2.0)
-    # det = 3^n - (-1)^n
+    # The determinant is 3^n - (-1)^n, and -(-1)^n vanishes by rounding.
     assert log_determinant(matrix) == (1.0, pytest.approx(n * np.log(3.0)))
 
 

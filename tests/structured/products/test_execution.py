@@ -40,7 +40,7 @@ def outputs(update, x, kernel, dy, how):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("family", quick(FAMILIES, "Circulant", "Kronecker", "Tiled"))
 def test_all_executions_give_the_same_values_and_gradients(family, monkeypatch):
-    monkeypatch.setattr(execution, "PIECE_BYTES", 6 * 12 * 8)  # 20 tokens in pieces of 5
+    monkeypatch.setattr(execution, "PIECE_BYTES", 6 * 12 * 8)  # The 20 tokens are divided into pieces of 5.
     update, x, kernel, dy = case(family)
     M = np.asarray(update.to_dense())
     results = jax.jit(lambda *args: {how: outputs(*args, how) for how in EXECUTIONS})(update, x, kernel, dy)
