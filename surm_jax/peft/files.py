@@ -1,9 +1,11 @@
-"""The adapter folder: `adapter_config.json` and `adapter_model.safetensors`, together some hundred kilobytes.
+"""Saving and loading adapter folders, which have two files of together some hundred kilobytes.
 
-The tensor file holds the arrays of parts in their smallest form, named `<layer>/delta/<array>` or
-`<module>/branch/<array>`. It also holds other trained parameters, such as the head, named by their paths. (A
-`CirculantPair`, for example, stores `r1 * r2`, which is n numbers instead of 2n.) The JSON file holds the recipe, the
-fingerprint of the frozen base model, and a SHA-256 of the tensor file and of the other JSON entries.
+`adapter_model.safetensors` holds the arrays of the adapter's parts in their smallest form, under the names
+`<layer>/delta/<array>` and `<module>/branch/<array>`. A `CirculantPair`, for example, stores the n entries of `r1 * r2`
+instead of 2n. The file also holds the other trained parameters, such as the head, under their paths.
+
+`adapter_config.json` holds the recipe, the fingerprint of the frozen base model, and a SHA-256 of the tensor file and
+of the other JSON entries.
 """
 
 import functools
@@ -37,21 +39,22 @@ TENSORS_NAME = "adapter_model.safetensors"
 FORMAT = 3
 
 _MOST_BYTES_OF_CONFIG = 2**22
-"""The most bytes that `adapter_config.json` may have. The fingerprint takes about 70 for each array of the base."""
+"""The largest size of `adapter_config.json` in bytes. The fingerprint takes about 70 for each base-model parameter."""
 
 BASE = nnx.All(nnx.Param, nnx.Not(AdapterParam))
 """The NNX filter that selects the parameters of the base model, without those of adapters."""
 
 
 def fingerprint(frozen: nnx.State, kind: nnx.filterlib.Filter = BASE) -> dict[str, str]:
-    """Return a digest of 16 hexadecimal digits for each variable of a state, by path, to recognise its exact value.
+    """Return a digest for each variable of a state, by path, from which its exact value can be recognised.
 
-    A digest depends on the variable's path, shape, dtype and every bit of its value. Cost: one SHA-256 over the
-    weights, array by array. With several processes this is collective: call it from every process, in the same order.
+    A digest has 16 hexadecimal digits. It depends on the variable's path, shape, dtype and every bit of its value. The
+    cost is one SHA-256 over the weights, array by array. With several processes this is collective: call it from every
+    process, in the same order.
 
     Args:
-        frozen: The state.
-        kind: The filter of the variables to include. By default, the parameters of the base model.
+        frozen: The state, such as that of all variables that an adapter does not train.
+        kind: The NNX filter that selects the variables. The default selects the parameters of the base model.
     """
     digests = {}
     for path, variable in nnx.to_flat_state(nnx.filter_state(frozen, kind)):
@@ -68,7 +71,7 @@ def check_fingerprint(actual: dict[str, str], expected: dict[str, str], what: st
     Args:
         actual: The fingerprint of this base model.
         expected: The fingerprint of the base model that the adapter was trained on.
-        what: The name of the adapter in the message, such as "the adapter NAME".
+        what: The words that stand for the adapter in the message, such as "the adapter NAME".
 
     Raises:
         UserError: If parameters differ. The message names some of them.
@@ -92,11 +95,11 @@ def _some(paths: list[str]) -> str:
 def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter) -> int:
     """Write an adapter of a model to a folder. An adapter that is already in the folder is replaced.
 
-    An interruption never leaves an incomplete folder.
+    If the function is interrupted, it does not leave an incomplete folder.
 
     Args:
         folder: The folder to write. Missing parent folders are created.
-        model: The adapted model, trained or not.
+        model: The adapted model, before or after training.
         adapter: The adapter.
 
     Returns:
@@ -125,7 +128,7 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
 
 
 def _trained_and_frozen(model: nnx.Module, adapter: Adapter) -> tuple[dict[str, nnx.Variable], nnx.State]:
-    """Return the trained variables of a model by path, and the state of all other variables."""
+    """Return the variables of a model that an adapter trains, by path, and the state of all other variables."""
     _, trained, frozen = nnx.split(model, adapter.trainable, ...)  # type: ignore[misc]  # `...` selects the rest
     return {join(path): variable for path, variable in nnx.to_flat_state(trained)}, frozen
 
@@ -165,15 +168,16 @@ def write_folder(folder: Path, config: bytes, payload: bytes) -> None:
 def load_adapter(
     folder: str | os.PathLike, model: nnx.Module, *, name: str = DEFAULT_NAME, execution: str = "auto"
 ) -> tuple[nnx.Module, Adapter]:
-    """Return a copy of a base model with an adapter from a folder added. `model` is not changed.
+    """Load an adapter from a folder, and return a copy of the base model with this adapter. `model` is not changed.
 
-    Parameters that the folder does not hold are taken from `model`. They must be bit for bit those that the adapter
-    was trained on.
+    The folder holds only the adapter and the other trained parameters. All frozen parameters are taken from `model`.
+    They must be equal, bit for bit, to those of the base model that the adapter was trained on.
 
     Args:
         folder: A folder that `save_adapter` wrote.
-        model: The base model. Its head must have the shape of the adapter's head. It may have other adapters.
-        name: The adapter's name in the model.
+        model: The base model. It may have other adapters. If the head was trained, the head of `model` must have the
+            same shape.
+        name: The name that the adapter gets in the model.
         execution: How structured updates are computed, as in `adapt`.
 
     Returns:
@@ -192,7 +196,7 @@ def load_adapter(
 def read_adapter(
     folder: str | os.PathLike, model: nnx.Module, *, name: str = DEFAULT_NAME, execution: str = "auto"
 ) -> tuple[nnx.Module, Adapter, dict[str, str]]:
-    """Load an adapter like `load_adapter`, but do not check the base model.
+    """Load an adapter like `load_adapter`, but do not check whether `model` is the base model of the adapter.
 
     Returns:
         The adapted model, the adapter, and the fingerprint of the base model that the adapter was trained on.

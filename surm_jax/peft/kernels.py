@@ -1,7 +1,7 @@
 """Linear layers as matrices: which layers can be adapted, and how their inputs and outputs become vectors.
 
 The kernel of `nnx.Linear` has the shape (in, out). The kernel of `nnx.LinearGeneral`, which Flax's attention uses, may
-have more axes, such as (width, heads, head_dim). As a matrix, such a kernel has the shape (width, heads * head_dim).
+have more axes, such as (width, heads, head_dim). This package then reshapes it to a matrix, (width, heads * head_dim).
 """
 
 import dataclasses
@@ -23,10 +23,12 @@ class MatrixView:
     """A linear layer seen as a matrix of shape (in_features, out_features) that multiplies vectors.
 
     Attributes:
-        in_shape: The shape of the contracted axes of the input, flattened in row-major order.
-        out_shape: The shape of the last axes of the output, flattened in row-major order.
-        axes: The contracted axes of the input. As in `nnx.LinearGeneral`, their order has no meaning: the axes in
-            ascending order belong to the entries of `in_shape`.
+        in_shape: The sizes of the input axes that the layer contracts. In a vector, these axes are flattened in
+            row-major order.
+        out_shape: The sizes of the axes that follow the batch axes in the output. In a vector, they are flattened in
+            row-major order.
+        axes: The indices of the input axes that the layer contracts. Their order has no meaning, as in
+            `nnx.LinearGeneral`: the entries of `in_shape` belong to the axes in ascending order.
     """
 
     in_shape: tuple[int, ...]
@@ -35,27 +37,27 @@ class MatrixView:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The matrix's (in_features, out_features)."""
+        """The shape of the matrix, (in_features, out_features)."""
         return math.prod(self.in_shape), math.prod(self.out_shape)
 
     def vectors(self, x: Float[Array, "..."]) -> Float[Array, "... in"]:
-        """Return the layer's input as vectors of length in_features."""
+        """Return the layer's input with the contracted axes flattened into one last axis of length in_features."""
         last = tuple(range(-len(self.axes), 0))
         x = jnp.moveaxis(x, sorted(axis % x.ndim for axis in self.axes), last)
         return x.reshape(*x.shape[: x.ndim - len(last)], self.shape[0])
 
     def outputs(self, y: Float[Array, "... out"]) -> Float[Array, "..."]:
-        """Return vectors of length out_features in the shape of the layer's output."""
+        """Return an array whose last axis, of length out_features, is reshaped to the axes of the layer's output."""
         return y.reshape(*y.shape[:-1], *self.out_shape)
 
 
 def is_linear(module: nnx.Module) -> bool:
-    """Return whether `module` is an `nnx.Linear` or an `nnx.LinearGeneral`, also of a subclass."""
+    """Return whether `module` is an instance of `nnx.Linear` or `nnx.LinearGeneral`, or of a subclass of them."""
     return isinstance(module, nnx.Linear | nnx.LinearGeneral)
 
 
 def check_call(module: nnx.Module, path: str, slot: str) -> None:
-    """Check that a part can be added to the output of a module.
+    """Check that a part in a given slot would have its effect on the output of a module.
 
     A kernel part takes effect in the `__call__` of `nnx.Linear` or `nnx.LinearGeneral`. A subclass whose own `__call__`
     reads `self.kernel` would ignore the part. An output part works with any `__call__`.
@@ -63,11 +65,12 @@ def check_call(module: nnx.Module, path: str, slot: str) -> None:
     Args:
         module: The module that a rule matched.
         path: The path of the module, for messages.
-        slot: The slot of the part.
+        slot: The slot of the part, one of `SLOTS`.
 
     Raises:
-        UserError: If the module has an attribute with the name of a slot. For a kernel part also if the `__call__` of
-            a subclass does not use `super()`, if a subclass defines `dot_general`, or if the kernel is not one matrix.
+        UserError: If the module has an attribute of its own with the name of a slot. For a kernel part, also if the
+            `__call__` of a subclass does not use `super()`, if a subclass defines `dot_general`, or if the kernel is
+            not one matrix (`matrix_view`).
     """
     for name in SLOTS:
         if hasattr(module, name) and not (is_adapted(module) and isinstance(getattr(module, name), nnx.Dict)):
@@ -95,12 +98,14 @@ def check_call(module: nnx.Module, path: str, slot: str) -> None:
 def output_width(module: nnx.Module, path: str) -> int:
     """Return the number of output features of a module.
 
-    For a linear layer this follows from its kernel. Any other module is called with abstract inputs, which computes
-    nothing. The widths to try are the input widths of its linear layers. The names and the order of these layers play
+    For a linear layer, the number follows from the shape of its kernel. Any other module is called with abstract inputs
+    (`jax.eval_shape`). The number of features of these inputs is that of each of the module's linear layers in turn.
+    The calls that raise no error must all give the same output width. The names and the order of the linear layers play
     no role, because copying a module sorts its attributes.
 
     Raises:
-        UserError: If the width cannot be found, or if the output has several feature axes.
+        UserError: If the calls give no output width or several, or if a linear layer has several feature axes in its
+            output.
     """
     if is_linear(module):
         shape = matrix_view(module, path).out_shape
@@ -119,7 +124,7 @@ def output_width(module: nnx.Module, path: str) -> int:
 
 
 def _answer(module: nnx.Module, width: int) -> int | None:
-    """Return the output width of a module for an input of `width` features; `None` if the module fails on it."""
+    """Return the output width of a module for inputs of `width` features, or `None` if it raises an error for them."""
     graphdef, state = nnx.split(module)
     # The `__call__` of an adapted module takes `*args` and does not show its parameters.
     call = original_class(module).__call__
@@ -140,7 +145,7 @@ def _answer(module: nnx.Module, width: int) -> int | None:
 
 
 def matrix_view(module: Any, path: str) -> MatrixView:
-    """Return the matrix view of a linear layer.
+    """Return the view of a linear layer as one matrix.
 
     Args:
         module: An `nnx.Linear` or `nnx.LinearGeneral`.
@@ -167,7 +172,9 @@ def matrix_view(module: Any, path: str) -> MatrixView:
 
 
 def kernel_matrix(module: Any, path: str) -> Float[Array, "in out"]:
-    """Return the kernel of a linear layer as a matrix (in_features, out_features); abstract if the layer is.
+    """Return the kernel of a linear layer as a matrix of shape (in_features, out_features).
+
+    If the layer is abstract (`nnx.eval_shape`), the result is a `jax.ShapeDtypeStruct`.
 
     Raises:
         UserError: If the kernel is not one matrix (`matrix_view`).

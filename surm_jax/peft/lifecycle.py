@@ -1,9 +1,11 @@
 """Several adapters on one base model: switch them on and off, scale them, and delete them.
 
 The functions that change something return a new model. The given model is not changed, and both share their arrays.
-Adapters are given as an `Adapter` or by name. Scales are arrays, so a compiled function that takes the model's state as
-an argument is not compiled again when adapters are switched or scaled, or replaced by others of the same shapes
-(`delete`, then `load_adapter` under the same name).
+Callers pass an `Adapter` or its name.
+
+Scales are arrays. A compiled function that takes the model's state as an argument is therefore not compiled again when
+an adapter is switched or scaled. Nor is it when an adapter is replaced by one with the same shapes (`delete`, then
+`load_adapter` under the same name).
 """
 
 import math
@@ -29,7 +31,9 @@ def adapter_names(model: nnx.Module) -> tuple[str, ...]:
 
 
 def set_scale(model: nnx.Module, adapter: Adapter | str, scale: float | Array) -> nnx.Module:
-    """Return the model with an adapter's contribution multiplied by `scale`: 0 switches it off, 1 is as trained.
+    """Return the model with a new scale of an adapter, the factor by which all that it adds is multiplied.
+
+    The scale 1 gives the adapter as it was trained, and 0 switches it off. An earlier scale is replaced:
 
     >>> import surm_jax
     >>> model, adapter = surm_jax.adapt(
@@ -110,7 +114,7 @@ def parts_of(model: nnx.Module, adapter: Adapter) -> list[AttachedPart]:
     """Return the parts of one adapter in a model, sorted by path. An adapter without rules has no parts.
 
     Raises:
-        UserError: If the model does not have the adapter, or if no part belongs to one of its rules.
+        UserError: If the model does not have the adapter, or if one of its rules matches none of the parts.
     """
     if not isinstance(adapter, Adapter):
         raise UserError(
@@ -125,7 +129,9 @@ def parts_of(model: nnx.Module, adapter: Adapter) -> list[AttachedPart]:
 
 
 def kernel_change(row: AttachedPart) -> Float[Array, "in out"]:
-    """Return the change of the kernel that has the same effect as a part, as a dense float32 matrix, scale included.
+    """Return the dense change of a layer's kernel that has the same effect as a part of an adapter.
+
+    The change is a float32 matrix, and includes the scale of the part.
 
     Raises:
         UserError: If no change of the kernel has the effect of the part.

@@ -1,6 +1,7 @@
 """Training selected leaves of a parameter tree, for users who pass the whole tree to one optax optimiser.
 
-The tree may come from Linen, Haiku or `nnx.to_pure_dict`: any nested dictionaries, lists and dataclasses.
+The tree may be any pytree of nested dictionaries, lists and dataclasses, such as those of Linen, Haiku or
+`nnx.to_pure_dict`.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ from surm_jax.paths import require_match
 
 
 def path_mask(tree: Any, patterns: Sequence[str]) -> Any:
-    """Return a tree of booleans that says for each leaf whether one of the patterns matches its `/`-joined path.
+    """Return a pytree of booleans, which are `True` for the leaves whose paths match one of the patterns.
+
+    The path of a leaf is the sequence of its keys, joined by `/`.
 
     >>> path_mask({"body": {"kernel": 0.0, "bias": 0.0}, "head": {"bias": 0.0}}, [".*/bias"])
     {'body': {'bias': True, 'kernel': False}, 'head': {'bias': True}}
@@ -37,16 +40,17 @@ def train_only(transformation: optax.GradientTransformation, patterns: Sequence[
     """Return an optax transformation that applies the given one to some leaves of a tree and freezes all others.
 
     The update of a frozen leaf is exactly zero, whatever its gradient, and a frozen leaf has no optimiser state.
-    (`optax.masked` would pass on its raw gradient.)
+    With `optax.masked` instead, the update of such a leaf would be its raw gradient.
 
         optimizer = surm_jax.train_only(optax.adamw(1e-3), [r".*/delta/.*", "head/.*"])
 
     Args:
-        transformation: The transformation for the trained leaves. It sees only these.
+        transformation: The transformation for the trained leaves. The other leaves are not passed to it.
         patterns: Regular expressions for the paths of the trained leaves, as in `path_mask`.
 
     Raises:
-        UserError: If there is no pattern. The transformation's `init` raises it if a pattern matches no leaf.
+        UserError: If `patterns` is empty. If a pattern matches no leaf, the error is raised by the `init` of the
+            returned transformation.
     """
     if not patterns:
         raise UserError("train_only needs at least one pattern: with none, nothing would be trained")

@@ -1,4 +1,7 @@
-"""One entry for every registered method: what it must compute, restated by numpy and scipy, and what it trains."""
+"""One case for every registered method: the results that it must compute, and the variables that it trains.
+
+The expected results come from the numpy and scipy functions of `oracles.py`.
+"""
 
 import dataclasses
 import functools
@@ -39,15 +42,15 @@ from tests.structured.families.test_tiled import mora_dense
 
 @dataclasses.dataclass(frozen=True)
 class UpdateCase:
-    """An update, and what the tests expect of it.
+    """An update, and the properties that the tests expect of it.
 
     Attributes:
         method: An instance in which every setting except `learn_alpha` differs from its default.
-        zero: Names of the arrays that start at zero; the others must not.
-        stored: The shapes of the arrays in a file, for a matrix of shape (m, n).
+        zero: The names of the arrays that start at zero. All other arrays must have no zero at the start.
+        stored: A function that returns the shapes of the arrays in a file, by name, for a matrix of shape (m, n).
         change: A function of alpha, the arrays and the kernel (in, out) that returns the kernel's change.
         constant: The names of the arrays that are not trained.
-        early: The names of non-zero arrays that get a gradient in the first step.
+        early: The names of the arrays that have a non-zero gradient in the first step without starting at zero.
     """
 
     method: peft.Update
@@ -59,7 +62,7 @@ class UpdateCase:
     slot = "delta"
 
     def places(self, model: str) -> dict[str, tuple[int, int]]:
-        """The layers that are adapted, with what `stored` needs."""
+        """Return the arguments of `stored` for each adapted layer, by path."""
         return MODELS[model].shapes
 
     def rule(self, model: str) -> Rule:
@@ -68,15 +71,16 @@ class UpdateCase:
 
 @dataclasses.dataclass(frozen=True)
 class BranchCase:
-    """A branch, and what the tests expect of it.
+    """A branch, and the properties that the tests expect of it.
 
     Attributes:
         method: An instance in which every setting except `bias` differs from its default.
-        zero: Names of the arrays that start at zero; the others must not.
-        late: The names in `zero` whose arrays get no gradient in the first step.
-        stored: The shapes of the arrays in a file, for a module with a given number of output features.
-        branch: What is added to the output y, (..., width), from alpha, the activation, the arrays and y.
-        wants: The modules that are adapted among those that the rule matches.
+        zero: The names of the arrays that start at zero. All other arrays must have no zero at the start.
+        stored: A function that returns the shapes of the arrays in a file, by name, for a module with a given number of
+            output features.
+        branch: A function of the arrays and the output y, (..., width), that returns the term added to y.
+        late: The names in `zero` of the arrays whose gradient is zero in the first step.
+        wants: A function that returns whether the method adapts the module at a path that the rule matches.
     """
 
     method: peft.Branch
@@ -97,11 +101,11 @@ class BranchCase:
 
 @dataclasses.dataclass(frozen=True)
 class SelectionCase:
-    """A selection, and what the tests expect of it.
+    """A selection, and the properties that the tests expect of it.
 
     Attributes:
-        method: An instance.
-        chosen: A function that says whether the method trains the parameter at a path outside the head.
+        method: An instance of the method.
+        chosen: A function that returns whether the method trains the parameter at a path outside of the head.
     """
 
     method: peft.Selection
@@ -270,28 +274,32 @@ SELECTIONS = {
 ADDED = UPDATES | BRANCHES
 CASES = ADDED | SELECTIONS
 
-# Three methods meet every kind of model by themselves, and DoRA, which looks at the kernel, those of other precisions.
-# What is new in the others is their matrix and its start: a user's model is enough for each by itself, and ViT and BERT
-# have all of them together (`methods/test_together.py`); "deep" is a ViT too.
+# Which models each method is tested on by itself. An update, LoRA and a branch are tested on every kind of model. DoRA
+# also needs kernels in bfloat16 and with several axes, since it reads the kernel. The other methods differ only in
+# their matrices and initial values, for which one small model is enough. In ViT and BERT, all methods are also tested
+# together (`methods/test_together.py`). The model "deep" is a ViT too.
 OURS = ("vit", "bert")
 THOROUGH = {
     "circulant": tuple(name for name in MODELS if name != "vit"),
     "lora": tuple(name for name in MODELS if name != "vit"),
     "dora": ("mlp", "bfloat16_kernels", "axes"),
     "circulant_adapter": tuple(name for name, case in MODELS.items() if case.widths and name != "vit"),
-    "adapter_drop": ("mlp", "deep"),  # whose first block does without
+    "adapter_drop": ("mlp", "deep"),  # Its first block gets no adapter.
 }
 EVERY = [(model, method) for method in ADDED for model in THOROUGH.get(method, ("mlp",))]
 EVERY_UPDATE = [(model, method) for model, method in EVERY if method in UPDATES]
 EVERY_BRANCH = [(model, method) for model, method in EVERY if method in BRANCHES]
 
-# One method of each kind, which the fast run shows on the smallest models; DoRA also in half precision.
+# The fast test run has one method of each kind, on the smallest models, and DoRA also in half precision.
 QUICK = frozenset({"circulant", "lora", "dora", "circulant_adapter", "bottleneck", "bitfit"})
 SMALL = frozenset({"mlp", "vit"})
 
 
 def by_speed(cases, methods=QUICK):
-    """Parameters of a test, methods or (model, method): all but the quick ones are marked as exhaustive."""
+    """Return pytest parameters for cases, each of which is a method or a pair (model, method).
+
+    All cases except the quick ones are marked as exhaustive, so that the fast test run leaves them out.
+    """
 
     def is_quick(case):
         model, method = ("mlp", case) if isinstance(case, str) else case
@@ -307,19 +315,28 @@ def by_speed(cases, methods=QUICK):
 
 @functools.cache
 def fresh(model: str, method: str) -> tuple[nnx.Module, Adapter]:
-    """An adapted model at the start of training."""
+    """Return a model with a new adapter of a method, as at the start of training, and the adapter."""
     return adapt(base(model), [CASES[method].rule(model)], train=MODELS[model].train, rngs=nnx.Rngs(1))
 
 
 @functools.cache
 def trained(model: str, method: str) -> tuple[nnx.Module, Adapter]:
-    """An adapted model away from its start: every trained number was changed."""
+    """Return the model and adapter of `fresh` with noise added to every trained variable, as if it had been trained."""
     adapted, adapter = fresh(model, method)
     return perturb(adapted, adapter), adapter
 
 
 def changes(model: str, method: str, adapted: nnx.Module, name: str = "default") -> dict[str, np.ndarray]:
-    """The change of every kernel by an update, in float64, by layer path, computed by the oracle."""
+    """Return the change that an adapter's updates must make to each kernel, by the path of its layer.
+
+    The oracle of the method computes the changes in float64 from the arrays of the adapter.
+
+    Args:
+        model: The name of the base model.
+        method: The name of the update method.
+        adapted: The adapted model, which has the arrays.
+        name: The name of the adapter in `adapted`.
+    """
     case, weights, found = UPDATES[method], parameters(base(model)), {}
     for path, shape in case.places(model).items():
         arrays = part_arrays(adapted, path, "delta", name)
@@ -330,21 +347,27 @@ def changes(model: str, method: str, adapted: nnx.Module, name: str = "default")
 
 
 def bare(model: str, adapted: nnx.Module, added: dict[str, np.ndarray] | None = None) -> nnx.Module:
-    """The base with what is trained besides, such as the head, and with what is added to kernels."""
+    """Return the base model, with the values that its parameters have in `adapted`. The head, for example, is trained.
+
+    The dense changes in `added`, by the path of their layer, are added to the kernels.
+    """
     tuned, graphdef, state = parameters(adapted), *nnx.split(base(model))
     flat = []
     for path, variable in nnx.to_flat_state(state):
         where = "/".join(map(str, path))
         value, layer = tuned[where], where.removesuffix("kernel").removesuffix("/")
         if where.endswith("kernel") and layer in (added or {}):
-            # Not back to bfloat16: that is what merging does, and loses.
+            # Keep float32. Rounding the sum to bfloat16, as merging does, would lose small changes.
             value = (value.astype(np.float64) + added[layer].reshape(value.shape)).astype(np.float32)
         flat.append((path, variable.replace(jnp.asarray(value))))
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def with_oracles(model: nnx.Module, branches: dict[str, list[Callable[[np.ndarray], np.ndarray]]]) -> nnx.Module:
-    """The model with NumPy functions, given by path, instead of branches. It cannot be compiled."""
+    """Return the model, changed in place, such that NumPy functions of a module's output are added to this output.
+
+    The functions are given by the path of their module. The model cannot be compiled.
+    """
 
     def oracle_class(cls, functions):
         def call(self, *args, **kwargs):
@@ -361,7 +384,14 @@ def with_oracles(model: nnx.Module, branches: dict[str, list[Callable[[np.ndarra
 
 
 def expected_output(model: str, methods: dict[str, str], adapted: nnx.Module, x: jnp.ndarray) -> jnp.ndarray:
-    """What a model with adapters, {name: method}, must compute by the oracles; all of them look at the same layers."""
+    """Return the output that the oracles of the methods give for an adapted model.
+
+    Args:
+        model: The name of the base model.
+        methods: The method of each adapter, by the name of the adapter.
+        adapted: The adapted model, which has the arrays of all adapters.
+        x: The input.
+    """
     added: dict[str, np.ndarray] = {}
     branches: dict[str, list[Callable[[np.ndarray], np.ndarray]]] = {}
     for name, method in methods.items():

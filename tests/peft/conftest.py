@@ -1,4 +1,4 @@
-"""Settings of the tests of `surm_jax.peft`."""
+"""Pytest settings for the tests of `surm_jax.peft`."""
 
-# It registers methods when it is imported: only `test_own_method.py` does so, and takes them back.
+# Importing this file registers methods. Only `test_own_method.py` may import it, since it removes them afterwards.
 collect_ignore = ["own_method.py"]

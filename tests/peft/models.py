@@ -1,4 +1,4 @@
-"""Models, inputs and tolerances that the tests of this folder share."""
+"""The models, inputs and tolerances that the tests of this folder share."""
 
 import dataclasses
 import functools
@@ -13,18 +13,18 @@ from surm_jax.models import TARGETS, Bert, BertConfig, ViT, ViTConfig
 from surm_jax.peft import adapter_dropout
 from surm_jax.peft.parts.base import AdapterConstant, AdapterParam
 
-# The files of an adapter folder.
+# The names of the two files of an adapter folder.
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
-# Relative error of a whole output in the Euclidean norm, by the dtype that the model computes in.
+# The largest relative error of an output in the Euclidean norm, by the dtype in which the model computes.
 TOLERANCES = {
-    "float32": 1e-5,  # rounding is about 1e-7; FFTs, and sums over layers and features, add a factor of some tens
-    "bfloat16": 2.0**-6,  # 8 bits: one rounding is 2^-9, and it happens at other places once the update is merged
+    "float32": 1e-5,  # One rounding is about 1e-7. FFTs, and sums over layers and features, multiply this by some tens.
+    "bfloat16": 2.0**-6,  # One rounding to 8 bits is 2^-9, and merging an update changes where a model rounds.
 }
 
 
 class MLP(nnx.Module):
-    """A user's model: layers in an `nnx.List` and an `nnx.Dict`, none of them square but one."""
+    """A model as users may write it, with layers in an `nnx.List` and an `nnx.Dict`. Only one kernel is square."""
 
     def __init__(self, *, classes: int = 3, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -39,7 +39,7 @@ class MLP(nnx.Module):
 
 
 class Gated(nnx.Linear):
-    """A user's layer: a linear one with something before and after it, and an argument of its own."""
+    """A linear layer as users may write it: `__call__` has an additional argument, and changes the input and output."""
 
     def __call__(self, x, gain=1.5):
         return gain * jax.nn.relu(super().__call__(2.0 * x))
@@ -47,18 +47,20 @@ class Gated(nnx.Linear):
 
 @dataclasses.dataclass(frozen=True)
 class ModelCase:
-    """A model to adapt.
+    """A model that tests adapt, and what they need to know about it.
 
     Attributes:
-        make: Builds it.
-        target: The pattern of the layers that get updates.
-        shapes: Their paths and matrices, (in_features, out_features).
-        inputs: The shape of its input.
-        branch_target: The pattern of the modules that get branches.
-        widths: Their paths and the features of their outputs; empty: branches are not for this model.
-        train: Patterns of what is trained besides.
-        precision: The dtype that it computes in.
-        vocabulary: The number of tokens; if it is not 0, the input holds whole numbers below it.
+        make: A function that returns the model.
+        target: A regular expression for the paths of the layers that get updates.
+        shapes: The shapes of the kernels of these layers as matrices, (in_features, out_features), by path.
+        inputs: The shape of the model's input.
+        branch_target: A regular expression for the paths of the modules that get branches.
+        widths: The number of output features of each of these modules, by path. It is empty if no test adds branches
+            to the model.
+        train: Regular expressions for the paths of the parameters that are trained along with the adapter.
+        precision: The dtype in which the model computes.
+        vocabulary: The number of different tokens, if the input consists of token ids. 0 means that the input consists
+            of real numbers.
     """
 
     make: Callable[[], nnx.Module]
@@ -72,7 +74,7 @@ class ModelCase:
     vocabulary: int = 0
 
 
-# Few sizes in all, since each one is compiled for.
+# There are only a few different shapes, since each of them needs compilations of its own.
 MLP_SHAPES = {"blocks/0": (6, 10), "blocks/1": (10, 4), "tail/gate": (4, 4)}
 MLP_TARGET = r"blocks/\d+|tail/gate"
 MLP_CASE = ModelCase(
@@ -87,7 +89,10 @@ MLP_CASE = ModelCase(
 
 
 def encoder_case(make, blocks, width, inputs, vocabulary=0):
-    """A transformer of this package: updates of query and value, branches after attention and MLP, and the head."""
+    """Return the case of a transformer of this package.
+
+    It has updates of the query and value layers and branches after attention and MLP, and its head is trained.
+    """
     return ModelCase(
         make,
         TARGETS["qv"],
@@ -130,7 +135,7 @@ MODELS = {
         {"": 4},
     ),
     "own_call": ModelCase(lambda: Gated(6, 4, rngs=nnx.Rngs(0)), "", {"": (6, 4)}, (2, 3, 6), "", {"": 4}),
-    # The kernel's first axis belongs to the input's axis 1, although `axis` names the last one first.
+    # The first axis of the kernel belongs to axis 1 of the input, although `axis` begins with -1.
     "axes": ModelCase(
         lambda: nnx.LinearGeneral((2, 5), (2, 2), axis=(-1, 1), rngs=nnx.Rngs(0)), "", {"": (10, 4)}, (2, 2, 3, 5)
     ),
@@ -141,7 +146,10 @@ MODELS = {
 
 
 def materialize(make: Callable[[], nnx.Module]) -> nnx.Module:
-    """Build a model with NumPy's random numbers, the same in every process, without compiling its initialisers."""
+    """Return a model whose parameters are random numbers of NumPy, the same ones in every process.
+
+    The initialisers of the model are not compiled.
+    """
     graphdef, state = nnx.split(nnx.eval_shape(make))
     rng = np.random.default_rng(0)
     flat = [
@@ -152,13 +160,13 @@ def materialize(make: Callable[[], nnx.Module]) -> nnx.Module:
 
 @functools.cache
 def base(name: str) -> nnx.Module:
-    """The base model of a case: shared by the tests, which must not change it."""
+    """Return the base model of a case. All tests share it, so that they must not change it."""
     return materialize(MODELS[name].make)
 
 
 @functools.cache
 def inputs(name: str) -> jax.Array:
-    """The input of a case, in the dtype that its model computes in."""
+    """Return the input of a case: token ids, or real numbers in the dtype in which the model computes."""
     case, rng = MODELS[name], np.random.default_rng(1)
     if case.vocabulary:
         return jnp.asarray(rng.integers(1, case.vocabulary, case.inputs), jnp.int32)
@@ -166,11 +174,11 @@ def inputs(name: str) -> jax.Array:
 
 
 def by_path(state: nnx.State) -> dict[str, nnx.Variable]:
-    """The variables of a state by their paths, as the library writes them."""
+    """Return the variables of a state by their paths, with keys joined by `/` as in the library."""
     return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
-# Half of what compilation costs goes into making programs fast that run once here.
+# Half of the compile time is spent on optimising the programs, but tests run each of them only a few times.
 FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
 
@@ -181,36 +189,39 @@ def _run(graphdef, state, x, key):
 
 
 def run(model: nnx.Module, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """The model's output, compiled once for all models of one structure; with a key its adapters drop."""
+    """Return the model's output, from a program that is compiled once for all models with the same structure.
+
+    If there is a key, the dropout of the adapters is on.
+    """
     graphdef, state = nnx.split(model)
     return _run(graphdef, state, x, key)
 
 
 def parameters(model: nnx.Module) -> dict[str, np.ndarray]:
-    """All parameters by path, those of adapters included."""
+    """Return all parameters of a model by path, including those of adapters."""
     return {path: np.asarray(v[...]) for path, v in by_path(nnx.state(model, nnx.Param)).items()}
 
 
 def adapter_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
-    """What adapters brought by path, trained or not, without their scales."""
+    """Return the arrays of all adapters in a model by path, trained or not, but without their scales."""
     state = nnx.state(model, nnx.Any(AdapterParam, AdapterConstant))
     return {path: np.asarray(v[...]) for path, v in by_path(state).items()}
 
 
 def trainable_paths(model: nnx.Module, adapter) -> set[str]:
-    """The paths of what an adapter trains."""
+    """Return the paths of the variables that an adapter trains."""
     return set(by_path(nnx.state(model, adapter.trainable)))
 
 
 def part_arrays(model: nnx.Module, path: str, slot: str, name: str = "default") -> dict[str, np.ndarray]:
-    """The arrays of one part of an adapter in float64, by their names."""
+    """Return the arrays of one part of an adapter in float64, by their names inside the part."""
     prefix = f"{path}/{slot}/{name}/".removeprefix("/")
     found = {where: array for where, array in adapter_arrays(model).items() if where.startswith(prefix)}
     return {where.removeprefix(prefix): array.astype(np.float64) for where, array in found.items()}
 
 
 def perturb(model: nnx.Module, adapter, seed: int = 2, size: float = 0.3) -> nnx.Module:
-    """Return the model with noise on everything that the adapter trains, as if it had been trained."""
+    """Return the model with noise added to all variables that the adapter trains, as if it had been trained."""
     graphdef, trainable, frozen = nnx.split(model, adapter.trainable, ...)
     rng = np.random.default_rng(seed)
     noise = lambda a: jnp.asarray(np.asarray(a) + size * rng.normal(size=a.shape), a.dtype)  # noqa: E731
@@ -224,7 +235,7 @@ def same_bits(left: jax.Array, right: jax.Array) -> bool:
 
 
 def relative_error(actual: jax.Array, expected: jax.Array) -> float:
-    """The relative error in the Euclidean norm."""
+    """Return the relative error of an array in the Euclidean norm."""
     actual, expected = np.asarray(actual).astype(np.float64), np.asarray(expected).astype(np.float64)
     assert actual.shape == expected.shape
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))

@@ -1,4 +1,4 @@
-"""A small model with its computation in numpy beside it, for the tests of several adapters on one base."""
+"""A small model, and the same computation in numpy, for the tests of several adapters on one base model."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ BODY = r"body/\d"
 
 
 class Net(nnx.Module):
-    """Two layers in an `nnx.List`, a norm, and a head; input (batch, tokens, 6)."""
+    """A model of two layers in an `nnx.List`, a norm and a head. Its input has the shape (batch, tokens, 6)."""
 
     def __init__(self, dtype, rngs: nnx.Rngs):
         options = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
@@ -31,7 +31,7 @@ class Net(nnx.Module):
 
 @functools.cache
 def net(dtype: str = "float32") -> Net:
-    """The base model, shared by the tests, which must not change it."""
+    """Return the base model. All tests share it, so that they must not change it."""
     return materialize(lambda: Net(jnp.dtype(dtype), nnx.Rngs(0)))
 
 
@@ -45,7 +45,14 @@ def expected(
     changes: Mapping[str, np.ndarray] | None = None,
     branches: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
 ) -> np.ndarray:
-    """What a `Net` with these weights computes, in float64, with changes of kernels and branches on outputs."""
+    """Return the output of a `Net`, computed by numpy in float64.
+
+    Args:
+        model: The model, whose own parameters are used, without those of its adapters.
+        x: The input.
+        changes: Dense changes that are added to kernels, by the path of the layer.
+        branches: Functions of a layer's output whose results are added to this output, by the path of the layer.
+    """
     p = {path: array.astype(np.float64) for path, array in parameters(model).items()}
     changes, branches = changes or {}, branches or {}
 
@@ -63,7 +70,10 @@ def expected(
 def tuned(
     model: nnx.Module, method: Update, *, target: str = BODY, seed: int = 1, name: str = "default", **options
 ) -> tuple[nnx.Module, Adapter]:
-    """Return the model with one more adapter, with changed numbers as if it had been trained."""
+    """Return the model with one more adapter, and the adapter.
+
+    The variables that the adapter trains have noise added to them, as if they had been trained.
+    """
     train = options.pop("train", ())
     model, adapter = adapt(model, [Rule(target, method, **options)], train=train, name=name, rngs=nnx.Rngs(seed))
     return perturb(model, adapter, seed, size=0.5), adapter

@@ -1,4 +1,4 @@
-"""What the methods compute, restated by numpy and scipy, and the shapes in which it is stored."""
+"""The matrices and branches of the methods, computed by numpy and scipy, and the shapes of their stored arrays."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def circulant(c: np.ndarray, m: int, n: int) -> np.ndarray:
-    """A circulant from m to n features, in our orientation: the transpose of the paper's matrix."""
+    """Return a circulant of shape (m, n) for `x @ M`, which is the transpose of the paper's matrix for `W x`."""
     return scipy.linalg.circulant(c).T[:m, :n]
 
 
@@ -26,7 +26,7 @@ def low_rank(arrays: Arrays) -> np.ndarray:
 
 
 def low_displacement(arrays: Arrays, m: int, n: int) -> np.ndarray:
-    """The transpose of W(G, H): circulants times skew-circulants."""
+    """Return the transpose of W(G, H), a sum of products of a circulant and a skew-circulant."""
     W = np.zeros((max(m, n),) * 2)
     for g, h in zip(arrays["G"].T, arrays["H"].T, strict=True):
         H = scipy.linalg.circulant(h)
@@ -65,7 +65,10 @@ def low_rank_shapes(m, n):
 
 
 def low_rank_kronecker_shapes(m, n, terms, side, rank):
-    """Of `terms` products of a square of that side and a matrix of that rank, stored whole where that is less."""
+    """Return the shapes of a sum of `terms` Kronecker products of a (side, side) matrix and a matrix of given rank.
+
+    The second matrix is stored as a whole if it has fewer entries than its two low-rank factors.
+    """
     m2, n2 = m // side, n // side
     if m2 * n2 < rank * (m2 + n2):
         return {"A": (terms, side, side), "B": (terms, m2, n2)}
@@ -90,7 +93,7 @@ def below(arrays: Arrays) -> Arrays:
 
 
 def surm(alpha: float, act: Callable, matrix: Callable[[Arrays, int, int], np.ndarray]):
-    """The branch of the paper's adapters: the non-linearity comes after the whole matrix."""
+    """Return a function that computes a branch of the paper, whose non-linearity comes after the whole matrix."""
 
     def branch(arrays, y):
         d = y.shape[-1]
@@ -100,7 +103,7 @@ def surm(alpha: float, act: Callable, matrix: Callable[[Arrays, int, int], np.nd
 
 
 def waisted(alpha: float, act: Callable, matrix: Callable[[Arrays], np.ndarray] = lambda arrays: arrays["W"]):
-    """The branch through a waist, each of whose matrices has its arrays below its name."""
+    """Return a function that computes a branch through a waist. Its arrays have the prefixes `down/` and `up/`."""
 
     def branch(arrays, y):
         D, U = (matrix({k[len(n) :]: a for k, a in arrays.items() if k.startswith(n)}) for n in ("down/", "up/"))

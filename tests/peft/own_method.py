@@ -1,7 +1,7 @@
-"""Two methods as a user would write them, each with its own part: nothing in the package knows of them.
+"""Two methods as users may write them, each with a part class of its own. Nothing in the package refers to them.
 
-`Modulation` multiplies a kernel entry by entry, and `Gate` multiplies an output by a non-linear gate. Neither adds a
-structured matrix to anything.
+`Modulation` multiplies the entries of a kernel, and `Gate` multiplies the output of a module by a non-linear gate.
+Neither of them adds a structured matrix.
 """
 
 import dataclasses
@@ -14,12 +14,15 @@ from surm_jax.peft.parts.dropout import drop
 
 
 def like(row, x):
-    """Return a vector with as many axes as x, in its dtype, to be multiplied with the last axis."""
+    """Return the vector `row` with the dtype and the number of axes of x, to multiply the last axis of x by it."""
     return row.astype(x.dtype).reshape((1,) * (x.ndim - 1) + row.shape)
 
 
 class ModulationPart(KernelPart):
-    """A kernel `W * (1 + u v^T)`, entry by entry: the part adds `x @ (W * u v^T) = ((x * u) @ W) * v`."""
+    """The part of `Modulation`, which changes the kernel W to `W * (1 + u v^T)` with an entry-wise product.
+
+    It adds `x @ (W * u v^T) = ((x * u) @ W) * v` to `x @ W`.
+    """
 
     def __init__(self, u, v, dropout):
         super().__init__()
@@ -40,7 +43,7 @@ class ModulationPart(KernelPart):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Modulation(PartMethod):
-    """Entry-wise modulation of a kernel by a matrix of rank one, in + out numbers."""
+    """An entry-wise product of the kernel and `1 + u v^T`, with in_features + out_features parameters."""
 
     name = "modulation"
     part = ModulationPart
@@ -54,7 +57,7 @@ class Modulation(PartMethod):
 
 
 class GatePart(OutputPart):
-    """An output `y * (1 + tanh(g))`: the part adds `y * tanh(g)`."""
+    """The part of `Gate`, which changes the output y to `y * (1 + tanh(g))`: it adds `y * tanh(g)`."""
 
     def __init__(self, width):
         super().__init__()
@@ -70,7 +73,7 @@ class GatePart(OutputPart):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gate(PartMethod):
-    """A gate at the output of modules, one number for each feature."""
+    """A gate at the output of modules, with one parameter for each feature."""
 
     name = "gate"
     part = GatePart

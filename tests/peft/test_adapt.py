@@ -31,12 +31,12 @@ def adapt_mlp(*rules, train=()):
 
 
 def kinds(model):
-    """The family of every update, by the path of its layer."""
+    """Return the name of the matrix family of every update in a model, by the path of its layer."""
     return {path: type(delta.stored()).__name__ for path, _, delta, _ in iter_parts(model)}
 
 
 class Mixed(nnx.Module):
-    """Layers that can be adapted beside others that cannot."""
+    """A model with some layers that can be adapted, and others that cannot."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.embed = nnx.Embed(5, 4, rngs=rngs)
@@ -177,7 +177,7 @@ def test_presets_of_the_vit_adapt_what_they_say():
 
 
 class Named(MLP):
-    """A model that has names for sets of its modules."""
+    """A model whose class defines presets, which are names for sets of its modules."""
 
     adapter_targets: ClassVar = {"blocks": r"blocks/\d+", "all-linear": r"blocks/\d+|tail/gate|head"}
 
@@ -186,7 +186,7 @@ class TestNamedTargets:
     def test_they_stand_for_their_patterns(self):
         model, adapter = adapt(Named(rngs=nnx.Rngs(0)), [Rule("blocks", LoRA(rank=2))], rngs=nnx.Rngs(1))
         assert kinds(model) == {"blocks/0": "LowRank", "blocks/1": "LowRank"}
-        # What is saved says what it means, whatever the names are where it is loaded.
+        # The recipe has the regular expression. The model into which it is loaded may define other presets.
         assert adapter.rules == (Rule(r"blocks/\d+", LoRA(rank=2)),)
         rules = [Rule("tail/gate", None), Rule("all-linear", CirculantBranch())]
         model, _ = adapt(model, rules, name="second", rngs=nnx.Rngs(1))
@@ -276,11 +276,11 @@ def test_updates_and_branches_meet_in_one_module():
     assert type(layer).__name__ == "BranchedAdaptedLinear"
 
 
-# Modules that branches can be added to
+# Which modules a branch can be added to
 
 
 class Late(nnx.Module):
-    """Copies of it have their layers in another order than it has: `a`, of 7 outputs, comes first."""
+    """A model in whose copies the last layer, `a`, comes first, because copying sorts the attributes."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.z = nnx.Linear(4, 7, rngs=rngs)
@@ -295,7 +295,7 @@ def test_the_width_of_a_branch_is_that_of_the_output_whatever_the_order_of_layer
     model, _ = adapt(copy(Late(rngs=nnx.Rngs(0))), [Rule("", CirculantBranch())], rngs=nnx.Rngs(1))
     assert model.branch["default"].down.shape == (5, 5)
     assert model(jnp.ones((2, 4)), None).shape == (2, 5)
-    # What was found out once is found out again of a module that has a branch.
+    # The width is also found for a module that already has a branch.
     again, _ = adapt(copy(model), [Rule("", CirculantBranch())], name="second", rngs=nnx.Rngs(2))
     assert again.branch["second"].down.shape == (5, 5)
 
@@ -330,7 +330,7 @@ def test_modules_that_no_branch_can_be_added_to_are_named(name, target, message)
 
 @pytest.mark.parametrize("slot", ["delta", "branch"])
 def test_users_may_call_their_own_modules_as_we_call_ours(slot):
-    """A residual network has branches."""
+    """Check that a model may have modules called `delta` or `branch`, as the slots are. A residual network may."""
     model = nnx.Dict({slot: nnx.Dict(query=nnx.Linear(4, 4, rngs=nnx.Rngs(0)))})
     adapted, adapter = adapt(model, [Rule(f"{slot}/query", LoRA())], rngs=nnx.Rngs(1))
     assert kinds(adapted) == {f"{slot}/query": "LowRank"}

@@ -43,13 +43,13 @@ def _serve(graphdef, state, x, ids):
 
 
 def serve(bank, x, ids):
-    """What a bank computes, compiled once for all banks of one structure."""
+    """Return the output of a bank, from a program that is compiled once for all banks with the same structure."""
     graphdef, state = nnx.split(bank)
     return _serve(graphdef, state, x, jnp.asarray(ids))
 
 
 def saved(folder, base, methods, **options):
-    """Folders of one adapter after the other, each with other numbers."""
+    """Save one adapter for each method, all with different random values, and return their folders."""
     folders = []
     for number, method in enumerate(methods):
         model, adapter = tuned(base, method, seed=number + 1, **options)
@@ -59,10 +59,10 @@ def saved(folder, base, methods, **options):
 
 
 def alone(folders, base, x, ids):
-    """The output of each example by a model that has only this example's adapter."""
+    """Return the output of each example from a model that has only the adapter of this example."""
     every = [run(load_adapter(folder, base)[0], x) for folder in folders]
     outputs = jnp.stack([every[number][i] for i, number in enumerate(ids)])
-    # Which adapter it is must show in the output.
+    # The outputs of any two adapters must differ.
     assert all(relative_error(a, b) > 0.01 for i, a in enumerate(every) for b in every[:i])
     return outputs
 
@@ -125,7 +125,7 @@ def test_a_layer_that_was_trained_and_updated(tmp_path):
     folders = saved(tmp_path, net(), [CirculantUpdate(alpha=0.7)] * 3, train=train)
     bank = load_bank(folders, net())
     assert relative_error(serve(bank, batch(), IDS), alone(folders, net(), batch(), IDS)) < 1e-5
-    # No dense matrix where the bias alone was trained.
+    # If only the bias was trained, the bank holds no dense kernel.
     assert not hasattr(bank.body[0].delta["bank"], "kernels") and hasattr(bank.body[1].delta["bank"], "kernels")
 
 
@@ -211,7 +211,7 @@ def test_one_program_serves_all_batches(tmp_path):
     for ids in (IDS, (0, 1, 2, 0), (1, 1, 1, 1)):
         output = forward(state, batch(), jnp.array(ids))
         assert relative_error(output, alone(folders, net(), batch(), ids)) < 1e-5
-    # What it cannot know while it is compiled shows in the output of that very example, and in no other's.
+    # A compiled function cannot check the ids. An example with a wrong id gets NaN, and no other example does.
     wrong = forward(state, batch(), jnp.array((0, 3, -1, 1)))
     assert np.isnan(wrong[1:3]).all() and relative_error(wrong[0], output[0]) > 0.01
     assert relative_error(wrong[3], output[3]) < 1e-6
@@ -225,7 +225,7 @@ def test_a_bank_of_branches_is_switched_described_and_deleted_as_an_adapter(tmp_
     assert [(row.path, row.shape, row.kind, row.trainable) for row in describe(bank).rows] == [
         ("body/1", (6, 6), "Dense", 0)
     ]
-    # The number of no adapter shows in the output of that very example.
+    # Only the examples whose ids belong to no adapter get NaN.
     wrong = serve(bank, batch(), (0, 3, -1, 1))
     assert np.isnan(wrong[1:3]).all() and np.isfinite(wrong[0]).all() and np.isfinite(wrong[3]).all()
     bare = delete(bank, "bank")
@@ -341,7 +341,7 @@ def test_it_works_in_tree_mode(tmp_path):
 
 
 class CosineHead(nnx.Linear):
-    """A linear layer whose `__call__` does not use that of `nnx.Linear`."""
+    """A linear layer whose `__call__` does not call that of `nnx.Linear`."""
 
     def __call__(self, x):
         return x @ (self.kernel[...] / jnp.linalg.norm(self.kernel[...], axis=0))

@@ -33,7 +33,7 @@ SHAPES = {"body/0": (6, 8), "body/1": (8, 6)}
 
 
 def circulants(model, name="default", alpha=1.0):
-    """What a trained circulant update adds to the kernels, by numpy."""
+    """Return the dense matrices that a circulant update adds to the kernels, computed by numpy, by path."""
     found = {path: part_arrays(model, path, "delta", name) for path in SHAPES}
     return {path: alpha * circulant(found[path]["r1"] * found[path]["r2"], *SHAPES[path]) for path in SHAPES}
 
@@ -43,7 +43,10 @@ def low_ranks(model, name="converted", factor=1.0):
 
 
 def truncated(matrix, rank):
-    """The nearest matrix of a rank, and the error: what the singular values after it hold (Eckart and Young)."""
+    """Return the nearest matrix of a given rank, and its relative error, by the theorem of Eckart and Young.
+
+    The error is the norm of the singular values that are left out, relative to the norm of all.
+    """
     U, S, Vt = np.linalg.svd(matrix, full_matrices=False)
     return (U[:, :rank] * S[:rank]) @ Vt[:rank], float(np.linalg.norm(S[rank:]) / np.linalg.norm(S))
 
@@ -136,7 +139,7 @@ def test_a_sum_or_product_is_searched_for():
     model, adapter = tuned(layer, StructuredUpdate(family="Circulant + LowRank", alpha=0.5), target="")
     a = part_arrays(model, "", "delta")
     target = 0.5 * (circulant(a["terms_0_c"], 4, 4) + a["terms_1_down"] @ a["terms_1_up"])
-    # What the terms do alone, one of them with the mean of every wrapped diagonal.
+    # The error of the better term alone. The nearest circulant has the mean of every wrapped diagonal.
     means = [np.mean([target[i, (i + k) % 4] for i in range(4)]) for k in range(4)]
     apart = min(relative_error(circulant(np.array(means), 4, 4), target), truncated(target, 1)[1])
     lowest = {}
@@ -221,7 +224,7 @@ def test_other_adapters_and_what_was_trained_besides_stay():
 
 @functools.cache
 def pair(method, train=()):
-    """Two adapters of the same rules."""
+    """Return a model with two adapters that have the same rules, and the two adapters."""
     model, one = tuned(net(), method, name="one", seed=1, train=train)
     model, two = tuned(model, method, name="two", seed=2, train=train)
     return model, one, two
@@ -239,7 +242,7 @@ def test_circulants_are_combined_exactly():
     for path in SHAPES:
         c = part_arrays(combined, path, "delta", "combined")["c"]
         assert relative_error(0.7 * circulant(c, *SHAPES[path]), changes[path]) < 1e-5
-    # At half the scale of one of them.
+    # Halving the scale of the first adapter and doubling its weight gives the same result.
     halved, _, _ = combine(set_scale(model, "one", 0.5), {one: 0.5, two: -1.5}, name="halved")
     assert relative_error(run(set_active(halved, ["halved"]), batch()), run(alone, batch())) < 1e-5
 

@@ -1,7 +1,7 @@
-"""Golden numbers: how many parameters every method trains on ViT-B/16 and BERT-base, without allocating a model.
+"""How many parameters every method trains on ViT-B/16 and BERT-base, compared with fixed numbers.
 
-The numbers of the structured methods are those of arXiv 2406.17740 (55,296 on Q, K and V, 36,864 on Q and V); others
-are worked out beside them.
+The models are abstract, so that no weights are allocated. The numbers for the structured methods are those of arXiv
+2406.17740: 55,296 on Q, K and V, and 36,864 on Q and V. The other numbers are computed by the formulas in this file.
 """
 
 import functools
@@ -16,7 +16,7 @@ from surm_jax.peft import METHODS, Rule, Selection, adapt, describe, make_method
 D, HIDDEN, LAYERS = 768, 3072, 12
 DENSE = D * D + D
 BLOCK = 4 * DENSE + (D * HIDDEN + HIDDEN) + (HIDDEN * D + D)
-BLOCK_BIASES = 4 * D + HIDDEN + D + 2 * D  # attention, MLP, norms
+BLOCK_BIASES = 4 * D + HIDDEN + D + 2 * D  # The biases of attention, of the MLP and of two norms.
 
 
 @functools.cache
@@ -62,7 +62,7 @@ UPDATES = {
     ("kadaptation", ()): 4**3 + 4 * (D // 4 + D // 4),
     ("structured", (("family", "SkewCirculant + LowRank"), ("rank", 3))): D + 6 * D,
     ("structured", (("family", "Toeplitz @ FCirculant"),)): 2 * D - 1 + D,
-    ("mora", ()): 111**2,  # the nearest whole number to sqrt(2 * 768 * 8)
+    ("mora", ()): 111**2,  # 111 is the nearest integer to sqrt(2 * 768 * 8).
     ("mora", (("rank", 1), ("rotate", True))): 38**2,
 }
 
@@ -128,20 +128,21 @@ def test_bottleneck_adapters(model):
 
 
 def test_selections():
-    # ViT-B/16: patches, class token, 197 positions, 12 blocks with two norms, a norm; the head has 100 classes.
+    # ViT-B/16 has patches, a class token, 197 positions, 12 blocks with two norms each, and a norm. Its head has 100
+    # classes.
     body = (16 * 16 * 3 * D + D) + D + 197 * D + LAYERS * (BLOCK + 4 * D) + 2 * D
     assert body == 85_798_656
     assert trained("vit", "full") == body + 100 * D + 100
     assert trained("vit", "attention_only") == LAYERS * 4 * DENSE == 28_348_416
     assert trained("vit", "norm_tuning") == (2 * LAYERS + 1) * 2 * D == 38_400
-    assert trained("vit", "bitfit") == LAYERS * BLOCK_BIASES + D + D + 100  # patches, last norm, head
-    assert trained("vit", "linear_probe") == 0  # the head is trained besides, whatever the method
+    assert trained("vit", "bitfit") == LAYERS * BLOCK_BIASES + D + D + 100  # The last terms are patches, norm and head.
+    assert trained("vit", "linear_probe") == 0  # The head is trained with every method.
 
     embeddings = (30_522 + 512 + 2) * D + 2 * D
     body = embeddings + LAYERS * (BLOCK + 4 * D) + DENSE
     assert body == 109_482_240
     assert trained("bert", "full") == body + 2 * D + 2
-    # Zaken et al. (arXiv 2106.10199) count 0.1 million.
+    # Zaken et al. (arXiv 2106.10199) report 0.1 million trained parameters.
     assert trained("bert", "bitfit") == LAYERS * BLOCK_BIASES + D + D + 2 == 102_914
     assert trained("bert", "norm_tuning") == (2 * LAYERS + 1) * 2 * D
     assert trained("bert", "attention_only") == LAYERS * 4 * DENSE

@@ -10,12 +10,12 @@ from surm_jax.peft.describe import Row
 from tests.peft.cases import fresh, trained
 from tests.peft.models import MLP, MODELS, base
 
-BASE_SIZE = 85_798_656  # ViT-B/16 without its head
+BASE_SIZE = 85_798_656  # The parameters of ViT-B/16 without its head.
 
 
 @functools.cache
 def vit_b16():
-    """A ViT-B/16 with 1,000 classes, without its arrays."""
+    """Return an abstract ViT-B/16 with 1,000 classes."""
     return nnx.eval_shape(lambda: ViT(ViTConfig.from_variant("B/16", num_classes=1000), rngs=nnx.Rngs(0)))
 
 
@@ -95,7 +95,7 @@ def test_branches_constants_and_names():
     rows = {row.path: row for row in describe(fresh("mlp", "bottleneck")[0]).rows}
     assert rows["blocks/0"] == Row("blocks/0", (10, 10), "Dense", 2 * 10 * 3 + 3 + 10)
     assert describe(fresh("mlp", "circulant_adapter")[0]).rows[0] == Row("blocks/0", (10, 10), "CirculantPair", 30)
-    # The frozen factor is no parameter.
+    # The frozen factor is not counted as a parameter.
     fixed = describe(*fresh("mlp", "lora_fix"))
     assert fixed.rows[0] == Row("blocks/0", (6, 10), "LowRank", 20)
     assert fixed.total == describe(base("mlp")).total + 2 * (10 + 4 + 4)

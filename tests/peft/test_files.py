@@ -34,13 +34,13 @@ np.save(sys.argv[2], load_adapter(sys.argv[1], base("mlp"))[0](inputs("mlp")))
 
 @pytest.fixture
 def saved(tmp_path):
-    """The folder of a trained adapter for "mlp"."""
+    """Return the folder of a saved circulant adapter for the model "mlp"."""
     save_adapter(tmp_path / "adapter", *trained("mlp", "circulant"))
     return tmp_path / "adapter"
 
 
 def edit_config(folder, change):
-    """Rewrite the recipe with `change` made to it and, unless the change is to the SHA-256, the right one for it."""
+    """Apply `change` to the JSON file of a folder. Correct its SHA-256, unless `change` itself sets the SHA-256."""
     config = json.loads((folder / CONFIG).read_text())
     before = config["sha256"]
     change(config)
@@ -52,7 +52,7 @@ def edit_config(folder, change):
 
 
 def edit_tensors(folder, change):
-    """Rewrite the tensors with `change` made to them, with the right SHA-256: only the checks behind it can notice."""
+    """Apply `change` to the tensor file of a folder, and correct the SHA-256, so that only later checks can fail."""
     tensors = load_file(folder / TENSORS)
     change(tensors)
     (folder / TENSORS).write_bytes(save(tensors))

@@ -19,7 +19,7 @@ def digest(array):
 
 
 def test_every_parameter_has_the_digest_of_path_type_shape_and_bytes():
-    # Written down again, because files of earlier versions must stay readable.
+    # This repeats the formula of the digest, which must not change: files of earlier versions must stay readable.
     expected = {
         path: hashlib.sha256(f"{path} {array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()[:16]
         for path, array in parameters(base("bfloat16_kernels")).items()
@@ -34,8 +34,8 @@ def test_equal_weights_have_equal_fingerprints():
 @pytest.mark.parametrize(
     "other",
     [
-        np.nextafter(np.arange(6, dtype=np.float32), np.float32(9)),  # one unit in the last place
-        np.array([-0.0, 1, 2, 3, 4, 5], np.float32),  # equal as numbers, another bit
+        np.nextafter(np.arange(6, dtype=np.float32), np.float32(9)),  # The values differ in the last bit.
+        np.array([-0.0, 1, 2, 3, 4, 5], np.float32),  # -0.0 equals 0.0, but has another sign bit.
         np.arange(6, dtype=np.int32),
         np.arange(6, dtype=np.float32).reshape(2, 3),
         np.arange(6, dtype=np.float32).astype(jnp.bfloat16),

@@ -15,11 +15,11 @@ class ReadsKernel(nnx.Linear):
 
 
 class WithoutBias(ReadsKernel):
-    """The offending `__call__` is its parent's."""
+    """A layer that inherits a `__call__` without `super()` from its parent class."""
 
 
 class InfersShape(Gated):
-    """Inherits a `__call__` that uses super()."""
+    """A layer that inherits a `__call__` with `super()` from its parent class."""
 
 
 def stacked(make):
@@ -46,7 +46,7 @@ def test_the_matrix_does_what_the_layer_does(make, inputs):
     view = matrix_view(layer, "layer")
     vectors = view.vectors(x)
     assert vectors.shape[-1] == view.shape[0]
-    # Layout alone is under test: the product in between is NumPy's, the expected one the layer's own.
+    # Only the reshaping is tested. NumPy computes the product, and the layer itself the expected output.
     product = np.asarray(vectors, np.float64) @ np.asarray(layer.kernel[...], np.float64).reshape(view.shape)
     np.testing.assert_allclose(view.outputs(jnp.asarray(product, jnp.float32)), layer(x), rtol=1e-5, atol=1e-5)
 

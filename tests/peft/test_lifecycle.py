@@ -47,7 +47,10 @@ from tests.peft.oracles import circulant, kronecker, low_rank
 
 @functools.cache
 def three():
-    """A model with two updates and a branch, all away from their starts, and what each of them adds by numpy."""
+    """Return a model with two updates and a branch, their adapters by name, and their effects computed by numpy.
+
+    The effects are the dense changes of kernels, by adapter and path, and a function for the branch's term.
+    """
     model, one = tuned(net(), CirculantUpdate(alpha=0.7), name="one", seed=1)
     model, two = tuned(model, LoRA(rank=2, alpha=3.0), name="two", target="body/0|head", seed=2)
     model, branch = tuned(model, CirculantBranch(alpha=0.8), name="side", target="body/1", seed=3)
@@ -68,7 +71,7 @@ def three():
 
 
 def oracle(x, scales):
-    """The output of `three` with adapters at these scales; those that are not named have the scale 0."""
+    """Return the output of the model of `three` by numpy. Adapters that are not in `scales` have the scale 0."""
     model, _, changes, moved = three()
     total = dict.fromkeys(("body/0", "body/1", "head"), 0)
     for name in scales.keys() & changes.keys():
@@ -91,7 +94,7 @@ def test_adapters_sum_on_the_same_input_at_their_scales(scales):
     for name in ("one", "two", "side"):
         model = set_scale(model, name, scales.get(name, 0.0))
     assert relative_error(run(model, batch()), oracle(batch(), scales)) < 1e-5
-    # Each of them moves the output by far more than the tolerance.
+    # Every adapter changes the output by far more than the tolerance.
     for name in scales:
         rest = {other: scale for other, scale in scales.items() if other != name}
         assert relative_error(oracle(batch(), rest), oracle(batch(), scales)) > 0.05
@@ -151,7 +154,7 @@ def test_nothing_is_compiled_again_for_switching_scaling_and_exchanging(tmp_path
     outputs += [output(set_active(model, [])), output(delete(delete(model, "one"), "two"))]
     assert len(traces) == 2, "the model with adapters, and the base"
     assert same_bits(outputs[-2], outputs[-1])
-    # In whatever order they were put in.
+    # The order in which adapters are added makes no difference.
     for name in ("one", "two", "one"):
         model, _ = load_adapter(tmp_path / f"{name}_other", delete(model, name), name=name)
         outputs.append(output(model))
@@ -184,7 +187,7 @@ def test_merging_some_of_them_leaves_the_others_and_the_model():
         assert relative_error(parameters(merged)[f"{path}/kernel"], kernel + 0.3 * changes["one"][path]) < 1e-6
     assert same_bits(parameters(merged)["head/kernel"], net().head.kernel[...])
     assert relative_error(run(merged, x), oracle(x, {"one": 0.3, "two": 1.0, "side": 0.5})) < 1e-5
-    # To unmerge is to go on with the model, whose bits are all there.
+    # The merge did not change the model, so that using it again undoes the merge.
     assert same_bits(run(model, x), before)
     bare = functools.reduce(delete, ("one", "two", "side"), model)
     assert same_bits(run(bare, x), run(net(), x)) and nnx.graphdef(bare) == nnx.graphdef(net())
@@ -309,7 +312,7 @@ def test_two_adapters_are_trained_by_two_optimisers():
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         value, grads = jax.value_and_grad(loss)(trainable)
-        with jax.numpy_dtype_promotion("standard"):  # Adam counts its steps in whole numbers
+        with jax.numpy_dtype_promotion("standard"):  # Adam counts its steps as an integer.
             updates, opt_state = optimizers[name].update(grads, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state, value
 

@@ -85,7 +85,7 @@ def test_the_scale_is_merged(method):
 
 
 class Tied(nnx.Module):
-    """Two layers that share a kernel."""
+    """A model with two layers that share a kernel."""
 
     def __init__(self):
         self.q = nnx.Linear(4, 4, rngs=nnx.Rngs(0))

@@ -22,7 +22,7 @@ def layer(seed):
     return {"w": arrays(3, 2, seed=seed), "b": arrays(2, seed=seed + 1)}
 
 
-# A tree, the patterns, and the paths that they train.
+# Each entry has a tree, patterns, and the paths of the leaves that the patterns train.
 TREES = {
     "nested": (
         {"body": {"0": {"kernel": arrays(3, 2), "bias": arrays(2)}}, "head": {"kernel": arrays(2, 2)}},
@@ -45,7 +45,7 @@ TREES = {
         {"layers/0/b", "layers/1/b", "pair/2"},
     ),
 }
-# Of our own: numbers are keys there, not positions.
+# The state of an adapted model. The indices of an `nnx.List` are dictionary keys in it.
 model, _ = tuned(net(), LoRA(rank=2), name="mine")
 TREES["nnx"] = (
     nnx.to_pure_dict(nnx.state(model, nnx.Param)),
@@ -55,7 +55,7 @@ TREES["nnx"] = (
 
 
 def flat(tree):
-    """The leaves by path, by another way than that of the code under test."""
+    """Return the leaves of a tree by path. Unlike the tested code, this does not use `jax.tree_util`."""
     if isinstance(tree, dict | flax.core.FrozenDict):
         items = tree.items()
     elif isinstance(tree, list | tuple):
@@ -86,7 +86,7 @@ def test_the_mask_has_the_form_of_the_tree(kind):
 @pytest.mark.parametrize(("kind", "jit"), [("nested", False), *((kind, True) for kind in TREES)])
 def test_frozen_leaves_get_exactly_nothing_and_the_others_what_optax_gives(kind, jit):
     tree, patterns, trained = TREES[kind]
-    # Weight decay would move frozen leaves, the norm for clipping would count their gradients.
+    # Without a mask, weight decay would change frozen leaves, and the norm for clipping would include their gradients.
     make = lambda: optax.chain(  # noqa: E731
         optax.clip_by_global_norm(0.5), optax.trace(0.9), optax.add_decayed_weights(0.1), optax.scale(-0.1)
     )
@@ -125,7 +125,7 @@ def test_adam_has_moments_of_trained_leaves_alone():
     tree, patterns, trained = TREES["nnx"]
     state = train_only(optax.adam(1e-3), patterns).init(tree)
     numbers = sum(flat(tree)[path].size for path in trained)
-    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 2 * numbers + 1  # and a counter
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 2 * numbers + 1  # The counter adds 1.
     assert numbers < sum(leaf.size for leaf in jax.tree.leaves(tree)) / 2
 
 
@@ -154,7 +154,7 @@ def test_patterns_are_a_list_of_at_least_one():
             call()
     with pytest.raises(UserError, match="train_only needs at least one pattern"):
         train_only(optax.sgd(1.0), [])
-    # Patterns that can be read once only would freeze everything from the second reading on.
+    # A generator can be read only once. If `train_only` did not copy it, later calls would freeze all leaves.
     once = train_only(optax.sgd(1.0), (pattern for pattern in ["a"]))
     for _ in range(2):
         updates, _ = once.update(tree, once.init(tree), tree)

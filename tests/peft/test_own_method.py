@@ -1,4 +1,4 @@
-"""A user's method with its own part, which is not a matrix beside the kernel, works everywhere that ours do."""
+"""Methods of users, with parts of their own that add no structured matrix, work with every function of the package."""
 
 import functools
 import importlib
@@ -57,7 +57,7 @@ SHAPES = {"body/0": (6, 8), "body/1": (8, 6)}
 
 @pytest.fixture(autouse=True, scope="module")
 def own():
-    """The user's file, imported, and its methods registered while these tests run."""
+    """Yield the module `own_method.py`, with its methods registered as long as these tests run."""
     module = importlib.import_module("tests.peft.own_method")
     METHODS.update(modulation=module.Modulation, gate=module.Gate)
     yield module
@@ -69,13 +69,13 @@ def kernel(path):
 
 
 def changes(model, name="default"):
-    """What the modulation adds to every kernel, by numpy."""
+    """Return the dense matrices that the modulation adds to the kernels, computed by numpy, by path."""
     found = {path: part_arrays(model, path, "delta", name) for path in SHAPES}
     return {path: kernel(path) * np.outer(found[path]["u"], found[path]["v"]) for path in SHAPES}
 
 
 def gates(model, name="default"):
-    """What the gates add to every output, by numpy."""
+    """Return functions of a layer's output that compute the terms of the gates by numpy, by path."""
     found = {path: part_arrays(model, path, "branch", name)["g"] for path in SHAPES}
     return {path: functools.partial(np.multiply, np.tanh(g)) for path, g in found.items()}
 
@@ -119,7 +119,7 @@ def test_it_is_trained():
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         value, slopes = jax.value_and_grad(loss)(trainable)
-        with jax.numpy_dtype_promotion("standard"):  # Adam counts its steps in whole numbers
+        with jax.numpy_dtype_promotion("standard"):  # Adam counts its steps as an integer.
             updates, opt_state = optimizer.update(slopes, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state, value
 
@@ -157,7 +157,7 @@ def test_merging():
     merged, deviation = merge(model)
     assert nnx.graphdef(merged) == nnx.graphdef(net()) and deviation < 1e-6
     assert relative_error(run(merged, batch()), run(model, batch())) < 1e-5
-    # What it adds depends on the kernel, so that nothing may be merged beneath it.
+    # The modulation depends on the kernel, so that no other adapter may be merged into this kernel alone.
     both, _ = tuned(model, LoRA(), name="other", seed=2)
     with pytest.raises(UserError, match="body/0 has a part of the adapter 'default' that depends on the kernel"):
         merge(both, ["other"])
@@ -183,7 +183,7 @@ def test_beside_dora_on_one_layer():
 def test_a_bank_serves_each_example_its_own(name, tmp_path):
     outputs, folders = [], []
     for number in range(3):
-        # The last one trained a kernel too, which the modulation reads.
+        # The last adapter also trained a kernel, which its modulation reads.
         train = ["head/.*", "body/1/kernel"] if number == 2 else ["head/.*"]
         method = make_method(name, {"dropout": 0.5} if name == "modulation" else {})
         model, adapter = tuned(net(), method, seed=number + 1, train=train, target=BODY if number else "body/0")

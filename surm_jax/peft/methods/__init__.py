@@ -1,1 +1,4 @@
-"""The fine-tuning methods. Importing a file of this folder registers its methods; `surm_jax.peft` imports all files."""
+"""The fine-tuning methods.
+
+Importing a file of this folder registers its methods. Importing `surm_jax.peft` imports all of these files.
+"""

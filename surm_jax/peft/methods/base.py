@@ -21,11 +21,13 @@ METHODS: dict[str, type["Method"]] = {}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method(abc.ABC):
-    """A method with its settings, which are numbers, booleans or names. A subclass with a `name` is registered.
+    """A fine-tuning method with its settings, which are numbers, booleans or names.
+
+    A subclass that defines `name` is registered in `METHODS` under this name.
 
     Attributes:
         name: The method's name in configurations and files.
-        target: The name of the target preset that the method is meant for, such as "qkv".
+        target: The preset in `surm_jax.models.TARGETS` for the modules that the method is meant for, such as "qkv".
         learning_rate: A peak learning rate for Adam from which a search can start. The best one depends on the task.
     """
 
@@ -47,7 +49,7 @@ class Method(abc.ABC):
             check_setting(self.name, field, value, may_be_zero=self._may_be_zero(field.name))
 
     def _may_be_zero(self, name: str) -> bool:
-        """Return whether a numeric setting may be 0 although its field does not allow it."""
+        """Return whether a numeric setting may be 0 although the limits of its field exclude 0."""
         del name
         return False
 
@@ -57,7 +59,7 @@ class PartMethod(Method):
     """A method that adds a part to each module that a rule matches.
 
     Attributes:
-        part: The class of the parts. Its `slot` determines which modules can have one.
+        part: The class of the parts. Its `slot` determines which modules can have such a part.
         takes_packed: Whether a rule may use `parts` and `which` to select blocks of a packed kernel.
     """
 
@@ -69,7 +71,7 @@ class PartMethod(Method):
         """Return the initial part for one module. It must add exactly zero to the module's output.
 
         Args:
-            place: The module's width and, for a part in the kernel slot, its kernel.
+            place: The facts about the module, such as its output width and, for the kernel slot, its kernel.
             key: The JAX key for the initial random numbers.
 
         Raises:
@@ -77,27 +79,27 @@ class PartMethod(Method):
         """
 
     def choose(self, paths: list[str]) -> list[str]:
-        """Choose the modules that get a part, at least one, from the modules that a rule matches.
+        """Return the paths of the modules that get a part. By default, these are all that a rule matches.
 
         Args:
-            paths: The paths of the modules that the rule matches.
+            paths: The paths of the modules that the rule matches. At least one of them must be returned.
 
         Raises:
-            UserError: If the method's settings leave no module.
+            UserError: If the method's settings exclude all of the modules.
         """
         return paths
 
 
 def make_method(name: str, settings: dict[str, Any]) -> Method:
-    """Build the registered method `name` with its settings.
+    """Return an instance of the method that is registered as `name`, with the given settings.
 
     >>> from surm_jax.peft import make_method
     >>> make_method("lora", {"rank": 2}).rank
     2
 
     Raises:
-        UserError: If the name or a setting is unknown (the message suggests the nearest one), or a value is not
-            possible.
+        UserError: If the name or a setting is unknown (the message suggests the nearest one), or if the value of a
+            setting is not allowed.
     """
     if name not in METHODS:
         raise UserError(f"no method is called {name!r}{did_you_mean(name, METHODS)} (known: {', '.join(METHODS)})")

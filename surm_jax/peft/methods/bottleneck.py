@@ -1,4 +1,4 @@
-"""The bottleneck adapters of the literature: branches of two dense matrices with few features between them."""
+"""The bottleneck adapters of the literature: branches of two dense matrices with a small hidden layer between them."""
 
 import dataclasses
 import re
@@ -17,8 +17,8 @@ class _Waisted(Branch):
     """The settings of branches with a waist, a hidden layer of few features.
 
     Attributes:
-        waist: The number of features between the two matrices.
-        scale: The standard deviation of the first matrix at the start. The second matrix starts at zero.
+        waist: The number of features of the hidden layer between the two matrices.
+        scale: The standard deviation of the initial entries of the first matrix. The second matrix starts at zero.
     """
 
     waisted: ClassVar[bool] = True
@@ -26,7 +26,7 @@ class _Waisted(Branch):
     scale: float = 0.02
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[Dense, Dense]:
-        """Return the random matrix into the waist, and the zero matrix out of the waist."""
+        """Return the two initial matrices: a random one, (width, waist), and one of zeros, (waist, width)."""
         down = self.scale * jax.random.normal(key, (width, self.waist))
         return Dense(down), Dense.init(key, (self.waist, width), scale=0.0)
 
@@ -35,7 +35,7 @@ class _Waisted(Branch):
 class BottleneckBranch(_Waisted):
     """Bottleneck adapters `X + gelu(X D + d) U + b` after attention and MLP (Houlsby et al., arXiv 1902.00751).
 
-    With `--config.peft.target=pfeiffer` they are only after the MLP (arXiv 2005.00247).
+    With `--config.peft.target=pfeiffer` they are added only after the MLP (arXiv 2005.00247).
     """
 
     name: ClassVar[str] = "bottleneck"
@@ -43,20 +43,21 @@ class BottleneckBranch(_Waisted):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterDrop(_Waisted):
-    """Bottleneck adapters in all blocks except the first ones (AdapterDrop, arXiv 2010.11918, "specialised").
+    """Bottleneck adapters in all blocks except the first ones (the specialised AdapterDrop of arXiv 2010.11918).
 
     Attributes:
-        skip: The number of first blocks without an adapter. A module's block is the first number in its path.
+        skip: The number of blocks at the start of the model that get no adapter. The index of a module's block is the
+            first number in the module's path.
     """
 
     name: ClassVar[str] = "adapter_drop"
     skip: int = at_least(5, 0)
 
     def choose(self, paths: list[str]) -> list[str]:
-        """Return the modules in the blocks from number `skip` on, and the modules that are in no block.
+        """Return the paths of the modules in blocks with an index of at least `skip`, or in no block.
 
         Raises:
-            UserError: If no module is left.
+            UserError: If there is no such module.
         """
         blocks = {path: _block(path) for path in paths}
         chosen = [path for path, block in blocks.items() if block is None or block >= self.skip]

@@ -18,13 +18,14 @@ from surm_jax.structured import StructuredMatrix
 class Branch(PartMethod):
     """A branch added to the output X of a module: `X + act(X M) + b`, or `X + act(X D + d) U + b` through a waist.
 
-    The first form is SURM's adapter (arXiv 2406.17740, section 4.2). Its non-linearity comes after the whole matrix,
-    so the matrix can be stored in its smallest form. The second form is Houlsby's adapter (arXiv 1902.00751).
+    The first form is SURM's adapter (arXiv 2406.17740, section 4.2). Its non-linearity comes after the whole matrix M,
+    so that M can be stored in its smallest form. The second form is Houlsby's adapter (arXiv 1902.00751). Its waist is
+    the hidden layer between D and U, which has few features.
 
     Attributes:
-        alpha: The factor of the added term: `alpha * (act(X M) + b)`, and likewise for the second form.
-        bias: Whether b (and d in the second form) exist. They start at 0.
-        activation: The name of the non-linearity, one of `ACTIVATIONS`.
+        alpha: The factor of the added term, which is `alpha * (act(X M) + b)` or `alpha * (act(X D + d) U + b)`.
+        bias: Whether the branch has the bias b and, in the second form, d. They start at 0.
+        activation: The name of the non-linearity `act`, one of `ACTIVATIONS`.
         dropout: The probability of zeroing an entry of the branch's input during training.
         waisted: Whether the branch has the second form. D is then random at the start.
     """
@@ -40,12 +41,12 @@ class Branch(PartMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.activation == "relu" and not self.waisted:
-            # X M starts at 0, and in JAX the slope of relu at 0 is 0.
+            # X M starts at 0, where the derivative of JAX's relu is 0.
             raise UserError(f"{self.name}.activation=relu would never learn, since its matrix starts at zero: try gelu")
 
     @abc.abstractmethod
     def init_branch(self, key: jax.Array, width: int) -> tuple[StructuredMatrix, ...]:
-        """Return the initial M, or D and U. The last of them is zero, and gradients can move it."""
+        """Return the initial M, or D and U. The last of them equals zero, but its gradient is not zero."""
 
     def make_part(self, place: Place, key: jax.Array) -> BranchPart:
         """Return the initial branch for one module."""

@@ -13,11 +13,11 @@ from surm_jax.structured import BlockCirculant, CirculantPair
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CirculantUpdate(Update):
-    """The circulant of `r1 * r2`: trains 2n numbers, stores n; r1 starts at 0, r2 at `scale * N(0, 1)`.
+    """The circulant of the vector `r1 * r2`, which trains 2n parameters and stores n.
 
-    SURM, arXiv 2406.17740, section 4.1. The learning rate applies to r1 and r2 directly, without a division by n. With
-    plain gradient descent, the first step of r1 is proportional to `scale`, and the first change of the update to
-    `scale^2`.
+    The method is SURM's (arXiv 2406.17740, section 4.1). r1 starts at 0, r2 at `scale * N(0, 1)`. The learning rate
+    applies to r1 and r2 directly: nothing is divided by n. With plain gradient descent, the first step of r1 is
+    proportional to `scale`, and the first change of the update to `scale^2`. In this example, n is 768:
 
     >>> matrix = CirculantUpdate(scale=0.02).init(jax.random.key(0), (768, 768))
     >>> matrix.num_params, matrix.compact().num_params
@@ -28,38 +28,40 @@ class CirculantUpdate(Update):
     scale: float = 1.0
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> CirculantPair:
-        """Return a zero circulant of the given shape whose factors can be trained."""
+        """Return an initial circulant of the given shape, which equals zero but has a non-zero gradient."""
         return CirculantPair.init(key, shape, scale=self.scale)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CirculantBranch(Branch):
-    """`X + gelu(X C) + b` with the circulant C of `r1 * r2`: trains 3n numbers, stores 2n.
+    """`X + gelu(X C) + b` with the circulant C of `r1 * r2`, which trains 3n parameters and stores 2n.
 
-    SURM, arXiv 2406.17740, section 4.2. r1 starts at 0, and r2 at `scale * N(0, 1)` with the scale 0.02 of the released
-    code.
+    The method is SURM's (arXiv 2406.17740, section 4.2). r1 starts at 0, and r2 at `scale * N(0, 1)`. The default scale
+    is that of the code released with the paper.
     """
 
     name: ClassVar[str] = "circulant_adapter"
     scale: float = 0.02
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[CirculantPair]:
-        """Return a zero circulant whose factors can be trained."""
+        """Return an initial circulant, which equals zero but has a non-zero gradient."""
         return (CirculantPair.init(key, (width, width), scale=self.scale),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class C3A(Update):
-    """A grid of circulant blocks, `alpha / in_features * BlockCirculant(c)`: in * out / block numbers; c starts at 0.
+    """A matrix of circulant blocks, `alpha / in_features * BlockCirculant(c)`, with in * out / block parameters.
 
-    C3A (arXiv 2407.19342) with the scale of Hugging Face's peft, which divides by in_features. Its learning rates are
-    therefore large (0.1 to 1). With one block, the matrix is the circulant of one vector.
+    This is C3A (arXiv 2407.19342) with the scale of Hugging Face's peft, which divides by in_features. Its learning
+    rates are therefore large (0.1 to 1). The parameters c start at 0. With one block, the matrix is the circulant of
+    one vector. In this example, there are 6 x 6 blocks of 128 parameters each:
 
     >>> C3A(block=128).init(jax.random.key(0), (768, 768)).num_params
     4608
 
     Attributes:
-        block: The side of a block, which must divide both sizes of the kernel. 0 means the largest such side.
+        block: The number of rows and columns of a block, which must divide in_features and out_features. 0 means the
+            largest such number.
     """
 
     name: ClassVar[str] = "c3a"
@@ -71,5 +73,5 @@ class C3A(Update):
         return 1 / shape[0]
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> BlockCirculant:
-        """Return a zero matrix of the given shape that can be trained."""
+        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
         return BlockCirculant.init(key, shape, scale=1.0, block=self.block or None)

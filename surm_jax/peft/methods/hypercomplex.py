@@ -16,7 +16,11 @@ from surm_jax.structured import Kronecker, LowRankKronecker
 
 
 def balanced_factors(size: int, divisor: int = 0) -> tuple[int, int]:
-    """Return the two factors of a size that peft uses in LoKr. `divisor=0` corresponds to `decompose_factor=-1`.
+    """Return the two factors into which the LoKr of Hugging Face's peft splits a size.
+
+    A `divisor` that divides the size is the first factor. Otherwise, the first factor is the largest one up to
+    `divisor` and up to the square root of the size. `divisor=0` leaves only the limit of the square root. It
+    corresponds to `decompose_factor=-1` in peft.
 
     >>> balanced_factors(768), balanced_factors(768, 8), balanced_factors(768, 10)
     ((24, 32), (8, 96), (8, 96))
@@ -30,17 +34,20 @@ def balanced_factors(size: int, divisor: int = 0) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoKr(Update):
-    """`alpha / rank * A (x) B`, as in peft's LoKr (arXiv 2309.14859): A starts at 0, B Kaiming-uniform.
+    """A Kronecker product `A (x) B` with the factor `alpha / rank`, as in peft's LoKr (arXiv 2309.14859).
 
-    `balanced_factors` splits both sizes of the kernel: A has the first factor of each, and B the second. If the rank is
-    less than half of B's longer side, and at most its shorter side, B is a product `down @ up` of that rank.
+    A starts at 0, and B at Kaiming-uniform numbers. `balanced_factors` splits each size of the kernel into two factors.
+    The first factors give the shape of A, and the second ones the shape of B. If the rank is less than half of the
+    larger size of B, and at most the smaller one, B is a product `down @ up` of that rank. In this example, A is a
+    24 x 24 matrix, and B is the product of a 32 x 8 and an 8 x 32 matrix:
 
     >>> LoKr(rank=8).init(jax.random.key(0), (768, 768)).num_params
     1088
 
     Attributes:
-        rank: The rank of B. It also divides alpha.
-        divisor: The first factor of each size. 0 means the largest factor up to the square root of the size.
+        rank: The rank of B, if B is a product. alpha is always divided by it.
+        divisor: The first factor of each size (see `balanced_factors`). 0 means the largest factor up to the square
+            root of the size.
     """
 
     name: ClassVar[str] = "lokr"
@@ -53,7 +60,7 @@ class LoKr(Update):
         return 1 / self.rank
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> Kronecker | LowRankKronecker:
-        """Return a zero matrix of the given shape whose factors can be trained."""
+        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
         (m1, m2), (n1, n2) = (balanced_factors(size, self.divisor) for size in shape)
         A = jnp.zeros((1, m1, n1), jnp.float32)
         if self.rank >= max(m2, n2) / 2 or self.rank > min(m2, n2):
@@ -68,15 +75,16 @@ class KAdaptation(Update):
     """A sum of Kronecker products, `sum_k A_k (x) (down_k up_k)`, with small square A_k (arXiv 2203.16329).
 
     A and down start at random values, up at 0. The code released with the paper starts both down and up at 0, so that
-    neither ever gets a gradient. In the paper all layers share the A_k; here each layer has its own.
+    the gradients of all arrays stay zero. In the paper all layers share the A_k. Here each layer has its own.
 
     >>> KAdaptation().init(jax.random.key(0), (768, 768)).num_params
     1600
 
     Attributes:
-        terms: The number of products, and also the side of each A_k. It must divide both sizes of the kernel.
+        terms: The number of Kronecker products, and also of the rows and columns of each A_k. It must divide
+            in_features and out_features.
         rank: The rank of each product `down_k up_k`.
-        scale: The standard deviation of A and of down at the start.
+        scale: The standard deviation of the initial entries of A and of down.
     """
 
     name: ClassVar[str] = "kadaptation"
@@ -86,7 +94,7 @@ class KAdaptation(Update):
     scale: float = 0.1
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> LowRankKronecker:
-        """Return a zero matrix of the given shape whose factors can be trained."""
+        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
         matrix = _hypercomplex(key, shape, self.terms, self.rank, self.scale, self.scale)
         return matrix.with_arrays(up=jnp.zeros_like(matrix.up))
 
@@ -95,13 +103,14 @@ class KAdaptation(Update):
 class Compacter(Branch):
     """A bottleneck adapter whose two matrices have the form `sum_k A_k (x) (down_k up_k)` (arXiv 2106.04647).
 
-    In the paper all adapters share the A_k. Here each matrix has its own, which are terms^3 numbers.
+    In the paper all adapters share the A_k. Here each of the two matrices has its own A_k, with terms^3 parameters.
 
     Attributes:
-        terms: The number of products, and also the side of each A_k. It must divide the width and the waist.
-        reduction: The ratio of the width to the waist (the number of features between the two matrices).
+        terms: The number of Kronecker products, and also of the rows and columns of each A_k. It must divide the width
+            of the module's output and the waist, which is the number of features between the two matrices.
+        reduction: The ratio of the width to the waist.
         rank: The rank of each product `down_k up_k`.
-        scale: The standard deviation of the entries of the first matrix at the start.
+        scale: The standard deviation of the initial entries of the first matrix.
     """
 
     name: ClassVar[str] = "compacter"
@@ -112,7 +121,7 @@ class Compacter(Branch):
     scale: float = 0.02
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[LowRankKronecker, LowRankKronecker]:
-        """Return the random matrix into the waist, and the zero matrix out of the waist."""
+        """Return the two initial matrices: a random one, (width, waist), and one that equals zero, (waist, width)."""
         if width % self.reduction:
             raise UserError(f"compacter.reduction={self.reduction} does not divide the width {width}")
         waist, (key_down, key_up) = width // self.reduction, jax.random.split(key)
@@ -125,7 +134,10 @@ class Compacter(Branch):
 def _hypercomplex(
     key: jax.Array, shape: tuple[int, int], terms: int, rank: int, scale_A: float, scale_low: float
 ) -> LowRankKronecker:
-    """Return a random sum of `terms` Kronecker products whose first factors are of size `terms` x `terms`."""
+    """Return a random sum of `terms` Kronecker products whose first factors have the shape (terms, terms).
+
+    `scale_A` is the standard deviation of the first factors, and `scale_low` that of the arrays `down` and `up`.
+    """
     m, n = shape
     if m % terms or n % terms:
         raise UserError(f"terms={terms} must divide both sizes of {m} x {n}")

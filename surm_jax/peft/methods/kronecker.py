@@ -18,16 +18,17 @@ def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.
 
 
 def zero_kronecker(key: jax.Array, shape: tuple[int, int], scale: float) -> Kronecker:
-    """Return `A (x) B` with near-square factors, where A is 0 and B is `scale` times Kaiming-uniform."""
+    """Return a Kronecker product `A (x) B` of near-square factors, where A is 0 and B is `scale` * Kaiming-uniform."""
     matrix = Kronecker.init(key, shape, scale=1.0)
     return matrix.with_arrays(B=scale * kaiming_uniform(key, matrix.B.shape, matrix.B.shape[1]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KroneckerUpdate(Update):
-    """`A (x) B` with near-square factors: 2n numbers for n = 768 = 32 * 24; A starts at 0, B Kaiming-uniform.
+    """A Kronecker product `A (x) B` of near-square factors, which has 2n parameters for n = 768 = 32 * 24.
 
-    SURM, arXiv 2406.17740, section 4.1. B starts at `scale` times uniform numbers within `1 / sqrt(rows of B)`.
+    The method is SURM's (arXiv 2406.17740, section 4.1). A starts at 0. B starts Kaiming-uniform: at `scale` times
+    uniform numbers between `-1 / sqrt(rows of B)` and `1 / sqrt(rows of B)`.
 
     >>> KroneckerUpdate().init(jax.random.key(0), (768, 768)).num_params
     1536
@@ -37,17 +38,20 @@ class KroneckerUpdate(Update):
     scale: float = 1.0
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> Kronecker:
-        """Return a zero matrix of the given shape whose factors can be trained."""
+        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
         return zero_kronecker(key, shape, self.scale)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KroneckerBranch(Branch):
-    """`X + gelu(X (A (x) B)) + b` with near-square factors: 3n numbers for n = 768 (arXiv 2406.17740, section 4.2)."""
+    """`X + gelu(X (A (x) B)) + b` with near-square factors A and B, which trains 3n parameters for n = 768.
+
+    The method is SURM's (arXiv 2406.17740, section 4.2).
+    """
 
     name: ClassVar[str] = "kronecker_adapter"
     scale: float = 1.0
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[Kronecker]:
-        """Return a zero matrix whose factors can be trained."""
+        """Return an initial matrix, which equals zero but has a non-zero gradient."""
         return (zero_kronecker(key, (width, width), self.scale),)

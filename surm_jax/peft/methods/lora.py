@@ -1,4 +1,4 @@
-"""LoRA, the low-rank baseline, and its variants with another factor or other trained parameters."""
+"""LoRA, the low-rank baseline, and variants that have another constant factor or train other parameters."""
 
 import dataclasses
 from typing import ClassVar
@@ -15,7 +15,7 @@ class _LowRankUpdate(Update):
     """The settings that LoRA and its variants share.
 
     Attributes:
-        rank: The rank of the update. It also determines the factor of alpha.
+        rank: The rank of the update. alpha is divided by it, or by its square root in `RankStabilizedLoRA`.
     """
 
     rank: int = 1
@@ -26,13 +26,15 @@ class _LowRankUpdate(Update):
         return 1 / self.rank
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> LowRank:
-        """Return a zero matrix of the given shape whose factors can be trained."""
+        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
         return LowRank.init(key, shape, rank=self.rank, scale=shape[0] ** -0.5)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA(_LowRankUpdate):
-    """LoRA (arXiv 2106.09685): `alpha / rank * down @ up`; up starts at 0, down at `N(0, 1 / in_features)`.
+    """A low-rank matrix, `alpha / rank * down @ up` (LoRA, arXiv 2106.09685).
+
+    `up` starts at 0, and `down` at `N(0, 1 / in_features)`. In this example, both have 768 * 4 parameters:
 
     >>> LoRA(rank=4).init(jax.random.key(0), (768, 768)).num_params
     6144
@@ -43,7 +45,7 @@ class LoRA(_LowRankUpdate):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RankStabilizedLoRA(_LowRankUpdate):
-    """LoRA with `alpha / sqrt(rank)`, so that large ranks learn as fast as small ones (rsLoRA, arXiv 2312.03732)."""
+    """LoRA with the factor `alpha / sqrt(rank)`: large ranks learn as fast as small ones (rsLoRA, arXiv 2312.03732)."""
 
     name: ClassVar[str] = "rslora"
     rank: int = 8
@@ -56,9 +58,10 @@ class RankStabilizedLoRA(_LowRankUpdate):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAFix(_LowRankUpdate):
-    """LoRA with the random factor `down` frozen: only `up` is trained, out * rank numbers.
+    """LoRA whose random matrix `down` stays frozen. Only `up` is trained, which has out_features * rank parameters.
 
-    LoRA-FIX in SURM's tables, and LoRA-FA in arXiv 2308.03303. The frozen factor is saved with the adapter.
+    The method is called LoRA-FIX in SURM's tables, and LoRA-FA in arXiv 2308.03303. The frozen matrix is saved with the
+    adapter.
     """
 
     name: ClassVar[str] = "lora_fix"
@@ -67,10 +70,11 @@ class LoRAFix(_LowRankUpdate):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoRA(_LowRankUpdate):
-    """LoRA for the direction of each column of the kernel, and a trained length m for each (arXiv 2402.09353).
+    """LoRA that trains the directions of the kernel's columns, together with their lengths m (arXiv 2402.09353).
 
-    `W' = m (W + s down @ up) / || W + s down @ up ||` with `s = alpha / rank`. The norms are those of columns, one for
-    each output feature, and m starts at the norms of W. There are in * rank + out * rank + out trained numbers.
+    The new kernel is `W' = m (W + s down @ up) / || W + s down @ up ||` with `s = alpha / rank`. There is one norm and
+    one length for each column, which is one output feature. m starts at the norms of the columns of W. There are
+    in * rank + out * rank + out trained parameters.
     """
 
     name: ClassVar[str] = "dora"

@@ -12,10 +12,11 @@ from surm_jax.structured import LowDisplacementRank
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowDisplacementUpdate(Update):
-    """`W(G, H)`, a sum of r products of a circulant and a skew-circulant: 2nr numbers (arXiv 2406.17740, section 3).
+    """`W(G, H)`, a sum of r products of a circulant and a skew-circulant, with 2nr parameters (arXiv 2406.17740).
 
-    The circulant factors G start at 0, and the skew-circulant factors H at `scale * N(0, 1)`. The default scale is that
-    of SURM's released code.
+    Section 3 of the paper defines the family. G contains the vectors of the r circulants, which start at 0. H contains
+    the vectors of the r skew-circulants, which start at `scale * N(0, 1)`. The default scale is that of the code
+    released with the paper.
 
     >>> LowDisplacementUpdate(rank=4).init(jax.random.key(0), (768, 768)).num_params
     6144
@@ -26,18 +27,18 @@ class LowDisplacementUpdate(Update):
     scale: float = 0.02
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> LowDisplacementRank:
-        """Return a zero matrix of the given shape whose factors can be trained."""
+        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
         return LowDisplacementRank.init(key, shape, rank=self.rank, scale=self.scale)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowDisplacementBranch(Branch):
-    """`X + gelu(X W(G, H)) + b` with a matrix of low displacement rank r: 2nr + n numbers."""
+    """`X + gelu(X W(G, H)) + b` with a matrix of low displacement rank r, which trains 2nr + n parameters."""
 
     name: ClassVar[str] = "low_displacement_adapter"
     rank: int = 1
     scale: float = 0.02
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[LowDisplacementRank]:
-        """Return a zero matrix whose factors can be trained."""
+        """Return an initial matrix, which equals zero but has a non-zero gradient."""
         return (LowDisplacementRank.init(key, (width, width), rank=self.rank, scale=self.scale),)

@@ -1,4 +1,4 @@
-"""The methods that add nothing to a model: they train some of its existing parameters, together with the head."""
+"""Methods that add nothing to a model. They train some of its existing parameters, together with the head."""
 
 import dataclasses
 from typing import ClassVar

@@ -8,31 +8,32 @@ from surm_jax.errors import UserError, did_you_mean
 
 _KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a name"}
 
-# Above this, array sizes and squares of float32 numbers overflow.
+# The largest number that a setting may have. With larger ones, array sizes and squares of float32 numbers overflow.
 _LARGEST = 10**18
 
 
 def at_least(default: float, least: float, below: float = math.inf) -> Any:
-    """Declare a numeric setting that must be at least `least` and less than `below`."""
+    """Return a dataclass field for a numeric setting that must be at least `least` and less than `below`."""
     return dataclasses.field(default=default, metadata={"least": least, "below": below})
 
 
 def one_of(default: str, names: tuple[str, ...]) -> Any:
-    """Declare a setting that must be one of several names."""
+    """Return a dataclass field for a setting that must be one of several names."""
     return dataclasses.field(default=default, metadata={"one_of": names})
 
 
 def check_setting(method: str, field: dataclasses.Field, value: Any, *, may_be_zero: bool = False) -> None:
     """Check the value of a setting.
 
-    The value must have the type of the field and the limits that `at_least` or `one_of` declare. Without declared
-    limits, an `int` must be at least 1, and a `float` must be finite and not 0.
+    The value must have the type of the field; a `float` field also accepts an `int`. It must lie within the limits that
+    `at_least` or `one_of` declares. Without declared limits, an `int` must be at least 1, and a `float` must not be 0.
+    All numbers must be finite, and at most 1e18 in absolute value.
 
     Args:
         method: The name of the method, for messages.
         field: The dataclass field of the setting.
         value: The value.
-        may_be_zero: Whether 0 is allowed whatever the limits are.
+        may_be_zero: Whether 0 is allowed even if the limits exclude it.
 
     Raises:
         UserError: If the value is not allowed.
@@ -56,5 +57,5 @@ def check_setting(method: str, field: dataclasses.Field, value: Any, *, may_be_z
     elif kind is int and value < 1:
         raise UserError(f"{where} must be at least 1, got {value}")
     elif math.isnan(value) or value == 0:
-        # One array starts at 0. If the factor or the scale of the other array is 0 too, all gradients stay 0.
+        # One array of a matrix starts at 0. If its factor or the scale of another array is 0 too, gradients stay 0.
         raise UserError(f"{where} must be finite and not 0, got {value}: it would never learn")

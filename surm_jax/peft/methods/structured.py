@@ -1,4 +1,4 @@
-"""Methods with any family of `surm_jax.structured`, chosen by name, and with sums and products of families."""
+"""Methods that have the family of their matrix as a setting: any family, or a sum or product of families."""
 
 import dataclasses
 import itertools
@@ -15,14 +15,15 @@ from surm_jax.structured import FAMILIES, Product, StructuredMatrix, Sum
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _AnyFamily(Method):
-    """The settings that choose a matrix.
+    """The settings that determine the family and the initial values of a matrix.
 
     Attributes:
-        family: The name of one of `surm_jax.structured.FAMILIES`, or an expression of such names with + and @.
-        rank: The rank, for the families that have one. `Tiled` matrices get the number of parameters of LoRA at this
+        family: The name of one of `surm_jax.structured.FAMILIES`, or an expression that combines such names by +
+            (sum) and @ (matrix product).
+        rank: The rank, for the families that have one. A `Tiled` matrix has about as many parameters as LoRA at this
             rank.
-        f: The factor f of f-circulants.
-        scale: The standard deviation of random factors at the start.
+        f: The constant f of f-circulants, by which the entries that wrap around are multiplied.
+        scale: The standard deviation of the arrays that are random at the start.
     """
 
     family: str = "CirculantPair"
@@ -41,7 +42,7 @@ class _AnyFamily(Method):
                 )
 
     def zero_matrix(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
-        """Return a zero matrix of the given shape that can be trained."""
+        """Return an initial matrix of the given shape. Its entries are zero, but the gradient of its arrays is not."""
         return _zero(self.family, key, shape, {"rank": self.rank, "f": self.f, "scale": self.scale})
 
 
@@ -49,7 +50,8 @@ class _AnyFamily(Method):
 class StructuredUpdate(_AnyFamily, Update):
     """A matrix of any family, such as `SkewCirculant`, or of a sum or product of families (`+` and `@`).
 
-    Products bind tighter than sums. The first factor of a product, which is applied to the input, starts at zero.
+    `@` binds tighter than `+`. The first factor of a product, which is applied to the input, starts at zero. In this
+    example, the Toeplitz matrix has 15 parameters, the circulant 8, and the matrix of rank 2 has 32:
 
     >>> update = StructuredUpdate(family="Toeplitz @ Circulant + LowRank", rank=2)
     >>> update.init(jax.random.key(0), (8, 8)).num_params
@@ -59,7 +61,7 @@ class StructuredUpdate(_AnyFamily, Update):
     name: ClassVar[str] = "structured"
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
-        """Return a zero matrix of the given shape that can be trained."""
+        """Return an initial matrix of the given shape. It equals zero as a whole, but its gradient does not vanish."""
         return self.zero_matrix(key, shape)
 
 
@@ -70,12 +72,12 @@ class StructuredBranch(_AnyFamily, Branch):
     name: ClassVar[str] = "structured_adapter"
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[StructuredMatrix]:
-        """Return a zero matrix that can be trained."""
+        """Return an initial matrix. It equals zero as a whole, but its gradient does not vanish."""
         return (self.zero_matrix(key, (width, width)),)
 
 
 def _zero(expression: str, key: jax.Array, shape: tuple[int, int], options: dict[str, Any]) -> StructuredMatrix:
-    """Return a zero matrix that can be trained, of the families in an expression."""
+    """Return an initial matrix of the families in an expression. It equals zero, but its gradient does not vanish."""
     terms = []
     for number, term in enumerate(expression.split("+")):
         between = min(shape)
@@ -98,7 +100,7 @@ def _family(name: str, key: jax.Array, shape: tuple[int, int], options: dict[str
 
 
 def _random(matrix: StructuredMatrix, key: jax.Array, scale: float) -> StructuredMatrix:
-    """Return the matrix with random numbers in the array that `init` leaves at zero (`linear_in`)."""
+    """Return the matrix with random numbers in the array that `init` sets to zero, which `linear_in` names."""
     name = matrix.linear_in
     array = matrix.arrays()[name]
     random = scale * jax.random.normal(jax.random.fold_in(key, 1), array.shape, array.dtype)

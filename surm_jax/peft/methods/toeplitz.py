@@ -12,9 +12,11 @@ from surm_jax.structured import SymmetricToeplitzPair, ToeplitzPair
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToeplitzUpdate(Update):
-    """The product `T2 T1` of symmetric Toeplitz matrices: 2n numbers; T1 starts at 0, T2 at `scale * N(0, 1)`.
+    """The product `T2 T1` of two symmetric Toeplitz matrices, which has 2n parameters.
 
-    SURM, arXiv 2406.17740, section 4.1. The default scale is that of the released code.
+    The method is SURM's (arXiv 2406.17740, section 4.1), and is written as in the paper: T1 is applied to the input,
+    and T2 to the result. T1 starts at 0, and T2 at `scale * N(0, 1)`. The default scale is that of the code released
+    with the paper.
 
     >>> ToeplitzUpdate().init(jax.random.key(0), (768, 768)).num_params
     1536
@@ -24,13 +26,13 @@ class ToeplitzUpdate(Update):
     scale: float = 0.02
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> SymmetricToeplitzPair:
-        """Return a zero matrix of the given shape whose factors can be trained."""
+        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
         return SymmetricToeplitzPair.init(key, shape, scale=self.scale)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AsymmetricToeplitzUpdate(Update):
-    """The product `T2 T1` of general Toeplitz matrices: 4n - 2 numbers for a square kernel.
+    """The product `T2 T1` of two general Toeplitz matrices, which has 4n - 2 parameters for a kernel of shape (n, n).
 
     >>> AsymmetricToeplitzUpdate().init(jax.random.key(0), (768, 768)).num_params
     3070
@@ -40,17 +42,17 @@ class AsymmetricToeplitzUpdate(Update):
     scale: float = 0.02
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> ToeplitzPair:
-        """Return a zero matrix of the given shape whose factors can be trained."""
+        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
         return ToeplitzPair.init(key, shape, scale=self.scale)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToeplitzBranch(Branch):
-    """`X + gelu(X T1 T2) + b` with symmetric Toeplitz matrices: 3n numbers (arXiv 2406.17740, section 4.2)."""
+    """`X + gelu(X T1 T2) + b` with symmetric Toeplitz matrices and 3n parameters (arXiv 2406.17740, section 4.2)."""
 
     name: ClassVar[str] = "toeplitz_adapter"
     scale: float = 0.02
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[SymmetricToeplitzPair]:
-        """Return a zero matrix whose factors can be trained."""
+        """Return an initial matrix, which equals zero but has a non-zero gradient."""
         return (SymmetricToeplitzPair.init(key, (width, width), scale=self.scale),)

@@ -18,14 +18,16 @@ from surm_jax.structured import Placed, StructuredMatrix, Sum
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Update(PartMethod):
-    """A structured matrix added to a kernel: `W + alpha * unit * M` (SURM, arXiv 2406.17740, section 4.1).
+    """A structured matrix M added to a kernel W: `W + alpha * unit * M` (SURM, arXiv 2406.17740, section 4.1).
+
+    The number `unit` is fixed by the method, such as `1 / rank` for LoRA.
 
     Attributes:
         alpha: The factor of the update.
         learn_alpha: Whether alpha is trained. It may then start at 0, in which case M does not start at zero.
         dropout: The probability of zeroing an entry of the update's input during training (`adapter_dropout`).
-        frozen: The names of the matrix's arrays that are not trained.
-        zero: The name of the array that starts at zero. Empty means the array `linear_in` of the matrix.
+        frozen: The names of the arrays of M that are not trained.
+        zero: The name of the array of M that starts at zero. An empty string stands for the name in `M.linear_in`.
     """
 
     part: ClassVar[type[UpdatePart]] = UpdatePart
@@ -39,19 +41,19 @@ class Update(PartMethod):
 
     @abc.abstractmethod
     def init(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
-        """Return a zero matrix of shape (in_features, out_features) that can be trained."""
+        """Return the initial M, of shape (in_features, out_features). It equals zero, but its gradient is not zero."""
 
     def unit(self, shape: tuple[int, int]) -> float:
-        """Return the conventional factor `unit` of the method for shape (in_features, out_features)."""
+        """Return the factor `unit`, by which the method multiplies M, for shape (in_features, out_features)."""
         del shape
         return 1.0
 
     def factor(self, shape: tuple[int, int]) -> float:
-        """Return the factor of the matrix, `alpha * unit`, for shape (in_features, out_features)."""
+        """Return the whole factor of M, `alpha * unit`, for shape (in_features, out_features)."""
         return self.alpha * self.unit(shape)
 
     def start(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
-        """Return the initial matrix: the zero matrix of `init`, or a non-zero matrix if alpha starts at 0."""
+        """Return the initial M for training: the result of `init`, or a non-zero matrix if alpha starts at 0."""
         matrix = self.init(key, shape)
         if self.alpha:
             return matrix
@@ -61,13 +63,13 @@ class Update(PartMethod):
         """Return the initial update for one layer.
 
         Raises:
-            UserError: If the kernel cannot be divided into `place.parts` equal blocks, or if a setting does not fit the
-                sizes of the kernel.
+            UserError: If the output features cannot be divided into `place.parts` equal blocks, or if a setting does
+                not fit the shape of the kernel.
         """
         return self.part_with(self._start_in_parts(place, key), place)
 
     def part_with(self, matrix: StructuredMatrix, place: Place) -> UpdatePart:
-        """Return the update for one layer with a given matrix."""
+        """Return the update for one layer, with a given matrix as M."""
         kernel = _kernel(place)
         return self.part(
             matrix,
@@ -80,7 +82,7 @@ class Update(PartMethod):
         )
 
     def _start_in_parts(self, place: Place, key: jax.Array) -> StructuredMatrix:
-        """Return the initial matrix. For a packed kernel this is a sum of matrices, one for each selected block."""
+        """Return the initial M. For a packed kernel, this is a sum of one matrix for each selected block."""
         m, n = _kernel(place).shape
         shape = (m, n)
         if place.parts == 1:
@@ -105,7 +107,10 @@ def _kernel(place: Place) -> Array:
 
 
 def _away_from_zero(matrix: StructuredMatrix, key: jax.Array, scale: float | None, zero: str) -> StructuredMatrix:
-    """Return the matrix with random numbers in its zero array, which is `zero` or, if that is empty, `linear_in`."""
+    """Return the matrix with random numbers in the array that starts at zero.
+
+    This is the array called `zero` or, if `zero` is empty, the array that `linear_in` names.
+    """
     if isinstance(matrix, Sum):
         keys = jax.random.split(key, len(matrix.terms))
         return Sum(tuple(_away_from_zero(term, k, scale, zero) for term, k in zip(matrix.terms, keys, strict=True)))

@@ -1,6 +1,7 @@
 """Parts that hold many adapters and apply a different one to each example of a batch.
 
-The arrays of all adapters are stacked to shape (adapters, ...). Each example gathers those of its own adapter.
+The arrays of all adapters are stacked to the shape (adapters, ...). The arrays of each example's adapter are gathered
+from them.
 """
 
 import contextlib
@@ -24,10 +25,10 @@ _EXAMPLES: contextvars.ContextVar[Array | None] = contextvars.ContextVar("adapte
 
 @contextlib.contextmanager
 def adapter_of_examples(ids: Int[Array, "batch"]) -> Iterator[None]:
-    """Within the block, let example i of the batch use the adapter number `ids[i]` of a bank.
+    """Choose the adapter of each example: within the block, example i of a batch uses adapter `ids[i]` of a bank.
 
     Use the block inside the compiled function, and pass `ids` to that function as an argument. If the block surrounds
-    the call of a compiled function, the `ids` of the first call become constants of its program.
+    the call of a compiled function, the `ids` of the first call become constants of the compiled program.
     """
     token = _EXAMPLES.set(ids)
     try:
@@ -55,7 +56,7 @@ class _Stack(nnx.Module):
         self.arrays = nnx.List([AdapterConstant(jnp.stack(row)) for row in rows])
 
     def one(self, arrays: Sequence[Array]) -> Any:
-        """Return the part with these arrays."""
+        """Return a part of the common structure with given arrays, in the order of the leaves of its state."""
         return nnx.merge(self.like, jax.tree.unflatten(self.structure, arrays))
 
     def first(self) -> Any:
@@ -63,19 +64,24 @@ class _Stack(nnx.Module):
         return self.one([stacked[0] for stacked in self.arrays])
 
     def own(self, ids: Int[Array, "batch"]) -> list[Array]:
-        """Return the arrays of each example's part."""
+        """Return the part's arrays, gathered for each example: each has the shape (batch, ...)."""
         return [_own(stacked, ids) for stacked in self.arrays]
 
 
 class BankedKernelPart(KernelPart):
-    """What all adapters of a bank add in one linear layer: their parts, and the changes of a fully trained layer.
+    """The terms that all adapters of a bank add to the output of one linear layer.
+
+    These are the terms of the adapters' own parts, and the changes of a kernel and a bias that adapters trained.
 
     Args:
         count: The number of adapters.
         shape: The layer's (in_features, out_features).
-        parts: One part for each adapter, all with equal structure. `None` means that the adapters have no parts here.
-        kernels: The change of the trained kernel by each adapter, (in, out). `None` means no changes.
-        biases: The change of the trained bias by each adapter, (out,). `None` means no changes.
+        parts: One part for each adapter, all with equal structure. `None` means that no adapter has a part in this
+            layer.
+        kernels: For each adapter, the difference between its kernel and that of the base model, of shape (in, out).
+            `None` means that no adapter trained the kernel.
+        biases: For each adapter, the difference between its bias and that of the base model, of shape (out,). `None`
+            means that no adapter trained the bias.
     """
 
     def __init__(
@@ -103,11 +109,11 @@ class BankedKernelPart(KernelPart):
 
     @property
     def kind(self) -> str:
-        """The kind of the adapters' parts."""
+        """The kind of the adapters' parts, or "Dense" if they have no parts in this layer."""
         return self.parts.first().kind if hasattr(self, "parts") else "Dense"
 
     def tensors(self) -> dict[str, nnx.Variable]:
-        """Return nothing: a bank is not trained, and its adapters are in their folders."""
+        """Return an empty dictionary, because a bank is never saved: its adapters are in their own folders."""
         return {}
 
     def _change(self, kernel: Array) -> Array:
@@ -156,7 +162,7 @@ class BankedOutputPart(OutputPart):
         return self.parts.first().kind
 
     def tensors(self) -> dict[str, nnx.Variable]:
-        """Return nothing: a bank is not trained, and its adapters are in their folders."""
+        """Return an empty dictionary, because a bank is never saved: its adapters are in their own folders."""
         return {}
 
     def _added(self, y: Array) -> Float[Array, "batch ... d"]:
@@ -170,13 +176,17 @@ def _without_dropout(function: Callable[..., Array], *arguments: Any) -> Array:
 
 
 def _own(stacked: nnx.Variable, ids: Int[Array, "batch"]) -> Array:
-    """Return each example's row of an array of all adapters, (adapters, ...)."""
+    """Return each example's row of an array of shape (adapters, ...), the row that belongs to its adapter."""
     # An id outside of the bank gives NaN. Without the fill value, it would silently get another adapter.
     return stacked[...].at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _adapters_of(batch: tuple[int, ...], count: int) -> Int[Array, "batch"]:
-    """Return the number of each example's adapter in a bank of `count` adapters."""
+    """Return the index of each example's adapter in a bank of `count` adapters.
+
+    Raises:
+        UserError: If no `adapter_of_examples` block surrounds the call, or if its `ids` do not fit the batch and bank.
+    """
     given = example_adapters()
     if given is None:
         raise UserError("no adapters were chosen: call the model within `with surm_jax.adapter_of_examples(ids):`")

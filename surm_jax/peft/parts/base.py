@@ -5,7 +5,8 @@ A part sits in one of two slots. A `KernelPart` adds a term to the product of a 
 merging, converting, saving, serving many adapters) uses parts only through the methods defined here. A new kind of part
 is therefore one class in one file; `tests/peft/own_method.py` shows two examples.
 
-A part multiplies what it adds by `scale`. It is 1 during training, and 0 if the adapter is switched off.
+Every part multiplies the term that it adds by its `scale`. The scale is 1 during training, and 0 if the adapter is
+switched off.
 """
 
 import dataclasses
@@ -23,17 +24,17 @@ from surm_jax.paths import join
 from surm_jax.structured import Dot, StructuredMatrix
 
 KERNEL = "delta"
-"""The slot of parts that add to the product of a linear layer's input and kernel."""
+"""The name of the slot for parts that add a term to the product of a linear layer's input and kernel."""
 
 OUTPUT = "branch"
-"""The slot of parts that add to the output of a module."""
+"""The name of the slot for parts that add a term to the output of a module."""
 
 SLOTS = (KERNEL, OUTPUT)
 """The names of the slots. A part has the path `<module>/<slot>/<name of the adapter>`."""
 
 
 class AdapterParam(nnx.Param):
-    """A trained parameter of an adapter, selected for training by this type. It is float32 for a base of any dtype."""
+    """A trained parameter of an adapter, which filters select by this type. It is float32 in a model of any dtype."""
 
 
 class AdapterConstant(nnx.Variable):
@@ -41,7 +42,10 @@ class AdapterConstant(nnx.Variable):
 
 
 class AdapterScale(nnx.Variable):
-    """The factor of a part's contribution, float32 of shape (): 1 as trained, 0 switched off. Not trained or saved."""
+    """The scalar float32 factor of the term that a part adds: 1 as trained, 0 if switched off.
+
+    It is neither trained nor saved.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +55,9 @@ class Place:
     Attributes:
         width: The number of output features of the module.
         kernel: The layer's kernel as a matrix (in_features, out_features). It is `None` for the output slot.
-        parts: The number of equal blocks of output features in a packed kernel, such as 3 for query, key and value.
-        which: The indices of the blocks that get an update. Empty means all blocks.
+        parts: The number of equal blocks into which the output features of a packed kernel are divided, such as 3 for
+            a kernel that holds query, key and value.
+        which: The indices of the blocks that get an update. An empty tuple means all blocks.
         execution: How structured products are computed, one of `surm_jax.structured.EXECUTIONS`.
     """
 
@@ -64,14 +69,14 @@ class Place:
 
 
 class Part(nnx.Module):
-    """What one adapter adds to one module.
+    """The term that one adapter adds to one module, with the variables from which it is computed.
 
     Every variable of a part except `scale` must be an `AdapterParam`, which is trained and saved, or an
     `AdapterConstant`, which is only saved.
 
     Attributes:
         slot: `KERNEL` or `OUTPUT`.
-        scale: The factor of what is added.
+        scale: The factor by which the added term is multiplied.
     """
 
     slot: ClassVar[str]
@@ -81,16 +86,16 @@ class Part(nnx.Module):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The (in_features, out_features) of what the part computes."""
+        """The numbers of input and output features of the part, (in_features, out_features)."""
         raise NotImplementedError
 
     @property
     def kind(self) -> str:
-        """A word for tables, such as the family of the part's matrix."""
+        """A short description for tables, such as the name of the family of the part's matrix."""
         return type(self).__name__
 
     def form(self) -> str:
-        """Return a description of the part's structure, without the values of its arrays, for messages."""
+        """Return a description of the part's structure for messages, without the values of its arrays."""
         return f"{self.kind} of shape {self.shape}"
 
     def tensors(self) -> dict[str, nnx.Variable]:
@@ -99,13 +104,14 @@ class Part(nnx.Module):
         return {join(path): variable for path, variable in nnx.to_flat_state(state)}
 
     def compact(self) -> None:
-        """Replace the arrays, in place, by the smallest arrays that compute the same. Files store this form."""
+        """Replace the arrays, in place, by the smallest ones with the same result. Adapter files store this form."""
 
     def change(self, kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """Return the change of the kernel that has the same effect as the part, as a dense float32 matrix.
 
         Raises:
-            UserError: If no change of the kernel has this effect. The message continues a sentence such as "the part".
+            UserError: If no change of the kernel has this effect. The message is the end of a sentence that begins
+                with "the part".
         """
         return self.scale[...] * self._change(kernel)
 
@@ -113,7 +119,7 @@ class Part(nnx.Module):
         """Return (c, M) if the part adds `x @ (c * M)`, for file formats that store a factor and a matrix.
 
         Raises:
-            UserError: If the part adds something else. The message continues a sentence that begins with "the part".
+            UserError: If the part adds another term. The message is the end of a sentence that begins with "the part".
         """
         raise UserError(f"is {self.kind}, not a multiple of one matrix")
 
@@ -127,7 +133,7 @@ class Part(nnx.Module):
         raise UserError(f"{type(self).__name__} has no method to approximate a given change")
 
     def for_bank(self, kernel: Float[Array, "in out"] | None) -> "Part":
-        """Return a part with the same output, in the form that a bank stacks.
+        """Return a part that adds the same term, in the form that a bank stacks (`load_bank`).
 
         Values that depend only on the arrays and the kernel can be computed here once. A bank uses no dropout.
 
@@ -139,21 +145,21 @@ class Part(nnx.Module):
 
     @classmethod
     def alike(cls, parts: Sequence[Self]) -> Sequence[Self]:
-        """Give the parts of one module in a bank the same structure where possible, and return them."""
+        """Return the parts of all adapters of a bank in one module, with the same structure where possible."""
         return parts
 
     def _change(self, kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
-        """Return `change` without the scale."""
+        """Return the result of `change` before it is multiplied by the scale."""
         raise NotImplementedError
 
 
 class KernelPart(Part):
-    """What one adapter adds to the product of a linear layer's input and kernel."""
+    """The term that one adapter adds to the product of a linear layer's input and kernel."""
 
     slot = KERNEL
 
     reads_kernel: ClassVar[bool] = True
-    """Whether the added term depends on the kernel or its product. Merging another adapter would then change it."""
+    """Whether the added term depends on the kernel or on `x @ kernel`. Merging another adapter would then change it."""
 
     execution: str = "auto"
     """How structured products are computed, one of `surm_jax.structured.EXECUTIONS`."""
@@ -161,7 +167,7 @@ class KernelPart(Part):
     def plain_matrix(self) -> StructuredMatrix | None:
         """Return M, scale included, if the part adds exactly `x @ M` in this call; otherwise return `None`.
 
-        The layer sums the matrices of all such parts, and computes them together with the product of the kernel.
+        The layer passes the sum of the matrices of all such parts to `updated_matmul`, together with the kernel.
         """
         return None
 
@@ -179,12 +185,12 @@ class KernelPart(Part):
         return _scaled(self.scale, self._added(x, y, kernel, dot)).astype(y.dtype)
 
     def _added(self, x: Array, y: Array, kernel: Array, dot: Dot) -> Array:
-        """`added` without the scale, in any floating dtype."""
+        """Return the term of `added` before it is multiplied by the scale, in any floating dtype."""
         raise NotImplementedError
 
 
 class OutputPart(Part):
-    """What one adapter adds to the output of a module."""
+    """The term that one adapter adds to the output of a module."""
 
     slot = OUTPUT
 
@@ -201,7 +207,7 @@ class OutputPart(Part):
         return _scaled(self.scale, self._added(y)).astype(y.dtype)
 
     def _added(self, y: Array) -> Array:
-        """`added` without the scale, in any floating dtype."""
+        """Return the term of `added` before it is multiplied by the scale, in any floating dtype."""
         raise NotImplementedError
 
     def _change(self, kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
@@ -213,11 +219,11 @@ def _scaled(scale: AdapterScale, added: Array) -> Array:
 
 
 class AttachedPart(NamedTuple):
-    """A part in a model, and where it is.
+    """A part that is attached to a module of a model.
 
     Attributes:
-        path: The path of the module.
-        name: The name of the adapter.
+        path: The path of the module in the model.
+        name: The name of the adapter that the part belongs to.
         part: The part.
         module: The module.
     """
@@ -229,7 +235,7 @@ class AttachedPart(NamedTuple):
 
 
 def iter_parts(model: nnx.Module) -> Iterator[AttachedPart]:
-    """Yield every part in a model, sorted by path and name."""
+    """Yield the parts of all adapters in a model, sorted by the path of the module and the name of the adapter."""
     found = []
     for path, module in nnx.iter_modules(model):
         if is_adapted(module):
@@ -245,12 +251,12 @@ def original_class(module: nnx.Module) -> type[nnx.Module]:
 
 
 def is_adapted(module: nnx.Module) -> bool:
-    """Return whether a module has parts of adapters."""
+    """Return whether a part of any adapter is attached to a module."""
     return hasattr(type(module), "original_class")
 
 
 def is_abstract(module: nnx.Module) -> bool:
-    """Return whether a module has shapes instead of arrays, as after `nnx.eval_shape`."""
+    """Return whether a module holds `jax.ShapeDtypeStruct` instead of arrays, as after `nnx.eval_shape`."""
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
 
 
@@ -260,7 +266,7 @@ def adapter_of(path: tuple[Any, ...]) -> str | None:
     >>> adapter_of(("blocks", 0, "query", "delta", "default", "r1"))
     'default'
     """
-    for length in range(len(path) - 1, 0, -1):  # Search from the end: the model may use the name of a slot itself.
+    for length in range(len(path) - 1, 0, -1):  # From the end: modules of the model may be called like a slot.
         if path[length - 1] in SLOTS:
             return path[length]
     return None

@@ -1,4 +1,4 @@
-"""Branches: a module that computed y computes `y + act(y M) + b` with a branch."""
+"""Branches, which add a small non-linear term to the output y of a module: `y + act(y M) + b`."""
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,15 @@ ACTIVATIONS = {
 
 
 class BranchPart(OutputPart):
-    """A branch at the output of one module: it adds `alpha * (act(y M) + b)`, or `alpha * (act(y D + d) U + b)`.
+    """A branch at the output y of one module, which adds `alpha * (act(y M) + b)` or `alpha * (act(y D + d) U + b)`.
 
-    Parameter paths: `down/<arrays>` and `bias`; with two matrices also `down_bias` and `up/<arrays>`.
+    In the part, the arrays of M or D have the paths `down/<array>`, and those of U `up/<array>`. The path of b is
+    `bias`, and that of d is `down_bias`.
 
     Args:
         matrices: The matrix M, or the matrices D and U.
-        activation: The name of the non-linearity, one of `ACTIVATIONS`.
-        bias: Whether b (and d, if there are two matrices) exist. They start at 0.
+        activation: The name of the non-linearity `act`, one of `ACTIVATIONS`.
+        bias: Whether the branch has the bias b and, with two matrices, d. They start at 0.
         alpha: The fixed factor of the branch.
         dropout: The probability of zeroing an entry of the branch's input during training.
     """
@@ -64,7 +65,7 @@ class BranchPart(OutputPart):
         return type(self.matrices()[0]).__name__
 
     def form(self) -> str:
-        """Return the matrices with the shapes of their arrays, and the settings."""
+        """Return a description of the matrices, with the shapes of their arrays, and of the settings."""
         matrices = " and ".join(map(repr, self.matrices()))
         return f"a branch of {matrices}, activation={self.activation}, alpha={self.alpha}"
 

@@ -1,4 +1,4 @@
-"""Dropout of adapters. Since models do not pass on a key for it, the key is set for a block of code.
+"""Dropout of adapters. Models do not pass a key for it to their layers: the key is set for a block of code.
 
 Use the block inside the function that is differentiated and compiled:
 
@@ -8,8 +8,8 @@ Use the block inside the function that is differentiated and compiled:
             logits = model(batch["image"])
 
 The key is read while JAX traces the block, so a block around a call of a compiled function has no effect. If JAX traces
-a function once for several calls, such as a method under `nnx.remat` or `nnx.jit` in your own model, all calls draw the
-same numbers. To avoid this, wrap a new function for each call.
+a function once for several calls, such as a method under `nnx.remat` or `nnx.jit` in your own model, all calls drop the
+same entries. To avoid this, wrap a new function for each call.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 
 class _Keys:
-    """A key, and the number of keys that were drawn from it."""
+    """A JAX key, and the number of dropout keys that were drawn from it so far."""
 
     def __init__(self, key: jax.Array) -> None:
         self.key = key
@@ -37,10 +37,11 @@ _KEYS: contextvars.ContextVar[_Keys | None] = contextvars.ContextVar("adapter_dr
 
 @contextlib.contextmanager
 def adapter_dropout(key: jax.Array | None) -> Iterator[None]:
-    """Switch on the dropout of adapters within the block. Layers draw from `key` in the order of their calls.
+    """Switch on the dropout of adapters within the block.
 
     Args:
-        key: A JAX key; `None` means no dropout, as without the block.
+        key: A JAX key, from which the layers draw their dropout keys in the order of their calls. `None` means that
+            there is no dropout, as outside of the block.
     """
     token = _KEYS.set(None if key is None else _Keys(key))
     try:
@@ -50,13 +51,13 @@ def adapter_dropout(key: jax.Array | None) -> Iterator[None]:
 
 
 def dropout_key() -> jax.Array | None:
-    """Return a new key, or `None` outside of `adapter_dropout`."""
+    """Return a new dropout key, or `None` outside of an `adapter_dropout` block with a key."""
     keys = _KEYS.get()
     return None if keys is None else keys()
 
 
 def keys_drawn() -> int | Array | None:
-    """Return the number of keys that were drawn within `adapter_dropout`, or `None` outside of it.
+    """Return the number of dropout keys drawn so far in the `adapter_dropout` block, or `None` outside of it.
 
     Code that is traced once and run several times, such as the body of a scan, should pass this number from one run to
     the next, and begin each run with `set_keys_drawn`. Each run then draws the same keys as in a Python loop.
@@ -66,19 +67,32 @@ def keys_drawn() -> int | Array | None:
 
 
 def set_keys_drawn(count: int | Array | None) -> None:
-    """Set the number of drawn keys. This has no effect for `None`, or outside of `adapter_dropout`."""
+    """Set the number of dropout keys drawn so far, which determines the next keys of the `adapter_dropout` block.
+
+    If `count` is `None`, or outside of such a block, this function does nothing.
+
+    Args:
+        count: A number that `keys_drawn` returned.
+    """
     keys = _KEYS.get()
     if count is not None and keys is not None:
         keys.drawn = count
 
 
 def drops() -> bool:
-    """Return whether the dropout of adapters is on."""
+    """Return whether adapters use dropout, which they do within an `adapter_dropout` block with a key."""
     return _KEYS.get() is not None
 
 
 def drop(x: Array, rate: float) -> Array:
-    """Zero entries of an adapter's input with probability `rate`, and scale the others by `1 / (1 - rate)`."""
+    """Return x with entries set to 0 with probability `rate`, and the other entries multiplied by `1 / (1 - rate)`.
+
+    If the dropout of adapters is off, or the rate is 0, x is returned unchanged.
+
+    Args:
+        x: The input of an adapter's part.
+        rate: The dropout rate.
+    """
     key = dropout_key() if rate else None
     if key is None:
         return x

@@ -1,8 +1,8 @@
 """Attaching parts to modules, which changes a module's class but not the paths of its parameters.
 
-The parameters of an adapted module keep their paths (`.../kernel`, `.../bias`), and those of its parts are added
-(`.../delta/<adapter>/r1`, ...). Checkpoints, sharding rules and path patterns are therefore valid before and after. The
-new class is a subclass of the old one, so `isinstance(layer, nnx.Linear)` stays true. All attributes stay too.
+The parameters of an adapted module keep their paths (`.../kernel`, `.../bias`), and those of its parts get new ones
+(`.../delta/<adapter>/r1`, ...). Checkpoints, sharding rules and path patterns for the module therefore stay valid. The
+new class is a subclass of the old one, so `isinstance(layer, nnx.Linear)` stays true. All attributes stay as well.
 """
 
 import functools
@@ -20,7 +20,7 @@ from surm_jax.structured import Sum, updated_matmul
 
 
 class AdaptedLayer(nnx.Module):
-    """The behaviour that kernel parts add to a linear layer.
+    """The mixin class for linear layers with kernel parts.
 
     Parts are added in the layer's `dot_general`, which is Flax's hook for replacing the product with the kernel. Steps
     before and after this product, such as the bias or what a subclass does around `super().__call__`, are therefore
@@ -29,7 +29,7 @@ class AdaptedLayer(nnx.Module):
 
     @property
     def dot_general(self) -> Callable[..., Array]:
-        """The layer's product with its kernel, plus what its parts add."""
+        """A function with the signature of `jax.lax.dot_general`, which adds the terms of the parts to the product."""
         return functools.partial(_adapted_dot_general, self)
 
     @dot_general.setter
@@ -38,7 +38,7 @@ class AdaptedLayer(nnx.Module):
 
     @property
     def dot_general_cls(self) -> None:
-        """`None`, to hide the layer's own attribute, which Flax would use instead of `dot_general`."""
+        """Always `None`. This hides the layer's own attribute, which Flax would use instead of `dot_general`."""
 
     @dot_general_cls.setter
     def dot_general_cls(self, base: Callable[[], Callable[..., Array]] | None) -> None:
@@ -46,7 +46,7 @@ class AdaptedLayer(nnx.Module):
 
 
 def _adapted_dot_general(layer: AdaptedLayer, inputs: Array, kernel: Array, _dimensions: Any, **options: Any) -> Array:
-    """Return the product of `inputs` and the kernel, plus what the parts of the layer add."""
+    """Return the product of `inputs` and the kernel, plus the terms of all parts of the layer."""
     own = vars(layer)
     base = own["dot_general_cls"]() if own.get("dot_general_cls") else own["dot_general"] or jax.lax.dot_general
     out_sharding = options.pop("out_sharding", None)
@@ -60,7 +60,7 @@ def _adapted_dot_general(layer: AdaptedLayer, inputs: Array, kernel: Array, _dim
     matrices = [(part, part.plain_matrix()) for part in parts]
     plain = [(part, matrix) for part, matrix in matrices if matrix is not None]
     others = [part for part, matrix in matrices if matrix is None]
-    # The other parts get the product of the frozen kernel only, as in training.
+    # The other parts get the product with the frozen kernel alone, without the terms of other adapters, as in training.
     if plain:
         matrix = plain[0][1] if len(plain) == 1 else Sum(tuple(matrix for _, matrix in plain))
         y = updated_matmul(x, kernel, matrix, execution=plain[0][0].execution, dot=dot)
@@ -72,10 +72,10 @@ def _adapted_dot_general(layer: AdaptedLayer, inputs: Array, kernel: Array, _dim
 
 
 class BranchedModule(nnx.Module):
-    """The behaviour that output parts add to a module."""
+    """The mixin class for modules with output parts."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
-        """Return the module's output plus what every output part adds to that same output."""
+        """Return the module's output plus the terms of its output parts, each computed from that same output."""
         # `super()` is the module's own class, which comes after this one among the bases.
         y = super().__call__(*args, **kwargs)  # type: ignore[misc]
         parts: list[OutputPart] = list(vars(self)[OUTPUT].values())

@@ -1,7 +1,7 @@
 """Updates of kernels: a linear layer computes `x @ (W + sum of alpha * M)` with structured matrices M.
 
-`UpdatePart` is one such matrix with its factor. `NormalizedPart` also rescales the columns of the sum to learned
-lengths, as in DoRA. `StoredMatrix` stores a structured matrix as a module, for updates and for branches.
+`UpdatePart` holds one such matrix with its factor. `NormalizedPart` also rescales the columns of the updated kernel to
+learned lengths, as in DoRA. `StoredMatrix` stores a structured matrix as a module, for updates and for branches.
 """
 
 from collections.abc import Collection, Sequence
@@ -46,7 +46,7 @@ class StoredMatrix(nnx.Module):
         arrays = matrix.arrays()
         self.names = tuple(arrays)
         nothing: dict[str, Any] = dict.fromkeys(arrays)
-        # The matrix without its arrays: only its family and its static sizes.
+        # This is the matrix with `None` in place of its arrays. It has only the family and the static fields.
         self.empty = nnx.static(matrix.with_arrays(**nothing))
         for name, array in arrays.items():
             kind = AdapterConstant if name.rpartition("_")[2] in self.frozen else AdapterParam
@@ -63,7 +63,7 @@ class StoredMatrix(nnx.Module):
         return type(self.stored()).__name__
 
     def form(self) -> str:
-        """Return the matrix with the shapes of its arrays."""
+        """Return a description of the matrix, with the shapes of its arrays."""
         return repr(self.stored())
 
     def stored(self) -> StructuredMatrix:
@@ -83,7 +83,7 @@ class UpdatePart(StoredMatrix, KernelPart):
 
     Args:
         matrix: The matrix M, of shape (in_features, out_features).
-        kernel: The layer's kernel, of the same shape. It is not used here, but by subclasses.
+        kernel: The layer's kernel, of the same shape. Only subclasses use it.
         factor: The fixed factor of M.
         alpha: The initial value of a trained factor. `None` means that there is no trained factor.
         dropout: The probability of zeroing an entry of the part's input during training.
@@ -113,23 +113,25 @@ class UpdatePart(StoredMatrix, KernelPart):
             self.alpha = AdapterParam(jnp.asarray(alpha, jnp.float32))
 
     def plain_matrix(self) -> StructuredMatrix | None:
-        """Return the scaled update, or `None` if the part uses dropout in this call."""
+        """Return the matrix of the update with all factors, or `None` if the part uses dropout in this call."""
         return None if self.dropout and drops() else self.matrix(self.scale[...])
 
     def matrix(self, scale: float | Array = 1.0) -> StructuredMatrix:
         """Return `scale * factor * alpha * M`, computed from the smallest form of M.
 
-        Files store the smallest form, so a loaded update computes the same bits.
+        Adapter files store the smallest form, so that a loaded update computes the same bits as the saved one.
         """
         alpha = self.alpha[...] if hasattr(self, "alpha") else 1.0
         return self.stored().compact().absorb(self.factor * alpha * scale)
 
     def multiple(self) -> tuple[float, StructuredMatrix]:
-        """Return the factor, which includes a trained alpha, and M."""
+        """Return the factor of M, which includes a trained alpha, and M."""
         return self.factor * (float(self.alpha[...]) if hasattr(self, "alpha") else 1.0), self.stored()
 
     def fit(self, target: Float[np.ndarray, "in out"]) -> Float[np.ndarray, "in out"]:
-        """Set M to the matrix of its family and sizes that is nearest to `target / factor`, and a trained alpha to 1.
+        """Set M to the matrix of its family that is nearest to `target / factor`, and a trained alpha to 1.
+
+        The sizes of M, such as its rank, stay the same.
 
         Raises:
             UserError: If the family has no nearest matrix of these sizes.
@@ -190,7 +192,7 @@ class NormalizedPart(UpdatePart):
         raise UserError("it normalises the kernel's columns, and cannot be fitted to a given change")
 
     def for_bank(self, kernel: Float[Array, "in out"] | None) -> "ServedUpdate":
-        """Return the update with the factors of the kernel's columns computed in advance."""
+        """Return the update, with the factors of the updated kernel's columns computed in advance."""
         if kernel is None:
             raise TypeError("the factors of the columns need the kernel")
         matrix = self.matrix()
@@ -208,7 +210,7 @@ class NormalizedPart(UpdatePart):
         return _gained(self._gain(kernel, matrix.to_dense()), y, y + moved)
 
     def _gain(self, kernel: Float[Array, "in out"], dense: Float[Array, "in out"]) -> Float[Array, "out"]:
-        """Return the float32 factors m / norm of the columns of `kernel + dense`. A column of zeros stays zero."""
+        """Return the factor of each column of `kernel + dense`, m / norm in float32. A column of zeros stays zero."""
         norms = jax.lax.stop_gradient(_norms(kernel.astype(jnp.float32) + dense.astype(jnp.float32)))
         return self.magnitude[...] / jnp.where(norms == 0, 1.0, norms)
 
@@ -242,18 +244,18 @@ class ServedUpdate(StoredMatrix, KernelPart):
 
 
 def _gained(gain: Float[Array, "out"], y: Float[Array, "*batch out"], moved: Array) -> Float[Array, "*batch out"]:
-    """Return `gain * moved - y` in float32."""
+    """Return `gain * moved - y` in float32, the term that changes y to `gain * moved` when it is added to y."""
     gain = jnp.expand_dims(gain, tuple(range(y.ndim - 1)))
     return gain * moved.astype(jnp.float32) - y.astype(jnp.float32)
 
 
 def _norms(kernel: Float[Array, "in out"]) -> Float[Array, "out"]:
-    """Return the Euclidean norm of every column, which is one output feature."""
+    """Return the Euclidean norm of every column of the kernel. Each column belongs to one output feature."""
     return jnp.sqrt(jnp.sum(kernel**2, axis=0))
 
 
 def _nearest_like(matrix: StructuredMatrix, dense: Float[Array, "in out"]) -> StructuredMatrix:
-    """Return the matrix of the same family, sizes and blocks that is nearest to `dense`.
+    """Return the matrix nearest to `dense` that has the same family, sizes and blocks as `matrix`.
 
     For a product, or for a sum whose terms overlap, a search finds an approximately nearest matrix.
     """

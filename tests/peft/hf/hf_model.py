@@ -1,4 +1,4 @@
-"""A model with names like those of transformers, and adapter folders for it."""
+"""A small model whose modules have names as in a transformers model, and adapter folders for it."""
 
 import json
 
@@ -14,7 +14,7 @@ from tests.peft.models import CONFIG, TENSORS, materialize, perturb
 
 
 class Model(nnx.Module):
-    """A model with every kind of module that a folder may name. `outer` holds another module and a bias."""
+    """A model with every kind of module that an adapter folder may name. `outer` has another module and a bias."""
 
     def __init__(self, *, rngs):
         self.blocks = nnx.List(
@@ -57,7 +57,7 @@ MODULES = {
 
 
 class Names(ModuleNames):
-    """Names like those of transformers. The modules in blocks have two names each."""
+    """The module names as in a transformers model. Each module in a block has two alternative names."""
 
     def modules(self, path):
         return MODULES[path][1:] if path in MODULES else ()
@@ -76,20 +76,20 @@ def make():
 
 
 def trained(*rules, train=()):
-    """An adapted model away from its start, and the adapter."""
+    """Return an adapted model, with noise on its trained variables as if it had been trained, and the adapter."""
     model, adapter = adapt(make(), [Rule(*rule) for rule in rules], train=train, rngs=nnx.Rngs(1))
     return perturb(model, adapter), adapter
 
 
 def saved(folder, *rules, train=()):
-    """The adapted model, the settings and the tensors of its folder."""
+    """Save an adapted model as a folder of peft. Return the model, and the settings and tensors in the folder."""
     model, adapter = trained(*rules, train=train)
     save_peft(folder, model, adapter, NAMES)
     return model, json.loads((folder / CONFIG).read_text()), load_file(folder / TENSORS)
 
 
 def foreign(folder, settings, tensors):
-    """A folder as peft writes it."""
+    """Write settings and tensors to an adapter folder as peft does, and return the folder."""
     folder.mkdir()
     (folder / CONFIG).write_text(json.dumps(settings))
     save_file({f"base_model.model.{name}": np.ascontiguousarray(array) for name, array in tensors.items()},
@@ -102,12 +102,12 @@ def normal(*shape, seed=0):
 
 
 def dense(model):
-    """What each adapted layer adds to its kernel, (in, out), by path."""
+    """Return the dense matrix that each adapted layer adds to its kernel, (in, out), by path."""
     return {path: np.asarray(part.matrix().to_dense()) for path, _, part, _ in iter_parts(model)}
 
 
 def lora(folder, *, rank=2, modules=("net.layers.0.up_proj",), shape=(6, 9), **settings):
-    """A folder with LoRA on some modules, and its factors."""
+    """Write a folder of peft with LoRA on some modules. Return the folder and the factors A and B."""
     A, B = normal(rank, shape[0]), normal(shape[1], rank, seed=1)
     tensors = {}
     for module in modules:

@@ -1,4 +1,4 @@
-"""Adapter folders of Hugging Face's peft, tested without peft: the layout of the files, and what is refused."""
+"""Adapter folders of Hugging Face's peft, tested without peft: their files, and which adapters cannot be saved."""
 
 import json
 import re
@@ -78,12 +78,12 @@ class TestWriting:
         ("target", "update"), [("blocks/0/up", C3A(alpha=0.7, block=3)), ("blocks/0/query", CirculantUpdate(alpha=0.7))]
     )
     def test_c3a(self, target, update, tmp_path):
-        """Peft adds `y[q b + i] = sum_{p, a} x[p b + a] w[q, p, (a - i) mod b] / in`."""
+        """Compare with peft, which adds `y[q b + i] = sum_{p, a} x[p b + a] w[q, p, (a - i) mod b] / in`."""
         model, settings, tensors = saved(tmp_path / "a", (target, update))
         ((name, w),) = tensors.items()
         assert name == f"base_model.model.{MODULES[target][1]}.c3a_kernel"
         assert settings["block_size"] == w.shape[-1]
-        # circulant(c)[a, i] is c[(a - i) mod b].
+        # In scipy, circulant(c)[a, i] is c[(a - i) mod b].
         expected = (
             np.block([[scipy.linalg.circulant(w[q, p]) for q in range(w.shape[0])] for p in range(w.shape[1])]) / 6
         )
@@ -97,7 +97,10 @@ class TestWriting:
         ],
     )
     def test_lokr(self, rank, shapes, tmp_path):
-        """Peft adds `alpha / r * kron(w1, w2)` to a weight (out, in); `factorization` has 6 = 2 x 3 and 9 = 3 x 3."""
+        """Compare with peft, which adds `alpha / r * kron(w1, w2)` to a weight of shape (out, in).
+
+        Its function `factorization` splits the sizes into 6 = 2 x 3 and 9 = 3 x 3.
+        """
         update = LoKr(rank=rank, alpha=0.7)
         model, settings, tensors = saved(tmp_path / "a", ("blocks/0/up", update))
         tensors = {
@@ -270,7 +273,7 @@ class TestReading:
         assert rules == (Rule("blocks/0/query", LoRA(rank=2, alpha=3)), Rule("blocks/1/query", LoRA(rank=2, alpha=9)))
 
     def test_a_model_of_ours_from_end_to_end(self, tmp_path):
-        """With the names of transformers' ViT, of which the blocks have two sets."""
+        """Save and load with the names of the ViT of transformers, which has two sets of names for its blocks."""
         from surm_jax.pretrained.hf import Names, architecture_of
 
         config = ViTConfig(image_size=8, patch_size=4, width=12, depth=2, heads=3, mlp_width=20, num_classes=7)

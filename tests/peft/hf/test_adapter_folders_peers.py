@@ -1,6 +1,6 @@
-"""Adapter folders compared with Hugging Face's peft: we read its folders, and it reads ours.
+"""Adapter folders compared with Hugging Face's peft: this package reads its folders, and peft reads ours.
 
-Skipped where these are not installed; `requirements-peers.txt` names them.
+The tests are skipped if torch, transformers or peft is not installed (`requirements-peers.txt`).
 """
 
 import copy
@@ -49,7 +49,7 @@ WHOLE = TARGETS["all-linear"]
 
 @functools.cache
 def peer(name):
-    """One of their models, with random numbers everywhere; it is shared, and peft gets copies."""
+    """Return a model of transformers with random parameters. All tests share it, and give copies of it to peft."""
     torch.manual_seed(0)
     model = PEERS[name]().eval()
     for parameter in model.parameters():
@@ -59,7 +59,7 @@ def peer(name):
 
 @functools.cache
 def base(name):
-    """Our model with the same numbers, and the names of its parts."""
+    """Return the model of this package with the parameters of `peer`, and the names of its modules."""
     theirs = peer(name)
     architecture = ARCHITECTURES[theirs.config.model_type]
     fields = json.loads(theirs.config.to_json_string(use_diff=False))
@@ -85,13 +85,13 @@ def their_logits(name, model):
 
 
 def their_model(name, folder):
-    """Their model with an adapter; a warning, about a missing tensor for instance, is an error."""
+    """Return a model of transformers with an adapter that peft loaded. Warnings, as of a missing tensor, are errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # What one of these libraries says of the other is not about the adapter.
+        # The libraries warn about deprecated functions of each other, which has nothing to do with the adapter.
         warnings.simplefilter("ignore", category=FutureWarning)
         model = peft.PeftModel.from_pretrained(copy.deepcopy(peer(name)), folder)
-    # Nothing in the file is without a place in the model.
+    # Every tensor in the file must be in the model.
     state = peft.get_peft_model_state_dict(model)
     tensors = load_file(folder / TENSORS)
     assert state.keys() == tensors.keys()
@@ -120,7 +120,7 @@ QUICK = (("vit", "lora"), ("vit", "c3a"))
 
 
 def _by_speed(cases):
-    """Parameters, of which two of the plain ViT are in the fast run."""
+    """Return pytest parameters for cases. All except two with the plain ViT are marked as exhaustive."""
     return [pytest.param(*case, marks=() if case[:2] in QUICK else pytest.mark.exhaustive) for case in cases]
 
 
@@ -212,7 +212,7 @@ def test_both_factors_of_lokr_decomposed(tmp_path):
 
 
 def test_an_adapter_for_the_sequence_classification_of_peft(tmp_path):
-    """Its head, which peft trains by itself, is read like any other module."""
+    """Check that the head, which peft trains without being asked, is loaded like any other module."""
     config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
     theirs = peft.get_peft_model(copy.deepcopy(peer("roberta")), config).eval()
     for name, parameter in theirs.named_parameters():

@@ -1,4 +1,4 @@
-"""Which adapter folders of Hugging Face's peft are refused: they may come from an untrusted source."""
+"""Which adapter folders of Hugging Face's peft cannot be loaded. They may come from an untrusted source."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What every method must satisfy on every model: the contract of an adapter, from a start that is not zero."""
+"""The contract of an adapter, which every method must satisfy, both at its start and with non-zero updates."""
 
 import dataclasses
 import functools
@@ -71,10 +71,19 @@ def gradient(graphdef, trainable, frozen, x):
 
 
 def two_steps(model, adapter, x, of=None):
-    """Steps against the sign of every slope, as Adam starts. Returns the model then, and the first gradient by path.
+    """Take two steps against the sign of the gradient, like the first steps of Adam.
 
     The second step is shorter, so that it never leads back to the start.
-    With `of`, all that it selects is differentiated, and what the adapter trains of it is used: one program for many.
+
+    Args:
+        model: The adapted model, which is not changed.
+        adapter: The adapter, whose trained variables are changed.
+        x: The input.
+        of: A filter that selects the variables to differentiate. `None` means those that the adapter trains. With a
+            larger selection, several adapters can share one compiled program.
+
+    Returns:
+        The model after both steps, and the first gradient by path.
     """
     model, mine, first = nnx.clone(model), trainable_paths(model, adapter), None
     for size in (1e-2, 3e-3):
@@ -107,7 +116,7 @@ def test_every_registered_method_has_a_case():
 def test_the_case_has_no_setting_at_its_default(method):
     instance = CASES[method].method
     for field in dataclasses.fields(instance):
-        # These two have tests of their own.
+        # These two settings have tests of their own.
         if field.name not in ("learn_alpha", "bias"):
             assert getattr(instance, field.name) != field.default, field.name
 
@@ -117,7 +126,7 @@ def test_the_case_has_no_setting_at_its_default(method):
 
 @pytest.mark.parametrize(("name", "method"), by_speed(EVERY))
 def test_a_fresh_adapter_changes_no_bit_of_the_output(name, method):
-    # Operation by operation: what a compiler makes of a whole program may sum in another order, as it may otherwise.
+    # The models are not compiled here, since two different compiled programs may sum in different orders.
     assert same_bits(fresh(name, method)[0](inputs(name)), base(name)(inputs(name)))
 
 
@@ -168,7 +177,7 @@ def test_a_scale_of_zero_is_the_base_to_the_bit(name, method):
 @pytest.mark.parametrize("method", by_speed(ADDED))
 def test_a_scale_between_is_a_part_of_what_is_added(method):
     model = nnx.clone(trained("mlp", method)[0])
-    # One layer alone is linear in its scale.
+    # The output of a single layer is linear in the scale of its part.
     parts = {path: part for path, _, part, _ in iter_parts(model)}
     layer = model.tail.gate
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
@@ -275,7 +284,7 @@ def test_a_learned_alpha(method, alpha):
 
 @pytest.mark.parametrize("method", by_speed(ADDED))
 def test_adapters_of_different_names_sum_on_the_same_input(method):
-    """A second one of the method itself, and LoRA or the paper's adapter as a third."""
+    """Check a model with two adapters of the method, and a third one with LoRA or the paper's adapter."""
     model, adapters = base("mlp"), []
     third = "lora" if method in UPDATES else "circulant_adapter"
     for name, what in (("default", method), ("second", method), ("third-1", third)):
@@ -293,8 +302,8 @@ def test_adapters_of_different_names_sum_on_the_same_input(method):
     if method in UPDATES:
         merged, _ = merge(model)
         assert relative_error(run(merged, inputs("mlp")), expected) <= TOLERANCES["float32"]
-        # One after the other: what the first is merged into, the others still add to. Not DoRA, which is relative to
-        # the kernel that it finds.
+        # After one adapter is merged, the others still add their terms. DoRA is left out, because its term depends on
+        # the kernel.
         if method != "dora":
             part, _ = merge(model, ["second"])
             assert {name for _, name, *_ in iter_parts(part)} == {"default", "third-1"}
@@ -318,7 +327,7 @@ def test_dropout(method):
     assert same_bits(run(model, x, key), once)
     assert relative_error(run(model, x, jax.random.key(1)), once) > 1e-3
     assert same_bits(run(model, x), plain)
-    # The frozen model knows of no dropout.
+    # A model without adapters has no dropout.
     assert same_bits(run(base("mlp"), x, key), run(base("mlp"), x))
 
 
@@ -352,6 +361,6 @@ def test_the_expectation_over_dropout_is_the_output_without(method):
         jax.random.split(jax.random.key(0), 4096)
     )
     frozen = x @ layer.kernel[...] + layer.bias[...][None]
-    # A standard error of sqrt(0.4 / 0.6 / 4096), 1.3 %.
+    # The standard error is sqrt(0.4 / 0.6 / 4096), which is 1.3 %.
     assert relative_error(outputs.mean(0) - frozen, layer(x) - frozen) < 0.06
     assert relative_error(outputs[0], outputs[1]) > 0.01

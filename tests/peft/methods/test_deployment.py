@@ -1,4 +1,4 @@
-"""What every method must satisfy once it is trained: merging, and files."""
+"""What every method must satisfy after training, when an adapter is merged, saved and loaded."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,22 +58,22 @@ def test_merging(name, method):
     x, tolerance = inputs(name), TOLERANCES[MODELS[name].precision]
     assert relative_error(run(merged, x), run(model, x)) <= tolerance
 
-    # Kernels of the target gain the change, and nothing else moves.
+    # Only the kernels of adapted layers change, by the expected amount.
     after, added, largest = parameters(merged), changes(name, method, model), 0.0
     for path, array in after.items():
         layer = path.removesuffix("kernel").removesuffix("/")
         if path.endswith("kernel") and layer in added:
             exact = before[path].astype(np.float64) + added[layer].reshape(array.shape)
-            # Half a unit in the last place of the kernel's dtype, and the rounding of the update itself.
+            # The error is at most half a unit in the last place of the kernel's dtype, plus the rounding of the update.
             error = float(jnp.finfo(array.dtype).eps) / 2 + 2e-6
             np.testing.assert_allclose(array.astype(np.float64), exact, rtol=error, atol=2e-6)
             largest = max(largest, np.abs(array.astype(np.float64) - exact).max())
         else:
             assert same_bits(array, before[path]), path
-    # The exact sum of `merge` starts from the update in float32, that of this test from its factors.
+    # `merge` sums the update after it is computed in float32. This test computes the update in float64.
     assert (deviation > 0 or method == "dora") and deviation == pytest.approx(largest, rel=1e-3, abs=2e-6)
 
-    # The adapted model is what it was, and a merged one has nothing left to merge.
+    # The adapted model is unchanged. Merging a merged model changes nothing.
     assert nnx.graphdef(model) == structure
     assert all(same_bits(a, before[path]) for path, a in {**parameters(model), **adapter_arrays(model)}.items())
     twice, deviation = merge(merged)
@@ -84,7 +84,7 @@ def test_merging(name, method):
 @pytest.mark.parametrize("method", by_speed(UPDATES))
 def test_merging_a_fresh_adapter_gives_the_base(method):
     merged, deviation = merge(fresh("mlp", method)[0])
-    # The lengths of DoRA's columns are rounded once.
+    # DoRA divides the columns by their norms, which rounds once.
     assert deviation <= (1e-6 if method == "dora" else 0.0)
     for path, array in parameters(base("mlp")).items():
         np.testing.assert_allclose(parameters(merged)[path], array, rtol=3e-7 if method == "dora" else 0)
@@ -156,7 +156,11 @@ def test_saving_and_loading_a_selection(name, method, tmp_path):
 
 
 def assert_same(method, y, expected):
-    """Equal in every bit, but where the smallest form holds sums, `U V`, which each program rounds in its own order."""
+    """Check that two outputs have the same bits or, for some methods, differ only by rounding.
+
+    The smallest form of these methods contains a matrix product `U V`, which compiled programs may sum in different
+    orders.
+    """
     if method in ("lokr", "kadaptation", "compacter"):
         assert relative_error(y, expected) <= (1e-6 if y.dtype == jnp.float32 else TOLERANCES["bfloat16"])
     else:

@@ -47,9 +47,9 @@ def test_the_magnitude_of_dora_starts_at_the_norms_of_the_columns():
 
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 def test_dora_and_its_gradients(param_dtype):
-    """W' = m V / c with V = W + alpha / r B A^T and the norms c of its columns, constants to the gradient.
+    """Compare with the kernel `m V / c`, where `V = W + alpha / r B A^T` and c are the norms of the columns of V.
 
-    arXiv 2402.09353, equation 5 and section 4.3.
+    The gradient treats c as a constant (arXiv 2402.09353, equation 5 and section 4.3).
     """
     layer, model, adapter = layer_with(DoRA(alpha=0.6, rank=2), param_dtype)
     arrays, V, c = numpy_dora(layer, model, 0.6, 2)
@@ -62,7 +62,7 @@ def test_dora_and_its_gradients(param_dtype):
     assert relative_error(found["up"], 0.3 * arrays["down"].T @ dV) <= 1e-5
     assert relative_error(found["down"], 0.3 * dV @ arrays["up"].T) <= 1e-5
     assert relative_error(by_x, dy @ (m * V / c).T) <= 1e-5
-    # That the norms are constants shows: with their derivative the gradient would be another one.
+    # With the derivative of the norms, the gradient would be clearly different.
     whole = dV - V / c**2 * (V * dV).sum(0)
     assert relative_error(0.3 * whole @ arrays["up"].T, 0.3 * dV @ arrays["up"].T) > 0.1
 
@@ -95,5 +95,5 @@ def test_lora_fix_trains_the_output_factor_alone():
     after = {**parameters(after), **adapter_arrays(after)}
     assert {path for path in after if not same_bits(after[path], before[path])} == {"delta/default/up"}
     assert same_bits(layer.kernel[...], after["kernel"])
-    # Two moments of the one factor, and the counter.
+    # Adam has two moments of the trained factor, and a counter.
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 2 * 4 * 2 + 1

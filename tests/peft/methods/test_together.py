@@ -28,19 +28,19 @@ from tests.peft.models import (
     trainable_paths,
 )
 
-# Programs of twenty methods take long to compile.
+# A program with twenty methods takes long to compile.
 pytestmark = pytest.mark.exhaustive
 
 
 class _All:
-    """A stand-in for one adapter that selects what all adapters train."""
+    """A stand-in for an `Adapter`, whose filter selects the trained parameters of all adapters."""
 
     trainable = AdapterParam
 
 
 @functools.cache
 def fresh(name: str) -> tuple[nnx.Module, dict[str, Adapter]]:
-    """A model with every method that has something to adapt in it, by the method's name."""
+    """Return a model with an adapter of every method that adapts one of its modules, and the adapters by method."""
     model, adapters = base(name), {}
     for number, (method, case) in enumerate(ADDED.items()):
         if case.places(name):
@@ -56,7 +56,7 @@ def trained(name: str) -> nnx.Module:
 @pytest.mark.parametrize("name", OURS)
 def test_every_method_is_in_it_where_its_rule_says(name):
     model, adapters = fresh(name)
-    # The only block of these models is the one that AdapterDrop leaves out.
+    # These models have only one block, to which AdapterDrop adds nothing.
     assert ADDED.keys() - adapters.keys() == {"adapter_drop"}
     found = {}
     for path, method, *_ in iter_parts(model):

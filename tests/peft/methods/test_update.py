@@ -1,4 +1,4 @@
-"""Updates of some blocks of a packed kernel, which holds several layers in one."""
+"""Updates of some blocks of a packed kernel, which joins the kernels of several layers in one."""
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,15 @@ FUSED = {
     "linear": lambda: nnx.Linear(6, 12, rngs=nnx.Rngs(0)),
     "heads": lambda: nnx.LinearGeneral(6, (3, 2, 2), rngs=nnx.Rngs(0)),
 }
-# DoRA's norms are those of the whole kernel's columns, and have a test of their own.
+# DoRA rescales the columns of the whole kernel, and has a test of its own.
 ADDITIVE = [name for name in UPDATES if name != "dora"]
 
 
 def fused_and_apart(kind, method, which=(0, 2)):
-    """A fused layer with the update of some of its three parts, and layers apart with the very same updates."""
+    """Return a fused layer with updates of some of its three blocks, its adapter, and separate layers for the blocks.
+
+    The separate layers have the same kernels, biases and updates as the blocks.
+    """
     fused = nnx.Dict(qkv=materialize(FUSED[kind]))
     model, adapter = adapt(fused, [Rule("qkv", UPDATES[method].method, parts=3, which=which)], rngs=nnx.Rngs(1))
     model = perturb(model, adapter)

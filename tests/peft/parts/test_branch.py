@@ -16,7 +16,7 @@ X = np.random.default_rng(0).normal(size=(3, 4, 8)).astype(np.float32)
 
 
 def branch_of(method, width=8):
-    """A branch whose numbers are all other than at the start."""
+    """Return a branch whose arrays are all filled with random numbers."""
     branch = method.make_part(Place(width), jax.random.key(0))
     rng = np.random.default_rng(1)
     for variable in branch.tensors().values():
@@ -25,7 +25,7 @@ def branch_of(method, width=8):
 
 
 def test_the_adapter_of_the_paper_by_default():
-    """`X + gelu(X C) + b` with the gelu of erf, arXiv 2406.17740, section 4.2."""
+    """Compare with `X + gelu(X C) + b`, with the gelu of erf (arXiv 2406.17740, section 4.2)."""
     branch = branch_of(CirculantBranch())
     C = circulant(np.asarray(branch.down.r1[...] * branch.down.r2[...], np.float64), 8, 8)
     assert (
@@ -35,7 +35,7 @@ def test_the_adapter_of_the_paper_by_default():
 
 
 def test_the_adapter_of_houlsby_by_default():
-    """`X + gelu(X D + d) U + b`, arXiv 1902.00751."""
+    """Compare with `X + gelu(X D + d) U + b` (arXiv 1902.00751)."""
     branch = branch_of(BottleneckBranch(waist=3))
     D, d, U, b = (np.asarray(v[...], np.float64) for v in (branch.down.W, branch.down_bias, branch.up.W, branch.bias))
     assert (D.shape, d.shape, U.shape, b.shape) == ((8, 3), (3,), (3, 8), (8,))
@@ -67,7 +67,7 @@ def test_the_output_has_the_dtype_of_the_input(name):
     half = jnp.asarray(X, jnp.bfloat16)
     y = branch.added(half)
     assert y.dtype == jnp.bfloat16
-    # It is rounded after each of up to five steps, to 8 bits.
+    # Up to five operations each round their result to 8 bits.
     assert relative_error(y, branch.added(half.astype(jnp.float32))) < 5 * 2.0**-8
 
 
@@ -92,7 +92,10 @@ def test_every_other_activation_learns_from_the_start(activation):
 
 
 def test_the_branch_reads_what_the_module_puts_out():
-    """After any `__call__`, with all of its arguments; what other adapters add to the same output it does not see."""
+    """Check branches after a `__call__` with additional arguments.
+
+    Each branch gets the module's own output, without the terms of other adapters.
+    """
 
     class Twice(nnx.Module):
         def __init__(self, rngs):

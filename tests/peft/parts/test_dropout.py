@@ -29,7 +29,7 @@ def test_dropout_zeroes_its_share_and_scales_the_rest(dtype):
     kept = np.asarray(y) != 0
     assert kept.mean() == pytest.approx(0.8, abs=0.01)
     np.testing.assert_array_equal(np.asarray(y)[kept], np.asarray(x / 0.8)[kept])
-    # Every entry by itself, not whole rows or columns.
+    # Entries are dropped independently, not as whole rows or columns.
     assert kept.mean(0).min() > 0.6 and kept.mean(1).min() > 0.6
 
 

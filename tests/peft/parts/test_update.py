@@ -99,7 +99,7 @@ def test_delta_holds_adapter_parameters_under_the_names_of_the_matrix():
     delta = UpdatePart(matrix, jnp.zeros((3, 2)), factor=2.0)
     assert isinstance(delta.r1, AdapterParam) and isinstance(delta.r2, AdapterParam)
     delta.r2[...] = jnp.array([1.0, 2.0, 3.0])
-    # The first row of a circulant is its vector, here 2 r1 * r2, and every other row is turned by one.
+    # The first row of a circulant is its vector, here 2 r1 * r2. Each further row is rotated by one entry.
     np.testing.assert_array_equal(delta.matrix().to_dense(), [[0.0, 4.0], [12.0, 0.0], [4.0, 12.0]])
 
 
@@ -138,7 +138,7 @@ def test_arrays_are_parameters_by_the_names_of_the_matrix(matrix, names):
     assert part.names == names
     assert all(type(getattr(part, name)) is AdapterParam for name in names)
     assert part.stored() == matrix and part.stored().shape == matrix.shape
-    # What is not an array is structure: two that differ in it are two programs, two of other numbers are one.
+    # Only arrays are data. Parts that differ in other fields have different graph definitions, and thus programs.
     other = StoredMatrix(jax.tree.map(lambda leaf: leaf + 1, matrix))
     assert nnx.graphdef(part) == nnx.graphdef(other)
     assert nnx.graphdef(part) != nnx.graphdef(StoredMatrix(Placed(matrix, (9, 9), (0, 0))))
