@@ -6,7 +6,7 @@
 The model is a ViT with random weights. Each adapter has updates of Q, K and V, and a head. Only the forward pass is
 timed, in three ways:
 
-- `bank`: one program holds all adapters and applies to each example its own (`surm_jax.load_bank`).
+- `bank`: one program holds all adapters, and each example of the batch uses one of them (`surm_jax.load_bank`).
 - `loop`: the examples of each adapter run through a model that has only this adapter, one adapter after another. The
   program is compiled once for all adapters.
 - `one`: the whole batch runs through a model with a single adapter.

@@ -56,7 +56,7 @@ class LoRA(torch.nn.Module):
         self.B = torch.nn.Parameter(torch.randn(base.out_features, 1) * 0.02)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the updated product."""
+        """Return `W x + B A x` for every row x of the input."""
         return self.base(x) + x @ self.A.T @ self.B.T
 
 
@@ -69,7 +69,7 @@ class Circulant(torch.nn.Module):
         self.c = torch.nn.Parameter(torch.randn(base.in_features) * 0.02)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the updated product."""
+        """Return `W x + C x` for every row x of the input."""
         n = self.c.shape[0]
         return self.base(x) + torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(self.c), n=n)
 
@@ -87,12 +87,12 @@ class SymmetricToeplitzPair(torch.nn.Module):
         self.t2 = torch.nn.Parameter(torch.randn(base.in_features) * 0.02)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the updated product."""
+        """Return `W x + T2 T1 x` for every row x of the input."""
         return self.base(x) + self.product(self.t2, self.product(self.t1, x))
 
     @staticmethod
     def product(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return `T x`, where t is the first column of the symmetric Toeplitz matrix T."""
+        """Return `T x` for every row x of an array, where t is the first column of the symmetric Toeplitz matrix T."""
         n = t.shape[0]
         size = 1 << (2 * n - 1).bit_length()
         column = torch.cat([t, t.new_zeros(size - 2 * n + 1), t[1:].flip(0)])

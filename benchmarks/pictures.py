@@ -1,4 +1,9 @@
-"""Draw the picture of every family for docs/structured.md: `python -m benchmarks.pictures`, from the root."""
+"""Draw the pictures of docs/structured.md, one for each family of structured matrices.
+
+    python -m benchmarks.pictures
+
+By default the files are written to docs/structured, so run this command in the root folder of the repository.
+"""
 
 import argparse
 import io

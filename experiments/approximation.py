@@ -164,7 +164,7 @@ def displacement_bound(targets: Float[np.ndarray, "trials n n"], rank: int) -> F
     """Return, for each target, a lower bound on the relative error of every `W(G, H)` of this rank.
 
     Let r be the rank and M the target. The displacement `L(W) = Z_1 W - W Z_{-1}` of a `W(G, H)` has rank r at most.
-    Also, `||L(E)||_F <= 2 ||E||_F` for every E, since both shifts Z are orthogonal. So
+    Also, `||L(E)||_F <= 2 ||E||_F` for every E, since both shift matrices Z are orthogonal. So
     `||M - W||_F >= ||L(M) - L(W)||_F / 2`, and by Eckart and Young the right side is at least half the norm of all
     singular values of `L(M)` except the r largest.
     """

@@ -9,7 +9,7 @@ start with a new head.
 
 The runs form a grid (`experiments/grid.py`). The searches for the best learning rate are scored by the task's metric on
 held-out training examples, and the final runs on the validation set. A run of a search takes as many steps as a final
-run, since training may diverge after half of the steps.
+run, because training at a rate that works for half of the steps may still diverge later.
 
 The number of steps is small, so that the whole grid takes only hours on two CPU cores. A run sees 3,200 examples of
 STS-B, MRPC or RTE, or 11,200 of CoLA, whereas usual fine-tuning passes three to eighty times over the training set.
@@ -67,7 +67,7 @@ TASKS = {
     "cola": Task(steps=700, lengths=(12, 20, 48), holdout=1000),
     "rte": Task(steps=200, lengths=(48, 72, 128), holdout=300),
 }
-# The learning rates that the search of each method begins with, chosen by first tries on STS-B.
+# The learning rates that the search of each method begins with, chosen in preliminary runs on STS-B.
 RATES = (3e-3, 1e-2, 3e-2)
 SMALL_RATES = (1e-3, 3e-3, 1e-2)
 METHODS = {

@@ -82,8 +82,9 @@ class Grid:
     def rates_to_try(self, rows: Sequence[Row], task: str, method: str) -> tuple[float, ...]:
         """Return all learning rates that the search for a task and a method needs so far, in ascending order.
 
-        They include the rates that already have a row. If all of them have one and the best rate is at an end of the
-        list, the next rate beyond that end is added.
+        They include the rates that already have a row. If all of them have one, and the best rate is at an end of the
+        list, then the next rate beyond that end is added. This happens only if there are at least three and fewer than
+        `MOST_RATES` rates.
         """
         tried = self.searches(rows, task, method)
         rates = {*self.rates[method], *tried}

@@ -2,9 +2,9 @@ r"""Compare methods on image data sets with one backbone: Table 1 and Figure 7 o
 
     python -m experiments.image_table --data=FOLDER_OF_PREPARED_TFDS_SETS
 
-This command takes the model of `experiments.pretrain_cifar` and fine-tunes it with every method on the five classes of
-CIFAR-10 that it never saw. A run takes 200 steps of 64 images, which is half a pass over the 25,000 images of these
-classes. All runs together take about 15 minutes on two CPU cores. Other backbones and data sets are options:
+This command takes the model of `experiments.pretrain_cifar` and fine-tunes it, with each of eight methods, on the five
+classes of CIFAR-10 that it never saw. A run takes 200 steps of 64 images, which is half a pass over the 25,000 images
+of these classes. All runs together take about 15 minutes on two CPU cores. Other backbones and data sets are options:
 
     python -m experiments.image_table --name=vit_b --model=augreg --variant=B/16 --steps=20000 \\
         --sets cifar10 cifar100 dtd --methods circulant lora full --rates circulant=2e-5,5e-5,2e-4 \\

@@ -80,7 +80,8 @@ class Run(NamedTuple):
         train_loss: The final loss on the training points.
         test_loss: The final loss on the test points.
         test_accuracy: The final accuracy on the test points, from 0 to 1.
-        cka: The linear CKA of the hidden layer's outputs with those of a dense network, see the module.
+        cka: The linear CKA of the hidden layer's outputs with those of a dense network. The docstring of this module
+            tells which one.
         curve: The training loss before every step.
         hidden: The outputs of the hidden layer for the test points.
         network: The trained parameters.

@@ -131,6 +131,9 @@ def scaled_rows(rng: np.random.Generator) -> Float[np.ndarray, "n n"]:
     """Return `X X^T` for a Gaussian matrix X, with the rows of the product scaled to unit length.
 
     The scaling makes the matrix unsymmetric.
+
+    Args:
+        rng: The random generator that X is drawn from.
     """
     X = rng.normal(size=(SIDE, SIDE))
     M = X @ X.T
@@ -189,8 +192,8 @@ def run(trials: int, steps: int) -> tuple[list[Row], Curves]:
         steps: The number of steps of gradient descent.
 
     Returns:
-        The rows of errors, and for each family its error before and after every step of gradient descent. The second
-        are for the targets of the first kind in `TARGETS`.
+        The rows of errors, and the errors of each family before the first step of gradient descent and after each step.
+        The errors by step are only those for targets of the first kind in `TARGETS`.
     """
     rows, curves = [], {}
 
@@ -222,9 +225,10 @@ def run(trials: int, steps: int) -> tuple[list[Row], Curves]:
 
 
 def order(errors: Mapping[str, Float[np.ndarray, " trials"]]) -> dict[str, int]:
-    """Return in how many trials each family has a larger error than the next one, and in how many all of them do.
+    """Return in how many trials each family has a larger error than the next family of the mapping.
 
-    "Next" means the next key of the mapping.
+    The last count is that of the trials in which this holds for all neighbours at once. In the example, a has a larger
+    error than b in both trials, but b has a larger error than c only in the first trial.
 
     >>> order({"a": np.array([3, 3]), "b": np.array([2, 1]), "c": np.array([1, 2])})
     {'a > b': 2, 'b > c': 1, 'a > b > c': 1}

@@ -106,7 +106,7 @@ def open_run(config: RunConfig, workdir: Path) -> Run:
 
 
 def first_gradient(job: Job, count: int) -> dict[str, Float[np.ndarray, "in out"]]:
-    """Return the gradient of the training loss at the pretrained weights, for the kernel of each layer but the head.
+    """Return the gradient of the training loss at the pretrained weights, for all kernels except that of the head.
 
     A gradient shows which update full fine-tuning would begin with. As long as the kernel of the head is zero, as that
     of a new ViT head is, the gradient for all other layers is zero. In that case the head first takes one small step

@@ -31,7 +31,8 @@ from surm_jax.structured import (
 def kernels(model: nnx.Module) -> dict[str, Float[Array, "in out"]]:
     """Return the kernels of all linear layers outside the head as matrices (in_features, out_features), by path.
 
-    Layers at the same place in different blocks come one after another, ordered by the number of the block.
+    Layers at the same place in different blocks come one after another, ordered by the number of the block. The model
+    in the example has one linear layer besides its head.
 
     >>> model = nnx.Dict(head=nnx.Linear(4, 2, rngs=nnx.Rngs(0)), up=nnx.Linear(2, 4, rngs=nnx.Rngs(1)))
     >>> {path: kernel.shape for path, kernel in kernels(model).items()}
@@ -182,6 +183,9 @@ def one_minus_cosine(one: Float[np.ndarray, "in out"], other: Float[np.ndarray, 
 def largest_rank(matrix: StructuredMatrix) -> int:
     """Return the largest rank that a matrix with the same family, shape and size of factors can have.
 
+    The matrix in the example is the Kronecker product of a 32 x 24 and a 24 x 32 matrix, so its rank is at most
+    24 * 24.
+
     >>> import jax
     >>> largest_rank(Kronecker.init(jax.random.key(0), (768, 768), scale=1.0))
     576
@@ -200,6 +204,9 @@ def rank_in_theory(matrix: StructuredMatrix) -> str:
 
     It is the exact rank ("=") if the structure determines it from the parameters. Otherwise it is an upper bound
     ("<="). The text in parentheses names what the rank was derived from.
+
+    The matrix in the example has ones everywhere. Of its vector's two DFT coefficients one is not zero, so its rank
+    is 1.
 
     >>> rank_in_theory(Circulant(np.ones(2, np.float32), shape=(2, 2)))
     '= 1 (non-zero DFT)'

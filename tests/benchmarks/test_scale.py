@@ -96,9 +96,10 @@ def test_compiled_programs_hold_and_send_what_the_formulas_say(method, data, fsd
     found = dict.fromkeys(("all-gather", "all-reduce"), 0)
     for one in collectives(program.as_text()):
         found[one.name] += one.bytes
-    # The text of a program shows the sizes of results, not the factor 2 (c - 1) / c of an all-reduce on a ring of c
-    # devices, so divide by it. Besides gradients, the loss and the accuracy are reduced; they take up to 64 bytes. For
-    # a circulant pair, one half of a spectrum is reduced, from which the gradients of both vectors are computed.
+    # The text of a program shows the sizes of results. A ring of c devices sends (c - 1) / c of this size for a gather
+    # and twice as much for a reduction, as in the formulas, so divide by these factors. Besides gradients, the loss and
+    # the accuracy are reduced, which take up to 64 bytes. For a circulant pair, one half of a spectrum is reduced, from
+    # which the gradients of both vectors are computed.
     reduced = scale.reduced_bytes(trained, 8) * 8 / 7 / 2
     assert 0 <= found["all-reduce"] - (reduced / 2 if method == "circulant" else reduced) <= 64
     if fsdp == 1:
