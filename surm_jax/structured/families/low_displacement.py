@@ -119,8 +119,8 @@ class LowDisplacementRank(Family):
         """Return a matrix `W(G, H)^T` near to `dense` in the Frobenius norm, found by two searches.
 
         The nearest matrix has no closed form. One search starts from the truncated SVD of the displacement of `dense`.
-        The other starts from random G and H with about the norm of `dense`, the same in every call. Both are searches
-        of `surm_jax.structured.refine` with at most `steps` steps. The result is the nearest among both found matrices
+        The other starts from random G and H with about the norm of `dense`, the same in every call. Each search is
+        one call of `surm_jax.structured.refine`. The result is the nearest among both found matrices
         and the best multiple of each. So it is never further from `dense` than either of them or the zero matrix. The
         multiples matter most for `steps = 0`, because the truncated SVD is often further from `dense` than zero.
 

@@ -34,7 +34,7 @@ class Tiled(Family):
     - Sharing (equation 6, type 1 of the released code): the chunks are summed, the sum is multiplied by M, and the p'
       results are repeated along the output, `y[j] = sum_i x[i] M[i mod p, j mod p']`. If p divides in, the entry (i, j)
       of the dense form is `M[i mod p, j mod p']`. Otherwise the features that extend the last chunk are used twice, so
-      their rows in the dense form are sums of two rows. The rank is at most that of M. A row of x takes in + p p' + out
+      their rows in the dense form are sums of two rows. The rank is that of M. A row of x takes in + p p' + out
       operations.
     - Rotation (equation 9, type 6 of the released code): chunk c of x, `x[c p : (c + 1) p]`, is rotated as in a rotary
       position embedding (arXiv 2104.09864). The entries a and a + p / 2, for a < p / 2, are the two coordinates of a
@@ -130,8 +130,7 @@ class Tiled(Family):
         The dense form contains several copies of every column of M, so the best M is a mean over parts of `dense`:
 
         - Rotation: the diagonal blocks of the dense form are rotated copies of M. The best M is the mean of these
-        blocks
-          of `dense`, rotated back.
+          blocks of `dense`, rotated back.
         - Sharing: the dense form is P M, with its columns repeated. P is the in x p matrix that extends a row of x and
           sums its chunks. The best M is the pseudo-inverse of P times the mean of the corresponding columns of `dense`.
           If p divides in, this is the mean of all p x p' tiles of `dense`.
@@ -287,7 +286,7 @@ def _repeat(x: Float[Array, "*batch k"], n: int) -> Float[Array, "*batch n"]:
 
 
 def _fold(x: Float[Array, "*batch n"], k: int) -> Float[Array, "*batch k"]:
-    """Return the sum of the chunks of length k of the last axis, so that `y[a]` sums all x[j] with j mod k = a.
+    """Return the sum of all length-k chunks of the last axis: `y[a]` is the sum of all x[j] with j mod k = a.
 
     This is the adjoint of `_repeat`.
     """

@@ -1,4 +1,4 @@
-"""A matrix family of a user: one file outside the package."""
+"""A family of structured matrices that a user defines in one file outside the package."""
 
 from typing import Any, Self
 
@@ -10,13 +10,13 @@ from surm_jax.structured import Family, checked_dense, checked_shape, family, st
 
 @family
 class Banded(Family):
-    """Constant main diagonal and constant diagonals above it: `M[i, j] = d[j - i]` if 0 <= j - i < bands.
+    """Upper triangular Toeplitz matrix with few diagonals, `M[i, j] = d[j - i]` if 0 <= j - i < bands, otherwise 0.
 
     Attributes:
-        d: (bands,), the numbers of the diagonals.
+        d: (bands,), where `d[k]` is the value on diagonal k, counted upwards from the main diagonal.
         shape: `(in_features, out_features)`.
-        bands: How many diagonals there are.
-        lower: Whether this is the transpose.
+        bands: The number of diagonals that are not zero.
+        lower: Whether this is the transpose of such a matrix, with the diagonals below the main diagonal.
     """
 
     option_names = ("bands",)
@@ -31,12 +31,12 @@ class Banded(Family):
 
     @classmethod
     def init(cls, key: Any, shape: Any, *, scale: float, bands: int = 2, dtype: Any = jnp.float32) -> Self:
-        """Return the zero matrix, which is linear in `d`."""
+        """Return the zero matrix. As `M` is linear in `d`, the gradient of `d` is not zero, and nothing is random."""
         return cls(jnp.zeros(bands, dtype), checked_shape(cls.__name__, shape), bands)
 
     @classmethod
     def nearest(cls, dense: Any, *, bands: int = 2) -> Self:
-        """Return the matrix whose diagonals are the means of the target's diagonals."""
+        """Return the matrix whose entries are the means of the diagonals of `dense`."""
         dense = checked_dense(cls.__name__, dense)
         m, n = dense.shape
         means = [jnp.mean(jnp.diagonal(dense, k)) if k < n else jnp.zeros((), dense.dtype) for k in range(bands)]
@@ -44,12 +44,12 @@ class Banded(Family):
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return as many diagonals as the budget and the matrix allow."""
+        """Return the largest number of diagonals that the budget of parameters and the shape allow."""
         return {"bands": min(budget, shape[1])} if budget >= 1 else None
 
     @property
     def T(self) -> "Banded":
-        """The transpose: the same numbers below the main diagonal."""
+        """The transpose: the same `d`, with the diagonals on the other side of the main diagonal."""
         return Banded(self.d, self.shape[::-1], self.bands, not self.lower)
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:

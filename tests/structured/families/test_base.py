@@ -1,4 +1,4 @@
-"""The registry of families: every family is exported, tested, and says itself what the package needs to know."""
+"""Tests of the registry of families: every family is exported and tested, and defines the members that others use."""
 
 import importlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Block-circulant matrices against grids of `scipy.linalg.circulant`, and the forward pass of C3A restated."""
+"""Compare `BlockCirculant` with blocks from `scipy.linalg.circulant`, and with the forward pass of C3A."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ class TestBlockCirculant(ProjectionContract):
     family = BlockCirculant
 
     def options(self, shape):
-        return {}  # the largest block
+        return {}  # By default the blocks have the largest possible size.
 
     def dense(self, arrays, shape):
         # Block (q, p) of the paper's W is the circulant matrix with first column c[p, q].
@@ -38,7 +38,7 @@ def dense(c):
 
 
 def test_orientation():
-    # From 2 features to 4: both blocks read the same two inputs.
+    # M maps 2 features to 4. Both of its 2 x 2 blocks are multiplied by the same two inputs.
     matrix = BlockCirculant(jnp.array([[[1.0, 2.0], [3.0, 4.0]]]))
     assert matrix.shape == (2, 4) and matrix.block == 2
     np.testing.assert_array_equal(matrix.to_dense(), [[1, 2, 3, 4], [2, 1, 4, 3]])
@@ -90,7 +90,10 @@ def test_the_two_ends_are_a_circulant_and_a_dense_matrix():
 
 
 def c3a(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """Return what peft's layer adds, computed like its forward pass (peft 0.18 to 0.21, tuners/c3a)."""
+    """Return what the C3A layer of Hugging Face's peft adds to the output for an input x and its weight w.
+
+    The formula is that of its forward pass in `tuners/c3a` of peft 0.18 to 0.21.
+    """
     _, n, b = w.shape
     blocks = x.reshape(*x.shape[:-1], n, b)
     spectra = np.einsum("...nb,mnb->...mb", np.fft.ifft(blocks), np.fft.fft(w))
@@ -99,7 +102,10 @@ def c3a(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 
 def from_c3a(w: np.ndarray) -> np.ndarray:
-    """The docstring's relation, index by index."""
+    """Return the array c of the `BlockCirculant` that is equal to a C3A layer with the weight w.
+
+    It applies the formula in the docstring of `BlockCirculant` to one index at a time.
+    """
     (q, p, b), c = w.shape, np.zeros((w.shape[1], w.shape[0], w.shape[2]), w.dtype)
     for i, j, k in np.ndindex(p, q, b):
         c[i, j, k] = w[j, i, -k % b] / (p * b)

@@ -1,4 +1,4 @@
-"""Circulants, single and as a Hadamard pair, against `scipy.linalg.circulant`."""
+"""Compare `Circulant` and `CirculantPair` with matrices from `scipy.linalg.circulant`."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from tests.structured.cases import ProjectionContract, assert_close
 
 
 def paper_circulant(c: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Return the paper's `W = Z_1(c)`, from `scipy.linalg.circulant`, transposed and cut to `shape`."""
+    """Return the top-left block, of the given shape, of `W^T`, where `W = Z_1(c)` is the paper's circulant matrix."""
     return scipy.linalg.circulant(c).T[: shape[0], : shape[1]]
 
 
@@ -31,7 +31,7 @@ class TestCirculantPair(ProjectionContract):
 
 
 def test_orientation():
-    # From 2 features to 3: N = 3, and row i of M is c moved i places to the right.
+    # M maps 2 features to 3, so N = 3. Row i of M is c, cyclically shifted to the right by i places.
     matrix = Circulant(jnp.array([1.0, 2.0, 3.0]), shape=(2, 3))
     np.testing.assert_array_equal(matrix.to_dense(), [[1, 2, 3], [3, 1, 2]])
     np.testing.assert_allclose(matrix.apply(jnp.array([1.0, 10.0])), [31, 12, 23], rtol=1e-6)

@@ -1,4 +1,4 @@
-"""The matrix without structure against numpy's product: the family that holds all numbers."""
+"""Compare `Dense`, the family of all matrices, with NumPy arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ class TestDense(ProjectionContract):
 
 
 def test_orientation():
-    # From 2 features to 3.
+    # M maps 2 features to 3.
     matrix = Dense(jnp.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]]))
     assert matrix.shape == (2, 3)
     np.testing.assert_array_equal(matrix.apply(jnp.array([1.0, 0.0])), [1, 2, 3])
@@ -36,7 +36,7 @@ def test_nearest_is_the_target_itself():
 
 
 def test_shapes_are_told_apart_by_the_array():
-    # Without it two of them are the same structure.
+    # The shape is not part of the structure, so without their arrays two matrices of different shapes are equal.
     small, large = Dense(jnp.ones((2, 3))), Dense(jnp.ones((4, 5)))
     assert small.with_arrays(W=None) == large.with_arrays(W=None)
     assert small.with_arrays(W=large.W).shape == (4, 5)

@@ -1,4 +1,4 @@
-"""Skew-circulant and f-circulant matrices against `scipy.linalg.toeplitz`."""
+"""Compare skew-circulant and f-circulant matrices with matrices from `scipy.linalg.toeplitz`."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ FACTORS = [0.0, 1e-12, 0.3, -2.5, 1.0, -1.0]
 
 
 def paper_f_circulant(v: np.ndarray, f: float) -> np.ndarray:
-    """Return the paper's `Z_f(v)`: first column v, first row `v[0], f v[N-1], ..., f v[1]`."""
+    """Return `Z_f(v)` of the paper, with the first column v and the first row `v[0], f v[N-1], ..., f v[1]`."""
     return scipy.linalg.toeplitz(v, np.concatenate([v[:1], f * v[:0:-1]]))
 
 
@@ -43,7 +43,7 @@ class TestFCirculant(ProjectionContract):
 
 
 def test_orientation():
-    # From 2 features to 3: N = 3, and entries that wrap around are multiplied by f.
+    # M maps 2 features to 3, so N = 3. Entries that wrap around are multiplied by f.
     matrix = FCirculant(jnp.array([1.0, 2.0, 3.0]), shape=(2, 3), f=10.0)
     np.testing.assert_array_equal(matrix.to_dense(), [[1, 2, 3], [30, 1, 2]])
     np.testing.assert_allclose(matrix.apply(jnp.array([1.0, 10.0])), [301, 12, 23], rtol=1e-6)
@@ -117,7 +117,7 @@ def test_nearest_is_the_least_squares_solution(shape):
     found = jax.jit(lambda target: [FCirculant.nearest(target, f=f).v for f in FACTORS])(target)
     for f, v in zip(FACTORS, found, strict=True):
         basis = np.stack([cut(paper_f_circulant(unit, f), shape).ravel() for unit in np.eye(N)], axis=1)
-        # `lstsq` returns the solution of smallest norm: it is 0 for numbers on which no entry depends.
+        # `lstsq` returns the solution of smallest norm. So a parameter on which no entry of the matrix depends is 0.
         assert_close(v, np.linalg.lstsq(basis, target.ravel(), rcond=1e-14)[0])
 
 
@@ -125,7 +125,8 @@ def test_nearest_is_the_least_squares_solution(shape):
 def test_nearest_for_factors_whose_square_is_out_of_range(f):
     matrix = FCirculant(jnp.array([1.0, 2.0, 3.0]), shape=(2, 3), f=f)
     np.testing.assert_allclose(FCirculant.nearest(matrix.to_dense(), f=f).v, matrix.v, rtol=1e-6)
-    # The target is not in the family. Each entry depends on one number, so least squares is a projection, in float64.
+    # This target is not in the family. Each entry of a matrix depends on a single parameter, so the basis matrices are
+    # orthogonal, and a projection onto each of them, in float64, gives the least-squares solution.
     target = np.asarray(matrix.to_dense().T, np.float64).ravel()
     basis = np.stack([cut(paper_f_circulant(unit, 1 / f), (3, 2)).ravel() for unit in np.eye(3)])
     assert (np.count_nonzero(basis, axis=0) == 1).all()

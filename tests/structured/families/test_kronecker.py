@@ -1,4 +1,4 @@
-"""Kronecker products and their sums against `numpy.kron`, and against the rearrangement written as loops."""
+"""Compare `Kronecker` with `numpy.kron`, and `nearest` with the rearrangement of Van Loan and Pitsianis."""
 
 import itertools
 
@@ -23,7 +23,7 @@ class TestKronecker(ProjectionContract):
         return {"terms": min(2, m1 * n1, m2 * n2)}
 
     def dense(self, arrays, shape):
-        # In the paper's W = A (x) B, the factors are the transposes of ours.
+        # The factors of the paper's W = A (x) B are the transposes of the arrays here.
         pairs = zip(arrays["A"], arrays["B"], strict=True)
         return sum(np.kron(a.T, b.T) for a, b in pairs).T
 
@@ -34,14 +34,17 @@ def random_factors(seed, *shapes):
 
 
 def rearranged(dense, factors):
-    """Return the rearrangement of Van Loan and Pitsianis: row (i1, j1) holds the entries of block (i1, j1)."""
+    """Return the matrix whose row (i1, j1) lists the entries of block (i1, j1) of `dense`.
+
+    This is the rearrangement of Van Loan and Pitsianis, after which a Kronecker product is an outer product.
+    """
     (m1, n1), (m2, n2) = factors
     blocks = [dense[i * m2 : (i + 1) * m2, j * n2 : (j + 1) * n2] for i in range(m1) for j in range(n1)]
     return np.array([block.ravel() for block in blocks])
 
 
 def test_orientation():
-    # From 2 x 1 features to 1 x 3: row i of M is B[i] times A.
+    # A has the shape (1, 3) and B the shape (2, 1), so M maps 2 features to 3. Row i of M is B[i] times A.
     matrix = Kronecker(A=jnp.array([[[1.0, 2.0, 3.0]]]), B=jnp.array([[[1.0], [10.0]]]))
     assert matrix.shape == (2, 3) and matrix.factor_shapes == ((1, 3), (2, 1))
     np.testing.assert_array_equal(matrix.to_dense(), [[1, 2, 3], [10, 20, 30]])
@@ -52,7 +55,7 @@ def test_orientation():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("factors", "terms", "cost"),
-    # If A comes first, a row costs k (m1 n1 m2 + n1 m2 n2) multiplications, with B first k (m1 m2 n2 + m1 n1 n2).
+    # A row of x takes k (m1 n1 m2 + n1 m2 n2) multiplications if A comes first, and k (m1 m2 n2 + m1 n1 n2) if B does.
     [
         (((6, 2), (3, 5)), 1, 6 * 2 * 3 + 2 * 3 * 5),
         (((2, 6), (5, 3)), 1, 2 * 5 * 3 + 2 * 6 * 3),
@@ -139,7 +142,7 @@ def test_nearest_leaves_the_singular_values_beyond_the_terms(factors, terms):
     M = sum(np.kron(a, b) for a, b in zip(*map(np.asarray, (found.A, found.B)), strict=True))
     assert abs(np.linalg.norm(target - M) - np.linalg.norm(singular[terms:])) < 1e-10
     assert found.factor_shapes == factors and found.terms == terms
-    # Balanced: the norm of each factor is the square root of the norm of its term.
+    # The two factors of a term have equal norms, so each norm is the square root of the norm of the term.
     for leaf in (found.A, found.B):
         assert_close(np.linalg.norm(leaf, axis=(1, 2)), np.sqrt(singular[:terms]))
 

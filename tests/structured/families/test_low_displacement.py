@@ -1,4 +1,4 @@
-"""`W(G, H)` against sums of products of scipy's circulant and Toeplitz matrices, and what it is known to hold."""
+"""Compare `LowDisplacementRank` with matrices from `scipy.linalg`, and test which matrices it can represent exactly."""
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +16,17 @@ from tests.structured.cases import EXHAUSTIVE, StructuredMatrixContract, assert_
 
 
 def paper_W(G: np.ndarray, H: np.ndarray) -> np.ndarray:
-    """Return the paper's `W(G, H) = sum_i Z_1(g_i) Z_{-1}(h_i)`."""
+    """Return the matrix `W(G, H) = sum_i Z_1(g_i) Z_{-1}(h_i)` of the paper, arXiv 2406.17740."""
     return sum(scipy.linalg.circulant(g) @ skew(h) for g, h in zip(G.T, H.T, strict=True))
 
 
 def skew(h: np.ndarray) -> np.ndarray:
-    """Return the paper's `Z_{-1}(h)`."""
+    """Return the skew-circulant matrix `Z_{-1}(h)` of the paper, whose first column is h."""
     return scipy.linalg.toeplitz(h, np.concatenate([h[:1], -h[:0:-1]]))
 
 
 def displacement(W: np.ndarray) -> np.ndarray:
-    """Return `Z_1 W - W Z_{-1}`, with the operators written out."""
+    """Return the displacement `Z_1 W - W Z_{-1}` of W, computed with dense shift matrices."""
     shift = np.eye(len(W), k=-1)
     corner = np.zeros_like(shift)
     corner[0, -1] = 1
@@ -56,8 +56,8 @@ class TestLowDisplacementRank(StructuredMatrixContract):
 
 
 def test_orientation():
-    # From 2 features to 3: x is first multiplied by the skew-circulant of h, which turns (1, 0, 0) into (0, 1, 0) and
-    # (0, 0, 1) into (-1, 0, 0), and then by the circulant of g.
+    # M maps 2 features to 3. x is first multiplied by the skew-circulant matrix of h, which maps (1, 0, 0) to (0, 1, 0)
+    # and (0, 0, 1) to (-1, 0, 0). Then it is multiplied by the circulant matrix of g.
     matrix = LowDisplacementRank(jnp.array([[1.0], [2.0], [3.0]]), jnp.array([[0.0], [1.0], [0.0]]), shape=(2, 3))
     np.testing.assert_allclose(matrix.to_dense(), [[3, 1, 2], [2, 3, 1]], atol=1e-5)
     np.testing.assert_allclose(matrix.apply(jnp.array([1.0, 10.0])), [23, 31, 12], rtol=1e-5)
@@ -152,7 +152,11 @@ def random_target():
 
 @pytest.mark.exhaustive
 def test_the_better_start_is_no_worse_than_zero():
-    """For a target without structure, the truncated SVD itself, without the best multiple, is worse than zero."""
+    """Test that without any step the result is nearer than the zero matrix, even for a target without structure.
+
+    For such a target, the truncated SVD of its displacement gives a matrix that is further away than zero. Its best
+    multiple is nearer than zero.
+    """
     assert relative_error(LowDisplacementRank.nearest(random_target(), rank=2, steps=0), random_target()) < 1
 
 
@@ -187,7 +191,7 @@ def test_nearest_keeps_the_best_of_two_searches(monkeypatch):
 
 @EXHAUSTIVE
 def test_nearest_is_better_than_gradient_descent():
-    """Compare with the paper's fit: gradient descent from several random starts, with the best of several rates."""
+    """Compare `nearest` with the paper's method: gradient descent from random starts, with several learning rates."""
     target = random_target()
     size = jnp.sum(target**2)
 
@@ -234,7 +238,10 @@ def test_a_product_takes_one_transform_in_and_one_out_and_two_for_the_terms(tran
     matrix = LowDisplacementRank(jnp.ones((8, 3)), jnp.ones((8, 3)), shape=(8, 8), transposed=transposed)
 
     def rows(fn):
-        """Return the number of rows in all FFTs, for a batch of 5 rows with 3 terms each, and the parameters."""
+        """Return the total number of rows that all FFTs of a function transform.
+
+        x has 5 rows, and there are 3 terms. The columns of G and H are transformed as rows too.
+        """
         ffts = [eqn.invars[0].aval.shape for eqn in _equations(jax.make_jaxpr(fn)(matrix, jnp.ones((5, 8))).jaxpr)]
         return sum(np.prod(shape[:-1], dtype=int) for shape in ffts)
 

@@ -1,4 +1,4 @@
-"""Low rank against `numpy.outer` sums and `numpy.linalg.svd`."""
+"""Compare `LowRank` with sums of `numpy.outer`, and `nearest` with `numpy.linalg.svd`."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ class TestLowRank(ProjectionContract):
 
 
 def test_orientation():
-    # From 2 features to 3.
+    # M maps 2 features to 3.
     matrix = LowRank(down=jnp.array([[1.0], [10.0]]), up=jnp.array([[1.0, 2.0, 3.0]]))
     assert matrix.shape == (2, 3)
     np.testing.assert_array_equal(matrix.to_dense(), [[1, 2, 3], [10, 20, 30]])

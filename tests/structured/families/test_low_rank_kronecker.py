@@ -1,4 +1,4 @@
-"""Kronecker products with a second factor of low rank against `numpy.kron`, and what the search for one must reach."""
+"""Compare `LowRankKronecker` with `numpy.kron`, and test how near to its target the search of `nearest` comes."""
 
 import itertools
 
@@ -13,7 +13,10 @@ from tests.structured.cases import StructuredMatrixContract, assert_close, quick
 
 
 def paper_W(A, down, up):
-    """Return `W`, the sum of `A_k (x) (down_k up_k)` over transposed factors, as the papers write `W x`."""
+    """Return the matrix `W` of the papers, the transpose of the sum of all `A_k (x) (down_k up_k)`.
+
+    Its factors are the transposes of the factors of the sum.
+    """
     return sum(np.kron(a.T, v.T @ u.T) for a, u, v in zip(A, down, up, strict=True))
 
 
@@ -46,7 +49,7 @@ def error(matrix, target):
 
 
 def test_orientation():
-    # From 2 x 1 features to 1 x 3.
+    # A has the shape (1, 2), and the second factor has the shape (2, 1). So M maps 2 features to 2.
     matrix = LowRankKronecker(A=jnp.array([[[1.0, 2.0]]]), down=jnp.array([[[1.0], [10.0]]]), up=jnp.array([[[3.0]]]))
     assert matrix.shape == (2, 2) and matrix.factor_shapes == ((1, 2), (2, 1))
     np.testing.assert_array_equal(matrix.to_dense(), [[3, 6], [30, 60]])
@@ -58,16 +61,16 @@ def test_numbers_of_the_methods_that_use_it():
     def count(shape, **options):
         return jax.eval_shape(lambda: LowRankKronecker.init(jax.random.key(0), shape, scale=1.0, **options)).num_params
 
-    # LoKr: one product, here of 24 x 24 and 32 x 32 at rank 4.
+    # LoKr has one Kronecker product, here with factors of 24 x 24 and 32 x 32, the second of rank 4.
     assert count((768, 768), rank=4, factor_shapes=((24, 24), (32, 32))) == 24**2 + 4 * (32 + 32)
-    # Compacter and KAdaptation: k = 4 products, of 4 x 4 and rank 1.
+    # Compacter and KAdaptation have k = 4 Kronecker products, with first factors of 4 x 4 and second factors of rank 1.
     assert count((768, 3072), rank=1, terms=4, factor_shapes=((4, 4), (192, 768))) == 4 * (16 + 192 + 768)
     assert count((768, 768), rank=2) == 32 * 24 + 2 * (24 + 32)
 
 
 @pytest.mark.parametrize(("rank", "fewer"), [(1, False), (2, False), (3, True), (4, True)])
 def test_fused_is_the_kronecker_where_that_holds_fewer_numbers(rank, fewer):
-    # B has 20 numbers; down and up have 9 numbers per rank.
+    # Each B has 20 entries. With rank r, `down` and `up` have 9 r parameters for each term.
     matrix = draw(2, rank)
     fused = matrix.compact()
     assert isinstance(fused, Kronecker) == fewer and (fused is matrix) == (not fewer)
@@ -102,7 +105,7 @@ def test_the_start_is_the_optimum_of_kronecker_with_every_B_truncated():
         expected = expected + np.kron(a, U[:, :2] * S[:2] @ Vt[:2])
     start = LowRankKronecker.nearest(target, terms=3, rank=2, factor_shapes=FACTORS, steps=0)
     assert_close(start.to_dense(), expected)
-    # At full rank the start is the optimum of `Kronecker`, which no search could improve.
+    # At full rank the start is the result of `Kronecker.nearest`, which is already the optimum.
     whole = LowRankKronecker.nearest(target, terms=3, rank=4, factor_shapes=FACTORS, steps=0)
     assert_close(whole.to_dense(), full.to_dense())
 
@@ -137,12 +140,12 @@ def test_what_the_target_leaves_empty_can_still_learn(target):
     dense = jnp.zeros((12, 10)) if target == "zero" else draw(1, 1).to_dense()
     found = LowRankKronecker.nearest(dense, rank=3, terms=2, factor_shapes=FACTORS, steps=20)
     assert_close(np.asarray(found.to_dense()) + 1, np.asarray(dense) + 1, "float32")
-    # A product of three factors cannot learn if two are zero. So `down @ up` is not zero where A is, and in each
-    # direction of a term `down` or `up` is not zero.
+    # In a product of three factors, all gradients are zero if two factors are zero. So `down @ up` must not be zero
+    # where A is zero, and for each index i of the rank, column i of `down` or row i of `up` must not be zero.
     for k, i in itertools.product(range(2), range(3)):
         assert np.linalg.norm(found.down[k, :, i]) + np.linalg.norm(found.up[k, i]) > 0.1
         assert np.linalg.norm(found.down[k] @ found.up[k]) > 0.1
-    # So plain gradient descent from there reaches another target of the family.
+    # So plain gradient descent that starts at this matrix reaches another matrix of the family.
     other = draw(2, 3, seed=5).to_dense() / 10
 
     def loss(matrix):

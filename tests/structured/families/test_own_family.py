@@ -1,4 +1,4 @@
-"""A family in one file outside the package goes wherever the families of the package go."""
+"""Tests that a family defined outside the package works everywhere a family of the package works."""
 
 import jax
 import jax.numpy as jnp

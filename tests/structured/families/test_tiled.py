@@ -1,4 +1,4 @@
-"""MoRA's update against its formulas, chunk by chunk, and its projection against least squares."""
+"""Compare `Tiled` with the formulas of MoRA, applied to one chunk at a time, and `nearest` with least squares."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,10 @@ from tests.structured.cases import ProjectionContract, assert_close
 
 
 def mora(x: np.ndarray, weight: np.ndarray, out: int, rotate: bool) -> np.ndarray:
-    """Return `dW x` for every row x: types 1 and 6 of the released code, where `weight` multiplies a chunk of x."""
+    """Return what MoRA adds to the output for every row of x: type 1 of the released code, or type 6 if `rotate`.
+
+    `weight` is the matrix by which the released code multiplies the chunks, the transpose of `Tiled.M`.
+    """
     m, p = x.shape[1], weight.shape[1]
     chunks = [x[:, [i % m for i in range(start, start + p)]] for start in range(0, m, p)]
     if not rotate:
@@ -51,17 +54,19 @@ class TestRotated(ProjectionContract):
 
 
 def test_orientation():
-    # From 4 features to 5: input 3 is multiplied by row 1 of M, and output 4 repeats its first column.
+    # The matrix maps 4 features to 5. Input 3 is multiplied by row 1 of M, and output 4 uses the first column of M
+    # again.
     matrix = Tiled(jnp.array([[1.0, 2.0], [3.0, 4.0]]), shape=(4, 5))
     np.testing.assert_array_equal(matrix.apply(jnp.array([0.0, 0.0, 0.0, 1.0])), [3, 4, 3, 4, 3])
     np.testing.assert_array_equal(matrix.T.apply(jnp.array([0.0, 0.0, 0.0, 0.0, 1.0])), [1, 3, 1, 3])
-    # From 3 features: the last chunk is features 2 and 0, so feature 0 is used twice.
+    # The matrix maps 3 features to 2. The last chunk consists of features 2 and 0, so feature 0 is used twice.
     matrix = Tiled(matrix.M, shape=(3, 2))
     np.testing.assert_array_equal(matrix.to_dense(), [[1 + 3, 2 + 4], [3, 4], [1, 2]])
 
 
 def test_rotation_by_hand():
-    # p = 2 gives one plane: the second chunk turns by the angle 1, and gives the second half of the output.
+    # With p = 2 a chunk has one plane. The second chunk is rotated by the angle 1, and gives the second half of the
+    # output.
     matrix = Tiled(jnp.eye(2), shape=(4, 4), rotate=True)
     turn = [[np.cos(1), np.sin(1)], [-np.sin(1), np.cos(1)]]
     expected = np.eye(4)
@@ -118,7 +123,8 @@ def test_rotation_reads_no_input_that_the_output_has_no_room_for():
 
 @pytest.mark.parametrize(
     ("shape", "rank", "sharing", "rotation"),
-    # sqrt of 1536, 3840 and 49152; of 12288 it is 110.85, and of 2 it is 1.41.
+    # The sides for sharing are the rounded square roots of (in + out) rank: 1536, 3840, 49152 and 12288. The last root
+    # is 110.85. For a 1 x 1 matrix it is 1.41.
     [((768, 768), 1, 39, 38), ((768, 3072), 1, 62, 62), ((4096, 8192), 4, 222, 222), ((4096, 8192), 1, 111, 110)],
 )
 def test_the_side_has_as_many_numbers_as_lora(shape, rank, sharing, rotation):

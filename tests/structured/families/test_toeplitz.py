@@ -1,4 +1,4 @@
-"""Toeplitz matrices, general and symmetric, against `scipy.linalg.toeplitz`."""
+"""Compare `Toeplitz` and `SymmetricToeplitz` with matrices from `scipy.linalg.toeplitz`."""
 
 import re
 
@@ -22,7 +22,7 @@ class TestToeplitz(ProjectionContract):
     family = Toeplitz
 
     def dense(self, arrays, shape):
-        # The first row of the paper's W, (out, in), runs from t[in - 1] down to t[0].
+        # The first row of the paper's W, whose shape is (out, in), is t[in - 1], ..., t[0].
         start = shape[0] - 1
         return scipy.linalg.toeplitz(c=arrays["t"][start:], r=arrays["t"][start::-1]).T
 
@@ -40,7 +40,7 @@ def product(matrix, x, dy):
 
 
 def test_orientation():
-    # From 2 features to 3: t goes up the first column and then along the first row.
+    # M maps 2 features to 3. t lists its first column from bottom to top, and then the rest of its first row.
     matrix = Toeplitz(jnp.array([1.0, 2.0, 3.0, 4.0]), shape=(2, 3))
     np.testing.assert_array_equal(matrix.to_dense(), [[2, 3, 4], [1, 2, 3]])
     np.testing.assert_allclose(matrix.apply(jnp.array([1.0, 10.0])), [12, 23, 34], rtol=1e-6)
@@ -83,7 +83,7 @@ def test_displacement_by_shifts_is_zero_but_for_a_row_and_a_column(shape):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("shape", [(8, 8), (13, 4)], ids=str)
 def test_the_corners_do_not_leak_into_each_other(shape):
-    # The embedding makes them neighbours.
+    # These two corners become neighbours in the skew-circulant matrix into which the product embeds M.
     M, corners = np.zeros(shape), np.zeros(sum(shape) - 1)
     corners[0], corners[-1], M[-1, 0], M[0, -1] = 1e8, 3.0, 1e8, 3.0
     y = jax.jit(Toeplitz.apply)(Toeplitz(jnp.asarray(corners), shape=shape), np.eye(shape[0]))

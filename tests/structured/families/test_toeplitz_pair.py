@@ -1,4 +1,4 @@
-"""Products of two Toeplitz matrices against products of `scipy.linalg.toeplitz`."""
+"""Compare `ToeplitzPair` and `SymmetricToeplitzPair` with products of matrices from `scipy.linalg.toeplitz`."""
 
 import re
 
@@ -26,7 +26,8 @@ class TestToeplitzPair(StructuredMatrixContract):
         return {"steps": 0}
 
     def dense(self, arrays, shape):
-        # The paper's W = T2 T1, with T1 of shape (N, in) and T2 of shape (out, N): first rows read backwards.
+        # The paper writes W = T2 T1, with T1 of shape (N, in) and T2 of shape (out, N). The first row of each factor is
+        # the start of its vector t, reversed.
         T1, T2 = (
             scipy.linalg.toeplitz(c=t[size - 1 :], r=t[size - 1 :: -1])
             for t, size in ((arrays["t1"], shape[0]), (arrays["t2"], max(shape)))
@@ -59,7 +60,8 @@ def relative_error(target, matrix):
 
 
 def test_orientation_and_order():
-    # From 2 features to 3, with N = 3 between the factors: x is multiplied by the matrix of t1 first.
+    # M maps 2 features to 3, so the factors have the shapes (2, 3) and (3, 3). x is multiplied by the matrix of t1
+    # first.
     shift, mix = jnp.array([0.0, 0.0, 1.0, 0.0]), jnp.array([0.0, 0.0, 2.0, 1.0, 0.0])
     pair = ToeplitzPair(t1=shift, t2=mix, shape=(2, 3))
     np.testing.assert_allclose(pair.to_dense(), [[0, 2, 1], [0, 0, 2]], atol=1e-6)
@@ -142,7 +144,7 @@ def test_nearest_is_nearer_than_a_single_one_finds_members_and_near_to_zero_can_
     assert type(found) is family and found.shape == shape
     assert relative_error(target, found) < 0.95 * relative_error(target, single.nearest(target))
 
-    # A product near the identity: on the way to it there is no local minimum.
+    # The target is a product whose two factors are near the identity, so that the search meets no local minimum.
     member, _ = contract(family).create(shape)
     identity = single.nearest(jnp.eye(*shape)).t, single.nearest(jnp.eye(7)).t
     leaves = {"t1": identity[0] + 0.2 * member.t1, "t2": identity[1] + 0.2 * member.t2}
