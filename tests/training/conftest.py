@@ -1,4 +1,4 @@
-"""The tiny job for the tests of this folder."""
+"""Fixtures that provide the tiny job of `tests/training/tiny.py` to the tests of this folder."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from surm_jax.models import ViTConfig
 from tests.training import tiny
 
 
-# Not for the whole session: other folders compare ViTConfig.VARIANTS with what the package has.
+# The fixture ends with each module, because tests in other folders check the content of ViTConfig.VARIANTS.
 @pytest.fixture(scope="module", autouse=True)
 def tiny_variant() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -25,5 +25,5 @@ def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def built_for(tiny_files: Path) -> Callable[..., tiny.Built]:
-    """Builds the tiny job for a method and values of its configuration; the same job is built once."""
+    """A function that builds the tiny job for a method and values of the configuration. Each job is built only once."""
     return functools.cache(lambda method, **overrides: tiny.build(tiny.make_config(tiny_files, method, **overrides)))

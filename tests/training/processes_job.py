@@ -1,7 +1,10 @@
-"""A tiny job for several processes: `--config=tests/training/processes_job.py:FOLDER`, with files of images or of text.
+"""The configuration of a tiny job for `launch.py` with several processes, one of which can be made to fail.
 
-What shall befall one of the processes is in the environment: `BEFALLS=1:5:SIGKILL` sends a signal to process 1 as its
-batch of step 5 (of those since it was started) is on the way to the devices; `1:5:error` lets it fail there.
+The option is `--config=tests/training/processes_job.py:FOLDER`. The folder holds the files that `tiny.write_files` or
+`tiny_text.write_files` has written.
+
+The environment variable `BEFALLS` makes one process fail. `BEFALLS=1:5:SIGKILL` sends the signal SIGKILL to process 1
+when it moves its fifth batch since its start to the devices. `BEFALLS=1:5:error` raises a `UserError` there instead.
 """
 
 import os

@@ -1,4 +1,7 @@
-"""Launches several processes of one run on this machine. Each is forked from a server that has imported everything."""
+"""A function that launches several processes of one run on this machine, for tests of `launch.py`.
+
+To start fast, each process is forked from a server process that has already imported all modules.
+"""
 
 import atexit
 import multiprocessing
@@ -15,12 +18,19 @@ from typing import Any, NamedTuple
 import jax
 
 ROOT = Path(__file__).resolve().parents[2]
-# Seconds within which all processes must have ended.
+# Time in seconds after which all processes must have ended.
 PATIENCE = 120
 
 
 class End(NamedTuple):
-    """How a process ended: its exit status (negative: the signal), when, and what it printed, but for gloo's hello."""
+    """The end of a process.
+
+    Attributes:
+        status: The exit status, or the negative number of the signal that killed the process.
+        time: The value of `time.monotonic()` when the process ended.
+        out: The text on the standard output, without the lines that Gloo prints when it connects.
+        err: The text on the standard error, without these lines.
+    """
 
     status: int
     time: float
@@ -31,13 +41,14 @@ class End(NamedTuple):
 def launch_all(
     folder: Path, commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]], devices: int
 ) -> list[End]:
-    """Launches a process for each command line of `launch.py`, and waits until all have ended.
+    """Launch `launch.py` in several processes, and wait until all of them have ended.
 
     Args:
-        folder: for what they print, and for the programs they compile: whoever starts again finds them.
-        commands: the arguments of each.
-        environments: variables for each, beside those of this process.
-        devices: how many each has.
+        folder: The folder for the output of the processes and for their cache of compiled programs. A later launch with
+            the same folder uses this cache.
+        commands: The command-line arguments of each process.
+        environments: Environment variables of each process, in addition to those of this process.
+        devices: The number of devices of each process.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training.processes_job", "launch"])
@@ -69,7 +80,7 @@ def free_port() -> int:
 
 
 def _child(folder: Path, number: int, arguments: Sequence[str], environment: Mapping[str, str], devices: int) -> None:
-    """What `python launch.py` does, with an import behind it."""
+    """Run `launch.py` in a forked process, in which all modules are already imported."""
     for descriptor, path in zip((1, 2), _outputs(folder, number), strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.environ.update(environment)
@@ -85,7 +96,7 @@ def _child(folder: Path, number: int, arguments: Sequence[str], environment: Map
     try:
         runpy.run_path(str(ROOT / "launch.py"), run_name="__main__")
     finally:
-        # multiprocessing would leave out what JAX does at the end.
+        # multiprocessing does not call the functions that JAX has registered with `atexit`. Call them here.
         atexit._run_exitfuncs()
 
 

@@ -1,4 +1,7 @@
-"""A small ViT and a small BERT with any method, and a batch for each: for tests of steps without data sets and jobs."""
+"""A small ViT and a small BERT with any method, and a batch for each.
+
+They are for tests of the training step that need no data set, no files and no `Job`.
+"""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -19,7 +22,7 @@ from surm_jax.training.step import Batch, Forward
 
 KINDS = ("vit", "bert")
 BATCH, DEPTH = 16, 2
-# What a width of 16 and two blocks need.
+# Settings of methods whose default values do not fit a model of width 16 with two blocks.
 VALUES = {
     "c3a": {"peft.c3a.block": 8},
     "adapter_drop": {"peft.adapter_drop.skip": 1},
@@ -30,7 +33,10 @@ VALUES = {
 
 
 def quick(values: Iterable[str], *kept: str) -> list[Any]:
-    """Return the values as parameters of a test, all but those kept in the fast run marked as exhaustive."""
+    """Return values for `pytest.mark.parametrize`, and mark all except those in `kept` as exhaustive.
+
+    The fast test run leaves out tests that are marked as exhaustive.
+    """
     return [value if value in kept else pytest.param(value, marks=pytest.mark.exhaustive) for value in values]
 
 
@@ -42,13 +48,15 @@ class Small(NamedTuple):
 
 
 def build(kind: str, method: str, values: dict[str, Any] | None = None, **fields: Any) -> Small:
-    """Build a model whose arrays nothing else refers to.
+    """Build a small adapted model and a batch.
+
+    Each call returns new copies of the arrays, because a test may delete or donate them.
 
     Args:
-        kind: one of `KINDS`.
-        method: of `surm_jax.peft.METHODS`.
-        values: further values of the configuration by key.
-        **fields: of the model's configuration.
+        kind: One of `KINDS`.
+        method: The name of a method in `surm_jax.peft.METHODS`.
+        values: Further values of the run's configuration, by dotted key.
+        **fields: Fields of the model's configuration, such as `depth`.
     """
     graphdef, state, adapter = _built(kind, method, tuple((values or {}).items()), tuple(fields.items()))
     model = nnx.merge(graphdef, jax.tree.map(jnp.array, state))
@@ -65,7 +73,8 @@ def build(kind: str, method: str, values: dict[str, Any] | None = None, **fields
 def _built(kind: str, method: str, values: tuple, fields: tuple) -> tuple[nnx.GraphDef, Any, Adapter]:
     config = base_config()
     config.update_from_flattened_dict({"peft.method": method, **VALUES.get(method, {}), **dict(values)})
-    # Random values, because at the start of training one of the two factors has no gradient, which would hide mistakes.
+    # Set all parameters to random values. With initial values, one of the two factors of an update gets no gradient,
+    # which would hide mistakes.
     model, adapter = adapt_model(nnx.eval_shape(_MAKERS[kind](**dict(fields))), parse(config).peft, 0)
     graphdef, state = nnx.split(model)
     rng = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""Blocks in a scan compute what they compute one after the other, in a program that does not grow with their number."""
+"""Blocks in a scan compute the same as in a loop, and the size of their program does not depend on their number."""
 
 import shutil
 
@@ -28,7 +28,13 @@ KEY = jax.random.key(4)
 
 
 def loss_and_gradients(built: small.Small, scan: bool, key: jax.Array | None = None) -> tuple[float, dict]:
-    """The gradients by the paths of the model, whichever way it is run."""
+    """Return the loss and the gradients of a model. The gradients are separate for each block, with and without a scan.
+
+    Args:
+        built: The model and a batch.
+        scan: Whether to stack equal blocks and run them in a scan.
+        key: The key for dropout, or None for no dropout.
+    """
     parts, trained, frozen = partition(built.model, built.adapter, scan_layers=scan)
 
     def loss(trained, frozen):
@@ -78,7 +84,7 @@ def test_dropout_draws_the_same_keys(kind, method, remat):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("remat", small.quick(["none", "block"], "block"))
 def test_bfloat16(remat):
-    with jax.numpy_dtype_promotion("standard"):  # which the gradient of jax.nn.dot_product_attention needs
+    with jax.numpy_dtype_promotion("standard"):  # The gradient of jax.nn.dot_product_attention needs it.
         looped, scanned = (
             loss_and_gradients(small.build("bert", "circulant", remat=remat, dtype="bfloat16"), scan)
             for scan in (False, True)
@@ -132,7 +138,7 @@ def test_the_model_comes_back_bit_for_bit():
     parts, trained, frozen = partition(built.model, built.adapter, scan_layers=True)
     on_devices = len(jax.live_arrays())
     model = parts.model(trained, frozen)
-    # The stack still exists: memory could not hold a second base.
+    # The stack still exists, so the device memory might not hold all blocks a second time. They must be on the host.
     assert len(jax.live_arrays()) <= on_devices
     assert type(model.blocks) is Blocks
     assert nnx.graphdef(model) == nnx.graphdef(same.model)
@@ -149,13 +155,14 @@ def test_the_base_is_never_twice_in_memory():
 
 
 def test_states_of_training_are_the_same_in_files():
-    """The checkpoints of a run with a scan and a run with a loop are equal, including the optimiser's moments."""
+    """The training state has the same form in checkpoints with and without a scan, also the optimiser's moments."""
     states = {}
     for scan in (False, True):
         built = small.build("vit", "lora", depth=3)
         parts, trained, _ = partition(built.model, built.adapter, scan_layers=scan)
         optimizer = make_optimizer(OptimConfig(), trained)
-        # Replace the second moments by the squares of the trained arrays, so that all of them differ.
+        # The second moments `nu` are zero at first. Replace them by the squares of the trained arrays, so that those of
+        # different blocks differ.
         state = optax.tree_utils.tree_set(optimizer.init(trained), nu=jax.tree.map(jnp.square, trained))
         states[scan] = parts.by_block({"trained": trained, "optimizer": state})
         back = parts.by_step(states[scan])
@@ -183,7 +190,7 @@ def test_a_run_goes_on_in_a_loop_where_it_was_in_a_scan(tiny_files, tmp_path):
     run(False, tmp_path / "scanned")
     leaves = [tiny.read_checkpoints(tmp_path / name)[4][0] for name in ("looped", "scanned")]
     tiny.assert_close(*leaves, 1e-6)
-    # The adapter fits the model, whether its blocks are stacked or not.
+    # The adapters of both runs can be loaded into a model without stacked blocks.
     job = prepare(config, 0)
     logits = []
     for name in ("looped", "scanned"):
@@ -193,7 +200,12 @@ def test_a_run_goes_on_in_a_loop_where_it_was_in_a_scan(tiny_files, tmp_path):
 
 
 def program_size(depth, scan):
-    """Return the lines of the program of a whole step, including AdamW, before compilation."""
+    """Return the size of the program of a training step with AdamW: the number of lines of its text before compilation.
+
+    Args:
+        depth: The number of blocks of the model.
+        scan: Whether to stack the blocks and run them in a scan.
+    """
     built = small.build("vit", "circulant", depth=depth, width=4, mlp_width=4)
     parts, trained, frozen = partition(built.model, built.adapter, scan_layers=scan)
     mesh, rates = make_mesh(1, {}), {"adapter": np.float32(0.1), "head": np.float32(0.1)}

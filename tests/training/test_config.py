@@ -155,7 +155,7 @@ def test_a_value_that_cannot_be_is_refused_by_its_key(key, value):
     place[last] = value
     with pytest.raises(UserError) as error:
         parse(tree)
-    # A pattern is named itself.
+    # The message names the key. If the value is a wrong pattern, the message may name the pattern instead.
     assert last in str(error.value) or (value[0] if isinstance(value, tuple) else value) in str(error.value)
 
 

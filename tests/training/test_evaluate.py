@@ -10,7 +10,7 @@ from tests.training import tiny
 
 @pytest.fixture(scope="module")
 def built(built_for) -> tiny.Built:
-    # Dropout must have no effect.
+    # The model has dropout, which must have no effect in an evaluation.
     return built_for("lora", **{"model.dropout": 0.5})
 
 
@@ -43,7 +43,7 @@ def test_metrics_of_an_odd_number_of_examples(built, expected, devices, batch_si
 
 
 class Pending(np.ndarray):
-    """A value that a device has not computed until somebody waits for it."""
+    """A fake result of a device. Its values are 0, and become 1 when the test calls `block_until_ready`."""
 
     def block_until_ready(self):
         self.flat[:] = 1
@@ -58,7 +58,7 @@ def test_batches_wait_for_the_device():
 
     def batches():
         for _ in range(6):
-            # This fake device computes a value only when somebody waits for it.
+            # Before each batch, `evaluate` must have waited for all results except the last.
             assert all(pending.all() for pending in asked[:-1])
             yield {"label": np.ones(2, int), "loss": np.zeros(2), "mask": np.ones(2, bool)}
 
@@ -69,7 +69,7 @@ def test_batches_wait_for_the_device():
 @pytest.mark.parametrize("label", [0, 1, 2])
 @pytest.mark.parametrize("poison", [np.nan, 1e30])
 def test_padding_never_counts(built, expected, poison, label):
-    # One of the labels is what the model sees in the padding.
+    # The padding gets each label in turn. For one of the three, the model's prediction in the padding is correct.
     spoiled = 0
 
     def spoil(batch):

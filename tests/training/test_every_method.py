@@ -1,7 +1,8 @@
-"""Every registered method trains on the digits: the loss falls, and what is called trained moves, all else stays.
+"""Tests of the training step with every registered method.
 
-And what frozen weights must not have: a gradient, a slot in the optimiser, a place in what a step gives back. And that
-eight devices, with a base that is split and blocks in a scan, compute what one device computes with blocks in a loop.
+On the digits, the loss falls, all trained arrays change, and all other arrays do not. Frozen weights have no gradient,
+no state in the optimiser, and no output of the training step. Eight devices that split the base model and run its
+blocks in a scan compute the same as one device that runs the blocks in a loop.
 """
 
 import functools
@@ -22,7 +23,8 @@ from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
 from tests.training import small, tiny
 
-# What a model of width 64 and two blocks needs, and a rate that does something in a few steps.
+# Settings of methods whose default values do not fit a model of width 64 with two blocks, and learning rates with which
+# the loss falls within a few steps.
 VALUES = {
     "c3a": {"peft.c3a.block": 32},
     "adapter_drop": {"peft.adapter_drop.skip": 1},
@@ -94,12 +96,13 @@ def test_memory_holds_frozen_weights_once_and_trained_ones_three_times(method):
         memory = lowered.compile().memory_analysis()
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
     trained = size(built.trained)
-    # Adam's two moments; all other numbers are counters.
+    # The state holds the trained arrays and Adam's two moments of each. The rest are counters.
     assert 0 < size(state) - 3 * trained < 100
-    # Compare inputs and outputs of the program: a compiler may remove what is not used.
+    # Compare the sizes of the program's arguments and outputs. They are at most those of the arrays, because the
+    # compiler may remove arguments that are not used.
     key_and_rates = jax.random.key_data(KEY).nbytes + size(rates.before(1))
     assert memory.argument_size_in_bytes <= size(state) + size(built.frozen) + size(batch) + key_and_rates
-    pointers = 8 * len(jax.tree.leaves(state)) + 100  # the table of outputs, and the metrics
+    pointers = 8 * len(jax.tree.leaves(state)) + 100  # The table of pointers to the outputs, and the metrics.
     assert memory.output_size_in_bytes - size(state) <= pointers
     if method != "full":
         largest = max(leaf.size for leaf in jax.tree.leaves(built.frozen))
@@ -107,10 +110,14 @@ def test_memory_holds_frozen_weights_once_and_trained_ones_three_times(method):
 
 
 def ten_steps(kind, method, mesh, scan):
-    """Make ten steps.
+    """Make ten training steps of a small model with plain gradient descent.
 
-    Returns losses and gradient norms, the arrays before and after each step, the size of all gradients that come at a
-    time, the frozen state, and the collectives of the program.
+    Returns:
+        - The loss and the gradient norm of each step.
+        - The trained arrays before the first step and after each step.
+        - The number of gradient entries that are computed together. Of a stack, only one block counts.
+        - The frozen state.
+        - The collectives in the compiled program.
     """
     built, sgd = small.build(kind, method), optax.sgd(0.1)
     parts, trained, frozen = partition(built.model, built.adapter, scan_layers=scan)
@@ -122,7 +129,7 @@ def ten_steps(kind, method, mesh, scan):
             state, metrics = step(state, frozen, batch, KEY, {})
             losses.append([float(metrics[name]) for name in ("train_loss", "gradient_norm")])
             arrays.append(tiny.host(parts.by_block(state.trained)))
-    # One layer's at a time: that of a stack, which has its blocks one after the other, is a part of it.
+    # The gradients of a stack are computed one block after the other: divide the size of its arrays by their number.
     gradients = sum(slot.variable.size // len(slot.names) for slot in parts.slots)
     return np.array(losses), arrays, gradients, frozen, collectives(step.as_text())
 
@@ -134,7 +141,7 @@ def test_eight_devices_compute_what_one_computes_and_exchange_gradients_and_weig
     losses, arrays, _, _, _ = ten_steps(kind, method, make_mesh(1, {}), scan=False)
     eight_losses, eight_arrays, gradients, frozen, found = ten_steps(kind, method, make_mesh(4, {}, fsdp=2), scan=True)
     np.testing.assert_allclose(eight_losses, losses, rtol=1e-6, atol=1e-6)
-    # The first step shows the gradients.
+    # The first step subtracts 0.1 times the gradients from the arrays. Check that they are not tiny.
     assert max(np.abs(arrays[1][name] - start).max() for name, start in arrays[0].items()) > 1e-3
     tiny.assert_close(arrays[1], eight_arrays[1], 1e-6)
     tiny.assert_close(arrays[10], eight_arrays[10], 1e-6)
@@ -143,9 +150,11 @@ def test_eight_devices_compute_what_one_computes_and_exchange_gradients_and_weig
         for path, leaf in jax.tree.leaves_with_path(frozen)
         if not leaf.sharding.is_fully_replicated
     }
-    assert max(weights, default=0) < small.BATCH * 5 * 16  # or activations would be taken for weights
+    # All weights are smaller than the activations, so that the size of a gathered array shows which of the two it is.
+    assert max(weights, default=0) < small.BATCH * 5 * 16
     assert {kind for kind, _, _ in found} == ({"all-reduce", "all-gather"} if weights else {"all-reduce"})
     assert {size for kind, sizes, _ in found for size in sizes if kind == "all-gather"} <= weights
-    # Those of the head, those of the blocks one after the other, and the loss.
+    # The all-reduced arrays have more entries than the gradients of the head, and at most as many as all gradients (of
+    # a stack, those of one block), the loss and a few scalars.
     reduced = sum(size for kind, sizes, _ in found for size in sizes if kind == "all-reduce")
     assert 3 * 16 + 3 < reduced <= gradients + 4

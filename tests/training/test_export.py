@@ -1,4 +1,4 @@
-"""Runs on a model of transformers, from its folder and back: the job from config.json, and `--mode=export`."""
+"""Runs that start from a model folder of the library transformers, and `--mode=export`, which writes such a folder."""
 
 import dataclasses
 import json
@@ -21,16 +21,17 @@ from tests.training import tiny
 
 VIT = ViTConfig(
     **tiny.GEOMETRY, num_classes=7, activation="gelu", epsilon=1e-12, pool="token"
-)  # what transformers calls ViT
+)  # The variant of ViT that the library transformers implements.
 MEAN, STD = (0.3,), (0.2,)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A folder as transformers writes it, with the normalisation of its images."""
+    """A model folder in the format of the library transformers, with a file that gives the normalisation of images."""
     folder = tmp_path_factory.mktemp("hub") / "vit"
     model = load(lambda: ViT(VIT, rngs=nnx.Rngs(3)), None)
-    # Random weights: a zero head would hide the labels, and initial values of the encoder would hide mistakes.
+    # Add random numbers to all parameters. The zeros of a new head and the initial values of the blocks would hide
+    # mistakes.
     graphdef, state = nnx.split(model)
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape).astype(np.float32), state)
@@ -106,7 +107,7 @@ def test_a_model_of_text_is_refused(tiny_files, tmp_path):
 def test_a_base_in_bfloat16_trains_float32_adapters(tiny_files, source, tmp_path):
     values = {"model.param_dtype": "bfloat16", "model.dtype": "bfloat16", "model.remat": "block"}
     half = config(tiny_files, source, **values)
-    # The backward pass of jax.nn.dot_product_attention in bfloat16 asks for it.
+    # The gradient of jax.nn.dot_product_attention in bfloat16 needs implicit dtype promotion.
     with jax.numpy_dtype_promotion("standard"):
         train_run(half, tmp_path / "run")
     job = prepare(half, 0)
@@ -126,7 +127,7 @@ def test_what_is_exported_computes_the_same(run, capsys, form):
     difference = float(printed.split("within ")[1].split(" ")[0])
     reach = float(printed.split("reach ")[1])
     assert difference <= 1e-5 * reach and reach > 0
-    # Export again, over the existing files.
+    # A second export replaces the files of the first.
     export_run(run, {}, form)
 
 

@@ -1,4 +1,7 @@
-"""A base that is split over devices: the same numbers, less memory, and nothing gathered but weights."""
+"""Tests of a base model that is split over devices (`config.mesh.fsdp`).
+
+Training and evaluation give the same results, they take less memory, and only weights are gathered.
+"""
 
 import jax
 import numpy as np
@@ -47,7 +50,7 @@ def test_a_split_base_trains_as_a_whole_one(built_for, method):
     tiny.assert_close(whole, split, 3e-6)
     parts = [leaf for leaf in jax.tree.leaves(frozen) if not leaf.sharding.is_fully_replicated]
     assert parts
-    # What is gathered is a weight, and not as large as the activations.
+    # All gathered arrays have the sizes of weights. The activations are larger than that, so they are not gathered.
     sizes = {leaf.size for leaf in parts}
     gathered = gathered_sizes(compiled.as_text())
     assert gathered and set(gathered) <= sizes
@@ -63,9 +66,14 @@ def test_arguments_take_less_memory_the_more_devices_share_the_base(built_for):
 
 
 def memory(depth, scan):
-    """Temporaries of a step on each of eight devices, and the size of the base.
+    """Return the size of the temporary arrays of a training step, and the size of the base model, in bytes.
 
-    The batch is one token of each example: what blocks make of it is little beside their weights.
+    The base model is split over eight devices, and the size of temporary arrays is that on one of them. The batch has
+    only one token for each example, so that the activations are small compared with the weights.
+
+    Args:
+        depth: The number of blocks.
+        scan: Whether to stack the blocks and run them in a scan.
     """
     built = small.build("bert", "lora", depth=depth, width=64, mlp_width=256, remat="block")
     mesh = make_mesh(1, {}, fsdp=8)
@@ -83,10 +91,11 @@ def test_a_scan_gathers_one_layer_at_a_time():
     looped, few_layers = memory(6, scan=False)
     few, _ = memory(6, scan=True)
     many, many_layers = memory(24, scan=True)
-    # If the compiler sees all layers at once, it may gather all of them first.
+    # In a program with a loop, the compiler sees all blocks at once and may gather the weights of all of them first.
     assert few < looped / 2
     assert many < many_layers / 3
-    # Next to the gathered layer, each device has a copy of its eighth of every layer, in the order of sending.
+    # In addition to the gathered weights of one block, each device holds a rearranged copy of its eighth of all blocks.
+    # So the memory may grow by an eighth of the additional blocks, but not by a quarter.
     assert many - few < (many_layers - few_layers) / 4
 
 
@@ -116,7 +125,7 @@ def test_stacked_layers_lie_as_each_of_them_does():
     for scan in (False, True):
         built = small.build("vit", "lora", depth=4)
         graphdef, state = nnx.split(built.model)
-        # A checkpoint is read with each array on its devices, and stacking keeps it there.
+        # A pretrained model is loaded with its arrays already split over the devices. Stacking must keep them split.
         model = nnx.merge(graphdef, put_base(state, mesh))
         with jax.set_mesh(mesh):
             _, _, frozen = partition(model, built.adapter, scan_layers=scan)
@@ -125,7 +134,7 @@ def test_stacked_layers_lie_as_each_of_them_does():
             shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(block)]
             parts.setdefault(scan, []).append(shapes)
     assert parts[True] == [[(4, *shape) for shape in shapes] for shapes in parts[False]]
-    assert (4, 16, 6) in parts[True][0]  # of `up`, (16, 24)
+    assert (4, 16, 6) in parts[True][0]  # Four kernels `up` of shape (16, 24), whose last axis is split over 4 devices.
 
 
 def test_zero_means_what_fsdp_leaves_over():

@@ -26,14 +26,17 @@ from tests.training import tiny
 
 
 def start(config, seed, workdir):
-    """Starts a run, or starts it again, as `train_run` does."""
+    """Start or resume the run of one seed in a folder, as `train_run` does."""
     with Interruption() as interruption:
         return train(config, seed, workdir, interruption)
 
 
 @pytest.fixture
 def signal_at(monkeypatch):
-    """Lets a signal come while the batch of a step is on its way to the device."""
+    """A function `(number, *steps)` after which this process gets the signal `number` in these steps.
+
+    The steps are counted from 1 since the run was started. The signal comes when the batch is moved to the devices.
+    """
 
     def arrange(number, *steps):
         put, step = loop.put_batch, 0
@@ -83,7 +86,7 @@ def test_what_a_run_leaves_behind(tiny_files, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(loop, "prepare", fail)
     assert start(config, 0, tmp_path) == result
-    # A lost result is made again from the last checkpoint.
+    # If the result is deleted, the next start makes it again from the last checkpoint.
     monkeypatch.undo()
     (tmp_path / "result.json").unlink()
     again = start(config, 0, tmp_path)
@@ -92,12 +95,13 @@ def test_what_a_run_leaves_behind(tiny_files, tmp_path, monkeypatch, capsys):
 
 
 def written_out(config, seed, factors):
-    """The losses of a run, by a loop over its micro-batches and optax's AdamW on one device.
+    """Return the training losses of a run, computed by a simple loop with `optax.adamw` on one device.
 
     Args:
-        config: of two micro-batches, labels smoothed by 0.1, and the rates, decay and clipping that are repeated here.
-        seed: of the run.
-        factors: on the peak learning rate of each update.
+        config: The configuration of the run. It must have two micro-batches, label smoothing 0.1, and the learning
+            rates, weight decay and clipping norm that are also written in this function.
+        seed: The seed of the run.
+        factors: For each update, the factor by which the peak learning rates are multiplied.
     """
     prepared = job.prepare(config, seed)
     model, adapter = prepared.adapt(prepared.base_model())
@@ -148,7 +152,7 @@ def test_a_run_is_a_loop_that_is_written_out(tiny_files, tmp_path):
         "optim.learning_rate.lora": 0.05,
         "optim.groups.head.learning_rate": 0.02,
         "optim.groups.head.weight_decay": 0.1,
-        # The number by which one micro-batch differs from two.
+        # With dropout, the loss depends on the number of micro-batches, because each of them draws its own mask.
         "model.dropout": 0.2,
         "peft.lora.dropout": 0.2,
         "log.metrics_every": 1,
@@ -179,7 +183,7 @@ def test_a_run_is_split_and_stacked_as_its_configuration_says(tiny_files, tmp_pa
     (blocks,) = run.model.partition.merge(position.state.trained, run.model.frozen).blocks
     assert type(blocks) is Stack and blocks.depth == 2
     kernel = run.model.frozen["blocks"][0]["stacked"]["mlp"]["up"]["kernel"][...]
-    # Two blocks, each with an array (10, 14).
+    # The stack of two blocks has a kernel of shape (2, 10, 14). Its last axis is split over two devices.
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 10, 7)
 
 
@@ -187,7 +191,7 @@ def test_checkpoints_hold_no_base_weights(tiny_files, tmp_path):
     start(tiny.make_config(tiny_files, "linear_probe", **{"optim.steps": 1}), 0, tmp_path)
     (leaves, record), *others = tiny.read_checkpoints(tmp_path).values()
     assert not others
-    # The head (30 + 3) and its two moments; counters besides.
+    # The checkpoint holds the kernel (30) and the bias (3) of the head, two moments of each, and counters.
     assert sum(array.size for array in leaves.values() if array.ndim) == 3 * 33
     assert not any("attention" in name for name in leaves)
     assert any("attention" in name for name in record["base"])
@@ -198,7 +202,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(tiny_files, tmp_path, sig
         tiny_files, **{"optim.steps": 6, "optim.warmup_ratio": 1 / 3, "log.metrics_every": 1, "log.evaluate_every": 2}
     )
     start(config, 0, tmp_path / "whole")
-    # Once at a step with an evaluation, and once at a step without.
+    # Interrupt the run twice: at a step with an evaluation, and at a step without one.
     for number, at, step in ((signal.SIGTERM, 2, 2), (signal.SIGINT, 3, 5)):
         signal_at(number, at)
         with pytest.raises(InterruptedRunError, match=f"{number.name}: saved step {step} of 6") as interrupted:
@@ -217,7 +221,7 @@ def test_a_run_that_goes_on_holds_no_more_than_one_that_was_never_stopped(tiny_f
     config = tiny.make_config(tiny_files, "full", **values)
 
     def bytes_held(workdir):
-        """Of all arrays, before the last step."""
+        """Return the bytes of all JAX arrays that exist before the last step of a run."""
         held, put = [], loop.put_batch
 
         def put_batch(*arguments):
@@ -249,7 +253,8 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_next_start_makes_it(tiny_
         os.kill(os.getpid(), signal.SIGTERM)
         return put(*arguments)
 
-    # The second time, the evaluation that the first start did not make fails.
+    # The first start is interrupted in its evaluation. The second start begins with that evaluation, and is interrupted
+    # again.
     for _ in range(2):
         monkeypatch.setattr(step_programs, "put_batch", put_batch)
         with pytest.raises(InterruptedRunError, match="SIGTERM: saved step 2 of 4"):
@@ -273,7 +278,7 @@ def test_an_evaluation_that_fails_loses_no_step(tiny_files, tmp_path, monkeypatc
     with pytest.raises(RuntimeError, match="out of memory"):
         start(config, 0, tmp_path / "parts")
     monkeypatch.undo()
-    # With what cures it.
+    # Resume the run with a smaller batch size for evaluations, as a user would after running out of memory.
     smaller = dataclasses.replace(config, data=dataclasses.replace(config.data, eval_batch_size=24))
     assert smaller.data.eval_batch_size != config.data.eval_batch_size
     start(smaller, 0, tmp_path / "parts")
@@ -337,7 +342,7 @@ def test_checkpoints_of_another_base_are_refused(tiny_files, tmp_path, signal_at
     with pytest.raises(InterruptedRunError):
         start(config, 0, tmp_path / "run")
     monkeypatch.undo()
-    # The same file name, other weights.
+    # Change one bit of the weights in the same file.
     weights = tiny_files / "weights.safetensors"
     content = weights.read_bytes()
     try:
@@ -359,7 +364,7 @@ def test_checkpoints_of_other_data_are_refused(tiny_files, tmp_path, signal_at, 
     with pytest.raises(InterruptedRunError):
         start(config, 0, tmp_path / "run")
     monkeypatch.undo()
-    # The same file name, one example less.
+    # Remove one training example from the same file.
     arrays = dict(np.load(path))
     np.savez(path, **{**arrays, "train_images": arrays["train_images"][1:], "train_labels": arrays["train_labels"][1:]})
     with pytest.raises(UserError, match=r"checkpoint .*/1 is of other data; there data\.examples is 40, here 39$"):
@@ -376,7 +381,7 @@ def test_a_frozen_factor_that_is_drawn_otherwise_is_refused(tiny_files, tmp_path
         start(config, 0, tmp_path)
     monkeypatch.undo()
     with monkeypatch.context() as patch:
-        # Another version of the library might do this.
+        # Draw the constants of the adapter from another seed, because another version of JAX might draw other numbers.
         patch.setattr(job, "adapt_model", lambda model, peft, seed: adapt_model(model, peft, seed + 1))
         with pytest.raises(UserError, match=r"checkpoint .*/1 was .* values in blocks/0/attention/key/delta/default/"):
             start(config, 0, tmp_path)

@@ -23,7 +23,10 @@ from tests.training import tiny
 
 @pytest.fixture(scope="module")
 def run(tiny_files, tmp_path_factory):
-    """A run of two seeds: its folder, its configuration and its result. The high learning rate shows in the logits."""
+    """The folder, the configuration and the result of a complete run with two seeds.
+
+    Its learning rate is high, so that training changes the logits clearly.
+    """
     folder = tmp_path_factory.mktemp("run") / "two"
     values = {"seeds": (0, 2), "optim.steps": 3, "optim.learning_rate.circulant": 0.1}
     config = tiny.make_config(tiny_files, **values)
@@ -107,11 +110,11 @@ def test_a_merged_model_stands_alone_and_computes_the_same(run, capsys):
     merged = load(lambda: ViT(job.task.model_config, rngs=nnx.Rngs(9)), paths[1], fresh=())
     base = job.base_model()
     adapted, _ = load_adapter(folder / "seed-2" / "adapter", base)
-    # The kernels changed, and the file holds only arrays of a plain model.
+    # The merged kernels differ from those of the base model, and the file holds no arrays of the adapter.
     query = load_file(paths[1])["blocks/0/attention/query/kernel"]
     assert np.abs(query - np.asarray(base.blocks[0].attention.query.kernel[...])).max() > 1e-3
     assert not [name for name in load_file(paths[1]) if "delta" in name]
-    # The normalisation of images is saved with the model: here pixels in [-1, 1].
+    # The normalisation of images is saved with the model. Mean and standard deviation 0.5 give pixels in [-1, 1].
     assert image_normalization(paths[1]) == ((0.5,), (0.5,))
     images = next(iter(data.eval_batches(job.task.dataset.test, batch_size=8, image_size=8)))["image"]
     logits = [np.asarray(model(images)) for model in (merged, adapted, base)]
@@ -159,7 +162,7 @@ def test_describing_needs_neither_weights_nor_data(capsys):
     config = base_config()
     config.model.num_classes = 10
     config.data.name = "nowhere.npz"
-    # The official weights cannot be downloaded here.
+    # "augreg" means the official weights. They cannot be downloaded in this test, and so must not be needed.
     assert config.model.checkpoint == "augreg"
     describe_run(parse(config))
     out = capsys.readouterr().out

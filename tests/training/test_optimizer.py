@@ -13,7 +13,7 @@ RATES = {"circulant": 1e-2, "lora": 2e-2, "linear_probe": 3e-2, "full": 4e-2}
 
 
 def factor(config: OptimConfig, step: int) -> float:
-    """The schedule by its definition."""
+    """Return the factor of the learning rate after `step` updates, written from the definition of the schedule."""
     warmup = round(config.warmup_ratio * config.steps)
     if step < warmup:
         return step / warmup
@@ -69,7 +69,7 @@ def test_a_parameter_in_no_group_is_refused_by_name():
     "groups",
     [
         {"head": GroupConfig(pattern="classifier/.*", learning_rate=5e-3)},
-        # An earlier group matches the same parameters.
+        # The pattern of an earlier group matches the same parameters, so that none are left for the group `head`.
         {"adapter": GroupConfig(pattern="head/.*"), "head": GroupConfig(pattern="head/.*", learning_rate=5e-3)},
     ],
 )
@@ -78,7 +78,8 @@ def test_a_learning_rate_of_a_group_without_parameters_is_refused(groups):
     message = "optim.groups.head has learning_rate=0.005, but no parameter: .*trained .head/bias, head/kernel."
     with pytest.raises(UserError, match=message):
         Rates(config, "lora", paths)
-    # A group without a learning rate may be empty: the shipped settings are for methods that train other parameters.
+    # A group without a learning rate of its own may have no parameters. For example, the weight decays in configs/ are
+    # for groups that not all methods train.
     groups["head"] = dataclasses.replace(groups["head"], learning_rate=0.0, weight_decay=0.1)
     config = dataclasses.replace(config, groups=GroupsConfig(**groups))
     assert set(Rates(config, "lora", paths).before(1).values()) == {np.float32(RATES["lora"])}
@@ -108,7 +109,8 @@ def test_updates_are_those_of_adamw_by_hand(clip_norm):
     first = {path: np.zeros_like(array) for path, array in arrays.items()}
     second = {path: np.zeros_like(array) for path, array in arrays.items()}
     for step in range(6):
-        # Gradients of very different sizes: Adam ignores a common scale, but not clipping in some steps only.
+        # The gradients grow by a factor of 10 in each step, so that only the later ones are clipped. If all gradients
+        # were scaled by the same factor, Adam's updates would not change.
         gradients = {path: 10.0 ** (step - 3) * rng.normal(size=array.shape) for path, array in arrays.items()}
         updates, state = optimizer.update(
             {path: jnp.asarray(gradient, jnp.float32) for path, gradient in gradients.items()},

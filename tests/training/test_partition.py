@@ -42,7 +42,7 @@ def test_other_arrays_make_another_model(built):
     zeroed = {path: array * 0 for path, array in built.trained.items()}
     merged = built.partition.merge(zeroed, built.frozen)
     np.testing.assert_array_equal(merged(images), np.zeros((16, 3), np.float32))
-    # The split does not change the original model.
+    # The original model still has its own arrays.
     assert np.abs(built.model(images)).max() > 0.01
 
 

@@ -1,4 +1,4 @@
-"""Answers to new sentences: the table that is read, the table that is written, and runs that have none."""
+"""Tests of `--mode=predict`: the table of sentences that is read, the table that is written, and all errors."""
 
 import csv
 import dataclasses
@@ -53,7 +53,7 @@ def logits_by_hand(folder, sentences):
 def test_answers_are_those_computed_by_hand(run, tmp_path, capsys):
     source, target = tmp_path / "in.tsv", tmp_path / "out.tsv"
     source.write_text("".join(f"{first}\t{second}\n" for first, second in PAIRS))
-    # The data set is not needed.
+    # Predictions do not need the data set, so give a folder that does not exist.
     predict_run(run, {"data.dir": "/nowhere"}, source, target)
     rows = table_of(target)
     assert list(rows[0]) == ["line", "label", "entailment", "not_entailment"]
@@ -66,7 +66,7 @@ def test_answers_are_those_computed_by_hand(run, tmp_path, capsys):
     assert [row["label"] for row in rows] == [("entailment", "not_entailment")[i] for i in logits.argmax(1)]
     said = capsys.readouterr()
     assert said.out.splitlines()[-1] == f"{target}: 5 rows; 0 malformed ones were left out"
-    # No other file remains.
+    # No temporary file remains.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.tsv", "out.tsv"]
 
 
@@ -91,9 +91,9 @@ def test_malformed_rows_are_named_and_the_rest_is_answered(run, tmp_path, capsys
     [
         (b"sentence1\tsentence2\na\tb\n", (2,), (("a", "b"),)),
         (b"\xef\xbb\xbfsentence1\tsentence2\r\na\tb\r\n\r\nc\td\r\n", (2, 4), (("a", "b"), ("c", "d"))),
-        # Column names after the first line are sentences.
+        # Column names are skipped only in the first line. In a later line they are taken as sentences.
         (b"a\tb\nsentence1\tsentence2", (1, 2), (("a", "b"), ("sentence1", "sentence2"))),
-        # Quotes have no meaning, and only line feeds end lines.
+        # Quotes have no special meaning. Only a line feed ends a line: other separators (U+2028, \x0b) do not.
         ('"a\t"b" \u2028\x0bc\n'.encode(), (1,), (('"a', '"b" \u2028\x0bc'),)),
     ],
 )
@@ -128,7 +128,7 @@ def test_scores_are_numbers(files, tmp_path):
 def test_roberta_trains_both_layers_of_its_classifier(files, tmp_path):
     folder = tmp_path / "roberta"
     tiny_text.write_bert(folder, dataclasses.replace(tiny_text.BERT, positions="after_padding"))
-    # With another seed than the 0 that the base is built with for answers.
+    # Train with a seed other than 0. The second layer of the classifier is initialised from this seed.
     values = {"model.checkpoint": str(folder), "optim.learning_rate.lora": 0.1, "seeds": (3,)}
     train_run(tiny_text.make_config(files, "rte", "lora", **values), tmp_path / "run")
     base = prepare(saved_config(tmp_path / "run"), 3).base_model()

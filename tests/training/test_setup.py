@@ -1,4 +1,4 @@
-"""From a configuration to a job: what is refused before compilation, and which modules get which method."""
+"""Tests of the preparation of a run: errors that are found before compilation, and the method that each module gets."""
 
 import dataclasses
 import warnings
@@ -38,10 +38,10 @@ def test_a_part_of_the_data(tiny_files):
     config = tiny.make_config(tiny_files, **values)
     task = prepare(config, 3).task
     assert (task.classes, task.model_config.num_classes) == (("2", "0"), 2)
-    # 7 of the 21 test examples are of the class 1.
+    # The class "1" is left out, to which 7 of the 21 test examples belong.
     assert (task.examples, len(task.holdout), len(task.dataset.test)) == (5, 4, 14)
     assert task.dataset.test.labels.tolist() == [1, 0] * 7
-    # The description without weights has the same number of outputs.
+    # `describe_config`, which loads no weights, also finds that the new head has two outputs.
     assert task.make_model(0).head.bias.shape == (2,)
     assert describe_config(config).besides == 2 * 10 + 2
 
@@ -128,7 +128,7 @@ def test_describing_makes_no_weights():
     before = sum(array.size for array in jax.live_arrays())
     vit = ViTConfig.from_variant("B/16", num_classes=10)
     description = describe_model(parse(config), lambda seed: ViT(vit, rngs=nnx.Rngs(seed)))
-    # The updates are drawn, but none of 86 million weights.
+    # The parameters of the adapter are allocated, but not the 86 million weights of the base model.
     assert sum(array.size for array in jax.live_arrays()) - before < 200_000
     assert description.adapter == 12 * 3 * 2 * 2 * 768
     assert description.besides == 768 * 10 + 10
@@ -157,7 +157,8 @@ RULES = (
     Rule("blocks/1/attention/key", None),
     Rule(r"blocks/\d+/mlp/(up|down)", LoRA(rank=1), parts=2, which=(1,)),
 )
-# The modules of the target qkv that the rules do not match.
+# The rule that the target "qkv" becomes. It comes last, and so applies only to those modules (`LEFT`) that no rule of
+# `RULES` matches.
 LAST = Rule(r"blocks/\d+/attention/(query|key|value)", CirculantUpdate())
 LEFT = {"blocks/0/attention/value", "blocks/1/attention/query", "blocks/1/attention/value"}
 PLACES = {f"blocks/0/attention/{name}" for name in ("query", "key")}
@@ -165,7 +166,11 @@ PLACES |= {f"blocks/{block}/mlp/{name}" for block in (0, 1) for name in ("up", "
 
 
 def adapted(**values):
-    """Returns the adapter, and its parts by path, of a ViT of two blocks without weights."""
+    """Adapt a ViT of two blocks, whose weights are not allocated. Return the `Adapter`, and its parts by module path.
+
+    Args:
+        **values: Values of the section `config.peft`, by key.
+    """
     config = base_config()
     config.update_from_flattened_dict({f"peft.{key}": value for key, value in values.items()})
     vit = ViTConfig(**{**tiny.GEOMETRY, "depth": 2}, num_classes=3)

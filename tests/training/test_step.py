@@ -20,7 +20,7 @@ from surm_jax.training.partition import Partition
 from surm_jax.training.step import init_state, make_train_step
 from tests.training import small, tiny
 
-# Plain gradient descent: Adam would hide the size of the gradients and amplify their rounding errors.
+# Use plain gradient descent. Adam's updates would hide the size of the gradients and amplify their rounding errors.
 SGD = optax.sgd(1.0)
 KEY = jax.random.key(0)
 
@@ -30,7 +30,7 @@ def make_step(partition, optimizer, mesh, **options):
 
 
 class Trace(Partition):
-    """A partition that counts how often the model is put together, which happens only while JAX traces."""
+    """A `Partition` that counts the calls of `merge`. Since JAX calls it only while tracing, it counts the traces."""
 
     count = 0
 
@@ -40,7 +40,10 @@ class Trace(Partition):
 
 
 class Toy:
-    """In place of a partition: logits are the bits of the step's key, whatever the images and the arrays."""
+    """A replacement for a `Partition` whose model computes its logits from the dropout key alone (`key_logits`).
+
+    Thus the loss shows which key the model was given.
+    """
 
     @staticmethod
     def merge(trained, frozen):
@@ -52,7 +55,17 @@ def key_logits(key):
 
 
 def run_step(built, mesh, optimizer, **options):
-    """Makes a step from the start. Returns the arrays after it, its metrics, and the text of its compiled program."""
+    """Make the first training step of a job.
+
+    Args:
+        built: The job.
+        mesh: The device mesh.
+        optimizer: The optimiser.
+        **options: Keyword arguments of `make_train_step`.
+
+    Returns:
+        The trained arrays after the step, its metrics, and the text of its compiled program.
+    """
     step = make_step(built.partition, optimizer, mesh, **options)
     with jax.set_mesh(mesh):
         state = init_state(built.trained, optimizer, mesh)
@@ -77,29 +90,33 @@ def test_what_a_step_changes_and_what_not(built_for, method):
         frozen = jax.device_put(built.frozen, replicated(mesh))
         for number in range(1, 5):
             given = state
-            # Another seed or learning rate needs no other program.
+            # Use another key and other learning rates in every step. `Trace` checks that JAX traces the step only once.
             key = jax.random.key(number)
             state, metrics = step(state, frozen, put_batch(tiny.batch_of(built), mesh), key, rates.before(number))
             assert int(state.step) == number
-            # The state is donated; all other arrays stay valid.
+            # The old state is donated and thus deleted. The frozen arrays are not.
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
             assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
     assert Trace.count == 1
     assert all(math.isfinite(value) for value in metrics.values())
     tiny.assert_equal_bits(tiny.host(frozen), frozen_before)
-    # The arrays that the state began with are still the caller's.
+    # `init_state` has copied the trained arrays, so that those of the caller still exist.
     tiny.assert_equal_bits(tiny.host(built.trained), before)
     after = tiny.host(state.trained)
     assert after.keys() == before.keys()
     assert not [name for name in after if np.array_equal(after[name], before[name])]
-    # Two moments for every trained number; the rest are counters.
+    # The optimiser's state holds two moments of every trained parameter. The rest are counters, which have no axes.
     trained = sum(array.size for array in before.values())
     assert sum(leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim) == 2 * trained
     assert {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim} == {np.dtype("float32")}
 
 
 def kernel_gradients(built):
-    """The shapes of the sums over a batch in a step's program that have the shape of a kernel, in any order of axes."""
+    """Return the shapes of all kernel gradients that a training step computes.
+
+    They are the results of all products and convolutions in the step's jaxpr that sum over the examples of the batch
+    and have the shape of a kernel, with its axes in any order.
+    """
     mesh = make_mesh(1, {})
     step = make_step(built.partition, SGD, mesh)
     kernels = {tuple(sorted(shape)) for shape in [(10, 2, 5), (10, 10), (10, 14), (4, 4, 1, 10)]}
@@ -111,7 +128,7 @@ def kernel_gradients(built):
     def sums_over_the_batch(equation):
         if equation.primitive.name == "conv_general_dilated":
             return True
-        # The product of an update's factors has the shape of a kernel too, but is no sum over examples.
+        # The product of an update's two factors also has the shape of a kernel, but it does not sum over the examples.
         (axes, _), _ = equation.params["dimension_numbers"]
         return math.prod(equation.invars[0].aval.shape[axis] for axis in axes) >= len(batch["label"])
 
@@ -131,7 +148,7 @@ def kernel_gradients(built):
 
 
 def test_frozen_kernels_get_no_gradient(built_for):
-    # Four kernels of attention, two of the MLP, and that of the patches.
+    # With full fine-tuning, seven kernels get a gradient: four of the attention, two of the MLP and one of the patches.
     assert len(kernel_gradients(built_for("full"))) == 7
     for method in ("circulant", "lora", "linear_probe"):
         assert kernel_gradients(built_for(method)) == []
@@ -163,7 +180,7 @@ def test_eight_devices_compute_what_one_computes_and_gather_nothing(built_for, m
 
 @pytest.mark.exhaustive
 def test_transforms_that_are_not_kept_local_would_gather(built_for, monkeypatch):
-    # This shows that the check above can fail.
+    # Without `batch_local`, arrays are gathered, which shows that the check in the test above can fail.
     monkeypatch.setattr(fourier, "_convolve_rows", fourier._convolve_rows.__wrapped__)
     monkeypatch.setattr(execution, "batch_local", lambda product: product)
     jax.clear_caches()
@@ -178,7 +195,14 @@ def toy_step(accumulate):
 
 
 def drawn(count, seed=0, accumulate=1, start=0):
-    """The losses of some steps of the toy: functions of the keys that the model was given."""
+    """Return the losses of some steps of the `Toy` model, which depend only on the dropout keys that it was given.
+
+    Args:
+        count: The number of steps.
+        seed: The seed of the run's key.
+        accumulate: The number of micro-batches.
+        start: The number of steps already made.
+    """
     mesh = make_mesh(1, {})
     batch = put_batch({"image": np.zeros((8, 2), np.float32), "label": np.zeros(8, np.int32)}, mesh)
     state = init_state({"w": jnp.zeros(())}, optax.sgd(0.0), mesh)._replace(step=jnp.array(start, jnp.int32))
@@ -203,7 +227,7 @@ def test_another_seed_draws_other_keys():
 
 def test_every_micro_batch_has_its_own_key():
     key = jax.random.fold_in(jax.random.key(0), 0)
-    # Of each pair of keys, the model has one and the adapter the other.
+    # The key of each micro-batch is split into two: the first is for the model, and the second for the adapter.
     keys = [jax.random.split(jax.random.fold_in(key, index))[0] for index in range(4)]
     losses = [float(cross_entropy(key_logits(key), jnp.zeros(1, jnp.int32))[0]) for key in keys]
     assert len(set(losses)) == 4
@@ -234,7 +258,8 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32(built_for):
     exact, rounded = built_for("circulant"), built_for("circulant", **{"model.dtype": "bfloat16"})
     mesh = make_mesh(8, {})
     arrays, metrics, _ = run_step(exact, mesh, SGD)
-    # The gradient of jax.nn.dot_product_attention mixes bfloat16 with the float32 of the softmax.
+    # The gradient of jax.nn.dot_product_attention mixes bfloat16 with the float32 of the softmax, which needs implicit
+    # dtype promotion.
     with jax.numpy_dtype_promotion("standard"):
         rounded_arrays, rounded_metrics, program = run_step(rounded, mesh, SGD)
     assert {array.dtype for array in rounded_arrays.values()} == {np.dtype("float32")}
@@ -244,7 +269,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32(built_for):
     gradients, rounded_gradients = (
         {name: start[name] - after[name] for name in start} for after in (arrays, rounded_arrays)
     )
-    # One of the two factors of each update is zero at the start, and the other is still.
+    # At the start, one of the two factors of each update is zero. So the gradient of the other factor, r2, is zero.
     still = {name for name, gradient in gradients.items() if not gradient.any()}
     assert still == {name for name in start if name.endswith("/r2']")} and len(still) == 3
     tiny.assert_near(gradients, rounded_gradients, 3e-2)

@@ -1,4 +1,7 @@
-"""The smallest job there is, for tests: a ViT of one narrow block on a few random images, any method."""
+"""A tiny job for tests, with any method: a ViT with one narrow block on a few random images.
+
+The module also has functions that compare arrays, checkpoints and runs.
+"""
 
 import json
 from pathlib import Path
@@ -19,13 +22,17 @@ from surm_jax.training.partition import Arrays, Partition, partition
 from surm_jax.training.setup import Job, prepare
 
 NAME = "tiny"
-# All sizes differ from each other and from the batch size 16, so that a shape in a program shows what it belongs to.
+# Most sizes differ from each other and from the batch size 16, so that the shape of an array in a compiled program
+# shows which array it is.
 GEOMETRY = {"image_size": 8, "channels": 1, "patch_size": 4, "width": 10, "depth": 1, "heads": 2, "mlp_width": 14}
 METHODS = ("circulant", "lora", "linear_probe", "full")
 
 
 def write_files(folder: Path) -> Path:
-    """Writes `data.npz`, 40 images to train on and 21 to test, of three classes, and `weights.safetensors`."""
+    """Write the files of the tiny job into a folder, and return the folder.
+
+    `data.npz` holds 40 training images and 21 test images of three classes. `weights.safetensors` holds the base model.
+    """
     rng = np.random.default_rng(0)
     arrays = {}
     for split, count in (("train", 40), ("test", 21)):
@@ -38,7 +45,12 @@ def write_files(folder: Path) -> Path:
 
 
 def flat_config(files: Path, **overrides: Any) -> dict[str, Any]:
-    """The values of the tiny job's configuration by dotted key."""
+    """Return the values in which the tiny job's configuration differs from the default, by dotted key.
+
+    Args:
+        files: The folder that `write_files` has written.
+        **overrides: Further values by dotted key.
+    """
     return {
         "model.variant": NAME,
         "model.checkpoint": str(files / "weights.safetensors"),
@@ -67,19 +79,22 @@ class Built(NamedTuple):
 
 
 def build(config: RunConfig, seed: int = 0) -> Built:
-    """Everything up to the first step. The head is random: through a zero head no gradient reaches the layers below."""
+    """Prepare a job, and adapt and divide its model, as a run does before its first step.
+
+    The kernel of the head gets random values. A new head is zero, and then the layers below it would get no gradient.
+    """
     job = prepare(config, seed)
     model, adapter = job.adapt(job.base_model())
     kernel = model.head.kernel
     kernel[...] = 0.3 * jax.random.normal(jax.random.key(7), kernel.shape)
-    # Off the job's mesh: a test chooses its own.
+    # Copy the arrays from the job's mesh to the default device, because tests use meshes of their own.
     graphdef, state = nnx.split(model)
     model = nnx.merge(graphdef, jax.tree.map(lambda array: jnp.asarray(np.asarray(array)), state))
     return Built(job, model, adapter, *partition(model, adapter))
 
 
 def batch_of(built: Built, size: int = 16) -> dict[str, np.ndarray]:
-    """The first training examples, as the model reads them."""
+    """Return a batch of the first training examples, with pixels in [-1, 1] and labels."""
     source = built.job.task.dataset.train
     examples = [source[index] for index in range(size)]
     images = np.stack([example["image"] for example in examples]).astype(np.float32) / 127.5 - 1
@@ -92,7 +107,7 @@ def logits_of(built: Built, images: np.ndarray) -> np.ndarray:
 
 
 def host(tree: Any) -> dict[str, np.ndarray]:
-    """Copies of all leaves, by path, that nothing can change any more."""
+    """Return copies of all leaves of a pytree as NumPy arrays, by path. They stay valid when a leaf is donated."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): np.array(leaf, copy=True) for path, leaf in leaves}
 
@@ -106,7 +121,10 @@ def assert_equal_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) 
 
 
 def assert_close(one: dict[str, np.ndarray], other: dict[str, np.ndarray], tolerance: float) -> None:
-    """The tolerance is relative to the largest number of each array, at least 1: sums in another order differ so."""
+    """Check that two dictionaries of arrays differ only by rounding, such as that of sums in another order.
+
+    In each array, all entries may differ by `tolerance` times its largest absolute entry, or times 1 if that is larger.
+    """
     assert one.keys() == other.keys()
     for name, array in one.items():
         scale = max(1.0, np.abs(array).max())
@@ -114,7 +132,11 @@ def assert_close(one: dict[str, np.ndarray], other: dict[str, np.ndarray], toler
 
 
 def assert_near(exact: dict[str, np.ndarray], rounded: dict[str, np.ndarray], tolerance: float) -> None:
-    """The distance is relative to the norm of each array, however small that is: only zeros are near to zeros."""
+    """Check that the arrays in `rounded` are near those in `exact`.
+
+    The norm of the difference may be `tolerance` times the norm of the exact array. There is no absolute tolerance, so
+    that an array of zeros must be exactly zero in both.
+    """
     assert exact.keys() == rounded.keys()
     norms = {name: (np.linalg.norm(rounded[name] - array), np.linalg.norm(array)) for name, array in exact.items()}
     far = {name: (distance, norm) for name, (distance, norm) in norms.items() if not distance <= tolerance * norm}
@@ -122,7 +144,10 @@ def assert_near(exact: dict[str, np.ndarray], rounded: dict[str, np.ndarray], to
 
 
 def read_checkpoints(workdir: Path) -> dict[int, tuple[dict[str, np.ndarray], dict[str, Any]]]:
-    """The leaves and the record of every checkpoint of a run, read without the library, but for clocks and sums."""
+    """Return the arrays and the content of `checkpoint.json` for every checkpoint of a run, by step.
+
+    They are read without `surm_jax.record`. Entries that depend on the time are left out, as are checksums.
+    """
     found = {}
     for path in (workdir / "checkpoints").iterdir():
         record = json.loads((path / "checkpoint.json").read_text())
@@ -133,14 +158,17 @@ def read_checkpoints(workdir: Path) -> dict[int, tuple[dict[str, np.ndarray], di
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Two runs left the same behind, bit for bit, but for their clocks."""
+    """Check that two runs have written the same metrics, checkpoints, adapter and result, bit for bit.
+
+    Values that depend on the time, such as the speed, may differ.
+    """
     lines, others = (
         [{**line, "examples_per_second": None} for line in _json_lines(folder / "metrics.jsonl")]
         for folder in (one, other)
     )
     assert lines == others
     checkpoints, other_checkpoints = read_checkpoints(one), read_checkpoints(other)
-    # The last one at least: a run that was interrupted has others between.
+    # Compare the checkpoints that both runs have kept, at least the last one. An interrupted run has also saved others.
     assert max(checkpoints) == max(other_checkpoints)
     for step in checkpoints.keys() & other_checkpoints.keys():
         (leaves, record), (other_leaves, other_record) = checkpoints[step], other_checkpoints[step]

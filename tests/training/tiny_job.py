@@ -1,4 +1,8 @@
-"""The tiny job for `launch.py` in a process of its own: `--config=tests/training/tiny_job.py:FOLDER_OF_ITS_FILES`."""
+"""The configuration of the tiny job, for tests that start `launch.py` in a process of its own.
+
+The option is `--config=tests/training/tiny_job.py:FOLDER`. The folder holds the files that `tiny.write_files` has
+written.
+"""
 
 from pathlib import Path
 

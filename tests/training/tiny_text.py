@@ -1,4 +1,7 @@
-"""The smallest job on text, for tests: a BERT of one narrow block in a folder of transformers, and small GLUE tasks."""
+"""A tiny job on text for tests: a BERT with one narrow block, and small versions of GLUE tasks with random sentences.
+
+The BERT and its tokeniser are files in the format of the library transformers.
+"""
 
 import itertools
 import json
@@ -20,7 +23,7 @@ from tests.data.text.test_glue import example
 
 WORDS = ("the", "a", "cat", "dog", "bird", "sleeps", "sings", "eats", "not", "and", "old", "small", "big", ".", "?")
 VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS)
-# All sizes differ from each other and from the sizes of batches.
+# Most sizes differ from each other and from the batch sizes, so that the shape of an array shows which array it is.
 BERT = BertConfig(
     vocab_size=len(VOCABULARY),
     width=32,
@@ -31,7 +34,8 @@ BERT = BertConfig(
     type_vocab_size=2,
     num_classes=5,
 )
-# Sentences have 3 or 8 words, so pairs 9, 14 or 19 tokens: no batch of pairs is without padding.
+# Sentences have 3 or 8 words. With three special tokens, a pair of sentences has 9, 14 or 19 tokens. So every batch of
+# pairs has padding.
 LENGTHS = (11, 20)
 CLASSES = {
     "rte": ("entailment", "not_entailment"),
@@ -43,7 +47,11 @@ TESTS = {"mnli": ("validation_matched", "validation_mismatched")}
 
 
 def write_files(folder: Path) -> Path:
-    """Writes `bert`, the model with its tokeniser, and `tfds`, tasks of 40 examples to train on and 21 in each test."""
+    """Write the files of the tiny job into a folder, and return the folder.
+
+    The subfolder `bert` holds the model and its tokeniser. The subfolder `tfds` holds the tasks, each with 40 training
+    examples and 21 examples in each test split.
+    """
     write_bert(folder / "bert", BERT)
     for seed, task in enumerate(CLASSES):
         write_task(folder / "tfds", task, seed)
@@ -51,7 +59,10 @@ def write_files(folder: Path) -> Path:
 
 
 def write_bert(folder: Path, config: BertConfig) -> None:
-    """Writes a model as transformers does, no parameter of it at a value that hides a mistake."""
+    """Write a model with random parameters and a tokeniser into a folder, in the format of the library transformers.
+
+    Random numbers are added to all parameters, because initial values such as zeros could hide mistakes.
+    """
     (folder.parent / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     (folder.parent / "tokenizer_config.json").write_text('{"do_lower_case": true}')
     graphdef, state = nnx.split(load(lambda: Bert(config, rngs=nnx.Rngs(3)), None))
@@ -62,7 +73,7 @@ def write_bert(folder: Path, config: BertConfig) -> None:
 
 
 def write_task(folder: Path, task: str, seed: int) -> None:
-    """Writes a task as `tfds build` does: sentences of different lengths out of `WORDS`."""
+    """Write a GLUE task with random sentences of words from `WORDS`, in the format that `tfds build` writes."""
     rng, classes = np.random.default_rng(seed), CLASSES[task]
     folder = folder / "glue" / task / "2.0.0"
     folder.mkdir(parents=True)
@@ -89,7 +100,13 @@ def write_task(folder: Path, task: str, seed: int) -> None:
 
 
 def flat_config(files: Path, task: str, **overrides: Any) -> dict[str, Any]:
-    """The values of the tiny job's configuration by dotted key."""
+    """Return the values in which the tiny job's configuration differs from the default, by dotted key.
+
+    Args:
+        files: The folder that `write_files` has written.
+        task: The GLUE task, such as "rte".
+        **overrides: Further values by dotted key.
+    """
     return {
         "model.variant": "",
         "model.checkpoint": str(files / "bert"),
@@ -99,7 +116,7 @@ def flat_config(files: Path, task: str, **overrides: Any) -> dict[str, Any]:
         "data.batch_size": 16,
         "data.eval_batch_size": 8,
         "optim.steps": 4,
-        # Runs on several devices are tested with images.
+        # Use one device. Runs on several devices are tested with images.
         "mesh.data": 1,
         **overrides,
     }
@@ -112,7 +129,7 @@ def make_config(files: Path, task: str = "rte", method: str = "circulant", **ove
 
 
 def logits_one_by_one(model: nnx.Module, folder: Path, sentences: list[tuple[str, ...]]) -> np.ndarray:
-    """The logits of each example alone, without padding and without a mask."""
+    """Return the logits of sentences, of which each is computed alone, without padding and without a mask."""
     tokens = data.load_tokenizer(folder).encode(data.TextSource(sentences, np.zeros(len(sentences), int)), 128)
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens, types: nnx.merge(graphdef, state)(tokens, token_types=types))
