@@ -1,4 +1,4 @@
-"""Parts of a training set: the first examples of a random order, and examples held out."""
+"""Tests that select random examples of a training set, to train on or to hold out."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ def sentences(count: int) -> TextSource:
 
 
 def numbered(labels):
-    """Images that say which example they are."""
+    """Return a source with these labels. The single pixel of each image is the index of the example."""
     return ArraySource(np.arange(len(labels), dtype=np.uint8)[:, None, None, None], np.array(labels))
 
 

@@ -1,11 +1,14 @@
-"""Random checkpoints in the official layout."""
+"""Fixtures that make random checkpoints in the AugReg format."""
 
 import numpy as np
 import pytest
 
 
 def _augreg_arrays(*, image_size, patch_size, channels=3, width, depth, heads, mlp_width, num_classes, **_):
-    """The arrays of an AugReg file for a ViT of this geometry, named and laid out as vision_transformer writes them."""
+    """Return random arrays for an AugReg file of a ViT with these sizes.
+
+    Their names and shapes are those in files that the repository vision_transformer writes.
+    """
     rng = np.random.default_rng(7)
 
     def normal(*shape, scale=1.0):
@@ -13,7 +16,7 @@ def _augreg_arrays(*, image_size, patch_size, channels=3, width, depth, heads, m
 
     head_width = width // heads
     tokens = (image_size // patch_size) ** 2 + 1
-    # The first tokens are so small that the epsilon of the first LayerNorm matters.
+    # The input of the first block is so small that the epsilon of its LayerNorm has a noticeable effect.
     small = 3e-3
     arrays = {
         "cls": normal(1, 1, width, scale=small),
@@ -50,5 +53,5 @@ def augreg_arrays():
 
 @pytest.fixture(scope="session")
 def tiny_geometry():
-    """Sizes that are all different, so exchanged axes are noticed."""
+    """The sizes of a tiny ViT. They are all different, so that a test fails if two axes are exchanged."""
     return {"image_size": 12, "patch_size": 4, "width": 15, "depth": 2, "heads": 3, "mlp_width": 22, "num_classes": 7}

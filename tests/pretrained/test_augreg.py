@@ -20,7 +20,7 @@ def layer_norm(x, scale, bias):
 
 
 def oracle(arrays, images, pool):
-    """The published architecture in float64 NumPy, computed from the arrays of the file."""
+    """Return the logits of the published architecture, computed in float64 NumPy from the arrays of the file."""
     a = {key: value.astype(np.float64) for key, value in arrays.items()}
     images = images.astype(np.float64)
     p = a["embedding/kernel"].shape[0]
@@ -56,7 +56,10 @@ def oracle(arrays, images, pool):
 
 @pytest.fixture
 def read(tmp_path, augreg_arrays, tiny_geometry):
-    """Load a tiny ViT from an npz whose arrays the test may alter, and return it with the arrays."""
+    """A function that loads a tiny ViT from an npz file and returns it with the arrays of the file.
+
+    A test may pass a function that changes the arrays before they are written.
+    """
 
     def read(alter=lambda arrays: None, fresh=(), **overrides):
         arrays = augreg_arrays(**tiny_geometry)
@@ -168,7 +171,7 @@ def test_truncated_and_altered_files(tmp_path, tiny_geometry, augreg_arrays):
     content = (tmp_path / "vit.npz").read_bytes()
     assert "cannot be read" in damaged(tmp_path, tiny_geometry, content[:-200])
     assert "cannot be read" in damaged(tmp_path, tiny_geometry, b"")
-    at = content.find(b"embedding/bias.npy") + 180  # Inside the numbers of that array.
+    at = content.find(b"embedding/bias.npy") + 180  # This position is inside the data of that array.
     assert "CRC" in damaged(tmp_path, tiny_geometry, content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
 
 

@@ -11,7 +11,10 @@ CONFIGS = [ViTConfig.from_variant("digits", num_classes=3), BertConfig.from_vari
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
 def test_every_other_field_is_compared(config):
-    """Compare with values that make no sense, since a file may hold any value."""
+    """Check that `require_same` compares all fields but those that may differ.
+
+    The stored value is a meaningless string, since a file may hold any value.
+    """
     for field in dataclasses.fields(config):
         stored = dataclasses.replace(config)
         object.__setattr__(stored, field.name, "other")

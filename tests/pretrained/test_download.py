@@ -12,12 +12,12 @@ import pytest
 from surm_jax.errors import UserError
 from surm_jax.pretrained.download import cache_path, download
 
-CONTENT = bytes(range(256)) * 8192  # two chunks
+CONTENT = bytes(range(256)) * 8192  # This is as large as two chunks.
 HALF = len(CONTENT) // 2
 
 
 class Handler(BaseHTTPRequestHandler):
-    """A handler that serves `server.content` as the attributes of the server say."""
+    """A handler that serves `server.content`. The other attributes of the server determine how it answers."""
 
     def do_GET(self):
         server = self.server
@@ -71,12 +71,12 @@ def server(monkeypatch, tmp_path):
 
 
 def left(url):
-    """The names in the folder of the file, without the lock, which stays."""
+    """Return the sizes of the files in the folder of the download, by name, without the lock file."""
     return {path.name: path.stat().st_size for path in cache_path(url).parent.iterdir() if path.suffix != ".lock"}
 
 
 def cut(server, most=HALF):
-    """A first attempt whose connection breaks."""
+    """Call `download` with a connection that breaks after `most` bytes, and return the error message."""
     server.most = most
     with pytest.raises(UserError) as error:
         download(server.url)
@@ -106,7 +106,8 @@ def test_a_broken_connection_is_resumed_with_the_rest_alone(server):
     assert str(cache_path(server.url)) in message
     assert left(server.url)["vit.npz.part"] == HALF
     assert not cache_path(server.url).exists()
-    # If the rest of the other version were appended, the content would be wrong.
+    # The first half of the server's content is now different. Only if the download is resumed is the result the old
+    # content.
     server.content = bytes(HALF) + CONTENT[HALF:]
     assert download(server.url).read_bytes() == CONTENT
     assert server.requests[1:] == [("/models/vit.npz", f"bytes={HALF}-", '"one"')]
@@ -168,7 +169,7 @@ def test_the_wrong_range_is_not_appended(server):
 
 
 def test_parts_of_a_process_that_was_killed(server):
-    """Check that a download is not resumed if the version of its bytes is unknown."""
+    """Check that a download is not resumed if the version of the partial file is unknown."""
     part = cache_path(server.url).with_name("vit.npz.part")
     part.parent.mkdir(parents=True)
     part.write_bytes(b"of another file")
@@ -250,7 +251,7 @@ def test_a_server_that_stalls(server, monkeypatch):
 def test_no_connection_says_at_once_which_file_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setenv("SURM_JAX_CACHE", str(tmp_path))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with socket.socket() as closed:  # The port is bound, but nothing listens.
+    with socket.socket() as closed:  # The port is bound, but no program listens on it.
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/vit/b16.npz"
         start = time.monotonic()

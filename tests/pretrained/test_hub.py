@@ -1,4 +1,4 @@
-"""Downloads from a local server that answers as the Hub does."""
+"""Tests of downloads from the Hub, with a local server that answers as the Hub does."""
 
 import hashlib
 import json
@@ -73,7 +73,7 @@ def fake(monkeypatch, tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.requests, server.repositories = [], {}
         server.url = f"http://127.0.0.1:{server.server_port}"
-        # HF_ENDPOINT and HF_HOME set these when the library is imported.
+        # The library sets these constants from HF_ENDPOINT and HF_HOME when it is imported.
         monkeypatch.setattr(hub.constants, "ENDPOINT", server.url)
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -99,7 +99,7 @@ def test_whole_model_comes_once(fake):
     # The pickle is not downloaded.
     assert contents(folder) == {"config.json": CONFIG, "model.safetensors": "whole"}
     assert got(fake) == ["config.json", "model.safetensors"]
-    # All files belong to one commit, even if the branch moves meanwhile.
+    # All files belong to the same commit, even if the branch gets a new commit during the download.
     assert [revision for command, revision, _ in fake.requests if command == "GET"] == ["main", COMMIT]
     fake.requests.clear()
     assert locate("hf://google/vit") == folder
@@ -145,7 +145,7 @@ def test_the_preprocessor_of_an_image_model(fake):
 
 
 def cached_without_tokenizer(fake):
-    """A cached folder without the files of the tokenizer, as another library may leave it."""
+    """Return the cached folder of a model without the tokenizer's files, as another library may leave it."""
     fake.repositories["google/bert"] = {"main": TEXT | TOKENIZERS[0]}
     for name in TEXT:
         folder = Path(hub.hf_hub_download("google/bert", name)).parent
@@ -158,7 +158,7 @@ def test_a_tokenizer_comes_later(fake):
     assert contents(folder) == TEXT
     assert hub.fetch("hf://google/bert") == folder
     assert contents(folder) == TEXT | TOKENIZERS[0]
-    # The weights stay, and the new files belong to their commit.
+    # The weights are not downloaded again, and the new files belong to the same commit.
     assert sorted(got(fake)) == sorted(TOKENIZERS[0])
     assert {revision for _, revision, _ in fake.requests} == {COMMIT}
     fake.requests.clear()
@@ -184,14 +184,14 @@ def test_a_cached_model_does_without_a_tokenizer(fake, monkeypatch, why):
     assert time.monotonic() - start < 2
     assert contents(folder) == TEXT
     assert bool(fake.requests) == (why != "no network")
-    # Files that the Hub is known to lack are not requested again.
+    # If the Hub has answered that it does not have the files, they are not requested again.
     fake.requests.clear()
     assert hub.fetch("hf://google/bert") == folder
     assert bool(fake.requests) == (why in ("gone", "gated"))
 
 
 def test_what_is_missing_is_fetched(fake):
-    """Check that the next call completes one that was interrupted between two shards."""
+    """Check that the next call completes a download that was interrupted between two shards."""
     fake.repositories["google/vit"] = {"main": {k: v for k, v in SHARDED.items() if k != "model-2.safetensors"}}
     with pytest.raises(UserError, match=r"has no model-2\.safetensors at revision 'main'"):
         hub.fetch("hf://google/vit")

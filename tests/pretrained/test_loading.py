@@ -28,7 +28,7 @@ def flat(state):
 
 @pytest.fixture(scope="module")
 def initial(tiny_geometry):
-    """The initial values of the tiny ViT, built without `load`."""
+    """The initial values of the tiny ViT's parameters, from a model that was built without `load`."""
     return flat(nnx.state(ViT(ViTConfig(**tiny_geometry), rngs=nnx.Rngs(3))))
 
 
@@ -65,7 +65,7 @@ def test_the_model_is_never_built_with_numbers(checkpoint, tiny_geometry):
 
 
 def test_only_fresh_parameters_are_computed(checkpoint, tiny_geometry, monkeypatch):
-    """Check that the compiled initialiser returns only the head."""
+    """Check that the compiled initialiser computes only the parameters in `fresh`, which are those of the head."""
     returned = []
     jit = jax.jit
 
@@ -105,7 +105,10 @@ def test_unknown_formats(checkpoint, tiny_geometry, tmp_path):
 
 
 def test_every_parameter_is_where_it_is_wanted(checkpoint, initial, tiny_geometry):
-    """Kernels with a divisible axis are split over 8 devices, others are replicated; so are fresh parameters."""
+    """Check that read and initialised parameters have the sharding that the function `sharding` returns.
+
+    It splits arrays with an axis that is divisible by 8 over 8 devices, and replicates the others.
+    """
     geometry = {**tiny_geometry, "num_classes": 16}
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     asked = {}
@@ -195,7 +198,10 @@ print(held, memory("VmHWM") - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of memory from Linux's /proc")
 @pytest.mark.exhaustive
 def test_memory_is_the_model_once(tmp_path):
-    """The model has 300 MB. Memory that a small model also needs (JAX, compiled programs) is not counted."""
+    """Check that loading a model of 300 MB needs memory for little more than one copy of it.
+
+    Memory that loading a small model also needs, for JAX and compiled programs, is not counted.
+    """
     fields = {
         "model_type": "vit",
         "image_size": 32,
@@ -214,13 +220,13 @@ def test_memory_is_the_model_once(tmp_path):
     )
     held, peak = map(int, run.stdout.split())
     assert held > 300e6
-    # Two copies of the model, or a memory-mapped file in addition to the arrays, would take twice `held`. The allocator
-    # may keep an array of 17 MB more or less.
+    # Two copies of the model, or a memory-mapped file in addition to the arrays, would need twice `held`. The bounds
+    # leave room for the allocator, which may keep or reuse an array of 17 MB.
     assert 0.9 * held < peak < 1.5 * held
 
 
 def write_zeros(folder, fields):
-    """Write a checkpoint of zeros."""
+    """Write a folder of transformers with this `config.json`, whose arrays are all zeros."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))
     model, config = model_config(folder)

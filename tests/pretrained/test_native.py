@@ -37,7 +37,7 @@ def build(fresh=(), path=None, **overrides):
 
 
 def random_model():
-    """A model of random numbers from NumPy, including its head."""
+    """Return a model whose parameters, including those of the head, are random numbers from NumPy."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: ViT(config(), rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     values = [
@@ -48,7 +48,7 @@ def random_model():
 
 @pytest.fixture
 def saved(tmp_path):
-    """A file, and the model in it."""
+    """The path of a model file, and the model that was saved in it."""
     model = random_model()
     save_model(tmp_path / "deep" / "vit.safetensors", model)
     return tmp_path / "deep" / "vit.safetensors", model
@@ -164,7 +164,7 @@ def test_a_file_knows_how_pixels_were_normalised(saved):
     save_model(path, model, (np.float32([0.5, 0.25, 0.125]), (1, 2, 3)))
     assert image_normalization(path) == ((0.5, 0.25, 0.125), (1.0, 2.0, 3.0))
     build(path=path)
-    # The file beside it belongs to another model.
+    # A config.json beside the file, which belongs to another model, has no effect.
     (path.parent / "config.json").write_text('{"model_type": "clip"}')
     assert image_normalization(path) == ((0.5, 0.25, 0.125), (1.0, 2.0, 3.0))
 

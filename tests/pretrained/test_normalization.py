@@ -24,7 +24,7 @@ def folder(tmp_path):
 def test_the_folder_says_it(folder):
     given = image_normalization(folder("clip", image_mean=[0.1, 0.2, 0.3], image_std=[1, 2, 3]))
     assert given == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
-    weights = folder() / "model.safetensors"  # a file beside its config.json
+    weights = folder() / "model.safetensors"  # The path of a single file beside its config.json.
     save_file({}, weights)
     assert image_normalization(weights) == given
 
@@ -54,7 +54,7 @@ def test_not_to_normalise(folder):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"rescale_factor": 1 / 127.5, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]},  # to [-1, 1]
+        {"rescale_factor": 1 / 127.5, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]},  # This scales to [-1, 1].
         {"rescale_factor": 0.01, "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]},
         {"rescale_factor": 0.01, "do_normalize": False},
         {"do_normalize": False},

@@ -1,4 +1,4 @@
-"""A model in one file outside the package (`own_model.py`) is read, written and trained as ours are."""
+"""Tests that a model outside the package (`own_model.py`) can be read, written and trained like ours."""
 
 import json
 
@@ -54,7 +54,7 @@ def folder(tmp_path):
 
 
 def oracle(tensors, images):
-    """The logits of the arrays in a folder, in float64 NumPy."""
+    """Return the logits of the model with these arrays, computed in float64 NumPy."""
     a = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
     patches = images.astype(np.float64)[..., 0].reshape(len(images), 2, 4, 2, 4).transpose(0, 1, 3, 2, 4)
     x = patches.reshape(len(images), 4, 16) @ a["body.embed.weight"].reshape(6, 16).T + a["body.embed.bias"]
@@ -133,7 +133,7 @@ def test_it_is_trained_in_a_task(folder, tmp_path):
     base = from_pretrained(folder, num_classes=5)
     model, adapter = load_adapter(tmp_path / "run" / "adapter", base)
     assert [rule.target for rule in adapter.rules] == [PatchMixer.adapter_targets["qkv"]]
-    # One of the factors starts at zero.
+    # One of the two factors starts at zero, so it has non-zero entries only if it was trained.
     tensors = model.blocks[1].dense.delta["default"].tensors()
     assert all(np.asarray(tensor[...]).any() for tensor in tensors.values())
 

@@ -69,7 +69,7 @@ def test_two_keys_for_one_parameter():
 def test_ignored_keys_and_keys_of_fresh_parameters():
     file = weights(**{"optimizer.step": 0, "layer_9.bias": 0})
     assert run(file, ignore=[r"optimizer\..*"], fresh={"blocks/9/bias"}).keys() == TARGETS.keys()
-    fails("'optimizer.step'", file=file, ignore=["optimizer"], fresh={"blocks/9/bias"})  # the whole key must match
+    fails("'optimizer.step'", file=file, ignore=["optimizer"], fresh={"blocks/9/bias"})  # The whole key must match.
 
 
 def test_names_are_settled_before_anything_is_read():

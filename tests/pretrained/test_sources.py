@@ -102,6 +102,7 @@ def test_the_shipped_weights_are_small_and_know_the_digits_that_they_were_pretra
     config = ViTConfig.from_variant("digits", num_classes=20)
     model = load(lambda: ViT(config, rngs=nnx.Rngs(0)), path, fresh=())
     (batch,) = data.eval_batches(data.load("digits_0to4").test, batch_size=304, image_size=8)
-    # The classes are digit + 5 * quarter turns; these images are upright.
+    # The model was pretrained on rotated digits with the classes digit + 5 * quarter turns. These images are upright,
+    # so their classes are the first five.
     right = np.asarray(model(batch["image"]))[:, :5].argmax(-1) == batch["label"]
     assert right[batch["mask"]].mean() > 0.95

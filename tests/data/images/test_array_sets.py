@@ -1,4 +1,7 @@
-"""Embedded digits and .npz files: contents compared with scikit-learn and numpy, and all kinds of wrong files."""
+"""Tests of the embedded digits and of .npz files, including damaged and unsuitable files.
+
+The contents are compared with scikit-learn and NumPy.
+"""
 
 import tracemalloc
 
@@ -92,7 +95,7 @@ def test_npz_float_images_keep_their_values_as_float32(write):
 def test_npz_float32_images_are_in_memory_once(write):
     images = np.linspace(-1, 1, 6 * 300 * 300 * 3, dtype=np.float32).reshape(6, 300, 300, 3)
     path = write(train_images=images, test_images=images[:1, ...], test_labels=np.array([0]))
-    load(path)  # The first call also imports modules, which does not count.
+    load(path)  # The first call also imports modules, whose memory is not measured.
     tracemalloc.start()
     load(path)
     _, peak = tracemalloc.get_traced_memory()

@@ -1,4 +1,4 @@
-"""The containers: what an array source returns and refuses, the check of channels, and the choice of classes."""
+"""Tests of the classes that hold images, of the check of channels, and of the selection of classes."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_channels_must_be_the_models():
 
 
 def numbered(labels):
-    """Images that say which example they are."""
+    """Return a source with these labels. The single pixel of each image is the index of the example."""
     return ArraySource(np.arange(len(labels), dtype=np.uint8)[:, None, None, None], np.array(labels))
 
 

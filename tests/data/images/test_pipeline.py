@@ -1,4 +1,4 @@
-"""Batches: what an epoch holds, determinism, resuming, processes in step, exactly-once evaluation."""
+"""Tests of image batches: epochs, determinism, resuming, several processes, and evaluation of each example once."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from tests.speeds import fast
 
 
 def numbered(count: int) -> ArraySource:
-    """A source whose labels are the indices; its images are random and bright."""
+    """Return a source of random bright images, in which the label of each example is its index."""
     images = np.random.default_rng(1).integers(100, 256, (count, 8, 8, 1), dtype=np.uint8)
     return ArraySource(images, np.arange(count))
 
@@ -48,7 +48,8 @@ def test_training_batches_have_the_promised_form_and_values():
 
 @pytest.mark.parametrize("count", [1, 2, 7, 10])
 def test_every_epoch_is_a_new_permutation(count):
-    # The batch size does not divide any count, so batches span epochs; some are larger than the set.
+    # The batch size does not divide any of these counts, so that batches contain examples of several epochs. For the
+    # smallest counts, a batch is larger than the source.
     seen = labels(take(training(numbered(count), batch_size=3), 4 * count))[: 12 * count]
     epochs = seen.reshape(12, count)
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(count), (12, 1)))
@@ -71,10 +72,11 @@ def test_the_seed_decides_everything():
     assert_same(take(training(source), 12), take(training(source), 12))
     orders = {tuple(labels(take(training(source, seed=seed), 5))) for seed in range(20)}
     assert len(orders) == 20
-    # The order of one seed must not be that of the next seed, shifted by an epoch.
+    # The orders of the epochs must all differ. In particular, an epoch with one seed must not have the order of another
+    # epoch with the next seed.
     runs = [labels(take(training(source, seed=seed), 20)).reshape(4, 20) for seed in range(10)]
     assert len({tuple(epoch) for run in runs for epoch in run}) == 40
-    # Augmentation must not be the same with another seed.
+    # With another seed, the augmentation must differ too.
     one = ArraySource(source.images[:1], np.zeros(1, np.int64))
     images = [take(training(one, batch_size=16, seed=seed), 1)[0]["image"] for seed in (0, 1)]
     assert (images[0] != images[1]).any()
@@ -90,7 +92,7 @@ def test_threads_change_nothing():
 @pytest.mark.parametrize("read_ahead", [0, 4])
 @pytest.mark.parametrize("split", [0, 1, 3, 7])
 def test_resuming_continues_with_the_next_batch(read_ahead, split):
-    # 10 examples in batches of 4: the epoch ends within the third batch.
+    # With 10 examples in batches of 4, the first epoch ends within the third batch.
     source = numbered(10)
     straight = take(training(source, read_ahead=read_ahead), 7)
     interrupted = training(source, read_ahead=read_ahead)
@@ -131,7 +133,7 @@ def test_processes_together_make_the_batch_of_one(process_count):
 
 
 class Recording(ArraySource):
-    """A source that records which examples were read."""
+    """A source that records the indices of the examples that were read."""
 
     def __getitem__(self, index):
         self.__dict__.setdefault("read", set()).add(index)
@@ -143,7 +145,7 @@ def test_processes_read_disjoint_examples():
     for process in range(2):
         source = Recording(numbered(20).images, np.arange(20))
         iterator = training(source, batch_size=5, process_index=process, process_count=2, read_ahead=0)
-        source.__dict__["read"].clear()  # One example was read for its shape.
+        source.__dict__["read"].clear()  # `train_batches` has read one example to get its shape.
         take(iterator, 2)
         read.append(source.__dict__["read"])
     assert read[0] | read[1] == set(range(20))
@@ -175,7 +177,7 @@ def test_evaluation_sees_every_example_exactly_once(count, process_count):
 
 def test_evaluation_starts_anew_at_each_pass():
     batches = eval_batches(numbered(9), batch_size=4, image_size=8)
-    next(iter(batches))  # An abandoned pass must have no effect.
+    next(iter(batches))  # An iteration that is not completed must have no effect.
     first, second = list(batches), list(batches)
     assert_same(first, second)
     np.testing.assert_array_equal(labels(first), [*range(9), 0, 0, 0])

@@ -1,4 +1,7 @@
-"""Prepared TFDS folders: small ones that are written here, and the real CIFAR-10 if it is available."""
+"""Tests of prepared folders of TensorFlow Datasets.
+
+The tests write small folders, and use that of CIFAR-10 if it is available.
+"""
 
 import functools
 import io
@@ -19,7 +22,8 @@ from surm_jax.data import eval_batches, load, train_batches
 from surm_jax.data.images import tfds_sets
 from surm_jax.errors import UserError
 
-# A tf.train.Example is built by hand, without TensorFlow. Field numbers are from example.proto and feature.proto.
+# The next functions encode a tf.train.Example without TensorFlow. The field numbers are those in example.proto and
+# feature.proto.
 
 
 def field(number: int, payload: bytes) -> bytes:
@@ -47,12 +51,12 @@ def png(array: np.ndarray) -> bytes:
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    """A part of a PNG file."""
+    """Return the bytes of a chunk of a PNG file."""
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def with_chunk(image: bytes, kind: bytes, content: bytes) -> bytes:
-    """A PNG with a chunk of this kind, in place of its header or after it."""
+    """Return a PNG image with an additional chunk after its header, or with a new header if `kind` is `b"IHDR"`."""
     signature, header, rest = image[:8], image[8:33], image[33:]
     return signature + (b"" if kind == b"IHDR" else header) + chunk(kind, content) + rest
 
@@ -62,7 +66,7 @@ RECORDS = {"train": [(png(image), i) for i, image in enumerate(IMAGES)], "test":
 
 
 def write_set(root, name="shapes", version="1.0.0", records=RECORDS, features=None, file_format="array_record"):
-    """Write a prepared set into a folder."""
+    """Write a prepared data set into a folder of prepared data sets, and return the folder of its version."""
     folder = root.joinpath(*name.split("/"), version)
     folder.mkdir(parents=True)
     base = name.split("/")[0]
@@ -161,12 +165,12 @@ def test_grey_files_in_a_colour_set_become_colour(prepare, tmp_path):
         ((b"no image", 0), "shapes, split train: the image of example 1 cannot be decoded"),
         ((RECORDS["train"][1][0][:60], 0), "the image of example 1 cannot be decoded"),
         (
-            # A header that promises 40,000 x 40,000 pixels.
+            # This header announces 40,000 x 40,000 pixels.
             (with_chunk(RECORDS["train"][1][0], b"IHDR", struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)), 0),
             "the image of example 1 cannot be decoded .*1600000000 pixels",
         ),
         (
-            # A comment that unpacks to 2 MiB.
+            # This compressed comment has 2 MiB after decompression.
             (with_chunk(RECORDS["train"][1][0], b"zTXt", b"comment\0\0" + zlib.compress(bytes(2**21))), 0),
             "the image of example 1 cannot be decoded .*Decompressed data too large",
         ),
@@ -259,7 +263,7 @@ def test_an_unknown_name_lists_its_neighbours(prepare, tmp_path, name, near):
     assert near is None or f"'{near}'" in str(error.value).split("Known are")[0]
 
 
-# Hides TensorFlow, blocks every connection, and reads a training batch and an evaluation batch.
+# This program hides TensorFlow, blocks every connection, and makes a training batch and an evaluation batch.
 _WITHOUT_TENSORFLOW = """
 import sys, socket, time
 from importlib.machinery import PathFinder

@@ -1,4 +1,4 @@
-"""Resizing, scaling and augmentation, compared with other calls of Pillow and with plain numpy."""
+"""Tests of resizing, scaling and augmentation, which compare with other functions of Pillow and with NumPy."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def augmented(image, size, augment, count):
 
 
 def bilinear_matrix(old: int, new: int) -> np.ndarray:
-    """The antialiased triangle filter as a (new, old) matrix, from its definition."""
+    """Return the bilinear (triangle) filter with antialiasing as a (new, old) matrix, computed from its definition."""
     ratio = old / new
     width = max(ratio, 1.0)
     centres = (np.arange(new) + 0.5) * ratio
@@ -82,11 +82,14 @@ def test_crops_are_windows_of_the_enlarged_image(size, large):
 
 
 def recovered_map(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The matrix and the shift of the centre of an "affine" draw, measured on an image of coordinates."""
+    """Return the matrix and the shift of the random map that the augmentation "affine" applies with a seed.
+
+    They are measured on an image whose first two channels are the coordinates of the pixels.
+    """
     x, y = np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5)
     image = np.stack([x, y, np.ones_like(x)], axis=-1).astype(np.float32) / size
     out = train_image(image, np.random.default_rng(seed), image_size=size, augment="affine") * size
-    # Interpolation of a plane is exact, except near filled pixels.
+    # The channels are linear in the coordinates, so interpolation is exact, except near pixels from outside the image.
     inside = np.all([np.roll(out[..., 2], move, axis) > 1 - 1e-3 for axis in (0, 1) for move in (-1, 0, 1)], axis=0)
     inside[[0, -1]] = inside[:, [0, -1]] = False
     design = np.stack([x[inside] - size / 2, y[inside] - size / 2, np.ones(inside.sum())], axis=1)
@@ -122,7 +125,7 @@ def test_every_window_and_both_directions_are_drawn_evenly():
     drawn = [crop.tobytes() for crop in augmented(random_image(8, 8, 1), 8, "crop_flip", 1800)]
     counts = [drawn.count(kind) for kind in set(drawn)]
     assert len(counts) == 18
-    # Five standard deviations of a binomial count.
+    # The tolerance is five standard deviations of a binomial count.
     np.testing.assert_allclose(counts, 100, atol=50)
 
 
@@ -134,7 +137,7 @@ def test_no_augmentation_is_evaluation():
 @pytest.mark.parametrize("augment", ["crop_flip", "affine", "none"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_augmented_images_stay_in_range(augment, channels):
-    image = random_image(10, 14, channels) // 255 * 255  # Only extreme values, where an overshoot would be visible.
+    image = random_image(10, 14, channels) // 255 * 255  # Only 0 and 255, so that an overshoot is noticed.
     for out in augmented(image, 8, augment, 5):
         assert out.dtype == np.float32
         assert out.shape == (8, 8, channels)

@@ -1,4 +1,4 @@
-"""The containers for text: what they refuse, and selecting."""
+"""Tests of `TextSource`: the arguments that it refuses, and the selection of examples."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""GLUE: small tasks that are written here, and the real ones if they are available."""
+"""Tests of the tasks of GLUE: small ones that the tests write, and the real ones if they are available."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tests.speeds import fast
 
 
 def example(row: dict[str, str | int | float]) -> bytes:
-    """A tf.train.Example: strings, integers and floats are in its fields 1, 3 and 2."""
+    """Return an encoded tf.train.Example, whose fields 1, 2 and 3 hold strings, floats and integers."""
     entries = []
     for key, value in row.items():
         match value:
@@ -165,13 +165,13 @@ def test_damaged_and_missing_files_are_named(prepare, tmp_path):
 
 def test_the_tasks_are_those_that_tensorflow_datasets_prepares():
     official = {config.name: tuple(config.text_features) for config in tfds.text.Glue.BUILDER_CONFIGS}
-    # The other tasks have no training examples.
+    # These other tasks have no training examples.
     assert official.keys() - GLUE_TASKS.keys() == {"ax", "mnli_matched", "mnli_mismatched"}
     assert {name: task.columns for name, task in GLUE_TASKS.items()} == {name: official[name] for name in GLUE_TASKS}
 
 
-# Numbers of training and test examples are from the table beside the prepared folders, class names from the official
-# files.
+# The numbers of training and test examples are those in the table beside the prepared folders, and the names of the
+# classes are those in the official files.
 REAL = {
     "cola": (8551, {"test": 1043}, ("unacceptable", "acceptable")),
     "sst2": (67349, {"test": 872}, ("negative", "positive")),
@@ -191,7 +191,7 @@ def test_the_real_tasks(shared, task):
     train, tests, classes = REAL[task]
     assert (len(data.train), {name: len(test) for name, test in data.tests.items()}) == (train, tests)
     assert data.classes == classes
-    # Reading all examples at once gives the same as reading them one by one.
+    # `load` reads all examples at once. The result must be the same as reading them one by one.
     builder = tfds.builder_from_directory(shared / "tfds" / "glue" / task / "2.0.0")
     records = builder.as_data_source("train", file_format="array_record")
     for index in (0, 1, train // 2, train - 1):

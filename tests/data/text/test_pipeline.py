@@ -1,4 +1,4 @@
-"""Batches of text: what an epoch holds, padding, resuming, processes in step, exactly-once evaluation, little waste."""
+"""Tests of text batches: epochs, padding, resuming, several processes, evaluation of each example once, and waste."""
 
 import itertools
 import json
@@ -11,11 +11,14 @@ from surm_jax.errors import UserError
 
 LENGTHS = (8, 12, 16, 24)
 PAD = 9_999
-WINDOW = 16  # batches
+WINDOW = 16  # The number of batches whose examples are sorted by length together.
 
 
 def source_of(sizes, labels=None) -> TokenSource:
-    """Examples with these numbers of tokens. Their labels are their places, and they share no token."""
+    """Return a source whose examples have these numbers of tokens.
+
+    No token occurs twice. The default label of an example is its index.
+    """
     sizes = np.asarray(sizes)
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     tokens = np.arange(offsets[-1], dtype=np.int32) + 10_000
@@ -51,7 +54,7 @@ def assert_same(some, others):
 
 
 def assert_padded(source, batch, indices, length):
-    """Compare a batch with what a plain loop makes."""
+    """Check that a batch holds the examples at `indices`, padded to `length` tokens, by comparing with plain loops."""
     tokens, types, mask = ([[fill] * length for _ in indices] for fill in (PAD, 0, False))
     for row, index in enumerate(indices):
         for column, place in enumerate(range(source.offsets[index], source.offsets[index + 1])):
@@ -82,7 +85,7 @@ def test_scores_stay_floats():
 
 @pytest.mark.parametrize("count", [1, 3, 40, 64, 100])
 def test_every_epoch_holds_every_example_once(count):
-    # A window holds 64 examples and ends within an epoch.
+    # A window holds 64 examples, so for most counts it ends within an epoch.
     source = mixed(count)
     batches = take(training(source), 10 * WINDOW)
     for window in range(1, 11):
@@ -92,7 +95,7 @@ def test_every_epoch_holds_every_example_once(count):
 
 
 def test_every_epoch_is_in_a_new_order():
-    # One window is one epoch, and all lengths are equal: only chance decides the order.
+    # One window is one epoch, and all examples have the same length, so the order is purely random.
     epochs = labels(take(training(source_of([5] * 64)), 10 * WINDOW)).reshape(10, 64)
     np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(64), (10, 1)))
     assert len({tuple(epoch) for epoch in epochs}) == 10
@@ -124,7 +127,7 @@ def test_threads_change_nothing():
 @pytest.mark.parametrize("read_ahead", [0, 4])
 @pytest.mark.parametrize("split", [0, 1, 7, 15, 16, 17, 37])
 def test_resuming_continues_with_the_next_batch(read_ahead, split):
-    # The epoch of 50 examples ends within a batch and within a window.
+    # An epoch of 50 examples ends within a batch and within a window.
     source = mixed(50)
     straight = take(training(source, read_ahead=read_ahead), 45)
     interrupted = training(source, read_ahead=read_ahead)
@@ -145,12 +148,12 @@ def test_going_back_discards_what_was_read_ahead():
 
 
 def test_resuming_replays_nothing():
-    # Making all earlier batches would take years.
+    # Making all batches before this step would take years.
     iterator = training(mixed(50))
     state = iterator.get_state()
     (key,) = state
     iterator.set_state({key: 10**12})
-    # The step is the first of a window and of an epoch.
+    # This step is the first one of a window and of an epoch.
     assert set(labels(take(iterator, WINDOW))) == set(range(50))
 
 
@@ -182,7 +185,7 @@ def test_evaluation_sees_every_example_exactly_once(count, process_count):
             kept = {key: batch[key][mask] for key in batch}
             np.testing.assert_array_equal(kept["label"], kept["index"])
             assert_padded(source, kept, kept["index"], next(length for length in LENGTHS if length >= longest))
-            # A row of padding has one token to attend to, and nothing else.
+            # A row of padding has one token whose token mask is True. All other entries are padding.
             assert (batch["index"][~mask] == -1).all()
             assert not batch["label"][~mask].any()
             assert (batch["tokens"][~mask] == PAD).all()
@@ -197,7 +200,7 @@ def test_evaluation_sees_every_example_exactly_once(count, process_count):
 def test_evaluation_goes_from_short_to_long_and_starts_anew_at_each_pass():
     source = source_of([20, 3, 9, 4, 8, 24])
     batches = evaluation(source)
-    next(iter(batches))  # An abandoned pass must have no effect.
+    next(iter(batches))  # An iteration that is not completed must have no effect.
     first = list(batches)
     assert_same(first, list(batches))
     assert [batch["index"].tolist() for batch in first] == [[1, 3, 4, 2], [0, 5, -1, -1]]
@@ -212,7 +215,7 @@ def test_the_lengths_in_use_are_those_that_batches_have():
 
 
 def unsorted_tokens(lengths, batch_size, allowed):
-    """The number of tokens, with padding, of an epoch without sorting by length."""
+    """Return the number of tokens in an epoch, including padding, if the examples are not sorted by length."""
     order = np.random.default_rng(0).permutation(len(lengths))
     batches = [lengths[order[i : i + batch_size]] for i in range(0, len(lengths) - batch_size + 1, batch_size)]
     return sum(batch_size * next(length for length in allowed if length >= batch.max()) for batch in batches)

@@ -1,4 +1,4 @@
-"""Tokenizers: small vocabularies, damaged folders, and the tokens of transformers on real sentences."""
+"""Tests of tokenizers with small vocabularies and damaged folders, and comparisons with those of transformers."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ WORDS = ["it", "rain", "##s", "and", "pour", "zoe", "zoë", "It", "雨", "."]
 PAD, UNK, CLS, SEP, IT, RAIN, S, AND, POUR, ZOE, ZOE_ACCENT, CAPITAL_IT, AME, DOT = range(14)
 
 
-# A padded length that would not fit into memory.
+# The settings of a `tokenizer.json` that pads to a length that does not fit into memory.
 PADDING = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
            "pad_type_id": 0, "pad_token": "[PAD]"}  # fmt: skip
 
@@ -40,7 +40,7 @@ def bert(tmp_path):
 
 @pytest.fixture(scope="session")
 def roberta(tmp_path_factory):
-    """A folder with byte pairs that were trained on this file."""
+    """The path of a folder with a byte-pair tokenizer that was trained on the text of this file."""
     folder = tmp_path_factory.mktemp("roberta")
     trained = tokenizers.ByteLevelBPETokenizer()
     trained.train_from_iterator(
@@ -100,7 +100,10 @@ def test_the_files_that_were_read_are_known(bert, roberta):
 
 
 def longest_first(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
-    """Drop the last token of the longer sentence until both fit; at equal lengths, of the one that began shorter."""
+    """Drop the last token of the longer sentence until both together have at most `room` tokens.
+
+    If both have the same length, the token of the sentence that was shorter at the start is dropped.
+    """
     longer, shorter = (list(first), list(second)) if len(first) > len(second) else (list(second), list(first))
     while len(longer) + len(shorter) > room:
         (longer if len(longer) > len(shorter) else shorter).pop()
@@ -121,7 +124,7 @@ def test_single_sentences_lose_their_end(bert):
     tokenizer = load_tokenizer(bert)
     source = text(("it rains and it pours and it rains",))
     assert listed(tokenizer.encode(source, 8)) == [[CLS, IT, RAIN, S, AND, IT, POUR, SEP]]
-    assert len(tokenizer.encode(source, 32).tokens) == 13  # The shorter limit has no effect any more.
+    assert len(tokenizer.encode(source, 32).tokens) == 13  # The limit of the earlier call has no effect.
 
 
 def test_many_examples_keep_their_order(bert):
@@ -225,7 +228,7 @@ def test_damaged_files_of_roberta_are_named(roberta, tmp_path, file, content, me
 
 @pytest.mark.parametrize("special", [SPECIAL, ["<|endoftext|>"]])
 def test_the_tokenizer_of_another_model_is_refused(tmp_path, special):
-    """Check a tokenizer without a template for special tokens, and one without special tokens."""
+    """Check that a tokenizer without a template for special tokens is refused, and one without special tokens too."""
     vocabulary = {token: i for i, token in enumerate([*special, "it"])}
     tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=special[0])).save(
         str(tmp_path / "tokenizer.json")
@@ -234,7 +237,7 @@ def test_the_tokenizer_of_another_model_is_refused(tmp_path, special):
         load_tokenizer(tmp_path)
 
 
-# Comparisons with transformers.
+# The tests below compare with transformers.
 
 REASON = "compares with transformers: pip install -r requirements-peers.txt"
 HOSTILE = [
@@ -258,7 +261,7 @@ def minilm():
 
 
 def assert_as_in_transformers(folder, source, max_length):
-    """Compare every token and type with those of transformers, and return the numbers of tokens."""
+    """Check that all tokens and token types are those of transformers, and return the number of tokens per example."""
     transformers = pytest.importorskip("transformers", reason=REASON)
     theirs = transformers.AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True)
     ours = load_tokenizer(folder)
@@ -288,7 +291,7 @@ def test_real_pairs_with_the_files_of_minilm(shared, minilm, task, max_length):
     pairs = load(f"glue/{task}", shared / "tfds").tests["test"]
     lengths = assert_as_in_transformers(minilm, pairs, max_length)
     if max_length <= 32:
-        assert np.mean(lengths == max_length) > 0.2  # Many are truncated.
+        assert np.mean(lengths == max_length) > 0.2  # Many pairs are truncated.
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Reading and writing of arrays by an architecture, without files."""
+"""Convert the arrays of models between our names and layouts and those of an architecture, without files."""
 
 import jax
 import numpy as np
@@ -8,7 +8,10 @@ from surm_jax.pretrained.rules import fill
 
 
 def read_tree(architecture, config, arrays, fresh=()):
-    """Our model with the arrays of a checkpoint; parameters below the paths in `fresh` are zero."""
+    """Return our model with the arrays of a checkpoint.
+
+    Parameters whose paths begin with an entry of `fresh` are zeros instead.
+    """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: architecture.model(config, rngs=nnx.Rngs(0))))
     variables = {"/".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
     left_out = {path for path in variables if path.startswith(tuple(fresh))}
@@ -26,7 +29,10 @@ def read_tree(architecture, config, arrays, fresh=()):
 
 
 def written_tree(architecture, model):
-    """The arrays of our model as the architecture writes them, with the arrays that only their model has."""
+    """Return the arrays of a checkpoint that an architecture writes for our model.
+
+    They include arrays that our model does not have (`Architecture.fillers`).
+    """
     tensors = dict(architecture.fillers(model.config))
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name, tensor = architecture.tensor_name(model.config, "/".join(map(str, path)))

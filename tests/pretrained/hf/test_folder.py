@@ -39,7 +39,7 @@ KERNEL = "vit.encoder.layer.0.intermediate.dense.weight"
 
 
 def random_model(model, config):
-    """A model of random numbers from NumPy, including its head."""
+    """Return a model whose parameters, including those of the head, are random numbers from NumPy."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     values = [
@@ -75,7 +75,7 @@ def read(path, fresh=(), **overrides):
 
 
 def rewrite(folder, alter):
-    """Change the arrays of a folder."""
+    """Write the weights of a folder again after `alter` has changed the dictionary of its arrays."""
     tensors = load_file(folder / "model.safetensors")
     alter(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -112,7 +112,7 @@ def test_one_file_beside_its_configuration(folder, vit):
 
 
 def test_our_own_file_in_their_folder(folder, vit):
-    """Check that the header of a file decides its kind, whatever other files are in the folder."""
+    """Check that the header of a file determines its format, independent of other files in the folder."""
     save_model(folder / "ours.safetensors", vit)
     assert_same(read(folder / "ours.safetensors"), vit)
 
@@ -269,7 +269,7 @@ def test_a_new_task_has_both_layers_of_robertas_classifier_anew(tmp_path):
     model = from_pretrained(tmp_path / "roberta", num_classes=5)
     assert not np.allclose(model.pooler.kernel[...], roberta.pooler.kernel[...])
     np.testing.assert_array_equal(model.embed_norm.scale[...], roberta.embed_norm.scale[...])
-    # Checkpoints of the language model have neither.
+    # Checkpoints of the masked language model have neither of the two layers.
     rewrite(tmp_path / "roberta", lambda tensors: [tensors.pop(key) for key in [*tensors] if "classifier" in key])
     assert from_pretrained(tmp_path / "roberta", num_classes=5).head.kernel.shape == (6, 5)
     with pytest.raises(
@@ -279,7 +279,10 @@ def test_a_new_task_has_both_layers_of_robertas_classifier_anew(tmp_path):
 
 
 def test_norms_under_the_names_of_tensorflow(tmp_path):
-    """`google-bert/bert-base-uncased` is such a file: a prefix, gamma and beta, and the heads of pretraining."""
+    """Check a checkpoint in the style of `google-bert/bert-base-uncased`.
+
+    Its names have a prefix, its norms have the arrays gamma and beta, and it has the heads of pretraining.
+    """
     config = BertConfig.from_variant("tiny", vocab_size=20, width=8, heads=2, mlp_width=8, depth=2)
     model = random_model(Bert, config)
     save_huggingface(tmp_path / "bert", model)
@@ -319,7 +322,7 @@ def test_norms_of_a_bfloat16_model_are_not_rounded_on_their_side(tmp_path):
     save_huggingface(tmp_path / "vit", model)
     stored = load_file(tmp_path / "vit" / "model.safetensors")
     assert (stored[KERNEL].dtype, stored["vit.layernorm.weight"].dtype) == (jnp.bfloat16, jnp.float32)
-    # `from_pretrained` of transformers casts all arrays to this dtype.
+    # `from_pretrained` of transformers casts all arrays to the dtype in config.json.
     assert json.loads((tmp_path / "vit" / "config.json").read_text())["dtype"] == "float32"
     assert_same(read(tmp_path / "vit", param_dtype="bfloat16"), model)
 
@@ -349,7 +352,7 @@ def test_a_failed_save_leaves_the_old_folder(folder, vit, monkeypatch):
 
 
 def described_by(model, config):
-    """The same parameters under another configuration."""
+    """Return a copy of a model with the same parameters and another configuration."""
     model = nnx.clone(model)
     model.config = config
     return model

@@ -1,6 +1,6 @@
-"""Exchange folders with transformers: it reads what we write, we read what it writes, and the logits agree.
+"""Tests that transformers can read the folders that we write, that we can read its folders, and that logits agree.
 
-Skipped if the libraries in `requirements-peers.txt` are not installed.
+They are skipped if the libraries in `requirements-peers.txt` are not installed.
 """
 
 import json
@@ -19,7 +19,8 @@ REASON = "compares with a PyTorch library: pip install -r requirements-peers.txt
 torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 
-# All axes of a stored array have different sizes, except the sides of a patch. The epsilon is large enough to matter.
+# All axes of a stored array have different sizes, except the two sides of a patch, so that a test fails if two axes are
+# exchanged. The epsilon is large enough to have a noticeable effect.
 IMAGE = {
     "image_size": 8,
     "patch_size": 4,
@@ -61,7 +62,7 @@ CASES = {
 
 
 def random_model(config):
-    """A model of random numbers that are not small, including its head."""
+    """Return a model whose parameters, including those of the head, are random numbers that are not small."""
     model = ViT if isinstance(config, ViTConfig) else Bert
     graphdef, state = nnx.split(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
@@ -76,7 +77,7 @@ def inputs_of(config):
     rng = np.random.default_rng(1)
     if isinstance(config, ViTConfig):
         return rng.standard_normal((3, 8, 8, 2)).astype(np.float32)
-    return rng.integers(2, config.vocab_size, (3, 9))  # None of them is padding.
+    return rng.integers(2, config.vocab_size, (3, 9))  # Tokens from 2 on are not padding.
 
 
 def our_logits(model, inputs):
@@ -113,7 +114,7 @@ def test_there_and_back(name, tmp_path):
     logits = our_logits(model, inputs)
     assert_close(logits, their_logits(peer, inputs))
 
-    # Read again, from shards that transformers wrote.
+    # Read the model again, from shards that transformers has written.
     peer.save_pretrained(tmp_path / "theirs", max_shard_size="4KB")
     index = json.loads((tmp_path / "theirs" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
@@ -159,7 +160,7 @@ def test_pickles_and_their_way_out(tmp_path):
 
 @pytest.mark.exhaustive
 def test_the_body_of_a_clip_model_under_another_head(tmp_path):
-    """CLIPForImageClassification puts another head on the same body."""
+    """Check that a CLIP model can be read with the head of CLIPForImageClassification, whose body is the same."""
     theirs = transformers.CLIPVisionModelWithProjection(
         transformers.CLIPVisionConfig(
             hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20, image_size=8, patch_size=4

@@ -12,7 +12,7 @@ from tests.pretrained.hf.hf_trees import read_tree, written_tree
 
 BERT, ROBERTA = ARCHITECTURES["bert"], ARCHITECTURES["roberta"]
 
-# All axes of an array have different sizes, except in square kernels.
+# All axes of an array have different sizes, except in square kernels, so that a test fails if two axes are exchanged.
 SIZES = {
     "vocab_size": 23,
     "hidden_size": 12,
@@ -49,7 +49,7 @@ LAYER = {
     "output.LayerNorm.gamma": (12,),
     "output.LayerNorm.beta": (12,),
 }
-# Arrays of google-bert/bert-base-uncased and FacebookAI/roberta-base outside the body.
+# The shapes of the arrays that google-bert/bert-base-uncased and FacebookAI/roberta-base have outside the body.
 HEADS = {
     "bert": {
         "cls.predictions.bias": (23,),
@@ -73,7 +73,10 @@ HEADS = {
 
 
 def official(model_type):
-    """Random arrays with the names of the official file; the norms of RoBERTa have the names of PyTorch."""
+    """Return random arrays with the names in the official checkpoint.
+
+    The arrays of norms are named gamma and beta for BERT, and weight and bias for RoBERTa.
+    """
     body = {**BODY, **{f"encoder.layer.{i}.{name}": shape for i in range(2) for name, shape in LAYER.items()}}
     shapes = {**{f"{model_type}.{name}": shape for name, shape in body.items()}, **HEADS[model_type]}
     if model_type == "roberta":
@@ -84,7 +87,7 @@ def official(model_type):
 
 
 def expected_body(arrays, prefix):
-    """Our parameters of the body, computed from theirs one by one."""
+    """Return the parameters of our model's body, converted one by one from the arrays of a checkpoint."""
     arrays = {name.replace("gamma", "weight").replace("beta", "bias"): array for name, array in arrays.items()}
     result = {f"{n}_embed/embedding": arrays[f"{prefix}embeddings.{theirs}_embeddings.weight"]
               for n, theirs in (("word", "word"), ("position", "position"), ("type", "token_type"))}  # fmt: skip

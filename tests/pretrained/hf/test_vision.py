@@ -1,4 +1,7 @@
-"""Tests without PyTorch; tests/models/test_vit_peers.py compares with transformers."""
+"""Tests of the architectures of Vision Transformers that need no PyTorch.
+
+tests/models/test_vit_peers.py compares the models with those of transformers.
+"""
 
 import re
 
@@ -16,7 +19,7 @@ from tests.pretrained.hf.hf_trees import read_tree, written_tree
 TINY = {"image_size": 8, "patch_size": 4, "channels": 2, "width": 12, "depth": 2, "heads": 3, "mlp_width": 24}
 CLIP = {"pre_norm": True, "patch_bias": False}
 
-# The fields of ours that each of their classes fixes.
+# The fields of `ViTConfig` that are the same in all models of each `model_type`, where they differ from the default.
 FIELDS = {
     "vit": {},
     "deit": {"distillation": True},
@@ -26,7 +29,7 @@ FIELDS = {
     "clip_vision_model": {**CLIP, "head_bias": False},
 }
 
-# The config.json of models on the Hub, without fields that do not concern the model.
+# The content of config.json for models on the Hub, without fields that do not describe the model.
 VIT_BASE = {
     "architectures": ["ViTModel"],
     "attention_probs_dropout_prob": 0.0,
@@ -64,7 +67,8 @@ CLIP_LARGE = {
     "model_type": "clip",
     "projection_dim": 768,
     "text_config": {"hidden_size": 768, "hidden_act": "quick_gelu", "num_attention_heads": 12},
-    # Old files hold the defaults of all fields in one section, and those that differ in another.
+    # Old files hold the default values of all fields in `vision_config`. Values that differ from the defaults are in
+    # `vision_config_dict`.
     "vision_config": {"hidden_size": 768, "patch_size": 32, "dropout": 0.0, "num_hidden_layers": 12},
     "vision_config_dict": {
         "hidden_size": 1024,
