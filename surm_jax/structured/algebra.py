@@ -50,7 +50,7 @@ class Composite(StructuredMatrix):
 
     @property
     def small_residuals(self) -> bool:
-        """Whether every part has small residuals."""
+        """Whether `small_residuals` is True for every part."""
         return all(part.small_residuals for part in self._parts().values())
 
     def absorb(self, alpha: float | Float[Array, ""]) -> Self:
@@ -116,7 +116,7 @@ class Composite(StructuredMatrix):
 class Sum(Composite):
     """The sum of structured matrices of the same shape, with `x @ (A + B) = x @ A + x @ B`.
 
-    Its product with `x` costs as much as the products of all terms. A term that is itself a `Sum` is replaced by its
+    `x @ (A + B)` costs as much as the products of `x` with all terms. A term that is itself a `Sum` is replaced by its
     terms.
 
     Attributes:
@@ -143,7 +143,7 @@ class Sum(Composite):
 
     @property
     def T(self) -> "Sum":
-        """The transpose: the sum of the transposes."""
+        """The transpose, which is the sum of the transposed terms."""
         return Sum(tuple(term.T for term in self.terms))
 
     def absorb(self, alpha: float | Float[Array, ""]) -> Self:
@@ -171,7 +171,7 @@ class Sum(Composite):
 class Product(Composite):
     """The product of structured matrices, `M = A @ B`, with `x @ M = (x @ A) @ B`.
 
-    Its product with `x` costs as much as the products with all factors. Intermediate results stay in float32 or float64
+    `x @ M` costs as much as all these products together. Intermediate results stay in float32 or float64
     and are not rounded to the dtype of `x`. The rank of `M` is at most the smallest rank of a factor. A factor that is
     itself a `Product` is replaced by its factors.
 
@@ -205,7 +205,7 @@ class Product(Composite):
 
     @property
     def T(self) -> "Product":
-        """The transpose: the product of the transposes in reverse order."""
+        """The transpose, which is the product of the transposed factors in reverse order."""
         return Product(tuple(factor.T for factor in reversed(self.factors)))
 
     def pieces(self) -> list[Piece | str]:
@@ -272,7 +272,7 @@ class Scaled(Composite):
 
     @property
     def small_residuals(self) -> bool:
-        """Whether `matrix` has small residuals and alpha is a constant.
+        """Whether `matrix.small_residuals` is True and alpha is a constant.
 
         The gradient of a trained alpha needs the whole product of `x` and `matrix`.
         """

@@ -98,7 +98,8 @@ class _Search(NamedTuple):
         memory: The state of the optax optimiser.
         best: The scaled leaves with the smallest error so far.
         error: The squared relative error of `best`.
-        unit: The smallest power of two above the largest absolute value in `start`.
+        unit: The smallest power of two above the largest absolute value in `start`, or 1 if this value is zero or not
+            finite.
     """
 
     point: list[Array]

@@ -70,7 +70,7 @@ class Family(StructuredMatrix):
         - options: As in `init`.
 
         Raises:
-            UserError: The target is not a floating-point matrix, or an option is not possible.
+            UserError: `dense` is not a floating-point matrix, or an option is not possible.
         """
 
     @property
@@ -106,7 +106,7 @@ class Family(StructuredMatrix):
 
     @classmethod
     def typical_options(cls, shape: tuple[int, int]) -> tuple[dict[str, Any], ...]:
-        """Return several sets of options for a matrix of this shape, with which the benchmarks measure its speed.
+        """Return one or more sets of options for a matrix of this shape, with which the benchmarks measure its speed.
 
         The first set is the most common choice.
         """

@@ -88,7 +88,7 @@ class BlockCirculant(Family):
             dtype: Dtype of `c`.
 
         Raises:
-            UserError: The shape is not two positive integers, or the block does not divide both.
+            UserError: The shape is not two positive integers, or the block does not divide both of them.
         """
         m, n = checked_shape(cls.__name__, shape)
         b = _checked_block(block, (m, n))

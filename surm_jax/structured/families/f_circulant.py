@@ -2,7 +2,8 @@
 
 In the paper (arXiv 2406.17740) `Z_f(v)` has the first column v, and `Z_f(v)[i, j] = v[i - j]` for i >= j and
 `f * v[N + i - j]` for i < j. Here `y = x @ M` with `M = Z_f(v)^T`, so that the first ROW of `M` is v. f = 1 gives
-`Circulant`, f = -1 gives `SkewCirculant`, and f = 0 gives the upper triangular Toeplitz matrices.
+`Circulant`, f = -1 gives `SkewCirculant`, and f = 0 gives the upper triangular Toeplitz matrices. The entries of `M`
+below the main diagonal (j < i) are those that wrap around.
 
 A rectangular m x n matrix is the top-left m x n block of a square matrix of size `N = max(m, n)`, and has N parameters.
 Inputs are padded with zeros, and outputs are truncated.

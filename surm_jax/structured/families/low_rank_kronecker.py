@@ -40,8 +40,8 @@ class LowRankKronecker(Family):
 
     Attributes:
         A: (k, m1, n1), the first factors of all products; zero when training starts.
-        down: (k, m2, r), with `up` the second factors of all products; random when training starts.
-        up: (k, r, n2); random when training starts.
+        down: (k, m2, r), the left matrices in the second factors; random when training starts.
+        up: (k, r, n2), the right matrices in the second factors; random when training starts.
 
     >>> down, up = jnp.array([[[1.0], [10.0]]]), jnp.array([[[1.0, 3.0]]])
     >>> M = LowRankKronecker(A=jnp.array([[[1.0, 2.0]]]), down=down, up=up)

@@ -72,7 +72,7 @@ class Toeplitz(LinearInVector):
         return Toeplitz(t=jnp.flip(self.t), shape=self.shape[::-1])
 
     def _convolve(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """Return `x @ M` on one device, for `_apply`."""
+        """Return `x @ M`. `_apply` calls this method for each device's part of the batch."""
         m, n = self.shape
         size = 2 * fast_length((m + n) // 2)  # an even length of at least m + n - 1
         # The minus sign cancels the one that a skew-circulant matrix gives to entries that wrap around.
@@ -136,7 +136,7 @@ class SymmetricToeplitz(LinearInVector):
         return Toeplitz(t=_mirror(self.t, self.shape), shape=self.shape)
 
     def _convolve(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """Return `x @ M` on one device, for `_apply`."""
+        """Return `x @ M`. `_apply` calls this method for each device's part of the batch."""
         return self.general()._convolve(x)
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:

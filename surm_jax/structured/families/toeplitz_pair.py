@@ -1,6 +1,6 @@
-"""Products of two Toeplitz matrices, the Toeplitz update of arXiv 2406.17740.
+"""Products of two Toeplitz matrices, which arXiv 2406.17740 adds to kernels.
 
-This paper writes `W x` with `W = T2 T1`, so x is multiplied by `T1` first. Here `y = x @ M` with `M = W^T = T1^T T2^T`,
+The paper writes `W x` with `W = T2 T1`, so x is multiplied by `T1` first. Here `y = x @ M` with `M = W^T = T1^T T2^T`,
 and the vectors `t1` and `t2` hold the parameters of `T1^T` and `T2^T`. The transpose of a pair is a pair of the same
 family, in which the factors are transposed and exchanged.
 
@@ -157,7 +157,7 @@ class ToeplitzPair(_Pair):
 class SymmetricToeplitzPair(_Pair):
     """Product of two symmetric Toeplitz matrices, `M = T1 T2`; the transpose of `W = T2 T1` of arXiv 2406.17740.
 
-    It has 2N parameters, N = max(in, out), and is the update that the paper calls Toeplitz. In general the product is
+    It has 2N parameters, N = max(in, out), and is what the paper calls the Toeplitz method. In general the product is
     neither symmetric nor a Toeplitz matrix. For in = out, `M^T` is the pair in which t1 and t2 are exchanged. The
     product with x costs as much as with `ToeplitzPair`.
 
