@@ -52,8 +52,8 @@ def convert(
 
     Raises:
         UserError: If the adapter has a part that cannot be written as a change of a kernel, such as a branch; if an
-            update is not finite; if the method cannot approximate a given matrix, such as DoRA; or if its settings do
-            not fit a layer.
+            update is not finite; if the method, such as DoRA, has no way to approximate a given matrix; or if its
+            settings do not fit a layer.
     """
     if not isinstance(method, PartMethod) or method.part.slot != KERNEL:
         raise UserError(f"an adapter is converted to an update such as LoRA(rank=4), not to {method!r}")
@@ -68,8 +68,8 @@ def combine(
 ) -> tuple[nnx.Module, Adapter, dict[str, float]]:
     """Return the model with a new adapter, the weighted sum of adapters that have the same rules.
 
-    The sum is exact if the sum of two matrices of the family is a matrix of the family, as for circulants that are
-    stored as one vector. For other families, each new update is the matrix of the family that is nearest to the sum.
+    The sum is exact for families that are closed under addition, such as circulants that are stored as one vector. For
+    other families, each new update is the matrix of the family that is nearest to the sum.
 
     Args:
         model: A model that has all of the adapters. The summed updates include the scales of the adapters. Other

@@ -1,4 +1,4 @@
-"""Saving and loading adapter folders, which have two files of together some hundred kilobytes.
+"""Saving and loading adapters. An adapter folder has two files, which together take some hundred kilobytes.
 
 `adapter_model.safetensors` holds the arrays of the adapter's parts in their smallest form, under the names
 `<layer>/delta/<array>` and `<module>/branch/<array>`. A `CirculantPair`, for example, stores the n entries of `r1 * r2`

@@ -47,7 +47,7 @@ class MatrixView:
         return x.reshape(*x.shape[: x.ndim - len(last)], self.shape[0])
 
     def outputs(self, y: Float[Array, "... out"]) -> Float[Array, "..."]:
-        """Return an array whose last axis, of length out_features, is reshaped to the axes of the layer's output."""
+        """Return y with its last axis, of length out_features, reshaped to the feature axes of the layer's output."""
         return y.reshape(*y.shape[:-1], *self.out_shape)
 
 
@@ -57,7 +57,7 @@ def is_linear(module: nnx.Module) -> bool:
 
 
 def check_call(module: nnx.Module, path: str, slot: str) -> None:
-    """Check that a part in a given slot would have its effect on the output of a module.
+    """Check that a part in a given slot can add its term to the output of a module.
 
     A kernel part takes effect in the `__call__` of `nnx.Linear` or `nnx.LinearGeneral`. A subclass whose own `__call__`
     reads `self.kernel` would ignore the part. An output part works with any `__call__`.

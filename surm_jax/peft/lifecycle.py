@@ -31,9 +31,10 @@ def adapter_names(model: nnx.Module) -> tuple[str, ...]:
 
 
 def set_scale(model: nnx.Module, adapter: Adapter | str, scale: float | Array) -> nnx.Module:
-    """Return the model with a new scale of an adapter, the factor by which all that it adds is multiplied.
+    """Return the model with a new scale for an adapter, which multiplies everything that the adapter adds.
 
-    The scale 1 gives the adapter as it was trained, and 0 switches it off. An earlier scale is replaced:
+    The scale 1 gives the adapter as it was trained, and 0 switches it off. The new scale replaces an earlier one. Every
+    part of the adapter holds it, such as the only part in this example:
 
     >>> import surm_jax
     >>> model, adapter = surm_jax.adapt(

@@ -46,7 +46,7 @@ class UpdateCase:
 
     Attributes:
         method: An instance in which every setting except `learn_alpha` differs from its default.
-        zero: The names of the arrays that start at zero. All other arrays must have no zero at the start.
+        zero: The names of the arrays that start at zero. All other arrays must not contain a zero at the start.
         stored: A function that returns the shapes of the arrays in a file, by name, for a matrix of shape (m, n).
         change: A function of alpha, the arrays and the kernel (in, out) that returns the kernel's change.
         constant: The names of the arrays that are not trained.
@@ -75,7 +75,7 @@ class BranchCase:
 
     Attributes:
         method: An instance in which every setting except `bias` differs from its default.
-        zero: The names of the arrays that start at zero. All other arrays must have no zero at the start.
+        zero: The names of the arrays that start at zero. All other arrays must not contain a zero at the start.
         stored: A function that returns the shapes of the arrays in a file, by name, for a module with a given number of
             output features.
         branch: A function of the arrays and the output y, (..., width), that returns the term added to y.

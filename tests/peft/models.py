@@ -47,7 +47,7 @@ class Gated(nnx.Linear):
 
 @dataclasses.dataclass(frozen=True)
 class ModelCase:
-    """A model that tests adapt, and what they need to know about it.
+    """A base model for tests, with the facts that the tests need to adapt it.
 
     Attributes:
         make: A function that returns the model.

@@ -330,7 +330,7 @@ def test_modules_that_no_branch_can_be_added_to_are_named(name, target, message)
 
 @pytest.mark.parametrize("slot", ["delta", "branch"])
 def test_users_may_call_their_own_modules_as_we_call_ours(slot):
-    """Check that a model may have modules called `delta` or `branch`, as the slots are. A residual network may."""
+    """Check that a model, such as a residual network, may have modules of its own called `delta` or `branch`."""
     model = nnx.Dict({slot: nnx.Dict(query=nnx.Linear(4, 4, rngs=nnx.Rngs(0)))})
     adapted, adapter = adapt(model, [Rule(f"{slot}/query", LoRA())], rngs=nnx.Rngs(1))
     assert kinds(adapted) == {f"{slot}/query": "LowRank"}

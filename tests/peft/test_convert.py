@@ -139,7 +139,7 @@ def test_a_sum_or_product_is_searched_for():
     model, adapter = tuned(layer, StructuredUpdate(family="Circulant + LowRank", alpha=0.5), target="")
     a = part_arrays(model, "", "delta")
     target = 0.5 * (circulant(a["terms_0_c"], 4, 4) + a["terms_1_down"] @ a["terms_1_up"])
-    # The error of the better term alone. The nearest circulant has the mean of every wrapped diagonal.
+    # This is the error of the better of the two terms alone. The nearest circulant has the mean of every diagonal.
     means = [np.mean([target[i, (i + k) % 4] for i in range(4)]) for k in range(4)]
     apart = min(relative_error(circulant(np.array(means), 4, 4), target), truncated(target, 1)[1])
     lowest = {}

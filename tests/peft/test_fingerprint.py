@@ -34,7 +34,7 @@ def test_equal_weights_have_equal_fingerprints():
 @pytest.mark.parametrize(
     "other",
     [
-        np.nextafter(np.arange(6, dtype=np.float32), np.float32(9)),  # The values differ in the last bit.
+        np.nextafter(np.arange(6, dtype=np.float32), np.float32(9)),  # Each value is the next larger float32 number.
         np.array([-0.0, 1, 2, 3, 4, 5], np.float32),  # -0.0 equals 0.0, but has another sign bit.
         np.arange(6, dtype=np.int32),
         np.arange(6, dtype=np.float32).reshape(2, 3),

@@ -13,11 +13,11 @@ from surm_jax.structured import BlockCirculant, CirculantPair
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CirculantUpdate(Update):
-    """The circulant of the vector `r1 * r2`, which trains 2n parameters and stores n.
+    """The circulant of the vector `r1 * r2`, which trains 2n parameters for an n x n kernel and stores n.
 
     The method is SURM's (arXiv 2406.17740, section 4.1). r1 starts at 0, r2 at `scale * N(0, 1)`. The learning rate
     applies to r1 and r2 directly: nothing is divided by n. With plain gradient descent, the first step of r1 is
-    proportional to `scale`, and the first change of the update to `scale^2`. In this example, n is 768:
+    proportional to `scale`, and the first change of the update to `scale^2`:
 
     >>> matrix = CirculantUpdate(scale=0.02).init(jax.random.key(0), (768, 768))
     >>> matrix.num_params, matrix.compact().num_params
@@ -69,7 +69,7 @@ class C3A(Update):
     block: int = at_least(0, 0)
 
     def unit(self, shape: tuple[int, int]) -> float:
-        """Return `1 / in_features`."""
+        """Return the constant factor of C3A, `1 / in_features`."""
         return 1 / shape[0]
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> BlockCirculant:

@@ -36,7 +36,7 @@ def balanced_factors(size: int, divisor: int = 0) -> tuple[int, int]:
 class LoKr(Update):
     """A Kronecker product `A (x) B` with the factor `alpha / rank`, as in peft's LoKr (arXiv 2309.14859).
 
-    A starts at 0, and B at Kaiming-uniform numbers. `balanced_factors` splits each size of the kernel into two factors.
+    A starts at 0, and B is Kaiming-uniform. `balanced_factors` splits each size of the kernel into two factors.
     The first factors give the shape of A, and the second ones the shape of B. If the rank is less than half of the
     larger size of B, and at most the smaller one, B is a product `down @ up` of that rank. In this example, A is a
     24 x 24 matrix, and B is the product of a 32 x 8 and an 8 x 32 matrix:
@@ -55,7 +55,7 @@ class LoKr(Update):
     divisor: int = at_least(0, 0)
 
     def unit(self, shape: tuple[int, int]) -> float:
-        """Return `1 / rank`."""
+        """Return the constant factor of LoKr, `1 / rank`."""
         del shape
         return 1 / self.rank
 
@@ -76,6 +76,7 @@ class KAdaptation(Update):
 
     A and down start at random values, up at 0. The code released with the paper starts both down and up at 0, so that
     the gradients of all arrays stay zero. In the paper all layers share the A_k. Here each layer has its own.
+    In this example, A has 4 * 4 * 4 parameters, and down and up have 4 * 192 each:
 
     >>> KAdaptation().init(jax.random.key(0), (768, 768)).num_params
     1600

@@ -51,7 +51,7 @@ class RankStabilizedLoRA(_LowRankUpdate):
     rank: int = 8
 
     def unit(self, shape: tuple[int, int]) -> float:
-        """Return `1 / sqrt(rank)`."""
+        """Return the constant factor of rsLoRA, `1 / sqrt(rank)`."""
         del shape
         return self.rank**-0.5
 

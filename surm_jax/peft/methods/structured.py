@@ -67,7 +67,7 @@ class StructuredUpdate(_AnyFamily, Update):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StructuredBranch(_AnyFamily, Branch):
-    """`X + gelu(X M) + b` with M of any family, or of a sum or product of families, written as in `structured`."""
+    """`X + gelu(X M) + b` with M of any family, or of a sum or product of families, as in the method `structured`."""
 
     name: ClassVar[str] = "structured_adapter"
 

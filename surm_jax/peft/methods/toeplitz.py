@@ -12,7 +12,7 @@ from surm_jax.structured import SymmetricToeplitzPair, ToeplitzPair
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToeplitzUpdate(Update):
-    """The product `T2 T1` of two symmetric Toeplitz matrices, which has 2n parameters.
+    """The product `T2 T1` of two symmetric Toeplitz matrices, which has 2n parameters for an n x n kernel.
 
     The method is SURM's (arXiv 2406.17740, section 4.1), and is written as in the paper: T1 is applied to the input,
     and T2 to the result. T1 starts at 0, and T2 at `scale * N(0, 1)`. The default scale is that of the code released
@@ -32,7 +32,7 @@ class ToeplitzUpdate(Update):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AsymmetricToeplitzUpdate(Update):
-    """The product `T2 T1` of two general Toeplitz matrices, which has 4n - 2 parameters for a kernel of shape (n, n).
+    """The product `T2 T1` of two general Toeplitz matrices, which has 4n - 2 parameters for an n x n kernel.
 
     >>> AsymmetricToeplitzUpdate().init(jax.random.key(0), (768, 768)).num_params
     3070

@@ -34,7 +34,7 @@ SLOTS = (KERNEL, OUTPUT)
 
 
 class AdapterParam(nnx.Param):
-    """A trained parameter of an adapter, which filters select by this type. It is float32 in a model of any dtype."""
+    """A trained parameter of an adapter. NNX filters select it by this type. It is float32 in a model of any dtype."""
 
 
 class AdapterConstant(nnx.Variable):

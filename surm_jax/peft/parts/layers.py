@@ -22,9 +22,9 @@ from surm_jax.structured import Sum, updated_matmul
 class AdaptedLayer(nnx.Module):
     """The mixin class for linear layers with kernel parts.
 
-    Parts are added in the layer's `dot_general`, which is Flax's hook for replacing the product with the kernel. Steps
-    before and after this product, such as the bias or what a subclass does around `super().__call__`, are therefore
-    the same with attached and with merged parts.
+    The terms of the parts are added in the layer's `dot_general`, which is Flax's hook for replacing the product with
+    the kernel. Steps before and after this product, such as adding the bias or what a subclass does around
+    `super().__call__`, are therefore the same with attached and with merged parts.
     """
 
     @property

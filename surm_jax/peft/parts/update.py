@@ -231,7 +231,7 @@ class ServedUpdate(StoredMatrix, KernelPart):
 
     @classmethod
     def alike(cls, parts: Sequence["ServedUpdate"]) -> Sequence["ServedUpdate"]:
-        """Add column factors of 1 to the updates without factors if any of the updates has factors."""
+        """Return the updates. If any of them has column factors, those without get column factors of 1, in place."""
         if any(hasattr(part, "gain") for part in parts):
             for part in parts:
                 if not hasattr(part, "gain"):

@@ -1,4 +1,4 @@
-"""Adapter folders of Hugging Face's peft, tested without peft: their files, and which adapters cannot be saved."""
+"""Adapter folders of Hugging Face's peft, tested without peft: their files, and what cannot be saved or loaded."""
 
 import json
 import re
