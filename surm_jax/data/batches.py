@@ -102,7 +102,7 @@ def check_batches(
     read_ahead: int,
     seed: int = 0,
 ) -> None:
-    """Check the arguments that all functions that make batches share.
+    """Check the arguments that are common to all functions that make batches.
 
     Raises:
         UserError: An argument is out of range, or the source is empty.

@@ -75,7 +75,7 @@ def skipping(why: str, so_far: int, max_corrupt: int) -> None:
 
 
 def one_too_many(why: str, max_corrupt: int) -> CorruptExampleError:
-    """Return the error for a corrupt example after which more than `max_corrupt` examples would be skipped.
+    """Return the error for a corrupt example that exceeds the limit `max_corrupt`.
 
     Args:
         why: The reason why the example cannot be read, which names the example.

@@ -26,7 +26,8 @@ def first_examples(train: Source, count: int) -> Source:
     Raises:
         UserError: `count` is negative, or the training set has fewer examples.
 
-    In this set of 8 examples, the label of each example is its index:
+    In this set of 8 examples, the label of each example is its index. The examples 2 and 4, which are selected for a
+    `count` of 2, are also selected for a `count` of 4:
 
     >>> from surm_jax.data import ArraySource
     >>> source = ArraySource(np.zeros((8, 4, 4, 1), np.uint8), np.arange(8))

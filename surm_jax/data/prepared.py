@@ -93,7 +93,7 @@ def open_prepared(
     """
     folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     set_folder = _find(name, folder, others)
-    import tensorflow_datasets as tfds  # Imported here: other data sets do not need it.
+    import tensorflow_datasets as tfds  # Other data sets do not need this import.
 
     try:
         builder = tfds.builder_from_directory(set_folder)

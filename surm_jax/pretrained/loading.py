@@ -82,6 +82,8 @@ def load(
         UserError: The checkpoint does not fit the model (see `surm_jax.pretrained.rules.fill` and
             `surm_jax.pretrained.checkpoint.require_same`), its format is unknown, or a pattern matches no parameter.
 
+    The example has no checkpoint, so all parameters are initialised:
+
     >>> from surm_jax.models import ViT, ViTConfig
     >>> config = ViTConfig.from_variant("digits", num_classes=10)
     >>> load(lambda: ViT(config, rngs=nnx.Rngs(0)), None).head.kernel.shape
@@ -105,6 +107,8 @@ def model_config(checkpoint: Path, variant: str | None = None, **overrides: Any)
     Raises:
         UserError: The checkpoint is damaged or its format is unknown, an override is not a field of the configuration,
             a variant is missing, or a variant is given although the format holds a configuration.
+
+    The example reads the configuration of a small ViT of width 64, and replaces its number of classes by 5:
 
     >>> model, config = model_config(locate("digits"), num_classes=5)
     >>> model.__name__, config.width, config.num_classes
@@ -160,6 +164,8 @@ def from_pretrained(
     Raises:
         UserError: The checkpoint cannot be located or read, or does not fit the model. See `locate`, `model_config` and
             `load`.
+
+    The example reads a small ViT of width 64 with 4 blocks, and gives it a new head for 5 classes:
 
     >>> model = from_pretrained("digits", num_classes=5, dtype="bfloat16")
     >>> model.head.kernel.shape, model.config.depth

@@ -151,7 +151,8 @@ def _bilinear(old: int, new: int) -> np.ndarray:
 def _bicubic(old: int, new: int) -> np.ndarray:
     """Return the `(new, old)` matrix that interpolates by cubic convolution from `old` to `new` points.
 
-    The points are the centres of `old` or `new` cells of equal width that cover the same interval.
+    An interval is divided into `old` cells, and the same interval into `new` cells, all of equal width. The points are
+    the centres of these cells.
     """
     at = (np.arange(new) + 0.5) * (old / new) - 0.5
     weights = np.zeros((new, old))

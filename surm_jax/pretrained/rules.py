@@ -79,8 +79,9 @@ def fill(
 
     Raises:
         UserError: No rule matches a key, a key is for a parameter that the model lacks, a parameter has no key or
-            several keys, a shape or dtype does not fit, or an array holds NaN or infinity. One message reports all
-            problems with names, with similar names that exist, and another one all problems with arrays.
+            several keys, a shape or dtype does not fit, or an array holds NaN or infinity. All problems with keys are
+            reported together, with similar names that exist. If there are none, all problems with arrays are reported
+            together.
     """
     plan = _assign(keys, targets, rules, ignore, fresh, origin)
     problems, filled = [], {}

@@ -35,7 +35,7 @@ def load_digits(name: str) -> ImageDataset:
     from sklearn import (
         datasets,
         model_selection,
-    )  # Imported here: it takes a second, which other data sets do not need.
+    )  # The import takes a second, and other data sets do not need it.
 
     digits = datasets.load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]

@@ -76,7 +76,7 @@ class TfdsSource:
     def _record(self, index: int) -> dict[str, Any]:
         try:
             return self.records[index]
-        except RuntimeError as error:  # From the C++ reader, which opens a file only when it is read.
+        except RuntimeError as error:  # The C++ reader raises it, and opens a file only when a record is read.
             raise CorruptExampleError(
                 f"{self.name}: example {index} cannot be read, its file is damaged ({error})"
             ) from error
@@ -107,7 +107,7 @@ def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> Imag
             is ever downloaded; the message says how to prepare the data set.
     """
     prepared = open_prepared(name, data_dir, EMBEDDED)
-    import tensorflow_datasets as tfds  # Imported here: other data sets do not need it.
+    import tensorflow_datasets as tfds  # Other data sets do not need this import.
 
     image, label = _features(prepared, tfds)
     channels = image.shape[-1] or 3

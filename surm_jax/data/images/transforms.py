@@ -21,7 +21,8 @@ def eval_image(
 ) -> Float[np.ndarray, "image_size image_size channels"]:
     """Resize an image to `image_size` x `image_size`, and scale it to float32 in [-1, 1].
 
-    The whole image is kept and its aspect ratio may change, as in VTAB (arXiv 1910.04867).
+    The whole image is kept, so its aspect ratio may change, as in VTAB (arXiv 1910.04867). In the example, all pixels
+    have the largest value, 255, which becomes 1:
 
     >>> eval_image(np.full((8, 8, 1), 255, np.uint8), 4)[0, 0]
     array([1.], dtype=float32)

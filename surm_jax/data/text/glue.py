@@ -68,7 +68,7 @@ def glue_task(name: str) -> GlueTask:
 
 
 def load_glue(name: str, data_dir: str | os.PathLike[str] | None = None) -> TextDataset:
-    """Load a task of GLUE that TensorFlow Datasets has prepared into memory.
+    """Load a task of GLUE into memory, from the folder that TensorFlow Datasets has prepared.
 
     This takes two seconds for SST-2.
 
@@ -101,7 +101,7 @@ def load_glue(name: str, data_dir: str | os.PathLike[str] | None = None) -> Text
             + ", ".join(map(repr, _TESTS))
         )
     label = prepared.features["label"]
-    classes = tuple(getattr(label, "names", ()))  # The feature of a score has no names.
+    classes = tuple(getattr(label, "names", ()))  # If the labels are scores, there are no names of classes.
     sources = {ours: _read(prepared, split, task, len(classes)) for ours, split in {"train": "train", **tests}.items()}
     return TextDataset(prepared.full_name, sources.pop("train"), sources, classes, task.columns, task.metrics)
 
@@ -112,7 +112,7 @@ def _read(prepared: PreparedSet, split: str, task: GlueTask, num_classes: int) -
     where = f"{prepared.name}, split {split}"
     try:
         rows = records.__getitems__(range(len(records)))  # This is five times as fast as reading them one by one.
-    except RuntimeError as error:  # From the C++ reader, which opens a file only when it is read.
+    except RuntimeError as error:  # The C++ reader raises it, and opens a file only when a record is read.
         raise UserError(f"{where} cannot be read, its file is damaged ({error})") from error
     labels: np.ndarray = np.array([row["label"] for row in rows], np.int64 if num_classes else np.float32)
     highest = num_classes - 1 if num_classes else _HIGHEST_SCORE

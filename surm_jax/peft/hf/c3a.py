@@ -18,9 +18,9 @@ class C3AFormat(Format):
     """The file format of C3A, which stores a grid of circulant blocks of size b x b for each layer.
 
     The tensor `c3a_kernel` of shape (out / b, in / b, b) holds the vectors `c` of our `BlockCirculant` in reversed
-    order: `c3a_kernel[q, p, k] = factor * in * c[p, q, -k mod b]`. The size `in` is there because peft divides by
-    in_features. A square circulant is a grid of one block. The format has no alpha, so the factor of an update is
-    multiplied into the tensor.
+    order: `c3a_kernel[q, p, k] = factor * in * c[p, q, -k mod b]`. The multiplication by in (in_features) compensates
+    for a division in peft. A square circulant is a grid of one block. The format has no alpha, so the factor of an
+    update is multiplied into the tensor.
     """
 
     peft_type = "C3A"

@@ -98,7 +98,9 @@ class Format(abc.ABC):
 
 
 def tidy(value: float) -> float:
-    """Return a number rounded to 13 significant digits, as an `int` if it is a whole number.
+    """Return a number rounded to 13 significant digits, as an `int` if the result is a whole number.
+
+    This removes rounding errors, such as that of 0.1 * 3, which is 0.30000000000000004:
 
     >>> tidy(0.1 * 3), tidy(0.1 * 30)
     (0.3, 3)

@@ -29,7 +29,10 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
-"""Our names of activations by their names in transformers. If several have the same value, the first one is written."""
+"""Our names of activations, by their names in transformers.
+
+If several names in transformers stand for the same activation, the first of them is written.
+"""
 
 
 @dataclass(frozen=True)
@@ -162,14 +165,14 @@ class Architecture:
             `UserError` if our class has no such model.
         write_config: A function `our configuration -> content of config.json`. It raises a `UserError` if transformers
             has no such model.
-        names: A function that returns the names of all modules, given our configuration.
+        names: A function that returns a `Name` for each module, given our configuration.
         ignore: A function that returns regular expressions for keys that are not read, given our configuration. The
             expressions do not contain the prefix.
         fillers: A function that returns arrays that checkpoints need but our model lacks, by full name, given our
             configuration. They are written with the model.
-        chosen: A function that returns whether a model with a configuration of ours is written as this `model_type`,
-            since several types may share our class. It may raise a `UserError` that says why transformers has no such
-            model in any of these types.
+        chosen: A function that returns whether a model is written as this `model_type`, given our configuration. It is
+            needed if models of our class can be written as several types. It may raise a `UserError` if transformers
+            has no such model in any of these types.
         normalization: The normalisation of pixels that the published models expect. It is used for folders that do not
             specify one.
     """
