@@ -81,7 +81,7 @@ class Rule:
     def from_json(cls, rule: dict[str, Any]) -> "Rule":
         """Return the rule that a dictionary from `to_json` describes."""
         method = None if rule["method"] is None else make_method(rule["method"], rule["settings"])
-        return cls(rule["target"], method, rule["parts"], tuple(rule["which"]))  # type: ignore[arg-type]  # Rule checks it
+        return cls(rule["target"], method, rule["parts"], tuple(rule["which"]))  # type: ignore[arg-type]  # Rule checks
 
 
 @dataclasses.dataclass(frozen=True)
