@@ -1,4 +1,4 @@
-"""Private names of JAX stay in one file, and are where that file looks for them."""
+"""Tests that only one file uses private names of JAX, and that the installed JAX has these names."""
 
 import importlib
 from pathlib import Path

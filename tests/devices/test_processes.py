@@ -1,4 +1,7 @@
-"""Several processes on one machine make the same run as one process, whatever happens to one of them."""
+"""Tests of runs with several processes on one machine.
+
+They give the same result as a run with one process, also if one of the processes is interrupted or killed on the way.
+"""
 
 import json
 import socket
@@ -16,14 +19,19 @@ from surm_jax.training.loop import train
 from tests.training import tiny, tiny_text
 from tests.training.several import ROOT, free_port, launch_all
 
-# Of float32 numbers about 1: gloo adds up what each device has in another order than one process does, and Adam divides
-# by what was added up.
+# The tolerance for float32 numbers of size about 1. Gloo sums the gradients of the devices in another order than a
+# single process does, and Adam divides by such sums, which makes the rounding errors larger.
 TOLERANCE = 2e-6
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """Launches the processes of one run with the job of `processes_job.py`, and waits until all have ended."""
+    """A function that launches several processes of one run of `processes_job.py`, and waits until all have ended.
+
+    Its arguments are the files of the job, command-line options, the number of processes (`count`), the number of
+    devices of each, the failure of one process (`befalls`, as in `processes_job.py`), and whether the processes find
+    each other by the environment variables of Slurm or by options.
+    """
     folder = tmp_path_factory.mktemp("launched")
 
     def run(files, *arguments, count=2, devices=1, befalls="", slurm=False):
@@ -54,7 +62,7 @@ def flags_of(values):
 
 
 def alone(config, workdir):
-    """The same run in this process, on as many devices."""
+    """Run the same configuration in this process alone. The caller chooses as many devices as the processes had."""
     with Interruption() as interruption:
         return train(config, 0, workdir, interruption)
 
@@ -64,7 +72,14 @@ def lines_of(workdir):
 
 
 def assert_same_run(several, one):
-    """The same numbers at every step, the same examples counted, the same adapter."""
+    """Check that two runs have the same metrics at every step, the same numbers of examples, and the same adapter.
+
+    Metrics and adapter may differ by rounding.
+
+    Args:
+        several: The folder of the run with several processes.
+        one: The folder of the run with one process.
+    """
     theirs, ours = lines_of(several), lines_of(one)
     assert [line.keys() - {"examples_per_second"} for line in theirs] == [
         line.keys() - {"examples_per_second"} for line in ours
@@ -81,19 +96,20 @@ def assert_same_run(several, one):
 
 @pytest.mark.exhaustive
 def test_a_run_that_is_interrupted_killed_and_goes_on_with_more_processes(tiny_files, launched, tmp_path):
-    # Dropout tells every row of a batch from every other: a process's rows must be where one process has them.
+    # With dropout, the result depends on the place of each row in the batch, because every row has its own mask. So the
+    # rows of each process must have the same places as in a run with one process.
     values = {
         "optim.steps": 8, "model.dropout": 0.2, "log.metrics_every": 1, "log.evaluate_every": 4,
         "log.checkpoint_every": 5, "optim.learning_rate.circulant": 0.02,
     }  # fmt: skip
     workdir = tmp_path / "several"
     arguments = [f"--workdir={workdir}", *flags_of(values)]
-    # One process alone gets the signal; all agree to stop after the step that follows, and the first one says so.
+    # Only process 1 gets the signal, in step 2. All processes stop after step 3, and only the first prints a message.
     first, second = launched(tiny_files, *arguments, befalls="1:2:SIGTERM", slurm=True)
     assert (first.status, second.status) == (143, 143), first.err + second.err
     assert "SIGTERM: saved step 3 of 8" in first.err and "saved" not in second.err
     assert "trainable: 93 of" in first.out and not second.out
-    # One is killed in the middle of its sixth step, when the checkpoint of the fifth is there.
+    # Process 1 is killed in step 6, its third step since this start. The checkpoint of step 5 has been saved.
     survivor, killed = launched(tiny_files, *arguments, befalls="1:3:SIGKILL")
     assert killed.status == -9 and survivor.status == 1, survivor.err
     assert "process 0 of 2: error: another process is gone, so this one stops" in survivor.err
@@ -105,7 +121,7 @@ def test_a_run_that_is_interrupted_killed_and_goes_on_with_more_processes(tiny_f
     assert [end.out for end in ends[1:]] == [""] * 3
     alone(tiny.make_config(tiny_files, **values, **{"mesh.data": 4}), tmp_path / "one")
     assert_same_run(workdir, tmp_path / "one")
-    # The first process alone wrote events, once for every start.
+    # Only the first process has written files for TensorBoard, one in each of the three starts.
     assert len(list((workdir / "tensorboard").iterdir())) == 3
 
 
@@ -118,7 +134,8 @@ def test_text_and_the_death_of_the_first_process(launched, tmp_path):
     arguments = [f"--workdir={workdir}", *flags_of({**values, "mesh.data": 0})]
     killed, survivor = launched(files, *arguments, befalls="0:4:SIGKILL")
     assert killed.status == -9
-    # Without the first process there is no coordination service, and JAX may be faster to say so than this program.
+    # The coordination service runs in the first process. When it is gone, either this program or JAX itself notices it
+    # first and ends the other process.
     assert survivor.status in (1, -6), survivor.err
     assert "another process is gone" in survivor.err or "another task died" in survivor.err
     assert survivor.time - killed.time < 60
@@ -131,7 +148,7 @@ def test_text_and_the_death_of_the_first_process(launched, tmp_path):
 
 @pytest.mark.exhaustive
 def test_a_base_that_is_split_over_processes(tiny_files, launched, tmp_path):
-    # The kernels are just large enough to be split: over four devices, two in each process.
+    # The kernels have just enough elements to be split over the four devices, of which each process has two.
     values = {
         "model.checkpoint": "none", "model.width": 128, "model.mlp_width": 256, "mesh.fsdp": 4, "optim.steps": 2,
         "log.metrics_every": 1,
@@ -143,7 +160,7 @@ def test_a_base_that_is_split_over_processes(tiny_files, launched, tmp_path):
     with pytest.warns(UserWarning, match="RANDOM"):
         alone(tiny.make_config(tiny_files, **values), tmp_path / "one")
     assert_same_run(workdir, tmp_path / "one")
-    # An adapter belongs to its base, every number of it: also of the parts that one process does not have.
+    # The saved fingerprint of the base model includes the parts of arrays that are on devices of the other process.
     bases = [
         json.loads((folder / "adapter/adapter_config.json").read_text())["base"]
         for folder in (workdir, tmp_path / "one")

@@ -1,4 +1,7 @@
-"""`python -m tests.fuzz [--examples=10000] [--first=0] [--seed=0]`: reads damaged files, and says what came of them."""
+"""Read many damaged files, and print how often each outcome occurred and every problem.
+
+The command is `python -m tests.fuzz [--examples=10000] [--first=0] [--seed=0]`.
+"""
 
 import argparse
 import faulthandler

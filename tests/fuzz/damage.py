@@ -1,4 +1,7 @@
-"""Ways to damage a folder of files. All draw from one `random.Random`, so that a seed repeats them."""
+"""Functions that damage files at random, for the fuzz tests.
+
+All of them take the generator of random numbers `rng` as an argument, so that a seed gives the same damage again.
+"""
 
 import hashlib
 import io
@@ -29,7 +32,11 @@ ODD_DESCRS = ("|O", "|V0", "<U0", "|S0", "<f8", "<f2", ">f4", "<i8", "|u1", "<c8
 
 
 def damage_bytes(rng: random.Random, data: bytes) -> bytes:
-    """Cuts off, lengthens, flips, overwrites, swaps, repeats, removes."""
+    """Return a damaged copy of a file's content, without regard to its format.
+
+    The content is cut off or made longer, some bits are flipped, or a block of bytes is overwritten, swapped, repeated
+    or removed.
+    """
     size = len(data)
     at, length = rng.randrange(size + 1), rng.choice((1, 2, 4, 8, 64, 512))
     block = bytearray(data)
@@ -60,7 +67,10 @@ def damage_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def damage_json(rng: random.Random, tree: Any) -> Any:
-    """Replaces, removes, renames, swaps or wraps some values anywhere in a tree of JSON."""
+    """Replace, remove, rename, swap or wrap some values anywhere in a JSON value, and return it.
+
+    Lists and dictionaries are changed in place.
+    """
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         places = list(_places(tree))
         if not places:
@@ -79,7 +89,7 @@ def damage_json(rng: random.Random, tree: Any) -> Any:
                 try:
                     holder[key], other[its_key] = other[its_key], holder[key]
                     json.dumps(tree)
-                except (ValueError, RecursionError):  # one is inside of the other
+                except (ValueError, RecursionError):  # One value contains the other, and now itself.
                     holder[key] = None
             case 6 if type(holder[key]) is int:
                 holder[key] = rng.choice((holder[key] + 1, holder[key] - 1, -holder[key], holder[key] * 2**20, 2**62))
@@ -96,7 +106,10 @@ def _places(tree: Any):
 
 
 def write_json(rng: random.Random, tree: Any) -> bytes:
-    """JSON with what standard libraries do not write: a name twice, depth."""
+    """Return a value as JSON text, sometimes with features that the standard library does not write.
+
+    They are a key that occurs twice in an object, and very deep nesting.
+    """
     text = json.dumps(tree)
     match rng.randrange(12):
         case 0 if text.startswith('{"'):
@@ -110,7 +123,11 @@ def write_json(rng: random.Random, tree: Any) -> bytes:
 
 
 def damage_safetensors(rng: random.Random, data: bytes) -> bytes:
-    """Edits the header, which stays in its place with its right length."""
+    """Return the content of a safetensors file with a damaged header.
+
+    The header is still at the beginning of the file, after its correct length. If the file has our metadata `config`,
+    half of the time only this is damaged.
+    """
     size = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + size])
     if "config" in (texts := header.get("__metadata__", {})) and rng.random() < 0.5:
@@ -122,7 +139,7 @@ def damage_safetensors(rng: random.Random, data: bytes) -> bytes:
 
 
 def damage_npz(rng: random.Random, data: bytes) -> bytes:
-    """Edits the header of an array, or the list of arrays."""
+    """Return the content of an .npz file in which an array, its header or the list of arrays is damaged."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = [(info.filename, archive.read(info)) for info in archive.infolist()]
     at = rng.randrange(len(members))
@@ -145,7 +162,7 @@ def damage_npz(rng: random.Random, data: bytes) -> bytes:
     file = io.BytesIO()
     method = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2))
     with warnings.catch_warnings(), zipfile.ZipFile(file, "w", method) as archive:
-        warnings.simplefilter("ignore")  # a name twice
+        warnings.simplefilter("ignore")  # zipfile warns if two files in the archive have the same name.
         for name, content in members:
             archive.writestr(zipfile.ZipInfo(name), content, method)
     return file.getvalue()
@@ -169,7 +186,7 @@ def _odd_header(rng: random.Random, array: np.ndarray) -> bytes:
 
 
 def damage_folder(rng: random.Random, folder: Path) -> None:
-    """Damages one or two of the files of a folder, by their kind or as bytes."""
+    """Damage one or two files of a folder, either according to their format or as plain bytes."""
     for _ in range(rng.choice((1, 1, 1, 2))):
         path = rng.choice(sorted(path for path in folder.rglob("*") if path.is_file()) or [folder / "gone"])
         kind = rng.random()
@@ -180,7 +197,7 @@ def damage_folder(rng: random.Random, folder: Path) -> None:
         else:
             try:
                 data = _BY_SUFFIX[path.suffix](rng, path.read_bytes())
-            except Exception:  # damaged already
+            except Exception:  # The file was damaged before and no longer has its format.
                 data = damage_bytes(rng, path.read_bytes())
             path.write_bytes(data)
 
@@ -197,7 +214,10 @@ def _replace_file(rng: random.Random, path: Path) -> None:
 
 
 def sign(folder: Path) -> None:
-    """Writes the SHA-256 into one of our adapters that belongs to what is there: as a stranger would."""
+    """Write the correct SHA-256 of a damaged adapter into its `adapter_config.json`.
+
+    Without this, loading would stop at the wrong SHA-256 and never reach the damage. An attacker could do the same.
+    """
     path, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not (path.is_file() and tensors.is_file()):
         return
@@ -207,7 +227,7 @@ def sign(folder: Path) -> None:
         payload = tensors.read_bytes() + json.dumps(rest, sort_keys=True).encode()
         path.write_text(json.dumps({**config, "sha256": hashlib.sha256(payload).hexdigest()}))
     except (ValueError, AttributeError, RecursionError):
-        pass  # too damaged to be signed
+        pass  # The file is not JSON with an object any more, so that nothing can be written into it.
 
 
 _BY_SUFFIX: dict[str, Callable[[random.Random, bytes], bytes]] = {
@@ -218,7 +238,13 @@ _BY_SUFFIX: dict[str, Callable[[random.Random, bytes], bytes]] = {
 
 
 def copy_damaged(rng: random.Random, whole: Path, target: Path) -> None:
-    """Copies a folder and damages the copy; one of our adapters is signed anew half of the time."""
+    """Copy a folder and damage the copy. A damaged adapter of surm_jax gets a correct SHA-256 with probability 0.6.
+
+    Args:
+        rng: The generator of random numbers.
+        whole: The undamaged folder. Its name begins with "ours" if it is an adapter of surm_jax.
+        target: The folder for the damaged copy. It is replaced if it exists.
+    """
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(whole, target)
     damage_folder(rng, target)

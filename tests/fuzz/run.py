@@ -1,6 +1,8 @@
-"""Damages what strangers write and reads it: the result is an error that says so, what was written, or other numbers.
+"""The fuzz tests: they damage files that users may get from others, and read them.
 
-An example is repeated by the seed and its number. Each has 10 seconds, and a gigabyte more than the process had.
+Reading a damaged file may raise a `UserError`, or return the original arrays, or return other finite arrays. Everything
+else is a problem: any other exception, numbers that are not finite, or too much time or memory. Reading may take 10
+seconds and one gibibyte more memory than the process already uses. An example is determined by the seed and its number.
 """
 
 import collections
@@ -26,12 +28,12 @@ LONGEST_MESSAGE = 5000
 
 
 class TimeIsUp(BaseException):
-    """The error that ends a reading that takes too long."""
+    """The exception that stops the reading of an example that takes too long."""
 
 
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-    """Limits the time and the memory of what is done inside."""
+    """Limit the time and the memory of the code in the `with` block."""
 
     def stop(*_) -> None:
         raise TimeIsUp
@@ -49,15 +51,15 @@ def limited() -> Iterator[None]:
 
 
 def run(folder: Path, numbers: range, seed: int) -> tuple[collections.Counter[str], list[str]]:
-    """Reads damaged examples.
+    """Make and read damaged examples.
 
     Args:
-        folder: for files.
-        numbers: of the examples.
-        seed: of all of them.
+        folder: An empty folder for files.
+        numbers: The numbers of the examples.
+        seed: The seed of all examples.
 
     Returns:
-        How often which result came of which subject, and a text for each that must not be.
+        The number of examples for each subject and outcome, and a message for each problem.
     """
     whole, names = {}, list(SUBJECTS)
     for name, subject in SUBJECTS.items():
@@ -68,7 +70,7 @@ def run(folder: Path, numbers: range, seed: int) -> tuple[collections.Counter[st
     for number in numbers:
         rng = random.Random(f"{seed} {number}")
         name = names[number % len(names)]
-        (folder / "example").write_text(f"{number} {name}")  # for whoever looks after a crash
+        (folder / "example").write_text(f"{number} {name}")  # If the process crashes, this shows which example it was.
         copy_damaged(rng, folder / name, folder / "damaged" / name)
         result, problem = _read(name, folder / "damaged" / name, whole[name])
         counts[f"{name}: {result}"] += 1
@@ -79,7 +81,13 @@ def run(folder: Path, numbers: range, seed: int) -> tuple[collections.Counter[st
 
 
 def _read(name: str, folder: Path, whole: Content) -> tuple[str, str]:
-    """Return the outcome of an example as a word, and a message if this outcome is a failure."""
+    """Read a damaged example. Return its outcome in one or two words, and a message if the outcome is a problem.
+
+    Args:
+        name: The name of the subject.
+        folder: The folder with the damaged files.
+        whole: The arrays that the undamaged files hold.
+    """
     start = time.perf_counter()
     try:
         with limited(), warnings.catch_warnings():
@@ -101,7 +109,10 @@ def _read(name: str, folder: Path, whole: Content) -> tuple[str, str]:
 
 
 def _problem_of(error: UserError) -> str:
-    """Says what is wrong with an error, if anything is."""
+    """Return what is wrong with a `UserError`, or an empty string.
+
+    It is wrong if its message is empty or very long, or if its cause is a `MemoryError`.
+    """
     message, cause = str(error), error
     while cause := cause.__cause__ or cause.__context__:
         if isinstance(cause, MemoryError):

@@ -1,4 +1,4 @@
-"""The files and folders that are damaged, one of every kind that strangers write, and how they are read."""
+"""The files and folders that the fuzz tests damage: one of every kind that users may get from others."""
 
 import functools
 import json
@@ -35,11 +35,11 @@ Content = dict[str, np.ndarray]
 
 
 class Subject(NamedTuple):
-    """Something that strangers write.
+    """A kind of file or folder to damage.
 
     Attributes:
-        write: makes a whole one in an empty folder.
-        read: the library's public function for it, and what it gives, by name.
+        write: A function that writes undamaged files of this kind into an empty folder.
+        read: A function that reads the folder with a public function of surm_jax, and returns arrays by name.
     """
 
     write: Callable[[Path], None]
@@ -141,7 +141,10 @@ def _native() -> Subject:
 
 
 def _sort_header(path: Path) -> None:
-    """Gives a safetensors file the same bytes each time: the library writes its metadata in a random order."""
+    """Sort the header of a safetensors file, so that the file has the same bytes each time it is written.
+
+    The safetensors library writes the metadata in a random order.
+    """
     content = path.read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
     header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode().ljust(size)

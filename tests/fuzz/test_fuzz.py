@@ -1,4 +1,4 @@
-"""Some hundred of the damaged files that `python -m tests.fuzz` makes by the thousand."""
+"""A short fuzz test with 320 damaged examples. `python -m tests.fuzz` reads thousands of them."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.training import small
 
 @pytest.mark.parametrize("name", small.quick(SUBJECTS, "ours_several", "peft_lora"))
 def test_what_is_damaged_has_the_same_bytes_each_time(name, tmp_path):
-    # So that the seed and the number repeat an example.
+    # Otherwise the seed and the number of an example would not give the same damaged files again.
     contents = []
     for folder in (tmp_path / "one" / name, tmp_path / "other" / name, tmp_path / "third" / name):
         folder.mkdir(parents=True)

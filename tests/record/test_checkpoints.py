@@ -23,7 +23,15 @@ PLACE = {"next": 3, "nested": {"seed": [1, 2]}}
 
 
 def state_at(step, width=5, extra=False):
-    """A state with arrays that tell one step from another; numbers that only exact storage keeps are among them."""
+    """Return a training state whose arrays are different for each step.
+
+    Its arrays include a denormal number, negative zero and infinity, which come back only from exact storage.
+
+    Args:
+        step: The number of updates.
+        width: The first dimension of an array, so that a test can change its shape.
+        extra: Whether to add one more trained array, so that a test can change the structure.
+    """
     key = jax.random.key(step)
     trained = {"head/kernel": jax.random.normal(key, (width, 3)), "head/bias": jnp.array([1e-45, -0.0, jnp.inf])}
     if extra:
@@ -58,7 +66,7 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
     for step, accuracy in [(1, 0.3), (2, None), (3, 0.9), (4, 0.5), (5, None), (6, 0.7)]:
         checkpoints.save(state_at(step), PLACE, 0.0, accuracy)
     assert names_in(tmp_path) == ["3", "5", "6"]
-    # The best checkpoint of the whole run, not only since its last start.
+    # After a restart, the best checkpoint is still the best of the whole run.
     checkpoints = Checkpoints(tmp_path, BASE, CONFIG, DATA)
     checkpoints.save(state_at(7), PLACE, 0.0, 0.8)
     assert checkpoints.latest == 7
@@ -147,7 +155,7 @@ def test_what_was_cut_off_while_it_was_replaced_is_there_as_it_was(tmp_path, mon
     checkpoints.save(state_at(2), PLACE, 1.0)
     replace = os.replace
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        # Killed between the two renames: neither folder has the final name.
+        # Simulate a kill between two renames: the old folder no longer has the final name, and the new one not yet.
         patch.setattr(atomic.os, "replace", lambda old, new: killed() if Path(new).name == "2" else replace(old, new))
         checkpoints.save(state_at(2), PLACE, 2.0, 0.5)
     assert not (tmp_path / "2").exists()
@@ -165,7 +173,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def test_arrays_that_changed_where_the_store_does_not_look_are_found(tmp_path, monkeypatch):
-    # The last line of defence: every number read is compared with what was written.
+    # Change an array after Orbax has read it. The last check, of all bits of all arrays, must find this.
     checkpoints = Checkpoints(tmp_path, BASE, CONFIG, DATA)
     checkpoints.save(state_at(1), PLACE, 0.0)
     load = ocp.load

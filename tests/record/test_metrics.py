@@ -23,14 +23,17 @@ def test_metrics_are_lines_of_json_at_once(tmp_path):
     with MetricWriter(tmp_path, 0) as writer:
         writer.write(1, {"train_loss": 0.1, "learning_rate": 1e-3})
         writer.write(2, {"test_accuracy": 0.5})
-        # Before it is closed: whoever watches the file sees them, and a killed run keeps them.
+        # The lines are in the file before the writer is closed. So a user can watch them, and a killed run keeps them.
         expected = [{"step": 1, "train_loss": 0.1, "learning_rate": 1e-3}, {"step": 2, "test_accuracy": 0.5}]
         assert lines_of(tmp_path) == expected
     assert list(read_metrics(tmp_path)) == expected
 
 
 def events_of(path):
-    """The scalars of a TensorBoard file, (step, name, value): records between their length and two checksums."""
+    """Return the scalars in a TensorBoard file, as tuples (step, name, value).
+
+    A record of the file is the length of an event (8 bytes), a checksum (4 bytes), the event, and a checksum (4 bytes).
+    """
     found, data = [], path.read_bytes()
     while data:
         (size,) = struct.unpack("<Q", data[:8])
@@ -87,7 +90,7 @@ def test_a_damaged_line_in_the_middle_is_an_error_with_its_number(tmp_path):
 
 
 class Recorder:
-    """Stands for writer, progress and watch, and notes what they are told."""
+    """A replacement for the writer, the progress and the stopwatch of a `StepLog`, which records all calls."""
 
     def __init__(self):
         self.written, self.shown, self.advanced, self.counted = [], [], 0, 0
@@ -148,7 +151,7 @@ def test_a_number_that_is_not_finite_stops_with_its_step(name, value):
     recorder = Recorder()
     log = step_log(recorder, every=0, last=9)
     log.note(1, metrics_at(1))
-    # Even if the metrics of this step are not written.
+    # With `every=0`, the metrics of this step are not written. They are checked anyway.
     log.note(2, metrics_at(2, **{name: value}))
     with pytest.raises(UserError, match=f"{name} is {value} at step 2"):
         log.note(3, metrics_at(3))

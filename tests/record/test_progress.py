@@ -16,7 +16,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only the test moves."""
+    """A replacement for the module `time`, whose clock changes only when the test changes its attribute `now`."""
 
     class Clock:
         now = 100.0
@@ -35,7 +35,7 @@ def test_plain_lines_have_step_metrics_and_the_time_left(clock, capsys):
         for _ in range(10):
             shown.advance()
         shown.show(30, {"train_loss": 0.123456, "learning_rate": 1e-5})
-    # Ten steps took 30 seconds, whatever was made before; 70 are left.
+    # The ten steps of this start took 30 seconds, so that the remaining 70 steps take 210 seconds.
     captured = capsys.readouterr()
     assert captured.err == "lora: step 30/100  train_loss 0.1235  learning_rate 1e-05  ETA 0:03:30\n"
     assert captured.out == ""
@@ -71,7 +71,7 @@ def test_track_yields_everything(monkeypatch, stream):
 def test_the_stopwatch_leaves_out_the_first_step_and_the_pauses(clock):
     watch = Stopwatch()
     assert watch.rate() is None
-    clock.now += 50  # Compilation.
+    clock.now += 50  # The time of the first step, which includes compilation.
     watch.count_or_start()
     assert watch.rate() is None
     for _ in range(4):
@@ -79,7 +79,7 @@ def test_the_stopwatch_leaves_out_the_first_step_and_the_pauses(clock):
         watch.count_or_start()
     assert watch.rate() == pytest.approx(2.0)
     watch.stop()
-    clock.now += 1000  # An evaluation.
+    clock.now += 1000  # The time of an evaluation.
     assert watch.rate() == pytest.approx(2.0)
     watch.start()
     clock.now += 2.0

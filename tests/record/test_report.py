@@ -92,7 +92,7 @@ def picture(folder, model):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are drawn, in a list."""
+    """A list to which every Matplotlib figure is appended that the report draws."""
     made = []
 
     class Kept(Figure):
@@ -128,7 +128,8 @@ def test_the_picture_shows_the_largest_update(tmp_path, figures):
     model.small.delta["default"].r1[...], model.large.delta["default"].r1[...] = jnp.ones(4), 9 * jnp.ones(4)
     write_metrics(tmp_path, 4)
     both = picture(tmp_path, model)
-    # The learned circulant of 9 * r2, in colours from minus its largest entry to that, named by its layer.
+    # The picture shows the update of `large`, the circulant matrix of 9 * r2. The range of its colours is symmetric and
+    # reaches the largest absolute entry.
     axes = figures[0].axes[2]
     (image,) = axes.images
     update = scipy.linalg.circulant(9 * np.asarray(model.large.delta["default"].r2[...])).T

@@ -21,13 +21,13 @@ def changed(**values):
 
 
 def opened(folder, config):
-    """Opens a folder, and lets it go."""
+    """Open the folder of a run with a configuration, and close it again."""
     with open_workdir(folder, to_dict(config), complete):
         pass
 
 
 def begun(folder, config=CONFIG):
-    """A folder in which a run has begun to work."""
+    """Make a folder of a run that has made its first steps, so that the folder holds more than a configuration."""
     opened(folder, config)
     (folder / "metrics.jsonl").write_text("")
 
@@ -80,7 +80,7 @@ def test_a_result_is_that_of_its_weights(tmp_path, where):
     ):
         opened(tmp_path, changed(model__checkpoint="/other.npz"))
     assert (tmp_path / "config.json").read_bytes() == before
-    # The new place of the data, which nobody checked, is not saved either.
+    # The new place of the data is not saved, because the data of a complete run is not loaded and checked.
     opened(tmp_path / where, changed(data__dir="/elsewhere", mesh__fsdp=2))
     assert saved_config(tmp_path / where) == CONFIG
     # Evaluation with other weights is allowed, because it checks their fingerprint.
@@ -137,7 +137,7 @@ def test_a_file_is_no_folder(tmp_path, below):
 
 @pytest.mark.parametrize("folder", ["/proc/self", "/proc/runs/a"])
 def test_a_folder_that_cannot_be_written(folder):
-    # Not even root can write there.
+    # These folders are in /proc, where not even root can write.
     with pytest.raises(UserError, match=f"{folder} cannot be written .*: choose another folder"):
         opened(Path(folder), CONFIG)
 
@@ -184,12 +184,13 @@ def test_the_default_folder_names_the_run():
     assert default_workdir("digits", {}) == Path("runs/digits")
     named = default_workdir("vit", {"peft.method": "lora", "optim.steps": 3})
     assert named == Path("runs/vit,optim.steps=3,peft.method=lora")
-    # Runs that differ only in characters that a file name cannot hold have different names.
+    # The names are different if runs differ only in characters that a file name cannot hold, or in the end of a long
+    # name.
     awkward = [{"peft.target": r"blocks/\d/(a|b)"}, {"peft.target": "blocks/d/(ab)"}]
     awkward += [{"data.name": "x" * 500, "peft.method": method} for method in ("lora", "full")]
     names = [default_workdir("vit", overrides) for overrides in awkward]
     assert len(set(names)) == 4
     assert all(name.parent == Path("runs") and len(name.name) <= 200 for name in names)
-    # The same run goes on elsewhere and on other devices, but not with other weights.
+    # The places of data and the devices are not part of the name, but the checkpoint is.
     elsewhere = {"data.dir": "/data", "mesh.fsdp": 8, "model.remat": "block", "model.checkpoint": "none"}
     assert default_workdir("vit", elsewhere) == Path("runs/vit,model.checkpoint=none")

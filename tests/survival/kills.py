@@ -1,12 +1,15 @@
-"""Runs of the tiny job that are killed over and over: `python -m tests.survival.kills FOLDER CHAINS KILLS STEPS SEED`.
+"""A program that kills runs of the tiny job again and again, and resumes them.
 
-Importing JAX takes longer than the runs do, so this process imports everything, and forks for every start of
-`launch.py` before JAX has a device or a thread. `FOLDER/whole` gets a run that nothing disturbs, `FOLDER/killed-<n>`
-one for each chain: it is killed, started again, killed, and so on, and at last left alone. Chains run side by side.
-A run that completes before its kill is kept as `FOLDER/complete-<n>`, and the chain goes on with a new one.
+    python -m tests.survival.kills FOLDER CHAINS KILLS STEPS SEED
 
-Half of the kills come at any time of a run's life, the others soon after it began to write a checkpoint. Prints a line
-for each.
+`FOLDER/whole` gets a run that is never killed. For each of the CHAINS chains, `FOLDER/killed-<chain>` gets a run that
+is killed and resumed KILLS times, and then completes. All chains run at the same time. If a run completes before it is
+killed, it is kept as `FOLDER/complete-<chain>-<number>`, and the chain goes on with a new run. All runs have STEPS
+steps.
+
+Half of the kills come at a random time. The others come soon after the run has begun to write a checkpoint. The program
+prints a line for each kill. Importing JAX takes longer than a run. So this process imports all modules once and forks
+for every start of `launch.py`. It uses no devices itself, because JAX cannot be forked after it has started threads.
 """
 
 import functools
@@ -21,11 +24,19 @@ from pathlib import Path
 from absl import app, logging
 
 from surm_jax import __main__ as launch
-from tests.training import tiny, tiny_job  # noqa: F401 - tiny_job imports what the configuration needs, before forks.
+from tests.training import tiny, tiny_job  # noqa: F401 - tiny_job imports all modules of the job before the fork.
 
 
 def start(folder: Path, workdir: Path, steps: int) -> int:
-    """Starts, or goes on with, a run that saves every step; returns its process id."""
+    """Start or resume a run of the tiny job in a forked process, and return the process id.
+
+    The run saves a checkpoint at every step.
+
+    Args:
+        folder: The folder with the files of the tiny job. The output of the run is appended to a file in it.
+        workdir: The folder of the run.
+        steps: The number of steps of the run.
+    """
     if pid := os.fork():
         return pid
     status = 1
@@ -46,7 +57,7 @@ def start(folder: Path, workdir: Path, steps: int) -> int:
 
 
 def is_over(pid: int) -> bool:
-    """Whether a process has ended, which it may do in one way only."""
+    """Return whether a child process has ended. If its exit status is not 0, exit this program."""
     done, status = os.waitpid(pid, os.WNOHANG)
     if done and status:
         sys.exit(f"a run ended with the status {status} by itself")
@@ -54,7 +65,13 @@ def is_over(pid: int) -> bool:
 
 
 def moments(rng: random.Random, whole: float, workdir: Path) -> Callable[[], bool]:
-    """Returns what says that the time to kill has come."""
+    """Choose the moment at which to kill a run, and return a function that says whether it has come.
+
+    Args:
+        rng: The generator of random numbers.
+        whole: The duration in seconds of a run that is not killed.
+        workdir: The folder of the run.
+    """
     began = time.monotonic()
     if rng.random() < 0.5:
         moment = rng.uniform(0, whole)
@@ -70,7 +87,18 @@ def moments(rng: random.Random, whole: float, workdir: Path) -> Callable[[], boo
 
 
 def chain(folder: Path, number: int, kills: int, steps: int, whole: float, seed: int) -> Iterator[None]:
-    """One run, killed so many times and then left alone; hands over where it has to wait."""
+    """Kill and resume a run `kills` times, and then let it complete.
+
+    This is a generator that yields whenever it has to wait, so that several chains can take turns.
+
+    Args:
+        folder: The folder with the files of the tiny job, in which the folder of the run is made.
+        number: The number of this chain.
+        kills: The number of kills.
+        steps: The number of steps of the run.
+        whole: The duration in seconds of a run that is not killed.
+        seed: The seed for the moments of the kills.
+    """
     rng, workdir, killed, complete = random.Random(seed), folder / f"killed-{number}", 0, 0
     while True:
         pid, is_time = start(folder, workdir, steps), moments(rng, whole, workdir)
@@ -92,7 +120,7 @@ def chain(folder: Path, number: int, kills: int, steps: int, whole: float, seed:
 
 
 def main(folder: Path, chains: int, kills: int, steps: int, seed: int) -> None:
-    """Makes all runs."""
+    """Make the run that is not killed, and then all chains. The arguments are those of the command line."""
     began = time.monotonic()
     pid = start(folder, folder / "whole", steps)
     while not is_over(pid):

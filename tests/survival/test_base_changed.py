@@ -1,4 +1,4 @@
-"""Base weights that changed since a run began are refused, wherever they are now."""
+"""A test that a run cannot be evaluated or resumed with base weights that have changed since it began."""
 
 import shutil
 
@@ -30,7 +30,7 @@ def test_weights_that_changed_since_the_run_began(tiny_files, tmp_path):
     moved = tiny.make_config(files, "circulant", **{"optim.steps": 2, **elsewhere})
     with pytest.raises(UserError, match=message.format(f"the adapter {tmp_path / 'run' / 'adapter'}")):
         evaluate_run(tmp_path / "run", elsewhere)
-    # As if it had been stopped after its last step.
+    # Delete the result, so that the next start resumes the run from its last checkpoint.
     (tmp_path / "run" / "result.json").unlink()
     with pytest.raises(UserError, match=message.format(f"the checkpoint {checkpoint}")):
         train_run(moved, tmp_path / "run")

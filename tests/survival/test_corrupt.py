@@ -1,4 +1,8 @@
-"""A corrupt example is skipped, named and counted up to a limit; it changes nothing else, and one too many stops."""
+"""Tests of unreadable examples and of the limit `config.data.max_corrupt`.
+
+Up to the limit, such an example is skipped, with a warning that names it, and is counted. Nothing else in the batches
+changes. One more unreadable example stops the run with an error.
+"""
 
 import dataclasses
 import io
@@ -29,7 +33,12 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, 8, 8, 1), np.uint8)
 
 @dataclasses.dataclass(frozen=True)
 class Damaged:
-    """A source some of whose examples cannot be read."""
+    """A source of images that raises an error for some of its examples.
+
+    Attributes:
+        source: The source with all examples.
+        corrupt: The indices of the examples that cannot be read.
+    """
 
     source: data.ImageSource
     corrupt: frozenset[int]
@@ -72,16 +81,16 @@ def warned():
 
 
 def test_the_next_readable_one_takes_its_place_and_nothing_else_moves(warned):
-    # 3 and 4 side by side, and 10, behind which the source begins again.
+    # Each unreadable example is replaced by the next readable one: 3 and 4 by 5, and the last example 10 by the first.
     stands_for = {3: 5, 4: 5, 10: 0}
     batches = training(damaged(3, 4, 10), max_corrupt=3)
     whole, skipped = rows(training(damaged()), 11), rows(batches, 11)
     assert {label for label, _ in whole} == set(range(COUNT))
     for (label, image), (other_label, other_image) in zip(whole, skipped, strict=True):
         assert other_label == stands_for.get(label, label)
-        # The augmentation belongs to the place, so that another image in it alone looks otherwise.
+        # The random augmentation depends on the place in the batch. So all images are the same except those replaced.
         assert (other_image == image) == (label not in stands_for)
-    # Four epochs named each of them once.
+    # The 11 batches cover four epochs, but each unreadable example is named only once.
     assert batches.corrupt == {3, 4, 10}
     assert sorted(warned()) == [f"skipped: the image of example {index} cannot be decoded" for index in (10, 3, 4)]
 
@@ -98,7 +107,7 @@ def test_processes_together_see_what_one_sees(process_count, warned):
     assert set.union(*(part.corrupt for part in parts)) == {0, 7}
 
 
-# What each process met, and what all of them know afterwards.
+# A program for two processes. Each has a set of indices, and prints the union of both sets.
 UNION = """
 import sys
 from surm_jax.devices import processes
@@ -139,7 +148,7 @@ def test_going_on_counts_on(split, warned):
     resumed.set_state(state)
     assert before + rows(resumed, 8 - split) == expected
     assert resumed.corrupt == straight.corrupt == {1, 6}
-    # No example is named twice.
+    # After resuming, only those unreadable examples are named that were not named before.
     assert len(warned()) - named == 2 - len(interrupted.corrupt)
 
 
@@ -147,7 +156,7 @@ def test_going_on_counts_on(split, warned):
 def test_one_too_many_stops_at_its_batch_and_is_named(read_ahead, warned):
     batches = training(damaged(2, 5, 8), read_ahead=read_ahead)
     order = [label for label, _ in rows(training(damaged()), 9)]
-    # The batch in which the third of them comes up for the first time.
+    # The index of the batch in which the third unreadable example occurs for the first time.
     stop = sorted(order.index(index) for index in (2, 5, 8))[2] // 4
     last = max((2, 5, 8), key=order.index)
     assert len(rows(batches, stop)) == 4 * stop
@@ -224,11 +233,11 @@ def test_a_run_counts_what_it_skipped(tiny_files, tmp_path, monkeypatch, warned,
         train_run(tiny.make_config(tiny_files, "linear_probe", **values, **{"data.max_corrupt": 1}), tmp_path / "one")
     config = tiny.make_config(tiny_files, "linear_probe", **values, **{"data.max_corrupt": 2})
     result = train_run(config, tmp_path / "two")
-    # 6 batches of 16 see all 40 images.
+    # 6 batches of 16 examples cover all 40 training images, and thus both unreadable ones.
     assert result["corrupt_examples"] == {"train": 2, "test": 1}
     assert result["examples"] == {"test": 20}
     assert "skipped: the image of example 30 cannot be decoded" in warned()
-    # A lost result is made again, with the count from the checkpoint.
+    # If the result is deleted, the next start makes it again, with the unreadable examples stored in the checkpoint.
     (tmp_path / "two" / "result.json").unlink()
     again = train_run(config, tmp_path / "two")
     assert again["corrupt_examples"] == result["corrupt_examples"] and again["metrics"] == result["metrics"]

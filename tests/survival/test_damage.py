@@ -1,4 +1,7 @@
-"""Damage to any byte region of a checkpoint or an adapter is refused by name, and the checkpoint before is offered."""
+"""Tests that damage to any part of any file of a checkpoint or an adapter gives an error that names the folder.
+
+For a checkpoint, the error also names the earlier checkpoint from which the run can resume.
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -36,13 +39,21 @@ def write_checkpoints(folder: Path, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[Path, Path]:
-    """The checkpoints of two runs that differ only in their seed."""
+    """The folders with the checkpoints of two runs that differ only in their seed."""
     folder = tmp_path_factory.mktemp("runs")
     return write_checkpoints(folder / "one", 0), write_checkpoints(folder / "other", 1)
 
 
 def damaged(content: bytes, other: bytes | None) -> Iterator[tuple[str, bytes | None]]:
-    """Yields what may have become of a file: cut off, one bit flipped, overwritten, longer, gone, or another run's."""
+    """Yield damaged versions of a file, each as a description and the new content (None if the file is deleted).
+
+    The file is cut off, one bit is flipped, a part is overwritten with zeros, a byte is appended, or the file is
+    deleted or replaced.
+
+    Args:
+        content: The content of the file.
+        other: The content of the same file of another run, or None if there is no such file.
+    """
     for region in range(REGIONS):
         place = region * len(content) // REGIONS
         if place < len(content):
@@ -73,7 +84,7 @@ def test_every_region_of_every_file_of_a_checkpoint(runs, tmp_path):
     one, other = runs
     shutil.copytree(one, tmp_path / "c")
     names, count = files_of(one / "2"), 0
-    # Orbax gives some files random names.
+    # Orbax gives some files random names. Find the files of the other run by their folder instead.
     others = dict(zip(map(_kind, files_of(other / "2")), files_of(other / "2"), strict=False))
     for name in names:
         path = tmp_path / "c" / "2" / name
@@ -86,7 +97,8 @@ def test_every_region_of_every_file_of_a_checkpoint(runs, tmp_path):
             said = str(error.value)
             assert f"the checkpoint {tmp_path / 'c' / '2'} is damaged" in said, (name, what)
             assert said.endswith("delete that folder to go on from step 1"), (name, what)
-            # With another run's record it is the files beside it that differ.
+            # The message names the damaged file. The exception is `checkpoint.json` of another run, which is intact.
+            # Then the message names another file that does not fit it.
             assert name.name in said or (name.name, what) == ("checkpoint.json", "another run's"), (name, what)
             count += 1
         path.write_bytes(content)

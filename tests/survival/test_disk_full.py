@@ -1,7 +1,8 @@
-"""A full disk: what was there before stays as it was, and the message names the path.
+"""Tests of a full disk: the earlier files do not change, and the error message names the path.
 
-Each case runs in a process of its own, on a file system of its own that has a megabyte, or where none can be mounted,
-with a limit on the size of a file, at which the kernel refuses to write as it does on a full disk.
+Each case runs in a process of its own in two ways. In the first, the process writes to a file system of one megabyte,
+which is mounted for it. In the second, which needs no mount, the process has a limit on the size of files, at which the
+kernel refuses to write as it does on a full disk.
 """
 
 import functools
@@ -16,7 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 MOUNT = 'mount -t tmpfs -o size=1m none "$0" && exec "$@"'
 
-# {case} writes something small, fills the disk, and writes something large.
+# The program that each case runs. {case} defines three functions: `first` writes something small, `second` writes
+# something large when the disk is full, and `third` reads what `first` has written.
 PROGRAM = """
 import hashlib, os, resource, signal, sys
 from pathlib import Path
@@ -138,7 +140,7 @@ def run(case: str, folder: Path, mounted: bool) -> subprocess.CompletedProcess:
         pytest.param("checkpoint", "cannot write the checkpoint {}/c/3: ", "2 2", marks=pytest.mark.exhaustive),
         pytest.param("adapter", "cannot write the adapter folder {}/adapter: ", "1", marks=pytest.mark.exhaustive),
         ("result", "cannot write {}/result.json: ", "1"),
-        # Which of the two meets the limit first.
+        # Either of the two files may reach the limit first.
         pytest.param("metrics", "cannot write {}/(metrics.jsonl|tensorboard): ", "0.5", marks=pytest.mark.exhaustive),
     ],
 )

@@ -1,4 +1,4 @@
-"""A process that is killed while it writes leaves the old file or the new file, never a part of one."""
+"""Tests that a process that is killed while it writes leaves the old or the new file, and never a part of a file."""
 
 import os
 import signal
@@ -11,7 +11,8 @@ import pytest
 from surm_jax import files as atomic
 from surm_jax.files import is_temporary, remove_folder, remove_temporaries, replacing, replacing_folder
 
-# Writes a file and a folder over and over, each time filled with one letter. Blocks make half-written states likely.
+# A program that writes a file and a folder again and again, each time filled with one letter. It writes small blocks,
+# so that a kill probably comes while a file is half written.
 WRITER = """
 import itertools, sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_a_killed_writer(tmp_path):
         process.stdout.close()
         assert (tmp_path / "file").read_bytes() in WHOLE
         leftovers = [path for path in tmp_path.iterdir() if is_temporary(path)]
-        # Killed between two renames: the folder that was to be replaced has another name, but all of it is there.
+        # If the kill came between two renames, the old folder still exists completely under a temporary name.
         folder = tmp_path / "folder" if (tmp_path / "folder").is_dir() else _old(leftovers)
         first, second = (path.read_bytes() for path in sorted(folder.iterdir()))
         assert first == second and first in WHOLE
@@ -62,7 +63,7 @@ def _old(leftovers):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What is forced onto the disk and renamed, in order."""
+    """A list to which every call of `os.fsync` and `os.replace` is appended, as ("sync" or "rename", file name)."""
     noted = []
     fsync, replace = os.fsync, os.replace
 

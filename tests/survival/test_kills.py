@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, even while a checkpoint is written: a restarted run ends like an uninterrupted one."""
+"""A test that runs which are killed by SIGKILL at random moments and resumed end like a run that was never killed."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ CHAINS, KILLS, STEPS, SEED = 2, 10, 24, 20
 @pytest.mark.exhaustive
 def test_twenty_kills_change_no_bit_of_the_end(tmp_path):
     tiny.write_files(tmp_path)
-    # All starts share one compilation cache, as on a user's machine.
+    # All starts share one cache of compiled programs, as on a user's machine.
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",

@@ -1,4 +1,4 @@
-"""Two runs in one folder: the second is refused, and a run that was killed locks nobody out."""
+"""Tests of the lock of a run's folder: a second run in it is refused, and a killed run does not leave it locked."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from surm_jax.training import loop
 from surm_jax.training.modes import train_run
 from tests.training import tiny
 
-# A process that takes a folder, says so, and sleeps.
+# A program that locks a folder, prints that it has the lock, and sleeps.
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_a_second_process_is_told_of_the_first_and_a_killed_one_leaves_nothing(h
     message = f"{tmp_path} is in use by the process {holder.pid} on {platform.node()}: .* choose another folder"
     with pytest.raises(UserError, match=message), locked(tmp_path):
         pass
-    # The run itself says the same, and touches nothing.
+    # A training run in the same folder ends with the same message, and writes no files.
     with pytest.raises(UserError, match=message):
         train_run(tiny.make_config(tiny_files), tmp_path)
     assert os.listdir(tmp_path) == [LOCK_NAME]
@@ -72,7 +72,8 @@ def test_a_run_holds_its_folder_from_beginning_to_end(tiny_files, tmp_path, monk
     for name in ("prepare", "put_batch", "draw_curves"):
         monkeypatch.setattr(loop, name, watched(getattr(loop, name)))
     train_run(config, tmp_path)
-    # Check at three moments of each seed: the folder of the whole run, and the folder of the present seed.
+    # The locks were checked at three moments of each of the two seeds. Each time, the folder of the whole run and the
+    # folder of the present seed were locked.
     assert sorted(seen) == sorted([tmp_path.name] * 6 + ["seed-0"] * 3 + ["seed-1"] * 3)
     assert not list(tmp_path.rglob(LOCK_NAME))
 

@@ -1,4 +1,4 @@
-"""After its second step a run compiles nothing, and its steps move nothing between host and device."""
+"""Tests that a run compiles nothing after its second step, and that a step copies nothing between host and device."""
 
 import re
 
@@ -11,7 +11,8 @@ from surm_jax.training import loop
 from surm_jax.training.modes import train_run
 from tests.training import small, tiny
 
-# Every step is saved and shown, every second evaluated: by the end of the second, each has been done once.
+# Every step is logged and saved, and every second step is evaluated. So after two steps, the run has done each of these
+# at least once and has compiled everything that it needs.
 VALUES = {"optim.steps": 7, "log.metrics_every": 1, "log.checkpoint_every": 1, "log.evaluate_every": 2}
 
 
@@ -41,7 +42,7 @@ def test_nothing_is_compiled_after_the_second_step(tiny_files, tmp_path, monkeyp
         train_run(tiny.make_config(tiny_files, method, **VALUES), tmp_path)
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
-    # 0: before the first step, or after the last.
+    # The entries are step numbers. 0 means before the first step or after the last.
     assert {0, 2} <= set(compiled) <= {0, 1, 2}
 
 
@@ -55,7 +56,7 @@ def test_a_step_moves_nothing_between_host_and_device(tiny_files, tmp_path, monk
             def call(state, frozen, batch, key, rates):
                 nonlocal calls
                 calls += 1
-                # The learning rates are arguments from the host, a few numbers.
+                # The learning rates are a few numbers that come from the host in each step. Copy them before the guard.
                 rates = jax.device_put(rates, replicated(run.job.mesh))
                 with jax.transfer_guard("disallow_explicit"):
                     return program(state, frozen, batch, key, rates)
@@ -69,7 +70,7 @@ def test_a_step_moves_nothing_between_host_and_device(tiny_files, tmp_path, monk
     monkeypatch.setattr(loop, "compile_steps", guarded_programs)
     train_run(tiny.make_config(tiny_files, method, **VALUES), tmp_path)
     assert calls == 7
-    # The transfer guard does not check inside the compiled program.
+    # The guard does not see transfers inside the compiled program. Search the text of the program for them.
     (program,) = programs
     assert not re.findall(r"\b(?:infeed|outfeed|send|recv|\w*callback\w*)\(|callback", program.as_text())
 

@@ -1,4 +1,4 @@
-"""The registry of tasks: a task comes as one file, and says itself which data belong to it."""
+"""Tests of the registry of tasks, which finds the task class that accepts a data set."""
 
 import pytest
 

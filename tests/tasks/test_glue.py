@@ -1,4 +1,7 @@
-"""Runs on text, from data and a folder of transformers to a result, and back to transformers and peft."""
+"""Tests of whole runs on GLUE tasks, from a folder of the library transformers to a result.
+
+They also cover the export of trained models and adapters to the libraries transformers and peft.
+"""
 
 import dataclasses
 import json
@@ -28,7 +31,8 @@ from surm_jax.training.setup import prepare
 from surm_jax.training.step import make_eval_step
 from tests.training import tiny, tiny_text
 
-# Runs of one method share their programs.
+# A high learning rate, so that training changes the logits clearly, and dropout. Tests that share these values also
+# share compiled programs.
 LOUD = {"optim.learning_rate.circulant": 0.1, "model.dropout": 0.1}
 PEERS = "compares with a PyTorch library: pip install -r requirements-peers.txt"
 
@@ -40,7 +44,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rte(files, tmp_path_factory):
-    """A run of two seeds on pairs of sentences: folder and result. The high learning rate shows in the logits."""
+    """The folder and the result of a complete run with two seeds on RTE, whose examples are pairs of sentences."""
     folder = tmp_path_factory.mktemp("run") / "rte"
     values = {"seeds": (0, 1), "data.holdout": 8, "log.evaluate_every": 2}
     return folder, train_run(tiny_text.make_config(files, **LOUD, **values), folder)
@@ -48,7 +52,10 @@ def rte(files, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stsb(files, tmp_path_factory):
-    """A run on scores, which says nothing of legends without lines."""
+    """The folder and the result of a complete run on STS-B, whose labels are scores.
+
+    There is no accuracy to plot. Drawing an empty legend would give a warning, which is an error here.
+    """
     folder = tmp_path_factory.mktemp("run") / "stsb"
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module="surm_jax")
@@ -60,7 +67,7 @@ def metrics_of(folder):
 
 
 def adapted(folder):
-    """The job of a run of one seed and its model with the adapter."""
+    """Return the job of a run with one seed, and its model with the trained adapter."""
     job = prepare(saved_config(folder), saved_config(folder).seeds[0])
     model, _ = load_adapter(folder / "adapter", job.base_model())
     return job, model
@@ -81,7 +88,7 @@ def test_two_seeds_and_what_was_held_out(rte):
     lines = metrics_of(folder / "seed-1")
     assert [line["step"] for line in lines if {"holdout_accuracy", "holdout_loss"} <= line.keys()] == [2, 4]
     assert not any(name.startswith("test") for line in lines for name in line)
-    # Two updates of as many numbers as there are features, of three layers, and a new head.
+    # The trained parameters are two vectors of 32 entries in each of three layers, and the new head.
     assert result["parameters"]["trainable"] == 3 * 2 * 32 + 2 * 32 + 2
 
 
@@ -149,14 +156,15 @@ def test_single_sentences_by_their_own_metric(files, tmp_path):
 
 
 def test_steps_follow_from_epochs(files):
-    # 32 examples in batches of 16.
+    # 1.3 passes over 32 examples in batches of 16 are 2.6 steps, which is rounded up.
     config = tiny_text.make_config(files, **{"optim.epochs": 1.3, "data.holdout": 8})
     assert prepare(config, 0).config.optim.steps == 3
 
 
 @pytest.mark.exhaustive
 def test_an_interrupted_run_ends_like_one_that_was_not(files, tmp_path, monkeypatch):
-    # Windows have 16 batches: the run stops inside the first one and ends inside the second.
+    # Examples are sorted by length within windows of 16 batches. The run is interrupted in the first window, and ends
+    # in the second.
     values = {"optim.steps": 20, "optim.warmup_ratio": 0.2, "log.metrics_every": 1, "log.evaluate_every": 10}
     config = tiny_text.make_config(files, **LOUD, **values, **{"data.holdout": 8})
     train_run(config, tmp_path / "whole")
@@ -194,7 +202,7 @@ def test_one_program_for_each_length_and_none_while_training(files, tmp_path, mo
     steps = [message for message in compiled if "train_step" in message]
     assert lengths == {11, 20} and len(steps) == 2
     assert re.findall(r"compiled for batches of (\d+) tokens in", capsys.readouterr().err) == ["11", "20"]
-    # Between the first batch and the last there is nothing to compile: not a program, not an operation.
+    # From the first batch to the last, JAX compiles nothing, not even a single operation.
     new = during[-1][len(during[0]) :]
     assert [message for message in new if message.startswith("Compiling ")] == []
     assert len([message for message in compiled if "eval_step" in message]) == len(
@@ -322,7 +330,7 @@ def test_a_folder_without_a_tokeniser_or_with_another_models(files, tmp_path):
     message = refusal(config)
     assert f"the tokeniser in {tmp_path} is of another model: it has 20 tokens" in message
     assert "the model knows 19" in message
-    # The padding is another token.
+    # Reverse the vocabulary, so that the padding token has another index.
     (tmp_path / "vocab.txt").write_text("".join(reversed(words.splitlines(keepends=True))))
     assert "pads with number 18, but the model knows 19 and expects 0" in refusal(config)
     (tmp_path / "vocab.txt").unlink()

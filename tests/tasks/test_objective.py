@@ -8,7 +8,7 @@ CONSTANT = ("f1", "matthews", "pearson", "spearman")
 
 
 def counts(labels, predictions):
-    """True and false positives and negatives of class 1."""
+    """Return the numbers of true positives, false positives, true negatives and false negatives of class 1."""
     return [
         int(np.sum((labels == label) & (predictions == prediction)))
         for label, prediction in ((1, 1), (0, 1), (0, 0), (1, 0))
@@ -21,7 +21,7 @@ def correlation(x, y):
 
 
 def ranks(values):
-    """From 1; equal values share the mean of their ranks."""
+    """Return the rank of each value, counted from 1. Equal values all get the mean of their ranks."""
     below = (values[None] < values[:, None]).sum(1)
     same = (values[None] == values[:, None]).sum(1)
     return below + (same + 1) / 2
@@ -47,11 +47,11 @@ def test_accuracy_of_three_classes():
 @pytest.mark.parametrize("seed", range(4))
 def test_correlations(seed):
     rng = np.random.default_rng(seed)
-    # Scores come in steps, as those of STS-B: ranks are shared.
+    # Round the labels to multiples of 0.25. As in STS-B, some of them are then equal and share their rank.
     labels = np.round(rng.uniform(0, 5, 40) * 4).astype(np.float32) / 4
     predictions = (np.exp(labels) + rng.normal(0, 30, 40)).astype(np.float32)
     assert len(set(labels)) < 40
-    # In single precision, as a run has them.
+    # Labels and predictions are float32, as in a run.
     assert SCORES["pearson"](labels, predictions) == pytest.approx(correlation(labels, predictions), rel=1e-5)
     assert SCORES["spearman"](labels, predictions) == pytest.approx(correlation(ranks(labels), ranks(predictions)))
     assert SCORES["spearman"](labels, np.exp(labels)) == pytest.approx(1)
