@@ -14,7 +14,7 @@ from surm_jax.training import base_config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Return the configuration of the job."""
+    """Return the default configuration with the values of this job."""
     config = base_config()
     config.model.variant = "digits"
     config.model.checkpoint = "digits"

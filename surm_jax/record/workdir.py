@@ -158,7 +158,7 @@ def read_config(workdir: Path, check: Check) -> Tree:
 
 
 def read_result(workdir: Path) -> dict[str, Any]:
-    """Read the result of the run in a folder.
+    """Read the result of the run in a folder, from its file `result.json`.
 
     Raises:
         UserError: The run is not complete, or its result is damaged.

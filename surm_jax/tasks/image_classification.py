@@ -1,4 +1,4 @@
-"""The task of classifying images."""
+"""The task of image classification."""
 
 import dataclasses
 import warnings

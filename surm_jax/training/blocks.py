@@ -1,13 +1,13 @@
 """The execution of a model's transformer blocks inside the compiled training or evaluation step.
 
 If JAX traces a Python loop over the blocks, the compiled program grows with the number of blocks. `jax.lax.scan`
-compiles the code of a block only once for several equal blocks. For this, the weights of the blocks are stacked: the
-arrays of shape `shape` that the single blocks have become one array of shape `(depth, *shape)`, where `depth` is the
-number of blocks. Each iteration of the scan runs the block with one slice along the first axis.
+compiles the code of a block only once for several equal blocks. For this, the weights of the blocks are stacked along a
+new first axis. If the query kernel of one block has the shape (768, 768), that of a stack of 12 blocks has the shape
+(12, 768, 768). Each iteration of the scan runs the block with one slice along the first axis.
 
-If the axis `fsdp` of the mesh has more than one device, the large frozen weights are sharded over the devices. Every
-block then gathers its own weights just before it uses them, in the forward pass and again in the backward pass. Thus no
-device ever needs to hold the whole weights of more than one block.
+If the device mesh has more than one device along its axis `fsdp`, the large weights of the frozen base model are
+sharded over these devices. Every block then gathers its own weights just before it uses them, in the forward pass and
+again in the backward pass. Thus no device needs to hold the whole weights of more than one block at a time.
 """
 
 import itertools
@@ -105,8 +105,8 @@ def _layer(graphdef: nnx.GraphDef, arguments: tuple[jax.Array | None, ...]) -> C
 
     `drawn` is the number of dropout keys that adapters have drawn so far in this forward pass
     (`surm_jax.peft.parts.dropout.keys_drawn`). The function takes and returns it, because a value that is traced inside
-    `jax.lax.scan` or `jax.checkpoint` cannot be used outside. If the mesh splits the frozen base model, the function
-    gathers the block's arrays first.
+    `jax.lax.scan` or `jax.checkpoint` cannot be used outside. If the block's weights are sharded over devices, the
+    function gathers them first.
 
     Args:
         graphdef: The structure of the block.
@@ -123,7 +123,7 @@ def _layer(graphdef: nnx.GraphDef, arguments: tuple[jax.Array | None, ...]) -> C
 
 
 def _is_split() -> bool:
-    """Return whether the current mesh (`jax.set_mesh`) splits the weights of the frozen base model."""
+    """Return whether the weights of the frozen base model are sharded over devices of the mesh (`jax.set_mesh`)."""
     return jax.sharding.get_abstract_mesh().shape.get(FSDP_AXIS, 1) > 1
 
 

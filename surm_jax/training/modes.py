@@ -264,7 +264,7 @@ def _seed_folders(config: RunConfig, workdir: Path) -> Iterator[tuple[int, Path]
 
 
 def _complete_folders(config: RunConfig, workdir: Path) -> list[tuple[int, Path]]:
-    """Return every seed with its folder.
+    """Return every seed with its folder, after checking that its run is complete.
 
     Raises:
         UserError: The run of a seed is not complete.

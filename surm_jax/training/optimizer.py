@@ -67,7 +67,8 @@ def groups_of(paths: Iterable[str], groups: GroupsConfig) -> dict[str, str]:
 def learning_rates(config: OptimConfig, method: str, paths: Iterable[str]) -> dict[str, float]:
     """Return the peak learning rate of every optimiser group to which at least one parameter belongs.
 
-    It is the group's own learning rate if there is one, otherwise that of the method.
+    It is the group's own learning rate if there is one, otherwise that of the method. In the example, the only
+    parameter belongs to the group `head`, which has no learning rate of its own:
 
     >>> learning_rates(OptimConfig(learning_rate={"lora": 0.02}), "lora", ["head/bias"])
     {'head': 0.02}

@@ -191,7 +191,8 @@ def require_steps(config: ml_collections.ConfigDict, overrides: Mapping[str, Any
 def meant_key(config: ml_collections.ConfigDict, name: str) -> str:
     """Return a question for an error message, "did you mean ...?", with up to three keys that end in `name`.
 
-    It helps if the user left out the section of a key. If no key ends in `name`, the result is empty.
+    It helps if the user left out the section of a key, such as `log` in `log.checkpoint_every`. If no key ends in
+    `name`, the result is empty.
 
     >>> meant_key(base_config(), "rank_of_noise"), meant_key(base_config(), "checkpoint_every")
     ('', '; did you mean --config.log.checkpoint_every?')

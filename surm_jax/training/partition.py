@@ -63,11 +63,10 @@ class Partition:
         return model
 
     def by_block(self, tree: Tree) -> Tree:
-        """Return a pytree, such as a `TrainState`, with a separate array for every block instead of every stack.
+        """Return a pytree, such as a `TrainState`, in which every stacked array is divided into one array per block.
 
-        This divides the stacked arrays in every dictionary of the pytree whose keys are those of the trained arrays.
-        The optimiser's state holds such dictionaries, too. Checkpoints are saved in this form, so that they do not
-        depend on whether blocks are stacked.
+        Only dictionaries are changed whose keys are those of the trained arrays. The optimiser's state holds such
+        dictionaries, too. Checkpoints are saved in this form, so that they do not depend on whether blocks are stacked.
         """
 
         def apart(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +79,7 @@ class Partition:
         return _map_dicts(apart, tree, {slot.names[0] for slot in self.slots})
 
     def by_step(self, tree: Tree) -> Tree:
-        """Return a pytree with one array for every stack instead of one for every block: the inverse of `by_block`."""
+        """Return a pytree in which the arrays of equal blocks are stacked again. This is the inverse of `by_block`."""
 
         def together(arrays: Mapping[str, Any]) -> dict[str, Any]:
             return {

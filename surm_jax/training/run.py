@@ -43,8 +43,7 @@ class Run:
         job: The configuration, the seed, the device mesh and the task.
         workdir: The folder of the run.
         stop: The check whether a signal told the run to stop.
-        model: The adapted model, divided into trained arrays and frozen state. The trained arrays themselves are in
-            `Position.state`.
+        model: The adapted model without its trained arrays, which are in `Position.state`.
         programs: The jitted functions, the learning rates and the random key.
     """
 
@@ -56,7 +55,7 @@ class Run:
 
 
 class SplitModel(NamedTuple):
-    """An adapted model that is divided into trained arrays and frozen state, without the trained arrays.
+    """The parts of an adapted model that do not change during training: everything except the trained arrays.
 
     Attributes:
         partition: Puts trained arrays and frozen state together into the model.
@@ -127,7 +126,7 @@ class Stop:
         self._interruption, self._agreement, self._signal = interruption, Agreement(mesh), 0
 
     def asked(self) -> bool:
-        """Return whether the run must stop. Once true, it stays true."""
+        """Return whether the run must stop. Once the result is true, it stays true in later calls."""
         self._signal = self._signal or self._agreement(self._interruption.signal or 0)
         return self._signal > 0
 
