@@ -2,8 +2,8 @@
 
 A checkpoint holds the trained arrays, the state of the optimiser and the position in the data, but not the weights of
 the frozen base model. It is a folder whose name is its step. The folder contains `arrays/`, which Orbax writes, and
-`checkpoint.json`. This file holds the SHA-256 of every file, the configuration of the run, the fingerprint of the base
-model, and a description of the data set.
+`checkpoint.json`. This file holds the position in the data, the SHA-256 of every file, the configuration of the run,
+the fingerprint of the base model, and a description of the data set.
 
 The folder is written under a temporary name, and renamed when everything is on the disk. The last two checkpoints and
 the one with the best evaluation are kept. A checkpoint is checked strictly when it is read: another structure, other
