@@ -24,8 +24,8 @@ SMALLEST_SPLIT = 2**14
 # Names of the JAX primitives whose outputs are not kept for the backward pass. The first one gathers a split array. The
 # others make copies of a gathered array in another shape or dtype.
 _NOT_KEPT = ("sharding_constraint", "reshape", "convert_element_type", "transpose", "squeeze", "broadcast_in_dim")
-# The beginnings of the paths of all arrays inside blocks, and of those arrays that hold several equal blocks, stacked
-# along the first axis.
+# `_IN_BLOCKS` matches the beginning of the path of every array inside a block. `_STACKED` matches only if the array is
+# stacked, so that it holds the arrays of several equal blocks along its first axis.
 _IN_BLOCKS = re.compile(r"blocks/")
 _STACKED = re.compile(r"blocks/\d+/stacked/")
 
@@ -42,8 +42,8 @@ def make_mesh(data: int, batch_sizes: dict[str, int], fsdp: int = 1) -> jax.shar
     Args:
         data: The number of devices along the axis `data`, which splits only the batch. 0 means the number of all
             devices divided by `fsdp`.
-        batch_sizes: Batch sizes that must be divisible by the number of devices, by the configuration key that error
-            messages name.
+        batch_sizes: A dictionary of batch sizes that must be divisible by the number of devices. Its keys are the
+            configuration keys that error messages name.
         fsdp: The number of devices along the axis `fsdp`, which also splits the large arrays of the base model.
 
     Raises:

@@ -211,11 +211,11 @@ class Agreement:
     result is always that of the previous call, no call waits for the devices. In a run of one process, each call
     returns its own number.
 
-    Collective: all processes must call it equally often. A call costs a maximum over an array with one number for each
-    device.
+    Collective: all processes must call it equally often. Each call computes, on the devices, the maximum of an array
+    that has one element for each device.
 
     Args:
-        mesh: All devices of all processes.
+        mesh: The mesh of all devices of all processes.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):
@@ -235,9 +235,9 @@ class Agreement:
 def leave(message: object, status: int) -> NoReturn:
     """End this process with a message on the standard error.
 
-    If all processes call this function within 10 seconds, only the first prints its message. If some process does not
-    call it, those that do print their own messages and end without waiting. The others notice that a process is gone,
-    and stop as well.
+    If all processes call this function within 10 seconds, only the first one prints its message. Otherwise, each
+    process that has called it prints its own message and ends. The other processes notice that a process is gone, and
+    stop as well.
 
     Args:
         message: The message.

@@ -6,8 +6,9 @@ the frozen base model. It is a folder whose name is its step. The folder contain
 the fingerprint of the base model, and a description of the data set.
 
 The folder is written under a temporary name, and renamed when everything is on the disk. The last two checkpoints and
-the one with the best evaluation are kept. A checkpoint is checked strictly when it is read: another structure, other
-base weights or a single changed bit in any file raises an error whose message says what is wrong.
+the one with the best evaluation are kept. A checkpoint is checked strictly when it is read. If its arrays have another
+structure, if it was saved with other weights of the base model, or if a single bit in any file has changed, an error
+says what is wrong.
 """
 
 import hashlib
@@ -53,7 +54,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints, for saving and restoring them.
+    """A folder that holds the checkpoints of a run, with methods that save and restore them.
 
     If a run has several processes, all of them write the arrays, and the first one does everything else.
 

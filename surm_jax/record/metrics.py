@@ -140,7 +140,7 @@ class StepLog:
         progress: Shows the metrics.
         watch: Counts the steps and measures their time. It is started after the first step, whose time may include
             compilation.
-        every: The number of steps from one that is written to the next. 0 means that only the last step is written.
+        every: The interval, in steps, at which metrics are written and shown. 0 means only at the last step.
         last: The last step of the run.
         rates: A function from a step to further values to write for it, such as its learning rates.
     """
@@ -164,7 +164,9 @@ class StepLog:
         self._pending = step, metrics
 
     def flush(self) -> None:
-        """Wait for the metrics that were passed to `note` last. Check them, and write them if this step is written.
+        """Wait for the metrics that were passed to `note` last, and check that they are finite.
+
+        If `every` or `last` selects their step, this also writes and shows them.
 
         Raises:
             NotFiniteError: A metric is not finite.

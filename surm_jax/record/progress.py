@@ -43,7 +43,7 @@ class Progress:
         self._bar.update()
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the metrics of a step: next to the bar, or without a terminal in a line with the time left."""
+        """Show the metrics of a step next to the bar. Without a terminal, print them in a line with the time left."""
         if not self._bar.disable:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
             return

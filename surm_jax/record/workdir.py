@@ -202,9 +202,10 @@ def _require_writable(folder: Path) -> None:
 
 
 def config_changes(old: Tree, new: Tree, changeable: Collection[str] = CHANGEABLE) -> list[str]:
-    """Return the differences between two configurations as text, ignoring those of the keys in `changeable`.
+    """Return the differences between two configurations as a list of texts. The keys in `changeable` are ignored.
 
-    Each text gives a key with its old and its new value ("here"). In the example, `data.dir` may change:
+    Each text gives a key with its old value and, after the word "here", its new value. In the example, `data.dir` is
+    ignored because it may change:
 
     >>> config_changes({"optim": {"steps": 9}, "data": {"dir": "a"}}, {"optim": {"steps": 8}, "data": {"dir": "b"}})
     ['config.optim.steps is 9, here 8']
@@ -214,7 +215,9 @@ def config_changes(old: Tree, new: Tree, changeable: Collection[str] = CHANGEABL
 
 
 def differences(old: Any, new: Any, path: str) -> Iterator[str]:
-    """Yield the differences between two nested dictionaries as text: a path with its old and its new value ("here").
+    """Yield a text for each difference between two nested dictionaries.
+
+    Each text gives a path with its old value and, after the word "here", its new value.
 
     >>> list(differences({"a": {"b": 1}}, {"a": {"b": 2}}, "config"))
     ['config.a.b is 1, here 2']

@@ -66,7 +66,7 @@ class Task(abc.ABC):
     calls the class methods `accepts`, `load`, `geometry` and `build`, in this order. `build` makes the instance.
 
     Attributes:
-        reads: What the models of this task read: "images" or "text".
+        reads: The kind of input that the models of this task read, either "images" or "text".
         dataset: The data set, an object with the attributes `name` and `classes`.
         model_config: The configuration of the model, such as its numbers of features and blocks, and its dtypes.
         checkpoint: The file or folder of the pretrained weights, or None for random weights.
@@ -156,7 +156,8 @@ class Task(abc.ABC):
             source: The file.
 
         Raises:
-            UserError: The file cannot be read, or this task cannot read examples from a file, as by default.
+            UserError: The file cannot be read, or this task cannot read examples from a file. A task cannot do this
+                unless it overrides this method.
         """
         raise UserError(f"--mode=predict reads sentences, but this run is about {cls.reads} ({config.name})")
 
@@ -166,7 +167,7 @@ class Task(abc.ABC):
         return self.dataset.classes
 
     def make_model(self, seed: int) -> Model:
-        """Build the model with random parameters, which are drawn from the seed."""
+        """Build the model of this task, with random parameters drawn from a seed."""
         return make_model(self.model_config, seed)
 
     @staticmethod
@@ -197,7 +198,7 @@ class Task(abc.ABC):
         """
 
     def export_options(self) -> dict[str, Any]:
-        """Return additional keyword arguments with which an export calls `surm_jax.pretrained.save_huggingface`."""
+        """Return further keyword arguments that an export passes to `surm_jax.pretrained.save_huggingface`."""
         return {}
 
 
@@ -224,7 +225,7 @@ def task_for(config: DataConfig) -> type[Task]:
 
 
 def make_model(geometry: Config, seed: int) -> Model:
-    """Build the model that a configuration describes, with random parameters, which are drawn from the seed."""
+    """Build the model that a configuration describes, with random parameters drawn from a seed."""
     return model_class(geometry)(geometry, rngs=nnx.Rngs(seed))
 
 
@@ -236,7 +237,7 @@ def find_geometry(config: ModelConfig, reads: str, outputs: int) -> Any:
 
     Args:
         config: The section `config.model`.
-        reads: What the model must read: "images" or "text".
+        reads: The kind of input that the model must read, either "images" or "text".
         outputs: The number of outputs of the model's head.
 
     Raises:

@@ -134,7 +134,10 @@ class ImageClassification(Task):
         )
 
     def train_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """Return the shapes of the arrays of a training batch. There is only one entry: all batches are alike."""
+        """Return the shapes of the arrays of a training batch.
+
+        The dictionary has only one entry, because all batches have the same shapes.
+        """
         size, side = self.config.batch_size, self.model_config.image_size
         image = jax.ShapeDtypeStruct((size, side, side, self.model_config.channels), "float32")
         return {f"{side} pixels": {"image": image, "label": jax.ShapeDtypeStruct((size,), "int32")}}

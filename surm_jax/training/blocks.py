@@ -7,7 +7,7 @@ new first axis. If the query kernel of one block has the shape (768, 768), that 
 
 If the device mesh has more than one device along its axis `fsdp`, the large weights of the frozen base model are
 sharded over these devices. Every block then gathers its own weights just before it uses them, in the forward pass and
-again in the backward pass. Thus no device needs to hold the whole weights of more than one block at a time.
+again in the backward pass. Thus no device needs to hold the complete weights of more than one block at a time.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from surm_jax.peft.parts.dropout import keys_drawn, set_keys_drawn
 
 
 class Stack(nnx.Module):
-    """Several equal blocks as one module.
+    """A module that holds several equal blocks, whose arrays are stacked.
 
     Attributes:
         stacked: A block whose arrays have an additional first axis of length `depth`. Slice `i` along this axis holds
@@ -37,7 +37,10 @@ class Stack(nnx.Module):
 
 
 class StepBlocks(Blocks):
-    """The blocks of a model in the form that a step runs: a list of single blocks and of `Stack`s of equal blocks."""
+    """The blocks of a model as the compiled training and evaluation steps run them.
+
+    Each item of this list is a single block, or a `Stack` of equal neighbouring blocks.
+    """
 
     def run(
         self, x: jax.Array, *arguments: jax.Array | None, keys: jax.Array | None, remat: str, every: bool
@@ -68,7 +71,10 @@ def _scan(
     remat: str,
     every: bool,
 ) -> list[jax.Array]:
-    """Run the blocks of a stack in a scan. Return the output of every block, or only the last if `every` is false."""
+    """Run the blocks of a stack in one `jax.lax.scan`.
+
+    The result holds the output of every block if `every` is true. Otherwise it holds only the output of the last block.
+    """
     graphdef, arrays = nnx.split(stacked)
     # Use a rematerialisation policy even if remat is "none". Without one, JAX would keep the gathered weights of all
     # blocks for the backward pass.
@@ -123,7 +129,7 @@ def _layer(graphdef: nnx.GraphDef, arguments: tuple[jax.Array | None, ...]) -> C
 
 
 def _is_split() -> bool:
-    """Return whether the weights of the frozen base model are sharded over devices of the mesh (`jax.set_mesh`)."""
+    """Return whether the current mesh, set by `jax.set_mesh`, shards the weights of the frozen base model."""
     return jax.sharding.get_abstract_mesh().shape.get(FSDP_AXIS, 1) > 1
 
 
@@ -132,12 +138,13 @@ def runs_of(blocks: Blocks, kind_of: Callable[[tuple], Hashable]) -> list[int]:
 
     For example, the result `[1, 11]` means that the first of 12 blocks differs from the others, which are all equal.
     Two blocks are equal if they have the same structure, if their variables have the same shapes and dtypes, and if
-    `kind_of` returns the same value for each variable.
+    `kind_of` returns the same value for variables with the same path in the block.
 
     Args:
         blocks: The blocks of a model.
-        kind_of: A function of the index of a block and the path of a variable in it, as one tuple such as
-            `(3, "attention", "query", "kernel")`. Its value must be the same in equal blocks.
+        kind_of: A function that classifies a variable, for example by its optimiser group. Its argument is a tuple that
+            begins with the index of the block and continues with the path of the variable in the block, such as
+            `(3, "attention", "query", "kernel")`.
     """
 
     def signature(index: int) -> Hashable:
@@ -149,14 +156,15 @@ def runs_of(blocks: Blocks, kind_of: Callable[[tuple], Hashable]) -> list[int]:
 
 
 def as_parts(blocks: Blocks, runs: Sequence[int]) -> StepBlocks:
-    """Stack equal blocks, and return the blocks in the form that a step runs.
+    """Replace each sequence of equal neighbouring blocks with a `Stack`, and return the result as `StepBlocks`.
 
     The arrays of the original blocks are deleted as soon as they are copied into a stack, so that the device memory
     never holds all blocks twice.
 
     Args:
         blocks: The blocks of a model.
-        runs: The result of `runs_of`. Every length above 1 becomes a `Stack`, and every length of 1 a single block.
+        runs: The lengths of the sequences of equal blocks, as `runs_of` returns them. A sequence of length 1 stays a
+            single block.
     """
     ends = itertools.accumulate(runs)
     members = [blocks[end - depth : end] for end, depth in zip(ends, runs, strict=True)]
@@ -164,9 +172,9 @@ def as_parts(blocks: Blocks, runs: Sequence[int]) -> StepBlocks:
 
 
 def as_blocks(parts: StepBlocks) -> Blocks:
-    """Return the blocks one by one, without stacks: the inverse of `as_parts`.
+    """Divide all stacks into single blocks again. This is the inverse of `as_parts`.
 
-    The arrays of stacks are first copied to host memory, so that the copies take no device memory.
+    The arrays of a stack are copied to host memory before they are divided, so that this takes no device memory.
     """
     return Blocks(block for part in parts for block in (_unstacked(part) if isinstance(part, Stack) else [part]))
 

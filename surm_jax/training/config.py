@@ -22,12 +22,12 @@ from surm_jax.tasks.config import DataConfig, ModelConfig, check_at_least, check
 
 DECAYS = ("cosine", "linear", "constant")
 ADAPTER = f"(.*/)?({'|'.join(SLOTS)})/"
-"""A regular expression that matches the beginning of every path of a parameter that belongs to an adapter."""
+"""A regular expression for the beginning of a parameter path. It matches the parameters that belong to an adapter."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RuleConfig:
-    """An item of `config.peft.rules`: it gives one method to all modules that a pattern matches.
+    """One rule of `config.peft.rules`, which chooses the method for the modules that a preset or a pattern selects.
 
     In a configuration file it is a dictionary, such as
     `{"target": r"blocks/0/.*", "method": "lora", "settings": {"rank": 4}}`.
@@ -78,8 +78,8 @@ class PeftConfig:
     #            gradient with fast products (float32 only);
     #   "auto"   chooses the one that was fastest when a similar case was measured.
     execution: str = "auto"
-    # Parameters of the base model that are trained directly with every method, as regular expressions that match whole
-    # parameter paths.
+    # Regular expressions for parameters of the base model. Each must match a whole parameter path. With every method,
+    # the matching parameters are trained directly.
     train: tuple[str, ...] = ("head/.*",)
     methods: Mapping[str, Method] = dataclasses.field(
         default_factory=lambda: {name: cls() for name, cls in METHODS.items()}

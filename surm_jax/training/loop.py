@@ -102,7 +102,8 @@ def _last_checkpoint_named(workdir: Path) -> Iterator[None]:
 def restore(run: Run, position: Position) -> Checkpoints:
     """Open the run's folder of checkpoints, and return its `Checkpoints`.
 
-    If there is a checkpoint, `position` is changed to that of the last one.
+    If the folder holds checkpoints, `position` gets the state, the place in the data, the working time and the score of
+    the last one.
 
     Raises:
         UserError: A checkpoint is damaged, or belongs to another run, base model or data set.
@@ -183,7 +184,7 @@ def save(run: Run, position: Position, records: Records, score: float | None) ->
     Args:
         run: The run.
         position: The position to save.
-        records: The writers of metrics and checkpoints.
+        records: The objects that write the metrics and the checkpoints.
         score: The task's first metric if the model was evaluated at this step, otherwise None.
 
     Raises:
@@ -223,7 +224,7 @@ def evaluate_while_training(run: Run, position: Position, records: Records) -> f
     """Evaluate the held-out examples, or all test splits if none are held out. Log and show the metrics.
 
     Returns:
-        The first metric of the first split, by which checkpoints are compared.
+        The first metric of the first split. It becomes the score of the checkpoint of this step.
     """
     task, step = run.job.task, int(position.state.step)
     if "holdout" in task.splits:
@@ -259,9 +260,9 @@ def _evaluate(run: Run, state: TrainState, split: str) -> dict[str, float]:
 
 
 def _model_on_first(run: Run, state: TrainState) -> Any:
-    """Return the trained model, without stacks, in the first process, and None in the other processes.
+    """Return the trained model in the first process, and None in the other processes.
 
-    Collective: call it from every process.
+    The blocks of the returned model are not stacked. Collective: call it from every process.
     """
     arrays = tree_on_first((state.trained, run.model.frozen))
     return None if arrays is None else run.model.partition.model(*arrays)
@@ -320,5 +321,5 @@ def _rates_of(run: Run, position: Position) -> Callable[[int], dict[str, float]]
 
 
 def _shape_of(batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> Shape:
-    """Return the names and shapes of a batch's arrays, which are the key of the program compiled for such batches."""
+    """Return the names and shapes of a batch's arrays. `compile_steps` uses them as the key of the compiled program."""
     return tuple((name, part.shape) for name, part in sorted(batch.items()))

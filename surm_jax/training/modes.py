@@ -67,7 +67,7 @@ def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[
             keys in `surm_jax.record.workdir.CHANGEABLE` may change.
 
     Returns:
-        The metrics by seed, split and name.
+        Nested dictionaries, in which `result[seed][split][name]` is the value of a metric.
 
     Raises:
         UserError: There is no run or it is not complete, an adapter is missing or damaged or was trained on another
@@ -207,7 +207,8 @@ def _require_target(target: Path, source: Path) -> None:
     """Check, before predictions are computed, that `target` is a path to which they can be written.
 
     Raises:
-        UserError: Its folder does not exist, it is itself a folder, or it is the file of the examples (`source`).
+        UserError: The folder of `target` does not exist, `target` is itself a folder, or `target` is the same file as
+            `source`, which holds the examples.
     """
     if not target.parent.is_dir():
         raise UserError(f"cannot write {target}: there is no folder {target.parent}")
@@ -276,7 +277,7 @@ def _complete_folders(config: RunConfig, workdir: Path) -> list[tuple[int, Path]
 
 
 def _load_adapted(job: Job, folder: Path) -> tuple[nnx.Module, nnx.Module, Adapter]:
-    """Return the base model of a run, the model with the saved adapter, and the `Adapter` that describes the latter."""
+    """Return the base model of a run, the same model with the saved adapter added, and the `Adapter`."""
     base = job.base_model()
     return base, *load_adapter(folder / ADAPTER_NAME, base, execution=job.config.peft.execution)
 

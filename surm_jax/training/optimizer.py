@@ -1,8 +1,8 @@
 """The optimiser of a run, and its learning rate schedule.
 
 The trained arrays are divided into groups by their paths (`config.optim.groups`). Each group has its own AdamW, with a
-learning rate and a weight decay of its own. All groups share one schedule. The gradient is clipped by its norm over all
-groups.
+learning rate and a weight decay of its own. All groups share one schedule. The gradient is clipped by its global norm,
+which is computed over the arrays of all groups.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,10 +19,11 @@ from surm_jax.training.config import GroupsConfig, OptimConfig
 
 
 def schedule(config: OptimConfig) -> optax.Schedule:
-    """Return the schedule: a function from the number of updates already made to a factor in [0, 1].
+    """Return the learning rate schedule, a function from the number of updates already made to a factor in [0, 1].
 
     The learning rate of an update is the peak learning rate times this factor. The factor rises linearly from 0 to 1
-    during warm-up, and then follows `config.decay`. Example: two steps of warm-up and eight steps of linear decay.
+    during warm-up, and then follows `config.decay`. In the example, two steps of warm-up are followed by eight steps of
+    linear decay:
 
     >>> import dataclasses
     >>> rate = schedule(dataclasses.replace(OptimConfig(), steps=10, warmup_ratio=0.2, decay="linear"))
@@ -43,7 +44,9 @@ def schedule(config: OptimConfig) -> optax.Schedule:
 
 
 def groups_of(paths: Iterable[str], groups: GroupsConfig) -> dict[str, str]:
-    """Return the name of the optimiser group of each parameter path: the first group whose pattern matches all of it.
+    """Return the name of the optimiser group of each parameter, by the path of the parameter.
+
+    A parameter belongs to the first group whose pattern matches its whole path.
 
     >>> groups_of(["blocks/0/attention/query/delta/r1", "head/bias", "norm/scale"], GroupsConfig())
     {'blocks/0/attention/query/delta/r1': 'adapter', 'head/bias': 'head', 'norm/scale': 'norm'}
@@ -79,7 +82,7 @@ def learning_rates(config: OptimConfig, method: str, paths: Iterable[str]) -> di
         paths: The paths of the trained parameters.
 
     Raises:
-        UserError: No parameter belongs to a group that has its own learning rate, or a path matches no pattern.
+        UserError: A group with a learning rate of its own has no parameters, or a path matches no pattern.
     """
     groups = groups_of(paths, config.groups)
     taken = set(groups.values())
@@ -101,7 +104,7 @@ class Rates:
     """The learning rate of every optimiser group at every step: the peak learning rate times the schedule's factor.
 
     The training step takes the learning rates as arguments. Thus it need not be compiled again for other learning
-    rates or another schedule. Example: the learning rate falls linearly from its peak 0.02 during 4 steps.
+    rates or another schedule. In the example, the learning rate falls linearly from its peak 0.02 during 4 steps:
 
     >>> rates = Rates(OptimConfig(steps=4, decay="linear", learning_rate={"lora": 0.02}), "lora", ["head/bias"])
     >>> [f"{rates.before(step)['head']:.3f}" for step in (1, 2, 3, 4)]
@@ -128,7 +131,7 @@ def make_optimizer(config: OptimConfig, paths: Iterable[str]) -> optax.GradientT
     The method `update` of the optimiser needs the extra keyword argument `rates`, which is a result of `Rates.before`.
 
     Args:
-        config: The patterns and the weight decay of the groups, and the clipping norm.
+        config: The patterns and the weight decay of the groups, and the largest allowed norm of the gradient.
         paths: The paths of the trained arrays. The gradients are a dictionary with these keys.
     """
     groups = groups_of(paths, config.groups)

@@ -38,7 +38,8 @@ def base_config(plugins: Collection[str] = ()) -> ml_collections.ConfigDict:
 def plugins_of(given: Sequence[str]) -> tuple[str, ...]:
     """Return the module names that the command-line option `--config.plugins` gives, as a tuple.
 
-    `launch.py` needs them before it reads the configuration, because the modules may register keys of it.
+    `launch.py` needs them before it reads the configuration, because the modules may register methods, whose
+    settings become further keys of it.
 
     >>> plugins_of(["('my_family',)"]), plugins_of([])
     (('my_family',), ())
@@ -151,7 +152,7 @@ def keys(config: ml_collections.ConfigDict) -> list[str]:
 
 
 def require_key(config: ml_collections.ConfigDict, key: str) -> None:
-    """Check that a configuration has a key, and that this key has a value and is not a section.
+    """Check that a configuration has a key, and that this key is not a section.
 
     Args:
         config: The configuration.
@@ -205,8 +206,8 @@ def meant_key(config: ml_collections.ConfigDict, name: str) -> str:
 def _values_in(config: ml_collections.ConfigDict, key: str) -> list[str]:
     """Return the dotted keys of all values inside a section, or `[key]` if `key` has a value itself.
 
-    Keys in fewer nested sections come first. Among keys that end in the names of methods, such as those of
-    `optim.learning_rate`, the one of the chosen method `peft.method` comes first.
+    Keys that are nested less deeply come first. At the same depth, keys that end in the name of the chosen method
+    `peft.method` come first, such as `optim.learning_rate.lora` for the method `lora`.
     """
     values = [known for known in keys(config) if not isinstance(config[known], ml_collections.ConfigDict)]
     inside = [value for value in values if f"{value}.".startswith(f"{key}.")]

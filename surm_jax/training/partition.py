@@ -3,8 +3,8 @@
 Only the trained arrays are differentiated, updated and saved in checkpoints. The frozen state is an argument of the
 jitted training step that the step does not change.
 
-The division also puts the model into the form that a step runs, in which equal neighbouring blocks may be stacked
-(`surm_jax.training.blocks`). "The original model" is the model without stacks.
+Before the division, equal neighbouring blocks may be stacked (`surm_jax.training.blocks`). The training and evaluation
+steps run the model with these stacks. In this file, "the original model" means the model before stacking.
 """
 
 import dataclasses
@@ -31,7 +31,8 @@ class Slot(NamedTuple):
         path: The NNX path of the variable in the model that a step runs.
         variable: The variable without its value (`nnx.as_abstract`).
         names: The path of the variable in the original model, joined by slashes. If the variable belongs to a stack, it
-            has one path for each block. The first path is the key of its array in `Arrays`.
+            has one path for each block. In a dictionary of trained arrays (`Arrays`), the first path is the key of the
+            variable's array.
     """
 
     path: tuple
@@ -41,7 +42,7 @@ class Slot(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """The information that is needed to put trained arrays and frozen state together into a model again.
+    """A record of how a model was divided, which can put its trained arrays and its frozen state together again.
 
     Attributes:
         graphdef: The structure of the model that a step runs.
@@ -52,12 +53,12 @@ class Partition:
     slots: tuple[Slot, ...]
 
     def merge(self, trained: Mapping[str, jax.Array], frozen: nnx.State) -> Any:
-        """Return the model with these arrays, in the form that a step runs, in which blocks may be stacked."""
+        """Return the model with these arrays that a step runs. Its blocks may be stacked."""
         state = [(slot.path, slot.variable.replace(trained[slot.names[0]])) for slot in self.slots]
         return nnx.merge(self.graphdef, nnx.from_flat_state(state), frozen)
 
     def model(self, trained: Mapping[str, jax.Array], frozen: nnx.State) -> nnx.Module:
-        """Return the model with these arrays, without stacks. The arrays of stacks are copied to host memory."""
+        """Return the original model with these arrays. The arrays of stacks are copied to host memory."""
         model = self.merge(trained, frozen)
         model.blocks = as_blocks(model.blocks)
         return model
@@ -65,7 +66,7 @@ class Partition:
     def by_block(self, tree: Tree) -> Tree:
         """Return a pytree, such as a `TrainState`, in which every stacked array is divided into one array per block.
 
-        Only dictionaries are changed whose keys are those of the trained arrays. The optimiser's state holds such
+        A dictionary is changed only if its keys are those of the trained arrays. The optimiser's state holds such
         dictionaries, too. Checkpoints are saved in this form, so that they do not depend on whether blocks are stacked.
         """
 
@@ -102,7 +103,7 @@ def partition(
     Args:
         model: An adapted model with the attribute `blocks`. If blocks are stacked, their arrays are deleted, and this
             model cannot be used afterwards.
-        adapter: Selects the trained parameters.
+        adapter: The adapter of the model. Its attribute `trainable` selects the trained parameters.
         scan_layers: Whether to stack equal neighbouring blocks, so that they are compiled only once. Blocks that
             differ, for example because only some of them are adapted, are not stacked.
         group_of: A function from the path of a trained variable to its group in the optimiser. Blocks are stacked only
@@ -139,7 +140,7 @@ def partition(
 
 
 def _map_dicts(fn: Callable[[dict], dict], tree: Tree, keys: set[str]) -> Tree:
-    """Return a copy of a pytree in which `fn` is applied to every dictionary that has exactly these keys."""
+    """Return a copy of a pytree in which `fn` is applied to every dictionary whose keys are exactly `keys`."""
     chosen = lambda node: isinstance(node, dict) and node.keys() == keys  # noqa: E731
     return jax.tree.map(lambda node: fn(node) if chosen(node) else node, tree, is_leaf=chosen)
 

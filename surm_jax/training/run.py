@@ -42,7 +42,7 @@ class Run:
     Attributes:
         job: The configuration, the seed, the device mesh and the task.
         workdir: The folder of the run.
-        stop: The check whether a signal told the run to stop.
+        stop: Checks whether a signal has told any process of the run to stop.
         model: The adapted model without its trained arrays, which are in `Position.state`.
         programs: The jitted functions, the learning rates and the random key.
     """
@@ -62,7 +62,7 @@ class SplitModel(NamedTuple):
         frozen: The frozen state, on the devices of the mesh.
         adapter: The rules and the name of the adapter.
         description: A printable table of what is trained, with the numbers of parameters.
-        base: The fingerprint of the frozen arrays: a digest for each path.
+        base: The fingerprint of the frozen arrays, which maps the path of each array to a digest.
     """
 
     partition: Partition
@@ -79,7 +79,8 @@ class Programs(NamedTuple):
         train_step: The result of `surm_jax.training.step.make_train_step`.
         eval_step: The result of `surm_jax.training.step.make_eval_step`.
         rates: The learning rates of every step.
-        key: The random key from which the dropout of every step is drawn, on the devices of the mesh.
+        key: The random key from which every step derives its dropout masks. It is replicated on all devices of the
+            mesh.
     """
 
     train_step: Any
@@ -119,7 +120,7 @@ class Stop:
 
     Args:
         interruption: Catches the signals that this process gets.
-        mesh: All devices of all processes.
+        mesh: The mesh of all devices of all processes.
     """
 
     def __init__(self, interruption: Interruption, mesh: jax.sharding.Mesh):

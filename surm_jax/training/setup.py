@@ -30,7 +30,8 @@ class Job:
         config: The whole configuration. If `optim.epochs` is not 0, `optim.steps` has already been computed from it.
         seed: The seed of the new head's weights, the adapter's initial weights, the order of the data, and dropout.
         mesh: The device mesh.
-        task: The loaded data set, and the configuration and the file of the pretrained model.
+        task: The task, which holds the loaded data set, the configuration of the model, and the path of the pretrained
+            weights.
     """
 
     config: RunConfig
@@ -54,7 +55,7 @@ def prepare(config: RunConfig, seed: int) -> Job:
     the files of the pretrained weights.
 
     Raises:
-        UserError: The configuration does not fit one of them.
+        UserError: One of these checks fails.
     """
     mesh = make_mesh(
         config.mesh.data,
@@ -151,6 +152,9 @@ def rules_of(peft: PeftConfig, new_head: Sequence[str]) -> tuple[list[Rule], tup
         peft: The section `config.peft`.
         new_head: Patterns for the parameters that are initialised anew for a new task. They are trained whenever `head`
             is trained. For example, the head of RoBERTa has a second layer whose path does not begin with `head`.
+
+    Raises:
+        UserError: `peft.target` selects modules, but the method chooses its parameters by patterns of its own.
     """
     trained = [part for pattern in peft.train for part in (pattern, *(new_head if (pattern,) == HEAD else ()))]
     train = tuple(dict.fromkeys(trained))

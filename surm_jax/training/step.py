@@ -68,9 +68,9 @@ def make_train_step(
 
     Args:
         partition: Puts trained arrays and frozen state together into the model.
-        forward: A function that runs the model on a batch.
-        objective: The loss, and the prediction for the accuracy.
-        optimizer: Turns gradients into updates. If its `update` takes extra arguments, it gets `rates` as one.
+        forward: A function `(model, batch, key) -> logits`.
+        objective: The loss, and the function that turns logits into predictions.
+        optimizer: Turns gradients into updates. If its method `update` takes extra keyword arguments, it gets `rates`.
         mesh: The device mesh. The training state and the key must be replicated, the frozen state must be sharded as by
             `surm_jax.devices.mesh.put_base`, and the batch must be sharded over all devices along its first axis.
         accumulate: The number of micro-batches, whose gradients are computed one after the other and averaged. It must

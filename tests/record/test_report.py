@@ -92,7 +92,7 @@ def picture(folder, model):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """A list to which every Matplotlib figure is appended that the report draws."""
+    """A list of all Matplotlib figures that the report has drawn so far in this test."""
     made = []
 
     class Kept(Figure):
