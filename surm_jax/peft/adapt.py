@@ -30,7 +30,8 @@ def adapt(
     `model` is not changed, and shares its arrays with the copy. The model may already have adapters with other names.
     The terms that the adapters add to the output of a layer are then summed.
 
-    In this example, the layer `query` gets a circulant update, and the parameters of `head` are trained too:
+    In this example, the layer `query` gets a circulant update, which trains two vectors r1 and r2 of 8 entries each.
+    The parameters of `head` are trained too:
 
     >>> import surm_jax
     >>> model = nnx.Dict(query=nnx.Linear(8, 8, rngs=nnx.Rngs(0)), head=nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
@@ -119,7 +120,7 @@ def make_part(matched: MatchedModule, execution: str, key: jax.Array) -> Part:
 
 
 def base_parameters(model: nnx.Module) -> dict[str, nnx.Param]:
-    """Return the `nnx.Param` variables of a model by path, without the parameters of its adapters."""
+    """Return a dictionary from path to `nnx.Param` variable for a model, without the parameters of its adapters."""
     parameters = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {join(path): variable for path, variable in parameters if not isinstance(variable, AdapterParam)}
 
@@ -169,10 +170,10 @@ def _presets(model: nnx.Module) -> Mapping[str, str]:
 
 
 def _own_modules(model: nnx.Module) -> dict[str, nnx.Module]:
-    """Return the modules of a model by path, without the modules that belong to adapters.
+    """Return a dictionary from path to module for the modules of a model that do not belong to adapters.
 
     A path alone does not show whether a module belongs to an adapter, since the model may have a module of its own
-    that is called `delta` or `branch`. Such a name marks a slot of adapters only if a `Part` is below it.
+    that is called `delta` or `branch`. A module with such a name belongs to adapters only if it holds a `Part`.
     """
     modules = dict(nnx.iter_modules(model))
     slots = {path[:-1] for path, module in modules.items() if isinstance(module, Part)}

@@ -19,8 +19,8 @@ DEFAULT_NAME = "default"
 class Rule:
     r"""A method, and a pattern for the paths of the modules to which an adapter applies it.
 
-    If several rules of an adapter match a module, only the first one applies. The target in this example matches the
-    query and value layers of all blocks:
+    If several rules of an adapter match a module, the first one applies and the others are ignored. The rule in this
+    example assigns LoRA of rank 4 to the query and value layers of all blocks:
 
     >>> from surm_jax.peft import LoRA
     >>> Rule(r"blocks/\d+/attention/(query|value)", LoRA(rank=4)).method.rank

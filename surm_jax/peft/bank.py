@@ -1,8 +1,8 @@
 """Serving many adapters in one batch: each example selects its adapter, and one compiled program serves all of them.
 
 A bank holds several adapters that use the same methods. It stacks their arrays to the shape (adapters, ...), and each
-layer gathers the arrays of every example's adapter when it computes its output. A circulant has one array of shape (n,)
-for each example, and the Fourier transform of this array costs as much as that of one more token.
+layer gathers the arrays of every example's adapter when it computes its output. For a circulant, this is one array of
+shape (n,) for each example. The Fourier transform of this array costs as much as that of one more token.
 """
 
 import os
@@ -37,10 +37,11 @@ class _Content(NamedTuple):
     """The changes that the adapter in one folder makes to the base model.
 
     Attributes:
-        parts: The adapter's parts, in the form that a bank stacks (`Part.for_bank`). The keys are pairs of the path of
-            a module and a slot.
-        kernels: The difference between each trained kernel and that of the base model, (in, out), by the layer's path.
-        biases: The difference between each trained bias and that of the base model, (out,), by the layer's path.
+        parts: The adapter's parts, after `Part.for_bank`. The keys are pairs (path of the module, slot).
+        kernels: A dictionary from the path of each layer whose kernel was trained to the trained kernel minus the base
+            model's kernel, of shape (in, out).
+        biases: A dictionary from the path of each layer whose bias was trained to the trained bias minus the base
+            model's bias, of shape (out,).
     """
 
     parts: dict[tuple[str, str], Part]
@@ -49,7 +50,7 @@ class _Content(NamedTuple):
 
 
 def load_bank(folders: Folders, model: nnx.Module) -> nnx.Module:
-    """Return a copy of a base model that applies a different adapter, loaded from a folder, to each example.
+    """Load adapters from folders, and return a copy of the base model that applies one of them to each example.
 
         model = surm_jax.load_bank(["adapters/anna", "adapters/bert"], base)
         with surm_jax.adapter_of_examples(jnp.array([0, 1, 1, 0])):
@@ -57,19 +58,20 @@ def load_bank(folders: Folders, model: nnx.Module) -> nnx.Module:
 
     Here, the first and the last image use the adapter in `adapters/anna`, and the other two that in `adapters/bert`.
 
-    A module may be changed by only some of the adapters. If adapters also trained the kernel or the bias of a linear
-    layer, such as the head, each example uses those of its own adapter. The dropout of the adapters is off.
+    The adapters may have parts in different modules. If an adapter also trained the kernel or the bias of a linear
+    layer, such as the head, the examples of this adapter use its trained kernel or bias. The dropout of the adapters is
+    off.
 
     Args:
         folders: The folders of adapters that were trained on this base model with the same methods. An example whose
-            index in `adapter_of_examples` is i uses the adapter in `folders[i]`. An index without a folder is an
-            error. A compiled function cannot raise this error, and returns NaN for that example instead.
+            index in `adapter_of_examples` is i uses the adapter in `folders[i]`. An index that is out of range raises
+            an error. A compiled function cannot raise it, and returns NaN for that example instead.
         model: The base model, without adapters.
 
     Raises:
         UserError: If a folder cannot be loaded (`load_adapter`); if the parts of two adapters in the same module have
-            different structures; if a parameter was trained that does not belong to a linear layer; or if the model
-            already has adapters.
+            different structures; if an adapter trained a parameter that does not belong to a linear layer; or if the
+            model already has adapters.
     """
     if isinstance(folders, str | os.PathLike):
         raise UserError(f"folders must be a list, got one: write [{str(folders)!r}]")
@@ -104,15 +106,23 @@ def _changed(content: _Content) -> set[str]:
 
 
 def _rows(path: str, tables: Sequence[Mapping[str, Array]]) -> list[Array] | None:
-    """Return one array for each adapter: its array at a path, or zeros. If no adapter has one, return `None`."""
+    """Return the arrays that the adapters have for the layer at `path`, with zeros for adapters that have none.
+
+    If no adapter has an array for this layer, return `None`.
+
+    Args:
+        path: The path of the layer.
+        tables: For each adapter, a dictionary from the path of a layer to an array.
+    """
     found = [table[path] for table in tables if path in table]
     return [table.get(path, jnp.zeros_like(found[0])) for table in tables] if found else None
 
 
 def _same_form(path: str, slot: str, folders: Folders, contents: Sequence[_Content]) -> Sequence[Part] | None:
-    """Return one part for each adapter in a slot of a module, or `None` if no adapter has a part there.
+    """Return the parts that the adapters have in one slot of one module, or `None` if no adapter has a part there.
 
-    An adapter without a part there gets a copy of another adapter's part whose scale is 0, so that it adds nothing.
+    The result has one part for each adapter. An adapter without a part there gets a copy of another adapter's part. The
+    scale of this copy is 0, so that it adds nothing.
 
     Raises:
         UserError: If two parts differ in more than the values of their arrays.
@@ -131,13 +141,16 @@ def _same_form(path: str, slot: str, folders: Folders, contents: Sequence[_Conte
 
 
 def _structure(part: Part) -> tuple[nnx.GraphDef, list[tuple[int, ...]]]:
-    """Return the graph definition of a part and the shapes of its arrays. Parts can be stacked if both are equal."""
+    """Return the graph definition of a part and the shapes of its arrays.
+
+    The arrays of two parts can be stacked if their graph definitions are equal and their arrays have equal shapes.
+    """
     graphdef, state = nnx.split(part)
     return graphdef, [np.shape(leaf) for leaf in jax.tree.leaves(state)]
 
 
 def _read(model: nnx.Module, base: Mapping[str, str], folder: str | os.PathLike) -> _Content:
-    """Return the content of an adapter folder, after a check that it belongs to the base model.
+    """Return the changes that the adapter in a folder makes, after a check that it was trained on this base model.
 
     Args:
         model: The base model.
@@ -163,12 +176,13 @@ def _read(model: nnx.Module, base: Mapping[str, str], folder: str | os.PathLike)
 def _trained_layers(
     base: nnx.Module, loaded: nnx.Module, folder: str | os.PathLike
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return what training added to the kernels and to the biases of linear layers, each by the layer's path.
+    """Return the changes of trained kernels and of trained biases, as two dictionaries from layer path to array.
 
-    A parameter was trained if the model with the adapter does not hold the same array as the base model.
+    A change is the parameter in `loaded` minus that in `base`. A parameter counts as trained if its arrays in the two
+    models are different objects.
 
     Raises:
-        UserError: If a parameter was trained that is not the kernel or bias of a linear layer.
+        UserError: If a trained parameter is not the kernel or bias of a linear layer.
     """
     before, after = base_parameters(base), base_parameters(loaded)
     changed = [path for path, variable in after.items() if variable.get_value() is not before[path].get_value()]

@@ -1,10 +1,10 @@
 """Converting an adapter to another method, and combining several adapters into one.
 
-Both functions compute the dense change that the adapters make to each kernel. They then replace it by the nearest
-matrix that the new method can represent. An update of any kind can be converted to LoRA, for example, for a server that
-loads only LoRA adapters. Both functions return the errors of the approximation, which callers should check. The
-singular values of a circulant of full rank, for example, have similar sizes, so that an approximation of low rank loses
-much of the matrix.
+Both functions compute the dense change that the adapters make to each kernel. The new adapter approximates this change
+by the nearest matrix that its method can represent. An update of any kind can be converted to LoRA, for example, for a
+server that loads only LoRA adapters. Both functions return the errors of the approximation, which callers should check.
+The singular values of a circulant of full rank, for example, have similar sizes, so that an approximation of low rank
+loses much of the matrix.
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ def convert(
 ) -> tuple[nnx.Module, Adapter, dict[str, float]]:
     """Return the model with an adapter replaced by its nearest approximation in another method.
 
-    In this example, a LoRA of rank 4 can represent any 4 x 4 matrix, so that only rounding errors are left:
+    In this example, LoRA of rank 4 can represent any 4 x 4 matrix, so that only rounding errors are left. The path of
+    the layer is empty, because the layer is the model itself:
 
     >>> import jax.numpy as jnp
     >>> import surm_jax
@@ -66,7 +67,7 @@ def convert(
 def combine(
     model: nnx.Module, weights: Mapping[Adapter, float], *, name: str = "combined"
 ) -> tuple[nnx.Module, Adapter, dict[str, float]]:
-    """Return the model with a new adapter, the weighted sum of adapters that have the same rules.
+    """Return the model with a new adapter that is the weighted sum of several adapters with the same rules.
 
     The sum is exact for families that are closed under addition, such as circulants that are stored as one vector. For
     other families, each new update is the matrix of the family that is nearest to the sum.
@@ -102,7 +103,7 @@ def combine(
 
 
 def _changes(model: nnx.Module, adapter: Adapter) -> dict[str, np.ndarray]:
-    """Return the change that an adapter makes to each kernel, as a dense matrix, by the path of the layer."""
+    """Return a dictionary from the path of each adapted layer to the dense change of the layer's kernel."""
     changes = {row.path: np.asarray(kernel_change(row)) for row in parts_of(model, adapter)}
     if not changes:
         raise UserError(f"the adapter {adapter.name!r} has no update, and only updates can be converted or combined")
@@ -117,7 +118,7 @@ def _with_nearest(
     Args:
         model: The model.
         adapter: The recipe of the new adapter.
-        targets: The dense change that each update approximates, by the path of its layer.
+        targets: A dictionary from the path of a layer to the dense matrix that the layer's update approximates.
 
     Returns:
         The new model, the adapter, and the relative error of each update in the Frobenius norm, by the path of its

@@ -2,10 +2,11 @@
 
 `adapter_model.safetensors` holds the arrays of the adapter's parts in their smallest form, under the names
 `<layer>/delta/<array>` and `<module>/branch/<array>`. A `CirculantPair`, for example, stores the n entries of `r1 * r2`
-instead of 2n. The file also holds the other trained parameters, such as the head, under their paths.
+instead of the 2n entries of r1 and r2. The file also holds the other trained parameters, such as the head, under their
+paths.
 
-`adapter_config.json` holds the recipe, the fingerprint of the frozen base model, and a SHA-256 of the tensor file and
-of the other JSON entries.
+`adapter_config.json` holds the recipe (`Adapter.to_json`), the fingerprint of the frozen base model, and one SHA-256 of
+the tensor file together with all other JSON entries.
 """
 
 import functools
@@ -39,18 +40,18 @@ TENSORS_NAME = "adapter_model.safetensors"
 FORMAT = 3
 
 _MOST_BYTES_OF_CONFIG = 2**22
-"""The largest size of `adapter_config.json` in bytes. The fingerprint takes about 70 for each base-model parameter."""
+"""The largest allowed size of `adapter_config.json` in bytes. The fingerprint takes about 70 bytes for each array."""
 
 BASE = nnx.All(nnx.Param, nnx.Not(AdapterParam))
 """The NNX filter that selects the parameters of the base model, without those of adapters."""
 
 
 def fingerprint(frozen: nnx.State, kind: nnx.filterlib.Filter = BASE) -> dict[str, str]:
-    """Return a digest for each variable of a state, by path, from which its exact value can be recognised.
+    """Return a dictionary from the path of each variable in a state to a digest of its exact value.
 
     A digest has 16 hexadecimal digits. It depends on the variable's path, shape, dtype and every bit of its value. The
-    cost is one SHA-256 over the weights, array by array. With several processes this is collective: call it from every
-    process, in the same order.
+    cost is that of computing the SHA-256 of all weights. With several JAX processes, the function is collective: all
+    processes must call it, in the same order.
 
     Args:
         frozen: The state, such as that of all variables that an adapter does not train.
@@ -74,7 +75,7 @@ def check_fingerprint(actual: dict[str, str], expected: dict[str, str], what: st
         what: The words that stand for the adapter in the message, such as "the adapter NAME".
 
     Raises:
-        UserError: If parameters differ. The message names some of them.
+        UserError: If the two fingerprints differ. The message names some of the parameters that differ.
     """
     problems = []
     if absent := sorted(expected.keys() - actual.keys()):
@@ -137,7 +138,7 @@ def require_unscaled(rows: Iterable[AttachedPart]) -> None:
     """Check that the parts of an adapter have the scale 1, since adapter files do not store scales.
 
     Raises:
-        UserError: If `set_scale` or `set_active` set another scale.
+        UserError: If a part has another scale, which `set_scale` or `set_active` has set.
     """
     for row in rows:
         if (scale := float(row.part.scale[...])) != 1:
@@ -184,8 +185,8 @@ def load_adapter(
         The adapted model and the adapter.
 
     Raises:
-        UserError: If something is missing, damaged or of the wrong shape, or if the adapter was trained on another
-            base model. The message says what is wrong.
+        UserError: If a file is missing or damaged, if an array is missing or has the wrong shape, or if the adapter was
+            trained on another base model. The message says what is wrong.
     """
     model, adapter, base = read_adapter(folder, model, name=name, execution=execution)
     _, frozen = _trained_and_frozen(model, adapter)
@@ -202,7 +203,8 @@ def read_adapter(
         The adapted model, the adapter, and the fingerprint of the base model that the adapter was trained on.
 
     Raises:
-        UserError: If something is missing, damaged or of the wrong shape. The message says what is wrong.
+        UserError: If a file is missing or damaged, or if an array is missing or has the wrong shape. The message says
+            what is wrong.
     """
     folder = Path(folder)
     config, adapter = _read_config(folder, name)

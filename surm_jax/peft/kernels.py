@@ -99,13 +99,13 @@ def output_width(module: nnx.Module, path: str) -> int:
     """Return the number of output features of a module.
 
     For a linear layer, the number follows from the shape of its kernel. Any other module is called with abstract inputs
-    (`jax.eval_shape`). The number of features of these inputs is that of each of the module's linear layers in turn.
-    The calls that raise no error must all give the same output width. The names and the order of the linear layers play
-    no role, because copying a module sorts its attributes.
+    (`jax.eval_shape`): for each linear layer in the module, once with inputs that have that layer's in_features. The
+    calls that raise no error must all give the same output width. The names and the order of the linear layers have no
+    influence, because copying a module sorts its attributes.
 
     Raises:
-        UserError: If the calls give no output width or several, or if a linear layer has several feature axes in its
-            output.
+        UserError: If every call raises an error, if two calls give different output widths, or if a linear layer has
+            several feature axes in its output.
     """
     if is_linear(module):
         shape = matrix_view(module, path).out_shape
@@ -124,7 +124,7 @@ def output_width(module: nnx.Module, path: str) -> int:
 
 
 def _answer(module: nnx.Module, width: int) -> int | None:
-    """Return the output width of a module for inputs of `width` features, or `None` if it raises an error for them."""
+    """Return the output width of a module for inputs of `width` features, or `None` if the module rejects them."""
     graphdef, state = nnx.split(module)
     # The `__call__` of an adapted module takes `*args` and does not show its parameters.
     call = original_class(module).__call__

@@ -4,8 +4,8 @@ The functions that change something return a new model. The given model is not c
 Callers pass an `Adapter` or its name.
 
 Scales are arrays. A compiled function that takes the model's state as an argument is therefore not compiled again when
-an adapter is switched or scaled. Nor is it when an adapter is replaced by one with the same shapes (`delete`, then
-`load_adapter` under the same name).
+an adapter is switched or scaled. The same holds when an adapter is replaced by one with the same shapes: by `delete`,
+then `load_adapter` under the same name.
 """
 
 import math
@@ -33,8 +33,8 @@ def adapter_names(model: nnx.Module) -> tuple[str, ...]:
 def set_scale(model: nnx.Module, adapter: Adapter | str, scale: float | Array) -> nnx.Module:
     """Return the model with a new scale for an adapter, which multiplies everything that the adapter adds.
 
-    The scale 1 gives the adapter as it was trained, and 0 switches it off. The new scale replaces an earlier one. Every
-    part of the adapter holds it, such as the only part in this example:
+    The scale 1 gives the adapter as it was trained, and 0 switches it off. The new scale replaces an earlier one. It is
+    stored in every part of the adapter. The adapter in this example has one part:
 
     >>> import surm_jax
     >>> model, adapter = surm_jax.adapt(
@@ -135,7 +135,7 @@ def kernel_change(row: AttachedPart) -> Float[Array, "in out"]:
     The change is a float32 matrix, and includes the scale of the part.
 
     Raises:
-        UserError: If no change of the kernel has the effect of the part.
+        UserError: If no change of the kernel has the same effect as the part, which may be a branch, for example.
     """
     # An output part does not use a kernel, and its module may have none.
     kernel = kernel_matrix(row.module, row.path) if row.part.slot == KERNEL else jnp.zeros((0, 0))

@@ -43,8 +43,8 @@ def merge(model: nnx.Module, adapters: Iterable[Adapter | str] | None = None) ->
 
     Raises:
         UserError: If the model does not have an adapter; if an adapter has a branch, which cannot be merged into a
-            kernel; if an update or a kernel is not finite; or if an adapter that is not merged has a part on the same
-            layer that depends on the kernel (DoRA).
+            kernel; if an update or a kernel is not finite; or if an adapter that is not merged has a part, such as that
+            of DoRA, that depends on a kernel into which another adapter is merged.
     """
     model = nnx.clone(model)
     names = adapter_names(model) if adapters is None else checked_names(model, adapters)

@@ -16,7 +16,7 @@ from surm_jax.peft.methods.settings import check_setting
 from surm_jax.peft.parts.base import Part, Place
 
 METHODS: dict[str, type["Method"]] = {}
-"""Every registered method, by its name."""
+"""A dictionary from the name of each registered method to its class."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class PartMethod(Method):
         """
 
     def choose(self, paths: list[str]) -> list[str]:
-        """Return the paths of the modules that get a part. By default, these are all that a rule matches.
+        """Return the paths of the modules that get a part. By default, every module that the rule matches gets one.
 
         Args:
             paths: The paths of the modules that the rule matches. At least one of them must be returned.

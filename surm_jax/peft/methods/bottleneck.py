@@ -54,10 +54,10 @@ class AdapterDrop(_Waisted):
     skip: int = at_least(5, 0)
 
     def choose(self, paths: list[str]) -> list[str]:
-        """Return the paths of the modules in blocks with an index of at least `skip`, or in no block.
+        """Return the paths of the modules in a block whose index is at least `skip`, or outside of all blocks.
 
         Raises:
-            UserError: If there is no such module.
+            UserError: If all of the modules are in blocks with smaller indices.
         """
         blocks = {path: _block(path) for path in paths}
         chosen = [path for path, block in blocks.items() if block is None or block >= self.skip]

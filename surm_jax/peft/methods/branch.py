@@ -16,11 +16,11 @@ from surm_jax.structured import StructuredMatrix
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Branch(PartMethod):
-    """A branch added to the output X of a module: `X + act(X M) + b`, or `X + act(X D + d) U + b` through a waist.
+    """A non-linear branch beside the output X of a module, `X + act(X M) + b` or `X + act(X D + d) U + b`.
 
-    The first form is SURM's adapter (arXiv 2406.17740, section 4.2). Its non-linearity comes after the whole matrix M,
-    so that M can be stored in its smallest form. The second form is Houlsby's adapter (arXiv 1902.00751). Its waist is
-    the hidden layer between D and U, which has few features.
+    The first form, with one matrix M, is SURM's adapter (arXiv 2406.17740, section 4.2). Its non-linearity comes after
+    the whole product X M, so that M can be stored in its smallest form. The second form, with the matrices D and U, is
+    Houlsby's adapter (arXiv 1902.00751). Between D and U it has a hidden layer of few features, the waist.
 
     Attributes:
         alpha: The factor of the added term, which is `alpha * (act(X M) + b)` or `alpha * (act(X D + d) U + b)`.
@@ -46,7 +46,7 @@ class Branch(PartMethod):
 
     @abc.abstractmethod
     def init_branch(self, key: jax.Array, width: int) -> tuple[StructuredMatrix, ...]:
-        """Return the initial M, or D and U. The last of them equals zero, but its gradient is not zero."""
+        """Return (M,) or (D, U) with initial values. The last matrix equals zero, but its gradient is not zero."""
 
     def make_part(self, place: Place, key: jax.Array) -> BranchPart:
         """Return the initial branch for one module."""

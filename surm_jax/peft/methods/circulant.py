@@ -17,7 +17,8 @@ class CirculantUpdate(Update):
 
     The method is SURM's (arXiv 2406.17740, section 4.1). r1 starts at 0, r2 at `scale * N(0, 1)`. The learning rate
     applies to r1 and r2 directly: nothing is divided by n. With plain gradient descent, the first step of r1 is
-    proportional to `scale`, and the first change of the update to `scale^2`:
+    proportional to `scale`, and the first change of the update to `scale^2`. In this example, r1 and r2 have 768
+    entries each, and a file stores the 768 entries of their product:
 
     >>> matrix = CirculantUpdate(scale=0.02).init(jax.random.key(0), (768, 768))
     >>> matrix.num_params, matrix.compact().num_params

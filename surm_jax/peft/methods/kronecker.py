@@ -12,7 +12,7 @@ from surm_jax.structured import Kronecker
 
 
 def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """Return uniform numbers of variance `1 / (3 fan_in)`, as in PyTorch's linear layers and in the paper's code."""
+    """Return uniform random numbers of variance `1 / (3 fan_in)`, as in PyTorch's linear layers and in SURM's code."""
     bound = fan_in**-0.5
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 

@@ -1,4 +1,8 @@
-"""LoRA, the low-rank baseline, and variants that have another constant factor or train other parameters."""
+"""LoRA, the low-rank baseline, and three variants of it.
+
+rsLoRA divides alpha by the square root of the rank, LoRA-FIX freezes one of the two low-rank matrices, and DoRA also
+trains the lengths of the kernel's columns.
+"""
 
 import dataclasses
 from typing import ClassVar
@@ -21,7 +25,7 @@ class _LowRankUpdate(Update):
     rank: int = 1
 
     def unit(self, shape: tuple[int, int]) -> float:
-        """Return LoRA's factor `1 / rank`, which keeps the size of the update similar for all ranks."""
+        """Return LoRA's factor `1 / rank`, with which updates of different ranks have a similar size."""
         del shape
         return 1 / self.rank
 

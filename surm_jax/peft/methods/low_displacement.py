@@ -1,4 +1,4 @@
-"""Methods with matrices of low displacement rank, W(G, H): SURM's update and branch."""
+"""Methods with matrices of low displacement rank: SURM's update and branch."""
 
 import dataclasses
 from typing import ClassVar
@@ -12,11 +12,11 @@ from surm_jax.structured import LowDisplacementRank
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowDisplacementUpdate(Update):
-    """`W(G, H)`, a sum of r products of a circulant and a skew-circulant, with 2nr parameters (arXiv 2406.17740).
+    """A sum `W(G, H)` of r products of a circulant and a skew-circulant, with 2nr parameters (arXiv 2406.17740).
 
-    Section 3 of the paper defines the family. G contains the vectors of the r circulants, which start at 0. H contains
-    the vectors of the r skew-circulants, which start at `scale * N(0, 1)`. The default scale is that of the code
-    released with the paper.
+    Section 3 of the paper defines the family. The setting `rank` is r. G contains the vectors of the r circulants,
+    which start at 0. H contains the vectors of the r skew-circulants, which start at `scale * N(0, 1)`. The default
+    scale is that of the code released with the paper.
 
     >>> LowDisplacementUpdate(rank=4).init(jax.random.key(0), (768, 768)).num_params
     6144
@@ -33,7 +33,7 @@ class LowDisplacementUpdate(Update):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowDisplacementBranch(Branch):
-    """`X + gelu(X W(G, H)) + b` with a matrix of low displacement rank r, which trains 2nr + n parameters."""
+    """`X + gelu(X W) + b` with a matrix W of low displacement rank r, which trains 2nr + n parameters."""
 
     name: ClassVar[str] = "low_displacement_adapter"
     rank: int = 1

@@ -1,4 +1,4 @@
-"""Methods that have the family of their matrix as a setting: any family, or a sum or product of families."""
+"""Methods whose setting `family` names the family of their matrix, or a sum or product of several families."""
 
 import dataclasses
 import itertools
@@ -77,7 +77,7 @@ class StructuredBranch(_AnyFamily, Branch):
 
 
 def _zero(expression: str, key: jax.Array, shape: tuple[int, int], options: dict[str, Any]) -> StructuredMatrix:
-    """Return an initial matrix of the families in an expression. It equals zero, but its gradient does not vanish."""
+    """Return an initial matrix for an expression such as `A @ B + C`. It equals zero, but its gradient is not zero."""
     terms = []
     for number, term in enumerate(expression.split("+")):
         between = min(shape)
@@ -100,7 +100,7 @@ def _family(name: str, key: jax.Array, shape: tuple[int, int], options: dict[str
 
 
 def _random(matrix: StructuredMatrix, key: jax.Array, scale: float) -> StructuredMatrix:
-    """Return the matrix with random numbers in the array that `init` sets to zero, which `linear_in` names."""
+    """Return the matrix with random numbers in its array that starts at zero, the one that `linear_in` names."""
     name = matrix.linear_in
     array = matrix.arrays()[name]
     random = scale * jax.random.normal(jax.random.fold_in(key, 1), array.shape, array.dtype)

@@ -56,7 +56,7 @@ class _Stack(nnx.Module):
         self.arrays = nnx.List([AdapterConstant(jnp.stack(row)) for row in rows])
 
     def one(self, arrays: Sequence[Array]) -> Any:
-        """Return a part of the common structure with given arrays, in the order of the leaves of its state."""
+        """Return a part with the common structure and the given arrays, one for each leaf of the part's state."""
         return nnx.merge(self.like, jax.tree.unflatten(self.structure, arrays))
 
     def first(self) -> Any:
@@ -64,14 +64,15 @@ class _Stack(nnx.Module):
         return self.one([stacked[0] for stacked in self.arrays])
 
     def own(self, ids: Int[Array, "batch"]) -> list[Array]:
-        """Return the part's arrays, gathered for each example: each has the shape (batch, ...)."""
+        """Return the arrays of a part, each gathered to the shape (batch, ...) from the examples' adapters."""
         return [_own(stacked, ids) for stacked in self.arrays]
 
 
 class BankedKernelPart(KernelPart):
     """The terms that all adapters of a bank add to the output of one linear layer.
 
-    These are the terms of the adapters' own parts, and the changes of a kernel and a bias that adapters trained.
+    The term of an example is that of its adapter's part. If the adapter also trained the layer's kernel or bias, the
+    term includes the effect of this change.
 
     Args:
         count: The number of adapters.
@@ -153,7 +154,7 @@ class BankedOutputPart(OutputPart):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The shape of the first adapter's part."""
+        """The (in_features, out_features) of the parts, which are the same for all adapters."""
         return self.parts.first().shape
 
     @property
@@ -176,7 +177,7 @@ def _without_dropout(function: Callable[..., Array], *arguments: Any) -> Array:
 
 
 def _own(stacked: nnx.Variable, ids: Int[Array, "batch"]) -> Array:
-    """Return each example's row of an array of shape (adapters, ...), the row that belongs to its adapter."""
+    """Gather the values of each example's adapter from an array of shape (adapters, ...), as (batch, ...)."""
     # An id outside of the bank gives NaN. Without the fill value, it would silently get another adapter.
     return stacked[...].at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 

@@ -119,7 +119,8 @@ class Part(nnx.Module):
         """Return (c, M) if the part adds `x @ (c * M)`, for file formats that store a factor and a matrix.
 
         Raises:
-            UserError: If the part adds another term. The message is the end of a sentence that begins with "the part".
+            UserError: If the term of the part does not have this form. The message is the end of a sentence that begins
+                with "the part".
         """
         raise UserError(f"is {self.kind}, not a multiple of one matrix")
 
@@ -127,15 +128,16 @@ class Part(nnx.Module):
         """Set the arrays so that `change` is as near as possible to a dense matrix, and return the resulting change.
 
         Raises:
-            UserError: If this kind of part has no method to find such arrays.
+            UserError: If no method to find such arrays is implemented for this kind of part.
         """
         del target
         raise UserError(f"{type(self).__name__} has no method to approximate a given change")
 
     def for_bank(self, kernel: Float[Array, "in out"] | None) -> "Part":
-        """Return a part that adds the same term, in the form that a bank stacks (`load_bank`).
+        """Return a copy of the part for `load_bank`, which stacks the arrays of the copies of several adapters.
 
-        Values that depend only on the arrays and the kernel can be computed here once. A bank uses no dropout.
+        In a bank, where dropout is off, the copy adds the same term as the part. A subclass may use another class for
+        the copy, and may compute values here, once, that depend on nothing but the part's arrays and the kernel.
 
         Args:
             kernel: The kernel of the layer that the part was trained in. It is `None` for the output slot.
@@ -145,7 +147,11 @@ class Part(nnx.Module):
 
     @classmethod
     def alike(cls, parts: Sequence[Self]) -> Sequence[Self]:
-        """Return the parts of all adapters of a bank in one module, with the same structure where possible."""
+        """Return the parts with equal structure where possible, so that their arrays can be stacked.
+
+        Args:
+            parts: The parts of all adapters of a bank in one slot of one module, after `for_bank`.
+        """
         return parts
 
     def _change(self, kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
@@ -159,7 +165,7 @@ class KernelPart(Part):
     slot = KERNEL
 
     reads_kernel: ClassVar[bool] = True
-    """Whether the added term depends on the kernel or on `x @ kernel`. Merging another adapter would then change it."""
+    """Whether the added term depends on the kernel or on `x @ kernel`, which merging another adapter changes."""
 
     execution: str = "auto"
     """How structured products are computed, one of `surm_jax.structured.EXECUTIONS`."""
@@ -195,7 +201,7 @@ class OutputPart(Part):
     slot = OUTPUT
 
     def multiple(self) -> tuple[float, StructuredMatrix]:
-        """Raise an error, because the part does not belong to a kernel.
+        """Raise an error, because the part adds its term to the output of a module, not beside a kernel.
 
         Raises:
             UserError: Always.
@@ -266,7 +272,7 @@ def adapter_of(path: tuple[Any, ...]) -> str | None:
     >>> adapter_of(("blocks", 0, "query", "delta", "default", "r1"))
     'default'
     """
-    for length in range(len(path) - 1, 0, -1):  # From the end: modules of the model may be called like a slot.
+    for length in range(len(path) - 1, 0, -1):  # Search from the end: a module may be called like a slot.
         if path[length - 1] in SLOTS:
             return path[length]
     return None

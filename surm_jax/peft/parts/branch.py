@@ -79,7 +79,7 @@ class BranchPart(OutputPart):
         return tuple(stored.stored() for stored in self._stored())
 
     def for_bank(self, kernel: Array | None) -> "BranchPart":
-        """Return the branch without its dropout, which may differ between adapters."""
+        """Return the branch with dropout rate 0, so that branches with different dropout rates can be stacked."""
         part = nnx.clone(self)
         part.dropout = 0.0
         return part

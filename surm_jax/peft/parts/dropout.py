@@ -9,7 +9,7 @@ Use the block inside the function that is differentiated and compiled:
 
 The key is read while JAX traces the block, so a block around a call of a compiled function has no effect. If JAX traces
 a function once for several calls, such as a method under `nnx.remat` or `nnx.jit` in your own model, all calls drop the
-same entries. To avoid this, wrap a new function for each call.
+same entries. To avoid this, apply `nnx.remat` or `nnx.jit` to a new function object for each call.
 """
 
 import contextlib
