@@ -1,6 +1,7 @@
 """Tests of runs with several processes on one machine.
 
-They give the same result as a run with one process, also if one of the processes is interrupted or killed on the way.
+They give the same result as a run with one process, even if one of the processes is interrupted or killed and the run
+is then resumed.
 """
 
 import json
@@ -62,7 +63,7 @@ def flags_of(values):
 
 
 def alone(config, workdir):
-    """Run the same configuration in this process alone. The caller chooses as many devices as the processes had."""
+    """Run a configuration in this process alone. It must use as many devices as the several processes have together."""
     with Interruption() as interruption:
         return train(config, 0, workdir, interruption)
 

@@ -89,7 +89,7 @@ def damage_json(rng: random.Random, tree: Any) -> Any:
                 try:
                     holder[key], other[its_key] = other[its_key], holder[key]
                     json.dumps(tree)
-                except (ValueError, RecursionError):  # One value contains the other, and now itself.
+                except (ValueError, RecursionError):  # One value contained the other, and now contains itself.
                     holder[key] = None
             case 6 if type(holder[key]) is int:
                 holder[key] = rng.choice((holder[key] + 1, holder[key] - 1, -holder[key], holder[key] * 2**20, 2**62))
@@ -106,9 +106,9 @@ def _places(tree: Any):
 
 
 def write_json(rng: random.Random, tree: Any) -> bytes:
-    """Return a value as JSON text, sometimes with features that the standard library does not write.
+    """Return a value as JSON text, sometimes with features that the standard library never writes.
 
-    They are a key that occurs twice in an object, and very deep nesting.
+    One such feature is an object in which a key occurs twice. The other is very deep nesting.
     """
     text = json.dumps(tree)
     match rng.randrange(12):
@@ -125,8 +125,8 @@ def write_json(rng: random.Random, tree: Any) -> bytes:
 def damage_safetensors(rng: random.Random, data: bytes) -> bytes:
     """Return the content of a safetensors file with a damaged header.
 
-    The header is still at the beginning of the file, after its correct length. If the file has our metadata `config`,
-    half of the time only this is damaged.
+    The header stays at the beginning of the file, after its length, which is correct. If surm_jax has written metadata
+    with the key `config` into the header, only this metadata is damaged with probability 0.5.
     """
     size = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + size])

@@ -55,11 +55,12 @@ def run(folder: Path, numbers: range, seed: int) -> tuple[collections.Counter[st
 
     Args:
         folder: An empty folder for files.
-        numbers: The numbers of the examples.
+        numbers: The numbers of the examples. The number of an example determines its subject and, with the seed, its
+            damage.
         seed: The seed of all examples.
 
     Returns:
-        The number of examples for each subject and outcome, and a message for each problem.
+        A counter of the examples for each subject and outcome, and a list with a message for each problem.
     """
     whole, names = {}, list(SUBJECTS)
     for name, subject in SUBJECTS.items():
@@ -109,9 +110,9 @@ def _read(name: str, folder: Path, whole: Content) -> tuple[str, str]:
 
 
 def _problem_of(error: UserError) -> str:
-    """Return what is wrong with a `UserError`, or an empty string.
+    """Return a description of what is wrong with a `UserError`, or an empty string if nothing is.
 
-    It is wrong if its message is empty or very long, or if its cause is a `MemoryError`.
+    Something is wrong if its message is empty or very long, or if its cause is a `MemoryError`.
     """
     message, cause = str(error), error
     while cause := cause.__cause__ or cause.__context__:

@@ -1,4 +1,4 @@
-"""The files and folders that the fuzz tests damage: one of every kind that users may get from others."""
+"""The subjects of the fuzz tests, which are the kinds of files and folders that users may get from others."""
 
 import functools
 import json

@@ -27,7 +27,7 @@ def opened(folder, config):
 
 
 def begun(folder, config=CONFIG):
-    """Make a folder of a run that has made its first steps, so that the folder holds more than a configuration."""
+    """Make the folder of a run that has started training, so that it holds more files than the configuration."""
     opened(folder, config)
     (folder / "metrics.jsonl").write_text("")
 

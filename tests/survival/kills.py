@@ -65,7 +65,7 @@ def is_over(pid: int) -> bool:
 
 
 def moments(rng: random.Random, whole: float, workdir: Path) -> Callable[[], bool]:
-    """Choose the moment at which to kill a run, and return a function that says whether it has come.
+    """Choose at random when to kill a run, and return a function that tells whether this moment has come.
 
     Args:
         rng: The generator of random numbers.

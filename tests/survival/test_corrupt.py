@@ -1,7 +1,8 @@
 """Tests of unreadable examples and of the limit `config.data.max_corrupt`.
 
-Up to the limit, such an example is skipped, with a warning that names it, and is counted. Nothing else in the batches
-changes. One more unreadable example stops the run with an error.
+As long as the number of unreadable examples is within the limit, they are skipped and counted, and a warning names
+each of them. All other examples keep their places in the batches. One more unreadable example stops the run with an
+error.
 """
 
 import dataclasses
@@ -148,7 +149,7 @@ def test_going_on_counts_on(split, warned):
     resumed.set_state(state)
     assert before + rows(resumed, 8 - split) == expected
     assert resumed.corrupt == straight.corrupt == {1, 6}
-    # After resuming, only those unreadable examples are named that were not named before.
+    # After resuming, a warning names an unreadable example only if no warning has named it before.
     assert len(warned()) - named == 2 - len(interrupted.corrupt)
 
 

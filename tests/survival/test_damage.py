@@ -45,7 +45,7 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def damaged(content: bytes, other: bytes | None) -> Iterator[tuple[str, bytes | None]]:
-    """Yield damaged versions of a file, each as a description and the new content (None if the file is deleted).
+    """Yield pairs of a description of some damage and the damaged content of a file (None if the file is deleted).
 
     The file is cut off, one bit is flipped, a part is overwritten with zeros, a byte is appended, or the file is
     deleted or replaced.
@@ -104,7 +104,7 @@ def test_every_region_of_every_file_of_a_checkpoint(runs, tmp_path):
         path.write_bytes(content)
     print(f"{count} kinds of damage to {len(names)} files: all refused")
     assert count > 20 * len([name for name in names if (one / "2" / name).stat().st_size >= REGIONS])
-    # An undamaged checkpoint is read. Without it, the previous one is read.
+    # The undamaged checkpoint can be read. If it is deleted, the previous one is read.
     assert_equal_bits(
         host(Checkpoints(tmp_path / "c", BASE, CONFIG, DATA).restore(state_at(0)).state), host(state_at(2))
     )

@@ -63,7 +63,7 @@ def _old(leftovers):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """A list to which every call of `os.fsync` and `os.replace` is appended, as ("sync" or "rename", file name)."""
+    """A list of all calls of `os.fsync` and `os.replace` so far, as pairs of "sync" or "rename" and the file name."""
     noted = []
     fsync, replace = os.fsync, os.replace
 

@@ -1,4 +1,4 @@
-"""A test that runs which are killed by SIGKILL at random moments and resumed end like a run that was never killed."""
+"""A test that kills and resumes runs at random moments. They end with the same results as a run never killed."""
 
 import os
 import subprocess

@@ -1,4 +1,7 @@
-"""Tests that a run compiles nothing after its second step, and that a step copies nothing between host and device."""
+"""Tests that training wastes no time.
+
+A run compiles nothing after its second step, and a step copies nothing between host and device.
+"""
 
 import re
 
@@ -42,7 +45,7 @@ def test_nothing_is_compiled_after_the_second_step(tiny_files, tmp_path, monkeyp
         train_run(tiny.make_config(tiny_files, method, **VALUES), tmp_path)
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
-    # The entries are step numbers. 0 means before the first step or after the last.
+    # `compiled` holds the step number of each compilation, where 0 means before the first step or after the last.
     assert {0, 2} <= set(compiled) <= {0, 1, 2}
 
 

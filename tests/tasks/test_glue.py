@@ -54,7 +54,8 @@ def rte(files, tmp_path_factory):
 def stsb(files, tmp_path_factory):
     """The folder and the result of a complete run on STS-B, whose labels are scores.
 
-    There is no accuracy to plot. Drawing an empty legend would give a warning, which is an error here.
+    The task has no accuracy that the curves could show. If they had an empty legend, Matplotlib would give a warning.
+    Here such a warning is an error.
     """
     folder = tmp_path_factory.mktemp("run") / "stsb"
     with warnings.catch_warnings():

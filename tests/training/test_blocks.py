@@ -1,4 +1,8 @@
-"""Blocks in a scan compute the same as in a loop, and the size of their program does not depend on their number."""
+"""Tests of stacked blocks.
+
+Blocks that run in `jax.lax.scan` compute the same as blocks that run in a Python loop. The size of the program with the
+scan does not depend on the number of blocks.
+"""
 
 import shutil
 
@@ -28,11 +32,11 @@ KEY = jax.random.key(4)
 
 
 def loss_and_gradients(built: small.Small, scan: bool, key: jax.Array | None = None) -> tuple[float, dict]:
-    """Return the loss and the gradients of a model. The gradients are separate for each block, with and without a scan.
+    """Return the loss of a model and its gradients by path, with separate gradients for each block.
 
     Args:
         built: The model and a batch.
-        scan: Whether to stack equal blocks and run them in a scan.
+        scan: Whether to stack equal blocks and run them in `jax.lax.scan`.
         key: The key for dropout, or None for no dropout.
     """
     parts, trained, frozen = partition(built.model, built.adapter, scan_layers=scan)
@@ -155,7 +159,7 @@ def test_the_base_is_never_twice_in_memory():
 
 
 def test_states_of_training_are_the_same_in_files():
-    """The training state has the same form in checkpoints with and without a scan, also the optimiser's moments."""
+    """A checkpoint has the same content whether blocks are stacked or not. This includes the optimiser's moments."""
     states = {}
     for scan in (False, True):
         built = small.build("vit", "lora", depth=3)
@@ -184,7 +188,7 @@ def test_a_run_goes_on_in_a_loop_where_it_was_in_a_scan(tiny_files, tmp_path):
     _, scanned = run(True, tmp_path / "scanned")
     assert scanned["metrics"] == looped["metrics"]
     assert evaluate_run(tmp_path / "scanned", {})[0]["test"]["accuracy"] == scanned["metrics"]["test_accuracy"]
-    # Go back to the checkpoint before the last one.
+    # Delete the last checkpoint and the result, so that the next start resumes from the previous one.
     (tmp_path / "scanned" / "result.json").unlink()
     shutil.rmtree(tmp_path / "scanned" / "checkpoints" / "4")
     run(False, tmp_path / "scanned")
@@ -200,11 +204,11 @@ def test_a_run_goes_on_in_a_loop_where_it_was_in_a_scan(tiny_files, tmp_path):
 
 
 def program_size(depth, scan):
-    """Return the size of the program of a training step with AdamW: the number of lines of its text before compilation.
+    """Return the line count of the StableHLO text of a training step with AdamW, as a measure of its size.
 
     Args:
         depth: The number of blocks of the model.
-        scan: Whether to stack the blocks and run them in a scan.
+        scan: Whether to stack the blocks and run them in `jax.lax.scan`.
     """
     built = small.build("vit", "circulant", depth=depth, width=4, mlp_width=4)
     parts, trained, frozen = partition(built.model, built.adapter, scan_layers=scan)

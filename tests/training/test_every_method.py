@@ -1,8 +1,8 @@
 """Tests of the training step with every registered method.
 
-On the digits, the loss falls, all trained arrays change, and all other arrays do not. Frozen weights have no gradient,
-no state in the optimiser, and no output of the training step. Eight devices that split the base model and run its
-blocks in a scan compute the same as one device that runs the blocks in a loop.
+On the digits, the loss falls, all trained arrays change, and all other arrays do not. Frozen weights have no gradient
+and no state in the optimiser, and they are not returned by the training step. Eight devices that split the base model
+and run its blocks in `jax.lax.scan` compute the same as one device that runs the blocks in a Python loop.
 """
 
 import functools
@@ -96,7 +96,7 @@ def test_memory_holds_frozen_weights_once_and_trained_ones_three_times(method):
         memory = lowered.compile().memory_analysis()
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
     trained = size(built.trained)
-    # The state holds the trained arrays and Adam's two moments of each. The rest are counters.
+    # The state holds the trained arrays and two moments of each for Adam. The other leaves are counters.
     assert 0 < size(state) - 3 * trained < 100
     # Compare the sizes of the program's arguments and outputs. They are at most those of the arrays, because the
     # compiler may remove arguments that are not used.
@@ -115,7 +115,8 @@ def ten_steps(kind, method, mesh, scan):
     Returns:
         - The loss and the gradient norm of each step.
         - The trained arrays before the first step and after each step.
-        - The number of gradient entries that are computed together. Of a stack, only one block counts.
+        - The number of entries of all gradients. For a stack, only the gradients of one block are counted, because the
+          scan computes them block by block.
         - The frozen state.
         - The collectives in the compiled program.
     """
@@ -129,7 +130,8 @@ def ten_steps(kind, method, mesh, scan):
             state, metrics = step(state, frozen, batch, KEY, {})
             losses.append([float(metrics[name]) for name in ("train_loss", "gradient_norm")])
             arrays.append(tiny.host(parts.by_block(state.trained)))
-    # The gradients of a stack are computed one block after the other: divide the size of its arrays by their number.
+    # The scan computes the gradients of a stack block by block. So divide the size of a stacked array by the number of
+    # blocks.
     gradients = sum(slot.variable.size // len(slot.names) for slot in parts.slots)
     return np.array(losses), arrays, gradients, frozen, collectives(step.as_text())
 
@@ -154,7 +156,7 @@ def test_eight_devices_compute_what_one_computes_and_exchange_gradients_and_weig
     assert max(weights, default=0) < small.BATCH * 5 * 16
     assert {kind for kind, _, _ in found} == ({"all-reduce", "all-gather"} if weights else {"all-reduce"})
     assert {size for kind, sizes, _ in found for size in sizes if kind == "all-gather"} <= weights
-    # The all-reduced arrays have more entries than the gradients of the head, and at most as many as all gradients (of
-    # a stack, those of one block), the loss and a few scalars.
+    # The all-reduced arrays have more entries than the gradients of the head. They have at most as many entries as the
+    # gradients that `ten_steps` has counted, the loss and a few scalars together.
     reduced = sum(size for kind, sizes, _ in found for size in sizes if kind == "all-reduce")
     assert 3 * 16 + 3 < reduced <= gradients + 4

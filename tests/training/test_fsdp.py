@@ -1,6 +1,6 @@
 """Tests of a base model that is split over devices (`config.mesh.fsdp`).
 
-Training and evaluation give the same results, they take less memory, and only weights are gathered.
+Training and evaluation give the same results as without splitting and take less memory. Only weights are gathered.
 """
 
 import jax
@@ -68,12 +68,13 @@ def test_arguments_take_less_memory_the_more_devices_share_the_base(built_for):
 def memory(depth, scan):
     """Return the size of the temporary arrays of a training step, and the size of the base model, in bytes.
 
-    The base model is split over eight devices, and the size of temporary arrays is that on one of them. The batch has
-    only one token for each example, so that the activations are small compared with the weights.
+    The base model is split over eight devices. The temporary arrays are those of one device. The size of the base model
+    is that of all devices together. The batch has only one token for each example, so that the activations are small
+    compared with the weights.
 
     Args:
         depth: The number of blocks.
-        scan: Whether to stack the blocks and run them in a scan.
+        scan: Whether to stack the blocks and run them in `jax.lax.scan`.
     """
     built = small.build("bert", "lora", depth=depth, width=64, mlp_width=256, remat="block")
     mesh = make_mesh(1, {}, fsdp=8)

@@ -33,9 +33,10 @@ def start(config, seed, workdir):
 
 @pytest.fixture
 def signal_at(monkeypatch):
-    """A function `(number, *steps)` after which this process gets the signal `number` in these steps.
+    """A function `(number, *steps)` that arranges for this process to get the signal `number` in the given steps.
 
-    The steps are counted from 1 since the run was started. The signal comes when the batch is moved to the devices.
+    Steps are counted from 1 at the next start of a run. The signal comes when the batch of the step is moved to the
+    devices.
     """
 
     def arrange(number, *steps):
@@ -95,11 +96,12 @@ def test_what_a_run_leaves_behind(tiny_files, tmp_path, monkeypatch, capsys):
 
 
 def written_out(config, seed, factors):
-    """Return the training losses of a run, computed by a simple loop with `optax.adamw` on one device.
+    """Compute the training losses that a run should have, in a simple loop with `optax.adamw` on one device.
 
     Args:
-        config: The configuration of the run. It must have two micro-batches, label smoothing 0.1, and the learning
-            rates, weight decay and clipping norm that are also written in this function.
+        config: The configuration of the run. Its settings of the optimiser must be those that are written into this
+            function: two micro-batches, label smoothing 0.1, clipping norm 0.5, learning rates 0.05 (adapter) and 0.02
+            (head), and weight decay 0.1 for the head.
         seed: The seed of the run.
         factors: For each update, the factor by which the peak learning rates are multiplied.
     """
@@ -221,7 +223,7 @@ def test_a_run_that_goes_on_holds_no_more_than_one_that_was_never_stopped(tiny_f
     config = tiny.make_config(tiny_files, "full", **values)
 
     def bytes_held(workdir):
-        """Return the bytes of all JAX arrays that exist before the last step of a run."""
+        """Start or resume a run, and return the size in bytes of all JAX arrays that exist before its last step."""
         held, put = [], loop.put_batch
 
         def put_batch(*arguments):

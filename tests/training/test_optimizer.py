@@ -13,7 +13,7 @@ RATES = {"circulant": 1e-2, "lora": 2e-2, "linear_probe": 3e-2, "full": 4e-2}
 
 
 def factor(config: OptimConfig, step: int) -> float:
-    """Return the factor of the learning rate after `step` updates, written from the definition of the schedule."""
+    """Return the factor of the learning rate after `step` updates, computed without optax."""
     warmup = round(config.warmup_ratio * config.steps)
     if step < warmup:
         return step / warmup

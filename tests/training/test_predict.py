@@ -1,4 +1,4 @@
-"""Tests of `--mode=predict`: the table of sentences that is read, the table that is written, and all errors."""
+"""Tests of `--mode=predict`, which reads a table of sentences and writes a table of predictions, and of its errors."""
 
 import csv
 import dataclasses

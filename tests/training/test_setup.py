@@ -38,7 +38,7 @@ def test_a_part_of_the_data(tiny_files):
     config = tiny.make_config(tiny_files, **values)
     task = prepare(config, 3).task
     assert (task.classes, task.model_config.num_classes) == (("2", "0"), 2)
-    # The class "1" is left out, to which 7 of the 21 test examples belong.
+    # The class "1" is left out. 7 of the 21 test examples belong to it.
     assert (task.examples, len(task.holdout), len(task.dataset.test)) == (5, 4, 14)
     assert task.dataset.test.labels.tolist() == [1, 0] * 7
     # `describe_config`, which loads no weights, also finds that the new head has two outputs.
@@ -157,8 +157,8 @@ RULES = (
     Rule("blocks/1/attention/key", None),
     Rule(r"blocks/\d+/mlp/(up|down)", LoRA(rank=1), parts=2, which=(1,)),
 )
-# The rule that the target "qkv" becomes. It comes last, and so applies only to those modules (`LEFT`) that no rule of
-# `RULES` matches.
+# The rule that `config.peft.target` = "qkv" adds after `RULES`. So it applies only to the modules in `LEFT`, which no
+# rule in `RULES` matches.
 LAST = Rule(r"blocks/\d+/attention/(query|key|value)", CirculantUpdate())
 LEFT = {"blocks/0/attention/value", "blocks/1/attention/query", "blocks/1/attention/value"}
 PLACES = {f"blocks/0/attention/{name}" for name in ("query", "key")}
@@ -166,7 +166,7 @@ PLACES |= {f"blocks/{block}/mlp/{name}" for block in (0, 1) for name in ("up", "
 
 
 def adapted(**values):
-    """Adapt a ViT of two blocks, whose weights are not allocated. Return the `Adapter`, and its parts by module path.
+    """Adapt a ViT of two blocks without allocating its weights. Return the `Adapter` and its parts by module path.
 
     Args:
         **values: Values of the section `config.peft`, by key.

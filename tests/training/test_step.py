@@ -30,7 +30,7 @@ def make_step(partition, optimizer, mesh, **options):
 
 
 class Trace(Partition):
-    """A `Partition` that counts the calls of `merge`. Since JAX calls it only while tracing, it counts the traces."""
+    """A `Partition` that counts the calls of `merge`, which happen only when JAX traces the training step."""
 
     count = 0
 
@@ -40,9 +40,9 @@ class Trace(Partition):
 
 
 class Toy:
-    """A replacement for a `Partition` whose model computes its logits from the dropout key alone (`key_logits`).
+    """A replacement for `Partition`. Its model ignores the images, and computes its logits from the dropout key.
 
-    Thus the loss shows which key the model was given.
+    Thus the loss shows which key the model was given (`key_logits`).
     """
 
     @staticmethod
@@ -114,8 +114,8 @@ def test_what_a_step_changes_and_what_not(built_for, method):
 def kernel_gradients(built):
     """Return the shapes of all kernel gradients that a training step computes.
 
-    They are the results of all products and convolutions in the step's jaxpr that sum over the examples of the batch
-    and have the shape of a kernel, with its axes in any order.
+    The function searches the jaxpr of the step for products and convolutions that sum over the examples of the batch.
+    Such a result is a kernel gradient if it has the shape of a kernel, with its axes in any order.
     """
     mesh = make_mesh(1, {})
     step = make_step(built.partition, SGD, mesh)
@@ -195,13 +195,13 @@ def toy_step(accumulate):
 
 
 def drawn(count, seed=0, accumulate=1, start=0):
-    """Return the losses of some steps of the `Toy` model, which depend only on the dropout keys that it was given.
+    """Return the training losses of the `Toy` model at `count` steps, which show the dropout keys of these steps.
 
     Args:
         count: The number of steps.
         seed: The seed of the run's key.
         accumulate: The number of micro-batches.
-        start: The number of steps already made.
+        start: The number of steps that the training state has already counted before the first of these steps.
     """
     mesh = make_mesh(1, {})
     batch = put_batch({"image": np.zeros((8, 2), np.float32), "label": np.zeros(8, np.int32)}, mesh)

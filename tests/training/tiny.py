@@ -121,9 +121,10 @@ def assert_equal_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) 
 
 
 def assert_close(one: dict[str, np.ndarray], other: dict[str, np.ndarray], tolerance: float) -> None:
-    """Check that two dictionaries of arrays differ only by rounding, such as that of sums in another order.
+    """Check that two dictionaries of arrays differ only by rounding errors.
 
-    In each array, all entries may differ by `tolerance` times its largest absolute entry, or times 1 if that is larger.
+    Each entry may differ by `tolerance` times the largest absolute entry of its array, or by `tolerance` if that entry
+    is smaller than 1.
     """
     assert one.keys() == other.keys()
     for name, array in one.items():
@@ -134,8 +135,8 @@ def assert_close(one: dict[str, np.ndarray], other: dict[str, np.ndarray], toler
 def assert_near(exact: dict[str, np.ndarray], rounded: dict[str, np.ndarray], tolerance: float) -> None:
     """Check that the arrays in `rounded` are near those in `exact`.
 
-    The norm of the difference may be `tolerance` times the norm of the exact array. There is no absolute tolerance, so
-    that an array of zeros must be exactly zero in both.
+    For each array, the norm of the difference may be at most `tolerance` times the norm of the exact array. There is no
+    absolute tolerance. So if the exact array is zero, the other must be zero, too.
     """
     assert exact.keys() == rounded.keys()
     norms = {name: (np.linalg.norm(rounded[name] - array), np.linalg.norm(array)) for name, array in exact.items()}

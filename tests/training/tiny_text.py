@@ -129,7 +129,7 @@ def make_config(files: Path, task: str = "rte", method: str = "circulant", **ove
 
 
 def logits_one_by_one(model: nnx.Module, folder: Path, sentences: list[tuple[str, ...]]) -> np.ndarray:
-    """Return the logits of sentences, of which each is computed alone, without padding and without a mask."""
+    """Return the logits of sentences. The model runs on each sentence alone, without padding and without a mask."""
     tokens = data.load_tokenizer(folder).encode(data.TextSource(sentences, np.zeros(len(sentences), int)), 128)
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens, types: nnx.merge(graphdef, state)(tokens, token_types=types))
