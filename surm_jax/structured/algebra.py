@@ -171,9 +171,9 @@ class Sum(Composite):
 class Product(Composite):
     """The product of structured matrices, `M = A @ B`, with `x @ M = (x @ A) @ B`.
 
-    `x @ M` costs as much as all these products together. Intermediate results stay in float32 or float64
-    and are not rounded to the dtype of `x`. The rank of `M` is at most the smallest rank of a factor. A factor that is
-    itself a `Product` is replaced by its factors.
+    `x @ M` costs as much as the products with all factors together. Intermediate results stay in float32 or float64 and
+    are not rounded to the dtype of `x`. The rank of `M` is at most the smallest of the ranks of the factors. A factor
+    that is itself a `Product` is replaced by its factors.
 
     Attributes:
         factors: The matrices that are multiplied, at least one. `x` is multiplied by the first one first.
@@ -195,7 +195,7 @@ class Product(Composite):
 
     @property
     def small_residuals(self) -> bool:
-        """False, because the backward pass needs the results between the factors, which are about as large as `x`."""
+        """False, because the backward pass needs the intermediate results, which are about as large as `x`."""
         return False
 
     @property
@@ -233,10 +233,10 @@ class Scaled(Composite):
     """A multiple of a structured matrix, `alpha * M`.
 
     The type of alpha decides whether alpha is trained. A Python or NumPy number is a constant and belongs to the pytree
-    structure, like a size. A JAX array of shape () is one more leaf: it has a gradient, and `arrays()` contains it. The
-    code released with arXiv 2406.17740 has such a trained alpha. A constant multiple of a constant multiple is stored
-    as a single `Scaled`, with the product of both constants. In the last example, only the array counts as a third
-    parameter.
+    structure, like the shape. A JAX array of shape () is one more leaf: it has a gradient, and `arrays()` contains it.
+    The code released with arXiv 2406.17740 has such a trained alpha. A constant multiple of a constant multiple is
+    stored as a single `Scaled`, with the product of both constants. In the last example, the array `jnp.zeros(())`
+    counts as a third parameter, and the constant 0.0 does not.
 
     Attributes:
         matrix: The structured matrix that is multiplied by alpha.

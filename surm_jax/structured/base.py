@@ -157,11 +157,11 @@ def sum_pieces(total: int, term: Callable[[int], list[Piece | str]], *, most: in
 class StructuredMatrix(abc.ABC):
     """A matrix `M` of shape (in_features, out_features) with few parameters and a fast product `x @ M`.
 
-    Instances are frozen pytrees: the arrays are leaves, and the sizes belong to the pytree structure. So they can be
-    arguments and results of functions under `jit`, `grad` and `vmap`, and of optimisers. The constructor checks the
-    arrays. When JAX unflattens a pytree, it does not call the constructor, so the arrays are not checked. A stack of
-    matrices, such as the result of `jax.vmap` over `init`, has a leading axis in every leaf. Call its methods inside
-    another `jax.vmap`.
+    Instances are frozen pytrees: the arrays are leaves, and static fields, such as the shape, belong to the pytree
+    structure. So they can be arguments and results of functions under `jit`, `grad` and `vmap`, and of optimisers. The
+    constructor checks the arrays. When JAX unflattens a pytree, it does not call the constructor, so the arrays are not
+    checked. A stack of matrices, such as the result of `jax.vmap` over `init`, has a leading axis in every leaf. Call
+    its methods inside another `jax.vmap`.
 
     Parameters keep their own dtype. Products and dense forms are computed in the dtype that `compute_dtype` returns:
     float64 if an operand has it, otherwise float32.
@@ -323,7 +323,7 @@ class StructuredMatrix(abc.ABC):
         return self * -1.0
 
     def __eq__(self, other: object) -> bool:
-        """Return whether both matrices have the same class, equal sizes and identical array objects.
+        """Return whether both matrices have the same class, equal static fields and identical array objects.
 
         The values of the arrays are not compared.
         """
@@ -348,7 +348,7 @@ class StructuredMatrix(abc.ABC):
         return tuple(getattr(self, name) for name in self._size_names)
 
     def _structure(self) -> tuple[Any, ...]:
-        """Return the class and the sizes as a hashable value, which does not depend on the arrays."""
+        """Return the class and the static fields as a hashable value, which does not depend on the arrays."""
         return type(self), self._sizes()
 
     def _replace(self, arrays: dict[str, Array]) -> Self:

@@ -1,4 +1,4 @@
-"""Search for the structured matrix nearest to a dense one, for families in which it has no formula.
+"""Search for the matrix of a family nearest to a dense matrix, for families in which no formula gives it.
 
 The approximation study of arXiv 2406.17740 fits its matrices `W(G, H)` (`LowDisplacementRank`) by gradient descent. The
 search here uses L-BFGS. The error has no noise and is a polynomial of low degree in the parameters, so L-BFGS reaches
@@ -31,13 +31,14 @@ def refine(start: Matrix, target: Float[ArrayLike, "in out"], *, steps: int = 20
 
     The search minimises `||target - M||_F^2 / ||target||_F^2` over all array leaves with `optax.lbfgs` and its line
     search. The result is the nearest matrix that the search has visited. It is never further from the target than
-    `start`, and in general it is a local minimum. The search ends early when its error is only rounding noise. A direct
-    call also ends when 25 steps have not reduced the error.
+    `start`, and in general it is a local minimum. The search ends early when its error is only rounding noise. Outside
+    transformations of JAX, such as `jax.jit` and `jax.vmap`, it also ends when 25 steps have not reduced the error.
 
-    Under `jax.jit` and `jax.vmap` the search is one compiled loop. A direct call compiles a loop of at most 25 steps,
-    once for each structure and shape, and calls it repeatedly. A leaf that is zero changes only if its gradient is not
-    zero. The gradient of a factor of a product is zero if another factor is zero, so at most one factor of `start`
-    should be zero.
+    Inside a transformation the search is one compiled loop. Outside, the function compiles a loop of at most 25 steps,
+    once for each structure and shape, and calls it repeatedly.
+
+    A leaf that is zero changes only if its gradient is not zero. The gradient of a factor of a product is zero if
+    another factor is zero, so at most one factor of `start` should be zero.
 
     Args:
         start: The structured matrix from which the search starts.

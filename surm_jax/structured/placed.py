@@ -1,4 +1,4 @@
-"""A structured matrix as one block of a larger matrix of zeros, to update one part of a packed kernel.
+"""A structured matrix as one block of a larger matrix that is zero elsewhere, to update one part of a packed kernel.
 
 A packed kernel holds several kernels side by side, such as those of query, key and value. A `Sum` of several `Placed`
 matrices updates several parts of it. Like the classes in `surm_jax.structured.algebra`, a `Placed` matrix has the
@@ -20,8 +20,9 @@ from surm_jax.structured.base import StructuredMatrix, checked_shape, matrix_pyt
 class Placed(Composite):
     """A matrix `P` that is zero except for one block, the structured matrix `M`.
 
-    If `M` has m rows, `x @ P` is `x[..., row : row + m] @ M`, padded with zeros to the output features of `P`. This
-    costs as much as the product with `M`, plus one copy for the padding.
+    If `M` has m rows and begins at `(row, column)`, `x @ P` is `x[..., row : row + m] @ M`, padded with zeros on the
+    left and right to the output features of `P`. This costs as much as the product with `M`, plus one copy for the
+    padding.
 
     Attributes:
         matrix: The structured matrix `M`.

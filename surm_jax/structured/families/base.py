@@ -1,11 +1,12 @@
 """Base class of the families of structured matrices, and the registry of all families.
 
-A family is a class of matrices with one formula, such as all circulant matrices. To add one, write a file with a
-subclass of `Family` and decorate the class with `family`. The file may be anywhere, because importing it registers the
-class under its name. Name the array leaves as in the paper that proposes the family. The class implements `T`, `_apply`
-and `_dense`, as every structured matrix does, and `init` and `nearest`, as every family does. If `init` and `nearest`
-take options, such as a rank, the class also lists their names (`option_names`) and chooses their values for a budget of
-parameters (`options_within`) and for benchmarks (`typical_options`). All other code uses only these members.
+A family is the set of all matrices that one formula describes, such as all circulant matrices. One class implements it.
+To add a family, write a file with a subclass of `Family` and decorate the class with `family`. The file may be
+anywhere, because importing it registers the class under its name. Name the array leaves as in the paper that proposes
+the family. The class implements `T`, `_apply` and `_dense`, as every subclass of `StructuredMatrix` does, and `init`
+and `nearest`, as every family does. If `init` and `nearest` take options, such as a rank, the class also defines three
+more members. `option_names` lists the names of the options, `options_within` chooses their values for a given largest
+number of parameters, and `typical_options` chooses their values for benchmarks. All other code uses only these members.
 """
 
 import abc
@@ -45,12 +46,13 @@ class Family(StructuredMatrix):
     def init(cls, *args: Any, **options: Any) -> Self:
         """Return the matrix with which training starts. It equals zero but has a non-zero gradient.
 
-        If the family has several factors, one factor is zero and the others are random. The arguments are `init(key,
-        shape, *, scale, dtype=float32, **options)`:
+        If the matrix is computed from several arrays, one array is zero and the others are random. The arguments are
+        `init(key, shape, *, scale, dtype=float32, **options)`:
 
-        - key: Random key for the random factors.
+        - key: Random key for the random arrays.
         - shape: `(in_features, out_features)`.
-        - scale: Standard deviation of the random factors. The speed of the first steps is proportional to its square.
+        - scale: Standard deviation of the random arrays. If there are two arrays, the change of the matrix in the first
+          step of gradient descent is proportional to the square of the scale.
         - dtype: Dtype of the parameters.
         - options: Options of the family, such as a rank.
 
@@ -75,11 +77,11 @@ class Family(StructuredMatrix):
 
     @property
     def title(self) -> str:
-        """The name of the family in plain words, for tables and pictures."""
+        """The name of the family in tables and pictures, such as "low rank" for `LowRank`."""
         return self._title or re.sub("(?<=[a-z])(?=[A-Z])", " ", type(self).__name__).lower()
 
     def options(self) -> dict[str, Any]:
-        """Return the options of this matrix. With them, `init` and `nearest` return matrices of the same sizes."""
+        """Return the options of this matrix by name, such as `{"rank": 4}`. `init` and `nearest` take them."""
         return {name: getattr(self, name) for name in self.option_names}
 
     @classmethod
@@ -96,7 +98,7 @@ class Family(StructuredMatrix):
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return the options of the matrix with the most parameters within a budget, or None if none is within it.
+        """Return the options that give the most parameters within a budget, or None if no options stay within it.
 
         Args:
             shape: `(in_features, out_features)`.
@@ -166,7 +168,8 @@ def family(cls: type[F]) -> type[F]:
     become array leaves, in the order in which the class declares them.
 
     Args:
-        cls: The class. It becomes `FAMILIES[cls.__name__]`. Configurations and messages use this name.
+        cls: The class. It becomes `FAMILIES[cls.__name__]`. Configurations and error messages refer to the family by
+            this name.
 
     Raises:
         UserError: Another family has this name, or the class is not a subclass of `Family` or lacks a method that every
@@ -223,7 +226,8 @@ def scaled_normal(
 ) -> Array:
     """Return an array of random numbers `scale * N(0, 1)` in `dtype`.
 
-    The scale is converted to `dtype` first, because a NumPy number would promote half precision to a wider dtype.
+    The scale is converted to `dtype` first, because a NumPy scalar in float32 or float64 would promote an array in half
+    precision to a wider dtype.
     """
     return jnp.asarray(scale, dtype) * jax.random.normal(key, tuple(shape), dtype)
 

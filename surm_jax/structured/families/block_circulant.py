@@ -1,10 +1,13 @@
-"""Block-circulant matrices: a single block is a circulant matrix, and blocks of size 1 give any dense matrix.
+"""Block-circulant matrices, which are divided into square blocks that are circulant matrices.
 
-The paper (arXiv 2406.17740) writes `W x`. In its notation, block (q, p) of `W` is the circulant matrix `Z_1(c[p, q])`,
-which maps block p of the input to block q of the output. Here `y = x @ M` with `M = W^T`, and `c[p, q]` is the first
-ROW of block (p, q) of `M`.
+A matrix of a single block is circulant, and with blocks of size 1 every matrix is block-circulant.
 
-A matrix may be rectangular, but the size of the blocks must divide both of its sizes. Nothing is padded.
+The paper (arXiv 2406.17740) writes `W x`. In its notation, block (q, p) of `W` is `Z_1(c[p, q])`, the circulant matrix
+whose first column is `c[p, q]`. It maps block p of the input to block q of the output. Here `y = x @ M` with `M = W^T`,
+and `c[p, q]` is the first ROW of block (p, q) of `M`.
+
+A matrix may be rectangular, but the size of the blocks must divide both in_features and out_features. Nothing is
+padded.
 """
 
 import math
@@ -25,9 +28,10 @@ from surm_jax.structured.families.circulant import Circulant
 class BlockCirculant(Family):
     """Matrix of circulant b x b blocks, `M[p b + i, q b + j] = c[p, q, (j - i) mod b]`.
 
-    It has in * out / b parameters. The product with one row of x takes in / b real FFTs of length b, out / b inverse
-    FFTs, and for each of the b / 2 + 1 frequencies a product of a complex vector and a complex matrix of shape (in / b,
-    out / b). With a single block this is `Circulant`. `M` is `W^T` in the notation of arXiv 2406.17740.
+    The formula gives entry (i, j) of block (p, q). The matrix has in * out / b parameters. For each row of x, the
+    product takes in / b real FFTs of length b and out / b inverse FFTs. For each of the b / 2 + 1 frequencies it also
+    takes the product of a complex vector of length in / b and a complex matrix of shape (in / b, out / b). A matrix of
+    a single block equals a `Circulant`. `M` is `W^T` in the notation of arXiv 2406.17740.
 
     The fine-tuning method C3A (arXiv 2407.19342) adds such a matrix to a kernel. The C3A layer in Hugging Face's peft
     has a weight `w` of shape (out / b, in / b, b) and adds `y[q b + i] = sum_{p, a} x[p b + a] w[q, p, (a - i) mod b] /
@@ -83,12 +87,12 @@ class BlockCirculant(Family):
             key: Not used.
             shape: `(in_features, out_features)`.
             scale: Not used.
-            block: The size of the blocks, a divisor of both sizes of the matrix. The default is their greatest common
-                divisor, which gives the fewest parameters.
+            block: The size of the blocks, a divisor of in_features and out_features. The default is their greatest
+                common divisor, which gives the fewest parameters.
             dtype: Dtype of `c`.
 
         Raises:
-            UserError: The shape is not two positive integers, or the block does not divide both of them.
+            UserError: The shape is not two positive integers, or the size of the blocks does not divide both of them.
         """
         m, n = checked_shape(cls.__name__, shape)
         b = _checked_block(block, (m, n))
@@ -105,7 +109,8 @@ class BlockCirculant(Family):
             block: The size of the blocks, as in `init`.
 
         Raises:
-            UserError: `dense` is not a floating-point matrix, or the block does not divide both of its sizes.
+            UserError: `dense` is not a floating-point matrix, or the size of the blocks does not divide both dimensions
+                of `dense`.
         """
         dense = checked_dense(cls.__name__, dense)
         m, n = dense.shape
@@ -142,8 +147,8 @@ class BlockCirculant(Family):
         return _convolve_blocks(x, self.c)
 
     def _dense(self) -> Float[Array, "in out"]:
-        # Row i of a block is a slice of two copies of its c, one after the other. In reverse mode, slices are far
-        # faster than indexing.
+        # Two copies of the vector c of a block are concatenated, so row i of the block is a slice of the result. In
+        # reverse mode, slices are far faster than indexing.
         b, twice = self.block, jnp.concatenate([self.c, self.c], axis=-1)
         rows = jax.vmap(lambda i: jax.lax.dynamic_slice_in_dim(twice, b - i, b, axis=-1), out_axes=1)(jnp.arange(b))
         return rows.reshape(self.shape)

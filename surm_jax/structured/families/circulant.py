@@ -1,7 +1,9 @@
-"""Circulant matrices, and the Hadamard product of two of them, which has the best results in arXiv 2406.17740.
+"""Circulant matrices, and Hadamard products of two circulant matrices.
 
-The paper (arXiv 2406.17740) writes `W x` with `W = Z_1(c)`, `W[i, j] = c[(i - j) mod N]`. Here `y = x @ M` with
-`M = W^T`, so `M[i, j] = c[(j - i) mod N]`: the first ROW of `M` is `c`, and `y` is the circular convolution of `x` and
+In the paper (arXiv 2406.17740), the Hadamard products have the best results.
+
+The paper writes `W x` with the circulant matrix `W = Z_1(c)`, `W[i, j] = c[(i - j) mod N]`. Here `y = x @ M` with
+`M = W^T`, so `M[i, j] = c[(j - i) mod N]`. The first ROW of `M` is `c`, and `y` is the circular convolution of `x` and
 `c`.
 
 A rectangular m x n matrix is the top-left m x n block of a square circulant matrix of size `N = max(m, n)`, and has N
@@ -23,9 +25,9 @@ from surm_jax.structured.products.fourier import circular_convolve
 class Circulant(LinearInVector):
     """Circulant matrix `M[i, j] = c[(j - i) mod N]`, N = max(in, out): the transpose of `Z_1(c)` of arXiv 2406.17740.
 
-    `x @ M = irfft(rfft(x) * rfft(c))`. So it has N parameters and takes O(N log N) operations per row of x, while a
-    dense square matrix has N^2 parameters and takes N^2 multiplications per row. Products, sums and Hadamard products
-    of square circulant matrices are circulant.
+    If in = out, `x @ M = irfft(rfft(x) * rfft(c))`. The matrix has N parameters, and the product takes O(N log N)
+    operations per row of x. A dense square matrix has N^2 parameters and takes N^2 multiplications per row. Products,
+    sums and Hadamard products of square circulant matrices are circulant.
 
     Attributes:
         c: (N,), the first row of `M`, which is the first column of the paper's `W`.
@@ -73,15 +75,17 @@ class Circulant(LinearInVector):
 
 @family
 class CirculantPair(Family):
-    """Hadamard product of two circulant matrices of arXiv 2406.17740, `C(r1) o C(r2) = C(r1 * r2)`.
+    """Hadamard product of two circulant matrices, `C(r1) o C(r2) = C(r1 * r2)`, of arXiv 2406.17740.
 
-    The product is itself a circulant matrix, so it represents the same matrices as `Circulant` at the same cost. It has
-    2N parameters in training, while `compact` returns an equal `Circulant` with N. Gradient descent on two factors
-    takes another path than on one vector: r1 is zero when training starts, and r2 is random.
+    Here `C(r)` is the circulant matrix with the first row r, and `o` is the elementwise product. The result is itself a
+    circulant matrix, so this family contains the same matrices as `Circulant`, and the product with x costs as much. A
+    matrix has 2N parameters in training, while `compact` returns an equal `Circulant` with N parameters. Training
+    differs from that of a `Circulant`, because gradient descent on the two vectors takes another path than gradient
+    descent on their product. When training starts, r1 is zero and r2 is random.
 
     Attributes:
-        r1: (N,), N = max(in, out), the first row of the first circulant matrix; zero when training starts.
-        r2: (N,), the first row of the second circulant matrix; random when training starts.
+        r1: (N,), N = max(in, out), the first row of the first circulant matrix. It is zero when training starts.
+        r2: (N,), the first row of the second circulant matrix. It is random when training starts.
         shape: `(in_features, out_features)`. Rectangular matrices are blocks of square ones, as in `Circulant`.
 
     >>> CirculantPair(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]), shape=(2, 2)).to_dense()
@@ -119,10 +123,10 @@ class CirculantPair(Family):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:
-        """Return the circulant matrix nearest to `dense` (`Circulant.nearest`), with `r1 = c` and `r2 = 1`.
+        """Return the circulant matrix nearest to `dense` (`Circulant.nearest`), with `r1 = c` and ones in r2.
 
-        This factorisation is exact. No entry is zero in both vectors, because the gradients of such an entry would be
-        zero too, and training could not change it.
+        So `r1 * r2` is exactly the vector c of the nearest `Circulant`. No index has a zero in both vectors, because
+        the gradients of both entries would be zero too, and training could not change them.
 
         Raises:
             UserError: `dense` is not a floating-point matrix.

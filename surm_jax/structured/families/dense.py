@@ -16,7 +16,7 @@ class Dense(Family):
     """Any matrix. It has in * out parameters, and takes as many multiplications per row of x.
 
     Attributes:
-        W: (in_features, out_features), the matrix itself; zero when training starts.
+        W: (in_features, out_features), the matrix itself. It is zero when training starts.
 
     >>> Dense(jnp.array([[1.0, 2.0, 3.0]])).shape
     (1, 3)

@@ -82,13 +82,13 @@ class SkewCirculant(LinearInVector):
 class FCirculant(Family):
     """f-circulant matrix `M = Z_f(v)^T` of arXiv 2406.17740: `M[i, j] = v[j - i]`, or `f * v[N + j - i]` if j < i.
 
-    `Z_f = (1 + f)/2 Z_1 + (1 - f)/2 Z_{-1}` for every real f. So `x @ M` is the weighted sum of a circular and a
-    skew-circular convolution, and takes O(N log N) operations per row of x. For f = 1 or f = -1 only one convolution is
-    computed. The usual method scales the matrix by powers of the Nth root of f to get a circulant matrix. It loses
-    digits as f approaches 0 and fails at f = 0. The rounding errors of the method used here are proportional to the
-    larger of 1 and abs(f).
+    `Z_f(v) = (1 + f)/2 Z_1(v) + (1 - f)/2 Z_{-1}(v)` for every real f. So `x @ M` is the weighted sum of a circular and
+    a skew-circular convolution, and takes O(N log N) operations per row of x. For f = 1 or f = -1, one of the two
+    weights is zero, and only the other convolution is computed. The usual method instead turns `M` into a circulant
+    matrix: it multiplies rows and columns by powers of the Nth root of f. That method loses digits as f approaches 0
+    and fails at f = 0. The rounding errors of the method used here are proportional to the larger of 1 and abs(f).
 
-    The second example shows that the transpose stores the same vector v, with `transposed` set.
+    In the example, the transpose `M.T` stores the same vector v and sets `transposed`.
 
     Attributes:
         v: (N,), N = max(in, out): the first row of `M`, or its first column if `transposed` is True.
@@ -146,14 +146,15 @@ class FCirculant(Family):
 
         `v[k] = sum(w D) / sum(w^2)`. Both sums run over the entries D of `dense` at (i, j) with j - i = k mod N, which
         form a wrapped diagonal. The weight w is f for entries that wrap around and 1 for the others. This is the
-        projection, because the matrices that hold w on one wrapped diagonal and 0 elsewhere are orthogonal. `v[k]` is 0
-        if no entry of the matrix depends on it: if f = 0 and all entries of the wrapped diagonal wrap around. The
-        projection takes O(m n) operations.
+        projection, because the matrices that hold w on one wrapped diagonal and 0 elsewhere are orthogonal. If f = 0
+        and all entries of a wrapped diagonal wrap around, no entry of the matrix depends on `v[k]`, and `v[k]` is 0.
+        The projection takes O(m n) operations.
+
+        For the nearest matrix with `transposed = True`, pass the transpose of `dense` and transpose the result.
 
         Args:
             dense: The matrix to approximate, (in_features, out_features).
-            f: The factor by which entries that wrap around are multiplied. For the nearest matrix with `transposed =
-                True`, pass the transpose of `dense` and transpose the result.
+            f: The factor by which entries that wrap around are multiplied.
 
         Raises:
             UserError: `dense` is not a floating-point matrix, or f is not a finite real number.
@@ -170,7 +171,7 @@ class FCirculant(Family):
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return f = 0 if N parameters are within the budget, otherwise None.
+        """Return the option f = 0 if the N parameters of the matrix are within the budget, otherwise None.
 
         Every f gives N parameters. With f = 0 the matrices are triangular Toeplitz, which `Circulant` does not contain.
         """
@@ -225,7 +226,7 @@ def _diagonal_means(dense: Float[Array, "m n"], f: float, *, transposed: bool) -
     """
     m, n = dense.shape
     i, k = jnp.arange(m)[:, None], jnp.arange(n)[None, :]
-    # Row i is rolled so that every wrapped diagonal k becomes a column. j mod n is the column of the entry in `dense`.
+    # Row i is rolled so that wrapped diagonal k becomes column k. j mod n is the column of the entry in `dense`.
     j = i - k if transposed else i + k
     entries = dense[i, j % n]
     wraps: Bool[Array, "m n"] = (j < 0) if transposed else (j >= n)

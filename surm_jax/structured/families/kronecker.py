@@ -1,11 +1,14 @@
-"""Kronecker products and sums of them, which have few parameters, and often nearly full rank with the default factors.
+"""Kronecker products and sums of Kronecker products.
+
+They have few parameters. With the default shapes of the factors, their rank is often nearly full.
 
 The paper (arXiv 2406.17740) writes `W x` with `W = A (x) B`, where `(x)` is the Kronecker product. Here `y = x @ M`
 with `M = W^T = A^T (x) B^T`, because the transpose of a Kronecker product is the product of the transposed factors. So
 the factors `A` and `B` in this file are the transposes of the paper's factors.
 
-The shapes of the two factors multiply to the shape of the matrix, which may be rectangular. Nothing is padded. If a
-size of the matrix is prime, one factor has a single row or column, and the rank may be 1.
+The shapes of the two factors multiply to the shape of the matrix, which may be rectangular. Nothing is padded. If
+in_features or out_features is prime, one of the factors has a single row or column, and the Kronecker product may have
+rank 1.
 """
 
 import math
@@ -33,15 +36,15 @@ class Kronecker(Family):
     Its entries are `M[i1 m2 + i2, j1 n2 + j2] = sum_k A[k, i1, j1] B[k, i2, j2]`. `M` is the transpose of the `W` of
     arXiv 2406.17740, with each factor transposed.
 
-    If a row of x is reshaped to an m1 x m2 matrix X, the row of `x @ M` is `sum_k A_k^T X B_k`, reshaped to a vector.
-    The products with A and B are computed in the cheaper order. A row takes k (m1 n1 m2 + n1 m2 n2) multiplications if
-    A comes first, and k (m1 m2 n2 + m1 n1 n2) if B comes first. With one term and factors of 32 x 24 and 24 x 32
+    If a row of x is reshaped to an m1 x m2 matrix X, the row of `x @ M` is `sum_k A_k^T X B_k`, reshaped to a vector. X
+    is multiplied by A and B in the cheaper order. For each row of x, this takes k (m1 n1 m2 + n1 m2 n2) multiplications
+    if A comes first, and k (m1 m2 n2 + m1 n1 n2) if B comes first. With one term and factors of 32 x 24 and 24 x 32,
     these are 36,864 multiplications, while a dense 768 x 768 matrix takes 589,824. The rank of one Kronecker product is
     the rank of A times the rank of B.
 
     Attributes:
-        A: (k, m1, n1), the first factors of all products; zero when training starts.
-        B: (k, m2, n2), the second factors of all products; random when training starts.
+        A: (k, m1, n1), the first factors of all products. It is zero when training starts.
+        B: (k, m2, n2), the second factors of all products. It is random when training starts.
 
     >>> Kronecker(A=jnp.array([[[1.0, 2.0, 3.0]]]), B=jnp.array([[[1.0], [10.0]]])).to_dense()
     Array([[ 1.,  2.,  3.],
@@ -179,7 +182,7 @@ class Kronecker(Family):
 
 
 def factor_piece(name: str, k: int, terms: int) -> Piece:
-    """Return the piece of a picture for `array[k]`, the factor of term k in the array of this name.
+    """Return the `Piece` that shows `array[k]` in a picture, the factor of term k in the array of this name.
 
     Its label is the name of the array, with the index k if the sum has several terms.
     """
@@ -190,10 +193,10 @@ def factor_piece(name: str, k: int, terms: int) -> Piece:
 def near_square_factors(shape: tuple[int, int]) -> FactorShapes:
     """Return the shapes of two factors with the fewest parameters `m1 n1 + m2 n2` and, among these, the highest rank.
 
-    The number of parameters is smallest if both factors have about equally many. The largest rank that a Kronecker
-    product of these shapes can have is `min(m1, n1) min(m2, n2)`, which is largest if both factors are nearly square.
-    Among shapes with equal numbers of parameters and equal ranks, the largest m1 is chosen, because `x @ M` is then
-    cheaper.
+    The number of parameters is smallest if both factors have about equally many parameters. The largest rank that a
+    Kronecker product of these shapes can have is `min(m1, n1) min(m2, n2)`, which is largest if both factors are nearly
+    square. Among shapes with equal numbers of parameters and equal ranks, the shapes with the largest m1 are chosen,
+    because `x @ M` is then cheaper.
 
     Args:
         shape: `(in_features, out_features)` of the product.
@@ -266,10 +269,10 @@ def _multiply_rows(
 ) -> Float[Array, "*batch out"]:
     """Return `sum_k A_k^T X B_k` for each row of x, where X is the row reshaped to an m1 x m2 matrix.
 
-    There are two products of two-dimensional arrays, in each of which one operand holds all rows of x. The second
-    product also computes the sum over k. So the gradients are products of two-dimensional arrays too, and those of A
-    and B sum over all rows. Between the two products, the short axes are transposed. `einsum` takes about twice the
-    time and memory on CPUs.
+    It takes two products of two-dimensional arrays. In each of them, one operand holds all rows of x. The second
+    product also computes the sum over k. So the gradients are products of two-dimensional arrays too, and the gradients
+    of A and B sum over all rows. Between the two products the intermediate array is transposed, but its first axis, the
+    rows of x, stays in place. `jnp.einsum` would take about twice the time and memory on CPUs.
     """
     k, m1, n1 = A.shape
     _, m2, n2 = B.shape

@@ -1,19 +1,23 @@
 """Matrices of low displacement rank, which range from circulant matrices (rank 1) to all matrices (full rank).
 
-In the paper (arXiv 2406.17740) `W(G, H) = sum_{i<r} Z_1(g_i) Z_{-1}(h_i)` is a sum of r terms. Each term is the product
-of a circulant matrix, whose first column is `g_i`, and a skew-circulant matrix, whose first column is `h_i`. Here `y =
-x @ M` with `M = W(G, H)^T`, so x is multiplied by the skew-circulant matrix first.
+The paper (arXiv 2406.17740) defines a square matrix `W(G, H)` by two arrays G and H of shape (N, r), whose columns are
+`g_i` and `h_i`: `W(G, H) = sum_{i<r} Z_1(g_i) Z_{-1}(h_i)`. Each of the r terms is the product of a circulant matrix,
+whose first column is `g_i`, and a skew-circulant matrix, whose first column is `h_i`. Here `y = x @ M` with
+`M = W(G, H)^T`, so x is multiplied by the skew-circulant matrix first.
 
 The algorithms in this file follow from the displacement equation
 
     Z_1 W - W Z_{-1} = 2 G (J H)^T,    where J reverses the order of the rows.
 
-`Z_1` and `Z_{-1}` without an argument are the matrices that shift a vector by one place, cyclically and with a change
-of sign. The left-hand side is called the displacement of W. The equation holds because circulant matrices commute with
-`Z_1`, skew-circulant matrices commute with `Z_{-1}`, `Z_1 - Z_{-1} = 2 e_0 e_{N-1}^T`, and `J h` is the last row of
-`Z_{-1}(h)`. `Z_1` and `Z_{-1}` have no eigenvalue in common, so the displacement determines W. Hence a matrix is `W(G,
-H)` with r columns exactly if the rank of its displacement is at most r. Along each diagonal of W the equation is a
-recurrence, from which the dense form is computed. A truncated SVD of the displacement of a matrix gives G and H.
+`Z_1` and `Z_{-1}` without an argument are the matrices that shift a vector by one place. `Z_1` shifts it cyclically,
+and `Z_{-1}` also changes the sign of the entry that wraps around. The left-hand side is called the displacement of W,
+and its rank is the displacement rank. The equation holds because circulant matrices commute with `Z_1`, skew-circulant
+matrices commute with `Z_{-1}`, `Z_1 - Z_{-1} = 2 e_0 e_{N-1}^T` for the unit vectors `e_i`, and `J h` is the last row
+of `Z_{-1}(h)`. `Z_1` and `Z_{-1}` have no eigenvalue in common, so the displacement determines W. Hence a matrix equals
+some `W(G, H)` with r columns exactly if the rank of its displacement is at most r.
+
+Along each diagonal of W the equation is a recurrence, from which the dense form is computed. A truncated SVD of the
+displacement of a matrix gives G and H.
 
 A rectangular m x n matrix is the top-left m x n block of a square matrix of size `N = max(m, n)`. Inputs are padded
 with zeros, and outputs are truncated.
@@ -46,18 +50,19 @@ class LowDisplacementRank(Family):
 
     `x @ M` takes 2r + 2 real FFTs of length N per row of x: one of `x`, two for each term, and one inverse FFT of the
     sum of all terms, which are added in the frequency domain. The backward pass takes as many again. The dense form
-    takes O(m n r) operations, and FFTs of only one row.
+    takes O(m n r) operations, for a matrix of shape (m, n), and the FFTs for a single row.
 
-    In the first example H makes the skew-circulant factor the identity, so the result is the circulant matrix of g. In
-    the second example the roles are exchanged, and the result is the first two rows of a skew-circulant matrix.
+    In the first example, H is the first unit vector. So the skew-circulant factor is the identity, and the result is
+    the circulant matrix of g. In the second example, G is the first unit vector, and the result is the first two rows
+    of the skew-circulant matrix of g.
 
     Attributes:
-        G: (N, r), the first columns of the circulant matrices; zero when training starts.
-        H: (N, r), the first columns of the skew-circulant matrices; random when training starts.
+        G: (N, r), the first columns of the circulant matrices. It is zero when training starts.
+        H: (N, r), the first columns of the skew-circulant matrices. It is random when training starts.
         shape: `(in_features, out_features)`.
-        transposed: Whether `M = W(G, H)` instead of `W(G, H)^T`. In the transpose of `W(G, H)`, the skew-circulant
-            matrices come first. With the circulant matrices first, it would need up to r + 2 terms. So the transpose
-            keeps G and H and sets this flag.
+        transposed: Whether `M = W(G, H)` instead of `W(G, H)^T`. In the transpose of `W(G, H)`, each skew-circulant
+            matrix comes before its circulant matrix. To write the transpose in the form `W(G, H)`, with other arrays G
+            and H, up to r + 2 terms would be needed. So the transpose keeps G and H and sets this flag.
 
     >>> g, h = jnp.array([[1.0], [2.0], [3.0]]), jnp.array([[1.0], [0.0], [0.0]])
     >>> LowDisplacementRank(G=g, H=h, shape=(3, 3)).to_dense()  # the circulant of g
@@ -119,10 +124,11 @@ class LowDisplacementRank(Family):
         """Return a matrix `W(G, H)^T` near to `dense` in the Frobenius norm, found by two searches.
 
         The nearest matrix has no closed form. One search starts from the truncated SVD of the displacement of `dense`.
-        The other starts from random G and H with about the norm of `dense`, the same in every call. Each search is
-        one call of `surm_jax.structured.refine`. The result is the nearest among both found matrices
-        and the best multiple of each. So it is never further from `dense` than either of them or the zero matrix. The
-        multiples matter most for `steps = 0`, because the truncated SVD is often further from `dense` than zero.
+        The other starts from random G and H with about the norm of `dense`, the same in every call. Each search is one
+        call of `surm_jax.structured.refine`. The method compares four matrices with `dense`: the results of both
+        searches and the best multiple of each result. It returns the nearest of them, which is never further from
+        `dense` than the zero matrix. The multiples matter most for `steps = 0`, because the truncated SVD is often
+        further from `dense` than the zero matrix.
 
         Even with `steps = 0` the result equals `dense` in three cases: for every `dense` if the rank is at least min(m,
         n), for a Toeplitz matrix if the rank is at least 2, and for a square matrix whose displacement has at most this
@@ -228,7 +234,7 @@ def _for_terms(spectra: Array, x: Array) -> Array:
 
 
 def _block(G: Float[Array, "N r"], H: Float[Array, "N r"], rows: int, columns: int) -> Float[Array, "rows columns"]:
-    """Return the top-left block of `W(G, H)` of shape (rows, columns), of which at least one is N.
+    """Return the top-left block of `W(G, H)` of shape (rows, columns). At least one of the two sizes is N.
 
     By the displacement equation, column k + 1 of W is column k, cyclically shifted down by one place, minus `2 G` times
     row k of `J H`. Similarly, row a is obtained from row a - 1: subtract `2 G_a (J H)^T`, shift the result by one
@@ -257,9 +263,9 @@ def _rolling_sums(
 def _running_sums(rows: Float[Array, "k N"]) -> Float[Array, "k N"]:
     """Return the cumulative sums over rows: row i of the result is the sum of rows 0 to i.
 
-    Two matrix products compute them: one within blocks of about `sqrt(k)` rows, and one over the sums of the blocks. On
-    a CPU `jnp.cumsum` takes twice as long, forward and backward. On an accelerator a loop would launch one kernel per
-    row.
+    Two matrix products compute them: one sums within blocks of about `sqrt(k)` rows, and one sums over the blocks. On a
+    CPU `jnp.cumsum` takes twice as long, in the forward and in the backward pass. On an accelerator a loop would launch
+    one kernel per row.
     """
     k, N = rows.shape
     size = math.isqrt(k - 1) + 1
@@ -273,8 +279,8 @@ def _running_sums(rows: Float[Array, "k N"]) -> Float[Array, "k N"]:
 def _turned_back_rows(rows: Float[Array, "k N"], sign: int) -> Float[Array, "k N"]:
     """Return the k rows with row i shifted to the left by i places, for k <= N.
 
-    An entry that wraps around is multiplied by `sign`. Reshaping does the shifts. Indexing would be a gather, whose
-    gradient is a slow scatter.
+    An entry that wraps around is multiplied by `sign`. The shifts are done by padding and reshaping. Indexing would be
+    a gather, whose gradient is a slow scatter.
     """
     k, N = rows.shape
     wide = jnp.concatenate([rows, sign * rows[:, : k - 1]], axis=1).reshape(-1)
@@ -312,8 +318,8 @@ def _completed(dense: Float[Array, "in out"]) -> Float[Array, "N N"]:
     """Return a square matrix W such that `dense` is the top-left block of `W^T`.
 
     The other entries of `W^T` continue the diagonals of `dense`, and wrap around at the border, with a change of sign
-    if m > n. There the displacement of W is zero except in one row or column. So the rank of the displacement is at
-    most min(m, n), and a Toeplitz `dense` gives a Toeplitz W.
+    if m > n. So at most m columns of the displacement of W are not zero, or at most n rows if m > n. Hence the rank of
+    the displacement is at most min(m, n), and a Toeplitz `dense` gives a Toeplitz W.
     """
     m, n = dense.shape
     if m <= n:

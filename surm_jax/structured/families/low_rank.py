@@ -15,12 +15,13 @@ from surm_jax.structured.families.base import Family, checked_dense, family, lar
 class LowRank(Family):
     """Matrix of rank at most r, `M = down @ up`, which is the transpose of `W = A B^T` in arXiv 2406.17740.
 
-    It has r (in + out) parameters. `x @ M` is computed as `(x @ down) @ up` and takes as many multiplications per row
-    of x. `down` is the paper's `B` and the `lora_a` of Flax. `up` is the paper's `A^T` and the `lora_b` of Flax.
+    It has r (in + out) parameters. `x @ M` is computed as `(x @ down) @ up` and takes r (in + out) multiplications per
+    row of x. `down` is called `B` in the paper and `lora_a` in Flax. `up` is called `A^T` in the paper and `lora_b` in
+    Flax.
 
     Attributes:
-        down: (in_features, r); random when training starts.
-        up: (r, out_features); zero when training starts.
+        down: (in_features, r). It is random when training starts.
+        up: (r, out_features). It is zero when training starts.
 
     >>> LowRank(down=jnp.array([[1.0], [10.0]]), up=jnp.array([[1.0, 2.0, 3.0]])).to_dense()
     Array([[ 1.,  2.,  3.],

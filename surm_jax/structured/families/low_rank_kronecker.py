@@ -35,13 +35,13 @@ class LowRankKronecker(Family):
     """Sum of k Kronecker products, `M = sum_k A_k (x) (down_k up_k)`, whose second factors have rank at most r.
 
     It has k (m1 n1 + r (m2 + n2)) parameters. The product `x @ M` first computes the matrices `B_k = down_k up_k`, once
-    for all rows of x, and then costs as much per row as with `Kronecker`. The rank of one Kronecker product is at most
-    the rank of `A_k` times r.
+    for all rows of x. Then each row costs as much as with `Kronecker`. The rank of one Kronecker product is at most the
+    rank of `A_k` times r.
 
     Attributes:
-        A: (k, m1, n1), the first factors of all products; zero when training starts.
-        down: (k, m2, r), the left matrices in the second factors; random when training starts.
-        up: (k, r, n2), the right matrices in the second factors; random when training starts.
+        A: (k, m1, n1), the first factors of all products. It is zero when training starts.
+        down: (k, m2, r), the left matrices in the second factors. It is random when training starts.
+        up: (k, r, n2), the right matrices in the second factors. It is random when training starts.
 
     >>> down, up = jnp.array([[[1.0], [10.0]]]), jnp.array([[[1.0, 3.0]]])
     >>> M = LowRankKronecker(A=jnp.array([[[1.0, 2.0]]]), down=down, up=up)

@@ -27,15 +27,16 @@ from surm_jax.structured.families.base import Family, checked_dense, family
 class Tiled(Family):
     """Large matrix made of copies of a small matrix `M`, which MoRA (arXiv 2405.12130) adds to kernels.
 
-    The array `lora_A.weight` in the released code of MoRA is `M^T`. A row of x is divided into chunks of p features. If
-    p does not divide in_features, the row is extended with its own first features, x[i] = x[i - in] for i >= in, to the
-    end of the last chunk. There are two ways to multiply the chunks by M:
+    `M` has the shape (p, p'). Its transpose is the array `lora_A.weight` in the released code of MoRA. A row of x is
+    divided into chunks of p features. If p does not divide in_features, the row is extended with its own first
+    features, x[i] = x[i - in] for i >= in, to the end of the last chunk. There are two ways to multiply the chunks by
+    M:
 
     - Sharing (equation 6, type 1 of the released code): the chunks are summed, the sum is multiplied by M, and the p'
-      results are repeated along the output, `y[j] = sum_i x[i] M[i mod p, j mod p']`. If p divides in, the entry (i, j)
-      of the dense form is `M[i mod p, j mod p']`. Otherwise the features that extend the last chunk are used twice, so
-      their rows in the dense form are sums of two rows. The rank is that of M. A row of x takes in + p p' + out
-      operations.
+      results are repeated along the output, `y[j] = sum_i x[i] M[i mod p, j mod p']`. If p divides in_features, the
+      entry (i, j) of the dense form is `M[i mod p, j mod p']`. Otherwise the features that extend the last chunk are
+      used twice. The rows of the dense form for these features are sums of two rows of M, repeated to the length of the
+      output. The rank is that of M. A row of x takes in + p p' + out operations.
     - Rotation (equation 9, type 6 of the released code): chunk c of x, `x[c p : (c + 1) p]`, is rotated as in a rotary
       position embedding (arXiv 2104.09864). The entries a and a + p / 2, for a < p / 2, are the two coordinates of a
       plane, and are rotated by the angle `c / 10000^(2a / p)`. Then the chunk is multiplied by M. The results of all
@@ -44,8 +45,8 @@ class Tiled(Family):
       would lie beyond the end of the output have no effect. A row of x takes in p' multiplications.
 
     Attributes:
-        M: (p, p'), p <= in and p' <= out, with an even p for rotation; zero when training starts. In the paper it is
-            square.
+        M: (p, p'), p <= in and p' <= out, with an even p for rotation. It is zero when training starts. In the paper it
+            is square.
         shape: `(in_features, out_features)`.
         rotate: Whether to use rotation instead of sharing.
         transposed: Whether this is the transpose of the matrix in the formulas. The formulas extend and rotate the
@@ -167,7 +168,10 @@ class Tiled(Family):
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return the largest side, for sharing, within the budget of parameters, or None if no side is."""
+        """Return the largest side with which `M` has at most `budget` parameters, or None if no side is possible.
+
+        The option `rotate` keeps its default, so the matrix uses sharing.
+        """
         # If the side exceeds the smaller of in_features and out_features, M grows only along the larger one.
         square = math.isqrt(max(0, budget))
         side = square if square <= min(shape) else min(budget // min(shape), max(shape))
@@ -269,7 +273,7 @@ def _sizes(shape: tuple[int, int], side: int, rotate: bool) -> tuple[int, int]:
 def _chunks(shape: tuple[int, int], sizes: tuple[int, int], rotate: bool) -> int:
     """Return the number of chunks of the input that are used.
 
-    Sharing uses all chunks. Rotation uses at most as many as the output has.
+    Sharing uses all chunks. Rotation uses at most as many chunks as the output has chunks of p' features.
     """
     (m, n), (p, q) = shape, sizes
     return min(-(-m // p), -(-n // q)) if rotate else -(-m // p)
@@ -296,7 +300,7 @@ def _fold(x: Float[Array, "*batch n"], k: int) -> Float[Array, "*batch k"]:
 
 
 def _turn(x: Float[Array, "*batch chunks p"], sign: int) -> Float[Array, "*batch chunks p"]:
-    """Return x with every chunk rotated by the angles of its index, or rotated back if `sign` is -1."""
+    """Return x with chunk c rotated by the angles of the class docstring for c, or rotated back if `sign` is -1."""
     chunks, p = x.shape[-2:]
     cos, sin = (
         jnp.expand_dims(jnp.asarray(table, x.dtype), tuple(range(x.ndim - 2))) for table in _tables(chunks, p, sign)
@@ -307,7 +311,7 @@ def _turn(x: Float[Array, "*batch chunks p"], sign: int) -> Float[Array, "*batch
 
 @functools.cache
 def _tables(chunks: int, p: int, sign: int) -> tuple[Float[np.ndarray, "chunks p/2"], Float[np.ndarray, "chunks p/2"]]:
-    """Return the cosines and the sines, multiplied by `sign`, of the angles of every chunk, in float64."""
+    """Return the cosines of the rotation angles of all chunks, and `sign` times the sines, in float64."""
     angles = np.outer(np.arange(chunks), 10000.0 ** (-2 * np.arange(p // 2) / p))
     return np.cos(angles), sign * np.sin(angles)
 

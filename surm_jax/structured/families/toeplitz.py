@@ -1,9 +1,11 @@
 """Toeplitz matrices, which are constant along every diagonal, and symmetric Toeplitz matrices.
 
 The paper (arXiv 2406.17740) writes `W x`. Here `y = x @ M` with `M = W^T`, so the entries above the main diagonal of
-`M` are those below the main diagonal of `W`. A symmetric square matrix is its own transpose.
+`M` are those below the main diagonal of `W`. For a symmetric square matrix the two conventions agree, because it is its
+own transpose.
 
-A rectangular matrix can be a Toeplitz matrix too, so nothing is padded.
+A Toeplitz matrix may be rectangular. So, unlike a rectangular `Circulant`, a rectangular `Toeplitz` is not a block of a
+square matrix with the same parameters.
 """
 
 from collections.abc import Callable
@@ -24,10 +26,11 @@ from surm_jax.structured.products.fourier import fast_length, inverse_skew_fft, 
 class Toeplitz(LinearInVector):
     """Toeplitz matrix `M[i, j] = t[j - i + in - 1]`, which has one parameter for each diagonal.
 
-    These are in + out - 1 parameters. A Toeplitz matrix is a block of a larger circulant or skew-circulant matrix,
-    whose size is at least in + out - 1. The product with x embeds it into a skew-circulant matrix, which has the
-    cheaper FFTs, forward and backward: for in = out they are complex FFTs of length in, without padding. The product
-    takes O(N log N) operations per row of x, N = max(in, out). `M` is the transpose of the `W` of arXiv 2406.17740.
+    It has in + out - 1 parameters. A Toeplitz matrix is a block of a larger circulant or skew-circulant matrix, whose
+    size is at least in + out - 1. The product with x embeds it into a skew-circulant matrix, because this needs cheaper
+    FFTs than a circulant matrix, in the forward and in the backward pass. For in = out they are complex FFTs of length
+    in, without padding. The product takes O(N log N) operations per row of x, N = max(in, out). `M` is the transpose of
+    the `W` of arXiv 2406.17740.
 
     Attributes:
         t: (in + out - 1,), the first column of `M` from bottom to top, followed by the rest of its first row.
@@ -91,9 +94,9 @@ class Toeplitz(LinearInVector):
 class SymmetricToeplitz(LinearInVector):
     """Symmetric Toeplitz matrix `M[i, j] = t[|i - j|]`, which has max(in, out) parameters.
 
-    For in = out it is its own transpose. A rectangular matrix is the top-left block of a symmetric square matrix of
-    size max(in, out). The product with x costs as much as with `Toeplitz`. `M` is the transpose of the `W` of arXiv
-    2406.17740.
+    `M` is the transpose of the `W` of arXiv 2406.17740. For in = out both are equal, because `M` is its own transpose.
+    A rectangular matrix is the top-left block of a symmetric square matrix of size max(in, out). The product with x
+    costs as much as with `Toeplitz`.
 
     Attributes:
         t: (max(in, out),), where `t[k]` is the entry at distance k from the main diagonal. It is the longer of the
@@ -148,7 +151,7 @@ class SymmetricToeplitz(LinearInVector):
 
 @batch_local
 def apply_in_turn(x: Float[Array, "*batch in"], *matrices: Toeplitz | SymmetricToeplitz) -> Float[Array, "*batch out"]:
-    """Return `x @ M1 @ M2 ...` for the given matrices, where each device computes its part of the batch.
+    """Return `x @ M1 @ M2 ...` for the given matrices. Each device computes its part of the batch.
 
     `x` and all matrices have the same dtype, float32 or float64.
     """
@@ -168,9 +171,9 @@ def _project(
 ) -> Float[Array, " k"]:
     """Return the vector t of length `count` for which `build(t)` is nearest to `dense` in the Frobenius norm.
 
-    `build` returns a matrix each of whose entries is one entry of t. So `t[k]` is the mean of `dense` over the entries
-    where `build` places `t[k]`. The adjoint of `build` computes the sums of these entries and, applied to a matrix of
-    ones, their number.
+    Each entry of the matrix that `build` returns is one entry of t. So `t[k]` is the mean of `dense` over the entries
+    where `build` places `t[k]`. The adjoint of `build` computes the sums of these entries. Applied to a matrix of ones,
+    it computes their number.
     """
     adjoint = jax.linear_transpose(build, jax.ShapeDtypeStruct((count,), dense.dtype))
     return adjoint(dense)[0] / adjoint(jnp.ones_like(dense))[0]

@@ -123,16 +123,16 @@ class _Pair(Family):
 
 @family
 class ToeplitzPair(_Pair):
-    """Product of two Toeplitz matrices, `M = T1^T T2^T`; the transpose of `W = T2 T1` of arXiv 2406.17740.
+    """Product of two Toeplitz matrices, `M = T1^T T2^T`. It is the transpose of `W = T2 T1` of arXiv 2406.17740.
 
     It has (in + N - 1) + (N + out - 1) parameters, N = max(in, out). For in = out these are 4 in - 2. In general the
-    product is not a Toeplitz matrix, but its displacement rank is at most 4. A row of x takes four FFTs, as in two
-    products with `Toeplitz`: they cannot be merged, because the intermediate result is truncated to N entries. The
-    dense form takes O(N^2 log N) operations, fewer than a matrix product.
+    product is not a Toeplitz matrix, but its displacement rank is at most 4. A row of x takes four FFTs, two for each
+    factor as in `Toeplitz`. The FFTs of both factors cannot be merged, because the intermediate result is truncated to
+    N entries. The dense form takes O(N^2 log N) operations, fewer than a matrix product.
 
     Attributes:
-        t1: (in + N - 1,), the vector `t` of the `Toeplitz` matrix `T1^T`, (in, N); zero when training starts.
-        t2: (N + out - 1,), the vector `t` of the `Toeplitz` matrix `T2^T`, (N, out); random when training starts.
+        t1: (in + N - 1,), the vector `t` of the `Toeplitz` matrix `T1^T`, (in, N). It is zero when training starts.
+        t2: (N + out - 1,), the vector `t` of the `Toeplitz` matrix `T2^T`, (N, out). It is random when training starts.
         shape: `(in_features, out_features)`.
 
     >>> ToeplitzPair(t1=jnp.array([0.0, 1.0, 1.0]), t2=jnp.array([2.0, 1.0, 0.0]), shape=(2, 2)).to_dense().round()
@@ -155,15 +155,15 @@ class ToeplitzPair(_Pair):
 
 @family
 class SymmetricToeplitzPair(_Pair):
-    """Product of two symmetric Toeplitz matrices, `M = T1 T2`; the transpose of `W = T2 T1` of arXiv 2406.17740.
+    """Product of two symmetric Toeplitz matrices, `M = T1 T2`. It is the transpose of `W = T2 T1` of arXiv 2406.17740.
 
-    It has 2N parameters, N = max(in, out), and is what the paper calls the Toeplitz method. In general the product is
-    neither symmetric nor a Toeplitz matrix. For in = out, `M^T` is the pair in which t1 and t2 are exchanged. The
-    product with x costs as much as with `ToeplitzPair`.
+    It has 2N parameters, N = max(in, out). The paper calls it the Toeplitz method. In general the product is neither
+    symmetric nor a Toeplitz matrix. For in = out, `M^T` is the pair in which t1 and t2 are exchanged. The product with
+    x costs as much as with `ToeplitzPair`.
 
     Attributes:
-        t1: (N,), the vector `t` of the first `SymmetricToeplitz` factor, (in, N); zero when training starts.
-        t2: (N,), the vector `t` of the second `SymmetricToeplitz` factor, (N, out); random when training starts.
+        t1: (N,), the vector `t` of the first `SymmetricToeplitz` factor, (in, N). It is zero when training starts.
+        t2: (N,), the vector `t` of the second `SymmetricToeplitz` factor, (N, out). It is random when training starts.
         shape: `(in_features, out_features)`.
 
     >>> SymmetricToeplitzPair(t1=jnp.array([0.0, 1.0]), t2=jnp.array([2.0, 1.0]), shape=(2, 2)).to_dense().round()
