@@ -7,8 +7,8 @@ The model is a ViT with random weights. Each adapter has updates of Q, K and V, 
 timed, in three ways:
 
 - `bank`: one program holds all adapters, and each example of the batch uses one of them (`surm_jax.load_bank`).
-- `loop`: the examples of each adapter run through a model that has only this adapter, one adapter after another. The
-  program is compiled once for all adapters.
+- `loop`: a Python loop over the adapters, which runs the examples of each adapter through a model with this single
+  adapter. The program is compiled once for all adapters.
 - `one`: the whole batch runs through a model with a single adapter.
 
 `bank_to_one` is the time of `bank` over that of `one`, and `loop_to_bank` the time of `loop` over that of `bank`.

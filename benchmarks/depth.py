@@ -72,7 +72,7 @@ def main() -> None:
     """Compile all steps, print a table of the results, and write them as rows to the file of `--out`."""
     depths, mesh, rows = numbers(DEPTHS), make_mesh(1, {}), []
     with jax.set_mesh(mesh):
-        measure(min(depths), False, mesh)  # the first compilation in a process also pays for what all of them share
+        measure(min(depths), False, mesh)  # discarded: the first compilation also does what later ones need not repeat
         for depth in depths:
             for layers in ("looped", "scanned"):
                 print(f"{depth} blocks, {layers}", flush=True)

@@ -33,6 +33,8 @@ def collectives(hlo: str) -> list[Collective]:
     Args:
         hlo: The text of the program, such as `compiled.as_text()`.
 
+    In the example, one operation reduces a float32 array of 6 elements and a bfloat16 scalar, together 26 bytes.
+
     >>> collectives("  %r = (f32[2,3]{1,0}, bf16[]) all-reduce(%a, %b), channel_id=1")
     [Collective(name='all-reduce', sizes=(6, 1), bytes=26)]
     """

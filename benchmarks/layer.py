@@ -42,7 +42,7 @@ def check_sizes(families: Iterable[str], width: int) -> None:
     """Check that the families have matrices of the shape (width, width) with all options that are timed.
 
     Raises:
-        UserError: There is no such matrix for a family and its options. The message tells why.
+        UserError: A family has no matrix of this shape with one of its options. The message tells why.
     """
     for family in families:
         for options in FAMILIES[family].typical_options((width, width)):

@@ -13,7 +13,7 @@ KINDS = {"updates": Update, "adapters": Branch, "selections": Selection}
 
 
 def models() -> dict[str, nnx.Module]:
-    """Return the models that the tables count trained parameters in, as abstract modules without allocated arrays."""
+    """Return the models whose trained parameters the tables count, as abstract modules without allocated arrays."""
     vit = ViTConfig.from_variant("B/16", num_classes=10)
     bert = BertConfig.from_variant("base", num_classes=2)
     return {

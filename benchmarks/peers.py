@@ -8,11 +8,11 @@ one of these updates:
 - `torch frozen`: no update; only the gradient with respect to the input is computed.
 - `torch lora`: LoRA with r = 1.
 - `torch circulant`: the circulant update by FFTs, as in the released code of arXiv 2406.17740.
-- `torch toeplitz pair`: the product of two symmetric Toeplitz matrices by four FFTs, padded to a power of two as in
-  that code.
+- `torch toeplitz pair`: the product of two symmetric Toeplitz matrices by four FFTs, padded to a power of two as in the
+  same code.
 - `peft c3a`: the layer of the package `peft` with one block of size n. The versions 0.18.0 to 0.21.2 of peft compute a
-  wrong gradient with respect to the INPUT: the backward pass indexes w[a + i] where the forward pass needs w[a - i].
-  Its time is reported all the same.
+  wrong gradient with respect to the INPUT: the backward pass reads entry `a + i` of the trained vector where the
+  forward pass needs entry `a - i`. Its time is reported all the same.
 
 Every step computes the output and the gradients with respect to the input and the trained parameters. `ratio_to_ours`
 is the time of a PyTorch layer over that of this package's layer with the same kind of update and the execution `auto`.
@@ -75,7 +75,7 @@ class Circulant(torch.nn.Module):
 
 
 class SymmetricToeplitzPair(torch.nn.Module):
-    """A linear layer updated by a product of symmetric Toeplitz matrices: `W x + T2 T1 x`.
+    """A linear layer updated by the product of two symmetric Toeplitz matrices T2 and T1: `W x + T2 T1 x`.
 
     For the products, each Toeplitz matrix is embedded in a circulant matrix whose size is a power of two.
     """

@@ -18,8 +18,8 @@ class Transformer:
         vectors: The number of parameters in the biases and norms of one block.
         outside: The number of parameters outside the blocks.
         tokens: The number of tokens of an example.
-        outputs: The number of logits for every token. It is 0 for a classifier, which has only one row of logits for
-            each example; they are not counted.
+        outputs: The number of logits for every token. It is 0 for a classifier, whose single row of logits for each
+            example is not counted.
     """
 
     width: int
@@ -73,8 +73,8 @@ MODELS = {
 def trained_numbers(model: Transformer, method: str) -> int:
     """Return the number of parameters that a method trains, which `docs/scale.md` calls P.
 
-    `circulant` trains two vectors for each of Q, K and V in every block, and `lora` (of rank 16) trains 32. `full`
-    trains all parameters.
+    For each of Q, K and V in every block, `circulant` trains two vectors, and `lora` (of rank 16) trains 32 vectors.
+    `full` trains all parameters.
     """
     vectors = {"circulant": 2, "lora": 32}
     return model.numbers if method == "full" else 3 * model.depth * vectors[method] * model.width
@@ -112,7 +112,7 @@ def activation_bytes(model: Transformer, examples: int) -> int:
 def gathered_bytes(numbers: int, fsdp: int, size: int = 2) -> float:
     """Return the bytes of base parameters that each device receives in a step, if the base model is split over devices.
 
-    The parameters of other devices are received twice, in the forward and in the backward pass.
+    Each device receives the parameters that the other devices hold in the forward pass, and again in the backward pass.
 
     Args:
         numbers: The number of parameters that are split.

@@ -3,13 +3,14 @@
     python -m benchmarks.structured [--out=FILE.json] [--families=Circulant,Kronecker] [--sizes=768x6304,4096x2048]
                                     [--dtypes=float32,bfloat16] [--rounds=11] [--write_table]
 
-Every program gets an input and a gradient with respect to the output. It computes the output, and the gradients with
+A program is one family of structured matrices with its options and one execution, which is a way to compute the
+product. It gets an input and a gradient with respect to the output. It computes the output, and the gradients with
 respect to the input and to the parameters of the update. Times are compared with two references. One is called
 `frozen`: it has no update, computes only `x @ W` and `dy @ W^T`, and is a lower bound. The other is LoRA with r = 1 in
 its textbook form, `x @ W + (x @ down) @ up`, which is the row with the family `LowRank` and the execution `fft`.
 
-A program is a row of results. `ms` is its median time over several rounds, in which all programs of a size take turns.
-`ratio_to_frozen` and `ratio_to_lora` compare it with the references. `temp_bytes` is the temporary memory of the
+Each program has a row of results. `ms` is its median time over several rounds, in which all programs of a size take
+turns. `ratio_to_frozen` and `ratio_to_lora` compare it with the references. `temp_bytes` is the temporary memory of the
 compiled program, and `peak_bytes` adds its arguments and results.
 
 New rows replace those in the file of `--out` that have the same width, tokens and dtype; all other rows in it stay.

@@ -3,9 +3,11 @@ r"""Measure which parts of a method matter: change one choice at a time, and lea
     python -m experiments.ablations
 
 This command fine-tunes the small ViT of `configs/digits.py` and answers six questions (`QUESTIONS`). Should an update
-be added to Q, K and V, or only to Q and V? Does an adapter need a bias? Are two vectors better than one for a circulant
-update? How large should its random vector be? Are two Toeplitz matrices better than one? Which rank should `W(G, H)`
-have? The same questions can be asked for another model and data set:
+be added to the kernels of Q, K and V, or only to those of Q and V? Does an adapter need a bias? The vector of a
+circulant update is the product of two trained vectors: are they better than a single one? One of the two starts at
+random values and the other at zero: how large should the random values be? Is an update better if it is the product of
+two Toeplitz matrices than if it is one Toeplitz matrix? Which rank should `W(G, H)`, an update of low displacement
+rank, have? The same questions can be asked for another model and data set:
 
     python -m experiments.ablations --name=cifar --config=configs/vit_cifar.py --steps=1000 --holdout=2000 \\
         --set data.dir=FOLDER_OF_PREPARED_TFDS_SETS
@@ -43,8 +45,9 @@ class Variant:
     Attributes:
         method: The name of the method, the value of `config.peft.method`.
         rates: The learning rates that the search for the best learning rate begins with.
-        settings: The settings of the method that are not the defaults, by name.
-        target: Which modules are adapted, the value of `config.peft.target`. Empty means the method's default modules.
+        settings: The settings of the method that differ from its defaults, by name.
+        target: The value of `config.peft.target`, which names the modules to adapt. Empty means the method's default
+            modules.
     """
 
     method: str
@@ -87,7 +90,7 @@ QUESTIONS: dict[str, dict[str, Variant]] = {
     },
 }
 VARIANTS = {name: variant for variants in QUESTIONS.values() for name, variant in variants.items()}
-# The keys of the configuration that `config_of` sets, so that `--set` may not.
+# The keys of the configuration that `config_of` sets. The option `--set` must not change them.
 SET_HERE = (
     "seeds",
     "peft.method",
@@ -102,7 +105,7 @@ SET_HERE = (
 
 
 def whole_grid(name: str) -> Grid:
-    """Return the grid of all variants, with three seeds each.
+    """Return the grid of all variants, whose final runs use three seeds.
 
     Args:
         name: The value of `--name`, which becomes the name of the only task.
@@ -146,7 +149,7 @@ def tables(name: str = "digits") -> dict[str, str]:
 
 
 def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
-    """Draw a picture with a panel for each question, which shows the test scores of its variants."""
+    """Draw the test scores of all variants, in a panel for each question."""
     figure = new_figure(11, 5.2)
     panels = figure.subplots(2, 3, sharex=True).flat
     (task,) = whole.tasks
@@ -159,7 +162,7 @@ def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do the runs of the grid that are missing, and show the results."""
+    """Do all runs of the grid that have no row of results yet, and show the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--name", default="digits", help="name of the job in the files of results")
     parser.add_argument("--config", default=DIGITS, help="a job of configs/, or one of your own")

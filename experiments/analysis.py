@@ -1,21 +1,21 @@
-"""Measure how fine-tuning changed a network, layer by layer, or which structure would suit its updates.
+"""Measure how fine-tuning changed each layer of a network, or which matrix structure suits its updates.
 
     python -m experiments.analysis WORKDIR [--full=WORKDIR_OF_A_FULL_RUN]
 
 This command measures a finished run of `launch.py`, of any method and model, as in section B.4 of arXiv 2406.17740. For
 every kernel that was changed, it computes the rank and the condition number of the change, the rank that theory
-predicts from its structure, and one minus the cosine similarity of the fine-tuned and the pretrained kernel. With
-`--full` it also compares the hidden states of every block with those of a fully fine-tuned network, by their linear CKA
-on test examples.
+predicts from the structure of the change, and one minus the cosine similarity of the fine-tuned and the pretrained
+kernel. With `--full` it also compares the hidden states of every block with those of a fully fine-tuned network, by
+their linear CKA on test examples.
 
     python -m experiments.analysis WORKDIR --energy=full
     python -m experiments.analysis WORKDIR_OR_CONFIG --energy=gradient
 
 These commands show which family of structured matrices suits a model and its data. They take a dense update of each
-kernel, and measure how much of its energy the nearest matrix of each family keeps when all families have the same
-number of parameters (`experiments/energy.py`). With `full` the updates are those that full fine-tuning learned, in a
-finished run of the method `full`. With `gradient` they are the first gradient of the training loss. This needs no
-training, so the folder of a run, or a configuration such as `configs/bert_glue.py:task=rte`, is enough.
+kernel, and measure how much of its energy (its squared Frobenius norm) the nearest matrix of each family keeps when all
+families have the same number of parameters (`experiments/energy.py`). With `full` the updates are those that full
+fine-tuning learned, in a finished run of the method `full`. With `gradient` they are the first gradient of the training
+loss. A gradient needs no training, so the argument may also be a configuration such as `configs/bert_glue.py:task=rte`.
 
 The tables are printed, and written as csv files together with pictures. The names of the files begin with
 `experiments/results/analysis_NAME_OF_THE_RUN`, or with the value of `--out`.
@@ -47,11 +47,13 @@ from surm_jax.training.setup import prepare
 
 
 def tables(name: str | Path) -> dict[str, str]:
-    """Return the markdown tables of an earlier analysis: "updates" and "cka", or one table of energy for each shape.
+    """Return the markdown tables of an earlier analysis.
+
+    If it measured the changes of kernels, the table "updates" shows them, and "cka" shows the similarity of hidden
+    states. If it measured the energy that families keep, there is a table for each shape of kernel.
 
     Args:
-        name: The beginning of the files' names as a path, or only NAME if they begin with
-            `experiments/results/analysis_NAME`.
+        name: The path that the names of all files begin with. A string NAME means `experiments/results/analysis_NAME`.
     """
     out = name if isinstance(name, Path) else RESULTS / f"analysis_{name}"
     found = {}
@@ -64,7 +66,7 @@ def tables(name: str | Path) -> dict[str, str]:
 
 
 def draw(updates: Sequence[Update], alike: Sequence[Alike], title: str, path: Path) -> None:
-    """Draw the results of `analyse` against the number of the block.
+    """Draw the results of `analyse`, with the number of the block on the horizontal axis.
 
     Three panels show the rank, the relative norm, and one minus the cosine similarity of the changes of kernels. A
     fourth panel shows the CKA. Panels without data are left out.
@@ -115,10 +117,11 @@ def analyse(workdir: Path, full: Path | None, overrides: Mapping[str, Any], out:
 
     Args:
         workdir: The folder of the run.
-        full: The folder of a run of full fine-tuning to compare hidden states with, or None.
-        overrides: New values of keys such as `data.dir`, as in `saved_config`.
+        full: The folder of a run of full fine-tuning, whose hidden states are compared with those of the first run.
+            None means no comparison.
+        overrides: New values of configuration keys such as `data.dir`, as in `saved_config`.
         out: The beginning of the names of the files to write.
-        examples: The smallest number of test examples for CKA.
+        examples: The smallest number of test examples that CKA is computed from, as in `compare`.
 
     Raises:
         UserError: A run does not exist or is not complete, or the two runs differ in their model or data.
@@ -156,7 +159,7 @@ def _data(name: str, classes: Sequence[str]) -> str:
 
 
 def map_energy(title: str, matrices: Mapping[str, Float[np.ndarray, "in out"]], out: Path) -> None:
-    """Measure which families of structured matrices approximate some matrices best, and write a csv file and heat maps.
+    """Write a csv file and heat maps that show which families of structured matrices approximate given matrices best.
 
     Args:
         title: The beginning of the picture's title.
@@ -172,7 +175,7 @@ def name_of(source: str) -> str:
     """Return a name for files of results, made from the first argument of the command line.
 
     Args:
-        source: The folder of a run, the folder `seed-N` in one, or a configuration file.
+        source: The folder of a run, a folder `seed-N` inside the folder of a run, or a configuration file.
 
     >>> name_of("runs/rte"), name_of("runs/rte/seed-1"), name_of("configs/bert_glue.py:task=rte")
     ('rte', 'rte_seed-1', 'bert_glue_task=rte')

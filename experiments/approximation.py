@@ -2,11 +2,11 @@
 
     python -m experiments.approximation
 
-This is the approximation study of arXiv 2406.17740 (Figure 5). It adds low-rank matrices and sums of Kronecker
-products, at sizes with as many parameters as the paper's matrices `W(G, H)`. Every family is fitted to every target
-twice: by gradient descent, as in the paper, and as well as possible. For most families (circulant, Toeplitz, symmetric
-Toeplitz, low rank, Kronecker) the second fit is the nearest matrix in closed form. `W(G, H)` has no closed form, so its
-second fit is the better of two searches by L-BFGS, and a lower bound on the error of every `W(G, H)` is computed too.
+This is the approximation study of arXiv 2406.17740 (Figure 5). It adds two families, low-rank matrices and sums of
+Kronecker products, at sizes with as many parameters as the paper's `W(G, H)`, the matrices of low displacement rank.
+Every family is fitted to every target twice: by gradient descent, as in the paper, and as well as possible. The second
+fit is the nearest matrix, which has a closed form for every family except `W(G, H)`. For that family it is the better
+of two L-BFGS searches, and a lower bound on the error of every `W(G, H)` is computed too.
 
 The experiment writes three files to `experiments/results`: `approximation.csv` has the final errors of every trial,
 `approximation.curves.csv` the errors during gradient descent (mean and standard deviation over trials), and
@@ -38,8 +38,8 @@ from surm_jax.structured import FAMILIES, StructuredMatrix, refine
 SIDE = 100
 SIZES = (1, 2, 4, 8, 16, 20)
 NOISE = 0.05
-# The rank of the targets of the kind "near low rank", without their noise. `W(G, H)` of rank 4, the largest rank that
-# the paper finds best, can represent them except for the noise.
+# The rank of the targets of the kind "near low rank" before noise is added. A `W(G, H)` of rank 4 can represent them
+# except for the noise. Rank 4 is the largest rank at which the paper finds `W(G, H)` best.
 LOW_RANK = 2
 LEARNING_RATE = 0.2
 # The Frobenius norm of the matrix that gradient descent starts from, as a multiple of the target's norm.
@@ -120,7 +120,7 @@ def kinds() -> list[Kind]:
 
 
 def draw_targets(trials: int) -> Float[np.ndarray, "targets*trials n n"]:
-    """Return all target matrices in float32, stacked: all trials of the first kind, then those of the next kind."""
+    """Return all targets in one float32 array, ordered by kind and then by trial."""
     rngs = [np.random.default_rng([kind, trial]) for kind in range(len(TARGETS)) for trial in range(trials)]
     makers = [make for make in TARGETS.values() for _ in range(trials)]
     return np.stack([make(rng) for make, rng in zip(makers, rngs, strict=True)]).astype(np.float32)
@@ -131,7 +131,7 @@ class Result(NamedTuple):
 
     Attributes:
         descent: The errors after gradient descent, (targets*trials,).
-        nearest: The errors of the nearest matrices that are known, (targets*trials,).
+        nearest: The errors of the nearest matrices that `fit` finds, (targets*trials,).
         bound: A lower bound on the error of every matrix of the family, (targets*trials,). None if `nearest` holds the
             smallest possible errors.
         curves: The errors before the first step of gradient descent and after each step, (targets*trials, steps + 1).
@@ -163,10 +163,10 @@ def fit(kind: Kind, targets: Float[np.ndarray, "targets*trials n n"], steps: int
 def displacement_bound(targets: Float[np.ndarray, "trials n n"], rank: int) -> Float[np.ndarray, " trials"]:
     """Return, for each target, a lower bound on the relative error of every `W(G, H)` of this rank.
 
-    Let r be the rank and M the target. The displacement `L(W) = Z_1 W - W Z_{-1}` of a `W(G, H)` has rank r at most.
-    Also, `||L(E)||_F <= 2 ||E||_F` for every E, since both shift matrices Z are orthogonal. So
-    `||M - W||_F >= ||L(M) - L(W)||_F / 2`, and by Eckart and Young the right side is at least half the norm of all
-    singular values of `L(M)` except the r largest.
+    Let r be the rank and M the target. The displacement `L(W) = Z_1 W - W Z_{-1}` of a `W(G, H)` has rank at most r.
+    The cyclic shift Z_1 and the skew-cyclic shift Z_{-1} are orthogonal, so `||L(E)||_F <= 2 ||E||_F` for every matrix
+    E. So `||M - W||_F >= ||L(M) - L(W)||_F / 2`, and by Eckart and Young the right side is at least half the norm of
+    all singular values of `L(M)` except the r largest.
     """
     M = targets.swapaxes(1, 2)  # The paper multiplies column vectors, `M x`, but this package computes `x @ M`.
     shifted = np.concatenate([M[:, :, 1:], -M[:, :, :1]], axis=2)
@@ -212,7 +212,7 @@ def _search(
 ) -> Float[Array, " trials"]:
     """Return, for each target, the smaller of the relative errors that two L-BFGS searches reach.
 
-    One search starts from the result of gradient descent. The other starts from the result of `nearest` without steps,
+    One search starts from the result of gradient descent. The other starts from the result of `nearest` with `steps=0`,
     which uses the truncated SVD of the displacement.
     """
     nearest = functools.partial(FAMILIES[kind.family].nearest, **kind.options, steps=0)

@@ -20,18 +20,18 @@ from surm_jax.training.setup import Job
 def linear_cka(x: Float[ArrayLike, "examples d1"], y: Float[ArrayLike, "examples d2"]) -> float:
     """Return the linear centred kernel alignment (CKA) of two representations, from 0 to 1.
 
-    It is `|Y^T X|^2 / (|X^T X| |Y^T Y|)` in Frobenius norms, where X and Y are the representations with the mean of
-    each column subtracted (Kornblith et al. 2019, arXiv 1905.00414). Rotating, shifting or scaling a representation
-    does not change the value, but other linear maps do. It is computed in float64, at a cost of O(examples d1 d2) for
-    the mixed product, without the (examples, examples) Gram matrices of the definition.
+    It is `|Y^T X|^2 / (|X^T X| |Y^T Y|)` where `| |` is the Frobenius norm, and X and Y are the representations with
+    the mean of each column subtracted (Kornblith et al. 2019, arXiv 1905.00414). Rotating, shifting or scaling a
+    representation does not change the value, but other linear maps do. It is computed in float64. The product `Y^T X`
+    costs O(examples d1 d2), and the (examples, examples) Gram matrices of the definition are never formed.
 
     Args:
         x: The first representation, (examples, d1), of any real dtype.
         y: The second representation, (examples, d2), of the same examples in the same order.
 
     Raises:
-        UserError: A representation does not have two dimensions, holds numbers that are not finite, or has the same row
-            for all examples. Or the two have different numbers of examples.
+        UserError: The representations have different numbers of examples. Or one of them does not have two dimensions,
+            holds values that are not finite, or has the same row for all examples, which would make the CKA 0 / 0.
 
     In this example the second representation has the columns of the first in reverse order, scaled and shifted, so the
     CKA is 1. The two columns by themselves are uncorrelated, so their CKA is 0.
@@ -75,7 +75,7 @@ def hidden_states(
     """Return the hidden states of a model: the input of its first block, and the output of each block.
 
     Args:
-        job: The job, which gives the mesh of devices.
+        job: The job, whose mesh of devices is used.
         model: The model.
         batches: The batches of examples.
 
@@ -97,7 +97,8 @@ class Alike(NamedTuple):
     """The similarity of hidden states with those of a fully fine-tuned network, at one depth.
 
     Attributes:
-        blocks: The number of blocks that the hidden states come after.
+        blocks: The number of blocks that the hidden states have passed through. It is 0 for the input of the first
+            block.
         run: The linear CKA of the run's model with the fully fine-tuned network.
         base: The linear CKA of the pretrained model with the fully fine-tuned network.
     """
@@ -108,7 +109,10 @@ class Alike(NamedTuple):
 
 
 def compare(run: Run, full: nnx.Module, examples: int) -> list[Alike]:
-    """Compare the hidden states of a run's two models with those of a fully fine-tuned network, at every depth.
+    """Compare the hidden states of a run's models with those of a fully fine-tuned network.
+
+    The hidden states of the pretrained and of the fine-tuned model are compared, before the first block and after every
+    block.
 
     Args:
         run: The run, with its fine-tuned and its pretrained model.

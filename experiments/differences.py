@@ -45,14 +45,16 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
     """
     value = statistics.mean(first) - statistics.mean(second)
     if len({*first}) == len({*second}) == 1:
-        # Welch's degrees of freedom are 0 / 0 if both samples have the variance zero.
+        # If both samples have the variance zero, Welch's degrees of freedom are 0 / 0.
         return Difference(value, 0.0)
     low, high = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
     return Difference(value, (high - low) / 2)
 
 
 class Cell(NamedTuple):
-    """The final runs of a method in a grid, whose scores are compared with those of another method.
+    """The final runs of one method in a grid.
+
+    The scores of two cells are compared.
 
     Attributes:
         grid: The name of the grid's csv file in `experiments/results/`, without its suffix.
@@ -114,7 +116,7 @@ COMPARISONS: Mapping[str, tuple[Cell, Cell]] = {
 def scores(cell: Cell) -> list[float]:
     """Return the scores of a cell's final runs in percent, one for each seed.
 
-    Only runs with the learning rate that the search chose are used.
+    Final runs with any other learning rate than the one that the search chose are left out.
     """
     rows = read_rows(RESULTS / f"{cell.grid}.csv")
     searched = {row["task"] for row in rows if row["part"] == "search"}

@@ -2,7 +2,7 @@
 
     python -m experiments.digits_methods
 
-Every run is one of `configs/digits.py`, which fine-tunes the small ViT that the package ships. The runs form a grid
+Every run uses `configs/digits.py` and fine-tunes the small ViT that the package contains. The runs form a grid
 (`experiments/grid.py`) whose rows are in `experiments/results/digits_methods.csv`. The searches for a learning rate
 hold out 150 training images. With `--report` the command starts no run, and only shows the tables and the picture of
 the rows so far.
@@ -52,7 +52,7 @@ def tables() -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do the runs of the grid that are missing, and show the results."""
+    """Do all runs of the grid that have no row of results yet, and show the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--report", action="store_true", help="start no run, only report")
     path = RESULTS / "digits_methods.csv"

@@ -1,12 +1,13 @@
 """Measure which family of structured matrices approximates the dense matrix of each layer best.
 
-The measure is the share of the energy, that is of the squared Frobenius norm, that the nearest matrix of a family
-keeps. `surm_jax.structured.approximations` finds the nearest matrices. Every family may use the same number of
-parameters, twice the longer side of the matrix. For a square matrix this is as many as a LoRA of rank one has.
+The energy of a matrix is its squared Frobenius norm. The measure is the share of this energy that the nearest matrix of
+a family keeps. `surm_jax.structured.approximations` finds the nearest matrices. All families have the same limit on the
+number of parameters: twice the longer side of the matrix. For a square matrix this is the number of parameters of a
+LoRA of rank one.
 
-For comparison, matrices without any structure are measured too. Their entries are independent Gaussian numbers. Of such
-a matrix, a family that is a linear space with p parameters keeps the share p / (in * out) on average; a family of
-products, such as the low-rank matrices, keeps more.
+For comparison, matrices without any structure are measured too. Their entries are independent Gaussian numbers. If a
+family is a linear space with p parameters, it keeps on average the share p / (in * out) of the energy of such an in x
+out matrix. A family of products, such as the low-rank matrices, keeps more.
 """
 
 import io
@@ -31,7 +32,8 @@ from surm_jax.structured import FAMILIES, approximations
 # The number of random Gaussian matrices that are measured for each shape.
 DRAWS = 3
 GAUSSIAN = "i.i.d. Gaussian"
-# A product of two circulants is a circulant, so this family contains the same matrices as `Circulant`.
+# A product of two circulants is a circulant. So `CirculantPair` contains the same matrices as `Circulant`, and needs no
+# column of its own.
 LEFT_OUT = {"CirculantPair"}
 
 Shape = tuple[int, int]
@@ -65,7 +67,7 @@ class EnergyMap(NamedTuple):
 
     Attributes:
         shape: The shape of the matrices, (in_features, out_features).
-        shares: The share of energy, from 0 to 1, by layer and then by family.
+        shares: The share of energy, from 0 to 1, by the path of the layer and then by family.
         gaussian: For each family, the mean share of energy over random Gaussian matrices of this shape.
     """
 
@@ -82,7 +84,7 @@ class EnergyMap(NamedTuple):
 def title_of(name: str) -> str:
     """Return the title of a family in tables and pictures.
 
-    The title is that of an example matrix, made with options chosen as in `approximations`.
+    The title is that of a random 8 x 8 matrix of the family, whose options are chosen as in `approximations`.
     """
     family, shape = FAMILIES[name], (8, 8)
     return family.random(shape, **(family.options_within(shape, 64) or {})).title
@@ -107,13 +109,13 @@ def shares(matrix: Float[np.ndarray, "in out"]) -> dict[Family, float]:
 
 
 def energy_maps(matrices: Mapping[str, Float[np.ndarray, "in out"]]) -> list[EnergyMap]:
-    """Return the shares of energy for the matrices of some layers, one map for each shape; show a progress bar.
+    """Return a map of the shares of energy for each shape of the given matrices, and show a progress bar.
 
     Args:
         matrices: The matrix of each layer, by the path of the layer.
 
     Raises:
-        UserError: A matrix is zero, or it holds numbers that are not finite. The message names the layer.
+        UserError: A matrix is zero, or it holds values that are not finite. The message names the layer.
     """
     by_shape: dict[Shape, dict[str, np.ndarray]] = {}
     for layer, matrix in matrices.items():
@@ -140,7 +142,7 @@ def energy_maps(matrices: Mapping[str, Float[np.ndarray, "in out"]]) -> list[Ene
 
 
 def write_maps(maps: Sequence[EnergyMap], path: Path) -> None:
-    """Write a csv file that has a row for every layer and family."""
+    """Write the shares of energy to a csv file, with a row for every pair of a layer and a family."""
     rows = []
     for one in maps:
         for layer, kept in one.shares.items():
@@ -198,9 +200,9 @@ def percent(share: float) -> str:
 
 
 def draw(maps: Sequence[EnergyMap], title: str, path: Path) -> None:
-    """Draw a heat map for each shape, with a row for each layer and a column for each family.
+    """Draw a heat map of the shares of energy for each shape, with a row for each layer and a column for each family.
 
-    The last row shows the Gaussian matrices.
+    The last row shows the mean shares over random Gaussian matrices.
     """
     rows = [len(one.shares) + 1 for one in maps]
     figure = new_figure(11.5, 0.7 + sum(1.1 + 0.23 * count for count in rows))

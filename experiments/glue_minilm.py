@@ -124,7 +124,7 @@ def config_of(run: Run, data: str, model: str) -> RunConfig:
 
 
 def commonest(task: str, data_dir: str) -> Row:
-    """Return a row for the baseline that predicts the most frequent label of the training set for every example.
+    """Return the row of a baseline without a model, which predicts the most frequent training label for every example.
 
     Args:
         task: The name of the GLUE task.
@@ -162,7 +162,7 @@ def tables() -> dict[str, str]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw a picture with a panel for each task, which shows the scores of all methods.
+    """Draw the scores of all methods, in a panel for each task.
 
     A dotted line marks the score of the baseline that predicts the most frequent label.
     """
@@ -191,7 +191,7 @@ def find_model() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do the runs of the grid that are missing, and show the results."""
+    """Do all runs of the grid that have no row of results yet, and show the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="", help="folder of prepared TFDS sets")
     parser.add_argument("--model", help="folder of a BERT of transformers, with its tokeniser")

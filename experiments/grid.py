@@ -58,7 +58,7 @@ class Grid:
 
     @classmethod
     def of_rows(cls, rows: Sequence[Row], searched: str = "", order: Iterable[str] = ()) -> Self:
-        """Return the grid that some rows belong to: all their methods, and the tasks and seeds of their final runs.
+        """Return a grid with all methods of some rows, and with the tasks and seeds of their final runs.
 
         Args:
             rows: The rows of finished runs.
@@ -108,7 +108,7 @@ class Grid:
         return _best(tried.values()) if tried and len(self.rates_to_try(rows, task, method)) == len(tried) else None
 
     def wanted(self, rows: Sequence[Row]) -> list[Run]:
-        """Return all runs that the grid needs as far as is known, whether they are finished or not.
+        """Return all runs that the grid is known to need so far, whether they are finished or not.
 
         They are ordered by task, then by method. The final runs of a cell are known only after its search is finished.
         """
@@ -127,9 +127,9 @@ class Grid:
         return [run for run in self.wanted(rows) if run not in made]
 
     def size(self, rows: Sequence[Row]) -> int:
-        """Return the number of runs in the whole grid, as far as is known.
+        """Return the number of runs in the whole grid, as estimated from the rows so far.
 
-        All final runs are counted, but searches only with the learning rates that they need so far.
+        All final runs are counted. Of a search, the runs with the learning rates that it needs so far are counted.
         """
         searches = sum(run.part == "search" for run in self.wanted(rows))
         return searches + len(self.tasks) * len(self.rates) * len(self.seeds)
@@ -146,7 +146,7 @@ class Grid:
     def trained(self, rows: Sequence[Row], method: str) -> int | None:
         """Return how many parameters a method trains, including the head, or None if it has no row.
 
-        Tasks may have heads of different sizes. The largest number counts.
+        The number may differ between tasks, whose heads may have different sizes. The largest number is returned.
         """
         return max((row["trainable"] for row in rows if row["method"] == method), default=None)
 
@@ -219,7 +219,7 @@ def _first(values: Mapping[str, float], prefix: str, suffix: str) -> float:
 
 
 def work(grid: Grid, path: Path, config_of: Callable[[Run], RunConfig], root: Path) -> None:
-    """Do all runs of a grid that have no row yet, one after another, and append their rows to a csv file.
+    """Do all runs of a grid that have no row yet, and append the row of each run to a csv file as soon as it ends.
 
     Args:
         grid: The grid, or the part of it that this process works on.

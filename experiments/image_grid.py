@@ -69,7 +69,8 @@ def classes_of(options: argparse.Namespace) -> tuple[str, ...]:
     Without the options `--classes` and `--sets` they are the five classes of CIFAR-10 that `pretrain_cifar` leaves out.
 
     Raises:
-        UserError: The names of those five classes are needed, but CIFAR-10 does not exist.
+        UserError: Without the options, the names of those five classes are read from CIFAR-10, and this data set does
+            not exist.
     """
     if options.classes or options.sets:
         return tuple(options.classes)
@@ -77,7 +78,7 @@ def classes_of(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def count_images(name: str, options: argparse.Namespace) -> int:
-    """Return the number of training images of a data set that belong to the classes of `classes_of`.
+    """Return how many training images of a data set belong to the classes that `classes_of` returns.
 
     Raises:
         UserError: The data set does not exist, lacks one of the classes, or holds texts.
@@ -160,7 +161,9 @@ def digest_of(path: Path) -> str:
 
 
 def held_out(examples: int) -> int:
-    """Return how many of some training examples a search holds out: a fifth of them, as in VTAB-1k, up to 2,000.
+    """Return how many training examples a search holds out.
+
+    It holds out a fifth of all training examples, as in VTAB-1k, but at most 2,000.
 
     >>> held_out(1000), held_out(25_000)
     (200, 2000)
@@ -180,7 +183,7 @@ def run_config(settings: Settings, run: Run, source: Source, data_dir: str) -> R
         data_dir: The folder of prepared TFDS data sets; empty means the default folder.
 
     Raises:
-        UserError: A value is not possible.
+        UserError: A setting has a value that the training configuration does not allow.
     """
     config = base_config()
     config.seeds = (run.seed,)
@@ -206,14 +209,14 @@ def work(
     tasks: Sequence[str],
     searched: str = "",
 ) -> None:
-    """Do the runs of a grid on images that are missing.
+    """Do all runs of a grid that have no row yet, on image data sets.
 
     Args:
         options: The parsed command line.
         path: The csv file of rows.
-        root: The folder for the folders of runs. In it, each grid and each content of the file of pretrained weights
-            gets its own folder.
-        sources: The data of every task, also of the task in `searched`.
+        root: The folder in which every grid has its own folder of runs. If the content of the file of pretrained
+            weights changes, the grid gets another folder.
+        sources: The data of every task, including the task `searched`.
         about: A description of the settings for which there is no option, as in `settings_of`.
         tasks: The tasks that final runs are done for.
         searched: The task on which learning rates are searched for all tasks, as in `Grid`.

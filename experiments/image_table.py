@@ -1,4 +1,4 @@
-r"""Compare methods on image data sets with one backbone: Table 1 and Figure 7 of the paper, and VTAB-1k of Table 2.
+r"""Compare methods on images with one backbone, as in Tables 1 and 2 (VTAB-1k) and Figure 7 of arXiv 2406.17740.
 
     python -m experiments.image_table --data=FOLDER_OF_PREPARED_TFDS_SETS
 
@@ -14,9 +14,9 @@ With `--vtab`, only 1,000 training examples of each data set are used, the same 
 a learning rate train on 800 of them and hold out 200, and the final runs train on all.
 
 The runs form a grid (`experiments/grid.py`) whose rows are in `experiments/results/image_table_NAME.csv`. All methods
-train for the same number of steps with the same optimiser and a new head, and only their learning rate is searched. A
-later command may add data sets, methods, learning rates and seeds to the same csv file. With `--report` the command
-starts no run, and only shows the tables and the picture of the rows so far.
+train for the same number of steps with the same optimiser and a new head. The learning rate is the only setting that is
+searched for each method. A later command may add data sets, methods, learning rates and seeds to the same csv file.
+With `--report` the command starts no run, and only shows the tables and the picture of the rows so far.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def tables(name: str = "cifar") -> dict[str, str]:
 
 
 def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
-    """Draw a picture with a panel for each data set: test accuracy against the number of trained parameters."""
+    """Draw the test accuracy against the number of trained parameters, in a panel for each data set."""
     across = max(1, min(len(whole.tasks), 3))
     down = max(1, -(-len(whole.tasks) // across))
     figure = new_figure(4.6 * across + 1.6, 3.4 * down)
@@ -62,7 +62,7 @@ def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do the runs of the grid that are missing, and show the results."""
+    """Do all runs of the grid that have no row of results yet, and show the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     image_grid.add_options(parser)
     parser.add_argument("--vtab", action="store_true", help=f"use {VTAB_EXAMPLES:,} training examples of each set")

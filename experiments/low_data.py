@@ -1,11 +1,11 @@
-r"""Measure how the accuracy of each method depends on the size of the training set, as in Figure 6 of the paper.
+r"""Measure how the accuracy of each method depends on the size of the training set (Figure 6 of arXiv 2406.17740).
 
     python -m experiments.low_data --data=FOLDER_OF_PREPARED_TFDS_SETS
 
 This command takes the model of `experiments.pretrain_cifar` and fine-tunes it on the five classes of CIFAR-10 that it
-never saw, with 1, 2, 5, 10, 20 and 100 % of their 25,000 training images. For a given share, all methods and seeds use
-the same images, and they are among the images of every larger share. Other backbones and data sets are options. Each
-data set gets its own table and picture:
+never saw, with 1, 2, 5, 10, 20 and 100 % of their 25,000 training images. All methods and seeds use the same images of
+a share, and a larger share contains all images of a smaller one. Other backbones and data sets are options. Each data
+set gets its own table and picture:
 
     python -m experiments.low_data --name=clip --model=hf://openai/clip-vit-base-patch16 --sets dtd sun397 \\
         --steps=2000 --data=FOLDER_OF_PREPARED_TFDS_SETS
@@ -124,7 +124,9 @@ def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
 
 
 def names_of(name: str, sets: Sequence[str]) -> dict[str, str]:
-    """Return the name of the grid for each data set. It is part of the names of the files of results.
+    """Return the name of the grid for each data set, which is part of the names of its files of results.
+
+    A character that does not belong in a file's name, such as "/", is replaced by "_".
 
     Args:
         name: The value of `--name`.
@@ -139,7 +141,7 @@ def names_of(name: str, sets: Sequence[str]) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do the runs of the grids that are missing, and show the results."""
+    """Do all runs of the grids that have no row of results yet, and show the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     image_grid.add_options(parser)
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="in percent of the training set")

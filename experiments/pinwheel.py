@@ -11,8 +11,9 @@ reports that the loss of LoRA stays several times higher, and that the structure
 
 The paper leaves some choices open. This experiment makes them as follows:
 
-- The network is `tanh(tanh(x B + b) M + m) T + t`, where `M` is the structured matrix itself, not an update that is
-  added to a dense kernel. All biases are trained, except for that of a frozen bottom layer.
+- The network is `tanh(tanh(x B + b) M + m) T + t`, where `B`, `M` and `T` are the kernels of the bottom, the hidden and
+  the top layer. `M` is the structured matrix itself, not an update that is added to a dense kernel. All biases are
+  trained, except for that of a frozen bottom layer.
 - The initial `B` is drawn from N(0, 1) and `T` from N(0, 1/64). For a given seed, they are the same for all kinds of
   `M`. The parameters of `M` are Gaussian, with the standard deviation that gives the entries of `M` a variance of 1/64.
 - The optimiser is Adam, and every step uses all 500 training points. The learning rate decays to 0 on a cosine
@@ -45,7 +46,7 @@ from experiments.pinwheel_networks import LAYERS, SPOKES, Network, Points, evalu
 from experiments.tables import markdown, mean_and_deviation, new_figure, read_csv, tidy, write_csv
 from surm_jax.record.progress import Progress
 
-# Both kinds of bottom layer, with the factor that multiplies the optimiser's steps for its parameters.
+# For each kind of bottom layer, the factor that multiplies the optimiser's steps of its parameters.
 BOTTOMS = {"frozen": 0.0, "trained": 1.0}
 EPOCHS = 2000
 SEEDS = (0, 1, 2, 3, 4)
@@ -130,7 +131,7 @@ def search(layer: str, bottom: str, data: Data) -> list[Trial]:
 
 
 def select(rows: Iterable[Trial | Run], layer: str, bottom: str) -> list[Trial | Run]:
-    """Return those of the trials or runs that have this kind of hidden kernel and of bottom layer."""
+    """Return the trials or runs with this kind of hidden kernel and this kind of bottom layer."""
     return [row for row in rows if (row.layer, row.bottom) == (layer, bottom)]
 
 
@@ -146,8 +147,8 @@ def measure(layer: str, rate_of: dict[str, float], data: Data, dense: Sequence[R
         layer: The kind of hidden kernel, a key of `LAYERS`.
         rate_of: The initial learning rate for each kind of bottom layer.
         data: The points.
-        dense: The runs with the dense kernel, in the same order, to compute CKA with. Empty if `layer` is itself the
-            dense kernel.
+        dense: The runs with the dense kernel that CKA compares with, in the order in which this function returned them.
+            Empty if `layer` is itself the dense kernel.
     """
     cases = list(itertools.product(BOTTOMS, SEEDS))
     rates = [rate_of[bottom] for bottom, _ in cases]

@@ -9,16 +9,17 @@ each structure has a closed form:
 
 - Circulant: each parameter is the mean of the target over one diagonal, which wraps around at the edge.
 - Symmetric Toeplitz: each parameter is the mean of the target over one diagonal and its mirror image.
-- Rank one: for every N, `||N - a a^T||^2 = ||N||^2 - 2 a^T N a + ||a||^4` is smallest when a is the leading eigenvector
-  of the symmetric part of N, times the square root of its eigenvalue.
-- Kronecker: rearrange the entries of the target so that row (i, j) and column (q, p) hold entry `(5 i + p, 10 j + q)`.
-  The same rearrangement turns `A (x) A^T` into `a a^T`, where the vector a holds the entries of A. So the problem
-  becomes the rank-one problem.
+- Rank one: for every square matrix N, `||N - a a^T||^2 = ||N||^2 - 2 a^T N a + ||a||^4` is smallest when a is the
+  leading eigenvector of the symmetric part of N, times the square root of its eigenvalue.
+- Kronecker: rearrange the entries of the target so that row (i, j) and column (q, p) hold entry `(5 i + p, 10 j + q)`,
+  where i and q are below 10, and j and p below 5. The same rearrangement turns `A (x) A^T` into `a a^T`, where the
+  vector a holds the entries of A. So the problem becomes the rank-one problem.
 
 In each of its 10 trials the paper finds the same order of errors: rank one has the largest error, then Kronecker, then
 circulant, and Toeplitz has the smallest. This experiment counts the trials in which that order holds. The paper draws a
-matrix "with rows of unit length", which can be read in two ways, so both kinds of targets are measured (`TARGETS`). A
-further set of targets `X X^T` shows how the errors depend on the number of columns of X (`WIDTHS`).
+matrix "with rows of unit length", which can be read in two ways, so both kinds of targets are measured (`TARGETS`).
+Further targets, `X X^T` for random matrices X with different numbers of columns (`WIDTHS`), show how the errors depend
+on this number.
 
 The experiment writes `psd.csv` and `psd.png` to `experiments/results`, or to the folder given by `--out`, and prints
 the tables.
@@ -148,7 +149,7 @@ class Row(NamedTuple):
 
     Attributes:
         target: The kind of target, a key of `TARGETS`, or `OTHER_WIDTHS`.
-        width: The number of columns of the factor X that the target was made from.
+        width: The number of columns of the matrix X that the target was made from.
         family: A key of `FAMILIES`, or `IDENTITY`.
         trial: The number of the trial, which is also the seed of the target.
         descent: The error after gradient descent; None if only the optimum was computed.
@@ -227,8 +228,8 @@ def run(trials: int, steps: int) -> tuple[list[Row], Curves]:
 def order(errors: Mapping[str, Float[np.ndarray, " trials"]]) -> dict[str, int]:
     """Return in how many trials each family has a larger error than the next family of the mapping.
 
-    The last count is that of the trials in which this holds for all neighbours at once. In the example, a has a larger
-    error than b in both trials, but b has a larger error than c only in the first trial.
+    The last count is the number of trials in which this holds for all pairs of neighbours at once. In the example, a
+    has a larger error than b in both trials, but b has a larger error than c only in the first trial.
 
     >>> order({"a": np.array([3, 3]), "b": np.array([2, 1]), "c": np.array([1, 2])})
     {'a > b': 2, 'b > c': 1, 'a > b > c': 1}
@@ -246,7 +247,7 @@ def errors_of(rows: Sequence[Row], column: str, target: str, width: int = SIDE) 
         rows: The rows of the study.
         column: Which error to return, "descent" or "optimum".
         target: The kind of target, as in `Row`.
-        width: The number of columns of the targets' factor X.
+        width: The number of columns of the matrix X that the targets were made from.
     """
     return {
         name: np.array([getattr(row, column) for row in rows if row[:3] == (target, width, name)]) for name in FAMILIES
@@ -299,7 +300,7 @@ def draw(rows: Sequence[Row], curves: Curves, path: Path) -> None:
     """Draw a picture of three panels.
 
     They show the errors by family, the errors during gradient descent, and the errors of the nearest matrices against
-    the number of columns of the factor X.
+    the number of columns of the matrix X.
     """
     figure = new_figure(12, 3.9)
     by_family, by_step, by_width = figure.subplots(1, 3)

@@ -93,16 +93,17 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def note_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Store the settings of a grid in the json file beside its csv file, before runs are done.
+    """Store the settings of a grid in the json file beside its csv file.
 
-    If the csv file has rows already, nothing is written, but the settings must equal those of the rows.
+    Call this before any run is done. If the csv file has rows already, nothing is written, but the settings must equal those of the rows.
 
     Args:
         path: The csv file.
         settings: The settings by name.
 
     Raises:
-        UserError: The rows were made with other settings (the message names the differences), or with unknown ones.
+        UserError: The rows were made with other settings, which the message names, or there is no json file with their
+            settings.
     """
     new = json.loads(json.dumps(settings))
     if read_rows(path):

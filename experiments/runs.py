@@ -24,7 +24,7 @@ from surm_jax.training.parsing import saved_config, to_dict
 from surm_jax.training.partition import partition
 from surm_jax.training.setup import Job, prepare
 
-# `first_gradient` moves a head kernel that is zero by a step of this Frobenius norm.
+# The Frobenius norm of the step by which `first_gradient` moves the kernel of a head if this kernel is zero.
 HEAD_STEP = 1e-3
 
 
@@ -108,9 +108,9 @@ def open_run(config: RunConfig, workdir: Path) -> Run:
 def first_gradient(job: Job, count: int) -> dict[str, Float[np.ndarray, "in out"]]:
     """Return the gradient of the training loss at the pretrained weights, for all kernels except that of the head.
 
-    A gradient shows which update full fine-tuning would begin with. As long as the kernel of the head is zero, as that
-    of a new ViT head is, the gradient for all other layers is zero. In that case the head first takes one small step
-    along its own negative gradient.
+    A gradient shows which update full fine-tuning would begin with. If the kernel of the head is zero, like that of a
+    new ViT head, the gradient for all other layers is zero. In that case the head first takes one small step along its
+    own negative gradient.
 
     Args:
         job: The job whose model and training batches are used. Dropout is off.

@@ -53,8 +53,8 @@ def markdown(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> s
 def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
     """Return the mean of some values and their standard deviation as text.
 
-    A single value has no standard deviation. Values that are NaN belong to runs that diverged; then the text is the
-    number of such runs.
+    A single value has no standard deviation. A value is NaN if its run diverged. If there is any such value, the text
+    is their number.
 
     >>> mean_and_deviation([80.0, 81.0, 82.0]), mean_and_deviation([80.0]), mean_and_deviation([80.0, math.nan])
     ('81.0 ± 1.0', '80.0', '1 of 2 diverged')
@@ -68,8 +68,8 @@ def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
 def score_table(grid: Grid, rows: Sequence[Row], mean: bool = True) -> str:
     """Return a markdown table of test scores, with a line for each method and a column for each task.
 
-    A cell shows the mean and the standard deviation over seeds in percent. If final runs of some seeds are missing, it
-    also shows how many there are. If all are missing, the cell is empty.
+    A cell shows the mean and the standard deviation over seeds in percent. If final runs of some seeds are missing, the
+    cell also shows how many are finished. If all are missing, the cell is empty.
 
     Args:
         grid: The grid whose methods and tasks are shown.
@@ -92,7 +92,7 @@ def score_table(grid: Grid, rows: Sequence[Row], mean: bool = True) -> str:
 
 
 def rate_table(grid: Grid, rows: Sequence[Row]) -> str:
-    """Return a markdown table of the learning rates that each method's searches tried, and chose for each task.
+    """Return a markdown table of the learning rates tried for each method, and of the rate chosen for each task.
 
     A star marks a chosen rate that is the smallest or the largest one tried. A dash marks a search in which all rates
     had the same score.
@@ -124,9 +124,9 @@ def tidy(axes: Axes) -> None:
 
 
 def draw_scores(axes: Axes, grid: Grid, rows: Sequence[Row], task: str, methods: Iterable[str]) -> None:
-    """Draw the test scores of methods on one task, with a line of the panel for each method, from top to bottom.
+    """Draw the test scores of methods on one task, in a horizontal row for each method, from top to bottom.
 
-    A line has a dot for the score of each seed and a bar at their mean.
+    A row has a dot for the score of each seed and a bar at their mean.
     """
     methods = list(methods)
     for place, method in enumerate(methods):

@@ -31,8 +31,8 @@ from surm_jax.structured import (
 def kernels(model: nnx.Module) -> dict[str, Float[Array, "in out"]]:
     """Return the kernels of all linear layers outside the head as matrices (in_features, out_features), by path.
 
-    Layers at the same place in different blocks come one after another, ordered by the number of the block. The model
-    in the example has one linear layer besides its head.
+    The kernels are sorted by the path of the layer inside its block (`kind_of`), and then by the number of the block.
+    The model in the example has one linear layer besides its head.
 
     >>> model = nnx.Dict(head=nnx.Linear(4, 2, rngs=nnx.Rngs(0)), up=nnx.Linear(2, 4, rngs=nnx.Rngs(1)))
     >>> {path: kernel.shape for path, kernel in kernels(model).items()}
@@ -82,7 +82,7 @@ class Change(NamedTuple):
 
 
 def changes(base: nnx.Module, tuned: nnx.Module) -> dict[str, Change]:
-    """Return the changes of all kernels that were trained themselves or have an update, by the path of the layer.
+    """Return the change of every kernel that was itself trained or has an update, by the path of the layer.
 
     Args:
         base: The pretrained model.
@@ -174,6 +174,9 @@ def one_minus_cosine(one: Float[np.ndarray, "in out"], other: Float[np.ndarray, 
     It is computed as half of the squared distance of the normalised matrices. Subtracting a cosine near 1 from 1 would
     lose most digits.
 
+    In the example, a multiple of a matrix has the value 0, and two matrices without a common non-zero entry have the
+    value 1.
+
     >>> round(one_minus_cosine(np.eye(2), 3 * np.eye(2)), 12), round(one_minus_cosine(np.eye(2), np.eye(2)[::-1]), 12)
     (0.0, 1.0)
     """
@@ -202,8 +205,8 @@ def largest_rank(matrix: StructuredMatrix) -> int:
 def rank_in_theory(matrix: StructuredMatrix) -> str:
     """Return what theory says about the rank of a structured matrix, as text for a table.
 
-    It is the exact rank ("=") if the structure determines it from the parameters. Otherwise it is an upper bound
-    ("<="). The text in parentheses names what the rank was derived from.
+    The text begins with "=" and the exact rank if the structure determines the rank from the parameters. Otherwise it
+    begins with "<=" and an upper bound. The text in parentheses names what the rank was derived from.
 
     The matrix in the example has ones everywhere. Of its vector's two DFT coefficients one is not zero, so its rank
     is 1.
