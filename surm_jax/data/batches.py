@@ -1,8 +1,8 @@
 """Iterators over batches, and checks of arguments, for the pipelines of images and of text.
 
 With several JAX processes, each process makes its own batch of `batch_size` examples in each step. Concatenated in the
-order of the processes, these equal the batch of `process_count * batch_size` examples that a single process would make.
-So the number of processes changes neither the examples of a training step nor the result of an evaluation.
+order of the processes, these batches equal the batch of `process_count * batch_size` examples that a single process
+would make. So the number of processes changes neither the examples of a training step nor the result of an evaluation.
 
 The library grain makes the batches in threads, before the device needs them. Pillow and numpy release Python's global
 interpreter lock while they compute, so worker processes are not needed.
@@ -61,9 +61,9 @@ class TrainBatches:
 
 @dataclass(frozen=True)
 class EvalBatches:
-    """An iterable over evaluation batches, which holds every example once and can be iterated several times.
+    """An iterable over evaluation batches, which together hold every example once.
 
-    `len()` is the number of batches.
+    It can be iterated several times. `len()` is the number of batches.
 
     Attributes:
         examples: The number of examples in the source, including corrupt examples, which are masked in the batches.

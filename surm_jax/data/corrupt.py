@@ -1,4 +1,7 @@
-"""Skip a limited number of corrupt examples, which cannot be read, such as a record whose image cannot be decoded."""
+"""Skip a limited number of corrupt examples.
+
+An example is corrupt if it cannot be read, for instance because its image cannot be decoded.
+"""
 
 import warnings
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""Split a training set.
+"""Select random examples of a training set, either to train on a few examples or to hold them out.
 
-A part of it can be selected for training with few examples, or held out to choose settings with.
+Held-out examples are used to choose hyperparameters without the test set.
 """
 
 from typing import Any, TypeVar
@@ -47,10 +47,12 @@ def hold_out(train: Source, count: int) -> tuple[Source, Source | None]:
     The split is the same in every run.
 
     Returns:
-        The remaining training examples, and the held-out examples, or `None` instead of these if `count` is 0.
+        The remaining training examples and the held-out examples. If `count` is 0, the second value is `None`.
 
     Raises:
         UserError: `count` is negative, or no example would remain.
+
+    In the example, 2 of 5 examples are held out:
 
     >>> from surm_jax.data import ArraySource
     >>> left, held_out = hold_out(ArraySource(np.zeros((5, 4, 4, 1), np.uint8), np.arange(5)), 2)

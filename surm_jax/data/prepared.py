@@ -35,7 +35,7 @@ class PreparedSet:
     Attributes:
         name: The name that was passed to `open_prepared`.
         version: The version that was found, such as "3.0.2".
-        features: The descriptions of the data set's features by tensorflow_datasets, by the name of the feature.
+        features: The feature objects of tensorflow_datasets, such as `tfds.features.Image`, by the name of the feature.
         splits: The names of the splits.
         data_dir: The folder of prepared data sets in which this one was found.
     """
@@ -114,10 +114,10 @@ def open_prepared(
 
 
 def _find(name: str, folder: Path, others: Collection[str]) -> Path:
-    """Return the folder of the version of a data set that is to be opened.
+    """Return the folder with the requested version of a data set, or with the newest version if none is requested.
 
     Raises:
-        UserError: There is no such folder. The message says why.
+        UserError: The name is unknown, or the data set or this version of it is not prepared. The message says which.
     """
     prepared = _prepared(folder)
     holds = (

@@ -9,7 +9,7 @@ from surm_jax.data.images.dataset import ArraySource, ImageDataset
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.files import open_npz
 
-# The digits that are the classes of each embedded data set, by the name of the data set.
+# The digits that each embedded data set has as its classes, by the name of the data set.
 EMBEDDED: Mapping[str, range] = {"digits": range(10), "digits_0to4": range(5), "digits_5to9": range(5, 10)}
 
 _REQUIRED = ("train_images", "train_labels", "test_images", "test_labels")
@@ -143,7 +143,7 @@ def _checked_labels(path: str, key: str, labels: np.ndarray, count: int) -> np.n
 
 
 def _class_names(path: str, classes: np.ndarray | None, train_labels: np.ndarray) -> tuple[str, ...]:
-    """Return the names of the classes in the file or, if it has none, the numbers up to the largest training label."""
+    """Return the names of the classes in the file. The default is "0", "1", ... up to the largest training label."""
     if classes is None:
         if (largest := train_labels.max()) >= _MOST_CLASSES:
             where = f"{path}: train_labels[{train_labels.argmax()}] is {largest}"

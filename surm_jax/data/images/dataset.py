@@ -40,6 +40,8 @@ class ArraySource:
     Raises:
         UserError: The arrays differ in length or have the wrong number of dimensions.
 
+    This source has two examples. The second one has the label 1:
+
     >>> source = ArraySource(np.zeros((2, 4, 4, 1), np.uint8), np.array([0, 1]))
     >>> len(source), source[1]["image"].shape, source[1]["label"]
     (2, (4, 4, 1), 1)
@@ -93,7 +95,7 @@ class ImageDataset:
         No function repeats or drops channels silently, so the two numbers must be equal.
 
         Raises:
-            UserError: The numbers differ.
+            UserError: The images and the model have different numbers of channels.
         """
         if channels != self.channels:
             raise UserError(
@@ -104,11 +106,11 @@ class ImageDataset:
 
 @dataclass(frozen=True)
 class Subset:
-    """An `ImageSource` with some examples of another source.
+    """An `ImageSource` that consists of some examples of another source.
 
     Attributes:
         source: The source with all examples.
-        indices: The indices in `source` of the examples in this subset, in its order.
+        indices: The indices in `source` of the examples in this subset, in the order of the subset.
     """
 
     source: ImageSource
@@ -128,7 +130,7 @@ class Subset:
 
 @dataclass(frozen=True)
 class _Relabelled:
-    """An `ImageSource` with some examples of another source, which have new labels."""
+    """An `ImageSource` that gives new labels to the examples of a subset."""
 
     examples: Subset
     labels: Int[np.ndarray, "n"]

@@ -33,9 +33,9 @@ def train_batches(
 ) -> TrainBatches:
     """Return an endless iterator over shuffled batches of augmented images for training.
 
-    Every epoch contains every example once, in a new order and with new augmentation. Both depend only on `seed`. The
-    next epoch starts directly after the last example of an epoch, so no example is dropped, and a batch may hold
-    examples of two epochs (or more, if it is larger than the source).
+    Every epoch contains every example once, in a new order and with new augmentation. Both depend only on `seed`. Each
+    epoch starts directly after the last example of the previous epoch, so no example is dropped. A batch may therefore
+    hold examples of two epochs, or of more if it is larger than the source.
 
     The iterator can be resumed: `get_state()` returns a small dict for JSON, and after `set_state` with this dict,
     another iterator with the same arguments continues with the next batch.
@@ -64,8 +64,8 @@ def train_batches(
         (batch_size,)}`.
 
     Raises:
-        UserError: An argument is out of range, or the source is empty. The iterator raises it too, if there are more
-            than `max_corrupt` corrupt examples; the message names one of them.
+        UserError: An argument is out of range, or the source is empty. The iterator raises this error too, if more than
+            `max_corrupt` examples are corrupt. The message names one of them.
     """
     check_batches(
         source,
@@ -131,8 +131,8 @@ def eval_batches(
         (batch_size,), "mask": bool (batch_size,)}`. Where the mask is False, the image and the label are zeros.
 
     Raises:
-        UserError: An argument is out of range, or the source is empty. The iterator raises it too, if there are more
-            than `max_corrupt` corrupt examples; the message names one of them.
+        UserError: An argument is out of range, or the source is empty. Iterating raises this error too, if more than
+            `max_corrupt` examples are corrupt. The message names one of them.
     """
     check_batches(
         source,

@@ -1,4 +1,4 @@
-"""Load image classification data sets that TensorFlow Datasets has prepared, without TensorFlow and the network.
+"""Load image classification data sets that TensorFlow Datasets has prepared, without TensorFlow or the network.
 
 The images are always decoded by Pillow, so that the pixels do not depend on whether OpenCV is installed.
 """
@@ -104,7 +104,7 @@ def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> Imag
     Raises:
         UserError: The name is unknown, the data set is not prepared in `data_dir`, its files are missing or damaged, or
             it is not an image classification data set with a split "train" and a split "test" or "validation". Nothing
-            is ever downloaded; the message says how to prepare the data set.
+            is ever downloaded. The message says how to prepare the data set.
     """
     prepared = open_prepared(name, data_dir, EMBEDDED)
     import tensorflow_datasets as tfds  # Other data sets do not need this import.
@@ -124,7 +124,7 @@ def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> Imag
 
 
 def _features(prepared: PreparedSet, tfds: Any) -> tuple[Any, Any]:
-    """Return the descriptions of the image feature and the label feature, after checking their types."""
+    """Return the feature objects of tensorflow_datasets for "image" and "label", after checking their types."""
     image, label = (prepared.features.get(key) for key in ("image", "label"))
     if (
         not isinstance(image, tfds.features.Image)

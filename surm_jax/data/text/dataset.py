@@ -23,6 +23,8 @@ class TextSource:
     Raises:
         UserError: The numbers of labels and examples differ, or only some examples are pairs.
 
+    In the example, `select` returns the third and the first of three examples:
+
     >>> source = TextSource([("It rains.",), ("It pours.",), ("The sun shines.",)], np.array([0, 0, 1]))
     >>> len(source), source.select([2, 0]).sentences, source.select([2, 0]).labels
     (3, [('The sun shines.',), ('It rains.',)], array([1, 0]))
@@ -59,7 +61,7 @@ class TextDataset:
             "test_matched" and "test_mismatched".
         classes: The names of the classes. The label `k` stands for `classes[k]`. The tuple is empty if the labels are
             scores.
-        columns: The names of the sentences of an example, such as ("sentence1", "sentence2").
+        columns: The name of each sentence in an example, such as ("sentence1", "sentence2").
         metrics: The names of the official metrics. The first one is the main metric.
     """
 

@@ -19,8 +19,8 @@ from surm_jax.errors import UserError, did_you_mean
 class GlueTask:
     """The description of a task of GLUE.
 
-    `columns` holds the names of the sentences of an example, and `metrics` holds the names of the official metrics, the
-    main metric first.
+    `columns` holds the name of each sentence in an example, such as ("premise", "hypothesis"). `metrics` holds the
+    names of the official metrics, the main metric first.
     """
 
     columns: tuple[str, ...]

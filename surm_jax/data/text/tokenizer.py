@@ -27,8 +27,8 @@ _SHORTEST = 8
 _LARGEST_TOKEN = 2**24
 _MOST_BYTES = 2**28
 _TRIAL = "a \uffff"
-# The number of examples that are encoded at once. The library's results need much memory, so only the results of one
-# chunk are kept at the same time.
+# The number of examples that are encoded at once. The library's result objects need much memory, so those of one chunk
+# are released before the next chunk is encoded.
 _CHUNK = 1024
 
 
@@ -67,7 +67,7 @@ class Tokenizer:
 
     Attributes:
         pad_token: The token with which short examples are padded.
-        files: The paths of the files that it was read from. They can be copied to use the same tokenizer elsewhere.
+        files: The paths of the files that the tokenizer was read from. A copy of these files gives the same tokenizer.
     """
 
     pad_token: int
@@ -76,7 +76,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The largest token plus one."""
+        """The largest token plus one, which is the number of embeddings that a model needs at least."""
         return max(self._library.get_vocab().values()) + 1
 
     def encode(self, source: TextSource, max_length: int) -> TokenSource:

@@ -18,9 +18,9 @@ class C3AFormat(Format):
     """The file format of C3A, which stores a grid of circulant blocks of size b x b for each layer.
 
     The tensor `c3a_kernel` of shape (out / b, in / b, b) holds the vectors `c` of our `BlockCirculant` in reversed
-    order: `c3a_kernel[q, p, k] = factor * in * c[p, q, -k mod b]`. The multiplication by in (in_features) compensates
-    for a division in peft. A square circulant is a grid of one block. The format has no alpha, so the factor of an
-    update is multiplied into the tensor.
+    order: `c3a_kernel[q, p, k] = factor * in * c[p, q, -k mod b]`, where p counts the blocks of the input and q those
+    of the output. The multiplication by in (in_features) compensates for a division in peft. A square circulant is
+    stored as a grid of one block. The format has no alpha, so the factor of an update is multiplied into the tensor.
     """
 
     peft_type = "C3A"
@@ -34,7 +34,7 @@ class C3AFormat(Format):
         return isinstance(matrix, BlockCirculant) or is_square
 
     def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:
-        """Return the settings, which contain the block sizes, and the tensor `c3a_kernel` of each module."""
+        """Return the settings, with the block size of each module, and the tensor `c3a_kernel` of each module."""
         kernels = {}
         for module, update in updates.items():
             c = np.asarray(update.matrix.compact().c, np.float64)

@@ -1,7 +1,8 @@
 """The interface of the file formats of peft, which convert between our updates and the tensors in peft's files.
 
-Weights and updates in peft have the shape (out, in), so they are the transposes of our kernels and updates. If a
-setting differs between layers, peft stores one common value, and a dictionary of exceptions by module name.
+Weights and updates in peft have the shape (out, in), so they are the transposes of our kernels and updates. If the
+values of a setting differ between layers, peft stores one value for most layers, and a dictionary that maps the names
+of the other modules to their values.
 """
 
 import abc
@@ -48,7 +49,8 @@ class Format(abc.ABC):
     Attributes:
         peft_type: The name of the format in `adapter_config.json`.
         settings: The names of the settings that the format reads.
-        mark: The beginning of that part of a tensor's name that follows the module's name, such as "lora_".
+        mark: The first characters after the module's name in the names of its tensors, such as "lora_" for the tensor
+            "query.lora_A.weight" of the module "query".
         description: The kind of updates that the format can store, for error messages.
     """
 
@@ -70,7 +72,7 @@ class Format(abc.ABC):
         """Return the settings and the tensors that store the updates of all layers.
 
         Args:
-            updates: The updates, by the name of the module in peft. `holds` must be true for their matrices.
+            updates: The updates, by the name of the module in peft. `holds` must return True for the matrix of each.
 
         Returns:
             The settings for `adapter_config.json`, and the tensors of each module, by the module's name.
@@ -110,10 +112,10 @@ def tidy(value: float) -> float:
 
 
 def by_module(name: str, exceptions: str, values: Mapping[str, float]) -> dict[str, Any]:
-    """Return the two settings that give each module its value.
+    """Return two settings of peft that together give each module its value.
 
     The setting `name` holds the most frequent value. The setting `exceptions` holds the values of the modules that
-    differ from it.
+    differ from it. In the example, two modules have the rank 4, and the third one has the rank 8:
 
     >>> by_module("r", "rank_pattern", {"a": 4, "b": 4, "c": 8})
     {'r': 4, 'rank_pattern': {'c': 8}}

@@ -36,19 +36,20 @@ def load_peft(
 ) -> tuple[nnx.Module, Adapter]:
     """Return a copy of a base model with an adapter that is read from a folder of Hugging Face's peft.
 
-    `model` is not changed. LoRA (with or without `use_rslora`), C3A and LoKr on linear layers are supported, and so are
-    `modules_to_save`. Modules may have their names in transformers 5.24 or those in earlier versions, which checkpoints
-    on the Hub use. A folder of peft does not identify the base weights, so this function cannot check that the adapter
-    was trained on `model`.
+    `model` is not changed. LoRA (with or without `use_rslora`), C3A and LoKr on linear layers are supported. Modules
+    that were trained as a whole (`modules_to_save`) are read too. The folder may name modules as transformers 5.24
+    does, or as earlier versions and checkpoints on the Hub do. A folder of peft does not identify the base weights, so
+    this function cannot check that the adapter was trained on `model`.
 
     The folder may come from an untrusted source. Nothing in it is executed, no link in it is followed, and a tensor is
     read only after its shape was checked.
 
     Args:
         folder: A folder that peft's `save_pretrained` or our `save_peft` wrote.
-        model: The base model. If the adapter's folder holds a head, the model's head must have the same shape. The
-            model may have other adapters.
-        names: The names that transformers gives to the modules of the model.
+        model: The base model. If the folder holds a trained head, the model's head must have the same shape. The model
+            may have other adapters.
+        names: The names that transformers gives to the modules of the model, as `huggingface_names(model.config)`
+            returns them.
         name: The name of the adapter in the returned model.
         execution: How the updates are computed, as in `adapt`.
 
@@ -83,7 +84,9 @@ def load_peft(
 
 
 class _Tensors:
-    """The tensors of a folder of peft. Each of them must be taken exactly once.
+    """The tensors of an adapter folder of peft. Each tensor must be read exactly once.
+
+    `take` reads a tensor, and `refuse_rest` raises an error if a tensor was never read.
 
     The methods take names without the prefix `ROOT`, with which all names in the file begin.
     """
@@ -98,7 +101,7 @@ class _Tensors:
         self._file = TensorFile(self.path)
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Return the tensor with a name, after checking its shape, and count it as taken.
+        """Return the tensor with a name, after checking its shape. Each tensor can be read once.
 
         Raises:
             UserError: If there is no such tensor, or it does not have this shape. See `TensorFile.take`.
@@ -106,11 +109,11 @@ class _Tensors:
         return self._file.take(ROOT + name, shape)
 
     def has(self, prefix: str) -> bool:
-        """Return whether any tensor that was not taken yet has a name that begins with `prefix`."""
+        """Return whether the name of any tensor that was not read yet begins with `prefix`."""
         return any(name.startswith(ROOT + prefix) for name in self._file.left)
 
     def refuse_rest(self, mark: str, model: nnx.Module, names: ModuleNames) -> None:
-        """Check that all tensors were taken.
+        """Check that every tensor in the folder was read.
 
         Args:
             mark: The attribute `mark` of the folder's `Format`.
@@ -118,7 +121,7 @@ class _Tensors:
             names: The names that transformers gives to the modules of the model.
 
         Raises:
-            UserError: If a tensor was not taken. The message says why it belongs to no linear layer of the model.
+            UserError: If a tensor was not read. The message says why it belongs to no linear layer of the model.
         """
         if not self._file.left:
             return
@@ -146,7 +149,7 @@ def _read_updates(
     """Return the method and the matrix of each layer that has tensors in the folder, both by the path of the layer.
 
     Raises:
-        UserError: If a layer that the settings name has no tensors, or a tensor or setting has no counterpart in
+        UserError: If `target_modules` selects a layer without tensors, or a tensor or setting has no counterpart in
             surm_jax.
     """
     layers = {path: layer for path, layer in sorted(_modules(model).items()) if is_linear(layer)}
@@ -181,10 +184,12 @@ def _read_updates(
 def _read_modules(
     settings: Settings, tensors: _Tensors, model: nnx.Module, names: ModuleNames, adapted: Collection[str]
 ) -> tuple[str, ...]:
-    """Set the parameters of those modules in `model` that the folder holds as a whole (`modules_to_save`).
+    """Copy the modules that the folder holds as a whole (`modules_to_save`) into `model`, and return their patterns.
+
+    Layers whose paths are in `adapted` have an update. They are skipped.
 
     Returns:
-        Patterns that match the paths of these parameters.
+        Patterns that match the paths of the copied parameters.
     """
     modules, read = whole_modules(base_parameters(model), names), []
     for path in sorted(modules.keys() - set(adapted)):
@@ -203,7 +208,7 @@ def _read_modules(
 
 
 def _rules(updates: Mapping[str, Update], model: nnx.Module) -> tuple[Rule, ...]:
-    """Return rules that give each of these layers its update, and no update to other linear layers of the model."""
+    """Return rules that give each layer in `updates` its update. They match no other linear layer of the model."""
     linear = [path for path, module in _modules(model).items() if is_linear(module)]
     groups: dict[Update, list[str]] = {}
     for path, update in updates.items():
@@ -214,7 +219,7 @@ def _rules(updates: Mapping[str, Update], model: nnx.Module) -> tuple[Rule, ...]
 def _patterns(paths: Sequence[str], of: Sequence[str]) -> list[str]:
     """Return patterns that match all paths in `paths` and no other path in `of`.
 
-    Where possible, one pattern covers all block numbers.
+    Where possible, one pattern matches the same layer in all blocks.
     """
     patterns = []
     for path in paths:

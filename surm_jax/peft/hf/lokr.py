@@ -21,13 +21,13 @@ class LoKrFormat(Format):
     """The file format of LoKr, which stores the two factors of a Kronecker product for each layer.
 
     The update in peft is `alpha / r * kron(w1, w2)`, which is the transpose of our update `factor * kron(A, B)`. So w1
-    is A^T and w2 is B^T. The setting `decompose_factor` determines the shapes of w1 and w2 from the shape of the layer,
-    for all layers.
+    is A^T and w2 is B^T. The setting `decompose_factor`, which is the same for all layers, determines the shapes of w1
+    and w2 from the shape of a layer's kernel.
 
     If `r` is less than half of the larger dimension of w2, then w2 is stored as a product `w2_a @ w2_b` of rank r,
-    where w2_a is up^T and w2_b is down^T of our `LowRankKronecker`. Otherwise w2 is one matrix, and r has an effect
-    only on the scale `alpha / r`. With the setting `decompose_both`, w1 may also be stored as a product. Such files can
-    be read, but w1 is always written as one matrix.
+    where w2_a is up^T and w2_b is down^T of our `LowRankKronecker`. Otherwise w2 is stored as one matrix, and r
+    affects nothing but the scale `alpha / r`. With the setting `decompose_both`, w1 may also be stored as a product.
+    Such files can be read, but w1 is always written as one matrix.
     """
 
     peft_type = "LOKR"
@@ -40,14 +40,17 @@ class LoKrFormat(Format):
         return isinstance(matrix, Kronecker | LowRankKronecker) and matrix.terms == 1
 
     def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:
-        """Return the settings, which contain `decompose_factor`, ranks and alphas, and the two factors of each module.
+        """Return the settings and the tensors that store the updates of all modules.
+
+        The settings contain `decompose_factor`, ranks and alphas. The tensors of a module are the two factors of its
+        Kronecker product.
 
         Raises:
-            UserError: If there is no `decompose_factor` for which peft uses the factor shapes of all updates.
+            UserError: If no single `decompose_factor` makes peft choose the factor shapes of every update.
         """
         low = {module: update.matrix.rank for module, update in updates.items() if _is_low_rank(update.matrix)}
-        # If w2 is stored as one matrix, r may have any value that is large enough. The same value is used for all such
-        # layers, and is at least as large as the rank of the other layers.
+        # If w2 is stored as one matrix, r may have any value of at least half of the larger dimension of w2. All such
+        # layers get the same value, which is at least as large as the rank of each other layer.
         least = [
             -(-max(update.matrix.factor_shapes[1]) // 2) for module, update in updates.items() if module not in low
         ]
@@ -62,7 +65,7 @@ class LoKrFormat(Format):
         return settings, {module: _factors(update.matrix) for module, update in updates.items()}
 
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
-        """Return a `LoKr` method with the same rank, alpha and factor shapes, and the shapes of the tensors.
+        """Return a `LoKr` method with the rank, alpha and factor shapes in the settings, and the shapes of the tensors.
 
         Raises:
             UserError: If a setting has a value that is not allowed.
@@ -114,10 +117,10 @@ def _factors(matrix: Kronecker | LowRankKronecker) -> Arrays:
 
 
 def _decompose_factor(updates: Mapping[str, LayerUpdate]) -> int:
-    """Return a value of `decompose_factor` for which peft gives the factors of these updates the shapes that they have.
+    """Return a value of `decompose_factor` with which peft chooses the factor shapes that these updates have.
 
     Raises:
-        UserError: If no value does so for all updates.
+        UserError: If no single value gives every update its factor shapes.
     """
     wanted = {update.matrix.factor_shapes: update for update in updates.values()}
     largest = max(size for update in updates.values() for size in update.matrix.shape)
@@ -134,7 +137,10 @@ def _decompose_factor(updates: Mapping[str, LayerUpdate]) -> int:
 
 
 def _sizes(shape: tuple[int, int], factor: int) -> Sizes:
-    """Return the shapes (m1, n1) of A and (m2, n2) of B that peft's `decompose_factor` gives to a layer's factors."""
+    """Return the shapes (m1, n1) of A and (m2, n2) of B that peft uses for a kernel of this shape.
+
+    `factor` is the value of the setting `decompose_factor`.
+    """
     (m1, m2), (n1, n2) = (balanced_factors(size, max(factor, 0)) for size in shape)
     return (m1, n1), (m2, n2)
 

@@ -18,8 +18,8 @@ class LoRAFormat(Format):
 
     The update in peft is `lora_alpha / r * lora_B @ lora_A`, which is the transpose of our update. `lora_A` of shape
     (r, in) is the transpose of `down` in our `LowRank`, and `lora_B` of shape (out, r) is the transpose of `up`. With
-    the setting `use_rslora`, the factor in peft is `lora_alpha / sqrt(r)`. Files with this setting can be read. They
-    are never written, because an equivalent `lora_alpha` without `use_rslora` is written instead.
+    the setting `use_rslora`, peft multiplies by `lora_alpha / sqrt(r)` instead of `lora_alpha / r`. Files with this
+    setting can be read, but are never written. Instead, an equivalent `lora_alpha` is written without `use_rslora`.
     """
 
     peft_type = "LORA"
@@ -32,7 +32,10 @@ class LoRAFormat(Format):
         return isinstance(matrix, LowRank)
 
     def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:
-        """Return the settings, which contain ranks and alphas, and both low-rank factors of each module."""
+        """Return the settings and the tensors that store the updates of all modules.
+
+        The settings contain ranks and alphas. The tensors of a module are its two low-rank factors.
+        """
         alphas = {module: tidy(update.factor * update.matrix.rank) for module, update in updates.items()}
         settings = {
             **by_module("r", "rank_pattern", {module: update.matrix.rank for module, update in updates.items()}),

@@ -14,7 +14,7 @@ ROOT = "base_model.model."
 
 
 class Layout(Protocol):
-    """The name of one array in transformers, and functions that convert between the two layouts of the array."""
+    """The name of one array in transformers, and functions that convert between its layouts there and in our model."""
 
     @property
     def theirs(self) -> str:
@@ -22,11 +22,11 @@ class Layout(Protocol):
 
     @property
     def read(self) -> Callable[[np.ndarray, tuple[int, ...]], np.ndarray]:
-        """The function that converts their layout to ours, `(array, shape of our parameter) -> array`."""
+        """The function that converts the layout in transformers to ours, `(array, shape of our parameter) -> array`."""
 
     @property
     def write(self) -> Callable[[np.ndarray], np.ndarray]:
-        """The function that converts our layout to theirs, `array -> array`."""
+        """The function that converts our layout to that in transformers, `array -> array`."""
 
 
 class ModuleNames(Protocol):
@@ -38,8 +38,8 @@ class ModuleNames(Protocol):
     def modules(self, path: str) -> tuple[str, ...]:
         """Return the names that transformers gives to the module at a path.
 
-        The attribute path of the module in a loaded transformers model is first. The result is an empty tuple if
-        transformers has no such module.
+        The first name is the attribute path of the module in a loaded transformers model. Any other names are those in
+        earlier versions. The result is an empty tuple if transformers has no such module.
         """
 
     def tensor(self, path: str) -> tuple[str, Layout]:
@@ -58,8 +58,8 @@ def whole_modules(
         names: The names that transformers gives to the modules of the model.
 
     Returns:
-        A dictionary for each such module, by the path of the module. It maps the last part of an array's name in
-        transformers, such as "weight", to our parameter and its `Layout`.
+        A dictionary that maps the path of each such module to a second dictionary. The second dictionary maps the last
+        part of an array's name in transformers, such as "weight", to our parameter and its `Layout`.
     """
     paths = {path: path.rpartition("/")[0] for path in parameters}
     outer = {module[:end] for module in paths.values() for end, char in enumerate(module) if char == "/"}

@@ -32,22 +32,23 @@ def save_peft(
     Other trained parameters are written as `modules_to_save`. In peft these are whole modules, so if the kernel of a
     layer was trained, its bias is written too. An existing adapter folder is replaced.
 
-    The name of a module is its attribute path in a model that transformers 5.24 has loaded. For BERT, this path is the
-    same in all versions. For other models, earlier versions may use the names in checkpoints on the Hub instead. These
-    names are then also listed in `target_modules`. To load the tensors with an earlier version, call
+    The files name a module by its attribute path in a model that transformers 5.24 has loaded. For BERT, this path is
+    the same in all versions. For other models, earlier versions may use the names in checkpoints on the Hub instead.
+    Those names are then also listed in `target_modules`. To load the tensors with an earlier version, call
     `PeftModel.from_pretrained(..., key_mapping={name: earlier name, ...})`.
 
     Args:
         folder: The folder to write. Missing parent folders are created.
         model: The adapted model, trained or not.
         adapter: The adapter to write.
-        names: The names that transformers gives to the modules of the model.
+        names: The names that transformers gives to the modules of the model, as `huggingface_names(model.config)`
+            returns them.
         base_model: The name or path of the base model. It is written into the settings, where users of the adapter
             find it.
 
     Raises:
         UserError: If the adapter has no update, if an update or a trained parameter has no counterpart in peft, if the
-            adapter's scale is not 1, or if the folder holds other files than an adapter or cannot be written.
+            adapter's scale is not 1, or if the folder cannot be written or holds files that are not an adapter's.
     """
     rows = parts_of(model, adapter)
     if not rows:
@@ -121,7 +122,7 @@ def _peft_type(updates: Mapping[str, LayerUpdate]) -> str:
 def _saved_modules(
     model: nnx.Module, adapter: Adapter, names: ModuleNames, adapted: Collection[str]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Return the arrays, in peft's layout, of the modules that hold trained parameters outside the updates.
+    """Return the arrays of the modules with trained parameters other than those of updates, in peft's layout.
 
     Args:
         model: The adapted model.
@@ -130,10 +131,11 @@ def _saved_modules(
         adapted: The paths of the layers that have an update.
 
     Returns:
-        The arrays of each module by their names, such as "weight", by the name of the module in transformers.
+        A dictionary that maps the name of each module in transformers to a second dictionary, which maps names such as
+        "weight" to the arrays of the module.
 
     Raises:
-        UserError: If peft cannot train such a module as a whole.
+        UserError: If such a module also has an update, or if peft cannot train it as a whole.
     """
     parameters = base_parameters(model)
     modules = whole_modules(parameters, names)

@@ -15,7 +15,7 @@ _MOST_BYTES = 2**20
 _LARGEST = 1e30
 
 _WHERE = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"})
-"""The names of settings that select the modules with updates, and the modules that are trained as a whole.
+"""The names of settings that select modules, either for an update or to be trained as a whole.
 
 `load_peft` finds these modules by the names of the tensors instead.
 """
@@ -52,13 +52,13 @@ class Settings:
         self.values = read_json(path, _MOST_BYTES)
 
     def refuse_others(self, known: frozenset[str]) -> None:
-        """Check that no setting without a counterpart in surm_jax changes what the adapter computes.
+        """Refuse settings that change what the adapter computes but have no counterpart in surm_jax.
 
         Args:
             known: The names of the settings that the adapter's format reads.
 
         Raises:
-            UserError: If there is such a setting. The message names the first one.
+            UserError: If the file has such a setting. The message names the first one.
         """
         for name, value in self.values.items():
             if name not in known | _WHERE | _ABOUT_TRAINING and value not in _NEUTRAL:
@@ -171,7 +171,8 @@ class Settings:
     def _matches(self, pattern: str, module: str, *, end: bool = False) -> bool:
         """Return whether a regular expression matches the name of a module.
 
-        It must match the whole name. With `end`, it may instead match the last components of the name.
+        The expression must match the whole name. With `end`, it may instead match the last components of the name, such
+        as "b.c" of "a.b.c".
 
         Raises:
             UserError: If the pattern is not a valid regular expression, or matching takes very long.
