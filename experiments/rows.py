@@ -95,7 +95,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 def note_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Store the settings of a grid in the json file beside its csv file.
 
-    Call this before any run is done. If the csv file has rows already, nothing is written, but the settings must equal those of the rows.
+    Call this before the first run. If the csv file has rows already, nothing is written, but the settings must equal
+    those of the rows.
 
     Args:
         path: The csv file.
