@@ -6,8 +6,8 @@ and `x @ (A @ B) = (x @ A) @ B`. The paper (SURM, arXiv 2406.17740) writes `W x`
 the same product is `W = W_B W_A`.
 
 A sum, product or multiple has the arrays of its operands, under flat names. In the example, `terms_0_factors_1_c` is
-the array `c` of the second factor of the first term. So it can be used wherever a matrix of a family can. It belongs to
-no family: it has no `init` and no `nearest`.
+the array `c` of the second factor of the first term. Sums, products and multiples can be used wherever a matrix of a
+family can. They belong to no family and have no `init` and no `nearest`.
 
 >>> import jax.numpy as jnp
 >>> from surm_jax.structured import Circulant, LowRank
@@ -38,7 +38,7 @@ from surm_jax.structured.base import TIMES, Piece, StructuredMatrix, matrix_pytr
 
 
 class Composite(StructuredMatrix):
-    """Base class of matrices that are built from other structured matrices, which are called their parts."""
+    """Base class of structured matrices that are built from other structured matrices, called their parts."""
 
     @abc.abstractmethod
     def _parts(self) -> dict[str, StructuredMatrix]:
@@ -46,7 +46,7 @@ class Composite(StructuredMatrix):
 
     @abc.abstractmethod
     def _with_parts(self, parts: Sequence[StructuredMatrix]) -> Self:
-        """Return a composite of the same class with other parts, in the order of `_parts`."""
+        """Return a matrix of the same class with other parts, which are given in the order of `_parts`."""
 
     @property
     def small_residuals(self) -> bool:
@@ -69,7 +69,7 @@ class Composite(StructuredMatrix):
         return {f"{part}_{name}": leaf for part, m in self._parts().items() for name, leaf in m.arrays().items()}
 
     def compact(self) -> StructuredMatrix:
-        """Return an equal composite in which every part is replaced by its compact form."""
+        """Return an equal matrix in which every part is replaced by the result of its method `compact`."""
         return self._with_parts([part.compact() for part in self._parts().values()])
 
     def _piece(self, name: str) -> list[Piece | str]:

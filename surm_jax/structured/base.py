@@ -121,7 +121,7 @@ class Algebra(Protocol):
 
 
 class Piece(NamedTuple):
-    """One factor or term of a structured matrix, which a picture shows beside the whole matrix.
+    """One factor or term of a structured matrix, which a picture of the matrix shows separately.
 
     Attributes:
         label: Name of the factor or term in TeX, without dollar signs.
@@ -203,8 +203,8 @@ class StructuredMatrix(abc.ABC):
     def small_residuals(self) -> bool:
         """Whether the backward pass of `x @ M` needs no arrays of the size of `x` except `x` itself.
 
-        If False, the execution `fft` (`surm_jax.structured.products.execution`) does not store the intermediate arrays
-        of the product, but computes them again in the backward pass.
+        If False, the method `fft` of computing products (`surm_jax.structured.products.execution`) does not store the
+        intermediate arrays of the product, but computes them again in the backward pass.
         """
         return False
 

@@ -188,7 +188,7 @@ def family(cls: type[F]) -> type[F]:
 
 
 class LinearInVector(Family):
-    """Base class of the families whose matrices are linear in one vector, their only array.
+    """Base class of the families in which a matrix has a single array, a vector, and is linear in this vector.
 
     A subclass declares two fields: first the vector, then the static field `shape`.
     """
@@ -206,7 +206,7 @@ class LinearInVector(Family):
     def init(cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32) -> Self:
         """Return the zero matrix, with which training starts.
 
-        Nothing is random, because the matrix is linear in its vector: at zero, the gradient of the vector is not zero.
+        No array is random. The matrix is linear in its vector, so the gradient of the vector is not zero at the start.
 
         Args:
             key: Not used.
@@ -252,10 +252,10 @@ def checked_dense(owner: str, dense: ArrayLike) -> Float[Array, "in out"]:
 
 
 def largest_size(available: int, most: int) -> int | None:
-    """Return the largest possible size, such as a rank, for `options_within`, or None if no size is possible.
+    """Return the largest value of an option such as a rank, for `options_within`, or None if no value is possible.
 
     Args:
-        available: The largest size that the budget allows. If it is less than 1, no size is possible.
+        available: The largest size that the budget of parameters allows. If it is less than 1, no size is possible.
         most: The largest size that the shape allows.
     """
     return min(available, most) if available >= 1 else None

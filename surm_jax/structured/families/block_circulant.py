@@ -81,7 +81,7 @@ class BlockCirculant(Family):
     ) -> Self:
         """Return the zero matrix, with which training starts.
 
-        Nothing is random, because `M` is linear in `c`: at `c = 0`, the gradient of `c` is not zero.
+        No array is random. `M` is linear in `c`, so the gradient of `c` is not zero at the start.
 
         Args:
             key: Not used.

@@ -1,4 +1,4 @@
-"""Dense matrices without structure, which bottleneck adapters use and with which other families are compared."""
+"""Dense matrices without structure. Bottleneck adapters use them, and the other families are compared with them."""
 
 from typing import Self
 
@@ -13,7 +13,7 @@ from surm_jax.structured.families.base import Family, checked_dense, family
 
 @family
 class Dense(Family):
-    """Any matrix. It has in * out parameters, and takes as many multiplications per row of x.
+    """Any matrix. It has in * out parameters, and `x @ M` takes in * out multiplications per row of x.
 
     Attributes:
         W: (in_features, out_features), the matrix itself. It is zero when training starts.
@@ -47,7 +47,7 @@ class Dense(Family):
     def init(cls, key: PRNGKeyArray, shape: tuple[int, int], *, scale: float, dtype: DTypeLike = jnp.float32) -> Self:
         """Return the zero matrix, with which training starts.
 
-        Nothing is random, because the matrix is `W` itself, and its gradient at zero is not zero.
+        No array is random. The matrix is `W` itself, so the gradient of `W` is not zero at the start.
 
         Args:
             key: Not used.

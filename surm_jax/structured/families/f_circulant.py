@@ -125,7 +125,7 @@ class FCirculant(Family):
     ) -> Self:
         """Return the zero matrix, with which training starts.
 
-        Nothing is random, because `M` is linear in `v`: at `v = 0`, the gradient of `v` is not zero.
+        No array is random. `M` is linear in `v`, so the gradient of `v` is not zero at the start.
 
         Args:
             key: Not used.
@@ -220,7 +220,7 @@ def _reverse(v: Float[Array, " N"], sign: int) -> Float[Array, " N"]:
 
 
 def _diagonal_means(dense: Float[Array, "m n"], f: float, *, transposed: bool) -> Float[Array, " n"]:
-    """Return the vector v of `FCirculant.nearest` for a `dense` with m <= n: weighted means of its wrapped diagonals.
+    """Return the vector v of `FCirculant.nearest` for `dense` with m <= n: weighted means of its wrapped diagonals.
 
     If `transposed` is True, v belongs to the nearest `Z_f(v)`, otherwise to the nearest `Z_f(v)^T`.
     """

@@ -219,7 +219,7 @@ def near_square_factors(shape: tuple[int, int]) -> FactorShapes:
 
 
 def checked_factors(owner: str, factors: Sequence[Sequence[int]] | None, shape: tuple[int, int]) -> FactorShapes:
-    """Return the shapes of the factors, after checking them. For None, return `near_square_factors(shape)`.
+    """Return the checked shapes of the two factors. If `factors` is None, return `near_square_factors(shape)`.
 
     Args:
         owner: Name of the calling class, with which the error message begins.
@@ -249,7 +249,7 @@ def checked_factors(owner: str, factors: Sequence[Sequence[int]] | None, shape: 
 def check_terms(owner: str, terms: int, factors: FactorShapes) -> None:
     """Check that a sum of Kronecker products has at least 1 term and at most min(m1 n1, m2 n2) terms.
 
-    With the largest number of terms, every matrix is such a sum, so more terms would be redundant.
+    Every matrix is a sum of min(m1 n1, m2 n2) such products, so more terms would be redundant.
 
     Raises:
         UserError: The number of terms is outside this range or is not an integer.

@@ -1,4 +1,4 @@
-"""Matrices of low displacement rank, which range from circulant matrices (rank 1) to all matrices (full rank).
+"""Matrices of low displacement rank. Rank 1 includes all circulant matrices, and full rank includes all matrices.
 
 The paper (arXiv 2406.17740) defines a square matrix `W(G, H)` by two arrays G and H of shape (N, r), whose columns are
 `g_i` and `h_i`: `W(G, H) = sum_{i<r} Z_1(g_i) Z_{-1}(h_i)`. Each of the r terms is the product of a circulant matrix,
@@ -121,7 +121,7 @@ class LowDisplacementRank(Family):
 
     @classmethod
     def nearest(cls, dense: Float[Array, "in out"], *, rank: int, steps: int = 200, progress: bool = False) -> Self:
-        """Return a matrix `W(G, H)^T` near to `dense` in the Frobenius norm, found by two searches.
+        """Return a matrix `W(G, H)^T` near `dense` in the Frobenius norm, found by two searches.
 
         The nearest matrix has no closed form. One search starts from the truncated SVD of the displacement of `dense`.
         The other starts from random G and H with about the norm of `dense`, the same in every call. Each search is one
@@ -154,7 +154,7 @@ class LowDisplacementRank(Family):
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return the largest rank within the budget of parameters, or None if rank 1 exceeds it."""
+        """Return the largest rank within the budget of parameters, or None if rank 1 is above the budget."""
         rank = largest_size(budget // (2 * max(shape)), min(shape))
         return {"rank": rank} if rank else None
 
@@ -220,7 +220,8 @@ def _transposed_product(
 ) -> Float[Array, "*batch N"]:
     """Return `x @ W(G, H)`.
 
-    Compared with `_product`, the factors come in reverse order, and each is transposed, which conjugates its spectrum.
+    Compared with `_product`, the two factors of each term are exchanged and transposed. Transposing a factor conjugates
+    its spectrum.
     """
     N = G.shape[0]
     G_hat, H_hat = _for_terms(jnp.fft.rfft(G.T), x).conj(), _for_terms(skew_fft(H.T, N), x).conj()

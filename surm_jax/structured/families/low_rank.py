@@ -106,7 +106,7 @@ class LowRank(Family):
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return the largest rank within the budget of parameters, or None if rank 1 exceeds it."""
+        """Return the largest rank within the budget of parameters, or None if rank 1 is above the budget."""
         rank = largest_size(budget // sum(shape), min(shape))
         return {"rank": rank} if rank else None
 

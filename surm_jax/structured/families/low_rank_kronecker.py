@@ -1,4 +1,4 @@
-"""Sums of Kronecker products whose second factor has low rank, as LoKr, Compacter and KAdaptation use them.
+"""Sums of Kronecker products whose second factors have low rank, for LoKr, Compacter and KAdaptation.
 
 LoKr (arXiv 2309.14859) uses one Kronecker product `A (x) B`, in which B has a chosen rank. The parameterised
 hypercomplex layers of Compacter (arXiv 2106.04647) and KAdaptation (arXiv 2203.16329) use sums of k products, in which
@@ -181,7 +181,7 @@ class LowRankKronecker(Family):
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return the largest rank within the budget of parameters, for one term and default factor shapes."""
+        """Return the largest rank with which one Kronecker product of default factor shapes stays within the budget."""
         (m1, n1), (m2, n2) = near_square_factors(shape)
         rank = largest_size((budget - m1 * n1) // (m2 + n2), min(m2, n2))
         return {"rank": rank} if rank else None

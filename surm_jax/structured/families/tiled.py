@@ -106,7 +106,7 @@ class Tiled(Family):
     ) -> Self:
         """Return the zero matrix, with which training starts.
 
-        Nothing is random, because the matrix is linear in `M`: at `M = 0`, the gradient of `M` is not zero.
+        No array is random. The matrix is linear in `M`, so the gradient of `M` is not zero at the start.
 
         Args:
             key: Not used.
@@ -179,9 +179,9 @@ class Tiled(Family):
 
     @classmethod
     def typical_options(cls, shape: tuple[int, int]) -> tuple[dict[str, Any], ...]:
-        """Return the options with which the benchmarks measure the speed of this family: sharing, then rotation.
+        """Return the two sets of options with which the benchmarks measure speed: for sharing and for rotation.
 
-        Both have about as many parameters as LoRA of rank 1.
+        With each set, `M` has about as many parameters as LoRA of rank 1.
         """
         sharing, rotation = (tiled_side(shape, 1, rotate=rotate) for rotate in (False, True))
         return {"side": sharing}, {"side": rotation, "rotate": True}
@@ -271,7 +271,7 @@ def _sizes(shape: tuple[int, int], side: int, rotate: bool) -> tuple[int, int]:
 
 
 def _chunks(shape: tuple[int, int], sizes: tuple[int, int], rotate: bool) -> int:
-    """Return the number of chunks of the input that are used.
+    """Return the number of chunks of the input that the product uses.
 
     Sharing uses all chunks. Rotation uses at most as many chunks as the output has chunks of p' features.
     """

@@ -20,7 +20,7 @@ from surm_jax.structured.families.toeplitz import SymmetricToeplitz, Toeplitz, a
 from surm_jax.structured.fit import refine
 
 Factor = Toeplitz | SymmetricToeplitz
-"""One of the two factors of a pair."""
+"""The classes of the two factors of a pair."""
 
 
 @matrix_pytree

@@ -1,4 +1,4 @@
-"""Tests of the registry of families: every family is exported and tested, and defines the members that others use."""
+"""Test that every family is exported and tested, and test `options_within`, `random` and the decorator `family`."""
 
 import importlib
 from pathlib import Path

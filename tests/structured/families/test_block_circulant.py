@@ -38,7 +38,7 @@ def dense(c):
 
 
 def test_orientation():
-    # M maps 2 features to 4. Both of its 2 x 2 blocks are multiplied by the same two inputs.
+    # M maps 2 features to 4. It has two 2 x 2 blocks, and both are multiplied by the same two inputs.
     matrix = BlockCirculant(jnp.array([[[1.0, 2.0], [3.0, 4.0]]]))
     assert matrix.shape == (2, 4) and matrix.block == 2
     np.testing.assert_array_equal(matrix.to_dense(), [[1, 2, 3, 4], [2, 1, 4, 3]])

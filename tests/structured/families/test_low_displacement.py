@@ -152,10 +152,10 @@ def random_target():
 
 @pytest.mark.exhaustive
 def test_the_better_start_is_no_worse_than_zero():
-    """Test that without any step the result is nearer than the zero matrix, even for a target without structure.
+    """Test that `nearest` with `steps=0` is nearer than the zero matrix, even for a random target.
 
-    For such a target, the truncated SVD of its displacement gives a matrix that is further away than zero. Its best
-    multiple is nearer than zero.
+    For such a target, the truncated SVD of its displacement gives a matrix that is further from the target than the
+    zero matrix. The best multiple of this matrix is nearer than the zero matrix.
     """
     assert relative_error(LowDisplacementRank.nearest(random_target(), rank=2, steps=0), random_target()) < 1
 
@@ -238,9 +238,9 @@ def test_a_product_takes_one_transform_in_and_one_out_and_two_for_the_terms(tran
     matrix = LowDisplacementRank(jnp.ones((8, 3)), jnp.ones((8, 3)), shape=(8, 8), transposed=transposed)
 
     def rows(fn):
-        """Return the total number of rows that all FFTs of a function transform.
+        """Return the number of vectors that all FFTs of a function transform in total.
 
-        x has 5 rows, and there are 3 terms. The columns of G and H are transformed as rows too.
+        x has 5 rows, and there are 3 terms. The columns of G and H are transformed too.
         """
         ffts = [eqn.invars[0].aval.shape for eqn in _equations(jax.make_jaxpr(fn)(matrix, jnp.ones((5, 8))).jaxpr)]
         return sum(np.prod(shape[:-1], dtype=int) for shape in ffts)

@@ -61,7 +61,7 @@ def test_numbers_of_the_methods_that_use_it():
     def count(shape, **options):
         return jax.eval_shape(lambda: LowRankKronecker.init(jax.random.key(0), shape, scale=1.0, **options)).num_params
 
-    # LoKr has one Kronecker product, here with factors of 24 x 24 and 32 x 32, the second of rank 4.
+    # LoKr has one Kronecker product. Here its factors are 24 x 24 and 32 x 32, and the second factor has rank 4.
     assert count((768, 768), rank=4, factor_shapes=((24, 24), (32, 32))) == 24**2 + 4 * (32 + 32)
     # Compacter and KAdaptation have k = 4 Kronecker products, with first factors of 4 x 4 and second factors of rank 1.
     assert count((768, 3072), rank=1, terms=4, factor_shapes=((4, 4), (192, 768))) == 4 * (16 + 192 + 768)
@@ -140,8 +140,8 @@ def test_what_the_target_leaves_empty_can_still_learn(target):
     dense = jnp.zeros((12, 10)) if target == "zero" else draw(1, 1).to_dense()
     found = LowRankKronecker.nearest(dense, rank=3, terms=2, factor_shapes=FACTORS, steps=20)
     assert_close(np.asarray(found.to_dense()) + 1, np.asarray(dense) + 1, "float32")
-    # In a product of three factors, all gradients are zero if two factors are zero. So `down @ up` must not be zero
-    # where A is zero, and for each index i of the rank, column i of `down` or row i of `up` must not be zero.
+    # M is the product of A, `down` and `up`. If two of them are zero, all three gradients are zero. So `down @ up` must
+    # not be zero where A is zero. For each index i of the rank, column i of `down` or row i of `up` must not be zero.
     for k, i in itertools.product(range(2), range(3)):
         assert np.linalg.norm(found.down[k, :, i]) + np.linalg.norm(found.up[k, i]) > 0.1
         assert np.linalg.norm(found.down[k] @ found.up[k]) > 0.1

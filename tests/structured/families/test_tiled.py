@@ -11,9 +11,9 @@ from tests.structured.cases import ProjectionContract, assert_close
 
 
 def mora(x: np.ndarray, weight: np.ndarray, out: int, rotate: bool) -> np.ndarray:
-    """Return what MoRA adds to the output for every row of x: type 1 of the released code, or type 6 if `rotate`.
+    """Return what MoRA adds to the output for every row of x, as type 6 of the released code if `rotate`, else type 1.
 
-    `weight` is the matrix by which the released code multiplies the chunks, the transpose of `Tiled.M`.
+    `weight` is the matrix by which the released code multiplies the chunks. It is the transpose of `Tiled.M`.
     """
     m, p = x.shape[1], weight.shape[1]
     chunks = [x[:, [i % m for i in range(start, start + p)]] for start in range(0, m, p)]
@@ -54,8 +54,8 @@ class TestRotated(ProjectionContract):
 
 
 def test_orientation():
-    # The matrix maps 4 features to 5. Input 3 is multiplied by row 1 of M, and output 4 uses the first column of M
-    # again.
+    # The matrix maps 4 features to 5. Input 3 is multiplied by row 1 of M. Output 4 repeats output 0, which uses the
+    # first column of M.
     matrix = Tiled(jnp.array([[1.0, 2.0], [3.0, 4.0]]), shape=(4, 5))
     np.testing.assert_array_equal(matrix.apply(jnp.array([0.0, 0.0, 0.0, 1.0])), [3, 4, 3, 4, 3])
     np.testing.assert_array_equal(matrix.T.apply(jnp.array([0.0, 0.0, 0.0, 0.0, 1.0])), [1, 3, 1, 3])
@@ -65,8 +65,8 @@ def test_orientation():
 
 
 def test_rotation_by_hand():
-    # With p = 2 a chunk has one plane. The second chunk is rotated by the angle 1, and gives the second half of the
-    # output.
+    # With p = 2 the two entries of a chunk are the coordinates of one plane. The second chunk is rotated by the angle
+    # 1, and its product with M is the second half of the output.
     matrix = Tiled(jnp.eye(2), shape=(4, 4), rotate=True)
     turn = [[np.cos(1), np.sin(1)], [-np.sin(1), np.cos(1)]]
     expected = np.eye(4)

@@ -67,7 +67,7 @@ def test_orientation_and_order():
     np.testing.assert_allclose(pair.to_dense(), [[0, 2, 1], [0, 0, 2]], atol=1e-6)
     np.testing.assert_allclose(pair.apply(jnp.array([1.0, 10.0])), [0, 2, 21], atol=1e-5)
     np.testing.assert_allclose(pair.T.apply(jnp.array([1.0, 10.0, 100.0])), [120, 200], rtol=1e-6)
-    # M is T1 T2 and not T2 T1, as symmetric factors that do not commute show.
+    # M is T1 T2 and not T2 T1. The two products differ, because these symmetric factors do not commute.
     pair = SymmetricToeplitzPair(t1=jnp.array([0.0, 1.0, 0.0]), t2=jnp.array([0.0, 0.0, 1.0]), shape=(3, 3))
     np.testing.assert_allclose(pair.to_dense(), [[0, 0, 0], [1, 0, 1], [0, 0, 0]], atol=1e-6)
 
