@@ -28,7 +28,7 @@ def step(x: jax.Array, kernel: jax.Array, update: StructuredMatrix, dy: jax.Arra
 def frozen_step(x: jax.Array, kernel: jax.Array, update: None, dy: jax.Array) -> Any:
     """Compute the forward and the backward pass of a frozen linear layer without an update.
 
-    The arguments are those of `step`, but the update is None.
+    The arguments are the same as for `step`, except that the update is None.
 
     Returns:
         The output, and the gradient with respect to the input.

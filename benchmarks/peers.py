@@ -5,7 +5,7 @@
 The packages of `requirements-peers.txt` must be installed. The PyTorch layers are a frozen `nn.Linear` in float32, with
 one of these updates:
 
-- `torch frozen`: no update; only the gradient with respect to the input is computed.
+- `torch frozen`: no update. The only gradient is that with respect to the input.
 - `torch lora`: LoRA with r = 1.
 - `torch circulant`: the circulant update by FFTs, as in the released code of arXiv 2406.17740.
 - `torch toeplitz pair`: the product of two symmetric Toeplitz matrices by four FFTs, padded to a power of two as in the

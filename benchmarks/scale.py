@@ -112,7 +112,7 @@ def activation_bytes(model: Transformer, examples: int) -> int:
 def gathered_bytes(numbers: int, fsdp: int, size: int = 2) -> float:
     """Return the bytes of base parameters that each device receives in a step, if the base model is split over devices.
 
-    Each device receives the parameters that the other devices hold in the forward pass, and again in the backward pass.
+    In the forward pass, and again in the backward pass, each device receives the parameters that other devices hold.
 
     Args:
         numbers: The number of parameters that are split.

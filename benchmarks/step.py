@@ -134,7 +134,7 @@ def method_step(model: ViT, name: str, mesh: jax.sharding.Mesh) -> Step:
 
 
 def row_of(name: str, devices: int, step: Step) -> dict[str, Any]:
-    """Return the row of results for a step, still without its times. Sizes in bytes are those on one device."""
+    """Return the row of results for a step, without its times. Sizes in bytes are measured on one device."""
     memory = step.compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {

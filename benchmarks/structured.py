@@ -13,7 +13,7 @@ Each program has a row of results. `ms` is its median time over several rounds, 
 turns. `ratio_to_frozen` and `ratio_to_lora` compare it with the references. `temp_bytes` is the temporary memory of the
 compiled program, and `peak_bytes` adds its arguments and results.
 
-New rows replace those in the file of `--out` that have the same width, tokens and dtype; all other rows in it stay.
+If the file of `--out` has rows with the same width, tokens and dtype, the new rows replace them. Its other rows stay.
 With `--write_table`, the fastest execution of each case is stored as the one that `auto` chooses
 (`surm_jax/structured/products/choice.json`).
 """
@@ -57,7 +57,7 @@ COLUMNS = {
 
 
 def cases(families: list[str], width: int, half: bool) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield the programs to time as (family, options, execution), first those of `LowRank`, the reference.
+    """Yield the programs to time as (family, options, execution), beginning with the reference `LowRank`.
 
     Args:
         families: The names of the families.

@@ -39,7 +39,7 @@ def benchmark(main: Callable[[], None]) -> None:
             raise UserError(f"--out={OUT.value} must name a file in an existing folder")
         main()
 
-    # Without this `--help` lists only the flags that the benchmark's own module defines.
+    # Without this, `--help` would not list the flags of this module, but only those of the benchmark's own module.
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["out"])
     app.run(lambda arguments: command(lambda: checked(arguments)))
 
@@ -70,7 +70,7 @@ def medians(programs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any,
 
     Args:
         programs: The programs by name, as functions without arguments. Arrays in a result need not be ready when the
-            function returns; the time until they are ready counts.
+            function returns. The time until they are ready is included.
         rounds: The number of rounds.
     """
     times: dict[Any, list[float]] = {name: [] for name in programs}

@@ -13,8 +13,8 @@ rank, have? The same questions can be asked for another model and data set:
         --set data.dir=FOLDER_OF_PREPARED_TFDS_SETS
 
 All runs form a grid (`experiments/grid.py`), in which each variant of a method counts as a method of its own. Finished
-runs are the rows of `experiments/results/ablations_NAME.csv`. With `--report` the command starts no run, and only shows
-the tables and the picture of the rows so far.
+runs are the rows of `experiments/results/ablations_NAME.csv`. With `--report` the command starts no run. It shows the
+tables and the picture of the runs that are finished.
 """
 
 import argparse

@@ -192,7 +192,7 @@ def _with_suffix(out: Path, suffix: str) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do the analysis that the command line asks for, write its files, and print its tables."""
+    """Analyse the run or the configuration given on the command line, write the files, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("workdir", help="folder of a run; with --energy=gradient also a configuration, FILE.py")
     parser.add_argument("--full", type=Path, help="folder of a run of the method full, of the same model and data")

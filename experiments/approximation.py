@@ -75,8 +75,8 @@ class Kind(NamedTuple):
 
     Attributes:
         family: The name of the family's class, a key of `FAMILIES`.
-        option: The name of the option that sets the size, such as "rank"; None if the family has only one size.
-        size: The value of that option; None if the family has only one size.
+        option: The name of the option that sets the size, such as "rank". None if the family has a single size.
+        size: The value of that option. None if the family has a single size.
     """
 
     family: str

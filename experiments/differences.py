@@ -120,7 +120,7 @@ def scores(cell: Cell) -> list[float]:
     """
     rows = read_rows(RESULTS / f"{cell.grid}.csv")
     searched = {row["task"] for row in rows if row["part"] == "search"}
-    # If there are searches on only one task, its learning rates are used for all tasks.
+    # If the grid has searches on a single task, their learning rates are used for all tasks.
     grid = Grid.of_rows(rows, searched.pop() if len(searched) == 1 else "")
     by_task = [grid.scores(rows, task, cell.method) for task in cell.tasks]
     return [statistics.mean(values) for values in zip(*by_task, strict=True)]

@@ -4,8 +4,8 @@
 
 Every run uses `configs/digits.py` and fine-tunes the small ViT that the package contains. The runs form a grid
 (`experiments/grid.py`) whose rows are in `experiments/results/digits_methods.csv`. The searches for a learning rate
-hold out 150 training images. With `--report` the command starts no run, and only shows the tables and the picture of
-the rows so far.
+hold out 150 training images. With `--report` the command starts no run. It shows the tables and the picture of the runs
+that are finished.
 """
 
 import argparse

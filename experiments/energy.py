@@ -44,7 +44,7 @@ class Family(NamedTuple):
 
     Attributes:
         name: The name of the family's class, a key of `FAMILIES`.
-        size: The size that was chosen, such as "rank 1". It is empty if the family has only one size.
+        size: The size that was chosen, such as "rank 1". It is empty if the family has a single size.
         parameters: The number of parameters of a matrix of this family and size.
     """
 

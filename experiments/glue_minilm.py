@@ -14,8 +14,8 @@ run, because training at a rate that works for half of the steps may still diver
 The number of steps is small, so that the whole grid takes only hours on two CPU cores. A run sees 3,200 examples of
 STS-B, MRPC or RTE, or 11,200 of CoLA, whereas usual fine-tuning passes three to eighty times over the training set.
 
-With `--report` the command starts no run, and only shows the tables and the picture of the rows in
-`experiments/results/glue_minilm.csv`.
+Finished runs are the rows of `experiments/results/glue_minilm.csv`. With `--report` the command starts no run. It shows
+the tables and the picture of these rows.
 """
 
 import argparse
@@ -128,7 +128,7 @@ def commonest(task: str, data_dir: str) -> Row:
 
     Args:
         task: The name of the GLUE task.
-        data_dir: The folder of prepared TFDS data sets; empty means the default folder.
+        data_dir: The folder of prepared TFDS data sets. An empty string means the default folder.
 
     Raises:
         UserError: The task's data set does not exist.

@@ -47,7 +47,7 @@ class Source(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the command-line options that both experiments on images have."""
+    """Add the command-line options that `experiments.image_table` and `experiments.low_data` share."""
     parser.add_argument("--data", default="", help="folder of prepared TFDS sets")
     parser.add_argument("--sets", nargs="+", default=[], help="as config.data.name; default: five classes of CIFAR-10")
     parser.add_argument("--name", default="cifar", help="name of the grid in the files of results")
@@ -180,7 +180,7 @@ def run_config(settings: Settings, run: Run, source: Source, data_dir: str) -> R
         settings: The settings of the grid, as `settings_of` returns them.
         run: The run.
         source: The data of the run's task.
-        data_dir: The folder of prepared TFDS data sets; empty means the default folder.
+        data_dir: The folder of prepared TFDS data sets. An empty string means the default folder.
 
     Raises:
         UserError: A setting has a value that the training configuration does not allow.

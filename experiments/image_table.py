@@ -10,13 +10,13 @@ of these classes. All runs together take about 15 minutes on two CPU cores. Othe
         --sets cifar10 cifar100 dtd --methods circulant lora full --rates circulant=2e-5,5e-5,2e-4 \\
         --data=FOLDER_OF_PREPARED_TFDS_SETS
 
-With `--vtab`, only 1,000 training examples of each data set are used, the same ones for every method. The searches for
-a learning rate train on 800 of them and hold out 200, and the final runs train on all.
+With `--vtab`, every method trains on the same 1,000 training examples of each data set. The searches for a learning
+rate train on 800 of them and hold out 200, and the final runs train on all.
 
 The runs form a grid (`experiments/grid.py`) whose rows are in `experiments/results/image_table_NAME.csv`. All methods
 train for the same number of steps with the same optimiser and a new head. The learning rate is the only setting that is
 searched for each method. A later command may add data sets, methods, learning rates and seeds to the same csv file.
-With `--report` the command starts no run, and only shows the tables and the picture of the rows so far.
+With `--report` the command starts no run. It shows the tables and the picture of the runs that are finished.
 """
 
 import argparse

@@ -14,8 +14,8 @@ The runs form a grid (`experiments/grid.py`) whose tasks are the shares. Its row
 `experiments/results/low_data_NAME.csv`, or in `low_data_NAME_SET.csv` with `--sets`. By default every run takes 200
 steps of 64 images, whatever the share. For each method, the best learning rate is searched with 10 % of the data and
 used for all shares. The whole grid without the method "bottleneck" took 71 minutes on two CPU cores. A later command
-may add shares, methods, learning rates and seeds to the same csv file. With `--report` the command starts no run, and
-only shows the tables and the picture of the rows so far.
+may add shares, methods, learning rates and seeds to the same csv file. With `--report` the command starts no run. It
+shows the tables and the picture of the runs that are finished.
 """
 
 import argparse

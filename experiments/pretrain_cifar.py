@@ -38,7 +38,7 @@ def classes_of(numbers: Sequence[int], data_dir: str) -> tuple[str, ...]:
 
     Args:
         numbers: The labels of the classes.
-        data_dir: The folder of prepared TFDS data sets; empty means the default folder.
+        data_dir: The folder of prepared TFDS data sets. An empty string means the default folder.
 
     Raises:
         UserError: The data set does not exist.
@@ -51,7 +51,7 @@ def config_of(data_dir: str, epochs: float) -> RunConfig:
     """Return the configuration of the pretraining run.
 
     Args:
-        data_dir: The folder of prepared TFDS data sets; empty means the default folder.
+        data_dir: The folder of prepared TFDS data sets. An empty string means the default folder.
         epochs: The number of passes over the training set.
 
     Raises:

@@ -152,7 +152,8 @@ class Row(NamedTuple):
         width: The number of columns of the matrix X that the target was made from.
         family: A key of `FAMILIES`, or `IDENTITY`.
         trial: The number of the trial, which is also the seed of the target.
-        descent: The error after gradient descent; None if only the optimum was computed.
+        descent: The error after gradient descent. None if the study computes nothing but the optimum for this target or
+            family.
         optimum: The error of the nearest matrix of the family.
     """
 
@@ -169,7 +170,7 @@ Curves = dict[str, Float[np.ndarray, "trials steps+1"]]
 
 
 def optimal_errors(targets: Float[np.ndarray, "trials n n"]) -> dict[str, Float[np.ndarray, " trials"]]:
-    """Return, for each family, the relative error of its nearest matrix to each target."""
+    """Return, for each family, the relative error of the family's nearest matrix for every target."""
     return {
         name: np.asarray(relative_errors(jax.vmap(family.nearest)(targets), targets))
         for name, family in FAMILIES.items()
@@ -177,9 +178,9 @@ def optimal_errors(targets: Float[np.ndarray, "trials n n"]) -> dict[str, Float[
 
 
 def identity_errors(targets: Float[np.ndarray, "trials n n"]) -> Float[np.ndarray, " trials"]:
-    """Return the relative error of the nearest multiple of the identity to each target.
+    """Return, for every target, the relative error of the nearest multiple of the identity matrix.
 
-    It serves as a reference with a single parameter.
+    The multiples of the identity are a reference that has a single parameter.
     """
     traces = np.trace(targets, axis1=1, axis2=2)
     return np.sqrt(1 - traces**2 / SIDE / np.sum(np.square(targets), axis=(1, 2)))
@@ -194,7 +195,7 @@ def run(trials: int, steps: int) -> tuple[list[Row], Curves]:
 
     Returns:
         The rows of errors, and the errors of each family before the first step of gradient descent and after each step.
-        The errors by step are only those for targets of the first kind in `TARGETS`.
+        The errors by step belong to targets of the first kind in `TARGETS`.
     """
     rows, curves = [], {}
 

@@ -82,7 +82,7 @@ def read_full(workdir: Path, overrides: Mapping[str, Any]) -> RunConfig:
 
 
 def read_any(where: str, overrides: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration of a run, whether it is finished or not, or that of a configuration file.
+    """Return the configuration of a finished or unfinished run, or the configuration that a file defines.
 
     Args:
         where: The folder of a run, or a file such as `configs/digits.py`.

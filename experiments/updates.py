@@ -112,12 +112,12 @@ class Update(NamedTuple):
         numbers: The number of parameters of the change.
         rank: The numerical rank.
         largest_rank: The largest rank that a matrix of this structure and size can have.
-        theory: The rank that theory predicts from the structure, as text; empty for a dense change.
+        theory: The rank that theory predicts from the structure, as text. It is empty for a dense change.
         stable_rank: The squared Frobenius norm over the square of the largest singular value. It tells how many
             singular directions carry most of the change.
         condition: The condition number: the largest singular value over the smallest that the structure allows to
             differ from zero.
-        displacement_rank: The displacement rank; empty for a dense change.
+        displacement_rank: The displacement rank. It is an empty string for a dense change.
         relative_norm: The Frobenius norm of the change over that of the kernel before fine-tuning.
         one_minus_cosine: One minus the cosine similarity of the kernels before and after fine-tuning.
     """

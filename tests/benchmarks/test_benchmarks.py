@@ -115,8 +115,8 @@ def test_depth(tmp_path):
     assert all(row["trace_s"] > 0 and row["compile_s"] > 0 and row["temp_bytes"] > 0 for row in rows.values())
     assert rows[3, "looped"]["instructions"] > rows[2, "looped"]["instructions"]
     assert rows[3, "scanned"]["instructions"] == rows[2, "scanned"]["instructions"]
-    # This method leaves the first five blocks without an adapter, so it does not fit a shorter model, and the benchmark
-    # must not use one to warm up.
+    # The method `adapter_drop` leaves the first five blocks without an adapter, so it needs a model of at least six
+    # blocks. So the benchmark must not use a model with fewer blocks to warm up.
     done = run("depth", "--depths=6", "--width=4", "--method=adapter_drop")
     assert done.returncode == 0, done.stderr
 

@@ -112,7 +112,8 @@ def test_commands_for_many_chips_have_data_weights_and_a_batch_that_divides(comm
     config = dict(word.removeprefix("--config.").split("=") for word in words if word.startswith("--config."))
     assert config.keys() <= {*keys(base_config())}
     assert config["data.dir"].startswith("/shared/")
-    # The commands are for 256 chips, or for four nodes of 8 devices, and 256 is a multiple of both numbers of devices.
+    # The commands are for 256 chips, or for four nodes of 8 devices. A batch that 256 divides fits both numbers of
+    # devices.
     assert all(int(config[f"data.{size}"]) % 256 == 0 for size in ("batch_size", "eval_batch_size"))
     (cache,) = [word.partition("=") for word in words if word.startswith("SURM_JAX_CACHE=")]
     monkeypatch.setenv(cache[0], cache[2])

@@ -1,4 +1,4 @@
-"""Tests of `experiments.ablations`: every variant has a valid configuration; the grid runs, continues and reports."""
+"""Tests of `experiments.ablations`: the configurations of its variants, and the runs and reports of its grid."""
 
 import argparse
 
@@ -48,7 +48,7 @@ def test_runs_go_on_and_are_reported(tmp_path, monkeypatch, capsys):
     searches = [row for row in made if row["part"] == "search"]
     assert 3 <= len(searches) <= grid.MOST_RATES
     assert [(row["part"], row["seed"]) for row in made[len(searches) :]] == [("final", seed) for seed in range(3)]
-    # Trained are two vectors for each of Q and V in four blocks of width 64, and the head.
+    # The trained parameters are those of the head, and two vectors for each of Q and V in four blocks of width 64.
     assert {row["trainable"] for row in made} == {4 * 2 * 2 * 64 + 64 * 5 + 5}
     ablations.main(command)
     assert rows.read_rows(tmp_path / "ablations_digits.csv") == made

@@ -50,7 +50,7 @@ def tiny_variant():
 
 @pytest.fixture
 def no_search(monkeypatch):
-    """Let families whose nearest matrix is found by a search use its starting point, as searches compile slowly."""
+    """Replace every search for a nearest matrix by the starting point of the search, since searches compile slowly."""
     monkeypatch.setattr(energy, "approximations", functools.partial(approximations, steps=0))
 
 
@@ -69,9 +69,9 @@ def runs(files, tmp_path_factory):
 
 
 def make_run(config, folder):
-    """Write those files of a finished run that the analysis reads.
+    """Write the files of a finished run that the analysis reads.
 
-    Instead of training, Gaussian noise is added to the trained parameters.
+    The run does not train. Instead, Gaussian noise is added to the parameters that it would train.
     """
     job = prepare(config, 0)
     model, adapter = job.adapt(job.base_model())

@@ -33,7 +33,8 @@ def test_targets_are_what_they_are_called():
     rank = approximation.LOW_RANK
     assert values[rank - 1] > 1 > values[rank] > 0
     for name in ("sine", "slow sine"):
-        # Since sin((k + 1) t) + sin((k - 1) t) = 2 cos(t) sin(k t), the first two entries of a row determine the rest.
+        # A row of a sine target holds sin(k t) for k = 1, 2, ... and one number t. So it satisfies the recurrence
+        # sin((k + 1) t) + sin((k - 1) t) = 2 cos(t) sin(k t), in which 2 cos(t) is the second entry over the first.
         M = targets[name]
         doubled = M[:, 1] / M[:, 0]
         np.testing.assert_allclose(M[:, 2:] + M[:, :-2], doubled[:, None] * M[:, 1:-1], atol=1e-4)
@@ -64,7 +65,7 @@ def _tail(M, rank):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A finished study of two trials, two kinds of targets and size 3: its folder, its rows, and its targets."""
+    """Run a study of two trials, two kinds of targets and size 3, and return its folder, its rows and its targets."""
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         _shrink(patch)

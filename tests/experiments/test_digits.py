@@ -28,7 +28,7 @@ def test_pretraining_writes_weights_that_the_job_can_read(tmp_path, monkeypatch)
     written = tmp_path / "runs" / "pretrain_digits" / "model.safetensors"
     model = load(lambda: ViT(config, rngs=nnx.Rngs(0)), written)
     assert np.asarray(model.blocks[0].attention.query.kernel[...]).any()
-    # The run is complete, so this command trains no more and only replaces the shipped file.
+    # The run is complete, so this command does not train. It replaces the file of weights in the package.
     pretrain_digits.main(["--steps=60", "--replace"])
     assert shipped.read_bytes() == written.read_bytes()
 
@@ -75,7 +75,7 @@ def test_tables_and_picture(tmp_path, monkeypatch, capsys):
             (digits_methods.RESULTS / f"digits_methods{suffix}").read_bytes()
         )
     monkeypatch.setattr(digits_methods, "RESULTS", tmp_path)
-    # All runs are finished, so the command only reports, as with --report.
+    # All runs are finished, so the command trains nothing and reports, as with --report.
     digits_methods.main([])
     assert "| lora | 1,861 | 97.1 ± 0.7 |" in capsys.readouterr().out
     assert (tmp_path / "digits_methods.png").stat().st_size > 10_000

@@ -35,7 +35,7 @@ def searched(task, method, scores, losses=(0.5, 0.5, 0.5)):
 
 
 def all_runs(whole):
-    """Return all runs of a grid in the order in which they are done, and their rows.
+    """Return all runs of a grid in the order in which the grid does them, and their rows.
 
     The middle learning rate always has the best score.
     """
@@ -221,7 +221,7 @@ def test_a_grid_continues_where_it_was_stopped(tmp_path, monkeypatch, capsys, pr
         work(GRID, path, lambda run: None, tmp_path)
     assert len(read_rows(path)) == 3
     work(GRID, path, lambda run: None, tmp_path)
-    # The fourth run, which was interrupted, is done again, and no other.
+    # The fourth run, which was interrupted, is the only one that is done again.
     assert calls[4] == calls[3] and len(calls) == 21
     assert [run_of(row) for row in read_rows(path)] == calls[:3] + calls[4:] == pretended
     said = capsys.readouterr().out

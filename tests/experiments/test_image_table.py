@@ -22,7 +22,7 @@ from tests.training import tiny
 def small(tmp_path, monkeypatch):
     """Return a function that runs the command on the tiny data set and weights, and returns the rows so far.
 
-    It works in a temporary folder. Its arguments are added to the command line.
+    The command runs in a temporary folder. The arguments of the function are added to its command line.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(image_table, "RESULTS", tmp_path / "results")

@@ -18,7 +18,7 @@ MEASURED = {"metric": "accuracy", "loss": 0.5, "trainable": 7, "steps": 2, "seco
 def small(tmp_path, monkeypatch):
     """Return a function that runs the command on the tiny data set and weights, and returns the rows so far.
 
-    It works in a temporary folder. Its arguments are added to the command line.
+    The command runs in a temporary folder. The arguments of the function are added to its command line.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(low_data, "RESULTS", tmp_path / "results")

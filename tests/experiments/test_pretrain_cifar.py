@@ -26,10 +26,10 @@ def test_it_writes_a_model_of_five_classes_and_goes_on(tmp_path, monkeypatch):
     assert model.patch_embed.kernel.shape[-4:-2] == (8, 8)
     config = json.loads((tmp_path / "runs" / "pretrain_cifar" / "config.json").read_text())
     assert config["data"]["classes"] == ["airplane", "bird", "deer", "frog", "ship"]
-    # Three passes over 40 images in batches of 64 take two steps.
+    # Three passes over 40 images, 120 images in all, take two steps with batches of 64.
     text = pretrain_cifar.tables()["result"]
     assert "| 3 | 2 | " in text
-    # The run is complete, so the same command trains no more and writes the same files again.
+    # The run is complete, so the same command does not train, and writes the same files again.
     pretrain_cifar.main(arguments)
     assert pretrain_cifar.tables()["result"] == text
     assert (tmp_path / "runs" / "pretrain_cifar" / "model.safetensors").is_file()

@@ -76,7 +76,7 @@ def test_no_search_finds_a_better_product(make, name, objective):
     rng = np.random.default_rng(0)
     starts = 0.3 * rng.normal(size=(3, 50))
     found = [scipy.optimize.minimize(objective, start, args=(M,), jac=True, method="L-BFGS-B").fun for start in starts]
-    # Every search must end with the error of the closed form, because all local minima are global ones.
+    # All local minima are global ones, so every search must end with the error of the closed form.
     np.testing.assert_allclose(np.sqrt(2 * np.array(found)) / np.linalg.norm(M), error, atol=1e-5)
 
 
