@@ -47,6 +47,8 @@ FLAGS = ("config", "workdir", "mode", "format", "input", "output", "coordinator"
 def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
     """Parse the flags and the configuration on the command line, and return the arguments that are not flags.
 
+    The values of the flags are then in `absl.flags.FLAGS`.
+
     Args:
         arguments: The command line. The first item is the name of the program, as in `sys.argv`.
 
@@ -63,7 +65,7 @@ def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
     files = re.findall(r"(?:^|\n)--?config[=\n]([^:\n]+)", text)
     for file in files:
         if (ours := CONFIGS.parent / file).is_file() and not Path(file).is_file():
-            # Let configs/NAME.py name a configuration of this program in every working directory.
+            # Make configs/NAME.py work in every working directory, as the path of a configuration of this program.
             arguments = [
                 re.sub(rf"^(--?config=)?{re.escape(file)}(?=:|$)", rf"\g<1>{ours}", word) for word in arguments
             ]
@@ -103,13 +105,14 @@ def _define_flags() -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the program in the mode that the flag `--mode` names, after `parse_flags`.
+    """Run the program in the mode that the flag `--mode` names. Call `parse_flags` first.
 
     Args:
-        arguments: What `parse_flags` returned. This must be only the name of the program.
+        arguments: The arguments that `parse_flags` returned. There must be only one, the name of the program.
 
     Raises:
-        UserError: There are other arguments, or the flags do not fit together.
+        UserError: There are more arguments, or the flags contradict each other. The selected mode may raise other
+            errors of this type, for example if the folder `--workdir` does not hold a run.
     """
     given = flags.FLAGS
     processes.start(given.coordinator, given.process_id, given.num_processes)
@@ -142,10 +145,17 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> Any:
-    """Return `step(arguments)`, and turn exceptions into short messages and exit statuses.
+    """Return `step(arguments)`, and end the program with a message and an exit status if it raises an exception.
 
-    An interrupted run, an error that the user can correct, and too little device memory end the program with a message
-    of one line. In a single process, any other exception is raised again and shows its traceback.
+    For the following exceptions, the program ends with a short message and without a traceback:
+
+    - `InterruptedRunError`. The exit status is that of the exception.
+    - `KeyboardInterrupt`. The exit status is 130.
+    - `UserError`, `OSError`, and JAX's error for too little device memory. The exit status is 1.
+
+    For any other exception, the traceback is printed and the exit status is 1, too. If the run has one process, the
+    exception is raised again for this. If it has several processes, `processes.leave_for` prints the traceback and ends
+    this process. If the exception means that another process is gone, it prints a message instead of the traceback.
     """
     try:
         return step(arguments)

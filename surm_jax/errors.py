@@ -34,15 +34,15 @@ class UserError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
-    """Return the end of an error message that suggests known names similar to `name`.
+    """Return text for the end of an error message, which suggests known names that are similar to `name`.
 
-    The result is, for example, `"; did you mean 'a' or 'b'?"`, or an empty string if no known name is similar. Only the
-    first thousand known names are compared, and only names of at most a hundred characters, because a file may hold
-    millions of names.
+    The result is, for example, `"; did you mean 'a' or 'b'?"`. If no known name is similar, it is an empty string. To
+    limit the time, because a file may hold millions of names, `name` is compared with the first thousand known names,
+    and names of more than a hundred characters are ignored.
 
     Args:
-        name: The name that the user gave.
-        known: The names that are possible.
+        name: The unknown name that the user gave.
+        known: The names that would be valid.
         most: Largest number of names to suggest.
 
     >>> did_you_mean("circulent", ["circulant", "lora"])
@@ -61,7 +61,7 @@ def require_one_of(what: str, value: Any, known: Collection[str]) -> None:
     """Check that a value is one of the known names.
 
     Args:
-        what: What the value is, such as the name of an option. The message of the error begins with it.
+        what: A description of the value, such as the name of an option. The message of the error begins with it.
         value: The value to check. It may have any type.
         known: The known names.
 

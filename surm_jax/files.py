@@ -3,8 +3,8 @@
 A file or folder is written under a temporary name. It gets its final name only after its content is on the disk. So if
 the process is killed or the power fails, no incomplete file has the final name.
 
-Reading a file never executes code from it. The size of an array or JSON file is checked before memory is allocated for
-it. If a file is damaged, the functions raise a `UserError` that names the file.
+Reading a file never executes code from it. Before memory is allocated for an array or a JSON file, its size is checked.
+If a file is damaged, the functions raise a `UserError` that names the file.
 """
 
 import json
@@ -31,9 +31,9 @@ _SUFFIXES = (".tmp", ".old")
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file so that it is either complete or not changed at all.
 
-    This context manager yields a temporary path in the same folder. The `with` block must write a file there. When the
-    block succeeds, this file is renamed to `path` and replaces an older file. If the block raises an exception, the
-    temporary file is removed, and `path` is not changed. Missing parent folders are created.
+    This context manager yields a temporary path in the folder of `path`. The `with` block must write a file there. When
+    the block succeeds, this file is renamed to `path` and replaces the file that was there before, if any. If the block
+    raises an exception, the temporary file is removed, and `path` is not changed. Missing parent folders are created.
 
     The content is synced to the disk (fsync) before the file is renamed, and the folder is synced afterwards. If the
     block raises an `OSError` without a file name, such as the error for a full disk, `path` is added as its file name.
@@ -52,12 +52,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Write a folder so that it is complete before it gets its name.
+    """Write a folder so that it is complete before it gets its final name.
 
     This context manager yields an empty temporary folder, in which the `with` block writes files. When the block
-    succeeds, the temporary folder is renamed to `folder` by `move_folder`, and replaces an older folder. If the block
-    raises an exception, the temporary folder is removed. If `folder` is a symbolic link, the folder that it points to
-    is replaced.
+    succeeds, `move_folder` renames the temporary folder to `folder` and removes an older folder of this name. If the
+    block raises an exception, the temporary folder is removed. If `folder` is a symbolic link, the folder that it
+    points to is replaced.
     """
     folder = folder.resolve()  # Renaming would rename the link itself, and `.` has no name.
     temporary = _beside(folder)
@@ -74,12 +74,12 @@ def move_folder(temporary: Path, folder: Path) -> None:
     """Rename a complete temporary folder to its final name, and remove an older folder of that name.
 
     `os.replace` cannot replace a folder that has content. Therefore the older folder is first renamed to a temporary
-    name that ends in `.old`, and it is removed last. If the process is killed while no folder has the final name,
-    `remove_temporaries` renames the older folder back.
+    name that ends in `.old`, and it is removed last. If the process is killed between the two renamings, no folder has
+    the final name. In this case `remove_temporaries` gives the older folder its name back.
 
     Args:
-        temporary: The complete folder.
-        folder: The final path, in the same parent folder.
+        temporary: The path of the complete folder.
+        folder: The final path. It must be in the same parent folder.
     """
     for path in temporary.rglob("*"):
         _sync(path)
@@ -101,8 +101,8 @@ def move_folder(temporary: Path, folder: Path) -> None:
 def remove_folder(folder: Path) -> None:
     """Remove a folder and its content.
 
-    The folder is first renamed to a temporary name. So if the process is killed, no folder with only a part of its
-    content has the original name.
+    The folder is first renamed to a temporary name. So if the process is killed during the removal, the remaining files
+    are not mistaken for a complete folder.
     """
     temporary = _beside(folder)
     os.replace(folder, temporary)
@@ -110,9 +110,9 @@ def remove_folder(folder: Path) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Return whether a file or folder has a temporary name as this module makes them.
+    """Return whether a file or folder has a temporary name of the form that this module uses.
 
-    A process that is killed while it writes leaves such files behind.
+    A process that is killed while it writes leaves a file or folder with such a name behind.
     """
     return path.name.startswith(".") and path.suffix in _SUFFIXES
 
@@ -120,8 +120,9 @@ def is_temporary(path: Path) -> bool:
 def remove_temporaries(folder: Path) -> None:
     """Remove the temporary files and folders that killed processes left in a folder.
 
-    A folder whose temporary name ends in `.old` is renamed back to its original name, unless a folder of that name
-    exists; see `move_folder`. Call this function only when no process writes to the folder.
+    A folder whose temporary name ends in `.old` is an older version that `move_folder` put aside. If nothing has its
+    original name, it gets this name back and is not removed. Call this function only when no process writes to the
+    folder.
     """
     for path in filter(is_temporary, list(folder.iterdir())):
         # A temporary name is .NAME.RANDOM.old or .NAME.RANDOM.tmp, with a random hexadecimal number.
@@ -144,7 +145,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
-    """Wait until the content of a file is on the disk, or for a folder, the list of the names in it."""
+    """Wait until the content of a file is on the disk (fsync). The content of a folder is the list of names in it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -157,9 +158,9 @@ def _beside(path: Path) -> Path:
 
 
 _MOST_BYTES_OF_JSON = 2**24
-# A file is refused if its arrays are larger than 2^28 bytes plus a hundred times its own size. A file that is made to
-# fill the memory (a compression bomb) unpacks to about a thousand times its size. A small data set of plain images may
-# do so too, which is why 2^28 bytes are always allowed, but large data sets do not.
+# A compressed file is refused if its arrays need more than 2^28 bytes plus a hundred times the size of the file. A file
+# that is made to fill the memory (a compression bomb) unpacks to about a thousand times its size. A small data set of
+# images with large areas of one colour may do so, too. Therefore arrays of up to 2^28 bytes are always allowed.
 _MOST_UNPACKED, _UNPACKED_IN_ANY_CASE = 100, 2**28
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
@@ -168,8 +169,8 @@ def require_file(path: Path) -> int:
     """Check that a path is a regular file, and return the size of the file in bytes.
 
     Raises:
-        UserError: The file does not exist or its status cannot be read, or it is not a regular file. Reading a pipe or
-            a device might never end.
+        UserError: The file does not exist, its status cannot be read, or it is not a regular file. Pipes and devices
+            are not regular files. They are refused because reading them might never end.
     """
     try:
         status = path.stat()
@@ -188,8 +189,8 @@ def read_json(path: Path, most_bytes: int = _MOST_BYTES_OF_JSON) -> dict[str, An
         most_bytes: Largest size of the file in bytes.
 
     Raises:
-        UserError: The file cannot be read, is too large, or does not hold a JSON object, or an object in it has the
-            same key twice.
+        UserError: The file cannot be read, is too large, does not hold a JSON object, or has a key twice in the same
+            object.
     """
     if (size := require_file(path)) > most_bytes:
         raise UserError(f"{path} has {size:,} bytes, but such a file may have at most {most_bytes:,}")
@@ -207,8 +208,9 @@ def read_json(path: Path, most_bytes: int = _MOST_BYTES_OF_JSON) -> dict[str, An
 def is_finite(array: np.ndarray) -> bool:
     """Return whether an array contains neither NaN nor infinity, without allocating an array of booleans.
 
-    The function looks only at the sum of the entries in float64, which is finite only if all entries are. For float64
-    arrays with entries near the largest float64, the sum may overflow and the result be False.
+    The function computes the sum of the entries in float64, which is NaN or infinite if an entry is. In a float64 array
+    with entries near the largest float64, the sum may overflow. Then the result is False, although all entries are
+    finite.
 
     >>> is_finite(np.ones(3, np.float16)), is_finite(np.array([1.0, np.inf, -np.inf], np.float32))
     (True, False)
@@ -236,8 +238,8 @@ def open_npz(path: Path) -> Iterator[Npz]:
 
     Raises:
         UserError: The file is missing or damaged, is a pickle file, holds the same name twice, or would unpack to more
-            than 256 MiB plus a hundred times its size. `Npz.read` raises this error if the array is damaged or holds
-            pickled objects.
+            than 256 MiB plus a hundred times its size. `Npz.read` raises a `UserError`, too, if the array is damaged or
+            holds pickled objects.
     """
     size = require_file(path)
     with path.open("rb") as file:

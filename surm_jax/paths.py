@@ -1,8 +1,8 @@
 """Paths of modules and parameters in a model, and the regular expressions that select them.
 
 A path consists of the keys from the root of a model to a module or parameter, joined by `/`, such as
-`blocks/0/attention/query/kernel`. A pattern is a regular expression that must match the whole path. Where a user gives
-a pattern, it is an error if it matches no path.
+`blocks/0/attention/query/kernel`. A pattern is a regular expression that must match a whole path. A pattern that a user
+gives must match at least one path of the model, or an error is raised.
 
 Patterns also come from untrusted adapter files, and matching a regular expression can take exponential time. The
 `regex` library can stop after a time limit, which Python's `re` cannot do.
@@ -82,7 +82,7 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
 
 
 def matching(pattern: str, paths: Iterable[str]) -> list[str]:
-    r"""Return those of the paths that `pattern` matches as a whole, in the same order.
+    r"""Return the paths that `pattern` matches from beginning to end, in the order in which they are given.
 
     In the example, the second path is not returned, because the pattern matches only the beginning of it.
 
@@ -94,9 +94,10 @@ def matching(pattern: str, paths: Iterable[str]) -> list[str]:
 
 
 def no_match_message(pattern: str, paths: Sequence[str], what: str) -> str:
-    """Return the error message for a pattern that matches none of `paths`. It lists at most five similar paths.
+    """Return the error message for a pattern that matches none of `paths`.
 
-    Of paths that differ only in numbers, such as `blocks/0/mlp` and `blocks/11/mlp`, only the first is listed.
+    The message lists at most five paths that are similar to the pattern. Of several paths that differ only in numbers,
+    such as `blocks/0/mlp` and `blocks/11/mlp`, it lists only the first.
 
     Args:
         pattern: The regular expression, which must match whole paths.
@@ -121,7 +122,7 @@ def no_match_message(pattern: str, paths: Sequence[str], what: str) -> str:
 
 
 def require_match(pattern: str, paths: Sequence[str], what: str) -> list[str]:
-    """Return those of the paths that `pattern` matches as a whole. There must be at least one.
+    """Return the paths that `pattern` matches from beginning to end, and raise an error if there are none.
 
     Args:
         pattern: The regular expression, which must match whole paths.

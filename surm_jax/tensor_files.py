@@ -26,9 +26,9 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 class TensorFile:
     """An open safetensors file. Use it in a `with` statement.
 
-    Arrays are read by the system call `pread`, and the file is not mapped into memory (mmap). The pages of a mapped
-    file would count as memory of the process, in addition to the arrays that are copied from them. Also, if a mapped
-    file is truncated while it is read, the process is killed.
+    Arrays are read by the system call `pread`. The file is not mapped into memory (mmap), for two reasons. The pages of
+    a mapped file would count as memory of the process, in addition to the arrays that are copied from them. And if
+    another process truncated a mapped file while it is read, the operating system would kill this process.
 
     Attributes:
         path: The path of the file. Error messages name it.
@@ -75,8 +75,8 @@ class TensorFile:
         checked before the array is read.
 
         Raises:
-            UserError: There is no array of this name, `take` has already returned it, it has another shape or is not
-                floating point, it contains NaN or infinity, or the file is damaged.
+            UserError: There is no array of this name, `take` has already returned it, the array has another shape, is
+                not floating point, or contains NaN or infinity, or the file is damaged.
         """
         if key not in self.left:
             raise UserError(f"{self.path} lacks {key!r}{did_you_mean(key, self.left)}")
@@ -110,8 +110,8 @@ class ShardedTensors:
     statement.
 
     Attributes:
-        keys: The names of all arrays, in the alphabetical order of their shards, and within a shard in the order in
-            which the shard stores them.
+        keys: The names of all arrays. The shards are in alphabetical order of their file names. The arrays of one shard
+            are in the order in which it stores them.
     """
 
     def __init__(self, index: Path) -> None:
@@ -176,7 +176,7 @@ def shards_of(index: Path) -> dict[str, str]:
     """Read the index of a sharded checkpoint, and return the file name of the shard for every array name.
 
     Raises:
-        UserError: The index cannot be read, is damaged, or names an array twice, or it names a shard that is not a
+        UserError: The index cannot be read, is damaged, lists an array twice, or lists a shard that is not a
             `.safetensors` file in the same folder.
     """
     shard_of = read_json(index).get("weight_map")
@@ -189,9 +189,9 @@ def shards_of(index: Path) -> dict[str, str]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> None:
-    """Write named arrays to a safetensors file, without a second copy of all arrays in memory.
+    """Write named arrays to a safetensors file.
 
-    Only an array that is not stored in C order is copied.
+    Arrays in C order (row-major) are written without a copy in memory. All other arrays are copied first.
 
     Args:
         path: The file. It gets the default permissions of new files.

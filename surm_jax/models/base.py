@@ -17,8 +17,9 @@ from surm_jax.errors import UserError, did_you_mean, require_one_of
 from surm_jax.models.layers import REMAT, Blocks
 
 DTYPES = ("float32", "bfloat16")
-# Upper bounds for the fields of a configuration, which may come from an untrusted file: the largest size of any
-# dimension, because JAX cannot handle larger ones, and the largest number of blocks, because each takes time to build.
+# Upper bounds for the fields of a configuration, which may come from an untrusted file. The first bounds the size of
+# any dimension, because JAX cannot handle larger ones. The second bounds the number of blocks, because building a block
+# takes time.
 _LARGEST_SIZE, _MOST_BLOCKS = 2**31, 100
 
 READS = ("images", "text")
@@ -42,21 +43,21 @@ class Config:
     num_classes: int
 
     VARIANTS: ClassVar[dict[str, Mapping[str, Any]]] = {}
-    """The sizes of the model that have names, such as "B/16" for a ViT.
+    """The named sizes of the model, such as "B/16" for a ViT.
 
-    Each name is mapped to the fields of the configuration that it sets.
+    The dictionary maps each name to the values of the configuration's fields in this size. It need not set all fields.
     """
 
     RUNTIME_FIELDS: ClassVar[tuple[str, ...]] = ()
     """Names of the fields that change how the model is computed, but not which parameters it has.
 
-    A model may load a checkpoint whose configuration has other values of these fields.
+    A model may have other values of these fields than the checkpoint that it loads.
     """
 
     HEAD_FIELDS: ClassVar[tuple[str, ...]] = ("num_classes",)
-    """Names of the fields that change only the head and what it takes as input.
+    """Names of the fields that change only the head or the computation of the head's input.
 
-    A model may load a checkpoint whose configuration has other values of these fields, if it does not load the head.
+    A model that does not load the head of a checkpoint may have other values of these fields than the checkpoint.
     """
 
     @property
@@ -68,9 +69,9 @@ class Config:
     def position_grids(self) -> Mapping[str, int]:
         """The parameters that are position embeddings of a square grid of image patches.
 
-        When a checkpoint is loaded into a model with another `image_size`, these parameters are resized. The mapping
-        gives, for the path of each such parameter, the number of its first rows that do not belong to patches. This
-        number is 1 if there is only a class token before the patches.
+        When a checkpoint is loaded into a model with another `image_size`, the embeddings of the patches are resized.
+        The mapping has the path of each such parameter as a key. The value is the number of tokens before the patches,
+        such as a class token. The embeddings of these tokens are not resized.
         """
         return {}
 
@@ -120,9 +121,9 @@ class Model(nnx.Module):
       token_types=..., rngs=key)`. `rngs` is the random key of dropout, and None turns dropout off.
     - The result is the logits in float32. For classification their shape is (batch, num_classes).
     - The paths of the head's parameters begin with `head/`.
-    - The model keeps its transformer blocks in the attribute `blocks` and calls them by `blocks.run`. Training replaces
-      `blocks` by a list with another `run`, which compiles only one of several equal blocks and gathers sharded weights
-      block by block.
+    - The model keeps its transformer blocks in the attribute `blocks`, a `Blocks`, and calls them only by `blocks.run`.
+      So training can replace `blocks` by a list with another method `run`. This method compiles equal blocks only once,
+      and gathers the sharded weights of one block at a time.
     """
 
     config_class: ClassVar[type[Config]]
@@ -132,9 +133,10 @@ class Model(nnx.Module):
     """The kind of input that the model takes, one of `READS`."""
 
     adapter_targets: ClassVar[Mapping[str, str]] = {}
-    """Names for common choices of modules to adapt, and regular expressions for the paths of these modules.
+    """Names for common choices of modules to adapt, such as "qkv".
 
-    A `surm_jax.Rule` accepts such a name in place of a regular expression.
+    The dictionary maps each name to a regular expression that matches the paths of these modules. A `surm_jax.Rule`
+    accepts such a name in place of a regular expression.
     """
 
     config: Any
@@ -153,12 +155,13 @@ MODELS: dict[str, type[Model]] = {}
 def register_model(model: type[AnyModel]) -> type[AnyModel]:
     """Add a model class to the registry, and return it. Use this function as the decorator of the class.
 
-    If a class is defined again under the same name in the same module, as in a notebook, the new class replaces the
-    earlier one.
+    If a class with the same name and module is already registered, the new class replaces it. This happens if a cell of
+    a notebook runs again.
 
     Raises:
-        UserError: `config_class` or `reads` of the class is missing or wrong, another model has the same name or the
-            same configuration class, or another model with the same kind of input has a variant of the same name.
+        UserError: The class attribute `config_class` or `reads` is missing or invalid, another model has the same name
+            or the same configuration class, or another model with the same kind of input has a variant of the same
+            name.
     """
     name, config_class = model.__name__, getattr(model, "config_class", None)
     if not (isinstance(config_class, type) and issubclass(config_class, Config)):
@@ -197,10 +200,11 @@ def model_class(config: Config) -> type[Model]:
 
 
 def variant_names(reads: str | None = None) -> list[str]:
-    """Return the names of the variants (named sizes) of all registered models, each name once.
+    """Return the names of the variants (named sizes) of all registered models, without duplicates.
 
     Args:
-        reads: If given, one of `READS`. Then only models that take this kind of input are considered.
+        reads: A kind of input, one of `READS`. Models that take another kind of input are ignored. With None, no models
+            are ignored.
 
     >>> variant_names("text")
     ['tiny', 'mini', 'small', 'medium', 'base', 'large']
@@ -217,7 +221,9 @@ def model_of_variant(name: str, reads: str) -> type[Model]:
         reads: The kind of input that the model takes, one of `READS`.
 
     Raises:
-        UserError: No such model has a variant of this name. The message suggests a similar name.
+        UserError: No model with this kind of input has a variant of this name. The message suggests a similar name.
+
+    In the example, an image model and a text model both have a variant of the name "mini".
 
     >>> model_of_variant("mini", "images").__name__, model_of_variant("mini", "text").__name__
     ('ViT', 'Bert')
@@ -237,7 +243,7 @@ def check_sizes(config: Config, names: Iterable[str]) -> None:
         names: Names of the fields to check.
 
     Raises:
-        UserError: A field is something else. The message names the field and its value.
+        UserError: The value of a field is not such an integer. The message names the field and its value.
     """
     for name in names:
         value = getattr(config, name)
@@ -257,10 +263,11 @@ def check_choice(config: Config, name: str, known: Collection[str]) -> None:
 
 
 def check_transformer(config: Any) -> None:
-    """Check the fields that the configurations of all transformers have.
+    """Check the fields that the configurations of all transformers have in common, and all boolean fields.
 
-    The function checks all boolean fields, and the fields `depth`, `width`, `heads`, `dropout`, `epsilon`, `dtype`,
-    `param_dtype` and `remat`. `check_sizes` must have accepted `depth`, `width` and `heads` before.
+    The common fields are `depth`, `width`, `heads`, `dropout`, `epsilon`, `dtype`, `param_dtype` and `remat`. Call
+    `check_sizes` for `depth`, `width` and `heads` first, because this function does not check that they are positive
+    integers.
 
     Raises:
         UserError: A value is invalid. The message names the field.

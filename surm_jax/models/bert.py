@@ -1,8 +1,9 @@
 """BERT (arXiv 1810.04805) and RoBERTa (arXiv 1907.11692), with the same results as in Hugging Face transformers.
 
-The blocks are post-norm, LayerNorm has epsilon 1e-12 (RoBERTa: 1e-5), GELU uses the error function, and position
-embeddings are learned, as in
-https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/bert/modeling_bert.py.
+The model follows
+https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/bert/modeling_bert.py. The blocks are
+post-norm, GELU uses the error function, and position embeddings are learned. LayerNorm has epsilon 1e-12 in BERT, and
+1e-5 in RoBERTa.
 
 The suffix of a variable's name gives its dimensions, for example `tokens_bt`: b batch, t tokens, d width of the model,
 v vocabulary.
@@ -130,7 +131,7 @@ class BertConfig(Config):
 
     @property
     def max_tokens(self) -> int:
-        """Number of tokens in the longest sequence for which there are enough position embeddings."""
+        """Largest number of tokens in a sequence for which there are enough position embeddings."""
         return self.max_positions - (self.pad_token + 1 if self.positions == "after_padding" else 0)
 
 
@@ -205,8 +206,8 @@ class MaskedLMHead(nnx.Module):
 
         Args:
             x_btd: The output of the last block.
-            table_vd: The word embeddings. The product with them takes both factors in the dtype of `x_btd` and sums in
-                float32.
+            table_vd: The word embeddings. For the product with them, both factors are in the dtype of `x_btd`, and the
+                sums are in float32.
         """
         y_btd = self.norm(ACTIVATIONS[self.activation](self.transform(x_btd))).astype(x_btd.dtype)
         scores_btv = jnp.einsum("btd,vd->btv", y_btd, table_vd.astype(x_btd.dtype), preferred_element_type=jnp.float32)
@@ -223,8 +224,8 @@ class Bert(Model):
     `pooler/{kernel,bias}`. A masked language model also has `head/transform/{kernel,bias}`, `head/norm/{scale,bias}`
     and `head/bias`. Kernels and embeddings are drawn from N(0, 0.02^2), and biases start at zero.
 
-    Dropout differs from Hugging Face transformers in two places. There is no dropout on the attention probabilities,
-    because `jax.nn.dot_product_attention` does not offer it, and none on the input of RoBERTa's pooler.
+    Hugging Face transformers applies dropout in two more places than this class: to the attention probabilities, and to
+    the input of RoBERTa's pooler. The first is missing here because `jax.nn.dot_product_attention` does not offer it.
 
     >>> config = BertConfig.from_variant("tiny", num_classes=3)
     >>> jax.eval_shape(lambda tokens: Bert(config, rngs=nnx.Rngs(0))(tokens), jnp.zeros((2, 16), jnp.int32)).shape
@@ -307,7 +308,10 @@ class Bert(Model):
         *,
         every: bool,
     ) -> tuple[Float[Array, "b t d"], ...]:
-        """Return the hidden states as in `hidden_states` if `every` is true, and otherwise a tuple of only the last."""
+        """Return all hidden states, as `hidden_states` does, if `every` is true. Otherwise return only the last one.
+
+        The result is a tuple in both cases.
+        """
         self._check(tokens_bt, mask, token_types)
         mask_bt = None if mask is None else mask.astype(jnp.bool_)
         types_bt = jnp.zeros_like(tokens_bt) if token_types is None else token_types

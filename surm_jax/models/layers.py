@@ -45,17 +45,18 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
         "relu": jax.nn.relu,
     }
 )
-"""Activation functions of the MLP by their name in configurations. "gelu" is the exact GELU, with the error function,
-and "gelu_tanh" its approximation with tanh."""
+"""Activation functions of the MLP, by their names in configurations. "gelu" is the exact GELU, which uses the error
+function, and "gelu_tanh" is its approximation with tanh."""
 
 
 class Attention(nnx.Module):
     """Multi-head self-attention (arXiv 1706.03762).
 
     Every head computes `softmax(Q K^T / sqrt(k)) V` (equation 1) from its queries Q, keys K and values V.
-    The four projections are the submodules `query`, `key`, `value` and `out`. An adapter can replace each of them,
-    because they are only used by calling them. The kernels of `query`, `key` and `value` have the shape (d, n, k), and
-    the kernel of `out` has the shape (n, k, d), with d features, n heads and k = d / n features in each head.
+    The four projections are the submodules `query`, `key`, `value` and `out`. An adapter can replace each of them by
+    another module, because this class only calls them and does not read their parameters. The kernels of `query`, `key`
+    and `value` have the shape (d, n, k), and the kernel of `out` has the shape (n, k, d), with d features, n heads and
+    k = d / n features in each head.
     """
 
     def __init__(
@@ -101,9 +102,10 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two dense layers, `activation(x U + u) D + d`, which are applied to each token. The shape stays (b, t, d).
+    """Two dense layers with an activation function between them, which are applied to each token.
 
-    U and u are the kernel and bias of the submodule `up`, D and d those of the submodule `down`.
+    The module maps an array x of shape (b, t, d) to `activation(x U + u) D + e` of the same shape. U and u are the
+    kernel and bias of the submodule `up`, and D and e are those of the submodule `down`.
     """
 
     def __init__(
@@ -168,12 +170,12 @@ class Blocks(nnx.List):
 
         Args:
             x: The input of the first block. Every block returns an array of this shape and dtype.
-            *arguments: More arguments, which are the same for every block, such as an attention mask.
+            *arguments: More arguments that every block gets, such as an attention mask.
             keys: One random key for each block, which is passed as the last argument of the block. With None, the last
                 argument of every block is None.
             remat: Name of the rematerialisation policy, one of `REMAT`.
-            every: Whether to return `x` and the outputs of all blocks. If it is false, the tuple holds only the output
-                of the last block.
+            every: If true, return `x` and the outputs of all blocks. If false, return a tuple that holds only the
+                output of the last block.
         """
         states = [x]
         for index, block in enumerate(self):
@@ -195,14 +197,14 @@ TARGETS: Mapping[str, str] = MappingProxyType(
 )
 """Names for common choices of modules to adapt, and the regular expressions that match the paths of these modules.
 
-"houlsby" and "pfeiffer" select the whole attention and MLP modules after which the methods of these authors put an
-adapter. The other names select single dense layers. The paths are those of models that consist of the layers in this
-file.
+"houlsby" and "pfeiffer" are for the adapter methods of these authors, which put an adapter after a whole module.
+"houlsby" selects the attention and the MLP of every block, and "pfeiffer" only the MLP. The other names select single
+dense layers. The regular expressions are for models that consist of the layers in this file.
 """
 
 
 def split_key(key: jax.Array | None, count: int) -> tuple[jax.Array | None, ...]:
-    """Return `count` independent random keys made from `key`. If `key` is None, return `count` times None."""
+    """Return a tuple of `count` independent random keys made from `key`, or of `count` times None if `key` is None."""
     return (None,) * count if key is None else tuple(jax.random.split(key, count))
 
 
@@ -225,7 +227,7 @@ def drop(dropout: nnx.Dropout, x: jax.Array, key: jax.Array | None) -> jax.Array
 
 
 def call_block(block: nnx.Module, *arguments: Array | None, remat: str) -> Array:
-    """Return `block(*arguments)`, with rematerialisation for its gradient.
+    """Return `block(*arguments)`, with a rematerialisation policy for the backward pass.
 
     Args:
         block: The block. It must not change its own state when it is called.

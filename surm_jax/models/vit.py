@@ -1,9 +1,9 @@
 """Vision Transformer (arXiv 2010.11929), with the variations of AugReg, DeiT, DINOv2, CLIP and I-JEPA.
 
-The blocks are pre-norm. The default settings are those of the AugReg checkpoints: LayerNorm has epsilon 1e-6, GELU is
-the tanh approximation, and position embeddings are added after the class token is prepended. They are computed as in
-https://github.com/google-research/vision_transformer/blob/main/vit_jax/models_vit.py. Other settings give the models of
-the other checkpoints.
+The blocks are pre-norm. With the default settings, the model is that of the AugReg checkpoints, as in
+https://github.com/google-research/vision_transformer/blob/main/vit_jax/models_vit.py. LayerNorm has epsilon 1e-6, GELU
+is the tanh approximation, and position embeddings are added after the class token is prepended. Other settings of the
+configuration give the models of DeiT, DINOv2, CLIP and I-JEPA.
 
 The suffix of a variable's name gives its dimensions, for example `images_bhwc`: b batch, h height, w width of the
 image, c channels, t tokens, d width of the model.
@@ -137,19 +137,19 @@ class ViTConfig(Config):
 
     @property
     def extra_tokens(self) -> int:
-        """Number of tokens before the patches: the class token and the distillation token, if the model has them."""
+        """Number of tokens before the patches: one for a class token and one for a distillation token, if present."""
         return (self.pool != "mean") + self.distillation
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of an image, the length of the sequence: the extra tokens and the patches."""
+        """Number of tokens for one image. There is one for each patch, in addition to the `extra_tokens`."""
         return self.extra_tokens + self.grid**2
 
     @property
     def position_grids(self) -> Mapping[str, int]:
-        """The path of the position embeddings, and the number of their first rows, which belong to the extra tokens.
+        """A mapping from the path of the position embeddings to the number of tokens before the patches.
 
-        See `Config.position_grids`.
+        `Config.position_grids` explains what it is for.
         """
         return {"position_embed": self.extra_tokens}
 
@@ -270,8 +270,8 @@ class ViT(Model):
     ) -> tuple[Float[Array, "b t d"], ...]:
         """Return the input of the first block and the outputs of all blocks, `depth + 1` arrays.
 
-        The LayerNorm after the last block is not applied. The models of Hugging Face transformers return the same
-        arrays as `hidden_states`.
+        The LayerNorm after the last block is not applied. These are the arrays that the models of Hugging Face
+        transformers return under the name `hidden_states`.
 
         Args:
             images_bhwc: As in `__call__`.
@@ -285,7 +285,10 @@ class ViT(Model):
     def _states(
         self, images_bhwc: Float[Array, "b h w c"], rngs: nnx.Rngs | jax.Array | None, *, every: bool
     ) -> tuple[Float[Array, "b t d"], ...]:
-        """Return the hidden states as in `hidden_states` if `every` is true, and otherwise a tuple of only the last."""
+        """Return all hidden states, as `hidden_states` does, if `every` is true. Otherwise return only the last one.
+
+        The result is a tuple in both cases.
+        """
         config = self.config
         expected = (config.image_size, config.image_size, config.channels)
         if images_bhwc.ndim != 4 or images_bhwc.shape[1:] != expected:
@@ -299,7 +302,10 @@ class ViT(Model):
         return self.blocks.run(x_btd, keys=keys, remat=config.remat, every=every)
 
     def _embed(self, images_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b t d"]:
-        """Return the embeddings of all tokens: the extra tokens and the patches, with position embeddings added."""
+        """Return the embeddings of all tokens, to which the position embeddings are added.
+
+        The class token and the distillation token, if there are any, come before the patches.
+        """
         patches_bhwd = self.patch_embed(images_bhwc)
         batch, width = patches_bhwd.shape[0], self.config.width
         patches_btd = patches_bhwd.reshape(batch, self.config.grid**2, width)
@@ -310,7 +316,11 @@ class ViT(Model):
         return x_btd + self.position_embed[...].astype(x_btd.dtype)
 
     def _pool(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b d"]:
-        """Return the input of the head, as `config.pool` says, from the features of the tokens after the last norm."""
+        """Return the input of the head, which `config.pool` defines.
+
+        Args:
+            x_btd: The features of the tokens, after the last LayerNorm.
+        """
         if self.config.pool == "token":
             return x_btd[:, 0]
         mean_bd = x_btd[:, self.config.extra_tokens :].mean(axis=1)
@@ -324,5 +334,5 @@ def _norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def _scaled(y_btd: Float[Array, "b t d"], scale: nnx.Param | None) -> Float[Array, "b t d"]:
-    """Return `y_btd` multiplied by the layer scale, or unchanged if there is none."""
+    """Return `y_btd` multiplied by the vector `scale`, or `y_btd` unchanged if `scale` is None."""
     return y_btd if scale is None else y_btd * scale[...].astype(y_btd.dtype)[None, None]

@@ -1,4 +1,4 @@
-"""Comparison of families on one target matrix: how well each family approximates it with a limited parameter count."""
+"""Comparison of how well each family of matrices approximates a target matrix with a limited number of parameters."""
 
 import dataclasses
 from typing import Any
@@ -31,18 +31,19 @@ class Approximation:
 def approximations(
     dense: Float[Array, "in out"], budget: int, *, steps: int = 200, progress: bool = False
 ) -> dict[str, Approximation]:
-    """Return the matrix of each family that is nearest to `dense` and has at most `budget` parameters.
+    """Approximate `dense` by a matrix of every family, with at most `budget` parameters each.
 
     Each family chooses its options, such as a rank, the number of Kronecker terms, or the block size of a
     block-circulant matrix, so that the number of parameters is as large as the budget allows
-    (`Family.options_within`). A pair, such as `CirculantPair`, counts with both of its vectors, as in training. A
-    family is left out if even its smallest matrix has more parameters than the budget.
+    (`Family.options_within`). The method `nearest` of the family then computes the approximation. Both vectors of a
+    `CirculantPair` count as parameters, because both are trained. A family is left out if even its smallest matrix has
+    more parameters than the budget.
 
     Args:
         dense: The target, an array of shape (in_features, out_features) that is not all zeros.
         budget: Largest number of parameters.
         steps: Largest number of optimisation steps, for families whose `nearest` is an iterative search
-            (`Family.searches`).
+            (`Family.searches` is true).
         progress: Whether to show a progress bar for each search.
 
     Returns:
@@ -50,10 +51,10 @@ def approximations(
 
     Raises:
         UserError: The target is not a finite floating-point matrix or is zero, the budget is not an integer, or every
-            family needs more parameters.
+            family needs more parameters than the budget.
 
-    In the example, the target is itself a circulant matrix, so the family `Circulant` keeps all of its energy. The
-    nearest symmetric Toeplitz matrix keeps half of it.
+    In the example, the target is a circulant matrix, so the approximation of the family `Circulant` equals it and keeps
+    its whole energy. The nearest symmetric Toeplitz matrix keeps half of the energy.
 
     >>> shift = jnp.roll(jnp.eye(6), 1, axis=1)  # a circulant of full rank
     >>> kept = approximations(shift, budget=6)

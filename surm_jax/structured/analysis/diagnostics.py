@@ -2,11 +2,12 @@
 
 Each function takes a structured matrix or a dense array and computes in float64. A square circulant or skew-circulant
 matrix is diagonalised by a unitary matrix that depends only on its size. So its eigenvalues are a Fourier transform of
-its parameters, which costs O(n log n), and its singular values are the absolute values of the eigenvalues. For every
-other matrix, even a Toeplitz matrix, the functions form the dense matrix and call LAPACK. Levinson's O(n^2) recursion
-for Toeplitz matrices (`scipy.linalg.solve_toeplitz`) is not used, because it breaks down if a leading block is
-singular, even if the whole matrix is perfectly conditioned. The LU factorisation with pivoting and the SVD are stable
-for all matrices.
+its parameters, which costs O(n log n), and its singular values are the absolute values of the eigenvalues.
+
+For every other matrix, even a Toeplitz matrix, the functions form the dense matrix and call LAPACK. They compute an SVD
+or an LU factorisation with pivoting, which are numerically stable for all matrices. Levinson's O(n^2) recursion for
+Toeplitz matrices (`scipy.linalg.solve_toeplitz`) would be faster, but it fails if a leading block is singular, even if
+the whole matrix is well conditioned.
 """
 
 import functools
@@ -35,6 +36,8 @@ def singular_values(matrix: AnyMatrix) -> Float[np.ndarray, " k"]:
     Raises:
         UserError: The argument is not a matrix of finite real numbers.
 
+    In the example, all entries of the 2 x 2 matrix are 1, so its eigenvalues are 2 and 0.
+
     >>> singular_values(Circulant(jnp.array([1.0, 1.0]), shape=(2, 2)))
     array([2., 0.])
     """
@@ -59,6 +62,8 @@ def numerical_rank(matrix: AnyMatrix, *, rtol: float | None = None) -> int:
     Raises:
         UserError: The argument is not a matrix of finite real numbers.
 
+    In the example, the singular values are 2 and 0.
+
     >>> numerical_rank(Circulant(jnp.array([1.0, 1.0]), shape=(2, 2)))
     1
     """
@@ -70,9 +75,9 @@ def numerical_rank(matrix: AnyMatrix, *, rtol: float | None = None) -> int:
 def condition_number(matrix: AnyMatrix) -> float:
     """Return the condition number of a square matrix in the 2-norm.
 
-    It is the largest singular value divided by the smallest one, and infinite if a singular value is zero. A value near
-    or above 1e16 only means that the matrix is singular up to rounding. If the entries were rounded to float32, this
-    holds from about 1e7.
+    It is the largest singular value divided by the smallest one, and infinite if a singular value is zero. A value of
+    about 1e16 or more is not exact: it means that the matrix is singular up to rounding in float64. If the entries of
+    the matrix were rounded to float32, this already applies to values of about 1e7 or more.
 
     Raises:
         UserError: The matrix is not square, or has entries that are not finite and real.
@@ -117,13 +122,16 @@ def log_determinant(matrix: AnyMatrix) -> tuple[float, float]:
 def displacement_rank(matrix: AnyMatrix, *, f: float = 1.0, g: float = -1.0, rtol: float | None = None) -> int:
     """Return the displacement rank of a matrix M, which is the numerical rank of `Z_f W - W Z_g` for `W = M^T`.
 
-    W is the matrix in the orientation of the paper (arXiv 2406.17740). In the orientation of this package, the
-    displacement rank is the rank of `M Z_f^T - Z_g^T M`. `Z_f` is the square matrix with ones directly below the
-    diagonal, f in the upper right corner, and zeros elsewhere. Multiplying by it shifts the rows down by one and puts f
-    times the last row on top. The paper uses f = 1 and g = -1. With these, the displacement rank is 1 for circulant and
-    skew-circulant matrices, at most 2 for Toeplitz matrices and their inverses, and at most r for the paper's matrices
-    `W(G, H)` of low displacement rank r. If f = g, different matrices W can have the same displacement: with f = g = 1,
-    it is zero for every circulant matrix.
+    The matrix `Z_f W - W Z_g` is called the displacement of W. `Z_f` is the square matrix with ones directly below the
+    diagonal, f in the upper right corner, and zeros elsewhere. Multiplying W by it from the left shifts the rows of W
+    down by one and puts f times the last row on top. The function uses W, and not M, to follow the paper (arXiv
+    2406.17740), in which a layer computes `y = W x`. In this package, a layer computes `y = x @ M`. The transpose of
+    the displacement, `M Z_f^T - Z_g^T M`, has the same rank.
+
+    The paper uses f = 1 and g = -1. With these, the displacement rank is at most 1 for circulant and skew-circulant
+    matrices, at most 2 for Toeplitz matrices and their inverses, and at most r for matrices of the family
+    `LowDisplacementRank` with rank r, which the paper calls `W(G, H)`. If f = g, the displacement does not determine W.
+    For example, with f = g = 1 it is zero for every circulant matrix.
 
     Args:
         matrix: M, a structured matrix or an array of shape (in_features, out_features), square or not. `Z_f` has
@@ -131,14 +139,14 @@ def displacement_rank(matrix: AnyMatrix, *, f: float = 1.0, g: float = -1.0, rto
         f: The corner entry of `Z_f`, which multiplies W from the left.
         g: The corner entry of `Z_g`, which multiplies W from the right.
         rtol: Relative tolerance, with the same default as in `numerical_rank`. Singular values of the displacement
-            count if they are larger than `rtol` times the largest singular value of M. The displacement is a difference
-            of matrices as large as M, so its rounding errors are proportional to M.
+            count if they are larger than `rtol` times the largest singular value of M, because the rounding errors of
+            the displacement are proportional to the entries of M.
 
     Raises:
         UserError: The argument is not a matrix of finite real numbers.
 
     The first example is a circulant matrix. The second is the identity with its columns in reverse order, whose
-    displacement is invertible.
+    displacement is invertible, so its displacement rank is 3.
 
     >>> displacement_rank(Circulant(jnp.array([1.0, 2.0, 4.0]), shape=(3, 3)))
     1
@@ -156,9 +164,9 @@ def displacement_rank(matrix: AnyMatrix, *, f: float = 1.0, g: float = -1.0, rto
 
 @functools.singledispatch
 def _spectrum(matrix: StructuredMatrix | Float[np.ndarray, "m n"]) -> Complex[np.ndarray, " n"] | None:
-    """Return the eigenvalues of a matrix if its family gives them by an FFT, or None for any other matrix.
+    """Return the eigenvalues of a square circulant or skew-circulant matrix, or None for any other matrix.
 
-    This is possible for square circulant and skew-circulant matrices. They are normal, so the absolute values of the
+    An FFT of the parameters computes the eigenvalues. These matrices are normal, so the absolute values of the
     eigenvalues are the singular values.
     """
     del matrix
@@ -183,9 +191,9 @@ def _(matrix: FCirculant) -> Complex[np.ndarray, " n"] | None:
 def _fourier(v: Float[ArrayLike, " n"], shape: tuple[int, int], f: float) -> Complex[np.ndarray, " n"] | None:
     """Return the eigenvalues of the f-circulant matrix `Z_f(v)`, which are also those of its transpose.
 
-    They are the values of the polynomial with the coefficients v at the nth roots of f. The function returns None if
-    the matrix is not square, or if f is neither 1 nor -1. An f-circulant matrix with another f is not normal, so its
-    singular values are not the absolute values of its eigenvalues.
+    They are the values of the polynomial with the coefficients v at the n numbers whose nth power is f. The function
+    returns None if the matrix is not square, or if f is neither 1 nor -1. An f-circulant matrix with another f is not
+    normal, so its singular values are not the absolute values of its eigenvalues.
     """
     m, n = shape
     if m != n or abs(f) != 1:

@@ -2,11 +2,13 @@
 
 `draw` shows any matrix of this package in the style of Figure 2 of arXiv 2406.17740. An entry that is a multiple of one
 parameter has the colour of this parameter. An entry that is a product of parameters has the product of their colours. A
-negative sign darkens the colour. If some entries of a matrix are sums, all its entries are coloured by their values.
-Such a matrix is shown beside its factors, whose entries have the colours of the parameters.
+negative sign darkens the colour.
+
+If some entries of a matrix are sums of products of parameters, all entries of this matrix are coloured by their values.
+If a matrix is built as a product or sum of other matrices, these are shown beside it.
 
 `draw` returns a `matplotlib.figure.Figure` and does not use pyplot. `surm_jax.structured` does not import this module,
-so it works without matplotlib.
+so the rest of that package works without matplotlib.
 """
 
 import re
@@ -34,9 +36,10 @@ PALETTES = tuple(
         "moss": "#edf4ea #7fae8b".split(),
     }.items()
 )
-"""Colour maps for the parameters. The arrays of a matrix get these colour maps in turn.
+"""Colour maps for the parameters. Consecutive arrays of a matrix get consecutive colour maps, cyclically.
 
-The colour maps are easy to tell apart, and so are the products of a colour from one map with a colour from the next.
+The colour maps are easy to tell apart. An entry that is a product of parameters from two consecutive arrays has the
+product of their colours. These products are easy to tell apart, too.
 """
 
 VALUES = LinearSegmentedColormap.from_list("values", ["#1f6391", "#8dbbd6", "#f6f4ef", "#efb392", "#b8432a"])
@@ -45,15 +48,16 @@ VALUES = LinearSegmentedColormap.from_list("values", ["#1f6391", "#8dbbd6", "#f6
 # In inches: the longest side of a drawn matrix, the space for a symbol between two matrices, the border of the figure.
 BOX, GAP, MARGIN = 2.5, 0.5, 0.3
 MOST_LETTERS = 9
-"""Size below which a matrix is drawn in detail. Entries are labelled in matrices of at most (2 * 9)^2 entries. Grid
-lines are drawn in matrices of at most 4 * 9 rows and columns."""
+"""Number that limits the size of matrices drawn in detail. Entries are labelled in matrices of at most (2 * 9)^2
+entries. Lines between the entries are drawn in matrices of at most 4 * 9 rows and columns."""
 
 
 def draw(matrix: StructuredMatrix) -> Figure:
-    """Draw a structured matrix as a grid of coloured cells, and beside it its factors or terms if it has any.
+    """Draw a structured matrix as a grid of coloured cells.
 
-    Entries of small matrices are labelled with the parameters that they contain. The letters are those of the paper,
-    and indices count from 0.
+    If the matrix is a product or a sum of other matrices, its factors or terms are drawn to the left of it. Entries of
+    small matrices are labelled with the parameters that they contain. The letters are those of the paper (arXiv
+    2406.17740), and indices count from 0.
 
     Args:
         matrix: Any structured matrix, with at most some hundreds of rows and columns.
@@ -80,7 +84,8 @@ def draw(matrix: StructuredMatrix) -> Figure:
         f"${piece}$" if isinstance(piece, str) else _column(f"${piece.label}$", piece.matrix, _of_piece(piece, numbers))
         for piece in matrix.pieces()
     ]
-    # Arrays of parameters are shown above the factor or term that holds them, or else above the whole matrix.
+    # Arrays of parameters are drawn above the factor or term that holds them. If there are no factors or terms, they
+    # are drawn above the matrix itself.
     whole = _column("$M$", matrix, numbers, strips=not columns)
     columns += ["$=$", whole] if columns else [whole]
     m, n = matrix.shape
@@ -92,8 +97,8 @@ class _Numbers(NamedTuple):
     """The colours and labels of the parameters in one array.
 
     Attributes:
-        colours: RGB colours in [0, 1], of the shape of the array and a last dimension of 3.
-        names: Labels in TeX, of the shape of the array.
+        colours: RGB colours with values in [0, 1]. The shape is that of the array, with a last dimension of size 3.
+        names: Labels in TeX. The shape is that of the array.
     """
 
     colours: Float[np.ndarray, "... 3"]
@@ -104,7 +109,7 @@ class _Grid(NamedTuple):
     """A drawn matrix: the colours and labels of its entries.
 
     Attributes:
-        colours: RGB colours in [0, 1], of shape (rows, columns, 3).
+        colours: RGB colours with values in [0, 1], of shape (rows, columns, 3).
         names: Labels in TeX, of shape (rows, columns), or None if the entries are not labelled.
     """
 
@@ -132,9 +137,10 @@ class _Column(NamedTuple):
 
 
 def _colours(matrix: StructuredMatrix) -> dict[str, _Numbers]:
-    """Return colours and labels for all parameters, by the name of their array.
+    """Return the colours and labels of all parameters of a matrix, in a dictionary by the name of their array.
 
-    Each array has its own colour map. Neighbours along the longest axis of the array have neighbouring colours.
+    Each array uses one of the colour maps `PALETTES`. Parameters that are adjacent along the longest axis of the array
+    have similar colours.
     """
     numbers = {}
     for i, (name, leaf) in enumerate(matrix.arrays().items()):
@@ -153,9 +159,10 @@ def _colours(matrix: StructuredMatrix) -> dict[str, _Numbers]:
 
 
 def _letter(name: str, *index: int) -> str:
-    """Return the label of a parameter in TeX, such as `r_{1,0}` for `r1[0]`.
+    """Return the label of a parameter in TeX, such as `r_{1,0}` for the parameter `r1[0]`.
 
-    For the name of an array inside a sum or product, such as `terms_0_c`, only the last part, `c`, is used.
+    An array inside a sum or product has a name such as `terms_0_c`. Of such a name, the label uses only the last part,
+    `c`.
     """
     name = name.rpartition("_")[2]
     letter = name.rstrip("0123456789")
@@ -169,9 +176,11 @@ def _letter(name: str, *index: int) -> str:
 
 
 def _of_piece(piece: Piece, numbers: dict[str, _Numbers]) -> dict[str, _Numbers]:
-    """Return the colours and labels of the parameters of a factor or term, by the name of its arrays.
+    """Return the colours and labels of the parameters of one factor or term, in a dictionary by the name of its arrays.
 
-    A parameter has the same colour and label as in the whole matrix, for which `numbers` holds them.
+    Args:
+        piece: The factor or term.
+        numbers: The colours and labels of the parameters of the whole matrix. A parameter keeps its colour and label.
     """
     return {
         name: _Numbers(numbers[whole].colours[index], numbers[whole].names[index])
@@ -180,7 +189,7 @@ def _of_piece(piece: Piece, numbers: dict[str, _Numbers]) -> dict[str, _Numbers]
 
 
 def _pick(leaf: np.ndarray, place: Int[np.ndarray, "m n"], absent: Any) -> np.ndarray:
-    """Return the entries of the flattened array at the given indices, and `absent` where the index is -1."""
+    """Return the entries of the flattened `leaf` at the indices `place`, and `absent` where the index is -1."""
     flat = np.concatenate([leaf.reshape(-1, *np.shape(absent)), np.asarray(absent)[None]])
     return flat[place]
 
@@ -188,13 +197,13 @@ def _pick(leaf: np.ndarray, place: Int[np.ndarray, "m n"], absent: Any) -> np.nd
 def _column(
     label: str, matrix: StructuredMatrix | None, numbers: dict[str, _Numbers], *, strips: bool = True
 ) -> _Column:
-    """Return a matrix as it is drawn in the picture.
+    """Return everything that the picture shows of one matrix.
 
     Args:
         label: The text below the matrix, in TeX.
         matrix: The matrix. None stands for a dense matrix whose entries are themselves the parameters.
-        numbers: The colours and labels of the parameters, by the name of their array. For a dense matrix it has one
-            entry.
+        numbers: The colours and labels of the parameters, by the name of their array. If `matrix` is None, it holds one
+            array.
         strips: Whether to draw the arrays of parameters that have two or more dimensions above the matrix.
     """
     if matrix is None:
@@ -221,7 +230,7 @@ def _column(
 
 
 def _strip(numbers: _Numbers) -> _Grid:
-    """Return an array of parameters as a grid, turned so that its longer axis runs from left to right."""
+    """Return an array of parameters as a grid, transposed if needed so that its longer axis runs from left to right."""
     colours, names = numbers
     if names.ndim == 2 and names.shape[0] > names.shape[1]:
         colours, names = colours.swapaxes(0, 1), names.T
@@ -241,7 +250,12 @@ def _rgb(colour: str) -> Float[np.ndarray, "3"]:
 
 
 def _compose(columns: list[_Column | str], title: str) -> Figure:
-    """Return a figure in which the matrices are side by side, with symbols such as `+` and `=` between them."""
+    """Return a figure in which matrices are side by side, with symbols such as `+` and `=` between them.
+
+    Args:
+        columns: The matrices and, as strings in TeX, the symbols, from left to right.
+        title: The title of the figure.
+    """
     drawn = [column for column in columns if isinstance(column, _Column)]
     cell = BOX / max(max(column.grid.colours.shape[:2]) for column in drawn)
     widths = [_width(column, cell) for column in columns]
@@ -289,9 +303,10 @@ def _width(column: _Column | str, cell: float) -> float:
 
 
 def _size(grid: _Grid, cell: float) -> tuple[float, float]:
-    """Return the width and height of a drawn matrix in inches, for entries of `cell` inches.
+    """Return the width and height of a drawn matrix in inches.
 
-    If the matrix would then be too small to see, its entries are drawn larger.
+    Each entry is a square with a side of `cell` inches. If the matrix would then be too small to see, larger squares
+    are used.
     """
     rows, columns = grid.colours.shape[:2]
     cell = max(cell, 0.8 / max(rows, columns))

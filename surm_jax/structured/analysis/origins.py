@@ -1,4 +1,4 @@
-"""Finding out which parameters each entry of a dense matrix contains, if every entry is a product of parameters."""
+"""Analysis of structured matrices whose entries are products of parameters: which parameters each entry contains."""
 
 from typing import NamedTuple
 
@@ -10,15 +10,16 @@ from surm_jax.structured.base import StructuredMatrix
 
 
 class Origins(NamedTuple):
-    """The factors of each entry of a matrix M.
+    """The factors of each entry of a structured matrix of shape (in, out).
 
-    The entry (i, j) is `scale[i, j]` times the product of `a.flat[places[a][i, j]]` over all arrays a of parameters.
+    The entry (i, j) is the product of the constant `scale[i, j]` and of at most one parameter of each array.
 
     Attributes:
-        scale: Constant factors, of shape (in, out). They are 0 where the entry is zero for all values of the
+        scale: The constants, an array of shape (in, out). A constant is 0 if the entry is zero for all values of the
             parameters.
-        places: For each array, by its name, indices of shape (in, out). The index at (i, j) tells which parameter of
-            the flattened array is a factor of the entry (i, j). It is -1 if no parameter of this array is.
+        places: A dictionary from the name of each array of parameters to an integer array of shape (in, out). Its value
+            at (i, j) is the index, in the flattened array, of the parameter that is a factor of the entry (i, j). It is
+            -1 if no parameter of this array is a factor of the entry.
     """
 
     scale: Float[np.ndarray, "in out"]
@@ -26,13 +27,13 @@ class Origins(NamedTuple):
 
 
 def origins(matrix: StructuredMatrix) -> Origins | None:
-    """Return the factors of each entry: parameters and a constant. Return None if some entries are sums.
+    """Return, for each entry, the parameters whose product it is. Return None if some entries are sums of products.
 
     This works for any family, and does not depend on the values of the parameters. The function fills the arrays with
-    random values and computes the dense matrix. Then, in one array at a time, it multiplies the parameter with the
-    index k by k + 2 for all k, and computes the dense matrix again. The ratio of an entry to its first value is k + 2
-    if the entry contains this parameter, which identifies k. A second set of random values confirms the result. The
-    dense matrix is computed in float64, once for each array and twice more.
+    random values and computes the dense matrix. Then, for each array, it multiplies every parameter of this array by
+    k + 2, where k is the index of the parameter, and computes the dense matrix again. If an entry has thereby become
+    k + 2 times as large, the parameter with the index k is one of its factors. A second set of random values confirms
+    the result. The dense matrix is computed in float64, once for each array and twice more.
 
     In the example, the entry (1, 0) of the 2 x 3 skew-circulant matrix is -1 times the parameter `v[2]`.
 
@@ -70,5 +71,5 @@ def origins(matrix: StructuredMatrix) -> Origins | None:
 
 
 def _pick(leaf: np.ndarray, places: Int[np.ndarray, "in out"]) -> Float[np.ndarray, "in out"]:
-    """Return the entries of the flattened array at the given indices, and 1 where the index is -1."""
+    """Return the entries of the flattened `leaf` at the indices `places`, and 1 where the index is -1."""
     return np.append(leaf, 1.0)[places]

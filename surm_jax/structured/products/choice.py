@@ -25,17 +25,20 @@ TABLE = Path(__file__).with_name("choice.json")
 def choose(update: StructuredMatrix, tokens: int, dtype: DTypeLike) -> str:
     """Return the name of the execution to use for `x @ (W + update)`: `fft`, `dense` or `fused`.
 
-    The function looks at the cases that were measured for the family of `update` on this JAX backend in this dtype. It
-    takes the case with the smallest Euclidean distance between the logarithms of the width, the number of tokens and
-    the number of parameters. The width of a matrix is the square root of in_features times out_features. If no case
-    was measured, it returns `fft` for matrices whose product needs little memory in reverse mode, as in LoRA
-    (`StructuredMatrix.small_residuals`). For all others it returns `dense`, which spends most of its time in dense
-    matrix products.
+    The function looks up the cases that were measured for the family of `update` on this JAX backend in this dtype, and
+    returns the fastest execution of the most similar case. A case is described by three numbers: the width of the
+    layer, which is the square root of in_features times out_features, the number of tokens, and the number of
+    parameters of the update. The most similar case has the smallest Euclidean distance in the logarithms of these
+    numbers.
+
+    If no case was measured, the function returns `fft` for families whose product stores little for the backward pass,
+    such as LoRA (`StructuredMatrix.small_residuals`). For all other families it returns `dense`, which spends most of
+    its time in dense matrix products.
 
     Args:
         update: The structured matrix. For a `Scaled`, which is a multiple of a matrix, the matrix inside it is used.
         tokens: Number of rows of `x`, the product of its leading dimensions.
-        dtype: Dtype of the kernel W, or of `x` if there is no kernel.
+        dtype: Dtype of the frozen kernel W, or dtype of `x` if the product is `x @ update`, without a kernel.
     """
     while isinstance(update, Scaled):
         update = update.matrix
@@ -51,7 +54,11 @@ def choose(update: StructuredMatrix, tokens: int, dtype: DTypeLike) -> str:
 
 @functools.cache
 def _measured() -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-    """Return the measured cases in `choice.json`, in a list for each (JAX backend, name of the family, dtype)."""
+    """Return the measured cases in `choice.json`.
+
+    Returns:
+        A dictionary from a triple (JAX backend, name of the family, dtype) to the list of the cases measured for it.
+    """
     table: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for backend, measurement in json.loads(TABLE.read_text()).items():
         for row in measurement["fastest"]:

@@ -6,10 +6,11 @@ from jaxtyping import Array, Float
 
 
 def from_diagonals(t: Float[Array, " diagonals"], shape: tuple[int, int]) -> Float[Array, "in out"]:
-    """Return the m x n Toeplitz matrix whose diagonals have the values `t`, from bottom left to top right.
+    """Return the Toeplitz matrix of the given shape (m, n) whose diagonals have the values `t`.
 
-    The entry (i, j) is `t[j - i + m - 1]`, and `t` has m + n - 1 values. Each row is computed as one slice of `t`.
-    Indexing each entry would be a gather, whose derivative is a slow scatter.
+    `t` has m + n - 1 values, for the diagonals from the bottom left corner to the top right corner. The entry (i, j) of
+    the matrix is `t[j - i + m - 1]`. Each row is computed as one slice of `t`. Indexing `t` for each entry would be a
+    gather, whose derivative is a slow scatter.
 
     >>> from_diagonals(jnp.arange(4), (2, 3))
     Array([[1, 2, 3],
@@ -20,10 +21,11 @@ def from_diagonals(t: Float[Array, " diagonals"], shape: tuple[int, int]) -> Flo
 
 
 def from_wrapped_diagonals(v: Float[Array, " N"], shape: tuple[int, int], f: float = 1.0) -> Float[Array, "in out"]:
-    """Return the top left m x n block of the transpose of the N x N f-circulant matrix `Z_f(v)`, N = max(m, n).
+    """Return the top left block, of the given shape (m, n), of the transpose of an f-circulant matrix.
 
-    The entry (i, j) is `v[j - i]` on and above the main diagonal (j >= i), and `f * v[N + j - i]` below it. With f = 1
-    the matrix is circulant, and with f = -1 it is skew-circulant.
+    The f-circulant matrix is the N x N matrix `Z_f(v)` of arXiv 2406.17740 with the first column v and N = max(m, n).
+    The entry (i, j) of the result is `v[j - i]` on and above the main diagonal (j >= i), and `f * v[N + j - i]` below
+    it. With f = 1 the matrix is circulant, and with f = -1 it is skew-circulant.
 
     >>> from_wrapped_diagonals(jnp.array([1.0, 2.0, 3.0]), (2, 3), f=-1.0)
     Array([[ 1.,  2.,  3.],

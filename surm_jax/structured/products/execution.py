@@ -4,20 +4,22 @@ The results are equal up to rounding. The fastest execution depends on the famil
 number of tokens, the dtype and the device:
 
 - `fft` computes `x @ W + x @ M`. For `x @ M` and its gradients it uses the fast product of the family of M, often an
-  FFT, and never forms M. It works in every dtype.
+  FFT, and never forms the dense matrix M. It works in every dtype.
 - `dense` forms M as a dense array of the shape of W. In float32 and float64 it multiplies `x` by the single kernel
-  `W + M`, so the output and the gradient of `x` cost as much as in a layer without M. For the gradient of M's
-  parameters it computes the gradient of the dense M and reduces it to the parameters. In half precision `x @ W` and
-  `x @ M` are separate products, because an update below half a unit in the last place of W would vanish in `W + M`.
+  `W + M`, so the output and the gradient of `x` cost about as much as in a layer without M. For the gradient of M's
+  parameters it computes the gradient of the dense M and reduces it to the parameters. In half precision (bfloat16 and
+  float16) `x @ W` and `x @ M` are separate products. There, an entry of M that is much smaller than the entry of W
+  would be lost by rounding in `W + M`.
 - `fused` computes the output and the gradient of `x` like `dense`. It computes the gradient of M's parameters by the
-  fast product. To keep the intermediate arrays in the cache of a CPU, it divides the tokens into pieces and processes
-  one piece after another. It does not work in half precision.
+  fast product of the family. It divides the tokens into chunks and processes these one after another, so that the
+  intermediate arrays of a chunk stay in the cache of a CPU. It does not work in half precision.
 - `auto` chooses the execution that was fastest in a similar measured case (`surm_jax.structured.products.choice`).
 
-The derivative of `x @ (W + M)` is defined as a JVP, `dx @ (W + M) + x @ dW + x @ dM`, and JAX derives the reverse mode
-by transposition. So forward mode and reverse mode both work, and the gradient of W is computed only if it is needed.
-Reverse mode stores `x`, W, M's parameters, and for some families a few arrays much smaller than `x`. The backward pass
-computes all spectra and `W + M` again.
+The derivative of `x @ (W + M)` is defined as a JVP, `dx @ (W + M) + x @ dW + x @ dM` for the tangents dx, dW and dM.
+JAX derives the reverse mode by transposition. So forward mode and reverse mode both work, and the gradient of W is
+computed only if it is needed. For the backward pass, reverse mode stores `x`, W, M's parameters, and for some families
+a few arrays that are much smaller than `x`. It stores neither `W + M` nor the Fourier transforms of the fast products.
+The backward pass computes them again.
 """
 
 import functools
@@ -38,9 +40,9 @@ EXECUTIONS = ("auto", "fft", "dense", "fused")
 """Names of the executions. The docstring of this module explains them."""
 
 PIECE_BYTES = 2**21
-"""Size in bytes of the pieces into which the fast product divides `x`.
+"""Largest size in bytes of the chunks of tokens into which the fast product divides `x`.
 
-A piece is so small that its spectra stay in the cache of a CPU core, which has 1 or 2 MiB.
+A chunk is so small that its Fourier transforms stay in the cache of a CPU core, which has 1 or 2 MiB.
 """
 
 Dot = Callable[[Float[Array, "*batch in"], Float[Array, "in out"]], Float[Array, "*batch out"]]
@@ -71,14 +73,14 @@ def updated_matmul(
     """Return `x @ (kernel + update)`.
 
     Args:
-        x: Array of shape (..., in_features), with any number of leading dimensions. On a device mesh, the first
-            dimension is sharded. Each device then computes its part of the product with the update, and only the
-            gradient of the update's parameters is summed over the devices.
+        x: Array of shape (..., in_features), with any number of leading dimensions. If its first dimension is sharded
+            over a device mesh, each device computes the product of its own part of `x` with the update. Of the arrays
+            of this product, only the gradient of the update's parameters is summed over the devices.
         kernel: Array of shape (in_features, out_features), usually in the dtype of `x`.
         update: Structured matrix of the same shape as the kernel, in any dtype.
         execution: One of `EXECUTIONS`, which the docstring of the module explains.
-        dot: Function that multiplies `x` by a dense kernel and is linear in both. It may be `jnp.matmul` with another
-            value of its argument `precision`.
+        dot: Function that multiplies `x` by a dense kernel and is linear in both arguments. For example, it may be
+            `jnp.matmul` with another value of its argument `precision`.
 
     Returns:
         An array of shape (..., out_features), in the dtype of the result of `dot`.
@@ -124,16 +126,17 @@ def updated_matmul(
 def matmul(
     x: Float[Array, "*batch in"], update: StructuredMatrix, *, execution: str = "auto", dot: Dot = jnp.matmul
 ) -> Float[Array, "*batch out"]:
-    """Return `x @ update`, the product with a structured matrix alone, without a kernel.
+    """Return `x @ update`, the product with a structured matrix, without a frozen kernel.
 
-    It is for layers where the kernel and the update multiply different inputs, such as `x` and `x` after dropout.
+    Use it for layers in which the kernel and the update multiply different arrays. For example, the kernel may multiply
+    `x`, and the update `x` after dropout.
 
     Args:
         x: Array of shape (..., in_features).
         update: Structured matrix of shape (in_features, out_features).
-        execution: One of `EXECUTIONS`. There is no kernel to add the update to, so `fused` only computes the fast
-            product on one piece of the tokens after another.
-        dot: Function that multiplies `x` by the dense form of the update; only the execution `dense` uses it.
+        execution: One of `EXECUTIONS`. With `fused`, the fast product of the family is computed in chunks of tokens,
+            one after another. Nothing is fused, because there is no kernel to which the update could be added.
+        dot: Function that multiplies `x` by the dense form of the update. Only the execution `dense` uses it.
 
     Returns:
         An array of shape (..., out_features), in the dtype of `x`, or for `dense` in the dtype of the result of `dot`.
@@ -155,10 +158,15 @@ def matmul(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _folded(product: Callable[..., Array], dot: Dot, x: Array, kernel: Array, update: StructuredMatrix) -> Array:
-    """Return `dot(x, kernel + update)`, with a JVP that is defined in `_folded_jvp`.
+    """Return `dot(x, kernel + update)`, with the JVP that `_folded_jvp` defines.
 
-    The argument `product` is a function that computes `x @ update`. Only the JVP uses it, to differentiate with respect
-    to the parameters of the update.
+    Args:
+        product: Function of `dot`, `x` and `update` that returns `x @ update`. Only the JVP calls it, to differentiate
+            with respect to the parameters of the update.
+        dot: Function that multiplies `x` by a dense kernel.
+        x: Array of shape (..., in_features).
+        kernel: The frozen kernel.
+        update: Structured matrix of the same shape as the kernel.
     """
     del product
     return dot(x, _sum(kernel, update))
@@ -191,17 +199,18 @@ def _instantiated(tangent: Array | SymbolicZero) -> Array:
 def _through_dense(dot: Dot, x: Array, update: StructuredMatrix) -> Array:
     """Return `x @ update`, computed with the dense form of the update.
 
-    On a mesh, each device reduces its gradient of the dense form to the gradient of the parameters. So only the small
-    gradient of the parameters is summed over the devices.
+    On a mesh, each device computes the gradient of the dense form from its own part of `x`, and reduces it to the
+    gradient of the parameters. So the devices sum only the small gradient of the parameters, and not that of the dense
+    form.
     """
     return batch_local(jax.checkpoint(lambda x, update: dot(x, update.to_dense().astype(x.dtype))))(x, update)
 
 
 def _at_once(x: Array, update: StructuredMatrix) -> Array:
-    """Return `x @ update`, computed by one fast product over all tokens.
+    """Return `x @ update`, computed by the fast product of the family for all tokens at once.
 
-    It is for updates whose product stores little for reverse mode (`StructuredMatrix.small_residuals`). But if `x` is
-    in half precision, reverse mode would store a float32 copy of `x`. In this case the product is wrapped in
+    It is for updates whose product stores little for the backward pass (`StructuredMatrix.small_residuals`). But if `x`
+    is in half precision, the product would also store a float32 copy of `x`. In this case the product is wrapped in
     `jax.checkpoint`, and the backward pass computes it again.
     """
     if x.dtype == update._compute_dtype(x.dtype):
@@ -210,9 +219,10 @@ def _at_once(x: Array, update: StructuredMatrix) -> Array:
 
 
 def _in_pieces(dot: Dot, x: Array, update: StructuredMatrix) -> Array:
-    """Return `x @ update`, computed by the fast product on one piece of the tokens after another.
+    """Return `x @ update`, computed by the fast product of the family in chunks of tokens, one after another.
 
-    A piece has at most `PIECE_BYTES` bytes. The backward pass computes the product of each piece again.
+    A chunk of `x` has at most `PIECE_BYTES` bytes, but at least one token. The backward pass computes the product of
+    each chunk again. The argument `dot` is not used, since no dense product is computed.
     """
     del dot
     return batch_local(_apply_in_pieces)(x, update)
@@ -225,8 +235,9 @@ def _apply_in_pieces(x: Array, update: StructuredMatrix) -> Array:
     tokens, length = rows.shape[0], max(1, PIECE_BYTES // (m * x.dtype.itemsize))
     if tokens <= length:
         return apply(x, update)
-    # Look for a slightly shorter piece that divides the number of tokens, so that no remainder needs its own product.
-    # There often is one, because numbers of tokens usually have many divisors.
+    # Look for a chunk length that divides the number of tokens and is more than half of the longest one. Then there is
+    # no shorter last chunk, which would need its own product. Such a length usually exists, because numbers of tokens
+    # usually have many divisors.
     length = next((size for size in range(length, length // 2, -1) if tokens % size == 0), length)
     whole = tokens - tokens % length
     y = jax.lax.map(lambda rows: apply(rows, update), rows[:whole].reshape(-1, length, m)).reshape(whole, n)

@@ -30,7 +30,7 @@ def circular_convolve(x: Float[Array, "*batch m"], c: Float[Array, " n"]) -> Flo
     Raises:
         UserError: `x` is wider than `c`, or the dtypes differ or are not float32 or float64.
 
-    In the example, x is a unit vector, so the result is c, shifted by one place to the right.
+    In the example, x is a unit vector, so the result is c, shifted cyclically by one place to the right.
 
     >>> circular_convolve(jnp.array([0.0, 1.0, 0.0]), jnp.array([1.0, 2.0, 3.0])).round().astype(jnp.int32)
     Array([3, 1, 2], dtype=int32)
@@ -43,9 +43,10 @@ def skew_convolve(x: Float[Array, "*batch m"], v: Float[Array, " n"]) -> Float[A
     """Return the skew-circular (also called negacyclic) convolution of `x` and `v` over the last axis.
 
     The result is `y_j = sum_{i<=j} x_i v_{j-i} - sum_{i>j} x_i v_{n+j-i}`. This is a circular convolution in which
-    the terms that wrap around change their sign. It multiplies two polynomials, with the coefficients `x` and `v`,
-    modulo `z^n + 1`. It is computed as `S y = S x * S v` with the transform S of `skew_fft`. The cost and the
-    arrays that reverse mode stores are the same as in `circular_convolve` with the same length.
+    the terms that wrap around change their sign. The values y are the coefficients of the product, modulo `z^n + 1`, of
+    two polynomials in z with the coefficients `x` and `v`. The convolution is computed as `S y = S x * S v` with the
+    transform S of `skew_fft`. It costs as much as `circular_convolve` with the same n, and stores arrays of the same
+    sizes for the backward pass.
 
     Args:
         x: Array of shape (..., m) with m <= n. It is padded with zeros to length n.
@@ -57,8 +58,8 @@ def skew_convolve(x: Float[Array, "*batch m"], v: Float[Array, " n"]) -> Float[A
     Raises:
         UserError: `x` is wider than `v`, or the dtypes differ or are not float32 or float64.
 
-    In the example, x is a unit vector, so the result is v, shifted by one place to the right. The entry that wraps
-    around changes its sign.
+    In the example, x is a unit vector, so the result is v, shifted cyclically by one place to the right. The entry that
+    wraps around changes its sign.
 
     >>> skew_convolve(jnp.array([0.0, 1.0, 0.0]), jnp.array([1.0, 2.0, 3.0])).round().astype(jnp.int32)
     Array([-3,  1,  2], dtype=int32)
@@ -70,26 +71,26 @@ def skew_convolve(x: Float[Array, "*batch m"], v: Float[Array, " n"]) -> Float[A
 def skew_fft(x: Float[Array, "*batch m"], n: int) -> Complex[Array, "*batch k"]:
     """Return the transform S x of `x`, which turns a skew-circular convolution into an entrywise product.
 
-    S x holds the values of the polynomial with the coefficients `x` at half of the roots of `z^n = -1`. These roots
-    come in complex conjugate pairs, and for odd n there is also the real root -1. For a real `x`, one root of each pair
-    is enough:
+    Let p be the polynomial in z with the coefficients `x`. S x holds the values of p at about half of the n roots of
+    `z^n = -1`. These roots come in complex conjugate pairs, and for odd n there is also the real root -1. One root of
+    each pair is enough, because the values of p at the two roots are complex conjugates, too, if `x` is real.
 
-    - If n is even, then `z^n + 1 = (z^(n/2) - i)(z^(n/2) + i)`. Modulo the first factor, the polynomial has the n/2
-      coefficients `x_j + i x_{j+n/2}`. Replacing z by `w u` with `w = exp(i pi / n)` turns the equation of this factor
-      into `u^(n/2) = 1`. So the spectrum is one complex FFT of length k = n/2.
-    - If n is odd, replacing z by `-u` turns `z^n + 1` into `1 - u^n`. So the spectrum is one real FFT of length n, with
-      k = (n+1)/2 values.
+    - If n is even, then `z^n + 1 = (z^(n/2) - i)(z^(n/2) + i)`. S x holds the values at the roots of the first factor.
+      Modulo this factor, p has the n/2 coefficients `x_j + i x_{j+n/2}`. Replacing z by `w u` with `w = exp(i pi / n)`
+      turns the equation `z^(n/2) = i` of the roots into `u^(n/2) = 1`. So S x is one complex FFT of length k = n/2.
+    - If n is odd, replacing z by `-u` turns the equation `z^n = -1` of the roots into `u^n = 1`. So S x is one real FFT
+      of length n, with k = (n+1)/2 values.
 
     Both cost as much as `jnp.fft.rfft` of length n. The method of arXiv 2406.17740, which scales `x` by powers of a
     complex root of -1, needs a complex FFT of length n, which costs twice as much. On a mesh, call this function inside
-    `batch_local`: otherwise XLA gathers `x` on every device.
+    `batch_local`, because otherwise XLA gathers `x` on every device.
 
     Args:
         x: Array of shape (..., m) with m <= n, in float32 or float64. It is padded with zeros to length n.
         n: Length of the convolution.
 
     Returns:
-        A complex array of shape (..., k).
+        A complex array of shape (..., k) with k = n/2 for even n and k = (n+1)/2 for odd n.
     """
     if n % 2:
         return jnp.fft.rfft(x * _for_rows(_signs(n, x.dtype)[: x.shape[-1]], x), n=n)
@@ -109,10 +110,10 @@ def inverse_skew_fft(spectrum: Complex[Array, "*batch k"], n: int) -> Float[Arra
 
 
 def fast_length(n: int) -> int:
-    """Return the smallest length >= n that has no prime factor above 5. FFT libraries are fast for such lengths.
+    """Return a length of at least n for which FFTs are fast: the smallest one without a prime factor above 5.
 
-    Padding to the next power of two could double the length. The length that this function returns is longer than n by
-    at most a seventh of n for n >= 14, and by at most a ninth of n for n >= 33.
+    It exceeds n by at most a seventh of n for n >= 14, and by at most a ninth of n for n >= 33. The next power of two
+    could be almost twice as large as n.
 
     Args:
         n: An integer of at least 1.
@@ -163,13 +164,18 @@ def _for_rows(row: Array, x: Array) -> Array:
 
 
 def _signs(n: int, dtype: DTypeLike) -> Float[Array, " n"]:
-    """Return the array of `(-1)^j` for 0 <= j < n. For odd n, -1 is the real root of `z^n = -1`."""
+    """Return the array of `(-1)^j` for 0 <= j < n.
+
+    Multiplying the coefficients of a polynomial by these values replaces its variable z by -z. `skew_fft` explains what
+    this is for if n is odd.
+    """
     return jnp.asarray(1 - 2 * (np.arange(n) % 2), dtype)
 
 
 def _twist(n: int, dtype: DTypeLike) -> Complex[Array, " n/2"]:
-    """Return the array of `exp(i pi j / n)` for 0 <= j < n/2, the powers of a root of `z^n = -1`.
+    """Return the array of `w^j` for 0 <= j < n/2, with `w = exp(i pi / n)`, a root of `z^n = -1`.
 
-    The values are computed in double precision and rounded once to `dtype`.
+    Multiplying the coefficients of a polynomial by these values replaces its variable z by `w z`. `skew_fft` explains
+    what this is for if n is even. The values are computed in double precision and rounded once to `dtype`.
     """
     return jnp.asarray(np.exp(1j * np.pi * np.arange(n // 2) / n), dtype)
