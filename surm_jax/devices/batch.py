@@ -23,11 +23,11 @@ def batch_local(fn: Callable[..., Array]) -> Callable[..., Array]:
     """Return a version of a function that computes each device's part of the batch on that device.
 
     The mesh is the one that `jax.set_mesh` set. The leading dimension of `x` is split over those of the mesh axes
-    `BATCH_AXES` that have the type `Auto`. An axis of the type `Explicit` counts only if the sharding in the type of
-    `x` names it for the leading dimension. An axis of the type `Manual` does not count, because the call is inside a
+    `BATCH_AXES` that have the type `Auto`. An axis of the type `Explicit` is used only if the sharding in the type
+    of `x` names it for the leading dimension. An axis of the type `Manual` is not used, because the call is inside a
     `jax.shard_map` that has already split the batch over this axis.
 
-    In three cases `fn` is called directly: no axis counts, `x` has fewer than two dimensions, or the number of devices
+    In three cases `fn` is called directly: no axis is used, `x` has fewer than two dimensions, or the number of devices
     does not divide the leading dimension. Under `jax.vmap`, this function cannot see the mapped dimension. So keep the
     batch as the leading dimension instead of mapping over it.
 

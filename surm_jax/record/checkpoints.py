@@ -235,7 +235,7 @@ _RECORD: dict[str, type | tuple[type, ...]] = {
 
 
 def _read_record(checkpoint: Path) -> dict[str, Any]:
-    """Read `checkpoint.json` of a checkpoint, and check every file of the checkpoint by its SHA-256 in it.
+    """Read `checkpoint.json` of a checkpoint, and compare every file with the SHA-256 that is stored there.
 
     Raises:
         UserError: A file is missing or damaged, or does not belong to the checkpoint. The message names the file.

@@ -132,17 +132,17 @@ class StepLog:
     """A log of the metrics of training steps.
 
     While the device computes a step, this object handles the metrics of the previous step, so that the device never
-    waits for it. It checks that the metrics of every step are finite. It writes and shows them at every `every`-th step
-    and at the last step.
+    waits for the host. The metrics of every step are checked to be finite. At every `every`-th step and at the last
+    step, they are also written and shown.
 
     Args:
         writer: Writes the metrics.
         progress: Shows the metrics.
-        watch: Counts the steps and measures their time. It is started after the first step, whose time may include
-            compilation.
+        watch: Counts the steps and measures their time. It is started after the first step, because the time of that
+            step may include compilation.
         every: The interval, in steps, at which metrics are written and shown. 0 means only at the last step.
         last: The last step of the run.
-        rates: A function from a step to further values to write for it, such as its learning rates.
+        rates: A function that takes a step and returns further values to write, such as the learning rates.
     """
 
     def __init__(

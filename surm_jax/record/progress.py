@@ -1,7 +1,7 @@
 """The display of a run's progress, and the handling of the signals that stop a run.
 
-Progress is written to the standard error: as a bar with the time left if this is a terminal, and otherwise as plain
-lines, such as in a log file. If a run has several processes, only the first one shows anything.
+Progress is written to the standard error. If this is a terminal, it shows a bar with the time left. If it is a log file
+or a pipe, progress is written as plain lines. If a run has several processes, only the first one shows anything.
 """
 
 import datetime
@@ -60,7 +60,7 @@ class Progress:
 
 
 def track(batches: Iterable, what: str) -> Iterable:
-    """Return an iterable over the same batches that shows a progress bar in a terminal. The bar vanishes at the end."""
+    """Return the batches as an iterable with a progress bar, which is shown in a terminal and vanishes at the end."""
     return tqdm.tqdm(batches, desc=what, leave=False, disable=not _has_terminal(), dynamic_ncols=True)
 
 

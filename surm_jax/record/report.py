@@ -79,12 +79,12 @@ def make_result(
 def combine(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Combine the results of several seeds into one result.
 
-    Every metric becomes a dictionary with its `mean`, its standard deviation `std` (with the denominator n - 1) and its
-    values for the `seeds`. The working time is the sum over the seeds. The numbers of unreadable examples are the
-    largest of any seed. All other entries are those of the first seed.
+    Every metric becomes a dictionary with its `mean`, its standard deviation `std` (with the denominator n - 1) and the
+    list `seeds` of its values for each seed. The working time is the sum over the seeds. The number of unreadable
+    examples in each split is the maximum over the seeds. All other entries are those of the first seed.
 
     Args:
-        results: The result of each seed, by seed.
+        results: A dictionary from each seed to the result of its run.
     """
     first = next(iter(results.values()))
     metrics = {}

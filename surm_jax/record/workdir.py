@@ -109,7 +109,7 @@ def require_shared(workdir: Path) -> None:
     """Check that this process sees the folder that the first process of the run has opened.
 
     Raises:
-        UserError: This process does not see it, because it is on a file system that the processes do not share.
+        UserError: The folder is not there for this process, because the processes do not share its file system.
     """
     if not (workdir / CONFIG_NAME).exists():
         raise UserError(
@@ -142,7 +142,7 @@ def relocated(config: Tree, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_config(workdir: Path, check: Check) -> Tree:
-    """Read the configuration of the run in a folder, and return the result of `check` for it.
+    """Read the configuration of the run in a folder, check it, and add the default values of missing keys.
 
     Raises:
         UserError: There is no configuration, it is damaged, or `check` finds an error in it.

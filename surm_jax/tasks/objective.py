@@ -1,4 +1,4 @@
-"""The losses that a task can train with, the predictions from a model's outputs, and the metrics of predictions."""
+"""The losses for training, the functions from a model's outputs to predictions, and the metrics of predictions."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

@@ -1,9 +1,10 @@
 """The execution of a model's transformer blocks inside the compiled training or evaluation step.
 
-If JAX traces a Python loop over the blocks, the compiled program grows with the number of blocks. `jax.lax.scan`
-compiles the code of a block only once for several equal blocks. For this, the weights of the blocks are stacked along a
-new first axis. If the query kernel of one block has the shape (768, 768), that of a stack of 12 blocks has the shape
-(12, 768, 768). Each iteration of the scan runs the block with one slice along the first axis.
+If JAX traces a Python loop over the blocks, the compiled program grows with the number of blocks. If several equal
+blocks run in `jax.lax.scan`, the code of a block is compiled only once. The scan needs the weights of these blocks as
+arrays that are stacked along a new first axis. For example, if the query kernel of each of 12 blocks has the shape
+(768, 768), the stacked kernel has the shape (12, 768, 768). Each iteration of the scan runs the block with one slice
+along the first axis.
 
 If the device mesh has more than one device along its axis `fsdp`, the large weights of the frozen base model are
 sharded over these devices. Every block then gathers its own weights just before it uses them, in the forward pass and
@@ -109,10 +110,12 @@ def _call(
 def _layer(graphdef: nnx.GraphDef, arguments: tuple[jax.Array | None, ...]) -> Callable:
     """Return a block as a pure function `(x, drawn, arrays, key) -> (output of the block, drawn)`.
 
+    `x` is the input of the block, `arrays` is its state, and `key` is its dropout key. If the block's weights are
+    sharded over devices, the function gathers them first.
+
     `drawn` is the number of dropout keys that adapters have drawn so far in this forward pass
     (`surm_jax.peft.parts.dropout.keys_drawn`). The function takes and returns it, because a value that is traced inside
-    `jax.lax.scan` or `jax.checkpoint` cannot be used outside. If the block's weights are sharded over devices, the
-    function gathers them first.
+    `jax.lax.scan` or `jax.checkpoint` cannot be used outside.
 
     Args:
         graphdef: The structure of the block.

@@ -150,9 +150,9 @@ class OptimConfig:
     decay: str = "cosine"
     # Largest global norm of the gradient. A larger gradient is scaled down to this norm. 0: no clipping.
     clip_norm: float = 1.0
-    # Number of micro-batches per update, for gradient accumulation. The batch is split into this many equal parts,
-    # whose gradients are computed one after the other. More parts take less memory. Without dropout the update is the
-    # same, up to rounding.
+    # Number of micro-batches per update, for gradient accumulation. The batch is split into this many equal parts.
+    # Their gradients are computed sequentially and averaged. More parts take less memory. Without dropout, the update
+    # does not depend on the number of parts, up to rounding.
     accumulate: int = 1
     # Label smoothing: the fraction of each label's probability that is spread evenly over all classes, in [0, 1).
     label_smoothing: float = 0.0

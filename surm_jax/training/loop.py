@@ -161,7 +161,7 @@ def compile_steps(run: Run, state: TrainState, progress: Progress) -> dict[Shape
     """Compile the training step once for each batch shape that occurs, and print how long each compilation took.
 
     Returns:
-        The compiled programs by the shape of the batch (`_shape_of`).
+        A dictionary from the shape of a batch (`_shape_of`) to the compiled step for such batches.
     """
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
     rates, compiled = run.programs.rates.before(step=1), {}
@@ -204,7 +204,7 @@ def save(run: Run, position: Position, records: Records, score: float | None) ->
 def _score(run: Run, position: Position, records: Records) -> float | None:
     """Evaluate the model, and return the score that the checkpoint of this step gets.
 
-    The score is the task's first metric. If a signal interrupts the evaluation, it is None.
+    The score is the task's first metric. If a signal interrupts the evaluation, the score is None.
     """
     try:
         return evaluate_while_training(run, position, records)

@@ -135,8 +135,8 @@ def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[P
     The form "hf" writes the merged model to `<folder of the seed>/hf`, from which `from_pretrained` of the library
     transformers loads it. The form "peft" writes the adapter to `<folder of the seed>/peft`, from which
     `PeftModel.from_pretrained` of the library peft loads it onto the base model. Each folder is then loaded again with
-    surm_jax, and the largest difference between its logits and those of the adapted model on one batch of test examples
-    is printed.
+    surm_jax, and the logits of the loaded model are compared with those of the adapted model on one batch of test
+    examples. The largest difference is printed.
 
     Args:
         workdir: The folder of the run.

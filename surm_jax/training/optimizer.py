@@ -126,7 +126,7 @@ class Rates:
 
 
 def make_optimizer(config: OptimConfig, paths: Iterable[str]) -> optax.GradientTransformationExtraArgs:
-    """Build the optimiser of the trained arrays: AdamW for each group, after gradient clipping over all groups.
+    """Build the optimiser, which clips the gradient by its global norm and then applies a separate AdamW to each group.
 
     The method `update` of the optimiser needs the extra keyword argument `rates`, which is a result of `Rates.before`.
 

@@ -18,7 +18,7 @@ from surm_jax.training.config import PeftConfig, RunConfig
 
 
 def base_config(plugins: Collection[str] = ()) -> ml_collections.ConfigDict:
-    """Return a configuration in which every key has its default value, for a configuration file to change.
+    """Return a configuration with the default value of every key, from which a configuration file starts.
 
     >>> config = base_config()
     >>> config.peft.lora.rank, config.optim.groups.head.weight_decay
@@ -26,7 +26,7 @@ def base_config(plugins: Collection[str] = ()) -> ml_collections.ConfigDict:
 
     Args:
         plugins: Names of Python modules to import first, so that the methods that they register have keys in the
-            configuration. They also become the value of its key `plugins`.
+            configuration. The names also become the value of the key `plugins`.
 
     Raises:
         UserError: A module cannot be imported.
@@ -178,8 +178,8 @@ def require_steps(config: ml_collections.ConfigDict, overrides: Mapping[str, Any
         overrides: The values given on the command line, by dotted key.
 
     Raises:
-        UserError: The option has no effect, because the configuration has `optim.epochs`, from which the number of
-            steps is computed.
+        UserError: The option has no effect, because the configuration sets `optim.epochs`, and the number of steps
+            is computed from that.
     """
     epochs = config.optim.epochs
     if epochs and "optim.steps" in overrides and "optim.epochs" not in overrides:
@@ -204,7 +204,7 @@ def meant_key(config: ml_collections.ConfigDict, name: str) -> str:
 
 
 def _values_in(config: ml_collections.ConfigDict, key: str) -> list[str]:
-    """Return the dotted keys of all values inside a section, or `[key]` if `key` has a value itself.
+    """Return the dotted keys of all values inside a section, or `[key]` if `key` is not a section.
 
     Keys that are nested less deeply come first. At the same depth, keys that end in the name of the chosen method
     `peft.method` come first, such as `optim.learning_rate.lora` for the method `lora`.

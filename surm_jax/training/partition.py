@@ -53,12 +53,12 @@ class Partition:
     slots: tuple[Slot, ...]
 
     def merge(self, trained: Mapping[str, jax.Array], frozen: nnx.State) -> Any:
-        """Return the model with these arrays that a step runs. Its blocks may be stacked."""
+        """Put these arrays together into the model that the training and evaluation steps run."""
         state = [(slot.path, slot.variable.replace(trained[slot.names[0]])) for slot in self.slots]
         return nnx.merge(self.graphdef, nnx.from_flat_state(state), frozen)
 
     def model(self, trained: Mapping[str, jax.Array], frozen: nnx.State) -> nnx.Module:
-        """Return the original model with these arrays. The arrays of stacks are copied to host memory."""
+        """Put these arrays together into the original model. The arrays of stacks are copied to host memory."""
         model = self.merge(trained, frozen)
         model.blocks = as_blocks(model.blocks)
         return model

@@ -55,7 +55,7 @@ class Run:
 
 
 class SplitModel(NamedTuple):
-    """The parts of an adapted model that do not change during training: everything except the trained arrays.
+    """An adapted model without its trained arrays, which are the only part of it that changes during training.
 
     Attributes:
         partition: Puts trained arrays and frozen state together into the model.

@@ -1,4 +1,4 @@
-"""The preparation of a run: it turns a configuration into a `Job` with data, model and adapter.
+"""The preparation of a run, which turns a configuration into a `Job` with data, model and adapter.
 
 Errors in the configuration, the data and the files are found here, before anything is compiled.
 """

@@ -73,8 +73,8 @@ def make_train_step(
         optimizer: Turns gradients into updates. If its method `update` takes extra keyword arguments, it gets `rates`.
         mesh: The device mesh. The training state and the key must be replicated, the frozen state must be sharded as by
             `surm_jax.devices.mesh.put_base`, and the batch must be sharded over all devices along its first axis.
-        accumulate: The number of micro-batches, whose gradients are computed one after the other and averaged. It must
-            divide the batch size.
+        accumulate: The number of micro-batches into which each batch is split. It must divide the batch size. The
+            gradients of the micro-batches are computed sequentially and averaged.
         label_smoothing: See `surm_jax.tasks.objective.cross_entropy`.
     """
     optimizer = optax.with_extra_args_support(optimizer)
@@ -104,7 +104,7 @@ def make_train_step(
 
 
 def _accumulated(gradient: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """Return a function with the arguments of `gradient` that returns the mean of its results over micro-batches.
+    """Return a version of `gradient` that splits the batch into micro-batches, and averages the results for them.
 
     Args:
         gradient: A function `(trained, frozen, batch, key) -> result`, where the result is a pytree of arrays.

@@ -1,8 +1,8 @@
 """Tests of a full disk: the earlier files do not change, and the error message names the path.
 
-Each case runs in a process of its own in two ways. In the first, the process writes to a file system of one megabyte,
-which is mounted for it. In the second, which needs no mount, the process has a limit on the size of files, at which the
-kernel refuses to write as it does on a full disk.
+Each case runs twice, each time in a process of its own. The first process writes to a file system of one megabyte,
+which is mounted for it. The second process needs no mount. It has a limit on the size of files, at which the kernel
+refuses to write as it does on a full disk.
 """
 
 import functools
