@@ -1,8 +1,9 @@
 """Read AugReg checkpoints, the official `.npz` files of "How to train your ViT?" (arXiv 2106.10270).
 
-Other `.npz` files of Vision Transformers can be read too, if their arrays have the same names and shapes. All arrays
-have the shapes of our parameters; for example, the query kernel of attention is (width, heads, width / heads) in both.
-So only position embeddings may need a conversion, to another image size.
+Other `.npz` files of Vision Transformers can be read too, if their arrays have the same names and shapes. The
+arrays have the same shapes as our parameters. For example, the query kernel of attention has shape (width, heads,
+width / heads) in the files and in our model. So no array is converted, except that position embeddings are resized if
+the model has another image size.
 """
 
 from collections.abc import Collection, Mapping
@@ -84,7 +85,7 @@ class AugRegCheckpoint(Checkpoint):
         Position embeddings are resized to the model's image size. If the head is not read, the arrays of the layer
         before the head (`pre_logits`) are ignored. If the model has no class token, the array of the class token is
         ignored. The file holds no configuration to compare with the model's. But all models in this format have the
-        same activation and epsilon, so the model must have them too.
+        same activation and the same epsilon in their norms, so the model must have these too.
 
         Raises:
             UserError: The file is damaged, holds pickles or does not fit the model, or the model has another activation

@@ -81,9 +81,11 @@ def reads_head(targets: Collection[str]) -> bool:
 def require_same(origin: str, stored: Config, config: Config, targets: Collection[str]) -> None:
     """Check that a checkpoint was written for the model whose parameters are read from it.
 
-    The two configurations must have the same class and equal fields. Only these fields may differ: those in
-    `config.RUNTIME_FIELDS`; those in `config.HEAD_FIELDS` if no parameter of the head is read; and `image_size` if the
-    model has position embeddings of a grid of patches, because these are resized.
+    The two configurations must have the same class and equal fields, except that these fields may differ:
+
+    - the fields in `config.RUNTIME_FIELDS`;
+    - the fields in `config.HEAD_FIELDS`, if no parameter of the head is read;
+    - `image_size`, if the model has position embeddings of a grid of patches, because these are resized.
 
     Args:
         origin: The name of the checkpoint in the error message.
@@ -92,7 +94,7 @@ def require_same(origin: str, stored: Config, config: Config, targets: Collectio
         targets: The paths of the parameters that are read.
 
     Raises:
-        UserError: The classes or other fields differ. The message names all fields that differ.
+        UserError: The classes differ, or a field that must be equal differs. The message names all such fields.
     """
     if type(stored) is not type(config):
         raise UserError(f"{origin} holds a model of {type(stored).__name__}, not of {type(config).__name__}")

@@ -32,7 +32,8 @@ def cache_path(url: str) -> Path:
     """Return the path in the cache for the file at a URL, `<cache_root()>/<host>/<path>`.
 
     If the URL has a port, the host folder is named `<host>_<port>`. If it has a query, the file lies in one more
-    folder, whose name is the quoted query or, if that is too long for a file name, its SHA-256 hash.
+    folder, whose name is the percent-encoded query or, if that is too long for a file name, the SHA-256 hash of the
+    query.
 
     Raises:
         UserError: The URL is malformed or does not end in a file name.
@@ -59,9 +60,9 @@ def download(url: str) -> Path:
     """Return the path of the local copy of the file at a URL, after downloading it if there is no copy yet.
 
     The file appears under its final name only when it is complete. If the connection breaks, the bytes received so far
-    stay in a `.part` file next to it. The next call downloads only the remaining bytes if the server still has the same
-    version of the file, which it tells by the ETag or the modification date. If the server announces an MD5 hash in
-    the way of Google Cloud Storage, the hash of the file is compared with it. If several processes call this function
+    stay in a `.part` file next to it. If the server still has the same version of the file, according to the ETag or
+    the modification date, the next call downloads the remaining bytes and no others. If the server announces an MD5
+    hash as Google Cloud Storage does, the hash of the file must be the same. If several processes call this function
     for the same file, one downloads it and the others wait. A progress bar is shown if the output is a terminal.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Download models of the Hugging Face Hub, which are named `hf://owner/name@revision`.
+"""Download models from the Hugging Face Hub. Their names have the form `hf://owner/name@revision`.
 
 The library `huggingface_hub` manages the cache (`$HF_HOME`), shows progress bars, and checks sizes and hashes. This
 module chooses the files to download and their order, and writes the error messages, such as the one for a Hub that
@@ -37,12 +37,13 @@ def fetch(source: str) -> Path:
 
     `config.json` is downloaded first, so a model of an unknown architecture is refused before its weights are
     downloaded. Next are the files that describe the model's input, if the repository has them: the tokenizer's files
-    for a text model, or `preprocessor_config.json` for an image model. The safetensors are last. All files belong to
-    the same commit.
+    for a text model, or `preprocessor_config.json` for an image model. The weights are last, in
+    safetensors files. All files belong to the same commit.
 
     If the configuration and the weights are in the cache, they are used, and the Hub is not asked whether the branch
-    has a newer commit. To use a newer commit, give it as the revision. If none of the files that describe the input is
-    in the cache, those that were never requested are requested now. If that fails, the model is used without them.
+    has a newer commit. To use a newer commit, give it as the revision. If the cache holds the weights, but none
+    of the files that describe the input, the files among these that were never requested are requested now. If this
+    fails, the model is used without them.
 
     Args:
         source: "hf://owner/name" or "hf://owner/name@revision". The revision is a branch, a tag, a commit or a pull

@@ -29,7 +29,7 @@ Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
 def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
     """Open a checkpoint file or folder, as a context manager.
 
-    The format follows from the suffix of the file and, for safetensors, from the header.
+    The format is recognised by the suffix of the file and, for safetensors, by the header in the file.
 
     Raises:
         UserError: There is no such file, its format is unknown, or it is damaged.
@@ -66,8 +66,8 @@ def load(
     The model is first built without arrays (`nnx.eval_shape`). Then each array is read, converted to our layout, copied
     to its devices and released before the next one is read. The parameters that `fresh` matches come from the model's
     initialisers. These run in a compiled function that returns only these parameters, so the initial values of the
-    others are never computed. The host needs memory for two copies of the largest array. If its memory is also that of
-    the devices, as on a CPU, it needs memory for the whole model as well.
+    others are never computed. The host needs memory for two copies of the largest array. If the host is also
+    the JAX device, as with the CPU backend, it needs memory for the whole model as well.
 
     Args:
         make_model: A function that builds the model. It is called only while JAX traces it.
@@ -125,7 +125,7 @@ def image_normalization(checkpoint: Path | None) -> Normalization | None:
     `None` means that the pixels of all channels are scaled to [-1, 1].
 
     Args:
-        checkpoint: The path of the checkpoint, or `None` if there is none, as `locate` returns it.
+        checkpoint: The path that `locate` returned, which is `None` for the name "none".
 
     Raises:
         UserError: The checkpoint is damaged, or its `preprocessor_config.json` leaves pixels in [0, 255].

@@ -42,8 +42,8 @@ def save_model(
         path: The path of the file, which must end in `.safetensors`. An existing file is replaced.
         model: The model. Its `nnx.Param`s are written, and their names are their paths, joined by `/`.
         normalization: The mean and the standard deviation of each channel with which pixels in [0, 1] were normalised
-            for the model. `None` means that pixels were scaled to [-1, 1]. `image_normalization` returns this value
-            again.
+            for the model. `None` means that pixels were scaled to [-1, 1]. The function
+            `image_normalization` reads this value from the file.
 
     Raises:
         UserError: The path has another suffix, or the file cannot be written.
@@ -92,7 +92,7 @@ class NativeCheckpoint(Checkpoint):
     def fill(
         self, config: Any, targets: Mapping[str, jax.ShapeDtypeStruct], fresh: Collection[str]
     ) -> dict[str, jax.Array]:
-        """Read the parameters of a model whose configuration is the one in the header.
+        """Read the parameters of a model, whose configuration must agree with that in the header (see `require_same`).
 
         Position embeddings are resized to the model's image size by bilinear interpolation, as for AugReg checkpoints.
         """

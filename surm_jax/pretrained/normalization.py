@@ -27,7 +27,7 @@ CLIP = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613025
 def preprocessor_fields(normalization: tuple[Sequence[float], Sequence[float]], image_size: int) -> dict[str, Any]:
     """Return the content of a `preprocessor_config.json` that prepares images for a model.
 
-    It resizes them bilinearly to `image_size` x `image_size` pixels and applies the normalisation.
+    With this file, transformers resizes images bilinearly to `image_size` x `image_size` pixels and normalises them.
     """
     mean, std = normalization
     return {
@@ -46,8 +46,8 @@ def preprocessor_fields(normalization: tuple[Sequence[float], Sequence[float]], 
 def read_preprocessor(path: Path, default: Normalization | None) -> Normalization | None:
     """Return the normalisation that a `preprocessor_config.json` describes.
 
-    If the file gives neither a mean nor a standard deviation, the default is returned. If it switches normalisation
-    off, the result has mean 0 and standard deviation 1.
+    If the file contains neither a mean nor a standard deviation, `default` is returned. If the file switches
+    normalisation off (`do_normalize` is false), the result has mean 0 and standard deviation 1.
 
     Raises:
         UserError: The file is damaged, or leaves pixels in [0, 255].

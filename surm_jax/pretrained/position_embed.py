@@ -1,6 +1,7 @@
 """Resize learned position embeddings to another image size.
 
-The interpolation is bilinear or bicubic, as in the library that a checkpoint comes from.
+The interpolation is bilinear for AugReg checkpoints and for our own format. It is bicubic for checkpoints of
+transformers, as in transformers itself.
 """
 
 import math

@@ -80,8 +80,8 @@ def fill(
     Raises:
         UserError: No rule matches a key, a key is for a parameter that the model lacks, a parameter has no key or
             several keys, a shape or dtype does not fit, or an array holds NaN or infinity. All problems with keys are
-            reported together, with similar names that exist. If there are none, all problems with arrays are reported
-            together.
+            reported together, with similar names that exist. If all keys are right, all problems with arrays are
+            reported together.
     """
     plan = _assign(keys, targets, rules, ignore, fresh, origin)
     problems, filled = [], {}
@@ -116,7 +116,7 @@ def _holds(wanted: np.dtype, stored: np.dtype) -> bool:
 def _place(array: np.ndarray, wanted: jax.ShapeDtypeStruct) -> jax.Array:
     """Copy an array to its devices, cast to the wanted dtype, and return it when the copy is complete.
 
-    So the next array is not read before this one is copied.
+    Waiting for the copy ensures that the host never holds more than one array that is still being copied.
     """
     array = array.astype(wanted.dtype, copy=False)
     if wanted.sharding is None:

@@ -22,14 +22,14 @@ def locate(checkpoint: str, variant: str | None = None) -> Path | None:
             checkpoint of the variant), "digits" (the small ViT in this package), "hf://owner/name" or
             "hf://owner/name@revision" (a model of the Hugging Face Hub), an http(s) URL, or the path of a file or of a
             folder of transformers.
-        variant: The name in `ViTConfig.VARIANTS`. Only "augreg" needs it.
+        variant: The name in `ViTConfig.VARIANTS` of the model for "augreg". Other checkpoints do not need it.
 
     Returns:
         The path of the file or folder, or `None` for "none".
 
     Raises:
         UserError: There is no such file, there is no official checkpoint of the variant, or the download fails. The
-            message names what exists, or says which file the user can copy to which path.
+            message lists names that exist, or says which file the user can copy to which path.
 
     >>> locate("none") is None
     True

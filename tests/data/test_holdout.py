@@ -1,4 +1,4 @@
-"""Tests that select random examples of a training set, to train on or to hold out."""
+"""Tests of `first_examples` and `hold_out`, which select random examples of a training set."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,7 @@
-"""A model that the package does not know, in one file: a small network that reads images.
+"""A small image classifier that is not part of the package, complete in one file.
 
-Importing the file registers the model, its configuration and its names in folders of transformers.
+Importing this file registers the model and its configuration. It also registers the names of the model's modules in
+folders of transformers, so that such folders can be read and written.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from surm_jax.pretrained.normalization import Normalization
 
 @dataclass(frozen=True, kw_only=True)
 class PatchMixerConfig(Config):
-    """Geometry of a `PatchMixer`."""
+    """The configuration of a `PatchMixer`, such as its sizes and dtypes."""
 
     image_size: int = 8
     channels: int = 1
@@ -35,7 +36,7 @@ class PatchMixerConfig(Config):
 
 
 class Layer(nnx.Module):
-    """`x + relu(x W + b)`."""
+    """A residual layer that computes `x + relu(x W + b)` with the kernel W and the bias b of `dense`."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.dense = nnx.Linear(width, width, rngs=rngs)
@@ -46,7 +47,7 @@ class Layer(nnx.Module):
 
 @register_model
 class PatchMixer(Model):
-    """A network that embeds patches, applies layers to each, and classifies their mean."""
+    """A network that embeds the patches of an image, applies the layers to each patch, and classifies their mean."""
 
     config_class: ClassVar[type[Config]] = PatchMixerConfig
     reads: ClassVar[str] = "images"
@@ -60,7 +61,7 @@ class PatchMixer(Model):
         self.head = nnx.Linear(config.width, config.num_classes, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, rngs: nnx.Rngs | jax.Array | None = None) -> jax.Array:
-        """Return float32 logits; there is no dropout to draw."""
+        """Return the float32 logits of images. `rngs` is ignored, because the network has no dropout."""
         x = self.patches(images).reshape(len(images), -1, self.config.width)
         x = self.blocks.run(x, keys=None, remat=self.config.remat, every=False)[-1]
         return self.head(x.mean(axis=1)).astype(jnp.float32)

@@ -11,7 +11,7 @@ CONFIGS = [ViTConfig.from_variant("digits", num_classes=3), BertConfig.from_vari
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
 def test_every_other_field_is_compared(config):
-    """Check that `require_same` compares all fields but those that may differ.
+    """Check that `require_same` compares every field, except those that may differ between file and model.
 
     The stored value is a meaningless string, since a file may hold any value.
     """

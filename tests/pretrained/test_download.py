@@ -71,7 +71,7 @@ def server(monkeypatch, tmp_path):
 
 
 def left(url):
-    """Return the sizes of the files in the folder of the download, by name, without the lock file."""
+    """Return the size of each file in the folder of the download, by name. The lock file is left out."""
     return {path.name: path.stat().st_size for path in cache_path(url).parent.iterdir() if path.suffix != ".lock"}
 
 

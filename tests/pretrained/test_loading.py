@@ -107,7 +107,7 @@ def test_unknown_formats(checkpoint, tiny_geometry, tmp_path):
 def test_every_parameter_is_where_it_is_wanted(checkpoint, initial, tiny_geometry):
     """Check that read and initialised parameters have the sharding that the function `sharding` returns.
 
-    It splits arrays with an axis that is divisible by 8 over 8 devices, and replicates the others.
+    The function splits arrays over 8 devices if they have an axis whose size is divisible by 8, and replicates others.
     """
     geometry = {**tiny_geometry, "num_classes": 16}
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -198,7 +198,7 @@ print(held, memory("VmHWM") - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of memory from Linux's /proc")
 @pytest.mark.exhaustive
 def test_memory_is_the_model_once(tmp_path):
-    """Check that loading a model of 300 MB needs memory for little more than one copy of it.
+    """Check that loading a model of 300 MB needs little more memory than one copy of the model.
 
     Memory that loading a small model also needs, for JAX and compiled programs, is not counted.
     """

@@ -1,4 +1,4 @@
-"""Read and write folders of Hugging Face transformers. Importing this package registers the architectures it knows."""
+"""Read and write folders of Hugging Face transformers. Importing this package registers its architectures."""
 
 from surm_jax.pretrained.hf import text, vision
 from surm_jax.pretrained.hf.architecture import (

@@ -65,7 +65,7 @@ def _reshaped(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def _require_shape(array: np.ndarray, shape: tuple[int, ...]) -> None:
     """Raise a `UserError` unless an array in a checkpoint has the shape that transformers gives it.
 
-    An array that already has the shape of our parameter is refused too.
+    So an array in our layout is refused too, although it has the shape of our parameter.
     """
     if array.shape != shape:
         raise UserError(f"it has shape {array.shape}, not {shape}")
@@ -131,7 +131,8 @@ VECTOR = (Tensor("", "", _reshaped, _flat),)
 class Name:
     """The name of a module in transformers, its path in our model, and its arrays.
 
-    It may also describe a single array that belongs to no module. `#` stands for the number of a block in both names:
+    It may also describe a single array that belongs to no module. In the name and in the path, `#` stands for the
+    number of a block:
 
     >>> Name("encoder.layer.#.output.dense", "blocks/#/mlp/down", LINEAR).theirs
     'encoder.layer.#.output.dense'
@@ -154,7 +155,7 @@ class Name:
 
 @dataclass(frozen=True)
 class Architecture:
-    """How models of one `model_type` of transformers are read as models of ours and written.
+    """The functions and names for reading and writing models of one `model_type` of transformers.
 
     Attributes:
         model_type: The value of `model_type` in `config.json`.
@@ -168,11 +169,11 @@ class Architecture:
         names: A function that returns a `Name` for each module, given our configuration.
         ignore: A function that returns regular expressions for keys that are not read, given our configuration. The
             expressions do not contain the prefix.
-        fillers: A function that returns arrays that checkpoints need but our model lacks, by full name, given our
-            configuration. They are written with the model.
+        fillers: A function that returns arrays by full name, given our configuration. Checkpoints need these arrays but
+            our model lacks them. They are written with the model.
         chosen: A function that returns whether a model is written as this `model_type`, given our configuration. It is
-            needed if models of our class can be written as several types. It may raise a `UserError` if transformers
-            has no such model in any of these types.
+            needed if models of our class can be written as several types. The function may raise a `UserError` if the
+            model fits none of these types.
         normalization: The normalisation of pixels that the published models expect. It is used for folders that do not
             specify one.
     """
@@ -295,13 +296,13 @@ class Names:
 
 
 def refusal(model_type: str, name: str, value: Any, what: str) -> UserError:
-    """Return the error for a `config.json` of a model that our class does not have.
+    """Return the error for a `config.json` that describes a model which our class cannot represent.
 
     Args:
         model_type: The value of `model_type` in the file.
         name: The name of the field that makes the model unreadable.
         value: The value of the field.
-        what: A clause that says why our class does not have such a model.
+        what: A clause that says why our class cannot represent the model.
     """
     return UserError(f"this {model_type} cannot be read: config.json says {name} = {value!r}, but {what}")
 

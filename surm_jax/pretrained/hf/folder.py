@@ -1,7 +1,8 @@
-"""Read and write folders of Hugging Face transformers, with a `config.json` and a `model.safetensors`.
+"""Read and write folders of Hugging Face transformers.
 
-The weights may also be split into several files (shards) when they are read. The registered architectures determine the
-class of the model in a folder and the names of its arrays.
+A folder holds the configuration in `config.json` and the weights in `model.safetensors`. In a folder to read, the
+weights may also be split into several files (shards). The registered architectures determine the class of the model in
+a folder and the names of its arrays.
 """
 
 import json
@@ -67,7 +68,7 @@ class HuggingFaceCheckpoint(Checkpoint):
     def fill(
         self, config: Any, targets: Mapping[str, jax.ShapeDtypeStruct], fresh: Collection[str]
     ) -> dict[str, jax.Array]:
-        """Read the parameters of a model whose configuration is the one in `config.json`.
+        """Read the parameters of a model, whose configuration must agree with `config.json` (see `require_same`).
 
         Position embeddings are resized to the model's image size by bicubic interpolation, as in transformers.
 
@@ -86,8 +87,8 @@ class HuggingFaceCheckpoint(Checkpoint):
     def normalization(self) -> Normalization | None:
         """Return the normalisation of images that `preprocessor_config.json` describes.
 
-        If the file is missing or does not give it, the normalisation is that of the published models of this
-        `model_type`, or `None` for models that do not read images.
+        If the file is missing or contains no mean and standard deviation, the normalisation is that of
+        the published models of this `model_type`, or `None` for models that do not read images.
         """
         default = self._described[0].normalization
         preprocessor = _folder_of(self.path) / PREPROCESSOR_NAME
@@ -146,7 +147,8 @@ def save_huggingface(
     model.
 
     Args:
-        folder: The path of the folder. An existing folder is replaced if it holds nothing but such a model.
+        folder: The path of the folder. An existing folder is replaced if all its files are files that this function
+            writes.
         model: The model. It must not have adapters, so merge them into the model first.
         labels: The names of the classes, in the order of the model's outputs.
         normalization: The mean and the standard deviation of each channel with which pixels in [0, 1] were normalised
@@ -154,8 +156,9 @@ def save_huggingface(
         files: The paths of files to copy into the folder, such as those of the tokenizer.
 
     Raises:
-        UserError: transformers has no such model, the model's parameters are not those that its configuration
-            describes, the labels do not fit the classes, the folder holds other files, or it cannot be written.
+        UserError: transformers has no such model, the paths or shapes of the model's parameters do not fit its
+            configuration, the labels are not different strings, one for each class, the folder holds other files, or it
+            cannot be written.
     """
     folder = Path(folder)
     _require_free(folder, {CONFIG_NAME, WEIGHTS_NAME, PREPROCESSOR_NAME, *(path.name for path in files)})
@@ -170,7 +173,8 @@ def save_huggingface(
     for path, variable in parameters.items():
         name, tensor = architecture.tensor_name(config, path)
         tensors[name] = tensor.write(np.asarray(variable[...]))
-    # When transformers loads the folder, it casts all arrays to this dtype; bfloat16 would round the norms.
+    # When transformers loads the folder, it casts all arrays to this dtype. So it is bfloat16 only if all arrays are.
+    # Otherwise float32 arrays, such as those of norms, would be rounded.
     exact = all(array.dtype == jnp.bfloat16 for array in tensors.values())
     fields["dtype"] = "bfloat16" if exact else "float32"
     try:
@@ -257,7 +261,14 @@ def _label_fields(labels: Sequence[str], num_classes: int) -> dict[str, dict[str
 
 
 def _require_plain(parameters: Mapping[str, nnx.Variable], config: Any) -> None:
-    """Raise a `UserError` unless the paths and shapes of the parameters are those that a configuration describes."""
+    """Raise a `UserError` unless a model has exactly the parameters that a new model with its configuration has.
+
+    Paths and shapes are compared. So a model with an adapter is refused, because its adapter adds parameters.
+
+    Args:
+        parameters: The parameters of the model, by path.
+        config: The configuration of the model.
+    """
     abstract = nnx.eval_shape(lambda: model_class(config)(config, rngs=nnx.Rngs(0)))
     expected = {join(path): variable.shape for path, variable in nnx.to_flat_state(nnx.state(abstract, nnx.Param))}
     if extra := sorted(parameters.keys() - expected.keys()):

@@ -1,8 +1,8 @@
-"""Register BERT and RoBERTa of transformers, with their `config.json` and their names for our parameters.
+"""Register BERT and RoBERTa, so that folders of transformers with these models can be read and written.
 
 Our `Bert` with a classifier corresponds to `BertForSequenceClassification` or `RobertaForSequenceClassification`, and
 our `Bert` with the head of a masked language model to `BertForMaskedLM` or `RobertaForMaskedLM`. Checkpoints without a
-head, and those of BERT's pretraining with its two heads, can be read too.
+head can be read too, and so can those of `BertForPreTraining`, which have two heads.
 """
 
 from collections.abc import Mapping
@@ -124,12 +124,12 @@ def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[
     """Return our configuration for the content of a `config.json`.
 
     The model has the head of a masked language model if `architectures` names a class with this head, and otherwise a
-    classifier. An override of `head` takes precedence, and so does an override of `num_classes`, which asks for a
-    classifier. `hidden_dropout_prob` becomes the dropout rate of all layers. The dropout rates of attention
+    classifier. An override of `head` takes precedence. An override of `num_classes` also takes precedence, and selects
+    a classifier. `hidden_dropout_prob` becomes the dropout rate of all layers. The dropout rates of attention
     probabilities and of the classifier are ignored, since they do not change what a trained model computes.
 
     Raises:
-        UserError: The file describes a model that `Bert` does not have, or an override is not a field of `BertConfig`.
+        UserError: The file describes a model that `Bert` cannot represent, or an override is no field of `BertConfig`.
     """
     known = {**_DEFAULTS[model_type], **{name: value for name, value in fields.items() if value is not None}}
     for name in ("is_decoder", "is_encoder_decoder", "add_cross_attention", "pruned_heads"):

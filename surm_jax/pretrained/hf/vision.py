@@ -1,7 +1,7 @@
 """Register the Vision Transformers of transformers: ViT, DeiT, DINOv2, I-JEPA, and the image encoder of CLIP.
 
-Each of them corresponds to our `ViT` with fixed values of some fields. A `ViT` is written as the class of transformers
-whose fixed values it has.
+In each of these architectures, some fields of `ViTConfig` have fixed values, such as `pool` = "mean" for I-JEPA. The
+values of these fields in a `ViT` determine the class of transformers that it is written as.
 """
 
 from collections.abc import Callable, Mapping
@@ -104,7 +104,7 @@ def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[
     do not change what a trained model computes.
 
     Raises:
-        UserError: The file describes a model that `ViT` does not have, or an override is not a field of `ViTConfig`.
+        UserError: The file describes a model that `ViT` cannot represent, or an override is not a field of `ViTConfig`.
     """
     known = _known(model_type, fields)
     if known.get("use_swiglu_ffn"):

@@ -1,7 +1,7 @@
 """The names of the modules of Vision Transformers in transformers, each with its path in our `ViT`.
 
 The names are those in checkpoints on the Hub, which every version of transformers writes. For some modules, the
-attribute path in a model that transformers 5.24 has loaded differs from this name. That path is then given as an alias.
+attribute path in a model that transformers 5.24 has loaded differs from this name. Then the path is listed as an alias.
 """
 
 from collections.abc import Mapping

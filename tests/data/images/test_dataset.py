@@ -1,4 +1,4 @@
-"""Tests of the classes that hold images, of the check of channels, and of the selection of classes."""
+"""Tests of `ArraySource`, of `ImageDataset.require_channels`, and of `keep_classes`."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,8 @@
-"""Tests of image batches: epochs, determinism, resuming, several processes, and evaluation of each example once."""
+"""Tests of the batches of images for training and evaluation.
+
+They check that every example occurs once in an epoch and once in an evaluation, that the seed determines the batches,
+that iteration can be resumed, and that several processes share the examples.
+"""
 
 import itertools
 import json

@@ -1,6 +1,6 @@
 """Tests of prepared folders of TensorFlow Datasets.
 
-The tests write small folders, and use that of CIFAR-10 if it is available.
+The tests write small prepared folders. If the folder of CIFAR-10 is available, one test also reads it.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Tests of resizing, scaling and augmentation, which compare with other functions of Pillow and with NumPy."""
+"""Tests of resizing, scaling and augmentation. Results are compared with other functions of Pillow and with NumPy."""
 
 import numpy as np
 import pytest
@@ -84,7 +84,7 @@ def test_crops_are_windows_of_the_enlarged_image(size, large):
 def recovered_map(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the matrix and the shift of the random map that the augmentation "affine" applies with a seed.
 
-    They are measured on an image whose first two channels are the coordinates of the pixels.
+    They are measured with an image whose first two channels hold the coordinates of its pixels.
     """
     x, y = np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5)
     image = np.stack([x, y, np.ones_like(x)], axis=-1).astype(np.float32) / size

@@ -1,4 +1,4 @@
-"""Tests of the tasks of GLUE: small ones that the tests write, and the real ones if they are available."""
+"""Tests of the tasks of GLUE. They write small data sets, and also use the real ones if these are available."""
 
 import json
 import re

@@ -1,4 +1,9 @@
-"""Tests of text batches: epochs, padding, resuming, several processes, evaluation of each example once, and waste."""
+"""Tests of the batches of text for training and evaluation.
+
+They check that every example occurs once in an epoch and once in an evaluation, that batches are padded correctly,
+that iteration can be resumed, that several processes share the examples, and that sorting examples by length reduces
+padding.
+"""
 
 import itertools
 import json
@@ -215,7 +220,7 @@ def test_the_lengths_in_use_are_those_that_batches_have():
 
 
 def unsorted_tokens(lengths, batch_size, allowed):
-    """Return the number of tokens in an epoch, including padding, if the examples are not sorted by length."""
+    """Return the number of tokens in an epoch, including padding, that batches of unsorted examples would have."""
     order = np.random.default_rng(0).permutation(len(lengths))
     batches = [lengths[order[i : i + batch_size]] for i in range(0, len(lengths) - batch_size + 1, batch_size)]
     return sum(batch_size * next(length for length in allowed if length >= batch.max()) for batch in batches)

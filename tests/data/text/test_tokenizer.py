@@ -100,7 +100,7 @@ def test_the_files_that_were_read_are_known(bert, roberta):
 
 
 def longest_first(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
-    """Drop the last token of the longer sentence until both together have at most `room` tokens.
+    """Drop tokens at the end of the longer sentence until both sentences together have at most `room` tokens.
 
     If both have the same length, the token of the sentence that was shorter at the start is dropped.
     """
@@ -228,7 +228,7 @@ def test_damaged_files_of_roberta_are_named(roberta, tmp_path, file, content, me
 
 @pytest.mark.parametrize("special", [SPECIAL, ["<|endoftext|>"]])
 def test_the_tokenizer_of_another_model_is_refused(tmp_path, special):
-    """Check that a tokenizer without a template for special tokens is refused, and one without special tokens too."""
+    """Check that a tokenizer is refused if it has no special tokens, or no template that puts them around sentences."""
     vocabulary = {token: i for i, token in enumerate([*special, "it"])}
     tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=special[0])).save(
         str(tmp_path / "tokenizer.json")

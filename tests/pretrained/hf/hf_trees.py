@@ -10,7 +10,7 @@ from surm_jax.pretrained.rules import fill
 def read_tree(architecture, config, arrays, fresh=()):
     """Return our model with the arrays of a checkpoint.
 
-    Parameters whose paths begin with an entry of `fresh` are zeros instead.
+    Parameters whose paths begin with an entry of `fresh` are not read, and are zeros.
     """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: architecture.model(config, rngs=nnx.Rngs(0))))
     variables = {"/".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}

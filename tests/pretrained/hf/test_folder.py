@@ -75,7 +75,7 @@ def read(path, fresh=(), **overrides):
 
 
 def rewrite(folder, alter):
-    """Write the weights of a folder again after `alter` has changed the dictionary of its arrays."""
+    """Rewrite the weights of a folder after the function `alter` has changed the dictionary of their arrays."""
     tensors = load_file(folder / "model.safetensors")
     alter(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -112,7 +112,7 @@ def test_one_file_beside_its_configuration(folder, vit):
 
 
 def test_our_own_file_in_their_folder(folder, vit):
-    """Check that the header of a file determines its format, independent of other files in the folder."""
+    """Check that a file of `save_model` is recognised by its header, although a `config.json` lies beside it."""
     save_model(folder / "ours.safetensors", vit)
     assert_same(read(folder / "ours.safetensors"), vit)
 
@@ -269,7 +269,7 @@ def test_a_new_task_has_both_layers_of_robertas_classifier_anew(tmp_path):
     model = from_pretrained(tmp_path / "roberta", num_classes=5)
     assert not np.allclose(model.pooler.kernel[...], roberta.pooler.kernel[...])
     np.testing.assert_array_equal(model.embed_norm.scale[...], roberta.embed_norm.scale[...])
-    # Checkpoints of the masked language model have neither of the two layers.
+    # Checkpoints of RoBERTa's masked language model have neither layer of the classifier.
     rewrite(tmp_path / "roberta", lambda tensors: [tensors.pop(key) for key in [*tensors] if "classifier" in key])
     assert from_pretrained(tmp_path / "roberta", num_classes=5).head.kernel.shape == (6, 5)
     with pytest.raises(

@@ -73,7 +73,7 @@ HEADS = {
 
 
 def official(model_type):
-    """Return random arrays with the names in the official checkpoint.
+    """Return random arrays with the names that the arrays of the official BERT or RoBERTa checkpoint have.
 
     The arrays of norms are named gamma and beta for BERT, and weight and bias for RoBERTa.
     """
