@@ -1,6 +1,8 @@
-"""Structured matrices in pure JAX: few parameters, a fast product `x @ M`, and projection of dense matrices.
+"""Structured matrices in pure JAX, with few parameters and a fast product `x @ M`.
 
-The example creates the Hadamard product of two circulant matrices. It has 1536 parameters in training, and `compact`
+The package also projects dense matrices onto the families of structured matrices.
+
+The example creates a Hadamard product of two circulant matrices. It has 1536 parameters in training, and `compact`
 returns an equal matrix with 768 parameters for deployment.
 
 >>> import jax

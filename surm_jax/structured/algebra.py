@@ -2,8 +2,8 @@
 
 The expressions `A + B`, `A @ B` and `2.0 * A` return them. `A` and `B` are any structured matrices, including other
 sums, products and multiples. Inputs are rows, as everywhere in this package: `Product((A, B))` is the matrix `A @ B`,
-and `x @ (A @ B) = (x @ A) @ B`. The paper (SURM, arXiv 2406.17740) writes `W x` with the transposed matrices, so there
-the same product is `W = W_B W_A`.
+and `x @ (A @ B) = (x @ A) @ B`. The paper (SURM, arXiv 2406.17740) writes `W x` with the transposed matrices. With
+`W_A = A^T` and `W_B = B^T`, the same product is `W = W_B W_A`.
 
 A sum, product or multiple has the arrays of its operands, under flat names. In the example, `terms_0_factors_1_c` is
 the array `c` of the second factor of the first term. Sums, products and multiples can be used wherever a matrix of a

@@ -86,7 +86,7 @@ class Family(StructuredMatrix):
 
     @classmethod
     def options_from(cls, shape: tuple[int, int], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options of this family for a matrix of the given shape, taken from settings for all families.
+        """Select the options of this family for a matrix of the given shape from settings that all families share.
 
         Args:
             shape: `(in_features, out_features)`.
@@ -255,7 +255,7 @@ def largest_size(available: int, most: int) -> int | None:
     """Return the largest value of an option such as a rank, for `options_within`, or None if no value is possible.
 
     Args:
-        available: The largest size that the budget of parameters allows. If it is less than 1, no size is possible.
-        most: The largest size that the shape allows.
+        available: The largest value that the budget of parameters allows. If it is less than 1, no value is possible.
+        most: The largest value that the shape allows.
     """
     return min(available, most) if available >= 1 else None

@@ -120,7 +120,7 @@ class BlockCirculant(Family):
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return the smallest size of the blocks with which the matrix stays within the budget of parameters."""
+        """Return the smallest size of the blocks within the budget of parameters, or None if every size exceeds it."""
         # Smaller blocks need more parameters.
         m, n = shape
         common = math.gcd(m, n)

@@ -125,7 +125,7 @@ class CirculantPair(Family):
     def nearest(cls, dense: Float[Array, "in out"]) -> Self:
         """Return the circulant matrix nearest to `dense` (`Circulant.nearest`), with `r1 = c` and ones in r2.
 
-        So `r1 * r2` is exactly the vector c of the nearest `Circulant`. No index has a zero in both vectors, because
+        So `r1 * r2` is exactly the vector c of the nearest `Circulant`. No index has a zero in both vectors. Otherwise
         the gradients of both entries would be zero too, and training could not change them.
 
         Raises:

@@ -139,7 +139,8 @@ class LowDisplacementRank(Family):
         Args:
             dense: The matrix to approximate, (in_features, out_features).
             rank: Number of columns of G and of H, from 1 to max(in_features, out_features).
-            steps: Largest number of steps of each search. With 0, the better of the two starts is used.
+            steps: Largest number of steps of each search. With 0, the method compares the two starts and their best
+                multiples.
             progress: Whether to show a progress bar for each search.
 
         Raises:

@@ -128,13 +128,14 @@ class Tiled(Family):
     def nearest(cls, dense: Float[Array, "in out"], *, side: int, rotate: bool = False) -> Self:
         """Return the matrix of this family nearest to `dense` in the Frobenius norm, with `transposed = False`.
 
-        The dense form contains several copies of every column of M, so the best M is a mean over parts of `dense`:
+        The dense form contains several copies of every column of M, so the best M is computed from means over parts of
+        `dense`:
 
         - Rotation: the diagonal blocks of the dense form are rotated copies of M. The best M is the mean of these
           blocks of `dense`, rotated back.
-        - Sharing: the dense form is P M, with its columns repeated. P is the in x p matrix that extends a row of x and
-          sums its chunks. The best M is the pseudo-inverse of P times the mean of the corresponding columns of `dense`.
-          If p divides in, this is the mean of all p x p' tiles of `dense`.
+        - Sharing: the dense form is P M, with its columns repeated. Here P is the in x p matrix for which `x @ P`
+          extends a row of x and sums its chunks. The best M is the pseudo-inverse of P times the mean of the
+          corresponding columns of `dense`. If p divides in_features, this is the mean of all p x p' tiles of `dense`.
 
         Sharing takes O(in * out * p) operations, and rotation takes O(in * out).
 

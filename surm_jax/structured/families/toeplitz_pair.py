@@ -25,7 +25,7 @@ Factor = Toeplitz | SymmetricToeplitz
 
 @matrix_pytree
 class _Pair(Family):
-    """Base class of the two families in this file, which differ only in the class of their factors."""
+    """Base class of the two families in this file. The factors of the second family are symmetric."""
 
     t1: Float[Array, " count1"]
     t2: Float[Array, " count2"]
