@@ -29,9 +29,10 @@ TOLERANCE = 2e-6
 def launched(tmp_path_factory):
     """A function that launches several processes of one run of `processes_job.py`, and waits until all have ended.
 
-    Its arguments are the files of the job, command-line options, the number of processes (`count`), the number of
-    devices of each, the failure of one process (`befalls`, as in `processes_job.py`), and whether the processes find
-    each other by the environment variables of Slurm or by options.
+    Its arguments are the files of the job and further command-line options. The keyword arguments are the number of
+    processes (`count`), the number of devices of each process (`devices`), and the failure of one process (`befalls`,
+    as in `processes_job.py`). If `slurm` is true, the processes find each other by the environment variables of Slurm,
+    otherwise by command-line options.
     """
     folder = tmp_path_factory.mktemp("launched")
 
@@ -149,7 +150,7 @@ def test_text_and_the_death_of_the_first_process(launched, tmp_path):
 
 @pytest.mark.exhaustive
 def test_a_base_that_is_split_over_processes(tiny_files, launched, tmp_path):
-    # The kernels have just enough elements to be split over the four devices, of which each process has two.
+    # Each of the two processes has two devices. The kernels have just enough elements to be split over all four.
     values = {
         "model.checkpoint": "none", "model.width": 128, "model.mlp_width": 256, "mesh.fsdp": 4, "optim.steps": 2,
         "log.metrics_every": 1,

@@ -1,8 +1,9 @@
-"""The fuzz tests: they damage files that users may get from others, and read them.
+"""The fuzz tests, which damage files that users may get from others, and then read them.
 
 Reading a damaged file may raise a `UserError`, or return the original arrays, or return other finite arrays. Everything
 else is a problem: any other exception, numbers that are not finite, or too much time or memory. Reading may take 10
-seconds and one gibibyte more memory than the process already uses. An example is determined by the seed and its number.
+seconds and one gibibyte more memory than the process already uses. The seed and the number of an example
+determine its damage.
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""A small ViT and a small BERT with any method, and a batch for each.
+"""Functions that build a small ViT or a small BERT, adapted with any method, and a batch for it.
 
 They are for tests of the training step that need no data set, no files and no `Job`.
 """
