@@ -99,7 +99,7 @@ def trained_bytes(trained: int) -> int:
 
 
 def activation_bytes(model: Transformer, examples: int) -> int:
-    """Return the bytes of the activations of a step in bfloat16, with `config.model.remat=block`.
+    """Return the bytes of the bfloat16 activations of a training step with `config.model.remat=block`.
 
     Args:
         model: The sizes of the model.

@@ -24,7 +24,8 @@ def read(name: str) -> list[Row]:
 def layer_lines(rows: list[Row]) -> list[Row]:
     """Return the lines of a table of single layers, one for each family with its options.
 
-    A line has, for each execution, the time as a multiple of LoRA's. The lines are sorted by the time of `auto`.
+    A line has, for each execution (a way to compute the product), the time as a multiple of LoRA's time. The lines are
+    sorted by the time of the execution `auto`.
 
     Args:
         rows: The rows of `benchmarks.structured` for one width, number of tokens and dtype.

@@ -14,8 +14,8 @@ turns. `ratio_to_frozen` and `ratio_to_lora` compare it with the references. `te
 compiled program, and `peak_bytes` adds its arguments and results.
 
 If the file of `--out` has rows with the same width, tokens and dtype, the new rows replace them. Its other rows stay.
-With `--write_table`, the fastest execution of each case is stored as the one that `auto` chooses
-(`surm_jax/structured/products/choice.json`).
+With `--write_table`, the fastest execution of each case (family, number of parameters, width, tokens and dtype) is
+stored as the one that `auto` chooses (`surm_jax/structured/products/choice.json`).
 """
 
 import functools
@@ -118,7 +118,7 @@ def measure(families: list[str], width: int, tokens: int, dtype: str, rounds: in
 
 
 def fastest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the fastest execution of each case, in the form in which the table of `auto` stores it."""
+    """Return the fastest execution of each case, as entries of the table from which `auto` chooses."""
     best: dict[tuple, dict[str, Any]] = {}
     for row in rows:
         if row["execution"] in ("auto", "frozen"):
@@ -130,7 +130,9 @@ def fastest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_table(rows: list[dict[str, Any]]) -> None:
-    """Store the fastest execution of each measured case in the table of `auto`, and keep its other cases.
+    """Store the fastest execution of each case in the table from which `auto` chooses.
+
+    Cases of the table that were not measured stay in it.
 
     Args:
         rows: The rows of results.

@@ -183,9 +183,9 @@ def _zero(kind: Kind) -> StructuredMatrix:
 
 
 def _starts(kind: Kind, targets: Float[np.ndarray, "trials n n"]) -> StructuredMatrix:
-    """Return the random matrices that gradient descent starts from, with a tenth of the norm of their targets.
+    """Return the random matrices that gradient descent starts from.
 
-    If a matrix is a product of several arrays of parameters, all of them are scaled by the same factor.
+    All arrays of a matrix's parameters are scaled by one factor, so that its norm is a tenth of the target's norm.
     """
     zero, trials = _zero(kind), len(targets)
     keys = jax.random.split(jax.random.key(1), len(zero.arrays()))
@@ -300,8 +300,8 @@ def error_table(errors: Errors) -> str:
 def tables(folder: Path = RESULTS) -> dict[str, str]:
     """Return the tables "nearest", "descent" and "bound" in markdown.
 
-    They show the errors of the nearest known matrices, the errors after gradient descent, and the lower bounds on the
-    errors of `W(G, H)`.
+    They show the errors of the nearest matrices that `fit` finds, the errors after gradient descent, and the lower
+    bounds on the errors of `W(G, H)`.
     """
     bounds = read_errors(folder, "bound")
     lines = [

@@ -115,9 +115,10 @@ def compare(run: Run, full: nnx.Module, examples: int) -> list[Alike]:
     block.
 
     Args:
-        run: The run, with its fine-tuned and its pretrained model.
+        run: The run, with its pretrained and its fine-tuned model.
         full: The fully fine-tuned network.
-        examples: The smallest number of test examples to use. Whole batches are used, spread evenly over the test set.
+        examples: The number of test examples to use, at least. Whole batches are used, which are spread evenly over the
+            test set.
     """
     batches = run.job.task.eval_batches(run.job.task.tests[0])
     every = max(1, len(batches) // -(-examples // run.job.config.data.eval_batch_size))

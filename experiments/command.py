@@ -1,4 +1,4 @@
-"""What the command lines of experiments share: reporting errors, and loading and changing configurations."""
+"""Functions for the command lines of experiments, which report errors, and load and change configurations."""
 
 import ast
 import runpy

@@ -52,7 +52,7 @@ class Task(NamedTuple):
 
     Attributes:
         steps: The number of training steps, each with a batch of 16 examples.
-        lengths: The lengths, in tokens, to which batches are padded: the value of `config.data.lengths`.
+        lengths: The value of `config.data.lengths`, which holds the lengths in tokens that batches are padded to.
         holdout: The number of training examples that the search for a learning rate holds out.
     """
 
@@ -143,7 +143,7 @@ def commonest(task: str, data_dir: str) -> Row:
 
 
 def constant_scores(rows: Sequence[Row]) -> dict[str, float]:
-    """Return the score of the baseline of `commonest` in percent, by task, from the rows of all runs."""
+    """Return, for each task, the score in percent of the baseline `commonest`, from the rows of all runs."""
     return {row["task"]: 100 * row["score"] for row in rows if row["method"] == COMMONEST}
 
 

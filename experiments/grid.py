@@ -167,6 +167,8 @@ def next_rate(rate: float, direction: int) -> float:
         rate: The learning rate to start from. It is rounded to the scale first.
         direction: 1 for the next larger rate, -1 for the next smaller one.
 
+    In the last example, 0.02 is first rounded to 0.03.
+
     >>> next_rate(0.01, 1), next_rate(0.03, 1), next_rate(0.01, -1), next_rate(0.02, 1)
     (0.03, 0.1, 0.003, 0.1)
     """
@@ -175,7 +177,7 @@ def next_rate(rate: float, direction: int) -> float:
 
 
 def measure(run: Run, config: RunConfig, root: Path, interruption: Interruption) -> Row:
-    """Train and evaluate one run of a grid, and return its row. If the run was interrupted earlier, continue it.
+    """Train and evaluate one run of a grid, or continue it if it was interrupted earlier, and return its row.
 
     A run that diverges gets a row too. Its score is minus infinity if it belongs to a search, and NaN otherwise.
 

@@ -1,4 +1,4 @@
-"""What `experiments.image_table` and `experiments.low_data` share: options, learning rates and configurations."""
+"""The options, learning rates and configurations that `experiments.image_table` and `experiments.low_data` share."""
 
 import argparse
 import hashlib

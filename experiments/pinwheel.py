@@ -81,8 +81,8 @@ class Run(NamedTuple):
         train_loss: The final loss on the training points.
         test_loss: The final loss on the test points.
         test_accuracy: The final accuracy on the test points, from 0 to 1.
-        cka: The linear CKA of the hidden layer's outputs with those of a dense network. The docstring of this module
-            tells which one.
+        cka: The linear CKA of the hidden layer's outputs with those of a dense network, which the docstring of this
+            module specifies.
         curve: The training loss before every step.
         hidden: The outputs of the hidden layer for the test points.
         network: The trained parameters.
@@ -121,7 +121,7 @@ class Trial(NamedTuple):
 
 
 def search(layer: str, bottom: str, data: Data) -> list[Trial]:
-    """Train networks with all learning rates of `RATES`, for one kind of hidden kernel and of bottom layer."""
+    """Train networks with all learning rates of `RATES`, for one kind of hidden kernel and one kind of bottom layer."""
     rates, seeds = zip(*itertools.product(RATES, SEARCH_SEEDS), strict=True)
     multiples = np.full(len(seeds), BOTTOMS[bottom], np.float32)
     networks, _ = train(starts(layer, seeds), np.float32(rates), multiples, data.train, epochs=EPOCHS)
@@ -136,7 +136,7 @@ def select(rows: Iterable[Trial | Run], layer: str, bottom: str) -> list[Trial |
 
 
 def best_rate(trials: Iterable[Trial], layer: str, bottom: str) -> float:
-    """Return the learning rate with the smallest held-out loss, for one kind of hidden kernel and of bottom layer."""
+    """Return the learning rate with the smallest held-out loss for one kind of hidden kernel and of bottom layer."""
     return min(select(trials, layer, bottom), key=lambda trial: trial.held_out_loss).learning_rate
 
 

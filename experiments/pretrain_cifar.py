@@ -3,8 +3,8 @@
     python -m experiments.pretrain_cifar --data=FOLDER_OF_PREPARED_TFDS_SETS
 
 The script writes the trained model to `runs/pretrain_cifar/model.safetensors`, and its test accuracy to
-`experiments/results/pretrain_cifar.csv`. The experiments `image_table` and `low_data` adapt this model. The model
-learns airplanes, birds, deer, frogs and ships. It never sees an automobile, cat, dog, horse or truck.
+`experiments/results/pretrain_cifar.csv`. The experiments `image_table` and `low_data` adapt this model. In pretraining
+it learns airplanes, birds, deer, frogs and ships. It never sees an automobile, cat, dog, horse or truck.
 
 The model is the ViT variant "mini" with patches of 8 x 8 instead of 4 x 4 pixels. It has the same 2.7 million
 parameters but a quarter of the tokens, so that it processes three to five times as many images in the same time. 15

@@ -7,8 +7,8 @@ rank-one matrix `u u^T`, by the Kronecker product `A (x) A^T` of a 10 x 5 matrix
 symmetric Toeplitz matrix. Each structure is fitted twice: by gradient descent, and exactly, since the nearest matrix of
 each structure has a closed form:
 
-- Circulant: each parameter is the mean of the target over one diagonal, which wraps around at the edge.
-- Symmetric Toeplitz: each parameter is the mean of the target over one diagonal and its mirror image.
+- Circulant: each parameter is the mean of the target's entries on one diagonal, which continues at the opposite edge.
+- Symmetric Toeplitz: each parameter is the mean of the target's entries on one diagonal and on its mirror image.
 - Rank one: for every square matrix N, `||N - a a^T||^2 = ||N||^2 - 2 a^T N a + ||a||^4` is smallest when a is the
   leading eigenvector of the symmetric part of N, times the square root of its eigenvalue.
 - Kronecker: rearrange the entries of the target so that row (i, j) and column (q, p) hold entry `(5 i + p, 10 j + q)`,
@@ -152,8 +152,7 @@ class Row(NamedTuple):
         width: The number of columns of the matrix X that the target was made from.
         family: A key of `FAMILIES`, or `IDENTITY`.
         trial: The number of the trial, which is also the seed of the target.
-        descent: The error after gradient descent. None if the study computes nothing but the optimum for this target or
-            family.
+        descent: The error after gradient descent. None if the study does no gradient descent for this target or family.
         optimum: The error of the nearest matrix of the family.
     """
 

@@ -84,7 +84,7 @@ def compiled_step(method, data, fsdp):
     [("lora", 2, 4), ("lora", 1, 8), ("lora", 8, 1), ("circulant", 2, 4), ("circulant", 8, 1), ("full", 8, 1)],
 )
 def test_compiled_programs_hold_and_send_what_the_formulas_say(method, data, fsdp):
-    # Allow implicit dtype promotion, because optax uses its integer counter in floating-point formulas.
+    # Allow implicit dtype promotion, because optax uses its integer step counter in floating-point formulas.
     with jax.numpy_dtype_promotion("standard"):
         program, trained, replicated, split = compiled_step(method, data, fsdp)
     # The arguments on one device, all of four bytes: the base model, the values and two moments of the trained

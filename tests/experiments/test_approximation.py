@@ -21,7 +21,7 @@ def small(monkeypatch):
 def _shrink(monkeypatch):
     monkeypatch.setattr(approximation, "SIDE", SIDE)
     monkeypatch.setattr(approximation, "SIZES", (1, 3))
-    # Do no L-BFGS search, because compiling it takes most of the time. It has its own tests.
+    # Skip the L-BFGS search, because compiling it takes most of the time. The search has its own tests.
     monkeypatch.setattr(approximation, "SEARCH_STEPS", 0)
 
 

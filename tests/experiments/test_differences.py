@@ -14,7 +14,7 @@ from experiments.rows import Run, add_row
 def test_the_confidence_interval_is_welchs():
     one, other = [0.9, 0.95, 0.97], [0.8, 0.82, 0.9]
     found = difference(one, other)
-    # The formula: the quantile of Student's t at Welch's degrees of freedom, times the standard error.
+    # The error is the quantile of Student's t at Welch's degrees of freedom, times the standard error.
     parts = [np.var(sample, ddof=1) / 3 for sample in (one, other)]
     freedom = sum(parts) ** 2 / sum(part**2 / 2 for part in parts)
     assert found.value == pytest.approx(np.mean(one) - np.mean(other))

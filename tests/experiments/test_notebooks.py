@@ -8,7 +8,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / "experiments" / "notebooks"
-# For each notebook, the source that replaces its cell of parameters, and a text that it must print.
+# For each notebook, the code that replaces its cell of parameters, and a text that the notebook must print.
 SMALL = {
     "tour_of_the_matrices.ipynb": ("WIDTH = 12", "Circulant                12 numbers   rank 12"),
     "adapt_your_own_model.ipynb": ("STEPS = 20", "refused: "),

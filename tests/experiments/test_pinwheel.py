@@ -35,7 +35,7 @@ def test_points_lie_on_their_spokes(points):
     assert points.x.dtype == np.float32
     assert np.bincount(points.labels).tolist() == [40] * 5
     spoke = points.x[:, 0] + 1j * points.x[:, 1]
-    # Undo the rotation to the spoke and the rotation by distance. Then all points must lie around (1, 0).
+    # Undo the rotation that bends the spokes, and the one that turns each spoke. Then all points lie around (1, 0).
     back = spoke * np.exp(-1j * (2 * np.pi * points.labels / 5 + np.exp(np.abs(spoke)) / 4))
     assert abs(back.real.mean() - 1) < 0.1
     assert 0.2 < back.real.std() < 0.4

@@ -30,7 +30,7 @@ def test_every_family_has_fifty_numbers():
 
 
 def _projection_error(M, basis):
-    """Return the distance of M from the span of some matrices, relative to the norm of M, by least squares."""
+    """Return the distance of M from the span of a basis of matrices, relative to the norm of M, by least squares."""
     columns = np.stack([matrix.ravel() for matrix in basis], axis=1)
     weights = np.linalg.solve(columns.T @ columns, columns.T @ M.ravel())
     return np.linalg.norm(M.ravel() - columns @ weights) / np.linalg.norm(M)
