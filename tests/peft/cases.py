@@ -42,15 +42,16 @@ from tests.structured.families.test_tiled import mora_dense
 
 @dataclasses.dataclass(frozen=True)
 class UpdateCase:
-    """An update, and the properties that the tests expect of it.
+    """An update method, and the properties that the tests expect of it.
 
     Attributes:
         method: An instance in which every setting except `learn_alpha` differs from its default.
         zero: The names of the arrays that start at zero. All other arrays must not contain a zero at the start.
-        stored: A function that returns the shapes of the arrays in a file, by name, for a matrix of shape (m, n).
+        stored: A function of m and n that returns a dictionary from the name of each array to its shape in an adapter
+            file, for a layer whose kernel has the shape (m, n).
         change: A function of alpha, the arrays and the kernel (in, out) that returns the kernel's change.
         constant: The names of the arrays that are not trained.
-        early: The names of the arrays that have a non-zero gradient in the first step without starting at zero.
+        early: The names of the arrays that do not start at zero, but still have a non-zero gradient in the first step.
     """
 
     method: peft.Update
@@ -62,7 +63,7 @@ class UpdateCase:
     slot = "delta"
 
     def places(self, model: str) -> dict[str, tuple[int, int]]:
-        """Return the arguments of `stored` for each adapted layer, by path."""
+        """Return a dictionary from the path of each adapted layer to the shape (m, n) of its kernel."""
         return MODELS[model].shapes
 
     def rule(self, model: str) -> Rule:
@@ -71,16 +72,16 @@ class UpdateCase:
 
 @dataclasses.dataclass(frozen=True)
 class BranchCase:
-    """A branch, and the properties that the tests expect of it.
+    """A branch method, and the properties that the tests expect of it.
 
     Attributes:
         method: An instance in which every setting except `bias` differs from its default.
         zero: The names of the arrays that start at zero. All other arrays must not contain a zero at the start.
-        stored: A function that returns the shapes of the arrays in a file, by name, for a module with a given number of
-            output features.
+        stored: A function of a module's number of output features that returns a dictionary from the name of each array
+            to its shape in an adapter file.
         branch: A function of the arrays and the output y, (..., width), that returns the term added to y.
-        late: The names in `zero` of the arrays whose gradient is zero in the first step.
-        wants: A function that returns whether the method adapts the module at a path that the rule matches.
+        late: The names of the arrays that start at zero, and whose gradient is zero in the first step.
+        wants: A function of a module's path that returns whether the method adapts this module if the rule matches it.
     """
 
     method: peft.Branch
@@ -101,11 +102,11 @@ class BranchCase:
 
 @dataclasses.dataclass(frozen=True)
 class SelectionCase:
-    """A selection, and the properties that the tests expect of it.
+    """A method that trains existing parameters, and the properties that the tests expect of it.
 
     Attributes:
         method: An instance of the method.
-        chosen: A function that returns whether the method trains the parameter at a path outside of the head.
+        chosen: A function of a parameter's path that returns whether the method itself selects this parameter.
     """
 
     method: peft.Selection
@@ -274,10 +275,10 @@ SELECTIONS = {
 ADDED = UPDATES | BRANCHES
 CASES = ADDED | SELECTIONS
 
-# Which models each method is tested on by itself. An update, LoRA and a branch are tested on every kind of model. DoRA
-# also needs kernels in bfloat16 and with several axes, since it reads the kernel. The other methods differ only in
-# their matrices and initial values, for which one small model is enough. In ViT and BERT, all methods are also tested
-# together (`methods/test_together.py`). The model "deep" is a ViT too.
+# The models on which each method is tested by itself. A circulant update, LoRA and a circulant branch are tested on
+# every kind of model. DoRA reads the kernel, so it is also tested on kernels in bfloat16 and with several axes. The
+# other methods differ only in their matrices and initial values, for which one small model is enough. In ViT and BERT,
+# all methods are also tested together (`methods/test_together.py`). The model "deep" is a ViT too.
 OURS = ("vit", "bert")
 THOROUGH = {
     "circulant": tuple(name for name in MODELS if name != "vit"),
@@ -290,13 +291,13 @@ EVERY = [(model, method) for method in ADDED for model in THOROUGH.get(method, (
 EVERY_UPDATE = [(model, method) for model, method in EVERY if method in UPDATES]
 EVERY_BRANCH = [(model, method) for model, method in EVERY if method in BRANCHES]
 
-# The fast test run has one method of each kind, on the smallest models, and DoRA also in half precision.
+# The fast test run contains these methods on the smallest models, and DoRA also on kernels in bfloat16.
 QUICK = frozenset({"circulant", "lora", "dora", "circulant_adapter", "bottleneck", "bitfit"})
 SMALL = frozenset({"mlp", "vit"})
 
 
 def by_speed(cases, methods=QUICK):
-    """Return pytest parameters for cases, each of which is a method or a pair (model, method).
+    """Return pytest parameters for test cases. A case is the name of a method, or a pair (model, method) of names.
 
     All cases except the quick ones are marked as exhaustive, so that the fast test run leaves them out.
     """
@@ -327,7 +328,7 @@ def trained(model: str, method: str) -> tuple[nnx.Module, Adapter]:
 
 
 def changes(model: str, method: str, adapted: nnx.Module, name: str = "default") -> dict[str, np.ndarray]:
-    """Return the change that an adapter's updates must make to each kernel, by the path of its layer.
+    """Return a dictionary from the path of each adapted layer to the change that the adapter must make to its kernel.
 
     The oracle of the method computes the changes in float64 from the arrays of the adapter.
 
@@ -347,9 +348,12 @@ def changes(model: str, method: str, adapted: nnx.Module, name: str = "default")
 
 
 def bare(model: str, adapted: nnx.Module, added: dict[str, np.ndarray] | None = None) -> nnx.Module:
-    """Return the base model, with the values that its parameters have in `adapted`. The head, for example, is trained.
+    """Return the base model, with the values that its parameters have in `adapted`, such as those of the trained head.
 
-    The dense changes in `added`, by the path of their layer, are added to the kernels.
+    Args:
+        model: The name of the base model.
+        adapted: The adapted model.
+        added: Dense changes that are added to the kernels, as a dictionary from the path of a layer to its change.
     """
     tuned, graphdef, state = parameters(adapted), *nnx.split(base(model))
     flat = []
@@ -357,16 +361,20 @@ def bare(model: str, adapted: nnx.Module, added: dict[str, np.ndarray] | None = 
         where = "/".join(map(str, path))
         value, layer = tuned[where], where.removesuffix("kernel").removesuffix("/")
         if where.endswith("kernel") and layer in (added or {}):
-            # Keep float32. Rounding the sum to bfloat16, as merging does, would lose small changes.
+            # Keep the sum in float32, because rounding it to bfloat16, as merging does, would lose small changes.
             value = (value.astype(np.float64) + added[layer].reshape(value.shape)).astype(np.float32)
         flat.append((path, variable.replace(jnp.asarray(value))))
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def with_oracles(model: nnx.Module, branches: dict[str, list[Callable[[np.ndarray], np.ndarray]]]) -> nnx.Module:
-    """Return the model, changed in place, such that NumPy functions of a module's output are added to this output.
+    """Change modules in place, so that NumPy functions of a module's output are added to this output. Return the model.
 
-    The functions are given by the path of their module. The model cannot be compiled.
+    The functions run outside of JAX, so that the returned model cannot be compiled.
+
+    Args:
+        model: The model.
+        branches: A dictionary from the path of a module to its functions.
     """
 
     def oracle_class(cls, functions):
@@ -384,11 +392,11 @@ def with_oracles(model: nnx.Module, branches: dict[str, list[Callable[[np.ndarra
 
 
 def expected_output(model: str, methods: dict[str, str], adapted: nnx.Module, x: jnp.ndarray) -> jnp.ndarray:
-    """Return the output that the oracles of the methods give for an adapted model.
+    """Return the output that an adapted model must have, computed with the oracles of its methods.
 
     Args:
         model: The name of the base model.
-        methods: The method of each adapter, by the name of the adapter.
+        methods: A dictionary from the name of each adapter to the name of its method.
         adapted: The adapted model, which has the arrays of all adapters.
         x: The input.
     """

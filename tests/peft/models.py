@@ -1,4 +1,4 @@
-"""The models, inputs and tolerances that the tests of this folder share."""
+"""The models, inputs, tolerances and helper functions that the tests of this folder share."""
 
 import dataclasses
 import functools
@@ -74,7 +74,7 @@ class ModelCase:
     vocabulary: int = 0
 
 
-# There are only a few different shapes, since each of them needs compilations of its own.
+# There are few different shapes, since JAX compiles each function once for every shape.
 MLP_SHAPES = {"blocks/0": (6, 10), "blocks/1": (10, 4), "tail/gate": (4, 4)}
 MLP_TARGET = r"blocks/\d+|tail/gate"
 MLP_CASE = ModelCase(
@@ -89,9 +89,9 @@ MLP_CASE = ModelCase(
 
 
 def encoder_case(make, blocks, width, inputs, vocabulary=0):
-    """Return the case of a transformer of this package.
+    """Return the `ModelCase` of a transformer of this package.
 
-    It has updates of the query and value layers and branches after attention and MLP, and its head is trained.
+    The updates are in the query and value layers, the branches after attention and MLP, and the head is trained.
     """
     return ModelCase(
         make,
@@ -146,7 +146,7 @@ MODELS = {
 
 
 def materialize(make: Callable[[], nnx.Module]) -> nnx.Module:
-    """Return a model whose parameters are random numbers of NumPy, the same ones in every process.
+    """Return a model with random parameters from NumPy, which are the same in every process.
 
     The initialisers of the model are not compiled.
     """
@@ -178,7 +178,7 @@ def by_path(state: nnx.State) -> dict[str, nnx.Variable]:
     return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
-# Half of the compile time is spent on optimising the programs, but tests run each of them only a few times.
+# Optimising a program takes half of its compile time. Tests run each program too few times to gain from that.
 FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
 
@@ -191,7 +191,7 @@ def _run(graphdef, state, x, key):
 def run(model: nnx.Module, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """Return the model's output, from a program that is compiled once for all models with the same structure.
 
-    If there is a key, the dropout of the adapters is on.
+    The dropout of the adapters is on if `key` is not `None`.
     """
     graphdef, state = nnx.split(model)
     return _run(graphdef, state, x, key)
@@ -203,7 +203,7 @@ def parameters(model: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def adapter_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Return the arrays of all adapters in a model by path, trained or not, but without their scales."""
+    """Return a dictionary from path to array for all trained and constant arrays of adapters, without scales."""
     state = nnx.state(model, nnx.Any(AdapterParam, AdapterConstant))
     return {path: np.asarray(v[...]) for path, v in by_path(state).items()}
 
@@ -214,7 +214,7 @@ def trainable_paths(model: nnx.Module, adapter) -> set[str]:
 
 
 def part_arrays(model: nnx.Module, path: str, slot: str, name: str = "default") -> dict[str, np.ndarray]:
-    """Return the arrays of one part of an adapter in float64, by their names inside the part."""
+    """Return a dictionary from name to array, in float64, for one part of an adapter."""
     prefix = f"{path}/{slot}/{name}/".removeprefix("/")
     found = {where: array for where, array in adapter_arrays(model).items() if where.startswith(prefix)}
     return {where.removeprefix(prefix): array.astype(np.float64) for where, array in found.items()}
@@ -235,7 +235,7 @@ def same_bits(left: jax.Array, right: jax.Array) -> bool:
 
 
 def relative_error(actual: jax.Array, expected: jax.Array) -> float:
-    """Return the relative error of an array in the Euclidean norm."""
+    """Return `|actual - expected| / |expected|` in the Euclidean norm."""
     actual, expected = np.asarray(actual).astype(np.float64), np.asarray(expected).astype(np.float64)
     assert actual.shape == expected.shape
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))

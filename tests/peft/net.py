@@ -1,4 +1,4 @@
-"""A small model, and the same computation in numpy, for the tests of several adapters on one base model."""
+"""A small model, and its computation in NumPy, for tests with several adapters on one base model."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -48,10 +48,11 @@ def expected(
     """Return the output of a `Net`, computed by numpy in float64.
 
     Args:
-        model: The model, whose own parameters are used, without those of its adapters.
+        model: The model. Its adapters are ignored: only the parameters of the base model are used.
         x: The input.
-        changes: Dense changes that are added to kernels, by the path of the layer.
-        branches: Functions of a layer's output whose results are added to this output, by the path of the layer.
+        changes: A dictionary from the path of a layer to a dense matrix that is added to its kernel.
+        branches: A dictionary from the path of a layer to a function of the layer's output. Its result is added to this
+            output.
     """
     p = {path: array.astype(np.float64) for path, array in parameters(model).items()}
     changes, branches = changes or {}, branches or {}

@@ -1,4 +1,4 @@
-"""The matrices and branches of the methods, computed by numpy and scipy, and the shapes of their stored arrays."""
+"""The expected matrices and branches of the methods, computed by NumPy and SciPy, and the shapes of arrays in files."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def circulant(c: np.ndarray, m: int, n: int) -> np.ndarray:
-    """Return a circulant of shape (m, n) for `x @ M`, which is the transpose of the paper's matrix for `W x`."""
+    """Return the (m, n) circulant that multiplies row vectors, `x @ M`. It is the transpose of the paper's matrix."""
     return scipy.linalg.circulant(c).T[:m, :n]
 
 
@@ -26,7 +26,7 @@ def low_rank(arrays: Arrays) -> np.ndarray:
 
 
 def low_displacement(arrays: Arrays, m: int, n: int) -> np.ndarray:
-    """Return the transpose of W(G, H), a sum of products of a circulant and a skew-circulant."""
+    """Return the transpose of the paper's W(G, H), the sum of products of a circulant and a skew-circulant matrix."""
     W = np.zeros((max(m, n),) * 2)
     for g, h in zip(arrays["G"].T, arrays["H"].T, strict=True):
         H = scipy.linalg.circulant(h)
@@ -65,9 +65,10 @@ def low_rank_shapes(m, n):
 
 
 def low_rank_kronecker_shapes(m, n, terms, side, rank):
-    """Return the shapes of a sum of `terms` Kronecker products of a (side, side) matrix and a matrix of given rank.
+    """Return the shapes of the stored arrays of a sum of `terms` Kronecker products, by name.
 
-    The second matrix is stored as a whole if it has fewer entries than its two low-rank factors.
+    In each product, the first factor has the shape (side, side), and the second factor is `down @ up` with the given
+    rank. The second factor is stored as a whole if it has fewer entries than `down` and `up` together.
     """
     m2, n2 = m // side, n // side
     if m2 * n2 < rank * (m2 + n2):
@@ -93,7 +94,7 @@ def below(arrays: Arrays) -> Arrays:
 
 
 def surm(alpha: float, act: Callable, matrix: Callable[[Arrays, int, int], np.ndarray]):
-    """Return a function that computes a branch of the paper, whose non-linearity comes after the whole matrix."""
+    """Return a function that computes SURM's branch `alpha * (act(y M) + b)` from its arrays and y."""
 
     def branch(arrays, y):
         d = y.shape[-1]
@@ -103,7 +104,10 @@ def surm(alpha: float, act: Callable, matrix: Callable[[Arrays, int, int], np.nd
 
 
 def waisted(alpha: float, act: Callable, matrix: Callable[[Arrays], np.ndarray] = lambda arrays: arrays["W"]):
-    """Return a function that computes a branch through a waist. Its arrays have the prefixes `down/` and `up/`."""
+    """Return a function that computes a bottleneck branch `alpha * (act(y D + d) U + b)` from its arrays and y.
+
+    The names of the arrays of D begin with `down/`, and those of U with `up/`.
+    """
 
     def branch(arrays, y):
         D, U = (matrix({k[len(n) :]: a for k, a in arrays.items() if k.startswith(n)}) for n in ("down/", "up/"))

@@ -14,7 +14,7 @@ from surm_jax.peft.parts.dropout import drop
 
 
 def like(row, x):
-    """Return the vector `row` with the dtype and the number of axes of x, to multiply the last axis of x by it."""
+    """Return the vector `row` with the dtype and the number of dimensions of x, to scale the last axis of x by it."""
     return row.astype(x.dtype).reshape((1,) * (x.ndim - 1) + row.shape)
 
 

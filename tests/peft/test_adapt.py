@@ -31,7 +31,7 @@ def adapt_mlp(*rules, train=()):
 
 
 def kinds(model):
-    """Return the name of the matrix family of every update in a model, by the path of its layer."""
+    """Return a dictionary from the path of each adapted layer to the name of the matrix family of its update."""
     return {path: type(delta.stored()).__name__ for path, _, delta, _ in iter_parts(model)}
 
 
@@ -186,7 +186,7 @@ class TestNamedTargets:
     def test_they_stand_for_their_patterns(self):
         model, adapter = adapt(Named(rngs=nnx.Rngs(0)), [Rule("blocks", LoRA(rank=2))], rngs=nnx.Rngs(1))
         assert kinds(model) == {"blocks/0": "LowRank", "blocks/1": "LowRank"}
-        # The recipe has the regular expression. The model into which it is loaded may define other presets.
+        # The adapter stores the regular expression of the preset, since another model may define other presets.
         assert adapter.rules == (Rule(r"blocks/\d+", LoRA(rank=2)),)
         rules = [Rule("tail/gate", None), Rule("all-linear", CirculantBranch())]
         model, _ = adapt(model, rules, name="second", rngs=nnx.Rngs(1))
@@ -280,7 +280,7 @@ def test_updates_and_branches_meet_in_one_module():
 
 
 class Late(nnx.Module):
-    """A model in whose copies the last layer, `a`, comes first, because copying sorts the attributes."""
+    """A model whose last layer, `a`, becomes the first one in copies, because copying sorts the attributes."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.z = nnx.Linear(4, 7, rngs=rngs)

@@ -16,7 +16,7 @@ BIASES = {"blocks/0/bias", "tail/gate/bias", "tail/norm/bias", "head/bias"}
     [
         ((), set()),
         (("head/kernel",), {"head/kernel"}),
-        (("head",), set()),  # This matches only a part of a path.
+        (("head",), set()),  # This pattern does not match a whole path.
         ((r".*/bias", "tail/norm/.*"), {*BIASES, "tail/norm/scale"}),
         ((".*",), set(parameters(base("mlp")))),
     ],

@@ -43,7 +43,7 @@ def _serve(graphdef, state, x, ids):
 
 
 def serve(bank, x, ids):
-    """Return the output of a bank, from a program that is compiled once for all banks with the same structure."""
+    """Return the output of a bank for the adapter index of each example. Banks of equal structure share one program."""
     graphdef, state = nnx.split(bank)
     return _serve(graphdef, state, x, jnp.asarray(ids))
 
@@ -59,10 +59,10 @@ def saved(folder, base, methods, **options):
 
 
 def alone(folders, base, x, ids):
-    """Return the output of each example from a model that has only the adapter of this example."""
+    """Return the output of each example, computed by a model that has only this example's adapter."""
     every = [run(load_adapter(folder, base)[0], x) for folder in folders]
     outputs = jnp.stack([every[number][i] for i, number in enumerate(ids)])
-    # The outputs of any two adapters must differ.
+    # Any two adapters must give different outputs, since otherwise a wrong choice would not be noticed.
     assert all(relative_error(a, b) > 0.01 for i, a in enumerate(every) for b in every[:i])
     return outputs
 

@@ -33,7 +33,7 @@ SHAPES = {"body/0": (6, 8), "body/1": (8, 6)}
 
 
 def circulants(model, name="default", alpha=1.0):
-    """Return the dense matrices that a circulant update adds to the kernels, computed by numpy, by path."""
+    """Return a dictionary from layer path to the dense matrix that a circulant update adds, computed by NumPy."""
     found = {path: part_arrays(model, path, "delta", name) for path in SHAPES}
     return {path: alpha * circulant(found[path]["r1"] * found[path]["r2"], *SHAPES[path]) for path in SHAPES}
 
@@ -43,9 +43,9 @@ def low_ranks(model, name="converted", factor=1.0):
 
 
 def truncated(matrix, rank):
-    """Return the nearest matrix of a given rank, and its relative error, by the theorem of Eckart and Young.
+    """Return the nearest matrix of a given rank, which keeps the largest singular values, and its relative error.
 
-    The error is the norm of the singular values that are left out, relative to the norm of all.
+    By the theorem of Eckart and Young, the error is the norm of the other singular values, relative to that of all.
     """
     U, S, Vt = np.linalg.svd(matrix, full_matrices=False)
     return (U[:, :rank] * S[:rank]) @ Vt[:rank], float(np.linalg.norm(S[rank:]) / np.linalg.norm(S))
@@ -139,7 +139,8 @@ def test_a_sum_or_product_is_searched_for():
     model, adapter = tuned(layer, StructuredUpdate(family="Circulant + LowRank", alpha=0.5), target="")
     a = part_arrays(model, "", "delta")
     target = 0.5 * (circulant(a["terms_0_c"], 4, 4) + a["terms_1_down"] @ a["terms_1_up"])
-    # This is the error of the better of the two terms alone. The nearest circulant has the mean of every diagonal.
+    # The smaller error of two approximations: by a circulant alone, which has the mean of every (cyclic) diagonal of
+    # the target, and by a matrix of rank 1 alone.
     means = [np.mean([target[i, (i + k) % 4] for i in range(4)]) for k in range(4)]
     apart = min(relative_error(circulant(np.array(means), 4, 4), target), truncated(target, 1)[1])
     lowest = {}

@@ -1,4 +1,4 @@
-"""How many parameters every method trains on ViT-B/16 and BERT-base, compared with fixed numbers.
+"""The number of parameters that every method trains on ViT-B/16 and BERT-base, compared with expected numbers.
 
 The models are abstract, so that no weights are allocated. The numbers for the structured methods are those of arXiv
 2406.17740: 55,296 on Q, K and V, and 36,864 on Q and V. The other numbers are computed by the formulas in this file.

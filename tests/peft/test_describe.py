@@ -10,7 +10,7 @@ from surm_jax.peft.describe import Row
 from tests.peft.cases import fresh, trained
 from tests.peft.models import MLP, MODELS, base
 
-BASE_SIZE = 85_798_656  # The parameters of ViT-B/16 without its head.
+BASE_SIZE = 85_798_656  # The number of parameters of ViT-B/16 without its head.
 
 
 @functools.cache

@@ -40,7 +40,10 @@ def saved(tmp_path):
 
 
 def edit_config(folder, change):
-    """Apply `change` to the JSON file of a folder. Correct its SHA-256, unless `change` itself sets the SHA-256."""
+    """Change the JSON file of a folder in place by the function `change`, and then correct the SHA-256 in it.
+
+    If `change` itself sets the SHA-256, it is not corrected.
+    """
     config = json.loads((folder / CONFIG).read_text())
     before = config["sha256"]
     change(config)
@@ -52,7 +55,7 @@ def edit_config(folder, change):
 
 
 def edit_tensors(folder, change):
-    """Apply `change` to the tensor file of a folder, and correct the SHA-256, so that only later checks can fail."""
+    """Change the tensor file of a folder in place, and correct the SHA-256, so that the checks after it are tested."""
     tensors = load_file(folder / TENSORS)
     change(tensors)
     (folder / TENSORS).write_bytes(save(tensors))

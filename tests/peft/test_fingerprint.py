@@ -19,7 +19,7 @@ def digest(array):
 
 
 def test_every_parameter_has_the_digest_of_path_type_shape_and_bytes():
-    # This repeats the formula of the digest, which must not change: files of earlier versions must stay readable.
+    # This repeats the formula of the digest. It must not change, since files of earlier versions must stay readable.
     expected = {
         path: hashlib.sha256(f"{path} {array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()[:16]
         for path, array in parameters(base("bfloat16_kernels")).items()

@@ -46,7 +46,7 @@ def test_the_matrix_does_what_the_layer_does(make, inputs):
     view = matrix_view(layer, "layer")
     vectors = view.vectors(x)
     assert vectors.shape[-1] == view.shape[0]
-    # Only the reshaping is tested. NumPy computes the product, and the layer itself the expected output.
+    # This tests the reshaping: NumPy computes the product of the reshaped arrays, and the layer the expected output.
     product = np.asarray(vectors, np.float64) @ np.asarray(layer.kernel[...], np.float64).reshape(view.shape)
     np.testing.assert_allclose(view.outputs(jnp.asarray(product, jnp.float32)), layer(x), rtol=1e-5, atol=1e-5)
 

@@ -47,9 +47,11 @@ from tests.peft.oracles import circulant, kronecker, low_rank
 
 @functools.cache
 def three():
-    """Return a model with two updates and a branch, their adapters by name, and their effects computed by numpy.
+    """Return a model with the update adapters "one" and "two" and the branch adapter "side", and what they add.
 
-    The effects are the dense changes of kernels, by adapter and path, and a function for the branch's term.
+    Returns:
+        The model, the adapters by name, the dense changes of kernels by adapter name and layer path, and a function of
+        a layer's output that returns the branch's term. NumPy computes the changes and the term.
     """
     model, one = tuned(net(), CirculantUpdate(alpha=0.7), name="one", seed=1)
     model, two = tuned(model, LoRA(rank=2, alpha=3.0), name="two", target="body/0|head", seed=2)
@@ -71,7 +73,10 @@ def three():
 
 
 def oracle(x, scales):
-    """Return the output of the model of `three` by numpy. Adapters that are not in `scales` have the scale 0."""
+    """Return the output that the model of `three` must have, computed by NumPy.
+
+    `scales` maps names of adapters to scales. All other adapters have the scale 0.
+    """
     model, _, changes, moved = three()
     total = dict.fromkeys(("body/0", "body/1", "head"), 0)
     for name in scales.keys() & changes.keys():

@@ -22,7 +22,7 @@ def layer(seed):
     return {"w": arrays(3, 2, seed=seed), "b": arrays(2, seed=seed + 1)}
 
 
-# Each entry has a tree, patterns, and the paths of the leaves that the patterns train.
+# Each value holds a tree, a list of patterns, and the paths of the leaves that these patterns match.
 TREES = {
     "nested": (
         {"body": {"0": {"kernel": arrays(3, 2), "bias": arrays(2)}}, "head": {"kernel": arrays(2, 2)}},
@@ -55,7 +55,7 @@ TREES["nnx"] = (
 
 
 def flat(tree):
-    """Return the leaves of a tree by path. Unlike the tested code, this does not use `jax.tree_util`."""
+    """Return a dictionary from path to leaf of a tree. Unlike the tested code, this does not use `jax.tree_util`."""
     if isinstance(tree, dict | flax.core.FrozenDict):
         items = tree.items()
     elif isinstance(tree, list | tuple):

@@ -1,4 +1,4 @@
-"""Methods of users, with parts of their own that add no structured matrix, work with every function of the package."""
+"""Tests that every function of the package works with methods of users, whose parts add no structured matrix."""
 
 import functools
 import importlib
@@ -57,7 +57,7 @@ SHAPES = {"body/0": (6, 8), "body/1": (8, 6)}
 
 @pytest.fixture(autouse=True, scope="module")
 def own():
-    """Yield the module `own_method.py`, with its methods registered as long as these tests run."""
+    """Yield the module `own_method.py`. Its methods are registered while the tests of this file run."""
     module = importlib.import_module("tests.peft.own_method")
     METHODS.update(modulation=module.Modulation, gate=module.Gate)
     yield module
@@ -69,13 +69,13 @@ def kernel(path):
 
 
 def changes(model, name="default"):
-    """Return the dense matrices that the modulation adds to the kernels, computed by numpy, by path."""
+    """Return a dictionary from layer path to the dense matrix, by NumPy, that `Modulation` adds to the kernel."""
     found = {path: part_arrays(model, path, "delta", name) for path in SHAPES}
     return {path: kernel(path) * np.outer(found[path]["u"], found[path]["v"]) for path in SHAPES}
 
 
 def gates(model, name="default"):
-    """Return functions of a layer's output that compute the terms of the gates by numpy, by path."""
+    """Return a dictionary from layer path to a NumPy function that maps the layer's output to the term of `Gate`."""
     found = {path: part_arrays(model, path, "branch", name)["g"] for path in SHAPES}
     return {path: functools.partial(np.multiply, np.tanh(g)) for path, g in found.items()}
 

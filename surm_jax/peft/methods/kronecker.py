@@ -28,7 +28,8 @@ class KroneckerUpdate(Update):
     """A Kronecker product `A (x) B` of near-square factors, which has 2n parameters for n = 768 = 32 * 24.
 
     The method is SURM's (arXiv 2406.17740, section 4.1). A starts at 0. B starts Kaiming-uniform: at `scale` times
-    uniform numbers between `-1 / sqrt(rows of B)` and `1 / sqrt(rows of B)`.
+    uniform random numbers between `-1 / sqrt(rows of B)` and `1 / sqrt(rows of B)`. In this example, A has the shape
+    (32, 24), and B has the shape (24, 32):
 
     >>> KroneckerUpdate().init(jax.random.key(0), (768, 768)).num_params
     1536

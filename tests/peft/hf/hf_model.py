@@ -1,4 +1,4 @@
-"""A small model whose modules have names as in a transformers model, and adapter folders for it."""
+"""A small model that stands for a transformers model, and functions that write adapter folders for it."""
 
 import json
 
@@ -14,7 +14,7 @@ from tests.peft.models import CONFIG, TENSORS, materialize, perturb
 
 
 class Model(nnx.Module):
-    """A model with every kind of module that an adapter folder may name. `outer` has another module and a bias."""
+    """A model with every kind of module that an adapter folder may name. `outer` contains a module and a parameter."""
 
     def __init__(self, *, rngs):
         self.blocks = nnx.List(
@@ -57,7 +57,7 @@ MODULES = {
 
 
 class Names(ModuleNames):
-    """The module names as in a transformers model. Each module in a block has two alternative names."""
+    """Module names like those of a transformers model. Each module in a block has two alternative names."""
 
     def modules(self, path):
         return MODULES[path][1:] if path in MODULES else ()
@@ -76,13 +76,13 @@ def make():
 
 
 def trained(*rules, train=()):
-    """Return an adapted model, with noise on its trained variables as if it had been trained, and the adapter."""
+    """Return an adapted model and its adapter. The trained variables have noise added to them, as if after training."""
     model, adapter = adapt(make(), [Rule(*rule) for rule in rules], train=train, rngs=nnx.Rngs(1))
     return perturb(model, adapter), adapter
 
 
 def saved(folder, *rules, train=()):
-    """Save an adapted model as a folder of peft. Return the model, and the settings and tensors in the folder."""
+    """Save an adapter in peft's format. Return the adapted model, and the settings and tensors in the folder."""
     model, adapter = trained(*rules, train=train)
     save_peft(folder, model, adapter, NAMES)
     return model, json.loads((folder / CONFIG).read_text()), load_file(folder / TENSORS)
@@ -102,12 +102,15 @@ def normal(*shape, seed=0):
 
 
 def dense(model):
-    """Return the dense matrix that each adapted layer adds to its kernel, (in, out), by path."""
+    """Return a dictionary from the path of each adapted layer to the dense (in, out) matrix added to its kernel."""
     return {path: np.asarray(part.matrix().to_dense()) for path, _, part, _ in iter_parts(model)}
 
 
 def lora(folder, *, rank=2, modules=("net.layers.0.up_proj",), shape=(6, 9), **settings):
-    """Write a folder of peft with LoRA on some modules. Return the folder and the factors A and B."""
+    """Write an adapter folder of peft with LoRA on some modules, which all have the same matrices A and B.
+
+    Return the folder, A and B.
+    """
     A, B = normal(rank, shape[0]), normal(shape[1], rank, seed=1)
     tensors = {}
     for module in modules:

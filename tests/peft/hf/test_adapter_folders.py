@@ -99,7 +99,7 @@ class TestWriting:
     def test_lokr(self, rank, shapes, tmp_path):
         """Compare with peft, which adds `alpha / r * kron(w1, w2)` to a weight of shape (out, in).
 
-        Its function `factorization` splits the sizes into 6 = 2 x 3 and 9 = 3 x 3.
+        peft's function `factorization` splits in_features = 6 into 2 x 3, and out_features = 9 into 3 x 3.
         """
         update = LoKr(rank=rank, alpha=0.7)
         model, settings, tensors = saved(tmp_path / "a", ("blocks/0/up", update))

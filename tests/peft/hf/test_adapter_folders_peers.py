@@ -1,4 +1,4 @@
-"""Adapter folders compared with Hugging Face's peft: this package reads its folders, and peft reads ours.
+"""Adapter folders compared with Hugging Face's peft: surm_jax loads folders of peft, and peft loads those of surm_jax.
 
 The tests are skipped if torch, transformers or peft is not installed (`requirements-peers.txt`).
 """
@@ -49,7 +49,7 @@ WHOLE = TARGETS["all-linear"]
 
 @functools.cache
 def peer(name):
-    """Return a model of transformers with random parameters. All tests share it, and give copies of it to peft."""
+    """Return a transformers model with random parameters. All tests share it. Only copies are passed to peft."""
     torch.manual_seed(0)
     model = PEERS[name]().eval()
     for parameter in model.parameters():
@@ -85,10 +85,10 @@ def their_logits(name, model):
 
 
 def their_model(name, folder):
-    """Return a model of transformers with an adapter that peft loaded. Warnings, as of a missing tensor, are errors."""
+    """Return a transformers model with an adapter that peft loaded. Warnings, as of a missing tensor, are errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # The libraries warn about deprecated functions of each other, which has nothing to do with the adapter.
+        # Ignore warnings about deprecated functions, which have nothing to do with the adapter.
         warnings.simplefilter("ignore", category=FutureWarning)
         model = peft.PeftModel.from_pretrained(copy.deepcopy(peer(name)), folder)
     # Every tensor in the file must be in the model.

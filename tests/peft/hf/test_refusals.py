@@ -1,4 +1,4 @@
-"""Which adapter folders of Hugging Face's peft cannot be loaded. They may come from an untrusted source."""
+"""Adapter folders of Hugging Face's peft that cannot be loaded. A folder may come from an untrusted source."""
 
 import re
 

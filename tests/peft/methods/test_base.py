@@ -18,7 +18,7 @@ from surm_jax.peft import METHODS, CirculantUpdate, LoRA, Update, make_method
         (peft.ToeplitzUpdate(), "t2", 0.02),
         (peft.AsymmetricToeplitzUpdate(), "t2", 0.02),
         (peft.LowDisplacementUpdate(rank=4), "H", 0.02),
-        # The numbers are uniform between -1 / sqrt(rows) and 1 / sqrt(rows).
+        # Kaiming-uniform values lie between -1 / sqrt(rows) and 1 / sqrt(rows).
         (peft.KroneckerUpdate(), "B", (3 * 24) ** -0.5),
         (peft.KroneckerUpdate(scale=0.5), "B", 0.5 * (3 * 24) ** -0.5),
         (peft.LoKr(rank=16), "B", (3 * 32) ** -0.5),

@@ -71,7 +71,7 @@ def gradient(graphdef, trainable, frozen, x):
 
 
 def two_steps(model, adapter, x, of=None):
-    """Take two steps against the sign of the gradient, like the first steps of Adam.
+    """Train for two steps that move each parameter against the sign of its gradient, as Adam's first step does.
 
     The second step is shorter, so that it never leads back to the start.
 
@@ -284,7 +284,7 @@ def test_a_learned_alpha(method, alpha):
 
 @pytest.mark.parametrize("method", by_speed(ADDED))
 def test_adapters_of_different_names_sum_on_the_same_input(method):
-    """Check a model with two adapters of the method, and a third one with LoRA or the paper's adapter."""
+    """Check a model with two adapters of the method and a third one of another method, LoRA or the circulant branch."""
     model, adapters = base("mlp"), []
     third = "lora" if method in UPDATES else "circulant_adapter"
     for name, what in (("default", method), ("second", method), ("third-1", third)):

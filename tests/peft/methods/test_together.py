@@ -1,7 +1,7 @@
-"""All methods at once, each under a name of its own, on the transformers of this package.
+"""All methods as adapters of one model, each under its own name, on ViT and BERT.
 
 One compiled program contains all methods, because one program for each would take minutes to compile. Each method is
-tested separately on small models (`test_contract.py`). Here, a mistake in one method shows in the sum.
+tested separately on small models (`test_contract.py`). Here, a mistake in one method changes the sum of all terms.
 """
 
 import functools

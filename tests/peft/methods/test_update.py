@@ -1,4 +1,4 @@
-"""Updates of some blocks of a packed kernel, which joins the kernels of several layers in one."""
+"""Updates of selected blocks of a packed kernel, such as one that holds the kernels of query, key and value."""
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,9 @@ ADDITIVE = [name for name in UPDATES if name != "dora"]
 
 
 def fused_and_apart(kind, method, which=(0, 2)):
-    """Return a fused layer with updates of some of its three blocks, its adapter, and separate layers for the blocks.
+    """Return a layer with a packed kernel of three blocks, its adapter, and three separate layers with the same values.
 
-    The separate layers have the same kernels, biases and updates as the blocks.
+    The adapter updates the blocks in `which`. The separate layers have the same kernels, biases and updates.
     """
     fused = nnx.Dict(qkv=materialize(FUSED[kind]))
     model, adapter = adapt(fused, [Rule("qkv", UPDATES[method].method, parts=3, which=which)], rngs=nnx.Rngs(1))

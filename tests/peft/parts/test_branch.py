@@ -25,7 +25,7 @@ def branch_of(method, width=8):
 
 
 def test_the_adapter_of_the_paper_by_default():
-    """Compare with `X + gelu(X C) + b`, with the gelu of erf (arXiv 2406.17740, section 4.2)."""
+    """Compare with `X + gelu(X C) + b`, with the exact gelu, which uses erf (arXiv 2406.17740, section 4.2)."""
     branch = branch_of(CirculantBranch())
     C = circulant(np.asarray(branch.down.r1[...] * branch.down.r2[...], np.float64), 8, 8)
     assert (
@@ -92,7 +92,7 @@ def test_every_other_activation_learns_from_the_start(activation):
 
 
 def test_the_branch_reads_what_the_module_puts_out():
-    """Check branches after a `__call__` with additional arguments.
+    """Check branches of a module whose `__call__` has additional arguments.
 
     Each branch gets the module's own output, without the terms of other adapters.
     """

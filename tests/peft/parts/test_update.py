@@ -138,7 +138,7 @@ def test_arrays_are_parameters_by_the_names_of_the_matrix(matrix, names):
     assert part.names == names
     assert all(type(getattr(part, name)) is AdapterParam for name in names)
     assert part.stored() == matrix and part.stored().shape == matrix.shape
-    # Only arrays are data. Parts that differ in other fields have different graph definitions, and thus programs.
+    # Parts that differ in other fields than arrays have different graph definitions, and need programs of their own.
     other = StoredMatrix(jax.tree.map(lambda leaf: leaf + 1, matrix))
     assert nnx.graphdef(part) == nnx.graphdef(other)
     assert nnx.graphdef(part) != nnx.graphdef(StoredMatrix(Placed(matrix, (9, 9), (0, 0))))
