@@ -29,8 +29,8 @@ class Readable:
     After the last example, the search continues with the first. The replacement depends only on the source. Readable
     examples keep their indices. So the examples are the same for any number of processes and after a run is resumed.
 
-    Each example has an additional entry `"corrupt"`. It maps the index of each corrupt example that was skipped to find
-    this example to the reason why it cannot be read. The entry is empty if the example itself is readable.
+    Each example has an additional entry `"corrupt"`, a dictionary. Its keys are the indices of the corrupt examples
+    that were skipped to find this example, and its values say why they cannot be read. It is empty if none was skipped.
 
     Attributes:
         source: All examples, including corrupt ones.

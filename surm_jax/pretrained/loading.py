@@ -70,7 +70,7 @@ def load(
     the JAX device, as with the CPU backend, it needs memory for the whole model as well.
 
     Args:
-        make_model: A function that builds the model. It is called only while JAX traces it.
+        make_model: A function that builds the model. It runs under `nnx.eval_shape` and `jax.jit`, and never eagerly.
         checkpoint: The path of an AugReg `.npz` file, of a `.safetensors` file that `save_model` wrote, of a folder of
             transformers, or of a `.safetensors` file beside its `config.json`. `None` initialises all parameters.
         fresh: Patterns for the paths of parameters that are initialised instead of read. The default is

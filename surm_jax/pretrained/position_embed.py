@@ -152,8 +152,8 @@ def _bilinear(old: int, new: int) -> np.ndarray:
 def _bicubic(old: int, new: int) -> np.ndarray:
     """Return the `(new, old)` matrix that interpolates by cubic convolution from `old` to `new` points.
 
-    An interval is divided into `old` cells, and the same interval into `new` cells, all of equal width. The points are
-    the centres of these cells.
+    The `old` points are the centres of `old` cells of equal width that together form an interval. The `new` points are
+    the centres of `new` cells of equal width that form the same interval.
     """
     at = (np.arange(new) + 0.5) * (old / new) - 0.5
     weights = np.zeros((new, old))

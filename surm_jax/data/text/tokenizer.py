@@ -109,10 +109,13 @@ class Tokenizer:
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     """Read the tokenizer of a BERT or RoBERTa model from a folder of `transformers`.
 
-    The tokenizer is read from `tokenizer.json` if this file exists, and its settings for padding and truncation are
-    ignored. Otherwise it is read from `vocab.txt`, which holds the word pieces of BERT, or else from `vocab.json` and
-    `merges.txt`, which hold the byte pairs of RoBERTa. In these two cases `tokenizer_config.json`, if it exists, gives
-    further settings.
+    The tokenizer is read from the first of these files that the folder has:
+
+    - `tokenizer.json`, whose settings for padding and truncation are ignored;
+    - `vocab.txt`, which holds the word pieces of BERT;
+    - `vocab.json` and `merges.txt`, which hold the byte pairs of RoBERTa.
+
+    If there is no `tokenizer.json`, further settings are read from `tokenizer_config.json`, if that file exists.
 
     Args:
         folder: The path of the folder.

@@ -44,7 +44,7 @@ FORMATS: dict[str, "Format"] = {}
 
 
 class Format(abc.ABC):
-    """The file format of one `peft_type`, which converts updates to tensors and settings and back.
+    """The file format of one `peft_type`. It converts our updates to tensors and settings, and back.
 
     Attributes:
         peft_type: The name of the format in `adapter_config.json`.

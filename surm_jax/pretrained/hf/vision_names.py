@@ -35,7 +35,8 @@ def _blocks(stem: str, names: Mapping[str, str], alias_stem: str, aliases: Mappi
         stem: The beginning of their names in checkpoints, with `#` for the number of the block.
         names: The rest of their names in checkpoints, by their paths within our block.
         alias_stem: The beginning of their attribute paths in a loaded transformers model.
-        aliases: The rest of those attribute paths that differ from `names`, by the paths within our block.
+        aliases: The rest of the attribute paths, by their paths within our block. An entry may be left out if it equals
+            the entry in `names`.
     """
     found = []
     for ours, theirs in names.items():
