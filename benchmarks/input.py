@@ -80,7 +80,7 @@ class Model:
 
 
 def timed(model: Model, batches: Iterator[dict[str, np.ndarray]], what: str) -> tuple[float, float]:
-    """Return the mean time of a training step, and the mean time that it waited for its batch, in milliseconds.
+    """Return the mean time of a training step and the mean time that a step waits for its batch, in milliseconds.
 
     Args:
         model: The model to train.

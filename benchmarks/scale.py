@@ -71,7 +71,7 @@ MODELS = {
 
 
 def trained_numbers(model: Transformer, method: str) -> int:
-    """Return the number of parameters that a method trains, which `docs/scale.md` calls P.
+    """Return the number that `docs/scale.md` calls P: how many parameters a method trains.
 
     For each of Q, K and V in every block, `circulant` trains two vectors, and `lora` (of rank 16) trains 32 vectors.
     `full` trains all parameters.

@@ -4,10 +4,10 @@ r"""Measure which parts of a method matter: change one choice at a time, and lea
 
 This command fine-tunes the small ViT of `configs/digits.py` and answers six questions (`QUESTIONS`). Should an update
 be added to the kernels of Q, K and V, or only to those of Q and V? Does an adapter need a bias? The vector of a
-circulant update is the product of two trained vectors: are they better than a single one? One of the two starts at
-random values and the other at zero: how large should the random values be? Is an update better if it is the product of
-two Toeplitz matrices than if it is one Toeplitz matrix? Which rank should `W(G, H)`, an update of low displacement
-rank, have? The same questions can be asked for another model and data set:
+circulant update is the elementwise product of two trained vectors: are they better than a single one? One of the two
+starts at random values and the other at zero: how large should the random values be? Is an update better if it is the
+product of two Toeplitz matrices than if it is one Toeplitz matrix? Which rank should `W(G, H)`, an update of low
+displacement rank, have? The same questions can be asked for another model and data set:
 
     python -m experiments.ablations --name=cifar --config=configs/vit_cifar.py --steps=1000 --holdout=2000 \\
         --set data.dir=FOLDER_OF_PREPARED_TFDS_SETS

@@ -120,7 +120,7 @@ def analyse(workdir: Path, full: Path | None, overrides: Mapping[str, Any], out:
         full: The folder of a run of full fine-tuning, whose hidden states are compared with those of the first run.
             None means no comparison.
         overrides: New values of configuration keys such as `data.dir`, as in `saved_config`.
-        out: The beginning of the names of the files to write.
+        out: The path that the names of all written files begin with.
         examples: The smallest number of test examples that CKA is computed from, as in `compare`.
 
     Raises:
@@ -164,7 +164,7 @@ def map_energy(title: str, matrices: Mapping[str, Float[np.ndarray, "in out"]], 
     Args:
         title: The beginning of the picture's title.
         matrices: The matrices, by the path of their layer.
-        out: The beginning of the names of the files to write.
+        out: The path that the names of all written files begin with.
     """
     maps = energy.energy_maps(matrices)
     energy.write_maps(maps, _with_suffix(out, ".csv"))

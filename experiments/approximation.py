@@ -113,7 +113,7 @@ SIZED = {"LowDisplacementRank": "rank", "LowRank": "rank", "Kronecker": "terms"}
 def kinds() -> list[Kind]:
     """Return all families at all sizes.
 
-    The families of a single size come first, and the others follow by increasing size.
+    The families with a single size come first. The others follow, ordered by size.
     """
     fixed = [Kind(family) for family in TITLES if family not in SIZED]
     return fixed + [Kind(family, option, size) for size in SIZES for family, option in SIZED.items()]
@@ -144,7 +144,7 @@ class Result(NamedTuple):
 
 
 def fit(kind: Kind, targets: Float[np.ndarray, "targets*trials n n"], steps: int) -> Result:
-    """Fit a family at one size to every target, by gradient descent and as well as possible.
+    """Fit a family at one size to every target, in both ways that the docstring of this module describes.
 
     Args:
         kind: The family and its size.

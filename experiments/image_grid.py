@@ -120,7 +120,7 @@ def _around(method: str) -> tuple[float, ...]:
 
 
 def settings_of(options: argparse.Namespace, about: str) -> Settings:
-    """Return the settings that all runs of a grid share, which are stored beside its rows.
+    """Return the settings that all runs of a grid share, for the json file beside its csv file.
 
     Args:
         options: The parsed command line.

@@ -47,7 +47,7 @@ def read_run(workdir: Path, overrides: Mapping[str, Any]) -> RunConfig:
 
     Args:
         workdir: The folder of the run.
-        overrides: New values of keys such as `data.dir`, as in `saved_config`.
+        overrides: New values of configuration keys such as `data.dir`, as in `saved_config`.
 
     Raises:
         UserError: The run does not exist, is not complete, or has several seeds.
@@ -67,7 +67,7 @@ def read_full(workdir: Path, overrides: Mapping[str, Any]) -> RunConfig:
 
     Args:
         workdir: The folder of the run.
-        overrides: New values of keys such as `data.dir`, as in `saved_config`.
+        overrides: New values of configuration keys such as `data.dir`, as in `saved_config`.
 
     Raises:
         UserError: As in `read_run`, or the run used another method.
@@ -86,7 +86,7 @@ def read_any(where: str, overrides: Mapping[str, Any]) -> RunConfig:
 
     Args:
         where: The folder of a run, or a file such as `configs/digits.py`.
-        overrides: New values of keys such as `data.dir`, as in `saved_config`.
+        overrides: New values of configuration keys such as `data.dir`, as in `saved_config`.
 
     Raises:
         UserError: There is no such run or file.

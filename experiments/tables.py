@@ -54,7 +54,7 @@ def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
     """Return the mean of some values and their standard deviation as text.
 
     A single value has no standard deviation. A value is NaN if its run diverged. If there is any such value, the text
-    is their number.
+    is the number of diverged runs.
 
     >>> mean_and_deviation([80.0, 81.0, 82.0]), mean_and_deviation([80.0]), mean_and_deviation([80.0, math.nan])
     ('81.0 ± 1.0', '80.0', '1 of 2 diverged')

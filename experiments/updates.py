@@ -208,8 +208,8 @@ def rank_in_theory(matrix: StructuredMatrix) -> str:
     The text begins with "=" and the exact rank if the structure determines the rank from the parameters. Otherwise it
     begins with "<=" and an upper bound. The text in parentheses names what the rank was derived from.
 
-    The matrix in the example has ones everywhere. Of its vector's two DFT coefficients one is not zero, so its rank
-    is 1.
+    The matrix in the example has ones everywhere. Its vector has one DFT coefficient that is not zero and one that is
+    zero, so its rank is 1.
 
     >>> rank_in_theory(Circulant(np.ones(2, np.float32), shape=(2, 2)))
     '= 1 (non-zero DFT)'

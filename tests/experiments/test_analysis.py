@@ -530,7 +530,7 @@ def test_the_gradient_needs_no_run(files, tmp_path, monkeypatch):
 
 
 def copied(run, folder, **changed):
-    """Copy the folder of a finished run, and change sections or values of the configuration in the copy."""
+    """Copy the folder of a finished run, and replace top-level entries of the configuration in the copy."""
     shutil.copytree(run, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changed}))

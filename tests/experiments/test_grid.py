@@ -193,7 +193,7 @@ def test_rows_are_read_back_as_they_were(tmp_path):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """Replace training by a function that returns a row at once, and return a list to which it adds every run.
+    """Replace training by a function that returns a row at once, and return the growing list of its runs.
 
     The middle learning rate of a search gets the best score.
     """

@@ -40,7 +40,7 @@ def small(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """Replace training by a function that returns a row at once, and return a list to which it adds every run.
+    """Replace training by a function that returns a row at once, and return the growing list of its runs.
 
     The score of a run is its learning rate (0 if the rate is 0.5 or larger) plus a hundredth of its seed.
     """

@@ -71,7 +71,7 @@ def test_a_small_grid(small, tmp_path, capsys):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """Replace training by a function that returns a row at once, and return a list to which it adds every run.
+    """Replace training by a function that returns a row at once, and return the growing list of its runs.
 
     The score of a run is its learning rate plus a hundredth of its seed.
     """
