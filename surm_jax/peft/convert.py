@@ -48,8 +48,8 @@ def convert(
         name: The name of the new adapter, which replaces the old one.
 
     Returns:
-        The new model, the new adapter, and the relative error of each new update in the Frobenius norm, by the path of
-        its layer.
+        The new model, the new adapter, and a dictionary from the path of each layer to the relative error of its new
+        update in the Frobenius norm.
 
     Raises:
         UserError: If the adapter has a part that cannot be written as a change of a kernel, such as a branch; if an
@@ -79,8 +79,8 @@ def combine(
         name: The name of the new adapter. The old adapters stay in the model; switch them off with `set_active`.
 
     Returns:
-        The new model, the new adapter, and the relative error of each new update in the Frobenius norm, by the path of
-        its layer.
+        The new model, the new adapter, and a dictionary from the path of each layer to the relative error of its new
+        update in the Frobenius norm.
 
     Raises:
         UserError: If the adapters have different rules, or an adapter cannot be converted (see `convert`).
@@ -121,8 +121,8 @@ def _with_nearest(
         targets: A dictionary from the path of a layer to the dense matrix that the layer's update approximates.
 
     Returns:
-        The new model, the adapter, and the relative error of each update in the Frobenius norm, by the path of its
-        layer.
+        The new model, the adapter, and a dictionary from the path of each layer to the relative error of its update in
+        the Frobenius norm.
     """
     model = nnx.clone(model)
     errors = {}

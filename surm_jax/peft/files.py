@@ -40,7 +40,7 @@ TENSORS_NAME = "adapter_model.safetensors"
 FORMAT = 3
 
 _MOST_BYTES_OF_CONFIG = 2**22
-"""The largest allowed size of `adapter_config.json` in bytes. The fingerprint takes about 70 bytes for each array."""
+"""The largest allowed size of `adapter_config.json` in bytes. Each fingerprint entry takes about 70 bytes."""
 
 BASE = nnx.All(nnx.Param, nnx.Not(AdapterParam))
 """The NNX filter that selects the parameters of the base model, without those of adapters."""
@@ -129,7 +129,7 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
 
 
 def _trained_and_frozen(model: nnx.Module, adapter: Adapter) -> tuple[dict[str, nnx.Variable], nnx.State]:
-    """Return the variables of a model that an adapter trains, by path, and the state of all other variables."""
+    """Return a dictionary from path to variable for what an adapter trains, and the state of all other variables."""
     _, trained, frozen = nnx.split(model, adapter.trainable, ...)  # type: ignore[misc]  # `...` selects the rest
     return {join(path): variable for path, variable in nnx.to_flat_state(trained)}, frozen
 

@@ -99,13 +99,13 @@ def output_width(module: nnx.Module, path: str) -> int:
     """Return the number of output features of a module.
 
     For a linear layer, the number follows from the shape of its kernel. Any other module is called with abstract inputs
-    (`jax.eval_shape`): for each linear layer in the module, once with inputs that have that layer's in_features. The
-    calls that raise no error must all give the same output width. The names and the order of the linear layers have no
-    influence, because copying a module sorts its attributes.
+    (`jax.eval_shape`). The number of input features is not known, so the in_features of every linear layer among the
+    module's attributes are tried. The calls that raise no error must all give the same output width. The names and the
+    order of the linear layers have no influence, because copying a module sorts its attributes.
 
     Raises:
-        UserError: If every call raises an error, if two calls give different output widths, or if a linear layer has
-            several feature axes in its output.
+        UserError: If no call gives an output width, or if two calls give different ones. For a linear layer, if its
+            output has several feature axes, or if its kernel is not one matrix (`matrix_view`).
     """
     if is_linear(module):
         shape = matrix_view(module, path).out_shape

@@ -174,7 +174,7 @@ def inputs(name: str) -> jax.Array:
 
 
 def by_path(state: nnx.State) -> dict[str, nnx.Variable]:
-    """Return the variables of a state by their paths, with keys joined by `/` as in the library."""
+    """Return a dictionary from path to variable for a state. The keys of a path are joined by `/`."""
     return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 

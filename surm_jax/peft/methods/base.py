@@ -68,7 +68,7 @@ class PartMethod(Method):
 
     @abc.abstractmethod
     def make_part(self, place: Place, key: jax.Array) -> Part:
-        """Return the initial part for one module. It must add exactly zero to the module's output.
+        """Return the initial part for one module. At first, the part must add exactly zero to the module's output.
 
         Args:
             place: The facts about the module, such as its output width and, for the kernel slot, its kernel.

@@ -99,7 +99,7 @@ class Part(nnx.Module):
         return f"{self.kind} of shape {self.shape}"
 
     def tensors(self) -> dict[str, nnx.Variable]:
-        """Return the variables that are saved, by their paths inside the part."""
+        """Return a dictionary from path inside the part to variable, for the variables that adapter files store."""
         state = nnx.state(self, nnx.Any(AdapterParam, AdapterConstant))
         return {join(path): variable for path, variable in nnx.to_flat_state(state)}
 
@@ -107,7 +107,7 @@ class Part(nnx.Module):
         """Replace the arrays, in place, by the smallest ones with the same result. Adapter files store this form."""
 
     def change(self, kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
-        """Return the change of the kernel that has the same effect as the part, as a dense float32 matrix.
+        """Return, as a dense float32 matrix, the change of the kernel that has the same effect as the part.
 
         Raises:
             UserError: If no change of the kernel has this effect. The message is the end of a sentence that begins
@@ -125,7 +125,7 @@ class Part(nnx.Module):
         raise UserError(f"is {self.kind}, not a multiple of one matrix")
 
     def fit(self, target: Float[np.ndarray, "in out"]) -> Float[np.ndarray, "in out"]:
-        """Set the arrays so that `change` is as near as possible to a dense matrix, and return the resulting change.
+        """Set the arrays so that the result of `change` is as near as possible to `target`, and return this result.
 
         Raises:
             UserError: If no method to find such arrays is implemented for this kind of part.

@@ -1,15 +1,15 @@
 """Dropout of adapters. Models do not pass a key for it to their layers: the key is set for a block of code.
 
-Use the block inside the function that is differentiated and compiled:
+Set the key inside the function that is differentiated and compiled:
 
     def loss(trainable, frozen, batch, key):
         model = nnx.merge(graphdef, trainable, frozen)
         with surm_jax.adapter_dropout(key):
             logits = model(batch["image"])
 
-The key is read while JAX traces the block, so a block around a call of a compiled function has no effect. If JAX traces
-a function once for several calls, such as a method under `nnx.remat` or `nnx.jit` in your own model, all calls drop the
-same entries. To avoid this, apply `nnx.remat` or `nnx.jit` to a new function object for each call.
+The key is read while JAX traces the block, so a block around a call of an already compiled function has no effect. If
+JAX traces a function once for several calls, such as a method under `nnx.remat` or `nnx.jit` in your own model, all
+calls drop the same entries. To avoid this, apply `nnx.remat` or `nnx.jit` to a new function object for each call.
 """
 
 import contextlib

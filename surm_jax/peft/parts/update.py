@@ -30,7 +30,7 @@ from surm_jax.structured import (
 
 
 class StoredMatrix(nnx.Module):
-    """A structured matrix as a module, whose variables are the arrays of the matrix, with the same names.
+    """A module that stores a structured matrix. Each array of the matrix is a variable of the same name.
 
     Args:
         matrix: The matrix, of shape (in_features, out_features).
