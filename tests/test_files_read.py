@@ -1,6 +1,7 @@
 """Tests of reading untrusted JSON and `.npz` files.
 
-They check that no code in a file is executed, and that a small file cannot make the reader use much memory or time.
+The tests check that reading a file never executes code in it, and that reading a small file never needs much memory or
+time.
 """
 
 import io

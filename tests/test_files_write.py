@@ -1,4 +1,4 @@
-"""Tests of the context managers that write a file or folder completely or not at all."""
+"""Tests of `replacing` and `replacing_folder`, which write a file or folder either completely or not at all."""
 
 from pathlib import Path
 

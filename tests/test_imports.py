@@ -1,6 +1,6 @@
-"""Tests of the structure of `surm_jax`: which parts may import which others, and how long files are.
+"""Tests of the structure of `surm_jax`: which subpackages may import which others, and how many lines a file may have.
 
-The tests read the imports from the source text.
+The tests do not import the files, but parse their source text.
 """
 
 import ast
@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "surm_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# For each package and each file directly in `surm_jax`, the others that it may import. Add a line for a new package.
+# For each subpackage of `surm_jax`, and for each file directly in `surm_jax`, the subpackages and files that it may
+# import. Add a line for each new subpackage.
 GROUND = {"errors", "paths", "files", "tensor_files"}
 ARROWS = {
     "errors": set(),
@@ -48,9 +49,10 @@ def package_of(path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """Return the dotted names of everything that a file imports, also inside functions.
+    """Return the dotted names of everything that a file imports, including imports inside functions.
 
-    For `from a import b`, the name is `a.b`. Calls of `import_module` and `__import__` with a constant are included.
+    For `from a import b`, the name is `a.b`. If the name in a call of `import_module` or `__import__` is a constant, it
+    is included.
     """
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -85,7 +87,8 @@ def test_no_imports_go_round_in_a_circle():
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
     graph = {}
     for name, path in modules.items():
-        # After `from package import name`, `package.name` may be a module, or else an object in the module `package`.
+        # For `from package import name`, the dotted name `package.name` belongs to a module, or to an object in the
+        # module `package`.
         found = {part if part in modules else part.rpartition(".")[0] for part in imported(path)}
         graph[name] = {other for other in found if other in modules and other != name}
     try:

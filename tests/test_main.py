@@ -288,10 +288,10 @@ def test_too_little_memory_has_one_message(capsys):
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-    """Write a module that defines a new method to the working directory.
+    """Write a plugin to the working directory: the module `my_own`, which defines the fine-tuning method `mine`.
 
-    The module is named `my_own` and its method `mine`. The fixture returns a function that makes Python and the
-    registry of methods forget both.
+    The fixture returns a function that removes the module from `sys.modules` and the method from the registry, as if
+    the plugin had not been imported.
     """
     (tmp_path / "my_own.py").write_text(
         "import dataclasses\nfrom surm_jax.peft import Selection\n\n"
@@ -365,7 +365,7 @@ def stop_after(files, workdir, count, number):
         files: The folder that `tiny.write_files` filled.
         workdir: The folder of the run.
         count: The number of training steps that this process reports before it gets the signal.
-        number: The signal.
+        number: The number of the signal, such as `signal.SIGTERM`.
 
     Returns:
         The exit status of the process, and the text that it printed to the standard error.
@@ -383,8 +383,8 @@ def stop_after(files, workdir, count, number):
 
 @pytest.mark.exhaustive
 def test_a_run_that_was_stopped_in_three_ways_ends_like_one_that_was_not(files, tmp_path):
-    # This run is not interrupted. It runs at the same time as the others. Its output is so short that it fits into the
-    # pipe, so the process does not wait until the test reads it.
+    # This run is not interrupted. It runs at the same time as the others. The process would stop and wait if its output
+    # filled the pipe before the test reads it, but the output is short enough.
     whole = process(files, tmp_path / "whole", *LONG)
     parts = tmp_path / "parts"
 
@@ -415,9 +415,9 @@ def test_a_run_that_was_stopped_in_three_ways_ends_like_one_that_was_not(files, 
 
 @pytest.mark.exhaustive
 def test_mistakes_in_a_process_of_their_own(files, tmp_path):
-    """Check the whole text that a program with wrong arguments prints.
+    """Check the whole text that the program prints if its arguments are wrong.
 
-    The program runs in its own process, because absl and the Python interpreter may add to its message.
+    The program runs in its own process, so that the text includes whatever absl and the Python interpreter print.
     """
     (tmp_path / "file").write_text("mine")
     mistyped = process(files, tmp_path / "run", "--config.optim.stepss=3")
@@ -433,7 +433,7 @@ def test_mistakes_in_a_process_of_their_own(files, tmp_path):
 
 @pytest.fixture
 def no_programs_yet(monkeypatch):
-    """Unset the folder of JAX's compilation cache during a test, and restore the cache's settings afterwards."""
+    """Unset the folder of JAX's compilation cache for a test, and restore the settings of the cache afterwards."""
     names = ("dir", "max_size")
     before = {name: getattr(jax.config, f"jax_compilation_cache_{name}") for name in names}
     least = jax.config.jax_persistent_cache_min_compile_time_secs
@@ -459,7 +459,8 @@ def test_programs_are_kept_in_the_cache_unless_jax_knows_better(no_programs_yet,
 def text_process(files, workdir, *arguments):
     """Run the program in a separate process, and return the completed process.
 
-    JAX writes all programs that this process compiles to the folder `files / "programs"`.
+    JAX's compilation cache is the folder `files / "programs"`. So this folder shows which programs the process
+    compiled.
     """
     programs = {"JAX_COMPILATION_CACHE_DIR": str(files / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.run(

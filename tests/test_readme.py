@@ -27,7 +27,7 @@ PAGES = README + GUIDE
 
 
 class Model(nnx.Module):
-    """A small model with attention layers, for the README's code on a user's own model."""
+    """A small model with attention layers. It stands for the user's own model in the code of the README."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
@@ -62,7 +62,8 @@ def test_your_own_model_and_several_adapters(tmp_path, monkeypatch, capsys):
         "head/bias",
         "head/kernel",
     ]
-    # The update of a new adapter is zero, which would hide errors in saving and loading. Make its parameters random.
+    # The update of a new adapter is zero, so an error in saving or loading it would not change the outputs. Therefore
+    # make its parameters random.
     rng = np.random.default_rng(0)
     learn = lambda a: a + jnp.asarray(0.7 * rng.normal(size=a.shape), a.dtype)  # noqa: E731
     names["trainable"] = jax.tree.map(learn, names["trainable"])
@@ -97,7 +98,7 @@ def test_your_own_model_and_several_adapters(tmp_path, monkeypatch, capsys):
 
 
 def circulant(delta) -> np.ndarray:
-    """Return the circulant update matrix of a layer from its parameters r1 and r2, computed by SciPy."""
+    """Return the circulant update of a layer as a dense matrix, computed by SciPy from the parameters r1 and r2."""
     return scipy.linalg.circulant(np.asarray(delta["r1"][...] * delta["r2"][...], np.float64)).T
 
 
@@ -106,8 +107,8 @@ def with_kernels(model: Model, head, added: dict[str, np.ndarray]) -> Model:
 
     Args:
         model: The model to copy.
-        head: The parameters of the copy's head.
-        added: Matrices to add to the kernels of attention layers, by the name of the layer.
+        head: The parameters of the head in the copy.
+        added: Dense matrices by the name of an attention layer. Each is added to the kernel of this layer.
     """
     model = nnx.clone(model)
     model.head.kernel[...], model.head.bias[...] = head["kernel"][...], head["bias"][...]

@@ -1,4 +1,4 @@
-"""Tests of reading and writing safetensors files, single ones and sharded ones with an index."""
+"""Tests of reading and writing single safetensors files, and of reading sharded checkpoints with an index."""
 
 import json
 

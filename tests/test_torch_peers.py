@@ -1,6 +1,7 @@
-"""Comparison with PyTorch libraries: adapters with C3A and LoRA of peft, and training steps with those of torch.
+"""Comparison of this package with PyTorch libraries.
 
-The tests are skipped if the libraries in `requirements-peers.txt` are not installed.
+Adapted layers are compared with layers that C3A and LoRA of the library peft adapt. Training steps are compared with
+steps in torch. The tests are skipped if the libraries in `requirements-peers.txt` are not installed.
 """
 
 import dataclasses
@@ -28,8 +29,8 @@ torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 peft = pytest.importorskip("peft", reason=REASON)
 
-# In each stored array, all dimensions have different sizes, except for the height and width of a patch. So a wrong
-# transposition cannot go unnoticed.
+# In each array of parameters, all dimensions have different sizes, except for the height and width of a patch. So a
+# wrong transposition makes a test fail.
 GEOMETRY = {"image_size": 8, "patch_size": 4, "channels": 2, "width": 12, "depth": 2, "heads": 3, "mlp_width": 20}
 CLASSES = 7
 
@@ -47,7 +48,7 @@ def array(tensor):
 
 
 def hub_vit(model):
-    """Return the ViT of Hugging Face transformers with the weights of our model, but without its updates."""
+    """Return a ViT of Hugging Face transformers with the weights of our model, except those of its adapter."""
     architecture = architecture_of(model.config)
     weights = {}
     for path, weight in parameters(model).items():
@@ -63,7 +64,7 @@ def hub_vit(model):
 
 
 def adapted_linear(inputs, outputs, update, config):
-    """Return an adapted linear layer of this package, and one of torch with the same kernel and bias.
+    """Return an adapted linear layer of this package, and one of peft, with the same kernel and bias.
 
     Args:
         inputs: Number of input features.
@@ -79,10 +80,11 @@ def adapted_linear(inputs, outputs, update, config):
 
 
 def assert_same_layer(model, peer, x, dy):
-    """Check that an adapted layer of this package and one of peft are equal.
+    """Check that an adapted layer of this package and an adapted layer of peft compute the same function.
 
-    The check compares the outputs y, the merged kernels, and the gradients of `sum(dy * y)` with respect to x. The
-    gradients with respect to the parameters of peft's update are left in `grad` of these parameters.
+    The check compares the outputs y, the merged kernels, and the gradients of `sum(dy * y)` with respect to x. It does
+    not compare the gradients with respect to the parameters of the updates. The caller finds those of our layer in the
+    result, and those of peft's layer in the attribute `grad` of its parameters.
 
     Returns:
         The gradients of `sum(dy * y)` with respect to the arrays of our update, by name.
@@ -143,7 +145,8 @@ def test_our_lora_is_that_of_peft(inputs, outputs):
 def random_vit():
     """Return a ViT with random parameters.
 
-    The outputs of its layers are so small that a wrong epsilon of the LayerNorms would change the results.
+    The outputs of its layers are so small that the epsilon of the LayerNorms matters. So a wrong value of epsilon would
+    change the results.
     """
     model = materialize(lambda: ViT(ViTConfig(**GEOMETRY, num_classes=CLASSES), rngs=nnx.Rngs(0)))
     layers = [model.patch_embed, *(layer for block in model.blocks for layer in (block.attention.out, block.mlp.down))]
@@ -163,7 +166,7 @@ BATCHES = [
 
 
 def train(model, adapter):
-    """Train our model for `STEPS` steps.
+    """Train a model of this package for `STEPS` steps.
 
     Returns:
         The loss and the gradient norm of every step, of shape (STEPS, 2), and the trained arrays after the last step.
@@ -186,12 +189,12 @@ def train(model, adapter):
 
 
 def train_peer(peer, adapter, head):
-    """Train the model of peft in torch in the same way as `train` does.
+    """Train a model of peft in torch for `STEPS` steps, as `train` trains a model of this package.
 
     Args:
         peer: The model.
-        adapter: The parameters of the adapter.
-        head: The parameters of the head.
+        adapter: The parameters of the adapter, which are trained.
+        head: The parameters of the head, which are trained, too.
 
     Returns:
         The loss and the gradient norm of every step, of shape (STEPS, 2).

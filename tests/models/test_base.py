@@ -1,4 +1,4 @@
-"""Tests of the registry of models, and of the protocol that every registered model must keep."""
+"""Tests of the registry of models, and of the protocol that `Model` defines for every registered model."""
 
 import dataclasses
 from typing import ClassVar
@@ -31,7 +31,7 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-    """Give each test a copy of the registry, so that the models that it registers are gone afterwards."""
+    """Give each test its own copy of the registry, so that a model that it registers is not registered afterwards."""
     monkeypatch.setattr("surm_jax.models.base.MODELS", {**MODELS})
 
 

@@ -1,4 +1,7 @@
-"""Tests of `Bert` and its configuration, compared with the published architecture in NumPy."""
+"""Tests of `Bert` and its configuration.
+
+The outputs are compared with an implementation of the published architecture in NumPy (`oracle`).
+"""
 
 import functools
 import math
@@ -27,7 +30,8 @@ SIZES = {
     "large": 335_141_888,
 }
 
-# All dimensions of an array have different sizes, except in square kernels. So a wrong transposition is noticed.
+# The dimensions of each array of parameters have different sizes, except in square kernels. So a wrong transposition
+# makes a test fail.
 TINY = {
     "vocab_size": 23,
     "width": 12,
@@ -39,7 +43,7 @@ TINY = {
     "num_classes": 5,
 }
 ROBERTA = {"positions": "after_padding", "pad_token": 3, "epsilon": 1e-5, "type_vocab_size": 1}
-# Fields of three configurations whose models together run every branch of the code.
+# Fields of three configurations. Together, their models run every branch of the code.
 MODELS = {
     "classifier": {},
     "mlm": {"head": "mlm", "activation": "gelu_tanh", **ROBERTA},
@@ -52,7 +56,7 @@ LENGTHS = (9, 5, 2)
 
 @functools.cache
 def tiny(**overrides):
-    """Return a tiny model with random parameters that NumPy draws. Tests share it and must not change it."""
+    """Return a tiny model with random parameters, which NumPy draws. All tests share it, so they must not change it."""
     return materialize(lambda: Bert(BertConfig(**{**TINY, **overrides}), rngs=nnx.Rngs(0)))
 
 
@@ -65,7 +69,7 @@ def shapes(config):
 
 
 def batch(pad_token=0):
-    """Return the tokens, mask and token types of three sentences. Two of the sentences are padded."""
+    """Return the tokens, mask and token types of a batch of three sentences, two of which are padded."""
     rng = np.random.default_rng(1)
     mask = np.arange(TOKENS)[None] < np.array(LENGTHS)[:, None]
     tokens = np.where(mask, rng.integers(4, TINY["vocab_size"], (BATCH, TOKENS)), pad_token)
@@ -100,7 +104,7 @@ ORACLE_ACTIVATIONS = {
 def oracle(model, tokens, mask, types):
     """Return the logits and hidden states of the published architecture, computed by NumPy in float64.
 
-    They are computed for one sentence and one attention head at a time.
+    To be simple, the function computes them in loops over the sentences and the attention heads.
 
     Args:
         model: The model whose configuration and parameters are used.
@@ -271,7 +275,8 @@ class TestForward:
         logits, hidden = run(model, tokens, mask)
         assert logits.dtype == jnp.float32
         assert {state.dtype for state in hidden} == {jnp.dtype("bfloat16")}
-        # The error must be as large as that of rounding to the 8 bits of bfloat16.
+        # The error must have the size of rounding errors in bfloat16, which has 8 bits. A smaller error would mean that
+        # the model computes in float32.
         assert 1e-4 < relative_error(logits, exact) < 0.05
 
     @pytest.mark.parametrize("name", fast(["classifier", "mlm"]))

@@ -27,7 +27,8 @@ REASON = "compares with a PyTorch library: pip install -r requirements-peers.txt
 torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 
-# All dimensions of an array have different sizes, except in square kernels. So a wrong transposition is noticed.
+# The dimensions of each array of parameters have different sizes, except in square kernels. So a wrong transposition
+# makes a test fail.
 SIZES = {
     "vocab_size": 23,
     "hidden_size": 12,
@@ -38,8 +39,8 @@ SIZES = {
     "num_labels": 5,
 }
 ROBERTA = {**SIZES, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
-# For each case: the classes of model and configuration in transformers, the fields of that configuration, and fields
-# that our configuration must have when it is read from that configuration.
+# Each case has the class of the model and that of its configuration in transformers, the fields of this configuration,
+# and values that our configuration must have after it is read from this configuration.
 CASES = {
     "bert classifier": ("BertForSequenceClassification", "BertConfig", SIZES, {}),
     "bert mlm": (
@@ -87,7 +88,7 @@ def ours(name):
 
 
 def as_theirs(name, model):
-    """Return the parameters of our model as a checkpoint of the class of `theirs(name)` holds them."""
+    """Return the parameters of our model under the names, and in the shapes, of a checkpoint of `theirs(name)`."""
     tensors = written_tree(architecture_of(model.config), model)
     if name == "bert":
         tensors = {key.removeprefix("bert."): value for key, value in tensors.items() if key.startswith("bert.")}
@@ -95,14 +96,15 @@ def as_theirs(name, model):
 
 
 def batch(config):
-    """Return the tokens, mask and token types of three sentences. Two of the sentences are padded.
+    """Return the tokens, mask and token types of a batch of three sentences, two of which are padded.
 
-    If the model has two segment types, the sentences have tokens of both types.
+    If the model has two segment types, there are tokens of both types.
     """
     rng = np.random.default_rng(1)
     place = np.arange(9)[None]
-    # For a masked language model, the third sentence is padded at the beginning. A classifier reads the first token,
-    # which therefore must not be padding: the embedding of padding has no gradient in PyTorch (`padding_idx`).
+    # For a masked language model, the third sentence is padded at the beginning. For a classifier it is padded at the
+    # end, because a classifier reads the first token. If this were padding, the gradient of its embedding would be zero
+    # in PyTorch (`padding_idx`), and not zero in our model.
     third = place[0] >= 3 if config.head == "mlm" else place[0] < 2
     mask = np.stack([place[0] >= 0, place[0] < 5, third])
     tokens = np.where(mask, rng.integers(4, config.vocab_size, mask.shape), config.pad_token)
@@ -262,9 +264,9 @@ def test_sentence_embeddings_of_real_weights():
         assert relative_error(got, wanted) < 1e-5
 
     def embedding(hidden):
-        """Return the embedding of each sentence as the README of the pretrained model defines it.
+        """Return the embedding of each sentence, as defined in the README of the pretrained model.
 
-        It is the mean of the last hidden state over the tokens that are not padding, normalised to length 1.
+        It is the mean of the last hidden state over the tokens that are not padding, divided by its Euclidean norm.
         """
         mean = (np.asarray(hidden) * inputs[1][..., None]).sum(1) / inputs[1].sum(1, keepdims=True)
         return mean / np.linalg.norm(mean, axis=1, keepdims=True)

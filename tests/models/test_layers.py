@@ -1,4 +1,7 @@
-"""Tests of the layers that all transformers share, compared with their definitions in NumPy and SciPy."""
+"""Tests of the layers that all transformers share.
+
+The outputs are compared with the definitions of the layers, computed by NumPy and SciPy.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +35,7 @@ def normal(seed, *shape):
 
 
 def materialize(make):
-    """Return the module that `make` builds, with random parameters that NumPy draws."""
+    """Return the module that the function `make` builds, with random parameters, which NumPy draws."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
     rng = np.random.default_rng(0)
     flat = [
@@ -57,12 +60,12 @@ def attention(**options):
 
 
 def attention_oracle(a, x, mask):
-    """Return the output of attention by its definition, for one sequence, head and query at a time.
+    """Return the output of attention, computed by its definition in loops over the sequences, heads and queries.
 
     Args:
         a: The parameters of the module by path.
         x: The features of the tokens, (batch, tokens, 12).
-        mask: True for tokens to attend to, (batch, tokens).
+        mask: True for tokens that queries attend to, (batch, tokens).
     """
     y = np.zeros(x.shape)
     for b, h, i in np.ndindex(len(x), 3, x.shape[1]):
@@ -193,6 +196,6 @@ class TestCallBlock:
 
 
 def _residuals(loss, state, x, remat):
-    """Return how many values the forward pass stores for the backward pass."""
+    """Return the total size of the arrays that the forward pass of `loss` stores for the backward pass."""
     _, backward = jax.vjp(lambda state, x: loss(state, x, remat), state, x)
     return sum(leaf.size for leaf in jax.tree.leaves(backward))

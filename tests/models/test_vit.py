@@ -1,4 +1,7 @@
-"""Tests of `ViT` and its configuration that need no other library. `test_vit_peers.py` compares it with PyTorch."""
+"""Tests of `ViT` and its configuration.
+
+Further tests, which compare `ViT` with models in PyTorch, are in `test_vit_peers.py`.
+"""
 
 import dataclasses
 import functools
@@ -221,7 +224,7 @@ class TestForward:
         assert rounded.dtype == jnp.float32
         assert {variable.dtype for variable in parameter_paths(model).values()} == {jnp.dtype("float32")}
         error = jnp.abs(rounded - exact).max() / jnp.abs(exact).max()
-        assert 1e-5 < error < 0.05  # The error is as large as that of rounding to the 8 bits of bfloat16.
+        assert 1e-5 < error < 0.05  # The error has the size of rounding errors in bfloat16.
 
     @pytest.mark.exhaustive
     def test_projections_are_called_and_can_be_wrapped(self):

@@ -25,7 +25,8 @@ transformers = pytest.importorskip("transformers", reason=REASON)
 CLASSES = 7
 
 # In each array of a checkpoint, all dimensions have different sizes, except for the height and width of a patch. So a
-# wrong transposition cannot go unnoticed. The epsilon is so large that a wrong one would change the results.
+# wrong transposition makes a test fail. The epsilon of LayerNorm is so large that a wrong value of it would change the
+# results.
 GEOMETRY = {
     "image_size": 8,
     "patch_size": 4,
@@ -66,7 +67,7 @@ CASES = {
         transformers.CLIPVisionConfig(**GEOMETRY, projection_dim=CLASSES)
     ),
 }
-# Models of transformers whose checkpoints have more parameters than our model, or lack the head.
+# Models of transformers whose checkpoints have parameters that our model lacks, or have no head.
 OTHERS = {
     "bare_vit": lambda: transformers.ViTModel(transformers.ViTConfig(**GEOMETRY)),
     "two_heads": lambda: transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**GEOMETRY)),
@@ -76,13 +77,14 @@ OTHERS = {
         transformers.CLIPConfig(vision_config=GEOMETRY, text_config=TEXT, projection_dim=CLASSES)
     ),
 }
-# Parameters that models of transformers have but do not use. We write them with their initial values.
+# Parameters that models of transformers have but do not use. Our model has no such parameters. In the checkpoints that
+# we write, they have their initial values.
 UNUSED = {"clip": "post_layernorm", "dinov2": "mask_token"}
 
 
 @functools.cache
 def peer(name):
-    """Return the model of transformers for a name in `CASES` or `OTHERS`, with noise added to its parameters."""
+    """Return the model of transformers for a key of `CASES` or `OTHERS`, with noise added to its parameters."""
     torch.manual_seed(0)
     model = (CASES | OTHERS)[name]().eval()
     for path, parameter in model.named_parameters():
@@ -105,11 +107,12 @@ def arrays_of(model):
 
 @functools.cache
 def read_peer(name, fresh=()):
-    """Return our model with the weights of the model `peer(name)`, and the `Architecture` that converts between them.
+    """Return our model with the weights of the model `peer(name)`, and the `Architecture` that converts the weights.
 
     Args:
         name: A name in `CASES` or `OTHERS`.
-        fresh: Beginnings of the paths of our parameters that the checkpoint does not have, such as `head/`.
+        fresh: Prefixes of paths, such as `head/`. The parameters of our model whose paths begin with one of them are
+            not read from the checkpoint, which does not have them.
     """
     fields = full_config(peer(name))
     architecture = ARCHITECTURES[fields["model_type"]]

@@ -1,6 +1,6 @@
-"""Tests that every structured matrix must pass, as base classes of test classes.
+"""Contract tests, which every structured matrix must pass. They are methods of base classes of test classes.
 
-The tests compare a structured matrix with a dense matrix that the subclass builds by NumPy or SciPy.
+The tests compare a structured matrix with a dense matrix that a subclass of the base class builds by NumPy or SciPy.
 
 - `MatrixContract` is for any structured matrix.
 - `StructuredMatrixContract` is for a family, which also has the methods `init` and `nearest`.
@@ -19,7 +19,7 @@ import pytest
 from surm_jax.errors import UserError
 from surm_jax.structured import Family, StructuredMatrix
 
-# For each dtype, the largest relative error of a result that `assert_close` accepts, in the Frobenius norm.
+# For each dtype, the largest relative error that `assert_close` accepts. It is measured in the Frobenius norm.
 TOLERANCES = {
     "float64": 1e-10,  # Rounding errors are about 1e-16 times log n. The rest is a margin for other FFT libraries.
     "float32": 1e-5,  # Rounding errors are about 1e-7 times log n. Sums over 768 features add a factor of some tens.
@@ -31,13 +31,12 @@ EXHAUSTIVE = pytest.mark.exhaustive
 
 
 def quick(cases: Iterable[Any], *fast: Any, unpack: bool = False) -> list[Any]:
-    """Return the cases of a parametrised test, of which only some run when pytest is called without options.
-
-    The other cases get the mark `exhaustive`.
+    """Return all cases of a parametrised test, and mark those as `exhaustive` that do not run by default.
 
     Args:
-        cases: All cases: the values of one argument, or tuples with the values of several arguments.
-        *fast: The cases without the mark.
+        cases: All cases. Each case is the value of one argument of the test, or, if `unpack` is true, a tuple with the
+            values of several arguments.
+        *fast: The cases that run by default, when pytest is called without options. They do not get the mark.
         unpack: Whether each case is a tuple with the values of several arguments.
     """
     return [pytest.param(*(case if unpack else (case,)), marks=() if case in fast else EXHAUSTIVE) for case in cases]
@@ -84,24 +83,25 @@ class MatrixContract:
         raise NotImplementedError
 
     def dense(self, arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-        """Return the dense matrix `M` that the given leaves stand for. Every test compares its results with this one.
+        """Return the dense form of a matrix with the given arrays, as the expected result of the tests.
 
-        It must be computed by NumPy or SciPy, and not by the code under test.
+        A subclass must compute it by NumPy or SciPy, and not by the code under test.
 
         Args:
-            arrays: The leaves of the matrix by name, in float64.
-            shape: The shape of M, `(in_features, out_features)`.
+            arrays: The arrays of the matrix by name, in float64.
+            shape: The shape of the matrix, `(in_features, out_features)`.
         """
         raise NotImplementedError
 
     def path(self, name: str) -> str:
-        """Return the key path in the pytree, as `jax.tree_util.keystr` writes it, of the array `name`."""
+        """Return the key path of the array `name` in the pytree, in the form that `jax.tree_util.keystr` returns."""
         return f".{name}"
 
     def field(self, name: str) -> str:
-        """Return the name that the array `name` has in the innermost matrix that holds it.
+        """Return the name of the array `name` in the term or factor to which it belongs.
 
-        In a sum or product, for example, the array `terms_0_c` of the whole is the array `c` of a term.
+        For example, the array with the name `terms_0_c` in a sum has the name `c` in the first term. If the matrix does
+        not consist of other matrices, the name is returned unchanged.
         """
         return name
 
@@ -119,13 +119,14 @@ class MatrixContract:
         return self.dense({k: np.asarray(v, np.float64) for k, v in leaves.items()}, shape)
 
     def tangents(self, matrix) -> dict[str, np.ndarray]:
-        """Return the derivatives of M with respect to each entry of each leaf.
+        """Return the derivatives of the dense form with respect to every parameter.
 
-        M is an affine function of each single entry if all other entries are fixed. So the difference of two matrices
-        is the exact derivative, up to rounding.
+        The dense form is an affine function of each single parameter if all other parameters are fixed. So if one
+        parameter grows by 1, the change of the dense form is the exact derivative, up to rounding.
 
         Returns:
-            For each leaf, by name, an array of shape (number of entries of the leaf, in_features, out_features).
+            A dictionary from the name of each array of parameters to the derivatives with respect to its entries, an
+            array of shape (number of entries, in_features, out_features).
         """
         leaves = {k: np.asarray(v, np.float64) for k, v in matrix.arrays().items()}
         here, result = self.dense(leaves, matrix.shape), {}
@@ -186,7 +187,7 @@ class MatrixContract:
     def test_absorb_gives_the_multiple_of_the_same_structure(self, shape):
         """Check `absorb` with a Python number and with a traced array.
 
-        For the traced array, one compiled program must serve all values.
+        With the traced array, JAX must not compile the function again for another value of the array.
         """
         matrix, M = self.create(shape)
         x, traces = np.random.default_rng(1).normal(size=(4, shape[0])), []
@@ -389,7 +390,7 @@ class StructuredMatrixContract(MatrixContract):
     family: type[Family]
 
     def options(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Return the options of `init` and `nearest` in the tests. By default they are those of a small matrix.
+        """Return the options that the tests pass to `init` and `nearest`. By default they are those of a small matrix.
 
         Args:
             shape: `(in_features, out_features)`.
@@ -400,12 +401,15 @@ class StructuredMatrixContract(MatrixContract):
     def example(self) -> Family:
         """Return a small matrix of the family, by default `Family.example()`.
 
-        If a subclass tests other options than those of `Family.example`, it returns a matrix with its own options.
+        A subclass whose tests use other options than `Family.example()` returns a matrix with these options.
         """
         return self.family.example()
 
     def nearest_options(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Return the options of `nearest` in the tests. By default, a family that searches takes no search steps."""
+        """Return the options that the tests pass to `nearest`.
+
+        If `nearest` is an iterative search, the tests by default let it make no steps.
+        """
         return self.options(shape) | ({"steps": 0} if self.family.searches else {})
 
     def abstract(self, shape):
@@ -472,9 +476,9 @@ class StructuredMatrixContract(MatrixContract):
 
 
 class ProjectionContract(StructuredMatrixContract):
-    """The tests of a family whose `nearest` computes the best approximation in closed form.
+    """The tests of a family whose method `nearest` computes the best approximation in closed form.
 
-    The other families, whose `nearest` is a search, have their own tests of it.
+    For families whose `nearest` is an iterative search, the test classes of the families test this method.
     """
 
     @pytest.mark.usefixtures("x64")

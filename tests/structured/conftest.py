@@ -1,11 +1,17 @@
-"""The two speeds of the contract of matrices."""
+"""Selection of the contract tests of matrices that run by default. The others get the mark `exhaustive`.
+
+The contract tests are the tests in `MatrixContract` and its subclasses, which every kind of matrix must pass.
+"""
 
 import pytest
 
 from tests.structured.cases import MatrixContract
 
 THOROUGH = ("TestCirculant", "TestLowRank", "TestLowDisplacementRank", "TestProduct")
-"""Kinds of matrices whose whole contract belongs to the fast run: one, two and several arrays, and composites."""
+"""Test classes of which all contract tests run by default.
+
+They are for matrices with one array, with two arrays and with several terms, and for a matrix that consists of others.
+"""
 
 FIRST = (
     "test_apply_and_to_dense",
@@ -14,11 +20,14 @@ FIRST = (
     "test_init_is_zero_and_can_learn",
     "test_nearest_finds_members_again_and_nothing_near_it_is_nearer",
 )
-"""What the fast run shows of every other kind: its values, its gradients, its start and its projection."""
+"""Contract tests that run by default for all other test classes.
+
+They test the values of the matrix, its gradients, its initialisation, and its approximation of a dense target.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Leave the rest of the contract of the other kinds to the exhaustive run."""
+    """Mark all other contract tests as `exhaustive`. Tests that a test class itself defines do not get the mark."""
     for item in items:
         cls = getattr(item, "cls", None)
         if cls is None or not issubclass(cls, MatrixContract) or cls.__name__ in THOROUGH:

@@ -1,4 +1,7 @@
-"""Tests of sums, products and multiples of matrices: the contract tests, the operators, and parts that are refused."""
+"""Tests of sums, products and multiples of structured matrices.
+
+They are the contract tests, tests of the operators that build these matrices, and tests of invalid terms and factors.
+"""
 
 import re
 
@@ -69,7 +72,10 @@ class TestScaledSum(CompositeContract):
 
 @pytest.fixture
 def parts():
-    """Return three 3 x 3 matrices without symmetry, and their dense forms, written by hand."""
+    """Return three 3 x 3 matrices and their dense forms, which are written by hand.
+
+    None of the matrices is symmetric, so a test fails if the code under test transposes one of them by mistake.
+    """
     C = Circulant(jnp.array([1.0, 2.0, 4.0]), shape=(3, 3))
     L = LowRank(down=jnp.array([[1.0], [10.0], [100.0]]), up=jnp.array([[1.0, 2.0, 3.0]]))
     D = Circulant(jnp.array([0.0, 1.0, 0.0]), shape=(3, 3))
@@ -129,7 +135,7 @@ def test_a_multiple_is_lean_if_its_factor_is_constant():
 
 
 def test_orientation_of_a_product():
-    # The first factor maps 2 features to 3, and the second maps these to 1. x is multiplied by the first factor first.
+    # The product is x @ A @ B. The factor A maps 2 features to 3, and the factor B maps these 3 features to 1.
     A = LowRank(down=jnp.array([[1.0], [10.0]]), up=jnp.array([[1.0, 2.0, 3.0]]))
     B = LowRank(down=jnp.array([[1.0], [0.0], [2.0]]), up=jnp.array([[1.0]]))
     product = A @ B
@@ -170,7 +176,8 @@ def test_a_constant_factor_is_structure_and_an_array_is_a_leaf(parts):
     x = jnp.array([1.0, 0.0, 0.0])
     slope = jax.grad(lambda m: m.apply(x)[2])(learned).alpha
     np.testing.assert_allclose(slope, 4.0, rtol=1e-6)
-    # If alpha is zero, its gradient is not zero, so it can be trained from there, as in the released code of the paper.
+    # The released code of the paper initialises alpha with zero. There the gradient of alpha must not be zero, because
+    # otherwise training could not change alpha.
     grad = jax.grad(lambda m: m.apply(x)[2])(jnp.float32(0) * A)
     assert grad.alpha != 0 and not np.any(grad.matrix.c)
 

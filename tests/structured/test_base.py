@@ -1,4 +1,4 @@
-"""Tests of the orientation `y = x @ M`, which holds for the whole package, and of the dtypes of products."""
+"""Tests of two conventions of all structured matrices: the orientation `y = x @ M` and the dtypes of products."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +8,7 @@ from surm_jax.structured import Circulant, Toeplitz, compute_dtype
 
 
 def test_orientation():
-    """Check that M has the shape (in_features, out_features) of a Flax kernel, and that `apply` returns `x @ M`."""
+    """Check that M has the shape (in_features, out_features), as a kernel in Flax, and that `apply` returns `x @ M`."""
     M = Toeplitz(jnp.array([1.0, 2.0, 3.0, 4.0]), shape=(2, 3))
     np.testing.assert_array_equal(M.to_dense(), [[2, 3, 4], [1, 2, 3]])
     np.testing.assert_allclose(M.apply(jnp.array([1.0, 10.0])), [12, 23, 34], rtol=1e-6)

@@ -1,6 +1,7 @@
-"""Tests of `refine`, which moves the parameters of a matrix to bring it nearer to a dense target.
+"""Tests of `refine`, which optimises the parameters of a structured matrix so that it approximates a dense target.
 
-The results are compared with optima that are known in closed form. Other tests pass wrong arguments.
+Its results are compared with the best approximations, which are known in closed form in these tests. Other tests pass
+invalid arguments.
 """
 
 import jax
@@ -31,9 +32,9 @@ def relative_error(matrix, target) -> float:
 
 
 def best_error(target) -> float:
-    """Return the relative error of the best approximation of rank 3, by a truncated SVD.
+    """Return the relative error of the best approximation of rank 3, which a truncated SVD gives.
 
-    The matrix that `start` returns has rank 3, so `refine` cannot reach a smaller error.
+    The matrix that `start` returns has rank 3. `refine` keeps this rank, so it cannot reach a smaller error.
     """
     singular = np.linalg.svd(np.asarray(target, np.float64), compute_uv=False)
     return np.linalg.norm(singular[3:]) / np.linalg.norm(singular)
@@ -132,7 +133,10 @@ TRACES = []
 
 @matrix_pytree
 class Row(StructuredMatrix):
-    """A matrix whose columns all equal `c ** 2`. Each time JAX traces its dense form, `TRACES` gets one more item."""
+    """A matrix whose columns all equal `c ** 2`.
+
+    To count how often JAX traces its dense form, each trace appends an item to `TRACES`.
+    """
 
     c: jax.Array
     shape: tuple[int, int] = static()

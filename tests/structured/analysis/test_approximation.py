@@ -11,7 +11,7 @@ from tests.structured.cases import EXHAUSTIVE, quick
 
 
 def is_ours(name):
-    """Return whether the family `name` is part of the package. Other test files register families of their own."""
+    """Return whether `surm_jax` defines the family `name`. Other test files register further families."""
     return FAMILIES[name].__module__.startswith("surm_jax.")
 
 
@@ -43,8 +43,8 @@ def test_closed_forms_of_numpy():
     singular = np.linalg.svd(target, compute_uv=False) ** 2
     assert found["LowRank"].options == {"rank": 2}
     assert found["LowRank"].energy == pytest.approx(singular[:2].sum() / total, rel=1e-5)
-    # A sum of two Kronecker products of a 4 x 3 and a 3 x 4 matrix. Its energy is that of the two largest singular
-    # values of the matrix whose rows are the flattened 3 x 4 blocks of the target.
+    # The budget allows a sum of two Kronecker products of a 4 x 3 and a 3 x 4 matrix. The best such sum keeps the
+    # energy of the two largest singular values of the matrix whose rows are the flattened 3 x 4 blocks of the target.
     assert found["Kronecker"].options == {"terms": 2}
     blocks = target.reshape(4, 3, 3, 4).transpose(0, 2, 1, 3).reshape(12, 12)
     singular = np.linalg.svd(blocks, compute_uv=False) ** 2
@@ -55,7 +55,7 @@ def test_closed_forms_of_numpy():
     # the result is the best single Kronecker product.
     assert found["LowRankKronecker"].options == {"rank": 3}
     assert found["LowRankKronecker"].energy == pytest.approx(singular[:1].sum() / total, rel=1e-5)
-    # With blocks of 3 x 3, there are 4 x 4 blocks with 3 parameters each.
+    # The target is divided into 4 x 4 blocks of shape 3 x 3. Each circulant block has 3 parameters.
     assert found["BlockCirculant"].options == {"block": 3}
     # The best tile is the mean of the four 6 x 6 tiles of the target.
     assert found["Tiled"].options == {"side": 6}

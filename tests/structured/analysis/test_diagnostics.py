@@ -1,4 +1,7 @@
-"""Tests of ranks, determinants and condition numbers, compared with NumPy's results for the dense matrices."""
+"""Tests of the functions for ranks, determinants and condition numbers.
+
+The expected results are those of NumPy for the dense forms of the matrices.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +43,8 @@ def paper_f_circulant(v: np.ndarray, f: float) -> np.ndarray:
 def members(n: int, seed: int = 0):
     """Return random n x n structured matrices, each with the dense matrix that NumPy computes for it.
 
-    For the first five, the code under test computes eigenvalues by an FFT, but not for the last two. Only the last
-    matrix is singular for n > 1.
+    For the first five matrices, the code under test computes the eigenvalues by an FFT. For the last two, it uses the
+    dense form. For n > 1, the last matrix is singular and the others are not.
     """
     u, v = np.random.default_rng(seed).normal(size=(2, n))
     with jax.enable_x64(True):
@@ -91,14 +94,15 @@ def test_circulants_are_never_formed():
     matrix = CirculantPair(jnp.asarray(c), jnp.ones(n), shape=(n, n))
     assert numerical_rank(matrix) == n
     assert condition_number(matrix) == pytest.approx(2.0)
-    # The determinant is 3^n - (-1)^n, and -(-1)^n vanishes by rounding.
+    # The determinant is 3^n - (-1)^n. Its logarithm, rounded to float64, equals that of 3^n.
     assert log_determinant(matrix) == (1.0, pytest.approx(n * np.log(3.0)))
 
 
 @pytest.mark.parametrize("zeros", [1, 3, 5])
 def test_the_rank_of_a_circulant_is_its_number_of_non_zero_frequencies(zeros):
     spectrum = np.ones(7) + np.arange(7)
-    # These 7 values stand for 12 frequencies. All except the first and the last stand for two frequencies each.
+    # These are the 7 values of a real FFT of length 12. In the complex FFT, which has 12 values, each of these values
+    # occurs twice, except the first and the last.
     spectrum[:zeros] = 0
     c = np.fft.irfft(spectrum, n=12)
     matrix = Circulant(jnp.asarray(c, jnp.float32), shape=(12, 12))
@@ -135,7 +139,7 @@ def test_singular_matrices():
 
 
 def test_a_toeplitz_matrix_on_which_levinson_breaks_down():
-    # The leading 1 x 1 and 3 x 3 blocks of this matrix are singular.
+    # Levinson's recursion divides by zero, because the leading 1 x 1 and 3 x 3 blocks of this matrix are singular.
     T = scipy.linalg.toeplitz([0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0])
     with pytest.raises(np.linalg.LinAlgError):
         scipy.linalg.solve_toeplitz(T[0], np.ones(4))
@@ -162,7 +166,7 @@ def test_displacement_rank_of_sums_of_circulant_times_skew_circulant(r):
     W = sum(paper_f_circulant(g, 1.0) @ paper_f_circulant(h, -1.0) for g, h in zip(G, H, strict=True))
     assert displacement_rank(W.T) == r
     assert displacement_rank(W.T.astype(np.float32)) == r
-    # The transpose has a larger displacement rank.
+    # displacement_rank(W) computes the displacement of the transpose of W, which has a larger rank.
     assert displacement_rank(W) > r
 
 
@@ -172,8 +176,8 @@ def test_displacement_ranks_of_families():
     assert displacement_rank(C) == displacement_rank(S) == 1
     assert displacement_rank(C, g=1.0) == 0 and displacement_rank(S, f=-1.0) == 0
     assert displacement_rank(C + S) == 2
-    # The input is multiplied by the skew-circulant matrix S first. So M = S C is the transpose of the product
-    # Z_1(g) Z_{-1}(h) in the paper.
+    # In x @ (S @ C), x is multiplied by the skew-circulant matrix S first. So S @ C is the transpose of a product
+    # Z_1(g) Z_{-1}(h) as in the paper, and has the displacement rank 1.
     assert displacement_rank(S @ C) == 1 and displacement_rank(C @ S) > 1
     T = scipy.linalg.toeplitz(c, [c[0], *v[1:]])
     assert displacement_rank(T) == displacement_rank(T[:5]) == 2

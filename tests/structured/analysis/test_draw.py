@@ -1,4 +1,4 @@
-"""Tests of `draw` and `origins`, and of the page `docs/structured.md`, which shows a picture of every family."""
+"""Tests of `draw`, of `origins`, and of the page `docs/structured.md`, which shows pictures of all families."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Tests of `choose`, which chooses the execution for `auto` from a table of measurements."""
+"""Tests of `choose`, which uses a table of measurements to choose the execution for the name `auto`."""
 
 import json
 

@@ -1,6 +1,7 @@
 """Tests of `updated_matmul` and `matmul` with every execution.
 
-They test values, gradients, the arrays that reverse mode stores, and communication between devices.
+They test values, gradients, the arrays that reverse mode stores for the backward pass, and which arrays the devices of
+a mesh send to each other.
 """
 
 import jax
@@ -18,10 +19,10 @@ from tests.structured.cases import TOLERANCES, assert_close, quick
 
 
 def case(family, shape=(12, 8), batch=(4, 5), dtype="float64", seed=0):
-    """Return the arguments of a test, with random values.
+    """Return random arguments for a test of `updated_matmul`.
 
     Returns:
-        A structured matrix of the family (the update), the input x, the kernel W, and a cotangent of the output.
+        A structured matrix of the family (the update), the input x, the kernel, and a cotangent of the output.
     """
     rng = np.random.default_rng(seed)
     options = FAMILIES[family].options_within(shape, 4 * max(shape)) or {}
@@ -32,7 +33,15 @@ def case(family, shape=(12, 8), batch=(4, 5), dtype="float64", seed=0):
 
 
 def outputs(update, x, kernel, dy, how):
-    """Return the output of `updated_matmul` with the execution `how`, and the gradients of update, x and kernel."""
+    """Return the output of `updated_matmul` and the gradients with respect to update, x and kernel.
+
+    Args:
+        update: The structured matrix.
+        x: The input.
+        kernel: The dense kernel.
+        dy: The cotangent of the output.
+        how: The name of the execution.
+    """
     y, pull = jax.vjp(lambda update, x, kernel: updated_matmul(x, kernel, update, execution=how), update, x, kernel)
     return y, *pull(dy)
 
@@ -40,12 +49,12 @@ def outputs(update, x, kernel, dy, how):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("family", quick(FAMILIES, "Circulant", "Kronecker", "Tiled"))
 def test_all_executions_give_the_same_values_and_gradients(family, monkeypatch):
-    monkeypatch.setattr(execution, "PIECE_BYTES", 6 * 12 * 8)  # The 20 tokens are divided into pieces of 5.
+    monkeypatch.setattr(execution, "PIECE_BYTES", 6 * 12 * 8)  # The 20 tokens are processed in chunks of 5.
     update, x, kernel, dy = case(family)
     M = np.asarray(update.to_dense())
     results = jax.jit(lambda *args: {how: outputs(*args, how) for how in EXECUTIONS})(update, x, kernel, dy)
-    # The gradients of `fft` are the expected ones: JAX differentiates the fast product, and the contract tests of every
-    # family compare these gradients with NumPy.
+    # The gradients of the execution `fft` serve as the expected ones, because the contract tests of every family
+    # compare the gradients of the fast product with NumPy.
     _, expected, *_ = results["fft"]
     for y, by_update, by_x, by_kernel in results.values():
         assert_close(y, x @ (kernel + M))
@@ -155,8 +164,9 @@ def test_only_gradients_cross_devices(family, kind):
 
 @pytest.mark.parametrize("how", ["auto", "fft", "dense"])
 def test_half_precision_does_not_lose_a_small_update(how):
-    # In bfloat16, 8 + 1e-4 is rounded to 8. All entries of the kernel are 8 and each row of x sums to zero, so the
-    # product of x and the kernel is zero. The output must be the product of x and the update.
+    # In bfloat16, 8 + 1e-4 is rounded to 8, so a sum of the kernel and the update would equal the kernel. All entries
+    # of the kernel are 8 and each row of x sums to zero, so the product of x and the kernel is zero. The output must be
+    # the product of x and the update.
     rng = np.random.default_rng(0)
     update = Circulant(jnp.asarray(1e-4 * rng.normal(size=64), jnp.float32), (64, 64))
     x = jnp.asarray(rng.permuted(np.tile([1.0, -1.0], (8, 32)), axis=1), jnp.bfloat16)

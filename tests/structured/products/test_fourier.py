@@ -1,7 +1,7 @@
 """Tests of circular and skew-circular convolution.
 
-Their values are compared with the defining sums. On a mesh of 8 devices, the tests check that no device gathers the
-activations of the others.
+The values of the convolutions are compared with the sums that define them. On a mesh of 8 devices, the tests check that
+no device gathers the activations of the other devices.
 """
 
 import jax
@@ -46,7 +46,7 @@ def loop(x: np.ndarray, c: np.ndarray, wrapped: int = 1) -> np.ndarray:
 def problem():
     """Return a `CirculantPair`, activations, and cotangents of the output.
 
-    All are NumPy arrays, which are not placed on a device yet.
+    All arrays are NumPy arrays, which are not on a device yet, so that each test can shard them over its own mesh.
     """
     rng = np.random.default_rng(0)
     pair = CirculantPair(*rng.normal(size=(2, IN)).astype(np.float32), shape=(IN, OUT))
@@ -181,8 +181,8 @@ def test_no_activation_is_gathered_by_a_skew_convolution(mesh_name, axis_type, n
 def test_xla_still_gathers_without_batch_local(problem, axis_type):
     """Check that without `batch_local`, XLA gathers the activations before an FFT (jax#15680).
 
-    If this test fails, XLA no longer does so. Then remove `batch_local`, and the test above, which proves nothing any
-    more.
+    If this test fails, XLA no longer gathers them. Then `batch_local` is not needed any more and can be removed. The
+    test above would then pass without it, so it can be removed, too.
     """
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
 
