@@ -138,7 +138,8 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # An OSError without an error number (errno) shows only its text. With a file name it would not show its text.
+        # An OSError without an error number (errno) keeps its message as it is. If a file name were added, Python would
+        # not show this message any more.
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise

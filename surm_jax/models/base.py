@@ -23,7 +23,7 @@ DTYPES = ("float32", "bfloat16")
 _LARGEST_SIZE, _MOST_BLOCKS = 2**31, 100
 
 READS = ("images", "text")
-"""The kinds of input that a model may take. A task uses only models that take its kind of input."""
+"""The kinds of input that a model may take. Each task, such as image classification, needs one kind of input."""
 
 HEAD = (r"head/.*",)
 """Regular expressions that match the paths of the head's parameters. The head is the output layer of a model."""

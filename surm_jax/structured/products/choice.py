@@ -19,7 +19,11 @@ from surm_jax.structured.algebra import Scaled
 from surm_jax.structured.base import StructuredMatrix
 
 TABLE = Path(__file__).with_name("choice.json")
-"""Path of the measurements. `python -m benchmarks.structured --write_table` adds those of the device it runs on."""
+"""Path of the file with the measurements.
+
+The command `python -m benchmarks.structured --write_table` measures the executions on the device on which it runs, and
+stores the fastest execution of each measured case in this file.
+"""
 
 
 def choose(update: StructuredMatrix, tokens: int, dtype: DTypeLike) -> str:

@@ -74,8 +74,8 @@ def updated_matmul(
 
     Args:
         x: Array of shape (..., in_features), with any number of leading dimensions. If its first dimension is sharded
-            over a device mesh, each device computes the product of its own part of `x` with the update. Of the arrays
-            of this product, only the gradient of the update's parameters is summed over the devices.
+            over a device mesh, each device computes the product of its own part of `x` with the update. For this
+            product, the devices exchange nothing but the gradient of the update's parameters, which they sum.
         kernel: Array of shape (in_features, out_features), usually in the dtype of `x`.
         update: Structured matrix of the same shape as the kernel, in any dtype.
         execution: One of `EXECUTIONS`, which the docstring of the module explains.
