@@ -130,7 +130,7 @@ def displacement_rank(matrix: AnyMatrix, *, f: float = 1.0, g: float = -1.0, rto
 
     The paper uses f = 1 and g = -1. With these, the displacement rank is at most 1 for circulant and skew-circulant
     matrices, at most 2 for Toeplitz matrices and their inverses, and at most r for matrices of the family
-    `LowDisplacementRank` with rank r and `transposed=False`. For these, the paper calls W `W(G, H)`. If f = g, the
+    `LowDisplacementRank` with rank r and `transposed=False`, whose W the paper writes as `W(G, H)`. If f = g, the
     displacement does not determine W. For example, with f = g = 1 it is zero for every circulant matrix.
 
     Args:
