@@ -124,7 +124,7 @@ def config_of(run: Run, data: str, model: str) -> RunConfig:
 
 
 def commonest(task: str, data_dir: str) -> Row:
-    """Return the row of a baseline without a model, which predicts the most frequent training label for every example.
+    """Return the results of predicting the most frequent training label for every example, as a row of the table.
 
     Args:
         task: The name of the GLUE task.

@@ -18,7 +18,7 @@ from surm_jax.peft.parts.layers import detach
 
 
 def merge(model: nnx.Module, adapters: Iterable[Adapter | str] | None = None) -> tuple[nnx.Module, float]:
-    """Return a copy of a model in which the updates of adapters are added to the kernels, and their parts are removed.
+    """Return a copy of a model with the updates of adapters added to the kernels, and without these adapters.
 
     The sums are computed in float64, and include the scales of the adapters (`set_scale`). `model` is not changed: to
     undo the merge, continue with `model`. Merging a model without adapters returns an equal model.
@@ -43,8 +43,8 @@ def merge(model: nnx.Module, adapters: Iterable[Adapter | str] | None = None) ->
 
     Raises:
         UserError: If the model does not have an adapter; if an adapter has a branch, which cannot be merged into a
-            kernel; if an update or a kernel is not finite; or if an adapter that is not merged has a part, such as that
-            of DoRA, that depends on a kernel into which another adapter is merged.
+            kernel; if an update or a kernel is not finite; or if an adapter that stays in the model depends on a
+            kernel that the merge changes, as a DoRA adapter does.
     """
     model = nnx.clone(model)
     names = adapter_names(model) if adapters is None else checked_names(model, adapters)

@@ -210,7 +210,10 @@ class StructuredMatrix(abc.ABC):
 
     @property
     def linear_in(self) -> str:
-        """The name of an array in which `M` is linear. In a family, it is the array that `init` sets to zero."""
+        """The name of an array such that `M` is a linear function of it while the other arrays are fixed.
+
+        The classes of families name the array that `init` sets to zero.
+        """
         return next(iter(self.arrays()))
 
     @property

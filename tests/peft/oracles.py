@@ -1,4 +1,4 @@
-"""The expected matrices and branches of the methods, computed by NumPy and SciPy, and the shapes of arrays in files."""
+"""What the methods must compute, by NumPy and SciPy, and the shapes that arrays must have in adapter files."""
 
 from collections.abc import Callable
 

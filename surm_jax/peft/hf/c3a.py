@@ -34,7 +34,10 @@ class C3AFormat(Format):
         return isinstance(matrix, BlockCirculant) or is_square
 
     def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:
-        """Return the settings, with the block size of each module, and the tensor `c3a_kernel` of each module."""
+        """Return the settings of the peft folder, and its tensors.
+
+        The settings include the block size of each module. There is one tensor, `c3a_kernel`, for each module.
+        """
         kernels = {}
         for module, update in updates.items():
             c = np.asarray(update.matrix.compact().c, np.float64)

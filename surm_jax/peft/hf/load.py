@@ -116,7 +116,7 @@ class _Tensors:
         """Check that every tensor in the folder was read.
 
         Args:
-            mark: The attribute `mark` of the folder's `Format`.
+            mark: The text by which tensors of the folder's format are recognised, such as "lora_" (`Format.mark`).
             model: The base model.
             names: The names that transformers gives to the modules of the model.
 

@@ -46,7 +46,12 @@ class Branch(PartMethod):
 
     @abc.abstractmethod
     def init_branch(self, key: jax.Array, width: int) -> tuple[StructuredMatrix, ...]:
-        """Return (M,) or (D, U) with initial values. The last matrix equals zero, but its gradient is not zero."""
+        """Return the initial matrices of a branch.
+
+        They are (M,) for a branch with one matrix, and (D, U) for a branch with a waist, where D leads into the waist
+        and U out of it. The last matrix equals zero, so that the branch adds nothing at first. Its gradient is not
+        zero, so that it can be trained.
+        """
 
     def make_part(self, place: Place, key: jax.Array) -> BranchPart:
         """Return the initial branch for one module."""
