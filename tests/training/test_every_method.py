@@ -115,8 +115,8 @@ def ten_steps(kind, method, mesh, scan):
     Returns:
         - The loss and the gradient norm of each step.
         - The trained arrays before the first step and after each step.
-        - The number of gradient entries that exist at the same time. Where the blocks of the model are stacked and run by
-          `jax.lax.scan`, only one block counts, because the gradients of the blocks are computed one after another.
+        - The number of gradient entries that exist at the same time. Where the blocks of the model are stacked and run
+          by `jax.lax.scan`, only one block counts, because the gradients of the blocks are computed one after another.
         - The frozen state.
         - The collectives in the compiled program.
     """

@@ -4,8 +4,8 @@ The paper (arXiv 2406.17740) writes `W x`. Here `y = x @ M` with `M = W^T`, so t
 `M` are those below the main diagonal of `W`. For a symmetric square matrix the two conventions agree, because it is its
 own transpose.
 
-A rectangular `Toeplitz` has one parameter for each of its own diagonals. A rectangular `Circulant` is different: it is a
-block of a square circulant matrix, and has the parameters of that square matrix.
+A rectangular `Toeplitz` has one parameter for each of its own diagonals. A rectangular `Circulant` is different: it is
+a block of a square circulant matrix, and has the parameters of that square matrix.
 """
 
 from collections.abc import Callable
