@@ -60,6 +60,19 @@ def locate(checkpoint: str, variant: str | None = None) -> Path | None:
     return path
 
 
+def is_folder(checkpoint: str) -> bool:
+    """Return whether the name of a checkpoint stands for a folder of transformers, without any download.
+
+    A name in `NAMES` never does, even where a folder of that name lies in the current folder.
+
+    >>> is_folder("hf://google/vit-base-patch16-224"), is_folder("digits")
+    (True, False)
+    """
+    if checkpoint in NAMES:
+        return False
+    return checkpoint.startswith(hub.PREFIX) or Path(checkpoint).expanduser().is_dir()
+
+
 def _what_is_wrong(path: Path, checkpoint: str) -> str:
     """Return the text of an error message for a path that is neither a file nor a folder of transformers.
 

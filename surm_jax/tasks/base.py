@@ -19,6 +19,7 @@ from surm_jax import data
 from surm_jax.errors import UserError
 from surm_jax.models.base import Config, Model, model_class, model_of_variant
 from surm_jax.pretrained import locate, model_config
+from surm_jax.pretrained.sources import is_folder
 from surm_jax.tasks.config import GEOMETRY, DataConfig, ModelConfig
 from surm_jax.tasks.objective import Objective
 
@@ -245,7 +246,7 @@ def find_geometry(config: ModelConfig, reads: str, outputs: int) -> Any:
     """
     if config.num_classes not in (0, outputs):
         raise UserError(f"config.model.num_classes={config.num_classes}, but the data asks for {outputs}")
-    if config.variant and (config.checkpoint.startswith("hf://") or Path(config.checkpoint).expanduser().is_dir()):
+    if config.variant and is_folder(config.checkpoint):
         raise UserError(
             f"config.model.checkpoint={config.checkpoint} says itself which model it holds, down to its numerics:"
             f" leave config.model.variant empty (--config.model.variant=), not {config.variant!r}"

@@ -9,6 +9,7 @@ from surm_jax.errors import UserError
 from surm_jax.models import ViT, ViTConfig
 from surm_jax.pretrained import AUGREG_URLS, load, locate
 from surm_jax.pretrained.download import cache_path
+from surm_jax.pretrained.sources import is_folder
 
 
 def test_none():
@@ -81,6 +82,13 @@ def test_a_bare_name_of_the_hub(tmp_path, monkeypatch):
     (tmp_path / "google").mkdir()
     (tmp_path / "google" / "vit").touch()
     assert locate("google/vit") == Path("google/vit")
+
+
+def test_a_known_name_is_no_folder_even_where_a_folder_has_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    assert not is_folder("digits") and is_folder("./digits")
+    assert locate("digits").name == "vit_digits.safetensors"
 
 
 def test_misspelt_path_beside_a_folder(tmp_path):
