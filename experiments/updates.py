@@ -32,7 +32,7 @@ def kernels(model: nnx.Module) -> dict[str, Float[Array, "in out"]]:
     """Return the kernels of all linear layers outside the head as matrices (in_features, out_features), by path.
 
     The kernels are sorted by the path of the layer inside its block (`kind_of`), and then by the number of the block.
-    The model in the example has one linear layer besides its head.
+    The model in the example has one linear layer and a head.
 
     >>> model = nnx.Dict(head=nnx.Linear(4, 2, rngs=nnx.Rngs(0)), up=nnx.Linear(2, 4, rngs=nnx.Rngs(1)))
     >>> {path: kernel.shape for path, kernel in kernels(model).items()}

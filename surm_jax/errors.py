@@ -74,3 +74,13 @@ def require_one_of(what: str, value: Any, known: Collection[str]) -> None:
     """
     if not isinstance(value, str) or value not in known:
         raise UserError(f"{what} must be one of {tuple(known)}, got {value!r}{did_you_mean(str(value), known)}")
+
+
+def first_line(error: Exception) -> str:
+    r"""Return the type of an error and at most 1,000 characters of the first line of its message.
+
+    >>> first_line(ValueError("no room\\nat address 7"))
+    'ValueError: no room'
+    """
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:1000]}" if lines else type(error).__name__

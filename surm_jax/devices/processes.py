@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from surm_jax.devices import private
-from surm_jax.errors import UserError
+from surm_jax.errors import UserError, first_line
 
 # Seconds without a heartbeat after which JAX considers a process dead and stops the others.
 HEARTBEAT = 30
@@ -265,7 +265,7 @@ def leave_for(error: Exception) -> NoReturn:
     """
     if several() and is_lost(error):
         _exit_now(
-            f"error: another process is gone, so this one stops ({_first_line(error)}). Look for its message;"
+            f"error: another process is gone, so this one stops ({first_line(error)}). Look for its message;"
             " the same command goes on from the last checkpoint",
             1,
         )
@@ -312,7 +312,3 @@ def _require_free(coordinator: str) -> None:
         socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
     except (OSError, OverflowError) as error:
         raise UserError(f"--coordinator={coordinator}: this process cannot listen there ({error})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"

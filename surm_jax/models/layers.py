@@ -180,7 +180,7 @@ class Blocks(nnx.List):
         states = [x]
         for index, block in enumerate(self):
             key = None if keys is None else keys[index]
-            states.append(call_block(block, states[-1], *arguments, key, remat=remat))
+            states.append(call_block(block, states[-1], *arguments, key, policy=REMAT[remat]))
         return tuple(states if every else states[-1:])
 
 
@@ -226,17 +226,22 @@ def drop(dropout: nnx.Dropout, x: jax.Array, key: jax.Array | None) -> jax.Array
     return dropout(x, deterministic=key is None, rngs=key)
 
 
-def call_block(block: nnx.Module, *arguments: Array | None, remat: str) -> Array:
-    """Return `block(*arguments)`, with a rematerialisation policy for the backward pass.
+def call_block(
+    block: nnx.Module,
+    *arguments: Any,
+    policy: Callable[..., bool] | None,
+    call: Callable[..., Any] = lambda block, *arguments: block(*arguments),
+) -> Any:
+    """Return `call(block, *arguments)`, with a rematerialisation policy for the backward pass.
 
     Args:
         block: The block. It must not change its own state when it is called.
         *arguments: The arguments of the block.
-        remat: Name of the rematerialisation policy, one of `REMAT`. It changes memory and time, but not the result.
+        policy: The policy, such as a value of `REMAT`. It changes memory and time, but not the result.
+        call: How the block is called. The default calls it with the arguments.
     """
-    policy = REMAT[remat]
     if policy is None:
-        return block(*arguments)
+        return call(block, *arguments)
     graphdef, state = nnx.split(block)
-    call = jax.checkpoint(lambda state, arguments: nnx.merge(graphdef, state)(*arguments), policy=policy)
-    return call(state, arguments)
+    pure = jax.checkpoint(lambda state, arguments: call(nnx.merge(graphdef, state), *arguments), policy=policy)
+    return pure(state, arguments)

@@ -35,19 +35,19 @@ class Description:
     Attributes:
         rows: A row for each part of an adapter, followed by a row for each other trained parameter.
         adapter: The number of trained parameters in the parts of adapters.
-        besides: The number of trained parameters of the base model, such as those of the head.
+        other: The number of trained parameters of the base model, such as those of the head.
         total: The number of all parameters of the adapted model, trained or not.
     """
 
     rows: tuple[Row, ...]
     adapter: int
-    besides: int
+    other: int
     total: int
 
     @property
     def trainable(self) -> int:
         """The number of all trained parameters."""
-        return self.adapter + self.besides
+        return self.adapter + self.other
 
     def __str__(self) -> str:
         cells = [("path", "shape", "update", "trained")]
@@ -61,7 +61,7 @@ class Description:
         share = 100 * self.trainable / max(self.total, 1)
         lines.append(
             f"trainable: {self.trainable:,} of {self.total:,} parameters ({share:.3f} %):"
-            f" {self.adapter:,} in updates, {self.besides:,} in other parameters"
+            f" {self.adapter:,} in updates, {self.other:,} in other parameters"
         )
         return "\n".join(lines)
 
@@ -95,9 +95,9 @@ def describe(model: nnx.Module, adapter: Adapter | None = None) -> Description:
         for path, variable in nnx.to_flat_state(trained):
             if not isinstance(variable, AdapterParam):
                 rows.append(Row(join(path), variable.shape, "trained", math.prod(variable.shape)))
-    besides = sum(row.trainable for row in rows) - adapter_count
+    other = sum(row.trainable for row in rows) - adapter_count
     total = sum(math.prod(variable.shape) for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    return Description(tuple(rows), adapter_count, besides, total)
+    return Description(tuple(rows), adapter_count, other, total)
 
 
 def _trained(part: Part) -> int:

@@ -24,7 +24,7 @@ import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
 from surm_jax.devices.processes import is_first, on_first
-from surm_jax.errors import UserError
+from surm_jax.errors import UserError, first_line
 from surm_jax.files import move_folder, read_json, remove_folder, remove_temporaries
 from surm_jax.peft import check_fingerprint
 from surm_jax.record.workdir import config_changes, differences
@@ -138,7 +138,7 @@ class Checkpoints:
         except Exception as error:  # Orbax passes on any error of the file system or storage library below it.
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(
-                f"cannot write the checkpoint {self.folder / str(step)}: {_first_line(error)}. Earlier ones are as they"
+                f"cannot write the checkpoint {self.folder / str(step)}: {first_line(error)}. Earlier ones are as they"
                 " were"
             ) from error
 
@@ -177,7 +177,7 @@ class Checkpoints:
         try:
             state = template._replace(**ocp.load(path / ARRAYS_NAME, abstract._asdict()))
         except Exception as error:
-            raise UserError(self._damaged(step, _first_line(error))) from error
+            raise UserError(self._damaged(step, first_line(error))) from error
         if _digest(state)["arrays"] != record["arrays"]:
             raise UserError(self._damaged(step, "its arrays are not those that were saved"))
         return Restored(state, record["data"], record["seconds"], record["score"])
@@ -289,8 +289,3 @@ def _digest(state: State) -> dict[str, Any]:
         sha256.update(name.encode())
         sha256.update(np.ascontiguousarray(jax.device_get(leaf)).view(np.uint8).data)
     return {"leaves": leaves, "arrays": sha256.hexdigest()}
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:1000]}" if lines else type(error).__name__

@@ -11,6 +11,7 @@ sharded over these devices. Every block then gathers its own weights just before
 again in the backward pass. Thus no device needs to hold the complete weights of more than one block at a time.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
@@ -21,6 +22,7 @@ from flax import nnx
 
 from surm_jax.devices.mesh import FSDP_AXIS, all_but_gathered, gathered
 from surm_jax.models import REMAT, Blocks
+from surm_jax.models.layers import call_block
 from surm_jax.peft.parts.dropout import keys_drawn, set_keys_drawn
 
 
@@ -59,7 +61,11 @@ class StepBlocks(Blocks):
                 first += part.depth
             else:
                 key = None if keys is None else keys[first]
-                states.append(_call(part, states[-1], arguments, key, remat))
+                policy = REMAT[remat] or (all_but_gathered if _is_split() else None)
+                inputs = keys_drawn(), states[-1], *arguments, key
+                x, drawn = call_block(part, *inputs, policy=policy, call=_call)
+                set_keys_drawn(drawn)
+                states.append(x)
                 first += 1
         return tuple(states if every else states[-1:])
 
@@ -80,55 +86,33 @@ def _scan(
     # Use a rematerialisation policy even if remat is "none". Without one, JAX would keep the gathered weights of all
     # blocks for the backward pass.
     policy = REMAT[remat] or all_but_gathered
-    layer = jax.checkpoint(_layer(graphdef, arguments), prevent_cse=False, policy=policy)
 
-    def body(carry: tuple, inputs: tuple) -> tuple:
-        x, drawn = layer(*carry, *inputs)
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
+    def layer(carry: tuple, inputs: tuple) -> tuple:
+        (x, drawn), (arrays, key) = carry, inputs
+        x, drawn = _call(nnx.merge(graphdef, arrays), drawn, x, *arguments, key)
         return (x, drawn), x if every else None
 
     drawn = keys_drawn()
     drawn = None if drawn is None else jnp.asarray(drawn, jnp.int32)
     states: jax.Array
-    (x, drawn), states = jax.lax.scan(body, (x, drawn), (arrays, keys))
+    (x, drawn), states = jax.lax.scan(layer, (x, drawn), (arrays, keys))
     set_keys_drawn(drawn)
     return list(states) if every else [x]
 
 
-def _call(
-    block: nnx.Module, x: jax.Array, arguments: tuple[jax.Array | None, ...], key: jax.Array | None, remat: str
-) -> jax.Array:
-    """Return the output of one single block."""
-    if not _is_split() and REMAT[remat] is None:
-        return block(x, *arguments, key)
-    graphdef, arrays = nnx.split(block)
-    layer = jax.checkpoint(_layer(graphdef, arguments), policy=REMAT[remat] or all_but_gathered)
-    x, drawn = layer(x, keys_drawn(), arrays, key)
-    set_keys_drawn(drawn)
-    return x
-
-
-def _layer(graphdef: nnx.GraphDef, arguments: tuple[jax.Array | None, ...]) -> Callable:
-    """Return a block as a pure function `(x, drawn, arrays, key) -> (output of the block, drawn)`.
-
-    `x` is the input of the block, `arrays` is its state, and `key` is its dropout key. If the block's weights are
-    sharded over devices, the function gathers them first.
+def _call(block: nnx.Module, drawn: jax.Array | None, *arguments: jax.Array | None) -> tuple:
+    """Return `(block(*arguments), drawn)`. If the block's weights are sharded over devices, gather them first.
 
     `drawn` is the number of dropout keys that adapters have drawn so far in this forward pass
     (`surm_jax.peft.parts.dropout.keys_drawn`). The function takes and returns it, because a value that is traced inside
     `jax.lax.scan` or `jax.checkpoint` cannot be used outside.
-
-    Args:
-        graphdef: The structure of the block.
-        arguments: Further arguments of the block, after `x`.
     """
-
-    def layer(x: jax.Array, drawn: jax.Array | None, arrays: nnx.State, key: jax.Array | None) -> tuple:
-        if _is_split():
-            arrays = gathered(arrays, jax.sharding.get_abstract_mesh())
-        set_keys_drawn(drawn)
-        return nnx.merge(graphdef, arrays)(x, *arguments, key), keys_drawn()
-
-    return layer
+    if _is_split():
+        graphdef, arrays = nnx.split(block)
+        block = nnx.merge(graphdef, gathered(arrays, jax.sharding.get_abstract_mesh()))
+    set_keys_drawn(drawn)
+    return block(*arguments), keys_drawn()
 
 
 def _is_split() -> bool:

@@ -174,7 +174,7 @@ class TestCallBlock:
         x, mask = jnp.asarray(normal(1, 2, 5, 12), jnp.float32), jnp.asarray([[True] * 5, [True] * 3 + [False] * 2])
 
         def loss(state, x, remat):
-            return call_block(nnx.merge(graphdef, state), x, mask, remat=remat).sum()
+            return call_block(nnx.merge(graphdef, state), x, mask, policy=REMAT[remat]).sum()
 
         gradient = jax.jit(jax.value_and_grad(loss), static_argnums=2)
         plain, *again = (jax.tree.leaves(gradient(state, x, remat)) for remat in REMAT)
@@ -192,7 +192,7 @@ class TestCallBlock:
     def test_without_key(self):
         block = MLP(6, 9, activation="relu", dropout=0.5, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
         x = jnp.ones((1, 2, 6))
-        np.testing.assert_allclose(call_block(block, x, None, remat="block"), block(x, None), rtol=1e-6)
+        np.testing.assert_allclose(call_block(block, x, None, policy=REMAT["block"]), block(x, None), rtol=1e-6)
 
 
 def _residuals(loss, state, x, remat):

@@ -84,7 +84,7 @@ def test_the_first_rule_that_matches_counts():
     assert (model.blocks[0].delta["default"].stored().rank, model.head.delta["default"].stored().rank) == (1, 2)
 
 
-def test_a_pattern_may_match_other_modules_besides():
+def test_a_pattern_may_match_other_modules_too():
     model, _ = adapt(
         materialize(lambda: Mixed(rngs=nnx.Rngs(0))), [Rule("embed|stem|norm|up", LoRA())], rngs=nnx.Rngs(1)
     )

@@ -212,7 +212,7 @@ def test_what_cannot_be_converted_is_refused():
         convert(broken, adapter, LoRA())
 
 
-def test_other_adapters_and_what_was_trained_besides_stay():
+def test_other_adapters_and_what_else_was_trained_stay():
     model, adapter = tuned(net(), CirculantUpdate(), train=["head/.*"])
     model, _ = tuned(model, LoRA(rank=2), target="body/1", name="other", seed=2)
     converted, _, _ = convert(model, adapter, LoRA(rank=6))

@@ -34,7 +34,7 @@ def vit_b16():
 def test_golden_counts_of_vit_b16(update, target, trained, stored):
     model, adapter = adapt(vit_b16(), [Rule(TARGETS[target], update)], train=["head/.*"], rngs=nnx.Rngs(1))
     description = describe(model, adapter)
-    assert (description.adapter, description.besides) == (trained, 769_000)
+    assert (description.adapter, description.other) == (trained, 769_000)
     assert description.trainable == trained + 769_000
     assert description.total == BASE_SIZE + 769_000 + trained
     assert (
@@ -60,7 +60,7 @@ def test_counts():
     description = describe(*fresh("mlp", "lora"))
     lora = 2 * sum(m + n for m, n in MODELS["mlp"].shapes.values())
     weights = 6 * 10 + 10 + 10 * 4 + 4 * 4 + 4 + 2 * 4 + 4 * 3 + 3
-    assert (description.adapter, description.besides, description.trainable) == (lora, 15, lora + 15)
+    assert (description.adapter, description.other, description.trainable) == (lora, 15, lora + 15)
     assert description.total == weights + lora
 
 
@@ -72,7 +72,7 @@ def test_the_matrix_of_a_layer_of_higher_rank_is_shown():
 
 def test_a_selection_has_no_updates():
     description = describe(base("mlp"), Adapter((), (".*",)))
-    assert (description.adapter, description.besides) == (0, description.total)
+    assert (description.adapter, description.other) == (0, description.total)
 
 
 def test_the_table():

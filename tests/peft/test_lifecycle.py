@@ -217,7 +217,7 @@ def test_deleting_gives_the_plain_classes_back():
     assert adapter_names(model) == ("one", "side", "two")
 
 
-def test_what_was_trained_besides_stays():
+def test_what_else_was_trained_stays():
     model, _ = tuned(net(), LoRA(), name="one", train=["head/.*"])
     for changed in (delete(model, "one"), set_active(model, [])):
         assert same_bits(changed.head.kernel[...], model.head.kernel[...])

@@ -12,7 +12,7 @@ from surm_jax.peft import CirculantUpdate, Description, Rule, adapt
 from surm_jax.record import report
 from surm_jax.record.report import combine, draw_curves, make_result, table
 
-DESCRIPTION = Description((), adapter=30, besides=12, total=2000)
+DESCRIPTION = Description((), adapter=30, other=12, total=2000)
 
 
 def result_of(accuracy, **changed):

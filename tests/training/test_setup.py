@@ -43,7 +43,7 @@ def test_a_part_of_the_data(tiny_files):
     assert task.dataset.test.labels.tolist() == [1, 0] * 7
     # `describe_config`, which loads no weights, also finds that the new head has two outputs.
     assert task.make_model(0).head.bias.shape == (2,)
-    assert describe_config(config).besides == 2 * 10 + 2
+    assert describe_config(config).other == 2 * 10 + 2
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_describing_makes_no_weights():
     # The parameters of the adapter are allocated, but not the 86 million weights of the base model.
     assert sum(array.size for array in jax.live_arrays()) - before < 200_000
     assert description.adapter == 12 * 3 * 2 * 2 * 768
-    assert description.besides == 768 * 10 + 10
+    assert description.other == 768 * 10 + 10
 
 
 def test_a_preset_and_its_pattern_are_the_same(tiny_files):

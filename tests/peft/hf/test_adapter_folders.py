@@ -123,7 +123,7 @@ class TestWriting:
         with pytest.raises(UserError, match=r"^no decompose_factor of peft's LoKr .* blocks/0/query .* method lokr"):
             saved(tmp_path / "b", *rules)
 
-    def test_what_is_trained_besides_is_whole_modules(self, tmp_path):
+    def test_what_else_is_trained_is_whole_modules(self, tmp_path):
         train = ["head/kernel", "blocks/1/norm/.*", "embed/embedding", "conv/bias"]
         model, settings, tensors = saved(tmp_path / "a", ("blocks/0/up", LoRA()), train=train)
         ours = parameters(model)
