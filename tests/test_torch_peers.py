@@ -130,7 +130,7 @@ def test_our_circulant_is_c3a_of_one_block(size):
     assert relative_error(gradients["r2"], by_c * r1) <= 1e-5
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), fast([(10, 6), (6, 10)]))
+@pytest.mark.parametrize(("inputs", "outputs"), fast([(10, 6), (6, 10)], unpack=True))
 def test_our_lora_is_that_of_peft(inputs, outputs):
     config = peft.LoraConfig(r=3, lora_alpha=2, target_modules=["0"])
     model, peer = adapted_linear(inputs, outputs, LoRA(rank=3, alpha=2.0), config)

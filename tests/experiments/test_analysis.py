@@ -36,6 +36,7 @@ from surm_jax.structured import (
 from surm_jax.training.modes import train_run
 from surm_jax.training.parsing import to_dict
 from surm_jax.training.setup import prepare
+from tests.speeds import fast
 from tests.training import tiny, tiny_text
 
 ADAPTER = "adapter_model.safetensors"
@@ -137,7 +138,7 @@ def grids(m, n, b):
 
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("no_search")
-@pytest.mark.parametrize("shape", [(10, 10), pytest.param((14, 10), marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("shape", fast([(10, 10), (14, 10)]))
 def test_shares_are_those_of_projections(shape):
     m, n = shape
     M = draw(0, m, n) + 0.3 * np.arange(m)[:, None] + np.eye(m, n, 1)

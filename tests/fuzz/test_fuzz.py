@@ -4,10 +4,10 @@ import pytest
 
 from tests.fuzz.run import run
 from tests.fuzz.subjects import SUBJECTS
-from tests.training import small
+from tests.speeds import fast
 
 
-@pytest.mark.parametrize("name", small.quick(SUBJECTS, "ours_several", "peft_lora"))
+@pytest.mark.parametrize("name", fast(SUBJECTS, "ours_several", "peft_lora"))
 def test_what_is_damaged_has_the_same_bytes_each_time(name, tmp_path):
     # Otherwise the seed and the number of an example would not give the same damaged files again.
     contents = []

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import scipy.linalg
 from flax import nnx
 
@@ -296,22 +295,14 @@ QUICK = frozenset({"circulant", "lora", "dora", "circulant_adapter", "bottleneck
 SMALL = frozenset({"mlp", "vit"})
 
 
-def by_speed(cases, methods=QUICK):
-    """Return pytest parameters for test cases. A case is the name of a method, or a pair (model, method) of names.
+def is_small(case: str | tuple[str, str]) -> bool:
+    """Return whether a case, a method or a pair (model, method), stands for a small model. A method does."""
+    return isinstance(case, str) or case[0] in SMALL or case == ("bfloat16_kernels", "dora")
 
-    All cases except the quick ones are marked as exhaustive, so that the fast test run leaves them out.
-    """
 
-    def is_quick(case):
-        model, method = ("mlp", case) if isinstance(case, str) else case
-        return method in methods and (model in SMALL or case == ("bfloat16_kernels", "dora"))
-
-    return [
-        pytest.param(
-            *([case] if isinstance(case, str) else case), marks=() if is_quick(case) else pytest.mark.exhaustive
-        )
-        for case in cases
-    ]
+def is_quick(case: str | tuple[str, str]) -> bool:
+    """Return whether the fast test run contains a case, which is the name of a method or a pair (model, method)."""
+    return is_small(case) and (case if isinstance(case, str) else case[1]) in QUICK
 
 
 @functools.cache

@@ -34,6 +34,7 @@ from tests.peft import models
 from tests.peft.models import FAST_TO_COMPILE, materialize, part_arrays, relative_error, run, same_bits
 from tests.peft.net import BODY, batch, expected, net, tuned
 from tests.peft.oracles import circulant, gelu, surm
+from tests.speeds import fast
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_TO_COMPILE)
@@ -83,10 +84,7 @@ IDS = (2, 0, 0, 1)
 
 @pytest.mark.parametrize(
     "method",
-    [
-        name if name in ("circulant", "dora", "waisted") else pytest.param(name, marks=pytest.mark.exhaustive)
-        for name in METHODS
-    ],
+    fast(METHODS, "circulant", "dora", "waisted"),
 )
 def test_each_example_gets_its_adapter_and_its_head(tmp_path, method):
     folders = saved(tmp_path, net(), [METHODS[method]] * 3, train=("head/.*",))

@@ -12,6 +12,7 @@ from flax import nnx
 
 from surm_jax.models import TARGETS, Bert, BertConfig, ViT, ViTConfig
 from surm_jax.peft import METHODS, Rule, Selection, adapt, describe, make_method
+from tests.speeds import fast
 
 D, HIDDEN, LAYERS = 768, 3072, 12
 DENSE = D * D + D
@@ -67,10 +68,10 @@ UPDATES = {
 }
 
 
-@pytest.mark.parametrize("model", ["vit", pytest.param("bert", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("model", fast(["vit", "bert"]))
 @pytest.mark.parametrize(
     "case",
-    [case if case == ("circulant", ()) else pytest.param(case, marks=pytest.mark.exhaustive) for case in UPDATES],
+    fast(UPDATES, ("circulant", ())),
     ids=str,
 )
 def test_updates_of_square_kernels(model, case):
@@ -79,16 +80,10 @@ def test_updates_of_square_kernels(model, case):
     assert trained(model, name, "qv", **dict(settings)) == 2 * LAYERS * UPDATES[case]
 
 
-@pytest.mark.parametrize("model", ["vit", pytest.param("bert", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("model", fast(["vit", "bert"]))
 @pytest.mark.parametrize(
     "name",
-    [
-        "circulant",
-        *(
-            pytest.param(name, marks=pytest.mark.exhaustive)
-            for name in ("toeplitz", "kronecker", "lora", "low_displacement")
-        ),
-    ],
+    fast(["circulant", "toeplitz", "kronecker", "lora", "low_displacement"]),
 )
 def test_the_papers_numbers(model, name):
     assert trained(model, name, "qkv") == 55_296
@@ -99,16 +94,10 @@ def test_the_stored_circulants_are_half_as_many():
     assert trained("vit", "c3a") == 27_648
 
 
-@pytest.mark.parametrize("model", ["vit", pytest.param("bert", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("model", fast(["vit", "bert"]))
 @pytest.mark.parametrize(
     "name",
-    [
-        "circulant_adapter",
-        *(
-            pytest.param(f"{name}_adapter", marks=pytest.mark.exhaustive)
-            for name in ("toeplitz", "kronecker", "low_displacement", "structured")
-        ),
-    ],
+    fast(f"{name}_adapter" for name in ("circulant", "toeplitz", "kronecker", "low_displacement", "structured")),
 )
 def test_structured_adapters(model, name):
     assert trained(model, name) == 55_296
@@ -116,7 +105,7 @@ def test_structured_adapters(model, name):
     assert trained(model, name, "pfeiffer") == 55_296 // 2
 
 
-@pytest.mark.parametrize("model", ["vit", pytest.param("bert", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("model", fast(["vit", "bert"]))
 def test_bottleneck_adapters(model):
     assert trained(model, "bottleneck", "houlsby") == 2_379_264
     assert trained(model, "bottleneck", "pfeiffer") == 1_189_632

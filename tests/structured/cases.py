@@ -8,7 +8,6 @@ The tests compare a structured matrix with a dense matrix that a subclass of the
 """
 
 import itertools
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ import pytest
 
 from surm_jax.errors import UserError
 from surm_jax.structured import Family, StructuredMatrix
+from tests.speeds import fast
 
 # For each dtype, the largest relative error that `assert_close` accepts. It is measured in the Frobenius norm.
 TOLERANCES = {
@@ -26,21 +26,6 @@ TOLERANCES = {
     "float16": 2.0**-11,  # The result is rounded once, to 11 bits, with an error of half a unit in the last place.
     "bfloat16": 2.0**-8,  # The result is rounded once, to 8 bits.
 }
-
-EXHAUSTIVE = pytest.mark.exhaustive
-
-
-def quick(cases: Iterable[Any], *fast: Any, unpack: bool = False) -> list[Any]:
-    """Return all cases of a parametrised test, and mark those as `exhaustive` that do not run by default.
-
-    Args:
-        cases: All cases. Each case is the value of one argument of the test, or, if `unpack` is true, a tuple with the
-            values of several arguments.
-        *fast: The cases that run by default, when pytest is called without options. They do not get the mark.
-        unpack: Whether each case is a tuple with the values of several arguments.
-    """
-    return [pytest.param(*(case if unpack else (case,)), marks=() if case in fast else EXHAUSTIVE) for case in cases]
-
 
 # Shapes (in_features, out_features) for the tests: odd and even sizes, wide and tall matrices. Tests that compile many
 # programs use only the shapes in `SMALL`.
@@ -138,7 +123,7 @@ class MatrixContract:
     # Product and dense form
 
     @pytest.mark.usefixtures("x64")
-    @pytest.mark.parametrize("shape", quick(SHAPES, (7, 7), (5, 12)), ids=str)
+    @pytest.mark.parametrize("shape", fast(SHAPES, (7, 7), (5, 12)), ids=str)
     def test_apply_and_to_dense(self, shape):
         matrix, M = self.create(shape)
         assert matrix.shape == shape
@@ -150,7 +135,7 @@ class MatrixContract:
             assert y.dtype == jnp.float64
             assert_close(y, x @ M)
 
-    @pytest.mark.parametrize("shape", quick([(1, 1), (3, 3), (768, 768), (768, 501)], (3, 3)), ids=str)
+    @pytest.mark.parametrize("shape", fast([(1, 1), (3, 3), (768, 768), (768, 501)], (3, 3)), ids=str)
     def test_apply_in_float32(self, shape):
         matrix, M = self.create(shape, "float32")
         x = np.random.default_rng(1).normal(size=(5, shape[0])).astype(np.float32)
@@ -163,7 +148,7 @@ class MatrixContract:
         assert matrix.apply(jnp.zeros((0, 5, 3))).shape == (0, 5, 2)
 
     @pytest.mark.usefixtures("x64")
-    @pytest.mark.parametrize("shape", quick(SMALL, (5, 12)), ids=str)
+    @pytest.mark.parametrize("shape", fast(SMALL, (5, 12)), ids=str)
     def test_transpose_and_adjoint_identity(self, shape):
         matrix, M = self.create(shape)
         x, y = (np.random.default_rng(n).normal(size=n) for n in shape)
@@ -183,7 +168,7 @@ class MatrixContract:
         assert_close(dense_of(compact), M)
 
     @pytest.mark.usefixtures("x64")
-    @pytest.mark.parametrize("shape", quick([(7, 7), (5, 12)], (5, 12)), ids=str)
+    @pytest.mark.parametrize("shape", fast([(7, 7), (5, 12)], (5, 12)), ids=str)
     def test_absorb_gives_the_multiple_of_the_same_structure(self, shape):
         """Check `absorb` with a Python number and with a traced array.
 
@@ -218,7 +203,7 @@ class MatrixContract:
     @pytest.mark.usefixtures("x64")
     @pytest.mark.parametrize(
         ("shape", "checkpoint"),
-        quick([*((shape, False) for shape in SMALL), ((7, 7), True), ((5, 12), True)], ((5, 12), False), unpack=True),
+        fast([*((shape, False) for shape in SMALL), ((7, 7), True), ((5, 12), True)], ((5, 12), False), unpack=True),
         ids=str,
     )
     def test_gradients_of_every_leaf_and_of_x(self, shape, checkpoint):
@@ -234,7 +219,7 @@ class MatrixContract:
             assert_close(grad.arrays()[name], expected)
 
     @pytest.mark.usefixtures("x64")
-    @pytest.mark.parametrize("shape", quick([(7, 7), (5, 12), (12, 5)], (12, 5)), ids=str)
+    @pytest.mark.parametrize("shape", fast([(7, 7), (5, 12), (12, 5)], (12, 5)), ids=str)
     def test_jvp(self, shape):
         matrix, M = self.create(shape)
         direction, _ = self.create(shape, seed=3)
@@ -246,7 +231,7 @@ class MatrixContract:
         dM = sum(np.einsum("k,kio->io", np.ravel(moves[k]), t) for k, t in self.tangents(matrix).items())
         assert_close(dy, dx @ M + x @ dM)
 
-    @EXHAUSTIVE
+    @pytest.mark.exhaustive
     def test_export_round_trip(self):
         pytest.importorskip("flatbuffers", reason="jax writes an exported function with flatbuffers")
         matrix, M = self.create((5, 3), "float32")
@@ -257,7 +242,7 @@ class MatrixContract:
         assert_close(y, np.asarray(x, np.float64) @ M, "float32")
 
     @pytest.mark.usefixtures("x64")
-    @pytest.mark.parametrize("shape", quick([(7, 7), (5, 12)], (5, 12)), ids=str)
+    @pytest.mark.parametrize("shape", fast([(7, 7), (5, 12)], (5, 12)), ids=str)
     def test_vmap_over_inputs_and_over_matrices(self, shape):
         matrices = [self.create(shape, seed=seed) for seed in range(3)]
         stack = jax.tree.map(lambda *leaves: np.stack(leaves), *(matrix for matrix, _ in matrices))
@@ -272,8 +257,8 @@ class MatrixContract:
 
     # Precision
 
-    @pytest.mark.parametrize("precision", ["bfloat16", pytest.param("float16", marks=EXHAUSTIVE)])
-    @pytest.mark.parametrize("shape", quick([(768, 768), (55, 96)], (55, 96)), ids=str)
+    @pytest.mark.parametrize("precision", fast(["bfloat16", "float16"]))
+    @pytest.mark.parametrize("shape", fast([(768, 768), (55, 96)], (55, 96)), ids=str)
     def test_half_precision_input_is_rounded_once(self, precision, shape):
         matrix, M = self.create(shape, "float32")
         x = np.random.default_rng(1).normal(size=(5, shape[0])).astype(jnp.dtype(precision))
@@ -296,7 +281,7 @@ class MatrixContract:
         grad = jax.jit(jax.grad(lambda m: jnp.sum(m.apply(x))))(matrix)
         assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(grad))
 
-    @EXHAUSTIVE
+    @pytest.mark.exhaustive
     @pytest.mark.usefixtures("x64")
     def test_double_parameters_work_in_double_on_single_input(self):
         matrix, _ = self.create((96, 55))
@@ -429,7 +414,7 @@ class StructuredMatrixContract(MatrixContract):
         assert jax.tree.structure(self.family.nearest(M, **example.options(), **steps)) == jax.tree.structure(example)
         assert self.family.options_from(example.shape, {"rank": 1, "f": 0.5}).keys() <= {*self.family.option_names}
 
-    @pytest.mark.parametrize("shape", quick([(1, 1), (7, 7), (2, 3), (12, 5)], (2, 3)), ids=str)
+    @pytest.mark.parametrize("shape", fast([(1, 1), (7, 7), (2, 3), (12, 5)], (2, 3)), ids=str)
     def test_init_is_zero_and_can_learn(self, shape):
         def start(key, x):
             matrix = self.family.init(key, shape, scale=1.0, **self.options(shape))
@@ -457,7 +442,7 @@ class StructuredMatrixContract(MatrixContract):
                 assert not np.array_equal(leaf, other[name])
                 assert abs(np.std(leaf) - 1) < 0.15
 
-    @EXHAUSTIVE
+    @pytest.mark.exhaustive
     def test_nearest_of_a_half_precision_matrix_is_float32(self):
         _, M = self.create((4, 3), "float32")
         found = self.family.nearest(jnp.asarray(M, jnp.bfloat16), **self.nearest_options((4, 3)))
@@ -482,7 +467,7 @@ class ProjectionContract(StructuredMatrixContract):
     """
 
     @pytest.mark.usefixtures("x64")
-    @pytest.mark.parametrize("shape", quick(SMALL, (5, 12)), ids=str)
+    @pytest.mark.parametrize("shape", fast(SMALL, (5, 12)), ids=str)
     def test_nearest_finds_members_again_and_nothing_near_it_is_nearer(self, shape):
         nearest = jax.jit(lambda dense: self.family.nearest(dense, **self.nearest_options(shape)))
         _, M = self.create(shape)

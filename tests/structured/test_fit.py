@@ -12,7 +12,7 @@ import pytest
 from surm_jax.errors import UserError
 from surm_jax.structured import Circulant, CirculantPair, LowDisplacementRank, LowRank, StructuredMatrix, refine, static
 from surm_jax.structured.base import matrix_pytree
-from tests.structured.cases import EXHAUSTIVE, quick
+from tests.speeds import fast
 
 SHAPE = (20, 12)
 
@@ -48,14 +48,14 @@ def test_reaches_the_truncated_svd():
 
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("dtype", quick(["float32", "float64"], "float64"))
+@pytest.mark.parametrize("dtype", fast(["float32", "float64"], "float64"))
 def test_precision_is_that_of_the_arrays_where_doubles_exist(dtype):
     found = refine(start(dtype), target(dtype))
     assert found.down.dtype == found.up.dtype == dtype
     assert abs(relative_error(found, target()) - best_error(target())) < {"float32": 1e-6, "float64": 1e-8}[dtype]
 
 
-@EXHAUSTIVE
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("x64")
 def test_finds_a_member_of_its_family_again():
     rng = np.random.default_rng(0)

@@ -12,14 +12,15 @@ import pytest
 from surm_jax.devices.mesh import replicated
 from surm_jax.training import loop
 from surm_jax.training.modes import train_run
-from tests.training import small, tiny
+from tests.speeds import fast
+from tests.training import tiny
 
 # Every step is logged and saved, and every second step is evaluated. So after two steps, the run has done each of these
 # at least once and has compiled everything that it needs.
 VALUES = {"optim.steps": 7, "log.metrics_every": 1, "log.checkpoint_every": 1, "log.evaluate_every": 2}
 
 
-@pytest.mark.parametrize("method", small.quick(["circulant", "full"], "circulant"))
+@pytest.mark.parametrize("method", fast(["circulant", "full"], "circulant"))
 def test_nothing_is_compiled_after_the_second_step(tiny_files, tmp_path, monkeypatch, method):
     step, compiled = 0, []
     put_batch, train = loop.put_batch, loop.take_steps
@@ -50,7 +51,7 @@ def test_nothing_is_compiled_after_the_second_step(tiny_files, tmp_path, monkeyp
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("method", small.quick(["circulant", "full"], "circulant"))
+@pytest.mark.parametrize("method", fast(["circulant", "full"], "circulant"))
 def test_a_step_moves_nothing_between_host_and_device(tiny_files, tmp_path, monkeypatch, method):
     compile_programs, programs, calls = loop.compile_steps, [], 0
 

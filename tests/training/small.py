@@ -4,13 +4,12 @@ They are for tests of the training step that need no data set, no files and no `
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 from surm_jax.models import Bert, BertConfig, ViT, ViTConfig
@@ -30,14 +29,6 @@ VALUES = {
     "compacter": {"peft.compacter.reduction": 4},
     "structured": {"peft.structured.family": "CirculantPair + LowRank"},
 }
-
-
-def quick(values: Iterable[str], *kept: str) -> list[Any]:
-    """Return values for `pytest.mark.parametrize`, and mark all except those in `kept` as exhaustive.
-
-    The fast test run leaves out tests that are marked as exhaustive.
-    """
-    return [value if value in kept else pytest.param(value, marks=pytest.mark.exhaustive) for value in values]
 
 
 class Small(NamedTuple):

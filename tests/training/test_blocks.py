@@ -26,6 +26,7 @@ from surm_jax.training.optimizer import make_optimizer
 from surm_jax.training.partition import partition
 from surm_jax.training.setup import prepare
 from surm_jax.training.step import init_state, make_train_step
+from tests.speeds import fast
 from tests.training import small, tiny
 
 KEY = jax.random.key(4)
@@ -56,10 +57,10 @@ def assert_same(looped, scanned):
     tiny.assert_close(looped[1], scanned[1], 1e-6)
 
 
-@pytest.mark.parametrize("kind", small.quick(small.KINDS, "vit"))
+@pytest.mark.parametrize("kind", fast(small.KINDS, "vit"))
 @pytest.mark.parametrize(
     "method",
-    small.quick(["circulant", "lora", "dora", "bottleneck", "norm_tuning", "full"], "circulant", "bottleneck"),
+    fast(["circulant", "lora", "dora", "bottleneck", "norm_tuning", "full"], "circulant", "bottleneck"),
 )
 def test_values_and_gradients_are_those_of_a_loop(kind, method):
     looped, scanned = (loss_and_gradients(small.build(kind, method), scan) for scan in (False, True))
@@ -67,7 +68,7 @@ def test_values_and_gradients_are_those_of_a_loop(kind, method):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("kind", small.quick(small.KINDS, "bert"))
+@pytest.mark.parametrize("kind", fast(small.KINDS, "bert"))
 @pytest.mark.parametrize(
     ("method", "remat"),
     [
@@ -86,7 +87,7 @@ def test_dropout_draws_the_same_keys(kind, method, remat):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("remat", small.quick(["none", "block"], "block"))
+@pytest.mark.parametrize("remat", fast(["none", "block"], "block"))
 def test_bfloat16(remat):
     with jax.numpy_dtype_promotion("standard"):  # The gradient of jax.nn.dot_product_attention needs it.
         looped, scanned = (
@@ -98,7 +99,7 @@ def test_bfloat16(remat):
     tiny.assert_near(looped[1], scanned[1], 2e-2)
 
 
-@pytest.mark.parametrize("kind", small.quick(small.KINDS, "vit"))
+@pytest.mark.parametrize("kind", fast(small.KINDS, "vit"))
 def test_states_of_every_layer(kind):
     arguments = {"vit": ("image",), "bert": ("tokens",)}[kind]
     states = {}

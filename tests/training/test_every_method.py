@@ -21,6 +21,7 @@ from surm_jax.training.optimizer import Rates, make_optimizer
 from surm_jax.training.parsing import base_config, parse
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
+from tests.speeds import fast
 from tests.training import small, tiny
 
 # Settings of methods whose default values do not fit a model of width 64 with two blocks, and learning rates with which
@@ -59,7 +60,7 @@ def digits(method: str) -> tiny.Built:
 KEY = jax.random.key(0)
 
 
-@pytest.mark.parametrize("method", small.quick(METHODS, "circulant"))
+@pytest.mark.parametrize("method", fast(METHODS, "circulant"))
 def test_a_method_lowers_the_loss_and_moves_what_it_trains(method):
     built = digits(method)
     mesh = built.job.mesh
@@ -81,7 +82,7 @@ def test_a_method_lowers_the_loss_and_moves_what_it_trains(method):
 
 
 @pytest.mark.parametrize(
-    "method", small.quick(["circulant", "circulant_adapter", "dora", "lora_fix", "bitfit", "full"], "circulant")
+    "method", fast(["circulant", "circulant_adapter", "dora", "lora_fix", "bitfit", "full"], "circulant")
 )
 def test_memory_holds_frozen_weights_once_and_trained_ones_three_times(method):
     built = digits(method)
@@ -136,8 +137,8 @@ def ten_steps(kind, method, mesh, scan):
     return np.array(losses), arrays, gradients, frozen, collectives(step.as_text())
 
 
-@pytest.mark.parametrize("kind", small.quick(small.KINDS, "vit"))
-@pytest.mark.parametrize("method", small.quick(METHODS, "circulant"))
+@pytest.mark.parametrize("kind", fast(small.KINDS, "vit"))
+@pytest.mark.parametrize("method", fast(METHODS, "circulant"))
 def test_eight_devices_compute_what_one_computes_and_exchange_gradients_and_weights_alone(kind, method, monkeypatch):
     monkeypatch.setattr(meshes, "SMALLEST_SPLIT", 200)
     losses, arrays, _, _, _ = ten_steps(kind, method, make_mesh(1, {}), scan=False)

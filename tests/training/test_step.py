@@ -18,7 +18,8 @@ from surm_jax.tasks.objective import CLASSES, NUMBER, cross_entropy, squared_err
 from surm_jax.training.optimizer import Rates, make_optimizer
 from surm_jax.training.partition import Partition
 from surm_jax.training.step import init_state, make_train_step
-from tests.training import small, tiny
+from tests.speeds import fast
+from tests.training import tiny
 
 # Use plain gradient descent. Adam's updates would hide the size of the gradients and amplify their rounding errors.
 SGD = optax.sgd(1.0)
@@ -76,7 +77,7 @@ def run_step(built, mesh, optimizer, **options):
     return tiny.host(state.trained), {name: float(value) for name, value in metrics.items()}, compiled.as_text()
 
 
-@pytest.mark.parametrize("method", small.quick(tiny.METHODS, "circulant", "full"))
+@pytest.mark.parametrize("method", fast(tiny.METHODS, "circulant", "full"))
 def test_what_a_step_changes_and_what_not(built_for, method):
     built, mesh = built_for(method), make_mesh(0, {})
     config = dataclasses.replace(built.job.config.optim, steps=100)
@@ -154,7 +155,7 @@ def test_frozen_kernels_get_no_gradient(built_for):
         assert kernel_gradients(built_for(method)) == []
 
 
-@pytest.mark.parametrize("method", small.quick(["circulant", "full"], "circulant"))
+@pytest.mark.parametrize("method", fast(["circulant", "full"], "circulant"))
 def test_micro_batches_make_one_batch(built_for, method):
     built, mesh = built_for(method), make_mesh(0, {})
     whole, metrics, _ = run_step(built, mesh, SGD, label_smoothing=0.1)
@@ -165,7 +166,7 @@ def test_micro_batches_make_one_batch(built_for, method):
     assert gathered_sizes(program) == []
 
 
-@pytest.mark.parametrize("method", small.quick(tiny.METHODS, "circulant"))
+@pytest.mark.parametrize("method", fast(tiny.METHODS, "circulant"))
 def test_eight_devices_compute_what_one_computes_and_gather_nothing(built_for, method):
     built = built_for(method)
     one, metrics, _ = run_step(built, make_mesh(1, {}), SGD)

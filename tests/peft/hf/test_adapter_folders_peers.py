@@ -20,6 +20,7 @@ from surm_jax.pretrained.hf import ARCHITECTURES
 from surm_jax.pretrained.hf.architecture import Names
 from tests.peft.models import CONFIG, TENSORS, perturb, relative_error
 from tests.pretrained.hf.hf_trees import read_tree
+from tests.speeds import fast
 
 REASON = "compares with a PyTorch library: pip install -r requirements-peers.txt"
 torch = pytest.importorskip("torch", reason=REASON)
@@ -116,15 +117,11 @@ OURS = {
 CASES = [(name, method) for name in PEERS for method in OURS if name in ("vit", "bert") or method == "lora"]
 
 
-QUICK = (("vit", "lora"), ("vit", "c3a"))
+def _is_quick(case):
+    return case[:2] in (("vit", "lora"), ("vit", "c3a"))
 
 
-def _by_speed(cases):
-    """Return pytest parameters for cases. All except two with the plain ViT are marked as exhaustive."""
-    return [pytest.param(*case, marks=() if case[:2] in QUICK else pytest.mark.exhaustive) for case in cases]
-
-
-@pytest.mark.parametrize(("name", "method"), _by_speed(CASES))
+@pytest.mark.parametrize(("name", "method"), fast(CASES, where=_is_quick, unpack=True))
 def test_peft_computes_what_ours_computes(name, method, tmp_path):
     model, names = base(name)
     adapted, adapter = adapt(model, OURS[method], train=HEAD, rngs=nnx.Rngs(0))
@@ -176,7 +173,7 @@ THEIR_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "method", "saved"), _by_speed(THEIR_CASES))
+@pytest.mark.parametrize(("name", "method", "saved"), fast(THEIR_CASES, where=_is_quick, unpack=True))
 def test_ours_computes_what_peft_computes(name, method, saved, tmp_path):
     config = THEIRS[method]()
     config.modules_to_save = SAVED[saved]

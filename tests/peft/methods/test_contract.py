@@ -31,9 +31,10 @@ from tests.peft.cases import (
     SELECTIONS,
     UPDATES,
     bare,
-    by_speed,
     expected_output,
     fresh,
+    is_quick,
+    is_small,
     trained,
 )
 from tests.peft.models import (
@@ -53,6 +54,7 @@ from tests.peft.models import (
     trainable_paths,
 )
 from tests.peft.oracles import low_rank
+from tests.speeds import fast
 
 SELECTED = [(model, method) for method in SELECTIONS for model in OURS]
 
@@ -124,13 +126,13 @@ def test_the_case_has_no_setting_at_its_default(method):
 # The start
 
 
-@pytest.mark.parametrize(("name", "method"), by_speed(EVERY))
+@pytest.mark.parametrize(("name", "method"), fast(EVERY, where=is_quick, unpack=True))
 def test_a_fresh_adapter_changes_no_bit_of_the_output(name, method):
     # The models are not compiled here, since two different compiled programs may sum in different orders.
     assert same_bits(fresh(name, method)[0](inputs(name)), base(name)(inputs(name)))
 
 
-@pytest.mark.parametrize(("name", "method"), by_speed(EVERY))
+@pytest.mark.parametrize(("name", "method"), fast(EVERY, where=is_quick, unpack=True))
 def test_parts_are_where_the_rule_says_and_start_as_they_must(name, method):
     model, _ = fresh(name, method)
     case, arrays, everything = CASES[method], adapter_arrays(model), parameters(model)
@@ -145,7 +147,7 @@ def test_parts_are_where_the_rule_says_and_start_as_they_must(name, method):
     assert not arrays
 
 
-@pytest.mark.parametrize("method", by_speed(ADDED))
+@pytest.mark.parametrize("method", fast(ADDED, where=is_quick))
 def test_layers_start_at_different_random_numbers(method):
     arrays = [array.tobytes() for array in adapter_arrays(fresh("mlp", method)[0]).values() if array.any()]
     assert len(set(arrays)) == len(arrays) >= (0 if method in ("c3a", "mora") else len(CASES[method].places("mlp")))
@@ -154,7 +156,7 @@ def test_layers_start_at_different_random_numbers(method):
 # The output
 
 
-@pytest.mark.parametrize(("name", "method"), by_speed(EVERY, ADDED))
+@pytest.mark.parametrize(("name", "method"), fast(EVERY, where=is_small, unpack=True))
 def test_output_is_that_of_the_oracle(name, method):
     model, _ = trained(name, method)
     x = inputs(name)
@@ -166,7 +168,7 @@ def test_output_is_that_of_the_oracle(name, method):
     assert y.dtype == run(base(name), x).dtype
 
 
-@pytest.mark.parametrize(("name", "method"), by_speed(EVERY))
+@pytest.mark.parametrize(("name", "method"), fast(EVERY, where=is_quick, unpack=True))
 def test_a_scale_of_zero_is_the_base_to_the_bit(name, method):
     model = nnx.clone(trained(name, method)[0])
     for _, _, part, _ in iter_parts(model):
@@ -174,7 +176,7 @@ def test_a_scale_of_zero_is_the_base_to_the_bit(name, method):
     assert same_bits(model(inputs(name)), bare(name, model)(inputs(name)))
 
 
-@pytest.mark.parametrize("method", by_speed(ADDED))
+@pytest.mark.parametrize("method", fast(ADDED, where=is_quick))
 def test_a_scale_between_is_a_part_of_what_is_added(method):
     model = nnx.clone(trained("mlp", method)[0])
     # The output of a single layer is linear in the scale of its part.
@@ -191,7 +193,7 @@ def test_a_scale_between_is_a_part_of_what_is_added(method):
 # What is trained
 
 
-@pytest.mark.parametrize(("name", "method"), by_speed(EVERY))
+@pytest.mark.parametrize(("name", "method"), fast(EVERY, where=is_quick, unpack=True))
 def test_trainable_are_the_arrays_of_the_adapter_and_the_head(name, method):
     model, adapter = fresh(name, method)
     constant = {p for p in adapter_arrays(model) if p.rpartition("/")[2] in CASES[method].constant}
@@ -201,7 +203,7 @@ def test_trainable_are_the_arrays_of_the_adapter_and_the_head(name, method):
     assert all(type(variables[path]) is AdapterConstant for path in constant)
 
 
-@pytest.mark.parametrize(("name", "method"), by_speed(SELECTED))
+@pytest.mark.parametrize(("name", "method"), fast(SELECTED, where=is_quick, unpack=True))
 def test_a_selection_trains_what_it_says(name, method):
     for train in (True, False) if method != "linear_probe" else (True,):
         model, adapter = selected(name, method, train)
@@ -212,7 +214,8 @@ def test_a_selection_trains_what_it_says(name, method):
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), by_speed([*((n, m) for n, m in EVERY if n in ("mlp", "deep", *OURS)), *SELECTED])
+    ("name", "method"),
+    fast([*((n, m) for n, m in EVERY if n in ("mlp", "deep", *OURS)), *SELECTED], where=is_quick, unpack=True),
 )
 def test_what_is_trained_moves_within_two_steps_and_nothing_else(name, method):
     model, adapter = selected(name, method) if method in SELECTIONS else fresh(name, method)
@@ -256,7 +259,7 @@ def test_plain_gradients_lower_the_loss_in_graph_and_in_tree_mode(graph, method)
 # A learned alpha
 
 
-@pytest.mark.parametrize("method", by_speed(UPDATES))
+@pytest.mark.parametrize("method", fast(UPDATES, where=is_quick))
 @pytest.mark.parametrize("alpha", [0.0, 0.7])
 def test_a_learned_alpha(method, alpha):
     update = dataclasses.replace(UPDATES[method].method, learn_alpha=True, alpha=alpha)
@@ -282,7 +285,7 @@ def test_a_learned_alpha(method, alpha):
 # Several adapters
 
 
-@pytest.mark.parametrize("method", by_speed(ADDED))
+@pytest.mark.parametrize("method", fast(ADDED, where=is_quick))
 def test_adapters_of_different_names_sum_on_the_same_input(method):
     """Check a model with two adapters of the method and a third one of another method, LoRA or the circulant branch."""
     model, adapters = base("mlp"), []
@@ -318,7 +321,7 @@ def dropped(model, x, key):
         return model(x)
 
 
-@pytest.mark.parametrize("method", by_speed(ADDED))
+@pytest.mark.parametrize("method", fast(ADDED, where=is_quick))
 def test_dropout(method):
     model, x = trained("mlp", method)[0], inputs("mlp")
     key = jax.random.key(0)
@@ -331,7 +334,7 @@ def test_dropout(method):
     assert same_bits(run(base("mlp"), x, key), run(base("mlp"), x))
 
 
-@pytest.mark.parametrize("method", by_speed(ADDED))
+@pytest.mark.parametrize("method", fast(ADDED, where=is_quick))
 def test_what_is_dropped_is_the_input_of_what_is_added_at_the_rate_of_the_method(method):
     layer, x = trained("mlp", method)[0].tail.gate, jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), "float32")
     case, key = CASES[method], jax.random.key(0)

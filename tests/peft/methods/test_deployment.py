@@ -21,9 +21,9 @@ from tests.peft.cases import (
     EVERY_UPDATE,
     OURS,
     UPDATES,
-    by_speed,
     changes,
     fresh,
+    is_quick,
     trained,
 )
 from tests.peft.methods.test_contract import SELECTED, head_of, selected
@@ -43,11 +43,12 @@ from tests.peft.models import (
     same_bits,
     trainable_paths,
 )
+from tests.speeds import fast
 
 # Merging
 
 
-@pytest.mark.parametrize(("name", "method"), by_speed(EVERY_UPDATE))
+@pytest.mark.parametrize(("name", "method"), fast(EVERY_UPDATE, where=is_quick, unpack=True))
 def test_merging(name, method):
     model, _ = trained(name, method)
     structure, before = nnx.graphdef(model), {**parameters(model), **adapter_arrays(model)}
@@ -81,7 +82,7 @@ def test_merging(name, method):
     assert all(same_bits(array, after[path]) for path, array in parameters(twice).items())
 
 
-@pytest.mark.parametrize("method", by_speed(UPDATES))
+@pytest.mark.parametrize("method", fast(UPDATES, where=is_quick))
 def test_merging_a_fresh_adapter_gives_the_base(method):
     merged, deviation = merge(fresh("mlp", method)[0])
     # DoRA divides the columns by their norms, which rounds once.
@@ -90,7 +91,7 @@ def test_merging_a_fresh_adapter_gives_the_base(method):
         np.testing.assert_allclose(parameters(merged)[path], array, rtol=3e-7 if method == "dora" else 0)
 
 
-@pytest.mark.parametrize("method", by_speed(BRANCHES))
+@pytest.mark.parametrize("method", fast(BRANCHES, where=is_quick))
 def test_branches_cannot_be_merged(method):
     model, _ = trained("mlp", method)
     place = min(CASES[method].places("mlp"))
@@ -113,7 +114,7 @@ def test_a_selection_has_nothing_to_merge(name):
 # Files
 
 
-@pytest.mark.parametrize(("name", "method"), by_speed(EVERY))
+@pytest.mark.parametrize(("name", "method"), fast(EVERY, where=is_quick, unpack=True))
 def test_saving_and_loading(name, method, tmp_path):
     model, adapter = trained(name, method)
     size = save_adapter(tmp_path / "one", model, adapter)
@@ -143,7 +144,7 @@ def test_saving_and_loading(name, method, tmp_path):
     assert found == expected | {path: parameters(model)[path].shape for path in head_of(name)}
 
 
-@pytest.mark.parametrize(("name", "method"), by_speed(SELECTED))
+@pytest.mark.parametrize(("name", "method"), fast(SELECTED, where=is_quick, unpack=True))
 def test_saving_and_loading_a_selection(name, method, tmp_path):
     model, adapter = selected(name, method)
     model = perturb(model, adapter)
@@ -167,7 +168,7 @@ def assert_same(method, y, expected):
         assert same_bits(y, expected)
 
 
-@pytest.mark.parametrize("method", by_speed(ADDED))
+@pytest.mark.parametrize("method", fast(ADDED, where=is_quick))
 def test_the_fused_form_computes_the_same(method):
     model = nnx.clone(trained("mlp", method)[0])
     plain = run(model, inputs("mlp"))

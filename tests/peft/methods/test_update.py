@@ -17,8 +17,9 @@ from surm_jax.peft import (
     merge,
     save_adapter,
 )
-from tests.peft.cases import UPDATES, by_speed
+from tests.peft.cases import UPDATES, is_quick
 from tests.peft.models import adapter_arrays, materialize, parameters, part_arrays, perturb, relative_error, same_bits
+from tests.speeds import fast
 
 X = np.random.default_rng(0).normal(size=(2, 3, 6)).astype(np.float32)
 FUSED = {
@@ -54,7 +55,7 @@ def fused_and_apart(kind, method, which=(0, 2)):
 
 
 @pytest.mark.parametrize("kind", FUSED)
-@pytest.mark.parametrize("method", by_speed(["circulant", "c3a", "lora", "lora_fix", "kronecker"]))
+@pytest.mark.parametrize("method", fast(["circulant", "c3a", "lora", "lora_fix", "kronecker"], where=is_quick))
 def test_parts_of_a_fused_kernel_are_what_layers_apart_are(kind, method):
     model, _, apart = fused_and_apart(kind, method)
     assert [path for path, *_ in iter_parts(apart)] == ["0", "2"]
@@ -65,7 +66,7 @@ def test_parts_of_a_fused_kernel_are_what_layers_apart_are(kind, method):
     assert relative_error(np.asarray(merged.qkv(jnp.asarray(X))).reshape(2, 3, 12), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("method", by_speed(ADDITIVE))
+@pytest.mark.parametrize("method", fast(ADDITIVE, where=is_quick))
 def test_the_parts_that_are_not_named_do_not_move(method):
     for which in ((1,), (0, 2)):
         model, _, _ = fused_and_apart("linear", method, which)
@@ -91,7 +92,7 @@ def test_each_part_starts_at_its_own_random_numbers():
     assert len(set(starts)) == 3
 
 
-@pytest.mark.parametrize("method", by_speed(UPDATES))
+@pytest.mark.parametrize("method", fast(UPDATES, where=is_quick))
 def test_files(method, tmp_path):
     model, adapter, _ = fused_and_apart("heads", method)
     save_adapter(tmp_path / "adapter", model, adapter)

@@ -8,9 +8,10 @@ from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.peft import ACTIVATIONS, AdapterParam, BottleneckBranch, CirculantBranch, Place, Rule, adapt
-from tests.peft.cases import BRANCHES, by_speed
+from tests.peft.cases import BRANCHES, is_quick
 from tests.peft.models import base, by_path, inputs, materialize, perturb, relative_error, same_bits
 from tests.peft.oracles import circulant, gelu
+from tests.speeds import fast
 
 X = np.random.default_rng(0).normal(size=(3, 4, 8)).astype(np.float32)
 
@@ -42,7 +43,7 @@ def test_the_adapter_of_houlsby_by_default():
     assert relative_error(branch.added(jnp.asarray(X)), gelu(X.astype(np.float64) @ D + d) @ U + b) < 1e-5
 
 
-@pytest.mark.parametrize("name", by_speed(BRANCHES))
+@pytest.mark.parametrize("name", fast(BRANCHES, where=is_quick))
 def test_without_biases(name):
     case = BRANCHES[name]
     branch = branch_of(dataclasses.replace(case.method, bias=False))
@@ -52,7 +53,7 @@ def test_without_biases(name):
     assert relative_error(branch.added(jnp.asarray(X)), case.branch(arrays, X.astype(np.float64))) < 1e-5
 
 
-@pytest.mark.parametrize("name", by_speed(BRANCHES))
+@pytest.mark.parametrize("name", fast(BRANCHES, where=is_quick))
 def test_what_is_trained_is_float32_and_all_of_it_is_saved(name):
     branch = branch_of(BRANCHES[name].method)
     saved = branch.tensors()
@@ -61,7 +62,7 @@ def test_what_is_trained_is_float32_and_all_of_it_is_saved(name):
     assert by_path(nnx.state(branch, AdapterParam)).keys() == saved.keys()
 
 
-@pytest.mark.parametrize("name", by_speed(BRANCHES))
+@pytest.mark.parametrize("name", fast(BRANCHES, where=is_quick))
 def test_the_output_has_the_dtype_of_the_input(name):
     branch = branch_of(BRANCHES[name].method)
     half = jnp.asarray(X, jnp.bfloat16)

@@ -7,7 +7,7 @@ import scipy.linalg
 
 from surm_jax.errors import UserError
 from surm_jax.structured import FAMILIES, approximations
-from tests.structured.cases import EXHAUSTIVE, quick
+from tests.speeds import fast
 
 
 def is_ours(name):
@@ -66,7 +66,7 @@ def test_closed_forms_of_numpy():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("shape", "side"),
-    quick([((3, 20), 13), ((20, 3), 13), ((3, 10), 10), ((12, 12), 6)], ((12, 12), 6), unpack=True),
+    fast([((3, 20), 13), ((20, 3), 13), ((3, 10), 10), ((12, 12), 6)], ((12, 12), 6), unpack=True),
     ids=str,
 )
 def test_the_tile_is_the_largest_that_the_budget_holds(shape, side):
@@ -75,7 +75,7 @@ def test_the_tile_is_the_largest_that_the_budget_holds(shape, side):
     assert found.matrix.num_params == min(side, shape[0]) * min(side, shape[1])
 
 
-@EXHAUSTIVE
+@pytest.mark.exhaustive
 def test_every_target_of_a_family_is_kept_whole():
     c, t = gaussian(9), gaussian(2, 9)
     assert approximations(scipy.linalg.circulant(c), 18, steps=0)["Circulant"].energy == pytest.approx(1, abs=1e-6)

@@ -11,7 +11,8 @@ import pytest
 import surm_jax.structured
 from surm_jax.errors import UserError
 from surm_jax.structured import FAMILIES, Circulant, Family, StructuredMatrix, family
-from tests.structured.cases import ProjectionContract, StructuredMatrixContract, quick
+from tests.speeds import fast
+from tests.structured.cases import ProjectionContract, StructuredMatrixContract
 
 OURS = {name: cls for name, cls in FAMILIES.items() if cls.__module__.startswith("surm_jax.")}
 
@@ -36,7 +37,7 @@ def test_titles_are_different():
 
 
 @pytest.mark.parametrize("name", OURS)
-@pytest.mark.parametrize("shape", quick([(8, 8), (6, 9), (12, 8)], (6, 9)), ids=str)
+@pytest.mark.parametrize("shape", fast([(8, 8), (6, 9), (12, 8)], (6, 9)), ids=str)
 def test_options_within_a_budget_are_the_largest(name, shape):
     cls = FAMILIES[name]
     counts = []

@@ -12,7 +12,8 @@ from benchmarks.hlo import gathered_sizes
 from surm_jax.errors import UserError
 from surm_jax.structured import LowDisplacementRank
 from surm_jax.structured.families import low_displacement
-from tests.structured.cases import EXHAUSTIVE, StructuredMatrixContract, assert_close, quick
+from tests.speeds import fast
+from tests.structured.cases import StructuredMatrixContract, assert_close
 
 
 def paper_W(G: np.ndarray, H: np.ndarray) -> np.ndarray:
@@ -65,7 +66,7 @@ def test_orientation():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("shape", quick([(8, 8), (7, 7), (5, 12), (12, 5)], (5, 12)), ids=str)
+@pytest.mark.parametrize("shape", fast([(8, 8), (7, 7), (5, 12), (12, 5)], (5, 12)), ids=str)
 def test_the_transposed_direction(shape):
     N, rng = max(shape), np.random.default_rng(0)
     G, H = rng.normal(size=(2, N, 3))
@@ -95,7 +96,7 @@ def test_the_transposed_direction(shape):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("shape", quick([(6, 6), (3, 8), (8, 3), (1, 1)], (3, 8)), ids=str)
+@pytest.mark.parametrize("shape", fast([(6, 6), (3, 8), (8, 3), (1, 1)], (3, 8)), ids=str)
 def test_gradients_of_the_dense_form_are_those_of_the_product(shape):
     G, H = draw(2, max(shape), 1)
     matrix = LowDisplacementRank(jnp.asarray(G), jnp.asarray(H), shape=shape)
@@ -107,7 +108,7 @@ def test_gradients_of_the_dense_form_are_those_of_the_product(shape):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("n", quick([7, 8], 7))
+@pytest.mark.parametrize("n", fast([7, 8], 7))
 def test_displacement_equation(n):
     G, H = draw(2, n, 3)
     W = np.asarray(LowDisplacementRank(jnp.asarray(G), jnp.asarray(H), shape=(n, n)).to_dense()).T
@@ -136,7 +137,7 @@ HELD = {
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", quick(HELD, "circulants", "tall Toeplitz"))
+@pytest.mark.parametrize("name", fast(HELD, "circulants", "tall Toeplitz"))
 def test_nearest_finds_what_the_family_holds_without_any_step(name):
     rank, build = HELD[name]
     target = build()
@@ -160,7 +161,7 @@ def test_the_better_start_is_no_worse_than_zero():
     assert relative_error(LowDisplacementRank.nearest(random_target(), rank=2, steps=0), random_target()) < 1
 
 
-@EXHAUSTIVE
+@pytest.mark.exhaustive
 def test_half_the_rank_does_not_hold_a_product_of_two_toeplitz_matrices():
     rows = draw(3, 20).astype(np.float32)
     target = scipy.linalg.toeplitz(rows[0], rows[1]) @ scipy.linalg.toeplitz(rows[2])
@@ -189,7 +190,7 @@ def test_nearest_keeps_the_best_of_two_searches(monkeypatch):
     assert errors[1] != errors[3]
 
 
-@EXHAUSTIVE
+@pytest.mark.exhaustive
 def test_nearest_is_better_than_gradient_descent():
     """Compare `nearest` with the paper's method: gradient descent from random starts, with several learning rates."""
     target = random_target()
@@ -259,8 +260,8 @@ def _equations(jaxpr):
                 yield from _equations(value.jaxpr)
 
 
-@pytest.mark.parametrize("axis_type", quick([AxisType.Auto, AxisType.Explicit], AxisType.Auto), ids=str)
-@pytest.mark.parametrize("transposed", quick([False, True], False))
+@pytest.mark.parametrize("axis_type", fast([AxisType.Auto, AxisType.Explicit], AxisType.Auto), ids=str)
+@pytest.mark.parametrize("transposed", fast([False, True], False))
 def test_no_activation_is_gathered(transposed, axis_type):
     rng = np.random.default_rng(0)
     G, H = rng.normal(size=(2, 10, 2)).astype(np.float32)

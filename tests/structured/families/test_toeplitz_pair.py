@@ -14,7 +14,8 @@ from benchmarks.hlo import gathered_sizes
 from surm_jax.errors import UserError
 from surm_jax.structured.families.toeplitz import SymmetricToeplitz, Toeplitz
 from surm_jax.structured.families.toeplitz_pair import SymmetricToeplitzPair, ToeplitzPair
-from tests.structured.cases import StructuredMatrixContract, assert_close, quick
+from tests.speeds import fast
+from tests.structured.cases import StructuredMatrixContract, assert_close
 
 FAMILIES = [(ToeplitzPair, Toeplitz), (SymmetricToeplitzPair, SymmetricToeplitz)]
 
@@ -124,7 +125,7 @@ def test_starts_with_t1_zero_and_t2_random(family, count):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("family", "single"), quick(FAMILIES, FAMILIES[1], unpack=True))
+@pytest.mark.parametrize(("family", "single"), fast(FAMILIES, FAMILIES[1], unpack=True))
 def test_nearest_starts_at_the_nearest_single_one_with_balanced_factors(family, single):
     target = jnp.asarray(np.random.default_rng(0).normal(size=(4, 7)))
     start = family.nearest(target, steps=0)
@@ -135,7 +136,7 @@ def test_nearest_starts_at_the_nearest_single_one_with_balanced_factors(family, 
 
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("family", "single"), quick(FAMILIES, FAMILIES[1], unpack=True))
+@pytest.mark.parametrize(("family", "single"), fast(FAMILIES, FAMILIES[1], unpack=True))
 def test_nearest_is_nearer_than_a_single_one_finds_members_and_near_to_zero_can_learn(family, single):
     shape = (4, 7)
     nearest = jax.jit(family.nearest)

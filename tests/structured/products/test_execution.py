@@ -15,7 +15,8 @@ from benchmarks.hlo import gathered_sizes
 from surm_jax.errors import UserError
 from surm_jax.structured import EXECUTIONS, FAMILIES, Circulant, CirculantPair, LowRank, matmul, updated_matmul
 from surm_jax.structured.products import execution
-from tests.structured.cases import TOLERANCES, assert_close, quick
+from tests.speeds import fast
+from tests.structured.cases import TOLERANCES, assert_close
 
 
 def case(family, shape=(12, 8), batch=(4, 5), dtype="float64", seed=0):
@@ -47,7 +48,7 @@ def outputs(update, x, kernel, dy, how):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("family", quick(FAMILIES, "Circulant", "Kronecker", "Tiled"))
+@pytest.mark.parametrize("family", fast(FAMILIES, "Circulant", "Kronecker", "Tiled"))
 def test_all_executions_give_the_same_values_and_gradients(family, monkeypatch):
     monkeypatch.setattr(execution, "PIECE_BYTES", 6 * 12 * 8)  # The 20 tokens are processed in chunks of 5.
     update, x, kernel, dy = case(family)
@@ -64,7 +65,7 @@ def test_all_executions_give_the_same_values_and_gradients(family, monkeypatch):
             assert_close(leaf, expected.arrays()[name])
 
 
-@pytest.mark.parametrize("how", quick(EXECUTIONS, "auto"))
+@pytest.mark.parametrize("how", fast(EXECUTIONS, "auto"))
 def test_float32(how):
     update, x, kernel, dy = case("Circulant", (96, 96), (3, 50), "float32")
     y, by_update, by_x, _ = jax.jit(outputs, static_argnums=4)(update, x, kernel, dy, how)
@@ -78,7 +79,7 @@ def test_float32(how):
 
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("tokens", quick([19, 20, 23, 31], 23))
+@pytest.mark.parametrize("tokens", fast([19, 20, 23, 31], 23))
 def test_pieces_of_any_number_of_tokens(tokens, monkeypatch):
     monkeypatch.setattr(execution, "PIECE_BYTES", 7 * 12 * 8)
     update, x, kernel, dy = case("Toeplitz", batch=(tokens,))
@@ -92,7 +93,7 @@ def test_pieces_of_any_number_of_tokens(tokens, monkeypatch):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("how", ["fft", "dense", "fused"])
-@pytest.mark.parametrize("batch", quick([(), (3,), (2, 3, 2)], (2, 3, 2)), ids=str)
+@pytest.mark.parametrize("batch", fast([(), (3,), (2, 3, 2)], (2, 3, 2)), ids=str)
 def test_transformations(how, batch):
     update, x, kernel, _ = case("CirculantPair", (5, 7), batch)
     moved, dx, _, _ = case("CirculantPair", (5, 7), batch, seed=1)
@@ -114,7 +115,7 @@ def test_transformations(how, batch):
 
 @pytest.mark.parametrize("how", ["fft", "dense", "fused"])
 @pytest.mark.parametrize(
-    "family", quick(["Circulant", "LowDisplacementRank", "SymmetricToeplitzPair", "Kronecker"], "Circulant")
+    "family", fast(["Circulant", "LowDisplacementRank", "SymmetricToeplitzPair", "Kronecker"], "Circulant")
 )
 def test_reverse_mode_keeps_the_input_alone(family, how):
     update, x, kernel, _ = case(family, (12, 12), (64, 5), "float32")
@@ -138,8 +139,8 @@ def test_no_gradient_of_the_kernel_unless_asked_for(how):
     assert products((0, 1, 2)) == (how == "dense") + 1
 
 
-@pytest.mark.parametrize("kind", quick([AxisType.Auto, AxisType.Explicit], AxisType.Auto))
-@pytest.mark.parametrize("family", quick(FAMILIES, "CirculantPair", "Kronecker"))
+@pytest.mark.parametrize("kind", fast([AxisType.Auto, AxisType.Explicit], AxisType.Auto))
+@pytest.mark.parametrize("family", fast(FAMILIES, "CirculantPair", "Kronecker"))
 def test_only_gradients_cross_devices(family, kind):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     update, x, kernel, dy = case(family, (16, 16), (16, 128), "float32")
@@ -210,7 +211,7 @@ def test_dot_is_used_for_every_product_with_a_kernel():
     assert calls == [(3, 3), (3, 3)]
 
 
-@pytest.mark.parametrize("how", quick(["fft", "dense", "fused"], "dense"))
+@pytest.mark.parametrize("how", fast(["fft", "dense", "fused"], "dense"))
 def test_a_product_of_another_dtype_than_its_input_has_gradients(how):
     update, x, kernel, _ = case("Circulant", batch=(4,), dtype="float32")
     dot = lambda x, kernel: jnp.matmul(x, kernel, preferred_element_type=jnp.bfloat16)  # noqa: E731
@@ -243,7 +244,7 @@ def test_mistakes():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("family", quick(FAMILIES, "Circulant", "LowRank"))
+@pytest.mark.parametrize("family", fast(FAMILIES, "Circulant", "LowRank"))
 def test_the_product_with_the_update_alone(family):
     update, x, _, dy = case(family)
     M = np.asarray(update.to_dense())

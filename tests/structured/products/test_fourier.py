@@ -21,7 +21,8 @@ from surm_jax.structured import (
     fast_length,
     skew_convolve,
 )
-from tests.structured.cases import assert_close, quick
+from tests.speeds import fast
+from tests.structured.cases import assert_close
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 MESHES = {
@@ -77,7 +78,7 @@ def test_circular_convolve_is_its_defining_sum(m, n):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("m", "n"),
-    quick(
+    fast(
         [(1, 1), (2, 2), (1, 2), (7, 7), (8, 8), (2, 8), (6, 8), (3, 7), (1, 5), (9, 10)], (7, 7), (6, 8), unpack=True
     ),
 )
@@ -158,7 +159,7 @@ def test_no_activation_is_gathered_and_values_equal_one_devices(problem, mesh_na
 
 
 @pytest.mark.parametrize("n", [9, 10])
-@pytest.mark.parametrize("axis_type", quick([AUTO, EXPLICIT], AUTO), ids=str)
+@pytest.mark.parametrize("axis_type", fast([AUTO, EXPLICIT], AUTO), ids=str)
 @pytest.mark.parametrize("mesh_name", ["data", "data x fsdp"])
 def test_no_activation_is_gathered_by_a_skew_convolution(mesh_name, axis_type, n):
     rng = np.random.default_rng(0)
@@ -208,7 +209,7 @@ def test_batch_over_some_of_the_axes(problem, axis_type, spec):
         assert_trees_close(jax.jit(loss_and_grads)(pair, x, dy), expected)
 
 
-@pytest.mark.parametrize("axis_type", quick([AUTO, EXPLICIT], AUTO), ids=str)
+@pytest.mark.parametrize("axis_type", fast([AUTO, EXPLICIT], AUTO), ids=str)
 def test_eager_and_half_precision(problem, axis_type):
     pair, x, _ = problem
     expected = pair.apply(x.astype(jnp.bfloat16))
