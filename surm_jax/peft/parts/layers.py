@@ -5,9 +5,10 @@ The parameters of an adapted module keep their paths (`.../kernel`, `.../bias`),
 new class is a subclass of the old one, so `isinstance(layer, nnx.Linear)` stays true. All attributes stay as well.
 """
 
+import copyreg
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def _adapted_dot_general(layer: AdaptedLayer, inputs: Array, kernel: Array, _dim
         return base(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options)
 
     x, kernel = view.vectors(inputs), kernel.reshape(view.shape)
-    parts: list[KernelPart] = list(own[KERNEL].values())
+    parts: list[KernelPart] = _parts(own[KERNEL])
     matrices = [(part, part.plain_matrix()) for part in parts]
     plain = [(part, matrix) for part, matrix in matrices if matrix is not None]
     others = [part for part, matrix in matrices if matrix is None]
@@ -78,7 +79,7 @@ class BranchedModule(nnx.Module):
         """Return the module's output plus the terms of its output parts, each computed from that same output."""
         # `super()` is the module's own class, which comes after this one among the bases.
         y = super().__call__(*args, **kwargs)  # type: ignore[misc]
-        parts: list[OutputPart] = list(vars(self)[OUTPUT].values())
+        parts: list[OutputPart] = _parts(vars(self)[OUTPUT])
         return sum((part.added(y) for part in parts), start=y)
 
 
@@ -110,17 +111,47 @@ def _reclass(module: nnx.Module) -> None:
     object.__setattr__(module, "__class__", cls)
 
 
-@functools.cache
 def _adapted_class(base: type[nnx.Module], original: type[nnx.Module]) -> type[nnx.Module]:
     root = nnx.LinearGeneral if issubclass(base, nnx.LinearGeneral) else nnx.Linear
     bases = (AdaptedLayer, base) if base is root else (base, _adapted_class(root, root))
-    return _named(f"Adapted{base.__name__}", bases, original, f"{base.__name__} with kernel parts.")
+    return _made(f"Adapted{base.__name__}", bases, original, f"{base.__name__} with kernel parts.")
+
+
+def _branched_class(base: type[nnx.Module], original: type[nnx.Module]) -> type[nnx.Module]:
+    return _made(f"Branched{base.__name__}", (BranchedModule, base), original, f"{base.__name__} with output parts.")
+
+
+class _Made(type(nnx.Module)):  # type: ignore[misc]  # a metaclass that Flax does not export
+    """The metaclass of the classes that are made at run time. There is exactly one class for the same bases.
+
+    Pickle stores such a class as the arguments of `_made`, and cloudpickle as a call of its metaclass. In any process
+    and thread, both give the class that `attach` uses there.
+    """
+
+    known: ClassVar[dict[tuple[type, ...], type]] = {}
+
+    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> type:
+        if bases not in cls.known:  # Another thread may make the same class now: all take the first one.
+            cls.known.setdefault(bases, super().__new__(cls, name, bases, namespace))
+        return cls.known[bases]
+
+
+def _made(name: str, bases: tuple[type, ...], original: type[nnx.Module], doc: str) -> type[nnx.Module]:
+    return _metaclass(type(original))(name, bases, {"original_class": original, "__doc__": doc, "__module__": __name__})
 
 
 @functools.cache
-def _branched_class(base: type[nnx.Module], original: type[nnx.Module]) -> type[nnx.Module]:
-    return _named(f"Branched{base.__name__}", (BranchedModule, base), original, f"{base.__name__} with output parts.")
+def _metaclass(of: type[type]) -> type[_Made]:
+    """Return a metaclass that derives from `_Made` and from the metaclass `of`, which a user may have written."""
+    found = _Made if issubclass(_Made, of) else type(f"_Made{of.__name__}", (_Made, of), {})
+    copyreg.pickle(found, _arguments)
+    return found
 
 
-def _named(name: str, bases: tuple[type, ...], original: type[nnx.Module], doc: str) -> type:
-    return type(name, bases, {"original_class": original, "__doc__": doc})
+def _arguments(cls: type) -> tuple[Callable[..., type], tuple[Any, ...]]:
+    return _made, (cls.__name__, cls.__bases__, cls.original_class, cls.__doc__)
+
+
+def _parts(slot: nnx.Dict) -> list[Any]:
+    # `nnx.tabulate` replaces `nnx.Dict.values` by a compiled function, and sets another attribute.
+    return [part for part in vars(slot).values() if isinstance(part, Part)]

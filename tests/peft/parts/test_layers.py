@@ -1,10 +1,18 @@
+import concurrent.futures
+import copy
+import multiprocessing
+import pickle
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from orbax.checkpoint.experimental import v1 as ocp
 
-from surm_jax.peft import CirculantBranch, LoRA, Place
+from surm_jax.peft import CirculantBranch, CirculantUpdate, DoRA, LoRA, Place, Rule, adapt
+from surm_jax.peft.parts import layers
 from surm_jax.peft.parts.base import original_class
 from surm_jax.peft.parts.layers import AdaptedLayer, BranchedModule, attach, detach
 from tests.peft.models import Gated, base
@@ -92,3 +100,116 @@ def test_any_module_can_have_a_branch():
     np.testing.assert_allclose(model(jnp.ones((1, 3, 6))), np.asarray(plain) + np.arange(4.0), rtol=1e-6)
     detach(model, "default")
     assert nnx.graphdef(model) == nnx.graphdef(base("attention"))
+
+
+class Meta(type(nnx.Module)):
+    """A metaclass of a user."""
+
+
+class Own(nnx.Linear, metaclass=Meta):
+    """A layer of a user."""
+
+
+class Small(nnx.Module):
+    def __init__(self):
+        self.lin, self.own = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), Own(4, 4, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.own(self.lin(x))
+
+
+def small(method=None, model=None):
+    rules = [Rule("lin|own", method or CirculantUpdate()), Rule("", CirculantBranch())]
+    return adapt(model or Small(), rules, rngs=nnx.Rngs(1))[0]
+
+
+X = jnp.arange(8.0).reshape(2, 4)
+
+
+def local_model():
+    class Local(nnx.Linear):
+        """A class that only cloudpickle can store, which then stores the class itself."""
+
+    model = Small()
+    model.own = Local(4, 4, rngs=nnx.Rngs(1))
+    return small(model=model)
+
+
+@pytest.mark.parametrize("library", ["pickle", "cloudpickle", "copy"])
+def test_models_and_graph_definitions_are_pickled_and_copied(library, monkeypatch):
+    pickler = pytest.importorskip(library)
+    model = local_model() if library == "cloudpickle" else small()
+    if library == "copy":
+        loaded, graphdef = copy.deepcopy(model), copy.deepcopy(nnx.graphdef(model))
+    else:
+        stored = pickler.dumps((model, nnx.graphdef(model)))
+        if library == "pickle":  # Load it where no class was made before, as in another process.
+            monkeypatch.setattr(layers._Made, "known", {})
+        loaded, graphdef = pickler.loads(stored)
+    assert nnx.graphdef(loaded) == graphdef
+    np.testing.assert_array_equal(loaded(X), model(X))
+    if library != "copy":
+        fresh = small()
+        assert type(loaded.lin) is type(fresh.lin) and type(loaded) is type(fresh)
+    detach(loaded.own, "default")
+    assert type(loaded.own) is original_class(model.own)
+
+
+def computed(stored):
+    """Return the outputs of a model and of the merged model, in another process."""
+    model, graphdef, state = pickle.loads(stored)
+    fresh = small()
+    assert type(model) is type(fresh) and type(model.lin) is type(fresh.lin)
+    own = adapt(original_class(model.own)(4, 4, rngs=nnx.Rngs(0)), [Rule("", LoRA())], rngs=nnx.Rngs(1))[0]
+    assert type(own) is type(model.own)
+    return np.asarray(model(X)), np.asarray(nnx.merge(graphdef, state)(X))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("library", ["pickle", "cloudpickle"])
+def test_another_process_gets_a_model(library):
+    pickler, model = pytest.importorskip(library), local_model() if library == "cloudpickle" else small()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        for output in pool.apply(computed, (pickler.dumps((model, *nnx.split(model))),)):
+            np.testing.assert_allclose(output, model(X), rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", [CirculantUpdate(), DoRA(), CirculantUpdate(dropout=0.5)], ids=lambda m: m.name)
+def test_models_are_tabulated_and_displayed(method, capsys):
+    model, plain = small(method), nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    before = model(X), plain(X)
+    table = nnx.tabulate(model, X, console_kwargs={"width": 200})
+    assert all(name in table for name in ("BranchedSmall", "AdaptedLinear", "AdaptedOwn", "delta/default", "Adapter"))
+    nnx.display(model)
+    assert "delta=" in capsys.readouterr().out
+    for old, new in zip(before, (model(X), plain(X)), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_threads_make_one_class():
+    """Eight threads adapt and call layers of one class, which none of them has adapted before, at the same time."""
+    for _ in range(20):
+        cls = type("Fresh", (nnx.Linear,), {})
+        base, barrier = cls(4, 4, rngs=nnx.Rngs(0)), threading.Barrier(8)
+
+        def work(base=base, barrier=barrier):
+            barrier.wait()
+            layer = nnx.clone(base)
+            attach(layer, "default", LoRA().make_part(Place(4, layer.kernel[...]), jax.random.key(0)))
+            return type(layer), np.asarray(layer(X))
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            found = [future.result() for future in [pool.submit(work) for _ in range(8)]]
+        assert len({kind for kind, _ in found}) == 1
+        assert all(np.array_equal(output, found[0][1]) for _, output in found)
+
+
+def test_orbax_keeps_the_state(tmp_path):
+    model = small()
+    model.lin.delta["default"].r1[...] = jnp.arange(4.0)
+    graphdef, state = nnx.split(model)
+    ocp.save(tmp_path / "state", nnx.to_pure_dict(state))
+    loaded = nnx.eval_shape(small)
+    abstract = nnx.state(loaded)
+    nnx.replace_by_pure_dict(abstract, ocp.load(tmp_path / "state", nnx.to_pure_dict(abstract)))
+    np.testing.assert_array_equal(nnx.merge(nnx.graphdef(loaded), abstract)(X), model(X))
