@@ -137,7 +137,8 @@ class _Made(type(nnx.Module)):  # type: ignore[misc]  # a metaclass that Flax do
 
 
 def _made(name: str, bases: tuple[type, ...], original: type[nnx.Module], doc: str) -> type[nnx.Module]:
-    return _metaclass(type(original))(name, bases, {"original_class": original, "__doc__": doc, "__module__": __name__})
+    made = _metaclass(type(original))  # type: ignore[arg-type]  # mypy takes a metaclass for unhashable
+    return made(name, bases, {"original_class": original, "__doc__": doc, "__module__": __name__})
 
 
 @functools.cache
@@ -148,7 +149,7 @@ def _metaclass(of: type[type]) -> type[_Made]:
     return found
 
 
-def _arguments(cls: type) -> tuple[Callable[..., type], tuple[Any, ...]]:
+def _arguments(cls: Any) -> tuple[Callable[..., type], tuple[Any, ...]]:
     return _made, (cls.__name__, cls.__bases__, cls.original_class, cls.__doc__)
 
 

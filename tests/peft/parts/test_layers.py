@@ -1,8 +1,8 @@
 import concurrent.futures
-import copy
 import multiprocessing
 import pickle
 import threading
+from copy import deepcopy
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +140,7 @@ def test_models_and_graph_definitions_are_pickled_and_copied(library, monkeypatc
     pickler = pytest.importorskip(library)
     model = local_model() if library == "cloudpickle" else small()
     if library == "copy":
-        loaded, graphdef = copy.deepcopy(model), copy.deepcopy(nnx.graphdef(model))
+        loaded, graphdef = deepcopy(model), deepcopy(nnx.graphdef(model))
     else:
         stored = pickler.dumps((model, nnx.graphdef(model)))
         if library == "pickle":  # Load it where no class was made before, as in another process.
@@ -207,8 +207,7 @@ def test_threads_make_one_class():
 def test_orbax_keeps_the_state(tmp_path):
     model = small()
     model.lin.delta["default"].r1[...] = jnp.arange(4.0)
-    graphdef, state = nnx.split(model)
-    ocp.save(tmp_path / "state", nnx.to_pure_dict(state))
+    ocp.save(tmp_path / "state", nnx.to_pure_dict(nnx.state(model)))
     loaded = nnx.eval_shape(small)
     abstract = nnx.state(loaded)
     nnx.replace_by_pure_dict(abstract, ocp.load(tmp_path / "state", nnx.to_pure_dict(abstract)))
