@@ -8,7 +8,7 @@ The library grain makes the batches in threads, before the device needs them. Pi
 interpreter lock while they compute, so worker processes are not needed.
 """
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,35 +86,60 @@ class EvalBatches:
             yield batch
 
 
-def read_options(threads: int, read_ahead: int) -> grain.ReadOptions:
-    """Return grain's options for a number of threads and a number of batches that are made ahead of time."""
-    # Threads in excess of `read_ahead` would have nothing to do, and grain warns about them.
-    return grain.ReadOptions(num_threads=min(threads, read_ahead), prefetch_buffer_size=read_ahead)
+@dataclass(frozen=True)
+class BatchPlan:
+    """How batches are divided among processes and made ahead of time. All functions that make batches take its fields.
 
-
-def check_batches(
-    source: Sized,
-    *,
-    batch_size: int,
-    process_index: int,
-    process_count: int,
-    threads: int,
-    read_ahead: int,
-    seed: int = 0,
-) -> None:
-    """Check the arguments that are common to all functions that make batches.
+    Attributes:
+        batch_size: The number of examples in each batch of this process.
+        process_index: The index of this process, below `process_count`. Processes read disjoint examples.
+        process_count: The number of processes. In each step, every process takes one batch of its own.
+        threads: The number of batches that are made at the same time.
+        read_ahead: The number of batches that are made ahead of time and held in memory. With 0, each batch is made
+            when it is needed.
 
     Raises:
-        UserError: An argument is out of range, or the source is empty.
+        UserError: A field is out of range.
     """
-    for name, value in {"batch_size": batch_size, "process_count": process_count, "threads": threads}.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}, but must be at least 1")
-    if read_ahead < 0:
-        raise UserError(f"read_ahead is {read_ahead}, but must be at least 0")
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process_index is {process_index}, but must be 0 to {process_count - 1}")
+
+    batch_size: int
+    process_index: int = 0
+    process_count: int = 1
+    threads: int = 4
+    read_ahead: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least in {"batch_size": 1, "process_count": 1, "threads": 1, "read_ahead": 0}.items():
+            if (value := getattr(self, name)) < least:
+                raise UserError(f"{name} is {value}, but must be at least {least}")
+        if not 0 <= self.process_index < self.process_count:
+            raise UserError(f"process_index is {self.process_index}, but must be 0 to {self.process_count - 1}")
+
+    @property
+    def rows(self) -> int:
+        """The number of examples that all processes together take in each step."""
+        return self.batch_size * self.process_count
+
+    @property
+    def read_options(self) -> grain.ReadOptions:
+        """The options of grain for the numbers of threads and of batches that are made ahead of time."""
+        # Threads in excess of `read_ahead` would have nothing to do, and grain warns about them.
+        return grain.ReadOptions(num_threads=min(self.threads, self.read_ahead), prefetch_buffer_size=self.read_ahead)
+
+    def steps(self, examples: int) -> int:
+        """Return the number of steps in which all processes together take this number of examples once."""
+        return -(-examples // self.rows)
+
+
+def plan_batches(source: Sized, options: Mapping[str, Any], seed: int = 0) -> BatchPlan:
+    """Return the plan whose fields are `options`, after checking the seed and that the source has examples.
+
+    Raises:
+        UserError: An option or the seed is out of range, or the source is empty.
+    """
+    plan = BatchPlan(**options)
     if seed < 0:
         raise UserError(f"seed is {seed}, but must be non-negative")
     if not len(source):
         raise UserError("the data source is empty: there is nothing to make batches of")
+    return plan

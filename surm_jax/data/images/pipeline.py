@@ -8,7 +8,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from surm_jax.data.batches import Batch, EvalBatches, TrainBatches, check_batches, read_options
+from surm_jax.data.batches import Batch, EvalBatches, TrainBatches, plan_batches
 from surm_jax.data.corrupt import CorruptExampleError, Readable
 from surm_jax.data.images.dataset import ImageSource
 from surm_jax.data.images.transforms import Augment, eval_image, normalize, train_image
@@ -20,16 +20,12 @@ MeanAndStd = tuple[Sequence[float], Sequence[float]]
 def train_batches(
     source: ImageSource,
     *,
-    batch_size: int,
     image_size: int,
     augment: Augment,
     seed: int,
     normalization: MeanAndStd | None = None,
     max_corrupt: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 4,
-    read_ahead: int = 4,
+    **options: Any,
 ) -> TrainBatches:
     """Return an endless iterator over shuffled batches of augmented images for training.
 
@@ -46,18 +42,13 @@ def train_batches(
     Args:
         source: The labelled images, of shape (height, width, channels). Their heights and widths may differ, but their
             numbers of channels must be equal.
-        batch_size: The number of examples in each batch of this process.
         image_size: The height and width of the images in a batch.
         augment: The augmentation, "crop_flip", "affine" or "none". See `train_image`.
         seed: A non-negative number that determines the order and the augmentation.
         normalization: The mean and the standard deviation of each channel with which pixels in [0, 1] are normalised.
             With `None`, pixels are scaled to [-1, 1] instead.
         max_corrupt: The number of corrupt examples that may be skipped.
-        process_index: The index of this process, below `process_count`. Processes read disjoint examples.
-        process_count: The number of processes. In each step, every process takes one batch of its own.
-        threads: The number of batches that are made at the same time.
-        read_ahead: The number of batches that are made ahead of time and held in memory. With 0, each batch is made
-            when it is needed.
+        **options: The fields of `BatchPlan`: `batch_size`, and optionally the others.
 
     Returns:
         An iterator over `{"image": float32 (batch_size, image_size, image_size, channels), "label": int32
@@ -67,15 +58,7 @@ def train_batches(
         UserError: An argument is out of range, or the source is empty. The iterator raises this error too, if more than
             `max_corrupt` examples are corrupt. The message names one of them.
     """
-    check_batches(
-        source,
-        batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
-        threads=threads,
-        read_ahead=read_ahead,
-        seed=seed,
-    )
+    plan = plan_batches(source, options, seed)
     readable = Readable(source, max_corrupt)
     _channels(readable, image_size)
     require_one_of("augment", augment, typing.get_args(Augment))
@@ -83,28 +66,24 @@ def train_batches(
     examples = grain.MapDataset.source(readable).seed(seed).shuffle().random_map(augmented).repeat()
 
     def mine(place: int) -> dict[str, Any]:
-        step, row = divmod(place, batch_size)
-        return examples[(step * process_count + process_index) * batch_size + row]
+        step, row = divmod(place, plan.batch_size)
+        return examples[step * plan.rows + plan.process_index * plan.batch_size + row]
 
     # The examples are divided among processes after the shuffle, so all processes use the same order, and the same
     # random generator for each place in it. An example is read only when it is indexed, so no process reads the
     # examples of another.
-    batches = grain.MapDataset.range(len(examples) // process_count).map(mine)
-    batches = batches.batch(batch_size, batch_fn=_stacked).to_iter_dataset(read_options(threads, read_ahead))
+    batches = grain.MapDataset.range(len(examples) // plan.process_count).map(mine)
+    batches = batches.batch(plan.batch_size, batch_fn=_stacked).to_iter_dataset(plan.read_options)
     return TrainBatches(iter(batches), max_corrupt)
 
 
 def eval_batches(
     source: ImageSource,
     *,
-    batch_size: int,
     image_size: int,
     normalization: MeanAndStd | None = None,
     max_corrupt: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 4,
-    read_ahead: int = 4,
+    **options: Any,
 ) -> EvalBatches:
     """Return an iterable over batches for evaluation, which contain every example exactly once, in order.
 
@@ -116,15 +95,10 @@ def eval_batches(
 
     Args:
         source: The labelled images.
-        batch_size: The number of examples in each batch of this process.
         image_size: The height and width of the images in a batch.
         normalization: The normalisation of pixels, as in `train_batches`.
         max_corrupt: The number of corrupt examples that each process may mask.
-        process_index: The index of this process, below `process_count`.
-        process_count: The number of processes. In each step, every process takes one batch of its own.
-        threads: The number of batches that are made at the same time.
-        read_ahead: The number of batches that are made ahead of time and held in memory. With 0, each batch is made
-            when it is needed.
+        **options: The fields of `BatchPlan`: `batch_size`, and optionally the others.
 
     Returns:
         An iterable over `{"image": float32 (batch_size, image_size, image_size, channels), "label": int32
@@ -134,25 +108,18 @@ def eval_batches(
         UserError: An argument is out of range, or the source is empty. Iterating raises this error too, if more than
             `max_corrupt` examples are corrupt. The message names one of them.
     """
-    check_batches(
-        source,
-        batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
-        threads=threads,
-        read_ahead=read_ahead,
-    )
+    plan = plan_batches(source, options)
     channels = _channels(Readable(source, max_corrupt), image_size)
 
     def padded_batch(step: int) -> Batch:
-        start = (step * process_count + process_index) * batch_size
+        start = step * plan.rows + plan.process_index * plan.batch_size
         batch: Batch = {
-            "image": np.zeros((batch_size, image_size, image_size, channels), np.float32),
-            "label": np.zeros(batch_size, np.int32),
-            "mask": np.zeros(batch_size, bool),
+            "image": np.zeros((plan.batch_size, image_size, image_size, channels), np.float32),
+            "label": np.zeros(plan.batch_size, np.int32),
+            "mask": np.zeros(plan.batch_size, bool),
             "corrupt": [],
         }
-        for row, index in enumerate(range(start, min(start + batch_size, len(source)))):
+        for row, index in enumerate(range(start, min(start + plan.batch_size, len(source)))):
             try:
                 example = source[index]
             except CorruptExampleError as error:
@@ -164,9 +131,8 @@ def eval_batches(
             batch["mask"][row] = True
         return batch
 
-    steps = -(-len(source) // (batch_size * process_count))
-    batches = grain.MapDataset.range(steps).map(padded_batch)
-    return EvalBatches(len(source), batches, read_options(threads, read_ahead), max_corrupt)
+    batches = grain.MapDataset.range(plan.steps(len(source))).map(padded_batch)
+    return EvalBatches(len(source), batches, plan.read_options, max_corrupt)
 
 
 def _train_example(

@@ -8,12 +8,13 @@ import functools
 import itertools
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import grain
 import numpy as np
 from jaxtyping import Int
 
-from surm_jax.data.batches import Batch, EvalBatches, TrainBatches, check_batches, read_options
+from surm_jax.data.batches import Batch, EvalBatches, TrainBatches, plan_batches
 from surm_jax.data.text.tokenizer import TokenSource
 from surm_jax.errors import UserError
 
@@ -25,13 +26,9 @@ WINDOW = 16
 def text_train_batches(
     source: TokenSource,
     *,
-    batch_size: int,
     lengths: Sequence[int],
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 2,
-    read_ahead: int = 4,
+    **options: Any,
 ) -> TrainBatches:
     """Return an endless iterator over shuffled batches of tokenised text for training.
 
@@ -45,16 +42,11 @@ def text_train_batches(
 
     Args:
         source: The tokenised examples.
-        batch_size: The number of examples in each batch of this process.
         lengths: The lengths that batches may be padded to, in increasing order. The last one must be at least the
             length of the longest example.
         seed: A non-negative number that determines the order.
-        process_index: The index of this process, below `process_count`.
-        process_count: The number of processes. In each step, every process takes one batch of its own, and all of these
-            batches have the same length.
-        threads: The number of batches that are made at the same time.
-        read_ahead: The number of batches that are made ahead of time and held in memory. With 0, each batch is made
-            when it is needed.
+        **options: The fields of `BatchPlan`: `batch_size`, and optionally the others. In each step, the batches of all
+            processes have the same length.
 
     Returns:
         An iterator over `{"tokens": int32 (batch_size, t), "token_types": int32 (batch_size, t), "token_mask": bool
@@ -72,17 +64,9 @@ def text_train_batches(
     >>> batch["tokens"].shape, int(batch["token_mask"].sum())
     ((2, 4), 6)
     """
-    check_batches(
-        source,
-        batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
-        threads=threads,
-        read_ahead=read_ahead,
-        seed=seed,
-    )
+    plan = plan_batches(source, options, seed)
     buckets = _buckets(source, lengths)
-    rows, mine = batch_size * process_count, slice(process_index * batch_size, (process_index + 1) * batch_size)
+    rows, mine = plan.rows, slice(plan.process_index * plan.batch_size, (plan.process_index + 1) * plan.batch_size)
 
     @functools.lru_cache(maxsize=4)
     def epoch_order(epoch: int) -> Int[np.ndarray, "n"]:
@@ -102,18 +86,14 @@ def text_train_batches(
 
     # A batch depends only on the number of its step, so resuming at any step does not make earlier batches again.
     batches = grain.MapDataset.range(sys.maxsize).map(batch)
-    return TrainBatches(iter(batches.to_iter_dataset(read_options(threads, read_ahead))))
+    return TrainBatches(iter(batches.to_iter_dataset(plan.read_options)))
 
 
 def text_eval_batches(
     source: TokenSource,
     *,
-    batch_size: int,
     lengths: Sequence[int],
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 2,
-    read_ahead: int = 4,
+    **options: Any,
 ) -> EvalBatches:
     """Return an iterable over batches for evaluation, which contain every example once, from short to long.
 
@@ -125,13 +105,8 @@ def text_eval_batches(
 
     Args:
         source: The tokenised examples.
-        batch_size: The number of examples in each batch of this process.
         lengths: The lengths that batches may be padded to, as in `text_train_batches`.
-        process_index: The index of this process, below `process_count`.
-        process_count: The number of processes. In each step, every process takes one batch of its own.
-        threads: The number of batches that are made at the same time.
-        read_ahead: The number of batches that are made ahead of time and held in memory. With 0, each batch is made
-            when it is needed.
+        **options: The fields of `BatchPlan`: `batch_size`, and optionally the others.
 
     Returns:
         An iterable over batches as in `text_train_batches`, with two more arrays: `"mask": bool (batch_size,)`, and
@@ -142,28 +117,21 @@ def text_eval_batches(
     Raises:
         UserError: An argument is out of range, or the source is empty.
     """
-    check_batches(
-        source,
-        batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
-        threads=threads,
-        read_ahead=read_ahead,
-    )
+    plan = plan_batches(source, options)
     buckets = _buckets(source, lengths)
-    rows = batch_size * process_count
-    steps = -(-len(source) // rows)
+    rows = plan.rows
     by_length = np.argsort(buckets, kind="stable")
 
     def batch(step: int) -> Batch:
         indices = by_length[step * rows : (step + 1) * rows]
-        mine = indices[process_index * batch_size : (process_index + 1) * batch_size]
-        padding = batch_size - len(mine)
+        mine = indices[plan.process_index * plan.batch_size : (plan.process_index + 1) * plan.batch_size]
+        padding = plan.batch_size - len(mine)
         made = _padded(source, mine, lengths[buckets[indices].max()], padding)
         index = np.pad(mine, (0, padding), constant_values=-1).astype(np.int32)
         return {**made, "mask": index >= 0, "index": index}
 
-    return EvalBatches(len(source), grain.MapDataset.range(steps).map(batch), read_options(threads, read_ahead))
+    batches = grain.MapDataset.range(plan.steps(len(source))).map(batch)
+    return EvalBatches(len(source), batches, plan.read_options)
 
 
 def lengths_in_use(source: TokenSource, lengths: Sequence[int]) -> tuple[int, ...]:
