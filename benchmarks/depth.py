@@ -50,7 +50,7 @@ def measure(depth: int, scan: bool, mesh: jax.sharding.Mesh) -> dict[str, float]
     method = make_method(METHOD.value, {})
     rules = [] if isinstance(method, Selection) else [Rule(TARGETS[method.target], method)]
     train = ["head/.*", *(method.patterns if isinstance(method, Selection) else [])]
-    model = load(lambda: ViT(config, rngs=nnx.Rngs(0)), None)
+    model = load(None, lambda: ViT(config, rngs=nnx.Rngs(0)))
     parts, trained, frozen = partition(*adapt(model, rules, train=train, rngs=nnx.Rngs(1)), scan_layers=scan)
     optimizer = optax.adamw(1e-4)
     state = init_state(trained, optimizer, mesh)

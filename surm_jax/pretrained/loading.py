@@ -55,8 +55,8 @@ def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
 
 
 def load(
-    make_model: Callable[[], Model],
     checkpoint: Path | None,
+    make_model: Callable[[], Model],
     *,
     fresh: Sequence[str] | None = None,
     sharding: Sharding | None = None,
@@ -70,9 +70,9 @@ def load(
     the JAX device, as with the CPU backend, it needs memory for the whole model as well.
 
     Args:
-        make_model: A function that builds the model. It runs under `nnx.eval_shape` and `jax.jit`, and never eagerly.
         checkpoint: The path of an AugReg `.npz` file, of a `.safetensors` file that `save_model` wrote, of a folder of
             transformers, or of a `.safetensors` file beside its `config.json`. `None` initialises all parameters.
+        make_model: A function that builds the model. It runs under `nnx.eval_shape` and `jax.jit`, and never eagerly.
         fresh: Patterns for the paths of parameters that are initialised instead of read. The default is
             `config.new_head`, since a new task has its own classes, even if their number is the same. With `()` the
             head is read too.
@@ -86,13 +86,13 @@ def load(
 
     >>> from surm_jax.models import ViT, ViTConfig
     >>> config = ViTConfig.from_variant("digits", num_classes=10)
-    >>> load(lambda: ViT(config, rngs=nnx.Rngs(0)), None).head.kernel.shape
+    >>> load(None, lambda: ViT(config, rngs=nnx.Rngs(0))).head.kernel.shape
     (64, 10)
     """
     if checkpoint is None:
-        return _load(make_model, None, fresh, sharding)
+        return _load(None, make_model, fresh, sharding)
     with open_checkpoint(checkpoint) as opened:
-        return _load(make_model, opened, fresh, sharding)
+        return _load(opened, make_model, fresh, sharding)
 
 
 def model_config(checkpoint: Path, variant: str | None = None, **overrides: Any) -> tuple[type[Model], Any]:
@@ -180,12 +180,12 @@ def from_pretrained(
         model = model_class(config)
         if fresh is None and num_classes is None:
             fresh = ()
-        return _load(lambda: model(config, rngs=nnx.Rngs(seed)), checkpoint, fresh, sharding)
+        return _load(checkpoint, lambda: model(config, rngs=nnx.Rngs(seed)), fresh, sharding)
 
 
 def _load(
-    make_model: Callable[[], Model],
     checkpoint: Checkpoint | None,
+    make_model: Callable[[], Model],
     fresh: Sequence[str] | None,
     sharding: Sharding | None,
 ) -> Any:

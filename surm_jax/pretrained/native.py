@@ -32,6 +32,7 @@ FORMAT = "surm_jax.model.1"
 def save_model(
     path: Path | str,
     model: Model,
+    *,
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> None:
     """Write all parameters of a model and its configuration to one file.

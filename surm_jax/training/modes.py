@@ -121,7 +121,7 @@ def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
             batch = _test_batch(job)
             difference = np.abs(_logits(job, merged, batch) - _logits(job, model, batch)).max()
         paths.append(folder / "merged" / "model.safetensors")
-        save_model(paths[-1], merged, job.task.export_options().get("normalization"))
+        save_model(paths[-1], merged, normalization=job.task.export_options().get("normalization"))
         print(
             f"{paths[-1]}: kernels are within {deviation:.2g} of the exact sums;"
             f" logits of {len(batch['label'])} test examples within {difference:.2g} of the unmerged model's"
@@ -159,7 +159,7 @@ def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[P
             if form == "hf":
                 task, geometry = job.task, job.task.model_config
                 plain, _ = _merged(model)
-                save_huggingface(folders[-1], plain, task.classes or None, **task.export_options())
+                save_huggingface(folders[-1], plain, labels=task.classes or None, **task.export_options())
                 runtime = {name: getattr(geometry, name) for name in geometry.RUNTIME_FIELDS}
                 exported = from_pretrained(folders[-1], **runtime)
             else:

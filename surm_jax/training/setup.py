@@ -87,7 +87,7 @@ def load_base(make: Callable[[], Model], checkpoint: Path | None, mesh: jax.shar
         checkpoint: The file or folder of the pretrained weights. None keeps the random parameters.
         mesh: The device mesh.
     """
-    return load(make, checkpoint, sharding=lambda path, shape: base_sharding(mesh, shape.shape))
+    return load(checkpoint, make, sharding=lambda path, shape: base_sharding(mesh, shape.shape))
 
 
 def describe_config(config: RunConfig) -> Description:

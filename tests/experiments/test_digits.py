@@ -26,7 +26,7 @@ def test_pretraining_writes_weights_that_the_job_can_read(tmp_path, monkeypatch)
     assert len(arrays["train_images"]) == 4 * len(data.load("digits_0to4").train)
     config = ViTConfig.from_variant("digits", num_classes=5)
     written = tmp_path / "runs" / "pretrain_digits" / "model.safetensors"
-    model = load(lambda: ViT(config, rngs=nnx.Rngs(0)), written)
+    model = load(written, lambda: ViT(config, rngs=nnx.Rngs(0)))
     assert np.asarray(model.blocks[0].attention.query.kernel[...]).any()
     # The run is complete, so this command does not train. It replaces the file of weights in the package.
     pretrain_digits.main(["--steps=60", "--replace"])

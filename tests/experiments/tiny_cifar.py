@@ -37,4 +37,4 @@ def write_model(path: Path) -> None:
     """Write the random weights of a ViT with five classes to a file."""
     config = ViTConfig(**GEOMETRY, num_classes=5)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_model(path, load(lambda: ViT(config, rngs=nnx.Rngs(5)), None))
+    save_model(path, load(None, lambda: ViT(config, rngs=nnx.Rngs(5))))

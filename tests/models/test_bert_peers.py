@@ -255,7 +255,7 @@ def test_sentence_embeddings_of_real_weights():
     assert inputs[2].any()
 
     model_class, config = model_config(folder)
-    model = load(lambda: model_class(config, rngs=nnx.Rngs(0)), folder)
+    model = load(folder, lambda: model_class(config, rngs=nnx.Rngs(0)))
     _, hidden = run(*nnx.split(model), *inputs)
     peer = transformers.AutoModel.from_pretrained(folder).eval()
     with torch.no_grad():

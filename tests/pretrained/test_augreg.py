@@ -66,7 +66,7 @@ def read(tmp_path, augreg_arrays, tiny_geometry):
         alter(arrays)
         np.savez(tmp_path / "vit.npz", **arrays)
         config = ViTConfig(**{**tiny_geometry, **overrides})
-        return load(lambda: ViT(config, rngs=nnx.Rngs(0)), tmp_path / "vit.npz", fresh=fresh), arrays
+        return load(tmp_path / "vit.npz", lambda: ViT(config, rngs=nnx.Rngs(0)), fresh=fresh), arrays
 
     return read
 
@@ -162,7 +162,7 @@ def damaged(tmp_path, tiny_geometry, content):
     path = tmp_path / "bad.npz"
     path.write_bytes(content)
     with pytest.raises(UserError, match=str(path)) as error:
-        load(lambda: ViT(ViTConfig(**tiny_geometry), rngs=nnx.Rngs(0)), path)
+        load(path, lambda: ViT(ViTConfig(**tiny_geometry), rngs=nnx.Rngs(0)))
     return str(error.value)
 
 

@@ -33,7 +33,7 @@ def initial(tiny_geometry):
 
 
 def test_no_checkpoint_is_the_initialisation(initial, tiny_geometry):
-    loaded = flat(nnx.state(load(lambda: ViT(ViTConfig(**tiny_geometry), rngs=nnx.Rngs(3)), None)))
+    loaded = flat(nnx.state(load(None, lambda: ViT(ViTConfig(**tiny_geometry), rngs=nnx.Rngs(3)))))
     assert loaded.keys() == initial.keys()
     for path, array in initial.items():
         np.testing.assert_allclose(loaded[path], array, rtol=1e-6, err_msg=path)
@@ -41,7 +41,7 @@ def test_no_checkpoint_is_the_initialisation(initial, tiny_geometry):
 
 def test_fresh_parameters_are_initialised_and_others_are_not(checkpoint, initial, tiny_geometry):
     config = ViTConfig(**tiny_geometry)
-    model = load(lambda: ViT(config, rngs=nnx.Rngs(3)), checkpoint, fresh=(r"head/.*", r"blocks/1/mlp/.*"))
+    model = load(checkpoint, lambda: ViT(config, rngs=nnx.Rngs(3)), fresh=(r"head/.*", r"blocks/1/mlp/.*"))
     loaded = flat(nnx.state(model))
     for path, array in initial.items():
         if path.startswith(("head/", "blocks/1/mlp/")):
@@ -58,7 +58,7 @@ def test_the_model_is_never_built_with_numbers(checkpoint, tiny_geometry):
         seen.append(isinstance(model.blocks[0].mlp.up.kernel[...], jax.core.Tracer))
         return model
 
-    model = load(make, checkpoint)
+    model = load(checkpoint, make)
     assert seen
     assert all(seen)
     assert all(isinstance(variable[...], jax.Array) for _, variable in nnx.to_flat_state(nnx.state(model)))
@@ -79,13 +79,13 @@ def test_only_fresh_parameters_are_computed(checkpoint, tiny_geometry, monkeypat
         return call
 
     monkeypatch.setattr("surm_jax.pretrained.loading.jax.jit", spy)
-    load(lambda: ViT(ViTConfig(**tiny_geometry), rngs=nnx.Rngs(0)), checkpoint)
+    load(checkpoint, lambda: ViT(ViTConfig(**tiny_geometry), rngs=nnx.Rngs(0)))
     assert [sorted(values) for values in returned] == [["head/bias", "head/kernel"]]
 
 
 def test_pattern_that_matches_nothing(checkpoint, tiny_geometry):
     with pytest.raises(UserError, match=r"'head/kernl' matches no parameter .*: head/kernel, "):
-        load(lambda: ViT(ViTConfig(**tiny_geometry), rngs=nnx.Rngs(0)), checkpoint, fresh=("head/kernl",))
+        load(checkpoint, lambda: ViT(ViTConfig(**tiny_geometry), rngs=nnx.Rngs(0)), fresh=("head/kernl",))
 
 
 def test_unknown_formats(checkpoint, tiny_geometry, tmp_path):
@@ -94,14 +94,14 @@ def test_unknown_formats(checkpoint, tiny_geometry, tmp_path):
 
     other = checkpoint.rename(tmp_path / "vit.h5")
     with pytest.raises(UserError, match=r"suffix '.h5'; checkpoints are .npz or .safetensors files, or folders of"):
-        load(make, other)
+        load(other, make)
     with pytest.raises(UserError, match=r"suffix '.bin'.*pickles are not loaded"):
-        load(make, other.rename(tmp_path / "vit.bin"))
+        load(other.rename(tmp_path / "vit.bin"), make)
     (tmp_path / "config.json").touch()
     with pytest.raises(UserError, match=f"pass its folder {tmp_path} instead"):
-        load(make, tmp_path / "config.json")
+        load(tmp_path / "config.json", make)
     with pytest.raises(UserError, match=r"no checkpoint file .*absent\.npz"):
-        load(make, tmp_path / "absent.npz")
+        load(tmp_path / "absent.npz", make)
 
 
 def test_every_parameter_is_where_it_is_wanted(checkpoint, initial, tiny_geometry):
@@ -129,10 +129,10 @@ def test_every_parameter_is_where_it_is_wanted(checkpoint, initial, tiny_geometr
     def make():
         return ViT(ViTConfig(**geometry), rngs=nnx.Rngs(3))
 
-    check(load(make, None, sharding=sharding))
-    model = load(make, checkpoint, sharding=sharding)
+    check(load(None, make, sharding=sharding))
+    model = load(checkpoint, make, sharding=sharding)
     check(model)
-    for path, array in flat(nnx.state(load(make, checkpoint))).items():
+    for path, array in flat(nnx.state(load(checkpoint, make))).items():
         np.testing.assert_array_equal(flat(nnx.state(model))[path], array, err_msg=path)
 
 
@@ -185,7 +185,7 @@ def memory(name):
 small, large = map(pathlib.Path, sys.argv[1:])
 def read(path):
     model, config = model_config(path)
-    return load(lambda: model(config, rngs=nnx.Rngs(0)), path)
+    return load(path, lambda: model(config, rngs=nnx.Rngs(0)))
 read(small)
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # Reset the peak.
 before = memory("VmRSS")

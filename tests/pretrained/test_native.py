@@ -33,7 +33,7 @@ def arrays(model):
 
 
 def build(fresh=(), path=None, **overrides):
-    return load(lambda: ViT(config(**overrides), rngs=nnx.Rngs(5)), path, fresh=fresh)
+    return load(path, lambda: ViT(config(**overrides), rngs=nnx.Rngs(5)), fresh=fresh)
 
 
 def random_model():
@@ -65,7 +65,7 @@ def test_round_trip_is_bit_exact(saved):
 
 def test_head_is_fresh_by_default_even_if_its_shape_fits(saved):
     path, model = saved
-    loaded = load(lambda: ViT(config(), rngs=nnx.Rngs(5)), path)
+    loaded = load(path, lambda: ViT(config(), rngs=nnx.Rngs(5)))
     assert not np.asarray(loaded.head.kernel[...]).any()
     np.testing.assert_array_equal(loaded.position_embed[...], model.position_embed[...])
 
@@ -118,7 +118,7 @@ def test_another_geometry_names_the_fields(saved):
 def test_another_model(saved):
     bert = BertConfig(vocab_size=5, width=6, depth=1, heads=2, mlp_width=10, max_positions=4, type_vocab_size=1)
     with pytest.raises(UserError, match="holds a model of ViTConfig, not of BertConfig"):
-        load(lambda: Bert(bert, rngs=nnx.Rngs(0)), saved[0])
+        load(saved[0], lambda: Bert(bert, rngs=nnx.Rngs(0)))
 
 
 def test_fields_that_are_younger_than_the_file_have_their_defaults(saved):
@@ -149,7 +149,7 @@ def test_position_embeddings_are_resized_as_augregs_are(saved):
 
 def test_position_embeddings_with_a_distillation_token_are_resized(tmp_path):
     distilled = config(distillation=True)
-    model = load(lambda: ViT(distilled, rngs=nnx.Rngs(5)), None)
+    model = load(None, lambda: ViT(distilled, rngs=nnx.Rngs(5)))
     save_model(tmp_path / "vit.safetensors", model)
     larger = build(path=tmp_path / "vit.safetensors", distillation=True, image_size=20)
     embed = np.asarray(model.position_embed[...])
@@ -161,7 +161,7 @@ def test_position_embeddings_with_a_distillation_token_are_resized(tmp_path):
 def test_a_file_knows_how_pixels_were_normalised(saved):
     path, model = saved
     assert image_normalization(path) is None
-    save_model(path, model, (np.float32([0.5, 0.25, 0.125]), (1, 2, 3)))
+    save_model(path, model, normalization=(np.float32([0.5, 0.25, 0.125]), (1, 2, 3)))
     assert image_normalization(path) == ((0.5, 0.25, 0.125), (1.0, 2.0, 3.0))
     build(path=path)
     # A config.json beside the file, which belongs to another model, has no effect.

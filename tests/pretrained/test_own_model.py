@@ -105,7 +105,7 @@ def test_mistakes_are_told_as_for_our_models(folder):
         from_pretrained(folder, witdh=3)
     config = PatchMixerConfig(num_classes=3, depth=3)
     with pytest.raises(UserError, match="depth is 2 in the file and 3 in the model"):
-        load(lambda: PatchMixer(config, rngs=nnx.Rngs(0)), folder)
+        load(folder, lambda: PatchMixer(config, rngs=nnx.Rngs(0)))
     tensors = load_file(folder / "model.safetensors")
     tensors["body.mixer.0.dense.wieght"] = tensors.pop("body.mixer.0.dense.weight")
     save_file(tensors, folder / "model.safetensors")

@@ -108,7 +108,7 @@ def test_the_shipped_weights_are_small_and_know_the_digits_that_they_were_pretra
     path = locate("digits", "digits")
     assert path.stat().st_size <= 1_000_000
     config = ViTConfig.from_variant("digits", num_classes=20)
-    model = load(lambda: ViT(config, rngs=nnx.Rngs(0)), path, fresh=())
+    model = load(path, lambda: ViT(config, rngs=nnx.Rngs(0)), fresh=())
     (batch,) = data.eval_batches(data.load("digits_0to4").test, batch_size=304, image_size=8)
     # The model was pretrained on rotated digits with the classes digit + 5 * quarter turns. These images are upright,
     # so their classes are the first five.

@@ -235,7 +235,7 @@ def test_a_merged_model_stands_alone(rte, files, capsys):
     folder, _ = rte
     paths = merge_run(folder, {})
     job, model = adapted(folder / "seed-1")
-    merged = load(lambda: Bert(job.task.model_config, rngs=nnx.Rngs(9)), paths[1], fresh=())
+    merged = load(paths[1], lambda: Bert(job.task.model_config, rngs=nnx.Rngs(9)), fresh=())
     sentences = job.task.dataset.tests["test"].sentences[:2]
     expected, base, plain = (
         tiny_text.logits_one_by_one(one, files / "bert", sentences) for one in (model, job.base_model(), merged)

@@ -29,7 +29,7 @@ MEAN, STD = (0.3,), (0.2,)
 def source(tmp_path_factory):
     """A model folder in the format of the library transformers, with a file that gives the normalisation of images."""
     folder = tmp_path_factory.mktemp("hub") / "vit"
-    model = load(lambda: ViT(VIT, rngs=nnx.Rngs(3)), None)
+    model = load(None, lambda: ViT(VIT, rngs=nnx.Rngs(3)))
     # Add random numbers to all parameters. The zeros of a new head and the initial values of the blocks would hide
     # mistakes.
     graphdef, state = nnx.split(model)
@@ -98,7 +98,7 @@ def test_what_does_not_fit(tiny_files, source, values, message):
 
 def test_a_model_of_text_is_refused(tiny_files, tmp_path):
     text = BertConfig.from_variant("tiny", vocab_size=20, width=8, heads=2, mlp_width=8, depth=1)
-    save_huggingface(tmp_path / "bert", load(lambda: Bert(text, rngs=nnx.Rngs(0)), None))
+    save_huggingface(tmp_path / "bert", load(None, lambda: Bert(text, rngs=nnx.Rngs(0))))
     with pytest.raises(UserError, match=r"a Bert, which reads text, but config\.data\.name asks for a model of images"):
         prepare(config(tiny_files, tmp_path / "bert"), 0)
 

@@ -107,7 +107,7 @@ def test_a_merged_model_stands_alone_and_computes_the_same(run, capsys):
     assert paths == [folder / f"seed-{seed}" / "merged" / "model.safetensors" for seed in (0, 2)]
     assert "of the unmerged model's" in capsys.readouterr().out
     job = prepare(config, 2)
-    merged = load(lambda: ViT(job.task.model_config, rngs=nnx.Rngs(9)), paths[1], fresh=())
+    merged = load(paths[1], lambda: ViT(job.task.model_config, rngs=nnx.Rngs(9)), fresh=())
     base = job.base_model()
     adapted, _ = load_adapter(folder / "seed-2" / "adapter", base)
     # The merged kernels differ from those of the base model, and the file holds no arrays of the adapter.

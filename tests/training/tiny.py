@@ -40,7 +40,7 @@ def write_files(folder: Path) -> Path:
         arrays[f"{split}_labels"] = np.arange(count) % 3
     np.savez(folder / "data.npz", **arrays)
     vit = ViTConfig(**GEOMETRY, num_classes=3)
-    save_model(folder / "weights.safetensors", load(lambda: ViT(vit, rngs=nnx.Rngs(5)), None))
+    save_model(folder / "weights.safetensors", load(None, lambda: ViT(vit, rngs=nnx.Rngs(5))))
     return folder
 
 

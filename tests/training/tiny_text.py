@@ -65,7 +65,7 @@ def write_bert(folder: Path, config: BertConfig) -> None:
     """
     (folder.parent / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     (folder.parent / "tokenizer_config.json").write_text('{"do_lower_case": true}')
-    graphdef, state = nnx.split(load(lambda: Bert(config, rngs=nnx.Rngs(3)), None))
+    graphdef, state = nnx.split(load(None, lambda: Bert(config, rngs=nnx.Rngs(3))))
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda array: array + 0.2 * rng.normal(size=array.shape).astype(np.float32), state)
     files = [folder.parent / name for name in ("vocab.txt", "tokenizer_config.json")]

@@ -136,6 +136,7 @@ def read_architecture(path: Path) -> tuple[Architecture, dict[str, Any]]:
 def save_huggingface(
     folder: Path | str,
     model: Model,
+    *,
     labels: Sequence[str] | None = None,
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     files: Sequence[Path] = (),

@@ -71,7 +71,7 @@ def folder(tmp_path, vit):
 
 def read(path, fresh=(), **overrides):
     config = ViTConfig(**{**VIT, **overrides})
-    return load(lambda: ViT(config, rngs=nnx.Rngs(5)), path, fresh=fresh)
+    return load(path, lambda: ViT(config, rngs=nnx.Rngs(5)), fresh=fresh)
 
 
 def rewrite(folder, alter):
@@ -201,7 +201,7 @@ def test_what_may_differ(folder, vit):
 def test_another_kind_of_model(folder):
     bert = BertConfig(**ROBERTA)
     with pytest.raises(UserError, match="holds a model of ViTConfig, not of BertConfig"):
-        load(lambda: Bert(bert, rngs=nnx.Rngs(0)), folder)
+        load(folder, lambda: Bert(bert, rngs=nnx.Rngs(0)))
 
 
 def test_half_precision_files(folder, vit):
@@ -301,7 +301,7 @@ def test_norms_under_the_names_of_tensorflow(tmp_path):
         tensors.update(old, **{name: np.zeros(size, np.float32) for name, size in zeros.items()})
 
     rewrite(tmp_path / "bert", age)
-    read, expected = arrays(load(lambda: Bert(config, rngs=nnx.Rngs(3)), tmp_path / "bert")), arrays(model)
+    read, expected = arrays(load(tmp_path / "bert", lambda: Bert(config, rngs=nnx.Rngs(3)))), arrays(model)
     assert [path for path in expected if not np.array_equal(read[path], expected[path])] == ["head/bias", "head/kernel"]
 
 

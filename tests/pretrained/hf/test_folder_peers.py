@@ -104,7 +104,7 @@ def test_there_and_back(name, tmp_path):
     config = CASES[name]
     model = random_model(config)
     labels = None if "MaskedLM" in name or "Projection" in name else ["ant", "bee", "cat", "dog", "elk"]
-    save_huggingface(tmp_path / "ours", model, labels)
+    save_huggingface(tmp_path / "ours", model, labels=labels)
     peer, info = getattr(transformers, name).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
     if labels:
