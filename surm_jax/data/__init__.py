@@ -10,7 +10,7 @@ from surm_jax.data.holdout import first_examples, hold_out
 from surm_jax.data.images.dataset import ArraySource, ImageDataset, ImageSource, keep_classes
 from surm_jax.data.images.pipeline import eval_batches, train_batches
 from surm_jax.data.images.transforms import Augment, eval_image, train_image
-from surm_jax.data.sources import is_text, load
+from surm_jax.data.sources import is_path, is_text, load
 from surm_jax.data.text.dataset import TextDataset, TextSource
 from surm_jax.data.text.glue import GLUE_TASKS, glue_task
 from surm_jax.data.text.pipeline import lengths_in_use, text_eval_batches, text_train_batches
@@ -33,6 +33,7 @@ __all__ = [
     "first_examples",
     "glue_task",
     "hold_out",
+    "is_path",
     "is_text",
     "keep_classes",
     "lengths_in_use",

@@ -6,7 +6,7 @@ found by the name of the data set, would run the code that prepares the data set
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,6 +51,12 @@ class PreparedSet:
     def full_name(self) -> str:
         """The name of the data set with the version that was found, such as "cifar10:3.0.2"."""
         return f"{self.name.partition(':')[0]}:{self.version}"
+
+    def files(self, splits: Iterable[str]) -> tuple[Path, ...]:
+        """Return the files of some splits, and the files that describe the data set, such as `features.json`."""
+        records = [Path(path) for split in splits for path in self._builder.info.splits[split].filepaths]
+        folder = Path(self._builder.data_path)
+        return (*records, *sorted(path for path in folder.iterdir() if path.suffix in (".json", ".txt")))
 
     def records(self, split: str, decoders: Mapping[str, Any] | None = None) -> Records:
         """Return the records of a split, for random access.

@@ -36,11 +36,20 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageData
     """
     if name in EMBEDDED:
         return load_digits(name)
-    if name.endswith(".npz"):
+    if is_path(name):
         return load_npz(name)
     if is_text(name):
         return load_glue(name, data_dir)
     return load_tfds(name, data_dir)
+
+
+def is_path(name: str) -> bool:
+    """Return whether a name stands for a file, not for a data set of a package or of TensorFlow Datasets.
+
+    >>> is_path("my.npz"), is_path("cifar10")
+    (True, False)
+    """
+    return name.endswith(".npz")
 
 
 def is_text(name: str) -> bool:

@@ -73,6 +73,39 @@ def is_folder(checkpoint: str) -> bool:
     return checkpoint.startswith(hub.PREFIX) or Path(checkpoint).expanduser().is_dir()
 
 
+def is_path(checkpoint: str) -> bool:
+    """Return whether the name of a checkpoint stands for a local file or folder.
+
+    >>> is_path("runs/vit/hf"), is_path("digits"), is_path("hf://google/vit-base-patch16-224")
+    (True, False, False)
+    """
+    return checkpoint not in NAMES and "://" not in checkpoint
+
+
+def published_name(checkpoint: str) -> str:
+    """Return the name of a checkpoint on the Hugging Face Hub, or an empty text if it is not from there.
+
+    Files that others get hold this name, and never a local path or a URL, which are of no use to them.
+
+    >>> published_name("hf://google/vit-base-patch16-224@main"), published_name("/home/me/vit")
+    ('google/vit-base-patch16-224', '')
+    """
+    return checkpoint.removeprefix(hub.PREFIX).partition("@")[0] if checkpoint.startswith(hub.PREFIX) else ""
+
+
+def weight_files(checkpoint: Path | None) -> tuple[Path, ...]:
+    """Return the files that hold the weights of a checkpoint and describe its model.
+
+    Args:
+        checkpoint: The result of `locate`.
+    """
+    if checkpoint is None:
+        return ()
+    if checkpoint.is_file():
+        return (checkpoint,)
+    return tuple(sorted(path for path in checkpoint.iterdir() if path.suffix in (".json", ".safetensors")))
+
+
 def _what_is_wrong(path: Path, checkpoint: str) -> str:
     """Return the text of an error message for a path that is neither a file nor a folder of transformers.
 

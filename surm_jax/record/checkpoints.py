@@ -2,8 +2,8 @@
 
 A checkpoint holds the trained arrays, the state of the optimiser and the position in the data, but not the weights of
 the frozen base model. It is a folder whose name is its step. The folder contains `arrays/`, which Orbax writes, and
-`checkpoint.json`. This file holds the position in the data, the SHA-256 of every file, the configuration of the run,
-the fingerprint of the base model, and a description of the data set.
+`checkpoint.json`. This file holds the position in the data, the SHA-256 of every file, the configuration of the run and
+the fingerprint of the base model. What else the run has read is in `inputs.json` (`surm_jax.record.inputs`).
 
 The folder is written under a temporary name, and renamed when everything is on the disk. The last two checkpoints and
 the one with the best evaluation are kept. A checkpoint is checked strictly when it is read. If its arrays have another
@@ -27,7 +27,7 @@ from surm_jax.devices.processes import is_first, on_first
 from surm_jax.errors import UserError, first_line
 from surm_jax.files import move_folder, read_json, remove_folder, remove_temporaries
 from surm_jax.peft import check_fingerprint
-from surm_jax.record.workdir import config_changes, differences
+from surm_jax.record.workdir import config_changes
 
 State = Any
 """A named tuple of arrays and pytrees of arrays, such as `surm_jax.training.step.TrainState`. Its field `step` is the
@@ -63,8 +63,6 @@ class Checkpoints:
             are removed.
         base: The fingerprint of the frozen arrays.
         config: The configuration of the run, as nested dictionaries.
-        dataset: Values that identify the data set, such as its name and its number of examples. JSON must be able to
-            represent them.
 
     Raises:
         UserError: The folder cannot be read or made, or a checkpoint in it is damaged. The message names the damaged
@@ -76,10 +74,9 @@ class Checkpoints:
         folder: str | os.PathLike,
         base: Mapping[str, str],
         config: Mapping[str, Any],
-        dataset: Mapping[str, Any],
     ):
         self.folder = Path(folder).absolute()
-        self._base, self._config, self._dataset = dict(base), dict(config), dict(dataset)
+        self._base, self._config = dict(base), dict(config)
         try:
             on_first(self._open)
         except OSError as error:
@@ -123,7 +120,6 @@ class Checkpoints:
             "step": step,
             "config": self._config,
             "base": self._base,
-            "dataset": self._dataset,
             "data": data,
             "seconds": seconds,
             "score": score,
@@ -150,8 +146,7 @@ class Checkpoints:
                 restored arrays get.
 
         Raises:
-            UserError: The checkpoint is damaged, has another structure, or belongs to another run, base model or data
-                set.
+            UserError: The checkpoint is damaged, has another structure, or belongs to another run or base model.
         """
         step = self.latest
         if step is None:
@@ -163,8 +158,6 @@ class Checkpoints:
             raise UserError(self._damaged(step, error)) from None
         if changes := config_changes(record["config"], self._config):
             raise UserError(f"the checkpoint {path} is of another run; there {'; '.join(changes[:5])}")
-        if changes := list(differences(record["dataset"], self._dataset, "data")):
-            raise UserError(f"the checkpoint {path} is of other data; there {'; '.join(changes[:5])}")
         check_fingerprint(self._base, record["base"], f"the checkpoint {path}")
         expected = _digest(template)["leaves"]
         if record["leaves"] != expected:
@@ -223,7 +216,6 @@ _RECORD: dict[str, type | tuple[type, ...]] = {
     "step": int,
     "config": dict,
     "base": dict,
-    "dataset": dict,
     "data": dict,
     "seconds": (int, float),
     "score": (int, float, type(None)),

@@ -24,6 +24,7 @@ from surm_jax.files import is_temporary, read_json, replacing
 CONFIG_NAME = "config.json"
 RESULT_NAME = "result.json"
 LOCK_NAME = ".lock"
+INPUTS_NAME = "inputs.json"
 
 Tree = Mapping[str, Any]
 Check = Callable[[Tree], Tree]
@@ -31,6 +32,7 @@ Check = Callable[[Tree], Tree]
 a key or a value is wrong."""
 
 CHANGEABLE = (
+    "data.name",
     "data.dir",
     "data.eval_batch_size",
     "model.checkpoint",
@@ -41,8 +43,9 @@ CHANGEABLE = (
 )
 """The configuration keys whose values may change when a run is resumed, evaluated or exported.
 
-They give the places of data and weights, and settings that change the results only by rounding. When weights are loaded
-from another place, they are compared with the fingerprint of the run's base model.
+They give the places of data and weights, and settings that change the results only by rounding. What is read from
+another place is compared with what the run has read: data by `surm_jax.record.inputs`, and weights by the fingerprint
+of the run's base model.
 """
 
 
@@ -50,12 +53,13 @@ def default_workdir(config_name: str, overrides: Mapping[str, object]) -> Path:
     """Return the default folder of a run, `runs/<name>`.
 
     The name consists of the name of the configuration file and the values given on the command line. The keys in
-    `CHANGEABLE` are left out of the name, except for `model.checkpoint`.
+    `CHANGEABLE` are left out of the name, except for `data.name` and `model.checkpoint`.
 
     >>> default_workdir("digits", {"peft.method": "lora", "seeds": (0, 1), "data.dir": "/data"}).as_posix()
     'runs/digits,peft.method=lora,seeds=(0,1)'
     """
-    telling = [key for key in sorted(overrides) if key == "model.checkpoint" or key not in CHANGEABLE]
+    named = ("data.name", "model.checkpoint")
+    telling = [key for key in sorted(overrides) if key in named or key not in CHANGEABLE]
     text = ",".join([config_name, *(f"{key}={overrides[key]}" for key in telling)]).replace(" ", "")
     name = re.sub(r"[^\w.,=()+-]", "_", text)[:150]
     # A name that was shortened or changed may not be unique: append a hash.
@@ -66,10 +70,10 @@ def default_workdir(config_name: str, overrides: Mapping[str, object]) -> Path:
 def open_workdir(workdir: Path, config: Tree, check: Check) -> Iterator[None]:
     """Make the folder of a run, or check that it belongs to this run. Lock it while the `with` block runs.
 
-    Each start of a run saves its configuration in the folder, with the present values of the keys in `CHANGEABLE`. The
-    exception is a folder that already holds a result: the data and the weights of a complete run are not loaded, and so
-    new values of these keys would not be checked. A folder that holds only a configuration may be used by any run,
-    because the run that wrote it failed before its first step.
+    The first start of a run saves its configuration in the folder. A later start saves the present values of the keys
+    in `CHANGEABLE` when it has checked what it reads from there (`save_config`). A folder that holds nothing but a
+    configuration and a record of inputs may be used by any run, because the run that wrote them failed before its first
+    step.
 
     Args:
         workdir: The folder.
@@ -81,16 +85,23 @@ def open_workdir(workdir: Path, config: Tree, check: Check) -> Iterator[None]:
     """
     _require_writable(workdir)
     with locked(workdir):
-        _require_this_run(workdir, config, check)
-        if not (workdir / RESULT_NAME).exists():
-            write_json(workdir / CONFIG_NAME, config)
+        files = [path for path in workdir.rglob("*") if path.is_file() and not is_temporary(path)]
+        if all(path.name in (CONFIG_NAME, LOCK_NAME, INPUTS_NAME) for path in files):
+            for path in files:
+                if path.name == INPUTS_NAME:
+                    path.unlink()
+            save_config(workdir, config)
+        else:
+            _require_this_run(workdir, files, config, check)
         yield
 
 
-def _require_this_run(workdir: Path, config: Tree, check: Check) -> None:
-    files = [path for path in workdir.rglob("*") if path.is_file() and not is_temporary(path)]
-    if all(path.name in (CONFIG_NAME, LOCK_NAME) for path in files):
-        return
+def save_config(workdir: Path, config: Tree) -> None:
+    """Write the configuration of a run into its folder."""
+    write_json(workdir / CONFIG_NAME, config)
+
+
+def _require_this_run(workdir: Path, files: Collection[Path], config: Tree, check: Check) -> None:
     if workdir / CONFIG_NAME not in files:
         raise UserError(f"{workdir} holds files but no run (no {CONFIG_NAME}): choose another folder")
     # If the run is complete, its weights are not loaded and checked. So do not return its result if the configuration

@@ -68,7 +68,8 @@ class Task(abc.ABC):
 
     Attributes:
         reads: The kind of input that the models of this task read, either "images" or "text".
-        dataset: The data set, an object with the attributes `name` and `classes`.
+        dataset: The data set, an object with the attributes `name` and `classes`. If it was read from files, their
+            paths are in its attribute `files`, and a run notices when their content changes.
         model_config: The configuration of the model, such as its numbers of features and blocks, and its dtypes.
         checkpoint: The file or folder of the pretrained weights, or None for random weights.
     """
@@ -161,6 +162,19 @@ class Task(abc.ABC):
                 unless it overrides this method.
         """
         raise UserError(f"--mode=predict reads sentences, but this run is about {cls.reads} ({config.name})")
+
+    @classmethod
+    def reads_beside(cls, checkpoint: Path | None) -> dict[str, Any]:
+        """Return what the task reads beside the pretrained weights, so that a run can record and compare it.
+
+        Args:
+            checkpoint: The file or folder of the pretrained weights, or None for random weights.
+
+        Returns:
+            A dictionary with a name for each thing that is read, such as "tokenizer". A value is a tuple of paths, or
+            another value that JSON can represent.
+        """
+        return {}
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from surm_jax.pretrained import locate
 from surm_jax.tasks.base import Batch, Task, find_geometry, register_task
 from surm_jax.tasks.config import DataConfig, ModelConfig
 from surm_jax.tasks.objective import CLASSES, NUMBER, Objective
-from surm_jax.tasks.sentences import Sentences, load_tokenizer, read_sentences
+from surm_jax.tasks.sentences import Sentences, find_tokenizer, load_tokenizer, read_sentences
 
 
 @register_task
@@ -91,6 +91,11 @@ class Glue(Task):
     def read_questions(cls, config: DataConfig, source: Path) -> Sentences:
         """Read a table of sentences without labels, for `--mode=predict`."""
         return read_sentences(source, data.glue_task(config.name).columns)
+
+    @classmethod
+    def reads_beside(cls, checkpoint: Path | None) -> dict[str, Any]:
+        """Return the files of the tokeniser."""
+        return {"tokenizer": find_tokenizer(checkpoint).files}
 
     @property
     def objective(self) -> Objective:

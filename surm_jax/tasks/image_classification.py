@@ -80,6 +80,11 @@ class ImageClassification(Task):
             )
         return cls(config, dataclasses.replace(dataset, train=train), holdout, geometry, checkpoint, normalization)
 
+    @classmethod
+    def reads_beside(cls, checkpoint: Path | None) -> dict[str, Any]:
+        """Return the normalisation of images."""
+        return {"image processor": image_normalization(checkpoint)}
+
     @property
     def objective(self) -> Objective:
         """Cross-entropy, with one logit for each class."""

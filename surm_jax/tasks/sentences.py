@@ -17,6 +17,20 @@ from surm_jax.files import replacing
 from surm_jax.tasks.config import DataConfig
 
 
+def find_tokenizer(checkpoint: Path | None) -> data.Tokenizer:
+    """Load the tokeniser from the folder of a model's weights, without comparing it with the model.
+
+    Raises:
+        UserError: There is no folder of weights (`checkpoint` is None), or it has no tokeniser.
+    """
+    if checkpoint is None:
+        raise UserError(
+            "config.model.checkpoint=none: a text model without a folder has no tokeniser. Give a folder of"
+            " transformers or hf://owner/name"
+        )
+    return data.load_tokenizer(checkpoint if checkpoint.is_dir() else checkpoint.parent)
+
+
 def load_tokenizer(checkpoint: Path | None, geometry: Any) -> data.Tokenizer:
     """Load the tokeniser of a text model from the folder of its weights.
 
@@ -28,17 +42,11 @@ def load_tokenizer(checkpoint: Path | None, geometry: Any) -> data.Tokenizer:
         UserError: There is no folder of weights (`checkpoint` is None), it has no tokeniser, or its tokeniser does not
             fit the model.
     """
-    if checkpoint is None:
-        raise UserError(
-            "config.model.checkpoint=none: a text model without a folder has no tokeniser. Give a folder of"
-            " transformers or hf://owner/name"
-        )
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    tokenizer = data.load_tokenizer(folder)
+    tokenizer = find_tokenizer(checkpoint)
     if tokenizer.vocab_size > geometry.vocab_size or tokenizer.pad_token != geometry.pad_token:
         raise UserError(
-            f"the tokeniser in {folder} is of another model: it has {tokenizer.vocab_size} tokens and pads with number"
-            f" {tokenizer.pad_token}, but the model knows {geometry.vocab_size} and expects {geometry.pad_token}"
+            f"the tokeniser in {checkpoint} is of another model: it has {tokenizer.vocab_size} tokens and pads with"
+            f" number {tokenizer.pad_token}, but the model knows {geometry.vocab_size} and expects {geometry.pad_token}"
         )
     return tokenizer
 

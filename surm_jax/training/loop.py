@@ -31,7 +31,9 @@ from surm_jax.record.progress import Interruption, Progress, track
 from surm_jax.record.report import draw_curves, make_result
 from surm_jax.record.workdir import RESULT_NAME, open_workdir, read_result, require_shared, write_json
 from surm_jax.training.config import RunConfig
+from surm_jax.training.inputs import check_complete, record_inputs
 from surm_jax.training.parsing import complete, to_dict
+from surm_jax.training.places import resolved
 from surm_jax.training.run import CHECKPOINTS_NAME, Evaluation, InterruptedRunError, Position, Run, set_up
 from surm_jax.training.setup import prepare
 from surm_jax.training.step import TrainState, evaluate
@@ -65,16 +67,19 @@ def train(config: RunConfig, seed: int, workdir: Path, interruption: Interruptio
             run, a checkpoint is damaged, or a metric is not finite.
         InterruptedRunError: A signal told the run to stop, and a checkpoint was saved.
     """
+    config = resolved(config, workdir)
     tree = to_dict(dataclasses.replace(config, seeds=(seed,)))
     with opened_on_first(open_workdir(workdir, tree, complete)):
         require_shared(workdir)
         if (done := on_first(functools.partial(_result_if_complete, workdir))) is not None:
+            check_complete(workdir, config, seed)
             print(
                 f"{workdir} holds a complete run: this is its result. To run again, delete it or choose another folder"
             )
             return done
         began = time.monotonic()
         job = prepare(config, seed)
+        record_inputs(workdir, job, tree)
         with jax.set_mesh(job.mesh), _last_checkpoint_named(workdir):
             run, position = set_up(job, workdir, interruption, began)
             print(run.model.description, flush=True)
@@ -106,13 +111,11 @@ def restore(run: Run, position: Position) -> Checkpoints:
     the last one.
 
     Raises:
-        UserError: A checkpoint is damaged, or belongs to another run, base model or data set.
+        UserError: A checkpoint is damaged, or belongs to another run or base model.
     """
-    job, task = run.job, run.job.task
+    job = run.job
     config = to_dict(dataclasses.replace(job.config, seeds=(job.seed,)))
-    classes = {str(label): name for label, name in enumerate(task.classes)}
-    dataset = {"name": task.dataset.name, "examples": task.examples, "classes": classes}
-    checkpoints = Checkpoints(run.workdir / CHECKPOINTS_NAME, run.model.base, config, dataset)
+    checkpoints = Checkpoints(run.workdir / CHECKPOINTS_NAME, run.model.base, config)
     if checkpoints.latest is not None:
         restored = checkpoints.restore(run.model.partition.by_block(position.state))
         position.state = run.model.partition.by_step(restored.state)

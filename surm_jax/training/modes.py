@@ -15,14 +15,18 @@ from surm_jax.errors import UserError
 from surm_jax.models import Model
 from surm_jax.peft import Adapter, load_adapter, load_peft, merge, save_peft
 from surm_jax.pretrained import from_pretrained, huggingface_names, locate, save_huggingface, save_model
+from surm_jax.pretrained.sources import published_name
+from surm_jax.record.inputs import check_inputs, read_inputs
 from surm_jax.record.progress import Interruption, track
 from surm_jax.record.report import combine, table
-from surm_jax.record.workdir import RESULT_NAME, open_workdir, read_result, write_json
+from surm_jax.record.workdir import RESULT_NAME, open_workdir, read_result, save_config, write_json
 from surm_jax.tasks.base import Forward, Questions, make_model, task_for
 from surm_jax.training.config import RunConfig
+from surm_jax.training.inputs import inputs_without_data, require_same_inputs
 from surm_jax.training.loop import train
 from surm_jax.training.parsing import complete, saved_config, to_dict
 from surm_jax.training.partition import partition
+from surm_jax.training.places import resolved
 from surm_jax.training.setup import Job, describe_config, load_base, prepare
 from surm_jax.training.step import evaluate, make_eval_step
 
@@ -49,9 +53,11 @@ def train_run(config: RunConfig, workdir: Path) -> dict[str, Any]:
 
 
 def _train_seeds(config: RunConfig, workdir: Path, interruption: Interruption) -> dict[str, Any]:
+    config = resolved(config, workdir)
     with opened_on_first(open_workdir(workdir, to_dict(config), complete)):
         results = {seed: train(config, seed, folder, interruption) for seed, folder in _seed_folders(config, workdir)}
         result = combine(results)
+        on_first(lambda: save_config(workdir, to_dict(config)))
         on_first(lambda: write_json(workdir / RESULT_NAME, result))
     labelled = [{**one, "method": f"{one['method']}, seed {seed}"} for seed, one in results.items()]
     print("\n" + table([*labelled, {**result, "method": f"{result['method']}, mean"}]))
@@ -75,7 +81,7 @@ def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[
     """
     config, evaluations = saved_config(workdir, overrides), {}
     for seed, folder in _complete_folders(config, workdir):
-        job = prepare(config, seed)
+        job = _prepared(config, seed, folder)
         task, mesh = job.task, job.mesh
         with jax.set_mesh(mesh):
             parts, trained, frozen = partition(*_load_adapted(job, folder)[1:], scan_layers=config.model.scan_layers)
@@ -92,7 +98,7 @@ def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[
             for split, values in evaluations[seed].items()
             for name, value in values.items()
         )
-        print(f"{folder / ADAPTER_NAME}: {numbers}")
+        print(f"{folder / ADAPTER_NAME}: {numbers}  ({task.dataset.name})")
     return evaluations
 
 
@@ -114,7 +120,7 @@ def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
     """
     config, paths = saved_config(workdir, overrides), []
     for seed, folder in _complete_folders(config, workdir):
-        job = prepare(config, seed)
+        job = _prepared(config, seed, folder)
         with jax.set_mesh(job.mesh):
             _, model, _ = _load_adapted(job, folder)
             merged, deviation = _merged(model)
@@ -152,7 +158,7 @@ def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[P
     """
     config, folders = saved_config(workdir, overrides), []
     for seed, folder in _complete_folders(config, workdir):
-        job = prepare(config, seed)
+        job = _prepared(config, seed, folder)
         with jax.set_mesh(job.mesh):
             base, model, adapter = _load_adapted(job, folder)
             folders.append(folder / form)
@@ -164,7 +170,7 @@ def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[P
                 exported = from_pretrained(folders[-1], **runtime)
             else:
                 names = huggingface_names(job.task.model_config)
-                save_peft(folders[-1], model, adapter, names, base_model=config.model.checkpoint)
+                save_peft(folders[-1], model, adapter, names, base_model=published_name(config.model.checkpoint))
                 exported, _ = load_peft(folders[-1], base, names)
             batch = _test_batch(job)
             expected = _logits(job, model, batch)
@@ -192,6 +198,8 @@ def predict_run(workdir: Path, overrides: Mapping[str, Any], source: Path, targe
             read or written.
     """
     config = saved_config(workdir, overrides)
+    if config.data.name != (name := saved_config(workdir).data.name):
+        raise UserError(f"config.data.name={name} belongs to the run in {workdir}: predictions do not read other data")
     if len(config.seeds) > 1:
         raise UserError(
             f"{workdir} holds a run for each of {len(config.seeds)} seeds: choose one, such as"
@@ -200,7 +208,7 @@ def predict_run(workdir: Path, overrides: Mapping[str, Any], source: Path, targe
     questions = task_for(config.data).read_questions(config.data, source)
     classes = tuple(read_result(workdir)["classes"])
     _require_target(target, source)
-    questions.write(target, classes, _answers(config, workdir / ADAPTER_NAME, max(1, len(classes)), questions))
+    questions.write(target, classes, _answers(config, workdir, max(1, len(classes)), questions))
 
 
 def _require_target(target: Path, source: Path) -> None:
@@ -218,12 +226,12 @@ def _require_target(target: Path, source: Path) -> None:
         raise UserError(f"the predictions would overwrite the sentences in {source}: give another --output")
 
 
-def _answers(config: RunConfig, adapter: Path, outputs: int, questions: Questions) -> np.ndarray:
+def _answers(config: RunConfig, workdir: Path, outputs: int, questions: Questions) -> np.ndarray:
     """Return the logits of all new examples, in the order of the examples.
 
     Args:
         config: The configuration of the run.
-        adapter: The folder of the trained adapter.
+        workdir: The folder of the run.
         outputs: Number of outputs of the model.
         questions: The new examples.
 
@@ -232,12 +240,13 @@ def _answers(config: RunConfig, adapter: Path, outputs: int, questions: Question
     """
     task = task_for(config.data)
     geometry, checkpoint = task.geometry(config.model, config.data, outputs), locate(config.model.checkpoint)
+    check_inputs(workdir, read_inputs(workdir), inputs_without_data(config, task, geometry, checkpoint))
     batches = questions.batches(checkpoint, geometry, config.data)
     sizes = {"config.data.eval_batch_size": config.data.eval_batch_size}
     mesh = make_mesh(config.mesh.data, sizes, config.mesh.fsdp)
     with jax.set_mesh(mesh):
         base = load_base(functools.partial(make_model, geometry, config.seeds[0]), checkpoint, mesh)
-        model, _ = load_adapter(adapter, base, execution=config.peft.execution)
+        model, _ = load_adapter(workdir / ADAPTER_NAME, base, execution=config.peft.execution)
         state, forward = _jitted(model, task.forward)
         logits = np.zeros((questions.count, outputs), np.float32)
         for batch in track(batches, "predict"):
@@ -274,6 +283,17 @@ def _complete_folders(config: RunConfig, workdir: Path) -> list[tuple[int, Path]
     for _, folder in folders:
         read_result(folder)
     return folders
+
+
+def _prepared(config: RunConfig, seed: int, folder: Path) -> Job:
+    """Return the job of a complete run, after checking that it reads what the run has read.
+
+    Raises:
+        UserError: Something differs, or cannot be read.
+    """
+    job = prepare(config, seed)
+    require_same_inputs(folder, job)
+    return job
 
 
 def _load_adapted(job: Job, folder: Path) -> tuple[nnx.Module, nnx.Module, Adapter]:

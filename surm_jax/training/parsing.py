@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib
 import sys
 import typing
@@ -13,8 +14,10 @@ import ml_collections
 
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.peft import METHODS, make_method
+from surm_jax.record.inputs import started_in
 from surm_jax.record.workdir import read_config, relocated
 from surm_jax.training.config import PeftConfig, RunConfig
+from surm_jax.training.places import resolved
 
 
 def base_config(plugins: Collection[str] = ()) -> ml_collections.ConfigDict:
@@ -60,31 +63,32 @@ def plugins_of(given: Sequence[str]) -> tuple[str, ...]:
     return modules
 
 
-def import_plugins(modules: Iterable[str]) -> None:
+def import_plugins(modules: Iterable[str], folders: Iterable[Path] = ()) -> None:
     """Import Python modules of the user, which register methods, matrix families, models and tasks.
 
-    Python looks for the modules in `sys.path` and then in the working directory, which is appended to `sys.path`.
+    Python looks for the modules in `sys.path`, then in the given folders, and then in the working directory. These
+    folders are appended to `sys.path`.
 
     Raises:
         UserError: A module cannot be imported.
     """
-    here = str(Path.cwd())
+    places = [str(folder) for folder in (*folders, Path.cwd())]
     for module in modules:
-        if here not in sys.path:
-            sys.path.append(here)
+        sys.path += [place for place in places if place not in sys.path]
         try:
             importlib.import_module(module)
         except Exception as error:  # Importing a module runs the user's code, which can raise anything.
             raise UserError(
-                f"config.plugins: cannot import {module!r} ({type(error).__name__}: {error}); looked for in {here} and"
-                " in $PYTHONPATH"
+                f"config.plugins: cannot import {module!r} ({type(error).__name__}: {error}); looked for in"
+                f" {', '.join(places)} and in $PYTHONPATH"
             ) from error
 
 
-def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
+def parse(config: ml_collections.ConfigDict | Mapping[str, Any], folders: Iterable[Path] = ()) -> RunConfig:
     """Check all keys and values of a configuration, and convert it to the dataclass `RunConfig`.
 
-    The modules in its key `plugins` are imported first. Keys that are missing get their default values.
+    The modules in its key `plugins` are imported first, also from the given folders. Keys that are missing get their
+    default values.
 
     >>> parse(base_config()).model.variant
     'B/16'
@@ -94,7 +98,7 @@ def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
             is not allowed, or a plugin cannot be imported.
     """
     tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-    import_plugins(_value(tuple[str, ...], tree.get("plugins", ()), "config.plugins"))
+    import_plugins(_value(tuple[str, ...], tree.get("plugins", ()), "config.plugins"), folders)
     peft = dict(_section(tree.get("peft", {}), "config.peft"))
     settings = [field.name for field in dataclasses.fields(PeftConfig) if field.name != "methods"]
     _require_known("config.peft", peft, (*settings, *METHODS))
@@ -117,13 +121,15 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return tree
 
 
-def complete(tree: Mapping[str, Any]) -> dict[str, Any]:
+def complete(tree: Mapping[str, Any], folders: Iterable[Path] = ()) -> dict[str, Any]:
     """Check a saved configuration, and return it with the default values of all keys that are missing in it."""
-    return to_dict(parse(tree))
+    return to_dict(parse(tree, folders))
 
 
 def saved_config(workdir: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Read the configuration of the run in a folder, and replace some of its values.
+
+    Plugins and relative paths are also looked for in the folder where the run was started.
 
     Args:
         workdir: The folder of the run.
@@ -134,7 +140,8 @@ def saved_config(workdir: Path, overrides: Mapping[str, Any] | None = None) -> R
         UserError: There is no run in the folder, its configuration is damaged, or `overrides` gives another value to a
             key that must not change.
     """
-    return parse(relocated(read_config(workdir, complete), overrides or {}))
+    tree = read_config(workdir, functools.partial(complete, folders=list(started_in(workdir))))
+    return resolved(parse(relocated(tree, overrides or {})), workdir)
 
 
 def keys(config: ml_collections.ConfigDict) -> list[str]:

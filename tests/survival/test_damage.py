@@ -20,7 +20,7 @@ from surm_jax.record.checkpoints import Checkpoints
 from surm_jax.training.step import TrainState
 from tests.training.tiny import assert_equal_bits, host
 
-BASE, CONFIG, DATA, PLACE = {"kernel": "0123456789abcdef"}, {"seeds": (0,)}, {"examples": 9}, {"next": 3}
+BASE, CONFIG, PLACE = {"kernel": "0123456789abcdef"}, {"seeds": (0,)}, {"next": 3}
 REGIONS = 12
 
 
@@ -31,7 +31,7 @@ def state_at(step: int, seed: int = 0) -> TrainState:
 
 
 def write_checkpoints(folder: Path, seed: int) -> Path:
-    checkpoints = Checkpoints(folder, BASE, {"seeds": (seed,)}, DATA)
+    checkpoints = Checkpoints(folder, BASE, {"seeds": (seed,)})
     for step in (1, 2):
         checkpoints.save(state_at(step, seed), PLACE, float(step), None)
     return folder
@@ -93,7 +93,7 @@ def test_every_region_of_every_file_of_a_checkpoint(runs, tmp_path):
         for what, changed in damaged(content, theirs and (other / "2" / theirs).read_bytes()):
             put(path, changed)
             with pytest.raises(UserError) as error:
-                Checkpoints(tmp_path / "c", BASE, CONFIG, DATA)
+                Checkpoints(tmp_path / "c", BASE, CONFIG)
             said = str(error.value)
             assert f"the checkpoint {tmp_path / 'c' / '2'} is damaged" in said, (name, what)
             assert said.endswith("delete that folder to go on from step 1"), (name, what)
@@ -105,13 +105,9 @@ def test_every_region_of_every_file_of_a_checkpoint(runs, tmp_path):
     print(f"{count} kinds of damage to {len(names)} files: all refused")
     assert count > 20 * len([name for name in names if (one / "2" / name).stat().st_size >= REGIONS])
     # The undamaged checkpoint can be read. If it is deleted, the previous one is read.
-    assert_equal_bits(
-        host(Checkpoints(tmp_path / "c", BASE, CONFIG, DATA).restore(state_at(0)).state), host(state_at(2))
-    )
+    assert_equal_bits(host(Checkpoints(tmp_path / "c", BASE, CONFIG).restore(state_at(0)).state), host(state_at(2)))
     shutil.rmtree(tmp_path / "c" / "2")
-    assert_equal_bits(
-        host(Checkpoints(tmp_path / "c", BASE, CONFIG, DATA).restore(state_at(0)).state), host(state_at(1))
-    )
+    assert_equal_bits(host(Checkpoints(tmp_path / "c", BASE, CONFIG).restore(state_at(0)).state), host(state_at(1)))
 
 
 def _kind(name: Path) -> str:
@@ -122,7 +118,7 @@ def test_a_file_too_many_is_refused(runs, tmp_path):
     shutil.copytree(runs[0], tmp_path / "c")
     (tmp_path / "c" / "2" / "arrays" / "state" / "extra").write_bytes(b"")
     with pytest.raises(UserError, match=r"c/2 is damaged \(arrays/state/extra does not belong to it\)"):
-        Checkpoints(tmp_path / "c", BASE, CONFIG, DATA)
+        Checkpoints(tmp_path / "c", BASE, CONFIG)
 
 
 def test_a_whole_checkpoint_of_another_run_or_step_is_refused(runs, tmp_path):
@@ -131,22 +127,22 @@ def test_a_whole_checkpoint_of_another_run_or_step_is_refused(runs, tmp_path):
     shutil.rmtree(tmp_path / "c" / "2")
     shutil.copytree(other / "2", tmp_path / "c" / "2")
     with pytest.raises(UserError, match=r"c/2 is of another run; there config\.seeds is \[1\], here \[0\]"):
-        Checkpoints(tmp_path / "c", BASE, CONFIG, DATA).restore(state_at(0))
+        Checkpoints(tmp_path / "c", BASE, CONFIG).restore(state_at(0))
     shutil.rmtree(tmp_path / "c" / "2")
     shutil.copytree(one / "1", tmp_path / "c" / "3")
     with pytest.raises(UserError, match=r"c/3 is damaged \(checkpoint.json is of step 1\); .*go on from step 1"):
-        Checkpoints(tmp_path / "c", BASE, CONFIG, DATA)
+        Checkpoints(tmp_path / "c", BASE, CONFIG)
 
 
 def test_damage_to_an_earlier_checkpoint_is_told_and_the_only_one_leaves_the_beginning(runs, tmp_path):
     shutil.copytree(runs[0], tmp_path / "c")
     (tmp_path / "c" / "1" / "checkpoint.json").write_text("{}")
     with pytest.raises(UserError, match=r"c/1 is damaged .* delete that folder to go on from step 2"):
-        Checkpoints(tmp_path / "c", BASE, CONFIG, DATA)
+        Checkpoints(tmp_path / "c", BASE, CONFIG)
     # The message does not recommend a checkpoint that is also damaged.
     (tmp_path / "c" / "2" / "checkpoint.json").write_text("[]")
     with pytest.raises(UserError, match=r"c/2 is damaged .* delete that folder to start from the beginning"):
-        Checkpoints(tmp_path / "c", BASE, CONFIG, DATA)
+        Checkpoints(tmp_path / "c", BASE, CONFIG)
 
 
 class Net(nnx.Module):

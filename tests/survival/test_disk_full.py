@@ -62,14 +62,14 @@ from surm_jax.record.checkpoints import Checkpoints
 from surm_jax.training.step import TrainState
 def save(step):
     arrays = {"kernel": jax.random.normal(jax.random.key(step), (60, 50))}
-    Checkpoints(folder / "c", {}, {}, {}).save(TrainState(jnp.array(step, jnp.int32), arrays, {}), {}, 1.0)
+    Checkpoints(folder / "c", {}, {}).save(TrainState(jnp.array(step, jnp.int32), arrays, {}), {}, 1.0)
 def first():
     save(1)
     save(2)
 def second():
     save(3)
 def third():
-    checkpoints = Checkpoints(folder / "c", {}, {}, {})
+    checkpoints = Checkpoints(folder / "c", {}, {})
     template = TrainState(jnp.array(0, jnp.int32), {"kernel": jnp.zeros((60, 50))}, {})
     print("read:", checkpoints.latest, int(checkpoints.restore(template).state.step))
 """,

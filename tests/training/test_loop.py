@@ -65,6 +65,7 @@ def test_what_a_run_leaves_behind(tiny_files, tmp_path, monkeypatch, capsys):
     result = start(config, 0, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "adapter", "curves.png", "result.json",
+        "inputs.json",
     }  # fmt: skip
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert result["steps"] == 5 and result["examples"] == {"test": 21}

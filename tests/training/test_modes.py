@@ -80,8 +80,8 @@ def test_data_and_weights_may_have_moved(run, tiny_files, tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
         evaluate_run(folder, {"model.checkpoint": str(tmp_path / "gone.safetensors")})
     for mode in (evaluate_run, merge_run):
-        with pytest.raises(UserError, match=r"config\.data\.name belongs to the run .*only data\.dir, data\.eval"):
-            mode(folder, {"data.name": "cifar10"})
+        with pytest.raises(UserError, match=r"config\.data\.classes belongs to the run .*only data\.name, data\.dir"):
+            mode(folder, {"data.classes": ("0", "1")})
 
 
 @pytest.mark.exhaustive

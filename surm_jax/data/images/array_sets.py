@@ -99,7 +99,7 @@ def load_npz(path: str) -> ImageDataset:
                 f"({len(classes)} classes, {'named in classes' if 'classes' in arrays else 'counted in train_labels'})"
             )
     train, test = (ArraySource(images[split], labels[split]) for split in ("train", "test"))
-    return ImageDataset(path, train, test, classes, images["train"].shape[1:])
+    return ImageDataset(path, train, test, classes, images["train"].shape[1:], (file,))
 
 
 def _checked_images(path: str, key: str, images: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -76,6 +77,7 @@ class ImageDataset:
         classes: The names of the classes. The label `k` stands for `classes[k]`.
         image_shape: The shape (height, width, channels) of the images. The height and width are None if they differ
             between images.
+        files: The files that the data set was read from. It is empty if the data set is part of a package.
     """
 
     name: str
@@ -83,6 +85,7 @@ class ImageDataset:
     test: ImageSource
     classes: tuple[str, ...]
     image_shape: tuple[int | None, int | None, int]
+    files: tuple[Path, ...] = ()
 
     @property
     def channels(self) -> int:

@@ -111,6 +111,7 @@ def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> Imag
 
     image, label = _features(prepared, tfds)
     channels = image.shape[-1] or 3
+    splits = _splits(prepared)
     train, test = (
         TfdsSource(
             prepared.records(split, {"image": tfds.decode.SkipDecoding()}),
@@ -118,9 +119,10 @@ def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> Imag
             label.num_classes,
             f"{name}, split {split}",
         )
-        for split in _splits(prepared)
+        for split in splits
     )
-    return ImageDataset(prepared.full_name, train, test, tuple(label.names), (*image.shape[:2], channels))
+    shape = (*image.shape[:2], channels)
+    return ImageDataset(prepared.full_name, train, test, tuple(label.names), shape, prepared.files(splits))
 
 
 def _features(prepared: PreparedSet, tfds: Any) -> tuple[Any, Any]:

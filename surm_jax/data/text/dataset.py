@@ -5,6 +5,7 @@ The labels are classes or scores.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -63,6 +64,7 @@ class TextDataset:
             scores.
         columns: The name of each sentence in an example, such as ("sentence1", "sentence2").
         metrics: The names of the official metrics. The first one is the main metric.
+        files: The files that the data set was read from.
     """
 
     name: str
@@ -71,3 +73,4 @@ class TextDataset:
     classes: tuple[str, ...]
     columns: tuple[str, ...]
     metrics: tuple[str, ...]
+    files: tuple[Path, ...] = ()

@@ -103,7 +103,15 @@ def load_glue(name: str, data_dir: str | os.PathLike[str] | None = None) -> Text
     label = prepared.features["label"]
     classes = tuple(getattr(label, "names", ()))  # If the labels are scores, there are no names of classes.
     sources = {ours: _read(prepared, split, task, len(classes)) for ours, split in {"train": "train", **tests}.items()}
-    return TextDataset(prepared.full_name, sources.pop("train"), sources, classes, task.columns, task.metrics)
+    return TextDataset(
+        prepared.full_name,
+        sources.pop("train"),
+        sources,
+        classes,
+        task.columns,
+        task.metrics,
+        prepared.files(("train", *tests.values())),
+    )
 
 
 def _read(prepared: PreparedSet, split: str, task: GlueTask, num_classes: int) -> TextSource:

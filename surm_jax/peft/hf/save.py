@@ -43,8 +43,8 @@ def save_peft(
         adapter: The adapter to write.
         names: The names that transformers gives to the modules of the model, as `huggingface_names(model.config)`
             returns them.
-        base_model: The name or path of the base model. It is written into the settings, where users of the adapter
-            find it.
+        base_model: The name of the base model on the Hugging Face Hub. It is written into the settings, where users of
+            the adapter find it.
 
     Raises:
         UserError: If the adapter has no update, if an update or a trained parameter has no counterpart in peft, if the
