@@ -83,7 +83,8 @@ class ImageClassification(Task):
     @classmethod
     def reads_beside(cls, checkpoint: Path | None) -> dict[str, Any]:
         """Return the normalisation of images."""
-        return {"image processor": image_normalization(checkpoint)}
+        normalization = image_normalization(checkpoint)
+        return {"image processor": normalization and normalization._asdict()}
 
     @property
     def objective(self) -> Objective:

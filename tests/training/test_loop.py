@@ -359,23 +359,6 @@ def test_checkpoints_of_another_base_are_refused(tiny_files, tmp_path, signal_at
     assert tiny.read_checkpoints(tmp_path / "run").keys() == {1}
 
 
-def test_checkpoints_of_other_data_are_refused(tiny_files, tmp_path, signal_at, monkeypatch):
-    path = tmp_path / "data.npz"
-    shutil.copy(tiny_files / "data.npz", path)
-    config = tiny.make_config(tiny_files, "linear_probe", **{"optim.steps": 2, "data.name": str(path)})
-    signal_at(signal.SIGTERM, 1)
-    with pytest.raises(InterruptedRunError):
-        start(config, 0, tmp_path / "run")
-    monkeypatch.undo()
-    # Remove one training example from the same file.
-    arrays = dict(np.load(path))
-    np.savez(path, **{**arrays, "train_images": arrays["train_images"][1:], "train_labels": arrays["train_labels"][1:]})
-    with pytest.raises(UserError, match=r"checkpoint .*/1 is of other data; there data\.examples is 40, here 39$"):
-        start(config, 0, tmp_path / "run")
-    np.savez(path, **arrays)
-    assert start(config, 0, tmp_path / "run")["steps"] == 2
-
-
 @pytest.mark.exhaustive
 def test_a_frozen_factor_that_is_drawn_otherwise_is_refused(tiny_files, tmp_path, signal_at, monkeypatch):
     config = tiny.make_config(tiny_files, "lora_fix", **{"optim.steps": 3})
