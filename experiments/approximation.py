@@ -37,6 +37,15 @@ from surm_jax.structured import FAMILIES, StructuredMatrix, refine
 
 SIDE = 100
 SIZES = (1, 2, 4, 8, 16, 20)
+# The families of the study and their colours in the picture.
+COLOURS = {
+    "Circulant": "#111111",
+    "SymmetricToeplitz": "#9467bd",
+    "Toeplitz": "#2ca02c",
+    "LowDisplacementRank": "#1f77b4",
+    "LowRank": "#d62728",
+    "Kronecker": "#ff7f0e",
+}
 NOISE = 0.05
 # The rank of the targets of the kind "near low rank" before noise is added. A `W(G, H)` of rank 4 can represent them
 # except for the noise. Rank 4 is the largest rank at which the paper finds `W(G, H)` best.
@@ -75,39 +84,26 @@ class Kind(NamedTuple):
 
     Attributes:
         family: The name of the family's class, a key of `FAMILIES`.
-        option: The name of the option that sets the size, such as "rank". None if the family has a single size.
-        size: The value of that option. None if the family has a single size.
+        size: The value of the family's first option, such as the rank. None if the family has a single size.
     """
 
     family: str
-    option: str | None = None
     size: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
         """The keyword arguments that set the size in the family's `init` and `nearest`."""
-        return {} if self.option is None else {self.option: self.size}
+        return {} if self.size is None else {FAMILIES[self.family].option_names[0]: self.size}
 
     @property
     def title(self) -> str:
         """The title of this family and size in tables and pictures."""
-        return TITLES[self.family] + ("" if self.option is None else f", {self.option} {self.size}")
+        return ", ".join([_abstract(self).title, *(f"{name} {value}" for name, value in self.options.items())])
 
     @property
     def parameters(self) -> int:
         """The number of parameters of a matrix of this family and size."""
-        return jax.eval_shape(lambda: _zero(self)).num_params
-
-
-TITLES = {
-    "Circulant": "circulant",
-    "SymmetricToeplitz": "symmetric Toeplitz",
-    "Toeplitz": "Toeplitz",
-    "LowDisplacementRank": "W(G, H)",
-    "LowRank": "low rank",
-    "Kronecker": "Kronecker",
-}
-SIZED = {"LowDisplacementRank": "rank", "LowRank": "rank", "Kronecker": "terms"}
+        return _abstract(self).num_params
 
 
 def kinds() -> list[Kind]:
@@ -115,8 +111,9 @@ def kinds() -> list[Kind]:
 
     The families with a single size come first. The others follow, ordered by size.
     """
-    fixed = [Kind(family) for family in TITLES if family not in SIZED]
-    return fixed + [Kind(family, option, size) for size in SIZES for family, option in SIZED.items()]
+    sized = [family for family in COLOURS if FAMILIES[family].option_names]
+    fixed = [Kind(family) for family in COLOURS if family not in sized]
+    return fixed + [Kind(family, size) for size in SIZES for family in sized]
 
 
 def draw_targets(trials: int) -> Float[np.ndarray, "targets*trials n n"]:
@@ -180,6 +177,10 @@ def _dense(matrix: StructuredMatrix) -> Float[Array, "n n"]:
 
 def _zero(kind: Kind) -> StructuredMatrix:
     return FAMILIES[kind.family].init(jax.random.key(0), (SIDE, SIDE), scale=1.0, **kind.options)
+
+
+def _abstract(kind: Kind) -> StructuredMatrix:
+    return jax.eval_shape(lambda: _zero(kind))
 
 
 def _starts(kind: Kind, targets: Float[np.ndarray, "trials n n"]) -> StructuredMatrix:
@@ -271,7 +272,7 @@ def read_errors(folder: Path, column: str) -> Errors:
 
 
 def _kind(row: Mapping[str, str]) -> Kind:
-    return Kind(row["family"], SIZED[row["family"]], int(row["size"])) if row["size"] else Kind(row["family"])
+    return Kind(row["family"], int(row["size"]) if row["size"] else None)
 
 
 def error_table(errors: Errors) -> str:
@@ -313,16 +314,6 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
     }
 
 
-COLOURS = {
-    "LowDisplacementRank": "#1f77b4",
-    "LowRank": "#d62728",
-    "Kronecker": "#ff7f0e",
-    "Toeplitz": "#2ca02c",
-    "SymmetricToeplitz": "#9467bd",
-    "Circulant": "#111111",
-}
-
-
 def draw(folder: Path) -> None:
     """Draw `approximation.png` from the csv files of a folder, with a column of two panels for each kind of target.
 
@@ -355,22 +346,23 @@ def _draw_curves(axes: Axes, rows: Sequence[Mapping[str, str]]) -> None:
     blues = iter(colormaps["Blues"](np.linspace(0.35, 1, len(SIZES))))
     for kind, points in lines.items():
         steps, mean, deviation = np.transpose(points)
-        style = {"color": next(blues)} if kind.option else {"color": COLOURS[kind.family], "ls": "--"}
+        style = {"color": next(blues)} if kind.size else {"color": COLOURS[kind.family], "ls": "--"}
         axes.plot(steps + 1, mean, lw=1.5, label=kind.title, **style)
         axes.fill_between(steps + 1, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, lw=0)
     axes.set_xscale("log")
 
 
 def _draw_budgets(axes: Axes, nearest: Mapping[Kind, list[float]], descent: Mapping[Kind, list[float]]) -> None:
-    for family, title in TITLES.items():
+    for family, colour in COLOURS.items():
         mine = [kind for kind in nearest if kind.family == family]
         budgets = [kind.parameters for kind in mine]
         means, deviations = zip(
             *((statistics.mean(e), statistics.stdev(e)) for e in map(nearest.get, mine)), strict=True
         )
-        axes.errorbar(budgets, means, deviations, color=COLOURS[family], label=title, marker="o", ms=4, lw=1.5)
+        title = _abstract(mine[0]).title
+        axes.errorbar(budgets, means, deviations, color=colour, label=title, marker="o", ms=4, lw=1.5)
         descended = [statistics.mean(descent[kind]) for kind in mine]
-        axes.plot(budgets, descended, "o", ms=8, mfc="none", color=COLOURS[family])
+        axes.plot(budgets, descended, "o", ms=8, mfc="none", color=colour)
     axes.plot([], [], "o", ms=8, mfc="none", color="grey", label="by gradient descent")
     axes.plot([], [], "o-", ms=4, lw=1.5, color="grey", label="nearest known")
     axes.set_xscale("log")

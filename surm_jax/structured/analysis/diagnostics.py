@@ -10,17 +10,14 @@ Toeplitz matrices (`scipy.linalg.solve_toeplitz`) would be faster, but it fails 
 the whole matrix is well conditioned.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike, Complex, Float
+from jaxtyping import ArrayLike, Float
 
 from surm_jax.errors import UserError
 from surm_jax.structured.base import StructuredMatrix, compute_dtype
-from surm_jax.structured.families.circulant import Circulant
-from surm_jax.structured.families.f_circulant import FCirculant, SkewCirculant
+from surm_jax.structured.families.base import Family
 
 AnyMatrix = StructuredMatrix | Float[ArrayLike, "in out"]
 """A structured matrix, or a dense matrix as an array."""
@@ -38,11 +35,12 @@ def singular_values(matrix: AnyMatrix) -> Float[np.ndarray, " k"]:
 
     In the example, all entries of the 2 x 2 matrix are 1, so its eigenvalues are 2 and 0.
 
+    >>> from surm_jax.structured import Circulant
     >>> singular_values(Circulant(jnp.array([1.0, 1.0]), shape=(2, 2)))
     array([2., 0.])
     """
     matrix = _in_double("singular_values", matrix)
-    spectrum = _spectrum(matrix)
+    spectrum = matrix.spectrum() if isinstance(matrix, Family) else None
     if spectrum is None:
         return np.linalg.svd(_dense(matrix), compute_uv=False)
     return np.sort(np.abs(spectrum))[::-1]
@@ -64,6 +62,7 @@ def numerical_rank(matrix: AnyMatrix, *, rtol: float | None = None) -> int:
 
     In the example, the singular values are 2 and 0.
 
+    >>> from surm_jax.structured import Circulant
     >>> numerical_rank(Circulant(jnp.array([1.0, 1.0]), shape=(2, 2)))
     1
     """
@@ -84,6 +83,7 @@ def condition_number(matrix: AnyMatrix) -> float:
 
     In the example, the eigenvalues of the matrix are 4 and 2.
 
+    >>> from surm_jax.structured import Circulant
     >>> condition_number(Circulant(jnp.array([3.0, 1.0]), shape=(2, 2)))
     2.0
     """
@@ -103,12 +103,13 @@ def log_determinant(matrix: AnyMatrix) -> tuple[float, float]:
 
     In the example, the determinant of the 2 x 2 matrix is 1 - 9 = -8.
 
+    >>> from surm_jax.structured import Circulant
     >>> sign, log = log_determinant(Circulant(jnp.array([1.0, 3.0]), shape=(2, 2)))
     >>> sign, round(float(np.exp(log)), 12)
     (-1.0, 8.0)
     """
     matrix = _in_double("log_determinant", matrix, square=True)
-    spectrum = _spectrum(matrix)
+    spectrum = matrix.spectrum() if isinstance(matrix, Family) else None
     if spectrum is None:
         sign, log = np.linalg.slogdet(_dense(matrix))
         return float(sign), float(log)
@@ -148,6 +149,7 @@ def displacement_rank(matrix: AnyMatrix, *, f: float = 1.0, g: float = -1.0, rto
     The first example is a circulant matrix. The second is the identity with its columns in reverse order, whose
     displacement is invertible, so its displacement rank is 3.
 
+    >>> from surm_jax.structured import Circulant
     >>> displacement_rank(Circulant(jnp.array([1.0, 2.0, 4.0]), shape=(3, 3)))
     1
     >>> displacement_rank(np.eye(3)[:, ::-1])
@@ -160,46 +162,6 @@ def displacement_rank(matrix: AnyMatrix, *, f: float = 1.0, g: float = -1.0, rto
     values = np.linalg.svd(down - left, compute_uv=False)
     rtol = _default_rtol(matrix) if rtol is None else rtol
     return int(np.count_nonzero(values > singular_values(W)[0] * rtol))
-
-
-@functools.singledispatch
-def _spectrum(matrix: StructuredMatrix | Float[np.ndarray, "m n"]) -> Complex[np.ndarray, " n"] | None:
-    """Return the eigenvalues of a square circulant or skew-circulant matrix, or None for any other matrix.
-
-    An FFT of the parameters computes the eigenvalues. These matrices are normal, so the absolute values of the
-    eigenvalues are the singular values.
-    """
-    del matrix
-    return None
-
-
-@_spectrum.register
-def _(matrix: Circulant) -> Complex[np.ndarray, " n"] | None:
-    return _fourier(matrix.c, matrix.shape, 1.0)
-
-
-@_spectrum.register
-def _(matrix: SkewCirculant) -> Complex[np.ndarray, " n"] | None:
-    return _fourier(matrix.v, matrix.shape, -1.0)
-
-
-@_spectrum.register
-def _(matrix: FCirculant) -> Complex[np.ndarray, " n"] | None:
-    return _fourier(matrix.v, matrix.shape, matrix.f)
-
-
-def _fourier(v: Float[ArrayLike, " n"], shape: tuple[int, int], f: float) -> Complex[np.ndarray, " n"] | None:
-    """Return the eigenvalues of the f-circulant matrix `Z_f(v)`, which are also those of its transpose.
-
-    They are the values of the polynomial with the coefficients v at the n numbers whose nth power is f. The function
-    returns None if the matrix is not square, or if f is neither 1 nor -1. An f-circulant matrix with another f is not
-    normal, so its singular values are not the absolute values of its eigenvalues.
-    """
-    m, n = shape
-    if m != n or abs(f) != 1:
-        return None
-    v = np.asarray(v)
-    return np.fft.fft(v if f == 1 else v * np.exp(-1j * np.pi * np.arange(n) / n))
 
 
 def _in_double(owner: str, matrix: AnyMatrix, *, square: bool = False) -> StructuredMatrix | Float[np.ndarray, "m n"]:

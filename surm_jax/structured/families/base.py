@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, DTypeLike, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Complex, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.errors import UserError
 from surm_jax.structured.base import StructuredMatrix, checked_shape, compute_dtype, matrix_pytree, static
@@ -83,6 +83,13 @@ class Family(StructuredMatrix):
     def options(self) -> dict[str, Any]:
         """Return the options of this matrix by name, such as `{"rank": 4}`. `init` and `nearest` take them."""
         return {name: getattr(self, name) for name in self.option_names}
+
+    def spectrum(self) -> Complex[np.ndarray, " n"] | None:
+        """Return the eigenvalues if a Fourier transform gives them and the matrix is normal, and otherwise None.
+
+        The singular values of a normal matrix are the absolute values of its eigenvalues.
+        """
+        return None
 
     @classmethod
     def options_from(cls, shape: tuple[int, int], settings: Mapping[str, Any]) -> dict[str, Any]:

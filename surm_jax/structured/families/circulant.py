@@ -13,11 +13,12 @@ parameters. Inputs are padded with zeros, and outputs are truncated.
 from typing import Self
 
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Complex, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.structured.base import Piece, checked_shape, compute_dtype, static
 from surm_jax.structured.families.base import Family, LinearInVector, checked_dense, family, scaled_normal
-from surm_jax.structured.products.diagonals import from_wrapped_diagonals
+from surm_jax.structured.products.diagonals import from_wrapped_diagonals, wrapped_spectrum
 from surm_jax.structured.products.fourier import circular_convolve
 
 
@@ -60,6 +61,10 @@ class Circulant(LinearInVector):
         # If row i is rolled to the left by i places, every wrapped diagonal becomes a column.
         rows = jnp.arange(m)[:, None]
         return cls(c=dense[rows, (rows + jnp.arange(n)[None, :]) % n].mean(axis=0), shape=(m, n))
+
+    def spectrum(self) -> Complex[np.ndarray, " n"] | None:
+        """Return the eigenvalues of a square matrix, an FFT of the vector, and None for a rectangular one."""
+        return wrapped_spectrum(self.c, self.shape)
 
     @property
     def T(self) -> "Circulant":

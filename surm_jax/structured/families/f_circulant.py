@@ -13,12 +13,13 @@ import math
 from typing import Any, Self
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Bool, Complex, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.errors import UserError
 from surm_jax.structured.base import checked_shape, static
 from surm_jax.structured.families.base import Family, LinearInVector, checked_dense, family
-from surm_jax.structured.products.diagonals import from_wrapped_diagonals
+from surm_jax.structured.products.diagonals import from_wrapped_diagonals, wrapped_spectrum
 from surm_jax.structured.products.fourier import circular_convolve, skew_convolve
 
 
@@ -65,6 +66,10 @@ class SkewCirculant(LinearInVector):
     def example(cls) -> Self:
         """Return a small matrix with random parameters, the same in every call."""
         return cls.random((5, 8))
+
+    def spectrum(self) -> Complex[np.ndarray, " n"] | None:
+        """Return the eigenvalues of a square matrix, an FFT of the vector, and None for a rectangular one."""
+        return wrapped_spectrum(self.v, self.shape, -1.0)
 
     @property
     def T(self) -> "SkewCirculant":
@@ -182,6 +187,10 @@ class FCirculant(Family):
         """Return the options with which the benchmarks measure the speed of this family: f = 0.5."""
         del shape
         return ({"f": 0.5},)
+
+    def spectrum(self) -> Complex[np.ndarray, " n"] | None:
+        """Return the eigenvalues of a square matrix with f = 1 or f = -1, and None for any other matrix."""
+        return wrapped_spectrum(self.v, self.shape, self.f)
 
     @property
     def T(self) -> "FCirculant":

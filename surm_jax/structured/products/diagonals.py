@@ -1,8 +1,9 @@
-"""Dense forms of matrices that are constant along each of their diagonals, such as Toeplitz and circulant matrices."""
+"""Dense forms and spectra of matrices that are constant along each diagonal, such as Toeplitz and circulant ones."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, ArrayLike, Complex, Float
 
 
 def from_diagonals(t: Float[Array, " diagonals"], shape: tuple[int, int]) -> Float[Array, "in out"]:
@@ -34,3 +35,19 @@ def from_wrapped_diagonals(v: Float[Array, " N"], shape: tuple[int, int], f: flo
     m, n = shape
     wrapped = v[max(shape) - m + 1 :]
     return from_diagonals(jnp.concatenate([wrapped if f == 1 else f * wrapped, v[:n]]), shape)
+
+
+def wrapped_spectrum(
+    v: Float[ArrayLike, " n"], shape: tuple[int, int], f: float = 1.0
+) -> Complex[np.ndarray, "n"] | None:
+    """Return the eigenvalues of the f-circulant matrix `Z_f(v)`, which are also those of its transpose.
+
+    They are the values of the polynomial with the coefficients v at the n numbers whose nth power is f. The function
+    returns None if the matrix is not square, or if f is neither 1 nor -1. An f-circulant matrix with another f is not
+    normal, so its singular values are not the absolute values of its eigenvalues.
+    """
+    m, n = shape
+    if m != n or abs(f) != 1:
+        return None
+    v = np.asarray(v)
+    return np.fft.fft(v if f == 1 else v * np.exp(-1j * np.pi * np.arange(n) / n))
