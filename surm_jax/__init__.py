@@ -9,7 +9,7 @@ result. The head of the model is trained too, and all other parameters are froze
     rules = [surm_jax.Rule(r".*/(query|key|value)", surm_jax.CirculantUpdate())]
     model, adapter = surm_jax.adapt(model, rules, train=["head/.*"], rngs=nnx.Rngs(0))
     graphdef, trainable, frozen = nnx.split(model, adapter.trainable, ...)
-    # Train `trainable` here with jax.grad and optax.
+    # Train `trainable` here with jax.grad and optax. README.md prints a step for models with dropout and BatchNorm too.
     surm_jax.save_adapter("my_adapter", nnx.merge(graphdef, trainable, frozen), adapter)
 """
 

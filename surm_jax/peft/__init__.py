@@ -8,9 +8,10 @@ from surm_jax.peft.adapter import DEFAULT_NAME, Adapter, Rule
 from surm_jax.peft.bank import load_bank
 from surm_jax.peft.convert import combine, convert
 from surm_jax.peft.describe import Description, describe
-from surm_jax.peft.files import check_fingerprint, fingerprint, load_adapter, save_adapter
+from surm_jax.peft.files import load_adapter, save_adapter
+from surm_jax.peft.fingerprint import check_fingerprint, fingerprint
 from surm_jax.peft.hf import load_peft, save_peft
-from surm_jax.peft.lifecycle import adapter_names, delete, kernel_change, set_active, set_scale
+from surm_jax.peft.lifecycle import delete, kernel_change, set_active, set_scale
 from surm_jax.peft.merge import merge
 from surm_jax.peft.methods.base import METHODS, Method, PartMethod, make_method
 from surm_jax.peft.methods.bottleneck import AdapterDrop, BottleneckBranch
@@ -27,6 +28,7 @@ from surm_jax.peft.methods.structured import StructuredBranch, StructuredUpdate
 from surm_jax.peft.methods.toeplitz import AsymmetricToeplitzUpdate, ToeplitzBranch, ToeplitzUpdate
 from surm_jax.peft.methods.update import Update
 from surm_jax.peft.optax_mask import path_mask, train_only
+from surm_jax.peft.owners import adapter_names
 from surm_jax.peft.parts.banked import adapter_of_examples
 from surm_jax.peft.parts.base import (
     AdapterConstant,

@@ -10,9 +10,11 @@ from flax import nnx
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.paths import join, matching, no_match_message, require_match
 from surm_jax.peft.adapter import DEFAULT_NAME, Adapter, Rule
+from surm_jax.peft.fingerprint import checksums
 from surm_jax.peft.kernels import check_call, is_linear, kernel_matrix, output_width
 from surm_jax.peft.methods.base import PartMethod
-from surm_jax.peft.parts.base import KERNEL, AdapterParam, Part, Place, is_abstract, iter_parts
+from surm_jax.peft.owners import adapter_names, claim
+from surm_jax.peft.parts.base import KERNEL, AdapterParam, Part, Place, is_abstract
 from surm_jax.peft.parts.layers import attach
 
 
@@ -57,8 +59,8 @@ def adapt(
         The adapted model and the adapter. The NNX filter `adapter.trainable` selects the trained parameters.
 
     Raises:
-        UserError: If a rule or a pattern matches nothing, if a rule matches a module that cannot be adapted, or if the
-            model already has an adapter of this name.
+        UserError: If a rule or a pattern matches nothing, if a rule matches a module that cannot be adapted, if the
+            model already has an adapter of this name, or if another adapter of it trains a parameter in `train`.
     """
     if isinstance(rules, Rule):
         raise UserError("rules must be a list of rules, got one: write [Rule(...)]")
@@ -76,10 +78,23 @@ def adapt(
             attach(matched.module, name, make_part(matched, execution, rngs.params()))
         except UserError as error:
             raise UserError(f"{matched.path or 'the model'} cannot be adapted: {error}") from None
-    base = list(base_parameters(model))
-    for pattern in adapter.train:
-        require_match(pattern, base, "parameter")
-    return model, adapter
+    claim_trained(model, adapter)
+    return model, dataclasses.replace(adapter, base=checksums(model, adapter))
+
+
+def claim_trained(model: nnx.Module, adapter: Adapter) -> dict[str, nnx.Param]:
+    """Make an adapter the owner of the parameters of the base model that it trains, in place.
+
+    Returns:
+        A dictionary from path to variable for these parameters.
+
+    Raises:
+        UserError: If a pattern of the adapter matches no parameter, or if another adapter trains one of them.
+    """
+    base = base_parameters(model)
+    paths = dict.fromkeys(path for pattern in adapter.train for path in require_match(pattern, list(base), "parameter"))
+    claim(base, paths, adapter.name)
+    return {path: base[path] for path in paths}
 
 
 class MatchedModule(NamedTuple):
@@ -133,7 +148,7 @@ def matched_modules(model: nnx.Module, adapter: Adapter) -> list[MatchedModule]:
             rule chooses none of the matched modules; if a matched module cannot be adapted; or if the model already
             has an adapter of this name.
     """
-    if any(row.name == adapter.name for row in iter_parts(model)):
+    if adapter.name in adapter_names(model):
         raise UserError(
             f"the model has an adapter called {adapter.name!r} already: merge or delete it, or choose another name"
         )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
@@ -96,11 +97,14 @@ class Adapter:
         train: Regular expressions for the paths of parameters of the base model that are also trained, such as
             `head/.*`.
         name: The adapter's name, which distinguishes it from other adapters in the same model.
+        base: A dictionary from the path of each frozen variable of the base model to a sum over its bits when the
+            adapter was added (`checksums`). `None` means that the sums are not known. They are not saved.
     """
 
     rules: tuple[Rule, ...]
     train: tuple[str, ...] = ()
     name: str = DEFAULT_NAME
+    base: Mapping[str, str] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for pattern in self.train:

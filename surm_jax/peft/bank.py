@@ -17,10 +17,10 @@ from jaxtyping import Array
 
 from surm_jax.errors import UserError
 from surm_jax.paths import join
-from surm_jax.peft.adapt import base_parameters
-from surm_jax.peft.files import check_fingerprint, fingerprint, read_adapter
+from surm_jax.peft.files import read_adapter
+from surm_jax.peft.fingerprint import base_variables, check_fingerprint, fingerprint
 from surm_jax.peft.kernels import check_call, is_linear, kernel_matrix, matrix_view
-from surm_jax.peft.lifecycle import adapter_names
+from surm_jax.peft.owners import adapter_names, owners
 from surm_jax.peft.parts.banked import BankedKernelPart, BankedOutputPart
 from surm_jax.peft.parts.base import KERNEL, Part, iter_parts
 from surm_jax.peft.parts.layers import attach
@@ -160,10 +160,9 @@ def _read(model: nnx.Module, base: Mapping[str, str], folder: str | os.PathLike)
     Raises:
         UserError: If the folder cannot be loaded, or its adapter was trained on another base model.
     """
-    loaded, adapter, expected = read_adapter(folder, model)
-    _, _, frozen = nnx.split(loaded, adapter.trainable, ...)  # type: ignore[misc]  # `...` selects the rest
-    paths = {join(path) for path, _ in nnx.to_flat_state(frozen)}
-    check_fingerprint({path: base[path] for path in base.keys() & paths}, expected, f"the adapter {folder}")
+    loaded, _, expected = read_adapter(folder, model)
+    frozen = {path: base[path] for path in base.keys() - owners(loaded).keys()}
+    check_fingerprint(frozen, expected, f"the adapter {folder}")
     parts = {
         (row.path, row.part.slot): row.part.for_bank(
             kernel_matrix(row.module, row.path) if row.part.slot == KERNEL else None
@@ -178,17 +177,15 @@ def _trained_layers(
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Return the changes of trained kernels and of trained biases, as two dictionaries from layer path to array.
 
-    A change is the parameter in `loaded` minus that in `base`. A parameter counts as trained if its arrays in the two
-    models are different objects.
+    A change is the parameter in `loaded` minus that in `base`.
 
     Raises:
-        UserError: If a trained parameter is not the kernel or bias of a linear layer.
+        UserError: If a trained parameter is not the kernel or bias of a linear layer, or if training moved a statistic.
     """
-    before, after = base_parameters(base), base_parameters(loaded)
-    changed = [path for path, variable in after.items() if variable.get_value() is not before[path].get_value()]
+    before, after = (base_variables(model) for model in (base, loaded))
     modules = {join(path): module for path, module in nnx.iter_modules(base)}
     kernels, biases = {}, {}
-    for path in changed:
+    for path in owners(loaded):
         layer, _, name = path.rpartition("/")
         if layer not in modules or not is_linear(modules[layer]) or name not in ("kernel", "bias"):
             raise UserError(f"{folder}: {path} was trained, and only linear layers can be served together")

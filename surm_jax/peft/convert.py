@@ -17,8 +17,10 @@ from flax import nnx
 from surm_jax.errors import UserError
 from surm_jax.peft.adapt import make_part, matched_modules
 from surm_jax.peft.adapter import Adapter
-from surm_jax.peft.lifecycle import delete, kernel_change, parts_of
+from surm_jax.peft.fingerprint import base_variables, checksums
+from surm_jax.peft.lifecycle import kernel_change, parts_of, remove
 from surm_jax.peft.methods.base import PartMethod
+from surm_jax.peft.owners import claim, owners
 from surm_jax.peft.parts.base import KERNEL
 from surm_jax.peft.parts.layers import attach
 
@@ -60,8 +62,13 @@ def convert(
         raise UserError(f"an adapter is converted to an update such as LoRA(rank=4), not to {method!r}")
     targets = _changes(model, adapter)
     rules = tuple(dataclasses.replace(rule, method=method if rule.method else None) for rule in adapter.rules)
-    converted = Adapter(rules, adapter.train, name)
-    return _with_nearest(delete(model, adapter.name), converted, targets)
+    converted = dataclasses.replace(adapter, rules=rules, name=name)
+    owned = [path for path, owner in owners(model).items() if owner == adapter.name]
+    model = nnx.clone(model)
+    remove(model, adapter.name)
+    model, converted, errors = _with_nearest(model, converted, targets)
+    claim(base_variables(model), owned, name)
+    return model, converted, errors
 
 
 def combine(
@@ -99,7 +106,8 @@ def combine(
     for adapter, weight in weights.items():
         for path, change in _changes(model, adapter).items():
             total[path] = total.get(path, 0) + weight * change
-    return _with_nearest(model, Adapter(first.rules, (), name), total)
+    combined = Adapter(first.rules, (), name)
+    return _with_nearest(model, dataclasses.replace(combined, base=checksums(model, combined)), total)
 
 
 def _changes(model: nnx.Module, adapter: Adapter) -> dict[str, np.ndarray]:

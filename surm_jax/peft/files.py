@@ -2,13 +2,14 @@
 
 `adapter_model.safetensors` holds the arrays of the adapter's parts in their smallest form, under the names
 `<layer>/delta/<array>` and `<module>/branch/<array>`. A `CirculantPair`, for example, stores the n entries of `r1 * r2`
-instead of the 2n entries of r1 and r2. The file also holds the other trained parameters, such as the head, under their
-paths.
+instead of the 2n entries of r1 and r2. The file also holds the other trained parameters, such as the head, and the
+statistics that training moved, such as running means, under their paths.
 
 `adapter_config.json` holds the recipe (`Adapter.to_json`), the fingerprint of the frozen base model, and one SHA-256 of
 the tensor file together with all other JSON entries.
 """
 
+import dataclasses
 import functools
 import hashlib
 import io
@@ -24,13 +25,14 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from surm_jax.devices.processes import whole_on_host
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.files import read_json, replacing_folder, require_file
-from surm_jax.paths import join, require_match
-from surm_jax.peft.adapt import MatchedModule, base_parameters, make_part, matched_modules
+from surm_jax.paths import join
+from surm_jax.peft.adapt import MatchedModule, base_parameters, claim_trained, make_part, matched_modules
 from surm_jax.peft.adapter import DEFAULT_NAME, Adapter
+from surm_jax.peft.fingerprint import check_fingerprint, fingerprint, frozen_checksums, moved_statistics, statistics
 from surm_jax.peft.lifecycle import parts_of
+from surm_jax.peft.owners import claim, owners
 from surm_jax.peft.parts.base import AdapterParam, AttachedPart, Part
 from surm_jax.peft.parts.layers import attach
 from surm_jax.tensor_files import TensorFile
@@ -41,56 +43,6 @@ FORMAT = 3
 
 _MOST_BYTES_OF_CONFIG = 2**22
 """The largest allowed size of `adapter_config.json` in bytes. Each fingerprint entry takes about 70 bytes."""
-
-BASE = nnx.All(nnx.Param, nnx.Not(AdapterParam))
-"""The NNX filter that selects the parameters of the base model, without those of adapters."""
-
-
-def fingerprint(frozen: nnx.State, kind: nnx.filterlib.Filter = BASE) -> dict[str, str]:
-    """Return a dictionary from the path of each variable in a state to a digest of its exact value.
-
-    A digest has 16 hexadecimal digits. It depends on the variable's path, shape, dtype and every bit of its value. The
-    cost is that of computing the SHA-256 of all weights. With several JAX processes, the function is collective: all
-    processes must call it, in the same order.
-
-    Args:
-        frozen: The state, such as that of all variables that an adapter does not train.
-        kind: The NNX filter that selects the variables. The default selects the parameters of the base model.
-    """
-    digests = {}
-    for path, variable in nnx.to_flat_state(nnx.filter_state(frozen, kind)):
-        array = whole_on_host(variable[...])
-        digest = hashlib.sha256(f"{join(path)} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-        digests[join(path)] = digest.hexdigest()[:16]
-    return digests
-
-
-def check_fingerprint(actual: dict[str, str], expected: dict[str, str], what: str) -> None:
-    """Check that a base model is the one that an adapter was trained on.
-
-    Args:
-        actual: The fingerprint of this base model.
-        expected: The fingerprint of the base model that the adapter was trained on.
-        what: The words that stand for the adapter in the message, such as "the adapter NAME".
-
-    Raises:
-        UserError: If the two fingerprints differ. The message names some of the parameters that differ.
-    """
-    problems = []
-    if absent := sorted(expected.keys() - actual.keys()):
-        problems.append(f"it lacks {_some(absent)}")
-    if extra := sorted(actual.keys() - expected.keys()):
-        problems.append(f"it also has {_some(extra)}")
-    if changed := sorted(path for path in actual.keys() & expected.keys() if actual[path] != expected[path]):
-        problems.append(f"other shapes or values in {_some(changed)}")
-    if problems:
-        raise UserError(f"the base model is not the one that {what} was trained on: {'; '.join(problems)}")
-
-
-def _some(paths: list[str]) -> str:
-    rest = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
-    return ", ".join(paths[:4]) + rest
 
 
 def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter) -> int:
@@ -108,7 +60,8 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
 
     Raises:
         UserError: If the folder holds anything but an adapter, if it cannot be written, if the model does not have
-            the adapter, or if the adapter's scale is not 1.
+            the adapter, if the adapter's scale is not 1, or if the frozen parameters are no longer those of the base
+            model that got the adapter.
     """
     rows = parts_of(model, adapter)
     require_unscaled(rows)
@@ -119,9 +72,11 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
         tensors |= {_tensor_name(row.path, part, name): variable for name, variable in part.tensors().items()}
     trained, frozen = _trained_and_frozen(model, adapter)
     tensors |= {path: variable for path, variable in trained.items() if not isinstance(variable, AdapterParam)}
+    tensors |= {path: statistics(model)[path] for path in moved_statistics(model, adapter)}
     arrays = {name: np.asarray(variable[...], order="C") for name, variable in tensors.items()}
     payload = safetensors.numpy.save(arrays)
     config = {"format": FORMAT, "library": "surm_jax", **adapter.to_json(), "base": fingerprint(frozen)}
+    config["base"] = {path: digest for path, digest in config["base"].items() if path not in tensors}
     config["sha256"] = _sha256(config, io.BytesIO(payload))
     text = json.dumps(config, indent=1).encode()
     write_folder(Path(folder), text, payload)
@@ -189,8 +144,12 @@ def load_adapter(
             trained on another base model. The message says what is wrong.
     """
     model, adapter, base = read_adapter(folder, model, name=name, execution=execution)
+    owned = owners(model)  # What another adapter trained of the base model is not what this adapter was trained on.
+    mine = {path for path, owner in owned.items() if owner == adapter.name}
     _, frozen = _trained_and_frozen(model, adapter)
-    check_fingerprint(fingerprint(frozen), base, f"the adapter {folder}")
+    actual = {path: digest for path, digest in fingerprint(frozen).items() if path not in owned}
+    expected = {path: digest for path, digest in base.items() if path in mine or path not in owned}
+    check_fingerprint(actual, expected, f"the adapter {folder}")
     return model, adapter
 
 
@@ -222,17 +181,15 @@ def read_adapter(
             variable.set_value(jnp.asarray(array.astype(variable.dtype)))
         part.scale.set_value(jnp.ones((), jnp.float32))
         attach(matched.module, adapter.name, part)
-    parameters = base_parameters(model)
-    trained = [path for pattern in adapter.train for path in require_match(pattern, list(parameters), "parameter")]
-    for path in dict.fromkeys(trained):
-        variable = parameters[path]
+    moved = {path: variable for path, variable in statistics(model).items() if path in tensors.left}
+    claim(moved, moved, adapter.name)
+    for path, variable in (claim_trained(model, adapter) | moved).items():
         variable.set_value(jnp.asarray(tensors.take(path, variable.shape).astype(variable.dtype)))
     if tensors.left:
         left = min(tensors.left)
-        raise UserError(
-            f"{tensors.path} holds {left!r}, but the model has no such array{did_you_mean(left, parameters)}"
-        )
-    return model, adapter, config["base"]
+        near = did_you_mean(left, base_parameters(model))
+        raise UserError(f"{tensors.path} holds {left!r}, but the model has no such array{near}")
+    return model, dataclasses.replace(adapter, base=frozen_checksums(model, adapter)), config["base"]
 
 
 def _read_config(folder: Path, name: str) -> tuple[dict[str, Any], Adapter]:

@@ -21,13 +21,9 @@ from surm_jax.errors import UserError, did_you_mean
 from surm_jax.paths import require_match
 from surm_jax.peft.adapter import DEFAULT_NAME, Adapter
 from surm_jax.peft.kernels import kernel_matrix
+from surm_jax.peft.owners import adapter_names, owners, release
 from surm_jax.peft.parts.base import KERNEL, AttachedPart, iter_parts
 from surm_jax.peft.parts.layers import detach
-
-
-def adapter_names(model: nnx.Module) -> tuple[str, ...]:
-    """Return the sorted names of a model's adapters."""
-    return tuple(sorted({row.name for row in iter_parts(model)}))
 
 
 def set_scale(model: nnx.Module, adapter: Adapter | str, scale: float | Array) -> nnx.Module:
@@ -44,29 +40,38 @@ def set_scale(model: nnx.Module, adapter: Adapter | str, scale: float | Array) -
     0.5
 
     Raises:
-        UserError: If the model does not have the adapter, or the scale is not a finite number.
+        UserError: If the model does not have the adapter, if the adapter has no part, or if the scale is not a finite
+            number.
     """
     if not isinstance(scale, jax.core.Tracer) and not (isinstance(scale, Real | jax.Array) and math.isfinite(scale)):
         raise UserError(f"the scale of an adapter must be a finite number, got {scale!r}")
     model = nnx.clone(model)
-    names = checked_names(model, [adapter])
-    for row in iter_parts(model):
-        if row.name in names:
-            row.part.scale.set_value(jnp.asarray(scale, jnp.float32))
+    (name,) = checked_names(model, [adapter])
+    parts = [row.part for row in iter_parts(model) if row.name == name]
+    if not parts:
+        raise UserError(f"the adapter {name!r} has no part that could be scaled")
+    for part in parts:
+        part.scale.set_value(jnp.asarray(scale, jnp.float32))
     return model
 
 
 def set_active(model: nnx.Module, adapters: Iterable[Adapter | str]) -> nnx.Module:
     """Return the model with the given adapters at scale 1, and all other adapters at scale 0.
 
-    With an empty list, all adapters are off, and the model computes what the base model computes. Other trained
-    parameters, such as a head, are not switched: they stay as they are.
+    With an empty list, all adapters are off, and the model computes what the base model computes.
 
     Raises:
-        UserError: If the model does not have one of the adapters.
+        UserError: If the model does not have one of the adapters, or if an adapter that would be off also trained
+            parameters of the base model, such as a head: the model no longer has their values before the training.
     """
     model = nnx.clone(model)
     names = checked_names(model, adapters)
+    for path, owner in owners(model).items():
+        if owner not in names:
+            raise UserError(
+                f"the adapter {owner!r} cannot be switched off: it also trained {path}, and the model does not have the"
+                " value from before. Use the base model, and load every other adapter on it"
+            )
     for row in iter_parts(model):
         row.part.scale.set_value(jnp.asarray(float(row.name in names), jnp.float32))
     return model
@@ -76,14 +81,27 @@ def delete(model: nnx.Module, adapter: Adapter | str) -> nnx.Module:
     """Return the model without an adapter. Other parameters that were trained with the adapter keep their values.
 
     Raises:
-        UserError: If the model does not have the adapter.
+        UserError: If the model does not have the adapter, or if the adapter also trained parameters of the base model
+            and other adapters would stay, which were not trained with these parameters.
     """
     model = nnx.clone(model)
-    names = checked_names(model, [adapter])
-    for row in list(iter_parts(model)):
-        if row.name in names:
-            detach(row.module, row.name)
+    (name,) = checked_names(model, [adapter])
+    path = next((path for path, owner in owners(model).items() if owner == name), None)
+    if path and (others := [other for other in adapter_names(model) if other != name]):
+        raise UserError(
+            f"the adapter {name!r} cannot be deleted beside {', '.join(others)}: it also trained {path}, and the model"
+            " does not have the value from before. Use the base model, and load every other adapter on it"
+        )
+    remove(model, name)
     return model
+
+
+def remove(model: nnx.Module, name: str) -> None:
+    """Remove the parts of an adapter from a model, in place. What it trained of the base model keeps its values."""
+    for row in list(iter_parts(model)):
+        if row.name == name:
+            detach(row.module, name)
+    release(model, [name])
 
 
 def checked_names(model: nnx.Module, adapters: Iterable[Adapter | str]) -> tuple[str, ...]:

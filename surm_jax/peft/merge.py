@@ -12,7 +12,8 @@ from flax import nnx
 from surm_jax.errors import UserError
 from surm_jax.peft.adapter import Adapter
 from surm_jax.peft.kernels import kernel_matrix
-from surm_jax.peft.lifecycle import adapter_names, checked_names, kernel_change
+from surm_jax.peft.lifecycle import checked_names, kernel_change
+from surm_jax.peft.owners import adapter_names, owners, release
 from surm_jax.peft.parts.base import KernelPart, iter_parts
 from surm_jax.peft.parts.layers import detach
 
@@ -43,8 +44,8 @@ def merge(model: nnx.Module, adapters: Iterable[Adapter | str] | None = None) ->
 
     Raises:
         UserError: If the model does not have an adapter; if an adapter has a branch, which cannot be merged into a
-            kernel; if an update or a kernel is not finite; or if an adapter that stays in the model depends on a
-            kernel that the merge changes, as a DoRA adapter does.
+            kernel; if an update or a kernel is not finite; or if an adapter that stays in the model trained a kernel
+            that the merge changes, or depends on it as a DoRA adapter does.
     """
     model = nnx.clone(model)
     names = adapter_names(model) if adapters is None else checked_names(model, adapters)
@@ -57,6 +58,11 @@ def merge(model: nnx.Module, adapters: Iterable[Adapter | str] | None = None) ->
             raise UserError(
                 f"{row.path} has a part of the adapter {row.name!r} that depends on the kernel (such as DoRA):"
                 " merging another adapter would change what this part adds. Merge both adapters, or delete this one"
+            )
+    for path, owner in owners(model).items():
+        if owner not in names and path.removesuffix("/kernel") in touched:
+            raise UserError(
+                f"{path} was trained by the adapter {owner!r}, and merging another adapter would change it: merge both"
             )
     deviation = 0.0
     for path, group in itertools.groupby(rows, key=lambda row: row.path):
@@ -73,6 +79,7 @@ def merge(model: nnx.Module, adapters: Iterable[Adapter | str] | None = None) ->
         layer.kernel = layer.kernel.copy(merged.reshape(kernel.shape))
         for row in parts:
             detach(layer, row.name)
+    release(model, names)
     return model, deviation
 
 

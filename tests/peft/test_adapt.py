@@ -19,6 +19,7 @@ from surm_jax.peft import (
     adapt,
     iter_parts,
 )
+from surm_jax.peft.owners import owners, release
 from surm_jax.peft.parts.layers import AdaptedLayer
 from tests.peft.cases import CASES, EVERY, fresh, trained
 from tests.peft.models import MLP, MODELS, base, materialize, parameters, same_bits
@@ -110,6 +111,8 @@ def test_an_abstract_model_is_adapted_without_arrays():
 
 def test_no_rules_is_a_selection_alone():
     model, adapter = adapt(base("mlp"), [], train=["head/.*"], rngs=nnx.Rngs(1))
+    assert owners(model) == {"head/bias": "default", "head/kernel": "default"}
+    release(model, ["default"])
     assert nnx.graphdef(model) == nnx.graphdef(base("mlp"))
     assert adapter.train == ("head/.*",)
 

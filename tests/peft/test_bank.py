@@ -315,7 +315,7 @@ def test_folders_that_cannot_be_served_together_are_refused(tmp_path):
 def test_the_base_is_read_once_for_all_adapters(tmp_path, monkeypatch):
     base, hashed = net(), []
     folders = saved(tmp_path, base, [LoRA(), LoRA(), LoRA()], train=["head/bias"])
-    module = importlib.import_module("surm_jax.peft.files")
+    module = importlib.import_module("surm_jax.peft.fingerprint")
     whole = module.whole_on_host
     monkeypatch.setattr(module, "whole_on_host", lambda array: hashed.append(array) or whole(array))
     load_bank(folders, base)

@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 from surm_jax.errors import UserError
-from surm_jax.peft import check_fingerprint, fingerprint
+from surm_jax.peft import Adapter, check_fingerprint, fingerprint
+from surm_jax.peft.fingerprint import checksums
 from tests.peft.models import base, parameters
 
 
@@ -54,9 +55,29 @@ def test_a_number_without_shape_has_a_fingerprint():
     assert digest(jnp.float32(1.0)) != digest(jnp.float32(2.0))
 
 
-def test_parameters_alone_count():
+def test_parameters_and_statistics_count():
     model = nnx.Dict(norm=nnx.BatchNorm(3, rngs=nnx.Rngs(0)), dropout=nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
-    assert fingerprint(nnx.state(model)).keys() == {"norm/scale", "norm/bias"}
+    assert fingerprint(nnx.state(model)).keys() == {"norm/scale", "norm/bias", "norm/mean", "norm/var"}
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "float8_e4m3fn", "int8", "int4", "uint32", "bool", "complex64"]
+)
+def test_a_checksum_shows_every_changed_entry_and_every_exchange(dtype):
+    def checksum(array):
+        return checksums(nnx.Dict(kernel=nnx.Param(array)), Adapter(()))["kernel"]
+
+    plain = np.tile([[0, 1], [1, 1]], (2, 1)).astype(jnp.dtype(dtype))
+    found = {checksum(jnp.asarray(plain)), checksum(jnp.asarray(plain.reshape(2, 4))), checksum(jnp.asarray(plain.T))}
+    for place in np.ndindex(plain.shape):
+        other = plain.copy()
+        other[place] = 1 - int(other[place].real)
+        found.add(checksum(jnp.asarray(other)))
+    assert len(found) == 3 + plain.size and checksum(plain) == checksum(jnp.asarray(plain))
+
+
+def test_an_abstract_model_has_no_checksums():
+    assert checksums(nnx.eval_shape(lambda: nnx.Linear(2, 2, rngs=nnx.Rngs(0))), Adapter(())) is None
 
 
 def test_the_same_base_passes():

@@ -219,9 +219,9 @@ def test_deleting_gives_the_plain_classes_back():
 
 def test_what_else_was_trained_stays():
     model, _ = tuned(net(), LoRA(), name="one", train=["head/.*"])
-    for changed in (delete(model, "one"), set_active(model, [])):
-        assert same_bits(changed.head.kernel[...], model.head.kernel[...])
-        assert relative_error(run(changed, batch()), expected(model, batch())) < 1e-5
+    changed = delete(model, "one")
+    assert same_bits(changed.head.kernel[...], model.head.kernel[...])
+    assert relative_error(run(changed, batch()), expected(model, batch())) < 1e-5
     assert relative_error(model.head.kernel[...], net().head.kernel[...]) > 0.1
 
 

@@ -53,7 +53,8 @@ def test_merging_works_in_tree_mode(method):
 
 
 def test_names():
-    model, _ = adapt(trained("mlp", "lora")[0], [Rule("head", CirculantUpdate())], name="other", rngs=nnx.Rngs(1))
+    adapted, _ = adapt(base("mlp"), [CASES["lora"].rule("mlp")], rngs=nnx.Rngs(1))
+    model, _ = adapt(adapted, [Rule("head", CirculantUpdate())], name="other", rngs=nnx.Rngs(1))
     model.head.delta["other"].r1[...] = jnp.arange(4.0)
     x = inputs("mlp")
     part, _ = merge(model, ["other"])
@@ -66,6 +67,14 @@ def test_names():
         merge(model, ["other", "othr"])
     with pytest.raises(UserError, match=r"the model has no adapter 'default' \(known: none\)"):
         merge(base("mlp"), ["default"])
+
+
+def test_a_kernel_that_another_adapter_trained_is_not_merged_into():
+    model, _ = adapt(trained("mlp", "lora")[0], [Rule("head", CirculantUpdate())], name="other", rngs=nnx.Rngs(1))
+    with pytest.raises(UserError, match=r"^head/kernel was trained by the adapter 'default', and merging another"):
+        merge(model, ["other"])
+    whole, _ = merge(model)
+    assert nnx.graphdef(whole) == nnx.graphdef(base("mlp"))
 
 
 def test_a_branch_of_another_adapter_does_not_hinder():

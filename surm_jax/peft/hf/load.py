@@ -1,5 +1,6 @@
 """Read an adapter from a folder of Hugging Face's peft."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -12,9 +13,10 @@ from flax import nnx
 
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.paths import join, matching
-from surm_jax.peft.adapt import base_parameters, matched_modules
+from surm_jax.peft.adapt import base_parameters, claim_trained, matched_modules
 from surm_jax.peft.adapter import DEFAULT_NAME, Adapter, Rule
 from surm_jax.peft.files import CONFIG_NAME, TENSORS_NAME
+from surm_jax.peft.fingerprint import frozen_checksums
 from surm_jax.peft.hf.format import FORMATS, Format
 from surm_jax.peft.hf.names import ROOT, ModuleNames, whole_modules
 from surm_jax.peft.hf.settings import Settings
@@ -80,7 +82,8 @@ def load_peft(
         matrix = matrices[path]
         place = Place(matrix.shape[1], kernel_matrix(layer, path), execution=execution)
         attach(layer, name, updates[path].part_with(matrix, place))
-    return model, adapter
+    claim_trained(model, adapter)
+    return model, dataclasses.replace(adapter, base=frozen_checksums(model, adapter))
 
 
 class _Tensors:

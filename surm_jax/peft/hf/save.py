@@ -14,6 +14,7 @@ from surm_jax.paths import matching
 from surm_jax.peft.adapt import base_parameters
 from surm_jax.peft.adapter import Adapter
 from surm_jax.peft.files import require_unscaled, write_folder
+from surm_jax.peft.fingerprint import moved_statistics
 from surm_jax.peft.hf.format import FORMATS, LayerUpdate
 from surm_jax.peft.hf.names import ROOT, ModuleNames, whole_modules
 from surm_jax.peft.lifecycle import parts_of
@@ -54,6 +55,8 @@ def save_peft(
     if not rows:
         raise UserError(f"the adapter {adapter.name!r} has no update, and peft reads no adapter without an update")
     require_unscaled(rows)
+    if moved := moved_statistics(model, adapter):
+        raise UserError(f"training moved {moved[0]}, and peft stores no statistics: use surm_jax.save_adapter")
     found = [_update(row) for row in rows]
     updates = {_name(names, update.path): update for update in found}
     peft_type = _peft_type(updates)

@@ -3,7 +3,7 @@
 Set the key inside the function that is differentiated and compiled:
 
     def loss(trainable, frozen, batch, key):
-        model = nnx.merge(graphdef, trainable, frozen)
+        model = nnx.merge(graphdef, trainable, frozen, copy=True)
         with surm_jax.adapter_dropout(key):
             logits = model(batch["image"])
 
