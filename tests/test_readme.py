@@ -55,7 +55,9 @@ def test_your_own_model_and_several_adapters(tmp_path, monkeypatch, capsys):
     names = {"model": Model(nnx.Rngs(0)), "base_model": Model(nnx.Rngs(0))}
     (first, second), (several, *_) = code("python"), code("python", GUIDE)
     begin, save = first.rstrip().rsplit("\n", 1)
-    exec(begin, names)
+    names["batches"] = [(jnp.ones((2, 4, 8)), jnp.zeros((2, 4), int))] * 2
+    with jax.numpy_dtype_promotion("standard"):  # Adam counts its steps as an integer.
+        exec(begin, names)
     trained = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(names["trainable"])]
     assert trained == [
         *(f"attention/{layer}/delta/default/{r}" for layer in ("query", "value") for r in ("r1", "r2")),
@@ -95,6 +97,38 @@ def test_your_own_model_and_several_adapters(tmp_path, monkeypatch, capsys):
         errors[f"attention/{name}"] = np.linalg.norm(S[4:]) / np.linalg.norm(S)
         assert np.linalg.norm(found - M) / np.linalg.norm(M) == pytest.approx(errors[f"attention/{name}"], rel=1e-4)
     assert names["errors"] == pytest.approx(errors, rel=1e-4)
+
+
+class Normed(nnx.Module):
+    """A model with dropout and running statistics, in a block that may be under `nnx.remat` or `nnx.jit`."""
+
+    def __init__(self, transform, rngs: nnx.Rngs):
+        self.query, self.head = nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+        self.dropout, self.norm, self.transform = nnx.Dropout(0.5, rngs=rngs), nnx.BatchNorm(8, rngs=rngs), transform
+
+    def __call__(self, x):
+        def block(model, x):
+            return model.norm(model.dropout(model.query(x)))
+
+        return self.head(self.transform(block)(self, x))
+
+
+@pytest.mark.parametrize("transform", [lambda block: block, nnx.remat, nnx.jit], ids=["plain", "remat", "jit"])
+def test_the_training_step_fits_models_with_state(transform, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x, base = jax.random.normal(jax.random.key(0), (6, 8)), Normed(transform, nnx.Rngs(0))
+    names = {"model": base, "batches": [(x, jnp.arange(6) % 3)] * 3}
+    text = code("python")[0].replace(".*/(query|value)", "query")
+    with jax.numpy_dtype_promotion("standard"):
+        exec(text, names)
+    assert names["step"]._cache_size() == 1
+    trained = nnx.merge(*(names[name] for name in ("graphdef", "trainable", "frozen", "rest")))
+    assert trained.dropout.rngs.count[...] == 3 and np.abs(trained.norm.mean[...]).max() > 1e-3
+    np.testing.assert_array_equal(trained.query.kernel[...], base.query.kernel[...])
+    assert not np.array_equal(trained.head.kernel[...], base.head.kernel[...])
+    loaded, _ = surm_jax.load_adapter("my_adapter", base)
+    mode = {"deterministic": True, "use_running_average": True}
+    np.testing.assert_array_equal(nnx.view(loaded, **mode)(x), nnx.view(trained, **mode)(x))
 
 
 def circulant(delta) -> np.ndarray:
