@@ -17,10 +17,6 @@ from surm_jax.errors import UserError, did_you_mean, require_one_of
 from surm_jax.models.layers import REMAT, Blocks
 
 DTYPES = ("float32", "bfloat16")
-# Upper bounds for the fields of a configuration, which may come from an untrusted file. The first bounds the size of
-# any dimension, because JAX cannot handle larger ones. The second bounds the number of blocks, because building a block
-# takes time.
-_LARGEST_SIZE, _MOST_BLOCKS = 2**31, 100
 
 READS = ("images", "text")
 """The kinds of input that a model may take. Each task, such as image classification, needs one kind of input."""
@@ -236,21 +232,19 @@ def model_of_variant(name: str, reads: str) -> type[Model]:
 
 
 def check_sizes(config: Config, names: Iterable[str]) -> None:
-    """Check that fields of a configuration are positive integers of at most 2^31.
+    """Check that fields of a configuration are positive integers.
 
     Args:
         config: The configuration.
         names: Names of the fields to check.
 
     Raises:
-        UserError: The value of a field is not such an integer. The message names the field and its value.
+        UserError: The value of a field is not a positive integer. The message names the field and its value.
     """
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{type(config).__name__}.{name} must be a positive integer, got {value!r}")
-        if value > _LARGEST_SIZE:
-            raise UserError(f"{type(config).__name__}.{name} must be at most {_LARGEST_SIZE}, got {value}")
 
 
 def check_choice(config: Config, name: str, known: Collection[str]) -> None:
@@ -276,8 +270,6 @@ def check_transformer(config: Any) -> None:
     for field in dataclasses.fields(config):
         if field.type is bool and not isinstance(getattr(config, field.name), bool):
             raise UserError(f"{kind}.{field.name} must be True or False, got {getattr(config, field.name)!r}")
-    if config.depth > _MOST_BLOCKS:
-        raise UserError(f"{kind}.depth must be at most {_MOST_BLOCKS}, got {config.depth}")
     if config.width % config.heads:
         raise UserError(f"{kind}.heads must divide the width, got {config.heads} heads for width {config.width}")
     if not (isinstance(config.dropout, int | float) and 0.0 <= config.dropout < 1.0):

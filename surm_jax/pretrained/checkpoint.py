@@ -12,6 +12,9 @@ from surm_jax.errors import UserError
 from surm_jax.models import Config
 from surm_jax.pretrained.normalization import Normalization
 
+_LARGEST_SIZE, _MOST_BLOCKS = 2**31, 100
+"""Bounds for the configuration in a file. JAX has no larger dimensions, and building a block takes time."""
+
 
 class Checkpoint(abc.ABC):
     """A checkpoint that is open for reading. Each format has its own subclass.
@@ -71,6 +74,19 @@ class Checkpoint(abc.ABC):
     def _refuse_variant(self, variant: str | None) -> None:
         if variant is not None:
             raise UserError(f"{self.path} already says which model it holds: leave out variant={variant!r}")
+
+
+def bounded(config: Config) -> Config:
+    """Return the configuration from a file, after checking that its numbers allow building the model.
+
+    Raises:
+        UserError: A number is too large. The message names its field.
+    """
+    for field in dataclasses.fields(config):
+        value, most = getattr(config, field.name), _MOST_BLOCKS if field.name == "depth" else _LARGEST_SIZE
+        if isinstance(value, int) and value > most:
+            raise UserError(f"{type(config).__name__}.{field.name} must be at most {most}, got {value}")
+    return config
 
 
 def reads_head(targets: Collection[str]) -> bool:

@@ -20,7 +20,7 @@ from surm_jax.errors import UserError, did_you_mean
 from surm_jax.files import replacing
 from surm_jax.models import MODELS, Config, Model
 from surm_jax.paths import join
-from surm_jax.pretrained.checkpoint import Checkpoint, require_same
+from surm_jax.pretrained.checkpoint import Checkpoint, bounded, require_same
 from surm_jax.pretrained.normalization import Normalization, checked_normalization
 from surm_jax.pretrained.position_embed import resize_position_embed
 from surm_jax.pretrained.rules import KeyRule, fill
@@ -126,6 +126,6 @@ class NativeCheckpoint(Checkpoint):
         try:
             # A field that was added to the class after the file was written gets its default, which is chosen so that
             # older models compute the same as before.
-            return classes[name](**json.loads(header["config"]))
+            return bounded(classes[name](**json.loads(header["config"])))
         except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"the header of {self.path} is damaged: it holds no {name} ({error})") from error

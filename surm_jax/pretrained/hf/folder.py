@@ -23,7 +23,7 @@ from surm_jax.errors import UserError, did_you_mean
 from surm_jax.files import read_json, replacing_folder
 from surm_jax.models import Config, Model, model_class
 from surm_jax.paths import join
-from surm_jax.pretrained.checkpoint import Checkpoint, reads_head, require_same
+from surm_jax.pretrained.checkpoint import Checkpoint, bounded, reads_head, require_same
 from surm_jax.pretrained.hf.architecture import ARCHITECTURES, Architecture, Names, architecture_of
 from surm_jax.pretrained.normalization import (
     PREPROCESSOR_NAME,
@@ -101,7 +101,7 @@ class HuggingFaceCheckpoint(Checkpoint):
     def _config(self, overrides: Mapping[str, Any]) -> Config:
         architecture, fields = self._described
         try:
-            return architecture.read_config(fields, overrides)
+            return bounded(architecture.read_config(fields, overrides))
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
