@@ -23,6 +23,7 @@ from ml_collections import config_flags
 from surm_jax.devices import processes
 from surm_jax.devices.compilation import use_compilation_cache
 from surm_jax.errors import UserError, did_you_mean
+from surm_jax.record.inputs import started_in
 from surm_jax.record.workdir import default_workdir
 from surm_jax.training import modes
 from surm_jax.training.parsing import base_config, meant_key, parse, plugins_of, require_key, require_steps
@@ -58,7 +59,9 @@ def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
     """
     # Check the configuration keys here, because ml_collections would show a traceback for a mistyped key.
     text = "\n".join(arguments)
-    defaults = base_config(plugins_of(re.findall(r"(?:^|\n)--?config\.plugins[=\n]([^\n]*)", text)))
+    plugins = plugins_of(re.findall(r"(?:^|\n)--?config\.plugins[=\n]([^\n]*)", text))
+    workdirs = re.findall(r"(?:^|\n)--?workdir[=\n]([^\n]*)", text)
+    defaults = base_config(plugins, started_in(Path(workdirs[-1]).expanduser()) if workdirs else ())
     for argument in arguments[1:]:
         if key := re.match(r"--?config\.([\w.]+)", argument):
             require_key(defaults, key[1])

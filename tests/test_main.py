@@ -309,20 +309,24 @@ def plugin(tmp_path, monkeypatch):
     forget()
 
 
-def test_a_method_of_ones_own_is_known_in_every_mode(launched, files, tmp_path, plugin):
+def test_a_method_of_ones_own_is_known_in_every_mode(launched, files, tmp_path, plugin, monkeypatch):
     values = {**tiny.flat_config(files), "optim.steps": 1}
     values |= {"plugins": "('my_own',)", "peft.method": "mine", "peft.mine.order": 2, "optim.learning_rate.mine": 0.1}
     # This configuration file is only needed to register the tiny model of the tests.
     job = f"--config={ROOT / 'tests' / 'training' / 'tiny_job.py'}:{files}"
-    run = launched(job, f"--workdir={tmp_path / 'run'}", *(f"--config.{key}={value}" for key, value in values.items()))
+    train = (job, f"--workdir={tmp_path / 'run'}", *(f"--config.{key}={value}" for key, value in values.items()))
+    run = launched(*train)
     assert (run.status, run.message) == (0, "")
     assert "mine" in run.out
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (saved["plugins"], saved["peft"]["mine"]) == (["my_own"], {"order": 2})
-    # Later modes read the plugins from the configuration of the run.
-    for mode in ("evaluate", "merge"):
+    # Later modes read the plugins from the configuration of the run. They find them where the run was started.
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for arguments in (("--mode=evaluate", train[1]), ("--mode=merge", train[1]), train):
         plugin()
-        done = launched(f"--mode={mode}", f"--workdir={tmp_path / 'run'}")
+        sys.path.remove(str(tmp_path))
+        done = launched(*arguments)
         assert (done.status, done.message) == (0, "")
     plugin()
     (tmp_path / "my_own.py").unlink()

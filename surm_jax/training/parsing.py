@@ -20,7 +20,7 @@ from surm_jax.training.config import PeftConfig, RunConfig
 from surm_jax.training.places import resolved
 
 
-def base_config(plugins: Collection[str] = ()) -> ml_collections.ConfigDict:
+def base_config(plugins: Collection[str] = (), folders: Iterable[Path] = ()) -> ml_collections.ConfigDict:
     """Return a configuration with the default value of every key, from which a configuration file starts.
 
     >>> config = base_config()
@@ -30,11 +30,12 @@ def base_config(plugins: Collection[str] = ()) -> ml_collections.ConfigDict:
     Args:
         plugins: Names of Python modules to import first, so that the methods that they register have keys in the
             configuration. The names also become the value of the key `plugins`.
+        folders: See `import_plugins`.
 
     Raises:
         UserError: A module cannot be imported.
     """
-    import_plugins(plugins)
+    import_plugins(plugins, folders)
     return ml_collections.ConfigDict(to_dict(RunConfig(plugins=tuple(plugins))))
 
 
