@@ -7,6 +7,8 @@ cannot be reached.
 
 import contextlib
 import re
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,22 +30,28 @@ from surm_jax.tensor_files import shards_of
 
 PREFIX = "hf://"
 
-TOKENIZER_NAMES = ("tokenizer.json", "vocab.txt", "merges.txt", "vocab.json", "tokenizer_config.json")
+TOKENIZER_NAMES = (
+    *("tokenizer.json", "vocab.txt", "merges.txt", "vocab.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 """The names of all files that a tokenizer may consist of. A repository may lack some of them."""
+
+SETTINGS_NAMES = (PREPROCESSOR_NAME, "processor_config.json", "generation_config.json")
+"""The names of the other files of settings that may lie beside a model. A repository may lack some of them."""
 
 
 def fetch(source: str) -> Path:
     """Return the local folder of a model of the Hub, after downloading files that are not in the cache yet.
 
     `config.json` is downloaded first, so a model of an unknown architecture is refused before its weights are
-    downloaded. Next are the files that describe the model's input, if the repository has them: the tokenizer's files
-    for a text model, or `preprocessor_config.json` for an image model. The weights are last, in
-    safetensors files. All files belong to the same commit.
+    downloaded. Next are the files that describe the model's input, if the repository has them: `SETTINGS_NAMES`, and
+    for a text model also `TOKENIZER_NAMES`. The weights are last, in safetensors files. All files belong to the same
+    commit.
 
     If the configuration and the weights are in the cache, they are used, and the Hub is not asked whether the branch
-    has a newer commit. To use a newer commit, give it as the revision. If the cache holds the weights, but none
-    of the files that describe the input, the files among these that were never requested are requested now. If this
-    fails, the model is used without them.
+    has a newer commit. To use a newer commit, give it as the revision. If the cache holds the weights, those of the
+    files that describe the input that were never requested are requested now. If this fails, a warning names them, and
+    the model is used without them.
 
     Args:
         source: "hf://owner/name" or "hf://owner/name@revision". The revision is a branch, a tag, a commit or a pull
@@ -103,20 +111,27 @@ def _cached(repository: str, revision: str) -> Path | None:
 
 
 def _complete(repository: str, folder: Path) -> None:
-    """Download the files that describe the input of a cached model, if none of them is in the cache.
+    """Download the files that describe the input of a cached model, if they were never requested.
 
-    Nothing is requested if earlier requests have shown that the repository has none of these files. Errors of the
-    network are ignored.
+    The cache knows which files the repository lacks, so they are requested once.
     """
-    commit, names = folder.name, _input_names(folder)
-    # For each file this holds its path, or an object that marks a file that the Hub does not have, or None if the file
-    # was never requested.
-    known = [try_to_load_from_cache(repository, name, revision=commit) for name in names]
-    if None not in known or any(isinstance(path, str) for path in known):
+    commit = folder.name
+    # For each file the library returns its path, or an object that marks a file that the repository lacks, or None.
+    unknown = [
+        name for name in _input_names(folder) if try_to_load_from_cache(repository, name, revision=commit) is None
+    ]
+    if not unknown:
         return
-    with contextlib.suppress(OSError, HTTPError):
+    try:
         _ask(repository, commit)
-        _fetch_present(repository, commit, names)
+        _fetch_present(repository, commit, unknown)
+    except (OSError, HTTPError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        warnings.warn(
+            f"{PREFIX}{repository} is used without the files {', '.join(unknown)}, if it has them: they are not in the"
+            f" cache, and the Hub gave no answer ({reason})",
+            stacklevel=2,
+        )
 
 
 def _ask(repository: str, revision: str) -> None:
@@ -133,10 +148,10 @@ def _input_names(folder: Path) -> tuple[str, ...]:
     Its repository may lack some or all of them.
     """
     architecture, _ = read_architecture(folder)
-    return TOKENIZER_NAMES if architecture.model.reads == "text" else (PREPROCESSOR_NAME,)
+    return (*TOKENIZER_NAMES, *SETTINGS_NAMES) if architecture.model.reads == "text" else SETTINGS_NAMES
 
 
-def _fetch_present(repository: str, commit: str, names: tuple[str, ...]) -> None:
+def _fetch_present(repository: str, commit: str, names: Sequence[str]) -> None:
     """Download those of the named files that the repository has."""
     for name in names:
         with contextlib.suppress(RemoteEntryNotFoundError):
@@ -167,7 +182,7 @@ def _explain(error: Exception, source: str, repository: str, revision: str) -> N
         message = (
             f"there is no answer from the Hub ({reason}). On a machine that has a connection, fetch {CONFIG_NAME} and "
             f"{WEIGHTS_NAME}, or {INDEX_NAME} with all files that it lists, from {page}/tree/{revision}, and those of "
-            f"{', '.join((*TOKENIZER_NAMES, PREPROCESSOR_NAME))} that exist; put them into the folder {folder}, and "
+            f"{', '.join((*TOKENIZER_NAMES, *SETTINGS_NAMES))} that exist; put them into the folder {folder}, and "
             "pass that folder as the checkpoint"
         )
     raise UserError(f"cannot fetch {source}: {message}") from error

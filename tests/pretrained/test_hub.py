@@ -1,5 +1,6 @@
 """Tests of downloads from the Hub, with a local server that answers as the Hub does."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -128,10 +130,10 @@ def test_shards(fake):
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_the_tokenizer_of_a_text_model(fake, tokenizer):
-    other = {"README.md": "text", "special_tokens_map.json": "{}", "preprocessor_config.json": "{}"}
-    fake.repositories["google/bert"] = {"main": TEXT | tokenizer | other}
+    settings = dict.fromkeys(("special_tokens_map.json", "added_tokens.json", *hub.SETTINGS_NAMES), "{}")
+    fake.repositories["google/bert"] = {"main": TEXT | tokenizer | settings | {"README.md": "text"}}
     folder = hub.fetch("hf://google/bert")
-    assert contents(folder) == TEXT | tokenizer
+    assert contents(folder) == TEXT | tokenizer | settings
     assert got(fake)[-1] == "model.safetensors"
     fake.requests.clear()
     assert hub.fetch("hf://google/bert") == folder
@@ -139,27 +141,28 @@ def test_the_tokenizer_of_a_text_model(fake, tokenizer):
 
 
 def test_the_preprocessor_of_an_image_model(fake):
-    preprocessor = {"preprocessor_config.json": "{}"}
+    preprocessor = dict.fromkeys(hub.SETTINGS_NAMES, "{}")
     fake.repositories["google/vit"] = {"main": WHOLE | preprocessor | TOKENIZERS[0]}
     assert contents(hub.fetch("hf://google/vit")).keys() == {"config.json", "model.safetensors", *preprocessor}
 
 
-def cached_without_tokenizer(fake):
-    """Return the cached folder of a model without the tokenizer's files, as another library may leave it."""
+def cached_without_tokenizer(fake, *names):
+    """Return the cached folder of a model with only `names` of the tokenizer, as another library may leave it."""
     fake.repositories["google/bert"] = {"main": TEXT | TOKENIZERS[0]}
-    for name in TEXT:
+    for name in (*TEXT, *names):
         folder = Path(hub.hf_hub_download("google/bert", name)).parent
     fake.requests.clear()
     return folder
 
 
-def test_a_tokenizer_comes_later(fake):
-    folder = cached_without_tokenizer(fake)
-    assert contents(folder) == TEXT
+@pytest.mark.parametrize("names", [(), ("tokenizer.json",)])
+def test_a_tokenizer_comes_later(fake, names):
+    folder = cached_without_tokenizer(fake, *names)
+    assert contents(folder).keys() == {*TEXT, *names}
     assert hub.fetch("hf://google/bert") == folder
     assert contents(folder) == TEXT | TOKENIZERS[0]
     # The weights are not downloaded again, and the new files belong to the same commit.
-    assert sorted(got(fake)) == sorted(TOKENIZERS[0])
+    assert sorted(got(fake)) == sorted(TOKENIZERS[0].keys() - names)
     assert {revision for _, revision, _ in fake.requests} == {COMMIT}
     fake.requests.clear()
     assert hub.fetch("hf://google/bert") == folder
@@ -180,13 +183,17 @@ def test_a_cached_model_does_without_a_tokenizer(fake, monkeypatch, why):
         template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     start = time.monotonic()
-    assert hub.fetch("hf://google/bert") == folder
+    warned = pytest.warns(UserWarning, match="bert is used without the files tokenizer.json, .* added_tokens.json")
+    with contextlib.nullcontext() if why == "none there" else warned:
+        assert hub.fetch("hf://google/bert") == folder
     assert time.monotonic() - start < 2
     assert contents(folder) == TEXT
     assert bool(fake.requests) == (why != "no network")
     # If the Hub has answered that it does not have the files, they are not requested again.
     fake.requests.clear()
-    assert hub.fetch("hf://google/bert") == folder
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert hub.fetch("hf://google/bert") == folder
     assert bool(fake.requests) == (why in ("gone", "gated"))
 
 

@@ -64,7 +64,7 @@ def write_bert(folder: Path, config: BertConfig) -> None:
     Random numbers are added to all parameters, because initial values such as zeros could hide mistakes.
     """
     (folder.parent / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
-    (folder.parent / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    (folder.parent / "tokenizer_config.json").write_text('{"do_lower_case": true, "tokenizer_class": "BertTokenizer"}')
     graphdef, state = nnx.split(load(None, lambda: Bert(config, rngs=nnx.Rngs(3))))
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda array: array + 0.2 * rng.normal(size=array.shape).astype(np.float32), state)

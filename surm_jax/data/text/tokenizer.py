@@ -3,11 +3,13 @@
 The library `tokenizers` encodes the text. It is configured as in `transformers`, so the tokens are the same.
 """
 
+import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
@@ -15,14 +17,28 @@ from jaxtyping import Float, Int
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from surm_jax.data.text.dataset import TextSource
+from surm_jax.data.text.settings import (
+    BERT,
+    ROBERTA,
+    SETTINGS_NAMES,
+    TOKENIZER_NAME,
+    VOCABULARY_NAMES,
+    WHOLE,
+    Settings,
+    read_settings,
+)
 from surm_jax.errors import UserError
 from surm_jax.files import read_json
 
-TOKENIZER_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
-WORD_PIECES_NAME = "vocab.txt"
-BYTE_PAIRS_NAMES = ("vocab.json", "merges.txt")
-_BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-_ROBERTA_TOKENS = ("<pad>", "<unk>", "<s>", "</s>")
+_NEEDED = ("pad_token", "unk_token", "cls_token", "sep_token")
+# The settings that change a part of the tokenizer, by the name of the change in `tokenizer.json`.
+_SETTING_OF = {
+    "lowercase": "do_lower_case",
+    "strip_accents": "strip_accents",
+    "handle_chinese_chars": "tokenize_chinese_chars",
+    "add_prefix_space": "add_prefix_space",
+}
+_OTHER_VOCABULARIES = r"tekken\.json|tokenizer\.model|tiktoken\.model"
 _SHORTEST = 8
 _LARGEST_TOKEN = 2**24
 _MOST_BYTES = 2**28
@@ -67,17 +83,18 @@ class Tokenizer:
 
     Attributes:
         pad_token: The token with which short examples are padded.
+        vocab_size: The largest token plus one, which is the number of embeddings that a model needs at least.
+        longest: The largest number of tokens that an example may have, or None if the settings do not limit it.
+        truncation_side: The side on which the tokens of too long examples are dropped.
         files: The paths of the files that the tokenizer was read from. A copy of these files gives the same tokenizer.
     """
 
     pad_token: int
+    vocab_size: int
+    longest: int | None
+    truncation_side: Literal["left", "right"]
     files: tuple[Path, ...]
     _library: tokenizers.Tokenizer
-
-    @property
-    def vocab_size(self) -> int:
-        """The largest token plus one, which is the number of embeddings that a model needs at least."""
-        return max(self._library.get_vocab().values()) + 1
 
     def encode(self, source: TextSource, max_length: int) -> TokenSource:
         """Return the tokens of all examples, with the special tokens around them.
@@ -85,15 +102,18 @@ class Tokenizer:
         Args:
             source: The sentences, or pairs of sentences.
             max_length: The largest number of tokens in an example, including special tokens. If an example is too long,
-                tokens at the end of its sentence are dropped. If a pair is too long, tokens at the end of the longer
-                sentence are dropped until the pair is short enough.
+                tokens at the end of its sentence are dropped (or at its start, see `truncation_side`). If a pair is too
+                long, tokens of the longer sentence are dropped until the pair is short enough.
 
         Raises:
-            UserError: `max_length` is below 8, which leaves too few tokens for the text beside the special tokens.
+            UserError: `max_length` is below 8, which leaves too few tokens for the text beside the special tokens, or
+                above `longest`. Or an example holds a special token that the vocabulary lacks.
         """
         if max_length < _SHORTEST:
             raise UserError(f"max_length is {max_length}, but must be at least {_SHORTEST}")
-        self._library.enable_truncation(max_length, strategy="longest_first")
+        if self.longest is not None and max_length > self.longest:
+            raise UserError(f"max_length is {max_length}, but the tokenizer's model_max_length is {self.longest}")
+        self._library.enable_truncation(max_length, strategy="longest_first", direction=self.truncation_side)
         tokens, types = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
         offsets = np.zeros(len(source) + 1, np.int64)
         for start in range(0, len(source), _CHUNK):
@@ -103,116 +123,239 @@ class Tokenizer:
                 tokens.append(np.array(encoding.ids, np.int32))
                 types.append(np.array(encoding.type_ids, np.int32))
                 offsets[index + 1] = offsets[index] + len(tokens[-1])
-        return TokenSource(np.concatenate(tokens), np.concatenate(types), offsets, source.labels, self.pad_token)
+        joined = np.concatenate(tokens)
+        if (unknown := np.flatnonzero(joined >= self.vocab_size)).size:
+            example = np.searchsorted(offsets, unknown[0], side="right") - 1
+            token = self._library.id_to_token(int(joined[unknown[0]]))
+            raise UserError(f"example {example} holds {token}, a special token that the vocabulary of the model lacks")
+        return TokenSource(joined, np.concatenate(types), offsets, source.labels, self.pad_token)
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     """Read the tokenizer of a BERT or RoBERTa model from a folder of `transformers`.
 
-    The tokenizer is read from the first of these files that the folder has:
+    The vocabulary is read from the first of these files that the folder has:
 
-    - `tokenizer.json`, whose settings for padding and truncation are ignored;
+    - `tokenizer.json`;
     - `vocab.txt`, which holds the word pieces of BERT;
     - `vocab.json` and `merges.txt`, which hold the byte pairs of RoBERTa.
 
-    If there is no `tokenizer.json`, further settings are read from `tokenizer_config.json`, if that file exists.
+    The settings in `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` are followed as in
+    transformers 5. They count more than those in `tokenizer.json`, unless `tokenizer_class` is
+    "PreTrainedTokenizerFast". A `tokenizer.json` that disagrees with a default of transformers is refused.
 
     Args:
         folder: The path of the folder.
 
     Raises:
-        UserError: The folder has none of these files, a file is damaged, or special tokens are missing.
+        UserError: The folder has no vocabulary, a file is damaged, a setting cannot be followed, or special tokens are
+            missing.
     """
     folder = Path(folder)
-    if (folder / TOKENIZER_NAME).is_file():
-        names: tuple[str, ...] = (TOKENIZER_NAME,)
-        library = _whole(folder / TOKENIZER_NAME)
-    elif (folder / WORD_PIECES_NAME).is_file():
-        names = (WORD_PIECES_NAME,)
-        library = _word_pieces(folder)
-    elif all((folder / name).is_file() for name in BYTE_PAIRS_NAMES):
-        names = BYTE_PAIRS_NAMES
-        library = _byte_pairs(folder)
-    else:
-        raise UserError(
-            f"{folder} has no tokenizer: expected {TOKENIZER_NAME}, or {WORD_PIECES_NAME} (BERT), or "
-            f"{' and '.join(BYTE_PAIRS_NAMES)} (RoBERTa), as they lie beside the model's weights"
-        )
+    names: tuple[str, ...] = (TOKENIZER_NAME,)
+    whole, tree = _whole(folder / TOKENIZER_NAME) if (folder / TOKENIZER_NAME).is_file() else (None, None)
+    settings = read_settings(folder, tree)
+    if whole is None:
+        names = _vocabulary_names(folder, settings.kind)
+    library = _configured(folder / names[0], settings, whole, tree)
+    if settings.side("padding_side", _direction(tree, "padding")) == "left":
+        raise settings.refusal("padding_side", "short examples are padded on the right: set it to 'right'")
     vocabulary = library.get_vocab()
-    known = [tokens for tokens in (_BERT_TOKENS, _ROBERTA_TOKENS) if vocabulary.keys() >= set(tokens)]
-    if not known or not library.num_special_tokens_to_add(is_pair=True):
+    pad = settings.content("pad_token")
+    if not pad or not library.num_special_tokens_to_add(is_pair=True):
         raise UserError(
             f"{folder} has the tokenizer of another model: expected one that puts special tokens around sentences and "
-            f"knows {' '.join(_BERT_TOKENS)} (BERT) or {' '.join(_ROBERTA_TOKENS)} (RoBERTa)"
+            "has a pad_token, as those of BERT and RoBERTa"
         )
-    if (largest := max(vocabulary.values())) > _LARGEST_TOKEN:
+    # transformers adds the token for masks to a vocabulary that lacks it, but the model has no embedding for it.
+    lacking = {settings.content("mask_token")} - settings.contents - library.get_vocab(with_added_tokens=False).keys()
+    largest = max(number for token, number in vocabulary.items() if token not in lacking)
+    if largest > _LARGEST_TOKEN:
         raise UserError(f"{folder} has a tokenizer with the token {largest}; tokens are at most {_LARGEST_TOKEN}")
-    files = tuple(folder / name for name in (*names, CONFIG_NAME) if (folder / name).is_file())
-    return Tokenizer(vocabulary[known[0][0]], files, library)
+    return Tokenizer(
+        pad_token=vocabulary[pad],
+        vocab_size=largest + 1,
+        longest=settings.max_length(),
+        truncation_side=settings.side("truncation_side", _direction(tree, "truncation")),
+        files=tuple(folder / name for name in (*names, *SETTINGS_NAMES) if (folder / name).is_file()),
+        _library=library,
+    )
 
 
-def _whole(path: Path) -> tokenizers.Tokenizer:
-    """Read a `tokenizer.json`, and disable its padding and truncation."""
-    read_json(path, _MOST_BYTES)
+def _vocabulary_names(folder: Path, kind: str) -> tuple[str, ...]:
+    """Return the names of the files that hold the vocabulary in a folder without `tokenizer.json`."""
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not any(present.issuperset(names) for names in VOCABULARY_NAMES.values()):
+        raise UserError(
+            f"{folder} has no tokenizer: expected {TOKENIZER_NAME}, or vocab.txt (BERT), or vocab.json and merges.txt "
+            "(RoBERTa), as they lie beside the model's weights"
+        )
+    names = VOCABULARY_NAMES.get(kind, (TOKENIZER_NAME,))
+    if not present.issuperset(names):
+        raise UserError(
+            f"{folder} has no {' and '.join(names)}, which a {kind} is read from: say the right tokenizer_class in "
+            f"{SETTINGS_NAMES[0]}, such as {', '.join(VOCABULARY_NAMES)}"
+        )
+    if other := sorted(name for name in present if re.match(_OTHER_VOCABULARIES, name)):
+        raise UserError(
+            f"{folder} holds {other[0]}, which transformers reads instead of {names[0]}: remove one of them"
+        )
+    return names
+
+
+def _whole(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """Return the tokenizer in a `tokenizer.json`, without padding and truncation, and the content of the file."""
+    tree = read_json(path, _MOST_BYTES)
     library = _parse(path, tokenizers.Tokenizer.from_file, str(path))
     library.no_padding()
     library.no_truncation()
-    # If the file names a special token that is not in its vocabulary, the threads of the library panic when they encode
-    # the first text. To detect this now, encode a sentence and a pair.
+    _try(path, library)
+    return library, tree
+
+
+def _direction(tree: Mapping[str, Any] | None, name: str) -> str:
+    """Return the side of padding or truncation that a `tokenizer.json` says, or "right"."""
+    return ((tree or {}).get(name) or {}).get("direction", "Right").lower()
+
+
+def _configured(
+    path: Path, settings: Settings, whole: tokenizers.Tokenizer | None, tree: Mapping[str, Any] | None
+) -> tokenizers.Tokenizer:
+    """Return the tokenizer that a class of transformers makes of a vocabulary and the settings.
+
+    Args:
+        path: The file of the vocabulary.
+        settings: The settings.
+        whole: The tokenizer in `tokenizer.json`, if that is the file of the vocabulary.
+        tree: The content of this file.
+    """
+    if settings.kind == WHOLE and whole is not None:
+        library = whole
+    else:
+        library = (_word_pieces if settings.kind == BERT else _byte_pairs)(path, settings, whole, tree)
+    library.encode_special_tokens = settings.switch("split_special_tokens", False)
+    _parse(path, settings.add_tokens, library)
+    if settings.kind != WHOLE:
+        library.post_processor = _parse(path, _post_processor, settings, library)
+        if whole is not None:
+            _require_agreement(path, settings, whole, library)
+    _try(path, library)
+    return library
+
+
+def _word_pieces(
+    path: Path, settings: Settings, whole: tokenizers.Tokenizer | None, tree: Mapping[str, Any] | None
+) -> tokenizers.Tokenizer:
+    del tree
+    if whole is None:
+        vocabulary = _parse(path, models.WordPiece.read_file, str(path))
+    else:
+        _require_model(path, settings, whole, models.WordPiece)
+        vocabulary = whole.get_vocab(with_added_tokens=False)
+    _require_special_tokens(path, settings, vocabulary)
+    library = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=settings.content("unk_token")))
+    library.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=settings.switch("tokenize_chinese_chars", True),
+        strip_accents=settings.switch("strip_accents", None),
+        lowercase=settings.switch("do_lower_case", True),
+    )
+    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return library
+
+
+def _byte_pairs(
+    path: Path, settings: Settings, whole: tokenizers.Tokenizer | None, tree: Mapping[str, Any] | None
+) -> tokenizers.Tokenizer:
+    merges_path = path
+    if whole is None or tree is None:
+        merges_path = path.parent / VOCABULARY_NAMES[ROBERTA][1]
+        read_json(path, _MOST_BYTES)
+        vocabulary, merges = _parse(merges_path, models.BPE.read_file, str(path), str(merges_path))
+    else:
+        _require_model(path, settings, whole, models.BPE)
+        vocabulary = whole.get_vocab(with_added_tokens=False)
+        pairs = tree["model"]["merges"]
+        merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in pairs]
+    _require_special_tokens(path, settings, vocabulary)
+    model = _parse(merges_path, models.BPE, vocabulary, merges)
+    library = tokenizers.Tokenizer(model)
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.switch("add_prefix_space", False))
+    return library
+
+
+def _post_processor(settings: Settings, library: tokenizers.Tokenizer) -> processors.PostProcessor:
+    """Return what puts the special tokens of BERT or RoBERTa around sentences."""
+    start, end = settings.content("cls_token"), settings.content("sep_token")
+    vocabulary = library.get_vocab()
+    numbers = [(token, vocabulary[token]) for token in (start, end)]
+    if settings.kind == BERT:
+        return processors.TemplateProcessing(
+            single=f"{start}:0 $A:0 {end}:0",
+            pair=f"{start}:0 $A:0 {end}:0 $B:1 {end}:1",
+            special_tokens=numbers,
+        )
+    trim, prefix = settings.switch("trim_offsets", True), settings.switch("add_prefix_space", False)
+    return processors.RobertaProcessing(numbers[1], numbers[0], trim, prefix)
+
+
+def _require_model(path: Path, settings: Settings, whole: tokenizers.Tokenizer, model: type) -> None:
+    if not isinstance(whole.model, model):
+        raise UserError(
+            f"{path} holds a {type(whole.model).__name__}, but the tokenizer is a {settings.kind}, which needs a "
+            f"{model.__name__}"
+        )
+
+
+def _require_special_tokens(path: Path, settings: Settings, vocabulary: Mapping[str, int]) -> None:
+    for name in _NEEDED:
+        if not settings.content(name):
+            raise settings.refusal(name, "must be a token")
+    needed = [settings.content(name) for name in _NEEDED]
+    if missing := [token for token in needed if token not in vocabulary and token not in settings.contents]:
+        raise UserError(f"{path} lacks the special tokens {' '.join(missing)}; it needs {' '.join(needed)}")
+
+
+def _require_agreement(
+    path: Path, settings: Settings, whole: tokenizers.Tokenizer, library: tokenizers.Tokenizer
+) -> None:
+    """Check that a `tokenizer.json` says what transformers takes instead of it, except where settings say otherwise.
+
+    Raises:
+        UserError: They disagree.
+    """
+    ignored = f"which a {settings.kind} of transformers ignores: say tokenizer_class = {WHOLE}, or remove it"
+    said, made = (json.loads(one.to_str()) for one in (whole, library))
+    for part in ("normalizer", "pre_tokenizer"):
+        says, takes = said[part] or {}, made[part] or {}
+        for key in sorted(says.keys() | takes.keys()):
+            name = _SETTING_OF.get(key)
+            if says.get(key) == takes.get(key) or key == "trim_offsets" or name in settings.values:
+                continue
+            if name is None:
+                raise UserError(f"{path} has the {part} {says or None}, {ignored}")
+            raise UserError(
+                f"{path} says {key} = {json.dumps(says.get(key))}, but {SETTINGS_NAMES[0]} does not say {name}, and "
+                f"transformers takes {json.dumps(takes.get(key))}: write {name} into {SETTINGS_NAMES[0]}"
+            )
+    one = library.encode("a", add_special_tokens=False)
+    around = []
+    for processor in (whole.post_processor, library.post_processor):
+        encoding = _parse(path, processor.process, one, one) if processor else one
+        around.append((encoding.ids, encoding.type_ids))
+    if around[0] != around[1]:
+        raise UserError(f"{path} has a post_processor that puts other special tokens around sentences, {ignored}")
+
+
+def _try(path: Path, library: tokenizers.Tokenizer) -> None:
+    """Encode a sentence and a pair.
+
+    If a file names a special token that is not in its vocabulary, the threads of the library panic when they encode the
+    first text. This function detects it.
+    """
     for texts in ([_TRIAL], [_TRIAL, _TRIAL]):
         if not {*_parse(path, library.encode, *texts).type_ids} <= {0, 1}:
             raise UserError(f"{path} is damaged: the types of tokens must be 0 and 1")
-    return library
-
-
-def _word_pieces(folder: Path) -> tokenizers.Tokenizer:
-    path = folder / WORD_PIECES_NAME
-    text = _parse(path, path.read_text, "utf-8")
-    vocabulary = {line: index for index, line in enumerate(text.removesuffix("\n").split("\n"))}
-    _check_special_tokens(path, vocabulary, _BERT_TOKENS)
-    config = _config(folder)
-    library = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    library.normalizer = normalizers.BertNormalizer(
-        clean_text=True,
-        handle_chinese_chars=_setting(folder, config, "tokenize_chinese_chars", True),
-        strip_accents=_setting(folder, config, "strip_accents", None),
-        lowercase=_setting(folder, config, "do_lower_case", True),
-    )
-    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    library.post_processor = processors.TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0",
-        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
-    )
-    library.add_special_tokens([token for token in (*_BERT_TOKENS, "[MASK]") if token in vocabulary])
-    return library
-
-
-def _byte_pairs(folder: Path) -> tokenizers.Tokenizer:
-    vocabulary_path, merges_path = (folder / name for name in BYTE_PAIRS_NAMES)
-    vocabulary = read_json(vocabulary_path, _MOST_BYTES)
-    _check_special_tokens(vocabulary_path, vocabulary, _ROBERTA_TOKENS)
-    model = _parse(merges_path, models.BPE.from_file, str(vocabulary_path), str(merges_path))
-    prefix = _setting(folder, _config(folder), "add_prefix_space", False)
-    library = tokenizers.Tokenizer(model)
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-    library.post_processor = processors.RobertaProcessing(
-        ("</s>", vocabulary["</s>"]), ("<s>", vocabulary["<s>"]), trim_offsets=True, add_prefix_space=prefix
-    )
-    library.add_special_tokens([token for token in (*_ROBERTA_TOKENS, "<mask>") if token in vocabulary])
-    return library
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    return read_json(path) if path.is_file() else {}
-
-
-def _setting(folder: Path, config: dict[str, Any], key: str, default: bool | None) -> Any:
-    value = config.get(key, default)
-    if value is not default and not isinstance(value, bool):
-        raise UserError(f"{folder / CONFIG_NAME}: {key} is {value!r}, but must be true or false")
-    return value
 
 
 def _parse(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
@@ -223,12 +366,7 @@ def _parse(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
     """
     try:
         return read(*arguments)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, UserError):
         raise
     except BaseException as error:  # The library has no class of its own for errors, and panics are no `Exception`s.
         raise UserError(f"{path} is damaged: {error}. Copy it again from where the model came from") from error
-
-
-def _check_special_tokens(path: Path, vocabulary: dict[str, int], tokens: tuple[str, ...]) -> None:
-    if missing := [token for token in tokens if token not in vocabulary]:
-        raise UserError(f"{path} lacks the special tokens {' '.join(missing)}; it needs {' '.join(tokens)}")

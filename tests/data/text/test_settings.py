@@ -1,0 +1,166 @@
+"""Compare tokenizers with those of transformers, for random files of settings beside them."""
+
+import collections
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, processors
+
+from surm_jax.data import TextSource, load_tokenizer, text_eval_batches
+from surm_jax.errors import UserError
+from tests.speeds import fast
+
+REASON = "compares with transformers: pip install -r requirements-peers.txt"
+TEXTS = [
+    "It Zoë rains and pours .",
+    "雨雨 it <new> [MASK] pour",
+    "it [SEP] rain</s> NEW <mask> it it it it it it it it",
+]
+LENGTH = 12
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "it", "It", "zoe", "zoë", "Zoë", "rain", "##s", "pour", "雨",
+         "and", ".", "[X]", "new", "<", ">", "[", "]", "mask"]  # fmt: skip
+NAMES = ["pad_token", "unk_token", "cls_token", "sep_token", "mask_token", "bos_token", "eos_token", "image_token"]
+
+
+@pytest.fixture(scope="session")
+def byte_pairs(tmp_path_factory):
+    """The path of a folder with byte pairs that were trained on the text of this file."""
+    folder = tmp_path_factory.mktemp("byte_pairs")
+    trained = tokenizers.ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "[X]"]
+    trained.train_from_iterator([Path(__file__).read_text("utf-8")], vocab_size=350, special_tokens=special)
+    trained.save_model(str(folder))
+    return folder
+
+
+def token(rng, form=0):
+    content = str(rng.choice(["[X]", "[X]", "[X]", "<new>", "NEW", "it", "[SEP]", "</s>", "[MASK]"]))
+    if form == 0 and rng.random() < 0.6:
+        return content
+    value = {"content": content} | {name: bool(rng.random() < 0.3) for name in ("lstrip", "rstrip", "normalized")}
+    return value | ({"__type": "AddedToken"} if form == 0 and rng.random() < 0.8 else {}) | (
+        {"special": bool(rng.random() < 0.5)} if rng.random() < 0.7 else {}
+    )  # fmt: skip
+
+
+def settings(rng, size):
+    """Return random settings, and sometimes a value of a wrong type."""
+
+    def switch():
+        return [True, False][rng.integers(2)] if rng.random() < 0.93 else [None, "no", 1][rng.integers(3)]
+
+    every = {
+        **dict.fromkeys(("do_lower_case", "strip_accents", "tokenize_chinese_chars", "add_prefix_space"), switch),
+        "split_special_tokens": switch,
+        "trim_offsets": switch,
+        **{name: lambda: token(rng) for name in NAMES},
+        "additional_special_tokens": lambda: [token(rng) for _ in range(rng.integers(3))],
+        "extra_special_tokens": lambda: [[token(rng)], {"audio_token": token(rng)}, "it", []][rng.integers(4)],
+        "padding_side": lambda: ["right", "right", "left", 3][rng.integers(4)],
+        "truncation_side": lambda: ["right", "left", "left", "up"][rng.integers(4)],
+        "model_max_length": lambda: [512, 10**30, 8, None, LENGTH][rng.integers(5)],
+        "never_split": lambda: ["it"],
+        "clean_up_tokenization_spaces": switch,
+        "added_tokens_decoder": lambda: {
+            str(size + rng.integers(-1, 2) + place): token(rng, 1) for place in range(rng.integers(1, 3))
+        },
+        "tokenizer_class": lambda: str(
+            rng.choice([*["BertTokenizer", "RobertaTokenizerFast", "PreTrainedTokenizerFast"], "FooTokenizer"])
+        ),
+    }
+    names = rng.choice(list(every), rng.integers(5), replace=False)
+    return {str(name): every[str(name)]() for name in names}
+
+
+def write_folder(folder, rng, byte_pairs):
+    """Write a vocabulary on one of four routes, and random files of settings beside it. Return the kind of the case."""
+    kind = str(rng.choice(["bert", "roberta"]))
+    bert, whole = rng.random() < 0.95 if kind == "bert" else rng.random() < 0.05, rng.random() < 0.5
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    if bert:
+        vocabulary = {word: number for number, word in enumerate(WORDS)}
+        library = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+        said = {"lowercase": True, "strip_accents": None, "handle_chinese_chars": True}
+        if rng.random() < 0.4:
+            said = {name: bool(rng.random() < 0.5) for name in said}
+        library.normalizer = normalizers.BertNormalizer(**said)
+        library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        library.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+        special = WORDS[:5]
+    else:
+        names = [str(byte_pairs / name) for name in ("vocab.json", "merges.txt")]
+        library = tokenizers.Tokenizer(models.BPE.from_file(*names))
+        prefix = bool(rng.random() < 0.3)
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+        library.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=prefix)
+        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    library.add_special_tokens(special)
+    size = library.get_vocab_size()
+    if rng.random() < 0.4:
+        library.add_tokens([tokenizers.AddedToken("<new>", single_word=bool(rng.random() < 0.5))])
+    if rng.random() < 0.3:
+        library.enable_truncation(9, direction=str(rng.choice(["left", "right"])))
+    if rng.random() < 0.3:
+        library.enable_padding(pad_id=library.token_to_id(special[0]), pad_token=special[0])
+    if whole:
+        library.save(str(folder / "tokenizer.json"))
+    elif bert:
+        (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    else:
+        for name in ("vocab.json", "merges.txt"):
+            (folder / name).write_bytes((byte_pairs / name).read_bytes())
+    if rng.random() < 0.9:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings(rng, size)))
+    if rng.random() < 0.4:
+        values = {str(name): token(rng, int(rng.integers(2))) for name in rng.choice(NAMES, 2)}
+        (folder / "special_tokens_map.json").write_text(json.dumps(values))
+    if rng.random() < 0.3:
+        values = {str(text): size + place for place, text in enumerate(rng.permutation(["<new>", "NEW"]))}
+        (folder / "added_tokens.json").write_text(json.dumps(values))
+    return f"{'WordPiece' if bert else 'BPE'} {'tokenizer.json' if whole else 'vocabulary'}"
+
+
+def ours(folder, texts):
+    tokenizer = load_tokenizer(folder)
+    source = tokenizer.encode(TextSource(texts, np.zeros(len(texts), int)), LENGTH)
+    (batch,) = text_eval_batches(source, batch_size=len(texts), lengths=(LENGTH,))
+    return batch["tokens"].tolist(), batch["token_mask"].astype(int).tolist(), batch["token_types"].tolist()
+
+
+def theirs(folder, texts):
+    transformers = pytest.importorskip("transformers", reason=REASON)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    columns = [list(column) for column in zip(*texts, strict=True)]
+    encoded = tokenizer(
+        *columns, truncation="longest_first", max_length=LENGTH, padding="max_length", return_token_type_ids=True
+    )
+    return encoded["input_ids"], encoded["attention_mask"], encoded["token_type_ids"]
+
+
+@pytest.mark.parametrize("seeds", fast([range(0, 60), range(60, 1000)], range(0, 60)))
+def test_random_settings_give_the_tokens_of_transformers_or_are_refused(seeds, byte_pairs, tmp_path):
+    pytest.importorskip("transformers", reason=REASON)
+    wrong, counts = {}, collections.Counter()
+    for seed in seeds:
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        kind = write_folder(folder, np.random.default_rng(seed), byte_pairs)
+        for texts in ([(text,) for text in TEXTS], [(first, second) for first in TEXTS for second in TEXTS]):
+            try:
+                found = ours(folder, texts)
+            except UserError as error:
+                found = str(error)
+            counts[kind, "refused" if isinstance(found, str) else "equal"] += 1
+            if isinstance(found, str):
+                continue
+            try:
+                expected = theirs(folder, texts)
+            except Exception as error:
+                expected = repr(error)
+            if found != expected:
+                wrong[seed] = (found, expected)
+    assert not wrong
+    assert all(counts[kind, "equal"] > 0.2 * counts[kind, "refused"] for kind, _ in [*counts])
