@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,11 @@ from surm_jax import data
 from surm_jax.errors import UserError
 from surm_jax.files import replacing
 from surm_jax.tasks.config import DataConfig
+
+# Names of columns that tables of sentences have. Sentences that consist of such a word are not expected.
+_COLUMNS = frozenset(
+    {"id", "idx", "index", "label", "score", "text"}.union(*(task.columns for task in data.GLUE_TASKS.values()))
+)
 
 
 def find_tokenizer(checkpoint: Path | None) -> data.Tokenizer:
@@ -112,15 +118,16 @@ def read_sentences(path: Path, columns: Sequence[str]) -> Sentences:
     """Read a table of sentences without labels from a file.
 
     The file is UTF-8 text with one row per line, and its columns are separated by tabs. Quotes have no special meaning.
-    Empty lines are skipped. The first line is also skipped if it holds the names of the columns, in upper or lower
-    case. Malformed rows are left out, with a message for each on the standard error.
+    Empty lines are skipped. If the first other line names the columns (in upper or lower case), they are read by name,
+    in any order. Otherwise they are read in the order of `columns`. Malformed rows are left out, with a message for
+    each on the standard error.
 
     Args:
         path: The file.
         columns: The names of the one or two columns of sentences.
 
     Raises:
-        UserError: The file cannot be read, or no row is well-formed.
+        UserError: The file cannot be read, its first line names other columns, or no row is well-formed.
     """
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -129,20 +136,27 @@ def read_sentences(path: Path, columns: Sequence[str]) -> Sentences:
     numbers: list[int] = []
     rows: list[tuple[str, ...]] = []
     malformed: list[str] = []
+    places: Sequence[int] | None = None
     for number, line in enumerate(lines, 1):
         try:
             sentences = tuple(line.removesuffix(b"\r").decode().split("\t"))
         except UnicodeDecodeError as error:
             malformed.append(f"{path}, line {number}: not UTF-8 (byte {error.start + 1})")
             continue
-        names = tuple(sentence.strip().casefold() for sentence in sentences)
-        if sentences == ("",) or (number == 1 and names == tuple(columns)):
+        if sentences == ("",):
             continue
+        if places is None:
+            header = _header(path, sentences, columns)
+            places = header or range(len(columns))
+            if header:
+                continue
         if len(sentences) != len(columns):
             malformed.append(
                 f"{path}, line {number}: {len(sentences)} columns, expected {len(columns)} ({', '.join(columns)})"
             )
-        elif empty := [name for name, sentence in zip(columns, sentences, strict=True) if not sentence.strip()]:
+            continue
+        sentences = tuple(sentences[place] for place in places)
+        if empty := [name for name, sentence in zip(columns, sentences, strict=True) if not sentence.strip()]:
             malformed.append(f"{path}, line {number}: {empty[0]} is empty")
         else:
             numbers.append(number)
@@ -152,3 +166,27 @@ def read_sentences(path: Path, columns: Sequence[str]) -> Sentences:
     if not rows:
         raise UserError(f"{path} has no well-formed row of sentences")
     return Sentences(tuple(numbers), tuple(rows), tuple(malformed))
+
+
+def _header(path: Path, cells: Sequence[str], columns: Sequence[str]) -> list[int] | None:
+    """Return the place of each wanted column in a table whose first line has these cells, or None if it names none.
+
+    Raises:
+        UserError: The line names other columns than the wanted ones, or separates them otherwise than by tabs.
+    """
+    names = [_name(cell) for cell in cells]
+    if sorted(names) == sorted(columns):
+        return [names.index(column) for column in columns]
+    parts = [_name(part) for part in re.split(r"[\t,;|]", "\t".join(cells))]
+    known = {*columns, *_COLUMNS}
+    if known.isdisjoint(names) and not (all(map(str.isidentifier, parts)) and known.intersection(parts)):
+        return None
+    raise UserError(
+        f"{path}: the first line names the columns {', '.join(parts)}, but this task reads {' and '.join(columns)},"
+        " separated by a tab: keep only these, under these names (if the line is a row, put a line with the names"
+        " above it)"
+    )
+
+
+def _name(cell: str) -> str:
+    return cell.strip().strip('"').casefold()

@@ -91,6 +91,7 @@ def test_malformed_rows_are_named_and_the_rest_is_answered(run, tmp_path, capsys
     [
         (b"sentence1\tsentence2\na\tb\n", (2,), (("a", "b"),)),
         (b"\xef\xbb\xbfsentence1\tsentence2\r\na\tb\r\n\r\nc\td\r\n", (2, 4), (("a", "b"), ("c", "d"))),
+        (b'\n"sentence2"\tSentence1\na\tb\nc\td\n', (3, 4), (("b", "a"), ("d", "c"))),
         # Column names are skipped only in the first line. In a later line they are taken as sentences.
         (b"a\tb\nsentence1\tsentence2", (1, 2), (("a", "b"), ("sentence1", "sentence2"))),
         # Quotes have no special meaning. Only a line feed ends a line: other separators (U+2028, \x0b) do not.
@@ -102,6 +103,24 @@ def test_tables_are_read(tmp_path, content, lines, sentences):
     read = read_sentences(tmp_path / "in.tsv", COLUMNS)
     assert (read.lines, read.rows, read.malformed) == (lines, sentences, ())
     assert read.count == len(lines)
+
+
+@pytest.mark.parametrize(
+    ("content", "columns", "names"),
+    [
+        ("index\tsentence\n0\tfine\n", ("sentence",), "index, sentence, but this task reads sentence,"),
+        ("index\n0\n", ("sentence",), "index, but this task reads sentence,"),
+        ("index,sentence\n0,fine\n", ("sentence",), "index, sentence, but this task reads sentence,"),
+        ("question\tsentence\na\tb\n", ("sentence",), "question, sentence, but this task reads sentence,"),
+        ("premise\thypothesis\na\tb\n", COLUMNS, "premise, hypothesis, but .* sentence1 and sentence2,"),
+        ("sentence1\tsentence1\na\tb\n", COLUMNS, "sentence1, sentence1, but .* sentence1 and sentence2,"),
+        ("question,sentence\na,b\n", ("question", "sentence"), "question, sentence, but .* separated by a tab"),
+    ],
+)
+def test_tables_of_other_columns_are_refused(tmp_path, content, columns, names):
+    (tmp_path / "in.tsv").write_text(content)
+    with pytest.raises(UserError, match=f"in.tsv: the first line names the columns {names}"):
+        read_sentences(tmp_path / "in.tsv", columns)
 
 
 def test_a_sentence_of_spaces_is_empty(tmp_path):
