@@ -129,4 +129,10 @@ def _read(prepared: PreparedSet, split: str, task: GlueTask, num_classes: int) -
             f"{where}: example {wrong[0]} has label {labels[wrong[0]]}, outside 0 to {highest}"
             + (" (-1 stands for no label)" if labels[wrong[0]] == -1 else "")
         )
-    return TextSource([tuple(row[column].decode() for column in task.columns) for row in rows], labels)
+    sentences = []
+    for index, row in enumerate(rows):
+        try:
+            sentences.append(tuple(row[column].decode() for column in task.columns))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: example {index} is not UTF-8 text ({error.reason})") from None
+    return TextSource(sentences, labels)

@@ -171,9 +171,7 @@ def read_settings(folder: Path, tree: Mapping[str, Any] | None) -> Settings:
     kind = _kind(folder, values.pop("tokenizer_class", None), tree)
     where = folder / SETTINGS_NAMES[0]
     if refused := [name for name in _REFUSED if values.get(name)]:
-        raise UserError(
-            f"{where}: {refused[0]} cannot be followed: save the tokenizer again with transformers, without"
-        )
+        raise UserError(f"{where}: {refused[0]} is not supported: remove it, or save the tokenizer with transformers")
     try:
         return _merged(folder, kind, values, tokens_map, added_tokens, tree)
     except (AttributeError, LookupError, TypeError, ValueError) as error:

@@ -16,7 +16,7 @@ import tokenizers
 from jaxtyping import Float, Int
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from surm_jax.data.text.dataset import TextSource
+from surm_jax.data.text.dataset import TextSource, checked_labels
 from surm_jax.data.text.settings import (
     BERT,
     ROBERTA,
@@ -60,6 +60,9 @@ class TokenSource:
             `tokens[offsets[i] : offsets[i + 1]]`.
         labels: The label of each example, as int64 classes or float32 scores.
         pad_token: The token with which short examples are padded.
+
+    Raises:
+        UserError: The arrays do not fit together, or a number of a token or a label is out of range.
     """
 
     tokens: Int[np.ndarray, "total"]
@@ -67,6 +70,18 @@ class TokenSource:
     offsets: Int[np.ndarray, "n+1"]
     labels: Int[np.ndarray, "n"] | Float[np.ndarray, "n"]
     pad_token: int
+
+    def __post_init__(self):
+        object.__setattr__(self, "labels", checked_labels(self.labels, len(self.offsets) - 1))
+        starts, total = self.offsets, len(self.tokens)
+        if self.token_types.shape != (total,) or starts[0] != 0 or starts[-1] != total or (np.diff(starts) < 0).any():
+            raise UserError(
+                f"{total} tokens, token types of shape {self.token_types.shape} and offsets from {starts[0]} to"
+                f" {starts[-1]} do not fit together: expected as many types as tokens, and rising offsets"
+            )
+        for name, numbers in {"tokens": self.tokens, "token_types": self.token_types}.items():
+            if numbers.dtype.kind not in "iu" or (total and not 0 <= numbers.min() <= numbers.max() < 2**31):
+                raise UserError(f"{name} must be integers from 0 to 2^31 - 1")
 
     def __len__(self) -> int:
         return len(self.labels)
