@@ -56,6 +56,7 @@ _REFUSED = (
     *("auto_map", "fast_tokenizer_files", "gguf_file", "init_inputs", "merges", "post_processor", "tokenizer_object"),
     *("tokenizer_padding", "tokenizer_truncation", "vocab"),
 )
+_FILES = ("merges_file", "tokenizer_file", "vocab_file")
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,13 @@ def read_settings(folder: Path, tree: Mapping[str, Any] | None) -> Settings:
     values: dict[str, Any] = dict(config or {})
     kind = _kind(folder, values.pop("tokenizer_class", None), tree)
     where = folder / SETTINGS_NAMES[0]
-    if refused := [name for name in _REFUSED if values.get(name)]:
-        raise UserError(f"{where}: {refused[0]} is not supported: remove it, or save the tokenizer with transformers")
+    # In special_tokens_map.json the name of a file would replace the files of the folder.
+    for path, said in ((where, values), (folder / SETTINGS_NAMES[1], tokens_map or {})):
+        names = (*_REFUSED, *_FILES) if said is tokens_map else _REFUSED
+        if refused := [name for name in names if said.get(name)]:
+            raise UserError(
+                f"{path}: {refused[0]} is not supported: remove it, or save the tokenizer with transformers"
+            )
     try:
         return _merged(folder, kind, values, tokens_map, added_tokens, tree)
     except (AttributeError, LookupError, TypeError, ValueError) as error:

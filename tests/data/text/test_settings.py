@@ -163,6 +163,11 @@ ADDED = {"content": "<new>", "lstrip": False, "rstrip": False, "normalized": Fal
         ("tokenizer_config.json", {"model_max_length": "7"}, "model_max_length is '7', but must be a positive number"),
         ("tokenizer_config.json", {"tokenizer_class": "BertTokenizr"}, "tokenizer_class is 'BertTokenizr'; known are"),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [1]}}, "auto_map is not supported"),
+        (
+            "special_tokens_map.json",
+            {"vocab_file": "/etc/passwd"},
+            "special_tokens_map.json: vocab_file is not supported",
+        ),
         ("tokenizer_config.json", {"sep_token": None}, "sep_token is None, but must be a token"),
         ("special_tokens_map.json", {"cls_token": "<none>"}, "lacks the special tokens <none>"),
         ("config.json", {"model_type": "llama"}, "says model_type = 'llama'"),
