@@ -140,7 +140,7 @@ def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     (folder / "files").mkdir()
     files = tiny_text.write_files(folder / "files")
-    train_run(tiny_text.make_config(files, "rte", "lora"), folder / "run")
+    train_run(tiny_text.make_config(files, "rte", "linear_probe", **{"optim.steps": 1}), folder / "run")
     (folder / "in.tsv").write_text("the cat\ta dog\n")
     return folder
 

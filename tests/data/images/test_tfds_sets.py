@@ -104,8 +104,10 @@ def prepare(tmp_path):
 
 @pytest.mark.parametrize("name", ["shapes", "shapes:1.0.0", "shapes/small", "shapes/small:1.0.0"])
 def test_a_prepared_set_is_read_back(prepare, tmp_path, name):
-    prepare(name.split(":")[0])
+    folder = prepare(name.split(":")[0])
     data = load(name, tmp_path)
+    assert {path.name for path in data.files} == {path.name for path in folder.iterdir()}
+    assert sum("labels" in path.name for path in data.files) == 1
     assert data.classes == ("disc", "ring", "star")
     assert data.image_shape == (None, None, 3)
     assert (len(data.train), len(data.test)) == (3, 1)
