@@ -51,13 +51,25 @@ class LoRAFormat(Format):
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
         """Return a method with the rank and alpha in the settings, and the shapes of `lora_A` and `lora_B`.
 
-        The method is `RankStabilizedLoRA` if `use_rslora` is set, and `LoRA` otherwise.
+        The method is `RankStabilizedLoRA` if `use_rslora` is set, and `LoRA` otherwise. The rank in peft may exceed the
+        numbers of features of a small layer, such as a head with two classes. The method then has the smaller of them.
         """
         rank = int(settings.of_module("r", 8, "rank_pattern", module, whole=True))
         alpha = settings.of_module("lora_alpha", 8, "alpha_pattern", module)
-        method = RankStabilizedLoRA if settings.flag("use_rslora") else LoRA
-        return method(rank=rank, alpha=alpha), {"lora_A.weight": (rank, shape[0]), "lora_B.weight": (shape[1], rank)}
+        kind = RankStabilizedLoRA if settings.flag("use_rslora") else LoRA
+        method = kind(rank=rank, alpha=alpha)
+        if rank > (most := min(shape)):  # `read` returns a matrix of rank `most`, which gets the same factor.
+            method = kind(rank=most, alpha=tidy(method.factor(shape) / kind(rank=most).unit(shape)))
+        return method, {"lora_A.weight": (rank, shape[0]), "lora_B.weight": (shape[1], rank)}
 
     def read(self, arrays: Arrays) -> LowRank:
-        """Return the `LowRank` matrix whose factors the tensors of a layer hold."""
-        return LowRank(down=jnp.asarray(arrays["lora_A.weight"].T), up=jnp.asarray(arrays["lora_B.weight"].T))
+        """Return the `LowRank` matrix whose factors the tensors of a layer hold.
+
+        If the rank exceeds the numbers of features, one factor is the whole product and the other the identity.
+        """
+        down, up = arrays["lora_A.weight"].T, arrays["lora_B.weight"].T
+        if len(up) > min(len(down), up.shape[1]):
+            product = (down.astype(np.float64) @ up).astype(np.float32)
+            identity = np.eye(min(product.shape), dtype=np.float32)
+            down, up = (product, identity) if len(product) > len(identity) else (identity, product)
+        return LowRank(down=jnp.asarray(down), up=jnp.asarray(up))

@@ -21,7 +21,9 @@ from surm_jax.peft import (
     LoRA,
     Rule,
     adapt,
+    load_adapter,
     load_peft,
+    save_adapter,
     save_peft,
 )
 from surm_jax.structured import Toeplitz
@@ -263,6 +265,17 @@ class TestReading:
             up = model.blocks[0].up.delta["default"].up[...]
             assert up.dtype == jnp.float32
             assert same_bits(up.T, tensors["base_model.model.net.layers.0.up_proj.lora_B.weight"].astype(np.float32))
+
+    @pytest.mark.parametrize(("module", "path", "shape"), [("net.layers.0.up_proj", "blocks/0/up", (6, 9)),
+                                                           ("classifier", "head", (6, 4))])  # fmt: skip
+    @pytest.mark.parametrize("stabilized", [False, True])
+    def test_a_rank_above_the_size_of_the_layer(self, module, path, shape, stabilized, tmp_path):
+        folder, A, B = lora(tmp_path / "a", rank=10, modules=[module], shape=shape, use_rslora=stabilized)
+        model, adapter = load_peft(folder, make(), NAMES)
+        expected = 3 / (np.sqrt(10) if stabilized else 10) * (B.astype(np.float64) @ A).T
+        np.testing.assert_allclose(dense(model)[path], expected, rtol=1e-5, atol=1e-5)
+        save_adapter(tmp_path / "ours", model, adapter)
+        assert same_bits(dense(load_adapter(tmp_path / "ours", make())[0])[path], dense(model)[path])
 
     def test_rules_are_as_general_as_the_layers_allow(self, tmp_path):
         names = [f"net.layers.{i}.query_proj" for i in range(2)]
