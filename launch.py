@@ -4,7 +4,13 @@ Any value of the configuration can be given on the command line: `--config.peft.
 its folder (`--workdir`). If it is interrupted, the same command resumes it.
 """
 
-from surm_jax.__main__ import run
+import signal
 
 if __name__ == "__main__":
+    # While libraries are imported, Ctrl-C ends the program at once. Python's own handler would raise an exception
+    # somewhere in a half-loaded library, and not every library passes it on. `run` sets Python's handler again.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from surm_jax.__main__ import run
+
     run()

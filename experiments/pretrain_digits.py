@@ -23,7 +23,7 @@ import numpy as np
 from configs import digits
 from experiments.command import command
 from surm_jax import data
-from surm_jax.files import replacing
+from surm_jax.atomic import replacing
 from surm_jax.pretrained.sources import DIGITS_WEIGHTS
 from surm_jax.training import parse
 from surm_jax.training.modes import merge_run, train_run

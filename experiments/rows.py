@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from surm_jax.atomic import replacing
 from surm_jax.errors import UserError
-from surm_jax.files import replacing
 
 KINDS: dict[str, type] = {
     "task": str,

@@ -11,6 +11,7 @@ share. On Slurm, Cloud TPU and GKE, JAX connects the processes by itself. Elsewh
 
 import functools
 import re
+import signal
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -180,6 +181,8 @@ def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> A
 
 def run() -> None:
     """Run the program with the arguments of the command line. This is the entry point of the program."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # `launch.py` sets it while this module is imported.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Silence the log of Orbax. If a file is damaged, the message of this program says so too.
     logging.set_verbosity(logging.FATAL)
     warnings.formatwarning = lambda message, *_: f"WARNING: {message}\n"

@@ -1,7 +1,4 @@
-"""Safe writing of files and folders, and safe reading of untrusted files.
-
-A file or folder is written under a temporary name. It gets its final name only after its content is on the disk. So if
-the process is killed or the power fails, no incomplete file has the final name.
+"""Safe reading of untrusted files.
 
 Reading a file never executes code from it. Before memory is allocated for an array or a JSON file, its size is checked.
 If a file is damaged, the functions raise a `UserError` that names the file.
@@ -10,9 +7,7 @@ If a file is damaged, the functions raise a `UserError` that names the file.
 import json
 import math
 import os
-import shutil
 import stat
-import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,140 +18,6 @@ from typing import Any
 import numpy as np
 
 from surm_jax.errors import UserError
-
-_SUFFIXES = (".tmp", ".old")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write a file so that it is either complete or not changed at all.
-
-    This context manager yields a temporary path in the folder of `path`. The `with` block must write a file there. When
-    the block succeeds, this file is renamed to `path` and replaces the file that was there before, if any. If the block
-    raises an exception, the temporary file is removed, and `path` is not changed. Missing parent folders are created.
-
-    The content is synced to the disk (fsync) before the file is renamed, and the folder is synced afterwards. If the
-    block raises an `OSError` without a file name, such as the error for a full disk, `path` is added as its file name.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
-    try:
-        with _naming(path):
-            yield temporary
-            _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Write a folder so that it is complete before it gets its final name.
-
-    This context manager yields an empty temporary folder, in which the `with` block writes files. When the block
-    succeeds, `move_folder` renames the temporary folder to `folder` and removes an older folder of this name. If the
-    block raises an exception, the temporary folder is removed. If `folder` is a symbolic link, the folder that it
-    points to is replaced.
-    """
-    folder = folder.resolve()  # Renaming would rename the link itself, and `.` has no name.
-    temporary = _beside(folder)
-    temporary.mkdir(parents=True)
-    try:
-        with _naming(folder):
-            yield temporary
-        move_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def move_folder(temporary: Path, folder: Path) -> None:
-    """Rename a complete temporary folder to its final name, and remove an older folder of that name.
-
-    `os.replace` cannot replace a folder that has content. Therefore the older folder is first renamed to a temporary
-    name that ends in `.old`, and it is removed last. If the process is killed between the two renamings, no folder has
-    the final name. In this case `remove_temporaries` gives the older folder its name back.
-
-    Args:
-        temporary: The path of the complete folder.
-        folder: The final path. It must be in the same parent folder.
-    """
-    for path in temporary.rglob("*"):
-        _sync(path)
-    _sync(temporary)
-    old = _beside(folder).with_suffix(".old")
-    if folder.exists():
-        os.replace(folder, old)
-    try:
-        os.replace(temporary, folder)
-    except OSError:
-        if old.exists():
-            os.replace(old, folder)
-        raise
-    _sync(folder.parent)
-    if old.exists():
-        remove_folder(old)
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder and its content.
-
-    The folder is first renamed to a temporary name. So if the process is killed during the removal, the remaining files
-    are not mistaken for a complete folder.
-    """
-    temporary = _beside(folder)
-    os.replace(folder, temporary)
-    shutil.rmtree(temporary, ignore_errors=True)
-
-
-def is_temporary(path: Path) -> bool:
-    """Return whether a file or folder has a temporary name of the form that this module uses.
-
-    A process that is killed while it writes leaves a file or folder with such a name behind.
-    """
-    return path.name.startswith(".") and path.suffix in _SUFFIXES
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Remove the temporary files and folders that killed processes left in a folder.
-
-    A folder whose temporary name ends in `.old` is an older version that `move_folder` put aside. If nothing has its
-    original name, it gets this name back and is not removed. Call this function only when no process writes to the
-    folder.
-    """
-    for path in filter(is_temporary, list(folder.iterdir())):
-        # A temporary name is .NAME.RANDOM.old or .NAME.RANDOM.tmp, with a random hexadecimal number.
-        name = path.name[1:].rsplit(".", 2)[0]
-        if path.suffix == ".old" and not (folder / name).exists():
-            os.replace(path, folder / name)
-        else:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        # An OSError without an error number (errno) keeps its message as it is. If a file name were added, Python would
-        # not show this message any more.
-        if error.filename is None and error.errno is not None:
-            error.filename = str(path)
-        raise
-
-
-def _sync(path: Path) -> None:
-    """Wait until the content of a file is on the disk (fsync). The content of a folder is the list of names in it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-
 
 _MOST_BYTES_OF_JSON = 2**24
 # A compressed file is refused if its arrays need more than 2^28 bytes plus a hundred times the size of the file. A file

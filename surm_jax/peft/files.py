@@ -25,8 +25,9 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
+from surm_jax.atomic import is_temporary, replacing_folder
 from surm_jax.errors import UserError, did_you_mean
-from surm_jax.files import read_json, replacing_folder, require_file
+from surm_jax.files import read_json, require_file
 from surm_jax.paths import join
 from surm_jax.peft.adapt import MatchedModule, base_parameters, claim_trained, make_part, matched_modules
 from surm_jax.peft.adapter import DEFAULT_NAME, Adapter
@@ -109,12 +110,15 @@ def write_folder(folder: Path, config: bytes, payload: bytes) -> None:
     Raises:
         UserError: If the folder holds anything but an adapter, or cannot be written.
     """
-    if folder.exists() and not (folder / CONFIG_NAME).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+    there = {path.name for path in folder.iterdir() if not is_temporary(path)} if folder.is_dir() else set()
+    # A process that was killed while it replaced an adapter has left a temporary folder, and perhaps no configuration.
+    killed = folder.is_dir() and len(there) < len(list(folder.iterdir()))
+    if (folder.exists() and not folder.is_dir()) or (there and CONFIG_NAME not in there and not killed):
         raise UserError(f"{folder} exists and is not an adapter folder (no {CONFIG_NAME}): choose another name")
-    if folder.is_dir() and (others := {path.name for path in folder.iterdir()} - {CONFIG_NAME, TENSORS_NAME}):
+    if others := there - {CONFIG_NAME, TENSORS_NAME}:
         raise UserError(f"{folder} also holds {min(others)}, which would be lost: choose another name")
     try:
-        with replacing_folder(folder) as temporary:
+        with replacing_folder(folder, CONFIG_NAME) as temporary:
             (temporary / TENSORS_NAME).write_bytes(payload)
             (temporary / CONFIG_NAME).write_bytes(config)
     except OSError as error:

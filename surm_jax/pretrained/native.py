@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from surm_jax.atomic import replacing
 from surm_jax.errors import UserError, did_you_mean
-from surm_jax.files import replacing
 from surm_jax.models import MODELS, Config, Model
 from surm_jax.paths import join
 from surm_jax.pretrained.checkpoint import Checkpoint, bounded, require_same

@@ -23,9 +23,10 @@ import jax
 import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
+from surm_jax.atomic import move_folder, remove_folder, remove_temporaries
 from surm_jax.devices.processes import is_first, on_first
 from surm_jax.errors import UserError, first_line
-from surm_jax.files import move_folder, read_json, remove_folder, remove_temporaries
+from surm_jax.files import read_json
 from surm_jax.peft import check_fingerprint
 from surm_jax.record.workdir import config_changes
 

@@ -11,9 +11,9 @@ from typing import Any, TextIO
 import jax
 import tensorboardX
 
+from surm_jax.atomic import replacing
 from surm_jax.devices.processes import is_first
 from surm_jax.errors import UserError
-from surm_jax.files import replacing
 from surm_jax.record.progress import Progress, Stopwatch
 
 JSONL_NAME = "metrics.jsonl"

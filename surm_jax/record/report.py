@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from surm_jax.files import replacing
+from surm_jax.atomic import replacing
 from surm_jax.peft import Description, KernelPart, iter_parts, kernel_change
 from surm_jax.record.metrics import read_metrics
 

@@ -18,8 +18,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from surm_jax.atomic import is_temporary, replacing
 from surm_jax.errors import UserError
-from surm_jax.files import is_temporary, read_json, replacing
+from surm_jax.files import read_json
 
 CONFIG_NAME = "config.json"
 RESULT_NAME = "result.json"

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from surm_jax import data
+from surm_jax.atomic import replacing
 from surm_jax.errors import UserError
-from surm_jax.files import replacing
 from surm_jax.tasks.config import DataConfig
 
 # Names of columns that tables of sentences have. Sentences that consist of such a word are not expected.

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from orbax.checkpoint.experimental import v1 as ocp
 
-from surm_jax import files as atomic
+from surm_jax import atomic
+from surm_jax.atomic import remove_folder
 from surm_jax.devices.mesh import make_mesh, replicated
 from surm_jax.errors import UserError
-from surm_jax.files import remove_folder
 from surm_jax.record.checkpoints import Checkpoints, last_checkpoint
 from surm_jax.training.step import TrainState
 from tests.training.tiny import assert_equal_bits, host

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from surm_jax.atomic import is_temporary, replacing_folder
 from surm_jax.errors import UserError, did_you_mean
-from surm_jax.files import read_json, replacing_folder
+from surm_jax.files import read_json
 from surm_jax.models import Config, Model, model_class
 from surm_jax.paths import join
 from surm_jax.pretrained.checkpoint import Checkpoint, bounded, reads_head, require_same
@@ -143,7 +144,7 @@ def save_huggingface(
 ) -> None:
     """Write a model as a folder that `from_pretrained` of transformers reads, in `config.json` and `model.safetensors`.
 
-    At every moment the folder is either complete or absent. Arrays keep their dtypes. The weights are written to one
+    As long as the folder holds `config.json`, it is complete. Arrays keep their dtypes. The weights are written to one
     file of any size, because no program needs shards to read them. The host needs memory for a second copy of the
     model.
 
@@ -179,7 +180,7 @@ def save_huggingface(
     exact = all(array.dtype == jnp.bfloat16 for array in tensors.values())
     fields["dtype"] = "bfloat16" if exact else "float32"
     try:
-        with replacing_folder(folder) as temporary:
+        with replacing_folder(folder, CONFIG_NAME) as temporary:
             write_tensors(temporary / WEIGHTS_NAME, tensors, {"format": "pt"})
             (temporary / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n")
             if normalization is not None:
@@ -241,7 +242,7 @@ def _no_weights(folder: Path) -> str:
 def _require_free(folder: Path, ours: set[str]) -> None:
     """Raise a `UserError` if a folder to write is a file, or holds files whose names are not in `ours`."""
     if folder.is_dir():
-        if other := sorted({path.name for path in folder.iterdir()} - ours):
+        if other := sorted({path.name for path in folder.iterdir() if not is_temporary(path)} - ours):
             raise UserError(
                 f"{folder} holds {other[0]!r}, which does not belong to a model: choose another name, or clear it"
             )
