@@ -181,6 +181,8 @@ def _tokenizer() -> Subject:
     def write(folder: Path) -> None:
         (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nit\nrain\n##s\npour\n.\n")
         (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "strip_accents": None}))
+        (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "it", "lstrip": True}}))
+        (folder / "added_tokens.json").write_text(json.dumps({"<new>": 9}))
         if folder.name.startswith("tokenizer_json"):
             data.load_tokenizer(folder)._library.save(str(folder / "tokenizer.json"))
 

@@ -50,6 +50,7 @@ _DEFAULTS: Mapping[str, Mapping[str, str]] = {
     WHOLE: {},
 }
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FIELDS = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
 _EXTRA = "extra_special_tokens"
 # transformers would pass these settings on to the code of a repository, or read the tokenizer from elsewhere.
 _REFUSED = (
@@ -179,7 +180,7 @@ def read_settings(folder: Path, tree: Mapping[str, Any] | None) -> Settings:
                 f"{path}: {refused[0]} is not supported: remove it, or save the tokenizer with transformers"
             )
     try:
-        return _merged(folder, kind, values, tokens_map, added_tokens, tree)
+        return _merged(folder, kind, values, tokens_map or {}, added_tokens or {}, tree or {})
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -190,60 +191,64 @@ def _merged(
     folder: Path,
     kind: str,
     values: dict[str, Any],
-    tokens_map: dict[str, Any] | None,
-    added_tokens: dict[str, Any] | None,
-    tree: Mapping[str, Any] | None,
+    tokens_map: dict[str, Any],
+    added_tokens: dict[str, Any],
+    tree: Mapping[str, Any],
 ) -> Settings:
     """Combine the files. Errors of Python mean that a value has a wrong type."""
     if "additional_special_tokens" in values and not values.get(_EXTRA):
         values[_EXTRA] = values.pop("additional_special_tokens")
-    specific = {
-        name: values.pop(name)
-        for name in [*values]
-        if name not in _SPECIAL and name.endswith("_token") and isinstance(values[name], str)
-    }
+    specific = {name: values.pop(name) for name in [*values] if _is_specific(name, values[name], str)}
     if isinstance(values.get(_EXTRA), dict):
         specific.update(values.pop(_EXTRA))
     specific = specific or values.get("model_specific_special_tokens") or {}
-    added: dict[int, AddedToken] = {}
     if "added_tokens_decoder" in values:
-        added = {int(number): AddedToken(**token) for number, token in values["added_tokens_decoder"].items()}
+        added = {int(number): _added(token) for number, token in values["added_tokens_decoder"].items()}
     else:
-        for name, value in (tokens_map or {}).items():
-            if isinstance(value, dict) and name != _EXTRA:
-                value = _special(value)
-            elif name == _EXTRA and isinstance(value, list):
-                # transformers skips tokens that it already has. Repeated tokens change nothing.
-                value = [*(values.get(_EXTRA) or []), *(_special(v) if isinstance(v, dict) else v for v in value)]
-            values[name] = value
+        values |= {name: _of_map(name, value, values) for name, value in tokens_map.items()}
         if isinstance(values.get(_EXTRA), dict):
             specific = {**specific, **values.pop(_EXTRA)}
-        special = {str(values[name]) for name in _SPECIAL if values.get(name)} | {*map(str, values.get(_EXTRA) or [])}
-        for token, number in (added_tokens or {}).items():
-            if type(number) is not int:
-                raise TypeError(f"the token {token!r} has the number {number!r}")
-            added[number] = AddedToken(token, normalized=token not in special, special=token in special)
-        for token in (tree or {}).get("added_tokens", ()):
-            added[token["id"]] = AddedToken(**{key: value for key, value in token.items() if key != "id"})
+        added = _listed(values, added_tokens) | {token["id"]: _added(token) for token in tree.get("added_tokens", ())}
     values, specific = _converted(values), _converted(specific)
-    if _EXTRA not in values and "additional_special_tokens" in values:
-        values[_EXTRA] = values["additional_special_tokens"]
+    extra = values.get(_EXTRA, values.get("additional_special_tokens"))
+    if not isinstance(extra, list | None):
+        raise TypeError(f"{_EXTRA} is {extra!r}, but must be a list")
     contents = {_content(token): token for token in added.values()}
     own = {name: values[name] for name in _SPECIAL if name in values}
     own = {name: value if value is None else contents.get(_content(value), value) for name, value in own.items()}
-    other = {
-        name: value
-        for name, value in values.items()
-        if name not in _SPECIAL and name.endswith("_token") and isinstance(value, (str, AddedToken))
-    }
+    other = {name: value for name, value in values.items() if _is_specific(name, value, (str, AddedToken))}
     specific = {name: _token(value) for name, value in specific.items()}
-    padding = (tree or {}).get("padding") or {}  # A `tokenizer.json` with padding names the token for it.
+    padding = tree.get("padding") or {}  # A `tokenizer.json` with padding names the token for it.
     defaults: Mapping[str, str | None] = _DEFAULTS[kind] or {"pad_token": padding.get("pad_token")}
     named = {**dict.fromkeys(_SPECIAL), **defaults, **own, **other, **specific}
-    extra = values.get(_EXTRA)
-    if not isinstance(extra, list | None):
-        raise TypeError(f"{_EXTRA} is {extra!r}, but must be a list")
     return Settings(folder, kind, values, named, tuple(map(_token, extra or ())), added)
+
+
+def _is_specific(name: str, value: Any, types: type | tuple[type, ...]) -> bool:
+    """Return whether a setting is a special token that only some models have, such as "image_token"."""
+    return name not in _SPECIAL and name.endswith("_token") and isinstance(value, types)
+
+
+def _of_map(name: str, value: Any, values: Mapping[str, Any]) -> Any:
+    """Return the setting that a value of `special_tokens_map.json` stands for."""
+    if name != _EXTRA:
+        return _added(value, special=True) if isinstance(value, dict) else value
+    if not isinstance(value, list):
+        return value
+    # transformers skips tokens that it already has. Repeated tokens change nothing.
+    tokens = [_added(token, special=True) if isinstance(token, dict) else token for token in value]
+    return [*(values.get(_EXTRA) or []), *tokens]
+
+
+def _listed(values: Mapping[str, Any], added_tokens: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """Return the tokens of `added_tokens.json` by number."""
+    special = {str(values[name]) for name in _SPECIAL if values.get(name)} | {*map(str, values.get(_EXTRA) or [])}
+    listed = {}
+    for token, number in added_tokens.items():
+        if type(number) is not int:
+            raise TypeError(f"the token {token!r} has the number {number!r}")
+        listed[number] = AddedToken(token, normalized=token not in special, special=token in special)
+    return listed
 
 
 def _kind(folder: Path, name: Any, tree: Mapping[str, Any] | None) -> str:
@@ -278,21 +283,25 @@ def _read(path: Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
-def _special(token: dict[str, Any]) -> AddedToken:
-    return AddedToken(**{**token, "special": True})
+def _added(token: Any, **changes: bool) -> AddedToken:
+    """Return the token that a dictionary describes. The library ignores keys that it does not know."""
+    if not isinstance(token, dict):
+        raise TypeError(f"an added token is {token!r}, but must be an object")
+    return AddedToken(**{name: token[name] for name in _FIELDS if name in token} | changes)
 
 
 def _converted(value: Any) -> Any:
     """Return a value in which the dictionaries that stand for tokens are tokens."""
     if isinstance(value, dict):
         if value.get("__type") == "AddedToken":
-            return AddedToken(**{key: part for key, part in value.items() if key != "__type"})
+            return _added(value)
         return {key: _converted(part) for key, part in value.items()}
     return [_converted(part) for part in value] if isinstance(value, list) else value
 
 
-def _content(token: str | AddedToken) -> str:
-    return _token(token) if isinstance(token, str) else token.content
+def _content(token: Any) -> str:
+    token = _token(token)
+    return token if isinstance(token, str) else token.content
 
 
 def _token(token: Any) -> Any:
