@@ -109,7 +109,9 @@ def read_inputs(workdir: Path) -> Inputs:
     """
     path = workdir / INPUTS_NAME
     if not path.exists():
-        raise UserError(f"{path} is missing: the run in {workdir} does not say any more which data it has read")
+        raise UserError(
+            f"{path} is missing, so nobody knows which data the run in {workdir} has read: train in another --workdir"
+        )
     return read_json(path)
 
 
