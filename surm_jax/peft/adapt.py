@@ -11,11 +11,13 @@ from surm_jax.errors import UserError, did_you_mean
 from surm_jax.paths import join, matching, no_match_message, require_match
 from surm_jax.peft.adapter import DEFAULT_NAME, Adapter, Rule
 from surm_jax.peft.fingerprint import checksums
-from surm_jax.peft.kernels import check_call, is_linear, kernel_matrix, output_width
+from surm_jax.peft.kernels import check_product, check_slots, kernel_of, kind_of
+from surm_jax.peft.kernels.widths import module_stack, output_width
 from surm_jax.peft.methods.base import PartMethod
 from surm_jax.peft.owners import adapter_names, claim
 from surm_jax.peft.parts.base import KERNEL, AdapterParam, Part, Place, is_abstract
 from surm_jax.peft.parts.layers import attach
+from surm_jax.peft.parts.stacks import stacked
 
 
 def adapt(
@@ -116,22 +118,26 @@ class MatchedModule(NamedTuple):
 def make_part(matched: MatchedModule, execution: str, key: jax.Array) -> Part:
     """Return the initial part that the method of a rule adds to a module.
 
-    If the module is abstract (`nnx.eval_shape`), so is the part.
+    If the module is a stack of layers, or its kernel holds several matrices, the result is a stack of parts with
+    different random numbers. If the module is abstract (`nnx.eval_shape`), so is the part.
 
     Raises:
         UserError: If the method does not fit the module. The message does not name the module; callers add its path.
     """
     path, module, rule, method = matched
     if method.part.slot == KERNEL:
-        kernel = kernel_matrix(module, path)
-        width = kernel.shape[1]
+        kernel = kernel_of(module, path).matrices()
+        width, stack = kernel.shape[-1], kernel.shape[:-2]
     else:
-        kernel, width = None, output_width(module, path)
+        kernel, width, stack = None, output_width(module, path), module_stack(module, path)
 
-    def make(kernel: jax.Array | None, key: jax.Array) -> Part:
+    def make(key: jax.Array, kernel: jax.Array | None) -> Part:
         return method.make_part(Place(width, kernel, rule.parts, rule.which, execution), key)
 
-    return nnx.eval_shape(make, kernel, key) if is_abstract(module) else make(kernel, key)
+    def make_all(key: jax.Array, kernel: jax.Array | None) -> Part:
+        return stacked(make, stack, jax.random.split(key, stack) if stack else key, kernel)
+
+    return nnx.eval_shape(make_all, key, kernel) if is_abstract(module) else make_all(key, kernel)
 
 
 def base_parameters(model: nnx.Module) -> dict[str, nnx.Param]:
@@ -153,16 +159,16 @@ def matched_modules(model: nnx.Module, adapter: Adapter) -> list[MatchedModule]:
             f"the model has an adapter called {adapter.name!r} already: merge or delete it, or choose another name"
         )
     modules = _own_modules(model)
-    linear = sorted(path for path, module in modules.items() if is_linear(module))
+    kernels = sorted(path for path, module in modules.items() if kind_of(module))
     callable_ = sorted(path for path, module in modules.items() if callable(module))
     chosen: dict[str, Rule] = {}
     for rule in adapter.rules:
         in_kernel = rule.method is not None and rule.method.part.slot == KERNEL
-        candidates = linear if in_kernel else callable_
+        candidates = kernels if in_kernel else callable_
         found = matching(rule.target, candidates)
         if not found:
             near = did_you_mean(rule.target, _presets(model))
-            what = "linear layer" if in_kernel else "module"
+            what = "layer with a kernel" if in_kernel else "module"
             raise UserError(_nothing_to_adapt(rule.target, candidates, modules, what) + near)
         if rule.method:
             try:
@@ -175,7 +181,9 @@ def matched_modules(model: nnx.Module, adapter: Adapter) -> list[MatchedModule]:
         chosen.update(dict.fromkeys(new, rule))
     rows = [MatchedModule(path, modules[path], rule, rule.method) for path, rule in chosen.items() if rule.method]
     for row in rows:
-        check_call(row.module, row.path, row.method.part.slot)
+        check_slots(row.module, row.path)
+        if row.method.part.slot == KERNEL:
+            check_product(row.module, row.path)
     return sorted(rows, key=lambda row: row.path)
 
 

@@ -19,7 +19,7 @@ from surm_jax.errors import UserError
 from surm_jax.paths import join
 from surm_jax.peft.files import read_adapter
 from surm_jax.peft.fingerprint import base_variables, check_fingerprint, fingerprint
-from surm_jax.peft.kernels import check_call, is_linear, kernel_matrix, matrix_view
+from surm_jax.peft.kernels import check_product, check_slots, kernel_of
 from surm_jax.peft.owners import adapter_names, owners
 from surm_jax.peft.parts.banked import BankedKernelPart, BankedOutputPart
 from surm_jax.peft.parts.base import KERNEL, Part, iter_parts
@@ -84,10 +84,11 @@ def load_bank(folders: Folders, model: nnx.Module) -> nnx.Module:
     result = nnx.clone(model)
     modules = {join(path): module for path, module in nnx.iter_modules(result)}
     for path in sorted({path for content in contents for path in _changed(content)}):
-        check_call(modules[path], path, KERNEL)
+        check_slots(modules[path], path)
+        check_product(modules[path], path)
         part = BankedKernelPart(
             len(folders),
-            matrix_view(modules[path], path).shape,
+            kernel_of(modules[path], path).layout.matrix,
             parts=_same_form(path, KERNEL, folders, contents),
             kernels=_rows(path, [content.kernels for content in contents]),
             biases=_rows(path, [content.biases for content in contents]),
@@ -163,9 +164,14 @@ def _read(model: nnx.Module, base: Mapping[str, str], folder: str | os.PathLike)
     loaded, _, expected = read_adapter(folder, model)
     frozen = {path: base[path] for path in base.keys() - owners(loaded).keys()}
     check_fingerprint(frozen, expected, f"the adapter {folder}")
+    for path in [row.path for row in iter_parts(loaded) if row.part.stack]:
+        raise UserError(
+            f"{folder}: {path} holds several matrices, as a stack of layers does, and a bank serves single matrices:"
+            " load one adapter at a time"
+        )
     parts = {
         (row.path, row.part.slot): row.part.for_bank(
-            kernel_matrix(row.module, row.path) if row.part.slot == KERNEL else None
+            kernel_of(row.module, row.path).matrices() if row.part.slot == KERNEL else None
         )
         for row in iter_parts(loaded)
     }
@@ -187,9 +193,12 @@ def _trained_layers(
     kernels, biases = {}, {}
     for path in owners(loaded):
         layer, _, name = path.rpartition("/")
-        if layer not in modules or not is_linear(modules[layer]) or name not in ("kernel", "bias"):
+        if layer not in modules or not isinstance(modules[layer], nnx.Linear | nnx.LinearGeneral):
             raise UserError(f"{folder}: {path} was trained, and only linear layers can be served together")
-        shape = matrix_view(modules[layer], layer).shape
+        kernel = kernel_of(modules[layer], layer)
+        if kernel.stack or kernel.layout.entries:
+            raise UserError(f"{folder}: {path} was trained, and a bank serves single matrices only")
+        shape = kernel.layout.matrix
         change = after[path][...].astype(jnp.float32) - before[path][...].astype(jnp.float32)
         if name == "kernel":
             kernels[layer] = change.reshape(shape)

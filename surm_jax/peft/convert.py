@@ -23,6 +23,7 @@ from surm_jax.peft.methods.base import PartMethod
 from surm_jax.peft.owners import claim, owners
 from surm_jax.peft.parts.base import KERNEL
 from surm_jax.peft.parts.layers import attach
+from surm_jax.peft.parts.stacks import fitted
 
 
 def convert(
@@ -139,8 +140,7 @@ def _with_nearest(
         if not np.isfinite(target).all():
             raise UserError(f"{path or 'the model'} cannot be converted: its update holds values that are not finite")
         try:
-            part = make_part(matched, "auto", jax.random.key(0))
-            change = part.fit(target)
+            part, change = fitted(make_part(matched, "auto", jax.random.key(0)), target)
         except UserError as error:
             raise UserError(f"{path or 'the model'} cannot become {matched.method.name}: {error}") from None
         errors[path] = float(np.linalg.norm(change - target) / max(np.linalg.norm(target), np.finfo(np.float32).tiny))

@@ -8,7 +8,8 @@ from flax import nnx
 from surm_jax.paths import join
 from surm_jax.peft.adapter import Adapter
 from surm_jax.peft.lifecycle import parts_of
-from surm_jax.peft.parts.base import AdapterParam, Part, iter_parts
+from surm_jax.peft.parts.base import AdapterParam, AttachedPart, Part, iter_parts
+from surm_jax.peft.parts.stacks import one_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Row:
 
     Attributes:
         path: The path of the module or the parameter.
-        shape: The shape of the part, (in_features, out_features), or of the parameter.
+        shape: The shape of the part, (in_features, out_features), or of the parameter. For a stack of parts, the shape
+            of the stack comes first.
         kind: The kind of the part, such as the family of its matrix, or "trained" for a parameter.
         trainable: The number of trained parameters in this row.
     """
@@ -88,7 +90,7 @@ def describe(model: nnx.Module, adapter: Adapter | None = None) -> Description:
         UserError: If the model does not have the adapter.
     """
     parts = iter_parts(model) if adapter is None else parts_of(model, adapter)
-    rows = [Row(row.path, row.part.shape, row.part.kind, _trained(row.part)) for row in parts]
+    rows = [_row(row) for row in parts]
     adapter_count = sum(row.trainable for row in rows)
     if adapter is not None:
         trained = nnx.filter_state(nnx.state(model), adapter.trainable)
@@ -98,6 +100,11 @@ def describe(model: nnx.Module, adapter: Adapter | None = None) -> Description:
     other = sum(row.trainable for row in rows) - adapter_count
     total = sum(math.prod(variable.shape) for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)))
     return Description(tuple(rows), adapter_count, other, total)
+
+
+def _row(row: AttachedPart) -> Row:
+    one = one_of(row.part)
+    return Row(row.path, (*row.part.stack, *one.shape), one.kind, _trained(row.part))
 
 
 def _trained(part: Part) -> int:

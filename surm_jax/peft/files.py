@@ -36,6 +36,7 @@ from surm_jax.peft.lifecycle import parts_of
 from surm_jax.peft.owners import claim, owners
 from surm_jax.peft.parts.base import AdapterParam, AttachedPart, Part
 from surm_jax.peft.parts.layers import attach
+from surm_jax.peft.parts.stacks import compacted, scaled
 from surm_jax.tensor_files import TensorFile
 
 CONFIG_NAME = "adapter_config.json"
@@ -68,8 +69,7 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
     require_unscaled(rows)
     tensors: dict[str, nnx.Variable] = {}
     for row in rows:
-        part = nnx.clone(row.part)
-        part.compact()
+        part = compacted(row.part)
         tensors |= {_tensor_name(row.path, part, name): variable for name, variable in part.tensors().items()}
     trained, frozen = _trained_and_frozen(model, adapter)
     tensors |= {path: variable for path, variable in trained.items() if not isinstance(variable, AdapterParam)}
@@ -97,7 +97,9 @@ def require_unscaled(rows: Iterable[AttachedPart]) -> None:
         UserError: If a part has another scale, which `set_scale` or `set_active` has set.
     """
     for row in rows:
-        if (scale := float(row.part.scale[...])) != 1:
+        scales = np.asarray(row.part.scale[...])
+        if (scales != 1).any():
+            scale = float(scales.flat[0])
             raise UserError(
                 f"{row.path} has the adapter {row.name!r} at the scale {scale:g}, which files do not hold: save"
                 f" set_scale(model, {row.name!r}, 1.0), and set the scale again where it is loaded"
@@ -183,7 +185,7 @@ def read_adapter(
         for key, variable in part.tensors().items():
             array = tensors.take(_tensor_name(matched.path, part, key), variable.shape)
             variable.set_value(jnp.asarray(array.astype(variable.dtype)))
-        part.scale.set_value(jnp.ones((), jnp.float32))
+        scaled(part, 1.0)
         attach(matched.module, adapter.name, part)
     moved = {path: variable for path, variable in statistics(model).items() if path in tensors.left}
     claim(moved, moved, adapter.name)
@@ -245,9 +247,7 @@ def _require_intact(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _compact_part(matched: MatchedModule, execution: str, key: jax.Array) -> Part:
-    part = make_part(matched, execution, key)
-    part.compact()
-    return part
+    return compacted(make_part(matched, execution, key))
 
 
 def _tensor_name(path: str, part: Part, name: str) -> str:

@@ -20,10 +20,11 @@ from jaxtyping import Array, Float
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.paths import require_match
 from surm_jax.peft.adapter import DEFAULT_NAME, Adapter
-from surm_jax.peft.kernels import kernel_matrix
+from surm_jax.peft.kernels import kernel_of
 from surm_jax.peft.owners import adapter_names, owners, release
 from surm_jax.peft.parts.base import KERNEL, AttachedPart, iter_parts
 from surm_jax.peft.parts.layers import detach
+from surm_jax.peft.parts.stacks import scaled
 
 
 def set_scale(model: nnx.Module, adapter: Adapter | str, scale: float | Array) -> nnx.Module:
@@ -51,7 +52,7 @@ def set_scale(model: nnx.Module, adapter: Adapter | str, scale: float | Array) -
     if not parts:
         raise UserError(f"the adapter {name!r} has no part that could be scaled")
     for part in parts:
-        part.scale.set_value(jnp.asarray(scale, jnp.float32))
+        scaled(part, scale)
     return model
 
 
@@ -73,7 +74,7 @@ def set_active(model: nnx.Module, adapters: Iterable[Adapter | str]) -> nnx.Modu
                 " value from before. Use the base model, and load every other adapter on it"
             )
     for row in iter_parts(model):
-        row.part.scale.set_value(jnp.asarray(float(row.name in names), jnp.float32))
+        scaled(row.part, float(row.name in names))
     return model
 
 
@@ -147,16 +148,16 @@ def parts_of(model: nnx.Module, adapter: Adapter) -> list[AttachedPart]:
     return rows
 
 
-def kernel_change(row: AttachedPart) -> Float[Array, "in out"]:
+def kernel_change(row: AttachedPart) -> Float[Array, "*stack in out"]:
     """Return the dense change of a layer's kernel that has the same effect as a part of an adapter.
 
-    The change is a float32 matrix, and includes the scale of the part.
+    The change is a float32 matrix, and includes the scale of the part. For a stack of parts, it is a stack of matrices.
 
     Raises:
         UserError: If no change of the kernel has the same effect as the part, which may be a branch, for example.
     """
     # An output part does not use a kernel, and its module may have none.
-    kernel = kernel_matrix(row.module, row.path) if row.part.slot == KERNEL else jnp.zeros((0, 0))
+    kernel = kernel_of(row.module, row.path).matrices() if row.part.slot == KERNEL else jnp.zeros((0, 0))
     try:
         return row.part.change(kernel)
     except UserError as error:

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.peft.adapter import Adapter
-from surm_jax.peft.kernels import kernel_matrix
+from surm_jax.peft.kernels import kernel_of
 from surm_jax.peft.lifecycle import checked_names, kernel_change
 from surm_jax.peft.owners import adapter_names, owners, release
 from surm_jax.peft.parts.base import KernelPart, iter_parts
@@ -67,18 +66,16 @@ def merge(model: nnx.Module, adapters: Iterable[Adapter | str] | None = None) ->
     deviation = 0.0
     for path, group in itertools.groupby(rows, key=lambda row: row.path):
         parts = list(group)
-        layer: Any = parts[0].module
         changes = [_float64(kernel_change(row)) for row in parts]
-        kernel = layer.kernel[...]
-        exact = _float64(kernel_matrix(layer, path)) + sum(changes)
+        kernel = kernel_of(parts[0].module, path)
+        exact = _float64(kernel.matrices()) + sum(changes)
         if not np.isfinite(exact).all():
             raise UserError(f"{path} cannot be merged: its update or its kernel holds values that are not finite")
-        merged = jnp.asarray(exact.astype(np.float32)).astype(kernel.dtype)
+        merged = jnp.asarray(exact.astype(np.float32)).astype(kernel.variable.dtype)
         deviation = max(deviation, float(np.max(np.abs(_float64(merged) - exact), initial=0.0)))
-        # Make a new variable: other layers may share the old one, and `model` may hold it as a NumPy array.
-        layer.kernel = layer.kernel.copy(merged.reshape(kernel.shape))
+        kernel.replace(merged)
         for row in parts:
-            detach(layer, row.name)
+            detach(row.module, row.name)
     release(model, names)
     return model, deviation
 

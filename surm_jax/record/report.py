@@ -174,9 +174,10 @@ def _largest_update(model: nnx.Module) -> tuple[str, np.ndarray] | None:
     for row in iter_parts(model):
         if not isinstance(row.part, KernelPart):
             continue
-        update = np.asarray(kernel_change(row))
-        if np.linalg.norm(update) > norm:
-            largest, norm = (row.path, update), float(np.linalg.norm(update))
+        change = np.asarray(kernel_change(row))
+        for update in change.reshape(-1, *change.shape[-2:]):
+            if np.linalg.norm(update) > norm:
+                largest, norm = (row.path, update), float(np.linalg.norm(update))
     return largest
 
 

@@ -19,11 +19,11 @@ from surm_jax.peft import (
     adapt,
     iter_parts,
 )
+from surm_jax.peft.kernels import AdaptedLayer
 from surm_jax.peft.owners import owners, release
-from surm_jax.peft.parts.layers import AdaptedLayer
 from tests.peft.cases import CASES, EVERY, fresh, trained
+from tests.peft.kernels.test_base import ReadsKernel, stacked
 from tests.peft.models import MLP, MODELS, base, materialize, parameters, same_bits
-from tests.peft.test_kernels import ReadsKernel, stacked
 from tests.speeds import fast
 
 
@@ -44,7 +44,8 @@ class Mixed(nnx.Module):
         self.stem = nnx.Conv(4, 4, kernel_size=(3,), rngs=rngs)
         self.norm = nnx.LayerNorm(4, rngs=rngs)
         self.up = nnx.Linear(4, 4, rngs=rngs)
-        self.experts = nnx.LinearGeneral(4, 4, batch_axis={0: 3}, rngs=rngs)
+        self.sum = nnx.Einsum("ab,ab->a", (4, 4), rngs=rngs)
+        self.sum.einsum_str = None
         self.reader = ReadsKernel(4, 4, rngs=rngs)
 
 
@@ -120,11 +121,11 @@ def test_no_rules_is_a_selection_alone():
 @pytest.mark.parametrize(
     ("rules", "train", "message"),
     [
-        (["blocks/0/kernel"], (), r"'blocks/0/kernel' matches no linear layer .*nearest of 4: blocks/0"),
-        (["tail/gaet"], (), r"'tail/gaet' matches no linear layer .*nearest of 4: tail/gate"),
-        ([r"blocks/\d+", "hed"], (), r"'hed' matches no linear layer .*nearest of 4: head"),
-        (["tail/norm"], (), r"'tail/norm' matches no linear layer, only tail/norm \(LayerNorm\); .*head, tail/gate$"),
-        (["blocks"], (), r"'blocks' matches no linear layer, only blocks \(List\)"),
+        (["blocks/0/kernel"], (), r"'blocks/0/kernel' matches no layer with a kernel .*nearest of 4: blocks/0"),
+        (["tail/gaet"], (), r"'tail/gaet' matches no layer with a kernel .*nearest of 4: tail/gate"),
+        ([r"blocks/\d+", "hed"], (), r"'hed' matches no layer with a kernel .*nearest of 4: head"),
+        (["tail/norm"], (), r"'tail/norm' matches no layer with a kernel, only tail/norm \(LayerNorm\); .*head"),
+        (["blocks"], (), r"'blocks' matches no layer with a kernel, only blocks \(List\)"),
         ([r"blocks/\d+", "blocks/1"], (), r"the rule 'blocks/1' has no effect"),
         ([".*", "head"], (), r"the rule 'head' has no effect"),
         (["head"], ["hed/.*"], r"'hed/\.\*' matches no parameter .*nearest of 9: head/"),
@@ -141,10 +142,10 @@ def test_rules_and_patterns_without_effect_are_refused(rules, train, message):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("embed|stem|norm", r"only embed \(Embed\), .*stem \(Conv\).*; there are, for example, experts, reader, up"),
-        ("experts", r"^experts cannot be adapted: its kernel has batch axes"),
+        ("embed|stem|norm", r"only embed \(Embed\), .*stem \(Conv\).*; there are, for example, reader, sum, up"),
+        ("sum", r"^sum cannot be adapted: it is called with another equation each time"),
         ("reader", r"^reader cannot be adapted: ReadsKernel\.__call__ does not call super"),
-        ("up|experts", r"^experts cannot be adapted"),
+        ("up|sum", r"^sum cannot be adapted"),
     ],
 )
 def test_layers_that_cannot_be_adapted_are_named(target, message):
@@ -152,10 +153,10 @@ def test_layers_that_cannot_be_adapted_are_named(target, message):
         adapt(materialize(lambda: Mixed(rngs=nnx.Rngs(0))), [Rule(target, LoRA())], rngs=nnx.Rngs(1))
 
 
-def test_a_stack_of_layers_is_named():
+def test_an_abstract_stack_of_layers_is_adapted():
     model = nnx.Dict(blocks=nnx.eval_shape(lambda: stacked(lambda rngs: nnx.Dict(up=nnx.Linear(4, 5, rngs=rngs)))))
-    with pytest.raises(UserError, match=r"^blocks/up cannot be adapted: .*\(3, 4, 5\).*stack of layers"):
-        adapt(model, [Rule("blocks/up", LoRA())], rngs=nnx.Rngs(1))
+    model, _ = adapt(model, [Rule("blocks/up", LoRA())], rngs=nnx.Rngs(1))
+    assert model.blocks["up"].delta["default"].up.shape == (3, 1, 5)
 
 
 @pytest.mark.parametrize("rank", [5, 40])
@@ -200,7 +201,9 @@ class TestNamedTargets:
 
     def test_a_mistyped_one_is_answered_with_the_nearest(self):
         for target, near in (("blcoks", "'blocks'"), ("all_linaer", "'all-linear'")):
-            with pytest.raises(UserError, match=rf"{target!r} matches no linear layer .*; did you mean {near}\?$"):
+            with pytest.raises(
+                UserError, match=rf"{target!r} matches no layer with a kernel .*; did you mean {near}\?$"
+            ):
                 adapt(Named(rngs=nnx.Rngs(0)), [Rule("head", None), Rule(target, LoRA())], rngs=nnx.Rngs(1))
 
 
@@ -261,7 +264,7 @@ class TestExclusions:
 
 def test_one_dead_rule_among_many_is_named_with_its_near_misses():
     rules = [Rule(rf"blocks/{i}", LoRA()) for i in range(2)] + [Rule("tail/gat", LoRA()), Rule("head", LoRA())]
-    with pytest.raises(UserError, match=r"'tail/gat' matches no linear layer .*nearest of 4: tail/gate"):
+    with pytest.raises(UserError, match=r"'tail/gat' matches no layer with a kernel .*nearest of 4: tail/gate"):
         adapt(base("mlp"), rules, rngs=nnx.Rngs(1))
     rules = [Rule("head", LoRA()), Rule("tail/nrom", CirculantBranch())]
     with pytest.raises(UserError, match=r"'tail/nrom' matches no module .*: tail/norm"):

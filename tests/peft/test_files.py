@@ -243,12 +243,12 @@ class TestDamage:
             (lambda c: c["rules"][0]["settings"].update(alpha="1"), f"{CONFIG}: .*alpha must be a number"),
             (lambda c: c["rules"][0].update(method="lora", settings={}), "lacks 'blocks/0/delta/down'"),
             (lambda c: c["rules"][0].update(target="blocks/0"), "holds 'blocks/1/delta/c'"),
-            (lambda c: c["rules"][0].update(target="blocks/2"), "'blocks/2' matches no linear layer"),
+            (lambda c: c["rules"][0].update(target="blocks/2"), "'blocks/2' matches no layer with a kernel"),
             (lambda c: c.update(train=["head/bias"]), "holds 'head/kernel', but the model has no such array"),
             (lambda c: c.update(train=["haed/.*"]), r"'haed/\.\*' matches no parameter"),
             (lambda c: c.update(sha256="0"), f"{TENSORS} or {CONFIG} is damaged or was changed"),
             (lambda c: c["base"].pop("blocks/0/bias"), "it also has blocks/0/bias"),
-            (lambda c: c["rules"][0].update(target="((b|l|o|.)*)*x"), "matches no linear layer|takes very long"),
+            (lambda c: c["rules"][0].update(target="((b|l|o|.)*)*x"), "matches no layer with a kernel|takes very long"),
             (lambda c: c["rules"][0].update(target="(" * 5000), f"{CONFIG}: .*is not a regular expression"),
             (lambda c: c.update(train=["(.*/)*x"]), "matches no parameter|takes very long"),
             (lambda c: c["rules"][0].update(parts=10**9, which=[0]), "10 output features cannot be divided into 10+ "),
@@ -331,7 +331,7 @@ class TestOtherBase:
 
     @pytest.mark.parametrize("name", ["attention", "vit"])
     def test_another_architecture(self, saved, name):
-        with pytest.raises(UserError, match=r"the pattern 'blocks.*' matches no linear layer"):
+        with pytest.raises(UserError, match=r"the pattern 'blocks.*' matches no layer with a kernel"):
             load_adapter(saved, base(name))
 
     def test_a_model_with_one_more_layer(self, saved):

@@ -50,8 +50,8 @@ def test_a_part_of_the_data(tiny_files):
     ("values", "parts"),
     [
         ({"peft.target": "blocks/0/attention/qeury"}, ["qeury", "blocks/0/attention/query"]),
-        ({"peft.target": "qvk"}, ["qvk", "linear layer", "did you mean 'qv' or 'qkv'"]),
-        ({"peft.target": r"blocks/\d+/attention"}, ["no linear layer", "blocks/0/attention (Attention)"]),
+        ({"peft.target": "qvk"}, ["qvk", "layer with a kernel", "did you mean 'qv' or 'qkv'"]),
+        ({"peft.target": r"blocks/\d+/attention"}, ["no layer with a kernel", "blocks/0/attention (Attention)"]),
         ({"peft.train": ("haed/.*",)}, ["haed", "head/bias"]),
         ({"peft.lora.rank": 11, "peft.method": "lora"}, ["blocks/0/attention/key cannot be adapted", "rank"]),
         ({"data.batch_size": 20}, ["config.data.batch_size", "20", "8 devices", "16 or 24"]),

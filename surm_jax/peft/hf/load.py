@@ -20,7 +20,7 @@ from surm_jax.peft.fingerprint import frozen_checksums
 from surm_jax.peft.hf.format import FORMATS, Format
 from surm_jax.peft.hf.names import ROOT, ModuleNames, whole_modules
 from surm_jax.peft.hf.settings import Settings
-from surm_jax.peft.kernels import is_linear, kernel_matrix, matrix_view
+from surm_jax.peft.kernels import kernel_of
 from surm_jax.peft.methods.update import Update
 from surm_jax.peft.parts.base import Place
 from surm_jax.peft.parts.layers import attach
@@ -80,7 +80,7 @@ def load_peft(
     adapter = Adapter(_rules(updates, model), train, name)
     for path, layer, *_ in matched_modules(model, adapter):
         matrix = matrices[path]
-        place = Place(matrix.shape[1], kernel_matrix(layer, path), execution=execution)
+        place = Place(matrix.shape[1], kernel_of(layer, path).matrices(), execution=execution)
         attach(layer, name, updates[path].part_with(matrix, place))
     claim_trained(model, adapter)
     return model, dataclasses.replace(adapter, base=frozen_checksums(model, adapter))
@@ -136,10 +136,14 @@ class _Tensors:
         module = name.removeprefix(ROOT).partition(f".{mark}")[0].removesuffix(".weight").removesuffix(".bias")
         if module not in paths:
             raise UserError(f"{text}, but the model has no module {module!r}{did_you_mean(module, paths)}")
-        if not is_linear(_modules(model)[paths[module]]):
+        if not _is_linear(_modules(model)[paths[module]]):
             kind = type(_modules(model)[paths[module]]).__name__
             raise UserError(f"{text}, but {module} ({paths[module]} here) is no linear layer: it is {kind}")
         raise UserError(f"{text}, which has no counterpart in the linear layer {paths[module]}")
+
+
+def _is_linear(module: nnx.Module) -> bool:
+    return isinstance(module, nnx.Linear | nnx.LinearGeneral)
 
 
 def _modules(model: nnx.Module) -> dict[str, nnx.Module]:
@@ -155,7 +159,7 @@ def _read_updates(
         UserError: If `target_modules` selects a layer without tensors, or a tensor or setting has no counterpart in
             surm_jax.
     """
-    layers = {path: layer for path, layer in sorted(_modules(model).items()) if is_linear(layer)}
+    layers = {path: layer for path, layer in sorted(_modules(model).items()) if _is_linear(layer)}
     called = {path: names.modules(path) for path in layers}
     held = {
         path: [place for place, name in enumerate(found) if tensors.has(f"{name}.{form.mark}")]
@@ -174,7 +178,7 @@ def _read_updates(
                     raise UserError(f"{tensors.path} has no update of {path}, although target_modules names {name}")
             continue
         module = found[held[path][0]]
-        shape = matrix_view(layer, path).shape
+        shape = kernel_of(layer, path).layout.matrix
         updates[path], shapes = form.read_settings(settings, module, shape)
         arrays = {part: tensors.take(f"{module}.{part}", size).astype(np.float32) for part, size in shapes.items()}
         try:
@@ -212,7 +216,7 @@ def _read_modules(
 
 def _rules(updates: Mapping[str, Update], model: nnx.Module) -> tuple[Rule, ...]:
     """Return rules that give each layer in `updates` its update. They match no other linear layer of the model."""
-    linear = [path for path, module in _modules(model).items() if is_linear(module)]
+    linear = [path for path, module in _modules(model).items() if _is_linear(module)]
     groups: dict[Update, list[str]] = {}
     for path, update in updates.items():
         groups.setdefault(update, []).append(path)

@@ -91,6 +91,8 @@ def _name(names: ModuleNames, path: str) -> str:
 
 
 def _update(row: AttachedPart) -> LayerUpdate:
+    if row.part.stack:
+        raise UserError(f"the part of {row.path} is a stack of matrices, which peft cannot store: {_MERGE}")
     try:
         factor, matrix = row.part.multiple()
     except UserError as error:

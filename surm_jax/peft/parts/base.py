@@ -10,7 +10,7 @@ switched off.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
@@ -85,6 +85,11 @@ class Part(nnx.Module):
         self.scale = AdapterScale(jnp.ones((), jnp.float32))
 
     @property
+    def stack(self) -> tuple[int, ...]:
+        """The shape of the stack, if the part is a stack of parts (`over_stack`), or () if it is one part."""
+        return self.scale.get_value().shape
+
+    @property
     def shape(self) -> tuple[int, int]:
         """The numbers of input and output features of the part, (in_features, out_features)."""
         raise NotImplementedError
@@ -106,14 +111,16 @@ class Part(nnx.Module):
     def compact(self) -> None:
         """Replace the arrays, in place, by the smallest ones with the same result. Adapter files store this form."""
 
-    def change(self, kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
+    def change(self, kernel: Float[Array, "*stack in out"]) -> Float[Array, "*stack in out"]:
         """Return, as a dense float32 matrix, the change of the kernel that has the same effect as the part.
+
+        For a stack of parts, the result is a stack of such matrices.
 
         Raises:
             UserError: If no change of the kernel has this effect. The message is the end of a sentence that begins
                 with "the part".
         """
-        return self.scale[...] * self._change(kernel)
+        return over_stack(lambda part, kernel: part.scale[...] * part._change(kernel), self, kernel)
 
     def multiple(self) -> tuple[float, StructuredMatrix]:
         """Return (c, M) if the part adds `x @ (c * M)`, for file formats that store a factor and a matrix.
@@ -218,6 +225,24 @@ class OutputPart(Part):
 
     def _change(self, kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
         raise UserError("is added to the output of the module and is not linear, so that no kernel can hold it")
+
+
+def over_stack(function: Callable[..., Any], part: Part, *arrays: Array) -> Any:
+    """Return `function(part, *arrays)`, or the stacked results of all parts of a stack.
+
+    A module with several matrices in its kernel, such as a stack of layers made by `nnx.vmap`, has a stack of parts.
+    This is one `Part` in which every variable has the same leading axes, those of the stack. The methods of a part see
+    one part of it: within `nnx.scan` and `nnx.vmap`, and here.
+
+    Args:
+        function: A function of one part and arrays, which returns arrays.
+        part: A part or a stack of parts.
+        *arrays: Arrays with the leading axes of the stack.
+    """
+    if not part.stack:
+        return function(part, *arrays)
+    graphdef, state = nnx.split(part)
+    return jax.vmap(lambda state, *arrays: over_stack(function, nnx.merge(graphdef, state), *arrays))(state, *arrays)
 
 
 def _scaled(scale: AdapterScale, added: Array) -> Array:

@@ -10,66 +10,11 @@ import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from surm_jax.peft.kernels import matrix_view
-from surm_jax.peft.parts.base import KERNEL, OUTPUT, SLOTS, KernelPart, OutputPart, Part, original_class
-from surm_jax.structured import Sum, updated_matmul
-
-
-class AdaptedLayer(nnx.Module):
-    """The mixin class for linear layers with kernel parts.
-
-    The terms of the parts are added in the layer's `dot_general`, which is Flax's hook for replacing the product with
-    the kernel. Steps before and after this product, such as adding the bias or what a subclass does around
-    `super().__call__`, are therefore the same with attached and with merged parts.
-    """
-
-    @property
-    def dot_general(self) -> Callable[..., Array]:
-        """A function with the signature of `jax.lax.dot_general`, which adds the terms of the parts to the product."""
-        return functools.partial(_adapted_dot_general, self)
-
-    @dot_general.setter
-    def dot_general(self, base: Callable[..., Array] | None) -> None:
-        vars(self)["dot_general"] = base
-
-    @property
-    def dot_general_cls(self) -> None:
-        """Always `None`. This hides the layer's own attribute, which Flax would use instead of `dot_general`."""
-
-    @dot_general_cls.setter
-    def dot_general_cls(self, base: Callable[[], Callable[..., Array]] | None) -> None:
-        vars(self)["dot_general_cls"] = base
-
-
-def _adapted_dot_general(layer: AdaptedLayer, inputs: Array, kernel: Array, _dimensions: Any, **options: Any) -> Array:
-    """Return the product of `inputs` and the kernel, plus the terms of all parts of the layer."""
-    own = vars(layer)
-    base = own["dot_general_cls"]() if own.get("dot_general_cls") else own["dot_general"] or jax.lax.dot_general
-    out_sharding = options.pop("out_sharding", None)
-    view = matrix_view(layer, type(layer).__name__)
-
-    def dot(x: Float[Array, "*batch in"], kernel: Float[Array, "in out"]) -> Float[Array, "*batch out"]:
-        return base(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options)
-
-    x, kernel = view.vectors(inputs), kernel.reshape(view.shape)
-    parts: list[KernelPart] = _parts(own[KERNEL])
-    matrices = [(part, part.plain_matrix()) for part in parts]
-    plain = [(part, matrix) for part, matrix in matrices if matrix is not None]
-    others = [part for part, matrix in matrices if matrix is None]
-    # The other parts get the product with the frozen kernel alone, without the terms of other adapters, as in training.
-    if plain:
-        matrix = plain[0][1] if len(plain) == 1 else Sum(tuple(matrix for _, matrix in plain))
-        y = updated_matmul(x, kernel, matrix, execution=plain[0][0].execution, dot=dot)
-    if others:
-        frozen = dot(x, kernel)
-        y = functools.reduce(jnp.add, [part.added(x, frozen, kernel, dot) for part in others], y if plain else frozen)
-    y = view.outputs(y)
-    return y if out_sharding is None else jax.reshard(y, out_sharding)
+from surm_jax.peft.kernels import KINDS
+from surm_jax.peft.parts.base import KERNEL, OUTPUT, SLOTS, OutputPart, Part, original_class
 
 
 class BranchedModule(nnx.Module):
@@ -112,8 +57,8 @@ def _reclass(module: nnx.Module) -> None:
 
 
 def _adapted_class(base: type[nnx.Module], original: type[nnx.Module]) -> type[nnx.Module]:
-    root = nnx.LinearGeneral if issubclass(base, nnx.LinearGeneral) else nnx.Linear
-    bases = (AdaptedLayer, base) if base is root else (base, _adapted_class(root, root))
+    root = next(cls for cls in base.__mro__ if cls in KINDS)
+    bases = (KINDS[root].mixin, base) if base is root else (base, _adapted_class(root, root))
     return _made(f"Adapted{base.__name__}", bases, original, f"{base.__name__} with kernel parts.")
 
 

@@ -69,8 +69,13 @@ def updated_matmul(
     *,
     execution: str = "auto",
     dot: Dot = jnp.matmul,
+    vectors: Callable[[Array], Array] = lambda x: x,
+    outputs: Callable[[Array], Array] = lambda y: y,
 ) -> Float[Array, "*batch out"]:
     """Return `x @ (kernel + update)`.
+
+    The inputs and outputs of `dot` may have another form than vectors, such as images for a convolution. Then
+    `dot(x, kernel)` must equal `outputs(vectors(x) @ kernel)`.
 
     Args:
         x: Array of shape (..., in_features), with any number of leading dimensions. If its first dimension is sharded
@@ -81,9 +86,11 @@ def updated_matmul(
         execution: One of `EXECUTIONS`, which the docstring of the module explains.
         dot: Function that multiplies `x` by a dense kernel and is linear in both arguments. For example, it may be
             `jnp.matmul` with another value of its argument `precision`.
+        vectors: Linear function that returns the inputs as vectors, of shape (..., in_features).
+        outputs: Linear function that returns vectors of shape (..., out_features) in the form of the result of `dot`.
 
     Returns:
-        An array of shape (..., out_features), in the dtype of the result of `dot`.
+        An array of the shape and dtype of the result of `dot`.
 
     Raises:
         UserError: The shapes do not fit, `x` or the kernel is not real floating point, the execution is unknown, or the
@@ -98,16 +105,17 @@ def updated_matmul(
     Array([[13., 21., 32.]], dtype=float32)
     """
     check_execution(execution)
-    if kernel.shape != update.shape or x.ndim == 0 or x.shape[-1] != update.shape[0]:
+    rows = jax.eval_shape(vectors, x).shape
+    if kernel.shape != update.shape or not rows or rows[-1] != update.shape[0]:
         raise UserError(
             f"updated_matmul: x (..., in), kernel (in, out) and update (in, out) do not fit: "
-            f"{x.shape}, {kernel.shape} and {update.shape}"
+            f"{rows}, {kernel.shape} and {update.shape}"
         )
     if not jnp.issubdtype(x.dtype, jnp.floating) or not jnp.issubdtype(kernel.dtype, jnp.floating):
         raise UserError(f"updated_matmul: x and kernel must be real floating point, not {x.dtype} and {kernel.dtype}")
     foldable = x.dtype == kernel.dtype and x.dtype in (jnp.float32, jnp.float64)
     if execution == "auto":
-        execution = choose(update, math.prod(x.shape[:-1]), kernel.dtype)
+        execution = choose(update, math.prod(rows[:-1]), kernel.dtype)
         if execution == "fused" and not foldable:
             execution = "dense"
     if execution == "fused" and not foldable:
@@ -115,12 +123,14 @@ def updated_matmul(
             f"the execution 'fused' adds the update to the kernel, and would lose it in {kernel.dtype}: "
             "choose fft or dense, or compute in float32"
         )
-    product = _through_dense if execution == "dense" else _in_pieces
+    product: Callable[[Array, StructuredMatrix], Array] = functools.partial(_through_dense, dot)
+    if execution != "dense":
+        fast = _at_once if execution == "fft" and update.small_residuals else _in_pieces
+        product = lambda x, update: outputs(fast(vectors(x), update))  # noqa: E731
     if foldable and execution != "fft":
         return _folded(product, dot, x, kernel, update)
     y = dot(x, kernel)
-    moved = _at_once(x, update) if execution == "fft" and update.small_residuals else product(dot, x, update)
-    return y + moved.astype(y.dtype)
+    return y + product(x, update).astype(y.dtype)
 
 
 def matmul(
@@ -151,9 +161,9 @@ def matmul(
         raise UserError(f"matmul: x must be real floating point, not {x.dtype}")
     if execution == "auto":
         execution = choose(update, math.prod(x.shape[:-1]), x.dtype)
-    if execution == "fft" and update.small_residuals:
-        return _at_once(x, update)
-    return (_through_dense if execution == "dense" else _in_pieces)(dot, x, update)
+    if execution == "dense":
+        return _through_dense(dot, x, update)
+    return (_at_once if execution == "fft" and update.small_residuals else _in_pieces)(x, update)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -161,8 +171,8 @@ def _folded(product: Callable[..., Array], dot: Dot, x: Array, kernel: Array, up
     """Return `dot(x, kernel + update)`, with the JVP that `_folded_jvp` defines.
 
     Args:
-        product: Function of `dot`, `x` and `update` that returns `x @ update`. Only the JVP calls it, to differentiate
-            with respect to the parameters of the update.
+        product: Function of `x` and `update` that returns `x @ update`. Only the JVP calls it, to differentiate with
+            respect to the parameters of the update.
         dot: Function that multiplies `x` by a dense kernel.
         x: Array of shape (..., in_features).
         kernel: The frozen kernel.
@@ -184,7 +194,7 @@ def _folded_jvp(product, dot, primals, tangents):
         terms.append(dot(x, dkernel))
     if not all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(dupdate)):
         dupdate = jax.tree.map(_instantiated, dupdate, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
-        terms.append(jax.jvp(lambda update: product(dot, x, update), (update,), (dupdate,))[1].astype(y.dtype))
+        terms.append(jax.jvp(lambda update: product(x, update), (update,), (dupdate,))[1].astype(y.dtype))
     return y, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(y)
 
 
@@ -218,13 +228,12 @@ def _at_once(x: Array, update: StructuredMatrix) -> Array:
     return jax.checkpoint(lambda x, update: update.apply(x))(x, update)
 
 
-def _in_pieces(dot: Dot, x: Array, update: StructuredMatrix) -> Array:
+def _in_pieces(x: Array, update: StructuredMatrix) -> Array:
     """Return `x @ update`, computed by the fast product of the family in chunks of tokens, one after another.
 
     A chunk of `x` has at most `PIECE_BYTES` bytes, but at least one token. The backward pass computes the product of
-    each chunk again. The argument `dot` is not used, since no dense product is computed.
+    each chunk again.
     """
-    del dot
     return batch_local(_apply_in_pieces)(x, update)
 
 

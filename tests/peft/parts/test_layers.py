@@ -12,9 +12,10 @@ from flax import nnx
 from orbax.checkpoint.experimental import v1 as ocp
 
 from surm_jax.peft import CirculantBranch, CirculantUpdate, DoRA, LoRA, Place, Rule, adapt
+from surm_jax.peft.kernels import AdaptedLayer
 from surm_jax.peft.parts import layers
 from surm_jax.peft.parts.base import original_class
-from surm_jax.peft.parts.layers import AdaptedLayer, BranchedModule, attach, detach
+from surm_jax.peft.parts.layers import BranchedModule, attach, detach
 from tests.peft.models import Gated, base
 
 

@@ -1,0 +1,115 @@
+"""One case for every kind of kernel: a module, an input, and where the entries of its matrices are in its kernel."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tests.peft.models import materialize
+
+
+@dataclasses.dataclass(frozen=True)
+class KindCase:
+    """A module with a kernel.
+
+    Attributes:
+        make: A function that returns the module.
+        inputs: The shape of the input.
+        matrix: The shape of its matrices, (*stack, *entries, in_features, out_features).
+        place: A function that puts matrices of this shape into the form of the kernel, written with NumPy alone.
+        parameter: The name of the kernel.
+        call: A function of the module and the input that returns an output.
+        tokens: The number of different inputs, if they are whole numbers.
+    """
+
+    make: Callable[[nnx.Rngs], nnx.Module]
+    inputs: tuple[int, ...]
+    matrix: tuple[int, ...]
+    place: Callable[[Any], Any]
+    parameter: str = "kernel"
+    call: Callable[[Any, jax.Array], jax.Array] = lambda module, x: module(x)
+    tokens: int = 0
+
+    def module(self) -> Any:
+        return materialize(lambda: self.make(nnx.Rngs(0)))
+
+    def x(self) -> jax.Array:
+        rng = np.random.default_rng(1)
+        if self.tokens:
+            return jnp.asarray(rng.integers(0, self.tokens, self.inputs), jnp.int32)
+        return jnp.asarray(rng.normal(size=self.inputs), jnp.float32)
+
+
+def stack(make, *sizes):
+    """Return a function that makes a stack of layers with `nnx.vmap`, with one axis for each of the sizes."""
+    for size in reversed(sizes):
+        inner = make
+        make = lambda rngs, inner=inner, size=size: nnx.vmap(lambda key: inner(nnx.Rngs(key)))(  # noqa: E731
+            jax.random.split(rngs.params(), size)
+        )
+    return make
+
+
+def scanned(module, x):
+    """Return the output of layers one after another, each with a residual connection."""
+    return nnx.scan(lambda x, layer: x + layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, module)
+
+
+def scanned_twice(module, x):
+    return nnx.scan(lambda x, layers: scanned(layers, x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, module)
+
+
+def einsum(equation, kernel, bias=None):
+    return lambda rngs: nnx.Einsum(equation, kernel, bias, rngs=rngs)
+
+
+KINDS = {
+    "linear": KindCase(lambda rngs: nnx.Linear(6, 4, rngs=rngs), (2, 3, 6), (6, 4), lambda m: m),
+    "general": KindCase(
+        lambda rngs: nnx.LinearGeneral((2, 3), (2, 2), axis=(0, -1), rngs=rngs),
+        (2, 5, 3),
+        (6, 4),
+        lambda m: m.reshape(2, 3, 2, 2),
+    ),
+    "general_batch": KindCase(
+        lambda rngs: nnx.LinearGeneral(6, (2, 2), axis=-1, batch_axis={0: 3}, rngs=rngs),
+        (3, 5, 6),
+        (3, 6, 4),
+        lambda m: m.reshape(3, 6, 2, 2),
+    ),
+    "einsum": KindCase(
+        einsum("btd,dnh->btnh", (6, 2, 2), (2, 2)), (2, 3, 6), (6, 4), lambda m: m.reshape(6, 2, 2)
+    ),
+    "einsum_output": KindCase(
+        einsum("...nh,nhd->...d", (2, 3, 4), (4,)), (2, 5, 2, 3), (6, 4), lambda m: m.reshape(2, 3, 4)
+    ),
+    "einsum_fused": KindCase(
+        einsum("btd,sdnh->sbtnh", (3, 6, 2, 2)),
+        (2, 3, 6),
+        (6, 12),
+        lambda m: m.reshape(6, 3, 2, 2).transpose(1, 0, 2, 3),
+    ),
+    "einsum_batch": KindCase(
+        einsum("bed,edf->bef", (3, 6, 4), (3, 4)), (5, 3, 6), (3, 6, 4), lambda m: m
+    ),
+    "lora_linear": KindCase(
+        lambda rngs: nnx.LoRALinear(6, 4, lora_rank=1, rngs=rngs), (2, 6), (6, 4), lambda m: m
+    ),
+    "stacked": KindCase(
+        stack(lambda rngs: nnx.Linear(6, 6, rngs=rngs), 3), (2, 6), (3, 6, 6), lambda m: m, call=scanned
+    ),
+    "stacked_einsum": KindCase(
+        stack(lambda rngs: nnx.Einsum("ned,edf->nef", (2, 4, 4), rngs=rngs), 3),
+        (2, 2, 4),
+        (3, 2, 4, 4),
+        lambda m: m,
+        call=scanned,
+    ),
+    "stacked_twice": KindCase(
+        stack(lambda rngs: nnx.Linear(4, 4, rngs=rngs), 2, 3), (2, 4), (2, 3, 4, 4), lambda m: m, call=scanned_twice
+    ),
+}  # fmt: skip

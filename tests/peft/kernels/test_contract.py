@@ -1,0 +1,152 @@
+"""What must hold for an update of every method in every kind of kernel."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from surm_jax.peft import (
+    DoRA,
+    Rule,
+    adapt,
+    convert,
+    delete,
+    describe,
+    iter_parts,
+    kernel_change,
+    load_adapter,
+    merge,
+    save_adapter,
+    set_scale,
+    train_only,
+)
+from tests.peft.cases import UPDATES
+from tests.peft.kernels.kinds import KINDS
+from tests.peft.models import TOLERANCES, perturb, relative_error, same_bits
+
+QUICK = {("linear", "lora"), ("einsum", "circulant"), ("einsum_batch", "dora"), ("general_batch", "lora"),
+         ("stacked", "circulant"), ("stacked_einsum", "dora")}  # fmt: skip
+METHODS = sorted(UPDATES)
+EVERY = [
+    pytest.param(kind, method, marks=[] if (kind, method) in QUICK else pytest.mark.exhaustive)
+    for kind, method in itertools.product(KINDS, METHODS)
+]
+
+
+def method_for(kind, method):
+    """Return an instance of the method whose settings fit the small matrices, without dropout."""
+    settings = {"c3a": {"block": 1}, "lokr": {"rank": 1}}.get(method, {})
+    if "low" in method:
+        settings = {"rank": 1}
+    return type(UPDATES[method].method)(**settings)
+
+
+@functools.cache
+def adapted(kind, method):
+    return adapt(KINDS[kind].module(), [Rule("", method_for(kind, method))], rngs=nnx.Rngs(1))
+
+
+def dense(model):
+    """Return the change of the kernel as a matrix or stack of matrices."""
+    (row,) = iter_parts(model)
+    return kernel_change(row)
+
+
+def same(case, left, right):
+    """Return whether two outputs are equal: to the bit, or to rounding for a scan, which is always compiled."""
+    return same_bits(left, right) or ("scan" in case.call.__name__ and relative_error(left, right) < 1e-6)
+
+
+def by_oracle(case, module, change, x):
+    """Return the output of the plain module with a matrix added to its kernel."""
+    plain = nnx.merge(*nnx.split(module), copy=True)
+    variable = getattr(plain, case.parameter)
+    variable.set_value(variable[...] + case.place(change))
+    return case.call(plain, x)
+
+
+@pytest.mark.parametrize(("kind", "method"), EVERY)
+def test_the_start_the_values_and_the_gradients(kind, method):
+    case = KINDS[kind]
+    module, x = case.module(), case.x()
+    model, adapter = adapted(kind, method)
+    assert same(case, case.call(model, x), case.call(module, x))
+    assert dense(model).shape == case.matrix
+    model = perturb(model, adapter)
+    graphdef, trainable, frozen = nnx.split(model, adapter.trainable, ...)
+
+    def loss(y):
+        return jnp.sum(jnp.sin(3 * y) * jnp.linspace(1, 2, y.size).reshape(y.shape))
+
+    def ours(trainable):
+        return loss(case.call(nnx.merge(graphdef, trainable, frozen, copy=True), x))
+
+    def theirs(trainable):
+        return loss(by_oracle(case, module, dense(nnx.merge(graphdef, trainable, frozen)), x))
+
+    y = case.call(model, x)
+    assert relative_error(y, by_oracle(case, module, dense(model), x)) <= TOLERANCES["float32"]
+    assert relative_error(y, case.call(module, x)) > 1e-3
+    found, expected = (jax.tree.leaves(jax.jit(jax.grad(f))(trainable)) for f in (ours, theirs))
+    for mine, other in zip(found, expected, strict=True):
+        assert np.abs(other).max() > 0
+        assert np.abs(np.asarray(mine - other)).max() <= 1e-4 * np.abs(other).max() + 1e-5
+
+
+@pytest.mark.parametrize(("kind", "method"), EVERY)
+def test_saving_merging_and_describing(kind, method, tmp_path):
+    case = KINDS[kind]
+    module, x = case.module(), case.x()
+    model, adapter = adapted(kind, method)
+    model = perturb(model, adapter)
+    save_adapter(tmp_path / "adapter", model, adapter)
+    loaded, _ = load_adapter(tmp_path / "adapter", module)
+    assert same_bits(case.call(loaded, x), case.call(model, x))
+    merged, deviation = merge(model)
+    assert nnx.graphdef(merged) == nnx.graphdef(module) and deviation < 1e-6
+    assert relative_error(case.call(merged, x), case.call(model, x)) <= TOLERANCES["float32"]
+    assert same_bits(case.call(delete(model, adapter), x), case.call(module, x))
+    assert same(case, case.call(set_scale(model, adapter, 0.0), x), case.call(module, x))
+    description = describe(model, adapter)
+    (row,) = description.rows
+    assert row.shape == case.matrix
+    lead = int(np.prod(case.matrix[:-2]))
+    one = jax.eval_shape(lambda key: method_for(kind, method).init(key, case.matrix[-2:]), jax.random.key(0))
+    extra = case.matrix[-1] if method == "dora" else 0
+    constant = one.down.size if method == "lora_fix" else 0
+    assert description.trainable == lead * (one.num_params + extra - constant)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_optimiser_for_the_adapter_alone(kind):
+    case = KINDS[kind]
+    model, _ = adapted(kind, "lora")
+    tree = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    updates = train_only(optax.sgd(1.0), ["delta/.*"])
+    moved, _ = updates.update(jax.tree.map(jnp.ones_like, tree), updates.init(tree))
+    assert not moved[case.parameter].any() and all(leaf.all() for leaf in jax.tree.leaves(moved["delta"]))
+
+
+@pytest.mark.parametrize("kind", ["einsum_fused", pytest.param("stacked_einsum", marks=pytest.mark.exhaustive)])
+def test_converting_is_exact_where_the_rank_suffices(kind):
+    case, x = KINDS[kind], KINDS[kind].x()
+    model, adapter = adapted(kind, "circulant")
+    model = perturb(model, adapter)
+    other, _, errors = convert(model, adapter, type(UPDATES["lora"].method)(rank=min(case.matrix[-2:])))
+    assert errors[""] < 1e-5
+    assert relative_error(case.call(other, x), case.call(model, x)) < 1e-4
+
+
+def test_a_rule_with_parts_gives_each_part_of_a_fused_kernel_its_own_matrix():
+    case = KINDS["einsum_fused"]
+    model, adapter = adapt(case.module(), [Rule("", DoRA(), parts=3, which=[0, 2])], rngs=nnx.Rngs(1))
+    model = perturb(model, adapter)
+    change, x = dense(model), case.x()
+    updated = model(x) - case.module()(x)
+    assert np.abs(updated[0]).max() > 1e-3 and np.abs(updated[2]).max() > 1e-3
+    assert change.shape == (6, 12)
