@@ -32,6 +32,7 @@ from surm_jax.structured.families.kronecker import Kronecker, near_square_factor
 from surm_jax.structured.families.low_displacement import LowDisplacementRank
 from surm_jax.structured.families.low_rank import LowRank
 from surm_jax.structured.families.low_rank_kronecker import LowRankKronecker
+from surm_jax.structured.families.monarch import Monarch
 from surm_jax.structured.families.tiled import Tiled, tiled_side
 from surm_jax.structured.families.toeplitz import SymmetricToeplitz, Toeplitz
 from surm_jax.structured.families.toeplitz_pair import SymmetricToeplitzPair, ToeplitzPair
@@ -55,6 +56,7 @@ __all__ = [
     "LowDisplacementRank",
     "LowRank",
     "LowRankKronecker",
+    "Monarch",
     "Piece",
     "Placed",
     "Product",
