@@ -25,9 +25,12 @@ from surm_jax.structured.analysis.diagnostics import (
 from surm_jax.structured.base import Piece, StructuredMatrix, checked_shape, compute_dtype, static
 from surm_jax.structured.families.base import FAMILIES, Family, checked_dense, family
 from surm_jax.structured.families.block_circulant import BlockCirculant
+from surm_jax.structured.families.block_low_rank import BlockLowRank
 from surm_jax.structured.families.circulant import Circulant, CirculantPair
 from surm_jax.structured.families.dense import Dense
+from surm_jax.structured.families.diagonal_circulant import DiagonalCirculant
 from surm_jax.structured.families.f_circulant import FCirculant, SkewCirculant
+from surm_jax.structured.families.khatri_rao import KhatriRao
 from surm_jax.structured.families.kronecker import Kronecker, near_square_factors
 from surm_jax.structured.families.low_displacement import LowDisplacementRank
 from surm_jax.structured.families.low_rank import LowRank
@@ -46,12 +49,15 @@ __all__ = [
     "FAMILIES",
     "Approximation",
     "BlockCirculant",
+    "BlockLowRank",
     "Circulant",
     "CirculantPair",
     "Dense",
+    "DiagonalCirculant",
     "Dot",
     "FCirculant",
     "Family",
+    "KhatriRao",
     "Kronecker",
     "LowDisplacementRank",
     "LowRank",

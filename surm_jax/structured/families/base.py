@@ -174,6 +174,9 @@ def family(cls: type[F]) -> type[F]:
     Use it as a class decorator. Fields declared with `static()` become part of the pytree structure. All other fields
     become array leaves, in the order in which the class declares them.
 
+    If a class with the same name and module is already registered, the new class replaces it. This happens if a cell of
+    a notebook runs again.
+
     Args:
         cls: The class. It becomes `FAMILIES[cls.__name__]`. Configurations and error messages refer to the family by
             this name.
@@ -186,10 +189,9 @@ def family(cls: type[F]) -> type[F]:
         raise UserError(f"{cls.__name__} must be a subclass of surm_jax.structured.Family")
     if missing := sorted(cls.__abstractmethods__):
         raise UserError(f"{cls.__name__} lacks {', '.join(missing)}, which every family must define")
-    if cls.__name__ in FAMILIES:
-        raise UserError(
-            f"there already is a family {cls.__name__} ({FAMILIES[cls.__name__].__module__}): rename this one"
-        )
+    other = FAMILIES.get(cls.__name__)
+    if other and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise UserError(f"there already is a family {cls.__name__} ({other.__module__}): rename this one")
     FAMILIES[cls.__name__] = cls = matrix_pytree(cls)
     return cls
 
