@@ -132,8 +132,11 @@ class BlockLowRank(Family):
 
     def pieces(self) -> list[Piece | str]:
         """Return what a picture shows: the factors of the first block, and dots if there are more blocks."""
-        down = Piece("\\mathrm{down}_{11}", {"down": ("down", (0, 0))})
-        return [down, TIMES, Piece("\\mathrm{up}_{11}", {"up": ("up", (0, 0))})] + ["\\cdots"] * (self.blocks > 1)
+        down, up = (
+            Piece("\\mathrm{down}_{11}", {"down": ("down", (0, 0))}),
+            Piece("\\mathrm{up}_{11}", {"up": ("up", (0, 0))}),
+        )
+        return [down, TIMES, up, *["\\cdots"] * (self.blocks > 1)]
 
     @property
     def T(self) -> "BlockLowRank":

@@ -40,7 +40,7 @@ class KhatriRao(Family):
     U: Float[Array, "k A"]
     V: Float[Array, "k B"]
     shape: tuple[int, int] = static()
-    transposed: bool | None = static(None)
+    transposed: bool | None = static(default=None)
 
     def __post_init__(self) -> None:
         m, n = checked_shape("KhatriRao", self.shape)

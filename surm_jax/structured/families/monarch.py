@@ -55,7 +55,7 @@ class Monarch(Family):
 
     R: Float[Array, "N p r"]
     L: Float[Array, "N r s"]
-    transposed: bool = static(False)
+    transposed: bool = static(default=False)
 
     def __post_init__(self) -> None:
         if self.R is None and self.L is None:
