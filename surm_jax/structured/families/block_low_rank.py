@@ -23,7 +23,7 @@ class BlockLowRank(Family):
         up: (N, N, r / N, out_features / N), the right matrices of all blocks. They are zero when training starts.
 
     >>> down = jnp.array([[[[1.0]], [[2.0]]], [[[3.0]], [[4.0]]]])
-    >>> BlockLowRank(down=down, up=jnp.array([1.0, 10.0]) * jnp.ones((2, 2, 1, 2))).to_dense()
+    >>> BlockLowRank(down=down, up=jnp.tile(jnp.array([1.0, 10.0]), (2, 2, 1, 1))).to_dense()
     Array([[ 1., 10.,  2., 20.],
            [ 3., 30.,  4., 40.]], dtype=float32)
     """
