@@ -25,17 +25,17 @@ from surm_jax.structured.analysis.diagnostics import (
 from surm_jax.structured.base import Piece, StructuredMatrix, checked_shape, compute_dtype, static
 from surm_jax.structured.families.base import FAMILIES, Family, checked_dense, family
 from surm_jax.structured.families.block_circulant import BlockCirculant
-from surm_jax.structured.families.block_low_rank import BlockLowRank
 from surm_jax.structured.families.circulant import Circulant, CirculantPair
 from surm_jax.structured.families.dense import Dense
 from surm_jax.structured.families.diagonal_circulant import DiagonalCirculant
 from surm_jax.structured.families.f_circulant import FCirculant, SkewCirculant
-from surm_jax.structured.families.khatri_rao import KhatriRao
-from surm_jax.structured.families.kronecker import Kronecker, near_square_factors
+from surm_jax.structured.families.factors.block_low_rank import BlockLowRank
+from surm_jax.structured.families.factors.khatri_rao import KhatriRao
+from surm_jax.structured.families.factors.kronecker import Kronecker, near_square_factors
+from surm_jax.structured.families.factors.low_rank import LowRank
+from surm_jax.structured.families.factors.low_rank_kronecker import LowRankKronecker
+from surm_jax.structured.families.factors.monarch import Monarch
 from surm_jax.structured.families.low_displacement import LowDisplacementRank
-from surm_jax.structured.families.low_rank import LowRank
-from surm_jax.structured.families.low_rank_kronecker import LowRankKronecker
-from surm_jax.structured.families.monarch import Monarch
 from surm_jax.structured.families.tiled import Tiled, tiled_side
 from surm_jax.structured.families.toeplitz import SymmetricToeplitz, Toeplitz
 from surm_jax.structured.families.toeplitz_pair import SymmetricToeplitzPair, ToeplitzPair

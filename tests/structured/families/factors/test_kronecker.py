@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.hlo import gathered_sizes
 from surm_jax.errors import UserError
-from surm_jax.structured.families.kronecker import Kronecker, near_square_factors
+from surm_jax.structured.families.factors.kronecker import Kronecker, near_square_factors
 from tests.structured.cases import ProjectionContract, assert_close
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 from surm_jax.errors import UserError
 from surm_jax.structured.base import TIMES, Piece, StructuredMatrix, checked_shape, sum_pieces
 from surm_jax.structured.families.base import Family, checked_dense, family, largest_size, scaled_normal
-from surm_jax.structured.families.kronecker import (
+from surm_jax.structured.families.factors.kronecker import (
     FactorShapes,
     Kronecker,
     check_terms,

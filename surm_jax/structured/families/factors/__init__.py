@@ -1,0 +1,1 @@
+"""Families whose matrices are built from small dense factors."""
