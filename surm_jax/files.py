@@ -130,6 +130,11 @@ def _read(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.n
             there = member.file_size - file.tell()
         if dtype.hasobject:
             raise _pickled(path)
+        if dtype.kind == "V":
+            raise UserError(
+                f"{path}: {member.filename.removesuffix('.npy')} is {dtype}, because .npz files have no name for its"
+                " dtype, such as bfloat16: store it as float32"
+            )
         # An array of empty strings has zero bytes for any shape, so a tiny file could declare a huge one. Refuse it.
         if not dtype.itemsize or math.prod(shape) * dtype.itemsize != there:
             raise ValueError(f"{member.filename} has {there} bytes for an array of shape {shape} and type {dtype}")

@@ -18,13 +18,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # For each subpackage of `surm_jax`, and for each file directly in `surm_jax`, the subpackages and files that it may
 # import. Add a line for each new subpackage.
-GROUND = {"errors", "paths", "atomic", "files", "tensor_files"}
+GROUND = {"errors", "paths", "atomic", "files", "tensor_files", "preparation"}
 ARROWS = {
     "errors": set(),
     "paths": {"errors"},
     "atomic": set(),
     "files": {"errors"},
     "tensor_files": {"errors", "files"},
+    "preparation": {"errors"},
     "devices": GROUND,
     "structured": GROUND | {"devices"},
     "data": GROUND,

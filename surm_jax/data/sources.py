@@ -4,9 +4,9 @@ import os
 
 from surm_jax.data.images.array_sets import EMBEDDED, load_digits, load_npz
 from surm_jax.data.images.dataset import ImageDataset
-from surm_jax.data.images.tfds_sets import load_tfds
 from surm_jax.data.text.dataset import TextDataset
 from surm_jax.data.text.glue import load_glue
+from surm_jax.data.tfds_sets import load_tfds
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageDataset | TextDataset:

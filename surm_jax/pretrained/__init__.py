@@ -2,7 +2,7 @@
 
 from surm_jax.pretrained.augreg import AUGREG_URLS
 from surm_jax.pretrained.hf.folder import huggingface_names, save_huggingface
-from surm_jax.pretrained.loading import from_pretrained, image_normalization, load, model_config
+from surm_jax.pretrained.loading import from_pretrained, image_normalization, image_preparation, load, model_config
 from surm_jax.pretrained.native import save_model
 from surm_jax.pretrained.sources import locate
 
@@ -11,6 +11,7 @@ __all__ = [
     "from_pretrained",
     "huggingface_names",
     "image_normalization",
+    "image_preparation",
     "load",
     "locate",
     "model_config",

@@ -10,7 +10,7 @@ import jax
 
 from surm_jax.errors import UserError
 from surm_jax.models import Config
-from surm_jax.pretrained.normalization import Normalization
+from surm_jax.preparation import Preparation
 
 _LARGEST_SIZE, _MOST_BLOCKS = 2**31, 100
 """Bounds for the configuration in a file. JAX has no larger dimensions, and building a block takes time."""
@@ -61,15 +61,13 @@ class Checkpoint(abc.ABC):
                 `surm_jax.pretrained.rules.fill`.
         """
 
-    def normalization(self) -> Normalization | None:
-        """Return the normalisation of images that the model expects.
-
-        `None` means that the pixels of all channels are scaled to [-1, 1].
+    def preparation(self) -> Preparation:
+        """Return how images are prepared for the model. The default resizes them and scales their pixels to [-1, 1].
 
         Raises:
-            UserError: The checkpoint is damaged.
+            UserError: The checkpoint is damaged, or its settings cannot be followed.
         """
-        return None
+        return Preparation()
 
     def _refuse_variant(self, variant: str | None) -> None:
         if variant is not None:

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from surm_jax.errors import UserError
 from surm_jax.files import cache_root
 from surm_jax.pretrained.hf.folder import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, read_architecture
-from surm_jax.pretrained.normalization import PREPROCESSOR_NAME
+from surm_jax.pretrained.image_processor import PREPROCESSOR_NAME, PROCESSOR_NAME
 from surm_jax.tensor_files import shards_of
 
 PREFIX = "hf://"
@@ -36,7 +36,7 @@ TOKENIZER_NAMES = (
 )
 """The names of all files that a tokenizer may consist of. A repository may lack some of them."""
 
-SETTINGS_NAMES = (PREPROCESSOR_NAME, "processor_config.json", "generation_config.json")
+SETTINGS_NAMES = (PREPROCESSOR_NAME, PROCESSOR_NAME, "generation_config.json")
 """The names of the other files of settings that may lie beside a model. A repository may lack some of them."""
 
 

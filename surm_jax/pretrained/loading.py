@@ -13,11 +13,11 @@ from surm_jax.errors import UserError
 from surm_jax.files import open_npz
 from surm_jax.models import Model, model_class
 from surm_jax.paths import join, require_match
+from surm_jax.preparation import Normalization, Preparation
 from surm_jax.pretrained.augreg import AugRegCheckpoint
 from surm_jax.pretrained.checkpoint import Checkpoint
 from surm_jax.pretrained.hf.folder import PICKLE_SUFFIXES, HuggingFaceCheckpoint
 from surm_jax.pretrained.native import NativeCheckpoint
-from surm_jax.pretrained.normalization import Normalization
 from surm_jax.pretrained.sources import locate
 from surm_jax.tensor_files import SUFFIX, TensorFile
 
@@ -119,21 +119,30 @@ def model_config(checkpoint: Path, variant: str | None = None, **overrides: Any)
     return model_class(config), config
 
 
-def image_normalization(checkpoint: Path | None) -> Normalization | None:
-    """Return the normalisation of images that the model in a checkpoint expects.
+def image_preparation(checkpoint: Path | None) -> Preparation:
+    """Return how images are prepared for the model in a checkpoint: resized, cropped, rescaled and normalised.
 
-    `None` means that the pixels of all channels are scaled to [-1, 1].
+    For a folder of transformers this is what its `processor_config.json` or `preprocessor_config.json` says. Without
+    such settings, images are resized to a square, and their pixels are normalised as the published models expect.
 
     Args:
         checkpoint: The path that `locate` returned, which is `None` for the name "none".
 
     Raises:
-        UserError: The checkpoint is damaged, or its `preprocessor_config.json` leaves pixels in [0, 255].
+        UserError: The checkpoint is damaged, or its settings cannot be followed. The message names the setting.
+
+    >>> image_preparation(locate("digits")).normalization
+    Normalization(mean=0.5, std=0.5)
     """
     if checkpoint is None:
-        return None
+        return Preparation()
     with open_checkpoint(checkpoint) as opened:
-        return opened.normalization()
+        return opened.preparation()
+
+
+def image_normalization(checkpoint: Path | None) -> Normalization:
+    """Return the mean and the standard deviation of pixels in `image_preparation`."""
+    return image_preparation(checkpoint).normalization
 
 
 def from_pretrained(

@@ -7,7 +7,7 @@ configuration.
 import dataclasses
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from surm_jax.atomic import replacing
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.models import MODELS, Config, Model
 from surm_jax.paths import join
+from surm_jax.preparation import Preparation
 from surm_jax.pretrained.checkpoint import Checkpoint, bounded, require_same
-from surm_jax.pretrained.normalization import Normalization, checked_normalization
+from surm_jax.pretrained.image_processor import read_processor, write_processor
 from surm_jax.pretrained.position_embed import resize_position_embed
 from surm_jax.pretrained.rules import KeyRule, fill
 from surm_jax.tensor_files import SUFFIX, TensorFile, write_tensors
@@ -33,7 +34,7 @@ def save_model(
     path: Path | str,
     model: Model,
     *,
-    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+    preparation: Preparation | None = None,
 ) -> None:
     """Write all parameters of a model and its configuration to one file.
 
@@ -42,9 +43,8 @@ def save_model(
     Args:
         path: The path of the file, which must end in `.safetensors`. An existing file is replaced.
         model: The model. Its `nnx.Param`s are written, and their names are their paths, joined by `/`.
-        normalization: The mean and the standard deviation of each channel with which pixels in [0, 1] were normalised
-            for the model. `None` means that pixels were scaled to [-1, 1]. The function
-            `image_normalization` reads this value from the file.
+        preparation: How images were prepared for the model. `None` means that they were resized to a square and scaled
+            to [-1, 1]. The function `image_preparation` reads this value from the file.
 
     Raises:
         UserError: The path has another suffix, or the file cannot be written.
@@ -60,8 +60,8 @@ def save_model(
         "model": type(model.config).__name__,
         "config": json.dumps(dataclasses.asdict(model.config)),
     }
-    if normalization is not None:
-        header["normalization"] = json.dumps([[*map(float, values)] for values in normalization])
+    if preparation is not None:
+        header["image_processor"] = json.dumps(write_processor(preparation, model.config.channels))
     try:
         with replacing(path) as temporary:
             write_tensors(temporary, tensors, header)
@@ -105,16 +105,20 @@ class NativeCheckpoint(Checkpoint):
         rules.append(KeyRule(r"(.+)", r"\1"))
         return fill(self._file.keys, self._file.read, targets, rules, fresh=fresh, origin=str(self.path))
 
-    def normalization(self) -> Normalization | None:
-        """Return the normalisation of images in the header, or `None` if the header has none."""
-        entry = self._file.header.get("normalization")
+    def preparation(self) -> Preparation:
+        """Return the preparation of images in the header."""
+        if "normalization" in self._file.header:
+            raise UserError(f"{self.path} has a header of an older version: write the file again")
+        entry = self._file.header.get("image_processor")
         if entry is None:
-            return None
+            return Preparation()
         try:
-            mean, std = json.loads(entry)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{self.path} is damaged: its header has no valid mean and std ({error})") from None
-        return checked_normalization(self.path, mean, std)
+            fields = json.loads(entry)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.path} is damaged: its header has no image_processor ({error})") from None
+        if not isinstance(fields, dict):
+            raise UserError(f"{self.path} is damaged: the image_processor in its header is {entry}")
+        return read_processor(f"the header of {self.path}", fields, "ViTImageProcessor")
 
     def _stored(self) -> Config:
         header = self._file.header

@@ -11,7 +11,8 @@ from flax import nnx
 from surm_jax import data
 from surm_jax.devices.processes import share
 from surm_jax.errors import UserError
-from surm_jax.pretrained import image_normalization, locate
+from surm_jax.preparation import Preparation
+from surm_jax.pretrained import image_preparation, locate
 from surm_jax.tasks.base import Batch, Task, register_task
 from surm_jax.tasks.config import DataConfig, ModelConfig
 from surm_jax.tasks.objective import CLASSES, Objective
@@ -28,8 +29,7 @@ class ImageClassification(Task):
         holdout: The training examples that are held out for validation, or None.
         model_config: The configuration of the model.
         checkpoint: The file or folder of the pretrained weights, or None for random weights.
-        normalization: The mean and the standard deviation of each channel with which the model expects images to be
-            normalised, or None if it expects pixels in [-1, 1].
+        preparation: How images are resized, cropped and normalised for the model.
     """
 
     config: DataConfig
@@ -37,7 +37,7 @@ class ImageClassification(Task):
     holdout: data.ImageSource | None
     model_config: Any
     checkpoint: Path | None
-    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None
+    preparation: Preparation
 
     reads: ClassVar = "images"
 
@@ -56,7 +56,10 @@ class ImageClassification(Task):
     def build(
         cls, model: ModelConfig, config: DataConfig, dataset: data.ImageDataset, geometry: Any
     ) -> "ImageClassification":
-        """Find or download the weights, read which normalisation of images they expect, and return the task.
+        """Find or download the weights, read how images are prepared for them, and return the task.
+
+        If the settings of the image processor are for another size than the model reads, a warning says how they are
+        changed.
 
         Raises:
             UserError: The weights cannot be found, or the images or the normalisation have another number of channels
@@ -64,7 +67,6 @@ class ImageClassification(Task):
         """
         train = data.first_examples(dataset.train, config.train_examples)
         train, holdout = data.hold_out(train, config.holdout)
-        dataset.require_channels(geometry.channels)
         checkpoint = locate(model.checkpoint, model.variant or None)
         if checkpoint is None:
             warnings.warn(
@@ -72,13 +74,9 @@ class ImageClassification(Task):
                 " pretrained ones. Frozen random layers adapt badly",
                 stacklevel=2,
             )
-        normalization = image_normalization(checkpoint)
-        if normalization and len(normalization[0]) != geometry.channels:
-            raise UserError(
-                f"{checkpoint} normalises images of {len(normalization[0])} channels, but the model reads"
-                f" {geometry.channels}: its preprocessor_config.json must give image_mean and image_std for each"
-            )
-        return cls(config, dataclasses.replace(dataset, train=train), holdout, geometry, checkpoint, normalization)
+        preparation = _fitted(checkpoint, geometry)
+        dataset.require_channels(geometry.channels, preparation)
+        return cls(config, dataclasses.replace(dataset, train=train), holdout, geometry, checkpoint, preparation)
 
     @classmethod
     def reads_beside(cls, checkpoint: Path | None) -> dict[str, Any]:
@@ -124,7 +122,7 @@ class ImageClassification(Task):
             image_size=self.model_config.image_size,
             augment=cast(data.Augment, self.config.augment),
             seed=seed,
-            normalization=self.normalization,
+            preparation=self.preparation,
             max_corrupt=self.config.max_corrupt,
         )
 
@@ -135,7 +133,7 @@ class ImageClassification(Task):
             source,
             **share(self.config.eval_batch_size),
             image_size=self.model_config.image_size,
-            normalization=self.normalization,
+            preparation=self.preparation,
             max_corrupt=self.config.max_corrupt,
         )
 
@@ -149,6 +147,29 @@ class ImageClassification(Task):
         return {f"{side} pixels": {"image": image, "label": jax.ShapeDtypeStruct((size,), "int32")}}
 
     def export_options(self) -> dict[str, Any]:
-        """Return the normalisation of images, which `save_huggingface` writes into the exported folder."""
-        half = (0.5,) * self.model_config.channels
-        return {"normalization": self.normalization or (half, half)}
+        """Return how images are prepared, which `save_huggingface` writes into the exported folder."""
+        return {"preparation": self.preparation}
+
+
+def _fitted(checkpoint: Path | None, geometry: Any) -> Preparation:
+    """Return how images are prepared for a model, after comparing the settings in its checkpoint with the model.
+
+    Raises:
+        UserError: The normalisation is for another number of channels than the model reads.
+    """
+    preparation = image_preparation(checkpoint)
+    for values in preparation.normalization:
+        if isinstance(values, tuple) and len(values) != geometry.channels:
+            raise UserError(
+                f"{checkpoint} normalises images of {len(values)} channels, but the model reads {geometry.channels}:"
+                " the settings of its image processor must give image_mean and image_std for each"
+            )
+    fitted = preparation.fitted(geometry.image_size)
+    if preparation.output not in (None, fitted.output):
+        warnings.warn(
+            f"the image processor of {checkpoint} makes images of {preparation.output[0]} pixels, but the model reads"
+            f" {geometry.image_size} (config.model.image_size): all sizes are multiplied, to size = {fitted.size} and"
+            f" crop_size = {fitted.crop_size}",
+            stacklevel=3,
+        )
+    return fitted

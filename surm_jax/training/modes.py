@@ -127,7 +127,7 @@ def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
             batch = _test_batch(job)
             difference = np.abs(_logits(job, merged, batch) - _logits(job, model, batch)).max()
         paths.append(folder / "merged" / "model.safetensors")
-        save_model(paths[-1], merged, normalization=job.task.export_options().get("normalization"))
+        save_model(paths[-1], merged, preparation=job.task.export_options().get("preparation"))
         print(
             f"{paths[-1]}: kernels are within {deviation:.2g} of the exact sums;"
             f" logits of {len(batch['label'])} test examples within {difference:.2g} of the unmerged model's"

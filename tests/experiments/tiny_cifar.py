@@ -8,7 +8,7 @@ from flax import nnx
 
 from surm_jax.models import ViT, ViTConfig
 from surm_jax.pretrained import load, save_model
-from tests.data.images.test_tfds_sets import png, write_set
+from tests.data.test_tfds_sets import png, write_set
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 GEOMETRY = {"image_size": 32, "patch_size": 16, "width": 12, "depth": 1, "heads": 3, "mlp_width": 24}

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from surm_jax.models import Blocks, Config, Model, register_model
+from surm_jax.preparation import Normalization
 from surm_jax.pretrained.hf import CONV, LINEAR, Architecture, Name, register_architecture
-from surm_jax.pretrained.normalization import Normalization
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from surm_jax.errors import UserError
 from surm_jax.models import Bert, BertConfig, ViT, ViTConfig
-from surm_jax.pretrained import image_normalization, load, model_config, save_model
+from surm_jax.preparation import Normalization, Preparation
+from surm_jax.pretrained import image_preparation, load, model_config, save_model
 from surm_jax.pretrained.position_embed import resize_position_embed
 
 CONFIG = {
@@ -158,22 +159,35 @@ def test_position_embeddings_with_a_distillation_token_are_resized(tmp_path):
     np.testing.assert_array_equal(larger.position_embed[:, 1:], plain)
 
 
-def test_a_file_knows_how_pixels_were_normalised(saved):
+def test_a_file_knows_how_images_were_prepared(saved):
     path, model = saved
-    assert image_normalization(path) is None
-    save_model(path, model, normalization=(np.float32([0.5, 0.25, 0.125]), (1, 2, 3)))
-    assert image_normalization(path) == ((0.5, 0.25, 0.125), (1.0, 2.0, 3.0))
+    assert image_preparation(path) == Preparation()
+    expected = Preparation(
+        rgb=True,
+        size={"shortest_edge": 8},
+        resample=3,
+        crop_size=(6, 6),
+        normalization=Normalization((0.5, 0.25, 0.125), (1.0, 2.0, 3.0)),
+    )
+    save_model(path, model, preparation=expected)
+    assert image_preparation(path) == expected
     build(path=path)
     # A config.json beside the file, which belongs to another model, has no effect.
     (path.parent / "config.json").write_text('{"model_type": "clip"}')
-    assert image_normalization(path) == ((0.5, 0.25, 0.125), (1.0, 2.0, 3.0))
+    assert image_preparation(path) == expected
 
 
-@pytest.mark.parametrize("entry", ["[", "7", "[[1, 1, 1]]", "[[0, 0, 0], [1, 1, 0]]", '["a", "b"]', "[" * 100_000])
-def test_a_damaged_normalization_is_told(saved, entry):
-    rewrite(saved[0], lambda header, tensors: header.update(normalization=entry))
+@pytest.mark.parametrize("entry", ["[", "7", '{"image_std": 0}', '{"do_resize": 3}', "[" * 100_000])
+def test_damaged_settings_of_images_are_told(saved, entry):
+    rewrite(saved[0], lambda header, tensors: header.update(image_processor=entry))
     with pytest.raises(UserError, match=r"vit\.safetensors is damaged"):
-        image_normalization(saved[0])
+        image_preparation(saved[0])
+
+
+def test_a_header_of_an_older_version_is_told(saved):
+    rewrite(saved[0], lambda header, tensors: header.update(normalization="[[0.1], [0.2]]"))
+    with pytest.raises(UserError, match="older version"):
+        image_preparation(saved[0])
 
 
 def test_position_embeddings_of_a_half_precision_model_are_resized_to_it(saved):

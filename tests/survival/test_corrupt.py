@@ -21,7 +21,7 @@ from PIL import Image
 from surm_jax import data
 from surm_jax.data import ArraySource, eval_batches, train_batches
 from surm_jax.data.corrupt import CorruptExampleError
-from surm_jax.data.images.tfds_sets import TfdsSource
+from surm_jax.data.tfds_sets import TfdsSource
 from surm_jax.errors import UserError
 from surm_jax.tasks import image_classification
 from surm_jax.training.modes import evaluate_run, train_run

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from surm_jax import data
 from surm_jax.errors import UserError
@@ -61,7 +62,8 @@ def test_the_folder_says_which_model_it_is(tiny_files, source):
 
 
 def test_images_are_normalised_as_the_folder_says(tiny_files, source):
-    job = prepare(config(tiny_files, source), 0)
+    with pytest.warns(UserWarning, match="makes images of 224 pixels, but the model reads 8 .*'height': 8, 'width': 8"):
+        job = prepare(config(tiny_files, source), 0)
     raw = job.task.dataset.test[4]["image"]
     batch = next(iter(job.task.eval_batches("test")))
     np.testing.assert_allclose(batch["image"][4], (raw / 255 - MEAN[0]) / STD[0], atol=1e-5)
@@ -71,7 +73,7 @@ def test_images_are_normalised_as_the_folder_says(tiny_files, source):
         image_size=8,
         augment="none",
         seed=0,
-        normalization=job.task.normalization,
+        preparation=job.task.preparation,
     )
     every = np.stack([example["image"] for example in job.task.dataset.train])
     assert np.mean(next(train)["image"]) == pytest.approx((every.mean() / 255 - MEAN[0]) / STD[0], rel=1e-4)
@@ -134,7 +136,19 @@ def test_what_is_exported_computes_the_same(run, capsys, form):
 def test_the_exported_model_is_a_base_again(tiny_files, run):
     export_run(run, {}, "hf")
     job = prepare(config(tiny_files, run / "hf"), 0)
-    assert job.task.normalization == (MEAN, STD)
+    assert job.task.preparation == prepare(saved_config(run), 0).task.preparation
+
+
+def test_images_are_resized_and_cropped_as_the_folder_says(tiny_files, source, tmp_path):
+    shutil.copytree(source, tmp_path / "vit")
+    fields = {"image_mean": MEAN, "image_std": STD, "size": {"shortest_edge": 10}, "resample": 0}
+    fields |= {"do_center_crop": True, "crop_size": 8, "default_to_square": False}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(fields))
+    task = prepare(config(tiny_files, tmp_path / "vit"), 0).task
+    raw = task.dataset.test[4]["image"]
+    enlarged = np.asarray(Image.fromarray(raw[..., 0]).resize((10, 10), Image.Resampling.NEAREST))
+    batch = next(iter(task.eval_batches("test")))
+    np.testing.assert_allclose(batch["image"][4, ..., 0], (enlarged[1:9, 1:9] / 255 - MEAN[0]) / STD[0], atol=1e-5)
 
 
 def test_images_of_other_channels_are_told(tiny_files, source, tmp_path):

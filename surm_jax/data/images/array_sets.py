@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from surm_jax.data.images.checks import check_images, check_labels
 from surm_jax.data.images.dataset import ArraySource, ImageDataset
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.files import open_npz
@@ -78,68 +79,25 @@ def load_npz(path: str) -> ImageDataset:
             )
         arrays = {key: archive.read(key) for key in archive.keys if key in (*_REQUIRED, "classes")}
     # `pop` removes each array from the dict, so that its memory is released when a converted copy replaces it.
-    images = {
-        split: _checked_images(path, f"{split}_images", arrays.pop(f"{split}_images")) for split in ("train", "test")
-    }
+    images = {split: _images(path, f"{split}_images", arrays.pop(f"{split}_images")) for split in ("train", "test")}
     if images["train"].shape[1:] != images["test"].shape[1:]:
         raise UserError(
             f"{path}: train_images are {images['train'].shape[1:]} and test_images {images['test'].shape[1:]}; "
             "(height, width, channels) must agree"
         )
-    labels = {
-        split: _checked_labels(path, f"{split}_labels", arrays[f"{split}_labels"], len(images[split]))
-        for split in ("train", "test")
-    }
-    classes = _class_names(path, arrays.get("classes"), labels["train"])
-    for split, values in labels.items():
-        wrong = np.flatnonzero((values < 0) | (values >= len(classes)))
-        if wrong.size:
-            raise UserError(
-                f"{path}: {split}_labels[{wrong[0]}] is {values[wrong[0]]}, but labels must be 0 to {len(classes) - 1} "
-                f"({len(classes)} classes, {'named in classes' if 'classes' in arrays else 'counted in train_labels'})"
-            )
-    train, test = (ArraySource(images[split], labels[split]) for split in ("train", "test"))
+    for split in ("train", "test"):
+        check_labels(f"{path}: {split}_labels", arrays[f"{split}_labels"], len(images[split]))
+    classes = _class_names(path, arrays.get("classes"), arrays["train_labels"])
+    train, test = (ArraySource(images[split], arrays[f"{split}_labels"]) for split in ("train", "test"))
     return ImageDataset(path, train, test, classes, images["train"].shape[1:], (file,))
 
 
-def _checked_images(path: str, key: str, images: np.ndarray) -> np.ndarray:
-    """Return images as uint8 or float32, after checking their shape, dtype and values."""
-    if images.ndim != 4 or 0 in images.shape:
-        raise UserError(
-            f"{path}: {key} has shape {images.shape}, but must be a non-empty (n, height, width, channels)"
-            + ("; add the channel with images[..., None]" if images.ndim == 3 else "")
-        )
-    if images.dtype == np.uint8:
-        return images
-    if not np.issubdtype(images.dtype, np.floating):
-        raise UserError(f"{path}: {key} is {images.dtype}, but must be uint8 (0..255) or floating point ([-1, 1])")
-    lowest, highest, most = images.min(), images.max(), 1 + 1e-5
-    # The comparison is False for NaN, so NaN is refused too.
-    if not (lowest >= -most and highest <= most):
-        wrong = ~(np.abs(images) <= most)
-        index = tuple(map(int, np.unravel_index(np.argmax(wrong), wrong.shape)))
-        raise UserError(
-            f"{path}: {key}[{', '.join(map(str, index))}] is {images[index]}, but floating-point images must be finite "
-            "and already scaled to [-1, 1]; store pixels 0..255 as uint8"
-        )
-    if lowest >= 0:
-        raise UserError(
-            f"{path}: {key} lies in [{lowest:.3g}, {highest:.3g}], but floating-point images are scaled to [-1, 1], "
-            "and their black is -1: store pixels 0..255 as uint8, or 2 * images - 1 of images in [0, 1]"
-        )
-    return images.astype(np.float32, copy=False)
-
-
-def _checked_labels(path: str, key: str, labels: np.ndarray, count: int) -> np.ndarray:
-    """Return labels as int64, after checking their shape and dtype.
-
-    `load_npz` checks their range later, when the classes are known.
-    """
-    if labels.shape != (count,):
-        raise UserError(f"{path}: {key} has shape {labels.shape}, but its images need ({count},)")
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(f"{path}: {key} is {labels.dtype}, but labels must be integers counted from 0")
-    return labels.astype(np.int64)
+def _images(path: str, key: str, images: np.ndarray) -> np.ndarray:
+    """Return images as uint8 or float32, after checking them."""
+    if not len(images):
+        raise UserError(f"{path}: {key} is empty")
+    check_images(f"{path}: {key}", images)
+    return images if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
 
 
 def _class_names(path: str, classes: np.ndarray | None, train_labels: np.ndarray) -> tuple[str, ...]:

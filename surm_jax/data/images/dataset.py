@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from surm_jax.data.images.checks import check_classes, check_images, check_labels, check_range, warn_of_empty
 from surm_jax.errors import UserError, did_you_mean
+from surm_jax.preparation import Preparation
 
 Images = UInt8[np.ndarray, "n height width channels"] | Float[np.ndarray, "n height width channels"]
 
@@ -39,7 +41,7 @@ class ArraySource:
         labels: An array of shape (n,) of integers counted from 0.
 
     Raises:
-        UserError: The arrays differ in length or have the wrong number of dimensions.
+        UserError: The arrays have another shape, dtype or range, or differ in length (`surm_jax.data.images.checks`).
 
     This source has two examples. The second one has the label 1:
 
@@ -52,11 +54,8 @@ class ArraySource:
     labels: Int[np.ndarray, "n"]
 
     def __post_init__(self):
-        if self.images.ndim != 4 or self.labels.ndim != 1 or len(self.images) != len(self.labels):
-            raise UserError(
-                f"images of shape {self.images.shape} and labels of shape {self.labels.shape} do not fit together: "
-                "expected (n, height, width, channels) and (n,)"
-            )
+        check_images("images", self.images)
+        check_labels("labels", self.labels, len(self.images))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,6 +77,10 @@ class ImageDataset:
         image_shape: The shape (height, width, channels) of the images. The height and width are None if they differ
             between images.
         files: The files that the data set was read from. It is empty if the data set is part of a package.
+
+    Raises:
+        UserError: There are fewer than two classes, two have the same name, or a label in memory is no class. A warning
+            names the classes without a training example. The labels of other sources are checked when they are read.
     """
 
     name: str
@@ -87,20 +90,28 @@ class ImageDataset:
     image_shape: tuple[int | None, int | None, int]
     files: tuple[Path, ...] = ()
 
+    def __post_init__(self):
+        check_classes(f"data set {self.name!r}", self.classes)
+        for split, source in (("train", self.train), ("test", self.test)):
+            if isinstance(source, ArraySource | _Relabelled):
+                check_range(f"{self.name}: {split}_labels", source.labels, self.classes)
+        if isinstance(self.train, ArraySource | _Relabelled):
+            warn_of_empty(f"{self.name}: train_labels", self.train.labels, self.classes)
+
     @property
     def channels(self) -> int:
         """The number of colour channels, such as 1 for grey images and 3 for RGB."""
         return self.image_shape[-1]
 
-    def require_channels(self, channels: int) -> None:
-        """Check that the images have as many channels as a model reads.
+    def require_channels(self, channels: int, preparation: Preparation | None = None) -> None:
+        """Check that the prepared images have as many channels as a model reads.
 
-        No function repeats or drops channels silently, so the two numbers must be equal.
+        Channels are only repeated or dropped if the settings of the model say so (`preparation`).
 
         Raises:
             UserError: The images and the model have different numbers of channels.
         """
-        if channels != self.channels:
+        if channels != (preparation.channels(self.channels) if preparation else self.channels):
             raise UserError(
                 f"data set {self.name!r} has images of {self.channels} channel(s), but the model reads {channels}: "
                 f"choose a model that reads {self.channels}, or a data set with {channels}"

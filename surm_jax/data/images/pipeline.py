@@ -11,10 +11,9 @@ import numpy as np
 from surm_jax.data.batches import Batch, EvalBatches, TrainBatches, plan_batches
 from surm_jax.data.corrupt import CorruptExampleError, Readable
 from surm_jax.data.images.dataset import ImageSource
-from surm_jax.data.images.transforms import Augment, eval_image, normalize, train_image
+from surm_jax.data.images.transforms import SQUARE, Augment, eval_image, train_image
 from surm_jax.errors import UserError, require_one_of
-
-MeanAndStd = tuple[Sequence[float], Sequence[float]]
+from surm_jax.preparation import Preparation
 
 
 def train_batches(
@@ -23,7 +22,7 @@ def train_batches(
     image_size: int,
     augment: Augment,
     seed: int,
-    normalization: MeanAndStd | None = None,
+    preparation: Preparation = SQUARE,
     max_corrupt: int = 0,
     **options: Any,
 ) -> TrainBatches:
@@ -45,8 +44,8 @@ def train_batches(
         image_size: The height and width of the images in a batch.
         augment: The augmentation, "crop_flip", "affine" or "none". See `train_image`.
         seed: A non-negative number that determines the order and the augmentation.
-        normalization: The mean and the standard deviation of each channel with which pixels in [0, 1] are normalised.
-            With `None`, pixels are scaled to [-1, 1] instead.
+        preparation: How images are resized, cropped and normalised, as in `eval_image`. With the default they are
+            resized to a square and scaled to [-1, 1].
         max_corrupt: The number of corrupt examples that may be skipped.
         **options: The fields of `BatchPlan`: `batch_size`, and optionally the others.
 
@@ -60,9 +59,9 @@ def train_batches(
     """
     plan = plan_batches(source, options, seed)
     readable = Readable(source, max_corrupt)
-    _channels(readable, image_size)
+    _channels(readable, image_size, preparation)
     require_one_of("augment", augment, typing.get_args(Augment))
-    augmented = functools.partial(_train_example, image_size=image_size, augment=augment, normalization=normalization)
+    augmented = functools.partial(_train_example, image_size=image_size, augment=augment, preparation=preparation)
     examples = grain.MapDataset.source(readable).seed(seed).shuffle().random_map(augmented).repeat()
 
     def mine(place: int) -> dict[str, Any]:
@@ -81,7 +80,7 @@ def eval_batches(
     source: ImageSource,
     *,
     image_size: int,
-    normalization: MeanAndStd | None = None,
+    preparation: Preparation = SQUARE,
     max_corrupt: int = 0,
     **options: Any,
 ) -> EvalBatches:
@@ -96,7 +95,7 @@ def eval_batches(
     Args:
         source: The labelled images.
         image_size: The height and width of the images in a batch.
-        normalization: The normalisation of pixels, as in `train_batches`.
+        preparation: How images are prepared, as in `train_batches`.
         max_corrupt: The number of corrupt examples that each process may mask.
         **options: The fields of `BatchPlan`: `batch_size`, and optionally the others.
 
@@ -109,7 +108,7 @@ def eval_batches(
             `max_corrupt` examples are corrupt. The message names one of them.
     """
     plan = plan_batches(source, options)
-    channels = _channels(Readable(source, max_corrupt), image_size)
+    channels = _channels(Readable(source, max_corrupt), image_size, preparation)
 
     def padded_batch(step: int) -> Batch:
         start = step * plan.rows + plan.process_index * plan.batch_size
@@ -125,8 +124,7 @@ def eval_batches(
             except CorruptExampleError as error:
                 batch["corrupt"].append(str(error))
                 continue
-            image = eval_image(example["image"], image_size)
-            batch["image"][row] = normalize(image, *normalization) if normalization else image
+            batch["image"][row] = eval_image(example["image"], image_size, preparation)
             batch["label"][row] = example["label"]
             batch["mask"][row] = True
         return batch
@@ -141,11 +139,9 @@ def _train_example(
     *,
     image_size: int,
     augment: Augment,
-    normalization: MeanAndStd | None,
+    preparation: Preparation,
 ) -> dict[str, Any]:
-    image = train_image(example["image"], rng, image_size=image_size, augment=augment)
-    if normalization:
-        image = normalize(image, *normalization)
+    image = train_image(example["image"], rng, image_size=image_size, augment=augment, preparation=preparation)
     return {**example, "image": image}
 
 
@@ -157,11 +153,8 @@ def _stacked(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _channels(source: Readable, image_size: int) -> int:
-    """Return the number of channels of the first readable image, after checking its shape and `image_size`."""
+def _channels(source: Readable, image_size: int, preparation: Preparation) -> int:
+    """Prepare the first readable image, which checks it and the settings, and return its number of channels."""
     if image_size < 1:
         raise UserError(f"image_size is {image_size}, but must be at least 1")
-    shape = np.shape(source[0]["image"])
-    if len(shape) != 3:
-        raise UserError(f"the first image has shape {shape}, but images must be (height, width, channels)")
-    return shape[-1]
+    return eval_image(source[0]["image"], image_size, preparation).shape[-1]

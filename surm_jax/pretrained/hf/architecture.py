@@ -18,7 +18,7 @@ import numpy as np
 
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.models import Config, Model, model_class
-from surm_jax.pretrained.normalization import Normalization
+from surm_jax.preparation import Normalization
 from surm_jax.pretrained.rules import KeyRule, Transform
 
 ACTIVATIONS = {
@@ -174,8 +174,9 @@ class Architecture:
         chosen: A function that returns whether a model is written as this `model_type`, given our configuration. It is
             needed if models of our class can be written as several types. The function may raise a `UserError` if the
             model fits none of these types.
-        normalization: The normalisation of pixels that the published models expect. It is used for folders that do not
-            specify one.
+        normalization: The normalisation of pixels that the published models expect. It is used for folders without the
+            settings of an image processor.
+        processor: The class of the image processor in transformers, for settings that do not name it.
     """
 
     model_type: str
@@ -188,6 +189,7 @@ class Architecture:
     fillers: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}
     chosen: Callable[[Any], bool] = lambda config: True
     normalization: Normalization | None = None
+    processor: str = "ViTImageProcessor"
 
     def key_rules(self, config: Any) -> list[KeyRule]:
         """Return the rules that map the keys of a checkpoint to the parameters of a model with this configuration."""

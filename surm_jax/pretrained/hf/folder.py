@@ -24,14 +24,10 @@ from surm_jax.errors import UserError, did_you_mean
 from surm_jax.files import read_json
 from surm_jax.models import Config, Model, model_class
 from surm_jax.paths import join
+from surm_jax.preparation import Preparation
 from surm_jax.pretrained.checkpoint import Checkpoint, bounded, reads_head, require_same
 from surm_jax.pretrained.hf.architecture import ARCHITECTURES, Architecture, Names, architecture_of
-from surm_jax.pretrained.normalization import (
-    PREPROCESSOR_NAME,
-    Normalization,
-    preprocessor_fields,
-    read_preprocessor,
-)
+from surm_jax.pretrained.image_processor import PREPROCESSOR_NAME, processor_file, read_processor, write_processor
 from surm_jax.pretrained.rules import fill
 from surm_jax.tensor_files import SUFFIX, ShardedTensors, TensorFile, write_tensors
 
@@ -85,15 +81,16 @@ class HuggingFaceCheckpoint(Checkpoint):
         with nullcontext(self._file) if self._file is not None else _open_weights(self.path) as file:
             return fill(file.keys, file.read, targets, rules, ignore=ignored, fresh=fresh, origin=str(self.path))
 
-    def normalization(self) -> Normalization | None:
-        """Return the normalisation of images that `preprocessor_config.json` describes.
+    def preparation(self) -> Preparation:
+        """Return the preparation of images that the folder's image processor describes.
 
-        If the file is missing or contains no mean and standard deviation, the normalisation is that of
-        the published models of this `model_type`, or `None` for models that do not read images.
+        transformers refuses a folder without settings of an image processor. Here such images are resized to a square,
+        and normalised as the published models of this `model_type` expect.
         """
-        default = self._described[0].normalization
-        preprocessor = _folder_of(self.path) / PREPROCESSOR_NAME
-        return read_preprocessor(preprocessor, default) if preprocessor.is_file() else default
+        architecture, fields = self._described
+        if found := processor_file(_folder_of(self.path)):
+            return read_processor(*found, fields.get("image_processor_type") or architecture.processor)
+        return Preparation(normalization=architecture.normalization) if architecture.normalization else Preparation()
 
     @cached_property
     def _described(self) -> tuple[Architecture, dict[str, Any]]:
@@ -139,7 +136,7 @@ def save_huggingface(
     model: Model,
     *,
     labels: Sequence[str] | None = None,
-    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+    preparation: Preparation | None = None,
     files: Sequence[Path] = (),
 ) -> None:
     """Write a model as a folder that `from_pretrained` of transformers reads, in `config.json` and `model.safetensors`.
@@ -153,8 +150,7 @@ def save_huggingface(
             writes.
         model: The model. It must not have adapters, so merge them into the model first.
         labels: The names of the classes, in the order of the model's outputs.
-        normalization: The mean and the standard deviation of each channel with which pixels in [0, 1] were normalised
-            for the model. They are written to `preprocessor_config.json`.
+        preparation: How images were prepared for the model, which is written to `preprocessor_config.json`.
         files: The paths of files to copy into the folder, such as those of the tokenizer.
 
     Raises:
@@ -183,9 +179,9 @@ def save_huggingface(
         with replacing_folder(folder, CONFIG_NAME) as temporary:
             write_tensors(temporary / WEIGHTS_NAME, tensors, {"format": "pt"})
             (temporary / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n")
-            if normalization is not None:
-                preprocessor = preprocessor_fields(normalization, config.image_size)
-                (temporary / PREPROCESSOR_NAME).write_text(json.dumps(preprocessor, indent=2) + "\n")
+            if preparation is not None:
+                processor = write_processor(preparation.fitted(config.image_size), config.channels)
+                (temporary / PREPROCESSOR_NAME).write_text(json.dumps(processor, indent=2) + "\n")
             for file in files:
                 shutil.copyfile(file, temporary / file.name)
     except OSError as error:

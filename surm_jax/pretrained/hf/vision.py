@@ -10,6 +10,7 @@ from typing import Any
 
 from surm_jax.errors import UserError
 from surm_jax.models import ViT, ViTConfig
+from surm_jax.preparation import Normalization
 from surm_jax.pretrained.hf.architecture import (
     ACTIVATIONS,
     Architecture,
@@ -25,7 +26,7 @@ from surm_jax.pretrained.hf.vision_names import (
     dinov2_names,
     vit_names,
 )
-from surm_jax.pretrained.normalization import CLIP, HALF, IMAGENET, Normalization
+from surm_jax.pretrained.image_processor import CLIP, HALF, IMAGENET
 
 _VIT = {
     "pool": "token",
@@ -248,9 +249,27 @@ _register("vit", "vit.", HALF, names=vit_names, ignore=_ignoring(_POOLER))
 # DeiTForImageClassificationWithTeacher has one head for the class token and one for the distillation token. Our model
 # has a single head.
 _DEIT_HEADS = r"(cls|distillation)_classifier\.(weight|bias)"
-_register("deit", "deit.", IMAGENET, names=vit_names, ignore=_ignoring(_POOLER, _DEIT_HEADS))
+_register(
+    "deit", "deit.", IMAGENET, processor="DeiTImageProcessor", names=vit_names, ignore=_ignoring(_POOLER, _DEIT_HEADS)
+)
 _MASK_TOKEN = r"embeddings\.mask_token"
-_register("dinov2", "dinov2.", IMAGENET, names=dinov2_names, ignore=_ignoring(_MASK_TOKEN), fillers=dinov2_fillers)
+_register(
+    "dinov2",
+    "dinov2.",
+    IMAGENET,
+    processor="BitImageProcessor",
+    names=dinov2_names,
+    ignore=_ignoring(_MASK_TOKEN),
+    fillers=dinov2_fillers,
+)
 _register("ijepa", "ijepa.", IMAGENET, names=vit_names, ignore=_ignoring(_POOLER))
 for _model_type in ("clip", "clip_vision_model"):
-    _register(_model_type, "vision_model.", CLIP, names=clip_names, ignore=clip_ignore, fillers=clip_fillers)
+    _register(
+        _model_type,
+        "vision_model.",
+        CLIP,
+        processor="CLIPImageProcessor",
+        names=clip_names,
+        ignore=clip_ignore,
+        fillers=clip_fillers,
+    )

@@ -5,6 +5,7 @@ The contents are compared with scikit-learn and NumPy.
 
 import tracemalloc
 
+import ml_dtypes
 import numpy as np
 import pytest
 from sklearn import datasets
@@ -126,7 +127,7 @@ def with_value(value, dtype=np.float32):
         ),
         ({"test_images": with_value(7, np.int64)}, "test_images is int64, but must be uint8"),
         ({"train_images": np.zeros((6, 4, 5), np.uint8)}, r"\(6, 4, 5\).*images\[..., None\]"),
-        ({"train_images": np.zeros((0, 4, 5, 3), np.uint8), "train_labels": np.zeros(0, int)}, "non-empty"),
+        ({"train_images": np.zeros((0, 4, 5, 3), np.uint8), "train_labels": np.zeros(0, int)}, "train_images is empty"),
         (
             {"test_images": np.zeros((2, 4, 4, 3), np.uint8)},
             r"train_images are \(4, 5, 3\) and test_images \(4, 4, 3\)",
@@ -136,9 +137,15 @@ def with_value(value, dtype=np.float32):
         ({"test_labels": np.array([0, 3])}, r"test_labels\[1\] is 3, but labels must be 0 to 2"),
         ({"train_labels": np.array([0, 1, -1, 0, 1, 2])}, r"train_labels\[2\] is -1"),
         ({"train_labels": np.array([0, 1, 2**62, 0, 1, 2])}, r"train_labels\[2\] is 46\d+, but .* below 1,000,000"),
-        ({"train_labels": np.array([0, 1, 2**64 - 1, 0, 1, 2], np.uint64)}, r"train_labels\[2\] is -1"),
+        (
+            {"train_labels": np.array([0, 1, 2**64 - 1, 0, 1, 2], np.uint64)},
+            r"train_labels\[2\] is 18446744073709551615",
+        ),
         ({"classes": np.array([2**31 - 1] * 3, np.uint32).view("<U1")}, "classes holds strings that are not text"),
-        ({"classes": np.array(["a", "b"])}, r"train_labels\[2\] is 2, but labels must be 0 to 1 \(2 classes, named"),
+        ({"classes": np.array(["a", "b"])}, r"train_labels\[2\] is 2, but labels must be 0 to 1 \(2 classes"),
+        ({"classes": np.array(["a", "b", "a"])}, "the classes 0 and 2 are both named 'a'"),
+        ({"train_labels": np.zeros(6, int), "test_labels": np.zeros(2, int)}, r"has 1 class\(es\)"),
+        ({"train_images": np.zeros((6, 4, 5, 3), ml_dtypes.bfloat16)}, "train_images.* bfloat16.* float32"),
         ({"classes": np.array([1, 2, 3])}, "classes has dtype int64"),
         ({"classes": np.array(["a", "b", "c"], dtype=object)}, "pickled objects"),
     ],

@@ -5,6 +5,7 @@ import pytest
 
 from surm_jax.data import ArraySource, ImageDataset, first_examples, keep_classes
 from surm_jax.errors import UserError
+from surm_jax.preparation import Preparation
 
 
 def test_array_source_gives_the_image_and_a_python_label():
@@ -15,15 +16,54 @@ def test_array_source_gives_the_image_and_a_python_label():
     assert type(example["label"]) is int
 
 
-@pytest.mark.parametrize(("images", "labels"), [((3, 2, 2, 1), (2,)), ((3, 2, 2), (3,)), ((3, 2, 2, 1), (3, 1))])
-def test_array_source_refuses_arrays_that_do_not_fit(images, labels):
-    with pytest.raises(UserError, match="do not fit together"):
-        ArraySource(np.zeros(images, np.uint8), np.zeros(labels, np.int64))
+IMAGES, LABELS = np.zeros((3, 2, 2, 1), np.uint8), np.array([0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (IMAGES, LABELS[:2], r"labels has shape \(2,\), but its images need \(3,\)"),
+        (IMAGES, LABELS[:, None], r"labels has shape \(3, 1\)"),
+        (IMAGES[..., 0], LABELS, r"images has shape \(3, 2, 2\).*add the channel with images\[\.\.\., None\]"),
+        (IMAGES.astype(np.int64), LABELS, "images is int64, but must be uint8"),
+        (IMAGES.astype(bool), LABELS, "images is bool, but must be uint8"),
+        (IMAGES + np.float32(255), LABELS, r"images\[0, 0, 0, 0\] is 255.0, but .* scaled to \[-1, 1\]"),
+        (IMAGES + np.float32(np.nan), LABELS, r"images\[0, 0, 0, 0\] is nan"),
+        (IMAGES.astype(np.float16), LABELS, r"images lies in \[0, 0\], but .* their black is -1"),
+        (IMAGES, LABELS / 2, "labels is float64, but labels must be integers"),
+        (IMAGES, LABELS - 1, r"labels\[0\] is -1, but labels are counted from 0"),
+    ],
+)
+def test_array_source_refuses_arrays_that_do_not_fit(images, labels, message):
+    with pytest.raises(UserError, match=message):
+        ArraySource(images, labels)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (("a", "b", "a"), "'pets'.* the classes 0 and 2 are both named 'a'"),
+        (("a",), r"'pets' has 1 class\(es\)"),
+        ((), r"'pets' has 0 class\(es\)"),
+        (("a", 1, "b"), "the name of class 1 is 1, but must be a string"),
+        (("a", "b"), r"pets: train_labels\[2\] is 2, but labels must be 0 to 1 \(2 classes\)"),
+    ],
+)
+def test_a_data_set_refuses_classes_that_do_not_fit(classes, message):
+    with pytest.raises(UserError, match=message):
+        ImageDataset("pets", ArraySource(IMAGES, LABELS), ArraySource(IMAGES, LABELS), classes, (2, 2, 1))
+
+
+def test_empty_classes_are_told():
+    source = ArraySource(IMAGES, LABELS + 1)
+    with pytest.warns(UserWarning, match="pets: train_labels: 2 of 5 classes have no example: 'a', 'e'; .* from 1?"):
+        ImageDataset("pets", source, source, tuple("abcde"), (2, 2, 1))
 
 
 def test_channels_must_be_the_models():
-    source = ArraySource(np.zeros((1, 8, 8, 1), np.uint8), np.zeros(1, np.int64))
-    data = ImageDataset("grey", source, source, ("a",), (8, 8, 1))
+    source = ArraySource(np.zeros((2, 8, 8, 1), np.uint8), np.arange(2))
+    data = ImageDataset("grey", source, source, ("a", "b"), (8, 8, 1))
+    data.require_channels(3, Preparation(rgb=True))
     data.require_channels(1)
     with pytest.raises(UserError, match=r"'grey' has images of 1 channel\(s\), but the model reads 3"):
         data.require_channels(3)
@@ -54,6 +94,7 @@ def test_classes_that_are_kept_are_relabelled_in_their_order():
     ("classes", "message"),
     [
         (("cat", "dgo"), r"'pets' has no class 'dgo'; did you mean 'dog'\? \(its classes: cat, dog, eel\)"),
+        (("cat",), r"'pets' has 1 class\(es\) \('cat',\)"),
         (("cat", "dog", "cat"), "every class can be named only once, got cat, dog, cat"),
         (("eel", "dog"), "'pets' has no test examples of the classes eel, dog"),
     ],

@@ -213,12 +213,25 @@ def test_a_failing_example_reaches_the_caller_through_the_threads():
         list(eval_batches(source, batch_size=2, image_size=8))
 
 
-def test_nan_pixels_are_passed_on():
-    images = np.zeros((2, 8, 8, 1), np.float32)
-    images[1, 3, 3] = np.nan
-    (batch,) = eval_batches(ArraySource(images, np.arange(2)), batch_size=2, image_size=8)
-    assert np.isnan(batch["image"][1, 3, 3, 0])
-    assert np.isnan(batch["image"]).sum() == 1
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.full((8, 8, 1), np.nan), r"the image\[0, 0, 0\] is nan"),
+        (np.full((8, 8, 1), 2.0), r"the image\[0, 0, 0\] is 2.0, but .* scaled to \[-1, 1\]"),
+        (np.full((8, 8, 1), 255), "the image is int64, but must be uint8"),
+        (np.zeros((8, 8), np.uint8), r"an image has shape \(8, 8\).*image\[\.\.\., None\]"),
+    ],
+)
+def test_images_of_any_source_are_checked(image, message):
+    class Wrong(ArraySource):
+        def __getitem__(self, index):
+            return {"image": image, "label": 0}
+
+    source = Wrong(numbered(2).images, np.arange(2))
+    with pytest.raises(UserError, match=message):
+        training(source)
+    with pytest.raises(UserError, match=message):
+        eval_batches(source, batch_size=2, image_size=8)
 
 
 @pytest.mark.parametrize(
@@ -247,18 +260,11 @@ def test_training_alone_checks_seed_and_augment():
         training(numbered(4), augment="crop-flip")
 
 
-def test_empty_and_misshapen_sources_are_refused():
+def test_empty_sources_are_refused():
     with pytest.raises(UserError, match="empty"):
         training(ArraySource(np.zeros((0, 8, 8, 1), np.uint8), np.zeros(0, np.int64)))
     with pytest.raises(UserError, match="empty"):
         eval_batches(ArraySource(np.zeros((0, 8, 8, 1), np.uint8), np.zeros(0, np.int64)), batch_size=1, image_size=8)
-
-    class Flat(ArraySource):
-        def __getitem__(self, index):
-            return {"image": np.zeros((8, 8), np.uint8), "label": 0}
-
-    with pytest.raises(UserError, match=r"first image has shape \(8, 8\)"):
-        training(Flat(np.zeros((1, 1, 1, 1), np.uint8), np.zeros(1, np.int64)))
 
 
 def test_digits_run_through_both_directions():

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from surm_jax.data import eval_image, train_image
-from surm_jax.data.images.transforms import scale
+from surm_jax.preparation import scale
 
 
 def random_image(*shape, seed=0) -> np.ndarray:
@@ -53,13 +53,16 @@ def test_resizing_rgb_is_pillows():
     np.testing.assert_allclose(eval_image(image, 16), expected, atol=1e-6)
 
 
-def test_float_images_are_taken_as_scaled_and_not_repaired():
-    image = np.full((4, 4, 1), 0.25, np.float64)
-    image[1, 1] = np.nan
+def test_float_images_are_taken_as_scaled():
+    image = np.linspace(-1, 1, 16).reshape(4, 4, 1)
     out = eval_image(image, 4)
     assert out.dtype == np.float32
     np.testing.assert_array_equal(out, image.astype(np.float32))
-    assert np.isnan(eval_image(image, 2)).any()
+
+
+def test_floats_that_may_be_scaled_to_0_1_are_told():
+    with pytest.warns(UserWarning, match=r"no negative pixel, but .* scaled to \[-1, 1\].*2 \* image - 1"):
+        eval_image(np.full((4, 4, 1), 0.25), 4)
 
 
 def test_inputs_are_left_alone():

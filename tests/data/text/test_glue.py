@@ -11,7 +11,7 @@ from array_record.python import array_record_module
 
 from surm_jax.data import GLUE_TASKS, load
 from surm_jax.errors import UserError
-from tests.data.images.test_tfds_sets import field, varint
+from tests.data.test_tfds_sets import field, varint
 from tests.speeds import fast
 
 

@@ -3,7 +3,6 @@
 The images are always decoded by Pillow, so that the pixels do not depend on whether OpenCV is installed.
 """
 
-import io
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,15 +10,14 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
-from PIL import Image
 
 from surm_jax.data.corrupt import CorruptExampleError
 from surm_jax.data.images.array_sets import EMBEDDED
 from surm_jax.data.images.dataset import ImageDataset
+from surm_jax.data.images.decoding import CHANNELS, decode
 from surm_jax.data.prepared import PreparedSet, Records, open_prepared
 from surm_jax.errors import UserError
 
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # The number of records that are read at once to get their labels.
 _CHUNK = 1000
 
@@ -64,14 +62,10 @@ class TfdsSource:
         record = self._record(index)
         label = self._label(index, record)
         try:
-            image = np.asarray(Image.open(io.BytesIO(record["image"])).convert(_MODES[self.channels]))
-        except Exception as error:
-            # Pillow's errors have no common base class. They are, for example, a SyntaxError for a broken PNG and a
-            # class of its own for a decompression bomb.
-            raise CorruptExampleError(
-                f"{self.name}: the image of example {index} cannot be decoded ({error})"
-            ) from error
-        return {"image": image[..., None] if image.ndim == 2 else image, "label": label}
+            image = decode(record["image"], self.channels)
+        except UserError as error:
+            raise CorruptExampleError(f"{self.name}: the image of example {index} {error}") from error
+        return {"image": image, "label": label}
 
     def _record(self, index: int) -> dict[str, Any]:
         try:
@@ -132,7 +126,7 @@ def _features(prepared: PreparedSet, tfds: Any) -> tuple[Any, Any]:
         not isinstance(image, tfds.features.Image)
         or not isinstance(label, tfds.features.ClassLabel)
         or image.np_dtype != np.uint8
-        or (image.shape[-1] or 3) not in _MODES
+        or (image.shape[-1] or 3) not in CHANNELS
     ):
         has = ", ".join(f"{key} ({type(value).__name__})" for key, value in prepared.features.items())
         raise UserError(

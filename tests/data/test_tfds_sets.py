@@ -18,8 +18,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from PIL import Image
 
-from surm_jax.data import eval_batches, load, train_batches
-from surm_jax.data.images import tfds_sets
+from surm_jax.data import eval_batches, load, tfds_sets, train_batches
 from surm_jax.errors import UserError
 
 # The next functions encode a tf.train.Example without TensorFlow. The field numbers are those in example.proto and
@@ -276,8 +275,7 @@ class WithoutTensorFlow(PathFinder):
 sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTensorFlow
 def refuse(*args): raise OSError("no network")
 socket.socket.connect = refuse
-from surm_jax.data import eval_batches, load, train_batches
-from surm_jax.data.images import tfds_sets
+from surm_jax.data import eval_batches, load, tfds_sets, train_batches
 begin = time.perf_counter()
 data = load("shapes", sys.argv[1])
 train = next(train_batches(data.train, batch_size=2, image_size=4, augment="crop_flip", seed=0))
