@@ -80,9 +80,9 @@ class ImageClassification(Task):
 
     @classmethod
     def reads_beside(cls, checkpoint: Path | None) -> dict[str, Any]:
-        """Return the normalisation of images."""
-        normalization = image_normalization(checkpoint)
-        return {"image processor": normalization and normalization._asdict()}
+        """Return how images are prepared for the model, as the checkpoint says."""
+        preparation = dataclasses.asdict(image_preparation(checkpoint))
+        return {"image processor": {**preparation, "normalization": preparation["normalization"]._asdict()}}
 
     @property
     def objective(self) -> Objective:
