@@ -15,6 +15,8 @@ from surm_jax.models.base import (
     variant_names,
 )
 from surm_jax.models.bert import Bert, BertConfig
+from surm_jax.models.decoder import Cache, Decoder
+from surm_jax.models.decoder_config import DecoderConfig
 from surm_jax.models.layers import ACTIVATIONS, REMAT, TARGETS, Blocks
 from surm_jax.models.vit import ViT, ViTConfig
 
@@ -28,7 +30,10 @@ __all__ = [
     "Bert",
     "BertConfig",
     "Blocks",
+    "Cache",
     "Config",
+    "Decoder",
+    "DecoderConfig",
     "Model",
     "ViT",
     "ViTConfig",

@@ -18,8 +18,11 @@ from surm_jax.models.layers import REMAT, Blocks
 
 DTYPES = ("float32", "bfloat16")
 
-READS = ("images", "text")
-"""The kinds of input that a model may take. Each task, such as image classification, needs one kind of input."""
+READS = ("images", "text", "prompts")
+"""The kinds of input that a model may take. Each task, such as image classification, needs one kind of input.
+
+A model of texts classifies or fills them, and a model of prompts continues them.
+"""
 
 HEAD = (r"head/.*",)
 """Regular expressions that match the paths of the head's parameters. The head is the output layer of a model."""
@@ -29,14 +32,10 @@ HEAD = (r"head/.*",)
 class Config:
     """Base class of model configurations. A configuration is a frozen dataclass of numbers, booleans and strings.
 
-    The configuration of an image model must also have the attributes `image_size` and `channels`. That of a text model
-    must have the attributes `vocab_size`, `pad_token` and `max_tokens`.
-
-    Attributes:
-        num_classes: Number of outputs of the head.
+    The configuration of an image model or of a text model must have the attribute `num_classes`, the number of outputs
+    of the head. That of an image model must also have the attributes `image_size` and `channels`. That of a text model
+    or of a model of prompts must have the attributes `vocab_size`, `pad_token` and `max_tokens`.
     """
-
-    num_classes: int
 
     VARIANTS: ClassVar[dict[str, Mapping[str, Any]]] = {}
     """The named sizes of the model, such as "B/16" for a ViT.
@@ -114,8 +113,11 @@ class Model(nnx.Module):
 
     - `Model(config, rngs=...)` builds the model, which keeps its configuration as `config`.
     - An image model is called as `model(images, rngs=key)`, and a text model as `model(tokens, mask=...,
-      token_types=..., rngs=key)`. `rngs` is the random key of dropout, and None turns dropout off.
-    - The result is the logits in float32. For classification their shape is (batch, num_classes).
+      token_types=..., rngs=key)`. A model of prompts is called as `model(tokens, segments=..., rngs=key)`. `rngs` is
+      the random key of dropout, and None turns dropout off.
+    - The result is the logits in float32. For classification their shape is (batch, num_classes). A model of prompts
+      returns the logits of the vocabulary at every token. It also has methods `features`, with the arguments of a call,
+      and `logits`, so that `model.logits(model.features(tokens))` equals `model(tokens)`.
     - The paths of the head's parameters begin with `head/`.
     - The model keeps its transformer blocks in the attribute `blocks`, a `Blocks`, and calls them only by `blocks.run`.
       So training can replace `blocks` by a list with another method `run`. This method compiles equal blocks only once,
@@ -256,12 +258,22 @@ def check_choice(config: Config, name: str, known: Collection[str]) -> None:
     require_one_of(f"{type(config).__name__}.{name}", getattr(config, name), known)
 
 
+def check_heads(config: Any) -> None:
+    """Check that the attention heads of a configuration divide its width. Call `check_sizes` for both first.
+
+    Raises:
+        UserError: `heads` does not divide `width`.
+    """
+    if config.width % config.heads:
+        kind = type(config).__name__
+        raise UserError(f"{kind}.heads must divide the width, got {config.heads} heads for width {config.width}")
+
+
 def check_transformer(config: Any) -> None:
     """Check the fields that the configurations of all transformers have in common, and all boolean fields.
 
-    The common fields are `depth`, `width`, `heads`, `dropout`, `epsilon`, `dtype`, `param_dtype` and `remat`. Call
-    `check_sizes` for `depth`, `width` and `heads` first, because this function does not check that they are positive
-    integers.
+    The common fields are `depth`, `dropout`, `epsilon`, `dtype`, `param_dtype` and `remat`. Call `check_sizes` for
+    `depth` first, because this function does not check that it is a positive integer.
 
     Raises:
         UserError: A value is invalid. The message names the field.
@@ -270,8 +282,6 @@ def check_transformer(config: Any) -> None:
     for field in dataclasses.fields(config):
         if field.type is bool and not isinstance(getattr(config, field.name), bool):
             raise UserError(f"{kind}.{field.name} must be True or False, got {getattr(config, field.name)!r}")
-    if config.width % config.heads:
-        raise UserError(f"{kind}.heads must divide the width, got {config.heads} heads for width {config.width}")
     if not (isinstance(config.dropout, int | float) and 0.0 <= config.dropout < 1.0):
         raise UserError(f"{kind}.dropout must be in [0, 1), got {config.dropout!r}")
     if not (isinstance(config.epsilon, int | float) and 0.0 < config.epsilon < math.inf):

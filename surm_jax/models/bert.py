@@ -19,7 +19,16 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from surm_jax.errors import UserError
-from surm_jax.models.base import HEAD, Config, Model, check_choice, check_sizes, check_transformer, register_model
+from surm_jax.models.base import (
+    HEAD,
+    Config,
+    Model,
+    check_choice,
+    check_heads,
+    check_sizes,
+    check_transformer,
+    register_model,
+)
 from surm_jax.models.layers import ACTIVATIONS, MLP, TARGETS, Attention, Blocks, drop, split_block_keys, split_key
 
 HEADS = ("classifier", "mlm")
@@ -106,6 +115,7 @@ class BertConfig(Config):
         check_sizes(self, (*sizes, "num_classes"))
         for name, known in (("head", HEADS), ("positions", POSITIONS), ("activation", ACTIVATIONS)):
             check_choice(self, name, known)
+        check_heads(self)
         check_transformer(self)
         if not (isinstance(self.pad_token, int) and 0 <= self.pad_token < self.vocab_size):
             raise UserError(

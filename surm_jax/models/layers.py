@@ -43,10 +43,45 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
         "gelu": gelu,
         "quick_gelu": quick_gelu,
         "relu": jax.nn.relu,
+        "silu": jax.nn.silu,
     }
 )
 """Activation functions of the MLP, by their names in configurations. "gelu" is the exact GELU, which uses the error
 function, and "gelu_tanh" is its approximation with tanh."""
+
+
+class RMSNorm(nnx.Module):
+    """The norm `x / sqrt(mean(x^2) + epsilon) * (offset + scale)` over the last axis (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, *, epsilon: float, offset: float = 0.0, param_dtype: DTypeLike):
+        self.epsilon, self.offset = epsilon, offset
+        self.scale = nnx.Param(jnp.full((width,), 1 - offset, param_dtype))
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Return the normalised array in the dtype of `x`. The computation is in float32."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        scale = self.scale[...].astype(jnp.float32) + self.offset
+        return (y * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+
+
+def rotate(x_btnk: Float[Array, "b t n k"], turns: Float[Array, "2 #b t half"] | None) -> Float[Array, "b t n k"]:
+    """Return heads with rotary positions (arXiv 2104.09864). The computation is in float32.
+
+    Args:
+        x_btnk: The heads of queries or keys. Their features i and i + k / 2 are the coordinates of a point.
+        turns: The cosines and sines of the angles by which the points of each token are turned. None: no turns.
+    """
+    if turns is None:
+        return x_btnk
+    first, second = jnp.split(x_btnk.astype(jnp.float32), 2, axis=-1)
+    cos, sin = turns[:, :, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_btnk.dtype)
+
+
+def softcap(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
+    """Return `cap tanh(x / cap)`, which lies between -cap and cap. If `cap` is 0, return `x`."""
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
 class Attention(nnx.Module):
@@ -163,14 +198,13 @@ layers. It computes the attention scores and the activation functions again, whi
 class Blocks(nnx.List):
     """The list of a model's transformer blocks. Each block takes the output of the previous block as its input."""
 
-    def run(
-        self, x: Array, *arguments: Array | None, keys: jax.Array | None, remat: str, every: bool
-    ) -> tuple[Array, ...]:
+    def run(self, x: Any, *arguments: Any, keys: jax.Array | None, remat: str, every: bool) -> tuple[Any, ...]:
         """Call all blocks one after another, and return their outputs.
 
         Args:
-            x: The input of the first block. Every block returns an array of this shape and dtype.
-            *arguments: More arguments that every block gets, such as an attention mask.
+            x: The input of the first block, an array or a pytree of arrays. Every block returns the same with equal
+                shapes and dtypes.
+            *arguments: More arguments that every block gets, such as an attention mask. They are pytrees of arrays.
             keys: One random key for each block, which is passed as the last argument of the block. With None, the last
                 argument of every block is None.
             remat: Name of the rematerialisation policy, one of `REMAT`.

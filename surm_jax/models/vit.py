@@ -19,7 +19,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from surm_jax.errors import UserError
-from surm_jax.models.base import Config, Model, check_choice, check_sizes, check_transformer, register_model
+from surm_jax.models.base import (
+    Config,
+    Model,
+    check_choice,
+    check_heads,
+    check_sizes,
+    check_transformer,
+    register_model,
+)
 from surm_jax.models.layers import ACTIVATIONS, MLP, TARGETS, Attention, Blocks, drop, split_block_keys, split_key
 
 POOLS = ("token", "mean", "patches", "token+patches")
@@ -119,6 +127,7 @@ class ViTConfig(Config):
         check_sizes(
             self, ("image_size", "patch_size", "channels", "width", "depth", "heads", "mlp_width", "num_classes")
         )
+        check_heads(self)
         check_transformer(self)
         if self.image_size % self.patch_size:
             raise UserError(

@@ -12,7 +12,7 @@ from surm_jax.errors import UserError
 from surm_jax.models import Config
 from surm_jax.preparation import Preparation
 
-_LARGEST_SIZE, _MOST_BLOCKS = 2**31, 100
+_LARGEST_SIZE, _MOST_BLOCKS = 2**31, 128
 """Bounds for the configuration in a file. JAX has no larger dimensions, and building a block takes time."""
 
 

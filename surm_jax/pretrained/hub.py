@@ -148,7 +148,7 @@ def _input_names(folder: Path) -> tuple[str, ...]:
     Its repository may lack some or all of them.
     """
     architecture, _ = read_architecture(folder)
-    return (*TOKENIZER_NAMES, *SETTINGS_NAMES) if architecture.model.reads == "text" else SETTINGS_NAMES
+    return SETTINGS_NAMES if architecture.model.reads == "images" else (*TOKENIZER_NAMES, *SETTINGS_NAMES)
 
 
 def _fetch_present(repository: str, commit: str, names: Sequence[str]) -> None:

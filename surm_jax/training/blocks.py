@@ -14,6 +14,7 @@ again in the backward pass. Thus no device needs to hold the complete weights of
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,14 +46,12 @@ class StepBlocks(Blocks):
     Each item of this list is a single block, or a `Stack` of equal neighbouring blocks.
     """
 
-    def run(
-        self, x: jax.Array, *arguments: jax.Array | None, keys: jax.Array | None, remat: str, every: bool
-    ) -> tuple[jax.Array, ...]:
+    def run(self, x: Any, *arguments: Any, keys: jax.Array | None, remat: str, every: bool) -> tuple[Any, ...]:
         """Run all blocks in order, with the arguments and the results of `Blocks.run`.
 
         Every block gets the same dropout key as in `Blocks.run`. The results are the same up to rounding.
         """
-        states: list[jax.Array] = [x]
+        states: list[Any] = [x]
         first = 0
         for part in self:
             if isinstance(part, Stack):
@@ -72,12 +71,12 @@ class StepBlocks(Blocks):
 
 def _scan(
     stacked: nnx.Module,
-    x: jax.Array,
-    arguments: tuple[jax.Array | None, ...],
+    x: Any,
+    arguments: tuple,
     keys: jax.Array | None,
     remat: str,
     every: bool,
-) -> list[jax.Array]:
+) -> list[Any]:
     """Run the blocks of a stack in one `jax.lax.scan`.
 
     The result holds the output of every block if `every` is true. Otherwise it holds only the output of the last block.
@@ -95,10 +94,12 @@ def _scan(
 
     drawn = keys_drawn()
     drawn = None if drawn is None else jnp.asarray(drawn, jnp.int32)
-    states: jax.Array
     (x, drawn), states = jax.lax.scan(layer, (x, drawn), (arrays, keys))
     set_keys_drawn(drawn)
-    return list(states) if every else [x]
+    if not every:
+        return [x]
+    leaves, structure = jax.tree.flatten(states)
+    return [jax.tree.unflatten(structure, each) for each in zip(*leaves, strict=True)]
 
 
 def _call(block: nnx.Module, drawn: jax.Array | None, *arguments: jax.Array | None) -> tuple:

@@ -14,6 +14,8 @@ from surm_jax.models import (
     Bert,
     BertConfig,
     Config,
+    Decoder,
+    DecoderConfig,
     Model,
     ViT,
     ViTConfig,
@@ -22,10 +24,12 @@ from surm_jax.models import (
     register_model,
     variant_names,
 )
+from surm_jax.models.base import READS
 
 CONFIGS = {
     ViT: ViTConfig.from_variant("digits", num_classes=3),
     Bert: BertConfig.from_variant("tiny", num_classes=3),
+    Decoder: DecoderConfig.from_variant("decoder-mini", tied_head=False),
 }
 
 
@@ -60,17 +64,19 @@ class TestEveryModel:
             arguments = {"images_bhwc": jnp.zeros((2, config.image_size, config.image_size, config.channels))}
         else:
             tokens = jnp.zeros((2, 5), jnp.int32)
-            arguments = {"tokens_bt": tokens, "mask": tokens, "token_types": tokens}
+            others = {"text": {"mask": tokens, "token_types": tokens}, "prompts": {"segments": tokens}}
+            arguments = {"tokens_bt": tokens, **others[model.reads]}
         key = jax.random.key(0)
         logits = jax.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))(**arguments, rngs=key))
-        assert (logits.shape, logits.dtype) == ((2, 3), jnp.float32)
+        expected = (2, 5, config.vocab_size) if model.reads == "prompts" else (2, 3)
+        assert (logits.shape, logits.dtype) == (expected, jnp.float32)
 
     def test_is_found_by_its_variants(self):
         for model in CONFIGS:
             for name in model.config_class.VARIANTS:
                 assert model_of_variant(name, model.reads) is model
         assert {"B/16", "digits", "mini"} <= {*variant_names("images")}
-        assert {*variant_names()} == {*variant_names("images"), *variant_names("text")}
+        assert {*variant_names()} == {name for reads in READS for name in variant_names(reads)}
 
     def test_an_unknown_variant_names_the_nearest(self):
         with pytest.raises(UserError, match=r"no model of images 'B/61'; there are .*did you mean 'B/16'"):
@@ -79,6 +85,7 @@ class TestEveryModel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OwnConfig(Config):
+    num_classes: int
     width: int = 3
 
     VARIANTS: ClassVar = {"own": {"width": 4}}

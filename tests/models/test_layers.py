@@ -26,6 +26,7 @@ ORACLES = {
     "gelu": lambda x: x * 0.5 * (1 + scipy.special.erf(x / np.sqrt(2))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
     "quick_gelu": lambda x: x * scipy.special.expit(1.702 * x),
+    "silu": lambda x: x * scipy.special.expit(x),
     "relu": lambda x: np.maximum(x, 0),
 }
 

@@ -21,6 +21,7 @@ from surm_jax.pretrained.hf import CONV, LINEAR, Architecture, Name, register_ar
 class PatchMixerConfig(Config):
     """The configuration of a `PatchMixer`, such as its sizes and dtypes."""
 
+    num_classes: int
     image_size: int = 8
     channels: int = 1
     patch_size: int = 4

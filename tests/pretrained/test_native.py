@@ -236,7 +236,7 @@ def rewrite(path, alter):
         (lambda header, tensors: header.update(config="[" * 100_000), "header of .* is damaged"),
         (
             lambda header, tensors: header.update(config=header["config"].replace('"depth": ', '"depth": 1000000')),
-            "depth must be at most 100",
+            "depth must be at most 128",
         ),
         (
             lambda header, tensors: header.update(config=header["config"].replace('_norm": true', '_norm": "no"')),

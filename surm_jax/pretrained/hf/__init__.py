@@ -1,6 +1,6 @@
 """Read and write folders of Hugging Face transformers. Importing this package registers its architectures."""
 
-from surm_jax.pretrained.hf import text, vision
+from surm_jax.pretrained.hf import decoders, text, vision
 from surm_jax.pretrained.hf.architecture import (
     ARCHITECTURES,
     ARRAY,
@@ -32,6 +32,7 @@ __all__ = [
     "Names",
     "Tensor",
     "architecture_of",
+    "decoders",
     "register_architecture",
     "text",
     "vision",

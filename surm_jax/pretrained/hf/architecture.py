@@ -28,6 +28,8 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "quick_gelu": "quick_gelu",
     "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
 }
 """Our names of activations, by their names in transformers.
 
@@ -169,6 +171,9 @@ class Architecture:
         names: A function that returns a `Name` for each module, given our configuration.
         ignore: A function that returns regular expressions for keys that are not read, given our configuration. The
             expressions do not contain the prefix.
+        copies: A function that returns the names of arrays that checkpoints may hold as copies of others, mapped to the
+            names of the others, given our configuration. A copy that differs is refused, since our model has one array
+            for both. `ignore` must match the names of copies.
         fillers: A function that returns arrays by full name, given our configuration. Checkpoints need these arrays but
             our model lacks them. They are written with the model.
         chosen: A function that returns whether a model is written as this `model_type`, given our configuration. It is
@@ -186,6 +191,7 @@ class Architecture:
     write_config: Callable[[Any], dict[str, Any]]
     names: Callable[[Any], Sequence[Name]]
     ignore: Callable[[Any], Sequence[str]] = lambda config: ()
+    copies: Callable[[Any], Mapping[str, str]] = lambda config: {}
     fillers: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}
     chosen: Callable[[Any], bool] = lambda config: True
     normalization: Normalization | None = None

@@ -79,6 +79,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         require_same(str(self.path), stored, config, targets)
         rules, ignored = architecture.key_rules(config), architecture.ignored(config)
         with nullcontext(self._file) if self._file is not None else _open_weights(self.path) as file:
+            _require_copies(file, architecture.copies(config), self.path)
             return fill(file.keys, file.read, targets, rules, ignore=ignored, fresh=fresh, origin=str(self.path))
 
     def preparation(self) -> Preparation:
@@ -217,6 +218,15 @@ def _open_weights(folder: Path) -> TensorFile | ShardedTensors:
     if (folder / INDEX_NAME).is_file():
         return ShardedTensors(folder / INDEX_NAME)
     raise UserError(_no_weights(folder))
+
+
+def _require_copies(file: TensorFile | ShardedTensors, copies: Mapping[str, str], path: Path) -> None:
+    """Raise a `UserError` if an array that should be a copy of another one in the same checkpoint differs from it."""
+    for copy, original in copies.items():
+        if {copy, original} <= {*file.keys} and not np.array_equal(file.read(copy), file.read(original)):
+            raise UserError(
+                f"{path} does not fit the model: {copy!r} differs from {original!r}, but the model has one for both"
+            )
 
 
 def _no_weights(folder: Path) -> str:

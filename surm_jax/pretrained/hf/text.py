@@ -79,6 +79,18 @@ _IGNORED: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("roberta", "mlm"): (_POSITION_IDS, r"lm_head\.decoder\..*", r"pooler\.dense\..*", r"classifier\..*"),
 }
 
+# The head's decoder, and the arrays that its weight and its bias are copies of.
+_COPIES: Mapping[str, Mapping[str, str]] = {
+    "bert": {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+    "roberta": {
+        "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+        "lm_head.decoder.bias": "lm_head.bias",
+    },
+}
+
 _CLASSES: Mapping[tuple[str, str], str] = {
     ("bert", "classifier"): "BertForSequenceClassification",
     ("bert", "mlm"): "BertForMaskedLM",
@@ -202,6 +214,10 @@ def _ignore(model_type: str, config: BertConfig) -> tuple[str, ...]:
     return (*_IGNORED[model_type, config.head], *without_pooler)
 
 
+def _copies(model_type: str, config: BertConfig) -> Mapping[str, str]:
+    return _COPIES[model_type] if config.head == "mlm" else {}
+
+
 for _model_type in ("bert", "roberta"):
     register_architecture(
         Architecture(
@@ -212,6 +228,7 @@ for _model_type in ("bert", "roberta"):
             write_config=partial(_write_config, _model_type),
             names=partial(_names, _model_type),
             ignore=partial(_ignore, _model_type),
+            copies=partial(_copies, _model_type),
             chosen=partial(_has_positions, _POSITIONS[_model_type]),
         )
     )

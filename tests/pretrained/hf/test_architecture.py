@@ -44,7 +44,7 @@ def test_a_model_is_written_as_the_architecture_that_its_configuration_chooses()
 def test_a_model_that_transformers_does_not_have():
     register_model(Lonely)
     with pytest.raises(UserError, match="no model_type of transformers is registered for a Lonely: write it with"):
-        architecture_of(LonelyConfig(num_classes=2))
+        architecture_of(LonelyConfig())
 
 
 def test_another_model_of_the_same_model_type_is_refused():

@@ -259,7 +259,7 @@ class TestReadConfig:
         ("model_type", "fields", "overrides", "message"),
         [
             ("bert", {"position_embedding_type": "relative_key"}, {}, "position_embedding_type = 'relative_key'"),
-            ("bert", {"hidden_act": "silu"}, {}, "hidden_act = 'silu', but there are 'gelu'"),
+            ("bert", {"hidden_act": "mish"}, {}, "hidden_act = 'mish', but there are 'gelu'"),
             ("bert", {"hidden_act": "gelu_ne"}, {}, "did you mean 'gelu_new'"),
             ("roberta", {"is_decoder": True}, {}, "this roberta cannot be read: config.json says is_decoder = True"),
             ("bert", {"is_encoder_decoder": True}, {}, "is_encoder_decoder = True"),

@@ -141,7 +141,7 @@ class TestReadConfig:
         ("fields", "message"),
         [
             ({**VIT_BASE, "hidden_act": "geli"}, "hidden_act = 'geli', but there are .* did you mean 'gelu'"),
-            ({**VIT_BASE, "hidden_act": "silu"}, "hidden_act = 'silu', but there are"),
+            ({**VIT_BASE, "hidden_act": "mish"}, "hidden_act = 'mish', but there are"),
             (
                 {**VIT_BASE, "image_size": [224, 448]},
                 r"image_size = \[224, 448\], but our images and patches are square",
