@@ -1,14 +1,13 @@
 """The checkpoints of a run, from which an interrupted run resumes.
 
-A checkpoint holds the trained arrays, the state of the optimiser and the position in the data, but not the weights of
-the frozen base model. It is a folder whose name is its step. The folder contains `arrays/`, which Orbax writes, and
-`checkpoint.json`. This file holds the position in the data, the SHA-256 of every file, the configuration of the run and
-the fingerprint of the base model. What else the run has read is in `inputs.json` (`surm_jax.record.inputs`).
+A checkpoint holds the trained arrays, the state of the optimiser and the position in the data. It does not hold the
+frozen weights of the base model. It is a folder with the step as its name. The folder contains `arrays/`, which Orbax
+writes, and `checkpoint.json`, which says what the checkpoint belongs to: the position in the data, the SHA-256 of every
+file, the configuration of the run, and a digest of every array of the base model (its fingerprint).
 
 The folder is written under a temporary name, and renamed when everything is on the disk. The last two checkpoints and
-the one with the best evaluation are kept. A checkpoint is checked strictly when it is read. If its arrays have another
-structure, if it was saved with other weights of the base model, or if a single bit in any file has changed, an error
-says what is wrong.
+the one with the best evaluation are kept. Reading a checkpoint raises an error if its arrays have another structure, if
+it was saved with other weights of the base model, or if any bit of its files has changed.
 """
 
 import hashlib
@@ -42,8 +41,8 @@ class Restored(NamedTuple):
     """The content of a checkpoint.
 
     Attributes:
-        state: The arrays, with the same sharding as those of the template that was passed to `Checkpoints.restore`.
-        data: The state of the iterator over training batches.
+        state: The arrays, sharded like the template that was passed to `Checkpoints.restore`.
+        data: The position of the iterator over training batches.
         seconds: The working time of the run until this checkpoint, summed over all its starts.
         score: The task's first metric in the evaluation at this step, or None if there was no evaluation.
     """
@@ -55,14 +54,13 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """A folder that holds the checkpoints of a run, with methods that save and restore them.
+    """The folder of a run's checkpoints. Its methods save and restore them.
 
     If a run has several processes, all of them write the arrays, and the first one does everything else.
 
     Args:
-        folder: The folder. It is made if it does not exist. Half-written checkpoints, which killed processes have left,
-            are removed.
-        base: The fingerprint of the frozen arrays.
+        folder: The folder. It is made if it does not exist. Half-written checkpoints of killed processes are removed.
+        base: A digest of every frozen array, by its path (`surm_jax.peft.fingerprint`).
         config: The configuration of the run, as nested dictionaries.
 
     Raises:
@@ -143,8 +141,8 @@ class Checkpoints:
         """Read the last checkpoint, after checking that it belongs to this run and is not damaged.
 
         Args:
-            template: A state of the same structure, whose arrays have the shapes, dtypes and shardings that the
-                restored arrays get.
+            template: A state of the same structure. Its shapes, dtypes and shardings are those that the restored arrays
+                get.
 
         Raises:
             UserError: The checkpoint is damaged, has another structure, or belongs to another run or base model.
@@ -254,13 +252,13 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
 
 
 def _sum(record: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the content of `checkpoint.json`, without its field `sha256`."""
+    """Return the SHA-256 of a `checkpoint.json` that is stored in its own field `sha256`. That field is left out."""
     rest = {key: value for key, value in record.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file in a folder and its subfolders, by the relative path of the file."""
+    """Return the SHA-256 of every file in a folder and its subfolders. The keys are the relative paths."""
     sums = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -270,10 +268,10 @@ def _files(folder: Path) -> dict[str, str]:
 
 
 def _digest(state: State) -> dict[str, Any]:
-    """Return two fields of `checkpoint.json` that describe a state.
+    """Describe the arrays of a checkpoint by two fields of its `checkpoint.json`.
 
-    `leaves` holds the dtype and the shape of every array by its path, and `arrays` is one SHA-256 of the paths and the
-    bits of all arrays.
+    `leaves` maps the path of every array to its dtype and shape. `arrays` is one SHA-256 of the paths and bits of all
+    arrays.
     """
     leaves, sha256 = {}, hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):

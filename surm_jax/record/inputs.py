@@ -1,11 +1,11 @@
 """The record of what a run has read: its data, label names, tokenizer, settings and plugins.
 
-A run writes the record to `inputs.json` in its folder before its first step. Every later start of the run, and every
-other mode, compares what it reads with the record. The weights of the base model are compared by their arrays instead
-(`surm_jax.peft.check_fingerprint`), because equal weights may be stored in files of another format.
+A run writes the record to `inputs.json` in its folder before its first step. Every later start, and every later command
+on the run such as an evaluation, compares what it reads with the record. The weights of the base model are not in it.
+Their arrays are compared instead (`surm_jax.peft.check_fingerprint`), because files of different formats may hold the
+same weights.
 
-The record holds absolute paths. They say where a difference lies, and are not compared themselves. So data can be moved
-or copied.
+The record holds absolute paths, which error messages show. Paths are not compared, so data can be moved or copied.
 """
 
 import functools
@@ -37,16 +37,15 @@ _HOW = (
 def describe_files(files: Sequence[Path]) -> dict[str, Any]:
     """Return the absolute path, the size and the SHA-256 of some files that together are one input.
 
-    If the files have at most `LARGEST_WHOLE` bytes together, all bytes count. This takes up to a second on a processor
-    with instructions for SHA-256, and the time to read them. Beyond that size, only the first and the last 64 KiB of
-    each file above 1 MiB count. They hold the list of checksums at the end of an `.npz` file. The small files that
-    describe a prepared data set always count whole. A file is read only once in each process unless it changes.
+    If the files have at most `LARGEST_WHOLE` bytes together, all bytes count, which takes up to a second. Otherwise,
+    only the first and the last 64 KiB of each file above 1 MiB count. In an `.npz` file the last part holds a list of
+    checksums. A file is read only once in each process unless it changes.
 
     Args:
         files: The files. If there are several, they are named relative to the folder that holds them all.
 
     Returns:
-        A dictionary with the entries "path", and "content" for what is to be compared.
+        A dictionary with the path under "path", and everything that is to be compared under "content".
 
     Raises:
         UserError: A file cannot be read.
@@ -81,15 +80,15 @@ def _describe(path: Path, size: int, modified: int, whole: bool) -> str:
 
 
 def keep_inputs(workdir: Path, inputs: Inputs) -> Inputs:
-    """Write the record of a run, after comparing the inputs with the record if there already is one.
+    """Write the record of what a run reads. If there already is a record, compare with it first.
 
-    The paths in an older record are replaced by those of the same inputs now.
+    New paths replace those in the older record.
 
     Returns:
         The record.
 
     Raises:
-        UserError: See `check_inputs`.
+        UserError: An input differs from the older record (see `check_inputs`).
     """
     started = str(Path.cwd())
     if (workdir / INPUTS_NAME).exists() or any(workdir.glob("checkpoints/*/checkpoint.json")):
@@ -116,12 +115,12 @@ def read_inputs(workdir: Path) -> Inputs:
 
 
 def check_inputs(workdir: Path, record: Inputs, inputs: Inputs) -> None:
-    """Check that some inputs are those in the record of a run. Only warn if a plugin was changed.
+    """Check that inputs are the same as in the record of a run. A changed plugin only causes a warning.
 
     Args:
         workdir: The folder of the run.
         record: The record of the run.
-        inputs: The inputs to compare. The weights are not compared here.
+        inputs: The inputs to compare.
 
     Raises:
         UserError: An input differs. The message names it, with its path and its content then and now.
@@ -139,9 +138,9 @@ def check_inputs(workdir: Path, record: Inputs, inputs: Inputs) -> None:
 
 
 def check_recorded_files(workdir: Path) -> None:
-    """Check that the files in the record of a complete run still have the recorded content, without loading them.
+    """Check that the files which a complete run has read still have the recorded content, without loading them.
 
-    Files that are gone pass, because nothing can be mistaken for them.
+    Files that no longer exist are not an error, because they cannot be mistaken for the recorded ones.
 
     Raises:
         UserError: A file has other content now, or there is no record.
@@ -159,7 +158,7 @@ def check_recorded_files(workdir: Path) -> None:
 
 
 def started_in(workdir: Path) -> Iterator[Path]:
-    """Yield the folder in which the run, or each of its seeds, was started first. Yield nothing for a new run."""
+    """Yield the working directory of the first start of a run, or of each of its seeds. Yield nothing for a new run."""
     for path in sorted([*workdir.glob(INPUTS_NAME), *workdir.glob(f"seed-*/{INPUTS_NAME}")]):
         yield Path(str(read_json(path).get("started in", "")))
 

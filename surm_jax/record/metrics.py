@@ -22,18 +22,18 @@ STEP_METRICS = ("train_loss", "train_accuracy", "gradient_norm")
 
 
 class NotFiniteError(UserError):
-    """The error that is raised if a loss or another metric is NaN or infinite, because the run has diverged."""
+    """A loss or another metric is NaN or infinite, because the run has diverged."""
 
 
 class MetricWriter:
-    """A writer of metrics to `<folder>/metrics.jsonl` and `<folder>/tensorboard/`. Use it as a context manager.
+    """A context manager that writes metrics to `<folder>/metrics.jsonl` and `<folder>/tensorboard/`.
 
     If a run has several processes, only the first one writes. The others only check that the metrics are finite.
 
     Args:
         folder: The folder of the run.
-        step: The step from which the run resumes, or 0. Metrics of later steps, which an earlier start has written, are
-            removed, because these steps are repeated.
+        step: The step from which the run resumes, or 0. Metrics of later steps that an earlier start wrote are removed,
+            because these steps are repeated.
 
     Raises:
         UserError: The file cannot be written.
@@ -118,7 +118,7 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def require_finite(step: int, metrics: Mapping[str, float]) -> None:
-    """Check that all metrics of a step are finite, in order to stop a run that has diverged.
+    """Raise an error if a metric of this step is NaN or infinite, in order to stop a run that has diverged.
 
     Raises:
         NotFiniteError: A metric is not finite. The message names it and the step.
@@ -129,11 +129,10 @@ def require_finite(step: int, metrics: Mapping[str, float]) -> None:
 
 
 class StepLog:
-    """A log of the metrics of training steps.
+    """A log of the metrics of training steps, which never lets the device wait for the host.
 
-    While the device computes a step, this object handles the metrics of the previous step, so that the device never
-    waits for the host. The metrics of every step are checked to be finite. At every `every`-th step and at the last
-    step, they are also written and shown.
+    While the device computes a step, the host handles the metrics of the previous one. It checks that they are finite.
+    At every `every`-th step and at the last step, it also writes and shows them.
 
     Args:
         writer: Writes the metrics.
@@ -159,7 +158,7 @@ class StepLog:
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
 
     def note(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Take the metrics of a step that may still be running on the device. Handle those of the previous step."""
+        """Keep the metrics of a step that the device may still compute, and handle those of the previous step."""
         self.flush()
         self._pending = step, metrics
 

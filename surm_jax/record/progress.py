@@ -18,12 +18,12 @@ from surm_jax.devices.processes import is_first
 
 
 class Progress:
-    """The display of the progress of a loop of known length. Use it as a context manager.
+    """A context manager that shows the progress of a loop with a known number of steps.
 
     Args:
         what: The name that is shown with the bar or at the beginning of each line.
         total: The number of steps of the whole run.
-        start: The number of steps that were made before this start of the run.
+        start: The number of steps that earlier starts of the run have made.
     """
 
     def __init__(self, what: str, total: int, start: int):
@@ -60,7 +60,7 @@ class Progress:
 
 
 def track(batches: Iterable, what: str) -> Iterable:
-    """Return the batches as an iterable with a progress bar, which is shown in a terminal and vanishes at the end."""
+    """Return an iterable over the same batches that shows a progress bar in a terminal. The bar vanishes at the end."""
     return tqdm.tqdm(batches, desc=what, leave=False, disable=not _has_terminal(), dynamic_ncols=True)
 
 
@@ -109,10 +109,10 @@ class Stopwatch:
 
 
 class Interruption:
-    """A handler of the signals SIGINT and SIGTERM that lets a run end its current step. Use it as a context manager.
+    """A context manager that catches the signals SIGINT and SIGTERM, so that a run can end its current step and save.
 
-    The first signal is only stored, so that the run can save a checkpoint and stop. It also restores the earlier
-    handlers, so that a second signal ends the program at once.
+    The first signal is only stored. A second signal ends the program at once, because the first one restores the
+    earlier handlers.
 
     Attributes:
         signal: The signal that came, or None.

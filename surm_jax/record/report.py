@@ -35,16 +35,14 @@ def make_result(
     examples_per_second: float | None,
     adapter_bytes: int,
 ) -> dict[str, Any]:
-    """Return the result of a run with one seed, as a dictionary that is written to `result.json`.
+    """Return the result of a run with one seed, a dictionary for `result.json`.
 
     Args:
-        method: The name of the method.
-        tests: For each test split, the values of its evaluation after the last step: the task's metrics, `loss` and
-            `examples`.
-        description: The description of what was trained.
+        method: The name of the adaptation method, such as "lora".
+        tests: For each test split, the task's metrics after the last step, with `loss` and `examples`.
+        description: The table of what was trained, with the numbers of parameters.
         seed: The seed of the run.
-        metrics: The names of the task's metrics. The first metric on the first test split is the main metric of the
-            result.
+        metrics: The names of the task's metrics. The first one, on the first test split, is the main metric.
         classes: The names of the classes. It is empty if the labels are real numbers.
         corrupt: The number of examples in each split that could not be read and were skipped.
         steps: The number of updates.
@@ -79,12 +77,12 @@ def make_result(
 def combine(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Combine the results of several seeds into one result.
 
-    Every metric becomes a dictionary with its `mean`, its standard deviation `std` (with the denominator n - 1) and the
-    list `seeds` of its values for each seed. The working time is the sum over the seeds. The number of unreadable
-    examples in each split is the maximum over the seeds. All other entries are those of the first seed.
+    Every metric becomes a dictionary with `mean`, `std` (the standard deviation with denominator n - 1) and `seeds`
+    (the value of each seed). The working times are added. The number of unreadable examples in each split is the
+    largest over the seeds. All other entries are those of the first seed.
 
     Args:
-        results: A dictionary from each seed to the result of its run.
+        results: The result of each seed, by the seed.
     """
     first = next(iter(results.values()))
     metrics = {}
@@ -138,10 +136,9 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw_curves(folder: Path, model: nnx.Module, metric: str) -> None:
-    """Draw the curves of a run to the file `curves.png` in its folder.
+    """Draw the loss and the main metric of a run over its steps, to `curves.png` in its folder.
 
-    The picture shows the loss and the main metric over the steps. If the adapter has updates of kernels, it also shows
-    the update with the largest norm as a matrix.
+    If the adapter has updates of kernels, the picture also shows the largest of them (by its norm) as a matrix.
 
     Args:
         folder: The folder of the run, which holds `metrics.jsonl`.
@@ -168,7 +165,7 @@ def draw_curves(folder: Path, model: nnx.Module, metric: str) -> None:
 
 
 def _largest_update(model: nnx.Module) -> tuple[str, np.ndarray] | None:
-    """Return the path and the dense matrix of the update with the largest norm, or None if there is no update."""
+    """Return the kernel update with the largest norm, as its path and a dense matrix. Return None if there is none."""
     # Keep only the largest update, so that at most two dense matrices exist at the same time.
     largest, norm = None, -1.0
     for row in iter_parts(model):

@@ -1,7 +1,6 @@
-"""The folder of a run: the check that it belongs to this run, its lock against other processes, and its JSON files.
+"""The folder of a run, its lock against other processes, and its JSON files.
 
-In this file, a configuration is a nested dictionary with values that JSON can represent, as
-`surm_jax.training.parsing.to_dict` makes it.
+In this file, a configuration is a nested dictionary of JSON values, made by `surm_jax.training.parsing.to_dict`.
 """
 
 import contextlib
@@ -53,8 +52,8 @@ of the run's base model.
 def default_workdir(config_name: str, overrides: Mapping[str, object]) -> Path:
     """Return the default folder of a run, `runs/<name>`.
 
-    The name consists of the name of the configuration file and the values given on the command line. The keys in
-    `CHANGEABLE` are left out of the name, except for `data.name` and `model.checkpoint`.
+    The name is that of the configuration file, followed by the values given on the command line. Values that may change
+    without changing the run (`CHANGEABLE`) are left out, except for `data.name` and `model.checkpoint`.
 
     >>> default_workdir("digits", {"peft.method": "lora", "seeds": (0, 1), "data.dir": "/data"}).as_posix()
     'runs/digits,peft.method=lora,seeds=(0,1)'
@@ -71,15 +70,14 @@ def default_workdir(config_name: str, overrides: Mapping[str, object]) -> Path:
 def open_workdir(workdir: Path, config: Tree, check: Check) -> Iterator[None]:
     """Make the folder of a run, or check that it belongs to this run. Lock it while the `with` block runs.
 
-    The first start of a run saves its configuration in the folder. A later start saves the present values of the keys
-    in `CHANGEABLE` when it has checked what it reads from there (`save_config`). A folder that holds nothing but a
-    configuration and a record of inputs may be used by any run, because the run that wrote them failed before its first
-    step.
+    The first start of a run saves its configuration in the folder. Later starts must have the same configuration,
+    except for the keys in `CHANGEABLE`. A folder that holds only a configuration and a record of inputs may be used by
+    any run, because the run that wrote them failed before its first step.
 
     Args:
         workdir: The folder.
         config: The configuration of the run.
-        check: Checks the configuration that is already in the folder.
+        check: A function that checks the configuration in the folder and adds missing keys.
 
     Raises:
         UserError: The folder cannot be written, another process uses it, or it holds another run or other files.
@@ -121,7 +119,7 @@ def require_shared(workdir: Path) -> None:
     """Check that this process sees the folder that the first process of the run has opened.
 
     Raises:
-        UserError: The folder is not there for this process, because the processes do not share its file system.
+        UserError: The processes do not share a file system.
     """
     if not (workdir / CONFIG_NAME).exists():
         raise UserError(
@@ -214,10 +212,9 @@ def _require_writable(folder: Path) -> None:
 
 
 def config_changes(old: Tree, new: Tree, changeable: Collection[str] = CHANGEABLE) -> list[str]:
-    """Return the differences between two configurations as a list of texts. The keys in `changeable` are ignored.
+    """Return one text for each key that differs between two configurations, without the keys in `changeable`.
 
-    Each text gives a key with its old value and, after the word "here", its new value. In the example, `data.dir` is
-    ignored because it may change:
+    Each text gives the old value and, after the word "here", the new one. `data.dir` may change:
 
     >>> config_changes({"optim": {"steps": 9}, "data": {"dir": "a"}}, {"optim": {"steps": 8}, "data": {"dir": "b"}})
     ['config.optim.steps is 9, here 8']
@@ -227,9 +224,7 @@ def config_changes(old: Tree, new: Tree, changeable: Collection[str] = CHANGEABL
 
 
 def differences(old: Any, new: Any, path: str) -> Iterator[str]:
-    """Yield a text for each difference between two nested dictionaries.
-
-    Each text gives a path with its old value and, after the word "here", its new value.
+    """Yield one text for each value that differs between two nested dictionaries.
 
     >>> list(differences({"a": {"b": 1}}, {"a": {"b": 2}}, "config"))
     ['config.a.b is 1, here 2']
@@ -242,7 +237,7 @@ def differences(old: Any, new: Any, path: str) -> Iterator[str]:
 
 
 def jsonable(value: Any) -> Any:
-    """Return a copy of a value as it is after writing it to JSON and reading it again. Tuples become lists."""
+    """Return a value as JSON gives it back: written and read again, so that tuples become lists."""
     return json.loads(json.dumps(value))
 
 
@@ -285,7 +280,7 @@ def locked(folder: Path) -> Iterator[None]:
 def _open_current(path: Path) -> TextIO:
     """Open the lock file, lock it, and return it.
 
-    Between opening and locking, the previous owner may remove the file. Then it is opened again.
+    If the previous owner removes the file between opening and locking, it is opened again.
 
     Raises:
         UserError: Another process has the lock.
