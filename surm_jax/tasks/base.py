@@ -29,11 +29,11 @@ Forward = Callable[[nnx.Module, Batch, jax.Array | None], jax.Array]
 
 
 class Questions(Protocol):
-    """New examples without labels, for `--mode=predict`, which predicts their labels with a trained adapter."""
+    """New examples without labels. `launch.py --mode=predict` predicts their labels with a trained adapter."""
 
     @property
     def count(self) -> int:
-        """Number of examples."""
+        """The number of examples."""
 
     def batches(self, checkpoint: Path | None, geometry: Any, config: DataConfig) -> data.EvalBatches:
         """Return the batches of one pass over the examples.
@@ -63,8 +63,8 @@ class Questions(Protocol):
 class Task(abc.ABC):
     """The data set, the model, the loss and the metrics of a training run.
 
-    An instance holds the loaded data set and the place of the pretrained weights. Before there is an instance, a run
-    calls the class methods `accepts`, `load`, `geometry` and `build`, in this order. `build` makes the instance.
+    An instance holds the loaded data set and the place of the pretrained weights. A run makes it by calling the class
+    methods `accepts`, `load`, `geometry` and `build` in this order. The "geometry" is the configuration of the model.
 
     Attributes:
         reads: The kind of input that the models of this task read, either "images" or "text".
@@ -82,7 +82,7 @@ class Task(abc.ABC):
     @property
     @abc.abstractmethod
     def objective(self) -> Objective:
-        """The loss, and the function that turns logits into predictions."""
+        """The loss, and the function that turns the outputs of the model into predictions."""
 
     @property
     @abc.abstractmethod
@@ -102,7 +102,7 @@ class Task(abc.ABC):
     @property
     @abc.abstractmethod
     def examples(self) -> int:
-        """Number of training examples."""
+        """The number of training examples."""
 
     @classmethod
     @abc.abstractmethod
@@ -112,7 +112,7 @@ class Task(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def load(cls, config: DataConfig) -> Any:
-        """Load the data set.
+        """Load the data set that `config.name` names.
 
         Raises:
             UserError: The data set is missing or damaged, or does not fit the configuration.
@@ -122,7 +122,7 @@ class Task(abc.ABC):
     def geometry(cls, model: ModelConfig, config: DataConfig, outputs: int) -> Any:
         """Return the configuration of the model to train.
 
-        If `config.model.variant` names the model, no file is read. Otherwise the checkpoint is read.
+        No file is read if `model.variant` names the model. Otherwise the checkpoint is read.
 
         Args:
             model: The section `config.model`.
@@ -151,21 +151,20 @@ class Task(abc.ABC):
 
     @classmethod
     def read_questions(cls, config: DataConfig, source: Path) -> Questions:
-        """Read new examples without labels from a file, for `--mode=predict`.
+        """Read new examples without labels from a file, for `launch.py --mode=predict`.
 
         Args:
             config: The section `config.data`.
             source: The file.
 
         Raises:
-            UserError: The file cannot be read, or this task cannot read examples from a file. A task cannot do this
-                unless it overrides this method.
+            UserError: The file cannot be read. A task that does not override this method always raises this error.
         """
         raise UserError(f"--mode=predict reads sentences, but this run is about {cls.reads} ({config.name})")
 
     @classmethod
     def reads_beside(cls, checkpoint: Path | None) -> dict[str, Any]:
-        """Return what the task reads beside the pretrained weights, so that a run can record and compare it.
+        """Return what the task reads in addition to data and weights, so that a run can record and compare it.
 
         Args:
             checkpoint: The file or folder of the pretrained weights, or None for random weights.
@@ -188,32 +187,32 @@ class Task(abc.ABC):
     @staticmethod
     @abc.abstractmethod
     def forward(model: nnx.Module, batch: Batch, key: jax.Array | None) -> jax.Array:
-        """Return the logits of a batch. The key is for dropout, and None means no dropout."""
+        """Run the model on a batch and return its logits. The key is for dropout, and None means no dropout."""
 
     @abc.abstractmethod
     def train_batches(self, seed: int) -> data.TrainBatches:
-        """Return an endless iterator over training batches that can save and restore its position.
+        """Return an endless iterator over shuffled training batches that can save and restore its position.
 
         If a run has several processes, each gets only its own rows of every batch.
         """
 
     @abc.abstractmethod
     def eval_batches(self, split: str) -> data.EvalBatches:
-        """Return the batches of one pass over a split, which is one of `splits`.
+        """Return the batches of one pass over a split. The split is one of `splits`.
 
         If a run has several processes, each gets only its own rows of every batch.
         """
 
     @abc.abstractmethod
     def train_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """Return all shapes that a training batch can have, so that a run can compile its step for each of them.
+        """Return all shapes that a training batch can have. A run compiles its step for each of them.
 
-        Each key is a name to print, such as "32 pixels". Each value holds the shape and the dtype of every array of the
-        batch. The shapes are those of the whole batch, with the rows of all processes.
+        Each key is a name to print, such as "32 pixels". Each value maps the name of every array of the batch to its
+        shape and dtype, with the rows of all processes.
         """
 
     def export_options(self) -> dict[str, Any]:
-        """Return further keyword arguments that an export passes to `surm_jax.pretrained.save_huggingface`."""
+        """Return the keyword arguments that this task adds to a call of `surm_jax.pretrained.save_huggingface`."""
         return {}
 
 
@@ -222,13 +221,13 @@ SomeTask = TypeVar("SomeTask", bound=type[Task])
 
 
 def register_task(cls: SomeTask) -> SomeTask:
-    """Add a task class to the registry, in which `task_for` finds it. Use this function as a decorator."""
+    """Register a task class, so that `task_for` finds it. Use this function as a decorator."""
     _TASKS.append(cls)
     return cls
 
 
 def task_for(config: DataConfig) -> type[Task]:
-    """Return the task class for a data set. If several classes accept it, return the one registered last.
+    """Return the task class that accepts a data set. If there are several, return the one registered last.
 
     Raises:
         UserError: No task accepts the data set.
@@ -240,15 +239,20 @@ def task_for(config: DataConfig) -> type[Task]:
 
 
 def make_model(geometry: Config, seed: int) -> Model:
-    """Build the model that a configuration describes, with random parameters drawn from a seed."""
+    """Build a model with random parameters.
+
+    Args:
+        geometry: The configuration of the model, which also determines its class.
+        seed: The seed of the parameters.
+    """
     return model_class(geometry)(geometry, rngs=nnx.Rngs(seed))
 
 
 def find_geometry(config: ModelConfig, reads: str, outputs: int) -> Any:
-    """Return the configuration of the model that the section `config.model` describes.
+    """Return the configuration of the model that `config.model` describes.
 
-    It starts from the named variant, or from the checkpoint if `variant` is empty. Then the keys in `GEOMETRY` that are
-    not 0, such as `depth`, replace its values.
+    It starts from the named variant, or from the checkpoint if `variant` is empty. Then the keys in `GEOMETRY`, such as
+    `depth`, replace its values where they are not 0.
 
     Args:
         config: The section `config.model`.

@@ -1,4 +1,4 @@
-"""The sections `config.model` and `config.data`: the meaning, default, unit and allowed values of every key.
+"""The sections `config.model` and `config.data` of a configuration: what every key means, and its default and unit.
 
 `surm_jax/training/config.py` defines the other sections and the whole configuration.
 """
@@ -17,13 +17,13 @@ checkpoint."""
 
 
 def check_at_least(key: str, value: float, least: float) -> None:
-    """Raise a `UserError` unless the value of a key is at least `least`."""
+    """Check that the value of a key is at least `least`. Otherwise raise a `UserError`."""
     if not value >= least:
         raise UserError(f"config.{key} must be at least {least}, got {value}")
 
 
 def check_fraction(key: str, value: float) -> None:
-    """Raise a `UserError` unless the value of a key lies in [0, 1)."""
+    """Check that the value of a key lies in [0, 1). Otherwise raise a `UserError`."""
     if not 0 <= value < 1:
         raise UserError(f"config.{key} must lie in [0, 1), got {value}")
 

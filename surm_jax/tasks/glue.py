@@ -1,4 +1,4 @@
-"""The tasks of the GLUE benchmark: to predict the class or the score of a sentence or of a pair of sentences."""
+"""The tasks of the GLUE benchmark, which predict the class or the score of a sentence or of a pair of sentences."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ class Glue(Task):
 
     @classmethod
     def accepts(cls, config: DataConfig) -> bool:
-        """Return whether the data set is a task of GLUE, such as "glue/rte"."""
+        """Return whether `config.name` is a task of GLUE, such as "glue/rte"."""
         return data.is_text(config.name)
 
     @classmethod
@@ -62,10 +62,10 @@ class Glue(Task):
 
     @classmethod
     def geometry(cls, model: ModelConfig, config: DataConfig, outputs: int) -> Any:
-        """Return the configuration of the model.
+        """Return the configuration of the text model to train.
 
         Raises:
-            UserError: There is no such model, or it has fewer positions than the largest of `config.lengths`.
+            UserError: There is no such model, or it reads fewer tokens than the largest of `config.lengths`.
         """
         geometry = find_geometry(model, cls.reads, outputs)
         if config.lengths[-1] > geometry.max_tokens:
@@ -89,17 +89,17 @@ class Glue(Task):
 
     @classmethod
     def read_questions(cls, config: DataConfig, source: Path) -> Sentences:
-        """Read a table of sentences without labels, for `--mode=predict`."""
+        """Read a table of sentences without labels, for `launch.py --mode=predict`."""
         return read_sentences(source, data.glue_task(config.name).columns)
 
     @classmethod
     def reads_beside(cls, checkpoint: Path | None) -> dict[str, Any]:
-        """Return the files of the tokeniser."""
+        """Return the files of the tokeniser, which a run records in addition to data and weights."""
         return {"tokenizer": find_tokenizer(checkpoint).files}
 
     @property
     def objective(self) -> Objective:
-        """Cross-entropy for a task with classes, and squared error for a task whose labels are real numbers."""
+        """The cross-entropy for a task with classes, and the squared error for a task with real numbers as labels."""
         return CLASSES if self.classes else NUMBER
 
     @property
@@ -119,12 +119,12 @@ class Glue(Task):
 
     @property
     def examples(self) -> int:
-        """Number of training examples."""
+        """The number of training examples."""
         return len(self.train)
 
     @staticmethod
     def forward(model: nnx.Module, batch: Batch, key: jax.Array | None) -> jax.Array:
-        """Return the logits of a batch of token ids. The key is for dropout, and None means no dropout."""
+        """Run the model on a batch of tokens and return its logits. The key is for dropout; None means no dropout."""
         return model(batch["tokens"], mask=batch["token_mask"], token_types=batch["token_types"], rngs=key)
 
     def train_batches(self, seed: int) -> data.TrainBatches:
@@ -140,7 +140,7 @@ class Glue(Task):
         )
 
     def train_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """Return the shapes of the arrays of a training batch, for every padded length that occurs in the data."""
+        """Return the shapes of a training batch, one entry for every padded length that occurs in the data."""
         size, dtype = self.config.batch_size, "int32" if self.classes else "float32"
         shapes = {}
         for length in data.lengths_in_use(self.train, self.config.lengths):
@@ -154,5 +154,5 @@ class Glue(Task):
         return shapes
 
     def export_options(self) -> dict[str, Any]:
-        """Return the files of the tokeniser, which `save_huggingface` copies into the exported folder."""
+        """Return the files of the tokeniser, which an export copies into the folder of the model."""
         return {"files": self.tokenizer.files}

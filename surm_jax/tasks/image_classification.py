@@ -43,7 +43,7 @@ class ImageClassification(Task):
 
     @classmethod
     def accepts(cls, config: DataConfig) -> bool:
-        """Return whether the data set holds images. This is assumed of every data set that does not hold text."""
+        """Return whether the data set holds images, which is assumed of every data set without text."""
         return not data.is_text(config.name)
 
     @classmethod
@@ -58,8 +58,8 @@ class ImageClassification(Task):
     ) -> "ImageClassification":
         """Find or download the weights, read how images are prepared for them, and return the task.
 
-        If the settings of the image processor are for another size than the model reads, a warning says how they are
-        changed.
+        If the checkpoint prepares images of another size than the model reads, the settings are changed, and a warning
+        says how.
 
         Raises:
             UserError: The weights cannot be found, or the images or the normalisation have another number of channels
@@ -80,13 +80,13 @@ class ImageClassification(Task):
 
     @classmethod
     def reads_beside(cls, checkpoint: Path | None) -> dict[str, Any]:
-        """Return how images are prepared for the model, as the checkpoint says."""
+        """Return how the checkpoint says that images are prepared, which a run records like its data."""
         preparation = dataclasses.asdict(image_preparation(checkpoint))
         return {"image processor": {**preparation, "normalization": preparation["normalization"]._asdict()}}
 
     @property
     def objective(self) -> Objective:
-        """Cross-entropy, with one logit for each class."""
+        """The cross-entropy, with one logit for each class."""
         return CLASSES
 
     @property
@@ -106,12 +106,12 @@ class ImageClassification(Task):
 
     @property
     def examples(self) -> int:
-        """Number of training examples."""
+        """The number of training examples."""
         return len(self.dataset.train)
 
     @staticmethod
     def forward(model: nnx.Module, batch: Batch, key: jax.Array | None) -> jax.Array:
-        """Return the logits of a batch of images. The key is for dropout, and None means no dropout."""
+        """Run the model on a batch of images and return its logits. The key is for dropout; None means no dropout."""
         return model(batch["image"], rngs=key)
 
     def train_batches(self, seed: int) -> data.TrainBatches:
@@ -138,21 +138,18 @@ class ImageClassification(Task):
         )
 
     def train_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """Return the shapes of the arrays of a training batch.
-
-        The dictionary has only one entry, because all batches have the same shapes.
-        """
+        """Return the shapes of a training batch. There is one entry, because all batches have the same shapes."""
         size, side = self.config.batch_size, self.model_config.image_size
         image = jax.ShapeDtypeStruct((size, side, side, self.model_config.channels), "float32")
         return {f"{side} pixels": {"image": image, "label": jax.ShapeDtypeStruct((size,), "int32")}}
 
     def export_options(self) -> dict[str, Any]:
-        """Return how images are prepared, which `save_huggingface` writes into the exported folder."""
+        """Return how images are prepared, which an export writes into the folder of the model."""
         return {"preparation": self.preparation}
 
 
 def _fitted(checkpoint: Path | None, geometry: Any) -> Preparation:
-    """Return how images are prepared for a model, after comparing the settings in its checkpoint with the model.
+    """Read from a checkpoint how images are prepared, and change the size in these settings to that of the model.
 
     Raises:
         UserError: The normalisation is for another number of channels than the model reads.

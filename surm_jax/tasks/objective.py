@@ -1,4 +1,4 @@
-"""The losses for training, the functions from a model's outputs to predictions, and the metrics of predictions."""
+"""The losses for training, the functions that turn logits into predictions, and the metrics of predictions."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ def cross_entropy(
 
     Args:
         logits: The outputs of the model.
-        labels: The index of each example's class.
+        labels: The class of each example, as an index.
         smoothing: Label smoothing: the fraction of each label's probability that is spread evenly over all classes.
     """
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
@@ -45,7 +45,7 @@ def squared_error(
 ) -> Float[Array, "batch"]:
     """Return the squared difference between the output and the label of each example.
 
-    The argument `smoothing` has no effect. It is there because all losses take the same arguments.
+    All losses take the argument `smoothing`. It has no effect here.
     """
     del smoothing
     return jnp.square(logits[:, 0] - labels)

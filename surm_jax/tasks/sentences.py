@@ -1,4 +1,4 @@
-"""The tokeniser of a text model, and the tables of new sentences whose labels `--mode=predict` predicts."""
+"""The tokeniser of a text model, and tables of new sentences, which `launch.py --mode=predict` labels."""
 
 import csv
 import dataclasses
@@ -24,7 +24,7 @@ _COLUMNS = frozenset(
 
 
 def find_tokenizer(checkpoint: Path | None) -> data.Tokenizer:
-    """Load the tokeniser from the folder of a model's weights, without comparing it with the model.
+    """Load the tokeniser from the folder of a model's weights, without checking that it fits the model.
 
     Raises:
         UserError: There is no folder of weights (`checkpoint` is None), or it has no tokeniser.
@@ -38,15 +38,14 @@ def find_tokenizer(checkpoint: Path | None) -> data.Tokenizer:
 
 
 def load_tokenizer(checkpoint: Path | None, geometry: Any) -> data.Tokenizer:
-    """Load the tokeniser of a text model from the folder of its weights.
+    """Load the tokeniser from the folder of a model's weights, and check that it fits the model.
 
     Args:
         checkpoint: The file or folder of the weights, as `surm_jax.pretrained.locate` returns it.
         geometry: The configuration of the model.
 
     Raises:
-        UserError: There is no folder of weights (`checkpoint` is None), it has no tokeniser, or its tokeniser does not
-            fit the model.
+        UserError: There is no folder of weights (`checkpoint` is None), or its tokeniser is missing or does not fit.
     """
     tokenizer = find_tokenizer(checkpoint)
     if tokenizer.vocab_size > geometry.vocab_size or tokenizer.pad_token != geometry.pad_token:
@@ -59,7 +58,7 @@ def load_tokenizer(checkpoint: Path | None, geometry: Any) -> data.Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Sentences:
-    """The well-formed rows of a table of sentences. This class implements the protocol `surm_jax.tasks.base.Questions`.
+    """The well-formed rows of a table of sentences without labels, as `surm_jax.tasks.base.Questions`.
 
     Attributes:
         lines: The line number of each row in the file, counted from 1.
@@ -73,7 +72,7 @@ class Sentences:
 
     @property
     def count(self) -> int:
-        """Number of rows."""
+        """The number of rows."""
         return len(self.rows)
 
     def batches(self, checkpoint: Path | None, geometry: Any, config: DataConfig) -> data.EvalBatches:
@@ -117,10 +116,10 @@ class Sentences:
 def read_sentences(path: Path, columns: Sequence[str]) -> Sentences:
     """Read a table of sentences without labels from a file.
 
-    The file is UTF-8 text with one row per line, and its columns are separated by tabs. Quotes have no special meaning.
-    Empty lines are skipped. If the first other line names the columns (in upper or lower case), they are read by name,
-    in any order. Otherwise they are read in the order of `columns`. Malformed rows are left out, with a message for
-    each on the standard error.
+    The file is UTF-8 text with one row per line and tabs between the columns. Quotes have no special meaning, and empty
+    lines are skipped. If the first line names the columns (in upper or lower case), they may come in any order.
+    Otherwise they have the order of `columns`. Malformed rows are left out, with a message for each on the standard
+    error.
 
     Args:
         path: The file.
@@ -169,10 +168,10 @@ def read_sentences(path: Path, columns: Sequence[str]) -> Sentences:
 
 
 def _header(path: Path, cells: Sequence[str], columns: Sequence[str]) -> list[int] | None:
-    """Return the place of each wanted column in a table whose first line has these cells, or None if it names none.
+    """Return the place of each wanted column if the first line of a table names them, and None if it names none.
 
     Raises:
-        UserError: The line names other columns than the wanted ones, or separates them otherwise than by tabs.
+        UserError: The line names other columns, or does not separate them by tabs.
     """
     names = [_name(cell) for cell in cells]
     if sorted(names) == sorted(columns):
