@@ -13,6 +13,12 @@ result. The head of the model is trained too, and all other parameters are froze
     surm_jax.save_adapter("my_adapter", nnx.merge(graphdef, trainable, frozen), adapter)
 """
 
+# ruff: noqa: E402 - The versions are checked before the import of a library that is too old fails.
+
+from surm_jax.versions import require_versions
+
+require_versions()
+
 from surm_jax.errors import UserError as UserError
 from surm_jax.peft import METHODS as METHODS
 from surm_jax.peft import Adapter as Adapter

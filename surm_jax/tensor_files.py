@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import safetensors
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -20,6 +21,7 @@ from surm_jax.errors import UserError, did_you_mean
 from surm_jax.files import is_finite, read_json, require_file
 
 SUFFIX = ".safetensors"
+_PREAD: dict[str, Any] = {} if safetensors.__version__.startswith("0.7.") else {"backend": "pread"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -28,7 +30,8 @@ class TensorFile:
 
     Arrays are read by the system call `pread`. The file is not mapped into memory (mmap), for two reasons. The pages of
     a mapped file would count as memory of the process, in addition to the arrays that are copied from them. And if
-    another process truncated a mapped file while it is read, the operating system would kill this process.
+    another process truncated a mapped file while it is read, the operating system would kill this process. Versions of
+    safetensors before 0.8 can only map files.
 
     Attributes:
         path: The path of the file. Error messages name it.
@@ -46,7 +49,7 @@ class TensorFile:
         self.path = path
         require_file(path)
         with self._damage():
-            self._file = safe_open(path, framework="numpy", backend="pread")
+            self._file = safe_open(path, framework="numpy", **_PREAD)
             self.keys: Sequence[str] = tuple(self._file.offset_keys())
             self.header: Mapping[str, str] = self._file.metadata() or {}
         self.left = set(self.keys)

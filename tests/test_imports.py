@@ -35,7 +35,8 @@ ARROWS = {
     "tasks": GROUND | {"devices", "models", "pretrained", "data"},
     "record": GROUND | {"devices", "peft"},
     "training": GROUND | {"devices", "structured", "data", "peft", "models", "pretrained", "tasks", "record"},
-    "__init__": {"errors", "peft"},
+    "versions": set(),
+    "__init__": {"errors", "versions", "peft"},
     "__main__": GROUND | {"devices", "record", "training"},
 }
 MOST_FILES = 15
