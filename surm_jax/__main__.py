@@ -10,11 +10,15 @@ share. On Slurm, Cloud TPU and GKE, JAX connects the processes by itself. Elsewh
 """
 
 import functools
+import os
 import re
 import signal
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -155,6 +159,7 @@ def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> A
 
     - `InterruptedRunError`. The exit status is that of the exception.
     - `KeyboardInterrupt`. The exit status is 130.
+    - `BrokenPipeError` of the output, which a program such as `head` has closed. The exit status is 141.
     - `UserError`, `OSError`, and JAX's error for too little device memory. The exit status is 1.
 
     For any other exception, the traceback is printed and the exit status is 1, too. If the run has one process, the
@@ -162,12 +167,18 @@ def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> A
     this process. If the exception means that another process is gone, it prints a message instead of the traceback.
     """
     try:
-        return step(arguments)
+        result = step(arguments)
+        sys.stdout.flush()
+        return result
     except InterruptedRunError as interruption:
         processes.leave(interruption, interruption.status)
     except KeyboardInterrupt:
         processes.leave("SIGINT: stopped at once; the same command resumes from the last checkpoint, if any", 130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and error.filename is None:
+            # Python would try to write the rest of the output when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            processes.leave("error: the reader of the output has closed it (broken pipe)", 141)
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
             error = UserError(
                 "the run does not fit into device memory: use a smaller config.data.batch_size (or eval_batch_size),"
@@ -179,10 +190,30 @@ def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> A
         processes.leave_for(error)
 
 
+def _silence_echoes() -> None:
+    """Keep the threads and objects of libraries from printing tracebacks of what the program reports itself.
+
+    If the disk is full or a run is stopped, the program ends with one message. Threads of Orbax that still write to an
+    event loop of Python, and files that are closed then, would print the same failure again and again.
+    """
+
+    def is_echo(error: BaseException | None) -> bool:
+        return isinstance(error, OSError) or str(error) == "Event loop is closed"
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if threading.current_thread() is threading.main_thread() or not is_echo(error):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = show
+    threading.excepthook = lambda raised: None if is_echo(raised.exc_value) else threading.__excepthook__(raised)
+    sys.unraisablehook = lambda raised: None if is_echo(raised.exc_value) else sys.__unraisablehook__(raised)
+
+
 def run() -> None:
     """Run the program with the arguments of the command line. This is the entry point of the program."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # `launch.py` sets it while this module is imported.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    _silence_echoes()
     # Silence the log of Orbax. If a file is damaged, the message of this program says so too.
     logging.set_verbosity(logging.FATAL)
     warnings.formatwarning = lambda message, *_: f"WARNING: {message}\n"

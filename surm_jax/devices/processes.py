@@ -252,7 +252,8 @@ def leave(message: object, status: int) -> NoReturn:
         sys.exit(status)
     if status == 1:
         sys.exit(str(message))  # Python prints the message and uses the status 1.
-    print(message, file=sys.stderr)
+    with contextlib.suppress(OSError):  # Perhaps nobody reads the standard error any more.
+        print(message, file=sys.stderr, flush=True)
     sys.exit(status)
 
 

@@ -4,12 +4,15 @@ import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from surm_jax.atomic import replacing
 from surm_jax.devices.processes import is_first
@@ -21,6 +24,10 @@ JSONL_NAME = "metrics.jsonl"
 STEP_METRICS = ("train_loss", "train_accuracy", "gradient_norm")
 
 
+# TensorBoard sees the metrics at the latest after so many seconds.
+_FLUSH_SECONDS = 30
+
+
 class NotFiniteError(UserError):
     """A loss or another metric is NaN or infinite, because the run has diverged."""
 
@@ -28,7 +35,8 @@ class NotFiniteError(UserError):
 class MetricWriter:
     """A context manager that writes metrics to `<folder>/metrics.jsonl` and `<folder>/tensorboard/`.
 
-    If a run has several processes, only the first one writes. The others only check that the metrics are finite.
+    The files are written by the thread that calls the methods. So if the disk is full, it is this thread that gets the
+    error. If a run has several processes, only the first one writes. The others only check that the metrics are finite.
 
     Args:
         folder: The folder of the run.
@@ -41,8 +49,9 @@ class MetricWriter:
 
     def __init__(self, folder: Path, step: int):
         self._path = path = folder / JSONL_NAME
+        self._folder = folder / "tensorboard"
         self._jsonl: TextIO | None = None
-        self._tensorboard: Any = None
+        self._events: Any = None
         if not is_first():
             return
         kept = [line for line in read_metrics(folder) if line["step"] <= step] if path.exists() else []
@@ -52,7 +61,13 @@ class MetricWriter:
             self._jsonl = path.open("a")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
-        self._tensorboard = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        with self._writing_events():
+            self._folder.mkdir(exist_ok=True)
+            self._events = EventsWriter(str(self._folder / "events"))
+            # TensorBoard then forgets what an earlier start has written for the steps that are repeated.
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+        self._flushed = time.monotonic()
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -64,10 +79,11 @@ class MetricWriter:
         with contextlib.suppress(OSError):
             self._jsonl.close()
         try:
-            self._tensorboard.close()
-        except OSError as error:
+            with self._writing_events():
+                self._events.close()
+        except UserError:
             if kind is None:
-                raise UserError(f"cannot write {self._tensorboard.logdir}: {error.strerror}") from None
+                raise
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of one step.
@@ -84,16 +100,36 @@ class MetricWriter:
             self._jsonl.flush()
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror}") from None
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+        with self._writing_events():
+            for name, value in metrics.items():
+                self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+                self._events.flush()
+                self._flushed = time.monotonic()
 
     def sync(self) -> None:
         """Force all written metrics to disk.
 
         Call it before a checkpoint is saved, so that there is never a checkpoint whose metrics are missing.
+
+        Raises:
+            UserError: The metrics cannot be written.
         """
-        if self._jsonl is not None:
+        if self._jsonl is None:
+            return
+        try:
             os.fsync(self._jsonl.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror}") from None
+        with self._writing_events():
+            self._events.flush()
+
+    @contextlib.contextmanager
+    def _writing_events(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write {self._folder}: {error.strerror}") from None
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:

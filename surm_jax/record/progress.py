@@ -4,6 +4,7 @@ Progress is written to the standard error. If this is a terminal, it shows a bar
 or a pipe, progress is written as plain lines. If a run has several processes, only the first one shows anything.
 """
 
+import contextlib
 import datetime
 import signal
 import sys
@@ -19,6 +20,8 @@ from surm_jax.devices.processes import is_first
 
 class Progress:
     """A context manager that shows the progress of a loop with a known number of steps.
+
+    A run goes on if its progress cannot be displayed, because the terminal or the reader of a pipe is gone.
 
     Args:
         what: The name that is shown with the bar or at the beginning of each line.
@@ -40,7 +43,8 @@ class Progress:
 
     def advance(self) -> None:
         """Count one step, and move the bar."""
-        self._bar.update()
+        with contextlib.suppress(OSError):
+            self._bar.update()
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the metrics of a step next to the bar. Without a terminal, print them in a line with the time left."""
@@ -55,8 +59,9 @@ class Progress:
     def say(self, line: str) -> None:
         """Print a line on the standard error, above the bar if there is one."""
         if is_first():
-            self._bar.write(line, file=sys.stderr)
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):
+                self._bar.write(line, file=sys.stderr)
+                sys.stderr.flush()
 
 
 def track(batches: Iterable, what: str) -> Iterable:
@@ -133,10 +138,12 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        print(
-            f"\n{self.signal.name}: stopping after this step (a second signal stops at once)",
-            file=sys.stderr,
-            flush=True,
-        )
+        # Restore the handlers first. A second signal may come while the message is printed.
         for other, handler in self._before.items():
             signal.signal(other, handler)
+        with contextlib.suppress(OSError):
+            print(
+                f"\n{self.signal.name}: stopping after this step (a second signal stops at once)",
+                file=sys.stderr,
+                flush=True,
+            )

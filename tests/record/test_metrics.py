@@ -1,8 +1,11 @@
+import errno
 import json
+import os
 import struct
 
 import jax.numpy as jnp
 import pytest
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
 from surm_jax.errors import UserError
@@ -48,6 +51,17 @@ def test_tensorboard_has_them_too(tmp_path):
         writer.write(2, {"train_loss": 0.5})
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert events_of(events) == [(1, "train_loss", 0.25), (1, "gradient_norm", 3.0), (2, "train_loss", 0.5)]
+
+
+def test_a_full_disk_below_tensorboard_is_an_error_at_once(tmp_path, monkeypatch):
+    def full(self, event):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with MetricWriter(tmp_path, 0) as writer:
+        monkeypatch.setattr(EventsWriter, "write_event", full)
+        with pytest.raises(UserError, match=f"cannot write {tmp_path / 'tensorboard'}: No space left on device"):
+            writer.write(1, {"train_loss": 0.5})
+    assert lines_of(tmp_path) == [{"step": 1, "train_loss": 0.5}]
 
 
 def test_going_on_drops_what_comes_again(tmp_path):
