@@ -204,6 +204,7 @@ def _silence_echoes() -> None:
         if threading.current_thread() is threading.main_thread() or not is_echo(error):
             sys.__excepthook__(kind, error, trace)
 
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.excepthook = show
     threading.excepthook = lambda raised: None if is_echo(raised.exc_value) else threading.__excepthook__(raised)
     sys.unraisablehook = lambda raised: None if is_echo(raised.exc_value) else sys.__unraisablehook__(raised)

@@ -507,8 +507,8 @@ def test_text_by_the_command_line_and_another_seed_compiles_nothing(tmp_path):
     table.write_bytes(b"sentence1\tsentence2\r\nthe cat\ta dog\r\nalone\r\n")
     asked = text_process(files, tmp_path / "first", "--mode=predict", f"--input={table}", f"--output={answers}")
     assert asked.returncode == 0, asked.stderr
-    assert asked.stderr.splitlines()[-1] == f"{table}, line 3: 1 columns, expected 2 (sentence1, sentence2)"
-    assert asked.stdout.splitlines()[-1] == f"{answers}: 1 rows; 1 malformed ones were left out"
+    assert asked.stderr.splitlines()[-2] == f"{table}, line 3: 1 columns, expected 2 (sentence1, sentence2)"
+    assert asked.stderr.splitlines()[-1] == f"{answers}: 1 rows; 1 malformed ones were left out"
     head, answer = (line.split("\t") for line in answers.read_text().splitlines())
     assert head == ["line", "label", "entailment", "not_entailment"]
     assert answer[0] == "2" and answer[1] in head[2:]

@@ -110,7 +110,8 @@ class Sentences:
                 temporary.write_text(text.getvalue())
         except OSError as error:
             raise UserError(f"cannot write {target}: {error.strerror}") from None
-        print(f"{target}: {self.count} rows; {len(self.malformed)} malformed ones were left out")
+        # The table itself may go to the standard output.
+        print(f"{target}: {self.count} rows; {len(self.malformed)} malformed ones were left out", file=sys.stderr)
 
 
 def read_sentences(path: Path, columns: Sequence[str]) -> Sentences:

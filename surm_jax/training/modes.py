@@ -1,6 +1,7 @@
 """The modes of `launch.py`, one function each: train, evaluate, merge, export, predict and describe."""
 
 import functools
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -215,14 +216,16 @@ def _require_target(target: Path, source: Path) -> None:
     """Check, before predictions are computed, that `target` is a path to which they can be written.
 
     Raises:
-        UserError: The folder of `target` does not exist, `target` is itself a folder, or `target` is the same file as
-            `source`, which holds the examples.
+        UserError: The folder of `target` does not exist, `target` is itself a folder or write-protected, or `target` is
+            the same file as `source`, which holds the examples.
     """
     if not target.parent.is_dir():
         raise UserError(f"cannot write {target}: there is no folder {target.parent}")
     if target.is_dir():
         raise UserError(f"cannot write {target}: it is a folder")
-    if target.resolve() == source.resolve():
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise UserError(f"cannot write {target}: it is write-protected or on a read-only file system")
+    if target.is_file() and target.samefile(source):
         raise UserError(f"the predictions would overwrite the sentences in {source}: give another --output")
 
 

@@ -65,7 +65,7 @@ def test_answers_are_those_computed_by_hand(run, tmp_path, capsys):
     assert np.ptp(written[:, 0]) > 1e-3
     assert [row["label"] for row in rows] == [("entailment", "not_entailment")[i] for i in logits.argmax(1)]
     said = capsys.readouterr()
-    assert said.out.splitlines()[-1] == f"{target}: 5 rows; 0 malformed ones were left out"
+    assert said.err.splitlines()[-1] == f"{target}: 5 rows; 0 malformed ones were left out"
     # No temporary file remains.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.tsv", "out.tsv"]
 
@@ -83,7 +83,7 @@ def test_malformed_rows_are_named_and_the_rest_is_answered(run, tmp_path, capsys
         f"{source}, line 4: 3 columns, expected 2 (sentence1, sentence2)",
         f"{source}, line 5: not UTF-8 (byte 4)",
     ]
-    assert "2 rows; 4 malformed ones were left out" in said.out
+    assert "2 rows; 4 malformed ones were left out" in said.err
 
 
 @pytest.mark.parametrize(
