@@ -1,6 +1,7 @@
 """Parameter-efficient fine-tuning of Flax NNX models: methods, and functions to adapt, save, load and merge.
 
-Importing this package also imports every file of `surm_jax.peft.methods`. This registers their methods in `METHODS`.
+Importing this package also imports every file of `surm_jax.peft.methods` and of its folders. This registers their
+methods in `METHODS`.
 """
 
 from surm_jax.peft.adapt import adapt
@@ -16,16 +17,16 @@ from surm_jax.peft.merge import merge
 from surm_jax.peft.methods.base import METHODS, Method, PartMethod, make_method
 from surm_jax.peft.methods.bottleneck import AdapterDrop, BottleneckBranch
 from surm_jax.peft.methods.branch import Branch
-from surm_jax.peft.methods.circulant import C3A, CirculantBranch, CirculantUpdate
-from surm_jax.peft.methods.hypercomplex import Compacter, KAdaptation, LoKr
-from surm_jax.peft.methods.kronecker import KroneckerBranch, KroneckerUpdate
-from surm_jax.peft.methods.lora import DoRA, LoRA, LoRAFix, RankStabilizedLoRA
-from surm_jax.peft.methods.low_displacement import LowDisplacementBranch, LowDisplacementUpdate
-from surm_jax.peft.methods.mora import MoRA
+from surm_jax.peft.methods.matrices.circulant import C3A, CirculantBranch, CirculantUpdate
+from surm_jax.peft.methods.matrices.hypercomplex import Compacter, KAdaptation, LoKr
+from surm_jax.peft.methods.matrices.kronecker import KroneckerBranch, KroneckerUpdate
+from surm_jax.peft.methods.matrices.lora import DoRA, LoRA, LoRAFix, RankStabilizedLoRA
+from surm_jax.peft.methods.matrices.low_displacement import LowDisplacementBranch, LowDisplacementUpdate
+from surm_jax.peft.methods.matrices.mora import MoRA
+from surm_jax.peft.methods.matrices.structured import StructuredBranch, StructuredUpdate
+from surm_jax.peft.methods.matrices.toeplitz import AsymmetricToeplitzUpdate, ToeplitzBranch, ToeplitzUpdate
 from surm_jax.peft.methods.selections import AttentionOnly, BitFit, Full, LinearProbe, NormTuning, Selection
 from surm_jax.peft.methods.settings import at_least, one_of
-from surm_jax.peft.methods.structured import StructuredBranch, StructuredUpdate
-from surm_jax.peft.methods.toeplitz import AsymmetricToeplitzUpdate, ToeplitzBranch, ToeplitzUpdate
 from surm_jax.peft.methods.update import Update
 from surm_jax.peft.optax_mask import path_mask, train_only
 from surm_jax.peft.owners import adapter_names

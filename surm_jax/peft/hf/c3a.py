@@ -9,7 +9,7 @@ import numpy as np
 from surm_jax.errors import UserError
 from surm_jax.peft.hf.format import Arrays, Format, LayerUpdate, Shapes, by_module
 from surm_jax.peft.hf.settings import Settings
-from surm_jax.peft.methods.circulant import C3A
+from surm_jax.peft.methods.matrices.circulant import C3A
 from surm_jax.peft.methods.update import Update
 from surm_jax.structured import BlockCirculant, Circulant, CirculantPair, StructuredMatrix
 

@@ -10,7 +10,7 @@ import numpy as np
 from surm_jax.errors import UserError
 from surm_jax.peft.hf.format import Arrays, Format, LayerUpdate, Shapes, by_module, tidy
 from surm_jax.peft.hf.settings import Settings
-from surm_jax.peft.methods.hypercomplex import LoKr, balanced_factors
+from surm_jax.peft.methods.matrices.hypercomplex import LoKr, balanced_factors
 from surm_jax.peft.methods.update import Update
 from surm_jax.structured import Kronecker, LowRankKronecker, StructuredMatrix
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from surm_jax.peft.hf.format import Arrays, Format, LayerUpdate, Shapes, by_module, tidy
 from surm_jax.peft.hf.settings import Settings
-from surm_jax.peft.methods.lora import LoRA, RankStabilizedLoRA
+from surm_jax.peft.methods.matrices.lora import LoRA, RankStabilizedLoRA
 from surm_jax.peft.methods.update import Update
 from surm_jax.structured import LowRank, StructuredMatrix
 

@@ -126,7 +126,7 @@ def test_every_method_has_a_docstring_of_its_own_and_settings_with_defaults():
     [(256, 0, (16, 16)), (128, 0, (8, 16)), (127, 0, (1, 127)), (128, 4, (4, 32)), (768, 10, (8, 96)), (12, 9, (3, 4))],
 )
 def test_balanced_factors_are_those_of_peft(size, divisor, factors):
-    from surm_jax.peft.methods.hypercomplex import balanced_factors
+    from surm_jax.peft.methods.matrices.hypercomplex import balanced_factors
 
     assert balanced_factors(size, divisor) == factors
     layer = pytest.importorskip("peft.tuners.lokr.layer", reason="compares with peft: requirements-peers.txt")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from surm_jax.errors import UserError
 from surm_jax.peft.methods.branch import Branch
-from surm_jax.peft.methods.kronecker import kaiming_uniform
+from surm_jax.peft.methods.matrices.kronecker import kaiming_uniform
 from surm_jax.peft.methods.settings import at_least
 from surm_jax.peft.methods.update import Update
 from surm_jax.structured import Kronecker, LowRankKronecker
