@@ -43,6 +43,7 @@ from surm_jax.structured.fit import refine
 from surm_jax.structured.placed import Placed
 from surm_jax.structured.products.execution import EXECUTIONS, Dot, check_execution, matmul, updated_matmul
 from surm_jax.structured.products.fourier import circular_convolve, fast_length, skew_convolve
+from surm_jax.structured.products.rows import rows
 
 __all__ = [
     "EXECUTIONS",
@@ -90,6 +91,7 @@ __all__ = [
     "near_square_factors",
     "numerical_rank",
     "refine",
+    "rows",
     "singular_values",
     "skew_convolve",
     "static",

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from surm_jax.errors import UserError
 from surm_jax.structured.base import TIMES, Piece, StructuredMatrix, matrix_pytree, sum_pieces
@@ -166,6 +166,9 @@ class Sum(Composite):
     def _dense(self) -> Float[Array, "in out"]:
         return functools.reduce(operator.add, (term._dense() for term in self.terms))
 
+    def _rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch out"]:
+        return functools.reduce(operator.add, (term._rows(ids) for term in self.terms))
+
 
 @matrix_pytree
 class Product(Composite):
@@ -220,6 +223,10 @@ class Product(Composite):
 
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         return functools.reduce(lambda x, factor: factor._apply(x), self.factors, x)
+
+    def _rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch out"]:
+        first, *others = self.factors
+        return functools.reduce(lambda x, factor: factor._apply(x), others, first._rows(ids))
 
     def _dense(self) -> Float[Array, "in out"]:
         first, *others = self.factors
@@ -322,6 +329,9 @@ class Scaled(Composite):
 
     def _dense(self) -> Float[Array, "in out"]:
         return self.alpha * self.matrix._dense()
+
+    def _rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch out"]:
+        return self.alpha * self.matrix._rows(ids)
 
 
 def _flattened(

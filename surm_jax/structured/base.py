@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, Typ
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from surm_jax.errors import UserError, did_you_mean
+from surm_jax.structured.products.rows import by_unit_vectors
 
 Matrix = TypeVar("Matrix", bound="StructuredMatrix")
 """Any subclass of `StructuredMatrix`."""
@@ -41,9 +42,9 @@ def static(default: Any = dataclasses.MISSING) -> Any:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))
 def matrix_pytree(cls: type[Matrix]) -> type[Matrix]:
-    """Turn a subclass of `StructuredMatrix` into a frozen dataclass that is registered as a pytree.
+    """Turn a subclass of `StructuredMatrix` into a frozen dataclass that is registered as a pytree (a decorator).
 
-    Use it as a class decorator. Fields declared with `static()` become part of the pytree structure. All other fields
+    Fields declared with `static()` become part of the pytree structure. All other fields
     become children of the pytree, in the order in which the class declares them.
     """
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
@@ -160,14 +161,12 @@ class StructuredMatrix(abc.ABC):
     Instances are frozen pytrees: the arrays are leaves, and static fields, such as the shape, belong to the pytree
     structure. So they can be arguments and results of functions under `jit`, `grad` and `vmap`, and of optimisers. The
     constructor checks the arrays. When JAX unflattens a pytree, it does not call the constructor, so the arrays are not
-    checked. A stack of matrices, such as the result of `jax.vmap` over `init`, has a leading axis in every leaf. Call
-    its methods inside another `jax.vmap`.
+    checked. In a stack of matrices, every leaf has a leading axis: call its methods inside `jax.vmap`.
 
     Parameters keep their own dtype. Products and dense forms are computed in the dtype that `compute_dtype` returns:
     float64 if an operand has it, otherwise float32.
 
-    `A + B`, `A - B`, `A @ B`, `2.0 * A` and `-A` are structured matrices too. They store their operands and no dense
-    matrix (`surm_jax.structured.algebra`).
+    `A + B`, `A - B`, `A @ B`, `2.0 * A` and `-A` are structured matrices too (`surm_jax.structured.algebra`).
     """
 
     # With this attribute, NumPy leaves `number * matrix` to `__rmul__`. Otherwise it would return an object array.
@@ -198,6 +197,10 @@ class StructuredMatrix(abc.ABC):
     @abc.abstractmethod
     def _dense(self) -> Float[Array, "in out"]:
         """Return the dense `M`. The caller has converted all leaves to the same dtype, float32 or float64."""
+
+    def _rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch out"]:
+        """Return rows of `M`, for `surm_jax.structured.rows`. Families with a cheaper way override this method."""
+        return by_unit_vectors(self._apply, self.shape, self._compute_dtype(), ids)
 
     @property
     def small_residuals(self) -> bool:
@@ -248,7 +251,7 @@ class StructuredMatrix(abc.ABC):
     def to_dense(self) -> Float[Array, "in out"]:
         """Return `M` as a dense array of shape (in_features, out_features), in float32 or float64.
 
-        It serves to merge `M` into a kernel, to inspect `M`, and to test other methods.
+        It serves to merge `M` into a kernel, and to inspect `M`.
         """
         return self._astype(self._compute_dtype())._dense()
 

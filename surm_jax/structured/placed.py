@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Self
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from surm_jax.errors import UserError
 from surm_jax.structured.algebra import Composite
@@ -70,3 +70,9 @@ class Placed(Composite):
         (row, column), (rows, columns) = self.offset, self.matrix.shape
         m, n = self.shape
         return jnp.pad(self.matrix._dense(), [(row, m - row - rows), (column, n - column - columns)])
+
+    def _rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch out"]:
+        (row, column), (rows, columns) = self.offset, self.matrix.shape
+        found = self.matrix._rows(jnp.clip(ids - row, 0, rows - 1))
+        found = jnp.where(((ids >= row) & (ids < row + rows))[..., None], found, 0)
+        return jnp.pad(found, [(0, 0)] * ids.ndim + [(column, self.shape[1] - column - columns)])

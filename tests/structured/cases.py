@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from surm_jax.errors import UserError
-from surm_jax.structured import Family, StructuredMatrix
+from surm_jax.structured import Family, StructuredMatrix, rows
 from tests.speeds import fast
 
 # For each dtype, the largest relative error that `assert_close` accepts. It is measured in the Frobenius norm.
@@ -134,6 +134,13 @@ class MatrixContract:
         for x, y in zip(inputs, outputs, strict=True):
             assert y.dtype == jnp.float64
             assert_close(y, x @ M)
+
+    @pytest.mark.usefixtures("x64")
+    @pytest.mark.parametrize("shape", fast(SMALL, (5, 12)), ids=str)
+    def test_rows(self, shape):
+        matrix, M = self.create(shape)
+        ids = np.random.default_rng(1).integers(0, shape[0], (2, 5))
+        assert_close(jax.jit(rows)(matrix, ids), M[ids])
 
     @pytest.mark.parametrize("shape", fast([(1, 1), (3, 3), (768, 768), (768, 501)], (3, 3)), ids=str)
     def test_apply_in_float32(self, shape):

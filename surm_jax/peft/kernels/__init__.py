@@ -1,6 +1,6 @@
 """What modules multiply by: one file for each kind of kernel. Importing this package registers all of them."""
 
-from surm_jax.peft.kernels import einsum, linear
+from surm_jax.peft.kernels import conv, einsum, embed, linear
 from surm_jax.peft.kernels.base import KINDS, AdaptedLayer, Kernel, Kind, check_product, check_slots, kernel_of, kind_of
 
 __all__ = [
@@ -10,7 +10,9 @@ __all__ = [
     "Kind",
     "check_product",
     "check_slots",
+    "conv",
     "einsum",
+    "embed",
     "kernel_of",
     "kind_of",
     "linear",

@@ -188,9 +188,14 @@ def probed_kernels() -> Iterator[None]:
         _PROBED.reset(token)
 
 
+def probing() -> bool:
+    """Return whether the call is within a `probed_kernels` block."""
+    return _PROBED.get()
+
+
 def probed(kernel: Array) -> Array:
     """Return a kernel, which is a constant for derivatives within a `probed_kernels` block."""
-    return jax.lax.stop_gradient(kernel) if _PROBED.get() else kernel
+    return jax.lax.stop_gradient(kernel) if probing() else kernel
 
 
 def kernel_parts(module: nnx.Module) -> list[KernelPart]:
@@ -210,6 +215,8 @@ class Product:
         dot: The same product for vectors and one matrix.
         unfold: A linear function that is applied to the inputs before the contraction, such as that which returns the
             patches of an image.
+        divide: A function that returns an output with its groups of features on an axis of their own.
+        join: The inverse of `divide`.
         execution: The execution that replaces `auto`, if another one is known to be the better choice.
     """
 
@@ -218,6 +225,8 @@ class Product:
     multiply: Callable[[Array, Array], Array]
     dot: Dot
     unfold: Callable[[Array], Array] = lambda x: x
+    divide: Callable[[Array], Array] = lambda y: y
+    join: Callable[[Array], Array] = lambda y: y
     execution: str = "auto"
 
     def vectors(self, x: Float[Array, "..."]) -> Float[Array, "... in"]:
@@ -226,7 +235,7 @@ class Product:
 
     def outputs(self, y: Float[Array, "... out"]) -> Float[Array, "..."]:
         """Return vectors of output features in the form of the module's output."""
-        return self.contraction.outputs(y, self.layout.divided or self.layout.shape)
+        return self.join(self.contraction.outputs(y, self.layout.divided or self.layout.shape))
 
     def adapted(self, parts: list[KernelPart], x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Array:
         """Return the product of inputs and a kernel, plus the terms of all parts."""
@@ -250,7 +259,7 @@ class Product:
         if others:
             # These parts get the product with the frozen kernel, without the terms of other adapters, as in training.
             frozen = self.multiply(x, kernel)
-            arrays = self.vectors(x), self.contraction.results(frozen), matrix
+            arrays = self.vectors(x), self.contraction.results(self.divide(frozen)), matrix
             terms = [
                 self.outputs(over_stack(lambda part, *arrays: part.added(*arrays, self.dot), part, *arrays))
                 for part in others

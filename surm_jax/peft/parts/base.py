@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from surm_jax.errors import UserError
 from surm_jax.paths import join
@@ -200,6 +200,22 @@ class KernelPart(Part):
     def _added(self, x: Array, y: Array, kernel: Array, dot: Dot) -> Array:
         """Return the term of `added` before it is multiplied by the scale, in any floating dtype."""
         raise NotImplementedError
+
+    def rows(
+        self, ids: Int[Array, "*batch"], y: Float[Array, "*batch out"], kernel: Float[Array, "in out"]
+    ) -> Float[Array, "*batch out"]:
+        """Return the term that the part adds to rows of the kernel, such as the embeddings of tokens.
+
+        Args:
+            ids: The numbers of the rows.
+            y: The rows of the frozen kernel. The result has their dtype.
+            kernel: The frozen kernel as a matrix.
+        """
+        return _scaled(self.scale, self._rows(ids, y, kernel)).astype(y.dtype)
+
+    def _rows(self, ids: Array, y: Array, kernel: Array) -> Array:
+        """Return the term of `rows` before it is multiplied by the scale. By default, it forms the dense change."""
+        return self._change(kernel)[ids]
 
 
 class OutputPart(Part):

@@ -26,6 +26,7 @@ from surm_jax.structured import (
     check_execution,
     matmul,
     refine,
+    rows,
 )
 
 
@@ -154,6 +155,13 @@ class UpdatePart(StoredMatrix, KernelPart):
     def _added(self, x: Array, y: Array, kernel: Array, dot: Dot) -> Array:
         return self._moved(x, self.matrix(), dot).astype(y.dtype)
 
+    def _rows(self, ids: Array, y: Array, kernel: Array) -> Array:
+        return self._moved_rows(ids, self.matrix()).astype(y.dtype)
+
+    def _moved_rows(self, ids: Array, matrix: StructuredMatrix) -> Array:
+        # The input of the part is a unit vector for each token, of which dropout keeps or drops the one.
+        return drop(jnp.ones((*ids.shape, 1), jnp.float32), self.dropout) * rows(matrix, ids)
+
     def _moved(self, x: Array, matrix: StructuredMatrix, dot: Dot) -> Array:
         return matmul(drop(x, self.dropout), matrix, execution=self.execution, dot=dot)
 
@@ -207,6 +215,11 @@ class NormalizedPart(UpdatePart):
     def _added(self, x: Array, y: Array, kernel: Array, dot: Dot) -> Array:
         matrix = self.matrix()
         moved = self._moved(x, matrix, dot).astype(y.dtype)
+        return _gained(self._gain(kernel, matrix.to_dense()), y, y + moved)
+
+    def _rows(self, ids: Array, y: Array, kernel: Array) -> Array:
+        matrix = self.matrix()
+        moved = self._moved_rows(ids, matrix).astype(y.dtype)
         return _gained(self._gain(kernel, matrix.to_dense()), y, y + moved)
 
     def _gain(self, kernel: Float[Array, "in out"], dense: Float[Array, "in out"]) -> Float[Array, "out"]:

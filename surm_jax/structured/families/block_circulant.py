@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from surm_jax.devices.batch import batch_local
 from surm_jax.errors import UserError
@@ -152,6 +152,12 @@ class BlockCirculant(Family):
         b, twice = self.block, jnp.concatenate([self.c, self.c], axis=-1)
         rows = jax.vmap(lambda i: jax.lax.dynamic_slice_in_dim(twice, b - i, b, axis=-1), out_axes=1)(jnp.arange(b))
         return rows.reshape(self.shape)
+
+    def _rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch out"]:
+        b = self.block
+        shifted = -jnp.subtract.outer(ids % b, jnp.arange(b)) % b
+        blocks = jnp.take_along_axis(self.c[ids // b], shifted[..., None, :], axis=-1)
+        return blocks.reshape(*ids.shape, self.shape[1])
 
 
 @batch_local

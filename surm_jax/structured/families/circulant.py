@@ -14,7 +14,7 @@ from typing import Self
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Complex, DTypeLike, Float, PRNGKeyArray
+from jaxtyping import Array, Complex, DTypeLike, Float, Int, PRNGKeyArray
 
 from surm_jax.structured.base import Piece, checked_shape, compute_dtype, static
 from surm_jax.structured.families.base import Family, LinearInVector, checked_dense, family, scaled_normal
@@ -76,6 +76,9 @@ class Circulant(LinearInVector):
 
     def _dense(self) -> Float[Array, "in out"]:
         return from_wrapped_diagonals(self.c, self.shape)
+
+    def _rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch out"]:
+        return self.c[-jnp.subtract.outer(ids, jnp.arange(self.shape[1])) % self.c.size]
 
 
 @family
@@ -167,6 +170,9 @@ class CirculantPair(Family):
 
     def _dense(self) -> Float[Array, "in out"]:
         return self.compact()._dense()
+
+    def _rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch out"]:
+        return self.compact()._rows(ids)
 
 
 def _reverse(c: Float[Array, " N"]) -> Float[Array, " N"]:

@@ -4,7 +4,7 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from surm_jax.errors import UserError
 from surm_jax.structured.base import checked_shape
@@ -82,3 +82,6 @@ class Dense(Family):
 
     def _dense(self) -> Float[Array, "in out"]:
         return self.W
+
+    def _rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch out"]:
+        return self.W[ids]

@@ -99,6 +99,45 @@ KINDS = {
     "lora_linear": KindCase(
         lambda rngs: nnx.LoRALinear(6, 4, lora_rank=1, rngs=rngs), (2, 6), (6, 4), lambda m: m
     ),
+    "conv": KindCase(
+        lambda rngs: nnx.Conv(3, 4, (3, 3), strides=2, padding="CIRCULAR", rngs=rngs),
+        (2, 5, 6, 3),
+        (27, 4),
+        lambda m: m.reshape(3, 3, 3, 4),
+    ),
+    "conv_point": KindCase(
+        lambda rngs: nnx.Conv(6, 4, (1, 1), rngs=rngs), (2, 3, 3, 6), (6, 4), lambda m: m.reshape(1, 1, 6, 4)
+    ),
+    "conv_causal": KindCase(
+        lambda rngs: nnx.Conv(2, 4, 3, padding="CAUSAL", kernel_dilation=2, rngs=rngs),
+        (2, 3, 7, 2),
+        (6, 4),
+        lambda m: m.reshape(3, 2, 4),
+    ),
+    "conv_padded": KindCase(
+        lambda rngs: nnx.Conv(2, 4, (2, 3), padding=((0, 1), (2, 1)), input_dilation=2, use_bias=False, rngs=rngs),
+        (3, 4, 2),
+        (12, 4),
+        lambda m: m.reshape(2, 3, 2, 4),
+    ),
+    "conv_groups": KindCase(
+        lambda rngs: nnx.Conv(4, 6, (3,), feature_group_count=2, rngs=rngs),
+        (2, 7, 4),
+        (2, 6, 3),
+        lambda m: m.reshape(2, 3, 2, 3).transpose(1, 2, 0, 3).reshape(3, 2, 6),
+    ),
+    "embed": KindCase(
+        lambda rngs: nnx.Embed(6, 4, rngs=rngs), (3, 5), (6, 4), lambda m: m, parameter="embedding", tokens=6
+    ),
+    "embed_tied": KindCase(
+        lambda rngs: nnx.Embed(6, 4, rngs=rngs),
+        (3, 5),
+        (6, 4),
+        lambda m: m,
+        parameter="embedding",
+        call=lambda module, x: module.attend(jnp.tanh(module(x))),
+        tokens=6,
+    ),
     "stacked": KindCase(
         stack(lambda rngs: nnx.Linear(6, 6, rngs=rngs), 3), (2, 6), (3, 6, 6), lambda m: m, call=scanned
     ),

@@ -29,7 +29,8 @@ from tests.peft.cases import UPDATES
 from tests.peft.kernels.kinds import KINDS
 from tests.peft.models import TOLERANCES, perturb, relative_error, same_bits
 
-QUICK = {("linear", "lora"), ("einsum", "circulant"), ("einsum_batch", "dora"), ("general_batch", "lora"),
+QUICK = {("linear", "lora"), ("einsum", "circulant"), ("conv", "lora"), ("conv_groups", "dora"),
+         ("embed", "lora"), ("embed_tied", "dora"), ("einsum_batch", "dora"), ("general_batch", "lora"),
          ("stacked", "circulant"), ("stacked_einsum", "dora")}  # fmt: skip
 METHODS = sorted(UPDATES)
 EVERY = [
@@ -140,6 +141,25 @@ def test_converting_is_exact_where_the_rank_suffices(kind):
     other, _, errors = convert(model, adapter, type(UPDATES["lora"].method)(rank=min(case.matrix[-2:])))
     assert errors[""] < 1e-5
     assert relative_error(case.call(other, x), case.call(model, x)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["conv", "conv_causal"])
+def test_patches_and_one_convolution_give_the_same(kind):
+    case, x = KINDS[kind], KINDS[kind].x()
+    model, adapter = adapted(kind, "circulant")
+    model = perturb(model, adapter)
+    for execution in ("fft", "dense", "fused"):
+        other, _ = adapt(case.module(), adapter.rules, execution=execution, rngs=nnx.Rngs(0))
+        nnx.update(other, nnx.state(model))
+        assert relative_error(other(x), model(x)) <= TOLERANCES["float32"]
+
+
+def test_a_table_of_embeddings_gives_what_its_class_gives_for_unusual_numbers():
+    model, adapter = adapted("embed", "lora")
+    model = perturb(model, adapter)
+    rows = model(jnp.arange(6))
+    np.testing.assert_array_equal(model(jnp.array([-1, 2])), rows[jnp.array([5, 2])])
+    assert np.isnan(model(jnp.array([6]))).all()
 
 
 def test_a_rule_with_parts_gives_each_part_of_a_fused_kernel_its_own_matrix():

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from surm_jax.devices.batch import batch_local
 from surm_jax.errors import UserError
@@ -179,6 +179,11 @@ class Kronecker(Family):
 
     def _dense(self) -> Float[Array, "in out"]:
         return jnp.einsum("kab,kcd->acbd", self.A, self.B, precision=jax.lax.Precision.HIGHEST).reshape(self.shape)
+
+    def _rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch out"]:
+        A, B = self.A[:, ids // self.B.shape[1]], self.B[:, ids % self.B.shape[1]]
+        found = jnp.einsum("k...b,k...d->...bd", A, B, precision=jax.lax.Precision.HIGHEST)
+        return found.reshape(*ids.shape, self.shape[1])
 
 
 def factor_piece(name: str, k: int, terms: int) -> Piece:

@@ -4,7 +4,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from surm_jax.errors import UserError
 from surm_jax.structured.base import TIMES, Piece, checked_shape
@@ -135,6 +135,9 @@ class LowRank(Family):
 
     def _dense(self) -> Float[Array, "in out"]:
         return jnp.matmul(self.down, self.up, precision=jax.lax.Precision.HIGHEST)
+
+    def _rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch out"]:
+        return jnp.matmul(self.down[ids], self.up, precision=jax.lax.Precision.HIGHEST)
 
 
 def _check_rank(rank: int, shape: tuple[int, int]) -> None:

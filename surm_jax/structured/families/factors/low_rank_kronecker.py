@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from surm_jax.errors import UserError
 from surm_jax.structured.base import TIMES, Piece, StructuredMatrix, checked_shape, sum_pieces
@@ -224,6 +224,9 @@ class LowRankKronecker(Family):
 
     def _dense(self) -> Float[Array, "in out"]:
         return self._kronecker()._dense()
+
+    def _rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch out"]:
+        return self._kronecker()._rows(ids)
 
 
 def _checked_sizes(shape: tuple[int, int], rank: int, terms: int, factor_shapes: FactorShapes | None) -> FactorShapes:
