@@ -1,14 +1,12 @@
 """The execution of a model's transformer blocks inside the compiled training or evaluation step.
 
-If JAX traces a Python loop over the blocks, the compiled program grows with the number of blocks. If several equal
-blocks run in `jax.lax.scan`, the code of a block is compiled only once. The scan needs the weights of these blocks as
-arrays that are stacked along a new first axis. For example, if the query kernel of each of 12 blocks has the shape
-(768, 768), the stacked kernel has the shape (12, 768, 768). Each iteration of the scan runs the block with one slice
-along the first axis.
+If JAX traces a Python loop over the blocks, the compiled program grows with the number of blocks. `jax.lax.scan`
+compiles the code of equal blocks only once. It needs their weights stacked along a new first axis: the query kernels of
+12 blocks, of shape (768, 768), become one array of shape (12, 768, 768). Each iteration runs the block with one slice.
 
-If the device mesh has more than one device along its axis `fsdp`, the large weights of the frozen base model are
-sharded over these devices. Every block then gathers its own weights just before it uses them, in the forward pass and
-again in the backward pass. Thus no device needs to hold the complete weights of more than one block at a time.
+If the device mesh has several devices along its axis `fsdp`, the large weights of the frozen base model are sharded
+over them. Every block then gathers its own weights just before it uses them, in the forward and in the backward pass.
+Thus no device needs to hold the complete weights of more than one block at a time.
 """
 
 import functools
@@ -28,7 +26,7 @@ from surm_jax.peft.parts.dropout import keys_drawn, set_keys_drawn
 
 
 class Stack(nnx.Module):
-    """A module that holds several equal blocks, whose arrays are stacked.
+    """Several equal blocks in one module, with stacked arrays.
 
     Attributes:
         stacked: A block whose arrays have an additional first axis of length `depth`. Slice `i` along this axis holds
@@ -41,15 +39,12 @@ class Stack(nnx.Module):
 
 
 class StepBlocks(Blocks):
-    """The blocks of a model as the compiled training and evaluation steps run them.
-
-    Each item of this list is a single block, or a `Stack` of equal neighbouring blocks.
-    """
+    """A model's list of blocks as the compiled steps run it: each item is a block, or a `Stack` of equal neighbours."""
 
     def run(self, x: Any, *arguments: Any, keys: jax.Array | None, remat: str, every: bool) -> tuple[Any, ...]:
-        """Run all blocks in order, with the arguments and the results of `Blocks.run`.
+        """Run all blocks in order. The results are those of `surm_jax.models.layers.Blocks.run` up to rounding.
 
-        Every block gets the same dropout key as in `Blocks.run`. The results are the same up to rounding.
+        The arguments and the dropout keys are the same, too.
         """
         states: list[Any] = [x]
         first = 0
@@ -77,10 +72,7 @@ def _scan(
     remat: str,
     every: bool,
 ) -> list[Any]:
-    """Run the blocks of a stack in one `jax.lax.scan`.
-
-    The result holds the output of every block if `every` is true. Otherwise it holds only the output of the last block.
-    """
+    """Run the blocks of a stack in one `jax.lax.scan`, and return the output of every block or only of the last one."""
     graphdef, arrays = nnx.split(stacked)
     # Use a rematerialisation policy even if remat is "none". Without one, JAX would keep the gathered weights of all
     # blocks for the backward pass.
@@ -105,9 +97,8 @@ def _scan(
 def _call(block: nnx.Module, drawn: jax.Array | None, *arguments: jax.Array | None) -> tuple:
     """Return `(block(*arguments), drawn)`. If the block's weights are sharded over devices, gather them first.
 
-    `drawn` is the number of dropout keys that adapters have drawn so far in this forward pass
-    (`surm_jax.peft.parts.dropout.keys_drawn`). The function takes and returns it, because a value that is traced inside
-    `jax.lax.scan` or `jax.checkpoint` cannot be used outside.
+    `drawn` counts the dropout keys that adapters have drawn in this forward pass. It is passed through, because a value
+    that is traced inside `jax.lax.scan` or `jax.checkpoint` cannot be used outside.
     """
     if _is_split():
         graphdef, arrays = nnx.split(block)
@@ -122,17 +113,16 @@ def _is_split() -> bool:
 
 
 def runs_of(blocks: Blocks, kind_of: Callable[[tuple], Hashable]) -> list[int]:
-    """Return the length of every sequence of equal neighbouring blocks, in order. The sum is the number of blocks.
+    """Count how many neighbouring blocks are equal, so that they can be stacked.
 
-    For example, the result `[1, 11]` means that the first of 12 blocks differs from the others, which are all equal.
-    Two blocks are equal if they have the same structure, if their variables have the same shapes and dtypes, and if
-    `kind_of` returns the same value for variables with the same path in the block.
+    The result `[1, 11]` means that the first of 12 blocks differs from the others, which are all equal. Two blocks are
+    equal if they have the same structure, if their variables have the same shapes and dtypes, and if `kind_of` returns
+    the same value for them.
 
     Args:
         blocks: The blocks of a model.
-        kind_of: A function that classifies a variable, for example by its optimiser group. Its argument is a tuple that
-            begins with the index of the block and continues with the path of the variable in the block, such as
-            `(3, "attention", "query", "kernel")`.
+        kind_of: A function from a variable to its kind, for example its optimiser group. Its argument is the index of
+            the block and the path of the variable in it, such as `(3, "attention", "query", "kernel")`.
     """
 
     def signature(index: int) -> Hashable:
@@ -146,13 +136,12 @@ def runs_of(blocks: Blocks, kind_of: Callable[[tuple], Hashable]) -> list[int]:
 def as_parts(blocks: Blocks, runs: Sequence[int]) -> StepBlocks:
     """Replace each sequence of equal neighbouring blocks with a `Stack`, and return the result as `StepBlocks`.
 
-    The arrays of the original blocks are deleted as soon as they are copied into a stack, so that the device memory
-    never holds all blocks twice.
+    The arrays of the original blocks are deleted as soon as they are copied, so that the device never holds all blocks
+    twice.
 
     Args:
         blocks: The blocks of a model.
-        runs: The lengths of the sequences of equal blocks, as `runs_of` returns them. A sequence of length 1 stays a
-            single block.
+        runs: The lengths of the sequences, as `runs_of` returns them. A sequence of length 1 stays a single block.
     """
     ends = itertools.accumulate(runs)
     members = [blocks[end - depth : end] for end, depth in zip(ends, runs, strict=True)]
@@ -160,9 +149,9 @@ def as_parts(blocks: Blocks, runs: Sequence[int]) -> StepBlocks:
 
 
 def as_blocks(parts: StepBlocks) -> Blocks:
-    """Divide all stacks into single blocks again. This is the inverse of `as_parts`.
+    """Turn all stacks into single blocks again. This is the inverse of `as_parts`.
 
-    The arrays of a stack are copied to host memory before they are divided, so that this takes no device memory.
+    The arrays of a stack are first copied to host memory, so that no device memory is needed.
     """
     return Blocks(block for part in parts for block in (_unstacked(part) if isinstance(part, Stack) else [part]))
 

@@ -1,11 +1,11 @@
-"""The configuration of a run: the meaning, the default value, the unit and the allowed values of every key.
+"""The configuration of a run: what every key means, its default, its unit and its allowed values.
 
-The keys of `config.model` and `config.data` are documented in `surm_jax/tasks/config.py`, all other keys here. A file
-in `configs/` starts from `base_config()`, which holds these defaults, and changes some of them. On the command line,
+The keys of `config.model` and `config.data` are in `surm_jax/tasks/config.py`, all others here. A file in `configs/`
+starts from `base_config()`, which holds these defaults, and changes some of them. On the command line,
 `--config.optim.steps=100` overrides the key `steps` of `OptimConfig`.
 
-`surm_jax.training.parsing` checks a configuration once and turns it into these frozen dataclasses. All other code
-reads only the dataclasses.
+`surm_jax.training.parsing` checks a configuration and turns it into these frozen dataclasses, which all other code
+reads.
 """
 
 import dataclasses
@@ -56,9 +56,8 @@ class RuleConfig:
 class PeftConfig:
     """The section `config.peft`: which layers are adapted, and with which method.
 
-    The field `methods` holds the settings of every method, by the name of the method. It is not a key of the
-    configuration. There, the settings of each method are a section of `config.peft`, as in
-    `--config.peft.lora.rank=4`.
+    The field `methods` holds the settings of every method, by its name. In a configuration these settings are sections
+    of `config.peft`, as in `--config.peft.lora.rank=4`.
     """
 
     # The method, such as "circulant", "lora", "linear_probe" or "full". docs/methods.md lists all methods and their
@@ -173,8 +172,7 @@ class OptimConfig:
 class LogConfig:
     """The section `config.log`: how often a run logs metrics, evaluates the model and saves a checkpoint.
 
-    The unit is steps. A run does each of the three at its last step in any case. The value 0 means only at the last
-    step.
+    The values are numbers of steps. A run does each of the three also at its last step, and with 0 only then.
     """
 
     # Number of steps from one log entry to the next. An entry holds the training loss, the training accuracy (only for
@@ -248,12 +246,10 @@ class RunConfig:
 
 
 def with_steps(config: RunConfig, examples: int) -> RunConfig:
-    """Return the configuration with `optim.steps` set to the number of updates that `optim.epochs` takes.
+    """Return the configuration with `optim.steps` computed from `optim.epochs`, unless that is 0.
 
-    That number is `epochs * examples / data.batch_size`, rounded up, where `examples` is the number of training
-    examples. If `optim.epochs` is 0, the configuration is returned unchanged.
-
-    With the default batch size of 64, 1.5 passes over 100 examples are 150 / 64 = 2.3 batches, and thus 3 updates:
+    The number of steps is `epochs * examples / data.batch_size`, rounded up, where `examples` is the number of training
+    examples. With the default batch size of 64, 1.5 passes over 100 examples are 150 / 64 = 2.3 batches, thus 3 steps:
 
     >>> config = dataclasses.replace(RunConfig(), optim=OptimConfig(epochs=1.5))
     >>> with_steps(config, examples=100).optim.steps

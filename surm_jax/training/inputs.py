@@ -1,4 +1,7 @@
-"""What a run reads, and how it is compared with the record of the run."""
+"""List the files and settings that a run reads, and compare them with what the run read at its first start.
+
+A run must not go on with other data. So its first start records what it reads (`surm_jax.record.inputs`).
+"""
 
 import dataclasses
 import sys
@@ -26,7 +29,7 @@ from surm_jax.training.setup import Job, prepare
 
 
 def inputs_of(job: Job) -> Inputs:
-    """Return everything that a job reads, as `surm_jax.record.inputs` records it."""
+    """Return everything that a run reads, in the form that `surm_jax.record.inputs` records."""
     task = job.task
     files = tuple(getattr(task.dataset, "files", ()))
     # A data set that is not read from files is part of a package or made by a plugin.
@@ -40,7 +43,7 @@ def inputs_of(job: Job) -> Inputs:
 
 
 def inputs_without_data(config: RunConfig, kind: type[Task], geometry: Any, checkpoint: Path | None) -> Inputs:
-    """Return what a run reads besides data and weights: the plugins, the model's settings, and the tokenizer.
+    """Return what a run reads in addition to data and weights: plugins, the model's settings, and the tokenizer.
 
     Args:
         config: The configuration of the run.
@@ -61,7 +64,7 @@ def inputs_without_data(config: RunConfig, kind: type[Task], geometry: Any, chec
 
 
 def require_same_inputs(workdir: Path, job: Job) -> None:
-    """Check that a job reads what the run in a folder has read.
+    """Check that a job would read the same as the run in a folder has read.
 
     Raises:
         UserError: Something differs, or the run has no record.
@@ -70,13 +73,13 @@ def require_same_inputs(workdir: Path, job: Job) -> None:
 
 
 def record_inputs(workdir: Path, job: Job, tree: Mapping[str, Any]) -> None:
-    """Compare what a job reads with the record of its run, and write the record and the configuration.
+    """Compare what a run reads with its record, then write the record and the configuration.
 
     Every process compares what it reads itself with the record of the first process.
 
     Args:
         workdir: The folder of the run.
-        job: The job.
+        job: The checked configuration, with the loaded data.
         tree: The configuration of the run, as nested dictionaries.
 
     Raises:
@@ -88,10 +91,10 @@ def record_inputs(workdir: Path, job: Job, tree: Mapping[str, Any]) -> None:
 
 
 def check_complete(workdir: Path, config: RunConfig, seed: int) -> None:
-    """Check that the result of a complete run is that of the data and weights that a configuration names now.
+    """Check that a complete run has read the data and weights that a configuration names now.
 
-    If the configuration names the places that the run has read, only the content of the files is compared. Otherwise
-    the data is loaded, and the new places are recorded.
+    Only the content of the files is compared if the configuration names the same data set and folder as the run.
+    Otherwise the data is loaded, and the new places are recorded.
 
     Raises:
         UserError: The run has read something else.

@@ -5,8 +5,8 @@ training step, makes the steps, and writes the result. Every step updates the pa
 also evaluate the model or save a checkpoint (`config.log`). An interrupted run that is resumed gives bit for bit the
 same result as an uninterrupted one.
 
-`surm_jax.training.run` defines the two objects that most functions here take: a `Run` holds what stays the same during
-training, and a `Position` holds what changes from step to step.
+Most functions here take two objects of `surm_jax.training.run`: a `Run` holds what stays the same during training, and
+a `Position` holds what changes from step to step.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ Shape = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class Records(NamedTuple):
-    """The three objects through which a run writes its metrics, its progress and its checkpoints while it trains."""
+    """The writers of metrics, progress and checkpoints that a run uses while it trains."""
 
     writer: MetricWriter
     progress: Progress
@@ -97,7 +97,7 @@ def _result_if_complete(workdir: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _last_checkpoint_named(workdir: Path) -> Iterator[None]:
-    """Add the name of the last good checkpoint to the message of a `NotFiniteError` that the block raises."""
+    """If the `with` block raises a `NotFiniteError`, add the name of the last good checkpoint to its message."""
     try:
         yield
     except NotFiniteError as error:
@@ -105,10 +105,10 @@ def _last_checkpoint_named(workdir: Path) -> Iterator[None]:
 
 
 def restore(run: Run, position: Position) -> Checkpoints:
-    """Open the run's folder of checkpoints, and return its `Checkpoints`.
+    """Open the run's folder of checkpoints. If it holds any, set `position` to the state of the last one.
 
-    If the folder holds checkpoints, `position` gets the state, the place in the data, the working time and the score of
-    the last one.
+    Returns:
+        The opened folder.
 
     Raises:
         UserError: A checkpoint is damaged, or belongs to another run or base model.
@@ -164,7 +164,7 @@ def compile_steps(run: Run, state: TrainState, progress: Progress) -> dict[Shape
     """Compile the training step once for each batch shape that occurs, and print how long each compilation took.
 
     Returns:
-        A dictionary from the shape of a batch (`_shape_of`) to the compiled step for such batches.
+        The compiled steps, each with the shape of its batches as the key (see `_shape_of`).
     """
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
     rates, compiled = run.programs.rates.before(step=1), {}
@@ -205,10 +205,7 @@ def save(run: Run, position: Position, records: Records, score: float | None) ->
 
 
 def _score(run: Run, position: Position, records: Records) -> float | None:
-    """Evaluate the model, and return the score that the checkpoint of this step gets.
-
-    The score is the task's first metric. If a signal interrupts the evaluation, the score is None.
-    """
+    """Evaluate the model, and return the task's first metric. Return None if a signal interrupts the evaluation."""
     try:
         return evaluate_while_training(run, position, records)
     except InterruptedRunError:
@@ -263,9 +260,9 @@ def _evaluate(run: Run, state: TrainState, split: str) -> dict[str, float]:
 
 
 def _model_on_first(run: Run, state: TrainState) -> Any:
-    """Return the trained model in the first process, and None in the other processes.
+    """Return the trained model, with single blocks, in the first process, and None in the other processes.
 
-    The blocks of the returned model are not stacked. Collective: call it from every process.
+    Collective: call it from every process.
     """
     arrays = tree_on_first((state.trained, run.model.frozen))
     return None if arrays is None else run.model.partition.model(*arrays)
@@ -308,10 +305,9 @@ def _due(run: Run, step: int, every: int) -> bool:
 
 
 def _rates_of(run: Run, position: Position) -> Callable[[int], dict[str, float]]:
-    """Return a function that takes a step and returns the values to log in addition to the step's metrics.
+    """Return a function from a step to the values that are logged in addition to its metrics.
 
-    They are the learning rate of each parameter group at that step, and the number of training examples per second so
-    far, if it is known.
+    They are the learning rate of each parameter group and, if it is known, the number of examples per second.
     """
 
     def rates(step: int) -> dict[str, float]:
@@ -324,5 +320,5 @@ def _rates_of(run: Run, position: Position) -> Callable[[int], dict[str, float]]
 
 
 def _shape_of(batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> Shape:
-    """Return the names and shapes of a batch's arrays. `compile_steps` uses them as the key of the compiled program."""
+    """Return the names and shapes of a batch's arrays, as the key of the step that is compiled for such batches."""
     return tuple((name, part.shape) for name, part in sorted(batch.items()))

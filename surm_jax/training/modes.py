@@ -106,8 +106,8 @@ def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[
 def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
     """Merge the adapter of every seed of a run into the weights of the base model, and write the merged models.
 
-    For each seed, this prints the largest rounding error of the merged kernels, and the largest difference between the
-    logits of the merged and the adapted model on one batch of test examples.
+    For each seed, two differences are printed: the largest rounding error of the merged kernels, and the largest
+    difference between the logits of the merged and the adapted model on one batch of test examples.
 
     Args:
         workdir: The folder of the run.
@@ -139,11 +139,10 @@ def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
 def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[Path]:
     """Export the trained model or adapter of every seed in the format of a Hugging Face library.
 
-    The form "hf" writes the merged model to `<folder of the seed>/hf`, from which `from_pretrained` of the library
-    transformers loads it. The form "peft" writes the adapter to `<folder of the seed>/peft`, from which
-    `PeftModel.from_pretrained` of the library peft loads it onto the base model. Each folder is then loaded again with
-    surm_jax, and the logits of the loaded model are compared with those of the adapted model on one batch of test
-    examples. The largest difference is printed.
+    With the form "hf", the library transformers can load the merged model from `<folder of the seed>/hf`. With the form
+    "peft", the library peft can load the adapter from `<folder of the seed>/peft` onto the base model. Each folder is
+    loaded again with surm_jax, and the largest difference between its logits and those of the adapted model, on one
+    batch of test examples, is printed.
 
     Args:
         workdir: The folder of the run.
@@ -213,7 +212,7 @@ def predict_run(workdir: Path, overrides: Mapping[str, Any], source: Path, targe
 
 
 def _require_target(target: Path, source: Path) -> None:
-    """Check, before predictions are computed, that `target` is a path to which they can be written.
+    """Check, before anything is computed, that predictions can be written to the path `target`.
 
     Raises:
         UserError: The folder of `target` does not exist, `target` is itself a folder or write-protected, or `target` is
@@ -230,12 +229,12 @@ def _require_target(target: Path, source: Path) -> None:
 
 
 def _answers(config: RunConfig, workdir: Path, outputs: int, questions: Questions) -> np.ndarray:
-    """Return the logits of all new examples, in the order of the examples.
+    """Run the trained model of a run on new examples, and return its logits in the order of the examples.
 
     Args:
         config: The configuration of the run.
         workdir: The folder of the run.
-        outputs: Number of outputs of the model.
+        outputs: The number of outputs of the model.
         questions: The new examples.
 
     Returns:
@@ -277,7 +276,7 @@ def _seed_folders(config: RunConfig, workdir: Path) -> Iterator[tuple[int, Path]
 
 
 def _complete_folders(config: RunConfig, workdir: Path) -> list[tuple[int, Path]]:
-    """Return every seed with its folder, after checking that its run is complete.
+    """Return every seed with the folder of its run.
 
     Raises:
         UserError: The run of a seed is not complete.
@@ -289,7 +288,7 @@ def _complete_folders(config: RunConfig, workdir: Path) -> list[tuple[int, Path]
 
 
 def _prepared(config: RunConfig, seed: int, folder: Path) -> Job:
-    """Return the job of a complete run, after checking that it reads what the run has read.
+    """Load the data for a complete run, and check that it and the weights are still what the run has read.
 
     Raises:
         UserError: Something differs, or cannot be read.
@@ -300,7 +299,7 @@ def _prepared(config: RunConfig, seed: int, folder: Path) -> Job:
 
 
 def _load_adapted(job: Job, folder: Path) -> tuple[nnx.Module, nnx.Module, Adapter]:
-    """Return the base model of a run, the same model with the saved adapter added, and the `Adapter`."""
+    """Load the saved adapter of a run. Return the base model, the adapted model, and the `Adapter`."""
     base = job.base_model()
     return base, *load_adapter(folder / ADAPTER_NAME, base, execution=job.config.peft.execution)
 
@@ -325,6 +324,6 @@ def _logits(job: Job, model: nnx.Module, batch: dict[str, np.ndarray]) -> np.nda
 
 
 def _jitted(model: nnx.Module, forward: Forward) -> tuple[nnx.State, Any]:
-    """Return the state of a model, and a jitted function `(state, batch) -> logits` without dropout."""
+    """Split a model into its state and a jitted function `(state, batch) -> logits` without dropout."""
     graphdef, state = nnx.split(model)
     return state, jax.jit(lambda state, batch: forward(nnx.merge(graphdef, state), batch, None))

@@ -1,8 +1,8 @@
 """The optimiser of a run, and its learning rate schedule.
 
-The trained arrays are divided into groups by their paths (`config.optim.groups`). Each group has its own AdamW, with a
-learning rate and a weight decay of its own. All groups share one schedule. The gradient is clipped by its global norm,
-which is computed over the arrays of all groups.
+Patterns in `config.optim.groups` divide the trained arrays into groups by their paths. Each group has its own AdamW,
+with a learning rate and a weight decay of its own. All groups share one schedule. The gradient is clipped by its global
+norm, over the arrays of all groups.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,8 +22,7 @@ def schedule(config: OptimConfig) -> optax.Schedule:
     """Return the learning rate schedule, a function from the number of updates already made to a factor in [0, 1].
 
     The learning rate of an update is the peak learning rate times this factor. The factor rises linearly from 0 to 1
-    during warm-up, and then follows `config.decay`. In the example, two steps of warm-up are followed by eight steps of
-    linear decay:
+    during warm-up, and then follows `config.decay`. Here, two steps of warm-up are followed by eight of linear decay:
 
     >>> import dataclasses
     >>> rate = schedule(dataclasses.replace(OptimConfig(), steps=10, warmup_ratio=0.2, decay="linear"))

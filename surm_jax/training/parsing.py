@@ -40,17 +40,16 @@ def base_config(plugins: Collection[str] = (), folders: Iterable[Path] = ()) -> 
 
 
 def plugins_of(given: Sequence[str]) -> tuple[str, ...]:
-    """Return the module names that the command-line option `--config.plugins` gives, as a tuple.
+    """Return the modules that the command-line option `--config.plugins` names, as a tuple.
 
-    `launch.py` needs them before it reads the configuration, because the modules may register methods, whose
-    settings become further keys of it.
+    `launch.py` imports them before it reads the configuration, because they may register methods, whose settings are
+    keys of the configuration.
 
     >>> plugins_of(["('my_family',)"]), plugins_of([])
     (('my_family',), ())
 
     Args:
-        given: The values of the option, one for each time that it was given. The last one counts. If there is none, the
-            result is empty.
+        given: The values of the option, one for each time that it was given. The last one counts.
 
     Raises:
         UserError: The value is not a tuple of strings.
@@ -65,10 +64,10 @@ def plugins_of(given: Sequence[str]) -> tuple[str, ...]:
 
 
 def import_plugins(modules: Iterable[str], folders: Iterable[Path] = ()) -> None:
-    """Import Python modules of the user, which register methods, matrix families, models and tasks.
+    """Import Python modules of the user that register methods, matrix families, models or tasks.
 
-    Python looks for the modules in `sys.path`, then in the given folders, and then in the working directory. These
-    folders are appended to `sys.path`.
+    They are looked for in `sys.path`, the given folders and the working directory, in this order. The folders are
+    appended to `sys.path`.
 
     Raises:
         UserError: A module cannot be imported.
@@ -88,8 +87,7 @@ def import_plugins(modules: Iterable[str], folders: Iterable[Path] = ()) -> None
 def parse(config: ml_collections.ConfigDict | Mapping[str, Any], folders: Iterable[Path] = ()) -> RunConfig:
     """Check all keys and values of a configuration, and convert it to the dataclass `RunConfig`.
 
-    The modules in its key `plugins` are imported first, also from the given folders. Keys that are missing get their
-    default values.
+    The modules in its key `plugins` are imported first, also from the given folders. Missing keys get their defaults.
 
     >>> parse(base_config()).model.variant
     'B/16'
@@ -123,7 +121,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def complete(tree: Mapping[str, Any], folders: Iterable[Path] = ()) -> dict[str, Any]:
-    """Check a saved configuration, and return it with the default values of all keys that are missing in it."""
+    """Check a saved configuration, and add the default values of missing keys."""
     return to_dict(parse(tree, folders))
 
 
@@ -146,7 +144,7 @@ def saved_config(workdir: Path, overrides: Mapping[str, Any] | None = None) -> R
 
 
 def keys(config: ml_collections.ConfigDict) -> list[str]:
-    """Return all keys of a configuration, including sections and the keys inside them, in dotted form.
+    """Return all dotted keys of a configuration, those of sections and of the values in them.
 
     >>> "peft.lora.rank" in keys(base_config())
     True
@@ -179,15 +177,14 @@ def require_key(config: ml_collections.ConfigDict, key: str) -> None:
 
 
 def require_steps(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]) -> None:
-    """Check that the option `--config.optim.steps` has an effect if it is given on the command line.
+    """Raise an error if `--config.optim.steps` is given on the command line but has no effect.
 
     Args:
         config: The configuration.
         overrides: The values given on the command line, by dotted key.
 
     Raises:
-        UserError: The option has no effect, because the configuration sets `optim.epochs`, and the number of steps
-            is computed from that.
+        UserError: The configuration sets `optim.epochs`, from which the number of steps is computed.
     """
     epochs = config.optim.epochs
     if epochs and "optim.steps" in overrides and "optim.epochs" not in overrides:
@@ -198,10 +195,9 @@ def require_steps(config: ml_collections.ConfigDict, overrides: Mapping[str, Any
 
 
 def meant_key(config: ml_collections.ConfigDict, name: str) -> str:
-    """Return a question for an error message, "did you mean ...?", with up to three keys that end in `name`.
+    """Return "did you mean ...?" for an error message, with up to three keys that end in `name`, or an empty text.
 
-    It helps if the user left out the section of a key, such as `log` in `log.checkpoint_every`. If no key ends in
-    `name`, the result is empty.
+    It helps if the user left out the section of a key, such as `log` in `log.checkpoint_every`.
 
     >>> meant_key(base_config(), "rank_of_noise"), meant_key(base_config(), "checkpoint_every")
     ('', '; did you mean --config.log.checkpoint_every?')
@@ -214,8 +210,8 @@ def meant_key(config: ml_collections.ConfigDict, name: str) -> str:
 def _values_in(config: ml_collections.ConfigDict, key: str) -> list[str]:
     """Return the dotted keys of all values inside a section, or `[key]` if `key` is not a section.
 
-    Keys that are nested less deeply come first. At the same depth, keys that end in the name of the chosen method
-    `peft.method` come first, such as `optim.learning_rate.lora` for the method `lora`.
+    They are sorted for suggestions: less deeply nested keys come first, and among those of equal depth the keys of the
+    chosen method, such as `optim.learning_rate.lora` for the method `lora`.
     """
     values = [known for known in keys(config) if not isinstance(config[known], ml_collections.ConfigDict)]
     inside = [value for value in values if f"{value}.".startswith(f"{key}.")]
@@ -245,7 +241,7 @@ def _build(cls: type, tree: Mapping[str, Any], path: str) -> Any:
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
-    """Check that a value of a configuration has the type of its dataclass field, and return it in that type.
+    """Convert a value of a configuration to the type of its dataclass field, or raise an error.
 
     Lists become tuples, integers become floats where a float is expected, and dictionaries become dataclasses.
 

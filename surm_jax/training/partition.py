@@ -1,10 +1,10 @@
-"""The division of an adapted model into its trained arrays and its frozen state.
+"""Divide an adapted model into its trained arrays and its frozen state, and put them together again.
 
 Only the trained arrays are differentiated, updated and saved in checkpoints. The frozen state is an argument of the
 jitted training step that the step does not change.
 
-Before the division, equal neighbouring blocks may be stacked (`surm_jax.training.blocks`). The training and evaluation
-steps run the model with these stacks. In this file, "the original model" means the model before stacking.
+Before the division, equal neighbouring blocks may be stacked (`surm_jax.training.blocks`). Training and evaluation run
+the stacked model. In this file, "the original model" is the model before stacking.
 """
 
 import dataclasses
@@ -25,14 +25,13 @@ Tree = TypeVar("Tree")
 
 
 class Slot(NamedTuple):
-    """The place of one trained variable in a model.
+    """The place of one trained variable in the stacked and in the original model.
 
     Attributes:
-        path: The NNX path of the variable in the model that a step runs.
+        path: The NNX path of the variable in the stacked model.
         variable: The variable without its value (`nnx.as_abstract`).
-        names: The path of the variable in the original model, joined by slashes. If the variable belongs to a stack, it
-            has one path for each block. In a dictionary of trained arrays (`Arrays`), the first path is the key of the
-            variable's array.
+        names: The paths of the variable in the original model, joined by slashes: one, or one for each block of a
+            stack. The first is the key of its array in a dictionary of trained arrays.
     """
 
     path: tuple
@@ -42,10 +41,10 @@ class Slot(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """A record of how a model was divided, which can put its trained arrays and its frozen state together again.
+    """How a model was divided. The methods put trained arrays and frozen state together again.
 
     Attributes:
-        graphdef: The structure of the model that a step runs.
+        graphdef: The structure of the stacked model.
         slots: The places of all trained variables.
     """
 
@@ -53,21 +52,21 @@ class Partition:
     slots: tuple[Slot, ...]
 
     def merge(self, trained: Mapping[str, jax.Array], frozen: nnx.State) -> Any:
-        """Put these arrays together into the model that the training and evaluation steps run."""
+        """Put trained arrays and frozen state together into the stacked model, which training and evaluation run."""
         state = [(slot.path, slot.variable.replace(trained[slot.names[0]])) for slot in self.slots]
         return nnx.merge(self.graphdef, nnx.from_flat_state(state), frozen)
 
     def model(self, trained: Mapping[str, jax.Array], frozen: nnx.State) -> nnx.Module:
-        """Put these arrays together into the original model. The arrays of stacks are copied to host memory."""
+        """Put trained arrays and frozen state together into the original model. Stacked arrays go to host memory."""
         model = self.merge(trained, frozen)
         model.blocks = as_blocks(model.blocks)
         return model
 
     def by_block(self, tree: Tree) -> Tree:
-        """Return a pytree, such as a `TrainState`, in which every stacked array is divided into one array per block.
+        """Divide every stacked array in a pytree, such as a `TrainState`, into one array per block.
 
-        A dictionary is changed only if its keys are those of the trained arrays. The optimiser's state holds such
-        dictionaries, too. Checkpoints are saved in this form, so that they do not depend on whether blocks are stacked.
+        Checkpoints are saved in this form, so that they do not depend on stacking. Only dictionaries with the keys of
+        the trained arrays are changed. The state of the optimiser holds such dictionaries, too.
         """
 
         def apart(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +79,7 @@ class Partition:
         return _map_dicts(apart, tree, {slot.names[0] for slot in self.slots})
 
     def by_step(self, tree: Tree) -> Tree:
-        """Return a pytree in which the arrays of equal blocks are stacked again. This is the inverse of `by_block`."""
+        """Stack the arrays of equal blocks in a pytree again. This is the inverse of `by_block`."""
 
         def together(arrays: Mapping[str, Any]) -> dict[str, Any]:
             return {
@@ -123,7 +122,7 @@ def partition(
     blocks = list(itertools.accumulate(runs, initial=0))
 
     def paths_of(path: tuple) -> list[tuple]:
-        """Take the path of a variable in the model that a step runs. Return its paths in the original model."""
+        """Return the paths in the original model of a variable in the stacked model."""
         if path[0] != "blocks":
             return [path]
         rest = path[3:] if runs[path[1]] > 1 else path[2:]
@@ -140,7 +139,7 @@ def partition(
 
 
 def _map_dicts(fn: Callable[[dict], dict], tree: Tree, keys: set[str]) -> Tree:
-    """Return a copy of a pytree in which `fn` is applied to every dictionary whose keys are exactly `keys`."""
+    """Apply `fn` to every dictionary in a pytree that has exactly these keys, and return the result as a copy."""
     chosen = lambda node: isinstance(node, dict) and node.keys() == keys  # noqa: E731
     return jax.tree.map(lambda node: fn(node) if chosen(node) else node, tree, is_leaf=chosen)
 

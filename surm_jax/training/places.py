@@ -1,4 +1,4 @@
-"""The places that a configuration names: where the relative paths of data and weights lead."""
+"""Find the data and the weights that a configuration names by relative paths."""
 
 import contextlib
 import dataclasses
@@ -12,9 +12,9 @@ from surm_jax.training.config import RunConfig
 
 
 def resolved(config: RunConfig, workdir: Path) -> RunConfig:
-    """Return a configuration in which the places of data and weights are absolute paths, if they exist.
+    """Return a configuration in which existing relative paths of data and weights are absolute.
 
-    A relative path is looked for in the working directory, and then in the folder where the run was started first.
+    A relative path is looked for in the working directory, and then in the one where the run was first started.
 
     Args:
         config: The configuration.

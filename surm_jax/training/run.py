@@ -42,7 +42,7 @@ class Run:
     Attributes:
         job: The configuration, the seed, the device mesh and the task.
         workdir: The folder of the run.
-        stop: Checks whether a signal has told any process of the run to stop.
+        stop: Says whether a signal has told any process of the run to stop.
         model: The adapted model without its trained arrays, which are in `Position.state`.
         programs: The jitted functions, the learning rates and the random key.
     """
@@ -55,14 +55,14 @@ class Run:
 
 
 class SplitModel(NamedTuple):
-    """An adapted model without its trained arrays, which are the only part of it that changes during training.
+    """An adapted model without its trained arrays.
 
     Attributes:
         partition: Puts trained arrays and frozen state together into the model.
         frozen: The frozen state, on the devices of the mesh.
         adapter: The rules and the name of the adapter.
         description: A printable table of what is trained, with the numbers of parameters.
-        base: The fingerprint of the frozen arrays, which maps the path of each array to a digest.
+        base: The fingerprint of the base model: a digest of every frozen array, by its path.
     """
 
     partition: Partition
@@ -96,12 +96,11 @@ class Position:
     Attributes:
         state: The trained arrays, the state of the optimiser, and the step. The jitted training step donates it, so
             nothing else may refer to its arrays.
-        batches: The iterator of training batches.
-        began: A value of `time.monotonic()`. The time since then is the working time of the run. When a run resumes,
-            this value is moved back by the working time that was saved in the checkpoint.
-        score: The task's first metric in the evaluation at the restored step. It is None if the run was not resumed, or
-            if there was no evaluation at that step.
-        tests: The evaluation of the test splits after the last step, or None if it has not been made.
+        batches: The iterator over training batches.
+        began: The value of `time.monotonic()` when the run began, minus the working time of earlier starts. The time
+            since then is the working time of the run.
+        score: The task's first metric in the evaluation at the restored step, or None without such an evaluation.
+        tests: The evaluation of the test splits after the last step, or None before it.
         watch: Measures the number of steps per second.
     """
 
@@ -114,7 +113,7 @@ class Position:
 
 
 class Stop:
-    """A check whether any process of the run has got a signal to stop.
+    """Tells all processes of a run to stop as soon as one of them has got a signal.
 
     All processes must call `asked` equally often, because they exchange their signals in it.
 
@@ -132,7 +131,7 @@ class Stop:
         return self._signal > 0
 
     def error(self, run: Run, step: int) -> InterruptedRunError:
-        """Return the exception with which the run ends after a checkpoint of this step was saved."""
+        """Return the exception that ends the run after a checkpoint of this step was saved."""
         number = signal.Signals(self._signal)
         return InterruptedRunError(
             f"{number.name}: saved step {step} of {run.job.config.optim.steps} in {run.workdir / CHECKPOINTS_NAME};"

@@ -1,4 +1,4 @@
-"""The preparation of a run, which turns a configuration into a `Job` with data, model and adapter.
+"""Turn a configuration into a `Job`, which holds the loaded data and knows how to load and adapt the model.
 
 Errors in the configuration, the data and the files are found here, before anything is compiled.
 """
@@ -44,15 +44,14 @@ class Job:
         return load_base(functools.partial(self.task.make_model, self.seed), self.task.checkpoint, self.mesh)
 
     def adapt(self, model: Model) -> tuple[nnx.Module, Adapter]:
-        """Add the adapter of the configuration to a model. Return the adapted model and the `Adapter`."""
+        """Add the adapter that the configuration describes to a model. Return the adapted model and the `Adapter`."""
         return adapt_model(model, self.config.peft, self.seed)
 
 
 def prepare(config: RunConfig, seed: int) -> Job:
     """Check that a run with this configuration is possible, load the data, and return the job.
 
-    The checks are made in this order: the devices, the data set, the layers of the model that are to be adapted, and
-    the files of the pretrained weights.
+    The devices are checked first, then the data set, the layers to adapt, and the files of the pretrained weights.
 
     Raises:
         UserError: One of these checks fails.
@@ -129,7 +128,7 @@ def describe_model(config: RunConfig, make: Callable[[int], Model]) -> Descripti
 
 
 def adapt_model(model: Model, peft: PeftConfig, seed: int) -> tuple[nnx.Module, Adapter]:
-    """Add the adapter of a configuration to a model. Return the adapted model and the `Adapter`.
+    """Add the adapter that `config.peft` describes to a model. Return the adapted model and the `Adapter`.
 
     Args:
         model: The base model.
@@ -146,12 +145,12 @@ def adapt_model(model: Model, peft: PeftConfig, seed: int) -> tuple[nnx.Module, 
 
 
 def rules_of(peft: PeftConfig, new_head: Sequence[str]) -> tuple[list[Rule], tuple[str, ...]]:
-    """Return the rules of an adapter, and patterns for the base model's parameters that are trained directly.
+    """Return the rules of an adapter, and patterns for the parameters of the base model that are trained themselves.
 
     Args:
         peft: The section `config.peft`.
-        new_head: Patterns for the parameters that are initialised anew for a new task. They are trained whenever `head`
-            is trained. For example, the head of RoBERTa has a second layer whose path does not begin with `head`.
+        new_head: Patterns for the parameters that a new task initialises. They are trained whenever `head` is trained.
+            For example, the head of RoBERTa has a second layer whose path does not begin with `head`.
 
     Raises:
         UserError: `peft.target` selects modules, but the method chooses its parameters by patterns of its own.

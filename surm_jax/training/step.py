@@ -58,23 +58,23 @@ def make_train_step(
 ) -> Any:
     """Return the jitted training step, a `TrainStep`: `(state, frozen, batch, key, rates) -> (state, metrics)`.
 
-    The arguments of the step are the training state, the frozen state of the model, a batch, the random key of the run,
-    and the learning rate of each optimiser group. `state` is donated, so that its memory is reused for the result.
-    `key` and `rates` are arguments and not constants, so that the compiled step does not depend on seed and schedule.
+    The step takes the training state, the frozen state of the model, a batch, the random key of the run, and the
+    learning rate of each optimiser group. `state` is donated, so that its memory is reused for the result. `key` and
+    `rates` are arguments, so that the compiled step does not depend on seed and schedule.
 
     `metrics` holds `train_loss` (the mean over the batch), `train_accuracy` (only for classification) and
     `gradient_norm` (the global norm before clipping). The dropout masks depend only on `key`, the step and the index of
-    the micro-batch. Thus a resumed run draws the same masks as an uninterrupted one.
+    the micro-batch, so that a resumed run draws the same masks as an uninterrupted one.
 
     Args:
         partition: Puts trained arrays and frozen state together into the model.
         forward: A function `(model, batch, key) -> logits`.
         objective: The loss, and the function that turns logits into predictions.
         optimizer: Turns gradients into updates. If its method `update` takes extra keyword arguments, it gets `rates`.
-        mesh: The device mesh. The training state and the key must be replicated, the frozen state must be sharded as by
-            `surm_jax.devices.mesh.put_base`, and the batch must be sharded over all devices along its first axis.
-        accumulate: The number of micro-batches into which each batch is split. It must divide the batch size. The
-            gradients of the micro-batches are computed sequentially and averaged.
+        mesh: The device mesh. The training state and the key must be replicated, the frozen state sharded as by
+            `surm_jax.devices.mesh.put_base`, and the batch sharded over all devices along its first axis.
+        accumulate: The number of micro-batches into which each batch is split. It must divide the batch size. Their
+            gradients are computed one after another and averaged.
         label_smoothing: See `surm_jax.tasks.objective.cross_entropy`.
     """
     optimizer = optax.with_extra_args_support(optimizer)
@@ -104,11 +104,11 @@ def make_train_step(
 
 
 def _accumulated(gradient: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """Return a version of `gradient` that splits the batch into micro-batches, and averages the results for them.
+    """Return a version of `gradient` that splits the batch into micro-batches and averages their results.
 
     Args:
         gradient: A function `(trained, frozen, batch, key) -> result`, where the result is a pytree of arrays.
-        count: The number of micro-batches into which the batch is split.
+        count: The number of micro-batches.
     """
     if count == 1:
         return gradient
@@ -167,9 +167,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate a model on every example of a data set.
 
-    The metrics are computed from all examples together, not as means over batches. Rows of a batch that are padding are
-    left out. The predictions stay on the devices until the end, and are then copied to the host. While the devices
-    compute one batch, the host prepares the next, so that the devices hold at most two batches.
+    The metrics are computed from all examples together, not as means over batches. Rows of padding are left out. While
+    the devices compute one batch, the host prepares the next, so the devices hold at most two batches. The predictions
+    are copied to the host at the end.
 
     Args:
         eval_step: The result of `make_eval_step`.
