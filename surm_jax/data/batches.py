@@ -1,11 +1,11 @@
-"""Iterators over batches, and checks of arguments, for the pipelines of images and of text.
+"""Iterators over batches, for the pipelines of images and of text, and checks of their arguments.
 
-With several JAX processes, each process makes its own batch of `batch_size` examples in each step. Concatenated in the
-order of the processes, these batches equal the batch of `process_count * batch_size` examples that a single process
-would make. So the number of processes changes neither the examples of a training step nor the result of an evaluation.
+With several JAX processes, each process makes its own batch of `batch_size` examples in each step. Joined in the order
+of the processes, these batches equal the batch of `process_count * batch_size` examples of a single process. So the
+number of processes changes neither a training step nor an evaluation.
 
-The library grain makes the batches in threads, before the device needs them. Pillow and numpy release Python's global
-interpreter lock while they compute, so worker processes are not needed.
+The library grain makes the batches in threads, before the device needs them. Worker processes are not needed, because
+Pillow and numpy release Python's global interpreter lock while they compute.
 """
 
 from collections.abc import Iterator, Mapping, Sized
@@ -22,12 +22,12 @@ Batch = dict[str, Any]
 
 
 class TrainBatches:
-    """An endless iterator over training batches, which can be resumed.
+    """An endless iterator over training batches that can be resumed.
 
     `train_batches` and `text_train_batches` return it.
 
     Attributes:
-        corrupt: The indices of the corrupt examples that were skipped in the batches that were returned so far.
+        corrupt: The indices of the corrupt examples that were skipped in the batches returned so far.
     """
 
     def __init__(self, batches: grain.DatasetIterator[Batch], max_corrupt: int = 0):
@@ -46,15 +46,15 @@ class TrainBatches:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Return the iterator's position in the data, as a dictionary that can be written as JSON.
+        """Return the position after the last returned batch, as a dictionary that can be written as JSON.
 
-        The position is after the last batch that was returned. Batches that were made ahead of time do not count.
+        Batches that were made ahead of time do not count.
         """
         corrupt = {"corrupt": sorted(self.corrupt)} if self.corrupt else {}
         return {**self._batches.get_state(), **corrupt}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from a position that `get_state` of an iterator with the same arguments returned."""
+        """Continue from a position that `get_state` returned, also that of another iterator with the same arguments."""
         self.corrupt = set(state.get("corrupt", ()))
         self._batches.set_state({key: value for key, value in state.items() if key != "corrupt"})
 
@@ -88,7 +88,7 @@ class EvalBatches:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How batches are divided among processes and made ahead of time. All functions that make batches take its fields.
+    """How batches are divided among processes and made ahead of time.
 
     Attributes:
         batch_size: The number of examples in each batch of this process.
@@ -122,7 +122,7 @@ class BatchPlan:
 
     @property
     def read_options(self) -> grain.ReadOptions:
-        """The options of grain for the numbers of threads and of batches that are made ahead of time."""
+        """The number of threads and of batches made ahead of time, as options of grain."""
         # Threads in excess of `read_ahead` would have nothing to do, and grain warns about them.
         return grain.ReadOptions(num_threads=min(self.threads, self.read_ahead), prefetch_buffer_size=self.read_ahead)
 
@@ -132,7 +132,7 @@ class BatchPlan:
 
 
 def plan_batches(source: Sized, options: Mapping[str, Any], seed: int = 0) -> BatchPlan:
-    """Return the plan whose fields are `options`, after checking the seed and that the source has examples.
+    """Return the `BatchPlan` with the given fields, after checking the seed and that the source has examples.
 
     Raises:
         UserError: An option or the seed is out of range, or the source is empty.

@@ -1,4 +1,4 @@
-"""Skip a limited number of corrupt examples.
+"""Skip corrupt examples up to a limit.
 
 An example is corrupt if it cannot be read, for instance because its image cannot be decoded.
 """
@@ -11,7 +11,7 @@ from surm_jax.errors import UserError
 
 
 class CorruptExampleError(UserError):
-    """The error for one example that cannot be read. Other examples of its source may be readable."""
+    """One example cannot be read. Other examples of its source may be readable."""
 
 
 class Examples(Protocol):
@@ -26,11 +26,12 @@ class Examples(Protocol):
 class Readable:
     """A sequence of examples in which each corrupt example of a source is replaced by the next readable one.
 
-    After the last example, the search continues with the first. The replacement depends only on the source. Readable
-    examples keep their indices. So the examples are the same for any number of processes and after a run is resumed.
+    After the last example, the search continues with the first. Readable examples keep their indices, and the
+    replacement depends only on the source. So the examples are the same for any number of processes and after a run is
+    resumed.
 
-    Each example has an additional entry `"corrupt"`, a dictionary. Its keys are the indices of the corrupt examples
-    that were skipped to find this example, and its values say why they cannot be read. It is empty if none was skipped.
+    Each example gets an entry `"corrupt"`. It maps the indices of the corrupt examples that were skipped to find this
+    example to the reasons why they cannot be read.
 
     Attributes:
         source: All examples, including corrupt ones.
@@ -62,7 +63,7 @@ class Readable:
 
 
 def skipping(why: str, so_far: int, max_corrupt: int) -> None:
-    """Warn that a corrupt example is skipped, or raise an error if too many were skipped.
+    """Count one more corrupt example: warn that it is skipped, or raise an error if that is one too many.
 
     Args:
         why: The reason why the example cannot be read, which names the example.

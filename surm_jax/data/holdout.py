@@ -1,4 +1,4 @@
-"""Select random examples of a training set, either to train on a few examples or to hold them out.
+"""Select random examples of a training set, to train on a few examples or to hold some out.
 
 Held-out examples are used to choose hyperparameters without the test set.
 """
@@ -17,8 +17,7 @@ Source = TypeVar("Source", ImageSource, TextSource)
 def first_examples(train: Source, count: int) -> Source:
     """Return `count` random examples of a training set, the same in every run.
 
-    They are the first `count` examples of a random order that is the same in every run. So the examples for a larger
-    `count` include those for a smaller one.
+    The examples for a larger `count` include those for a smaller one.
 
     Returns:
         These examples, in the order of the training set. If `count` is 0, all examples are returned.
@@ -26,8 +25,7 @@ def first_examples(train: Source, count: int) -> Source:
     Raises:
         UserError: `count` is negative, or the training set has fewer examples.
 
-    In this set of 8 examples, the label of each example is its index. The examples 2 and 4, which are selected for a
-    `count` of 2, are also selected for a `count` of 4:
+    The label of each of these 8 examples is its index. The examples 2 and 4 are selected for both counts:
 
     >>> from surm_jax.data import ArraySource
     >>> source = ArraySource(np.zeros((8, 4, 4, 1), np.uint8), np.arange(8))

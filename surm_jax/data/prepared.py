@@ -1,7 +1,7 @@
 """Open data sets that TensorFlow Datasets has prepared, without TensorFlow and without the network.
 
-The folder that `tfds build` wrote is opened directly (`builder_from_directory`). The alternative, a builder that is
-found by the name of the data set, would run the code that prepares the data set, which may try to download it.
+The folder that `tfds build` wrote is opened directly (`builder_from_directory`), because a builder that is found by
+name would run the code that prepares the data set, which may try to download it.
 """
 
 import os
@@ -18,7 +18,7 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 class Records(Protocol):
-    """The interface of the random-access sequences of records that tensorflow_datasets returns."""
+    """The interface of the record sequences of tensorflow_datasets, which can be read in any order."""
 
     def __len__(self) -> int: ...
 
@@ -120,7 +120,7 @@ def open_prepared(
 
 
 def _find(name: str, folder: Path, others: Collection[str]) -> Path:
-    """Return the folder with the requested version of a data set, or with the newest version if none is requested.
+    """Return the folder with one version of a data set. Without a requested version, it is the newest.
 
     Raises:
         UserError: The name is unknown, or the data set or this version of it is not prepared. The message says which.
@@ -157,7 +157,7 @@ def _find(name: str, folder: Path, others: Collection[str]) -> Path:
 def _prepared(folder: Path) -> dict[str, list[str]]:
     """Return the versions of all prepared data sets in a folder, oldest first, by the name of the data set.
 
-    If a data set has configurations, the name includes one, as in `name/config`.
+    The name includes the configuration, as in `name/config`, if the data set has configurations.
     """
     prepared: dict[str, list[str]] = {}
     for pattern in ("*/*/dataset_info.json", "*/*/*/dataset_info.json"):

@@ -44,7 +44,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageData
 
 
 def is_path(name: str) -> bool:
-    """Return whether a name stands for a file, not for a data set of a package or of TensorFlow Datasets.
+    """Return whether the name of a data set stands for a file.
 
     >>> is_path("my.npz"), is_path("cifar10")
     (True, False)
@@ -53,7 +53,7 @@ def is_path(name: str) -> bool:
 
 
 def is_text(name: str) -> bool:
-    """Return whether a name stands for a data set of sentences, not of images.
+    """Return whether the name of a data set stands for sentences. Otherwise it stands for images.
 
     >>> is_text("glue/rte"), is_text("cifar10")
     (True, False)

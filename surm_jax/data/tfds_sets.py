@@ -44,7 +44,7 @@ class TfdsSource:
 
     @property
     def labels(self) -> Int[np.ndarray, "n"]:
-        """The labels of all examples. Getting them does not decode any image, and takes a second for 50,000 records."""
+        """The labels of all examples. No image is decoded for them. 50,000 records take a second."""
         labels: list[int] = []
         for start in range(0, len(self), _CHUNK):
             indices = range(start, min(start + _CHUNK, len(self)))
@@ -137,7 +137,7 @@ def _features(prepared: PreparedSet, tfds: Any) -> tuple[Any, Any]:
 
 
 def _splits(prepared: PreparedSet) -> tuple[str, str]:
-    """Return the names of the training split and of the test split, which is "validation" if there is no "test"."""
+    """Return the names of the training and the test split. "validation" is the test split if there is no "test"."""
     test = next((split for split in ("test", "validation") if split in prepared.splits), None)
     if "train" not in prepared.splits or test is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Image data sets that are held in memory: the digits of scikit-learn, and arrays in an .npz file."""
+"""Image data sets in memory: the digits of scikit-learn, and arrays in an .npz file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,12 +21,10 @@ def load_digits(name: str) -> ImageDataset:
     """Load the handwritten digits that scikit-learn contains, 1,797 grey images of 8 x 8 pixels.
 
     The data set `digits` has all ten classes. `digits_0to4` (to pretrain on) and `digits_5to9` (to adapt to) have five
-    classes each, with labels counted from 0. All three use the same fixed stratified split, with a third of the images
-    for testing. It does not depend on the seed of a run, so a test image of one data set is never a training image of
-    another.
+    classes each, with labels counted from 0. All three share one fixed split, which keeps the shares of the classes and
+    has a third of the images for testing. So a test image of one data set is never a training image of another.
 
-    The original pixels 0..16 are converted to uint8 by `round(255 * pixel / 16)`, so that the images are treated like
-    all others.
+    The original pixels 0..16 become uint8 by `round(255 * pixel / 16)`, so that the images are like all others.
 
     Raises:
         UserError: `name` is not one of the three names.
@@ -93,7 +91,7 @@ def load_npz(path: str) -> ImageDataset:
 
 
 def _images(path: str, key: str, images: np.ndarray) -> np.ndarray:
-    """Return images as uint8 or float32, after checking them."""
+    """Check images, and return them as uint8 or float32."""
     if not len(images):
         raise UserError(f"{path}: {key} is empty")
     check_images(f"{path}: {key}", images)
@@ -101,7 +99,7 @@ def _images(path: str, key: str, images: np.ndarray) -> np.ndarray:
 
 
 def _class_names(path: str, classes: np.ndarray | None, train_labels: np.ndarray) -> tuple[str, ...]:
-    """Return the names of the classes in the file. The default is "0", "1", ... up to the largest training label."""
+    """Return the names of the classes in the file, or "0", "1", ... up to the largest training label if it has none."""
     if classes is None:
         if (largest := train_labels.max()) >= _MOST_CLASSES:
             where = f"{path}: train_labels[{train_labels.argmax()}] is {largest}"

@@ -1,4 +1,4 @@
-"""Checks of images, labels and class names. Every function that takes them from a user calls these checks."""
+"""Checks of images, labels and class names that come from a user."""
 
 import warnings
 from collections import Counter
@@ -103,7 +103,7 @@ def check_range(name: str, labels: np.ndarray, classes: Sequence[str]) -> None:
 
 
 def warn_of_empty(what: str, labels: np.ndarray, classes: Sequence[str]) -> None:
-    """Warn if classes have no example, for instance because labels are counted from 1."""
+    """Warn of classes without any example, for instance because labels are counted from 1."""
     counts = np.bincount(labels.astype(np.int64), minlength=len(classes))
     empty = [each for each, count in zip(classes, counts, strict=True) if not count]
     if empty:

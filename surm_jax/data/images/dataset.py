@@ -1,4 +1,7 @@
-"""Image classification data sets, and the random-access sources of examples that they consist of."""
+"""Image classification data sets, and the sources of examples that they consist of.
+
+A source is a sequence whose examples can be read in any order.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,7 +20,7 @@ Images = UInt8[np.ndarray, "n height width channels"] | Float[np.ndarray, "n hei
 
 
 class ImageSource(Protocol):
-    """The interface of a random-access sequence of labelled images.
+    """The interface of a sequence of labelled images that can be read in any order.
 
     `source[i]` is `{"image": array (height, width, channels), "label": int}`. A uint8 image has pixels 0..255, and the
     pixels of a float image must already be scaled to [-1, 1]. Several threads may read examples at the same time.
@@ -106,10 +109,12 @@ class ImageDataset:
     def require_channels(self, channels: int, preparation: Preparation | None = None) -> None:
         """Check that the prepared images have as many channels as a model reads.
 
-        Channels are only repeated or dropped if the settings of the model say so (`preparation`).
+        Args:
+            channels: The number of channels that the model reads.
+            preparation: How images are prepared. Only these settings may repeat or drop channels.
 
         Raises:
-            UserError: The images and the model have different numbers of channels.
+            UserError: The numbers of channels differ.
         """
         if channels != (preparation.channels(self.channels) if preparation else self.channels):
             raise UserError(
@@ -144,7 +149,7 @@ class Subset:
 
 @dataclass(frozen=True)
 class _Relabelled:
-    """An `ImageSource` that gives new labels to the examples of a subset."""
+    """An `ImageSource` of the same examples as a subset, with new labels."""
 
     examples: Subset
     labels: Int[np.ndarray, "n"]
@@ -166,8 +171,7 @@ def keep_classes(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:
     Raises:
         UserError: A name is unknown or is given twice, or a split has no example of these classes.
 
-    In the example, the labels 2, 0, 1, 2 become 0, 1, 0, because the class "2" gets the label 0, the class "0" gets the
-    label 1, and the example of class "1" is removed:
+    Here the class "2" gets the label 0, the class "0" gets the label 1, and the example of class "1" is removed:
 
     >>> digits = ArraySource(np.zeros((4, 8, 8, 1), np.uint8), np.array([2, 0, 1, 2]))
     >>> kept = keep_classes(ImageDataset("digits", digits, digits, ("0", "1", "2"), (8, 8, 1)), ("2", "0"))

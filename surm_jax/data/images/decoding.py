@@ -1,4 +1,4 @@
-"""Decode image files. Every image file that this package reads is decoded here."""
+"""Decode image files. This package reads all image files here."""
 
 import io
 
@@ -20,7 +20,8 @@ def decode(content: bytes, channels: int) -> UInt8[np.ndarray, "height width cha
     - An image with opacity (an alpha channel, or a transparent colour) is laid on white, unless `channels` is 4. This
       is what the image processors of transformers do.
     - Pixels of 16 bits are reduced to their upper byte.
-    - Colours become grey, and grey becomes colours, if `channels` says so. Of an animation the first frame is read.
+    - Colours become grey, or grey becomes colours, to get the number of `channels`.
+    - Only the first frame of an animation is read.
 
     Args:
         content: The bytes of a file in any format that Pillow reads, such as JPEG, PNG or TIFF.

@@ -28,15 +28,15 @@ def train_batches(
 ) -> TrainBatches:
     """Return an endless iterator over shuffled batches of augmented images for training.
 
-    Every epoch contains every example once, in a new order and with new augmentation. Both depend only on `seed`. Each
-    epoch starts directly after the last example of the previous epoch, so no example is dropped. A batch may therefore
-    hold examples of two epochs, or of more if it is larger than the source.
+    Every epoch contains every example once, in a new order and with new augmentation. Both depend only on `seed`. No
+    example is dropped: each epoch starts directly after the last example of the previous one, so that a batch may hold
+    examples of several epochs.
 
-    The iterator can be resumed: `get_state()` returns a small dict for JSON, and after `set_state` with this dict,
-    another iterator with the same arguments continues with the next batch.
+    The iterator can be resumed: `get_state()` returns a small dictionary for JSON. Another iterator with the same
+    arguments continues with the next batch after `set_state` with this dictionary.
 
-    A corrupt example is replaced by the next readable one of the source, and no other example changes. A warning names
-    each corrupt example once, and the process that reads it records it in `TrainBatches.corrupt`.
+    A corrupt example, which cannot be read, is replaced by the next readable one of the source. A warning names each
+    corrupt example once, and the process that reads it records it in `TrainBatches.corrupt`.
 
     Args:
         source: The labelled images, of shape (height, width, channels). Their heights and widths may differ, but their
@@ -88,9 +88,9 @@ def eval_batches(
 
     It can be iterated several times, and each time starts at the first example.
 
-    Incomplete batches are padded, so no example is dropped. All processes yield the same number of batches,
-    `ceil(n / (batch_size * process_count))` for n examples, so they take part in the same collective operations. Some
-    batches of a process may hold only padding. A corrupt example is masked like padding, and a warning names it.
+    Incomplete batches are padded, so no example is dropped. All processes yield the same number of batches, `ceil(n /
+    (batch_size * process_count))` for n examples, so some batches may hold only padding. A corrupt example is masked
+    like padding, and a warning names it.
 
     Args:
         source: The labelled images.
@@ -154,7 +154,7 @@ def _stacked(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _channels(source: Readable, image_size: int, preparation: Preparation) -> int:
-    """Prepare the first readable image, which checks it and the settings, and return its number of channels."""
+    """Return the number of channels of the prepared images. The first readable image is prepared to find it."""
     if image_size < 1:
         raise UserError(f"image_size is {image_size}, but must be at least 1")
     return eval_image(source[0]["image"], image_size, preparation).shape[-1]

@@ -1,9 +1,8 @@
 """Convert decoded images to the input of a model, which is float32, square, and possibly augmented.
 
-Without settings of a model, the pixels x of a uint8 image are scaled to `x / 127.5 - 1`, the convention of the AugReg
-checkpoints (arXiv 2106.10270), and images are resized with Pillow's bilinear filter with antialiasing. The pixels of a
-float image must already be in [-1, 1]. As in the usual pipelines, uint8 images are resized as uint8, so the result is
-rounded to whole pixel values.
+By default, the pixels x of a uint8 image are scaled to `x / 127.5 - 1`, the convention of the AugReg checkpoints (arXiv
+2106.10270), and images are resized with Pillow's bilinear filter with antialiasing. The pixels of a float image must
+already be in [-1, 1]. uint8 images are resized as uint8, so the result is rounded to whole pixel values.
 """
 
 from typing import Literal
@@ -90,7 +89,7 @@ def train_image(
 def _affine_map(rng: np.random.Generator, size: int) -> tuple[float, ...]:
     """Return random coefficients of Pillow's affine transform, as `train_image` describes it.
 
-    The six coefficients map the position (x, y) of each output pixel to a position in the input.
+    The six coefficients map each output position (x, y) to a position in the input.
     """
     angle, shear = rng.uniform(-0.3, 0.3), rng.uniform(-0.2, 0.2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])

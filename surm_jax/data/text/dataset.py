@@ -1,7 +1,4 @@
-"""Text data sets, which hold labelled sentences or labelled pairs of sentences in memory.
-
-The labels are classes or scores.
-"""
+"""Text data sets: sentences or pairs of sentences in memory, labelled with classes or scores."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -138,7 +135,7 @@ def checked_labels(labels: np.ndarray, count: int) -> Int[np.ndarray, "n"] | Flo
 
 
 def _not_text(sentence: object) -> str | None:
-    """Return what a sentence is instead of text, or None."""
+    """Return a description of a sentence that is not text, for an error message. Return None if it is text."""
     if not isinstance(sentence, str):
         return f"{sentence!r}"
     try:

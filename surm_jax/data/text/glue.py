@@ -19,8 +19,9 @@ from surm_jax.errors import UserError, did_you_mean
 class GlueTask:
     """The description of a task of GLUE.
 
-    `columns` holds the name of each sentence in an example, such as ("premise", "hypothesis"). `metrics` holds the
-    names of the official metrics, the main metric first.
+    Attributes:
+        columns: The name of each sentence in an example, such as ("premise", "hypothesis").
+        metrics: The names of the official metrics, the main metric first.
     """
 
     columns: tuple[str, ...]
@@ -51,7 +52,7 @@ _HIGHEST_SCORE = 5  # The highest score in STS-B, the only task whose labels are
 def glue_task(name: str) -> GlueTask:
     """Return the description of a task, without reading its data.
 
-    The name of the task is, for example, `glue/rte`, or `glue/rte:2.0.0` with a version.
+    The name of the task is, for example, `glue/rte`, or with a version `glue/rte:2.0.0`.
 
     Raises:
         UserError: There is no such task.

@@ -32,13 +32,14 @@ def text_train_batches(
 ) -> TrainBatches:
     """Return an endless iterator over shuffled batches of tokenised text for training.
 
-    Every epoch contains every example once, in a new random order. The epochs follow each other without a gap, and
-    this stream of examples is divided into windows of 16 batches. The examples of a window are sorted by their padded
-    length and divided into batches, which are then shuffled. Examples of equal padded length keep their
-    random order. A window may contain the end of one epoch and the start of the next, so no example is dropped.
+    Every epoch contains every example once, in a new random order. The epochs follow each other without a gap, so no
+    example is dropped. This stream is divided into windows of 16 batches. The examples of a window are sorted by their
+    padded length and divided into batches, which are then shuffled. Examples of equal padded length keep their random
+    order.
 
-    The iterator can be resumed: `get_state()` returns a small dict for JSON, and after `set_state` with this dict,
-    another iterator with the same arguments continues with the next batch, without making the earlier batches again.
+    The iterator can be resumed: `get_state()` returns a small dictionary for JSON. Another iterator with the same
+    arguments continues with the next batch after `set_state` with this dictionary, without making the earlier batches
+    again.
 
     Args:
         source: The tokenised examples.
@@ -50,14 +51,14 @@ def text_train_batches(
 
     Returns:
         An iterator over `{"tokens": int32 (batch_size, t), "token_types": int32 (batch_size, t), "token_mask": bool
-        (batch_size, t), "label": int32 or float32 (batch_size,)}`. The length `t` is the smallest of `lengths` that
-        the examples of this step fit into, including those of other processes. The token mask is False for padding,
-        whose token is the source's `pad_token` and whose token type is 0.
+        (batch_size, t), "label": int32 or float32 (batch_size,)}`. The length `t` is the smallest of `lengths` that the
+        examples of this step fit into, including those of other processes. The token mask is False for padding, whose
+        token is the source's `pad_token` and whose token type is 0.
 
     Raises:
         UserError: An argument is out of range, or the source is empty.
 
-    In the example, two examples of 3 tokens are padded to the length 4, so 6 of the 8 entries are tokens:
+    Here, two examples of 3 tokens are padded to the length 4, so 6 of the 8 entries are tokens:
 
     >>> source = TokenSource(np.arange(6), np.zeros(6, int), np.array([0, 3, 6]), np.array([0, 1]), pad_token=0)
     >>> batch = next(text_train_batches(source, batch_size=2, lengths=(4, 8), seed=0))
@@ -151,7 +152,7 @@ def lengths_in_use(source: TokenSource, lengths: Sequence[int]) -> tuple[int, ..
 
 
 def _padded(source: TokenSource, indices: Int[np.ndarray, "n"], length: int, padding: int = 0) -> Batch:
-    """Return a batch of the examples at `indices`, padded to `length` tokens, followed by `padding` rows of padding."""
+    """Return a batch of the examples at `indices`, padded to `length` tokens, with `padding` empty rows at the end."""
     shape = (len(indices) + padding, length)
     batch = {
         "tokens": np.full(shape, source.pad_token, np.int32),

@@ -1,8 +1,8 @@
-"""Read the files of settings beside a tokenizer, as transformers 5 reads them.
+"""Read the settings of a tokenizer from its files, as transformers 5 reads them.
 
 The files are `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`. The rules are those of
-`PreTrainedTokenizerBase._from_pretrained` and `TokenizersBackend.__init__` in transformers. What would change the
-tokens in a way that is not followed here is refused by name.
+`PreTrainedTokenizerBase._from_pretrained` and `TokenizersBackend.__init__` in transformers. A setting that would change
+the tokens in a way that is not supported here is an error.
 """
 
 import json
@@ -66,7 +66,8 @@ class Settings:
 
     Attributes:
         folder: The folder that the settings were read from.
-        kind: The class of transformers: `BERT`, `ROBERTA` or `WHOLE`.
+        kind: How transformers reads the tokenizer: as that of BERT (`BERT`) or RoBERTa (`ROBERTA`), or as a whole from
+            its `tokenizer.json` (`WHOLE`).
         values: All settings by name.
         special: The special tokens by name, such as "pad_token". The value is None if there is no such token.
         extra: Further special tokens, which have no name.
@@ -91,7 +92,7 @@ class Settings:
         return "" if token is None else _content(token)
 
     def switch(self, name: str, default: bool | None) -> Any:
-        """Return the value of a setting that is true or false.
+        """Return the value of a setting that must be true or false.
 
         Raises:
             UserError: It is something else.
@@ -102,7 +103,7 @@ class Settings:
         return value
 
     def side(self, name: str, default: str) -> Literal["left", "right"]:
-        """Return the value of a setting that is "left" or "right".
+        """Return the value of a setting that must be "left" or "right".
 
         Raises:
             UserError: It is something else.
@@ -127,12 +128,12 @@ class Settings:
         return int(value)
 
     def refusal(self, name: str, why: str) -> UserError:
-        """Return the error that a setting cannot be followed."""
+        """Return the error which says that a setting cannot be followed, and why."""
         named = {**dict(self.special), **self.values}
         return UserError(f"{self.folder / SETTINGS_NAMES[0]}: {name} is {named.get(name)!r}, but {why}")
 
     def add_tokens(self, library: tokenizers.Tokenizer) -> None:
-        """Add the tokens of the settings to a tokenizer, in the order of transformers.
+        """Add the special and the added tokens to a tokenizer, in the order of transformers.
 
         Raises:
             UserError: An added token gets another number than the files say.
@@ -195,7 +196,7 @@ def _merged(
     added_tokens: dict[str, Any],
     tree: Mapping[str, Any],
 ) -> Settings:
-    """Combine the files. Errors of Python mean that a value has a wrong type."""
+    """Combine the content of all files into `Settings`. Errors of Python mean that a value has a wrong type."""
     if "additional_special_tokens" in values and not values.get(_EXTRA):
         values[_EXTRA] = values.pop("additional_special_tokens")
     specific = {name: values.pop(name) for name in [*values] if _is_specific(name, values[name], str)}
@@ -230,7 +231,7 @@ def _is_specific(name: str, value: Any, types: type | tuple[type, ...]) -> bool:
 
 
 def _of_map(name: str, value: Any, values: Mapping[str, Any]) -> Any:
-    """Return the setting that a value of `special_tokens_map.json` stands for."""
+    """Convert a value of `special_tokens_map.json` to a setting. Tokens without a name are added to earlier ones."""
     if name != _EXTRA:
         return _added(value, special=True) if isinstance(value, dict) else value
     if not isinstance(value, list):
@@ -241,7 +242,7 @@ def _of_map(name: str, value: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _listed(values: Mapping[str, Any], added_tokens: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """Return the tokens of `added_tokens.json` by number."""
+    """Convert the content of `added_tokens.json` to a dictionary of tokens by number."""
     special = {str(values[name]) for name in _SPECIAL if values.get(name)} | {*map(str, values.get(_EXTRA) or [])}
     listed = {}
     for token, number in added_tokens.items():
@@ -252,7 +253,7 @@ def _listed(values: Mapping[str, Any], added_tokens: Mapping[str, Any]) -> dict[
 
 
 def _kind(folder: Path, name: Any, tree: Mapping[str, Any] | None) -> str:
-    """Return the class of transformers that reads the tokenizer in a folder."""
+    """Return how transformers reads the tokenizer in a folder: as `BERT`, `ROBERTA` or `WHOLE`."""
     model = _read(folder / "config.json") or {}
     model_type = model.get("model_type")
     of_model = _CLASS_OF_MODELS.get(model_type) if isinstance(model_type, str) else None
@@ -284,14 +285,14 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _added(token: Any, **changes: bool) -> AddedToken:
-    """Return the token that a dictionary describes. The library ignores keys that it does not know."""
+    """Convert a dictionary that describes a token to an `AddedToken`. Unknown keys are ignored."""
     if not isinstance(token, dict):
         raise TypeError(f"an added token is {token!r}, but must be an object")
     return AddedToken(**{name: token[name] for name in _FIELDS if name in token} | changes)
 
 
 def _converted(value: Any) -> Any:
-    """Return a value in which the dictionaries that stand for tokens are tokens."""
+    """Replace all dictionaries in a value that describe a token with `AddedToken`s."""
     if isinstance(value, dict):
         if value.get("__type") == "AddedToken":
             return _added(value)

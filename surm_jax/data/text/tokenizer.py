@@ -1,4 +1,4 @@
-"""Read the tokenizers of BERT and RoBERTa from the files beside a model's weights, and encode text.
+"""Read the tokenizers of BERT and RoBERTa from a folder with a model's weights, and encode text.
 
 The library `tokenizers` encodes the text. It is configured as in `transformers`, so the tokens are the same.
 """
@@ -219,7 +219,7 @@ def _vocabulary_names(folder: Path, kind: str) -> tuple[str, ...]:
 
 
 def _whole(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """Return the tokenizer in a `tokenizer.json`, without padding and truncation, and the content of the file."""
+    """Read a `tokenizer.json`. Return the tokenizer, without padding and truncation, and the content of the file."""
     tree = read_json(path, _MOST_BYTES)
     library = _parse(path, tokenizers.Tokenizer.from_file, str(path))
     library.no_padding()
@@ -229,14 +229,14 @@ def _whole(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
 
 
 def _direction(tree: Mapping[str, Any] | None, name: str) -> str:
-    """Return the side of padding or truncation that a `tokenizer.json` says, or "right"."""
+    """Return the side at which a `tokenizer.json` pads or truncates, or "right" if it does not say."""
     return ((tree or {}).get(name) or {}).get("direction", "Right").lower()
 
 
 def _configured(
     path: Path, settings: Settings, whole: tokenizers.Tokenizer | None, tree: Mapping[str, Any] | None
 ) -> tokenizers.Tokenizer:
-    """Return the tokenizer that a class of transformers makes of a vocabulary and the settings.
+    """Build the tokenizer that transformers would build from a vocabulary and settings.
 
     Args:
         path: The file of the vocabulary.
@@ -300,7 +300,7 @@ def _byte_pairs(
 
 
 def _post_processor(settings: Settings, library: tokenizers.Tokenizer) -> processors.PostProcessor:
-    """Return what puts the special tokens of BERT or RoBERTa around sentences."""
+    """Return the part of a tokenizer that puts the special tokens of BERT or RoBERTa around sentences."""
     start, end = settings.content("cls_token"), settings.content("sep_token")
     vocabulary = library.get_vocab()
     numbers = [(token, vocabulary[token]) for token in (start, end)]
@@ -334,7 +334,9 @@ def _require_special_tokens(path: Path, settings: Settings, vocabulary: Mapping[
 def _require_agreement(
     path: Path, settings: Settings, whole: tokenizers.Tokenizer, library: tokenizers.Tokenizer
 ) -> None:
-    """Check that a `tokenizer.json` says what transformers takes instead of it, except where settings say otherwise.
+    """Check that a `tokenizer.json` gives the same tokens as the defaults of transformers that replace parts of it.
+
+    Parts for which the settings give a value are not checked.
 
     Raises:
         UserError: They disagree.
@@ -363,10 +365,9 @@ def _require_agreement(
 
 
 def _try(path: Path, library: tokenizers.Tokenizer) -> None:
-    """Encode a sentence and a pair.
+    """Encode a sentence and a pair, to find out whether the tokenizer works.
 
-    If a file names a special token that is not in its vocabulary, the threads of the library panic when they encode the
-    first text. This function detects it.
+    The threads of the library panic at the first text if a file names a special token that is not in its vocabulary.
     """
     for texts in ([_TRIAL], [_TRIAL, _TRIAL]):
         if not {*_parse(path, library.encode, *texts).type_ids} <= {0, 1}:
@@ -374,7 +375,7 @@ def _try(path: Path, library: tokenizers.Tokenizer) -> None:
 
 
 def _parse(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
-    """Return `read(*arguments)`, which reads the file at `path`.
+    """Call `read(*arguments)` to read the file at `path`, and return its result.
 
     Raises:
         UserError: `read` raised an error of any kind, which means that the file is damaged.
