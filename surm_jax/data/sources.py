@@ -1,9 +1,11 @@
 """Load data sets of images or text by their names."""
 
 import os
+from pathlib import Path
 
 from surm_jax.data.images.array_sets import EMBEDDED, load_digits, load_npz
 from surm_jax.data.images.dataset import ImageDataset
+from surm_jax.data.images.encoded_sets import load_folder
 from surm_jax.data.text.dataset import TextDataset
 from surm_jax.data.text.glue import load_glue
 from surm_jax.data.tfds_sets import load_tfds
@@ -17,6 +19,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageData
             - `digits`, `digits_0to4`, `digits_5to9`: grey images of 8 x 8 pixels that scikit-learn contains (see
               `load_digits`);
             - a path that ends in `.npz` (see `load_npz`);
+            - the path of a folder with image files by class (see `load_folder`). The path begins with `/`, `./`, `../`
+              or `~`, or ends with `/`, so that it cannot be taken for another name;
             - a task of GLUE that TensorFlow Datasets has prepared, such as `glue/rte` or `glue/rte:version` (see
               `load_glue`);
             - a data set of images that TensorFlow Datasets has prepared, such as `cifar10`, `name:version` or
@@ -37,19 +41,19 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageData
     if name in EMBEDDED:
         return load_digits(name)
     if is_path(name):
-        return load_npz(name)
+        return load_npz(name) if name.endswith(".npz") else load_folder(Path(name).expanduser())
     if is_text(name):
         return load_glue(name, data_dir)
     return load_tfds(name, data_dir)
 
 
 def is_path(name: str) -> bool:
-    """Return whether the name of a data set stands for a file.
+    """Return whether the name of a data set stands for a file or a folder.
 
-    >>> is_path("my.npz"), is_path("cifar10")
-    (True, False)
+    >>> is_path("my.npz"), is_path("./flowers"), is_path("cifar10")
+    (True, True, False)
     """
-    return name.endswith(".npz")
+    return name.endswith((".npz", "/")) or name.startswith(("/", "./", "../", "~"))
 
 
 def is_text(name: str) -> bool:

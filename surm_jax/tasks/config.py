@@ -86,8 +86,8 @@ class DataConfig:
     """The section `config.data`: the data set and its batches."""
 
     # The data set: "digits_5to9" (part of this package), a data set of TensorFlow Datasets such as "cifar10" or
-    # "glue/rte", or the path of an .npz file with your own images. The docstring of `surm_jax.data.load` lists all
-    # forms.
+    # "glue/rte", or your own images: the path of an .npz file or of a folder of image files. The docstring of
+    # `surm_jax.data.load` lists all forms.
     name: str = "cifar10"
     # The folder that holds prepared data sets of TensorFlow Datasets. Empty: $TFDS_DATA_DIR if it is set, otherwise
     # ~/tensorflow_datasets.

@@ -7,6 +7,7 @@ import numpy as np
 
 from surm_jax.data.images.checks import check_images, check_labels
 from surm_jax.data.images.dataset import ArraySource, ImageDataset
+from surm_jax.data.images.encoded_sets import load_encoded
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.files import open_npz
 
@@ -61,6 +62,8 @@ def load_npz(path: str) -> ImageDataset:
     - `classes`, which is optional, holds the names of the classes as strings. Without it, the names are "0", "1", ...
       up to the largest training label.
 
+    A file with the array `jpeg` holds encoded images instead (see `load_encoded`).
+
     Raises:
         UserError: The file or an array is missing or damaged, or an array has a wrong shape, dtype or value. The
             message names the array and, for a value, its index.
@@ -70,6 +73,8 @@ def load_npz(path: str) -> ImageDataset:
         near = [other.name for other in sorted(file.parent.glob("*.npz"))] if file.parent.is_dir() else []
         raise UserError(f"no data file {file.absolute()}{did_you_mean(file.name, near)}")
     with open_npz(file) as archive:
+        if "jpeg" in archive.keys:
+            return load_encoded(file)
         if missing := [key for key in _REQUIRED if key not in archive.keys]:
             raise UserError(
                 f"{path} lacks {', '.join(missing)}: it holds {', '.join(sorted(archive.keys)) or 'nothing'}"
