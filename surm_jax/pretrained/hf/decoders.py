@@ -178,8 +178,12 @@ _NEUTRAL: Mapping[str, Any] = {
 }
 _MOST_LAYERS = 1000
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_ROPE_KEYS = {"llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}}
-_ROPE_KEYS |= {"default": set(), "linear": {"factor"}}
+# The parameters that each type of rotary positions needs.
+_ROPE_KEYS: Mapping[str, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
 _ANY_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}.union(*_ROPE_KEYS.values())
 
 
