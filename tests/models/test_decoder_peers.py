@@ -14,9 +14,10 @@ import pytest
 from flax import nnx
 
 from surm_jax.models import Cache
-from surm_jax.pretrained import from_pretrained
+from surm_jax.peft import CirculantUpdate, LoRA, Rule, adapt, merge
+from surm_jax.pretrained import from_pretrained, save_huggingface
 from surm_jax.pretrained.hf import ARCHITECTURES, architecture_of
-from tests.peft.models import relative_error
+from tests.peft.models import perturb, relative_error
 from tests.pretrained.hf.hf_trees import read_tree, written_tree
 from tests.speeds import fast
 
@@ -185,3 +186,22 @@ def test_a_trained_llama(stories):
     assert continued in text
     generated = peer.generate(torch.tensor(prompt), max_new_tokens=37, do_sample=False)[0, prompt.shape[1] :]
     assert told == generated.tolist()
+
+
+@pytest.mark.parametrize("dtype", fast(["float32", "bfloat16"]))
+def test_a_merged_llama_loads_in_transformers(stories, dtype, tmp_path):
+    """Check that the merged model equals the adapted one up to the rounding of kernels, and theirs equals it."""
+    base = from_pretrained(stories[2], param_dtype=dtype)
+    adapted, adapter = adapt(base, [Rule("attention", LoRA(rank=2)), Rule("mlp", CirculantUpdate())], rngs=nnx.Rngs(0))
+    adapted = perturb(adapted, adapter, size=0.02)
+    merged, _ = merge(adapted)
+    save_huggingface(tmp_path / "merged", merged)
+    tokens = np.array([[1, 403, 407, 261]])
+    ours, _ = run(*nnx.split(adapted), tokens, np.ones(tokens.shape, bool))
+    plain, _ = run(*nnx.split(merged), tokens, np.ones(tokens.shape, bool))
+    assert relative_error(ours, run(*nnx.split(base), tokens, np.ones(tokens.shape, bool))[0]) > 0.05
+    assert relative_error(plain, ours) < (1e-5 if dtype == "float32" else 0.02)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert str(peer.dtype) == f"torch.{dtype}"
+    with torch.no_grad():
+        assert relative_error(plain, peer.float()(torch.tensor(tokens)).logits) < 1e-5
