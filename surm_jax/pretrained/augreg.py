@@ -1,9 +1,8 @@
 """Read AugReg checkpoints, the official `.npz` files of "How to train your ViT?" (arXiv 2106.10270).
 
-Other `.npz` files of Vision Transformers can be read too, if their arrays have the same names and shapes. The
-arrays have the same shapes as our parameters. For example, the query kernel of attention has shape (width, heads,
-width / heads) in the files and in our model. So no array is converted, except that position embeddings are resized if
-the model has another image size.
+Other `.npz` files of Vision Transformers can be read too, if their arrays have the same names and shapes. Every array
+has the shape of our parameter, such as (width, heads, width / heads) for the query kernel of attention. So no array is
+converted, except that position embeddings are resized if the model has another image size.
 """
 
 from collections.abc import Collection, Mapping
@@ -66,7 +65,7 @@ class AugRegCheckpoint(Checkpoint):
         self.path, self._file = path, file
 
     def config(self, variant: str | None, overrides: Mapping[str, Any]) -> ViTConfig:
-        """Return the configuration of a ViT variant with the overrides applied.
+        """Return the configuration of a ViT variant, with fields replaced by the overrides.
 
         The file itself holds no configuration, so the variant and the override `num_classes` are required.
         """
@@ -82,14 +81,12 @@ class AugRegCheckpoint(Checkpoint):
     ) -> dict[str, jax.Array]:
         """Read the parameters of a `ViT` from the file.
 
-        Position embeddings are resized to the model's image size. If the head is not read, the arrays of the layer
-        before the head (`pre_logits`) are ignored. If the model has no class token, the array of the class token is
-        ignored. The file holds no configuration to compare with the model's. But all models in this format have the
-        same activation and the same epsilon in their norms, so the model must have these too.
+        Position embeddings are resized to the model's image size. The arrays of the class token are ignored if the
+        model has none, and those of the layer before the head (`pre_logits`) if the head is not read.
 
         Raises:
             UserError: The file is damaged, holds pickles or does not fit the model, or the model has another activation
-                or epsilon.
+                or another epsilon in its norms than all models in this format.
         """
         if not isinstance(config, ViTConfig):
             raise UserError(f"{self.path} holds a ViT, not a model of {type(config).__name__}")

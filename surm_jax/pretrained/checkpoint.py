@@ -49,7 +49,7 @@ class Checkpoint(abc.ABC):
         """Read the parameters of a model from the checkpoint.
 
         Args:
-            config: The configuration of the model that needs the parameters.
+            config: The configuration of the model.
             targets: The shape, dtype and sharding of each parameter to read, by path.
             fresh: The paths of the model's other parameters, which are initialised instead of read.
 
@@ -62,7 +62,7 @@ class Checkpoint(abc.ABC):
         """
 
     def preparation(self) -> Preparation:
-        """Return how images are prepared for the model. The default resizes them and scales their pixels to [-1, 1].
+        """Return how images are prepared for the model. By default, their pixels are scaled to [-1, 1].
 
         Raises:
             UserError: The checkpoint is damaged, or its settings cannot be followed.
@@ -75,7 +75,7 @@ class Checkpoint(abc.ABC):
 
 
 def bounded(config: Config) -> Config:
-    """Return the configuration from a file, after checking that its numbers allow building the model.
+    """Check that the numbers in a configuration from a file are small enough to build the model, and return it.
 
     Raises:
         UserError: A number is too large. The message names its field.
@@ -88,7 +88,7 @@ def bounded(config: Config) -> Config:
 
 
 def reads_head(targets: Collection[str]) -> bool:
-    """Return whether any of the parameter paths in `targets` belongs to the model's head."""
+    """Return whether any of the parameters in `targets` belongs to the model's head."""
     return any(target.startswith("head/") for target in targets)
 
 

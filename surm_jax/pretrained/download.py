@@ -1,6 +1,6 @@
-"""Download files into the cache.
+"""Download files into a cache on the disk.
 
-A file in the cache is always complete, and a download that was interrupted can be resumed.
+A file in the cache is always complete, and an interrupted download can be resumed.
 """
 
 import base64
@@ -31,9 +31,8 @@ log = logging.getLogger(__name__)
 def cache_path(url: str) -> Path:
     """Return the path in the cache for the file at a URL, `<cache_root()>/<host>/<path>`.
 
-    If the URL has a port, the host folder is named `<host>_<port>`. If it has a query, the file lies in one more
-    folder, whose name is the percent-encoded query or, if that is too long for a file name, the SHA-256 hash of the
-    query.
+    The host folder is named `<host>_<port>` if the URL has a port. If it has a query, the file lies in one more folder
+    with the percent-encoded query as its name, or its SHA-256 if that is too long for a file name.
 
     Raises:
         UserError: The URL is malformed or does not end in a file name.
@@ -57,13 +56,13 @@ def cache_path(url: str) -> Path:
 
 
 def download(url: str) -> Path:
-    """Return the path of the local copy of the file at a URL, after downloading it if there is no copy yet.
+    """Download the file at a URL unless there is a local copy, and return the path of the copy.
 
     The file appears under its final name only when it is complete. If the connection breaks, the bytes received so far
-    stay in a `.part` file next to it. If the server still has the same version of the file, according to the ETag or
-    the modification date, the next call downloads the remaining bytes and no others. If the server announces an MD5
-    hash as Google Cloud Storage does, the hash of the file must be the same. If several processes call this function
-    for the same file, one downloads it and the others wait. A progress bar is shown if the output is a terminal.
+    stay in a `.part` file next to it. The next call continues from there if the server still has the same version of
+    the file, according to the ETag or the modification date. If the server announces an MD5 hash, as Google Cloud
+    Storage does, it is compared. If several processes want the same file, one downloads it and the others wait. A
+    terminal shows a progress bar.
 
     Raises:
         UserError: The file cannot be downloaded (the server does not answer within 10 seconds, it answers with an HTTP
@@ -92,9 +91,9 @@ def download(url: str) -> Path:
 
 
 class _Partial:
-    """A partly downloaded file, with its version in a second file beside it.
+    """A partly downloaded file, with a second file beside it that holds its version.
 
-    The version is the `ETag` or `Last-Modified` header that the server sent when the download started.
+    The version is the header `ETag` or `Last-Modified` that the server sent when the download started.
     """
 
     def __init__(self, target: Path):
@@ -110,7 +109,7 @@ class _Partial:
     def start(self, version: str) -> None:
         """Replace the partial file by an empty one, and record the version of the file to download.
 
-        The old bytes are removed before the new version is recorded, so they never count as bytes of that version.
+        This order matters: old bytes must never count as bytes of the new version.
         """
         self.discard()
         if version:
@@ -125,7 +124,7 @@ class _Partial:
 def _fetch(url: str, partial: _Partial) -> None:
     """Download the missing bytes of a partial file.
 
-    If this fails, the partial file is kept if the remaining bytes can be requested later, and is otherwise removed.
+    If this fails, the partial file is kept only if the remaining bytes can be requested later.
     """
     try:
         start = partial.size()
@@ -160,7 +159,7 @@ def _fetch(url: str, partial: _Partial) -> None:
 
 
 def _append(response: http.client.HTTPResponse, path: Path, total: int | None) -> None:
-    """Append the body of a response to a file, with a progress bar up to `total` bytes, the size of the whole file."""
+    """Append the body of a response to a file. The progress bar ends at `total` bytes, the size of the whole file."""
     with (
         path.open("ab") as file,
         # `disable=None` shows the bar only on terminals.
@@ -180,20 +179,20 @@ def _append(response: http.client.HTTPResponse, path: Path, total: int | None) -
 
 
 def _version(headers: Message) -> str:
-    """Return the version of a file from the headers of a response, for the `If-Range` header of a later request.
+    """Return the version of a file from the headers of a response. A later request sends it in `If-Range`.
 
-    This is the ETag. `If-Range` must not be a weak ETag (RFC 9110, section 13.1.5), so if the ETag is weak or missing,
-    `Last-Modified` is returned instead, or an empty string if that is missing too.
+    This is the ETag. `If-Range` must not hold a weak ETag (RFC 9110, section 13.1.5). Without a strong one it is
+    `Last-Modified` or, if that is missing too, an empty string.
     """
     tag = headers.get("ETag", "")
     return headers.get("Last-Modified", "") if tag.startswith("W/") or not tag else tag
 
 
 def _check_md5(partial: _Partial, headers: Message) -> None:
-    """Compare the MD5 hash of a file with the one in the header `x-goog-hash`, if the response has this header.
+    """Compare a file with the MD5 hash in the header `x-goog-hash`, if the response has it. Remove a wrong file.
 
     Raises:
-        OSError: The hashes differ. The file has been removed.
+        OSError: The hashes differ.
     """
     hashes = ",".join(headers.get_all("x-goog-hash", [])).split(",")
     announced = [entry.strip().removeprefix("md5=") for entry in hashes if entry.strip().startswith("md5=")]

@@ -1,8 +1,7 @@
-"""Download models from the Hugging Face Hub. Their names have the form `hf://owner/name@revision`.
+"""Download models from the Hugging Face Hub, under names of the form `hf://owner/name@revision`.
 
 The library `huggingface_hub` manages the cache (`$HF_HOME`), shows progress bars, and checks sizes and hashes. This
-module chooses the files to download and their order, and writes the error messages, such as the one for a Hub that
-cannot be reached.
+module chooses the files to download and their order, and explains errors.
 """
 
 import contextlib
@@ -41,17 +40,15 @@ SETTINGS_NAMES = (PREPROCESSOR_NAME, PROCESSOR_NAME, "generation_config.json")
 
 
 def fetch(source: str) -> Path:
-    """Return the local folder of a model of the Hub, after downloading files that are not in the cache yet.
+    """Download the files of a Hub model that are not in the cache yet, and return the local folder of the model.
 
-    `config.json` is downloaded first, so a model of an unknown architecture is refused before its weights are
-    downloaded. Next are the files that describe the model's input, if the repository has them: `SETTINGS_NAMES`, and
-    for a text model also `TOKENIZER_NAMES`. The weights are last, in safetensors files. All files belong to the same
-    commit.
+    `config.json` comes first, so that a model of an unknown architecture is refused before its weights are downloaded.
+    Next are the files that describe the model's input: `SETTINGS_NAMES`, and for a text model also `TOKENIZER_NAMES`.
+    The weights are last, in safetensors files. All files belong to the same commit.
 
-    If the configuration and the weights are in the cache, they are used, and the Hub is not asked whether the branch
-    has a newer commit. To use a newer commit, give it as the revision. If the cache holds the weights, those of the
-    files that describe the input that were never requested are requested now. If this fails, a warning names them, and
-    the model is used without them.
+    If the configuration and the weights are in the cache, they are used without asking the Hub for a newer commit. To
+    use a newer one, give it as the revision. Only files that describe the input and were never requested are requested
+    now. If this fails, a warning names them.
 
     Args:
         source: "hf://owner/name" or "hf://owner/name@revision". The revision is a branch, a tag, a commit or a pull
@@ -59,8 +56,8 @@ def fetch(source: str) -> Path:
 
     Raises:
         UserError: The name is malformed, the repository, its revision or its safetensors do not exist, the model's
-            architecture is unknown, or the Hub cannot be reached. In the last case the message says which files to
-            copy into which folder.
+            architecture is unknown, or the Hub cannot be reached. In the last case the message says which files to copy
+            into which folder.
     """
     repository, revision = _parse(source)
     try:
@@ -111,9 +108,9 @@ def _cached(repository: str, revision: str) -> Path | None:
 
 
 def _complete(repository: str, folder: Path) -> None:
-    """Download the files that describe the input of a cached model, if they were never requested.
+    """Download the files that describe the input of a cached model, unless they were requested before.
 
-    The cache knows which files the repository lacks, so they are requested once.
+    The cache also knows which files the repository lacks, so that they are requested only once.
     """
     commit = folder.name
     # For each file the library returns its path, or an object that marks a file that the repository lacks, or None.
@@ -143,10 +140,7 @@ def _ask(repository: str, revision: str) -> None:
 
 
 def _input_names(folder: Path) -> tuple[str, ...]:
-    """Return the names of the files that describe the input of the model in a folder.
-
-    Its repository may lack some or all of them.
-    """
+    """Return the names of the files that may describe the input of the model in a folder."""
     architecture, _ = read_architecture(folder)
     return SETTINGS_NAMES if architecture.model.reads == "images" else (*TOKENIZER_NAMES, *SETTINGS_NAMES)
 
@@ -159,7 +153,7 @@ def _fetch_present(repository: str, commit: str, names: Sequence[str]) -> None:
 
 
 def _explain(error: Exception, source: str, repository: str, revision: str) -> NoReturn:
-    """Raise a `UserError` that explains a failed download and says what the user can do."""
+    """Raise a `UserError` which explains why a download failed and what the user can do."""
     page = f"{constants.ENDPOINT}/{repository}"
     if isinstance(error, HFValidationError):
         message = str(error)

@@ -1,8 +1,8 @@
 """Read and write the settings of the image processors of transformers.
 
 transformers 5 reads them from the entry `image_processor` of `processor_config.json` or, if there is none, from
-`preprocessor_config.json`. A setting that is missing has the default of the processor's class. A step with the setting
-null is left out.
+`preprocessor_config.json`. A missing setting has the default of the processor's class. The value null switches off the
+step that the setting describes.
 """
 
 import math
@@ -70,10 +70,7 @@ _REFUSED = ("offset", "rescale_offset", "use_square_size")
 
 
 def processor_file(folder: Path) -> tuple[str, dict[str, Any]] | None:
-    """Return the settings of the image processor in a folder, and their place for error messages.
-
-    Returns:
-        `None` if the folder holds none.
+    """Return the settings of the image processor in a folder and their place for error messages, or None without any.
 
     Raises:
         UserError: A file is damaged.
@@ -88,11 +85,11 @@ def processor_file(folder: Path) -> tuple[str, dict[str, Any]] | None:
 
 
 def read_processor(origin: str, fields: Mapping[str, Any], default_type: str) -> Preparation:
-    """Return the preparation of images that the settings of an image processor describe.
+    """Convert the settings of an image processor to a `Preparation` of images.
 
     Args:
         origin: The place of the settings, for error messages.
-        fields: The content of `preprocessor_config.json`.
+        fields: The settings.
         default_type: The class of the processor, a key of `PROCESSORS`, for settings that do not name it.
 
     Raises:
@@ -135,13 +132,13 @@ def read_processor(origin: str, fields: Mapping[str, Any], default_type: str) ->
 
 
 def write_processor(preparation: Preparation, channels: int) -> dict[str, Any]:
-    """Return the content of a `preprocessor_config.json` that prepares images in the same way.
+    """Return the content of a `preprocessor_config.json` that prepares images in the given way.
 
     The file names every setting, so that they hold for any class of processor.
 
     Args:
-        preparation: The preparation.
-        channels: The number of channels of the model. One mean for all channels is written once for each.
+        preparation: How images are prepared.
+        channels: The number of channels of the model. A mean for all channels is written once for each channel.
     """
     mean, std = (
         list(values) if isinstance(values, tuple) else [values] * channels for values in preparation.normalization
@@ -163,7 +160,7 @@ def write_processor(preparation: Preparation, channels: int) -> dict[str, Any]:
 
 
 def _size(origin: str, name: str, value: Any, square: bool) -> dict[str, int]:
-    """Return a size with the keys of `Preparation.size`. A file may also hold a number, or a list of two."""
+    """Convert a size in a file, which may be a number or a list of two, to one with the keys of `Preparation.size`."""
     size = value
     if isinstance(value, int):
         size = {"height": value, "width": value} if square else {"shortest_edge": value}
@@ -188,15 +185,15 @@ def _resampling(origin: str, value: Any) -> int:
 
 
 def _normalization(origin: str, mean: Any, std: Any, rescale_factor: Any) -> Normalization:
-    """Return the normalisation with a mean and a standard deviation from a file, after checking them.
+    """Check the mean and the standard deviation in a file, and return the normalisation of pixels in [0, 1].
 
-    A processor multiplies pixels in [0, 255] by the rescale factor f before it normalises them. For pixels x in
-    [0, 1] this is `(255 f x - mean) / std`, so the result has the mean `mean / (255 f)` and the standard deviation
-    `std / (255 f)`. The arguments may be of any type, because they come from a file that may be damaged.
+    A processor multiplies pixels in [0, 255] by the rescale factor f before it normalises them. For pixels x in [0, 1]
+    this is `(255 f x - mean) / std`, so the result has the mean `mean / (255 f)` and the standard deviation `std / (255
+    f)`.
 
     Raises:
-        UserError: The mean or the standard deviation holds other values than finite numbers, their lengths differ, or
-            a standard deviation is not positive.
+        UserError: The mean or the standard deviation holds other values than finite numbers, their lengths differ, or a
+            standard deviation is not positive.
     """
 
     def over(values: Any) -> PerChannel:

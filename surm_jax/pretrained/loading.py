@@ -27,7 +27,7 @@ Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
 
 @contextmanager
 def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
-    """Open a checkpoint file or folder, as a context manager.
+    """Open a checkpoint file or folder for a `with` block.
 
     The format is recognised by the suffix of the file and, for safetensors, by the header in the file.
 
@@ -61,13 +61,12 @@ def load(
     fresh: Sequence[str] | None = None,
     sharding: Sharding | None = None,
 ) -> Any:
-    """Return a model whose parameters are read from a checkpoint.
+    """Build a model, and read its parameters from a checkpoint.
 
-    The model is first built without arrays (`nnx.eval_shape`). Then each array is read, converted to our layout, copied
-    to its devices and released before the next one is read. The parameters that `fresh` matches come from the model's
-    initialisers. These run in a compiled function that returns only these parameters, so the initial values of the
-    others are never computed. The host needs memory for two copies of the largest array. If the host is also
-    the JAX device, as with the CPU backend, it needs memory for the whole model as well.
+    The model is first built without arrays (`nnx.eval_shape`). Then the arrays are read one by one, converted to our
+    layout and copied to their devices. Parameters that match `fresh` come from the model's initialisers, which run in a
+    compiled function that computes only these. The host needs memory for two copies of the largest array, and with the
+    CPU backend also for the whole model.
 
     Args:
         checkpoint: The path of an AugReg `.npz` file, of a `.safetensors` file that `save_model` wrote, of a folder of
@@ -141,7 +140,7 @@ def image_preparation(checkpoint: Path | None) -> Preparation:
 
 
 def image_normalization(checkpoint: Path | None) -> Normalization:
-    """Return the mean and the standard deviation of pixels in `image_preparation`."""
+    """Return the mean and the standard deviation with which pixels are normalised (see `image_preparation`)."""
     return image_preparation(checkpoint).normalization
 
 
@@ -155,7 +154,7 @@ def from_pretrained(
     seed: int = 0,
     **overrides: Any,
 ) -> Any:
-    """Return the model in a checkpoint, after downloading the checkpoint if needed.
+    """Return the model that the name of a checkpoint stands for, after downloading it if needed.
 
     Args:
         source: The name of the checkpoint, as in `locate`: the path of a file or of a folder of transformers,
@@ -198,7 +197,7 @@ def _load(
     fresh: Sequence[str] | None,
     sharding: Sharding | None,
 ) -> Any:
-    """Return a model whose parameters are read from an open checkpoint. The arguments are as in `load`."""
+    """Build a model, and read its parameters from an open checkpoint. The arguments are those of `load`."""
     model = nnx.eval_shape(make_model)
     graphdef, state = nnx.split(model)
     variables = {join(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
@@ -221,10 +220,7 @@ def _placed(path: str, variable: nnx.Variable, sharding: Sharding | None) -> jax
 
 
 def _initial(make_model: Callable[[], Model], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Return the initial values of the parameters in `shapes`, by path.
-
-    The compiler removes the computation of all other parameters.
-    """
+    """Return the initial values of the parameters in `shapes`, by path. Those of other parameters are not computed."""
 
     def init() -> dict[str, jax.Array]:
         state = nnx.to_flat_state(nnx.state(make_model()))

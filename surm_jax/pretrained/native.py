@@ -1,7 +1,7 @@
 """Read and write model files in our own format.
 
-The format is safetensors. The name of each tensor is the path of the parameter, and the header holds the model's
-configuration.
+It is safetensors, with the path of each parameter as the name of its tensor and the model's configuration in the
+header.
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ class NativeCheckpoint(Checkpoint):
         return file.header.get("format") == FORMAT
 
     def config(self, variant: str | None, overrides: Mapping[str, Any]) -> Config:
-        """Return the configuration in the header, with the overrides applied.
+        """Return the configuration in the header, with fields replaced by the overrides.
 
         Raises:
             UserError: The header is damaged, an override is not a field of the configuration, or a variant is given.
@@ -93,7 +93,7 @@ class NativeCheckpoint(Checkpoint):
     def fill(
         self, config: Any, targets: Mapping[str, jax.ShapeDtypeStruct], fresh: Collection[str]
     ) -> dict[str, jax.Array]:
-        """Read the parameters of a model, whose configuration must agree with that in the header (see `require_same`).
+        """Read the parameters of a model. Its configuration must agree with that in the header (see `require_same`).
 
         Position embeddings are resized to the model's image size by bilinear interpolation, as for AugReg checkpoints.
         """
@@ -106,7 +106,7 @@ class NativeCheckpoint(Checkpoint):
         return fill(self._file.keys, self._file.read, targets, rules, fresh=fresh, origin=str(self.path))
 
     def preparation(self) -> Preparation:
-        """Return the preparation of images in the header."""
+        """Return how images are prepared for the model, as the header says."""
         if "normalization" in self._file.header:
             raise UserError(f"{self.path} has a header of an older version: write the file again")
         entry = self._file.header.get("image_processor")

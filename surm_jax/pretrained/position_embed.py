@@ -1,7 +1,6 @@
-"""Resize learned position embeddings to another image size.
+"""Resize the learned position embeddings of image patches to another image size.
 
-The interpolation is bilinear for AugReg checkpoints and for our own format. It is bicubic for checkpoints of
-transformers, as in transformers itself.
+The interpolation is bilinear for AugReg checkpoints and for our own format, and bicubic for transformers, as there.
 """
 
 import math
@@ -18,12 +17,12 @@ _MOST_GROWTH = 16
 def resize_position_embed(
     position_embed: np.ndarray, shape: tuple[int, ...], *, extra_tokens: int | None = None
 ) -> np.ndarray:
-    """Return position embeddings that are resized to another square grid of patches by bilinear interpolation.
+    """Resize position embeddings to another square grid of patches by bilinear interpolation, and return them.
 
     This is for AugReg checkpoints. The result equals that of `scipy.ndimage.zoom(grid, order=1)`, which the code of
     AugReg calls (https://github.com/google-research/vision_transformer/blob/main/vit_jax/checkpoint.py). The corners of
-    both grids are aligned: along each axis, index `i` of a new grid of side `n` reads the old grid of side `m` at
-    `i (m - 1) / (n - 1)`. The computation is in float64.
+    both grids are aligned: along each axis, index `i` of a new grid of side `n` reads the old grid of side `m` at `i (m
+    - 1) / (n - 1)`. The computation is in float64.
 
     The rows before the patches, such as that of the class token, are copied. If the number of tokens does not change,
     the array is returned unchanged.
@@ -62,7 +61,7 @@ def resize_position_embed(
 def resize_position_embed_bicubic(
     position_embed: np.ndarray, shape: tuple[int, ...], *, extra_tokens: int
 ) -> np.ndarray:
-    """Return position embeddings that are resized to another square grid of patches by bicubic interpolation.
+    """Resize position embeddings to another square grid of patches by bicubic interpolation, and return them.
 
     This is for checkpoints of Hugging Face transformers, whose `interpolate_pos_encoding` calls PyTorch's
     `interpolate(mode="bicubic", align_corners=False)`. Along each axis, index `i` of a new grid of side `n` reads the
@@ -91,9 +90,9 @@ def resize_position_embed_bicubic(
 
 
 def _fits(position_embed: np.ndarray, shape: tuple[int, ...]) -> bool:
-    """Return whether the array is returned unchanged, because its number of tokens agrees with the model's.
+    """Return whether position embeddings need no resizing, because they have as many tokens as the model.
 
-    This is also true if the array does not have the shape `(1, tokens, width)`. `fill` reports the wrong shape later.
+    It is also true for an array of a wrong shape, which `fill` reports later.
     """
     return position_embed.ndim != 3 or position_embed.shape[0] != 1 or position_embed.shape[1] == shape[1]
 
@@ -101,7 +100,7 @@ def _fits(position_embed: np.ndarray, shape: tuple[int, ...]) -> bool:
 def _resize_patches(
     position_embed: np.ndarray, shape: tuple[int, ...], extra_tokens: int, kernel: Callable[[int, int], np.ndarray]
 ) -> np.ndarray:
-    """Return position embeddings whose grid of patches is resized with an interpolation kernel.
+    """Resize the grid of patches in position embeddings with an interpolation kernel, and return all of them.
 
     The first `extra_tokens` rows, which do not belong to patches, are copied.
     """
@@ -111,7 +110,7 @@ def _resize_patches(
 
 
 def _side(tokens: int, extra_tokens: int) -> int:
-    """Return the side of the square grid of patches, which are all tokens but the first `extra_tokens`."""
+    """Return the side of the square grid of patches. All tokens but the first `extra_tokens` are patches."""
     side = math.isqrt(max(0, tokens - extra_tokens))
     if side == 0 or side**2 != tokens - extra_tokens:
         raise UserError(
@@ -122,7 +121,7 @@ def _side(tokens: int, extra_tokens: int) -> int:
 
 
 def _layout(tokens: int) -> tuple[int, int]:
-    """Return the number of class tokens (0 or 1) and the side of the square grid of patches for a number of tokens."""
+    """Split a number of tokens into the number of class tokens (0 or 1) and the side of the square grid of patches."""
     for class_tokens in (0, 1):
         side = math.isqrt(max(0, tokens - class_tokens))
         if side > 0 and side**2 == tokens - class_tokens:
@@ -152,8 +151,7 @@ def _bilinear(old: int, new: int) -> np.ndarray:
 def _bicubic(old: int, new: int) -> np.ndarray:
     """Return the `(new, old)` matrix that interpolates by cubic convolution from `old` to `new` points.
 
-    The `old` points are the centres of `old` cells of equal width that together form an interval. The `new` points are
-    the centres of `new` cells of equal width that form the same interval.
+    An interval is divided into `old` and into `new` cells of equal width. The points are the centres of these cells.
     """
     at = (np.arange(new) + 0.5) * (old / new) - 0.5
     weights = np.zeros((new, old))

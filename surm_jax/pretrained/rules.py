@@ -1,8 +1,7 @@
 """Rules that map the keys of a checkpoint file to the parameters of a model, and a function that applies them.
 
-Every key of the file must be used or ignored, every parameter must be filled exactly once, and shapes must agree. If
-several keys or parameters break these conditions, one error reports them together. Each file format has its own list of
-rules.
+Every key must be used or ignored, every parameter must be filled exactly once, and shapes must agree. One error reports
+all keys and parameters that break these conditions. Each file format has its own list of rules.
 """
 
 import re
@@ -61,9 +60,8 @@ def fill(
     """Read the parameters of a model from a file, one at a time, in the order of the file.
 
     All keys are matched to parameters before the first array is read. A floating-point array is cast to the dtype of
-    its parameter if this is exact, such as from bfloat16 or float16 to float32. If the parameter is bfloat16, the array
-    is rounded. Other changes of dtype are refused, and so are NaN and infinity. The host needs memory for the result
-    and for one more array.
+    its parameter if this is exact, as from float16 to float32, or if the parameter is bfloat16. Other changes of dtype,
+    NaN and infinity are refused. The host needs memory for the result and for one more array.
 
     Args:
         keys: The names of the arrays in the file.
@@ -107,16 +105,16 @@ def fill(
 
 
 def _holds(wanted: np.dtype, stored: np.dtype) -> bool:
-    """Return whether a parameter of dtype `wanted` may be filled with an array of dtype `stored`."""
+    """Return whether an array of dtype `stored` may fill a parameter of dtype `wanted`."""
     if not jnp.issubdtype(stored, jnp.floating):
         return False
     return np.can_cast(stored, wanted) or wanted == jnp.bfloat16
 
 
 def _place(array: np.ndarray, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-    """Copy an array to its devices, cast to the wanted dtype, and return it when the copy is complete.
+    """Cast an array to the wanted dtype, copy it to its devices, and wait until the copy is complete.
 
-    Waiting for the copy ensures that the host never holds more than one array that is still being copied.
+    So the host never holds more than one array that is still being copied.
     """
     array = array.astype(wanted.dtype, copy=False)
     if wanted.sharding is None:
@@ -135,7 +133,7 @@ def _assign(
     fresh: Collection[str],
     origin: str,
 ) -> dict[str, tuple[str, Transform]]:
-    """Return the key that fills each parameter and the function that converts its array, in the order of the keys.
+    """Return which key fills which parameter, and the function that converts its array, in the order of the keys.
 
     Raises:
         UserError: Keys and parameters do not match one to one. See `fill`.
@@ -179,7 +177,7 @@ def _assign(
 
 
 def _raise(origin: str, problems: Sequence[str], count: int, hint: str = "") -> None:
-    """Raise a `UserError` if there are problems.
+    """Raise a `UserError` that lists problems, if there are any.
 
     Args:
         origin: The name of the file.

@@ -15,7 +15,7 @@ NAMES = ("none", "augreg", "digits")
 
 
 def locate(checkpoint: str, variant: str | None = None) -> Path | None:
-    """Return the path of the local file or folder of a checkpoint, after downloading it if needed.
+    """Download a checkpoint if needed, and return the path of its local file or folder.
 
     Args:
         checkpoint: "none" (no checkpoint, so all parameters are initialised), "augreg" (the official ImageNet-21k
@@ -61,9 +61,9 @@ def locate(checkpoint: str, variant: str | None = None) -> Path | None:
 
 
 def is_folder(checkpoint: str) -> bool:
-    """Return whether the name of a checkpoint stands for a folder of transformers, without any download.
+    """Return whether the name of a checkpoint stands for a folder of transformers, without downloading it.
 
-    A name in `NAMES` never does, even where a folder of that name lies in the current folder.
+    The names in `NAMES`, such as "digits", never do, even if there is a folder of that name.
 
     >>> is_folder("hf://google/vit-base-patch16-224"), is_folder("digits")
     (True, False)
@@ -85,7 +85,7 @@ def is_path(checkpoint: str) -> bool:
 def published_name(checkpoint: str) -> str:
     """Return the name of a checkpoint on the Hugging Face Hub, or an empty text if it is not from there.
 
-    Files that others get hold this name, and never a local path or a URL, which are of no use to them.
+    This name is written into files for others, to whom a local path would be of no use.
 
     >>> published_name("hf://google/vit-base-patch16-224@main"), published_name("/home/me/vit")
     ('google/vit-base-patch16-224', '')
@@ -107,10 +107,7 @@ def weight_files(checkpoint: Path | None) -> tuple[Path, ...]:
 
 
 def _what_is_wrong(path: Path, checkpoint: str) -> str:
-    """Return the text of an error message for a path that is neither a file nor a folder of transformers.
-
-    It says what is wrong, and suggests similar names that exist.
-    """
+    """Return an error message for a path that is neither a file nor a folder of transformers, with similar names."""
     if path.is_dir():
         files = sorted(file.name for file in path.iterdir() if file.is_file())
         held = f"it holds {', '.join(files[:8])}" if files else "it is empty"

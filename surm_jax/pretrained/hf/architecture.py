@@ -1,9 +1,9 @@
 """Map the modules and arrays of our models to those of Hugging Face transformers.
 
-An array in a checkpoint of transformers has a name such as `vit.encoder.layer.3.output.dense.weight`, where we have a
-parameter path such as `blocks/3/mlp/down/kernel`. An `Architecture` holds one list of pairs of module names, together
-with functions that convert the arrays of each module. From this list come the rules that read checkpoints, the names
-that are written, and the module names for adapters.
+An array that transformers calls `vit.encoder.layer.3.output.dense.weight` has a parameter path such as
+`blocks/3/mlp/down/kernel` in our model. An `Architecture` holds one list of such pairs of module names, with functions
+that convert the arrays of each module. From this list come the rules for reading checkpoints, the names for writing
+them, and the module names for adapters.
 
 In this file, "their" and "theirs" refer to transformers, and "our" and "ours" to surm_jax.
 """
@@ -39,11 +39,11 @@ If several names in transformers stand for the same activation, the first of the
 
 @dataclass(frozen=True)
 class Tensor:
-    """The two names of an array within its module, and functions that convert between its two layouts.
+    """An array of a module: its name in transformers and in our model, and functions that convert its layout.
 
     Attributes:
-        theirs: The last part of the array's name in transformers, such as "weight". It is empty if the array belongs
-            to no module there.
+        theirs: The last part of the array's name in transformers, such as "weight". It is empty if the array belongs to
+            no module there.
         ours: The last part of the parameter's path, such as "kernel". It is empty if the parameter belongs to no module
             of ours.
         read: A function that converts their layout to ours, `(array, shape of our parameter) -> array`.
@@ -65,7 +65,7 @@ def _reshaped(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _require_shape(array: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Raise a `UserError` unless an array in a checkpoint has the shape that transformers gives it.
+    """Check that an array in a checkpoint has the shape that transformers gives it. Otherwise raise a `UserError`.
 
     So an array in our layout is refused too, although it has the shape of our parameter.
     """
@@ -78,7 +78,7 @@ def _flat(array: np.ndarray) -> np.ndarray:
 
 
 def linear(in_axes: int = 1) -> tuple[Tensor, ...]:
-    """Return the names and layouts of the weight and the bias of a linear layer.
+    """Describe the weight and the bias of a linear layer, as the `Tensor`s of a `Name`.
 
     In transformers the weight has shape (out, in) and the bias has shape (out,). Our kernel has shape (*in, *out) and
     our bias has shape (*out,), where the input and the output may have several axes.
@@ -131,10 +131,9 @@ VECTOR = (Tensor("", "", _reshaped, _flat),)
 
 @dataclass(frozen=True)
 class Name:
-    """The name of a module in transformers, its path in our model, and its arrays.
+    """A module: its name in transformers, its path in our model, and its arrays.
 
-    It may also describe a single array that belongs to no module. In the name and in the path, `#` stands for the
-    number of a block:
+    It may also describe a single array that belongs to no module. `#` stands for the number of a block:
 
     >>> Name("encoder.layer.#.output.dense", "blocks/#/mlp/down", LINEAR).theirs
     'encoder.layer.#.output.dense'
@@ -143,8 +142,8 @@ class Name:
         theirs: The module's name in checkpoints on the Hub. This name is written.
         ours: The module's path in our model.
         tensors: The module's arrays. A model may lack some of them, such as the bias.
-        aliases: Other names of the module that are read. If the attribute path of the module in a loaded transformers
-            model differs from `theirs`, it is the first alias.
+        aliases: Other names of the module that are read. The first is the attribute path of the module in a loaded
+            transformers model, if that differs from `theirs`.
         in_body: Whether the architecture's `prefix` is put before `theirs` and the aliases. It is false for heads.
     """
 
@@ -157,7 +156,7 @@ class Name:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The functions and names for reading and writing models of one `model_type` of transformers.
+    """How models of one `model_type` of transformers are read and written.
 
     Attributes:
         model_type: The value of `model_type` in `config.json`.
@@ -168,17 +167,12 @@ class Architecture:
             `UserError` if our class has no such model.
         write_config: A function `our configuration -> content of config.json`. It raises a `UserError` if transformers
             has no such model.
-        names: A function that returns a `Name` for each module, given our configuration.
-        ignore: A function that returns regular expressions for keys that are not read, given our configuration. The
-            expressions do not contain the prefix.
-        copies: A function that returns the names of arrays that checkpoints may hold as copies of others, mapped to the
-            names of the others, given our configuration. A copy that differs is refused, since our model has one array
-            for both. `ignore` must match the names of copies.
-        fillers: A function that returns arrays by full name, given our configuration. Checkpoints need these arrays but
-            our model lacks them. They are written with the model.
-        chosen: A function that returns whether a model is written as this `model_type`, given our configuration. It is
-            needed if models of our class can be written as several types. The function may raise a `UserError` if the
-            model fits none of these types.
+        names: A function from our configuration to a `Name` for each module.
+        ignore: A function from our configuration to regular expressions for keys that are not read, without the prefix.
+        fillers: A function from our configuration to arrays that checkpoints need but our model lacks, by full name.
+            They are written with the model.
+        chosen: A function from our configuration to whether a model is written as this `model_type`. It is needed if
+            models of our class can be written as several types. It may raise a `UserError` if the model fits none.
         normalization: The normalisation of pixels that the published models expect. It is used for folders without the
             settings of an image processor.
         processor: The class of the image processor in transformers, for settings that do not name it.
@@ -213,7 +207,7 @@ class Architecture:
         return [f"(?:{re.escape(self.prefix)})?{pattern}" for pattern in self.ignore(config)]
 
     def tensor_name(self, config: Any, path: str) -> tuple[str, Tensor]:
-        """Return the full name in checkpoints of the parameter at a path, and the `Tensor` that converts its array.
+        """Return the full name in checkpoints of the parameter at a path, and the `Tensor` that describes it.
 
         Raises:
             UserError: The parameter has no name in checkpoints of this architecture.
@@ -283,8 +277,8 @@ class Names:
     def modules(self, path: str) -> tuple[str, ...]:
         """Return the names that transformers gives to the module at a path.
 
-        The attribute path of the module in a loaded transformers model is first. If the name in checkpoints differs, it
-        is last. The result is an empty tuple if transformers has no such module.
+        The first is the attribute path of the module in a loaded transformers model, and the last the name in
+        checkpoints, if that differs. The result is empty if transformers has no such module.
         """
         for name in self.architecture.names(self.config):
             match = re.fullmatch(_pattern(name.ours), path)
@@ -295,7 +289,7 @@ class Names:
         return ()
 
     def tensor(self, path: str) -> tuple[str, Tensor]:
-        """Return the full name in checkpoints of the parameter at a path, and the `Tensor` that converts its array.
+        """Return the full name in checkpoints of the parameter at a path, and the `Tensor` that describes it.
 
         Raises:
             UserError: The parameter has no name in checkpoints of this architecture.
@@ -304,11 +298,11 @@ class Names:
 
 
 def refusal(model_type: str, name: str, value: Any, what: str) -> UserError:
-    """Return the error for a `config.json` that describes a model which our class cannot represent.
+    """Return the error for a `config.json` with a model that our class cannot represent.
 
     Args:
         model_type: The value of `model_type` in the file.
-        name: The name of the field that makes the model unreadable.
+        name: The name of the field that is the reason.
         value: The value of the field.
         what: A clause that says why our class cannot represent the model.
     """
@@ -328,7 +322,7 @@ def our_activation(model_type: str, theirs: Any) -> str:
 
 
 def _pattern(name: str) -> str:
-    """Return the regular expression for a name. If the name contains `#`, a group matches the number of the block."""
+    """Return the regular expression for a name. `#` becomes a group that matches the number of the block."""
     return re.escape(name).replace(r"\#", r"(\d+)")
 
 

@@ -1,8 +1,8 @@
 """Read and write folders of Hugging Face transformers.
 
 A folder holds the configuration in `config.json` and the weights in `model.safetensors`. In a folder to read, the
-weights may also be split into several files (shards). The registered architectures determine the class of the model in
-a folder and the names of its arrays.
+weights may also be split into several files (shards). The registered `Architecture`s say which class of model a folder
+holds, and how its arrays are named.
 """
 
 import json
@@ -38,7 +38,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class HuggingFaceCheckpoint(Checkpoint):
-    """A checkpoint of transformers, which is a folder or a safetensors file beside its `config.json`.
+    """A checkpoint of transformers: a folder, or a safetensors file beside its `config.json`.
 
     `config.json` is read when it is first needed, and then kept. The files of weights in a folder are opened by `fill`.
     """
@@ -58,7 +58,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.path, self._file = path, file
 
     def config(self, variant: str | None, overrides: Mapping[str, Any]) -> Config:
-        """Return our configuration of the model that `config.json` describes, with the overrides applied."""
+        """Return our configuration of the model that `config.json` describes, with fields replaced by the overrides."""
         self._refuse_variant(variant)
         return self._config(overrides)
 
@@ -85,8 +85,8 @@ class HuggingFaceCheckpoint(Checkpoint):
     def preparation(self) -> Preparation:
         """Return the preparation of images that the folder's image processor describes.
 
-        transformers refuses a folder without settings of an image processor. Here such images are resized to a square,
-        and normalised as the published models of this `model_type` expect.
+        Without settings of an image processor, which transformers refuses, images are resized to a square, and
+        normalised as the published models of this `model_type` expect.
         """
         architecture, fields = self._described
         if found := processor_file(_folder_of(self.path)):
@@ -142,9 +142,8 @@ def save_huggingface(
 ) -> None:
     """Write a model as a folder that `from_pretrained` of transformers reads, in `config.json` and `model.safetensors`.
 
-    As long as the folder holds `config.json`, it is complete. Arrays keep their dtypes. The weights are written to one
-    file of any size, because no program needs shards to read them. The host needs memory for a second copy of the
-    model.
+    The folder is complete as soon as it holds `config.json`. Arrays keep their dtypes. The weights are written to one
+    file of any size. The host needs memory for a second copy of the model.
 
     Args:
         folder: The path of the folder. An existing folder is replaced if all its files are files that this function
@@ -212,7 +211,7 @@ def _folder_of(path: Path) -> Path:
 
 
 def _open_weights(folder: Path) -> TensorFile | ShardedTensors:
-    """Open the weights of a folder, in one file or in shards."""
+    """Open the weights of a folder, which are in one file or in shards."""
     if (folder / WEIGHTS_NAME).is_file():
         return TensorFile(folder / WEIGHTS_NAME)
     if (folder / INDEX_NAME).is_file():
@@ -246,7 +245,11 @@ def _no_weights(folder: Path) -> str:
 
 
 def _require_free(folder: Path, ours: set[str]) -> None:
-    """Raise a `UserError` if a folder to write is a file, or holds files whose names are not in `ours`."""
+    """Check that a folder can be written: it is no file, and holds only files with names in `ours`.
+
+    Raises:
+        UserError: It cannot.
+    """
     if folder.is_dir():
         if other := sorted({path.name for path in folder.iterdir() if not is_temporary(path)} - ours):
             raise UserError(
@@ -269,13 +272,16 @@ def _label_fields(labels: Sequence[str], num_classes: int) -> dict[str, dict[str
 
 
 def _require_plain(parameters: Mapping[str, nnx.Variable], config: Any) -> None:
-    """Raise a `UserError` unless a model has exactly the parameters that a new model with its configuration has.
+    """Check that a model has exactly the parameters that a new model with its configuration has.
 
     Paths and shapes are compared. So a model with an adapter is refused, because its adapter adds parameters.
 
     Args:
         parameters: The parameters of the model, by path.
         config: The configuration of the model.
+
+    Raises:
+        UserError: It has others.
     """
     abstract = nnx.eval_shape(lambda: model_class(config)(config, rngs=nnx.Rngs(0)))
     expected = {join(path): variable.shape for path, variable in nnx.to_flat_state(nnx.state(abstract, nnx.Param))}

@@ -1,8 +1,8 @@
 """Register BERT and RoBERTa, so that folders of transformers with these models can be read and written.
 
-Our `Bert` with a classifier corresponds to `BertForSequenceClassification` or `RobertaForSequenceClassification`, and
-our `Bert` with the head of a masked language model to `BertForMaskedLM` or `RobertaForMaskedLM`. Checkpoints without a
-head can be read too, and so can those of `BertForPreTraining`, which have two heads.
+Our `Bert` with a classifier corresponds to `BertForSequenceClassification` or `RobertaForSequenceClassification`. With
+the head of a masked language model, it corresponds to `BertForMaskedLM` or `RobertaForMaskedLM`. Checkpoints without a
+head, and those of `BertForPreTraining` with two heads, can be read too.
 """
 
 from collections.abc import Mapping
@@ -133,12 +133,12 @@ _MLM_CLASSES = ("ForMaskedLM", "ForPreTraining")
 
 
 def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> BertConfig:
-    """Return our configuration for the content of a `config.json`.
+    """Convert the content of a `config.json` to our configuration.
 
     The model has the head of a masked language model if `architectures` names a class with this head, and otherwise a
-    classifier. An override of `head` takes precedence. An override of `num_classes` also takes precedence, and selects
-    a classifier. `hidden_dropout_prob` becomes the dropout rate of all layers. The dropout rates of attention
-    probabilities and of the classifier are ignored, since they do not change what a trained model computes.
+    classifier. The overrides `head` and `num_classes` take precedence; the latter selects a classifier.
+    `hidden_dropout_prob` becomes the dropout rate of all layers. The dropout rates of attention probabilities and of
+    the classifier are ignored, since they do not change what a trained model computes.
 
     Raises:
         UserError: The file describes a model that `Bert` cannot represent, or an override is no field of `BertConfig`.
@@ -172,7 +172,7 @@ def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[
 
 
 def _write_config(model_type: str, config: BertConfig) -> dict[str, Any]:
-    """Return the content of a `config.json` for our configuration.
+    """Convert our configuration to the content of a `config.json`.
 
     It holds the number of classes, but not their names. The dropout rate of attention probabilities is 0, as in our
     model.

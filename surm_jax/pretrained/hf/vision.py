@@ -1,7 +1,7 @@
 """Register the Vision Transformers of transformers: ViT, DeiT, DINOv2, I-JEPA, and the image encoder of CLIP.
 
-In each of these architectures, some fields of `ViTConfig` have fixed values, such as `pool` = "mean" for I-JEPA. The
-values of these fields in a `ViT` determine the class of transformers that it is written as.
+Each of these classes fixes some fields of `ViTConfig`, such as `pool` = "mean" for I-JEPA. So these fields of a `ViT`
+determine the class that it is written as.
 """
 
 from collections.abc import Callable, Mapping
@@ -97,7 +97,7 @@ _POOLER = r"pooler\.dense\.(weight|bias)"
 
 
 def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> ViTConfig:
-    """Return our configuration for the content of a `config.json`.
+    """Convert the content of a `config.json` to our configuration.
 
     A model of CLIP has the head of `CLIPForImageClassification` if `architectures` names that class. Otherwise its head
     is the projection of the class token into the space that images and texts share. `hidden_dropout_prob` becomes the
@@ -130,7 +130,7 @@ def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[
 
 
 def _known(model_type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields in a `config.json` that describe the image model, with defaults for those that are missing."""
+    """Return the fields of a `config.json` that describe the image model, with defaults for missing ones."""
     given = {name: value for name, value in fields.items() if value is not None}
     if model_type == "clip":
         # Old files have the fields of the image model in `vision_config_dict`. If it exists, it takes precedence.
@@ -158,14 +158,14 @@ def _check_type(model_type: str, name: str, value: Any, kind: Any) -> None:
 
 
 def _read_as(model_type: str, known: Mapping[str, Any]) -> str:
-    """Return the name in `_CLASSES` of the class of transformers that a checkpoint is read as."""
+    """Return the class of transformers, a key of `_CLASSES`, that a checkpoint is read as."""
     if model_type == "clip" and "CLIPForImageClassification" not in known.get("architectures", ()):
         return "CLIPVisionModelWithProjection"
     return next(name for name, (its_type, _) in _CLASSES.items() if its_type == model_type)
 
 
 def _side(model_type: str, name: str, value: Any) -> Any:
-    """Return the side length of square images or patches. The value may be a number, or a list of height and width."""
+    """Return the side of square images or patches from a value in a file: a number, or a list of height and width."""
     if not isinstance(value, list | tuple):
         return value
     if not value or any(side != value[0] for side in value):
@@ -174,7 +174,7 @@ def _side(model_type: str, name: str, value: Any) -> Any:
 
 
 def _class_of(config: ViTConfig) -> str:
-    """Return the name in `_CLASSES` of the class of transformers that a model is written as.
+    """Return the class of transformers, a key of `_CLASSES`, that a model is written as.
 
     Raises:
         UserError: transformers has no such model. The message names the most similar class and the fields that differ.
@@ -195,7 +195,7 @@ def _class_of(config: ViTConfig) -> str:
 
 
 def _write_config(model_type: str, config: ViTConfig) -> dict[str, Any]:
-    """Return the content of a `config.json` for our configuration.
+    """Convert our configuration to the content of a `config.json`.
 
     It holds the number of classes, but not their names.
 

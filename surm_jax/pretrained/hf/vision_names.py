@@ -1,7 +1,7 @@
-"""The names of the modules of Vision Transformers in transformers, each with its path in our `ViT`.
+"""The names that transformers gives to the modules of Vision Transformers, each with its path in our `ViT`.
 
-The names are those in checkpoints on the Hub, which every version of transformers writes. For some modules, the
-attribute path in a model that transformers 5.24 has loaded differs from this name. Then the path is listed as an alias.
+They are the names in checkpoints on the Hub, which every version of transformers writes. Where the attribute path in a
+model that transformers 5.24 has loaded differs, it is listed as an alias.
 """
 
 from collections.abc import Mapping
@@ -163,8 +163,8 @@ def clip_names(config: ViTConfig) -> tuple[Name, ...]:
 def clip_ignore(config: ViTConfig) -> tuple[str, ...]:
     """Return regular expressions for the keys of a CLIP checkpoint that are not read.
 
-    These belong to the text encoder and the loss, to heads and norms that the model does not use, and to arrays that
-    only old versions of transformers stored.
+    They match the text encoder, the loss, heads and norms that the model does not use, and arrays that only old
+    versions of transformers stored.
     """
     ignored = [r"text_model\..*", r"text_projection\.weight", "logit_scale", r"embeddings\.position_ids"]
     if config.pool == "patches":
@@ -177,7 +177,7 @@ def clip_ignore(config: ViTConfig) -> tuple[str, ...]:
 def clip_fillers(config: ViTConfig) -> dict[str, np.ndarray]:
     """Return arrays for the norm after the last block, which `CLIPForImageClassification` stores but does not use.
 
-    The result is empty if the model has this norm itself.
+    Return none if the model has this norm itself.
     """
     if config.final_norm:
         return {}
