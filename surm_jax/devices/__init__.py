@@ -1,1 +1,1 @@
-"""The hardware side of a run: the device mesh, the processes, and the cache of compiled programs."""
+"""Where a run computes: the device mesh, the processes, and the cache of compiled programs."""

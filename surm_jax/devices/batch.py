@@ -1,8 +1,8 @@
-"""A wrapper with which each device computes only its own part of a sharded batch.
+"""Let each device compute only its own part of a sharded batch.
 
 Under `jax.jit`, XLA does not partition an FFT along its batch dimensions. If the activations are sharded over a mesh,
 XLA gathers all of them on every device, in the forward and in the backward pass, although the sharding of the output
-looks right (https://github.com/jax-ml/jax/issues/15680). The wrapper `batch_local` runs a function in `jax.shard_map`,
+looks right (https://github.com/jax-ml/jax/issues/15680). `batch_local` runs a function in `jax.shard_map` instead,
 where nothing is gathered.
 """
 
@@ -20,16 +20,15 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def batch_local(fn: Callable[..., Array]) -> Callable[..., Array]:
-    """Return a version of a function that computes each device's part of the batch on that device.
+    """Return a version of a function in which each device computes its own part of the batch.
 
-    The mesh is the one that `jax.set_mesh` set. The leading dimension of `x` is split over those of the mesh axes
-    `BATCH_AXES` that have the type `Auto`. An axis of the type `Explicit` is used only if the sharding in the type
-    of `x` names it for the leading dimension. An axis of the type `Manual` is not used, because the call is inside a
-    `jax.shard_map` that has already split the batch over this axis.
+    The mesh is the one that `jax.set_mesh` set. The leading dimension of `x` is split over the mesh axes in
+    `BATCH_AXES`: over axes of the type `Auto`, and over those of the type `Explicit` that the type of `x` names for
+    this dimension. Axes of the type `Manual` are left out, because a surrounding `jax.shard_map` has already split the
+    batch over them.
 
-    In three cases `fn` is called directly: no axis is used, `x` has fewer than two dimensions, or the number of devices
-    does not divide the leading dimension. Under `jax.vmap`, this function cannot see the mapped dimension. So keep the
-    batch as the leading dimension instead of mapping over it.
+    `fn` is called directly if there is no such axis, if `x` has fewer than two dimensions, or if the number of devices
+    does not divide the leading dimension. `jax.vmap` hides the mapped dimension, so do not map over the batch.
 
     Args:
         fn: A function `fn(x, *replicated)`. The leading dimension of `x` and of the result is the batch, and `fn` must

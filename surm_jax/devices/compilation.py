@@ -1,4 +1,4 @@
-"""The persistent cache of compiled programs, which saves a repeated or resumed run from compiling its step again."""
+"""The cache of compiled programs on the disk, which saves a repeated or resumed run from compiling again."""
 
 import jax
 

@@ -80,16 +80,16 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Return the sharding of the arrays of a batch: their first axis is split over all devices."""
+    """Return the sharding of the arrays of a batch, which splits their first axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def base_sharding(mesh: AnyMesh, shape: tuple[int, ...]) -> NamedSharding:
     """Return the sharding of a frozen array of a given shape.
 
-    Its longest axis that is divisible by the number of devices along `fsdp` is split over these devices. If no axis is
-    divisible, or if the array has fewer than 2**14 elements, the array is replicated. In this example, the first array
-    is split along its first axis, and the second is too small:
+    Its longest axis that the number of devices along `fsdp` divides is split over these devices. Without such an axis,
+    or below 2**14 elements, the array is replicated. Here, the first array is split along its first axis, and the
+    second is too small:
 
     >>> mesh = make_mesh(1, {}, fsdp=4)
     >>> base_sharding(mesh, (768, 12, 64)).spec, base_sharding(mesh, (768,)).spec
@@ -106,8 +106,7 @@ def base_sharding(mesh: AnyMesh, shape: tuple[int, ...]) -> NamedSharding:
 def put_base(frozen: Tree, mesh: jax.sharding.Mesh) -> Tree:
     """Move the frozen arrays of a model to the devices of the mesh, each with its `base_sharding`.
 
-    An array that is stacked over several blocks is sharded so that each of its slices has the `base_sharding` of the
-    array of a single block.
+    An array that is stacked over several blocks is sharded like the array of a single block, slice by slice.
     """
 
     def sharding(path: tuple, leaf: jax.Array) -> NamedSharding:
@@ -130,9 +129,9 @@ def gathered(tree: Tree, mesh: AnyMesh) -> Tree:
 
 
 def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Return whether `jax.checkpoint` keeps the outputs of a primitive for the backward pass.
+    """Return whether to keep the output of a primitive for the backward pass. This is a policy for `jax.checkpoint`.
 
-    This is a policy for `jax.checkpoint`. It keeps all outputs except gathered arrays and copies of them.
+    It keeps all outputs except gathered arrays and copies of them.
     """
     return primitive.name not in _NOT_KEPT
 
@@ -140,8 +139,8 @@ def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
 def with_whole_base(fn: Callable, mesh: jax.sharding.Mesh) -> Callable:
     """Return a version of `fn(trained, frozen, *rest)` that works if the arrays in `frozen` are split over devices.
 
-    The frozen arrays outside the blocks are gathered before `fn` is called. The arrays of the blocks stay split,
-    because each block gathers its own arrays when it runs (`surm_jax.training.blocks`).
+    The frozen arrays outside the blocks are gathered before `fn` is called. Each block gathers its own arrays when it
+    runs (`surm_jax.training.blocks`).
     """
     if mesh.shape[FSDP_AXIS] == 1:
         return fn
@@ -157,7 +156,7 @@ def _name(path: tuple) -> str:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Make the sharded arrays of a batch from the rows that this process has loaded.
+    """Make the sharded arrays of a whole batch from the rows that each process has loaded.
 
     Args:
         batch: This process's rows of the batch, as host arrays by name.

@@ -3,9 +3,9 @@
 Every process runs the same program on its own devices, with its own rows of each batch. Only the first process (index
 0) writes files and prints. The exception is Orbax, which writes checkpoints from all processes.
 
-If one process took another branch of the program than the others, they would wait for it forever. So all processes must
-share whatever decides what they do next. `Agreement` shares a signal that one process got, `on_first` shares what the
-first process found on the disk, and `leave` ends all processes together.
+If one process took another branch of the program than the others, they would wait for it forever. So whatever decides
+what comes next must be shared: `Agreement` shares a signal that one process got, `on_first` shares what the first
+process found on the disk, and `leave` ends all processes together.
 """
 
 import contextlib
@@ -95,12 +95,12 @@ def several() -> bool:
 
 
 def is_first() -> bool:
-    """Return whether this process writes files and prints, because it is the only process or the first of several."""
+    """Return whether this is the first or the only process, which writes files and prints."""
     return private.process_index() == 0
 
 
 def share(batch_size: int) -> dict[str, int]:
-    """Return the arguments with which the data pipelines of `surm_jax.data` make this process's rows of each batch.
+    """Return this process's share of a batch, as arguments for the data pipelines of `surm_jax.data`.
 
     `batch_size` in the result is the number of rows of this process. A single process makes the whole batch:
 
@@ -114,8 +114,8 @@ def share(batch_size: int) -> dict[str, int]:
 def whole_on_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """Return a whole array as a NumPy array, including the parts that are only on devices of other processes.
 
-    Collective: call it from every process, with the arrays in the same order. It costs one copy of the array. Arrays
-    that every process holds completely are not transferred between processes.
+    Collective: call it from every process, with the arrays in the same order. Only arrays that are split over processes
+    are transferred.
 
     >>> whole_on_host(jnp.arange(3))
     array([0, 1, 2], dtype=int32)
@@ -128,7 +128,8 @@ def whole_on_host(array: jax.Array | np.ndarray) -> np.ndarray:
 def meet() -> None:
     """Wait until all processes of the run have called this function.
 
-    It is used before the first collective, because Gloo fails if a process comes to it half a minute after the others.
+    Call it before the first collective operation. Gloo, JAX's library for them on CPUs, fails if a process is half a
+    minute late.
     """
     if several():
         private.coordination_client().wait_at_barrier(f"surm_jax/meet/{next(_numbers)}", _DAY)
@@ -195,7 +196,7 @@ def union(numbers: set[int], most: int) -> set[int]:
 
     Args:
         numbers: This process's set of integers >= 0.
-        most: The largest size that the set of a process can have. It must be the same in all processes.
+        most: The largest size that any process's set can have, the same in all processes.
     """
     if not several() or not most:
         return numbers
@@ -205,11 +206,11 @@ def union(numbers: set[int], most: int) -> set[int]:
 
 
 class Agreement:
-    """A maximum over all processes, with which one process shares a number, such as a signal, with the others.
+    """Shares a number, such as a signal that one process got, with all processes of a run.
 
-    Each call takes a number and returns the largest number that any process passed to the previous call. Since the
-    result is always that of the previous call, no call waits for the devices. In a run of one process, each call
-    returns its own number.
+    Each call takes a number and returns the largest number that any process passed to the previous call. Because the
+    result belongs to the previous call, no call waits for the devices. In a run of one process, each call returns its
+    own number.
 
     Collective: all processes must call it equally often. Each call computes, on the devices, the maximum of an array
     that has one element for each device.
@@ -224,7 +225,7 @@ class Agreement:
         self._before: jax.Array | None = None
 
     def __call__(self, number: int) -> int:
-        """Pass a number >= 0, and return the largest number that was passed to the previous call (0 at first)."""
+        """Pass a number >= 0. Return the largest number that any process passed to the previous call (at first 0)."""
         if not several():
             return number
         mine = np.full(jax.local_device_count(), number, np.int32)
@@ -235,9 +236,8 @@ class Agreement:
 def leave(message: object, status: int) -> NoReturn:
     """End this process with a message on the standard error.
 
-    If all processes call this function within 10 seconds, only the first one prints its message. Otherwise, each
-    process that has called it prints its own message and ends. The other processes notice that a process is gone, and
-    stop as well.
+    If all processes call this function within 10 seconds, only the first one prints its message. Otherwise each prints
+    its own and ends. Processes that did not call it notice that another is gone, and stop as well.
 
     Args:
         message: The message.
