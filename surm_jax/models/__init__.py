@@ -1,6 +1,6 @@
 """Transformer models in Flax NNX, which compute the same function as the code that their checkpoints come from.
 
-The models do not know of adapters. `surm_jax.adapt` adds adapters to a model from outside.
+They know nothing of adapters. `surm_jax.adapt` adds adapters to a model from outside.
 """
 
 from surm_jax.models.base import (

@@ -32,9 +32,11 @@ HEAD = (r"head/.*",)
 class Config:
     """Base class of model configurations. A configuration is a frozen dataclass of numbers, booleans and strings.
 
-    The configuration of an image model or of a text model must have the attribute `num_classes`, the number of outputs
-    of the head. That of an image model must also have the attributes `image_size` and `channels`. That of a text model
-    or of a model of prompts must have the attributes `vocab_size`, `pad_token` and `max_tokens`.
+    That of an image model must also have the attributes `image_size` and `channels`, and that of a text model
+    `vocab_size`, `pad_token` and `max_tokens`.
+
+    Attributes:
+        num_classes: Number of outputs of the head.
     """
 
     VARIANTS: ClassVar[dict[str, Mapping[str, Any]]] = {}
@@ -64,9 +66,9 @@ class Config:
     def position_grids(self) -> Mapping[str, int]:
         """The parameters that are position embeddings of a square grid of image patches.
 
-        When a checkpoint is loaded into a model with another `image_size`, the embeddings of the patches are resized.
-        The mapping has the path of each such parameter as a key. The value is the number of tokens before the patches,
-        such as a class token. The embeddings of these tokens are not resized.
+        They are resized when a checkpoint is loaded into a model with another `image_size`. The mapping has the path of
+        each such parameter as a key. The value is the number of tokens before the patches, such as a class token, which
+        are not resized.
         """
         return {}
 
@@ -250,7 +252,7 @@ def check_sizes(config: Config, names: Iterable[str]) -> None:
 
 
 def check_choice(config: Config, name: str, known: Collection[str]) -> None:
-    """Check that the field `name` of a configuration has one of the `known` values.
+    """Check that a field of a configuration has one of the `known` values.
 
     Raises:
         UserError: The field has another value. The message suggests similar ones.

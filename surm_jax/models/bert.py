@@ -141,15 +141,12 @@ class BertConfig(Config):
 
     @property
     def max_tokens(self) -> int:
-        """Largest number of tokens in a sequence for which there are enough position embeddings."""
+        """Largest number of tokens in a sequence, limited by the position embeddings."""
         return self.max_positions - (self.pad_token + 1 if self.positions == "after_padding" else 0)
 
 
 class Block(nnx.Module):
-    """One post-norm transformer block.
-
-    It computes `norm1(x + attention(x))`, and then, with this result as x, `norm2(x + mlp(x))`.
-    """
+    """One post-norm transformer block: `x = norm1(x + attention(x))`, and then `norm2(x + mlp(x))`."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         options: dict[str, Any] = {
@@ -318,10 +315,7 @@ class Bert(Model):
         *,
         every: bool,
     ) -> tuple[Float[Array, "b t d"], ...]:
-        """Return all hidden states, as `hidden_states` does, if `every` is true. Otherwise return only the last one.
-
-        The result is a tuple in both cases.
-        """
+        """Return all hidden states as a tuple, as `hidden_states` does, or only the last one if `every` is false."""
         self._check(tokens_bt, mask, token_types)
         mask_bt = None if mask is None else mask.astype(jnp.bool_)
         types_bt = jnp.zeros_like(tokens_bt) if token_types is None else token_types

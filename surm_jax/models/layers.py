@@ -139,8 +139,8 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Two dense layers with an activation function between them, which are applied to each token.
 
-    The module maps an array x of shape (b, t, d) to `activation(x U + u) D + e` of the same shape. U and u are the
-    kernel and bias of the submodule `up`, and D and e are those of the submodule `down`.
+    The module maps an array x of shape (b, t, d) to `activation(x U + u) D + e`. U and u are the kernel and bias of the
+    submodule `up`, and D and e those of `down`.
     """
 
     def __init__(
@@ -238,12 +238,12 @@ dense layers. The regular expressions are for models that consist of the layers 
 
 
 def split_key(key: jax.Array | None, count: int) -> tuple[jax.Array | None, ...]:
-    """Return a tuple of `count` independent random keys made from `key`, or of `count` times None if `key` is None."""
+    """Split a random key into a tuple of `count` independent keys. Return `count` times None if `key` is None."""
     return (None,) * count if key is None else tuple(jax.random.split(key, count))
 
 
 def split_block_keys(key: jax.Array | None, depth: int) -> tuple[jax.Array | None, jax.Array | None]:
-    """Return independent random keys for a model of `depth` blocks, made from `key`.
+    """Split a random key into those of a model with `depth` blocks.
 
     Returns:
         A key for the dropout after the embeddings, and an array of `depth` keys for the blocks. If `key` is None, both
@@ -256,7 +256,7 @@ def split_block_keys(key: jax.Array | None, depth: int) -> tuple[jax.Array | Non
 
 
 def drop(dropout: nnx.Dropout, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Return `x` after dropout with the given random key. If the key is None, return `x` unchanged."""
+    """Apply dropout with the given random key to `x`. Without a key, return `x` unchanged."""
     return dropout(x, deterministic=key is None, rngs=key)
 
 
@@ -268,10 +268,12 @@ def call_block(
 ) -> Any:
     """Return `call(block, *arguments)`, with a rematerialisation policy for the backward pass.
 
+    The policy trades memory against time, and does not change the result.
+
     Args:
         block: The block. It must not change its own state when it is called.
         *arguments: The arguments of the block.
-        policy: The policy, such as a value of `REMAT`. It changes memory and time, but not the result.
+        policy: The policy, such as a value of `REMAT`.
         call: How the block is called. The default calls it with the arguments.
     """
     if policy is None:

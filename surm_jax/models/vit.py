@@ -156,18 +156,14 @@ class ViTConfig(Config):
 
     @property
     def position_grids(self) -> Mapping[str, int]:
-        """A mapping from the path of the position embeddings to the number of tokens before the patches.
-
-        `Config.position_grids` explains what it is for.
-        """
+        """The path of the position embeddings, and the number of tokens before the patches (see the base class)."""
         return {"position_embed": self.extra_tokens}
 
 
 class Block(nnx.Module):
-    """One pre-norm transformer block.
+    """One pre-norm transformer block: `x = x + scale1 * attention(norm1(x))`, and then `x + scale2 * mlp(norm2(x))`.
 
-    It computes `x + scale1 * attention(norm1(x))`, and then, with this result as x, `x + scale2 * mlp(norm2(x))`. The
-    vectors `scale1` and `scale2` exist only if `config.layer_scale` is true. Otherwise the factors are left out.
+    The vectors `scale1` and `scale2` exist only if `config.layer_scale` is true. Otherwise the factors are left out.
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
@@ -277,10 +273,9 @@ class ViT(Model):
         *,
         rngs: nnx.Rngs | jax.Array | None = None,
     ) -> tuple[Float[Array, "b t d"], ...]:
-        """Return the input of the first block and the outputs of all blocks, `depth + 1` arrays.
+        """Return the input of the first block and the outputs of all blocks, `depth + 1` arrays of shape (b, t, d).
 
-        The LayerNorm after the last block is not applied. These are the arrays that the models of Hugging Face
-        transformers return under the name `hidden_states`.
+        The LayerNorm after the last block is not applied, as in the `hidden_states` of Hugging Face transformers.
 
         Args:
             images_bhwc: As in `__call__`.
@@ -294,10 +289,7 @@ class ViT(Model):
     def _states(
         self, images_bhwc: Float[Array, "b h w c"], rngs: nnx.Rngs | jax.Array | None, *, every: bool
     ) -> tuple[Float[Array, "b t d"], ...]:
-        """Return all hidden states, as `hidden_states` does, if `every` is true. Otherwise return only the last one.
-
-        The result is a tuple in both cases.
-        """
+        """Return all hidden states as a tuple, as `hidden_states` does, or only the last one if `every` is false."""
         config = self.config
         expected = (config.image_size, config.image_size, config.channels)
         if images_bhwc.ndim != 4 or images_bhwc.shape[1:] != expected:
@@ -311,7 +303,7 @@ class ViT(Model):
         return self.blocks.run(x_btd, keys=keys, remat=config.remat, every=every)
 
     def _embed(self, images_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b t d"]:
-        """Return the embeddings of all tokens, to which the position embeddings are added.
+        """Return the embeddings of all tokens, with position embeddings added.
 
         The class token and the distillation token, if there are any, come before the patches.
         """
@@ -325,7 +317,7 @@ class ViT(Model):
         return x_btd + self.position_embed[...].astype(x_btd.dtype)
 
     def _pool(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b d"]:
-        """Return the input of the head, which `config.pool` defines.
+        """Return the input of the head, for example the features of the class token, as `config.pool` says.
 
         Args:
             x_btd: The features of the tokens, after the last LayerNorm.
@@ -343,5 +335,5 @@ def _norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def _scaled(y_btd: Float[Array, "b t d"], scale: nnx.Param | None) -> Float[Array, "b t d"]:
-    """Return `y_btd` multiplied by the vector `scale`, or `y_btd` unchanged if `scale` is None."""
+    """Return `y_btd` times the vector `scale`, or `y_btd` itself if `scale` is None."""
     return y_btd if scale is None else y_btd * scale[...].astype(y_btd.dtype)[None, None]
