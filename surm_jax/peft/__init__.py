@@ -12,6 +12,7 @@ from surm_jax.peft.describe import Description, describe
 from surm_jax.peft.files import load_adapter, save_adapter
 from surm_jax.peft.fingerprint import check_fingerprint, fingerprint
 from surm_jax.peft.hf import load_peft, save_peft
+from surm_jax.peft.kernels.parameter import register_kernel
 from surm_jax.peft.lifecycle import delete, kernel_change, set_active, set_scale
 from surm_jax.peft.merge import merge
 from surm_jax.peft.methods.base import METHODS, Method, PartMethod, make_method
@@ -116,6 +117,7 @@ __all__ = [
     "merge",
     "one_of",
     "path_mask",
+    "register_kernel",
     "save_adapter",
     "save_peft",
     "set_active",

@@ -11,11 +11,12 @@ from surm_jax.errors import UserError, did_you_mean
 from surm_jax.paths import join, matching, no_match_message, require_match
 from surm_jax.peft.adapter import DEFAULT_NAME, Adapter, Rule
 from surm_jax.peft.fingerprint import checksums
-from surm_jax.peft.kernels import check_product, check_slots, kernel_of, kind_of
+from surm_jax.peft.kernels import Kernel, check_product, check_slots, kernel_of, kind_of
+from surm_jax.peft.kernels.parameter import ParameterKind, check_parameter, parameter_kernel
 from surm_jax.peft.kernels.widths import module_stack, output_width
 from surm_jax.peft.methods.base import PartMethod
 from surm_jax.peft.owners import adapter_names, claim
-from surm_jax.peft.parts.base import KERNEL, AdapterParam, Part, Place, is_abstract
+from surm_jax.peft.parts.base import KERNEL, SLOTS, AdapterParam, Part, Place, is_abstract, is_adapted
 from surm_jax.peft.parts.layers import attach
 from surm_jax.peft.parts.stacks import stacked
 
@@ -103,16 +104,25 @@ class MatchedModule(NamedTuple):
     """A module to which an adapter adds a part, and the rule that applies to the module.
 
     Attributes:
-        path: The path of the module in the model.
+        path: The path of the module in the model, or of the parameter that the rule names.
         module: The module.
         rule: The rule.
         method: The rule's method, which makes the part.
+        parameter: The name of the parameter in the module, if the rule names a parameter.
     """
 
     path: str
     module: nnx.Module
     rule: Rule
     method: PartMethod
+    parameter: str = ""
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel that the part changes."""
+        if self.parameter:
+            return parameter_kernel(self.module, self.path, self.parameter, self.rule.axes)
+        return kernel_of(self.module, self.path)
 
 
 def make_part(matched: MatchedModule, execution: str, key: jax.Array) -> Part:
@@ -124,15 +134,18 @@ def make_part(matched: MatchedModule, execution: str, key: jax.Array) -> Part:
     Raises:
         UserError: If the method does not fit the module. The message does not name the module; callers add its path.
     """
-    path, module, rule, method = matched
+    path, module, rule, method, parameter = matched
     if method.part.slot == KERNEL:
-        kernel = kernel_of(module, path).matrices()
+        kernel = matched.kernel.matrices()
         width, stack = kernel.shape[-1], kernel.shape[:-2]
     else:
         kernel, width, stack = None, output_width(module, path), module_stack(module, path)
 
     def make(key: jax.Array, kernel: jax.Array | None) -> Part:
-        return method.make_part(Place(width, kernel, rule.parts, rule.which, execution), key)
+        part = method.make_part(Place(width, kernel, rule.parts, rule.which, execution), key)
+        if parameter:
+            part.parameter, part.axes = parameter, rule.axes
+        return part
 
     def make_all(key: jax.Array, kernel: jax.Array | None) -> Part:
         return stacked(make, stack, jax.random.split(key, stack) if stack else key, kernel)
@@ -161,11 +174,14 @@ def matched_modules(model: nnx.Module, adapter: Adapter) -> list[MatchedModule]:
     modules = _own_modules(model)
     kernels = sorted(path for path, module in modules.items() if kind_of(module))
     callable_ = sorted(path for path, module in modules.items() if callable(module))
+    parameters = _own_parameters(modules)
     chosen: dict[str, Rule] = {}
     for rule in adapter.rules:
         in_kernel = rule.method is not None and rule.method.part.slot == KERNEL
         candidates = kernels if in_kernel else callable_
         found = matching(rule.target, candidates)
+        if in_kernel and not found:
+            found = matching(rule.target, list(parameters))
         if not found:
             near = did_you_mean(rule.target, _presets(model))
             what = "layer with a kernel" if in_kernel else "module"
@@ -179,11 +195,19 @@ def matched_modules(model: nnx.Module, adapter: Adapter) -> list[MatchedModule]:
         if not new:
             raise UserError(f"the rule {rule.target!r} has no effect: earlier rules match all of its modules")
         chosen.update(dict.fromkeys(new, rule))
-    rows = [MatchedModule(path, modules[path], rule, rule.method) for path, rule in chosen.items() if rule.method]
+    rows = []
+    for path, rule in chosen.items():
+        if rule.method:
+            module, parameter = (modules[path], "") if path in modules else parameters[path]
+            rows.append(MatchedModule(path, module, rule, rule.method, parameter))
     for row in rows:
         check_slots(row.module, row.path)
-        if row.method.part.slot == KERNEL:
+        if row.parameter or (row.method.part.slot == KERNEL and isinstance(kind_of(row.module), ParameterKind)):
+            check_parameter(row.kernel, row.method)
+        elif row.method.part.slot == KERNEL:
             check_product(row.module, row.path)
+        if row.rule.axes and not row.parameter:
+            raise UserError(f"{row.path} is a module whose kernel has known axes: its rule may not have axes")
     return sorted(rows, key=lambda row: row.path)
 
 
@@ -199,12 +223,39 @@ def _own_modules(model: nnx.Module) -> dict[str, nnx.Module]:
     that is called `delta` or `branch`. A module with such a name belongs to adapters only if it holds a `Part`.
     """
     modules = dict(nnx.iter_modules(model))
-    slots = {path[:-1] for path, module in modules.items() if isinstance(module, Part)}
+    slots = {(*path, slot) for path, module in modules.items() if is_adapted(module) for slot in SLOTS}
     return {
         join(path): module
         for path, module in modules.items()
         if not any(path[:length] in slots for length in range(1, len(path) + 1))
     }
+
+
+def _own_parameters(modules: Mapping[str, nnx.Module]) -> dict[str, tuple[nnx.Module, str]]:
+    """Return a dictionary from path to (module, name) for the parameters that a rule may name.
+
+    They are the matrices and higher-rank arrays of modules. A kernel that is adapted at its product is not among them.
+    """
+    found = {}
+    for path, module in modules.items():
+        if isinstance(module, nnx.List | nnx.Dict):
+            continue  # Its entries are read by index, and not as attributes.
+        for name, variable in vars(module).items():
+            if isinstance(variable, nnx.Param) and len(variable.shape) > 1 and not _has_product(module, path, name):
+                found[f"{path}/{name}".removeprefix("/")] = (module, name)
+    return found
+
+
+def _has_product(module: nnx.Module, path: str, name: str) -> bool:
+    """Return whether a parameter is the kernel of a module that can be adapted by the path of the module."""
+    kind = kind_of(module)
+    if kind is None or kind.parameter != name:
+        return False
+    try:
+        check_product(module, path)
+    except UserError:
+        return False
+    return True
 
 
 def _nothing_to_adapt(target: str, candidates: list[str], modules: dict[str, nnx.Module], what: str) -> str:

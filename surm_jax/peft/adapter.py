@@ -10,6 +10,7 @@ from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.paths import compile_pattern, join
+from surm_jax.peft.kernels.parameter import check_axes
 from surm_jax.peft.methods.base import PartMethod, make_method
 from surm_jax.peft.parts.base import SLOTS, AdapterParam, adapter_of
 
@@ -35,12 +36,16 @@ class Rule:
         parts: The number of equal blocks into which the output features of a packed kernel are divided, such as 3 for
             a kernel that holds query, key and value.
         which: The indices of the blocks that get an update, counted from 0. An empty tuple means all blocks.
+        axes: How a parameter is a matrix, if `target` is the path of a parameter: a letter for each of its axes in one
+            layer, `i` for rows, `o` for columns, `b` for a batch with one matrix for each entry, such as "bio" for the
+            experts of a mixture. A parameter of two axes needs no letters.
     """
 
     target: str
     method: PartMethod | None
     parts: int = 1
     which: tuple[int, ...] = ()
+    axes: str = ""
 
     def __post_init__(self) -> None:
         compile_pattern(self.target)
@@ -56,6 +61,8 @@ class Rule:
                 f"the rule {self.target!r} must have whole numbers in `parts` and `which`, got parts={self.parts!r},"
                 f" which={self.which!r}"
             )
+        if self.axes:
+            check_axes(self.axes, f"the rule {self.target!r}")
         if self.parts == 1 and not self.which:
             return
         if not (self.method and self.method.takes_packed):
@@ -76,13 +83,15 @@ class Rule:
             "settings": dataclasses.asdict(method) if method else {},
             "parts": self.parts,
             "which": list(self.which),
+            **({"axes": self.axes} if self.axes else {}),
         }
 
     @classmethod
     def from_json(cls, rule: dict[str, Any]) -> "Rule":
         """Return the rule that a dictionary from `to_json` describes."""
         method = None if rule["method"] is None else make_method(rule["method"], rule["settings"])
-        return cls(rule["target"], method, rule["parts"], tuple(rule["which"]))  # type: ignore[arg-type]  # Rule checks
+        axes = rule.get("axes", "")
+        return cls(rule["target"], method, rule["parts"], tuple(rule["which"]), axes)  # type: ignore[arg-type]  # Rule checks
 
 
 @dataclasses.dataclass(frozen=True)

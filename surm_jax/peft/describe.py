@@ -7,9 +7,14 @@ from flax import nnx
 
 from surm_jax.paths import join
 from surm_jax.peft.adapter import Adapter
+from surm_jax.peft.kernels import kind_of
+from surm_jax.peft.kernels.parameter import ParameterKind
 from surm_jax.peft.lifecycle import parts_of
-from surm_jax.peft.parts.base import AdapterParam, AttachedPart, Part, iter_parts
+from surm_jax.peft.parts.base import KERNEL, AdapterParam, AttachedPart, Part, iter_parts
 from surm_jax.peft.parts.stacks import one_of
+
+AT_PARAMETER = " at the parameter"
+"""The words that follow the kind of an update that is added to the parameter, and not to a product."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +70,8 @@ class Description:
             f"trainable: {self.trainable:,} of {self.total:,} parameters ({share:.3f} %):"
             f" {self.adapter:,} in updates, {self.other:,} in other parameters"
         )
+        if any(row.kind.endswith(AT_PARAMETER) for row in self.rows):
+            lines.append("an update at the parameter forms the whole sum W + M in every call of its module")
         return "\n".join(lines)
 
 
@@ -104,7 +111,9 @@ def describe(model: nnx.Module, adapter: Adapter | None = None) -> Description:
 
 def _row(row: AttachedPart) -> Row:
     one = one_of(row.part)
-    return Row(row.path, (*row.part.stack, *one.shape), one.kind, _trained(row.part))
+    at_parameter = row.part.parameter or isinstance(kind_of(row.module), ParameterKind)
+    kind = f"{one.kind}{AT_PARAMETER}" if row.part.slot == KERNEL and at_parameter else one.kind
+    return Row(row.path, (*row.part.stack, *one.shape), kind, _trained(row.part))
 
 
 def _trained(part: Part) -> int:

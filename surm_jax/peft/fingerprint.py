@@ -21,7 +21,7 @@ from surm_jax.peft.parts.base import AdapterConstant, AdapterParam, AdapterScale
 
 _OTHERS = (AdapterParam, AdapterConstant, AdapterScale, nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
 
-BASE = nnx.Not(nnx.Any(*_OTHERS))
+BASE = nnx.All(nnx.Variable, nnx.Not(nnx.Any(*_OTHERS)))
 """The NNX filter that selects the variables of the base model: parameters, and statistics such as running means.
 
 Variables of adapters and the states of a call, such as random number generators and caches, do not belong to them.

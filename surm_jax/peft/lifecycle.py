@@ -20,7 +20,8 @@ from jaxtyping import Array, Float
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.paths import require_match
 from surm_jax.peft.adapter import DEFAULT_NAME, Adapter
-from surm_jax.peft.kernels import kernel_of
+from surm_jax.peft.kernels import Kernel, kernel_of
+from surm_jax.peft.kernels.parameter import parameter_kernel
 from surm_jax.peft.owners import adapter_names, owners, release
 from surm_jax.peft.parts.base import KERNEL, AttachedPart, iter_parts
 from surm_jax.peft.parts.layers import detach
@@ -148,6 +149,13 @@ def parts_of(model: nnx.Module, adapter: Adapter) -> list[AttachedPart]:
     return rows
 
 
+def kernel_at(row: AttachedPart) -> Kernel:
+    """Return the kernel that a part changes."""
+    if row.part.parameter:
+        return parameter_kernel(row.module, row.path, row.part.parameter, row.part.axes)
+    return kernel_of(row.module, row.path)
+
+
 def kernel_change(row: AttachedPart) -> Float[Array, "*stack in out"]:
     """Return the dense change of a layer's kernel that has the same effect as a part of an adapter.
 
@@ -157,7 +165,7 @@ def kernel_change(row: AttachedPart) -> Float[Array, "*stack in out"]:
         UserError: If no change of the kernel has the same effect as the part, which may be a branch, for example.
     """
     # An output part does not use a kernel, and its module may have none.
-    kernel = kernel_of(row.module, row.path).matrices() if row.part.slot == KERNEL else jnp.zeros((0, 0))
+    kernel = kernel_at(row).matrices() if row.part.slot == KERNEL else jnp.zeros((0, 0))
     try:
         return row.part.change(kernel)
     except UserError as error:

@@ -10,10 +10,9 @@ from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.peft.adapter import Adapter
-from surm_jax.peft.kernels import kernel_of
-from surm_jax.peft.lifecycle import checked_names, kernel_change
+from surm_jax.peft.lifecycle import checked_names, kernel_at, kernel_change
 from surm_jax.peft.owners import adapter_names, owners, release
-from surm_jax.peft.parts.base import KernelPart, iter_parts
+from surm_jax.peft.parts.base import KERNEL, AttachedPart, KernelPart, iter_parts
 from surm_jax.peft.parts.layers import detach
 
 
@@ -58,8 +57,9 @@ def merge(model: nnx.Module, adapters: Iterable[Adapter | str] | None = None) ->
                 f"{row.path} has a part of the adapter {row.name!r} that depends on the kernel (such as DoRA):"
                 " merging another adapter would change what this part adds. Merge both adapters, or delete this one"
             )
+    kernels = {path for row in rows if row.part.slot == KERNEL for path in _kernel_paths(row)}
     for path, owner in owners(model).items():
-        if owner not in names and path.removesuffix("/kernel") in touched:
+        if owner not in names and path in kernels:
             raise UserError(
                 f"{path} was trained by the adapter {owner!r}, and merging another adapter would change it: merge both"
             )
@@ -67,7 +67,7 @@ def merge(model: nnx.Module, adapters: Iterable[Adapter | str] | None = None) ->
     for path, group in itertools.groupby(rows, key=lambda row: row.path):
         parts = list(group)
         changes = [_float64(kernel_change(row)) for row in parts]
-        kernel = kernel_of(parts[0].module, path)
+        kernel = kernel_at(parts[0])
         exact = _float64(kernel.matrices()) + sum(changes)
         if not np.isfinite(exact).all():
             raise UserError(f"{path} cannot be merged: its update or its kernel holds values that are not finite")
@@ -78,6 +78,11 @@ def merge(model: nnx.Module, adapters: Iterable[Adapter | str] | None = None) ->
             detach(row.module, row.name)
     release(model, names)
     return model, deviation
+
+
+def _kernel_paths(row: AttachedPart) -> tuple[str, ...]:
+    """Return the path of the parameter that a part changes. The path of the part may be that of its module."""
+    return (row.path, f"{row.path}/{kernel_at(row).parameter}".removeprefix("/"))
 
 
 def _float64(array: jax.Array) -> np.ndarray:

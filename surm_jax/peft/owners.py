@@ -18,7 +18,7 @@ _OWNER = "trained_by"
 
 def owners(model: nnx.Module) -> dict[str, str]:
     """Return a dictionary from the path of each variable that an adapter owns to the name of the adapter."""
-    state = nnx.to_flat_state(nnx.state(model))
+    state = nnx.to_flat_state(nnx.state(model, nnx.Variable))
     return {join(path): variable.get_metadata(_OWNER) for path, variable in state if variable.has_metadata(_OWNER)}
 
 
@@ -52,6 +52,6 @@ def claim(variables: Mapping[str, nnx.Variable], paths: Iterable[str], name: str
 def release(model: nnx.Module, names: Iterable[str]) -> None:
     """Remove the adapters as owners, in place. The variables keep their values."""
     released = set(names)
-    for _, variable in nnx.to_flat_state(nnx.state(model)):
+    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Variable)):
         if variable.has_metadata(_OWNER) and variable.get_metadata(_OWNER) in released:
             variable.del_metadata(_OWNER)

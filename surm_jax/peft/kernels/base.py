@@ -8,6 +8,7 @@ subclasses adaptable. A `Kernel` is the parameter of one module.
 import abc
 import contextlib
 import contextvars
+import copy
 import dataclasses
 import functools
 import inspect
@@ -198,6 +199,15 @@ def probed(kernel: Array) -> Array:
     return jax.lax.stop_gradient(kernel) if probing() else kernel
 
 
+def constant_kernel(module: Any, parameter: str) -> Any:
+    """Return the module, or within a `probed_kernels` block a shallow copy in which the kernel is a constant."""
+    if not probing():
+        return module
+    constant, variable = copy.copy(module), vars(module)[parameter]
+    vars(constant)[parameter] = variable.copy(jax.lax.stop_gradient(variable[...]))
+    return constant
+
+
 def kernel_parts(module: nnx.Module) -> list[KernelPart]:
     """Return the kernel parts of a module that act on its product."""
     # `nnx.tabulate` replaces `nnx.Dict.values` by a compiled function, and sets another attribute.
@@ -259,13 +269,16 @@ class Product:
         if others:
             # These parts get the product with the frozen kernel, without the terms of other adapters, as in training.
             frozen = self.multiply(x, kernel)
-            arrays = self.vectors(x), self.contraction.results(self.divide(frozen)), matrix
-            terms = [
-                self.outputs(over_stack(lambda part, *arrays: part.added(*arrays, self.dot), part, *arrays))
-                for part in others
-            ]
-            y = functools.reduce(jnp.add, terms, y if plain else frozen)
+            y = functools.reduce(jnp.add, self.terms(others, x, frozen, kernel), y if plain else frozen)
         return y
+
+    def terms(self, parts: list[KernelPart], x: Array, frozen: Array, kernel: Array) -> list[Array]:
+        """Return what parts add to the product of inputs and a kernel, which is `frozen`."""
+        arrays = self.vectors(x), self.contraction.results(self.divide(frozen)), self.layout.matrices(kernel)
+        return [
+            self.outputs(over_stack(lambda part, *arrays: part.added(*arrays, self.dot), part, *arrays))
+            for part in parts
+        ]
 
 
 class Hooked(AdaptedLayer):

@@ -5,15 +5,13 @@ dense matrix of an update is not formed for it (`surm_jax.structured.rows`). `at
 models tie to the embeddings, multiplies by the transposed table, and sees the update too.
 """
 
-import copy
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from surm_jax.peft.kernels.base import KINDS, AdaptedLayer, Kind, kernel_parts, probed, probing
+from surm_jax.peft.kernels.base import KINDS, AdaptedLayer, Kind, constant_kernel, kernel_parts, probed
 from surm_jax.peft.kernels.contraction import Layout
 from surm_jax.structured import matmul
 
@@ -23,7 +21,7 @@ class AdaptedEmbed(AdaptedLayer):
 
     def __call__(self, inputs: Int[Array, "*batch"], *args: Any, **kwargs: Any) -> Float[Array, "*batch features"]:
         """Return the embeddings of tokens, plus the rows of the updates."""
-        y = super(AdaptedEmbed, _probed(self)).__call__(inputs, *args, **kwargs)  # type: ignore[misc]
+        y = super(AdaptedEmbed, constant_kernel(self, "embedding")).__call__(inputs, *args, **kwargs)  # type: ignore[misc]
         table: Any = vars(self)["embedding"]
         count = table.shape[0]
         # As in `nnx.Embed`, negative numbers count from the end. A table of one row gives it for every number.
@@ -35,7 +33,7 @@ class AdaptedEmbed(AdaptedLayer):
         self, query: Float[Array, "*batch features"], *args: Any, **kwargs: Any
     ) -> Float[Array, "*batch tokens"]:
         """Return the products of queries and all embeddings, updates included. This product has no dropout."""
-        y = super(AdaptedEmbed, _probed(self)).attend(query, *args, **kwargs)  # type: ignore[misc]
+        y = super(AdaptedEmbed, constant_kernel(self, "embedding")).attend(query, *args, **kwargs)  # type: ignore[misc]
         query = query.astype(y.dtype)
         for part in kernel_parts(self):
             matrix = part.plain_matrix()
@@ -45,16 +43,6 @@ class AdaptedEmbed(AdaptedLayer):
                 term = query @ part.change(probed(vars(self)["embedding"][...])).T.astype(query.dtype)
             y = y + term.astype(y.dtype)
         return y
-
-
-def _probed(module: AdaptedEmbed) -> AdaptedEmbed:
-    """Return the module, or within a `probed_kernels` block a shallow copy in which the table is a constant."""
-    if not probing():
-        return module
-    constant = copy.copy(module)
-    table: Any = vars(module)["embedding"]
-    vars(constant)["embedding"] = table.copy(jax.lax.stop_gradient(table[...]))
-    return constant
 
 
 class EmbedKind(Kind):

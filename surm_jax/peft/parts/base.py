@@ -81,6 +81,12 @@ class Part(nnx.Module):
 
     slot: ClassVar[str]
 
+    parameter: str = ""
+    """The name of the parameter at which the part is, if a rule names a parameter instead of a module."""
+
+    axes: str = ""
+    """The letters with which the rule says how this parameter is a matrix (`Rule.axes`)."""
+
     def __init__(self) -> None:
         self.scale = AdapterScale(jnp.ones((), jnp.float32))
 
@@ -269,7 +275,7 @@ class AttachedPart(NamedTuple):
     """A part that is attached to a module of a model.
 
     Attributes:
-        path: The path of the module in the model.
+        path: The path of the module in the model, or of the parameter that a rule named.
         name: The name of the adapter that the part belongs to.
         part: The part.
         module: The module.
@@ -287,8 +293,13 @@ def iter_parts(model: nnx.Module) -> Iterator[AttachedPart]:
     for path, module in nnx.iter_modules(model):
         if is_adapted(module):
             for slot in SLOTS:
-                parts: Mapping[str, Part] = vars(module).get(slot, {})
-                found += [AttachedPart(join(path), name, part, module) for name, part in parts.items()]
+                held: Mapping[str, Any] = vars(module).get(slot, {})
+                for name, entry in held.items():
+                    # An adapter has one part here, or one for each parameter that a rule named.
+                    parts = {"": entry} if isinstance(entry, Part) else entry
+                    for parameter, part in parts.items():
+                        where = (*path, parameter) if parameter else path
+                        found.append(AttachedPart(join(where), name, part, module))
     yield from sorted(found, key=lambda row: row[:2])
 
 

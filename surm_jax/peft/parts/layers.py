@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from surm_jax.peft.kernels import KINDS
+from surm_jax.peft.kernels.parameter import AdaptedParameters
 from surm_jax.peft.parts.base import KERNEL, OUTPUT, SLOTS, OutputPart, Part, original_class
 
 
@@ -32,7 +33,13 @@ def attach(module: nnx.Module, name: str, part: Part) -> None:
     """Add a part to a module, in place, under the name of its adapter."""
     if not hasattr(module, part.slot):
         setattr(module, part.slot, nnx.Dict())
-    getattr(module, part.slot)[name] = part
+    slot = getattr(module, part.slot)
+    if part.parameter:
+        if name not in slot:
+            slot[name] = nnx.Dict()
+        slot[name][part.parameter] = part
+    else:
+        slot[name] = part
     _reclass(module)
 
 
@@ -48,8 +55,13 @@ def detach(module: nnx.Module, name: str) -> None:
 
 def _reclass(module: nnx.Module) -> None:
     cls = original = original_class(module)
-    if hasattr(module, KERNEL):
+    entries = list(vars(vars(module)[KERNEL]).values()) if KERNEL in vars(module) else []
+    if any(isinstance(entry, Part) for entry in entries):
         cls = _adapted_class(cls, original)
+    if any(isinstance(entry, nnx.Dict) for entry in entries):
+        cls = _made(
+            f"Adapted{cls.__name__}", (AdaptedParameters, cls), original, f"{cls.__name__} with adapted parameters."
+        )
     if hasattr(module, OUTPUT):
         cls = _branched_class(cls, original)
     # Bypass nnx's own `__setattr__`, which would record `__class__` as an attribute of the module.

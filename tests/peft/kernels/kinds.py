@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from surm_jax.peft import Rule, register_kernel
 from tests.peft.models import materialize
 
 
@@ -22,6 +23,8 @@ class KindCase:
         matrix: The shape of its matrices, (*stack, *entries, in_features, out_features).
         place: A function that puts matrices of this shape into the form of the kernel, written with NumPy alone.
         parameter: The name of the kernel.
+        target: The target of the rule, which may name the parameter.
+        axes: The axes of the rule.
         call: A function of the module and the input that returns an output.
         tokens: The number of different inputs, if they are whole numbers.
     """
@@ -31,8 +34,13 @@ class KindCase:
     matrix: tuple[int, ...]
     place: Callable[[Any], Any]
     parameter: str = "kernel"
+    target: str = ""
+    axes: str = ""
     call: Callable[[Any, jax.Array], jax.Array] = lambda module, x: module(x)
     tokens: int = 0
+
+    def rule(self, method) -> Rule:
+        return Rule(self.target, method, axes=self.axes)
 
     def module(self) -> Any:
         return materialize(lambda: self.make(nnx.Rngs(0)))
@@ -67,7 +75,69 @@ def einsum(equation, kernel, bias=None):
     return lambda rngs: nnx.Einsum(equation, kernel, bias, rngs=rngs)
 
 
+class Stranger(nnx.Module):
+    """A class as another library may have it. It uses its weight twice, and through a method of its own."""
+
+    def __init__(self, rngs):
+        self.weight = nnx.Param(rngs.params.normal((6, 4)))
+
+    def normalised(self):
+        return self.weight / jnp.linalg.norm(self.weight[...], axis=1, keepdims=True)
+
+    def __call__(self, x):
+        return jnp.tanh(x @ self.weight) + x @ self.normalised()
+
+
+class Experts(nnx.Module):
+    """A mixture of experts that multiplies inside its own `__call__`."""
+
+    def __init__(self, rngs):
+        self.up = nnx.Param(rngs.params.normal((3, 6, 4)))
+
+    def __call__(self, x):
+        return jnp.tanh(jnp.einsum("bd,edf->bef", x, self.up[...])).sum(1)
+
+
+class Projection(nnx.Module):
+    """A class whose `__call__` is an einsum with its weight, such as those of tunix."""
+
+    def __init__(self, rngs):
+        self.equation = "btd,sdnh->sbtnh"
+        self.w = nnx.Param(rngs.params.normal((2, 6, 2, 2)))
+
+    def __call__(self, x):
+        return jnp.einsum(self.equation, x, self.w) + 1.0
+
+
+class Reader(nnx.Linear):
+    def __call__(self, x):
+        return x @ self.kernel[...]
+
+
+register_kernel(Stranger, "weight")
+register_kernel(Projection, "w", einsum=lambda module: module.equation)
+
 KINDS = {
+    "stranger": KindCase(Stranger, (2, 6), (6, 4), lambda m: m, parameter="weight"),
+    "experts": KindCase(Experts, (2, 6), (3, 6, 4), lambda m: m, parameter="up", target="up", axes="bio"),
+    "projection": KindCase(
+        Projection, (2, 3, 6), (6, 8), lambda m: m.reshape(6, 2, 2, 2).transpose(1, 0, 2, 3), parameter="w"
+    ),
+    "reader": KindCase(lambda rngs: Reader(6, 4, rngs=rngs), (2, 6), (6, 4), lambda m: m, target="kernel"),
+    "stacked_stranger": KindCase(
+        stack(Stranger, 3),
+        (2, 6),
+        (3, 6, 4),
+        lambda m: m,
+        parameter="weight",
+        call=lambda module, x: nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(module, x),
+    ),
+    "conv_transpose": KindCase(
+        lambda rngs: nnx.ConvTranspose(2, 3, (3,), strides=2, transpose_kernel=True, rngs=rngs),
+        (2, 5, 2),
+        (6, 3),
+        lambda m: m.reshape(3, 2, 3).transpose(0, 2, 1),
+    ),
     "linear": KindCase(lambda rngs: nnx.Linear(6, 4, rngs=rngs), (2, 3, 6), (6, 4), lambda m: m),
     "general": KindCase(
         lambda rngs: nnx.LinearGeneral((2, 3), (2, 2), axis=(0, -1), rngs=rngs),

@@ -10,8 +10,10 @@ import optax
 import pytest
 from flax import nnx
 
+from surm_jax.errors import UserError
 from surm_jax.peft import (
     DoRA,
+    LoRA,
     Rule,
     adapt,
     convert,
@@ -21,15 +23,17 @@ from surm_jax.peft import (
     kernel_change,
     load_adapter,
     merge,
+    register_kernel,
     save_adapter,
     set_scale,
     train_only,
 )
 from tests.peft.cases import UPDATES
-from tests.peft.kernels.kinds import KINDS
+from tests.peft.kernels.kinds import KINDS, Experts, Reader, Stranger
 from tests.peft.models import TOLERANCES, perturb, relative_error, same_bits
 
 QUICK = {("linear", "lora"), ("einsum", "circulant"), ("conv", "lora"), ("conv_groups", "dora"),
+         ("stranger", "circulant"), ("experts", "lora"), ("projection", "dora"),
          ("embed", "lora"), ("embed_tied", "dora"), ("einsum_batch", "dora"), ("general_batch", "lora"),
          ("stacked", "circulant"), ("stacked_einsum", "dora")}  # fmt: skip
 METHODS = sorted(UPDATES)
@@ -49,7 +53,7 @@ def method_for(kind, method):
 
 @functools.cache
 def adapted(kind, method):
-    return adapt(KINDS[kind].module(), [Rule("", method_for(kind, method))], rngs=nnx.Rngs(1))
+    return adapt(KINDS[kind].module(), [KINDS[kind].rule(method_for(kind, method))], rngs=nnx.Rngs(1))
 
 
 def dense(model):
@@ -170,3 +174,65 @@ def test_a_rule_with_parts_gives_each_part_of_a_fused_kernel_its_own_matrix():
     updated = model(x) - case.module()(x)
     assert np.abs(updated[0]).max() > 1e-3 and np.abs(updated[2]).max() > 1e-3
     assert change.shape == (6, 12)
+
+
+def test_updates_at_a_parameter_that_cannot_act_are_refused():
+    half = nnx.Dict(reader=Reader(6, 4, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    for model, rule, message in (
+        (half, Rule("reader/kernel", LoRA()), "reader/kernel .* in bfloat16 would round the update away"),
+        (Experts(nnx.Rngs(0)), Rule("up", LoRA()), "up .* does not say which axes are rows and columns"),
+        (Stranger(nnx.Rngs(0)), Rule("", LoRA(dropout=0.1)), "dropout=0.1 needs the input of the product"),
+        (nnx.Linear(4, 4, rngs=nnx.Rngs(0)), Rule("", LoRA(), axes="io"), "its rule may not have axes"),
+        (nnx.Linear(4, 4, rngs=nnx.Rngs(0)), Rule("kernel", LoRA()), "'kernel' matches no layer with a kernel"),
+    ):
+        with pytest.raises(UserError, match=message):
+            adapt(model, [rule], rngs=nnx.Rngs(1))
+    for axes in ("ox", "bi", "oo"):
+        with pytest.raises(UserError, match="axes must have a letter for each axis"):
+            Rule("up", LoRA(), axes=axes)
+    with pytest.raises(UserError, match="register_kernel needs a class of nnx modules"):
+        register_kernel(Experts(nnx.Rngs(0)))
+
+
+def test_the_price_of_an_update_at_a_parameter_is_printed():
+    model, adapter = adapted("stranger", "lora")
+    assert "LowRank at the parameter" in str(describe(model, adapter))
+    assert "forms the whole sum W + M in every call" in str(describe(model, adapter))
+    assert "the parameter" not in str(describe(*adapted("linear", "lora")))
+
+
+def test_two_parameters_of_a_module_and_two_adapters_of_a_parameter():
+    module = nnx.LoRA(6, 2, 4, rngs=nnx.Rngs(0))
+    x = KINDS["linear"].x()
+    model, first = adapt(module, [Rule("lora_[ab]", LoRA())], rngs=nnx.Rngs(1))
+    model, second = adapt(model, [Rule("lora_a", DoRA())], name="second", rngs=nnx.Rngs(2))
+    assert same_bits(model(x), module(x))
+    assert [(row.path, row.name) for row in iter_parts(model)] == [
+        ("lora_a", "default"), ("lora_a", "second"), ("lora_b", "default")
+    ]  # fmt: skip
+    model = perturb(perturb(model, first), second)
+    merged, _ = merge(model)
+    assert relative_error(merged(x), model(x)) <= TOLERANCES["float32"] < relative_error(model(x), module(x))
+
+
+def test_a_base_under_another_lora_and_an_attention_are_adapted():
+    x = KINDS["linear"].x()
+    under = nnx.LoRA(6, 2, 4, base_module=nnx.Linear(6, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+    attention = nnx.MultiHeadAttention(2, 6, decode=False, rngs=nnx.Rngs(2))
+    for module, target in ((under, "base_module"), (attention, "query|out")):
+        model, adapter = adapt(module, [Rule(target, LoRA())], rngs=nnx.Rngs(3))
+        assert same_bits(model(x), module(x))
+        model = perturb(model, adapter)
+        assert relative_error(merge(model)[0](x), model(x)) <= TOLERANCES["float32"]
+
+
+def test_a_masked_kernel_is_adapted_at_the_parameter():
+    mask = np.tril(np.ones((3, 2, 4), np.float32))
+    module, x = nnx.Conv(2, 4, (3,), mask=mask, rngs=nnx.Rngs(0)), jnp.ones((2, 5, 2))
+    with pytest.raises(UserError, match="its kernel is multiplied by a mask: name the parameter"):
+        adapt(module, [Rule("", LoRA())], rngs=nnx.Rngs(1))
+    model, _ = adapt(module, [Rule("kernel", LoRA(), axes="iio")], rngs=nnx.Rngs(1))
+    assert same_bits(model(x), module(x))
+    model.delta["default"]["kernel"].up[...] = jnp.ones((1, 4))
+    merged, _ = merge(model)
+    assert relative_error(merged(x), model(x)) <= TOLERANCES["float32"] < relative_error(model(x), module(x))

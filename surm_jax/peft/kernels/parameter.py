@@ -1,0 +1,249 @@
+"""Updates at a parameter, for modules that multiply inside their own methods, and the registration of their classes.
+
+Whoever reads the adapted parameter of a module gets `W + M` in its place: the module's own methods, and a parent that
+reads the attribute. Values and gradients are exact, and any use of the parameter is allowed. The cost is that of the
+dense sum: every call forms M and `W + M`, and the backward pass forms the gradient of the whole kernel before it is
+reduced to that of the update. `describe` marks such updates.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from surm_jax.errors import UserError
+from surm_jax.peft.kernels.base import (
+    KINDS,
+    AdaptedLayer,
+    Kernel,
+    Kind,
+    Product,
+    constant_kernel,
+    kernel_parts,
+    kind_of,
+    probed,
+)
+from surm_jax.peft.kernels.contraction import Contraction, Layout
+from surm_jax.peft.methods.base import PartMethod
+from surm_jax.peft.parts.base import KERNEL, KernelPart
+
+
+class AdaptedParameters(AdaptedLayer):
+    """A module with kernel parts at its parameters: reading such a parameter gives its sum with the changes."""
+
+    def __getattribute__(self, name: str) -> Any:
+        """Return an attribute. For an adapted parameter it is a new variable with the sum."""
+        value = super().__getattribute__(name)
+        if not isinstance(value, nnx.Variable) or isinstance(value.get_value(), jax.ShapeDtypeStruct):
+            return value
+        parts = _parts_at(self, name)
+        if not parts:
+            return value
+        frozen = probed(value[...])
+        array = frozen
+        for part in parts:
+            layout = parameter_kernel(self, "", name, part.axes).layout
+            array = array + layout.array(part.change(layout.matrices(frozen)).astype(array.dtype))
+        return value.copy(array)
+
+
+def _parts_at(module: nnx.Module, name: str) -> list[KernelPart]:
+    """Return the parts of a module that change a parameter."""
+    kind, slot = kind_of(module), vars(module).get(KERNEL)
+    if slot is None:
+        return []
+    entries = [entry for entry in vars(slot).values() if isinstance(entry, nnx.Dict)]
+    parts = [part for entry in entries for key, part in vars(entry).items() if key == name]
+    return parts + (kernel_parts(module) if isinstance(kind, ParameterKind) and kind.parameter == name else [])
+
+
+def parameter_kernel(module: nnx.Module, path: str, parameter: str, axes: str = "") -> Kernel:
+    """Return a parameter of a module as a kernel.
+
+    Args:
+        module: The module.
+        path: The path of the parameter, for messages.
+        parameter: The name of the parameter.
+        axes: A letter for each axis of the parameter in one layer: `i` for rows, `o` for columns, and `b` for a batch
+            with one matrix for each entry. Without it, the axes are those that the module's class was registered with,
+            or a parameter of two axes is a matrix of shape (in_features, out_features).
+
+    Raises:
+        UserError: If the parameter has more than two axes, and `axes` is not given.
+    """
+    kind, shape = kind_of(module), vars(module)[parameter].shape
+    if not axes and isinstance(kind, ParameterKind) and kind.parameter == parameter:
+        axes = kind.axes(module)
+    if not axes and len(shape) != 2:
+        raise UserError(
+            f"{path} cannot be adapted: its shape {shape} does not say which axes are rows and columns: give the rule"
+            " axes, such as axes='bio' for one matrix (in, out) for each entry of the first axis"
+        )
+    return Kernel(path, module, parameter, _layout(axes or "io", shape))
+
+
+def _layout(axes: str, shape: tuple[int, ...]) -> Layout:
+    rows, columns, batch = (tuple(k for k, c in enumerate(axes) if c == letter) for letter in "iob")
+    return Layout(tuple(shape[len(shape) - len(axes) :]), rows, columns, batch)
+
+
+def check_parameter(kernel: Kernel, method: PartMethod) -> None:
+    """Check that a method can be applied at a parameter.
+
+    Raises:
+        UserError: If the parameter has half precision, or if the method has dropout.
+    """
+    dtype = kernel.variable.dtype
+    if dtype not in (jnp.float32, jnp.float64):
+        raise UserError(
+            f"{kernel.path} cannot be adapted: its module multiplies inside its own methods, where the update is added"
+            f" to the parameter, and the sum in {dtype} would round the update away: use float32 parameters"
+        )
+    if getattr(method, "dropout", 0):
+        raise UserError(
+            f"{kernel.path} cannot be adapted: dropout={method.dropout} needs the input of the product, which is inside"  # type: ignore[attr-defined]
+            " the methods of its module: use dropout=0"
+        )
+    kernel.matrices()
+
+
+class ParameterKind(Kind):
+    """The kind of a registered class whose methods read the parameter.
+
+    Args:
+        parameter: The name of the parameter.
+        axes: The letters of its axes, or a function of the module that returns them.
+    """
+
+    mixin = AdaptedParameters
+    calls = ()
+
+    def __init__(self, parameter: str, axes: str | Callable[[Any], str]) -> None:
+        self.parameter = parameter
+        self.axes = axes if callable(axes) else lambda module: axes
+
+    def layout(self, module: Any) -> Layout:
+        """Return the layout that the letters of the axes give the parameter."""
+        return _layout(self.axes(module), vars(module)[self.parameter].shape)
+
+    def widths(self, module: Any) -> tuple[int, ...]:
+        """Return the sizes of the axes of the columns."""
+        layout = self.layout(module)
+        return tuple(layout.shape[axis] for axis in layout.columns)
+
+
+class AdaptedCall(AdaptedLayer):
+    """A module of a registered class with kernel parts, whose output is a contraction plus other terms."""
+
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
+        """Return the module's output, plus the terms of its parts."""
+        kind = kind_of(self)
+        assert isinstance(kind, CallKind)
+        y = super(AdaptedCall, constant_kernel(self, kind.parameter)).__call__(inputs, *args, **kwargs)  # type: ignore[misc]
+        kernel = probed(vars(self)[kind.parameter][...])
+        equation = kind.equation(self)
+        contraction = Contraction.parse(equation)
+        product = Product(
+            contraction,
+            contraction.layout(kernel.shape),
+            lambda x, kernel: jnp.einsum(equation, x, kernel),
+            lambda x, kernel: jnp.einsum("...i,io->...o", x, kernel),
+        )
+        x = inputs.astype(y.dtype)
+        terms = product.terms(kernel_parts(self), x, product.multiply(x, kernel.astype(y.dtype)), kernel)
+        return sum(terms, start=y)
+
+
+class CallKind(Kind):
+    """The kind of a registered class whose `__call__` adds a contraction of its first argument and the parameter.
+
+    Args:
+        parameter: The name of the parameter.
+        equation: The equation of the contraction, or a function of the module that returns it.
+    """
+
+    mixin = AdaptedCall
+
+    def __init__(self, parameter: str, equation: str | Callable[[Any], str]) -> None:
+        self.parameter = parameter
+        self.equation = equation if callable(equation) else lambda module: equation
+
+    def layout(self, module: Any) -> Layout:
+        """Return the layout that the equation gives the parameter."""
+        contraction, shape = Contraction.parse(self.equation(module)), vars(module)[self.parameter].shape
+        return contraction.layout(tuple(shape[len(shape) - len(contraction.kernel) :]))
+
+    def widths(self, module: Any) -> tuple[int, ...]:
+        """Return the sizes of the axes of the columns."""
+        layout = self.layout(module)
+        return tuple(layout.shape[axis] for axis in layout.columns)
+
+
+def register_kernel(
+    cls: type[nnx.Module],
+    parameter: str = "kernel",
+    *,
+    axes: str | Callable[[Any], str] = "io",
+    einsum: str | Callable[[Any], str] | None = None,
+) -> None:
+    """Make the modules of a class, and of its subclasses, adaptable.
+
+    By default, the update is added to the parameter: the methods of the class read `W + M` in its place. This is exact
+    for any class, and costs a dense sum in every call. With `einsum`, the update is added to the output of `__call__`,
+    and costs what it costs in `nnx.Einsum`.
+
+    >>> import jax.numpy as jnp
+    >>> import surm_jax
+    >>> class Scorer(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.w = nnx.Param(rngs.params.normal((4, 3)))
+    ...
+    ...     def __call__(self, x):
+    ...         return jnp.tanh(x @ self.w)
+    >>> register_kernel(Scorer, "w")
+    >>> model, _ = surm_jax.adapt(Scorer(nnx.Rngs(0)), [surm_jax.Rule("", surm_jax.LoRA())], rngs=nnx.Rngs(1))
+    >>> model.delta["default"].shape
+    (4, 3)
+
+    Args:
+        cls: The class.
+        parameter: The name of the attribute that holds the parameter.
+        axes: A letter for each axis of the parameter in one layer: `i` for the rows of a matrix, `o` for its columns,
+            and `b` for a batch with one matrix for each entry, such as "bio" for the experts of a mixture. It may be a
+            function of the module.
+        einsum: The equation with which `__call__` multiplies its first argument by the parameter, or a function of the
+            module that returns it. What `__call__` adds to the product, such as a bias, may not depend on the
+            parameter, and nothing may follow the product but sums: `merge(model, example=...)` shows whether this
+            holds.
+
+    Raises:
+        UserError: If `cls` is not a class of modules, or if `axes` does not name rows and columns.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nnx.Module)):
+        raise UserError(f"register_kernel needs a class of nnx modules, got {cls!r:.80}")
+    if isinstance(axes, str):
+        check_axes(axes, "register_kernel")
+    KINDS[cls] = ParameterKind(parameter, axes) if einsum is None else CallKind(parameter, einsum)
+
+
+def check_axes(axes: str, what: str) -> None:
+    """Check the letters of the axes of a parameter.
+
+    Raises:
+        UserError: If there are other letters than `i`, `o` and `b`, or no `i` or no `o`.
+    """
+    if not isinstance(axes, str) or set(axes) - set("iob") or not {"i", "o"} <= set(axes):
+        raise UserError(
+            f"{what}: axes must have a letter for each axis of the parameter, i (rows), o (columns) or b (batch), such"
+            f" as 'io' or 'bio', got {axes!r}"
+        )
+
+
+def _of_transposed_convolution(module: Any) -> str:
+    return "i" * len(module.kernel_size) + ("oi" if module.transpose_kernel else "io")
+
+
+KINDS[nnx.ConvTranspose] = ParameterKind("kernel", _of_transposed_convolution)
