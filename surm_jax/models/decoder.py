@@ -39,8 +39,9 @@ from surm_jax.models.layers import (
 class Cache(NamedTuple):
     """The keys and values of tokens that a decoder has read, so that it need not read them again.
 
-    All shapes are static, so that one compiled program serves every step. `Decoder.decode` writes new tokens into the
-    slots after the first `length` slots. The fields are `keys` and `values` of shape (blocks, batch, slots, kv_heads,
+    All shapes are static, so that one compiled program serves every step. A program that donates the cache
+    (`jax.jit(..., donate_argnames="cache")`) changes it in place. `Decoder.decode` writes new tokens into the slots
+    after the first `length` slots. The fields are `keys` and `values` of shape (blocks, batch, slots, kv_heads,
     head_width), `segments` and `positions` of shape (batch, slots), and the number `length`.
     """
 

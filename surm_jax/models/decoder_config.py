@@ -121,6 +121,9 @@ class DecoderConfig(Config):
         for name in ("score_width", "attention_softcap", "logit_softcap", "local_rope_theta", "window"):
             self._check_number(name, above_zero=False)
         object.__setattr__(self, "end_tokens", tuple(self.end_tokens))  # A JSON file gives a list.
+        for token in (self.begin_token, self.pad_token, *self.end_tokens):
+            if token is not None and (not isinstance(token, int) or isinstance(token, bool)):
+                raise UserError(f"DecoderConfig: the tokens that begin, end and pad a text are integers, got {token!r}")
         if self.heads % self.kv_heads:
             raise UserError(f"DecoderConfig.kv_heads must divide heads, got {self.kv_heads} for {self.heads} heads")
         if self.head_width % 2:

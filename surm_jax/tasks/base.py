@@ -256,8 +256,8 @@ def find_geometry(config: ModelConfig, reads: str, outputs: int) -> Any:
 
     Args:
         config: The section `config.model`.
-        reads: The kind of input that the model must read, either "images" or "text".
-        outputs: The number of outputs of the model's head.
+        reads: The kind of input that the model must read, "images", "text" or "prompts".
+        outputs: The number of outputs of the model's head. A model of prompts has no classes and ignores it.
 
     Raises:
         UserError: The keys do not fit together, or the checkpoint cannot be read or holds another kind of model.
@@ -269,13 +269,14 @@ def find_geometry(config: ModelConfig, reads: str, outputs: int) -> Any:
             f"config.model.checkpoint={config.checkpoint} says itself which model it holds, down to its numerics:"
             f" leave config.model.variant empty (--config.model.variant=), not {config.variant!r}"
         )
+    head: dict[str, Any] = {} if reads == "prompts" else {"num_classes": outputs}
     if config.variant:
         model, found = model_of_variant(config.variant, reads), None
     else:
         checkpoint = locate(config.checkpoint)
         if checkpoint is None:
             raise UserError("config.model.variant is empty, but config.model.checkpoint=none does not describe a model")
-        model, found = model_config(checkpoint, num_classes=outputs)
+        model, found = model_config(checkpoint, **head)
         if model.reads != reads:
             raise UserError(
                 f"{checkpoint} holds a {model.__name__}, which reads {model.reads}, but config.data.name asks for a"
@@ -288,4 +289,4 @@ def find_geometry(config: ModelConfig, reads: str, outputs: int) -> Any:
     fields |= {name: getattr(config, name) for name in model.config_class.RUNTIME_FIELDS}
     if found is not None:
         return dataclasses.replace(found, **fields)
-    return model.config_class.from_variant(config.variant, num_classes=outputs, **fields)
+    return model.config_class.from_variant(config.variant, **head, **fields)

@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from surm_jax import data
-from surm_jax.models import Bert, BertConfig, ViT, ViTConfig
+from surm_jax.models import Bert, BertConfig, Decoder, DecoderConfig, ViT, ViTConfig
 from surm_jax.peft import (
     C3A,
     BottleneckBranch,
@@ -52,6 +52,11 @@ def _arrays(model: nnx.Module) -> Content:
 
 VIT = {"image_size": 8, "patch_size": 4, "width": 6, "depth": 1, "heads": 2, "mlp_width": 10, "num_classes": 3}
 BERT = {"vocab_size": 7, "width": 6, "depth": 1, "heads": 2, "mlp_width": 10, "max_positions": 9, "type_vocab_size": 2}
+
+
+DECODER = {"vocab_size": 7, "width": 6, "depth": 2, "heads": 2, "kv_heads": 1, "head_width": 4, "mlp_width": 10}
+DECODER |= {"max_positions": 9, "layer_pattern": "GL", "window": 3, "family": "qwen3", "qk_norm": True}
+DECODER |= {"rope_type": "llama3", "rope_factor": 2.0, "end_tokens": (1, 2)}
 
 
 def _vit(**fields) -> ViT:
@@ -210,6 +215,7 @@ SUBJECTS: dict[str, Subject] = {
     "native": _native(),
     "hf_vit": _huggingface(lambda: _vit(activation="gelu")),
     "hf_bert": _huggingface(lambda: materialize(lambda: Bert(BertConfig(**BERT), rngs=nnx.Rngs(0)))),
+    "hf_decoder": _huggingface(lambda: materialize(lambda: Decoder(DecoderConfig(**DECODER), rngs=nnx.Rngs(0)))),
     "hf_shards": _shards(),
     "tokenizer": _tokenizer(),
     "tokenizer_json": _tokenizer(),

@@ -350,6 +350,7 @@ class TestConfig:
             ({"layer_pattern": "L"}, "window must be a positive integer if there are local blocks.* got 0"),
             ({"window": 3}, "and 0 if there are none, got 3"),
             ({"activation": "swish"}, "activation must be one of"),
+            ({"end_tokens": (1, "2")}, "tokens that begin, end and pad a text are integers, got '2'"),
             ({"family": "gemma3"}, "did you mean 'gemma"),
         ],
     )

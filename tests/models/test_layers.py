@@ -16,8 +16,11 @@ from surm_jax.models.layers import (
     REMAT,
     Attention,
     Blocks,
+    RMSNorm,
     call_block,
     drop,
+    rotate,
+    softcap,
     split_block_keys,
     split_key,
 )
@@ -133,6 +136,39 @@ def test_activations(name, dtype):
     assert y.dtype == x.dtype
     expected = ORACLES[name](np.asarray(x, np.float64))
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=2e-6 if dtype == "float32" else 2e-2)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm_is_computed_in_float32(offset):
+    x, scale = normal(0, 2, 3, 8), normal(1, 8)
+    module = RMSNorm(8, epsilon=0.1, offset=offset, param_dtype="bfloat16")
+    np.testing.assert_array_equal(np.asarray(module.scale[...], float) + offset, np.ones(8))
+    module.scale[...] = jnp.asarray(scale, jnp.bfloat16)
+    rounded = np.asarray(jnp.asarray(x, jnp.bfloat16), float)
+    expected = rounded / np.sqrt((rounded**2).mean(-1, keepdims=True) + 0.1)
+    expected = expected * (np.asarray(module.scale[...], float) + offset)
+    y = module(jnp.asarray(x, jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, float), expected, rtol=2.0**-8)  # Only the result is rounded.
+
+
+def test_rotated_heads_depend_only_on_the_distance():
+    q, k = (jnp.asarray(normal(seed, 1, 1, 2, 6), jnp.float32) for seed in (0, 1))
+
+    def score(first, second):
+        angles = [jnp.asarray([[[position * f for f in (1.0, 0.3, 0.1)]]]) for position in (first, second)]
+        a, b = (rotate(x, jnp.stack([jnp.cos(t), jnp.sin(t)])) for x, t in zip((q, k), angles, strict=True))
+        return np.asarray((a * b).sum(-1))
+
+    np.testing.assert_allclose(score(7, 4), score(3, 0), rtol=1e-4, atol=1e-5)
+    assert np.abs(score(7, 4) - score(7, 5)).max() > 0.1
+    np.testing.assert_array_equal(rotate(q, None), q)
+
+
+def test_softcap():
+    x = jnp.asarray([-100.0, 0.1, 100.0])
+    np.testing.assert_allclose(softcap(x, 3.0), 3 * np.tanh(np.asarray(x) / 3), rtol=1e-6)
+    np.testing.assert_array_equal(softcap(x, 0.0), x)
 
 
 def test_split_key():
