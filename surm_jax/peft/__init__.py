@@ -18,11 +18,15 @@ from surm_jax.peft.merge import merge
 from surm_jax.peft.methods.base import METHODS, Method, PartMethod, make_method
 from surm_jax.peft.methods.bottleneck import AdapterDrop, BottleneckBranch
 from surm_jax.peft.methods.branch import Branch
+from surm_jax.peft.methods.matrices.block_low_rank import GraLoRA
 from surm_jax.peft.methods.matrices.circulant import C3A, CirculantBranch, CirculantUpdate
+from surm_jax.peft.methods.matrices.diagonal_circulant import CDVFT
 from surm_jax.peft.methods.matrices.hypercomplex import Compacter, KAdaptation, LoKr
+from surm_jax.peft.methods.matrices.khatri_rao import KRAdapter
 from surm_jax.peft.methods.matrices.kronecker import KroneckerBranch, KroneckerUpdate
 from surm_jax.peft.methods.matrices.lora import DoRA, LoRA, LoRAFix, RankStabilizedLoRA
 from surm_jax.peft.methods.matrices.low_displacement import LowDisplacementBranch, LowDisplacementUpdate
+from surm_jax.peft.methods.matrices.monarch import MoRe
 from surm_jax.peft.methods.matrices.mora import MoRA
 from surm_jax.peft.methods.matrices.structured import StructuredBranch, StructuredUpdate
 from surm_jax.peft.methods.matrices.toeplitz import AsymmetricToeplitzUpdate, ToeplitzBranch, ToeplitzUpdate
@@ -50,6 +54,7 @@ from surm_jax.peft.parts.update import NormalizedPart, UpdatePart
 __all__ = [
     "ACTIVATIONS",
     "C3A",
+    "CDVFT",
     "DEFAULT_NAME",
     "METHODS",
     "Adapter",
@@ -70,7 +75,9 @@ __all__ = [
     "Description",
     "DoRA",
     "Full",
+    "GraLoRA",
     "KAdaptation",
+    "KRAdapter",
     "KernelPart",
     "KroneckerBranch",
     "KroneckerUpdate",
@@ -82,6 +89,7 @@ __all__ = [
     "LowDisplacementUpdate",
     "Method",
     "MoRA",
+    "MoRe",
     "NormTuning",
     "NormalizedPart",
     "OutputPart",

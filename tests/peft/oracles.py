@@ -60,6 +60,32 @@ def weight_decomposed(alpha: float, arrays: Arrays, W: np.ndarray) -> np.ndarray
     return arrays["magnitude"] * moved / np.linalg.norm(moved, axis=0) - W
 
 
+def monarch(arrays: Arrays) -> np.ndarray:
+    """Return the Monarch matrix of the blocks R and L, by summing over the inner features t."""
+    (N, p, r), s = arrays["R"].shape, arrays["L"].shape[2]
+    M = np.zeros((N * p, N * s))
+    for t in range(N * r):
+        k, b = t // r, t % N
+        M[k * p : (k + 1) * p, b::N] += np.outer(arrays["R"][k, :, t % r], arrays["L"][b, t // N])
+    return M
+
+
+def block_low_rank(arrays: Arrays) -> np.ndarray:
+    return np.block(
+        [[D @ U for D, U in zip(*row, strict=True)] for row in zip(arrays["down"], arrays["up"], strict=True)]
+    )
+
+
+def khatri_rao(arrays: Arrays, m: int, n: int) -> np.ndarray:
+    rows = np.stack([np.kron(v, u) for v, u in zip(arrays["V"], arrays["U"], strict=True)])[:, : max(m, n)]
+    return rows.T if m > n else rows
+
+
+def khatri_rao_shapes(m, n):
+    width = int(np.sqrt(min(m, n)))
+    return {"U": (min(m, n), width), "V": (min(m, n), -(-max(m, n) // width))}
+
+
 def low_rank_shapes(m, n):
     return {"down": (m, 2), "up": (2, n)}
 

@@ -1,4 +1,4 @@
-"""The number of parameters that every method trains on ViT-B/16 and BERT-base, compared with expected numbers.
+"""The number of parameters that every method trains on known models, compared with expected numbers.
 
 The models are abstract, so that no weights are allocated. The numbers for the structured methods are those of arXiv
 2406.17740: 55,296 on Q, K and V, and 36,864 on Q and V. The other numbers are computed by the formulas in this file.
@@ -10,7 +10,7 @@ import jax
 import pytest
 from flax import nnx
 
-from surm_jax.models import TARGETS, Bert, BertConfig, ViT, ViTConfig
+from surm_jax.models import Bert, BertConfig, Decoder, DecoderConfig, ViT, ViTConfig
 from surm_jax.peft import METHODS, Rule, Selection, adapt, describe, make_method
 from tests.speeds import fast
 
@@ -25,6 +25,9 @@ def abstract(name: str) -> nnx.Module:
     if name == "vit":
         config = ViTConfig.from_variant("B/16", num_classes=100)
         return nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))
+    if name == "llama":
+        llama = DecoderConfig.from_variant("llama-2-7b")
+        return nnx.eval_shape(lambda: Decoder(llama, rngs=nnx.Rngs(0)))
     config = BertConfig.from_variant("base", num_classes=2)
     return nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0)))
 
@@ -34,7 +37,7 @@ def trained(model: str, name: str, target: str = "", **settings) -> int:
     if isinstance(method, Selection):
         adapted, adapter = adapt(abstract(model), [], train=method.patterns, rngs=nnx.Rngs(0))
     else:
-        rules = [Rule(TARGETS[target or method.target], method)]
+        rules = [Rule(target or method.target, method)]
         adapted, adapter = adapt(abstract(model), rules, rngs=nnx.Rngs(0))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(adapted)))
     return describe(adapted, adapter).trainable
@@ -66,6 +69,22 @@ UPDATES = {
     ("mora", ()): 111**2,  # 111 is the nearest integer to sqrt(2 * 768 * 8).
     ("mora", (("rank", 1), ("rotate", True))): 38**2,
 }
+
+
+# The numbers for one kernel of d x d features. The models have kernels of width 768, and of 4096 in Llama 2 7B.
+BY_WIDTH = {
+    ("more", ()): lambda d: 4 * 2 * d,
+    ("gralora", ()): lambda d: 8 * 2 * d,
+    ("cdvft", ()): lambda d: 3 * d,
+    ("kradapter", ()): lambda d: d * (27 + 29) if d == 768 else d * (64 + 64),
+}
+
+
+@pytest.mark.parametrize(("model", "width", "layers"), [("vit", D, LAYERS), ("bert", D, LAYERS), ("llama", 4096, 32)])
+@pytest.mark.parametrize("case", fast(BY_WIDTH, ("more", ())), ids=str)
+def test_updates_of_square_kernels_of_three_models(case, model, width, layers):
+    name, settings = case
+    assert trained(model, name, "qv", **dict(settings)) == 2 * layers * BY_WIDTH[case](width)
 
 
 @pytest.mark.parametrize("model", fast(["vit", "bert"]))
@@ -138,7 +157,7 @@ def test_selections():
 
 
 def test_every_method_has_a_golden_number():
-    covered = {name for name, _ in UPDATES}
+    covered = {name for name, _ in [*UPDATES, *BY_WIDTH]}
     covered |= {"circulant_adapter", "toeplitz_adapter", "kronecker_adapter", "low_displacement_adapter"}
     covered |= {"structured_adapter", "bottleneck", "adapter_drop", "compacter"}
     covered |= {"full", "attention_only", "norm_tuning", "bitfit", "linear_probe"}

@@ -38,10 +38,10 @@ def load_peft(
 ) -> tuple[nnx.Module, Adapter]:
     """Return a copy of a base model with an adapter that is read from a folder of Hugging Face's peft.
 
-    `model` is not changed. LoRA (with or without `use_rslora`), C3A and LoKr on linear layers are supported. Modules
-    that were trained as a whole (`modules_to_save`) are read too. The folder may name modules as transformers 5.24
-    does, or as earlier versions and checkpoints on the Hub do. A folder of peft does not identify the base weights, so
-    this function cannot check that the adapter was trained on `model`.
+    `model` is not changed. LoRA (with or without `use_rslora`), C3A, GraLoRA and LoKr on linear layers are supported.
+    Modules that were trained as a whole (`modules_to_save`) are read too. The folder may name modules as transformers
+    5.24 does, or as earlier versions and checkpoints on the Hub do. A folder of peft does not identify the base
+    weights, so this function cannot check that the adapter was trained on `model`.
 
     The folder may come from an untrusted source. Nothing in it is executed, no link in it is followed, and a tensor is
     read only after its shape was checked.

@@ -28,10 +28,11 @@ def save_peft(
 ) -> None:
     """Write an adapter of a model as a folder that `peft.PeftModel.from_pretrained` reads.
 
-    Low-rank updates are written as LoRA, block-circulant and square circulant updates as C3A, and Kronecker products as
-    LoKr. Alpha is written as a setting if the format has such a setting, and is otherwise multiplied into the tensors.
-    Other trained parameters are written as `modules_to_save`. In peft these are whole modules, so if the kernel of a
-    layer was trained, its bias is written too. An existing adapter folder is replaced.
+    Low-rank updates are written as LoRA, block-circulant and square circulant updates as C3A, Kronecker products as
+    LoKr, and grids of blocks of low rank as GraLoRA. Alpha is written as a setting if the format has such a setting,
+    and is otherwise multiplied into the tensors. Other trained parameters are written as `modules_to_save`. In peft
+    these are whole modules, so if the kernel of a layer was trained, its bias is written too. An existing adapter
+    folder is replaced.
 
     The files name a module by its attribute path in a model that transformers 5.24 has loaded. For BERT, this path is
     the same in all versions. For other models, earlier versions may use the names in checkpoints on the Hub instead.

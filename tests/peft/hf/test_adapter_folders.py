@@ -17,6 +17,7 @@ from surm_jax.peft import (
     BottleneckBranch,
     CirculantUpdate,
     DoRA,
+    GraLoRA,
     LoKr,
     LoRA,
     Rule,
@@ -158,6 +159,11 @@ class TestWriting:
                 "^the part of blocks/0/up is a CirculantPair of 6 x 9, .* merge",
             ),
             ([("blocks/0/up", LoRA()), ("blocks/1/up", C3A())], [], r"LORA \(blocks/0/up\) and C3A \(blocks/1/up\)"),
+            (
+                [("blocks/0/up", GraLoRA(rank=3, blocks=3)), ("blocks/1/up", GraLoRA(rank=3, blocks=1))],
+                [],
+                "^peft's GraLoRA has one rank .* blocks/0/up has rank 3 in 3 blocks, and blocks/1/up rank 3 in 1",
+            ),
             ([("blocks/0/up", DoRA())], [], r"^the part of blocks/0/up has learned magnitudes \(DoRA\)"),
             (
                 [("blocks/0/up", BottleneckBranch())],

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from surm_jax.peft import C3A, CirculantUpdate, LoKr, LoRA, Rule, adapt, load_peft, save_peft
+from surm_jax.peft import C3A, CirculantUpdate, GraLoRA, LoKr, LoRA, Rule, adapt, load_peft, save_peft
 from surm_jax.pretrained.hf import ARCHITECTURES
 from surm_jax.pretrained.hf.architecture import Names
 from tests.peft.models import CONFIG, TENSORS, perturb, relative_error
@@ -108,6 +108,7 @@ OURS = {
     "ranks": [Rule(r"blocks/0/.*", LoRA(rank=2)), Rule(r"blocks/1/attention/.*", LoRA(rank=3, alpha=0.5))],
     "c3a": [Rule(WHOLE, C3A(alpha=3.0, block=2))],
     "blocks": [Rule("qv", C3A(alpha=3.0, block=4)), Rule("mlp", C3A(block=1))],
+    "gralora": [Rule("qv", GraLoRA(rank=4, alpha=0.7)), Rule("mlp", GraLoRA(rank=4, alpha=1.5))],
     "circulant": [Rule("attention", CirculantUpdate(alpha=0.6, scale=0.5))],
     "circulant and c3a": [Rule("qv", CirculantUpdate(alpha=0.6)), Rule("mlp", C3A(alpha=3.0))],
     "lokr": [Rule(WHOLE, LoKr(rank=8, alpha=3.0))],
@@ -154,6 +155,7 @@ THEIRS = {
     "c3a": lambda: peft.C3AConfig(block_size=4, target_modules=LINEAR),
     "lokr": lambda: peft.LoKrConfig(r=5, alpha=7, target_modules=LINEAR),
     "low-rank lokr": lambda: peft.LoKrConfig(r=1, alpha=7, decompose_factor=2, target_modules=LINEAR),
+    "gralora": lambda: peft.GraloraConfig(r=4, gralora_k=2, alpha=7, target_modules=LINEAR),
     "lokr patterns": lambda: peft.LoKrConfig(
         r=5,
         alpha=7,

@@ -14,7 +14,7 @@ from tests.peft.hf.hf_model import CONFIG, NAMES, TENSORS, dense, foreign, lora,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"peft_type": "VERA"}, r"sets peft_type = 'VERA', .* C3A, LOKR, LORA"),
+        ({"peft_type": "VERA"}, r"sets peft_type = 'VERA', .* C3A, GRALORA, LOKR, LORA"),
         ({"peft_type": "LORRA"}, "did you mean 'LORA'"),
         ({"peft_type": None}, "sets peft_type = None"),
         ({"peft_type": ["LORA"]}, "sets peft_type = "),
