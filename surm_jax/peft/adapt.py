@@ -1,4 +1,4 @@
-"""Adding an adapter to a model."""
+"""Add an adapter to a model."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -30,13 +30,13 @@ def adapt(
     execution: str = "auto",
     rngs: nnx.Rngs,
 ) -> tuple[nnx.Module, Adapter]:
-    """Return a copy of a model with a new adapter. At first the adapter adds zero, so the output does not change.
+    """Return a copy of a model with a new adapter, which at first changes nothing.
 
-    `model` is not changed, and shares its arrays with the copy. The model may already have adapters with other names.
-    The terms that the adapters add to the output of a layer are then summed.
+    `model` is not changed, and shares its arrays with the copy. It may already have adapters with other names. What all
+    of them add to the output of a layer is summed.
 
-    In this example, the layer `query` gets a circulant update, which trains two vectors r1 and r2 of 8 entries each.
-    The parameters of `head` are trained too:
+    In this example, the layer `query` gets a circulant update, which trains two vectors of 8 entries, and `head` is
+    trained itself:
 
     >>> import surm_jax
     >>> model = nnx.Dict(query=nnx.Linear(8, 8, rngs=nnx.Rngs(0)), head=nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
@@ -86,7 +86,9 @@ def adapt(
 
 
 def claim_trained(model: nnx.Module, adapter: Adapter) -> dict[str, nnx.Param]:
-    """Make an adapter the owner of the parameters of the base model that it trains, in place.
+    """Mark the parameters of the base model that an adapter trains as owned by it, in place.
+
+    An owned parameter cannot be trained by a second adapter.
 
     Returns:
         A dictionary from path to variable for these parameters.
@@ -101,14 +103,13 @@ def claim_trained(model: nnx.Module, adapter: Adapter) -> dict[str, nnx.Param]:
 
 
 class MatchedModule(NamedTuple):
-    """A module to which an adapter adds a part, and the rule that applies to the module.
+    """A module that an adapter changes, and the rule that applies to it.
 
     Attributes:
-        path: The path of the module in the model, or of the parameter that the rule names.
+        path: The path of the module in the model.
         module: The module.
         rule: The rule.
-        method: The rule's method, which makes the part.
-        parameter: The name of the parameter in the module, if the rule names a parameter.
+        method: The rule's method, which makes the part that the adapter adds to the module.
     """
 
     path: str
@@ -126,10 +127,10 @@ class MatchedModule(NamedTuple):
 
 
 def make_part(matched: MatchedModule, execution: str, key: jax.Array) -> Part:
-    """Return the initial part that the method of a rule adds to a module.
+    """Make the part that the method of a rule adds to a module, with its initial values.
 
-    If the module is a stack of layers, or its kernel holds several matrices, the result is a stack of parts with
-    different random numbers. If the module is abstract (`nnx.eval_shape`), so is the part.
+    The result is a stack of parts with different random numbers if the module is a stack of layers, or if its kernel
+    holds several matrices. It is abstract if the module is (`nnx.eval_shape`).
 
     Raises:
         UserError: If the method does not fit the module. The message does not name the module; callers add its path.
@@ -154,18 +155,18 @@ def make_part(matched: MatchedModule, execution: str, key: jax.Array) -> Part:
 
 
 def base_parameters(model: nnx.Module) -> dict[str, nnx.Param]:
-    """Return a dictionary from path to `nnx.Param` variable for a model, without the parameters of its adapters."""
+    """Return the `nnx.Param`s of a model by path, without those of its adapters."""
     parameters = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {join(path): variable for path, variable in parameters if not isinstance(variable, AdapterParam)}
 
 
 def matched_modules(model: nnx.Module, adapter: Adapter) -> list[MatchedModule]:
-    """Return the modules to which an adapter's rules add a part, sorted by path.
+    """Return the modules that an adapter's rules select, with the rule for each, sorted by path.
 
     Raises:
         UserError: If a rule matches no module; if earlier rules already match all of its modules; if the method of a
-            rule chooses none of the matched modules; if a matched module cannot be adapted; or if the model already
-            has an adapter of this name.
+            rule chooses none of the matched modules; if a matched module cannot be adapted; or if the model already has
+            an adapter of this name.
     """
     if adapter.name in adapter_names(model):
         raise UserError(
@@ -212,15 +213,15 @@ def matched_modules(model: nnx.Module, adapter: Adapter) -> list[MatchedModule]:
 
 
 def _presets(model: nnx.Module) -> Mapping[str, str]:
-    """Return the presets of a model's class, which map names to regular expressions for module paths."""
+    """Return the presets of a model's class: names for regular expressions for module paths."""
     return getattr(type(model), "adapter_targets", {})
 
 
 def _own_modules(model: nnx.Module) -> dict[str, nnx.Module]:
-    """Return a dictionary from path to module for the modules of a model that do not belong to adapters.
+    """Return the modules of a model that do not belong to adapters, by path.
 
-    A path alone does not show whether a module belongs to an adapter, since the model may have a module of its own
-    that is called `delta` or `branch`. A module with such a name belongs to adapters only if it holds a `Part`.
+    A module called `delta` or `branch` belongs to adapters only if it holds a `Part`. The model may have a module of
+    its own with that name.
     """
     modules = dict(nnx.iter_modules(model))
     slots = {(*path, slot) for path, module in modules.items() if is_adapted(module) for slot in SLOTS}
@@ -259,7 +260,7 @@ def _has_product(module: nnx.Module, path: str, name: str) -> bool:
 
 
 def _nothing_to_adapt(target: str, candidates: list[str], modules: dict[str, nnx.Module], what: str) -> str:
-    """Return the error message for a target that matches none of the modules that could be adapted."""
+    """Return the error message for a target that matches no module that could be adapted."""
     others = [path for path in matching(target, modules) if path not in candidates]
     if not others:
         return no_match_message(target, candidates, what)

@@ -1,4 +1,4 @@
-"""The recipe of an adapter: rules that assign methods to modules, and patterns that select other trained parameters."""
+"""The recipe of an adapter: rules that assign methods to modules, and patterns for other trained parameters."""
 
 import dataclasses
 import functools
@@ -88,7 +88,7 @@ class Rule:
 
     @classmethod
     def from_json(cls, rule: dict[str, Any]) -> "Rule":
-        """Return the rule that a dictionary from `to_json` describes."""
+        """Return the rule for a dictionary that `to_json` made."""
         method = None if rule["method"] is None else make_method(rule["method"], rule["settings"])
         axes = rule.get("axes", "")
         return cls(rule["target"], method, rule["parts"], tuple(rule["which"]), axes)  # type: ignore[arg-type]  # Rule checks
@@ -127,9 +127,10 @@ class Adapter:
 
     @functools.cached_property
     def trainable(self) -> nnx.filterlib.Predicate:
-        """The NNX filter that selects the parameters of the adapter's parts, and those whose paths match `train`.
+        """The NNX filter that selects all variables that the adapter trains.
 
-        The model in this example has no parts of an adapter, so that the filter selects only the head:
+        They are the parameters of its parts, and those with paths that match `train`. The model in this example has no
+        parts, so that only the head is selected:
 
         >>> model = nnx.Dict(body=nnx.Linear(2, 3, rngs=nnx.Rngs(0)), head=nnx.Linear(3, 2, rngs=nnx.Rngs(1)))
         >>> graphdef, trainable, frozen = nnx.split(model, Adapter((), ("head/.*",)).trainable, ...)
@@ -155,7 +156,7 @@ class Adapter:
 
     @classmethod
     def from_json(cls, recipe: dict[str, Any], name: str = DEFAULT_NAME) -> "Adapter":
-        """Return the adapter that a dictionary from `to_json` describes, under a given name.
+        """Return the adapter for a dictionary that `to_json` made, under a given name.
 
         Raises:
             UserError: If `recipe` is not such a dictionary.

@@ -1,8 +1,8 @@
 """Serving many adapters in one batch: each example selects its adapter, and one compiled program serves all of them.
 
-A bank holds several adapters that use the same methods. It stacks their arrays to the shape (adapters, ...), and each
-layer gathers the arrays of every example's adapter when it computes its output. For a circulant, this is one array of
-shape (n,) for each example. The Fourier transform of this array costs as much as that of one more token.
+A bank is a model with several adapters that use the same methods. Their arrays are stacked to the shape (adapters,
+...), and each layer gathers those of every example's adapter. For a circulant, this is one array of shape (n,) for each
+example, and its Fourier transform costs as much as that of one more token.
 """
 
 import os
@@ -34,14 +34,12 @@ Folders = Sequence[str | os.PathLike]
 
 
 class _Content(NamedTuple):
-    """The changes that the adapter in one folder makes to the base model.
+    """What the adapter in one folder changes in the base model.
 
     Attributes:
-        parts: The adapter's parts, after `Part.for_bank`. The keys are pairs (path of the module, slot).
-        kernels: A dictionary from the path of each layer whose kernel was trained to the trained kernel minus the base
-            model's kernel, of shape (in, out).
-        biases: A dictionary from the path of each layer whose bias was trained to the trained bias minus the base
-            model's bias, of shape (out,).
+        parts: The adapter's parts, after `Part.for_bank`, by the pair (path of the module, slot).
+        kernels: The changes of trained kernels, of shape (in, out), by the path of the layer.
+        biases: The changes of trained biases, of shape (out,), by the path of the layer.
     """
 
     parts: dict[tuple[str, str], Part]
@@ -102,12 +100,12 @@ def load_bank(folders: Folders, model: nnx.Module) -> nnx.Module:
 
 
 def _changed(content: _Content) -> set[str]:
-    """Return the paths of linear layers in which an adapter has a kernel part, a trained kernel or a trained bias."""
+    """Return the paths of the linear layers in which an adapter changes anything."""
     return {path for path, slot in content.parts if slot == KERNEL} | {*content.kernels, *content.biases}
 
 
 def _rows(path: str, tables: Sequence[Mapping[str, Array]]) -> list[Array] | None:
-    """Return the arrays that the adapters have for the layer at `path`, with zeros for adapters that have none.
+    """Return what each adapter has for the layer at `path`, with zeros for adapters that have nothing.
 
     If no adapter has an array for this layer, return `None`.
 
@@ -120,10 +118,9 @@ def _rows(path: str, tables: Sequence[Mapping[str, Array]]) -> list[Array] | Non
 
 
 def _same_form(path: str, slot: str, folders: Folders, contents: Sequence[_Content]) -> Sequence[Part] | None:
-    """Return the parts that the adapters have in one slot of one module, or `None` if no adapter has a part there.
+    """Return the parts of all adapters in one place of a model, so that they can be stacked, or `None` without any.
 
-    The result has one part for each adapter. An adapter without a part there gets a copy of another adapter's part. The
-    scale of this copy is 0, so that it adds nothing.
+    An adapter without a part there gets a copy of another one, with the scale 0, so that it adds nothing.
 
     Raises:
         UserError: If two parts differ in more than the values of their arrays.
@@ -142,16 +139,13 @@ def _same_form(path: str, slot: str, folders: Folders, contents: Sequence[_Conte
 
 
 def _structure(part: Part) -> tuple[nnx.GraphDef, list[tuple[int, ...]]]:
-    """Return the graph definition of a part and the shapes of its arrays.
-
-    The arrays of two parts can be stacked if their graph definitions are equal and their arrays have equal shapes.
-    """
+    """Return the graph definition of a part and the shapes of its arrays. Parts with equal results can be stacked."""
     graphdef, state = nnx.split(part)
     return graphdef, [np.shape(leaf) for leaf in jax.tree.leaves(state)]
 
 
 def _read(model: nnx.Module, base: Mapping[str, str], folder: str | os.PathLike) -> _Content:
-    """Return the changes that the adapter in a folder makes, after a check that it was trained on this base model.
+    """Read the adapter in a folder, check that it was trained on this base model, and return what it changes.
 
     Args:
         model: The base model.
@@ -181,9 +175,7 @@ def _read(model: nnx.Module, base: Mapping[str, str], folder: str | os.PathLike)
 def _trained_layers(
     base: nnx.Module, loaded: nnx.Module, folder: str | os.PathLike
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return the changes of trained kernels and of trained biases, as two dictionaries from layer path to array.
-
-    A change is the parameter in `loaded` minus that in `base`.
+    """Return how trained kernels and trained biases differ from the base model, as two dictionaries by layer path.
 
     Raises:
         UserError: If a trained parameter is not the kernel or bias of a linear layer, or if training moved a statistic.

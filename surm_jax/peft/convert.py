@@ -1,10 +1,10 @@
-"""Converting an adapter to another method, and combining several adapters into one.
+"""Convert an adapter to another method, or combine several adapters into one.
 
-Both functions compute the dense change that the adapters make to each kernel. The new adapter approximates this change
-by the nearest matrix that its method can represent. An update of any kind can be converted to LoRA, for example, for a
-server that loads only LoRA adapters. Both functions return the errors of the approximation, which callers should check.
-The singular values of a circulant of full rank, for example, have similar sizes, so that an approximation of low rank
-loses much of the matrix.
+Both functions compute the dense change of each kernel, and approximate it by the nearest matrix that the new method can
+represent. An update of any kind can be converted to LoRA, for example, for a server that loads only LoRA adapters.
+
+Check the errors that both functions return. The singular values of a circulant, for example, may all have similar
+sizes, and then an approximation of low rank loses much.
 """
 
 import dataclasses
@@ -112,7 +112,7 @@ def combine(
 
 
 def _changes(model: nnx.Module, adapter: Adapter) -> dict[str, np.ndarray]:
-    """Return a dictionary from the path of each adapted layer to the dense change of the layer's kernel."""
+    """Return the dense change of the kernel of each adapted layer, by the path of the layer."""
     changes = {row.path: np.asarray(kernel_change(row)) for row in parts_of(model, adapter)}
     if not changes:
         raise UserError(f"the adapter {adapter.name!r} has no update, and only updates can be converted or combined")
@@ -122,12 +122,12 @@ def _changes(model: nnx.Module, adapter: Adapter) -> dict[str, np.ndarray]:
 def _with_nearest(
     model: nnx.Module, adapter: Adapter, targets: Mapping[str, np.ndarray]
 ) -> tuple[nnx.Module, Adapter, dict[str, float]]:
-    """Return a copy of the model with a new adapter, whose updates approximate given dense matrices.
+    """Return a copy of the model with a new adapter that approximates given changes of kernels.
 
     Args:
         model: The model.
         adapter: The recipe of the new adapter.
-        targets: A dictionary from the path of a layer to the dense matrix that the layer's update approximates.
+        targets: The dense change of each layer's kernel, by the path of the layer.
 
     Returns:
         The new model, the adapter, and a dictionary from the path of each layer to the relative error of its update in

@@ -117,5 +117,5 @@ def _row(row: AttachedPart) -> Row:
 
 
 def _trained(part: Part) -> int:
-    """Return the number of trained parameters of a part."""
+    """Return how many parameters of a part are trained."""
     return sum(variable.get_value().size for variable in part.tensors().values() if isinstance(variable, AdapterParam))

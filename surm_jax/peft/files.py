@@ -1,12 +1,12 @@
-"""Saving and loading adapters. An adapter folder has two files, which together take some hundred kilobytes.
+"""Save and load adapters. An adapter folder has two files, which together take some hundred kilobytes.
 
-`adapter_model.safetensors` holds the arrays of the adapter's parts in their smallest form, under the names
-`<layer>/delta/<array>` and `<module>/branch/<array>`. A `CirculantPair`, for example, stores the n entries of `r1 * r2`
-instead of the 2n entries of r1 and r2. The file also holds the other trained parameters, such as the head, and the
-statistics that training moved, such as running means, under their paths.
+`adapter_model.safetensors` holds the arrays that the adapter adds, under the names `<layer>/delta/<array>` and
+`<module>/branch/<array>`. They have their smallest form: a `CirculantPair`, for example, stores the n entries of `r1 *
+r2`. The file also holds other trained parameters, such as the head, and the statistics that training moved, such as
+running means, under their paths.
 
 `adapter_config.json` holds the recipe (`Adapter.to_json`), the fingerprint of the frozen base model, and one SHA-256 of
-the tensor file together with all other JSON entries.
+everything else in both files.
 """
 
 import dataclasses
@@ -85,7 +85,7 @@ def save_adapter(folder: str | os.PathLike, model: nnx.Module, adapter: Adapter)
 
 
 def _trained_and_frozen(model: nnx.Module, adapter: Adapter) -> tuple[dict[str, nnx.Variable], nnx.State]:
-    """Return a dictionary from path to variable for what an adapter trains, and the state of all other variables."""
+    """Divide the variables of a model into those that an adapter trains, by path, and the state of all others."""
     _, trained, frozen = nnx.split(model, adapter.trainable, ...)  # type: ignore[misc]  # `...` selects the rest
     return {join(path): variable for path, variable in nnx.to_flat_state(trained)}, frozen
 

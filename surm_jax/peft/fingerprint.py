@@ -1,7 +1,7 @@
-"""The base of an adapter: the variables that it neither adds nor trains, and how a change of them is found.
+"""Find out whether the base model of an adapter has changed.
 
-The digests of `fingerprint` are stored in files. The sums of `checksums` are computed on the device, and are kept in
-the `Adapter`.
+The base are the variables that the adapter neither adds nor trains. `fingerprint` makes digests, which are stored in
+files. `checksums` makes cheaper sums on the device, which are kept in the `Adapter`.
 """
 
 import hashlib
@@ -76,17 +76,17 @@ def _some(paths: list[str]) -> str:
 
 
 def base_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """Return a dictionary from path to variable for the parameters and the statistics of a model's base."""
+    """Return the parameters and statistics of a model by path, without those of its adapters."""
     return {join(path): variable for path, variable in nnx.to_flat_state(nnx.state(model, BASE))}
 
 
 def statistics(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """Return the `base_variables` that are not parameters, such as the running means of batch normalisation."""
+    """Return the `base_variables` that are not parameters, such as running means of batch normalisation."""
     return {path: variable for path, variable in base_variables(model).items() if not isinstance(variable, nnx.Param)}
 
 
 def checksums(model: nnx.Module, adapter: Adapter) -> dict[str, str] | None:
-    """Return a dictionary from the path of each frozen variable of the base to its form and a sum over its bits.
+    """Return, for each frozen variable of the base, its shape and dtype and a sum over its bits, by path.
 
     The sums are computed on the device, which reads every array once. Equal arrays have equal sums for any sharding,
     and a change of a single entry always changes the sum. If the model is abstract or traced, the result is `None`.
@@ -102,9 +102,9 @@ def checksums(model: nnx.Module, adapter: Adapter) -> dict[str, str] | None:
 
 
 def frozen_checksums(model: nnx.Module, adapter: Adapter) -> dict[str, str] | None:
-    """Return the `checksums` for an adapter that was loaded, without what other adapters of the model trained.
+    """Return the `checksums` for a loaded adapter, without the variables that other adapters of the model trained.
 
-    Such an adapter was not trained with them. It therefore cannot be saved from a model that has them.
+    The loaded adapter was not trained with these. So it cannot be saved from a model that has them.
     """
     others = {path for path, owner in owners(model).items() if owner != adapter.name}
     sums = checksums(model, adapter)
@@ -129,7 +129,7 @@ def _checksum(array: Array) -> UInt32[Array, ""]:
 
 
 def moved_statistics(model: nnx.Module, adapter: Adapter) -> list[str]:
-    """Return the paths of the statistics that changed since an adapter was added, after a check of the parameters.
+    """Return the paths of the statistics that training changed since the adapter was added.
 
     Raises:
         UserError: If a frozen parameter changed since, or belongs to another adapter that was added later.

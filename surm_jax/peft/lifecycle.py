@@ -1,11 +1,11 @@
 """Several adapters on one base model: switch them on and off, scale them, and delete them.
 
-The functions that change something return a new model. The given model is not changed, and both share their arrays.
-Callers pass an `Adapter` or its name.
+The functions that change something return a new model, which shares its arrays with the given one. Callers pass an
+`Adapter` or its name.
 
-Scales are arrays. A compiled function that takes the model's state as an argument is therefore not compiled again when
-an adapter is switched or scaled. The same holds when an adapter is replaced by one with the same shapes: by `delete`,
-then `load_adapter` under the same name.
+Scales are arrays, so switching or scaling an adapter does not compile a function again that takes the model's state as
+an argument. Nor does replacing an adapter by one with the same shapes: `delete`, then `load_adapter` under the same
+name.
 """
 
 import math
@@ -99,7 +99,7 @@ def delete(model: nnx.Module, adapter: Adapter | str) -> nnx.Module:
 
 
 def remove(model: nnx.Module, name: str) -> None:
-    """Remove the parts of an adapter from a model, in place. What it trained of the base model keeps its values."""
+    """Remove the parts of an adapter from a model, in place. Parameters of the base model keep their trained values."""
     for row in list(iter_parts(model)):
         if row.name == name:
             detach(row.module, name)
@@ -132,7 +132,9 @@ def checked_names(model: nnx.Module, adapters: Iterable[Adapter | str]) -> tuple
 
 
 def parts_of(model: nnx.Module, adapter: Adapter) -> list[AttachedPart]:
-    """Return the parts of one adapter in a model, sorted by path. An adapter without rules has no parts.
+    """Return what one adapter has added to a model, as `AttachedPart`s sorted by path.
+
+    An adapter without rules has no parts.
 
     Raises:
         UserError: If the model does not have the adapter, or if one of its rules matches none of the parts.
@@ -157,9 +159,10 @@ def kernel_at(row: AttachedPart) -> Kernel:
 
 
 def kernel_change(row: AttachedPart) -> Float[Array, "*stack in out"]:
-    """Return the dense change of a layer's kernel that has the same effect as a part of an adapter.
+    """Return the change of a layer's kernel that would have the same effect as a part of an adapter.
 
-    The change is a float32 matrix, and includes the scale of the part. For a stack of parts, it is a stack of matrices.
+    The change is a dense float32 matrix, multiplied by the scale of the part. For a stack of parts, it is a stack of
+    matrices.
 
     Raises:
         UserError: If no change of the kernel has the same effect as the part, which may be a branch, for example.

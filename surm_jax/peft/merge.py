@@ -1,4 +1,4 @@
-"""Merging adapters into the kernels of a model, for deployment."""
+"""Merge adapters into the kernels of a model, for deployment."""
 
 import itertools
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Training selected leaves of a parameter tree, for users who pass the whole tree to one optax optimiser.
+"""Train selected leaves of a parameter tree, when the whole tree is passed to one optax optimiser.
 
 The tree may be any pytree of nested dictionaries, lists and dataclasses, such as those of Linen, Haiku or
 `nnx.to_pure_dict`.

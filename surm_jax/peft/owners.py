@@ -1,8 +1,8 @@
-"""Which adapter trained which variable of the base model.
+"""Remember which adapter trained which variable of the base model.
 
-Several adapters can add their parts to one layer, but a variable of the base model, such as the kernel of the head, has
-one value. The adapter that trains it is its owner. The name of the owner is part of the variable's metadata, and a
-second adapter that trains the same variable is refused.
+Several adapters can add something to one layer, but a variable of the base model, such as the kernel of the head, has
+one value. The adapter that trains it is its owner. Its name is stored in the variable's metadata, and a second adapter
+that trains the same variable is refused.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ _OWNER = "trained_by"
 
 
 def owners(model: nnx.Module) -> dict[str, str]:
-    """Return a dictionary from the path of each variable that an adapter owns to the name of the adapter."""
+    """Return the name of the adapter that owns a variable, by path, for all variables that have an owner."""
     state = nnx.to_flat_state(nnx.state(model, nnx.Variable))
     return {join(path): variable.get_metadata(_OWNER) for path, variable in state if variable.has_metadata(_OWNER)}
 
@@ -28,11 +28,11 @@ def adapter_names(model: nnx.Module) -> tuple[str, ...]:
 
 
 def claim(variables: Mapping[str, nnx.Variable], paths: Iterable[str], name: str) -> None:
-    """Make an adapter the owner of variables, in place.
+    """Make an adapter the owner of the variables at some paths, in place.
 
     Args:
-        variables: A dictionary from path to variable.
-        paths: The paths of the adapter's variables.
+        variables: Variables by path.
+        paths: The paths of those that the adapter trains.
         name: The name of the adapter.
 
     Raises:
@@ -50,7 +50,7 @@ def claim(variables: Mapping[str, nnx.Variable], paths: Iterable[str], name: str
 
 
 def release(model: nnx.Module, names: Iterable[str]) -> None:
-    """Remove the adapters as owners, in place. The variables keep their values."""
+    """Free all variables that some adapters own, in place. The variables keep their values."""
     released = set(names)
     for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Variable)):
         if variable.has_metadata(_OWNER) and variable.get_metadata(_OWNER) in released:

@@ -34,10 +34,7 @@ class C3AFormat(Format):
         return isinstance(matrix, BlockCirculant) or is_square
 
     def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:
-        """Return the settings of the peft folder, and its tensors.
-
-        The settings include the block size of each module. There is one tensor, `c3a_kernel`, for each module.
-        """
+        """Return the settings of the peft folder, such as the block size of each module, and one tensor per module."""
         kernels = {}
         for module, update in updates.items():
             c = np.asarray(update.matrix.compact().c, np.float64)
@@ -68,5 +65,5 @@ class C3AFormat(Format):
 
 
 def _backwards(c: np.ndarray) -> np.ndarray:
-    """Return the array with `c[..., -k mod b]` at each index k of the last axis, whose size is b."""
+    """Reverse the last axis of an array, so that entry k becomes entry -k mod b. The first entry stays in place."""
     return np.roll(np.flip(c, -1), 1, axis=-1)

@@ -1,8 +1,7 @@
 """The interface of the file formats of peft, which convert between our updates and the tensors in peft's files.
 
-Weights and updates in peft have the shape (out, in), so they are the transposes of our kernels and updates. If the
-values of a setting differ between layers, peft stores one value for most layers, and a dictionary that maps the names
-of the other modules to their values.
+Weights and updates in peft have the shape (out, in), the transpose of ours. If a setting differs between layers, peft
+stores one value for most layers, and a dictionary with the values of the other modules by name.
 """
 
 import abc
@@ -26,7 +25,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class LayerUpdate:
-    """The update that an adapter adds to the kernel of one layer, `factor * matrix`.
+    """What an adapter adds to the kernel of one layer: `factor * matrix`.
 
     Attributes:
         path: The path of the layer in our model.
@@ -49,8 +48,7 @@ class Format(abc.ABC):
     Attributes:
         peft_type: The name of the format in `adapter_config.json`.
         settings: The names of the settings that the format reads.
-        mark: The first characters after the module's name in the names of its tensors, such as "lora_" for the tensor
-            "query.lora_A.weight" of the module "query".
+        mark: What follows the module's name in the names of its tensors, such as "lora_" in "query.lora_A.weight".
         description: The kind of updates that the format can store, for error messages.
     """
 
@@ -80,7 +78,7 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
-        """Return our method that corresponds to a module's settings, and the shapes that its tensors must have.
+        """Convert the settings of a module to our method, and return it with the shapes that the tensors must have.
 
         Args:
             settings: The settings in the folder's `adapter_config.json`.
@@ -114,8 +112,7 @@ def tidy(value: float) -> float:
 def by_module(name: str, exceptions: str, values: Mapping[str, float]) -> dict[str, Any]:
     """Return two settings of peft that together give each module its value.
 
-    The setting `name` holds the most frequent value. The setting `exceptions` holds the values of the modules that
-    differ from it. In the example, two modules have the rank 4, and the third one has the rank 8:
+    The setting `name` holds the most frequent value, and `exceptions` those of the other modules:
 
     >>> by_module("r", "rank_pattern", {"a": 4, "b": 4, "c": 8})
     {'r': 4, 'rank_pattern': {'c': 8}}

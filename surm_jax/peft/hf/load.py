@@ -87,11 +87,10 @@ def load_peft(
 
 
 class _Tensors:
-    """The tensors of an adapter folder of peft. Each tensor must be read exactly once.
+    """The tensors of an adapter folder of peft, each of which must be read exactly once.
 
-    `take` reads a tensor, and `refuse_rest` raises an error if a tensor was never read.
-
-    The methods take names without the prefix `ROOT`, with which all names in the file begin.
+    `take` reads a tensor, and `refuse_rest` raises an error if any is left. Both take names without the prefix `ROOT`,
+    with which all names in the file begin.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -191,9 +190,9 @@ def _read_updates(
 def _read_modules(
     settings: Settings, tensors: _Tensors, model: nnx.Module, names: ModuleNames, adapted: Collection[str]
 ) -> tuple[str, ...]:
-    """Copy the modules that the folder holds as a whole (`modules_to_save`) into `model`, and return their patterns.
+    """Copy the modules that the folder holds as a whole (`modules_to_save`) into `model`.
 
-    Layers whose paths are in `adapted` have an update. They are skipped.
+    Layers with paths in `adapted` already have an update, and are skipped.
 
     Returns:
         Patterns that match the paths of the copied parameters.
@@ -215,7 +214,7 @@ def _read_modules(
 
 
 def _rules(updates: Mapping[str, Update], model: nnx.Module) -> tuple[Rule, ...]:
-    """Return rules that give each layer in `updates` its update. They match no other linear layer of the model."""
+    """Return rules that give each layer in `updates` its method. They match no other linear layer of the model."""
     linear = [path for path, module in _modules(model).items() if _is_linear(module)]
     groups: dict[Update, list[str]] = {}
     for path, update in updates.items():

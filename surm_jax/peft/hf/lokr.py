@@ -20,14 +20,13 @@ Sizes = tuple[tuple[int, int], tuple[int, int]]
 class LoKrFormat(Format):
     """The file format of LoKr, which stores the two factors of a Kronecker product for each layer.
 
-    The update in peft is `alpha / r * kron(w1, w2)`, which is the transpose of our update `factor * kron(A, B)`. So w1
-    is A^T and w2 is B^T. The setting `decompose_factor`, which is the same for all layers, determines the shapes of w1
-    and w2 from the shape of a layer's kernel.
+    The update in peft is `alpha / r * kron(w1, w2)`, the transpose of our update `factor * kron(A, B)`. So w1 is A^T
+    and w2 is B^T. The setting `decompose_factor`, which all layers share, determines the shapes of w1 and w2.
 
     If `r` is less than half of the larger dimension of w2, then w2 is stored as a product `w2_a @ w2_b` of rank r,
-    where w2_a is up^T and w2_b is down^T of our `LowRankKronecker`. Otherwise w2 is stored as one matrix, and r
-    affects nothing but the scale `alpha / r`. With the setting `decompose_both`, w1 may also be stored as a product.
-    Such files can be read, but w1 is always written as one matrix.
+    where w2_a is up^T and w2_b is down^T of our `LowRankKronecker`. Otherwise w2 is stored as one matrix, and r affects
+    nothing but the scale `alpha / r`. With the setting `decompose_both`, w1 may also be stored as a product. Such files
+    can be read, but w1 is always written as one matrix.
     """
 
     peft_type = "LOKR"
@@ -117,10 +116,10 @@ def _factors(matrix: Kronecker | LowRankKronecker) -> Arrays:
 
 
 def _decompose_factor(updates: Mapping[str, LayerUpdate]) -> int:
-    """Return a value of `decompose_factor` with which peft chooses the factor shapes that these updates have.
+    """Return the value of `decompose_factor` for which peft gives all updates their factor shapes.
 
     Raises:
-        UserError: If no single value gives every update its factor shapes.
+        UserError: If there is no such value.
     """
     wanted = {update.matrix.factor_shapes: update for update in updates.values()}
     largest = max(size for update in updates.values() for size in update.matrix.shape)

@@ -49,10 +49,10 @@ class LoRAFormat(Format):
         return settings, arrays
 
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
-        """Return a method with the rank and alpha in the settings, and the shapes of `lora_A` and `lora_B`.
+        """Convert the settings to a method, and return it with the shapes of `lora_A` and `lora_B`.
 
         The method is `RankStabilizedLoRA` if `use_rslora` is set, and `LoRA` otherwise. The rank in peft may exceed the
-        numbers of features of a small layer, such as a head with two classes. The method then has the smaller of them.
+        numbers of features of a small layer, such as a head with two classes. Our method then has the smaller of them.
         """
         rank = int(settings.of_module("r", 8, "rank_pattern", module, whole=True))
         alpha = settings.of_module("lora_alpha", 8, "alpha_pattern", module)

@@ -1,6 +1,6 @@
 """The interface for the names that Hugging Face's transformers gives to the modules and arrays of our models.
 
-Adapters in peft's format need these names.
+Folders of peft use these names.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ ROOT = "base_model.model."
 
 
 class Layout(Protocol):
-    """The name of one array in transformers, and functions that convert between its layouts there and in our model."""
+    """One array of a module: its name in transformers, and functions that convert its layout there to ours and back."""
 
     @property
     def theirs(self) -> str:
@@ -30,7 +30,7 @@ class Layout(Protocol):
 
 
 class ModuleNames(Protocol):
-    """An object that returns the names that transformers gives to the modules and arrays of one of our models.
+    """The names that transformers gives to the modules and arrays of one of our models.
 
     `surm_jax.pretrained.hf.architecture.Names` implements this interface.
     """
@@ -49,7 +49,7 @@ class ModuleNames(Protocol):
 def whole_modules(
     parameters: Mapping[str, nnx.Param], names: ModuleNames
 ) -> dict[str, dict[str, tuple[nnx.Param, Layout]]]:
-    """Return the parameters of the modules that peft can train as a whole.
+    """Return the modules that peft can train as a whole, with their parameters.
 
     These are the modules that have a name in transformers and contain no other modules with parameters.
 

@@ -120,8 +120,8 @@ class Settings:
         Args:
             name: The name of the setting, such as "r".
             default: The value if the setting is missing.
-            exceptions: The name of another setting that maps regular expressions to the values of some modules, such as
-                "rank_pattern". The first expression that matches the end of the module's name applies, as in
+            exceptions: The name of another setting, such as "rank_pattern", that maps regular expressions to the values
+                of some modules. The first one that matches the end of the module's name applies, as in
                 `peft.utils.other.get_pattern_key`.
             module: The name of the module in peft.
             whole: Whether the value must be a whole number of at least 1. Otherwise it may be any number but 0 whose
@@ -145,10 +145,10 @@ class Settings:
         return value
 
     def targets(self, module: str) -> bool | None:
-        """Return whether `target_modules` selects a module for an update.
+        """Return whether `target_modules` selects a module for an update, or `None` if its name alone does not decide.
 
-        The result is `None` if this does not follow from the module's name alone, because the setting is missing or
-        "all-linear", or because `layers_to_transform` or `exclude_modules` is set too.
+        The name does not decide if the setting is missing or "all-linear", or if `layers_to_transform` or
+        `exclude_modules` is set too.
         """
         value = self.values.get("target_modules")
         if value in (None, "all-linear") or any(
@@ -162,7 +162,7 @@ class Settings:
     def saves(self, module: str) -> bool:
         """Return whether `modules_to_save` selects a module, or another module that contains it.
 
-        As in peft, an entry selects every module whose name ends with that entry.
+        As in peft, an entry selects every module with a name that ends with it.
         """
         parts = module.split(".")
         around = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]

@@ -1,4 +1,4 @@
-"""What modules multiply by: one file for each kind of kernel. Importing this package registers all of them."""
+"""The kernels that adapters can change, one file for each kind. Importing this package registers all kinds."""
 
 from surm_jax.peft.kernels import conv, einsum, embed, linear, parameter
 from surm_jax.peft.kernels.base import KINDS, AdaptedLayer, Kernel, Kind, check_product, check_slots, kernel_of, kind_of

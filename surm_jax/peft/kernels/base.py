@@ -30,11 +30,11 @@ KINDS: dict[type[nnx.Module], "Kind"] = {}
 
 
 class AdaptedLayer(nnx.Module):
-    """The base class of the classes that add the terms of kernel parts to what a module computes."""
+    """The base class of mixins that add what adapters compute to the product of a module and its kernel."""
 
 
 class Kind(abc.ABC):
-    """How the modules of one class multiply by their kernel.
+    """How the modules of one class multiply their input by their kernel.
 
     Attributes:
         parameter: The name of the attribute that holds the kernel.
@@ -59,7 +59,7 @@ class Kind(abc.ABC):
 
     @abc.abstractmethod
     def widths(self, module: Any) -> tuple[int, ...]:
-        """Return the sizes of the feature axes with which the module's output ends."""
+        """Return the sizes of the last axes of the module's output, which hold its features."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +80,12 @@ class Kernel:
 
     @property
     def variable(self) -> nnx.Variable:
-        """The parameter."""
+        """The variable that holds the kernel."""
         return vars(self.module)[self.parameter]
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """The sizes of the axes that stack several layers in the parameter. It is empty for one layer."""
+        """The sizes of the leading axes of the parameter that stack several layers, or () for one layer."""
         try:
             return self.layout.stack(self.variable.shape)
         except UserError as error:
@@ -106,13 +106,13 @@ class Kernel:
         return self.layout.matrices(jnp.asarray(value))
 
     def replace(self, matrices: Float[Array, "*lead in out"]) -> None:
-        """Put a new variable with given matrices into the module, in place."""
+        """Replace the kernel of the module, in place, by given matrices in the form of `matrices`."""
         # Make a new variable: other layers may share the old one, and its value may belong to the caller.
         setattr(self.module, self.parameter, self.variable.copy(self.layout.array(matrices)))
 
 
 def kind_of(module: nnx.Module) -> Kind | None:
-    """Return the kind of a module's kernel, or `None` if no kind is registered for its class."""
+    """Return the `Kind` that is registered for a module's class or the nearest parent class, or `None`."""
     return next((KINDS[cls] for cls in original_class(module).__mro__ if cls in KINDS), None)
 
 
@@ -132,10 +132,10 @@ def kernel_of(module: nnx.Module, path: str) -> Kernel:
 
 
 def check_slots(module: nnx.Module, path: str) -> None:
-    """Check that the attributes in which a module holds its parts are free.
+    """Check that a module has no attributes of its own under the names where adapters put their parts.
 
     Raises:
-        UserError: If the module has an attribute of its own with the name of a slot.
+        UserError: If it has.
     """
     for name in SLOTS:
         if hasattr(module, name) and not (is_adapted(module) and isinstance(getattr(module, name), nnx.Dict)):
@@ -145,7 +145,7 @@ def check_slots(module: nnx.Module, path: str) -> None:
 
 
 def check_product(module: nnx.Module, path: str) -> None:
-    """Check that the terms of kernel parts reach the product with the module's kernel.
+    """Check that what adapters add would reach the product of a module and its kernel.
 
     Raises:
         UserError: If a subclass computes the product in another place than the class that is registered, or if the
@@ -178,9 +178,10 @@ _PROBED: contextvars.ContextVar[bool] = contextvars.ContextVar("probed_kernels",
 
 @contextlib.contextmanager
 def probed_kernels() -> Iterator[None]:
-    """Treat the kernels in the products of adapted modules as constants within the block.
+    """Treat the kernels in the products of adapted modules as constants within the `with` block.
 
-    Whatever gradient still reaches such a kernel then comes from another place in the model that reads it.
+    A gradient that still reaches a kernel shows that the model also reads it in another place, where an adapter would
+    have no effect.
     """
     token = _PROBED.set(True)
     try:
@@ -195,7 +196,7 @@ def probing() -> bool:
 
 
 def probed(kernel: Array) -> Array:
-    """Return a kernel, which is a constant for derivatives within a `probed_kernels` block."""
+    """Return the kernel, without a gradient within a `probed_kernels` block."""
     return jax.lax.stop_gradient(kernel) if probing() else kernel
 
 
@@ -209,7 +210,7 @@ def constant_kernel(module: Any, parameter: str) -> Any:
 
 
 def kernel_parts(module: nnx.Module) -> list[KernelPart]:
-    """Return the kernel parts of a module that act on its product."""
+    """Return what adapters add to the product of a module and its kernel, as a list of `KernelPart`."""
     # `nnx.tabulate` replaces `nnx.Dict.values` by a compiled function, and sets another attribute.
     return [part for part in vars(vars(module)[KERNEL]).values() if isinstance(part, KernelPart)]
 
@@ -240,15 +241,15 @@ class Product:
     execution: str = "auto"
 
     def vectors(self, x: Float[Array, "..."]) -> Float[Array, "... in"]:
-        """Return the inputs as vectors."""
+        """Return the inputs as vectors of input features, so that a matrix can multiply them."""
         return self.contraction.vectors(self.unfold(x))
 
     def outputs(self, y: Float[Array, "... out"]) -> Float[Array, "..."]:
-        """Return vectors of output features in the form of the module's output."""
+        """Return vectors of output features in the form of the module's output. This is the way back from `vectors`."""
         return self.join(self.contraction.outputs(y, self.layout.divided or self.layout.shape))
 
     def adapted(self, parts: list[KernelPart], x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Array:
-        """Return the product of inputs and a kernel, plus the terms of all parts."""
+        """Return the product of inputs and a kernel, plus what each part adds to it."""
         kernel = probed(kernel)
         matrix = self.layout.matrices(kernel)
         sums = [(part, None if self.layout.entries else part.plain_matrix()) for part in parts]
@@ -282,10 +283,10 @@ class Product:
 
 
 class Hooked(AdaptedLayer):
-    """A module that passes the product with its kernel to one of its attributes, such as `dot_general`.
+    """A module that computes the product with its kernel in one of its attributes, such as `dot_general`.
 
-    The terms of the parts are added in this attribute. Steps before and after the product, such as adding the bias or
-    what a subclass does around `super().__call__`, are therefore the same with attached and with merged parts.
+    That attribute is replaced, so that its result includes what adapters add. All that the module or a subclass does
+    before and after the product stays the same.
     """
 
     hook: ClassVar[str]
@@ -296,7 +297,7 @@ class Hooked(AdaptedLayer):
             setattr(cls, cls.hook, _hook_property(cls.hook))
 
     def product(self, base: Callable[..., Array] | None, *args: Any, **options: Any) -> Array:
-        """Return what `base` returns for the same arguments, plus the terms of the parts.
+        """Return what `base` returns for the same arguments, plus what adapters add.
 
         Args:
             base: The module's own attribute, which computes the product.

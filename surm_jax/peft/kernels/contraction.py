@@ -1,9 +1,9 @@
-"""Contractions of inputs and a kernel, and the matrices that they multiply by.
+"""Read a kernel with any number of axes as a matrix, or as several matrices.
 
-A contraction is written as an equation of `jnp.einsum`, such as "btd,dnh->btnh". The letters of the kernel fall into
-three groups. Letters that the input shares and the output lacks are the rows of a matrix (d). Letters that only the
-output shares are its columns (n, h). Letters that input and output share are a batch: the kernel then holds one matrix
-for each of its entries, as in the equation "bed,edf->bef" for experts e.
+A module multiplies its input by its kernel as in an equation of `jnp.einsum`, such as "btd,dnh->btnh". Letters that the
+kernel shares only with the input (d) are the rows of a matrix. Letters that it shares only with the output (n, h) are
+its columns. Letters that it shares with both are a batch, with one matrix for each entry, such as the experts e in
+"bed,edf->bef".
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Layout:
         return (self._size(self.batch),) if self.batch else ()
 
     def stack(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the sizes of the axes that stack several layers in an array of a given shape.
+        """Return the sizes of the leading axes that stack several layers in an array of a given shape.
 
         Raises:
             UserError: If the array is not a stack of such layers. The message is the end of a sentence.
@@ -63,13 +63,13 @@ class Layout:
         return shape[:lead]
 
     def matrices(self, array: Float[Array, "..."]) -> Float[Array, "... in out"]:
-        """Return the matrices of an array, (*stack, *entries, in_features, out_features)."""
+        """Rearrange an array into its matrices, of shape (*stack, *entries, in_features, out_features)."""
         stack = self.stack(array.shape)
         array = array.reshape(*stack, *self._divided).transpose(self._order(len(stack)))
         return array.reshape(*stack, *self.entries, *self.matrix)
 
     def array(self, matrices: Float[Array, "... in out"]) -> Float[Array, "..."]:
-        """Return the array that holds given matrices. This is the inverse of `matrices`."""
+        """Rearrange matrices into the array that holds them. This is the inverse of `matrices`."""
         stack = matrices.shape[: matrices.ndim - 2 - len(self.entries)]
         axes = (*self.batch, *self.rows, *self.columns)
         order = self._order(len(stack))
@@ -89,7 +89,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """An equation with one letter for each axis of the inputs, the kernel and the output.
+    """The equation by which inputs and a kernel are multiplied, with one letter for each axis.
 
     Attributes:
         inputs: The letters of the input. They may hold an ellipsis, and so may the output.
@@ -130,54 +130,54 @@ class Contraction:
 
     @property
     def rows(self) -> str:
-        """The letters over which the input and the kernel are summed."""
+        """The letters that are summed over, which the input and the kernel share."""
         return "".join(c for c in self.kernel if c in self.inputs and c not in self.output)
 
     @property
     def columns(self) -> str:
-        """The letters that the kernel brings into the output."""
+        """The letters that only the kernel and the output share."""
         return "".join(c for c in self.kernel if c not in self.inputs)
 
     @property
     def batch(self) -> str:
-        """The letters of the kernel that are in the input and in the output."""
+        """The letters that the kernel shares with the input and the output."""
         return "".join(c for c in self.kernel if c in self.inputs and c in self.output)
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Return the layout of a kernel, whose array has a given shape in one layer."""
+        """Return how an array of this shape, the kernel of one layer, holds matrices."""
         if len(shape) != len(self.kernel):
             raise UserError(f"the equation {self} does not fit a kernel of shape {shape}")
         rows, columns, batch = (tuple(map(self.kernel.index, part)) for part in (self.rows, self.columns, self.batch))
         return Layout(shape, rows, columns, batch)
 
     def of(self, ndim: int) -> "Contraction":
-        """Return the contraction for an input with a number of axes, with letters in place of an ellipsis."""
+        """Return the contraction for an input with `ndim` axes, in which letters replace an ellipsis."""
         free = [c for c in string.ascii_letters if c not in self.inputs + self.kernel + self.output]
         letters = "".join(free[: max(0, ndim - len(self.inputs.replace("...", "")))])
         return Contraction(self.inputs.replace("...", letters), self.kernel, self.output.replace("...", letters))
 
     @property
     def kept(self) -> str:
-        """The letters that the input brings into the output, without those of the kernel."""
+        """The letters that only the input and the output share."""
         return "".join(c for c in dict.fromkeys(self.inputs) if c in self.output and c not in self.kernel)
 
     def vectors(self, x: Float[Array, "..."]) -> Float[Array, "... in"]:
-        """Return an input as vectors, of shape (*entries, *kept axes, in_features)."""
+        """Rearrange an input into vectors, of shape (*entries of the batch, *kept axes, in_features)."""
         one = self.of(x.ndim)
         x = _arranged(x, one.inputs, one.batch + one.kept + one.rows)
         return _joined(x, len(one.batch), len(one.rows))
 
     def results(self, y: Float[Array, "..."]) -> Float[Array, "... out"]:
-        """Return an output as vectors, of shape (*entries, *kept axes, out_features)."""
+        """Rearrange an output into vectors, of shape (*entries of the batch, *kept axes, out_features)."""
         one = self.of(y.ndim + len(self.inputs.replace("...", "")) - len(self.output.replace("...", "")))
         y = _arranged(y, one.output, one.batch + one.kept + one.columns)
         return _joined(y, len(one.batch), len(one.columns))
 
     def outputs(self, y: Float[Array, "... out"], kernel: tuple[int, ...]) -> Float[Array, "..."]:
-        """Return vectors of shape (*entries, *kept axes, out_features) in the form of the output.
+        """Rearrange vectors back into an output. This is the inverse of `results`.
 
         Args:
-            y: The vectors.
+            y: The vectors, of shape (*entries of the batch, *kept axes, out_features).
             kernel: The shape of the kernel in one layer.
         """
         sizes = dict(zip(self.kernel, kernel, strict=True))
@@ -189,12 +189,12 @@ class Contraction:
 
 
 def _arranged(x: Array, before: str, after: str) -> Array:
-    """Return an array with its axes in another order, summed over the axes whose letters `after` lacks."""
+    """Transpose an array from the order of letters `before` to `after`, and sum over letters that `after` lacks."""
     return x if before == after else jnp.einsum(f"{before}->{after}", x)
 
 
 def _joined(x: Array, first: int, last: int) -> Array:
-    """Return an array with its `first` first axes joined to one, and its `last` last axes joined to one."""
+    """Flatten the first `first` axes of an array into one, and its last `last` axes into one."""
     lead = (math.prod(x.shape[:first]),) if first else ()
     shape = (*lead, *x.shape[first : x.ndim - last], math.prod(x.shape[x.ndim - last :]))
     return x if shape == x.shape else x.reshape(shape)

@@ -1,8 +1,8 @@
-"""The kernels of `nnx.Einsum`, of which the attention of many decoders is made.
+"""The kernels of `nnx.Einsum`, from which the attention of many decoders is made.
 
 The equation says which axes of the kernel are the rows and the columns of a matrix
-(`surm_jax.peft.kernels.contraction`). A fused kernel of the equation "btd,sdnh->sbtnh", such as that of query, key and
-value with s = 3, is one matrix of shape (d, s * n * h). A rule with `parts=3` gives each of the three its own matrix.
+(`surm_jax.peft.kernels.contraction`). A kernel for query, key and value together, as in "btd,sdnh->sbtnh" with s = 3,
+is one matrix of shape (d, s * n * h). A rule with `parts=3` gives each of the three its own matrix.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from surm_jax.peft.kernels.contraction import Contraction, Layout
 
 
 class AdaptedEinsum(Hooked):
-    """An `nnx.Einsum` with kernel parts."""
+    """An `nnx.Einsum` whose product includes what adapters add."""
 
     hook = "einsum_op"
 
     def product(self, base: Callable[..., Array] | None, *args: Any, **options: Any) -> Array:
-        """Return the product of the module's inputs and kernel, plus the terms of the parts."""
+        """Return the product of the module's inputs and kernel, plus what adapters add."""
         equation, inputs, kernel = args
         multiply = base or jnp.einsum
         plain = {name: value for name, value in options.items() if name != "out_sharding"}
@@ -38,13 +38,13 @@ class AdaptedEinsum(Hooked):
 
 
 class EinsumKind(Kind):
-    """The kind of `nnx.Einsum`."""
+    """How `nnx.Einsum` multiplies by its kernel."""
 
     mixin = AdaptedEinsum
     hooks = ("einsum_op",)
 
     def layout(self, module: Any) -> Layout:
-        """Return the layout that the module's equation gives its kernel."""
+        """Return how the kernel holds matrices, according to the module's equation."""
         return _contraction(module).layout(tuple(module.kernel_shape))
 
     def widths(self, module: Any) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from surm_jax.peft.kernels.contraction import Contraction, Layout
 
 
 class AdaptedLinear(Hooked):
-    """A linear layer with kernel parts."""
+    """A linear layer whose product includes what adapters add."""
 
     hook = "dot_general"
 
@@ -31,7 +31,7 @@ class AdaptedLinear(Hooked):
         vars(self)["dot_general_cls"] = base
 
     def product(self, base: Callable[..., Array] | None, *args: Any, **options: Any) -> Array:
-        """Return the product of the layer's inputs and kernel, plus the terms of the parts."""
+        """Return the product of the layer's inputs and kernel, plus what adapters add."""
         inputs, kernel, dimensions = args
         own = vars(self).get("dot_general_cls")
         multiply = own() if own else base or jax.lax.dot_general
@@ -50,7 +50,7 @@ def _unsharded(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _contraction(inputs: int, kernel: int, dimensions: Any) -> Contraction:
-    """Return the contraction of `jax.lax.dot_general` for a number of axes of the inputs and the kernel."""
+    """Return the contraction that `jax.lax.dot_general` computes for these axes of the inputs and the kernel."""
     (contracted, _), (batch, _) = dimensions
     letters = string.ascii_letters[:inputs]
     shared = "".join(letters[axis] for axis in (*batch, *contracted))
@@ -60,7 +60,7 @@ def _contraction(inputs: int, kernel: int, dimensions: Any) -> Contraction:
 
 
 class LinearKind(Kind):
-    """The kind of `nnx.Linear`."""
+    """How `nnx.Linear` multiplies by its kernel."""
 
     mixin = AdaptedLinear
     hooks = ("dot_general", "dot_general_cls")
@@ -75,7 +75,7 @@ class LinearKind(Kind):
 
 
 class LinearGeneralKind(LinearKind):
-    """The kind of `nnx.LinearGeneral`."""
+    """How `nnx.LinearGeneral` multiplies by its kernel."""
 
     def layout(self, module: Any) -> Layout:
         """Return the layout of a kernel with the axes (*batch, *in_features, *out_features)."""

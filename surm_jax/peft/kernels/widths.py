@@ -1,4 +1,4 @@
-"""The widths of modules: how many features their outputs have, and in how many layers they are stacked."""
+"""How many features the outputs of a module have, and in how many layers it is stacked."""
 
 import inspect
 from typing import Any
@@ -13,7 +13,7 @@ from surm_jax.peft.parts.base import original_class
 
 
 def module_stack(module: nnx.Module, path: str) -> tuple[int, ...]:
-    """Return the sizes of the axes in which a module is a stack of layers, as those that `nnx.vmap` makes.
+    """Return the sizes of the axes by which a module is a stack of layers, such as one made by `nnx.vmap`.
 
     The kernels among the module's attributes show these axes. A module without kernels is no stack.
 
@@ -29,10 +29,9 @@ def module_stack(module: nnx.Module, path: str) -> tuple[int, ...]:
 def output_width(module: nnx.Module, path: str) -> int:
     """Return the number of output features of a module.
 
-    For a module with a kernel, the number follows from the kernel. Any other module is called with abstract inputs
-    (`jax.eval_shape`). The number of input features is not known, so the in_features of every kernel among the module's
-    attributes are tried. The calls that raise no error must all give the same output width. The names and the order of
-    the kernels have no influence, because copying a module sorts its attributes.
+    If the module has no kernel, it is called with abstract inputs (`jax.eval_shape`). The number of input features is
+    not known, so those of every kernel among the module's attributes are tried. All calls without an error must give
+    the same output width.
 
     Raises:
         UserError: If no call gives an output width, or if two calls give different ones. For a module with a kernel, if

@@ -49,7 +49,7 @@ class Method(abc.ABC):
             check_setting(self.name, field, value, may_be_zero=self._may_be_zero(field.name))
 
     def _may_be_zero(self, name: str) -> bool:
-        """Return whether a numeric setting may be 0 although the limits of its field exclude 0."""
+        """Return whether a numeric setting may be 0, even if the limits of its field exclude 0."""
         del name
         return False
 
@@ -68,10 +68,10 @@ class PartMethod(Method):
 
     @abc.abstractmethod
     def make_part(self, place: Place, key: jax.Array) -> Part:
-        """Return the initial part for one module. At first, the part must add exactly zero to the module's output.
+        """Return the part for one module. At first, it must add exactly zero to the module's output.
 
         Args:
-            place: The facts about the module, such as its output width and, for the kernel slot, its kernel.
+            place: What the method needs to know of the module, such as its output width and its kernel.
             key: The JAX key for the initial random numbers.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The bottleneck adapters of the literature: branches of two dense matrices with a small hidden layer between them."""
+"""Bottleneck adapters: branches of two dense matrices with a small hidden layer between them."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from surm_jax.structured import Dense
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Waisted(Branch):
-    """The settings of branches with a waist, a hidden layer of few features.
+    """The settings of branches with a small hidden layer, the waist.
 
     Attributes:
         waist: The number of features of the hidden layer between the two matrices.

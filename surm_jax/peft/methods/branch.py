@@ -46,11 +46,10 @@ class Branch(PartMethod):
 
     @abc.abstractmethod
     def init_branch(self, key: jax.Array, width: int) -> tuple[StructuredMatrix, ...]:
-        """Return the initial matrices of a branch.
+        """Return the initial matrices of a branch, (M,) or (D, U).
 
-        They are (M,) for a branch with one matrix, and (D, U) for a branch with a waist, where D leads into the waist
-        and U out of it. The last matrix equals zero, so that the branch adds nothing at first. Its gradient is not
-        zero, so that it can be trained.
+        The last matrix equals zero, so that the branch adds nothing at first. The gradient of its arrays is not zero,
+        so that it can be trained.
         """
 
     def make_part(self, place: Place, key: jax.Array) -> BranchPart:

@@ -1,4 +1,4 @@
-"""Checks for the settings of methods: which values a field may have, and the error messages for other values."""
+"""Check the settings of methods: which values a field may have, and the error messages for other values."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ _LARGEST = 10**18
 
 
 def at_least(default: float, least: float, below: float = math.inf) -> Any:
-    """Return a dataclass field for a numeric setting that must be at least `least` and less than `below`."""
+    """Return a dataclass field for a number that must be at least `least` and less than `below`."""
     return dataclasses.field(default=default, metadata={"least": least, "below": below})
 
 

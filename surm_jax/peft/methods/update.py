@@ -41,7 +41,7 @@ class Update(PartMethod):
 
     @abc.abstractmethod
     def init(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
-        """Return the initial M, of shape (in_features, out_features). It equals zero, but its gradient is not zero."""
+        """Return the initial M, (in_features, out_features). It is zero, but the gradient of its arrays is not."""
 
     def unit(self, shape: tuple[int, int]) -> float:
         """Return the factor `unit`, by which the method multiplies M, for shape (in_features, out_features)."""
@@ -53,7 +53,7 @@ class Update(PartMethod):
         return self.alpha * self.unit(shape)
 
     def start(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
-        """Return the initial M for training: the result of `init`, or a non-zero matrix if alpha starts at 0."""
+        """Return the M with which training starts: that of `init`, or a non-zero matrix if alpha starts at 0."""
         matrix = self.init(key, shape)
         if self.alpha:
             return matrix
@@ -69,7 +69,7 @@ class Update(PartMethod):
         return self.part_with(self._start_in_parts(place, key), place)
 
     def part_with(self, matrix: StructuredMatrix, place: Place) -> UpdatePart:
-        """Return the update for one layer, with a given matrix as M."""
+        """Return the update for one layer with a given matrix M."""
         kernel = _kernel(place)
         return self.part(
             matrix,
@@ -107,10 +107,7 @@ def _kernel(place: Place) -> Array:
 
 
 def _away_from_zero(matrix: StructuredMatrix, key: jax.Array, scale: float | None, zero: str) -> StructuredMatrix:
-    """Return the matrix with random numbers in the array that starts at zero.
-
-    This is the array called `zero` or, if `zero` is empty, the array that `linear_in` names.
-    """
+    """Return the matrix with random numbers in the array that starts at zero, `zero` or else `linear_in`."""
     if isinstance(matrix, Sum):
         keys = jax.random.split(key, len(matrix.terms))
         return Sum(tuple(_away_from_zero(term, k, scale, zero) for term, k in zip(matrix.terms, keys, strict=True)))

@@ -1,7 +1,6 @@
 """Parts that hold many adapters and apply a different one to each example of a batch.
 
-The arrays of all adapters are stacked to the shape (adapters, ...). The arrays of each example's adapter are gathered
-from them.
+The arrays of all adapters are stacked to the shape (adapters, ...), and those of each example's adapter are gathered.
 """
 
 import contextlib
@@ -43,7 +42,7 @@ def example_adapters() -> Int[Array, "batch"] | None:
 
 
 class _Stack(nnx.Module):
-    """Several parts with equal structure, stored as one part with stacked arrays.
+    """Several parts of equal structure, stored as one part with stacked arrays.
 
     Args:
         parts: One part for each adapter. They may differ only in the values of their arrays.
@@ -56,7 +55,7 @@ class _Stack(nnx.Module):
         self.arrays = nnx.List([AdapterConstant(jnp.stack(row)) for row in rows])
 
     def one(self, arrays: Sequence[Array]) -> Any:
-        """Return a part with the common structure and the given arrays, one for each leaf of the part's state."""
+        """Return a part with these arrays, one for each leaf of its state."""
         return nnx.merge(self.like, jax.tree.unflatten(self.structure, arrays))
 
     def first(self) -> Any:
@@ -64,15 +63,15 @@ class _Stack(nnx.Module):
         return self.one([stacked[0] for stacked in self.arrays])
 
     def own(self, ids: Int[Array, "batch"]) -> list[Array]:
-        """Return the arrays of a part, each gathered to the shape (batch, ...) from the examples' adapters."""
+        """Return the arrays of a part for each example, gathered from its adapter to the shape (batch, ...)."""
         return [_own(stacked, ids) for stacked in self.arrays]
 
 
 class BankedKernelPart(KernelPart):
-    """The terms that all adapters of a bank add to the output of one linear layer.
+    """What all adapters of a bank add to the product of one linear layer.
 
-    The term of an example is that of its adapter's part. If the adapter also trained the layer's kernel or bias, the
-    term includes the effect of this change.
+    Each example gets what its own adapter's part adds. If the adapter also trained the layer's kernel or bias, the
+    change of these is added too.
 
     Args:
         count: The number of adapters.
@@ -142,7 +141,7 @@ class BankedKernelPart(KernelPart):
 
 
 class BankedOutputPart(OutputPart):
-    """The output parts of all adapters of a bank in one module.
+    """What all adapters of a bank add to the output of one module.
 
     Args:
         parts: One part for each adapter, all with equal structure.
@@ -177,13 +176,13 @@ def _without_dropout(function: Callable[..., Array], *arguments: Any) -> Array:
 
 
 def _own(stacked: nnx.Variable, ids: Int[Array, "batch"]) -> Array:
-    """Gather the values of each example's adapter from an array of shape (adapters, ...), as (batch, ...)."""
+    """Gather the values of each example's adapter: from (adapters, ...) to (batch, ...)."""
     # An id outside of the bank gives NaN. Without the fill value, it would silently get another adapter.
     return stacked[...].at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _adapters_of(batch: tuple[int, ...], count: int) -> Int[Array, "batch"]:
-    """Return the index of each example's adapter in a bank of `count` adapters.
+    """Return the index of each example's adapter, after checking it against the batch and the size of the bank.
 
     Raises:
         UserError: If no `adapter_of_examples` block surrounds the call, or if its `ids` do not fit the batch and bank.

@@ -1,9 +1,9 @@
 """The protocol of parts. A part is what an adapter adds to one module.
 
 A part sits in one of two slots. A `KernelPart` adds a term to the product of a linear layer's input and kernel, such as
-`x @ M` to `x @ W`. An `OutputPart` adds a term to the output of any module. All other code of this package (describing,
-merging, converting, saving, serving many adapters) uses parts only through the methods defined here. A new kind of part
-is therefore one class in one file; `tests/peft/own_method.py` shows two examples.
+`x @ M` to `x @ W`. An `OutputPart` adds a term to the output of any module. All other code of this package uses parts
+only through the methods defined here. A new kind of part is therefore one class in one file; `tests/peft/own_method.py`
+shows two examples.
 
 Every part multiplies the term that it adds by its `scale`. The scale is 1 during training, and 0 if the adapter is
 switched off.
@@ -50,13 +50,13 @@ class AdapterScale(nnx.Variable):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The facts about a module that a method needs to build a part for it.
+    """What a method needs to know of a module in order to build a part for it.
 
     Attributes:
         width: The number of output features of the module.
         kernel: The layer's kernel as a matrix (in_features, out_features). It is `None` for the output slot.
-        parts: The number of equal blocks into which the output features of a packed kernel are divided, such as 3 for
-            a kernel that holds query, key and value.
+        parts: The number of equal blocks into which the output features of a packed kernel are divided, such as 3 for a
+            kernel that holds query, key and value.
         which: The indices of the blocks that get an update. An empty tuple means all blocks.
         execution: How structured products are computed, one of `surm_jax.structured.EXECUTIONS`.
     """
@@ -92,7 +92,7 @@ class Part(nnx.Module):
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """The shape of the stack, if the part is a stack of parts (`over_stack`), or () if it is one part."""
+        """The shape of the stack if this is a stack of parts (`over_stack`), or () for one part."""
         return self.scale.get_value().shape
 
     @property
@@ -106,25 +106,25 @@ class Part(nnx.Module):
         return type(self).__name__
 
     def form(self) -> str:
-        """Return a description of the part's structure for messages, without the values of its arrays."""
+        """Return a description of the part for messages: its structure, without the values of its arrays."""
         return f"{self.kind} of shape {self.shape}"
 
     def tensors(self) -> dict[str, nnx.Variable]:
-        """Return a dictionary from path inside the part to variable, for the variables that adapter files store."""
+        """Return the variables that adapter files store, by their path inside the part."""
         state = nnx.state(self, nnx.Any(AdapterParam, AdapterConstant))
         return {join(path): variable for path, variable in nnx.to_flat_state(state)}
 
     def compact(self) -> None:
-        """Replace the arrays, in place, by the smallest ones with the same result. Adapter files store this form."""
+        """Replace the arrays, in place, by the smallest ones with the same result, which adapter files store."""
 
     def change(self, kernel: Float[Array, "*stack in out"]) -> Float[Array, "*stack in out"]:
-        """Return, as a dense float32 matrix, the change of the kernel that has the same effect as the part.
+        """Return the change of the kernel that would have the same effect as the part, as a dense float32 matrix.
 
         For a stack of parts, the result is a stack of such matrices.
 
         Raises:
-            UserError: If no change of the kernel has this effect. The message is the end of a sentence that begins
-                with "the part".
+            UserError: If no change of the kernel has this effect. The message is the end of a sentence that begins with
+                "the part".
         """
         return over_stack(lambda part, kernel: part.scale[...] * part._change(kernel), self, kernel)
 
@@ -132,8 +132,8 @@ class Part(nnx.Module):
         """Return (c, M) if the part adds `x @ (c * M)`, for file formats that store a factor and a matrix.
 
         Raises:
-            UserError: If the term of the part does not have this form. The message is the end of a sentence that begins
-                with "the part".
+            UserError: If the part adds something else. The message is the end of a sentence that begins with "the
+                part".
         """
         raise UserError(f"is {self.kind}, not a multiple of one matrix")
 
@@ -160,7 +160,7 @@ class Part(nnx.Module):
 
     @classmethod
     def alike(cls, parts: Sequence[Self]) -> Sequence[Self]:
-        """Return the parts with equal structure where possible, so that their arrays can be stacked.
+        """Make the parts of several adapters equal in structure where possible, so that their arrays can be stacked.
 
         Args:
             parts: The parts of all adapters of a bank in one slot of one module, after `for_bank`.
@@ -168,12 +168,12 @@ class Part(nnx.Module):
         return parts
 
     def _change(self, kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
-        """Return the result of `change` before it is multiplied by the scale."""
+        """Compute `change`, not yet multiplied by the scale."""
         raise NotImplementedError
 
 
 class KernelPart(Part):
-    """The term that one adapter adds to the product of a linear layer's input and kernel."""
+    """What one adapter adds to the product of a linear layer's input and kernel."""
 
     slot = KERNEL
 
@@ -184,9 +184,9 @@ class KernelPart(Part):
     """How structured products are computed, one of `surm_jax.structured.EXECUTIONS`."""
 
     def plain_matrix(self) -> StructuredMatrix | None:
-        """Return M, scale included, if the part adds exactly `x @ M` in this call; otherwise return `None`.
+        """Return M if the part adds exactly `x @ M` in this call, otherwise `None`. M includes the scale.
 
-        The layer passes the sum of the matrices of all such parts to `updated_matmul`, together with the kernel.
+        The layer passes the sum of all such M to `updated_matmul`, together with the kernel.
         """
         return None
 
@@ -204,7 +204,7 @@ class KernelPart(Part):
         return _scaled(self.scale, self._added(x, y, kernel, dot)).astype(y.dtype)
 
     def _added(self, x: Array, y: Array, kernel: Array, dot: Dot) -> Array:
-        """Return the term of `added` before it is multiplied by the scale, in any floating dtype."""
+        """Compute `added`, not yet multiplied by the scale, in any floating dtype."""
         raise NotImplementedError
 
     def rows(
@@ -225,12 +225,12 @@ class KernelPart(Part):
 
 
 class OutputPart(Part):
-    """The term that one adapter adds to the output of a module."""
+    """What one adapter adds to the output of a module."""
 
     slot = OUTPUT
 
     def multiple(self) -> tuple[float, StructuredMatrix]:
-        """Raise an error, because the part adds its term to the output of a module, not beside a kernel.
+        """Raise an error, because the part adds nothing to the product with a kernel.
 
         Raises:
             UserError: Always.
@@ -242,7 +242,7 @@ class OutputPart(Part):
         return _scaled(self.scale, self._added(y)).astype(y.dtype)
 
     def _added(self, y: Array) -> Array:
-        """Return the term of `added` before it is multiplied by the scale, in any floating dtype."""
+        """Compute `added`, not yet multiplied by the scale, in any floating dtype."""
         raise NotImplementedError
 
     def _change(self, kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
@@ -250,11 +250,11 @@ class OutputPart(Part):
 
 
 def over_stack(function: Callable[..., Any], part: Part, *arrays: Array) -> Any:
-    """Return `function(part, *arrays)`, or the stacked results of all parts of a stack.
+    """Apply a function to a part, or to each part of a stack, and return the result or the stacked results.
 
     A module with several matrices in its kernel, such as a stack of layers made by `nnx.vmap`, has a stack of parts.
-    This is one `Part` in which every variable has the same leading axes, those of the stack. The methods of a part see
-    one part of it: within `nnx.scan` and `nnx.vmap`, and here.
+    This is one `Part` whose variables all have the leading axes of the stack. The methods of a part are written for a
+    single part.
 
     Args:
         function: A function of one part and arrays, which returns arrays.

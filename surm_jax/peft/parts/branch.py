@@ -79,7 +79,7 @@ class BranchPart(OutputPart):
         return tuple(stored.stored() for stored in self._stored())
 
     def for_bank(self, kernel: Array | None) -> "BranchPart":
-        """Return the branch with dropout rate 0, so that branches with different dropout rates can be stacked."""
+        """Return the branch without dropout, so that branches with different dropout rates can be stacked."""
         part = nnx.clone(self)
         part.dropout = 0.0
         return part
@@ -88,7 +88,7 @@ class BranchPart(OutputPart):
         return [getattr(self, name) for name in ("down", "up") if hasattr(self, name)]
 
     def _added(self, y: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        """Return the branch's output without the scale. Every product is rounded to the dtype of y."""
+        """Compute what the branch adds, without the scale. Every product is rounded to the dtype of y."""
         hidden = _plus(self.down.stored().apply(drop(y, self.dropout)), getattr(self, "down_bias", None))
         hidden = ACTIVATIONS[self.activation](hidden)
         if hasattr(self, "up"):

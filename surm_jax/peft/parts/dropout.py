@@ -1,4 +1,4 @@
-"""Dropout of adapters. Models do not pass a key for it to their layers: the key is set for a block of code.
+"""Dropout of adapters. Models do not pass a key for it to their layers, so the key is set for a block of code.
 
 Set the key inside the function that is differentiated and compiled:
 
@@ -57,7 +57,7 @@ def dropout_key() -> jax.Array | None:
 
 
 def keys_drawn() -> int | Array | None:
-    """Return the number of dropout keys drawn so far in the `adapter_dropout` block, or `None` outside of it.
+    """Return how many dropout keys were drawn so far in the `adapter_dropout` block, or `None` outside of it.
 
     Code that is traced once and run several times, such as the body of a scan, should pass this number from one run to
     the next, and begin each run with `set_keys_drawn`. Each run then draws the same keys as in a Python loop.

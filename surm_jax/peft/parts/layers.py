@@ -22,7 +22,7 @@ class BranchedModule(nnx.Module):
     """The mixin class for modules with output parts."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
-        """Return the module's output plus the terms of its output parts, each computed from that same output."""
+        """Return the module's output plus what its output parts add, each computed from the output itself."""
         # `super()` is the module's own class, which comes after this one among the bases.
         y = super().__call__(*args, **kwargs)  # type: ignore[misc]
         parts: list[OutputPart] = _parts(vars(self)[OUTPUT])
@@ -79,9 +79,9 @@ def _branched_class(base: type[nnx.Module], original: type[nnx.Module]) -> type[
 
 
 class _Made(type(nnx.Module)):  # type: ignore[misc]  # a metaclass that Flax does not export
-    """The metaclass of the classes that are made at run time. There is exactly one class for the same bases.
+    """The metaclass of the classes that `attach` makes at run time. There is exactly one class for the same bases.
 
-    Pickle stores such a class as the arguments of `_made`, and cloudpickle as a call of its metaclass. In any process
+    Pickle stores such a class as the arguments of `_made`, and cloudpickle as a call of this metaclass. In any process
     and thread, both give the class that `attach` uses there.
     """
 

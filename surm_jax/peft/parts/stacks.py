@@ -16,7 +16,7 @@ from surm_jax.peft.parts.base import Part
 
 
 def stacked(make: Callable[..., Part], stack: tuple[int, ...], *arrays: Any) -> Part:
-    """Return the stack of the parts that `make` returns for the entries of arrays.
+    """Call `make` for each entry of some arrays, and stack the parts that it returns.
 
     Args:
         make: A function that returns a part. All parts must have the same structure.
@@ -37,13 +37,13 @@ def stacked(make: Callable[..., Part], stack: tuple[int, ...], *arrays: Any) -> 
 
 
 def changed(function: Callable[[Any], Part], part: Part) -> Part:
-    """Return the stack of the parts that a function returns for the parts of a stack."""
+    """Apply a function to each part of a stack, and stack the parts that it returns."""
     graphdef, state = nnx.split(part)
     return stacked(lambda state: function(nnx.merge(graphdef, state)), part.stack, state)
 
 
 def compacted(part: Part) -> Part:
-    """Return a copy of a part, or of a stack of parts, with the smallest arrays that have the same result."""
+    """Return a copy of a part, or of a stack of parts, with the smallest arrays that give the same result."""
 
     def compact(part: Part) -> Part:
         part.compact()
@@ -53,7 +53,7 @@ def compacted(part: Part) -> Part:
 
 
 def one_of(part: Part) -> Any:
-    """Return an abstract part with the structure of those in a stack, or the part itself if it is not a stack."""
+    """Return an abstract part with the structure of one in a stack, or the part itself if it is not a stack."""
     if not part.stack:
         return part
     graphdef, state = nnx.split(part)
@@ -66,7 +66,10 @@ def one_of(part: Part) -> Any:
 
 
 def fitted(part: Any, target: Float[np.ndarray, "*stack in out"]) -> tuple[Part, Float[np.ndarray, "*stack in out"]]:
-    """Return a part, or a stack of parts, whose `change` is as near as possible to a target, and this change.
+    """Fit a part, or a stack of parts, so that its `change` is as near as possible to a target.
+
+    Returns:
+        The part and its change.
 
     Raises:
         UserError: If no method to find such a part is implemented (`Part.fit`).

@@ -64,7 +64,7 @@ class StoredMatrix(nnx.Module):
         return type(self.stored()).__name__
 
     def form(self) -> str:
-        """Return a description of the matrix, with the shapes of its arrays."""
+        """Return a description of the matrix for messages, with the shapes of its arrays."""
         return repr(self.stored())
 
     def stored(self) -> StructuredMatrix:
@@ -118,7 +118,7 @@ class UpdatePart(StoredMatrix, KernelPart):
         return None if self.dropout and drops() else self.matrix(self.scale[...])
 
     def matrix(self, scale: float | Array = 1.0) -> StructuredMatrix:
-        """Return `scale * factor * alpha * M`, computed from the smallest form of M.
+        """Return the whole matrix that is added, `scale * factor * alpha * M`, from the smallest form of M.
 
         Adapter files store the smallest form, so that a loaded update computes the same bits as the saved one.
         """
@@ -126,7 +126,7 @@ class UpdatePart(StoredMatrix, KernelPart):
         return self.stored().compact().absorb(self.factor * alpha * scale)
 
     def multiple(self) -> tuple[float, StructuredMatrix]:
-        """Return the factor of M, which includes a trained alpha, and M."""
+        """Return the factor of M, including a trained alpha, and M."""
         return self.factor * (float(self.alpha[...]) if hasattr(self, "alpha") else 1.0), self.stored()
 
     def fit(self, target: Float[np.ndarray, "in out"]) -> Float[np.ndarray, "in out"]:
@@ -180,7 +180,7 @@ class NormalizedPart(UpdatePart):
         self.magnitude = AdapterParam(_norms(kernel.astype(jnp.float32)))
 
     def plain_matrix(self) -> None:
-        """Return `None`, because the added term also depends on the kernel."""
+        """Return `None`, because what is added also depends on the kernel."""
         return
 
     def multiple(self) -> tuple[float, StructuredMatrix]:
@@ -223,7 +223,7 @@ class NormalizedPart(UpdatePart):
         return _gained(self._gain(kernel, matrix.to_dense()), y, y + moved)
 
     def _gain(self, kernel: Float[Array, "in out"], dense: Float[Array, "in out"]) -> Float[Array, "out"]:
-        """Return the factor of each column of `kernel + dense`, m / norm in float32. A column of zeros stays zero."""
+        """Return the factor m / norm of each column of `kernel + dense`, in float32. A column of zeros stays zero."""
         norms = jax.lax.stop_gradient(_norms(kernel.astype(jnp.float32) + dense.astype(jnp.float32)))
         return self.magnitude[...] / jnp.where(norms == 0, 1.0, norms)
 
@@ -244,7 +244,7 @@ class ServedUpdate(StoredMatrix, KernelPart):
 
     @classmethod
     def alike(cls, parts: Sequence["ServedUpdate"]) -> Sequence["ServedUpdate"]:
-        """Return the updates. If any of them has column factors, those without get column factors of 1, in place."""
+        """Give all updates factors of the columns, 1 for those without, if any of them has such factors."""
         if any(hasattr(part, "gain") for part in parts):
             for part in parts:
                 if not hasattr(part, "gain"):
@@ -257,7 +257,7 @@ class ServedUpdate(StoredMatrix, KernelPart):
 
 
 def _gained(gain: Float[Array, "out"], y: Float[Array, "*batch out"], moved: Array) -> Float[Array, "*batch out"]:
-    """Return `gain * moved - y` in float32, the term that changes y to `gain * moved` when it is added to y."""
+    """Return `gain * moved - y` in float32, which added to y gives `gain * moved`."""
     gain = jnp.expand_dims(gain, tuple(range(y.ndim - 1)))
     return gain * moved.astype(jnp.float32) - y.astype(jnp.float32)
 

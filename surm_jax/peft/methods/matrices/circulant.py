@@ -29,7 +29,7 @@ class CirculantUpdate(Update):
     scale: float = 1.0
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> CirculantPair:
-        """Return an initial circulant of the given shape, which equals zero but has a non-zero gradient."""
+        """Return an initial circulant of the given shape. It is zero, but the gradient of its arrays is not."""
         return CirculantPair.init(key, shape, scale=self.scale)
 
 
@@ -45,7 +45,7 @@ class CirculantBranch(Branch):
     scale: float = 0.02
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[CirculantPair]:
-        """Return an initial circulant, which equals zero but has a non-zero gradient."""
+        """Return an initial circulant. It is zero, but the gradient of its arrays is not."""
         return (CirculantPair.init(key, (width, width), scale=self.scale),)
 
 
@@ -74,5 +74,5 @@ class C3A(Update):
         return 1 / shape[0]
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> BlockCirculant:
-        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
+        """Return an initial matrix of the given shape. It is zero, but the gradient of its arrays is not."""
         return BlockCirculant.init(key, shape, scale=1.0, block=self.block or None)

@@ -60,7 +60,7 @@ class LoKr(Update):
         return 1 / self.rank
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> Kronecker | LowRankKronecker:
-        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
+        """Return an initial matrix of the given shape. It is zero, but the gradient of its arrays is not."""
         (m1, m2), (n1, n2) = (balanced_factors(size, self.divisor) for size in shape)
         A = jnp.zeros((1, m1, n1), jnp.float32)
         if self.rank >= max(m2, n2) / 2 or self.rank > min(m2, n2):
@@ -95,7 +95,7 @@ class KAdaptation(Update):
     scale: float = 0.1
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> LowRankKronecker:
-        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
+        """Return an initial matrix of the given shape. It is zero, but the gradient of its arrays is not."""
         matrix = _hypercomplex(key, shape, self.terms, self.rank, self.scale, self.scale)
         return matrix.with_arrays(up=jnp.zeros_like(matrix.up))
 

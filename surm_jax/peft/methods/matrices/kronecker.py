@@ -39,7 +39,7 @@ class KroneckerUpdate(Update):
     scale: float = 1.0
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> Kronecker:
-        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
+        """Return an initial matrix of the given shape. It is zero, but the gradient of its arrays is not."""
         return zero_kronecker(key, shape, self.scale)
 
 
@@ -54,5 +54,5 @@ class KroneckerBranch(Branch):
     scale: float = 1.0
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[Kronecker]:
-        """Return an initial matrix, which equals zero but has a non-zero gradient."""
+        """Return an initial matrix. It is zero, but the gradient of its arrays is not."""
         return (zero_kronecker(key, (width, width), self.scale),)

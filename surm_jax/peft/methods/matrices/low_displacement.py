@@ -27,7 +27,7 @@ class LowDisplacementUpdate(Update):
     scale: float = 0.02
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> LowDisplacementRank:
-        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
+        """Return an initial matrix of the given shape. It is zero, but the gradient of its arrays is not."""
         return LowDisplacementRank.init(key, shape, rank=self.rank, scale=self.scale)
 
 
@@ -40,5 +40,5 @@ class LowDisplacementBranch(Branch):
     scale: float = 0.02
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[LowDisplacementRank]:
-        """Return an initial matrix, which equals zero but has a non-zero gradient."""
+        """Return an initial matrix. It is zero, but the gradient of its arrays is not."""
         return (LowDisplacementRank.init(key, (width, width), rank=self.rank, scale=self.scale),)

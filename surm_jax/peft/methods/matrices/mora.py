@@ -27,6 +27,6 @@ class MoRA(Update):
     rotate: bool = False
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> Tiled:
-        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
+        """Return an initial matrix of the given shape. It is zero, but the gradient of its arrays is not."""
         side = tiled_side(shape, self.rank, rotate=self.rotate)
         return Tiled.init(key, shape, scale=1.0, side=side, rotate=self.rotate)

@@ -100,7 +100,7 @@ def _family(name: str, key: jax.Array, shape: tuple[int, int], options: dict[str
 
 
 def _random(matrix: StructuredMatrix, key: jax.Array, scale: float) -> StructuredMatrix:
-    """Return the matrix with random numbers in its array that starts at zero, the one that `linear_in` names."""
+    """Return the matrix with random numbers in the array that starts at zero (`linear_in`)."""
     name = matrix.linear_in
     array = matrix.arrays()[name]
     random = scale * jax.random.normal(jax.random.fold_in(key, 1), array.shape, array.dtype)

@@ -26,7 +26,7 @@ class ToeplitzUpdate(Update):
     scale: float = 0.02
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> SymmetricToeplitzPair:
-        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
+        """Return an initial matrix of the given shape. It is zero, but the gradient of its arrays is not."""
         return SymmetricToeplitzPair.init(key, shape, scale=self.scale)
 
 
@@ -42,7 +42,7 @@ class AsymmetricToeplitzUpdate(Update):
     scale: float = 0.02
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> ToeplitzPair:
-        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
+        """Return an initial matrix of the given shape. It is zero, but the gradient of its arrays is not."""
         return ToeplitzPair.init(key, shape, scale=self.scale)
 
 
@@ -54,5 +54,5 @@ class ToeplitzBranch(Branch):
     scale: float = 0.02
 
     def init_branch(self, key: jax.Array, width: int) -> tuple[SymmetricToeplitzPair]:
-        """Return an initial matrix, which equals zero but has a non-zero gradient."""
+        """Return an initial matrix. It is zero, but the gradient of its arrays is not."""
         return (SymmetricToeplitzPair.init(key, (width, width), scale=self.scale),)
