@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from surm_jax.data.images.dataset import ImageSource, Subset
+from surm_jax.data.lm.lines import LineSource
 from surm_jax.data.text.dataset import TextSource
 from surm_jax.errors import UserError
 
-Source = TypeVar("Source", ImageSource, TextSource)
+Source = TypeVar("Source", ImageSource, TextSource, LineSource)
 
 
 def first_examples(train: Source, count: int) -> Source:
@@ -71,4 +72,4 @@ def _order(count: int) -> np.ndarray:
 
 def _select(source: Any, indices: np.ndarray) -> Any:
     indices = np.sort(indices)
-    return source.select(indices) if isinstance(source, TextSource) else Subset(source, indices)
+    return source.select(indices) if isinstance(source, (TextSource, LineSource)) else Subset(source, indices)

@@ -22,13 +22,25 @@ SETTINGS_NAMES = ("tokenizer_config.json", "special_tokens_map.json", "added_tok
 """The names of the files of settings. A folder may lack some or all of them."""
 
 BERT, ROBERTA, WHOLE = "BertTokenizer", "RobertaTokenizer", "PreTrainedTokenizerFast"
-"""The classes of transformers: the first two use only the vocabulary of a `tokenizer.json`, the last one all of it."""
+LLAMA, GEMMA, QWEN2 = DECODERS = "LlamaTokenizer", "GemmaTokenizer", "Qwen2Tokenizer"
+"""The classes of transformers: `WHOLE` uses all of a `tokenizer.json`, all others only the vocabulary and the merges.
+
+`DECODERS` are the classes for models that continue text.
+"""
 
 VOCABULARY_NAMES: Mapping[str, tuple[str, ...]] = {BERT: ("vocab.txt",), ROBERTA: ("vocab.json", "merges.txt")}
 """The names of the files that hold the vocabulary of a class, in a folder without `tokenizer.json`."""
 
-_CLASSES = {BERT: BERT, ROBERTA: ROBERTA, "PreTrainedTokenizer": WHOLE, "TokenizersBackend": WHOLE}
-_CLASS_OF_MODELS = {"bert": BERT, "roberta": ROBERTA}
+_CLASSES = {
+    **{kind: kind for kind in (BERT, ROBERTA, *DECODERS)},
+    **dict.fromkeys(("PreTrainedTokenizer", "TokenizersBackend"), WHOLE),
+}
+_CLASS_OF_MODELS = {
+    **{"bert": BERT, "roberta": ROBERTA, "llama": WHOLE, "mistral": WHOLE, "qwen2": QWEN2, "qwen3": QWEN2},
+    **dict.fromkeys(("gemma2", "gemma3_text"), GEMMA),
+}
+# transformers reads the tokenizer of these models as the class above, whatever tokenizer_class says.
+_SETTLED = ("mistral", "qwen2")
 _CLASS_OF_VOCABULARIES = {"WordPiece": BERT, "BPE": ROBERTA}
 _DEFAULTS: Mapping[str, Mapping[str, str]] = {
     BERT: {
@@ -47,6 +59,15 @@ _DEFAULTS: Mapping[str, Mapping[str, str]] = {
         "cls_token": "<s>",
         "mask_token": "<mask>",
     },
+    LLAMA: {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+    GEMMA: {
+        "unk_token": "<unk>",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<pad>",
+        "mask_token": "<mask>",
+    },
+    QWEN2: {"unk_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
     WHOLE: {},
 }
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -66,8 +87,7 @@ class Settings:
 
     Attributes:
         folder: The folder that the settings were read from.
-        kind: How transformers reads the tokenizer: as that of BERT (`BERT`) or RoBERTa (`ROBERTA`), or as a whole from
-            its `tokenizer.json` (`WHOLE`).
+        kind: The class of transformers: `BERT`, `ROBERTA`, `WHOLE` or one of `DECODERS`.
         values: All settings by name.
         special: The special tokens by name, such as "pad_token". The value is None if there is no such token.
         extra: Further special tokens, which have no name.
@@ -257,12 +277,15 @@ def _kind(folder: Path, name: Any, tree: Mapping[str, Any] | None) -> str:
     model = _read(folder / "config.json") or {}
     model_type = model.get("model_type")
     of_model = _CLASS_OF_MODELS.get(model_type) if isinstance(model_type, str) else None
-    known = f"known are {BERT}, {ROBERTA} and {WHOLE}"
+    known = f"known are {', '.join((BERT, ROBERTA, *DECODERS))} and {WHOLE}"
+    if of_model is not None and model_type in _SETTLED:
+        return of_model
     if name is not None:
         if not isinstance(name, str) or name.removesuffix("Fast") not in _CLASSES:
             near = did_you_mean(str(name), _CLASSES)
             raise UserError(f"{folder / SETTINGS_NAMES[0]}: tokenizer_class is {name!r}; {known}{near}")
-        return _CLASSES[name.removesuffix("Fast")]
+        kind = _CLASSES[name.removesuffix("Fast")]
+        return WHOLE if kind == LLAMA and _has_bytes(tree) else kind
     if (hidden := model.get("tokenizer_class")) not in (None, of_model, f"{of_model}Fast"):
         raise UserError(
             f"{folder / 'config.json'} says tokenizer_class = {hidden!r}: say that in {SETTINGS_NAMES[0]}, so that it"
@@ -278,6 +301,11 @@ def _kind(folder: Path, name: Any, tree: Mapping[str, Any] | None) -> str:
     if tree is not None:
         return _CLASS_OF_VOCABULARIES.get(tree["model"].get("type"), WHOLE)
     return BERT if (folder / VOCABULARY_NAMES[BERT][0]).is_file() else ROBERTA
+
+
+def _has_bytes(tree: Mapping[str, Any] | None) -> bool:
+    """Return whether a `tokenizer.json` works with bytes, as Llama 3 does, which is no `LlamaTokenizer`."""
+    return any('"ByteLevel"' in json.dumps((tree or {}).get(part)) for part in ("pre_tokenizer", "decoder"))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

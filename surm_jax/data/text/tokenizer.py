@@ -19,6 +19,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from surm_jax.data.text.dataset import TextSource, checked_labels
 from surm_jax.data.text.settings import (
     BERT,
+    DECODERS,
     ROBERTA,
     SETTINGS_NAMES,
     TOKENIZER_NAME,
@@ -168,8 +169,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     """
     folder = Path(folder)
     names: tuple[str, ...] = (TOKENIZER_NAME,)
-    whole, tree = _whole(folder / TOKENIZER_NAME) if (folder / TOKENIZER_NAME).is_file() else (None, None)
+    whole, tree = read_whole(folder / TOKENIZER_NAME) if (folder / TOKENIZER_NAME).is_file() else (None, None)
     settings = read_settings(folder, tree)
+    if settings.kind in DECODERS:
+        raise UserError(f"{folder} has a {settings.kind}, which is of a model that continues text and classifies none")
     if whole is None:
         names = _vocabulary_names(folder, settings.kind)
     library = _configured(folder / names[0], settings, whole, tree)
@@ -218,13 +221,13 @@ def _vocabulary_names(folder: Path, kind: str) -> tuple[str, ...]:
     return names
 
 
-def _whole(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+def read_whole(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """Read a `tokenizer.json`. Return the tokenizer, without padding and truncation, and the content of the file."""
     tree = read_json(path, _MOST_BYTES)
-    library = _parse(path, tokenizers.Tokenizer.from_file, str(path))
+    library = parse(path, tokenizers.Tokenizer.from_file, str(path))
     library.no_padding()
     library.no_truncation()
-    _try(path, library)
+    try_out(path, library)
     return library, tree
 
 
@@ -249,12 +252,12 @@ def _configured(
     else:
         library = (_word_pieces if settings.kind == BERT else _byte_pairs)(path, settings, whole, tree)
     library.encode_special_tokens = settings.switch("split_special_tokens", False)
-    _parse(path, settings.add_tokens, library)
+    parse(path, settings.add_tokens, library)
     if settings.kind != WHOLE:
-        library.post_processor = _parse(path, _post_processor, settings, library)
+        library.post_processor = parse(path, _post_processor, settings, library)
         if whole is not None:
             _require_agreement(path, settings, whole, library)
-    _try(path, library)
+    try_out(path, library)
     return library
 
 
@@ -263,7 +266,7 @@ def _word_pieces(
 ) -> tokenizers.Tokenizer:
     del tree
     if whole is None:
-        vocabulary = _parse(path, models.WordPiece.read_file, str(path))
+        vocabulary = parse(path, models.WordPiece.read_file, str(path))
     else:
         _require_model(path, settings, whole, models.WordPiece)
         vocabulary = whole.get_vocab(with_added_tokens=False)
@@ -286,14 +289,14 @@ def _byte_pairs(
     if whole is None or tree is None:
         merges_path = path.parent / VOCABULARY_NAMES[ROBERTA][1]
         read_json(path, _MOST_BYTES)
-        vocabulary, merges = _parse(merges_path, models.BPE.read_file, str(path), str(merges_path))
+        vocabulary, merges = parse(merges_path, models.BPE.read_file, str(path), str(merges_path))
     else:
         _require_model(path, settings, whole, models.BPE)
         vocabulary = whole.get_vocab(with_added_tokens=False)
         pairs = tree["model"]["merges"]
         merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in pairs]
     _require_special_tokens(path, settings, vocabulary)
-    model = _parse(merges_path, models.BPE, vocabulary, merges)
+    model = parse(merges_path, models.BPE, vocabulary, merges)
     library = tokenizers.Tokenizer(model)
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.switch("add_prefix_space", False))
     return library
@@ -358,23 +361,23 @@ def _require_agreement(
     one = library.encode("a", add_special_tokens=False)
     around = []
     for processor in (whole.post_processor, library.post_processor):
-        encoding = _parse(path, processor.process, one, one) if processor else one
+        encoding = parse(path, processor.process, one, one) if processor else one
         around.append((encoding.ids, encoding.type_ids))
     if around[0] != around[1]:
         raise UserError(f"{path} has a post_processor that puts other special tokens around sentences, {ignored}")
 
 
-def _try(path: Path, library: tokenizers.Tokenizer) -> None:
+def try_out(path: Path, library: tokenizers.Tokenizer) -> None:
     """Encode a sentence and a pair, to find out whether the tokenizer works.
 
     The threads of the library panic at the first text if a file names a special token that is not in its vocabulary.
     """
     for texts in ([_TRIAL], [_TRIAL, _TRIAL]):
-        if not {*_parse(path, library.encode, *texts).type_ids} <= {0, 1}:
+        if not {*parse(path, library.encode, *texts).type_ids} <= {0, 1}:
             raise UserError(f"{path} is damaged: the types of tokens must be 0 and 1")
 
 
-def _parse(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
+def parse(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
     """Call `read(*arguments)` to read the file at `path`, and return its result.
 
     Raises:

@@ -170,7 +170,7 @@ ADDED = {"content": "<new>", "lstrip": False, "rstrip": False, "normalized": Fal
         ),
         ("tokenizer_config.json", {"sep_token": None}, "sep_token is None, but must be a token"),
         ("special_tokens_map.json", {"cls_token": "<none>"}, "lacks the special tokens <none>"),
-        ("config.json", {"model_type": "llama"}, "says model_type = 'llama'"),
+        ("config.json", {"model_type": "t5"}, "says model_type = 't5'"),
         ("config.json", {"model_type": "bert", "tokenizer_class": "X"}, "says tokenizer_class = 'X': say that in"),
     ],
 )
