@@ -29,6 +29,7 @@ from surm_jax.peft import adapt as adapt
 from surm_jax.peft import adapter_dropout as adapter_dropout
 from surm_jax.peft import adapter_names as adapter_names
 from surm_jax.peft import adapter_of_examples as adapter_of_examples
+from surm_jax.peft import check as check
 from surm_jax.peft import combine as combine
 from surm_jax.peft import convert as convert
 from surm_jax.peft import delete as delete

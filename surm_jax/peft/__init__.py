@@ -7,6 +7,7 @@ methods in `METHODS`.
 from surm_jax.peft.adapt import adapt
 from surm_jax.peft.adapter import DEFAULT_NAME, Adapter, Rule
 from surm_jax.peft.bank import load_bank
+from surm_jax.peft.check import check
 from surm_jax.peft.convert import combine, convert
 from surm_jax.peft.describe import Description, describe
 from surm_jax.peft.files import load_adapter, save_adapter
@@ -110,6 +111,7 @@ __all__ = [
     "adapter_names",
     "adapter_of_examples",
     "at_least",
+    "check",
     "check_fingerprint",
     "combine",
     "convert",

@@ -15,10 +15,11 @@ import numpy as np
 from flax import nnx
 
 from surm_jax.errors import UserError
-from surm_jax.peft.adapt import make_part, matched_modules
+from surm_jax.peft.adapt import make_part
 from surm_jax.peft.adapter import Adapter
 from surm_jax.peft.fingerprint import base_variables, checksums
 from surm_jax.peft.lifecycle import kernel_change, parts_of, remove
+from surm_jax.peft.matched import matched_modules
 from surm_jax.peft.methods.base import PartMethod
 from surm_jax.peft.owners import claim, owners
 from surm_jax.peft.parts.base import KERNEL

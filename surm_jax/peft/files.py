@@ -29,10 +29,11 @@ from surm_jax.atomic import is_temporary, replacing_folder
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.files import read_json, require_file
 from surm_jax.paths import join
-from surm_jax.peft.adapt import MatchedModule, base_parameters, claim_trained, make_part, matched_modules
+from surm_jax.peft.adapt import base_parameters, claim_trained, make_part
 from surm_jax.peft.adapter import DEFAULT_NAME, Adapter
 from surm_jax.peft.fingerprint import check_fingerprint, fingerprint, frozen_checksums, moved_statistics, statistics
 from surm_jax.peft.lifecycle import parts_of
+from surm_jax.peft.matched import MatchedModule, matched_modules
 from surm_jax.peft.owners import claim, owners
 from surm_jax.peft.parts.base import AdapterParam, AttachedPart, Part
 from surm_jax.peft.parts.layers import attach

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,16 @@ from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.peft.adapter import Adapter
+from surm_jax.peft.check import check_merged
 from surm_jax.peft.lifecycle import checked_names, kernel_at, kernel_change
 from surm_jax.peft.owners import adapter_names, owners, release
 from surm_jax.peft.parts.base import KERNEL, AttachedPart, KernelPart, iter_parts
 from surm_jax.peft.parts.layers import detach
 
 
-def merge(model: nnx.Module, adapters: Iterable[Adapter | str] | None = None) -> tuple[nnx.Module, float]:
+def merge(
+    model: nnx.Module, adapters: Iterable[Adapter | str] | None = None, *, example: Any = None
+) -> tuple[nnx.Module, float]:
     """Return a copy of a model with the updates of adapters added to the kernels, and without these adapters.
 
     The sums are computed in float64, and include the scales of the adapters (`set_scale`). `model` is not changed: to
@@ -35,6 +39,8 @@ def merge(model: nnx.Module, adapters: Iterable[Adapter | str] | None = None) ->
     Args:
         model: An adapted model.
         adapters: The adapters to merge, or their names. `None` means all.
+        example: An input of the model, or a tuple of positional arguments. If it is given, the outputs of the merged
+            and of the adapted model are compared. This finds kernels that the model also reads in another place.
 
     Returns:
         The merged model, and the largest absolute difference between a merged kernel entry and the exact sum. The
@@ -43,9 +49,9 @@ def merge(model: nnx.Module, adapters: Iterable[Adapter | str] | None = None) ->
     Raises:
         UserError: If the model does not have an adapter; if an adapter has a branch, which cannot be merged into a
             kernel; if an update or a kernel is not finite; or if an adapter that stays in the model trained a kernel
-            that the merge changes, or depends on it as a DoRA adapter does.
+            that the merge changes, or depends on it as a DoRA adapter does; or if the outputs for `example` differ.
     """
-    model = nnx.clone(model)
+    adapted, model = model, nnx.clone(model)
     names = adapter_names(model) if adapters is None else checked_names(model, adapters)
     every = list(iter_parts(model))
     rows = [row for row in every if row.name in names]
@@ -77,6 +83,8 @@ def merge(model: nnx.Module, adapters: Iterable[Adapter | str] | None = None) ->
         for row in parts:
             detach(row.module, row.name)
     release(model, names)
+    if example is not None:
+        check_merged(adapted, model, example)
     return model, deviation
 
 

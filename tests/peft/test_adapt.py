@@ -121,7 +121,7 @@ def test_no_rules_is_a_selection_alone():
 @pytest.mark.parametrize(
     ("rules", "train", "message"),
     [
-        (["blocks/0/kernel"], (), r"'blocks/0/kernel' matches no layer with a kernel .*nearest of 4: blocks/0"),
+        (["blocks/0/kernl"], (), r"'blocks/0/kernl' matches no layer with a kernel .*nearest of 4: blocks/0"),
         (["tail/gaet"], (), r"'tail/gaet' matches no layer with a kernel .*nearest of 4: tail/gate"),
         ([r"blocks/\d+", "hed"], (), r"'hed' matches no layer with a kernel .*nearest of 4: head"),
         (["tail/norm"], (), r"'tail/norm' matches no layer with a kernel, only tail/norm \(LayerNorm\); .*head"),

@@ -13,7 +13,7 @@ from flax import nnx
 
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.paths import join, matching
-from surm_jax.peft.adapt import base_parameters, claim_trained, matched_modules
+from surm_jax.peft.adapt import base_parameters, claim_trained
 from surm_jax.peft.adapter import DEFAULT_NAME, Adapter, Rule
 from surm_jax.peft.files import CONFIG_NAME, TENSORS_NAME
 from surm_jax.peft.fingerprint import frozen_checksums
@@ -21,6 +21,7 @@ from surm_jax.peft.hf.format import FORMATS, Format
 from surm_jax.peft.hf.names import ROOT, ModuleNames, whole_modules
 from surm_jax.peft.hf.settings import Settings
 from surm_jax.peft.kernels import kernel_of
+from surm_jax.peft.matched import matched_modules
 from surm_jax.peft.methods.update import Update
 from surm_jax.peft.parts.base import Place
 from surm_jax.peft.parts.layers import attach

@@ -183,7 +183,7 @@ def test_updates_at_a_parameter_that_cannot_act_are_refused():
         (Experts(nnx.Rngs(0)), Rule("up", LoRA()), "up .* does not say which axes are rows and columns"),
         (Stranger(nnx.Rngs(0)), Rule("", LoRA(dropout=0.1)), "dropout=0.1 needs the input of the product"),
         (nnx.Linear(4, 4, rngs=nnx.Rngs(0)), Rule("", LoRA(), axes="io"), "its rule may not have axes"),
-        (nnx.Linear(4, 4, rngs=nnx.Rngs(0)), Rule("kernel", LoRA()), "'kernel' matches no layer with a kernel"),
+        (Stranger(nnx.Rngs(0)), Rule("weight", LoRA()), "'weight' matches no layer with a kernel"),
     ):
         with pytest.raises(UserError, match=message):
             adapt(model, [rule], rngs=nnx.Rngs(1))
