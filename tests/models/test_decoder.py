@@ -16,6 +16,7 @@ from surm_jax.models import Cache, Decoder, DecoderConfig
 from surm_jax.models.decoder_config import rope_frequencies
 from surm_jax.peft import CirculantUpdate, iter_parts
 from surm_jax.training.blocks import as_parts, runs_of
+from surm_jax.training.partition import partition
 from tests.peft.models import materialize, parameters, perturb, relative_error
 from tests.speeds import fast
 
@@ -274,6 +275,21 @@ class TestCache:
         with pytest.raises(UserError, match="at most 32 tokens, got a cache for 33"):
             Cache.empty(model.config, 1, 33)
 
+    @pytest.mark.exhaustive
+    def test_a_donated_cache_is_changed_in_place(self):
+        model = tiny(max_positions=4096)
+        graphdef, state = nnx.split(model)
+
+        def step(state, tokens, cache):
+            return nnx.merge(graphdef, state).decode(tokens, cache)
+
+        cache = jax.eval_shape(lambda: Cache.empty(model.config, 2, 4096))
+        lowered = jax.jit(step, donate_argnames="cache").lower(state, jax.ShapeDtypeStruct((2, 1), jnp.int32), cache)
+        memory = lowered.compile(compiler_options={"xla_backend_optimization_level": 2}).memory_analysis()
+        size = cache.keys.size * 4
+        assert memory.alias_size_in_bytes > 2 * size
+        assert memory.temp_size_in_bytes < size  # The keys and values of one of three blocks are 2 / 3 of `size`.
+
     def test_scanned_blocks_share_the_cache(self):
         model = tiny("gemma")
         assert runs_of(model.blocks, lambda path: None) == [3]
@@ -318,21 +334,25 @@ class TestAdaptersAndRemat:
         assert relative_error(expected, run(tiny())[0]) > 1e-2
         assert relative_error(decode(model, TOKENS, Cache.empty(model.config, 3, 9))[0], expected) < 1e-5
 
-    @pytest.mark.exhaustive
-    def test_rematerialised_blocks_have_the_same_values_and_gradients(self):
-        def value_and_gradient(remat):
-            graphdef, state = nnx.split(tiny("gemma", remat=remat, dropout=0.3))
+    @pytest.mark.parametrize("remat", fast(["block", "none", "dots"]))
+    def test_scanned_and_rematerialised_blocks_have_the_same_values_and_gradients(self, remat):
+        def value_and_gradients(remat, scan):
+            model, adapter = adapt(tiny("gemma", remat=remat, dropout=0.3), [Rule("qv", LoRA())], rngs=nnx.Rngs(0))
+            model = nnx.merge(*jax.tree.map(jnp.copy, nnx.split(perturb(model, adapter))))
+            parts, trained, frozen = partition(model, adapter, scan_layers=scan)
 
-            def total(state):
-                logits = nnx.merge(graphdef, state)(jnp.asarray(TOKENS), rngs=jax.random.key(3))
-                return jnp.square(logits).sum()
+            def total(trained):
+                model, key = parts.merge(trained, frozen), jax.random.key(3)
+                return jnp.square(model(jnp.asarray(TOKENS), segments=jnp.asarray(SEGMENTS), rngs=key)).sum()
 
-            return jax.jit(jax.value_and_grad(total))(state)
+            value, gradients = jax.jit(jax.value_and_grad(total))(trained)
+            return value, parts.by_block(gradients)
 
-        (value, gradient), (again, regradient) = value_and_gradient("none"), value_and_gradient("block")
+        (value, plain), (again, scanned) = value_and_gradients("none", False), value_and_gradients(remat, True)
         np.testing.assert_allclose(again, value, rtol=1e-6)
-        for ours, theirs in zip(jax.tree.leaves(regradient), jax.tree.leaves(gradient), strict=True):
-            assert relative_error(ours, theirs) < 1e-5
+        assert len(plain) == 12
+        for path, gradient in plain.items():
+            assert relative_error(scanned[path], gradient) < 1e-5, path
 
 
 class TestConfig:

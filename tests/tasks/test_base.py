@@ -4,7 +4,7 @@ import pytest
 
 from surm_jax.errors import UserError
 from surm_jax.tasks import Glue, ImageClassification, base, register_task, task_for
-from surm_jax.tasks.config import DataConfig
+from surm_jax.tasks.config import DataConfig, ModelConfig
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +33,14 @@ def test_data_of_no_task_are_refused(monkeypatch):
     monkeypatch.setattr(base, "_TASKS", [Glue])
     with pytest.raises(UserError, match=r"no task accepts config\.data\.name=cifar10.*config\.plugins"):
         task_for(DataConfig(name="cifar10"))
+
+
+def test_decoders_are_found_for_prompts_only(shared):
+    stories = {"variant": "", "checkpoint": str(shared / "data/weights/stories260k")}
+    assert base.find_geometry(ModelConfig(**stories, dtype="bfloat16"), "prompts", 0).dtype == "bfloat16"
+    variant = ModelConfig(variant="llama-2-7b", checkpoint="none", depth=2)
+    assert base.find_geometry(variant, "prompts", 0).depth == 2
+    with pytest.raises(UserError, match="stories260k: a llama continues text and has no classes"):
+        base.find_geometry(ModelConfig(**stories), "text", 2)
+    with pytest.raises(UserError, match="no model of text 'llama-2-7b'"):
+        base.find_geometry(variant, "text", 2)
