@@ -115,7 +115,9 @@ def run(graphdef, state, tokens, mask):
 
 @pytest.mark.parametrize(
     ("name", "padding"),
-    fast(((name, padding) for name in CASES for padding in PADDINGS), ("llama", "left"), ("gemma3", "right")),
+    fast(
+        ((name, padding) for name in CASES for padding in PADDINGS), ("llama", "left"), ("gemma3", "right"), unpack=True
+    ),
 )
 def test_hidden_states_logits_and_gradients(name, padding):
     model, peer = ours(name), theirs(name)

@@ -156,6 +156,37 @@ def test_selections():
     assert trained("bert", "attention_only") == LAYERS * 4 * DENSE
 
 
+class TestLlama2:
+    WIDTH, HIDDEN, LAYERS = 4096, 11_008, 32
+
+    def test_the_published_number_of_parameters(self):
+        assert trained("llama", "full") == 6_738_415_616
+        assert trained("llama", "norm_tuning") == (2 * self.LAYERS + 1) * self.WIDTH
+        assert trained("llama", "attention_only") == self.LAYERS * 4 * self.WIDTH**2
+
+    @pytest.mark.parametrize(
+        ("name", "settings", "update"),
+        fast(
+            [
+                ("low_displacement", {"rank": 4}, 8 * 4096),
+                ("low_displacement", {"rank": 1}, 2 * 4096),
+                ("lora", {"rank": 256}, 512 * 4096),
+                ("mora", {"rank": 256}, 1448**2),
+                ("circulant", {}, 2 * 4096),
+            ],
+            unpack=True,
+        ),
+    )
+    def test_updates_of_the_attention(self, name, settings, update):
+        assert trained("llama", name, "attention", **settings) == 4 * self.LAYERS * update
+        assert trained("llama", name, "qv", **settings) == 2 * self.LAYERS * update
+
+    def test_updates_of_rectangular_kernels(self):
+        assert trained("llama", "lora", "mlp", rank=2) == 3 * self.LAYERS * 2 * (self.WIDTH + self.HIDDEN)
+        every = trained("llama", "lora", "attention", rank=2) + trained("llama", "lora", "mlp", rank=2)
+        assert trained("llama", "lora", "all-linear", rank=2) == every
+
+
 def test_every_method_has_a_golden_number():
     covered = {name for name, _ in [*UPDATES, *BY_WIDTH]}
     covered |= {"circulant_adapter", "toeplitz_adapter", "kronecker_adapter", "low_displacement_adapter"}

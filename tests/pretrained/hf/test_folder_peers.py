@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from surm_jax.models import Bert, BertConfig, ViT, ViTConfig
+from surm_jax.models import BertConfig, DecoderConfig, ViTConfig, model_class
 from surm_jax.pretrained import from_pretrained, save_huggingface
 from tests.speeds import fast
 
@@ -45,6 +45,20 @@ TEXT = {
     "num_classes": 5,
 }
 ROBERTA = {"positions": "after_padding", "pad_token": 1, "type_vocab_size": 1, "epsilon": 1e-5}
+DECODER = {
+    "vocab_size": 23,
+    "width": 12,
+    "depth": 2,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_width": 10,
+    "mlp_width": 20,
+    "max_positions": 32,
+    "epsilon": 1e-3,
+}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 50.0, "rope_factor": 4.0, "rope_positions": 16, "mlp_bias": True}
+GEMMA = {"post_norms": True, "unit_offset": True, "scaled_embed": True, "score_width": 7, "window": 4}
+GEMMA |= {"activation": "gelu_tanh", "tied_head": True}
 CASES = {
     "ViTForImageClassification": ViTConfig(**IMAGE),
     "IJepaForImageClassification": ViTConfig(**IMAGE, pool="mean"),
@@ -58,13 +72,29 @@ CASES = {
     "BertForMaskedLM": BertConfig(**TEXT, head="mlm"),
     "RobertaForSequenceClassification": BertConfig(**{**TEXT, **ROBERTA}),
     "RobertaForMaskedLM": BertConfig(**{**TEXT, **ROBERTA}, head="mlm"),
+    "LlamaForCausalLM": DecoderConfig(**DECODER, **LLAMA3, end_tokens=(1, 2)),
+    "MistralForCausalLM": DecoderConfig(**DECODER, family="mistral", layer_pattern="L", window=4, begin_token=1),
+    "Qwen2ForCausalLM": DecoderConfig(**DECODER, family="qwen2", qkv_bias=True, tied_head=True),
+    "Qwen3ForCausalLM": DecoderConfig(**DECODER, family="qwen3", qk_norm=True, layer_pattern="GL", window=3),
+    "Gemma2ForCausalLM": DecoderConfig(
+        **DECODER, **GEMMA, family="gemma2", layer_pattern="LG", attention_softcap=2.0, logit_softcap=3.0
+    ),
+    "Gemma3ForCausalLM": DecoderConfig(
+        **DECODER,
+        **GEMMA,
+        family="gemma3_text",
+        layer_pattern="LG",
+        qk_norm=True,
+        local_rope_theta=10.0,
+        rope_type="linear",
+        rope_factor=2.0,
+    ),
 }
 
 
 def random_model(config):
     """Return a model whose parameters, including those of the head, are random numbers that are not small."""
-    model = ViT if isinstance(config, ViTConfig) else Bert
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: model_class(config)(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     values = [
         (path, v.copy(jnp.asarray((path[-1] == "scale") + 0.3 * rng.standard_normal(v.shape), v.dtype)))
@@ -99,11 +129,11 @@ def assert_close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("name", fast(CASES))
+@pytest.mark.parametrize("name", fast(CASES, "ViTForImageClassification", "LlamaForCausalLM"))
 def test_there_and_back(name, tmp_path):
     config = CASES[name]
     model = random_model(config)
-    labels = None if "MaskedLM" in name or "Projection" in name else ["ant", "bee", "cat", "dog", "elk"]
+    labels = None if "LM" in name or "Projection" in name else ["ant", "bee", "cat", "dog", "elk"]
     save_huggingface(tmp_path / "ours", model, labels=labels)
     peer, info = getattr(transformers, name).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
@@ -125,14 +155,16 @@ def test_there_and_back(name, tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_half_precision_on_their_side(tmp_path):
-    config = CASES["ViTForImageClassification"]
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "Gemma3ForCausalLM"])
+def test_half_precision_on_their_side(name, tmp_path):
+    config = CASES[name]
     save_huggingface(tmp_path / "ours", random_model(config))
     for dtype in (torch.float16, torch.bfloat16):
-        peer = transformers.ViTForImageClassification.from_pretrained(tmp_path / "ours", dtype=dtype)
+        peer = getattr(transformers, name).from_pretrained(tmp_path / "ours", dtype=dtype)
         peer.save_pretrained(tmp_path / "half")
         ours = from_pretrained(tmp_path / "half")
-        assert_close(our_logits(ours, inputs_of(config)), their_logits(peer.float(), inputs_of(config)))
+        again = getattr(transformers, name).from_pretrained(tmp_path / "half", dtype=torch.float32)
+        assert_close(our_logits(ours, inputs_of(config)), their_logits(again, inputs_of(config)))
 
 
 @pytest.mark.exhaustive
