@@ -1,9 +1,7 @@
 """Structured matrices in pure JAX, with few parameters and a fast product `x @ M`.
 
-The package also projects dense matrices onto the families of structured matrices.
-
-The example creates a Hadamard product of two circulant matrices. It has 1536 parameters in training, and `compact`
-returns an equal matrix with 768 parameters for deployment.
+`nearest` finds the structured matrix that approximates a dense one best. The example makes the elementwise product of
+two circulant matrices. It has 1536 parameters in training, and `compact` returns an equal matrix with 768.
 
 >>> import jax
 >>> M = CirculantPair.init(jax.random.key(0), (768, 768), scale=1.0)

@@ -38,15 +38,15 @@ from surm_jax.structured.base import TIMES, Piece, StructuredMatrix, matrix_pytr
 
 
 class Composite(StructuredMatrix):
-    """Base class of structured matrices that are built from other structured matrices, called their parts."""
+    """Base class of structured matrices that are built from other structured matrices (their parts)."""
 
     @abc.abstractmethod
     def _parts(self) -> dict[str, StructuredMatrix]:
-        """Return the parts by name. The name of a part begins the names of its arrays: `c` becomes `terms_0_c`."""
+        """Return the parts by name. Names of arrays begin with the name of their part: `c` becomes `terms_0_c`."""
 
     @abc.abstractmethod
     def _with_parts(self, parts: Sequence[StructuredMatrix]) -> Self:
-        """Return a matrix of the same class with other parts, which are given in the order of `_parts`."""
+        """Return a matrix of the same class with other parts, given in the order of `_parts`."""
 
     @property
     def small_residuals(self) -> bool:
@@ -54,13 +54,13 @@ class Composite(StructuredMatrix):
         return all(part.small_residuals for part in self._parts().values())
 
     def absorb(self, alpha: float | Float[Array, ""]) -> Self:
-        """Return `alpha * M` as a matrix of the same pytree structure, by multiplying the first part by alpha."""
+        """Return `alpha * M` with the same pytree structure. The first part is multiplied by alpha."""
         first, *others = self._parts().values()
         return self._with_parts([first.absorb(alpha), *others])
 
     @property
     def linear_in(self) -> str:
-        """The name of the array in which the first part is linear, such as `terms_0_c`."""
+        """The name of an array in which `M` is linear: that of the first part, such as `terms_0_c`."""
         name, part = next(iter(self._parts().items()))
         return f"{name}_{part.linear_in}"
 
@@ -69,15 +69,11 @@ class Composite(StructuredMatrix):
         return {f"{part}_{name}": leaf for part, m in self._parts().items() for name, leaf in m.arrays().items()}
 
     def compact(self) -> StructuredMatrix:
-        """Return an equal matrix in which every part is replaced by the result of its method `compact`."""
+        """Return an equal matrix with the fewest parameters, in which every part is compact."""
         return self._with_parts([part.compact() for part in self._parts().values()])
 
     def _piece(self, name: str) -> list[Piece | str]:
-        """Return what a picture shows of one part.
-
-        A `Scaled` part is shown as its factor alpha and the matrix inside it. Any other part is shown as one `Piece`,
-        labelled with the name of its class.
-        """
+        """Return what a picture shows of one part: a `Piece`, or the factor alpha and a matrix for a `Scaled` part."""
         part = self._parts()[name]
         if isinstance(part, Scaled):
             return [part._sign(), *_renamed(part._piece("matrix"), name)]
@@ -97,7 +93,7 @@ class Composite(StructuredMatrix):
         return self._with_parts(parts)
 
     def _check_parts(self) -> None:
-        """Raise `UserError` unless there is at least one part and every part is a structured matrix."""
+        """Check that there is at least one part, and that every part is a structured matrix."""
         if not self._parts():
             raise UserError(f"{type(self).__name__} needs at least one matrix")
         for name, part in self._parts().items():
@@ -105,9 +101,10 @@ class Composite(StructuredMatrix):
                 raise UserError(f"{type(self).__name__}: {name} must be a structured matrix, not {part!r}")
 
     def _has_shapes(self) -> bool:
-        """Return whether no array of any part is None.
+        """Return whether all arrays are present, so that the shapes of all parts are known.
 
-        Some families compute their shape from their arrays, so it is unknown if an array is None.
+        A matrix can stand for its structure only, with None in place of arrays. Some families compute their shape from
+        arrays.
         """
         return all(leaf is not None for part in self._parts().values() for leaf in part.arrays().values())
 
@@ -147,7 +144,7 @@ class Sum(Composite):
         return Sum(tuple(term.T for term in self.terms))
 
     def absorb(self, alpha: float | Float[Array, ""]) -> Self:
-        """Return `alpha * M` as a matrix of the same pytree structure, by multiplying every term by alpha."""
+        """Return `alpha * M` with the same pytree structure. Every term is multiplied by alpha."""
         return self._with_parts([term.absorb(alpha) for term in self.terms])
 
     def pieces(self) -> list[Piece | str]:
@@ -337,7 +334,7 @@ class Scaled(Composite):
 def _flattened(
     kind: type[Sum] | type[Product], name: str, parts: Sequence[StructuredMatrix]
 ) -> tuple[StructuredMatrix, ...]:
-    """Return the parts as a tuple, in which every part of the class `kind` is replaced by its own parts."""
+    """Return the parts as a tuple. Parts of the class `kind` are replaced by their own parts."""
     try:
         parts = tuple(parts)
     except TypeError:
@@ -346,7 +343,7 @@ def _flattened(
 
 
 def _renamed(pieces: list[Piece | str], prefix: str) -> list[Piece | str]:
-    """Return the pieces of a part with the array names of the composite, which begin with the part's name."""
+    """Return the pieces of a part of a composite, with array names that begin with the name of the part."""
     return [
         piece
         if isinstance(piece, str)
@@ -361,7 +358,7 @@ def _by(shape: tuple[int, int]) -> str:
 
 
 class _Operators:
-    """Implementation of the protocol `surm_jax.structured.base.Algebra`: the operators `+`, `@` and `*`."""
+    """The operators `+`, `@` and `*` of structured matrices (the protocol `surm_jax.structured.base.Algebra`)."""
 
     @staticmethod
     def add(left: StructuredMatrix, right: StructuredMatrix) -> Sum:

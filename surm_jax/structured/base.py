@@ -30,9 +30,7 @@ Matrix = TypeVar("Matrix", bound="StructuredMatrix")
 
 
 def static(default: Any = dataclasses.MISSING) -> Any:
-    """Return a dataclass field for a static attribute of a structured matrix, such as its shape.
-
-    A static field belongs to the pytree structure. It is not an array leaf.
+    """Return a dataclass field for an attribute that belongs to the pytree structure and is no array, such as a shape.
 
     Args:
         default: The default value of the field. Without it, the constructor requires a value.
@@ -42,10 +40,10 @@ def static(default: Any = dataclasses.MISSING) -> Any:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))
 def matrix_pytree(cls: type[Matrix]) -> type[Matrix]:
-    """Turn a subclass of `StructuredMatrix` into a frozen dataclass that is registered as a pytree (a decorator).
+    """Turn a subclass of `StructuredMatrix` into a frozen dataclass and a pytree. Use this function as a decorator.
 
-    Fields declared with `static()` become part of the pytree structure. All other fields
-    become children of the pytree, in the order in which the class declares them.
+    Fields declared with `static()` become part of the pytree structure. All other fields become children of the pytree,
+    in the order in which the class declares them.
     """
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # the line above makes it a dataclass
@@ -83,7 +81,7 @@ def compute_dtype(*dtypes: DTypeLike) -> jnp.dtype:
 
 
 def checked_shape(owner: str, shape: Sequence[int]) -> tuple[int, int]:
-    """Return a checked `shape` as the tuple `(in_features, out_features)` of Python integers.
+    """Check a shape, and return it as the tuple `(in_features, out_features)` of Python integers.
 
     Args:
         owner: Name of the calling class or function, with which the error message begins.
@@ -102,10 +100,10 @@ def checked_shape(owner: str, shape: Sequence[int]) -> tuple[int, int]:
 
 
 class Algebra(Protocol):
-    """Protocol of the functions that implement the operators `+`, `@` and `*` of structured matrices.
+    """The functions behind the operators `+`, `@` and `*` of structured matrices, as a protocol.
 
-    The module `surm_jax.structured.algebra` implements them and assigns the implementation to
-    `StructuredMatrix._algebra`. This file cannot import that module, because that module imports this file.
+    `surm_jax.structured.algebra` implements them and assigns them to `StructuredMatrix._algebra`. This file cannot
+    import that module, because that module imports this file.
     """
 
     def add(self, left: "StructuredMatrix", right: "StructuredMatrix") -> "StructuredMatrix":
@@ -142,9 +140,7 @@ TIMES = "\\times"
 
 
 def sum_pieces(total: int, term: Callable[[int], list[Piece | str]], *, most: int = 2) -> list[Piece | str]:
-    """Return what a picture shows of a sum: its first terms, with plus signs between them.
-
-    If the sum has more than `most` terms, dots stand for the others.
+    """Return what a picture shows of a sum: its first `most` terms with plus signs, and dots for the others.
 
     Args:
         total: Number of terms in the sum.
@@ -159,9 +155,9 @@ class StructuredMatrix(abc.ABC):
     """A matrix `M` of shape (in_features, out_features) with few parameters and a fast product `x @ M`.
 
     Instances are frozen pytrees: the arrays are leaves, and static fields, such as the shape, belong to the pytree
-    structure. So they can be arguments and results of functions under `jit`, `grad` and `vmap`, and of optimisers. The
-    constructor checks the arrays. When JAX unflattens a pytree, it does not call the constructor, so the arrays are not
-    checked. In a stack of matrices, every leaf has a leading axis: call its methods inside `jax.vmap`.
+    structure. So they can be passed through `jit`, `grad`, `vmap` and optimisers. In a stack of matrices, every leaf
+    has a leading axis: call its methods inside `jax.vmap`. The constructor checks the arrays; JAX does not call it when
+    it unflattens a pytree.
 
     Parameters keep their own dtype. Products and dense forms are computed in the dtype that `compute_dtype` returns:
     float64 if an operand has it, otherwise float32.
@@ -189,14 +185,11 @@ class StructuredMatrix(abc.ABC):
 
     @abc.abstractmethod
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """Return `x @ M`.
-
-        The caller has checked `x`, and has converted `x` and all leaves to the same dtype, float32 or float64.
-        """
+        """Return `x @ M`. `x` is checked, and has the dtype of all leaves, float32 or float64."""
 
     @abc.abstractmethod
     def _dense(self) -> Float[Array, "in out"]:
-        """Return the dense `M`. The caller has converted all leaves to the same dtype, float32 or float64."""
+        """Return the dense `M`. All leaves have the same dtype, float32 or float64."""
 
     def _rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch out"]:
         """Return rows of `M`, for `surm_jax.structured.rows`. Families with a cheaper way override this method."""
@@ -206,17 +199,14 @@ class StructuredMatrix(abc.ABC):
     def small_residuals(self) -> bool:
         """Whether the backward pass of `x @ M` needs no arrays of the size of `x` except `x` itself.
 
-        If False, the method `fft` of computing products (`surm_jax.structured.products.execution`) does not store the
-        intermediate arrays of the product, but computes them again in the backward pass.
+        If not, such arrays are computed again in the backward pass and not stored
+        (`surm_jax.structured.products.execution`).
         """
         return False
 
     @property
     def linear_in(self) -> str:
-        """The name of an array such that `M` is a linear function of it while the other arrays are fixed.
-
-        The classes of families name the array that `init` sets to zero.
-        """
+        """The name of an array in which `M` is linear while the other arrays are fixed. `init` sets it to zero."""
         return next(iter(self.arrays()))
 
     @property
@@ -256,11 +246,10 @@ class StructuredMatrix(abc.ABC):
         return self._astype(self._compute_dtype())._dense()
 
     def absorb(self, alpha: float | Float[Array, ""]) -> Self:
-        """Return `alpha * M` as a matrix of the same pytree structure.
+        """Return `alpha * M` with the same pytree structure. Only the array named `linear_in` is multiplied by alpha.
 
-        Only the array named `linear_in` is multiplied by alpha. The operator `alpha * M` instead returns a `Scaled`
-        matrix, which stores alpha separately. Here the pytree structure does not change, so alpha may be a traced array
-        of shape (), and one compiled program serves all values of alpha.
+        So alpha may be a traced array of shape (), and one compiled program serves all its values. The operator `alpha
+        * M` instead returns a `Scaled` matrix, which stores alpha separately.
         """
         leaf = self.arrays()[self.linear_in]
         return self._replace({self.linear_in: leaf * jnp.asarray(alpha, leaf.dtype)})
@@ -284,8 +273,8 @@ class StructuredMatrix(abc.ABC):
     def with_arrays(self, **arrays: Any) -> Self:
         """Return a copy of the matrix with other arrays. Leaves that are not named keep their arrays.
 
-        An array may be None. If all arrays are None, the matrix represents only its structure: two such matrices of the
-        same structure are equal and have the same hash. A later call of `with_arrays` sets the arrays.
+        An array may be None. A matrix in which all arrays are None represents only the structure: it equals every other
+        such matrix of the same structure, and has the same hash.
 
         Args:
             **arrays: New arrays, under the names that `arrays()` returns.
@@ -354,14 +343,14 @@ class StructuredMatrix(abc.ABC):
         return tuple(getattr(self, name) for name in self._size_names)
 
     def _structure(self) -> tuple[Any, ...]:
-        """Return the class and the static fields as a hashable value, which does not depend on the arrays."""
+        """Return what does not depend on the arrays, the class and the static fields, as a hashable value."""
         return type(self), self._sizes()
 
     def _replace(self, arrays: dict[str, Array]) -> Self:
         return dataclasses.replace(self, **arrays)  # type: ignore[type-var]  # every matrix is a dataclass
 
     def _check_dimensions(self, **sizes: str) -> None:
-        """Raise `UserError` unless each named leaf is an array with the expected number of dimensions.
+        """Check that each named leaf is an array with the expected number of dimensions, or raise a `UserError`.
 
         Args:
             **sizes: The expected shape of each leaf as text, such as "(m, r)" for an array with two dimensions.
@@ -375,7 +364,7 @@ class StructuredMatrix(abc.ABC):
                 )
 
     def _check_leaf(self, name: str, expected: tuple[int, ...]) -> None:
-        """Raise `UserError` unless the leaf is None or a floating-point array of the expected shape."""
+        """Check that the leaf is None or a floating-point array of the expected shape, or raise a `UserError`."""
         leaf = getattr(self, name)
         if leaf is None:
             return

@@ -1,8 +1,8 @@
 """Search for the matrix of a family nearest to a dense matrix, for families in which no formula gives it.
 
-The approximation study of arXiv 2406.17740 fits its matrices `W(G, H)` (`LowDisplacementRank`) by gradient descent. The
-search here uses L-BFGS. The error has no noise and is a polynomial of low degree in the parameters, so L-BFGS reaches
-the same error in fewer steps, without a learning rate.
+The search is L-BFGS. The error has no noise and is a polynomial of low degree in the parameters, so L-BFGS needs fewer
+steps than the gradient descent with which arXiv 2406.17740 fits its matrices `W(G, H)` (`LowDisplacementRank`), and no
+learning rate.
 """
 
 import functools
@@ -165,10 +165,7 @@ def _best(search: _Search, structure: jax.tree_util.PyTreeDef) -> Any:
 def _objective(
     target: Float[Array, "in out"], unit: Float[Array, ""], structure: jax.tree_util.PyTreeDef
 ) -> Callable[[list[Array]], Float[Array, ""]]:
-    """Return the function that a search minimises: the squared relative error of a list of scaled leaves.
-
-    As in `_Search`, the scaled leaves are the array leaves of the matrix divided by `unit`.
-    """
+    """Return the function that a search minimises: the squared relative error for scaled leaves (`_Search`)."""
     # `size` becomes the Frobenius norm of the target, or 1 for a zero target. The entries are divided by the largest
     # one before they are squared, because the squares of small entries would underflow.
     size = jnp.max(jnp.abs(target))

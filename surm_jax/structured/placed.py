@@ -1,8 +1,8 @@
-"""A structured matrix as one block of a larger matrix that is zero elsewhere, to update one part of a packed kernel.
+"""A structured matrix as one block of a larger matrix of zeros, to update one part of a packed kernel.
 
 A packed kernel holds several kernels side by side, such as those of query, key and value. A `Sum` of several `Placed`
-matrices updates several parts of it. Like the classes in `surm_jax.structured.algebra`, a `Placed` matrix has the
-arrays of the matrix inside it, under names such as `matrix_c`.
+matrices updates several of them. A `Placed` matrix has the arrays of the matrix inside it, under names such as
+`matrix_c`.
 """
 
 from collections.abc import Sequence

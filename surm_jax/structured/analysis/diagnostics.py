@@ -1,13 +1,12 @@
 """Rank, determinant, condition number and displacement rank of matrices, for studies of trained updates.
 
-Each function takes a structured matrix or a dense array and computes in float64. A square circulant or skew-circulant
-matrix is diagonalised by a unitary matrix that depends only on its size. So its eigenvalues are a Fourier transform of
-its parameters, which costs O(n log n), and its singular values are the absolute values of the eigenvalues.
+Each function takes a structured matrix or a dense array and computes in float64. For square circulant and
+skew-circulant matrices, a Fourier transform of the parameters gives the eigenvalues in O(n log n), and the singular
+values are their absolute values.
 
-For every other matrix, even a Toeplitz matrix, the functions form the dense matrix and call LAPACK. They compute an SVD
-or an LU factorisation with pivoting, which are numerically stable for all matrices. Levinson's O(n^2) recursion for
-Toeplitz matrices (`scipy.linalg.solve_toeplitz`) would be faster, but it fails if a leading block is singular, even if
-the whole matrix is well conditioned.
+For every other matrix, the functions form the dense matrix and call LAPACK (an SVD, or an LU factorisation with
+pivoting), which is numerically stable. Levinson's O(n^2) recursion for Toeplitz matrices
+(`scipy.linalg.solve_toeplitz`) would be faster, but fails if a leading block is singular.
 """
 
 import jax
@@ -165,10 +164,7 @@ def displacement_rank(matrix: AnyMatrix, *, f: float = 1.0, g: float = -1.0, rto
 
 
 def _in_double(owner: str, matrix: AnyMatrix, *, square: bool = False) -> StructuredMatrix | Float[np.ndarray, "m n"]:
-    """Check a matrix, and return it in float64.
-
-    An array is returned as a NumPy array. A structured matrix is returned in its compact form
-    (`StructuredMatrix.compact`), in which a `CirculantPair`, for example, is a `Circulant`.
+    """Check a matrix, and return it in float64: an array as a NumPy array, a structured matrix in its compact form.
 
     Args:
         owner: Name of the public function that calls this one, for the message of an error.

@@ -161,8 +161,7 @@ def _colours(matrix: StructuredMatrix) -> dict[str, _Numbers]:
 def _letter(name: str, *index: int) -> str:
     """Return the label of a parameter in TeX, such as `r_{1,0}` for the parameter `r1[0]`.
 
-    An array inside a sum or product has a name such as `terms_0_c`. Of such a name, the label uses only the last part,
-    `c`.
+    For an array inside a sum or product, such as `terms_0_c`, the label uses only the last part of the name, `c`.
     """
     name = name.rpartition("_")[2]
     letter = name.rstrip("0123456789")

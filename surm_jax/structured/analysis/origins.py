@@ -29,11 +29,9 @@ class Origins(NamedTuple):
 def origins(matrix: StructuredMatrix) -> Origins | None:
     """Return, for each entry, the parameters whose product it is. Return None if some entries are sums of products.
 
-    This works for any family, and does not depend on the values of the parameters. The function fills the arrays with
-    random values and computes the dense matrix. Then, for each array, it multiplies every parameter of this array by
-    k + 2, where k is the index of the parameter, and computes the dense matrix again. If an entry has thereby become
-    k + 2 times as large, the parameter with the index k is one of its factors. A second set of random values confirms
-    the result. The dense matrix is computed in float64, once for each array and twice more.
+    It works for any family and any values of the parameters. The arrays are filled with random values. Then each array
+    in turn is multiplied entry by entry by k + 2, where k is the index of the entry. If an entry of the dense matrix
+    becomes k + 2 times as large, parameter k is one of its factors. A second set of random values confirms the result.
 
     In the example, the entry (1, 0) of the 2 x 3 skew-circulant matrix is -1 times the parameter `v[2]`.
 

@@ -1,12 +1,11 @@
 """Base class of the families of structured matrices, and the registry of all families.
 
 A family is the set of all matrices that one formula describes, such as all circulant matrices. One class implements it.
-To add a family, write a file with a subclass of `Family` and decorate the class with `family`. The file may be
-anywhere, because importing it registers the class under its name. Name the array leaves as in the paper that proposes
-the family. The class implements `T`, `_apply` and `_dense`, as every subclass of `StructuredMatrix` does, and `init`
-and `nearest`, as every family does. If `init` and `nearest` take options, such as a rank, the class also defines three
-more members. `option_names` lists the names of the options, `options_within` chooses their values for a given largest
-number of parameters, and `typical_options` chooses their values for benchmarks. All other code uses only these members.
+To add a family, write a file with a subclass of `Family`, and decorate the class with `family`. Importing the file
+registers it. Name the array leaves as in the paper that proposes the family. The class implements `T`, `_apply`,
+`_dense`, `init` and `nearest`. If `init` and `nearest` take options, such as a rank, it also lists their names in
+`option_names`, chooses their values for a given largest number of parameters in `options_within`, and for benchmarks in
+`typical_options`. All other code uses only these members.
 """
 
 import abc
@@ -44,10 +43,10 @@ class Family(StructuredMatrix):
     @classmethod
     @abc.abstractmethod
     def init(cls, *args: Any, **options: Any) -> Self:
-        """Return the matrix with which training starts. It equals zero but has a non-zero gradient.
+        """Return the matrix with which training starts. It is zero, but the gradient of its arrays is not.
 
-        If the matrix is computed from several arrays, one array is zero and the others are random. The arguments are
-        `init(key, shape, *, scale, dtype=float32, **options)`:
+        If there are several arrays, one is zero and the others are random. The arguments are `init(key, shape, *,
+        scale, dtype=float32, **options)`:
 
         - key: Random key for the random arrays.
         - shape: `(in_features, out_features)`.
@@ -85,7 +84,7 @@ class Family(StructuredMatrix):
         return {name: getattr(self, name) for name in self.option_names}
 
     def spectrum(self) -> Complex[np.ndarray, " n"] | None:
-        """Return the eigenvalues if a Fourier transform gives them and the matrix is normal, and otherwise None.
+        """Return the eigenvalues if a Fourier transform gives them and the matrix is normal, otherwise None.
 
         The singular values of a normal matrix are the absolute values of its eigenvalues.
         """
@@ -93,12 +92,11 @@ class Family(StructuredMatrix):
 
     @classmethod
     def options_from(cls, shape: tuple[int, int], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Select the options of this family for a matrix of the given shape from settings that all families share.
+        """Pick the options of this family from settings that all families share, for a matrix of the given shape.
 
         Args:
             shape: `(in_features, out_features)`.
-            settings: Values of options by name, such as `rank`. Names of options that this family does not have are
-                ignored.
+            settings: Values of options by name, such as `rank`. Options of other families are ignored.
         """
         del shape
         return {name: settings[name] for name in cls.option_names if name in settings}
@@ -115,7 +113,7 @@ class Family(StructuredMatrix):
 
     @classmethod
     def typical_options(cls, shape: tuple[int, int]) -> tuple[dict[str, Any], ...]:
-        """Return one or more sets of options for a matrix of this shape, with which the benchmarks measure its speed.
+        """Return the sets of options with which the benchmarks measure the speed of a matrix of this shape.
 
         The first set is the most common choice.
         """
@@ -151,7 +149,7 @@ class Family(StructuredMatrix):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small matrix with random parameters for pictures, tables and tests, the same in every call."""
+        """Return a small random matrix for pictures, tables and tests, the same in every call."""
         return cls.random((8, 8), **cls.typical_options((8, 8))[0])
 
     @classmethod
@@ -197,7 +195,7 @@ def family(cls: type[F]) -> type[F]:
 
 
 class LinearInVector(Family):
-    """Base class of the families in which a matrix has a single array, a vector, and is linear in this vector.
+    """Base class of the families in which a matrix has a single array, a vector, in which it is linear.
 
     A subclass declares two fields: first the vector, then the static field `shape`.
     """
@@ -233,20 +231,19 @@ class LinearInVector(Family):
 def scaled_normal(
     key: PRNGKeyArray, shape: Sequence[int], scale: float | Float[ArrayLike, ""], dtype: DTypeLike
 ) -> Array:
-    """Return an array of random numbers `scale * N(0, 1)` in `dtype`.
+    """Return random numbers `scale * N(0, 1)` in `dtype`.
 
-    The scale is converted to `dtype` first, because a NumPy scalar in float32 or float64 would promote an array in half
-    precision to a wider dtype.
+    The scale is converted to `dtype` first, because a NumPy scalar would promote half precision to a wider dtype.
     """
     return jnp.asarray(scale, dtype) * jax.random.normal(key, tuple(shape), dtype)
 
 
 def checked_dense(owner: str, dense: ArrayLike) -> Float[Array, "in out"]:
-    """Return the checked argument of `nearest`, a dense matrix, as an array in float32 or float64.
+    """Check the dense matrix that `nearest` approximates, and return it in float32 or float64.
 
     Args:
         owner: Name of the calling class, with which the error message begins.
-        dense: The matrix to approximate, (in_features, out_features).
+        dense: The matrix, (in_features, out_features).
 
     Raises:
         UserError: `dense` is not a non-empty real floating-point matrix.

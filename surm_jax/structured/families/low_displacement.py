@@ -219,10 +219,9 @@ def _product(x: Float[Array, "*batch m"], G: Float[Array, "N r"], H: Float[Array
 def _transposed_product(
     x: Float[Array, "*batch m"], G: Float[Array, "N r"], H: Float[Array, "N r"]
 ) -> Float[Array, "*batch N"]:
-    """Return `x @ W(G, H)`.
+    """Return `x @ W(G, H)`, the counterpart of `_product`.
 
-    Compared with `_product`, the two factors of each term are exchanged and transposed. Transposing a factor conjugates
-    its spectrum.
+    The two factors of each term are exchanged and transposed. Transposing a factor conjugates its spectrum.
     """
     N = G.shape[0]
     G_hat, H_hat = _for_terms(jnp.fft.rfft(G.T), x).conj(), _for_terms(skew_fft(H.T, N), x).conj()
@@ -231,7 +230,7 @@ def _transposed_product(
 
 
 def _for_terms(spectra: Array, x: Array) -> Array:
-    """Return `spectra`, of shape (r, k), with one leading axis of size 1 for each batch dimension of `x`."""
+    """Add leading axes of size 1 to `spectra`, of shape (r, k), one for each batch dimension of `x`."""
     return jnp.expand_dims(spectra, tuple(range(x.ndim - 1)))
 
 
@@ -265,9 +264,8 @@ def _rolling_sums(
 def _running_sums(rows: Float[Array, "k N"]) -> Float[Array, "k N"]:
     """Return the cumulative sums over rows: row i of the result is the sum of rows 0 to i.
 
-    The k rows are summed by two matrix products: one sums within blocks of about `sqrt(k)` rows, and one sums over the
-    blocks. The alternatives are slower. `jnp.cumsum` takes twice as long on a CPU, in the forward and in the backward
-    pass. A loop over the rows would launch one kernel for each row on an accelerator.
+    The k rows are summed by two matrix products: within blocks of about `sqrt(k)` rows, and over the blocks.
+    `jnp.cumsum` takes twice as long on a CPU, and a loop would launch one kernel for each row on an accelerator.
     """
     k, N = rows.shape
     size = math.isqrt(k - 1) + 1
@@ -345,7 +343,7 @@ def _random(dense: Float[Array, "in out"], rank: int) -> LowDisplacementRank:
 
 @jax.jit
 def _nearer(one: LowDisplacementRank, other: LowDisplacementRank, dense: Float[Array, "in out"]) -> LowDisplacementRank:
-    """Return the nearest to `dense` of four matrices: the two given ones, and the best multiple of each."""
+    """Return that matrix, of two given ones and the best multiple of each, which is nearest to `dense`."""
     unit = _largest(dense)
     target = dense / unit
     points, distances = [], []
@@ -362,7 +360,7 @@ def _nearer(one: LowDisplacementRank, other: LowDisplacementRank, dense: Float[A
 def _largest(dense: Float[Array, "in out"]) -> Float[Array, ""]:
     """Return the largest absolute value of the entries, or 1 if all entries are zero.
 
-    Entries divided by it can be squared without overflow, and their sum of squares does not underflow.
+    The squares of entries divided by it cannot overflow, and their sum cannot underflow.
     """
     largest = jnp.max(jnp.abs(dense))
     return jnp.where(largest > 0, largest, 1)

@@ -291,7 +291,7 @@ def _repeat(x: Float[Array, "*batch k"], n: int) -> Float[Array, "*batch n"]:
 
 
 def _fold(x: Float[Array, "*batch n"], k: int) -> Float[Array, "*batch k"]:
-    """Return the sum of all length-k chunks of the last axis: `y[a]` is the sum of all x[j] with j mod k = a.
+    """Sum all chunks of k entries of the last axis: `y[a]` is the sum of all x[j] with j mod k = a.
 
     This is the adjoint of `_repeat`.
     """
@@ -301,7 +301,7 @@ def _fold(x: Float[Array, "*batch n"], k: int) -> Float[Array, "*batch k"]:
 
 
 def _turn(x: Float[Array, "*batch chunks p"], sign: int) -> Float[Array, "*batch chunks p"]:
-    """Return x with chunk c rotated by the angles of the class docstring for c, or rotated back if `sign` is -1."""
+    """Rotate every chunk c of x by the angles that the class docstring gives, or back if `sign` is -1."""
     chunks, p = x.shape[-2:]
     cos, sin = (
         jnp.expand_dims(jnp.asarray(table, x.dtype), tuple(range(x.ndim - 2))) for table in _tables(chunks, p, sign)

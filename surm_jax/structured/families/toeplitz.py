@@ -161,7 +161,7 @@ def apply_in_turn(x: Float[Array, "*batch in"], *matrices: Toeplitz | SymmetricT
 
 
 def _mirror(t: Float[Array, " N"], shape: tuple[int, int]) -> Float[Array, " diagonals"]:
-    """Return the vector `t` of the equal `Toeplitz` matrix for the vector `t` of a `SymmetricToeplitz` matrix."""
+    """Convert the vector `t` of a `SymmetricToeplitz` to the vector `t` of the equal `Toeplitz`."""
     m, n = shape
     return jnp.concatenate([jnp.flip(t[1:m]), t[:n]])
 
@@ -171,9 +171,8 @@ def _project(
 ) -> Float[Array, " k"]:
     """Return the vector t of length `count` for which `build(t)` is nearest to `dense` in the Frobenius norm.
 
-    Each entry of the matrix that `build` returns is one entry of t. So `t[k]` is the mean of `dense` over the entries
-    where `build` places `t[k]`. The adjoint of `build` computes the sums of these entries. Applied to a matrix of ones,
-    it computes their number.
+    Each entry of `build(t)` is one entry of t. So the best `t[k]` is the mean of `dense` where `build` places `t[k]`.
+    The adjoint of `build` computes the sums of these entries, and from a matrix of ones their number.
     """
     adjoint = jax.linear_transpose(build, jax.ShapeDtypeStruct((count,), dense.dtype))
     return adjoint(dense)[0] / adjoint(jnp.ones_like(dense))[0]

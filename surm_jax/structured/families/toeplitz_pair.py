@@ -25,7 +25,7 @@ Factor = Toeplitz | SymmetricToeplitz
 
 @matrix_pytree
 class _Pair(Family):
-    """Base class of the two families in this file. The factors of the second family are symmetric."""
+    """Base class of the two families in this file, with general and with symmetric factors."""
 
     t1: Float[Array, " count1"]
     t2: Float[Array, " count2"]

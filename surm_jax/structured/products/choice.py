@@ -1,9 +1,8 @@
-"""Choice of the execution behind the name `auto`: the execution that was fastest in the most similar measured case.
+"""Choose how to compute `x @ (W + M)` when the user leaves the choice open (the execution `auto`).
 
-An execution is one way to compute `x @ (W + M)`; see `surm_jax.structured.products.execution`. The measurements are in
-`choice.json`. For each JAX backend, such as "cpu", this file names the machine and the command of the measurement. It
-lists the fastest execution for each measured combination of family, dtype, width of the layer, number of tokens and
-number of parameters.
+The execution that was fastest in the most similar measured case is used. `choice.json` holds the measurements, for each
+JAX backend such as "cpu", with the machine and the command. A case is a combination of family, dtype, width of the
+layer, number of tokens and number of parameters. `surm_jax.structured.products.execution` explains the executions.
 """
 
 import functools
@@ -29,15 +28,13 @@ stores the fastest execution of each measured case in this file.
 def choose(update: StructuredMatrix, tokens: int, dtype: DTypeLike) -> str:
     """Return the name of the execution to use for `x @ (W + update)`: `fft`, `dense` or `fused`.
 
-    The function looks up the cases that were measured for the family of `update` on this JAX backend in this dtype, and
-    returns the fastest execution of the most similar case. A case is described by three numbers: the width of the
-    layer, which is the square root of in_features times out_features, the number of tokens, and the number of
-    parameters of the update. The most similar case has the smallest Euclidean distance in the logarithms of these
-    numbers.
+    It is the fastest execution of the most similar case that was measured for the family of `update`, on this JAX
+    backend and in this dtype. Similar means a small Euclidean distance between the logarithms of three numbers: the
+    width of the layer, sqrt(in_features * out_features), the number of tokens, and the number of parameters of the
+    update.
 
-    If no case was measured, the function returns `fft` for families whose product stores little for the backward pass,
-    such as LoRA (`StructuredMatrix.small_residuals`). For all other families it returns `dense`, which spends most of
-    its time in dense matrix products.
+    If no case was measured, it is `fft` for families whose product stores little for the backward pass, such as LoRA
+    (`StructuredMatrix.small_residuals`), and otherwise `dense`.
 
     Args:
         update: The structured matrix. For a `Scaled`, which is a multiple of a matrix, the matrix inside it is used.
@@ -58,11 +55,7 @@ def choose(update: StructuredMatrix, tokens: int, dtype: DTypeLike) -> str:
 
 @functools.cache
 def _measured() -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-    """Return the measured cases in `choice.json`.
-
-    Returns:
-        A dictionary from a triple (JAX backend, name of the family, dtype) to the list of the cases measured for it.
-    """
+    """Return the cases in `choice.json`, by the triple (JAX backend, name of the family, dtype)."""
     table: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for backend, measurement in json.loads(TABLE.read_text()).items():
         for row in measurement["fastest"]:

@@ -22,11 +22,10 @@ def from_diagonals(t: Float[Array, " diagonals"], shape: tuple[int, int]) -> Flo
 
 
 def from_wrapped_diagonals(v: Float[Array, " N"], shape: tuple[int, int], f: float = 1.0) -> Float[Array, "in out"]:
-    """Return the top left block, of the given shape (m, n), of the transpose of an f-circulant matrix.
+    """Return the top left (m, n) block of the transpose of the f-circulant matrix `Z_f(v)` of arXiv 2406.17740.
 
-    The f-circulant matrix is the N x N matrix `Z_f(v)` of arXiv 2406.17740 with the first column v and N = max(m, n).
-    The entry (i, j) of the result is `v[j - i]` on and above the main diagonal (j >= i), and `f * v[N + j - i]` below
-    it. With f = 1 the matrix is circulant, and with f = -1 it is skew-circulant.
+    `Z_f(v)` is N x N, N = max(m, n), with the first column v. The entry (i, j) of the result is `v[j - i]` on and above
+    the main diagonal, and `f * v[N + j - i]` below it. f = 1 gives circulant, and f = -1 skew-circulant matrices.
 
     >>> from_wrapped_diagonals(jnp.array([1.0, 2.0, 3.0]), (2, 3), f=-1.0)
     Array([[ 1.,  2.,  3.],

@@ -15,11 +15,10 @@ number of tokens, the dtype and the device:
   intermediate arrays of a chunk stay in the cache of a CPU. It does not work in half precision.
 - `auto` chooses the execution that was fastest in a similar measured case (`surm_jax.structured.products.choice`).
 
-The derivative of `x @ (W + M)` is defined as a JVP, `dx @ (W + M) + x @ dW + x @ dM` for the tangents dx, dW and dM.
-JAX derives the reverse mode by transposition. So forward mode and reverse mode both work, and the gradient of W is
-computed only if it is needed. For the backward pass, reverse mode stores `x`, W, M's parameters, and for some families
-a few arrays that are much smaller than `x`. It stores neither `W + M` nor the Fourier transforms of the fast products.
-The backward pass computes them again.
+The derivative of `x @ (W + M)` is defined as a JVP, from which JAX derives the reverse mode by transposition. So both
+modes work, and the gradient of W is computed only if it is needed. For the backward pass, reverse mode stores `x`, W,
+M's parameters, and for some families a few arrays that are much smaller than `x`. It computes `W + M` and the Fourier
+transforms again.
 """
 
 import functools
@@ -209,9 +208,8 @@ def _instantiated(tangent: Array | SymbolicZero) -> Array:
 def _through_dense(dot: Dot, x: Array, update: StructuredMatrix) -> Array:
     """Return `x @ update`, computed with the dense form of the update.
 
-    On a mesh, each device computes the gradient of the dense form from its own part of `x`, and reduces it to the
-    gradient of the parameters. So the devices sum only the small gradient of the parameters, and not that of the dense
-    form.
+    On a mesh, each device reduces the gradient of the dense form for its own part of `x` to that of the parameters, so
+    that the devices sum only the small gradient.
     """
     return batch_local(jax.checkpoint(lambda x, update: dot(x, update.to_dense().astype(x.dtype))))(x, update)
 
@@ -219,9 +217,9 @@ def _through_dense(dot: Dot, x: Array, update: StructuredMatrix) -> Array:
 def _at_once(x: Array, update: StructuredMatrix) -> Array:
     """Return `x @ update`, computed by the fast product of the family for all tokens at once.
 
-    It is for updates whose product stores little for the backward pass (`StructuredMatrix.small_residuals`). But if `x`
-    is in half precision, the product would also store a float32 copy of `x`. In this case the product is wrapped in
-    `jax.checkpoint`, and the backward pass computes it again.
+    It is for updates whose product stores little for the backward pass (`StructuredMatrix.small_residuals`). If `x` is
+    in half precision, the product is computed again in the backward pass (`jax.checkpoint`), because it would store `x`
+    in float32.
     """
     if x.dtype == update._compute_dtype(x.dtype):
         return update.apply(x)

@@ -159,15 +159,14 @@ def _skew_convolve_rows(x: Float[Array, "*batch m"], v: Float[Array, " n"]) -> F
 
 
 def _for_rows(row: Array, x: Array) -> Array:
-    """Return `row`, of shape (n,), with leading dimensions of size 1 so that it has as many dimensions as `x`."""
+    """Add leading dimensions of size 1 to `row`, of shape (n,), so that it has as many dimensions as `x`."""
     return jnp.expand_dims(row, tuple(range(x.ndim - 1)))
 
 
 def _signs(n: int, dtype: DTypeLike) -> Float[Array, " n"]:
     """Return the array of `(-1)^j` for 0 <= j < n.
 
-    Multiplying the coefficients of a polynomial by these values replaces its variable z by -z. `skew_fft` explains what
-    this is for if n is odd.
+    Multiplying the coefficients of a polynomial by it replaces the variable z by -z, which `skew_fft` needs for odd n.
     """
     return jnp.asarray(1 - 2 * (np.arange(n) % 2), dtype)
 
@@ -175,7 +174,7 @@ def _signs(n: int, dtype: DTypeLike) -> Float[Array, " n"]:
 def _twist(n: int, dtype: DTypeLike) -> Complex[Array, " n/2"]:
     """Return the array of `w^j` for 0 <= j < n/2, with `w = exp(i pi / n)`, a root of `z^n = -1`.
 
-    Multiplying the coefficients of a polynomial by these values replaces its variable z by `w z`. `skew_fft` explains
-    what this is for if n is even. The values are computed in double precision and rounded once to `dtype`.
+    Multiplying the coefficients of a polynomial by it replaces the variable z by `w z`, which `skew_fft` needs for even
+    n. The values are computed in double precision and rounded once to `dtype`.
     """
     return jnp.asarray(np.exp(1j * np.pi * np.arange(n // 2) / n), dtype)

@@ -15,8 +15,8 @@ UNIT_ENTRIES = 2**19
 def rows(matrix: Any, ids: Int[Array, "*batch"]) -> Float[Array, "*batch out"]:
     """Return rows of a structured matrix, in float32 or float64.
 
-    The cost is that of the family, such as one small product for a row of a low-rank matrix. A family that does not say
-    how it gives rows multiplies one unit vector for each of them.
+    The cost is that of the family, such as one small product for a row of a low-rank matrix. By default, a family
+    multiplies one unit vector for each row.
 
     Args:
         matrix: A structured matrix of shape (in_features, out_features).
@@ -32,7 +32,7 @@ def rows(matrix: Any, ids: Int[Array, "*batch"]) -> Float[Array, "*batch out"]:
 def by_unit_vectors(
     apply: Callable[[Array], Array], shape: tuple[int, int], dtype: DTypeLike, ids: Int[Array, "*batch"]
 ) -> Float[Array, "*batch out"]:
-    """Return rows of a matrix of a given shape, with `apply(x) = x @ M`, which multiplies vectors by it."""
+    """Return rows of a matrix of a given shape by multiplying unit vectors, where `apply(x) = x @ M`."""
     m, n = shape
     if not math.prod(ids.shape):
         return jnp.zeros((*ids.shape, n), dtype)

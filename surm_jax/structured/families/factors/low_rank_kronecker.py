@@ -246,10 +246,7 @@ def _check_rank(rank: int, factors: FactorShapes) -> None:
 
 @functools.partial(jax.jit, static_argnames="rank")
 def _truncated(matrix: Kronecker, rank: int) -> LowRankKronecker:
-    """Return the matrix in which every B is replaced by the nearest `down @ up` of this rank.
-
-    In each product `down @ up`, the two factors have equal norms.
-    """
+    """Replace every B of a matrix by the nearest `down @ up` of this rank, with factors of equal norm."""
     U, S, Vt = jnp.linalg.svd(matrix.B, full_matrices=False)
     largest = S[:, :1]  # never zero, because `Kronecker.nearest` returns no zero B
     empty = max(matrix.B.shape[1:]) * jnp.finfo(S.dtype).eps * largest >= S
