@@ -153,18 +153,17 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> Any:
-    """Return `step(arguments)`, and end the program with a message and an exit status if it raises an exception.
+    """Return `step(arguments)`. If it raises an exception, end the program with a message and an exit status.
 
-    For the following exceptions, the program ends with a short message and without a traceback:
+    A short message without a traceback is printed for these exceptions:
 
     - `InterruptedRunError`. The exit status is that of the exception.
     - `KeyboardInterrupt`. The exit status is 130.
     - `BrokenPipeError` of the output, which a program such as `head` has closed. The exit status is 141.
     - `UserError`, `OSError`, and JAX's error for too little device memory. The exit status is 1.
 
-    For any other exception, the traceback is printed and the exit status is 1, too. If the run has one process, the
-    exception is raised again for this. If it has several processes, `processes.leave_for` prints the traceback and ends
-    this process. If the exception means that another process is gone, it prints a message instead of the traceback.
+    For any other exception, the traceback is printed, and the exit status is 1. In a run of several processes,
+    `processes.leave_for` does this, and prints a message instead if the exception means that another process is gone.
     """
     try:
         result = step(arguments)
@@ -191,10 +190,10 @@ def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> A
 
 
 def _silence_echoes() -> None:
-    """Keep the threads and objects of libraries from printing tracebacks of what the program reports itself.
+    """Keep libraries from printing tracebacks of failures that the program reports itself.
 
-    If the disk is full or a run is stopped, the program ends with one message. Threads of Orbax that still write to an
-    event loop of Python, and files that are closed then, would print the same failure again and again.
+    If the disk is full or a run is stopped, the program ends with one message. Threads of Orbax and files that are
+    closed then would print the same failure again and again.
     """
 
     def is_echo(error: BaseException | None) -> bool:

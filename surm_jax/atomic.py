@@ -3,8 +3,8 @@
 The content is written under a temporary name first. It gets its final name only after it is on the disk. So if the
 process is killed or the power fails, no incomplete file has the final name.
 
-What is already there keeps its nature. A symbolic link stays a link, and what it points to is replaced. A file keeps
-its permissions. A folder stays the same folder, so that it may be a mount point or the current directory of a process.
+What is already there keeps its nature. A symbolic link stays a link, and its target is replaced. A file keeps its
+permissions. A folder stays the same folder, so that it may be a mount point or the current directory of a process.
 Pipes and devices are written to.
 """
 
@@ -102,7 +102,7 @@ def replacing_folder(folder: Path, last: str) -> Iterator[Path]:
 
 
 def _refill(folder: Path, temporary: Path, last: str) -> None:
-    """Replace the files of a folder by those of a temporary folder, which is removed."""
+    """Replace the files of a folder by those of a temporary folder, and remove that."""
     marker, aside = folder / last, _beside(folder / last)
     with suppress(FileNotFoundError):
         os.replace(marker, aside)
@@ -180,7 +180,7 @@ def remove_temporaries(folder: Path) -> None:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Give `path` as the file name to an `OSError` that has none or that names a temporary file."""
+    """Give `path` as the file name to an `OSError` of the `with` block that has none or names a temporary file."""
     try:
         yield
     except OSError as error:
@@ -193,7 +193,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """Return the status of what a path leads to, or None if there is nothing.
+    """Return the status of the file that a path leads to, or None if there is nothing.
 
     Raises:
         OSError: It is a folder or a file that must not be written, or the path cannot be followed.
@@ -214,7 +214,7 @@ def _is_written_through(path: Path, status: os.stat_result) -> bool:
 
 
 def _descriptor(status: os.stat_result) -> int | None:
-    """Return the number of the standard output or error if it leads to the file of this status, otherwise None."""
+    """Return 1 or 2 if the standard output or error goes to the file of this status, otherwise None."""
     for number in (1, 2):
         with suppress(OSError):  # The descriptor may be closed.
             if os.path.samestat(os.fstat(number), status):

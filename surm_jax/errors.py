@@ -36,9 +36,9 @@ class UserError(ValueError):
 def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
     """Return text for the end of an error message, which suggests known names that are similar to `name`.
 
-    The result is, for example, `"; did you mean 'a' or 'b'?"`. If no known name is similar, it is an empty string. To
-    limit the time, because a file may hold millions of names, `name` is compared with the first thousand known names,
-    and names of more than a hundred characters are ignored.
+    The result is, for example, `"; did you mean 'a' or 'b'?"`, or an empty string if no known name is similar. Only the
+    first thousand known names, and names of at most a hundred characters, are compared, because a file may hold
+    millions.
 
     Args:
         name: The unknown name that the user gave.

@@ -148,7 +148,7 @@ def _pickled(path: Path) -> UserError:
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Turn any exception of zipfile, its decompressors and NumPy into a `UserError` that names the file."""
+    """Turn the exceptions of zipfile, its decompressors and NumPy within the `with` block into `UserError`s."""
     try:
         yield
     except UserError:

@@ -77,7 +77,7 @@ class Preparation:
         return (size["height"], size["width"]) if "height" in size else (size["max_height"], size["max_width"])
 
     def channels(self, stored: int) -> int:
-        """Return the number of channels of prepared images, given that of the stored images."""
+        """Return the number of channels that images with `stored` channels have after preparation."""
         return 3 if self.rgb and stored in (1, 4) else stored
 
     def fitted(self, image_size: int) -> "Preparation":
@@ -98,7 +98,7 @@ class Preparation:
         return dataclasses.replace(self, size=size, crop_size=crop, image_size=image_size)
 
     def enlarged(self, image_size: int) -> "Preparation":
-        """Return this preparation, which was fitted before, with a larger output. It resizes in any case."""
+        """Return this preparation with a larger output, which resizes in any case. It must be fitted (`fitted`)."""
         square = {"height": image_size, "width": image_size}
         fixed = self.size is None and self.crop_size is None
         return (dataclasses.replace(self, size=square) if fixed else self).fitted(image_size)

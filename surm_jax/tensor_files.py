@@ -96,7 +96,7 @@ class TensorFile:
 
     @contextmanager
     def _damage(self) -> Iterator[None]:
-        """Turn any exception of the safetensors library into a `UserError` that names the file."""
+        """Turn exceptions of the safetensors library within the `with` block into `UserError`s that name the file."""
         try:
             yield
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The check that the installed libraries are not too old."""
+"""Check that the installed libraries are not too old."""
 
 import importlib.metadata
 import re
