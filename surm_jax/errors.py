@@ -79,7 +79,7 @@ def require_one_of(what: str, value: Any, known: Collection[str]) -> None:
 def first_line(error: Exception) -> str:
     r"""Return the type of an error and at most 1,000 characters of the first line of its message.
 
-    >>> first_line(ValueError("no room\\nat address 7"))
+    >>> first_line(ValueError("no room\nat address 7"))
     'ValueError: no room'
     """
     lines = str(error).strip().splitlines()

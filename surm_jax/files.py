@@ -130,7 +130,7 @@ def _read(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.n
             there = member.file_size - file.tell()
         if dtype.hasobject:
             raise _pickled(path)
-        if dtype.kind == "V":
+        if dtype.kind == "V" and dtype.names is None and dtype.subdtype is None:
             raise UserError(
                 f"{path}: {member.filename.removesuffix('.npy')} is {dtype}, because .npz files have no name for its"
                 " dtype, such as bfloat16: store it as float32"

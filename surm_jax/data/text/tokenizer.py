@@ -188,8 +188,6 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     # transformers adds the token for masks to a vocabulary that lacks it, but the model has no embedding for it.
     lacking = {settings.content("mask_token")} - settings.contents - library.get_vocab(with_added_tokens=False).keys()
     largest = max(number for token, number in vocabulary.items() if token not in lacking)
-    if largest > _LARGEST_TOKEN:
-        raise UserError(f"{folder} has a tokenizer with the token {largest}; tokens are at most {_LARGEST_TOKEN}")
     return Tokenizer(
         pad_token=vocabulary[pad],
         vocab_size=largest + 1,
@@ -225,10 +223,18 @@ def read_whole(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """Read a `tokenizer.json`. Return the tokenizer, without padding and truncation, and the content of the file."""
     tree = read_json(path, _MOST_BYTES)
     library = parse(path, tokenizers.Tokenizer.from_file, str(path))
+    _require_small(path, library.get_vocab())
     library.no_padding()
     library.no_truncation()
     try_out(path, library)
     return library, tree
+
+
+def _require_small(path: Path, vocabulary: Mapping[str, int]) -> None:
+    """Refuse large numbers of tokens: when the library writes a vocabulary, it goes through all numbers up to them."""
+    largest = max(vocabulary.values(), default=0)
+    if largest > _LARGEST_TOKEN:
+        raise UserError(f"{path} has the token {largest}; tokens are at most {_LARGEST_TOKEN}")
 
 
 def _direction(tree: Mapping[str, Any] | None, name: str) -> str:
@@ -290,6 +296,7 @@ def _byte_pairs(
         merges_path = path.parent / VOCABULARY_NAMES[ROBERTA][1]
         read_json(path, _MOST_BYTES)
         vocabulary, merges = parse(merges_path, models.BPE.read_file, str(path), str(merges_path))
+        _require_small(path, vocabulary)
     else:
         _require_model(path, settings, whole, models.BPE)
         vocabulary = whole.get_vocab(with_added_tokens=False)

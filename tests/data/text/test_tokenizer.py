@@ -195,7 +195,7 @@ def test_damaged_files_of_bert_are_named(bert, file, content, message):
             "types of tokens must be",
         ),
         (lambda t: t["model"].update(unk_token="gone"), "tokenizer.json is damaged"),
-        (lambda t: t["model"]["vocab"].update(it=2**31), "has a tokenizer with the token 2147483648"),
+        (lambda t: t["model"]["vocab"].update(it=2**31), "has the token 2147483648"),
         (lambda t: t.update(padding=PADDING), ""),
     ],
 )
