@@ -29,7 +29,17 @@ from surm_jax.models.base import (
     check_transformer,
     register_model,
 )
-from surm_jax.models.layers import ACTIVATIONS, MLP, TARGETS, Attention, Blocks, drop, split_block_keys, split_key
+from surm_jax.models.layers import (
+    ACTIVATIONS,
+    MLP,
+    TARGETS,
+    Attention,
+    Blocks,
+    drop,
+    split_block_keys,
+    split_key,
+    tied_logits,
+)
 
 HEADS = ("classifier", "mlm")
 POSITIONS = ("absolute", "after_padding")
@@ -208,17 +218,15 @@ class MaskedLMHead(nnx.Module):
         self.norm = _norm(config, rngs)
         self.bias = nnx.Param(jnp.zeros((config.vocab_size,), jnp.float32))
 
-    def __call__(self, x_btd: Float[Array, "b t d"], table_vd: Float[Array, "v d"]) -> Float[Array, "b t v"]:
+    def __call__(self, x_btd: Float[Array, "b t d"], embed: nnx.Embed) -> Float[Array, "b t v"]:
         """Return the logits of the vocabulary at every token, in float32.
 
         Args:
             x_btd: The output of the last block.
-            table_vd: The word embeddings. For the product with them, both factors are in the dtype of `x_btd`, and the
-                sums are in float32.
+            embed: The word embeddings.
         """
         y_btd = self.norm(ACTIVATIONS[self.activation](self.transform(x_btd))).astype(x_btd.dtype)
-        scores_btv = jnp.einsum("btd,vd->btv", y_btd, table_vd.astype(x_btd.dtype), preferred_element_type=jnp.float32)
-        return scores_btv + self.bias[...][None, None]
+        return tied_logits(embed, y_btd) + self.bias[...][None, None]
 
 
 @register_model
@@ -285,7 +293,7 @@ class Bert(Model):
         body_key, head_key = split_key(key, 2)
         x_btd = self._states(tokens_bt, mask, token_types, body_key, every=False)[-1]
         if self.config.head == "mlm":
-            return self.head(x_btd, self.word_embed.embedding[...])
+            return self.head(x_btd, self.word_embed)
         x_bd = x_btd[:, 0]
         if self.config.pooler:
             x_bd = jnp.tanh(self.pooler(x_bd))

@@ -33,6 +33,7 @@ from surm_jax.models.layers import (
     softcap,
     split_block_keys,
     split_key,
+    tied_logits,
 )
 
 
@@ -274,11 +275,7 @@ class Decoder(Model):
 
     def logits(self, x: Float[Array, "... d"]) -> Float[Array, "... v"]:
         """Return the logits in float32 for any part of the array that `features` or `decode` returns."""
-        if self.head is None:
-            table_vd = self.embed.embedding[...].astype(x.dtype)
-            logits = jnp.einsum("...d,vd->...v", x, table_vd, preferred_element_type=jnp.float32)
-        else:
-            logits = self.head(x)
+        logits = tied_logits(self.embed, x) if self.head is None else self.head(x)
         return softcap(logits, self.config.logit_softcap)
 
     def features(

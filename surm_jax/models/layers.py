@@ -84,6 +84,18 @@ def softcap(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
     return cap * jnp.tanh(x / cap) if cap else x
 
 
+def tied_logits(embed: nnx.Embed, x: Float[Array, "... d"]) -> Float[Array, "... v"]:
+    """Return the products of `x` and all embeddings of a vocabulary in float32, for a head that shares them.
+
+    The factors are in the dtype of `x`, and the sums are in float32. A subclass, such as that of an adapted layer, may
+    multiply by more than its table, so it computes the products by its own `attend`.
+    """
+    if type(embed) is not nnx.Embed:
+        return embed.attend(x).astype(jnp.float32)
+    table_vd = embed.embedding[...].astype(x.dtype)
+    return jnp.einsum("...d,vd->...v", x, table_vd, preferred_element_type=jnp.float32)
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention (arXiv 1706.03762).
 

@@ -360,6 +360,14 @@ class TestAdaptersAndRemat:
         assert relative_error(changed, expected) > 1e-2
         assert relative_error(run(merge(model)[0], *inputs)[0], changed) < 1e-5
 
+    def test_an_update_of_the_embeddings_reaches_the_tied_head(self):
+        tokens, base = batch()[0], tiny(**MODELS["mlm"])
+        model, adapter = adapt(base, [Rule("word_embed", LoRA())], rngs=nnx.Rngs(1))
+        model = perturb(model, adapter)
+        changed = run(model, tokens)[0]
+        assert relative_error(changed, run(base, tokens)[0]) > 1e-2
+        assert relative_error(run(merge(model)[0], tokens)[0], changed) < 1e-5
+
     @pytest.mark.exhaustive
     def test_rematerialised_blocks_have_the_same_values_and_gradients(self):
         tokens, mask, types = batch()

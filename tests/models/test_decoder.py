@@ -321,6 +321,13 @@ class TestAdaptersAndRemat:
         assert relative_error(run(merge(model)[0])[0], changed) < 1e-5
         assert relative_error(decode(model, TOKENS, Cache.empty(model.config, 3, 9))[0], changed) < 1e-5
 
+    def test_an_update_of_the_embeddings_reaches_the_tied_head(self):
+        model, adapter = adapt(tiny(), [Rule("embed", LoRA())], rngs=nnx.Rngs(1))
+        model = perturb(model, adapter)
+        changed, _ = run(model)
+        assert relative_error(changed, run(tiny())[0]) > 1e-2
+        assert relative_error(run(merge(model)[0])[0], changed) < 1e-5
+
     @pytest.mark.exhaustive
     @pytest.mark.parametrize("method", ["bottleneck", "circulant_adapter"])
     def test_branches_after_attention_and_mlp(self, method):
