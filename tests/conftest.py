@@ -1,4 +1,4 @@
-"""Settings of the whole suite: 8 CPU devices, strict promotion, no network."""
+"""Settings for all tests: 8 CPU devices, strict promotion of dtypes, and no network."""
 
 import os
 import socket
@@ -31,7 +31,7 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with real data sets beside the checkout; tests that need it are skipped by name without it."""
+    """The folder with real data sets next to the repository. Without it, the test is skipped."""
     if not SHARED.is_dir():
         pytest.skip(f"needs the data folder {SHARED}")
     return SHARED
@@ -39,20 +39,20 @@ def shared() -> Path:
 
 @pytest.fixture
 def x64():
-    """Doubles for the mathematics, in this test alone."""
+    """Allow float64 in JAX during this test."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture(autouse=True)
 def _own_variants(monkeypatch):
-    """Forget the variants that a test adds. The configuration of the tiny job adds one wherever it is read."""
+    """Remove the variants (named sizes) that a test adds to `ViTConfig`, as the configuration of the tiny job does."""
     monkeypatch.setattr(ViTConfig, "VARIANTS", dict(ViTConfig.VARIANTS))
 
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
-    """Any attempt to leave the machine fails the test at once instead of hanging."""
+    """Make every attempt to connect to another machine fail at once."""
 
     def refuse(self, address):
         if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
@@ -64,6 +64,6 @@ def _no_network(monkeypatch):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Say how to run what the fast run leaves out."""
+    """Print how to run the tests that the fast run leaves out."""
     if config.option.markexpr == "not exhaustive":
         terminalreporter.write_line("This was the fast run. python -m pytest -m '' runs the exhaustive tests too.")

@@ -1,4 +1,4 @@
-"""Parameters of tests that run in two speeds."""
+"""Mark the parameters of a test that only the full run uses."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 def fast(
     values: Iterable[Any], *chosen: Any, where: Callable[[Any], bool] | None = None, unpack: bool = False
 ) -> list[Any]:
-    """Return values for `pytest.mark.parametrize`, and mark those as exhaustive that the fast run leaves out.
+    """Return values for `pytest.mark.parametrize`, and mark those as `exhaustive` that the fast run leaves out.
 
     Args:
         values: All values.

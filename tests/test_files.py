@@ -1,8 +1,4 @@
-"""Tests of reading untrusted JSON and `.npz` files.
-
-The tests check that reading a file never executes code in it, and that reading a small file never needs much memory or
-time.
-"""
+"""Check that reading untrusted JSON and `.npz` files executes no code and never needs much memory or time."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Tests of the structure of `surm_jax`: which subpackages may import which others, and how many lines a file may have.
+"""Tests of the structure of `surm_jax`: which subpackages may import which others, and how long a file may be.
 
 The tests do not import the files, but parse their source text.
 """
@@ -44,18 +44,14 @@ NOWHERE = {"torch", "torchvision", "tensorflow", "transformers", "peft"}
 
 
 def package_of(path: Path) -> str:
-    """Return the name of the subpackage of `surm_jax` that holds a file.
-
-    For a file directly in `surm_jax`, return the name of the file without `.py`.
-    """
+    """Return the name of the subpackage of `surm_jax` that holds a file, or of the file itself if there is none."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported(path: Path) -> set[str]:
-    """Return the dotted names of everything that a file imports, including imports inside functions.
+    """Return the dotted names of everything that a file imports, also inside functions and by `import_module`.
 
-    For `from a import b`, the name is `a.b`. If the name in a call of `import_module` or `__import__` is a constant, it
-    is included.
+    For `from a import b`, the name is `a.b`.
     """
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):

@@ -68,7 +68,7 @@ def files(tmp_path_factory):
 
 
 def parsed(monkeypatch, *arguments):
-    """Return the configuration that the program reads from the given arguments."""
+    """Return the configuration that the program reads from these arguments."""
     argv = ["launch.py", *arguments]
     monkeypatch.setattr(sys, "argv", argv)
     known = set(flags.FLAGS)
@@ -288,10 +288,9 @@ def test_too_little_memory_has_one_message(capsys):
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-    """Write a plugin to the working directory: the module `my_own`, which defines the fine-tuning method `mine`.
+    """Write a module `my_own` with a fine-tuning method `mine` to the working directory, as a plugin of a user.
 
-    The fixture returns a function that removes the module from `sys.modules` and the method from the registry, as if
-    the plugin had not been imported.
+    The fixture returns a function that removes both from memory, as if the plugin had not been imported.
     """
     (tmp_path / "my_own.py").write_text(
         "import dataclasses\nfrom surm_jax.peft import Selection\n\n"
@@ -419,10 +418,7 @@ def test_a_run_that_was_stopped_in_three_ways_ends_like_one_that_was_not(files, 
 
 @pytest.mark.exhaustive
 def test_mistakes_in_a_process_of_their_own(files, tmp_path):
-    """Check the whole text that the program prints if its arguments are wrong.
-
-    The program runs in its own process, so that the text includes whatever absl and the Python interpreter print.
-    """
+    """Check the whole text that a separate process prints for wrong arguments, with what absl and Python print."""
     (tmp_path / "file").write_text("mine")
     mistyped = process(files, tmp_path / "run", "--config.optim.stepss=3")
     said = mistyped.communicate()[1]
@@ -437,7 +433,7 @@ def test_mistakes_in_a_process_of_their_own(files, tmp_path):
 
 @pytest.fixture
 def no_programs_yet(monkeypatch):
-    """Unset the folder of JAX's compilation cache for a test, and restore the settings of the cache afterwards."""
+    """Start a test without JAX's cache of compiled programs, and restore its settings afterwards."""
     names = ("dir", "max_size")
     before = {name: getattr(jax.config, f"jax_compilation_cache_{name}") for name in names}
     least = jax.config.jax_persistent_cache_min_compile_time_secs
@@ -463,8 +459,7 @@ def test_programs_are_kept_in_the_cache_unless_jax_knows_better(no_programs_yet,
 def text_process(files, workdir, *arguments):
     """Run the program in a separate process, and return the completed process.
 
-    JAX's compilation cache is the folder `files / "programs"`. So this folder shows which programs the process
-    compiled.
+    JAX's compilation cache is the folder `files / "programs"`, which shows what the process compiled.
     """
     programs = {"JAX_COMPILATION_CACHE_DIR": str(files / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.run(

@@ -27,7 +27,7 @@ PAGES = README + GUIDE
 
 
 class Model(nnx.Module):
-    """A small model with attention layers. It stands for the user's own model in the code of the README."""
+    """A small model with attention layers, in place of the user's model in the code of the README."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
@@ -137,12 +137,12 @@ def circulant(delta) -> np.ndarray:
 
 
 def with_kernels(model: Model, head, added: dict[str, np.ndarray]) -> Model:
-    """Return a copy of the model with other parameters.
+    """Return a copy of the model with another head, and with matrices added to some kernels.
 
     Args:
         model: The model to copy.
         head: The parameters of the head in the copy.
-        added: Dense matrices by the name of an attention layer. Each is added to the kernel of this layer.
+        added: Dense matrices to add, by the name of the attention layer.
     """
     model = nnx.clone(model)
     model.head.kernel[...], model.head.bias[...] = head["kernel"][...], head["bias"][...]

@@ -1,7 +1,6 @@
-"""Comparison of this package with PyTorch libraries.
+"""Compare adapted layers with those of the library peft, and training steps with steps in torch.
 
-Adapted layers are compared with layers that C3A and LoRA of the library peft adapt. Training steps are compared with
-steps in torch. The tests are skipped if the libraries in `requirements-peers.txt` are not installed.
+The tests are skipped if the libraries in `requirements-peers.txt` are not installed.
 """
 
 import dataclasses
@@ -80,14 +79,13 @@ def adapted_linear(inputs, outputs, update, config):
 
 
 def assert_same_layer(model, peer, x, dy):
-    """Check that an adapted layer of this package and an adapted layer of peft compute the same function.
+    """Check that an adapted layer of this package and one of peft compute the same.
 
-    The check compares the outputs y, the merged kernels, and the gradients of `sum(dy * y)` with respect to x. It does
-    not compare the gradients with respect to the parameters of the updates. The caller finds those of our layer in the
-    result, and those of peft's layer in the attribute `grad` of its parameters.
+    Compared are the outputs, the merged kernels, and the gradients of the input. The gradients of the updates'
+    parameters are left to the caller. Those of peft's layer are in the attribute `grad` of its parameters.
 
     Returns:
-        The gradients of `sum(dy * y)` with respect to the arrays of our update, by name.
+        The gradients of `sum(dy * y)` for the arrays of our update, by name.
     """
     graphdef, arrays, frozen = nnx.split(model, AdapterParam, ...)
 
@@ -145,8 +143,7 @@ def test_our_lora_is_that_of_peft(inputs, outputs):
 def random_vit():
     """Return a ViT with random parameters.
 
-    The outputs of its layers are so small that the epsilon of the LayerNorms matters. So a wrong value of epsilon would
-    change the results.
+    The outputs of its layers are so small that a wrong epsilon of the LayerNorms would change the results.
     """
     model = materialize(lambda: ViT(ViTConfig(**GEOMETRY, num_classes=CLASSES), rngs=nnx.Rngs(0)))
     layers = [model.patch_embed, *(layer for block in model.blocks for layer in (block.attention.out, block.mlp.down))]

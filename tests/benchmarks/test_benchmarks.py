@@ -1,4 +1,4 @@
-"""Tests that the benchmarks run and write correct rows, at sizes so small that the times mean nothing."""
+"""Check that every benchmark runs and writes correct rows, at sizes so small that the times mean nothing."""
 
 import json
 import math

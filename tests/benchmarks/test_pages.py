@@ -1,4 +1,4 @@
-"""Tests of markdown pages: their tables are up to date, and the commands beside them produce the rows of the tables."""
+"""Check that the tables in markdown pages are up to date, and that the commands beside them make these tables."""
 
 import json
 import re

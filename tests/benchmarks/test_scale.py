@@ -1,4 +1,4 @@
-"""Tests of the formulas of `docs/scale.md`, against real models, adapters and compiled programs."""
+"""Compare the formulas of `docs/scale.md` with real models, adapters and compiled programs."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Every file in configs/ builds, is valid, and trains two steps on small shapes, offline."""
+"""Check that every file in configs/ gives a valid configuration, with which two small training steps run offline."""
 
 import importlib
 import itertools
@@ -95,7 +95,7 @@ def test_two_steps(name, bert, tmp_path, monkeypatch):
 
 
 def _small_bert(config, folder):
-    """Instead of one from the Hub."""
+    """Replace the model of the Hub in a configuration by the small one in a folder."""
     if config.model.checkpoint.startswith("hf://"):
         config.model.checkpoint = str(folder)
 

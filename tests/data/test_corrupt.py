@@ -4,7 +4,7 @@ from surm_jax.data.corrupt import CorruptExampleError, Readable, skipping
 
 
 class Source:
-    """A source of six examples. The examples whose indices are in `corrupt` cannot be read."""
+    """A source of six examples, of which those with indices in `corrupt` cannot be read."""
 
     def __init__(self, *corrupt):
         self.corrupt = corrupt

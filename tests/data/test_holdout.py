@@ -12,7 +12,7 @@ def sentences(count: int) -> TextSource:
 
 
 def numbered(labels):
-    """Return a source with these labels. The single pixel of each image is the index of the example."""
+    """Return a source with these labels. The single pixel of each image is the index of its example."""
     return ArraySource(np.arange(len(labels), dtype=np.uint8)[:, None, None, None], np.array(labels))
 
 

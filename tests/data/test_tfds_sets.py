@@ -1,7 +1,4 @@
-"""Tests of prepared folders of TensorFlow Datasets.
-
-The tests write small prepared folders. If the folder of CIFAR-10 is available, one test also reads it.
-"""
+"""Tests of data sets of TensorFlow Datasets: small ones that the tests write, and CIFAR-10 if it is there."""
 
 import functools
 import io
@@ -65,7 +62,7 @@ RECORDS = {"train": [(png(image), i) for i, image in enumerate(IMAGES)], "test":
 
 
 def write_set(root, name="shapes", version="1.0.0", records=RECORDS, features=None, file_format="array_record"):
-    """Write a prepared data set into a folder of prepared data sets, and return the folder of its version."""
+    """Write a data set as TensorFlow Datasets prepares it, and return the folder of its version."""
     folder = root.joinpath(*name.split("/"), version)
     folder.mkdir(parents=True)
     base = name.split("/")[0]

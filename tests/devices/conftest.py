@@ -1,4 +1,4 @@
-"""Fixtures that provide the tiny job of tests/training to the tests of this folder."""
+"""Make the fixtures of the tiny job in tests/training available to the tests of this folder."""
 
 from tests.training.conftest import tiny_files, tiny_variant
 

@@ -1,4 +1,4 @@
-"""Tests that only one file uses private names of JAX, and that the installed JAX has these names."""
+"""Check that only one file uses private names of JAX, and that the installed JAX has these names."""
 
 import importlib
 from pathlib import Path

@@ -1,7 +1,6 @@
 """Tests of runs with several processes on one machine.
 
-They give the same result as a run with one process, even if one of the processes is interrupted or killed and the run
-is then resumed.
+They give the same result as a run with one process, even if a process is interrupted or killed and the run is resumed.
 """
 
 import json
@@ -29,10 +28,9 @@ TOLERANCE = 2e-6
 def launched(tmp_path_factory):
     """A function that launches several processes of one run of `processes_job.py`, and waits until all have ended.
 
-    Its arguments are the files of the job and further command-line options. The keyword arguments are the number of
-    processes (`count`), the number of devices of each process (`devices`), and the failure of one process (`befalls`,
-    as in `processes_job.py`). If `slurm` is true, the processes find each other by the environment variables of Slurm,
-    otherwise by command-line options.
+    It takes the folder of the job and further command-line options, the number of processes (`count`), the number of
+    devices of each (`devices`), and the failure of one of them (`befalls`, as in `processes_job.py`). With `slurm` they
+    find each other by the environment variables of Slurm, otherwise by command-line options.
     """
     folder = tmp_path_factory.mktemp("launched")
 
@@ -64,7 +62,7 @@ def flags_of(values):
 
 
 def alone(config, workdir):
-    """Run a configuration in this process alone. It must use as many devices as the several processes have together."""
+    """Run a configuration in one process, with as many devices as several processes would have together."""
     with Interruption() as interruption:
         return train(config, 0, workdir, interruption)
 
@@ -74,9 +72,7 @@ def lines_of(workdir):
 
 
 def assert_same_run(several, one):
-    """Check that two runs have the same metrics at every step, the same numbers of examples, and the same adapter.
-
-    Metrics and adapter may differ by rounding.
+    """Check that two runs have the same metrics, numbers of examples and adapter, up to rounding.
 
     Args:
         several: The folder of the run with several processes.

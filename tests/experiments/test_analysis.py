@@ -1,4 +1,4 @@
-"""Tests of `experiments.analysis`: single measurements against numpy, and the commands on runs of a tiny model."""
+"""Compare single measurements of `experiments.analysis` with numpy, and run its commands on a tiny model."""
 
 import csv
 import functools
@@ -51,7 +51,7 @@ def tiny_variant():
 
 @pytest.fixture
 def no_search(monkeypatch):
-    """Replace every search for a nearest matrix by the starting point of the search, since searches compile slowly."""
+    """Skip every search for a nearest matrix, and take its starting point instead, since searches compile slowly."""
     monkeypatch.setattr(energy, "approximations", functools.partial(approximations, steps=0))
 
 
@@ -62,7 +62,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(files, tmp_path_factory):
-    """Return a folder that holds the folder of a finished run for each of three methods."""
+    """Return a folder with finished runs of three methods, each in a folder of its own."""
     folder = tmp_path_factory.mktemp("runs")
     for method in ("circulant", "full", "bottleneck"):
         make_run(tiny.make_config(files, method), folder / method)
@@ -70,9 +70,9 @@ def runs(files, tmp_path_factory):
 
 
 def make_run(config, folder):
-    """Write the files of a finished run that the analysis reads.
+    """Write the files of a finished run that the analysis reads, without training.
 
-    The run does not train. Instead, Gaussian noise is added to the parameters that it would train.
+    Gaussian noise is added to the parameters that the run would train.
     """
     job = prepare(config, 0)
     model, adapter = job.adapt(job.base_model())
@@ -108,7 +108,7 @@ def draw(seed, *shape):
 
 
 def share_of_span(M, basis):
-    """Return the share of the energy of M that the nearest matrix in the span of a basis keeps, by least squares."""
+    """Return the share of M's squared norm that the nearest matrix in the span of a basis keeps, by least squares."""
     columns = np.stack([matrix.ravel() for matrix in basis], axis=1).astype(float)
     weights = np.linalg.lstsq(columns, M.ravel().astype(float), rcond=None)[0]
     return np.sum((columns @ weights) ** 2) / np.sum(M.astype(float) ** 2)
@@ -322,7 +322,7 @@ def test_layers_of_one_kind_stand_together_in_the_order_of_blocks():
 
 
 def by_hand(model, batches, outputs_of):
-    """Return the gradient of the mean cross-entropy with respect to all parameters of a model without an adapter.
+    """Return the gradient of the mean cross-entropy for all parameters of a model without an adapter.
 
     Args:
         model: The model.

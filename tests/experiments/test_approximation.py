@@ -1,4 +1,4 @@
-"""Tests of the approximation study on small matrices, against numpy and scipy."""
+"""Compare the approximation study on small matrices with numpy and scipy."""
 
 import csv
 

@@ -1,4 +1,4 @@
-"""Tests of linear CKA against its definition by centred Gram matrices, in numpy."""
+"""Compare linear CKA, a similarity of hidden states, with its definition by centred Gram matrices in numpy."""
 
 import numpy as np
 import pytest

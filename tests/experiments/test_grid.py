@@ -1,4 +1,4 @@
-"""Tests of grids of runs: their order, searches, tables and rows, and continuing after an interruption."""
+"""Tests of grids of runs: their order, searches for learning rates, tables, rows, and resuming a grid."""
 
 import dataclasses
 import itertools
@@ -35,7 +35,7 @@ def searched(task, method, scores, losses=(0.5, 0.5, 0.5)):
 
 
 def all_runs(whole):
-    """Return all runs of a grid in the order in which the grid does them, and their rows.
+    """Return all runs of a grid in the order in which they are done, and their rows of results.
 
     The middle learning rate always has the best score.
     """
@@ -112,7 +112,7 @@ def test_the_best_rate_has_the_best_score_and_then_the_smallest_loss(scores, los
 
 
 def tried(scores):
-    """Return the rows of a search, given the score at each learning rate."""
+    """Return the rows of a search for a learning rate, given the score at each rate."""
     return [row_of(Run("rte", "lora", "search", rate, 10), score) for rate, score in scores.items()]
 
 
@@ -193,7 +193,7 @@ def test_rows_are_read_back_as_they_were(tmp_path):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """Replace training by a function that returns a row at once, and return the growing list of its runs.
+    """Replace training by a function that returns a row at once. Return the list to which it adds its runs.
 
     The middle learning rate of a search gets the best score.
     """

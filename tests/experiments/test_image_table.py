@@ -1,4 +1,4 @@
-"""Tests of `experiments.image_table`: small grids from end to end, later commands that add runs, and wrong options."""
+"""Tests of `experiments.image_table` with small grids of runs, later commands that add runs, and wrong options."""
 
 import argparse
 import json
@@ -20,9 +20,9 @@ from tests.training import tiny
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """Return a function that runs the command on the tiny data set and weights, and returns the rows so far.
+    """Return a function that runs the command in a temporary folder, and returns all rows of results so far.
 
-    The command runs in a temporary folder. The arguments of the function are added to its command line.
+    The data set and the weights are tiny. The arguments of the function are added to the command line.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(image_table, "RESULTS", tmp_path / "results")
@@ -40,7 +40,7 @@ def small(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """Replace training by a function that returns a row at once, and return the growing list of its runs.
+    """Replace training by a function that returns a row at once. Return the list to which it adds its runs.
 
     The score of a run is its learning rate (0 if the rate is 0.5 or larger) plus a hundredth of its seed.
     """

@@ -1,4 +1,4 @@
-"""Tests of `experiments.low_data`: a small grid from end to end, its picture, and wrong options."""
+"""Tests of `experiments.low_data` with a small grid of runs, of its picture, and of wrong options."""
 
 import numpy as np
 import pytest
@@ -16,9 +16,9 @@ MEASURED = {"metric": "accuracy", "loss": 0.5, "trainable": 7, "steps": 2, "seco
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """Return a function that runs the command on the tiny data set and weights, and returns the rows so far.
+    """Return a function that runs the command in a temporary folder, and returns all rows of results so far.
 
-    The command runs in a temporary folder. The arguments of the function are added to its command line.
+    The data set and the weights are tiny. The arguments of the function are added to the command line.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(low_data, "RESULTS", tmp_path / "results")
@@ -71,7 +71,7 @@ def test_a_small_grid(small, tmp_path, capsys):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """Replace training by a function that returns a row at once, and return the growing list of its runs.
+    """Replace training by a function that returns a row at once. Return the list to which it adds its runs.
 
     The score of a run is its learning rate plus a hundredth of its seed.
     """

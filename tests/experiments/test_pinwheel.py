@@ -1,7 +1,4 @@
-"""Tests of the pinwheel experiment: its points and networks, its training loop, and the whole command.
-
-The training loop is compared with one written directly in optax. The whole command runs with few epochs and seeds.
-"""
+"""Tests of the pinwheel experiment: its points and networks, its training loop against optax, and the whole command."""
 
 import csv
 
@@ -17,10 +14,7 @@ from experiments import pinwheel_networks as networks
 
 @pytest.fixture
 def adam():
-    """Allow implicit dtype promotion, which `tests/conftest.py` forbids.
-
-    Adam needs it, because it counts steps in an integer and uses this count in floating-point formulas.
-    """
+    """Allow implicit dtype promotion, which Adam needs and `tests/conftest.py` forbids."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 

@@ -51,13 +51,13 @@ def test_optima_of_subspaces_are_least_squares(targets):
 
 
 def _rank_one(u, M):
-    """Return half of the squared distance of `u u^T` from M, and its gradient with respect to u."""
+    """Return half of the squared distance of `u u^T` from M, and its gradient for u."""
     R = np.outer(u, u) - M
     return np.sum(R**2) / 2, (R + R.T) @ u
 
 
 def _kronecker(a, M):
-    """Return half of the squared distance of `A (x) A^T` from M, and its gradient with respect to the entries of A."""
+    """Return half of the squared distance of `A (x) A^T` from M, and its gradient for the entries of A."""
     A = a.reshape(10, 5)
     R = np.kron(A, A.T) - M
     blocks = R.reshape(10, 5, 5, 10)

@@ -15,10 +15,10 @@ GEOMETRY = {"image_size": 32, "patch_size": 16, "width": 12, "depth": 1, "heads"
 
 
 def write_data(folder: Path) -> Path:
-    """Write the data set `cifar10` with 80 training and 20 test images, equally many of each class.
+    """Write a data set `cifar10` with 80 training and 20 test images, equally many of each class.
 
     Args:
-        folder: The folder for prepared TFDS data sets, which is also returned.
+        folder: The folder for data sets of TensorFlow Datasets, which is also returned.
     """
     rng = np.random.default_rng(0)
     records = {

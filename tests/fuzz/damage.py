@@ -32,10 +32,10 @@ ODD_DESCRS = ("|O", "|V0", "<U0", "|S0", "<f8", "<f2", ">f4", "<i8", "|u1", "<c8
 
 
 def damage_bytes(rng: random.Random, data: bytes) -> bytes:
-    """Return a damaged copy of a file's content, without regard to its format.
+    """Return the content of a file after damaging it at a random place, whatever its format.
 
-    The content is cut off or made longer, some bits are flipped, or a block of bytes is overwritten, swapped, repeated
-    or removed.
+    It is cut off or made longer, some bits are flipped, or a block of bytes is overwritten, swapped, repeated or
+    removed.
     """
     size = len(data)
     at, length = rng.randrange(size + 1), rng.choice((1, 2, 4, 8, 64, 512))
@@ -67,7 +67,7 @@ def damage_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def damage_json(rng: random.Random, tree: Any) -> Any:
-    """Replace, remove, rename, swap or wrap some values anywhere in a JSON value, and return it.
+    """Replace, remove, rename, swap or wrap some values in a JSON value, and return it.
 
     Lists and dictionaries are changed in place.
     """
@@ -106,10 +106,7 @@ def _places(tree: Any):
 
 
 def write_json(rng: random.Random, tree: Any) -> bytes:
-    """Return a value as JSON text, sometimes with features that the standard library never writes.
-
-    One such feature is an object in which a key occurs twice. The other is very deep nesting.
-    """
+    """Return a value as JSON text, sometimes with a key that occurs twice or with very deep nesting."""
     text = json.dumps(tree)
     match rng.randrange(12):
         case 0 if text.startswith('{"'):
@@ -123,10 +120,9 @@ def write_json(rng: random.Random, tree: Any) -> bytes:
 
 
 def damage_safetensors(rng: random.Random, data: bytes) -> bytes:
-    """Return the content of a safetensors file with a damaged header.
+    """Return the content of a safetensors file with a damaged header, of the correct length.
 
-    The header stays at the beginning of the file, after its length, which is correct. If surm_jax has written metadata
-    with the key `config` into the header, only this metadata is damaged with probability 0.5.
+    The header may hold a configuration that surm_jax has written. Then only that is damaged with probability 0.5.
     """
     size = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + size])
@@ -186,7 +182,7 @@ def _odd_header(rng: random.Random, array: np.ndarray) -> bytes:
 
 
 def damage_folder(rng: random.Random, folder: Path) -> None:
-    """Damage one or two files of a folder, either according to their format or as plain bytes."""
+    """Damage one or two files of a folder, in the way of their format or as plain bytes."""
     for _ in range(rng.choice((1, 1, 1, 2))):
         path = rng.choice(sorted(path for path in folder.rglob("*") if path.is_file()) or [folder / "gone"])
         kind = rng.random()

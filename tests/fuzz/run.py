@@ -1,9 +1,8 @@
-"""The fuzz tests, which damage files that users may get from others, and then read them.
+"""Damage files that users may get from others, read them, and report what should not happen.
 
-Reading a damaged file may raise a `UserError`, or return the original arrays, or return other finite arrays. Everything
-else is a problem: any other exception, numbers that are not finite, or too much time or memory. Reading may take 10
-seconds and one gibibyte more memory than the process already uses. The seed and the number of an example
-determine its damage.
+Reading a damaged file may raise a `UserError`, or return the original arrays or other finite arrays. Everything else is
+a problem: any other exception, numbers that are not finite, more than 10 seconds, or more than one gibibyte of
+additional memory. The seed and the number of an example determine its damage.
 """
 
 import collections
@@ -29,7 +28,7 @@ LONGEST_MESSAGE = 5000
 
 
 class TimeIsUp(BaseException):
-    """The exception that stops the reading of an example that takes too long."""
+    """The exception that stops reading an example if it takes too long."""
 
 
 @contextlib.contextmanager
@@ -83,7 +82,7 @@ def run(folder: Path, numbers: range, seed: int) -> tuple[collections.Counter[st
 
 
 def _read(name: str, folder: Path, whole: Content) -> tuple[str, str]:
-    """Read a damaged example. Return its outcome in one or two words, and a message if the outcome is a problem.
+    """Read a damaged example. Return the outcome in one or two words, and a message if it is a problem.
 
     Args:
         name: The name of the subject.
@@ -111,9 +110,9 @@ def _read(name: str, folder: Path, whole: Content) -> tuple[str, str]:
 
 
 def _problem_of(error: UserError) -> str:
-    """Return a description of what is wrong with a `UserError`, or an empty string if nothing is.
+    """Return what is wrong with a `UserError`, or an empty string.
 
-    Something is wrong if its message is empty or very long, or if its cause is a `MemoryError`.
+    Its message may not be empty or very long, and its cause may not be a `MemoryError`.
     """
     message, cause = str(error), error
     while cause := cause.__cause__ or cause.__context__:

@@ -1,4 +1,4 @@
-"""The subjects of the fuzz tests, which are the kinds of files and folders that users may get from others."""
+"""The kinds of files and folders that the fuzz tests damage and read, which users may get from others."""
 
 import functools
 import json
@@ -146,10 +146,7 @@ def _native() -> Subject:
 
 
 def _sort_header(path: Path) -> None:
-    """Sort the header of a safetensors file, so that the file has the same bytes each time it is written.
-
-    The safetensors library writes the metadata in a random order.
-    """
+    """Sort the header of a safetensors file, so that its bytes are always the same. The library's order is random."""
     content = path.read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
     header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode().ljust(size)

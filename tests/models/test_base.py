@@ -35,7 +35,7 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-    """Give each test its own copy of the registry, so that a model that it registers is not registered afterwards."""
+    """Give each test its own copy of the registry of models, so that nothing stays registered."""
     monkeypatch.setattr("surm_jax.models.base.MODELS", {**MODELS})
 
 

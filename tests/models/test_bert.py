@@ -56,7 +56,7 @@ LENGTHS = (9, 5, 2)
 
 @functools.cache
 def tiny(**overrides):
-    """Return a tiny model with random parameters, which NumPy draws. All tests share it, so they must not change it."""
+    """Return a tiny model with random parameters. All tests share it, so they must not change it."""
     return materialize(lambda: Bert(BertConfig(**{**TINY, **overrides}), rngs=nnx.Rngs(0)))
 
 
@@ -102,9 +102,7 @@ ORACLE_ACTIVATIONS = {
 
 
 def oracle(model, tokens, mask, types):
-    """Return the logits and hidden states of the published architecture, computed by NumPy in float64.
-
-    To be simple, the function computes them in loops over the sentences and the attention heads.
+    """Return the logits and hidden states of the published architecture, computed in NumPy loops in float64.
 
     Args:
         model: The model whose configuration and parameters are used.

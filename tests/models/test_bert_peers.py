@@ -88,7 +88,7 @@ def ours(name):
 
 
 def as_theirs(name, model):
-    """Return the parameters of our model under the names, and in the shapes, of a checkpoint of `theirs(name)`."""
+    """Return the parameters of our model as a checkpoint of `theirs(name)` holds them."""
     tensors = written_tree(architecture_of(model.config), model)
     if name == "bert":
         tensors = {key.removeprefix("bert."): value for key, value in tensors.items() if key.startswith("bert.")}
@@ -264,9 +264,9 @@ def test_sentence_embeddings_of_real_weights():
         assert relative_error(got, wanted) < 1e-5
 
     def embedding(hidden):
-        """Return the embedding of each sentence, as defined in the README of the pretrained model.
+        """Return the embedding of each sentence: the mean last hidden state of its tokens, scaled to unit length.
 
-        It is the mean of the last hidden state over the tokens that are not padding, divided by its Euclidean norm.
+        The README of the pretrained model defines it so.
         """
         mean = (np.asarray(hidden) * inputs[1][..., None]).sum(1) / inputs[1].sum(1, keepdims=True)
         return mean / np.linalg.norm(mean, axis=1, keepdims=True)

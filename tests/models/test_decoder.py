@@ -95,7 +95,7 @@ def norm(x, scale, c):
 
 
 def turned(x, position, c, local):
-    """Return one head at one position, with every pair of features turned as a complex number."""
+    """Return the features of one head after the rotary position embedding of one position, by complex numbers."""
     half = c.head_width // 2
     own = local and c.local_rope_theta
     out = np.zeros(c.head_width)
@@ -140,7 +140,7 @@ def oracle_attention(c, p, block, x, segments, local):
 
 
 def oracle(model, tokens, segments):
-    """Return the logits and hidden states of one row, computed by NumPy in float64, in loops."""
+    """Return the logits and hidden states of one sequence, computed by NumPy in float64, in loops."""
     c = model.config
     p = {path: value.astype(np.float64) for path, value in parameters(model).items()}
     x = p["embed/embedding"][tokens] * (np.sqrt(c.width) if c.scaled_embed else 1)

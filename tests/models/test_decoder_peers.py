@@ -101,7 +101,7 @@ def ours(name):
 
 
 def batch(padding):
-    """Return tokens and a mask of padding. A negative length stands for a row that is padded at the left."""
+    """Return tokens and a mask of padding. A negative length stands for a sequence that is padded at the left."""
     rng, place = np.random.default_rng(1), np.arange(9)
     mask = np.stack([place < length if length > 0 else place >= 9 + length for length in PADDINGS[padding]])
     return np.where(mask, rng.integers(4, 23, mask.shape), 0), mask
@@ -192,7 +192,7 @@ def test_a_trained_llama(stories):
 
 @pytest.mark.parametrize("dtype", fast(["float32", "bfloat16"]))
 def test_a_merged_llama_loads_in_transformers(stories, dtype, tmp_path):
-    """Check that the merged model equals the adapted one up to the rounding of kernels, and theirs equals it."""
+    """Check that the merged model and that of transformers equal the adapted model, up to the rounding of kernels."""
     base = from_pretrained(stories[2], param_dtype=dtype)
     adapted, adapter = adapt(base, [Rule("attention", LoRA(rank=2)), Rule("mlp", CirculantUpdate())], rngs=nnx.Rngs(0))
     adapted = perturb(adapted, adapter, size=0.02)

@@ -1,7 +1,4 @@
-"""Tests of the layers that all transformers share.
-
-The outputs are compared with the definitions of the layers, computed by NumPy and SciPy.
-"""
+"""Compare the layers that all transformers share with their definitions, computed by NumPy and SciPy."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +36,7 @@ def normal(seed, *shape):
 
 
 def materialize(make):
-    """Return the module that the function `make` builds, with random parameters, which NumPy draws."""
+    """Build a module with `make`, and give it random parameters from NumPy."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
     rng = np.random.default_rng(0)
     flat = [
@@ -233,6 +230,6 @@ class TestCallBlock:
 
 
 def _residuals(loss, state, x, remat):
-    """Return the total size of the arrays that the forward pass of `loss` stores for the backward pass."""
+    """Return the number of entries of the arrays that the forward pass of `loss` stores for the backward pass."""
     _, backward = jax.vjp(lambda state, x: loss(state, x, remat), state, x)
     return sum(leaf.size for leaf in jax.tree.leaves(backward))

@@ -107,12 +107,11 @@ def arrays_of(model):
 
 @functools.cache
 def read_peer(name, fresh=()):
-    """Return our model with the weights of the model `peer(name)`, and the `Architecture` that converts the weights.
+    """Return our model with the weights of `peer(name)`, and the `Architecture` that converted them.
 
     Args:
         name: A name in `CASES` or `OTHERS`.
-        fresh: Prefixes of paths, such as `head/`. The parameters of our model whose paths begin with one of them are
-            not read from the checkpoint, which does not have them.
+        fresh: Prefixes of the paths of parameters that are not in the checkpoint, such as `head/`.
     """
     fields = full_config(peer(name))
     architecture = ARCHITECTURES[fields["model_type"]]

@@ -1,7 +1,4 @@
-"""One case for every registered method: the results that it must compute, and the variables that it trains.
-
-The expected results come from the numpy and scipy functions of `oracles.py`.
-"""
+"""For every registered method, what it must compute (by the NumPy functions of `oracles.py`) and what it trains."""
 
 import dataclasses
 import functools
@@ -324,32 +321,32 @@ SMALL = frozenset({"mlp", "vit"})
 
 
 def is_small(case: str | tuple[str, str]) -> bool:
-    """Return whether a case, a method or a pair (model, method), stands for a small model. A method does."""
+    """Return whether a case is for a small model. A case is a method or a pair (model, method)."""
     return isinstance(case, str) or case[0] in SMALL or case == ("bfloat16_kernels", "dora")
 
 
 def is_quick(case: str | tuple[str, str]) -> bool:
-    """Return whether the fast test run contains a case, which is the name of a method or a pair (model, method)."""
+    """Return whether the fast test run includes a case, the name of a method or a pair (model, method)."""
     return is_small(case) and (case if isinstance(case, str) else case[1]) in QUICK
 
 
 @functools.cache
 def fresh(model: str, method: str) -> tuple[nnx.Module, Adapter]:
-    """Return a model with a new adapter of a method, as at the start of training, and the adapter."""
+    """Return a model with a new adapter, as at the start of training, and the adapter."""
     return adapt(base(model), [CASES[method].rule(model)], train=MODELS[model].train, rngs=nnx.Rngs(1))
 
 
 @functools.cache
 def trained(model: str, method: str) -> tuple[nnx.Module, Adapter]:
-    """Return the model and adapter of `fresh` with noise added to every trained variable, as if it had been trained."""
+    """Return a model and an adapter as `fresh`, with noise added to every trained variable, as if after training."""
     adapted, adapter = fresh(model, method)
     return perturb(adapted, adapter), adapter
 
 
 def changes(model: str, method: str, adapted: nnx.Module, name: str = "default") -> dict[str, np.ndarray]:
-    """Return a dictionary from the path of each adapted layer to the change that the adapter must make to its kernel.
+    """Return the change that the adapter must make to the kernel of each adapted layer, by the path of the layer.
 
-    The oracle of the method computes the changes in float64 from the arrays of the adapter.
+    It is computed by NumPy in float64 from the arrays of the adapter.
 
     Args:
         model: The name of the base model.
@@ -367,12 +364,12 @@ def changes(model: str, method: str, adapted: nnx.Module, name: str = "default")
 
 
 def bare(model: str, adapted: nnx.Module, added: dict[str, np.ndarray] | None = None) -> nnx.Module:
-    """Return the base model, with the values that its parameters have in `adapted`, such as those of the trained head.
+    """Return the model without its adapters, with the values that its own parameters have in `adapted`.
 
     Args:
         model: The name of the base model.
         adapted: The adapted model.
-        added: Dense changes that are added to the kernels, as a dictionary from the path of a layer to its change.
+        added: Dense matrices to add to the kernels, by the path of the layer.
     """
     tuned, graphdef, state = parameters(adapted), *nnx.split(base(model))
     flat = []
@@ -387,9 +384,9 @@ def bare(model: str, adapted: nnx.Module, added: dict[str, np.ndarray] | None = 
 
 
 def with_oracles(model: nnx.Module, branches: dict[str, list[Callable[[np.ndarray], np.ndarray]]]) -> nnx.Module:
-    """Change modules in place, so that NumPy functions of a module's output are added to this output. Return the model.
+    """Make modules add NumPy functions of their output to it, in place, and return the model.
 
-    The functions run outside of JAX, so that the returned model cannot be compiled.
+    The functions run outside of JAX, so the model cannot be compiled.
 
     Args:
         model: The model.
@@ -411,11 +408,11 @@ def with_oracles(model: nnx.Module, branches: dict[str, list[Callable[[np.ndarra
 
 
 def expected_output(model: str, methods: dict[str, str], adapted: nnx.Module, x: jnp.ndarray) -> jnp.ndarray:
-    """Return the output that an adapted model must have, computed with the oracles of its methods.
+    """Return the output that an adapted model must have, computed with NumPy functions instead of adapters.
 
     Args:
         model: The name of the base model.
-        methods: A dictionary from the name of each adapter to the name of its method.
+        methods: The name of the method of each adapter, by the name of the adapter.
         adapted: The adapted model, which has the arrays of all adapters.
         x: The input.
     """

@@ -39,7 +39,7 @@ class MLP(nnx.Module):
 
 
 class Gated(nnx.Linear):
-    """A linear layer as users may write it: `__call__` has an additional argument, and changes the input and output."""
+    """A linear layer as users may write it: `__call__` takes one more argument, and changes input and output."""
 
     def __call__(self, x, gain=1.5):
         return gain * jax.nn.relu(super().__call__(2.0 * x))
@@ -89,9 +89,9 @@ MLP_CASE = ModelCase(
 
 
 def encoder_case(make, blocks, width, inputs, vocabulary=0):
-    """Return the `ModelCase` of a transformer of this package.
+    """Return the `ModelCase` of a transformer encoder of this package.
 
-    The updates are in the query and value layers, the branches after attention and MLP, and the head is trained.
+    The query and value layers get updates, attention and MLP get branches, and the head is trained.
     """
     return ModelCase(
         make,
@@ -146,10 +146,7 @@ MODELS = {
 
 
 def materialize(make: Callable[[], nnx.Module]) -> nnx.Module:
-    """Return a model with random parameters from NumPy, which are the same in every process.
-
-    The initialisers of the model are not compiled.
-    """
+    """Return a model with random parameters from NumPy, the same in every process."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
     rng = np.random.default_rng(0)
     flat = [
@@ -174,7 +171,7 @@ def inputs(name: str) -> jax.Array:
 
 
 def by_path(state: nnx.State) -> dict[str, nnx.Variable]:
-    """Return a dictionary from path to variable for a state. The keys of a path are joined by `/`."""
+    """Return the variables of a state by path, with the keys of a path joined by `/`."""
     return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
@@ -203,7 +200,7 @@ def parameters(model: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def adapter_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Return a dictionary from path to array for all trained and constant arrays of adapters, without scales."""
+    """Return all trained and constant arrays of adapters by path, without scales."""
     state = nnx.state(model, nnx.Any(AdapterParam, AdapterConstant))
     return {path: np.asarray(v[...]) for path, v in by_path(state).items()}
 
@@ -214,14 +211,14 @@ def trainable_paths(model: nnx.Module, adapter) -> set[str]:
 
 
 def part_arrays(model: nnx.Module, path: str, slot: str, name: str = "default") -> dict[str, np.ndarray]:
-    """Return a dictionary from name to array, in float64, for one part of an adapter."""
+    """Return the arrays of one part of an adapter in float64, by name."""
     prefix = f"{path}/{slot}/{name}/".removeprefix("/")
     found = {where: array for where, array in adapter_arrays(model).items() if where.startswith(prefix)}
     return {where.removeprefix(prefix): array.astype(np.float64) for where, array in found.items()}
 
 
 def perturb(model: nnx.Module, adapter, seed: int = 2, size: float = 0.3) -> nnx.Module:
-    """Return the model with noise added to all variables that the adapter trains, as if it had been trained."""
+    """Return the model with noise added to all variables that the adapter trains, as if after training."""
     graphdef, trainable, frozen = nnx.split(model, adapter.trainable, ...)
     rng = np.random.default_rng(seed)
     noise = lambda a: jnp.asarray(np.asarray(a) + size * rng.normal(size=a.shape), a.dtype)  # noqa: E731

@@ -1,4 +1,4 @@
-"""A small model, and its computation in NumPy, for tests with several adapters on one base model."""
+"""A small model, and its output computed by NumPy, for tests with several adapters on one base model."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -48,11 +48,10 @@ def expected(
     """Return the output of a `Net`, computed by numpy in float64.
 
     Args:
-        model: The model. Its adapters are ignored: only the parameters of the base model are used.
+        model: The model, whose adapters are ignored.
         x: The input.
-        changes: A dictionary from the path of a layer to a dense matrix that is added to its kernel.
-        branches: A dictionary from the path of a layer to a function of the layer's output. Its result is added to this
-            output.
+        changes: Dense matrices to add to the kernels, by the path of the layer.
+        branches: Functions of a layer's output, by the path of the layer. Their results are added to the output.
     """
     p = {path: array.astype(np.float64) for path, array in parameters(model).items()}
     changes, branches = changes or {}, branches or {}
@@ -71,10 +70,7 @@ def expected(
 def tuned(
     model: nnx.Module, method: Update, *, target: str = BODY, seed: int = 1, name: str = "default", **options
 ) -> tuple[nnx.Module, Adapter]:
-    """Return the model with one more adapter, and the adapter.
-
-    The variables that the adapter trains have noise added to them, as if they had been trained.
-    """
+    """Return the model with one more adapter, and the adapter, with noise added to what it trains."""
     train = options.pop("train", ())
     model, adapter = adapt(model, [Rule(target, method, **options)], train=train, name=name, rngs=nnx.Rngs(seed))
     return perturb(model, adapter, seed, size=0.5), adapter

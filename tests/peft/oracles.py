@@ -1,4 +1,4 @@
-"""What the methods must compute, by NumPy and SciPy, and the shapes that arrays must have in adapter files."""
+"""What every method must compute, by NumPy and SciPy, and the shapes that its arrays have in adapter files."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def circulant(c: np.ndarray, m: int, n: int) -> np.ndarray:
-    """Return the (m, n) circulant that multiplies row vectors, `x @ M`. It is the transpose of the paper's matrix."""
+    """Return the (m, n) circulant M for `x @ M`, the transpose of the paper's matrix."""
     return scipy.linalg.circulant(c).T[:m, :n]
 
 
@@ -93,8 +93,8 @@ def low_rank_shapes(m, n):
 def low_rank_kronecker_shapes(m, n, terms, side, rank):
     """Return the shapes of the stored arrays of a sum of `terms` Kronecker products, by name.
 
-    In each product, the first factor has the shape (side, side), and the second factor is `down @ up` with the given
-    rank. The second factor is stored as a whole if it has fewer entries than `down` and `up` together.
+    The first factors have the shape (side, side), and the second factors are `down @ up` with the given rank. They are
+    stored as a whole if that takes fewer entries.
     """
     m2, n2 = m // side, n // side
     if m2 * n2 < rank * (m2 + n2):

@@ -32,7 +32,7 @@ def adapt_mlp(*rules, train=()):
 
 
 def kinds(model):
-    """Return a dictionary from the path of each adapted layer to the name of the matrix family of its update."""
+    """Return the matrix family of each adapted layer's update, by the path of the layer."""
     return {path: type(delta.stored()).__name__ for path, _, delta, _ in iter_parts(model)}
 
 

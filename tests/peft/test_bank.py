@@ -44,7 +44,7 @@ def _serve(graphdef, state, x, ids):
 
 
 def serve(bank, x, ids):
-    """Return the output of a bank for the adapter index of each example. Banks of equal structure share one program."""
+    """Return the output of a bank, given the adapter of each example. Banks of equal structure share one program."""
     graphdef, state = nnx.split(bank)
     return _serve(graphdef, state, x, jnp.asarray(ids))
 
@@ -60,7 +60,7 @@ def saved(folder, base, methods, **options):
 
 
 def alone(folders, base, x, ids):
-    """Return the output of each example, computed by a model that has only this example's adapter."""
+    """Return the output of each example from a model with only this example's adapter."""
     every = [run(load_adapter(folder, base)[0], x) for folder in folders]
     outputs = jnp.stack([every[number][i] for i, number in enumerate(ids)])
     # Any two adapters must give different outputs, since otherwise a wrong choice would not be noticed.

@@ -33,7 +33,7 @@ SHAPES = {"body/0": (6, 8), "body/1": (8, 6)}
 
 
 def circulants(model, name="default", alpha=1.0):
-    """Return a dictionary from layer path to the dense matrix that a circulant update adds, computed by NumPy."""
+    """Return the matrix that a circulant update adds to each kernel, by NumPy and by the path of the layer."""
     found = {path: part_arrays(model, path, "delta", name) for path in SHAPES}
     return {path: alpha * circulant(found[path]["r1"] * found[path]["r2"], *SHAPES[path]) for path in SHAPES}
 
@@ -43,9 +43,9 @@ def low_ranks(model, name="converted", factor=1.0):
 
 
 def truncated(matrix, rank):
-    """Return the nearest matrix of a given rank, which keeps the largest singular values, and its relative error.
+    """Return the nearest matrix of a given rank and its relative error.
 
-    By the theorem of Eckart and Young, the error is the norm of the other singular values, relative to that of all.
+    Both come from the SVD: the error is the norm of the dropped singular values, relative to that of all.
     """
     U, S, Vt = np.linalg.svd(matrix, full_matrices=False)
     return (U[:, :rank] * S[:rank]) @ Vt[:rank], float(np.linalg.norm(S[rank:]) / np.linalg.norm(S))

@@ -1,7 +1,7 @@
-"""The number of parameters that every method trains on known models, compared with expected numbers.
+"""Check the number of parameters that every method trains on ViT-B/16 and BERT-base.
 
-The models are abstract, so that no weights are allocated. The numbers for the structured methods are those of arXiv
-2406.17740: 55,296 on Q, K and V, and 36,864 on Q and V. The other numbers are computed by the formulas in this file.
+The expected numbers of structured methods are those of arXiv 2406.17740: 55,296 on Q, K and V, and 36,864 on Q and V.
+The others come from the formulas in this file. The models are abstract, so that no weights are allocated.
 """
 
 import functools

@@ -40,10 +40,7 @@ def saved(tmp_path):
 
 
 def edit_config(folder, change):
-    """Change the JSON file of a folder in place by the function `change`, and then correct the SHA-256 in it.
-
-    If `change` itself sets the SHA-256, it is not corrected.
-    """
+    """Change the JSON file of a folder by the function `change`, and correct its SHA-256 unless `change` sets it."""
     config = json.loads((folder / CONFIG).read_text())
     before = config["sha256"]
     change(config)
@@ -55,7 +52,7 @@ def edit_config(folder, change):
 
 
 def edit_tensors(folder, change):
-    """Change the tensor file of a folder in place, and correct the SHA-256, so that the checks after it are tested."""
+    """Change the tensor file of a folder in place and correct the SHA-256, so that the later checks are reached."""
     tensors = load_file(folder / TENSORS)
     change(tensors)
     (folder / TENSORS).write_bytes(save(tensors))

@@ -47,11 +47,11 @@ from tests.peft.oracles import circulant, kronecker, low_rank
 
 @functools.cache
 def three():
-    """Return a model with the update adapters "one" and "two" and the branch adapter "side", and what they add.
+    """Return a model with two update adapters, "one" and "two", and a branch adapter "side", and what they add.
 
     Returns:
-        The model, the adapters by name, the dense changes of kernels by adapter name and layer path, and a function of
-        a layer's output that returns the branch's term. NumPy computes the changes and the term.
+        The model, the adapters by name, the changes of kernels by adapter and layer path, and a function of a layer's
+        output that returns what the branch adds. NumPy computes the last two.
     """
     model, one = tuned(net(), CirculantUpdate(alpha=0.7), name="one", seed=1)
     model, two = tuned(model, LoRA(rank=2, alpha=3.0), name="two", target="body/0|head", seed=2)
@@ -73,7 +73,7 @@ def three():
 
 
 def oracle(x, scales):
-    """Return the output that the model of `three` must have, computed by NumPy.
+    """Compute the output that the model of `three` must have, by NumPy.
 
     `scales` maps names of adapters to scales. All other adapters have the scale 0.
     """

@@ -55,7 +55,7 @@ TREES["nnx"] = (
 
 
 def flat(tree):
-    """Return a dictionary from path to leaf of a tree. Unlike the tested code, this does not use `jax.tree_util`."""
+    """Return the leaves of a tree by path, without `jax.tree_util`, which the tested code uses."""
     if isinstance(tree, dict | flax.core.FrozenDict):
         items = tree.items()
     elif isinstance(tree, list | tuple):

@@ -1,4 +1,4 @@
-"""Tests that every function of the package works with methods of users, whose parts add no structured matrix."""
+"""Check that every function of the package works with methods of users, which add no structured matrix."""
 
 import functools
 import importlib
@@ -56,7 +56,7 @@ SHAPES = {"body/0": (6, 8), "body/1": (8, 6)}
 
 @pytest.fixture(autouse=True, scope="module")
 def own():
-    """Yield the module `own_method.py`. Its methods are registered while the tests of this file run."""
+    """Yield the module `own_method.py`, with its methods registered during the tests of this file."""
     module = importlib.import_module("tests.peft.own_method")
     METHODS.update(modulation=module.Modulation, gate=module.Gate)
     yield module
@@ -68,13 +68,13 @@ def kernel(path):
 
 
 def changes(model, name="default"):
-    """Return a dictionary from layer path to the dense matrix, by NumPy, that `Modulation` adds to the kernel."""
+    """Return the matrix that `Modulation` adds to each kernel, by NumPy and by the path of the layer."""
     found = {path: part_arrays(model, path, "delta", name) for path in SHAPES}
     return {path: kernel(path) * np.outer(found[path]["u"], found[path]["v"]) for path in SHAPES}
 
 
 def gates(model, name="default"):
-    """Return a dictionary from layer path to a NumPy function that maps the layer's output to the term of `Gate`."""
+    """Return a NumPy function from a layer's output to what `Gate` adds, for each layer path."""
     found = {path: part_arrays(model, path, "branch", name)["g"] for path in SHAPES}
     return {path: functools.partial(np.multiply, np.tanh(g)) for path, g in found.items()}
 

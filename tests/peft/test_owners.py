@@ -1,4 +1,4 @@
-"""Tests of adapters that train parameters of the base model, or move its statistics, in one model with others."""
+"""Test adapters that train parameters of the base model, or change its running statistics, beside other adapters."""
 
 import itertools
 

@@ -5,10 +5,7 @@ import pytest
 
 
 def _augreg_arrays(*, image_size, patch_size, channels=3, width, depth, heads, mlp_width, num_classes, **_):
-    """Return random arrays for an AugReg file of a ViT with these sizes.
-
-    Their names and shapes are those in files that the repository vision_transformer writes.
-    """
+    """Return random arrays of a ViT with these sizes, under the names and in the shapes of an AugReg file."""
     rng = np.random.default_rng(7)
 
     def normal(*shape, scale=1.0):

@@ -20,7 +20,7 @@ def layer_norm(x, scale, bias):
 
 
 def oracle(arrays, images, pool):
-    """Return the logits of the published architecture, computed in float64 NumPy from the arrays of the file."""
+    """Return the logits of the published architecture, computed by NumPy in float64 from the arrays of the file."""
     a = {key: value.astype(np.float64) for key, value in arrays.items()}
     images = images.astype(np.float64)
     p = a["embedding/kernel"].shape[0]
@@ -56,7 +56,7 @@ def oracle(arrays, images, pool):
 
 @pytest.fixture
 def read(tmp_path, augreg_arrays, tiny_geometry):
-    """A function that loads a tiny ViT from an npz file and returns it with the arrays of the file.
+    """A function that writes a tiny ViT to an npz file, loads it, and returns the model and the arrays of the file.
 
     A test may pass a function that changes the arrays before they are written.
     """

@@ -13,7 +13,7 @@ CONFIGS = [ViTConfig.from_variant("digits", num_classes=3), BertConfig.from_vari
 def test_every_other_field_is_compared(config):
     """Check that `require_same` compares every field, except those that may differ between file and model.
 
-    The stored value is a meaningless string, since a file may hold any value.
+    The value in the file is a meaningless string, since a file may hold any value.
     """
     for field in dataclasses.fields(config):
         stored = dataclasses.replace(config)

@@ -17,7 +17,7 @@ HALF = len(CONTENT) // 2
 
 
 class Handler(BaseHTTPRequestHandler):
-    """A handler that serves `server.content`. The other attributes of the server determine how it answers."""
+    """An HTTP handler that serves `server.content`. The other attributes of the server say how it answers."""
 
     def do_GET(self):
         server = self.server
@@ -71,12 +71,12 @@ def server(monkeypatch, tmp_path):
 
 
 def left(url):
-    """Return the size of each file in the folder of the download, by name. The lock file is left out."""
+    """Return the size of each file in the folder of a download, by name, without the lock file."""
     return {path.name: path.stat().st_size for path in cache_path(url).parent.iterdir() if path.suffix != ".lock"}
 
 
 def cut(server, most=HALF):
-    """Call `download` with a connection that breaks after `most` bytes, and return the error message."""
+    """Download with a connection that breaks after `most` bytes, and return the error message."""
     server.most = most
     with pytest.raises(UserError) as error:
         download(server.url)
@@ -169,7 +169,7 @@ def test_the_wrong_range_is_not_appended(server):
 
 
 def test_parts_of_a_process_that_was_killed(server):
-    """Check that a download is not resumed if the version of the partial file is unknown."""
+    """Check that a download starts from the beginning if the version of the partial file is unknown."""
     part = cache_path(server.url).with_name("vit.npz.part")
     part.parent.mkdir(parents=True)
     part.write_bytes(b"of another file")

@@ -1,4 +1,4 @@
-"""Tests of downloads from the Hub, with a local server that answers as the Hub does."""
+"""Test downloads from the Hugging Face Hub with a local server that answers as the Hub does."""
 
 import contextlib
 import hashlib
@@ -147,7 +147,7 @@ def test_the_preprocessor_of_an_image_model(fake):
 
 
 def cached_without_tokenizer(fake, *names):
-    """Return the cached folder of a model with only `names` of the tokenizer, as another library may leave it."""
+    """Return the cached folder of a model that lacks files of the tokenizer, except for `names`."""
     fake.repositories["google/bert"] = {"main": TEXT | TOKENIZERS[0]}
     for name in (*TEXT, *names):
         folder = Path(hub.hf_hub_download("google/bert", name)).parent

@@ -1,4 +1,4 @@
-"""Tests of the settings of image processors, beside the processors of transformers with Pillow as backend."""
+"""Compare the preparation of images with the image processors of transformers, which use Pillow here."""
 
 import io
 import itertools
@@ -19,7 +19,7 @@ from surm_jax.pretrained.image_processor import CLIP, HALF, IMAGENET, PROCESSORS
 
 
 def write(folder, model_type="vit", nested=False, **settings):
-    """Write a folder with the settings of an image processor, in one of the two places, and return it."""
+    """Write the settings of an image processor in one of the two possible files, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     if settings and nested:
@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def peer():
-    """Return a function that loads the processor of a folder with transformers, with Pillow as backend."""
+    """Return a function that loads the processor of a folder with transformers."""
     reason = "compares with a PyTorch library: pip install -r requirements-peers.txt"
     transformers = pytest.importorskip("transformers", reason=reason)
     return lambda folder: transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
@@ -44,7 +44,7 @@ def peer():
 
 @pytest.fixture(scope="module")
 def photographs(request):
-    """Real photographs of several shapes, as uint8 arrays. Without the data folder, smooth random images."""
+    """Photographs of several shapes, as uint8 arrays, or smooth random images without the data folder."""
     path = request.config.rootpath.parent / "shared" / "data" / "vtab" / "caltech101_test.npz"
     if not path.is_file():
         rng = np.random.default_rng(0)
@@ -98,13 +98,13 @@ def test_the_constants_are_those_of_transformers(peer):
 
 
 def pixels(processor, image):
-    """Return an image of (height, width, channels) as transformers prepares it."""
+    """Return an image, (height, width, channels), as transformers prepares it."""
     theirs = processor(Image.fromarray(image.squeeze()), return_tensors="np")["pixel_values"][0]
     return np.moveaxis(theirs, 0, -1)
 
 
 def require_equal(ours, theirs, preparation):
-    """Check that the pixels are equal within one grey level of 255, and on average within a tenth of it."""
+    """Check that two images differ by at most one grey level of 255, and on average by at most a tenth of it."""
     level = 1 / (255 * np.min(preparation.normalization.std))
     assert ours.shape == theirs.shape
     assert np.abs(ours - theirs).max() <= 1.01 * level + 1e-5 * np.abs(theirs).max()
@@ -147,7 +147,7 @@ def test_grey_images_become_colour_if_the_folder_says_so(folder, peer):
 
 
 def random_settings(rng):
-    """Return random settings, many of them meaningless, of which each is missing with probability 1/2."""
+    """Return random settings, many of them meaningless. Each is missing with probability 1/2."""
 
     def pick(*values):
         return values[rng.integers(len(values))]

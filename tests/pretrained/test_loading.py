@@ -107,7 +107,7 @@ def test_unknown_formats(checkpoint, tiny_geometry, tmp_path):
 def test_every_parameter_is_where_it_is_wanted(checkpoint, initial, tiny_geometry):
     """Check that read and initialised parameters have the sharding that the function `sharding` returns.
 
-    The function splits arrays over 8 devices if they have an axis whose size is divisible by 8, and replicates others.
+    It splits arrays over 8 devices if 8 divides the size of an axis, and replicates the others.
     """
     geometry = {**tiny_geometry, "num_classes": 16}
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -226,7 +226,7 @@ def test_memory_is_the_model_once(tmp_path):
 
 
 def write_zeros(folder, fields):
-    """Write a folder of transformers with this `config.json`, whose arrays are all zeros."""
+    """Write a folder of transformers with this `config.json` and arrays of zeros."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))
     model, config = model_config(folder)

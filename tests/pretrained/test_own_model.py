@@ -54,7 +54,7 @@ def folder(tmp_path):
 
 
 def oracle(tensors, images):
-    """Return the logits of the model with these arrays, computed in float64 NumPy."""
+    """Return the logits of the model with these arrays, computed by NumPy in float64."""
     a = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
     patches = images.astype(np.float64)[..., 0].reshape(len(images), 2, 4, 2, 4).transpose(0, 1, 3, 2, 4)
     x = patches.reshape(len(images), 4, 16) @ a["body.embed.weight"].reshape(6, 16).T + a["body.embed.bias"]

@@ -59,7 +59,7 @@ class TestBicubic:
     @pytest.mark.parametrize(("old", "new"), [(14, 24), (14, 7), (2, 3), (3, 2), (5, 1), (1, 4)])
     @pytest.mark.parametrize("extra_tokens", [0, 2])
     def test_equals_jax(self, old, new, extra_tokens):
-        """Compare with `jax.image.resize`, which has the same kernel. JAX's own tests compare it with PyTorch."""
+        """Compare with `jax.image.resize`, which has the same kernel and is tested against PyTorch."""
         embed = random(1, old * old + extra_tokens, 6)
         resized = resize_position_embed_bicubic(embed, (1, new * new + extra_tokens, 6), extra_tokens=extra_tokens)
         grid = embed[0, extra_tokens:].reshape(old, old, 6)

@@ -22,9 +22,9 @@ PLACE = {"next": 3, "nested": {"seed": [1, 2]}}
 
 
 def state_at(step, width=5, extra=False):
-    """Return a training state whose arrays are different for each step.
+    """Return a training state with different arrays for each step.
 
-    Its arrays include a denormal number, negative zero and infinity, so that a test finds inexact storage.
+    They include a denormal number, negative zero and infinity, so that a test finds inexact storage.
 
     Args:
         step: The number of updates.

@@ -12,7 +12,7 @@ from surm_jax.record.inputs import check_inputs, check_recorded_files, describe_
 
 
 def write_set(folder, **changes):
-    """Write a set of two files into a new folder, and return their paths."""
+    """Write two files, which together are one input of a run, into a new folder, and return their paths."""
     folder.mkdir()
     for name, content in {"features": "{}", "train": "0123456789", **changes}.items():
         (folder / name).write_text(content)

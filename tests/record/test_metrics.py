@@ -104,7 +104,7 @@ def test_a_damaged_line_in_the_middle_is_an_error_with_its_number(tmp_path):
 
 
 class Recorder:
-    """A replacement for the writer, the progress and the stopwatch of a `StepLog`, which records all calls."""
+    """Records all calls of a `StepLog`. It replaces the writer, the progress and the stopwatch."""
 
     def __init__(self):
         self.written, self.shown, self.advanced, self.counted = [], [], 0, 0

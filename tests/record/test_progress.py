@@ -16,7 +16,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A replacement for the module `time`, whose clock changes only when the test changes its attribute `now`."""
+    """Replaces the module `time` by a clock that shows the attribute `now`, which the test sets."""
 
     class Clock:
         now = 100.0

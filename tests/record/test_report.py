@@ -92,7 +92,7 @@ def picture(folder, model):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """A list of all Matplotlib figures that the report has drawn so far in this test."""
+    """All Matplotlib figures that the report has drawn so far in this test."""
     made = []
 
     class Kept(Figure):

@@ -21,13 +21,13 @@ def changed(**values):
 
 
 def opened(folder, config):
-    """Open the folder of a run with a configuration, and close it again."""
+    """Open the folder of a run with a configuration, and close it."""
     with open_workdir(folder, to_dict(config), complete):
         pass
 
 
 def begun(folder, config=CONFIG):
-    """Make the folder of a run that has started training, so that it holds more files than the configuration."""
+    """Make the folder of a run that has begun to train, which holds more than the configuration."""
     opened(folder, config)
     (folder / "metrics.jsonl").write_text("")
 

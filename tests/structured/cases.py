@@ -1,6 +1,6 @@
-"""Contract tests, which every structured matrix must pass. They are methods of base classes of test classes.
+"""Tests that every structured matrix must pass, as base classes of test classes.
 
-The tests compare a structured matrix with a dense matrix that a subclass of the base class builds by NumPy or SciPy.
+They compare a structured matrix with a dense matrix that a subclass of the base class builds by NumPy or SciPy.
 
 - `MatrixContract` is for any structured matrix.
 - `StructuredMatrixContract` is for a family, which also has the methods `init` and `nearest`.
@@ -60,7 +60,7 @@ class MatrixContract:
     family: type[StructuredMatrix]
 
     def abstract(self, shape: tuple[int, int]) -> StructuredMatrix:
-        """Return a matrix of the class under test whose leaves are `jax.ShapeDtypeStruct`s in float32.
+        """Return a matrix of the class under test without arrays: its leaves are float32 `jax.ShapeDtypeStruct`s.
 
         Args:
             shape: `(in_features, out_features)`.
@@ -79,14 +79,13 @@ class MatrixContract:
         raise NotImplementedError
 
     def path(self, name: str) -> str:
-        """Return the key path of the array `name` in the pytree, in the form that `jax.tree_util.keystr` returns."""
+        """Return the path of the array `name` in the pytree, as `jax.tree_util.keystr` writes it."""
         return f".{name}"
 
     def field(self, name: str) -> str:
-        """Return the name of the array `name` in the term or factor to which it belongs.
+        """Return the name that an array has in its own term or factor, such as `c` for `terms_0_c` in a sum.
 
-        For example, the array with the name `terms_0_c` in a sum has the name `c` in the first term. If the matrix does
-        not consist of other matrices, the name is returned unchanged.
+        In a matrix that does not consist of other matrices, it is `name` itself.
         """
         return name
 
@@ -104,14 +103,14 @@ class MatrixContract:
         return self.dense({k: np.asarray(v, np.float64) for k, v in leaves.items()}, shape)
 
     def tangents(self, matrix) -> dict[str, np.ndarray]:
-        """Return the derivatives of the dense form with respect to every parameter.
+        """Return the derivatives of the dense form by every parameter.
 
-        The dense form is an affine function of each single parameter if all other parameters are fixed. So if one
-        parameter grows by 1, the change of the dense form is the exact derivative, up to rounding.
+        The dense form is an affine function of each single parameter. So its change when the parameter grows by 1 is
+        the exact derivative, up to rounding.
 
         Returns:
-            A dictionary from the name of each array of parameters to the derivatives with respect to its entries, an
-            array of shape (number of entries, in_features, out_features).
+            A dictionary from the name of each array to the derivatives by its entries, an array of shape (number of
+            entries, in_features, out_features).
         """
         leaves = {k: np.asarray(v, np.float64) for k, v in matrix.arrays().items()}
         here, result = self.dense(leaves, matrix.shape), {}
@@ -177,10 +176,7 @@ class MatrixContract:
     @pytest.mark.usefixtures("x64")
     @pytest.mark.parametrize("shape", fast([(7, 7), (5, 12)], (5, 12)), ids=str)
     def test_absorb_gives_the_multiple_of_the_same_structure(self, shape):
-        """Check `absorb` with a Python number and with a traced array.
-
-        With the traced array, JAX must not compile the function again for another value of the array.
-        """
+        """Check `absorb` with a Python number and with a traced array, for which nothing may be compiled twice."""
         matrix, M = self.create(shape)
         x, traces = np.random.default_rng(1).normal(size=(4, shape[0])), []
         scaled = matrix.absorb(-1.5)
@@ -382,7 +378,7 @@ class StructuredMatrixContract(MatrixContract):
     family: type[Family]
 
     def options(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Return the options that the tests pass to `init` and `nearest`. By default they are those of a small matrix.
+        """Return the options with which the tests call `init` and `nearest`, by default those of a small matrix.
 
         Args:
             shape: `(in_features, out_features)`.
@@ -391,17 +387,11 @@ class StructuredMatrixContract(MatrixContract):
         return next(filter(None, (self.family.options_within(shape, size) for size in (3 * max(m, n), m * n))), {})
 
     def example(self) -> Family:
-        """Return a small matrix of the family, by default `Family.example()`.
-
-        A subclass whose tests use other options than `Family.example()` returns a matrix with these options.
-        """
+        """Return a small matrix of the family. A subclass overrides it if its tests use other options."""
         return self.family.example()
 
     def nearest_options(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Return the options that the tests pass to `nearest`.
-
-        If `nearest` is an iterative search, the tests by default let it make no steps.
-        """
+        """Return the options with which the tests call `nearest`. An iterative search makes no steps by default."""
         return self.options(shape) | ({"steps": 0} if self.family.searches else {})
 
     def abstract(self, shape):
@@ -468,9 +458,9 @@ class StructuredMatrixContract(MatrixContract):
 
 
 class ProjectionContract(StructuredMatrixContract):
-    """The tests of a family whose method `nearest` computes the best approximation in closed form.
+    """The tests of a family whose method `nearest` computes the best approximation by a formula.
 
-    For families whose `nearest` is an iterative search, the test classes of the families test this method.
+    The test classes of the other families test their searches.
     """
 
     @pytest.mark.usefixtures("x64")

@@ -1,6 +1,6 @@
-"""Selection of the contract tests of matrices that run by default. The others get the mark `exhaustive`.
+"""Choose which of the tests that every matrix must pass belong to the fast run. The others are marked `exhaustive`.
 
-The contract tests are the tests in `MatrixContract` and its subclasses, which every kind of matrix must pass.
+These are the tests in `MatrixContract` and its subclasses.
 """
 
 import pytest
@@ -27,7 +27,7 @@ They test the values of the matrix, its gradients, its initialisation, and its a
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Mark all other contract tests as `exhaustive`. Tests that a test class itself defines do not get the mark."""
+    """Mark the tests that are not chosen as `exhaustive`, except for those that a test class itself defines."""
     for item in items:
         cls = getattr(item, "cls", None)
         if cls is None or not issubclass(cls, MatrixContract) or cls.__name__ in THOROUGH:

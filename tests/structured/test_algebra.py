@@ -1,7 +1,4 @@
-"""Tests of sums, products and multiples of structured matrices.
-
-They are the contract tests, tests of the operators that build these matrices, and tests of invalid terms and factors.
-"""
+"""Tests of sums, products and multiples of structured matrices, of their operators, and of invalid operands."""
 
 import re
 
@@ -74,7 +71,7 @@ class TestScaledSum(CompositeContract):
 def parts():
     """Return three 3 x 3 matrices and their dense forms, which are written by hand.
 
-    None of the matrices is symmetric, so a test fails if the code under test transposes one of them by mistake.
+    None of them is symmetric, so a test fails if one is transposed by mistake.
     """
     C = Circulant(jnp.array([1.0, 2.0, 4.0]), shape=(3, 3))
     L = LowRank(down=jnp.array([[1.0], [10.0], [100.0]]), up=jnp.array([[1.0, 2.0, 3.0]]))

@@ -1,8 +1,4 @@
-"""Tests of `refine`, which optimises the parameters of a structured matrix so that it approximates a dense target.
-
-Its results are compared with the best approximations, which are known in closed form in these tests. Other tests pass
-invalid arguments.
-"""
+"""Compare the matrices that `refine` finds with best approximations by formulas, and test invalid arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +28,9 @@ def relative_error(matrix, target) -> float:
 
 
 def best_error(target) -> float:
-    """Return the relative error of the best approximation of rank 3, which a truncated SVD gives.
+    """Return the relative error of the best approximation of rank 3, by an SVD.
 
-    The matrix that `start` returns has rank 3. `refine` keeps this rank, so it cannot reach a smaller error.
+    `refine` keeps the rank of its start, which is 3, so it cannot reach a smaller error.
     """
     singular = np.linalg.svd(np.asarray(target, np.float64), compute_uv=False)
     return np.linalg.norm(singular[3:]) / np.linalg.norm(singular)
@@ -133,10 +129,7 @@ TRACES = []
 
 @matrix_pytree
 class Row(StructuredMatrix):
-    """A matrix whose columns all equal `c ** 2`.
-
-    To count how often JAX traces its dense form, each trace appends an item to `TRACES`.
-    """
+    """A matrix whose columns all equal `c ** 2`. Each time JAX traces its dense form, `TRACES` gets one more item."""
 
     c: jax.Array
     shape: tuple[int, int] = static()

@@ -12,10 +12,9 @@ from tests.structured.cases import MatrixContract, assert_close
 
 
 def placed_block(shape):
-    """Return the shape and offset of the block with which the contract tests build a `Placed` matrix of this shape.
+    """Return the shape and offset of the block for a `Placed` matrix of this shape.
 
-    The block covers all rows but the first and all columns but the last. In a matrix with only one row, the block
-    covers this row, because a block must not be empty. The same holds for a matrix with only one column.
+    It covers all rows but the first and all columns but the last, or the only row or column.
     """
     m, n = shape
     return (max(1, m - 1), max(1, n - 1)), (min(1, m - 1), 0)

@@ -57,7 +57,7 @@ def start(folder: Path, workdir: Path, steps: int) -> int:
 
 
 def is_over(pid: int) -> bool:
-    """Return whether a child process has ended. If its exit status is not 0, exit this program."""
+    """Return whether a child process has ended. If it failed, exit this program."""
     done, status = os.waitpid(pid, os.WNOHANG)
     if done and status:
         sys.exit(f"a run ended with the status {status} by itself")
@@ -65,7 +65,7 @@ def is_over(pid: int) -> bool:
 
 
 def moments(rng: random.Random, whole: float, workdir: Path) -> Callable[[], bool]:
-    """Choose at random when to kill a run, and return a function that tells whether this moment has come.
+    """Choose a random moment to kill a run, and return a function that says whether it has come.
 
     Args:
         rng: The generator of random numbers.
@@ -89,7 +89,7 @@ def moments(rng: random.Random, whole: float, workdir: Path) -> Callable[[], boo
 def chain(folder: Path, number: int, kills: int, steps: int, whole: float, seed: int) -> Iterator[None]:
     """Kill and resume a run `kills` times, and then let it complete.
 
-    This is a generator that yields whenever it has to wait, so that several chains can take turns.
+    This is a generator, which yields whenever it has to wait, so that several chains can take turns.
 
     Args:
         folder: The folder with the files of the tiny job, in which the folder of the run is made.

@@ -1,4 +1,4 @@
-"""A test that a run cannot be evaluated or resumed with base weights that have changed since it began."""
+"""Check that a run is not evaluated or resumed if the weights of its base model have changed since it began."""
 
 import shutil
 

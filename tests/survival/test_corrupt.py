@@ -1,8 +1,7 @@
 """Tests of unreadable examples and of the limit `config.data.max_corrupt`.
 
-As long as the number of unreadable examples is within the limit, they are skipped and counted, and a warning names
-each of them. All other examples keep their places in the batches. One more unreadable example stops the run with an
-error.
+Within the limit they are skipped and counted, with a warning for each, and all other examples keep their places in the
+batches. One more stops the run with an error.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Tests that damage to any part of any file of a checkpoint or an adapter gives an error that names the folder.
+"""Check that damage to any file of a checkpoint or an adapter gives an error that names the folder.
 
 For a checkpoint, the error also names the earlier checkpoint from which the run can resume.
 """
@@ -39,13 +39,13 @@ def write_checkpoints(folder: Path, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[Path, Path]:
-    """The folders with the checkpoints of two runs that differ only in their seed."""
+    """The folders of the checkpoints of two runs that differ only in their seed."""
     folder = tmp_path_factory.mktemp("runs")
     return write_checkpoints(folder / "one", 0), write_checkpoints(folder / "other", 1)
 
 
 def damaged(content: bytes, other: bytes | None) -> Iterator[tuple[str, bytes | None]]:
-    """Yield pairs of a description of some damage and the damaged content of a file (None if the file is deleted).
+    """Yield descriptions of damage to a file, each with the damaged content (None if the file is deleted).
 
     The file is cut off, one bit is flipped, a part is overwritten with zeros, a byte is appended, or the file is
     deleted or replaced.

@@ -1,8 +1,7 @@
-"""Tests of a full disk: the earlier files do not change, and the error message names the path.
+"""Check that on a full disk the earlier files do not change, and the error message names the path.
 
-Each case runs twice, each time in a process of its own. The first process writes to a file system of one megabyte,
-which is mounted for it. The second process needs no mount. It has a limit on the size of files, at which the kernel
-refuses to write as it does on a full disk.
+Each case runs in two ways, in a process of its own. One writes to a file system of one megabyte that is mounted for it.
+The other has a limit on the size of files, at which the kernel refuses to write as it does on a full disk.
 """
 
 import functools

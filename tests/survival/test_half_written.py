@@ -1,4 +1,4 @@
-"""Tests that a process that is killed while it writes leaves the old or the new file, and never a part of a file."""
+"""Check that a process which is killed while it writes leaves the old or the new file, and never a part of one."""
 
 import os
 import signal
@@ -60,7 +60,7 @@ def test_a_killed_writer(tmp_path):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """A list of all calls of `os.fsync` and `os.replace` so far, as pairs of "sync" or "rename" and the file name."""
+    """All calls of `os.fsync` and `os.replace` so far, as pairs of "sync" or "rename" and the file name."""
     noted = []
     fsync, replace = os.fsync, os.replace
 

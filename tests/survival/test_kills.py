@@ -1,4 +1,4 @@
-"""A test that kills and resumes runs at random moments. They end with the same results as a run never killed."""
+"""Check that runs which are killed at random moments and resumed end with the results of a run that never stopped."""
 
 import os
 import subprocess

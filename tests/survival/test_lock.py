@@ -1,4 +1,4 @@
-"""Tests of the lock of a run's folder: a second run in it is refused, and a killed run does not leave it locked."""
+"""Check that a second run in the folder of a run is refused, and that a killed run does not leave its folder locked."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Tests that the program ends with one message and no traceback if it cannot write, whatever its libraries do."""
+"""Check that the program ends with one message and no traceback if it cannot write."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ def start(tmp_path, tiny_files, *arguments, before=(), stdout=subprocess.DEVNULL
 
 
 def said(run):
-    """Return the lines that a process prints to the standard error, without those about steps and compilation."""
+    """Return the lines that a process prints to the standard error, except those about steps and compilation."""
     lines = run.communicate()[1].splitlines()
     return [line for line in lines if " ETA " not in line and not line.startswith("compiled for")]
 

@@ -1,6 +1,6 @@
-"""Tests that training wastes no time.
+"""Check that training wastes no time.
 
-A run compiles nothing after its second step, and a step copies nothing between host and device.
+After its second step a run compiles nothing, and a step copies nothing between host and device.
 """
 
 import re

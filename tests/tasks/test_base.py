@@ -1,4 +1,4 @@
-"""Tests of the registry of tasks, which finds the task class that accepts a data set."""
+"""Test how the task class that accepts a data set is found."""
 
 import pytest
 

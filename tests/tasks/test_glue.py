@@ -1,7 +1,4 @@
-"""Tests of whole runs on GLUE tasks, from a folder of the library transformers to a result.
-
-They also cover the export of trained models and adapters to the libraries transformers and peft.
-"""
+"""Tests of whole runs on GLUE, from a folder of transformers to a result, and of exports to transformers and peft."""
 
 import dataclasses
 import json
@@ -54,8 +51,7 @@ def rte(files, tmp_path_factory):
 def stsb(files, tmp_path_factory):
     """The folder and the result of a complete run on STS-B, whose labels are scores.
 
-    The task has no accuracy that the curves could show. If they had an empty legend, Matplotlib would give a warning.
-    Here such a warning is an error.
+    A warning of Matplotlib is an error here: without an accuracy, the curves must have no empty legend.
     """
     folder = tmp_path_factory.mktemp("run") / "stsb"
     with warnings.catch_warnings():

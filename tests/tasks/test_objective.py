@@ -8,7 +8,7 @@ CONSTANT = ("f1", "matthews", "pearson", "spearman")
 
 
 def counts(labels, predictions):
-    """Return the numbers of true positives, false positives, true negatives and false negatives of class 1."""
+    """Count the true positives, false positives, true negatives and false negatives of class 1."""
     return [
         int(np.sum((labels == label) & (predictions == prediction)))
         for label, prediction in ((1, 1), (0, 1), (0, 0), (1, 0))

@@ -1,4 +1,4 @@
-"""Fixtures that provide the tiny job of `tests/training/tiny.py` to the tests of this folder."""
+"""Fixtures of the tiny job (`tests/training/tiny.py`)."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -25,5 +25,5 @@ def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def built_for(tiny_files: Path) -> Callable[..., tiny.Built]:
-    """A function that builds the tiny job for a method and values of the configuration. Each job is built only once."""
+    """A function that builds the tiny job for a method and other values of the configuration, each job only once."""
     return functools.cache(lambda method, **overrides: tiny.build(tiny.make_config(tiny_files, method, **overrides)))

@@ -1,7 +1,7 @@
 """The configuration of a tiny job for `launch.py` with several processes, one of which can be made to fail.
 
-The option is `--config=tests/training/processes_job.py:FOLDER`. The folder holds the files that `tiny.write_files` or
-`tiny_text.write_files` has written.
+The option is `--config=tests/training/processes_job.py:FOLDER`. `tiny.write_files` or `tiny_text.write_files` has
+filled the folder.
 
 The environment variable `BEFALLS` makes one process fail. `BEFALLS=1:5:SIGKILL` sends the signal SIGKILL to process 1
 when it moves its fifth batch since its start to the devices. `BEFALLS=1:5:error` raises a `UserError` there instead.

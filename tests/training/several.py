@@ -1,4 +1,4 @@
-"""A function that launches several processes of one run on this machine, for tests of `launch.py`.
+"""Launch several processes of one run on this machine, for tests of `launch.py`.
 
 To start fast, each process is forked from a server process that has already imported all modules.
 """
@@ -23,7 +23,7 @@ PATIENCE = 120
 
 
 class End(NamedTuple):
-    """The end of a process.
+    """How a process ended.
 
     Attributes:
         status: The exit status, or the negative number of the signal that killed the process.

@@ -1,7 +1,4 @@
-"""Functions that build a small ViT or a small BERT, adapted with any method, and a batch for it.
-
-They are for tests of the training step that need no data set, no files and no `Job`.
-"""
+"""Build a small ViT or BERT, adapted with any method, and a batch, without data set, files or `Job`."""
 
 import functools
 from collections.abc import Callable

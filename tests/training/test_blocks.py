@@ -1,7 +1,6 @@
 """Tests of stacked blocks.
 
-Blocks that run in `jax.lax.scan` compute the same as blocks that run in a Python loop. The size of the program with the
-scan does not depend on the number of blocks.
+Blocks that run in `jax.lax.scan` compute the same as in a Python loop, and the program does not grow with their number.
 """
 
 import shutil
@@ -160,7 +159,7 @@ def test_the_base_is_never_twice_in_memory():
 
 
 def test_states_of_training_are_the_same_in_files():
-    """A checkpoint has the same content whether blocks are stacked or not. This includes the optimiser's moments."""
+    """Check that a checkpoint, with the optimiser's moments, does not depend on whether blocks are stacked."""
     states = {}
     for scan in (False, True):
         built = small.build("vit", "lora", depth=3)
@@ -205,7 +204,7 @@ def test_a_run_goes_on_in_a_loop_where_it_was_in_a_scan(tiny_files, tmp_path):
 
 
 def program_size(depth, scan):
-    """Return the line count of the StableHLO text of a training step with AdamW, as a measure of its size.
+    """Return the number of lines of a compiled training step with AdamW, in StableHLO.
 
     Args:
         depth: The number of blocks of the model.

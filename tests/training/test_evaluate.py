@@ -43,7 +43,7 @@ def test_metrics_of_an_odd_number_of_examples(built, expected, devices, batch_si
 
 
 class Pending(np.ndarray):
-    """A fake result of a device. Its values are 0, and become 1 when `evaluate` waits for it by `block_until_ready`."""
+    """A fake result of a device, which is 0 until `evaluate` waits for it by `block_until_ready`, and then 1."""
 
     def block_until_ready(self):
         self.flat[:] = 1

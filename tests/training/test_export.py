@@ -1,4 +1,4 @@
-"""Runs that start from a model folder of the library transformers, and `--mode=export`, which writes such a folder."""
+"""Test runs that start from a folder of transformers, and `--mode=export`, which writes such a folder."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ MEAN, STD = (0.3,), (0.2,)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A model folder in the format of the library transformers, with a file that gives the normalisation of images."""
+    """A model folder of transformers, with a file that says how images are normalised."""
     folder = tmp_path_factory.mktemp("hub") / "vit"
     model = load(None, lambda: ViT(VIT, rngs=nnx.Rngs(3)))
     # Add random numbers to all parameters. The zeros of a new head and the initial values of the blocks would hide

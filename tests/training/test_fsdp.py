@@ -1,6 +1,6 @@
 """Tests of a base model that is split over devices (`config.mesh.fsdp`).
 
-Training and evaluation give the same results as without splitting and take less memory. Only weights are gathered.
+Training and evaluation give the same results with less memory, and only weights are gathered.
 """
 
 import jax
@@ -67,10 +67,9 @@ def test_arguments_take_less_memory_the_more_devices_share_the_base(built_for):
 
 
 def memory(depth, scan):
-    """Return the size of the temporary arrays of a training step, and the size of the base model, in bytes.
+    """Return the size of the temporary arrays of a training step on one device, and of the whole base model, in bytes.
 
-    The base model is split over eight devices. The temporary arrays are those of one device. The size of the base model
-    is that of all devices together. The batch has only one token for each example, so that the activations are small
+    The base model is split over eight devices. Each example has only one token, so that the activations are small
     compared with the weights.
 
     Args:

@@ -1,4 +1,4 @@
-"""Tests that a run notices when it would read something else than at its start, and that what it reads may move."""
+"""Check that a run notices if the files that it reads have changed since its start, and that they may be moved."""
 
 import json
 import shutil
@@ -15,10 +15,7 @@ from tests.training import tiny, tiny_text
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory):
-    """The folder of a complete run and the folder of its files, to which the run's configuration gives relative paths.
-
-    The first folder is `run`, and the second one `files`, in the returned folder.
-    """
+    """A folder with a complete run (`run`) and its data and weights (`files`), which it names by relative paths."""
     folder = tmp_path_factory.mktemp("identity")
     (folder / "files").mkdir()
     tiny.write_files(folder / "files")

@@ -33,7 +33,7 @@ def start(config, seed, workdir):
 
 @pytest.fixture
 def signal_at(monkeypatch):
-    """A function `(number, *steps)` that arranges for this process to get the signal `number` in the given steps.
+    """A function `(number, *steps)` that sends the signal `number` to this process in the given steps.
 
     Steps are counted from 1 at the next start of a run. The signal comes when the batch of the step is moved to the
     devices.
@@ -97,7 +97,7 @@ def test_what_a_run_leaves_behind(tiny_files, tmp_path, monkeypatch, capsys):
 
 
 def written_out(config, seed, factors):
-    """Compute the training losses that a run should have, in a simple loop with `optax.adamw` on one device.
+    """Compute the training losses of a run again, in a simple loop with `optax.adamw` on one device.
 
     Args:
         config: The configuration of the run. Its settings of the optimiser must be those that are written into this
@@ -224,7 +224,7 @@ def test_a_run_that_goes_on_holds_no_more_than_one_that_was_never_stopped(tiny_f
     config = tiny.make_config(tiny_files, "full", **values)
 
     def bytes_held(workdir):
-        """Start or resume a run, and return the size in bytes of all JAX arrays that exist before its last step."""
+        """Start or resume a run, and return the bytes of all JAX arrays that exist before its last step."""
         held, put = [], loop.put_batch
 
         def put_batch(*arguments):

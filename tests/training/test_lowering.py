@@ -1,7 +1,6 @@
-"""The compiled steps of every method are translated for GPUs and TPUs, without calls back to the host.
+"""Check that the training steps of every method can be translated for GPUs and TPUs, without calls back to the host.
 
-JAX translates a program for a platform without having a device of that platform, so this test runs everywhere. It does
-not compile the result, which only the platform itself can do.
+JAX translates a program for a platform without having a device of it. The result is not compiled.
 """
 
 import re

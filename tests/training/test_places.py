@@ -9,7 +9,7 @@ from surm_jax.training.places import resolved
 
 
 def places(folder, name="", checkpoint="none", where=""):
-    """Return the values of `data.name`, `model.checkpoint` and `data.dir` after they are resolved for a run."""
+    """Return `data.name`, `model.checkpoint` and `data.dir` of a run after relative paths are resolved."""
     data, model = DataConfig(name=name, dir=where), ModelConfig(checkpoint=checkpoint)
     config = resolved(dataclasses.replace(RunConfig(), data=data, model=model), folder)
     return config.data.name, config.model.checkpoint, config.data.dir
@@ -17,7 +17,7 @@ def places(folder, name="", checkpoint="none", where=""):
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """Three folders. The first one has files of all kinds, the second one is empty, and the third one is a run's."""
+    """Three folders: one with files of all kinds, an empty one, and that of a run."""
     for name in ("a/tfds", "a/weights", "b", "run"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "a" / "my.npz").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""Tests of `--mode=predict`, which reads a table of sentences and writes a table of predictions, and of its errors."""
+"""Tests of `--mode=predict`, which reads a table of sentences and writes a table of predictions."""
 
 import csv
 import dataclasses

@@ -1,4 +1,4 @@
-"""Tests of the preparation of a run: errors that are found before compilation, and the method that each module gets."""
+"""Check which errors are found before compilation, and which method each module gets."""
 
 import dataclasses
 import warnings

@@ -1,4 +1,4 @@
-"""The functions in surm_jax/training are short, and its classes have few attributes, so that it stays readable."""
+"""Check that the functions in surm_jax/training are short, and that its classes have few attributes."""
 
 import ast
 from pathlib import Path
@@ -19,7 +19,7 @@ def nodes(path, *kinds):
 
 
 def attributes(node):
-    """Return the names of the attributes that a class sets in `__init__` or declares as annotated fields.
+    """Return the attributes that a class sets in `__init__` or declares as annotated fields.
 
     Args:
         node: The syntax tree of the class.

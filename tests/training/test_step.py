@@ -41,9 +41,9 @@ class Trace(Partition):
 
 
 class Toy:
-    """A replacement for `Partition`. Its model ignores the images, and computes its logits from the dropout key.
+    """A replacement for `Partition`, whose model ignores the images. Its loss shows the dropout key that it gets.
 
-    Thus the loss shows which key the model was given (`key_logits`).
+    `key_logits` computes the logits from the key.
     """
 
     @staticmethod
@@ -115,8 +115,8 @@ def test_what_a_step_changes_and_what_not(built_for, method):
 def kernel_gradients(built):
     """Return the shapes of all kernel gradients that a training step computes.
 
-    The function searches the jaxpr of the step for products and convolutions that sum over the examples of the batch.
-    Such a result is a kernel gradient if it has the shape of a kernel, with its axes in any order.
+    They are found in the jaxpr of the step: products and convolutions that sum over the examples of the batch, with
+    results in the shape of a kernel, up to the order of the axes.
     """
     mesh = make_mesh(1, {})
     step = make_step(built.partition, SGD, mesh)
@@ -196,7 +196,7 @@ def toy_step(accumulate):
 
 
 def drawn(count, seed=0, accumulate=1, start=0):
-    """Return the training losses of the `Toy` model at `count` steps, which show the dropout keys of these steps.
+    """Return the training losses of `count` steps of the `Toy` model, which show the dropout keys.
 
     Args:
         count: The number of steps.

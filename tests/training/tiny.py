@@ -1,6 +1,6 @@
 """A tiny job for tests, with any method: a ViT with one narrow block on a few random images.
 
-The module also has functions that compare arrays, checkpoints and runs.
+Other functions compare arrays, checkpoints and runs.
 """
 
 import json
@@ -45,7 +45,7 @@ def write_files(folder: Path) -> Path:
 
 
 def flat_config(files: Path, **overrides: Any) -> dict[str, Any]:
-    """Return the values in which the tiny job's configuration differs from the default, by dotted key.
+    """Return the values of the tiny job's configuration that are not the default, by dotted key.
 
     Args:
         files: The folder that `write_files` has written.
@@ -79,9 +79,10 @@ class Built(NamedTuple):
 
 
 def build(config: RunConfig, seed: int = 0) -> Built:
-    """Prepare a job, and adapt and divide its model, as a run does before its first step.
+    """Load, adapt and divide the model of a job, as a run does before its first step.
 
-    The kernel of the head gets random values. A new head is zero, and then the layers below it would get no gradient.
+    The kernel of the head gets random values. If it were zero, as in a new head, the layers below it would get no
+    gradient.
     """
     job = prepare(config, seed)
     model, adapter = job.adapt(job.base_model())
@@ -107,7 +108,7 @@ def logits_of(built: Built, images: np.ndarray) -> np.ndarray:
 
 
 def host(tree: Any) -> dict[str, np.ndarray]:
-    """Return copies of all leaves of a pytree as NumPy arrays, by path. They stay valid when a leaf is donated."""
+    """Copy all leaves of a pytree to NumPy arrays, by path. They stay valid when a leaf is donated."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): np.array(leaf, copy=True) for path, leaf in leaves}
 
@@ -135,8 +136,7 @@ def assert_close(one: dict[str, np.ndarray], other: dict[str, np.ndarray], toler
 def assert_near(exact: dict[str, np.ndarray], rounded: dict[str, np.ndarray], tolerance: float) -> None:
     """Check that the arrays in `rounded` are near those in `exact`.
 
-    For each array, the norm of the difference may be at most `tolerance` times the norm of the exact array. There is no
-    absolute tolerance. So if the exact array is zero, the other must be zero, too.
+    The norm of each difference may be at most `tolerance` times the norm of the exact array, so zeros must be zeros.
     """
     assert exact.keys() == rounded.keys()
     norms = {name: (np.linalg.norm(rounded[name] - array), np.linalg.norm(array)) for name, array in exact.items()}
@@ -147,7 +147,7 @@ def assert_near(exact: dict[str, np.ndarray], rounded: dict[str, np.ndarray], to
 def read_checkpoints(workdir: Path) -> dict[int, tuple[dict[str, np.ndarray], dict[str, Any]]]:
     """Return the arrays and the content of `checkpoint.json` for every checkpoint of a run, by step.
 
-    They are read without `surm_jax.record`. Entries that depend on the time are left out, as are checksums.
+    They are read without `surm_jax.record`. Checksums and entries that depend on the time are left out.
     """
     found = {}
     for path in (workdir / "checkpoints").iterdir():

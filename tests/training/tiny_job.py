@@ -1,7 +1,6 @@
 """The configuration of the tiny job, for tests that start `launch.py` in a process of its own.
 
-The option is `--config=tests/training/tiny_job.py:FOLDER`. The folder holds the files that `tiny.write_files` has
-written.
+The option is `--config=tests/training/tiny_job.py:FOLDER`. `tiny.write_files` has filled the folder.
 """
 
 from pathlib import Path

@@ -100,7 +100,7 @@ def write_task(folder: Path, task: str, seed: int) -> None:
 
 
 def flat_config(files: Path, task: str, **overrides: Any) -> dict[str, Any]:
-    """Return the values in which the tiny job's configuration differs from the default, by dotted key.
+    """Return the values of the tiny job's configuration that are not the default, by dotted key.
 
     Args:
         files: The folder that `write_files` has written.
@@ -129,7 +129,7 @@ def make_config(files: Path, task: str = "rte", method: str = "circulant", **ove
 
 
 def logits_one_by_one(model: nnx.Module, folder: Path, sentences: list[tuple[str, ...]]) -> np.ndarray:
-    """Return the logits of sentences. The model runs on each sentence alone, without padding and without a mask."""
+    """Run the model on each sentence separately, without padding and without a mask, and return the logits."""
     tokens = data.load_tokenizer(folder).encode(data.TextSource(sentences, np.zeros(len(sentences), int)), 128)
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens, types: nnx.merge(graphdef, state)(tokens, token_types=types))

@@ -1,7 +1,4 @@
-"""Tests of the embedded digits and of .npz files, including damaged and unsuitable files.
-
-The contents are compared with scikit-learn and NumPy.
-"""
+"""Compare the digits and .npz files with scikit-learn and NumPy, and refuse damaged and unsuitable files."""
 
 import tracemalloc
 

@@ -70,7 +70,7 @@ def test_channels_must_be_the_models():
 
 
 def numbered(labels):
-    """Return a source with these labels. The single pixel of each image is the index of the example."""
+    """Return a source with these labels. The single pixel of each image is the index of its example."""
     return ArraySource(np.arange(len(labels), dtype=np.uint8)[:, None, None, None], np.array(labels))
 
 

@@ -1,4 +1,4 @@
-"""Tests of `decode`: what Pillow's conversions would lose. Expected pixels are computed by NumPy."""
+"""Compare `decode` with NumPy, for images in which Pillow's own conversions would lose something."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Tests of image files in .npz files and in folders. The pixels are compared with those that Pillow decodes."""
+"""Compare image files in .npz files and in folders with the pixels that Pillow decodes."""
 
 import io
 import re

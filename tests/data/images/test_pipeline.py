@@ -1,7 +1,7 @@
 """Tests of the batches of images for training and evaluation.
 
-They check that every example occurs once in an epoch and once in an evaluation, that the seed determines the batches,
-that iteration can be resumed, and that several processes share the examples.
+Every example occurs once in an epoch and once in an evaluation. The seed determines the batches. Iteration can be
+resumed, and several processes share the examples.
 """
 
 import itertools

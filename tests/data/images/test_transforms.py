@@ -1,4 +1,4 @@
-"""Tests of resizing, scaling and augmentation. Results are compared with other functions of Pillow and with NumPy."""
+"""Compare resizing, scaling and augmentation with other functions of Pillow and with NumPy."""
 
 import numpy as np
 import pytest
@@ -85,9 +85,9 @@ def test_crops_are_windows_of_the_enlarged_image(size, large):
 
 
 def recovered_map(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the matrix and the shift of the random map that the augmentation "affine" applies with a seed.
+    """Measure the random affine map of the augmentation "affine" for a seed. Return its matrix and its shift.
 
-    They are measured with an image whose first two channels hold the coordinates of its pixels.
+    It is measured on an image whose first two channels hold the coordinates of its pixels.
     """
     x, y = np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5)
     image = np.stack([x, y, np.ones_like(x)], axis=-1).astype(np.float32) / size

@@ -1,4 +1,4 @@
-"""Tests of the tasks of GLUE. They write small data sets, and also use the real ones if these are available."""
+"""Tests of the tasks of GLUE with small data sets, and with the real ones if they are there."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tests.speeds import fast
 
 
 def example(row: dict[str, str | int | float]) -> bytes:
-    """Return an encoded tf.train.Example, whose fields 1, 2 and 3 hold strings, floats and integers."""
+    """Return an example in TensorFlow's binary format (tf.train.Example), with strings, floats and integers."""
     entries = []
     for key, value in row.items():
         match value:

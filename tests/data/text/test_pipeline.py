@@ -1,8 +1,7 @@
 """Tests of the batches of text for training and evaluation.
 
-They check that every example occurs once in an epoch and once in an evaluation, that batches are padded correctly,
-that iteration can be resumed, that several processes share the examples, and that sorting examples by length reduces
-padding.
+Every example occurs once in an epoch and once in an evaluation. Batches are padded correctly, and sorting by length
+reduces padding. Iteration can be resumed, and several processes share the examples.
 """
 
 import itertools
@@ -20,7 +19,7 @@ WINDOW = 16  # The number of batches whose examples are sorted by length togethe
 
 
 def source_of(sizes, labels=None) -> TokenSource:
-    """Return a source whose examples have these numbers of tokens.
+    """Return a source of examples with these numbers of tokens.
 
     No token occurs twice. The default label of an example is its index.
     """
@@ -59,7 +58,7 @@ def assert_same(some, others):
 
 
 def assert_padded(source, batch, indices, length):
-    """Check that a batch holds the examples at `indices`, padded to `length` tokens, by comparing with plain loops."""
+    """Check by plain loops that a batch holds the examples at `indices`, padded to `length` tokens."""
     tokens, types, mask = ([[fill] * length for _ in indices] for fill in (PAD, 0, False))
     for row, index in enumerate(indices):
         for column, place in enumerate(range(source.offsets[index], source.offsets[index + 1])):
@@ -220,7 +219,7 @@ def test_the_lengths_in_use_are_those_that_batches_have():
 
 
 def unsorted_tokens(lengths, batch_size, allowed):
-    """Return the number of tokens in an epoch, including padding, that batches of unsorted examples would have."""
+    """Return how many tokens, with padding, an epoch would have if examples were not sorted by length."""
     order = np.random.default_rng(0).permutation(len(lengths))
     batches = [lengths[order[i : i + batch_size]] for i in range(0, len(lengths) - batch_size + 1, batch_size)]
     return sum(batch_size * next(length for length in allowed if length >= batch.max()) for batch in batches)

@@ -1,4 +1,4 @@
-"""Compare tokenizers with those of transformers, for random files of settings beside them."""
+"""Compare tokenizers with random settings with those of transformers."""
 
 import collections
 import json
@@ -27,7 +27,7 @@ NAMES = ["pad_token", "unk_token", "cls_token", "sep_token", "mask_token", "bos_
 
 @pytest.fixture(scope="session")
 def byte_pairs(tmp_path_factory):
-    """The path of a folder with byte pairs that were trained on the text of this file."""
+    """A folder with a byte-pair vocabulary, as RoBERTa uses it, that was trained on the text of this file."""
     folder = tmp_path_factory.mktemp("byte_pairs")
     trained = tokenizers.ByteLevelBPETokenizer()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "[X]"]
@@ -47,7 +47,7 @@ def token(rng, form=0):
 
 
 def settings(rng, size):
-    """Return random settings, and sometimes a value of a wrong type."""
+    """Return random settings of a tokenizer, sometimes with a value of a wrong type."""
 
     def switch():
         return [True, False][rng.integers(2)] if rng.random() < 0.93 else [None, "no", 1][rng.integers(3)]
@@ -76,7 +76,7 @@ def settings(rng, size):
 
 
 def write_folder(folder, rng, byte_pairs):
-    """Write a vocabulary on one of four routes, and random files of settings beside it. Return the kind of the case."""
+    """Write a random tokenizer of BERT or RoBERTa, in one of two formats, with random settings. Return its kind."""
     kind = str(rng.choice(["bert", "roberta"]))
     bert, whole = rng.random() < 0.95 if kind == "bert" else rng.random() < 0.05, rng.random() < 0.5
     (folder / "config.json").write_text(json.dumps({"model_type": kind}))
@@ -125,7 +125,7 @@ def write_folder(folder, rng, byte_pairs):
 
 @pytest.fixture(params=["tokenizer.json", "vocab.txt"])
 def bert(request, tmp_path):
-    """The folder of a tokenizer on one of two routes."""
+    """A folder with a BERT tokenizer, in one of two formats."""
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     if request.param == "tokenizer.json":
         load_tokenizer(tmp_path)._library.save(str(tmp_path / "tokenizer.json"))

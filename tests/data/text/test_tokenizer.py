@@ -1,4 +1,4 @@
-"""Tests of tokenizers with small vocabularies and damaged folders, and comparisons with those of transformers."""
+"""Compare tokenizers with small vocabularies with those of transformers, and refuse damaged folders."""
 
 import importlib.util
 import json
@@ -40,7 +40,7 @@ def bert(tmp_path):
 
 @pytest.fixture(scope="session")
 def roberta(tmp_path_factory):
-    """The path of a folder with a byte-pair tokenizer that was trained on the text of this file."""
+    """A folder with a byte-pair tokenizer that was trained on the text of this file."""
     folder = tmp_path_factory.mktemp("roberta")
     trained = tokenizers.ByteLevelBPETokenizer()
     trained.train_from_iterator(
@@ -100,7 +100,7 @@ def test_the_files_that_were_read_are_known(bert, roberta):
 
 
 def longest_first(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
-    """Drop tokens at the end of the longer sentence until both sentences together have at most `room` tokens.
+    """Shorten a pair of sentences to at most `room` tokens, by dropping tokens at the end of the longer one.
 
     If both have the same length, the token of the sentence that was shorter at the start is dropped.
     """
@@ -261,7 +261,7 @@ def minilm():
 
 
 def assert_as_in_transformers(folder, source, max_length):
-    """Check that all tokens and token types are those of transformers, and return the number of tokens per example."""
+    """Check that all tokens and token types equal those of transformers. Return the number of tokens per example."""
     transformers = pytest.importorskip("transformers", reason=REASON)
     theirs = transformers.AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True)
     ours = load_tokenizer(folder)

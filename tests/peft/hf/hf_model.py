@@ -57,7 +57,7 @@ MODULES = {
 
 
 class Names(ModuleNames):
-    """Module names like those of a transformers model. Each module in a block has two alternative names."""
+    """The names of modules, as transformers gives them. Each module in a block has two alternative names."""
 
     def modules(self, path):
         return MODULES[path][1:] if path in MODULES else ()
@@ -76,7 +76,7 @@ def make():
 
 
 def trained(*rules, train=()):
-    """Return an adapted model and its adapter. The trained variables have noise added to them, as if after training."""
+    """Return an adapted model and its adapter, with noise added to the trained variables, as if after training."""
     model, adapter = adapt(make(), [Rule(*rule) for rule in rules], train=train, rngs=nnx.Rngs(1))
     return perturb(model, adapter), adapter
 
@@ -102,7 +102,7 @@ def normal(*shape, seed=0):
 
 
 def dense(model):
-    """Return a dictionary from the path of each adapted layer to the dense (in, out) matrix added to its kernel."""
+    """Return the matrix (in, out) that is added to the kernel of each adapted layer, by the path of the layer."""
     return {path: np.asarray(part.matrix().to_dense()) for path, _, part, _ in iter_parts(model)}
 
 

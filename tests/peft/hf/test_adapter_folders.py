@@ -1,4 +1,4 @@
-"""Adapter folders of Hugging Face's peft, tested without peft: their files, and what cannot be saved or loaded."""
+"""Check the files of adapter folders in peft's format, and what cannot be saved or loaded. peft is not needed."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Adapter folders compared with Hugging Face's peft: surm_jax loads folders of peft, and peft loads those of surm_jax.
+"""Check that surm_jax loads adapter folders of Hugging Face's peft, and that peft loads those of surm_jax.
 
 The tests are skipped if torch, transformers or peft is not installed (`requirements-peers.txt`).
 """
@@ -63,7 +63,7 @@ def peer(name):
 
 @functools.cache
 def base(name):
-    """Return the model of this package with the parameters of `peer`, and the names of its modules."""
+    """Return our model with the parameters of `peer`, and the names of its modules in transformers."""
     theirs = peer(name)
     architecture = ARCHITECTURES[theirs.config.model_type]
     fields = json.loads(theirs.config.to_json_string(use_diff=False))

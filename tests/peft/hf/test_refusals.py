@@ -1,4 +1,4 @@
-"""Adapter folders of Hugging Face's peft that cannot be loaded. A folder may come from an untrusted source."""
+"""Check that damaged or hostile adapter folders in the format of Hugging Face's peft are refused."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""One case for every kind of kernel: a module, an input, and where the entries of its matrices are in its kernel."""
+"""One module for every kind of kernel, with an input, and where the entries of its matrices are in its kernel."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What must hold for an update of every method in every kind of kernel."""
+"""Check that an update of every method works in every kind of kernel."""
 
 import functools
 import itertools
@@ -44,7 +44,7 @@ EVERY = [
 
 
 def method_for(kind, method):
-    """Return an instance of the method whose settings fit the small matrices, without dropout."""
+    """Return a method, without dropout and with settings that fit the small matrices."""
     settings = {"c3a": {"block": 1}, "lokr": {"rank": 1}}.get(method, {})
     if "low" in method:
         settings = {"rank": 1}
@@ -63,7 +63,7 @@ def dense(model):
 
 
 def same(case, left, right):
-    """Return whether two outputs are equal: to the bit, or to rounding for a scan, which is always compiled."""
+    """Return whether two outputs have the same bits, or nearly so for a scan, which is always compiled."""
     return same_bits(left, right) or ("scan" in case.call.__name__ and relative_error(left, right) < 1e-6)
 
 

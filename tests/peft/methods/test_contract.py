@@ -1,4 +1,4 @@
-"""The contract of an adapter, which every method must satisfy, both at its start and with non-zero updates."""
+"""Check what every method must satisfy, at its start and after some training."""
 
 import dataclasses
 import functools
@@ -74,7 +74,7 @@ def gradient(graphdef, trainable, frozen, x):
 
 
 def two_steps(model, adapter, x, of=None):
-    """Train for two steps that move each parameter against the sign of its gradient, as Adam's first step does.
+    """Make two training steps that move each parameter against the sign of its gradient, as Adam's first step does.
 
     The second step is shorter, so that it never leads back to the start.
 

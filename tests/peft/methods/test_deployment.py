@@ -1,4 +1,4 @@
-"""What every method must satisfy after training, when an adapter is merged, saved and loaded."""
+"""Check that a trained adapter of every method can be merged, saved and loaded."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -157,10 +157,9 @@ def test_saving_and_loading_a_selection(name, method, tmp_path):
 
 
 def assert_same(method, y, expected):
-    """Check that two outputs have the same bits or, for some methods, differ only by rounding.
+    """Check that two outputs have the same bits, or differ only by rounding for some methods.
 
-    The smallest form of these methods contains a matrix product `U V`, which compiled programs may sum in different
-    orders.
+    These store a matrix product `U V`, which compiled programs may sum in different orders.
     """
     if method in ("lokr", "kadaptation", "compacter"):
         assert relative_error(y, expected) <= (1e-6 if y.dtype == jnp.float32 else TOLERANCES["bfloat16"])

@@ -1,7 +1,7 @@
-"""All methods as adapters of one model, each under its own name, on ViT and BERT.
+"""Test all methods as adapters of one model, each under its own name, on ViT and BERT.
 
-One compiled program contains all methods, because one program for each would take minutes to compile. Each method is
-tested separately on small models (`test_contract.py`). Here, a mistake in one method changes the sum of all terms.
+One compiled program contains all methods, because one program for each would take minutes to compile. A mistake in one
+method changes the sum of all that they add. `test_contract.py` tests each method separately.
 """
 
 import functools
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.exhaustive
 
 
 class _All:
-    """A stand-in for an `Adapter`, whose filter selects the trained parameters of all adapters."""
+    """In place of an `Adapter`: its filter selects the trained parameters of all adapters."""
 
     trainable = AdapterParam
 

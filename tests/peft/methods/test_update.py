@@ -1,4 +1,4 @@
-"""Updates of selected blocks of a packed kernel, such as one that holds the kernels of query, key and value."""
+"""Test updates of some blocks of a packed kernel, such as one that holds the kernels of query, key and value."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ ADDITIVE = [name for name in UPDATES if name != "dora"]
 
 
 def fused_and_apart(kind, method, which=(0, 2)):
-    """Return a layer with a packed kernel of three blocks, its adapter, and three separate layers with the same values.
+    """Return a layer whose kernel packs three blocks, its adapter, and three separate layers with the same values.
 
     The adapter updates the blocks in `which`. The separate layers have the same kernels, biases and updates.
     """

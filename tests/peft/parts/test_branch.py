@@ -17,7 +17,7 @@ X = np.random.default_rng(0).normal(size=(3, 4, 8)).astype(np.float32)
 
 
 def branch_of(method, width=8):
-    """Return a branch whose arrays are all filled with random numbers."""
+    """Return a branch with random numbers in all arrays."""
     branch = method.make_part(Place(width), jax.random.key(0))
     rng = np.random.default_rng(1)
     for variable in branch.tensors().values():
@@ -93,9 +93,9 @@ def test_every_other_activation_learns_from_the_start(activation):
 
 
 def test_the_branch_reads_what_the_module_puts_out():
-    """Check branches of a module whose `__call__` has additional arguments.
+    """Check that every branch gets the module's own output, without what other adapters add to it.
 
-    Each branch gets the module's own output, without the terms of other adapters.
+    The `__call__` of the module takes additional arguments.
     """
 
     class Twice(nnx.Module):

@@ -104,11 +104,11 @@ def test_any_module_can_have_a_branch():
 
 
 class Meta(type(nnx.Module)):
-    """A metaclass of a user."""
+    """A metaclass as a user may write it."""
 
 
 class Own(nnx.Linear, metaclass=Meta):
-    """A layer of a user."""
+    """A layer as a user may write it."""
 
 
 class Small(nnx.Module):
@@ -129,7 +129,7 @@ X = jnp.arange(8.0).reshape(2, 4)
 
 def local_model():
     class Local(nnx.Linear):
-        """A class that only cloudpickle can store, which then stores the class itself."""
+        """A class inside a function, which only cloudpickle can store."""
 
     model = Small()
     model.own = Local(4, 4, rngs=nnx.Rngs(1))
@@ -157,7 +157,7 @@ def test_models_and_graph_definitions_are_pickled_and_copied(library, monkeypatc
 
 
 def computed(stored):
-    """Return the outputs of a model and of the merged model, in another process."""
+    """Compute the outputs of a model and of the merged model in another process, and return them."""
     model, graphdef, state = pickle.loads(stored)
     fresh = small()
     assert type(model) is type(fresh) and type(model.lin) is type(fresh.lin)
@@ -188,7 +188,7 @@ def test_models_are_tabulated_and_displayed(method, capsys):
 
 
 def test_threads_make_one_class():
-    """Eight threads adapt and call layers of one class, which none of them has adapted before, at the same time."""
+    """Check that eight threads can adapt and call layers of one class, which was never adapted before, at once."""
     for _ in range(20):
         cls = type("Fresh", (nnx.Linear,), {})
         base, barrier = cls(4, 4, rngs=nnx.Rngs(0)), threading.Barrier(8)

@@ -16,7 +16,7 @@ from tests.peft.models import MODELS, TOLERANCES, Gated, base, inputs, materiali
 
 
 def half_lora(layer: nnx.Module, execution: str = "auto") -> None:
-    """Attach a new LoRA update of rank one with alpha 0.5, which equals zero, to a layer with 6 input features."""
+    """Attach a new LoRA update of rank one with alpha 0.5, which is zero, to a layer with 6 input features."""
     kernel = layer.kernel[...].reshape(6, -1)
     place = Place(kernel.shape[1], kernel, execution=execution)
     attach(layer, "default", LoRA(alpha=0.5).make_part(place, jax.random.key(0)))

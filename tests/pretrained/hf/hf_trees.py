@@ -1,4 +1,4 @@
-"""Convert the arrays of models between our names and layouts and those of an architecture, without files."""
+"""Convert the arrays of models between our layout and that of transformers, without files."""
 
 import jax
 import numpy as np
@@ -29,10 +29,7 @@ def read_tree(architecture, config, arrays, fresh=()):
 
 
 def written_tree(architecture, model):
-    """Return the arrays of a checkpoint that an architecture writes for our model.
-
-    They include arrays that our model does not have (`Architecture.fillers`).
-    """
+    """Return the arrays of a checkpoint for our model, including those that only transformers has."""
     tensors = dict(architecture.fillers(model.config))
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name, tensor = architecture.tensor_name(model.config, "/".join(map(str, path)))

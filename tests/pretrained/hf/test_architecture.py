@@ -24,7 +24,7 @@ class Lonely(Model):
 
 @pytest.fixture(autouse=True)
 def registries(monkeypatch):
-    """After each test, remove the models and architectures that it registered."""
+    """Remove the models and architectures that a test registers when it ends."""
     monkeypatch.setattr("surm_jax.models.base.MODELS", {**MODELS})
     monkeypatch.setattr("surm_jax.pretrained.hf.architecture.ARCHITECTURES", {**ARCHITECTURES})
 

@@ -1,4 +1,4 @@
-"""Tests of the reading and writing of folders with decoders, without transformers."""
+"""Test reading and writing folders of decoders, without transformers."""
 
 import json
 
@@ -42,7 +42,7 @@ class TestReadConfig:
         assert ARCHITECTURES["mistral"].read_config({}, {}).window == 4096
 
     def test_the_published_gemma3(self):
-        """The fields of google/gemma-3-1b-it, as transformers 4 wrote them."""
+        """Read the fields of google/gemma-3-1b-it as transformers 4 wrote them."""
         config = ARCHITECTURES["gemma3_text"].read_config(
             {
                 "attention_bias": False, "attn_logit_softcapping": None, "final_logit_softcapping": None,
@@ -148,7 +148,7 @@ def save(folder, **fields):
 
 
 def shard(folder, tensors):
-    """Replace the weights of a folder by three shards and their index."""
+    """Divide the weights of a folder into three files (shards) with an index."""
     (folder / "model.safetensors").unlink()
     weight_map = {key: f"model-{index % 3}.safetensors" for index, key in enumerate(tensors)}
     for name in set(weight_map.values()):

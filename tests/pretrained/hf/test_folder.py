@@ -75,7 +75,7 @@ def read(path, fresh=(), **overrides):
 
 
 def rewrite(folder, alter):
-    """Rewrite the weights of a folder after the function `alter` has changed the dictionary of their arrays."""
+    """Change the weights of a folder by the function `alter`, which gets the dictionary of their arrays."""
     tensors = load_file(folder / "model.safetensors")
     alter(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -279,7 +279,7 @@ def test_a_new_task_has_both_layers_of_robertas_classifier_anew(tmp_path):
 
 
 def test_norms_under_the_names_of_tensorflow(tmp_path):
-    """Check a checkpoint in the style of `google-bert/bert-base-uncased`.
+    """Read a checkpoint in the style of `google-bert/bert-base-uncased`.
 
     Its names have a prefix, its norms have the arrays gamma and beta, and it has the heads of pretraining.
     """

@@ -1,6 +1,6 @@
-"""Tests that transformers can read the folders that we write, that we can read its folders, and that logits agree.
+"""Check that transformers reads the folders that we write, that we read its folders, and that logits agree.
 
-They are skipped if the libraries in `requirements-peers.txt` are not installed.
+The tests are skipped if the libraries in `requirements-peers.txt` are not installed.
 """
 
 import json

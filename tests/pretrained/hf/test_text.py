@@ -73,7 +73,7 @@ HEADS = {
 
 
 def official(model_type):
-    """Return random arrays with the names that the arrays of the official BERT or RoBERTa checkpoint have.
+    """Return random arrays under the names of the official BERT or RoBERTa checkpoint.
 
     The arrays of norms are named gamma and beta for BERT, and weight and bias for RoBERTa.
     """
@@ -87,7 +87,7 @@ def official(model_type):
 
 
 def expected_body(arrays, prefix):
-    """Return the parameters of our model's body, converted one by one from the arrays of a checkpoint."""
+    """Return the parameters of our model without its head, converted one by one from a checkpoint."""
     arrays = {name.replace("gamma", "weight").replace("beta", "bias"): array for name, array in arrays.items()}
     result = {f"{n}_embed/embedding": arrays[f"{prefix}embeddings.{theirs}_embeddings.weight"]
               for n, theirs in (("word", "word"), ("position", "position"), ("type", "token_type"))}  # fmt: skip

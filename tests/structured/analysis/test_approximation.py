@@ -11,7 +11,7 @@ from tests.speeds import fast
 
 
 def is_ours(name):
-    """Return whether `surm_jax` defines the family `name`. Other test files register further families."""
+    """Return whether `surm_jax` defines the family `name`. Other tests also register families."""
     return FAMILIES[name].__module__.startswith("surm_jax.")
 
 

@@ -1,7 +1,4 @@
-"""Tests of the functions for ranks, determinants and condition numbers.
-
-The expected results are those of NumPy for the dense forms of the matrices.
-"""
+"""Compare ranks, determinants and condition numbers with those that NumPy computes from dense matrices."""
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +40,8 @@ def paper_f_circulant(v: np.ndarray, f: float) -> np.ndarray:
 def members(n: int, seed: int = 0):
     """Return random n x n structured matrices, each with the dense matrix that NumPy computes for it.
 
-    For the first five matrices, the code under test computes the eigenvalues by an FFT. For the last two, it uses the
-    dense form. For n > 1, the last matrix is singular and the others are not.
+    For the first five, the code under test computes eigenvalues by an FFT, and for the last two it uses the dense form.
+    For n > 1, only the last matrix is singular.
     """
     u, v = np.random.default_rng(seed).normal(size=(2, n))
     with jax.enable_x64(True):

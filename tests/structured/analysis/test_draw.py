@@ -1,4 +1,4 @@
-"""Tests of `draw`, of `origins`, and of the page `docs/structured.md`, which shows pictures of all families."""
+"""Tests of `draw` and `origins`, and of the pictures in `docs/structured.md`."""
 
 import re
 import subprocess

@@ -92,7 +92,7 @@ def test_the_two_ends_are_a_circulant_and_a_dense_matrix():
 def c3a(x: np.ndarray, w: np.ndarray) -> np.ndarray:
     """Return what the C3A layer of Hugging Face's peft adds to the output for an input x and its weight w.
 
-    The formula is that of its forward pass in `tuners/c3a` of peft 0.18 to 0.21.
+    The formula is that of `tuners/c3a` in peft 0.18 to 0.21.
     """
     _, n, b = w.shape
     blocks = x.reshape(*x.shape[:-1], n, b)
@@ -102,9 +102,9 @@ def c3a(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 
 def from_c3a(w: np.ndarray) -> np.ndarray:
-    """Return the array c of the `BlockCirculant` that is equal to a C3A layer with the weight w.
+    """Return the array c of the `BlockCirculant` that equals a C3A layer with the weight w.
 
-    It applies the formula in the docstring of `BlockCirculant` to one index at a time.
+    The formula in the docstring of `BlockCirculant` is applied to one index at a time.
     """
     (q, p, b), c = w.shape, np.zeros((w.shape[1], w.shape[0], w.shape[2]), w.dtype)
     for i, j, k in np.ndindex(p, q, b):

@@ -153,10 +153,9 @@ def random_target():
 
 @pytest.mark.exhaustive
 def test_the_better_start_is_no_worse_than_zero():
-    """Test that `nearest` with `steps=0` is nearer than the zero matrix, even for a random target.
+    """Check that `nearest` without a search is nearer than the zero matrix, even for a random target.
 
-    For such a target, the truncated SVD of its displacement gives a matrix that is further from the target than the
-    zero matrix. The best multiple of this matrix is nearer than the zero matrix.
+    The truncated SVD of the displacement is further from such a target than zero, but its best multiple is nearer.
     """
     assert relative_error(LowDisplacementRank.nearest(random_target(), rank=2, steps=0), random_target()) < 1
 
@@ -192,7 +191,7 @@ def test_nearest_keeps_the_best_of_two_searches(monkeypatch):
 
 @pytest.mark.exhaustive
 def test_nearest_is_better_than_gradient_descent():
-    """Compare `nearest` with the paper's method: gradient descent from random starts, with several learning rates."""
+    """Compare `nearest` with the paper's gradient descent, from random starts and with several learning rates."""
     target = random_target()
     size = jnp.sum(target**2)
 
@@ -239,7 +238,7 @@ def test_a_product_takes_one_transform_in_and_one_out_and_two_for_the_terms(tran
     matrix = LowDisplacementRank(jnp.ones((8, 3)), jnp.ones((8, 3)), shape=(8, 8), transposed=transposed)
 
     def rows(fn):
-        """Return the number of vectors that all FFTs of a function transform in total.
+        """Return how many vectors the FFTs of a function transform in total.
 
         x has 5 rows, and there are 3 terms. The columns of G and H are transformed too.
         """

@@ -1,4 +1,4 @@
-"""Tests of `choose`, which uses a table of measurements to choose the execution for the name `auto`."""
+"""Test how `choose` uses a table of measurements to choose how a product is computed."""
 
 import json
 

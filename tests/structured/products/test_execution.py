@@ -1,7 +1,6 @@
-"""Tests of `updated_matmul` and `matmul` with every execution.
+"""Tests of `updated_matmul` and `matmul` with every execution, which is a way to compute the product.
 
-They test values, gradients, the arrays that reverse mode stores for the backward pass, and which arrays the devices of
-a mesh send to each other.
+They test values, gradients, the arrays that are stored for the backward pass, and what devices send to each other.
 """
 
 import jax
@@ -34,7 +33,7 @@ def case(family, shape=(12, 8), batch=(4, 5), dtype="float64", seed=0):
 
 
 def outputs(update, x, kernel, dy, how):
-    """Return the output of `updated_matmul` and the gradients with respect to update, x and kernel.
+    """Return the output of `updated_matmul`, and its gradients for update, x and kernel.
 
     Args:
         update: The structured matrix.

@@ -1,7 +1,7 @@
 """Tests of circular and skew-circular convolution.
 
-The values of the convolutions are compared with the sums that define them. On a mesh of 8 devices, the tests check that
-no device gathers the activations of the other devices.
+They are compared with the sums that define them. On a mesh of 8 devices, no device may gather the activations of the
+others.
 """
 
 import jax
@@ -35,9 +35,9 @@ BATCH, TOKENS, IN, OUT = 16, 3, 9, 7
 
 
 def loop(x: np.ndarray, c: np.ndarray, wrapped: int = 1) -> np.ndarray:
-    """Return the convolution of two vectors, computed by its definition as a sum.
+    """Return the convolution of two vectors, computed from its definition as a sum.
 
-    Terms that wrap around are multiplied by `wrapped`, which is 1 for circular and -1 for skew-circular convolution.
+    Terms that wrap around are multiplied by `wrapped`: 1 for circular and -1 for skew-circular convolution.
     """
     n = len(c)
     return np.array([sum(x[i] * c[(j - i) % n] * (wrapped if i > j else 1) for i in range(len(x))) for j in range(n)])
@@ -45,10 +45,7 @@ def loop(x: np.ndarray, c: np.ndarray, wrapped: int = 1) -> np.ndarray:
 
 @pytest.fixture
 def problem():
-    """Return a `CirculantPair`, activations, and cotangents of the output.
-
-    All arrays are NumPy arrays, which are not on a device yet, so that each test can shard them over its own mesh.
-    """
+    """Return a `CirculantPair`, activations, and cotangents of the output, as NumPy arrays that each test can shard."""
     rng = np.random.default_rng(0)
     pair = CirculantPair(*rng.normal(size=(2, IN)).astype(np.float32), shape=(IN, OUT))
     x = rng.normal(size=(BATCH, TOKENS, IN)).astype(np.float32)
@@ -180,10 +177,10 @@ def test_no_activation_is_gathered_by_a_skew_convolution(mesh_name, axis_type, n
 
 @pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=str)
 def test_xla_still_gathers_without_batch_local(problem, axis_type):
-    """Check that without `batch_local`, XLA gathers the activations before an FFT (jax#15680).
+    """Check that without `batch_local`, XLA still gathers the activations before an FFT (jax#15680).
 
-    If this test fails, XLA no longer gathers them. Then `batch_local` is not needed any more and can be removed. The
-    test above would then pass without it, so it can be removed, too.
+    If this test fails, `batch_local` is no longer needed. Then remove it, this test, and the test above, which would
+    pass without it.
     """
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
 

@@ -1,4 +1,4 @@
-"""LoRA's variants where they differ from it: DoRA's gradients, and the factor that LoRA-FIX does not train."""
+"""Test LoRA's variants where they differ from it: DoRA's gradients, and the matrix that LoRA-FIX does not train."""
 
 import jax
 import jax.numpy as jnp

@@ -36,7 +36,7 @@ def random_factors(seed, *shapes):
 def rearranged(dense, factors):
     """Return the matrix whose row (i1, j1) lists the entries of block (i1, j1) of `dense`.
 
-    This is the rearrangement of Van Loan and Pitsianis, after which a Kronecker product is an outer product.
+    It turns a Kronecker product into an outer product (Van Loan and Pitsianis).
     """
     (m1, n1), (m2, n2) = factors
     blocks = [dense[i * m2 : (i + 1) * m2, j * n2 : (j + 1) * n2] for i in range(m1) for j in range(n1)]
