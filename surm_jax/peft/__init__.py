@@ -19,6 +19,11 @@ from surm_jax.peft.merge import merge
 from surm_jax.peft.methods.base import METHODS, Method, PartMethod, make_method
 from surm_jax.peft.methods.bottleneck import AdapterDrop, BottleneckBranch
 from surm_jax.peft.methods.branch import Branch
+from surm_jax.peft.methods.entrywise.abba import ABBA
+from surm_jax.peft.methods.entrywise.learnable_rank import LearnableRank
+from surm_jax.peft.methods.entrywise.modulated import HiRA, ModulatedUpdate
+from surm_jax.peft.methods.entrywise.sine import SineLoRA
+from surm_jax.peft.methods.entrywise.smoa import SMoA
 from surm_jax.peft.methods.matrices.block_low_rank import GraLoRA
 from surm_jax.peft.methods.matrices.circulant import C3A, CirculantBranch, CirculantUpdate
 from surm_jax.peft.methods.matrices.diagonal_circulant import CDVFT
@@ -50,9 +55,11 @@ from surm_jax.peft.parts.base import (
 )
 from surm_jax.peft.parts.branch import ACTIVATIONS, BranchPart
 from surm_jax.peft.parts.dropout import adapter_dropout
+from surm_jax.peft.parts.entrywise import EntrywisePart
 from surm_jax.peft.parts.update import NormalizedPart, UpdatePart
 
 __all__ = [
+    "ABBA",
     "ACTIVATIONS",
     "C3A",
     "CDVFT",
@@ -75,13 +82,16 @@ __all__ = [
     "Compacter",
     "Description",
     "DoRA",
+    "EntrywisePart",
     "Full",
     "GraLoRA",
+    "HiRA",
     "KAdaptation",
     "KRAdapter",
     "KernelPart",
     "KroneckerBranch",
     "KroneckerUpdate",
+    "LearnableRank",
     "LinearProbe",
     "LoKr",
     "LoRA",
@@ -91,6 +101,7 @@ __all__ = [
     "Method",
     "MoRA",
     "MoRe",
+    "ModulatedUpdate",
     "NormTuning",
     "NormalizedPart",
     "OutputPart",
@@ -99,7 +110,9 @@ __all__ = [
     "Place",
     "RankStabilizedLoRA",
     "Rule",
+    "SMoA",
     "Selection",
+    "SineLoRA",
     "StructuredBranch",
     "StructuredUpdate",
     "ToeplitzBranch",

@@ -66,7 +66,8 @@ class Rule:
         if self.parts == 1 and not self.which:
             return
         if not (self.method and self.method.takes_packed):
-            raise UserError(f"the rule {self.target!r} has parts, but only updates of kernels have parts")
+            what = f"not {self.method.name}" if self.method else "and it has no method"
+            raise UserError(f"the rule {self.target!r} has parts, but only updates of kernels have parts, {what}")
         differ = len({*self.which}) == len(self.which)
         if self.parts < 1 or not differ or not all(0 <= number < self.parts for number in self.which):
             raise UserError(

@@ -23,12 +23,15 @@ from tests.peft.oracles import (
     khatri_rao_shapes,
     kronecker,
     kronecker_shapes,
+    learned_function,
     low_displacement,
     low_rank,
     low_rank_kronecker,
     low_rank_kronecker_shapes,
     low_rank_shapes,
     monarch,
+    spectral_blocks,
+    spectral_shapes,
     surm,
     symmetric_toeplitz,
     toeplitz,
@@ -52,6 +55,7 @@ class UpdateCase:
         change: A function of alpha, the arrays and the kernel (in, out) that returns the kernel's change.
         constant: The names of the arrays that are not trained.
         early: The names of the arrays that do not start at zero, but still have a non-zero gradient in the first step.
+        given: The names of the arrays whose start is not random. They may be alike in several layers and hold zeros.
     """
 
     method: peft.Update
@@ -60,6 +64,7 @@ class UpdateCase:
     change: Callable[[float, Arrays, np.ndarray], np.ndarray]
     constant: frozenset[str] = frozenset()
     early: frozenset[str] = frozenset()
+    given: frozenset[str] = frozenset()
     slot = "delta"
 
     def places(self, model: str) -> dict[str, tuple[int, int]]:
@@ -90,7 +95,7 @@ class BranchCase:
     branch: Callable[[Arrays, np.ndarray], np.ndarray]
     late: frozenset[str] = frozenset()
     wants: Callable[[str], bool] = lambda path: True
-    constant = early = frozenset()
+    constant = early = given = frozenset()
     slot = "branch"
 
     def places(self, model: str) -> dict[str, tuple[int]]:
@@ -216,6 +221,45 @@ UPDATES = {
         khatri_rao_shapes,
         lambda alpha, a, W: alpha * khatri_rao(a, *W.shape),
     ),
+    "hira": UpdateCase(
+        peft.HiRA(alpha=0.6, rank=2, **DROP), {"up"}, low_rank_shapes, lambda alpha, a, W: alpha * W * low_rank(a)
+    ),
+    "modulated": UpdateCase(
+        peft.ModulatedUpdate(alpha=0.5, family="CirculantPair + LowRank", rank=2, f=0.3, scale=0.4, **DROP),
+        {"terms_0_r1", "terms_1_up"},
+        lambda m, n: {"terms_0_c": (max(m, n),), **{f"terms_1_{k}": v for k, v in low_rank_shapes(m, n).items()}},
+        lambda alpha, a, W: (
+            alpha * W * (circulant(a["terms_0_r1"] * a["terms_0_r2"], *W.shape) + a["terms_1_down"] @ a["terms_1_up"])
+        ),
+    ),
+    "smoa": UpdateCase(
+        peft.SMoA(alpha=1.5, rank=4, blocks=3, **DROP),
+        {f"terms_{k}_matrix_up" for k in range(3)},
+        spectral_shapes,
+        lambda alpha, a, W: alpha / 4 * spectral_blocks(a, W),
+        constant=frozenset({"row_places", "column_places"}),
+        given=frozenset({"row_places", "column_places"}),
+    ),
+    "sine_lora": UpdateCase(
+        peft.SineLoRA(alpha=5.0, rank=2, omega=3.0, **DROP),
+        {"up"},
+        low_rank_shapes,
+        lambda alpha, a, W: alpha / 2 * np.sin(3 * low_rank(a)) / np.sqrt(len(W)),
+    ),
+    "lr_lora": UpdateCase(
+        peft.LearnableRank(alpha=0.9, rank=2, **DROP),
+        {"up"},
+        lambda m, n: {**low_rank_shapes(m, n), "a": (8,), "width": (8,)},
+        lambda alpha, a, W: alpha / 2 * learned_function(a),
+        early=frozenset({"a", "width"}),
+        given=frozenset({"a", "width"}),
+    ),
+    "abba": UpdateCase(
+        peft.ABBA(alpha=0.8, first_rank=1, rank=2, **DROP),
+        {"up"},
+        lambda m, n: {**low_rank_shapes(m, n), "first_down": (m, 1), "first_up": (1, n)},
+        lambda alpha, a, W: alpha * (a["first_down"] @ a["first_up"]) * low_rank(a),
+    ),
     "structured": UpdateCase(
         peft.StructuredUpdate(alpha=0.5, family="CirculantPair + LowRank", rank=2, f=0.3, scale=0.4, **DROP),
         {"terms_0_r1", "terms_1_up"},
@@ -308,6 +352,7 @@ THOROUGH = {
     "circulant": tuple(name for name in MODELS if name != "vit"),
     "lora": tuple(name for name in MODELS if name != "vit"),
     "dora": ("mlp", "bfloat16_kernels", "axes"),
+    "hira": ("mlp", "bfloat16_kernels", "bfloat16_compute", "axes"),
     "circulant_adapter": tuple(name for name, case in MODELS.items() if case.widths and name != "vit"),
     "adapter_drop": ("mlp", "deep"),  # Its first block gets no adapter.
 }

@@ -86,6 +86,38 @@ def khatri_rao_shapes(m, n):
     return {"U": (min(m, n), width), "V": (min(m, n), -(-max(m, n) // width))}
 
 
+def spectral_shapes(m, n):
+    """Return the shapes of the stored arrays of SMoA for three blocks of ranks 2, 1 and 1."""
+    sizes = zip(*([len(part) for part in np.array_split(np.arange(size), 3)] for size in (m, n, 4)), strict=True)
+    shapes = {"row_places": (m,), "column_places": (n,)}
+    for k, (rows, columns, rank) in enumerate(sizes):
+        shapes |= {f"terms_{k}_matrix_down": (rows, rank), f"terms_{k}_matrix_up": (rank, columns)}
+    return shapes
+
+
+def learned_function(arrays: Arrays) -> np.ndarray:
+    """Return `sum_k a_k sin(w_k (z - c_k)) / (w_k (z - c_k))` for the entries z of a low-rank matrix."""
+    z, total = low_rank(arrays), 0
+    for a, width, c in zip(arrays["a"], arrays["width"], np.linspace(-2, 2, 8), strict=True):
+        u = np.log1p(np.exp(width)) * (z - c)
+        total = total + a * np.sin(u) / u
+    return total
+
+
+def spectral_blocks(arrays: Arrays, W: np.ndarray) -> np.ndarray:
+    """Return SMoA's change for alpha / rank = 1, with the order of rows and columns from W itself."""
+    U, S, Vt = np.linalg.svd(W, full_matrices=False)
+    energies = (U * S) ** 2, (Vt.T * S) ** 2
+    orders = [np.argsort(energy @ np.arange(len(S)) / energy.sum(1), kind="stable") for energy in energies]
+    change = np.zeros_like(W)
+    number = sum(name.endswith("_up") for name in arrays)
+    blocks = zip(*(np.array_split(order, number) for order in orders), strict=True)
+    for k, (rows, columns) in enumerate(blocks):
+        where = np.ix_(rows, columns)
+        change[where] = W[where] * (arrays[f"terms_{k}_matrix_down"] @ arrays[f"terms_{k}_matrix_up"])
+    return change
+
+
 def low_rank_shapes(m, n):
     return {"down": (m, 2), "up": (2, n)}
 

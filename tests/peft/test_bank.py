@@ -10,13 +10,17 @@ from flax import nnx
 from surm_jax.errors import UserError
 from surm_jax.models import TARGETS
 from surm_jax.peft import (
+    ABBA,
     BottleneckBranch,
     CirculantBranch,
     CirculantUpdate,
     DoRA,
+    HiRA,
     KroneckerUpdate,
+    LearnableRank,
     LoRA,
     Rule,
+    SMoA,
     StructuredUpdate,
     adapt,
     adapter_names,
@@ -78,6 +82,10 @@ METHODS = {
     "adapter": CirculantBranch(alpha=0.7, dropout=0.5),
     "waisted": BottleneckBranch(waist=3),
     "dora": DoRA(rank=2, alpha=3.0),
+    "hira": HiRA(rank=2, alpha=3.0, dropout=0.5),
+    "smoa": SMoA(rank=2, alpha=3.0),
+    "lr_lora": LearnableRank(rank=2, alpha=1.0),
+    "abba": ABBA(first_rank=2, rank=2),
 }
 IDS = (2, 0, 0, 1)
 

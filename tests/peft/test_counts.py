@@ -77,6 +77,12 @@ BY_WIDTH = {
     ("gralora", ()): lambda d: 8 * 2 * d,
     ("cdvft", ()): lambda d: 3 * d,
     ("kradapter", ()): lambda d: d * (27 + 29) if d == 768 else d * (64 + 64),
+    ("hira", ()): lambda d: 8 * 2 * d,
+    ("modulated", (("family", "Toeplitz"),)): lambda d: 2 * d - 1,
+    ("smoa", ()): lambda d: 8 * d,
+    ("sine_lora", ()): lambda d: 8 * 2 * d,
+    ("lr_lora", ()): lambda d: 8 * 2 * d + 16,
+    ("abba", ()): lambda d: (4 + 4) * 2 * d,
 }
 
 

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 from jaxtyping import Array
@@ -79,7 +79,12 @@ class Update(PartMethod):
             dropout=self.dropout,
             frozen=self.frozen,
             execution=place.execution,
+            **self.part_settings(),
         )
+
+    def part_settings(self) -> dict[str, Any]:
+        """Return further arguments of the class `part`, which a method with its own class may need."""
+        return {}
 
     def _start_in_parts(self, place: Place, key: jax.Array) -> StructuredMatrix:
         """Return the initial M. For a packed kernel, this is a sum of one matrix for each selected block."""
