@@ -3,6 +3,7 @@
 import ast
 import re
 import tomllib
+import types
 from pathlib import Path
 
 import jax
@@ -42,7 +43,7 @@ def code(language: str, page: str = README) -> list[str]:
 
 
 def test_all_python_of_the_pages_is_run_here():
-    assert (len(code("python")), len(code("python", GUIDE))) == (2, 4)
+    assert (len(code("python")), len(code("python", GUIDE))) == (2, 5)
 
 
 def test_the_readme_is_short():
@@ -152,12 +153,47 @@ def with_kernels(model: Model, head, added: dict[str, np.ndarray]) -> Model:
     return model
 
 
+def test_classes_of_others():
+    class Einsum(nnx.Module):
+        def __init__(self):
+            self.einsum_str, self.w = "bd,dnh->bnh", nnx.Param(jnp.ones((4, 2, 3)))
+
+        def __call__(self, x):
+            return jnp.einsum(self.einsum_str, x, self.w)
+
+    class Dense(nnx.Module):
+        def __init__(self):
+            self.weight = nnx.Param(jnp.ones((4, 6)))
+
+        def __call__(self, x):
+            return x @ self.weight.T
+
+    class Experts(nnx.Module):
+        def __init__(self):
+            self.up, self.down = nnx.Param(jnp.ones((3, 4, 8))), nnx.Param(jnp.ones((3, 8, 4)))
+
+        def __call__(self, x):
+            return jnp.einsum("bf,efd->bd", jnp.tanh(jnp.einsum("bd,edf->bf", x, self.up)), self.down)
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.q, self.out, self.experts = Einsum(), Dense(), Experts()
+
+        def __call__(self, x):
+            return self.experts(self.out(self.q(x).reshape(-1, 6)))
+
+    x = jnp.ones((2, 4))
+    names = {"surm_jax": surm_jax, "nnx": nnx, "model": Model(), "x": x}
+    exec(code("python", GUIDE)[1], names | {"theirs": types.SimpleNamespace(Einsum=Einsum, Dense=Dense)})
+    assert {Einsum, Dense} <= set(surm_jax.peft.kernels.KINDS)
+
+
 def test_a_pretrained_model(tmp_path, monkeypatch):
     config = ViTConfig.from_variant("digits", num_classes=5, pool="token", activation="gelu", epsilon=1e-12)
     save_huggingface(tmp_path / "vit", ViT(config, rngs=nnx.Rngs(0)))
     monkeypatch.setattr("surm_jax.pretrained.hub.fetch", lambda source: tmp_path / "vit")
     names = {}
-    exec(code("python", GUIDE)[1], names)
+    exec(code("python", GUIDE)[2], names)
     assert isinstance(names["vit"], ViT) and names["vit"].head.kernel.shape == (64, 10)
 
 
@@ -173,7 +209,7 @@ def test_a_finished_run(tmp_path, monkeypatch):
     surm_jax.save_adapter(tmp_path / "runs" / "digits" / "adapter", trained, adapter)
     monkeypatch.chdir(tmp_path)
     names = {"image": job.task.dataset.test[3]["image"]}
-    exec(code("python", GUIDE)[2], names)
+    exec(code("python", GUIDE)[3], names)
     images = next(iter(job.task.eval_batches("test")))["image"]
     np.testing.assert_allclose(names["logits"], trained(images[3:4]), rtol=1e-4, atol=1e-5)
     assert np.ptp(names["logits"]) > 0.1
@@ -184,7 +220,7 @@ def test_the_matrices_on_their_own(capsys):
     rng = np.random.default_rng(0)
     W, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((40, 40), (3, 40)))
     names = {"W": W, "x": x}
-    exec(code("python", GUIDE)[3], names)
+    exec(code("python", GUIDE)[4], names)
     W, M = np.asarray(W, np.float64), np.asarray(names["C"].to_dense(), np.float64)
     U, S, Vt = np.linalg.svd(W)
     np.testing.assert_allclose(names["y"], x @ (W + 0.1 * M + (U[:, :2] * S[:2]) @ Vt[:2]), rtol=1e-4, atol=1e-4)

@@ -41,7 +41,7 @@ def check(model: nnx.Module, adapter: Adapter, inputs: Any) -> None:
     >>> model, adapter = surm_jax.adapt(Model(nnx.Rngs(0)), [surm_jax.Rule(".*", surm_jax.LoRA())], rngs=nnx.Rngs(1))
     >>> check(model, adapter, jnp.ones((2, 4)))
     Traceback (most recent call last):
-    surm_jax.errors.UserError: the update of unused does not reach the output of the model: leave it out of the rules
+    surm_jax.errors.UserError: the part of unused does not reach the output of the model: leave it out
 
     Args:
         model: An adapted model.
@@ -55,10 +55,8 @@ def check(model: nnx.Module, adapter: Adapter, inputs: Any) -> None:
     rows = parts_of(model, adapter)
     for row, reached in zip(rows, _reach(model, rows, inputs, parts=True), strict=True):
         if not reached:
-            what = "update" if row.part.slot == KERNEL else "branch"
             raise UserError(
-                f"the {what} of {row.path or 'the model'} does not reach the output of the model: leave it out of the"
-                " rules"
+                f"the part of {row.path or 'the model'} does not reach the output of the model: leave it out"
             )
     kernels = [row for row in rows if row.part.slot == KERNEL]
     for row, reached in zip(kernels, _reach(model, kernels, inputs, parts=False), strict=True):

@@ -58,9 +58,9 @@ IDS = jnp.array([[0, 3, 5]])
 @pytest.mark.parametrize(
     ("target", "method", "message"),
     [
-        ("unused", LoRA(), "^the update of unused does not reach the output"),
-        ("up|stopped", CirculantUpdate(), "^the update of stopped does not reach the output"),
-        ("unused", BottleneckBranch(waist=2), "^the branch of unused does not reach the output"),
+        ("unused", LoRA(), "^the part of unused does not reach the output"),
+        ("up|stopped", CirculantUpdate(), "^the part of stopped does not reach the output"),
+        ("unused", BottleneckBranch(waist=2), "^the part of unused does not reach the output"),
         ("embed", LoRA(), "^the model reads the kernel of embed in another place too, .*embed/embedding in the rule"),
         ("embed", DoRA(), "^the model reads the kernel of embed in another place too"),
     ],
