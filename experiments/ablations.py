@@ -136,7 +136,7 @@ def config_of(run: Run, options: argparse.Namespace) -> ml_collections.ConfigDic
 
 
 def tables(name: str = "digits") -> dict[str, str]:
-    """Return a table of test scores for each question, and a table of learning rates.
+    """Return a table of test scores for each question, and a table of learning rates, in markdown.
 
     Args:
         name: The value of `--name` that the rows were made with.
@@ -162,7 +162,7 @@ def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do all runs of the grid that have no row of results yet, and show the results."""
+    """Do all runs of the grid that are not finished yet, and show the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--name", default="digits", help="name of the job in the files of results")
     parser.add_argument("--config", default=DIGITS, help="a job of configs/, or one of your own")

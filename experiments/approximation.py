@@ -107,10 +107,7 @@ class Kind(NamedTuple):
 
 
 def kinds() -> list[Kind]:
-    """Return all families at all sizes.
-
-    The families with a single size come first. The others follow, ordered by size.
-    """
+    """Return all families at all sizes: first the families with a single size, then the others by size."""
     sized = [family for family in COLOURS if FAMILIES[family].option_names]
     fixed = [Kind(family) for family in COLOURS if family not in sized]
     return fixed + [Kind(family, size) for size in SIZES for family in sized]
@@ -184,9 +181,9 @@ def _abstract(kind: Kind) -> StructuredMatrix:
 
 
 def _starts(kind: Kind, targets: Float[np.ndarray, "trials n n"]) -> StructuredMatrix:
-    """Return the random matrices that gradient descent starts from.
+    """Return the random matrices that gradient descent starts from, scaled to a tenth of the norm of their targets.
 
-    All arrays of a matrix's parameters are scaled by one factor, so that its norm is a tenth of the target's norm.
+    All arrays of parameters of a matrix are scaled by one factor.
     """
     zero, trials = _zero(kind), len(targets)
     keys = jax.random.split(jax.random.key(1), len(zero.arrays()))
@@ -278,8 +275,7 @@ def _kind(row: Mapping[str, str]) -> Kind:
 def error_table(errors: Errors) -> str:
     """Return a markdown table of errors with a line for each family and size.
 
-    Families with about the same number of parameters compete: for each kind of target, the smallest mean error among
-    them is in bold.
+    For each kind of target, the smallest mean error is in bold, among families with about as many parameters.
     """
     means = {target: {kind: statistics.mean(one) for kind, one in of.items()} for target, of in errors.items()}
     counts, lines = {kind: kind.parameters for kind in next(iter(errors.values()))}, []

@@ -50,7 +50,7 @@ def linear_cka(x: Float[ArrayLike, "examples d1"], y: Float[ArrayLike, "examples
 
 
 def _centred(which: str, values: ArrayLike) -> Float[np.ndarray, "examples d"]:
-    """Return a representation in float64 with the mean of each column subtracted, after a check that it is valid."""
+    """Check a representation, and return it in float64 with the mean of each column subtracted."""
     values = np.asarray(values, np.float64)
     if values.ndim != 2:
         raise UserError(f"linear_cka: {which} representation must be a matrix (examples, d), not {values.shape}")
@@ -94,7 +94,7 @@ def hidden_states(
 
 
 class Alike(NamedTuple):
-    """The similarity of hidden states with those of a fully fine-tuned network, at one depth.
+    """How similar hidden states are to those of a fully fine-tuned network, at one depth.
 
     Attributes:
         blocks: The number of blocks that the hidden states have passed through. It is 0 for the input of the first
@@ -111,8 +111,7 @@ class Alike(NamedTuple):
 def compare(run: Run, full: nnx.Module, examples: int) -> list[Alike]:
     """Compare the hidden states of a run's models with those of a fully fine-tuned network.
 
-    The hidden states of the pretrained and of the fine-tuned model are compared, before the first block and after every
-    block.
+    Both the pretrained and the fine-tuned model are compared, before the first block and after every block.
 
     Args:
         run: The run, with its pretrained and its fine-tuned model.
@@ -137,7 +136,7 @@ def compare(run: Run, full: nnx.Module, examples: int) -> list[Alike]:
 
 
 def alike_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Return a markdown table of CKA, from the rows of a csv file whose columns are the fields of `Alike`."""
+    """Return a markdown table of CKA from the rows of a csv file, with the fields of `Alike` as columns."""
     lines = [
         {"states after": f"{row['blocks']} blocks", "this run": float(row["run"]), "pretrained": float(row["base"])}
         for row in rows

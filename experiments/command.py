@@ -1,4 +1,4 @@
-"""Functions for the command lines of experiments, which report errors, and load and change configurations."""
+"""What the command lines of experiments share: reporting errors, and loading and changing configurations."""
 
 import ast
 import runpy
@@ -30,7 +30,7 @@ def command(main: Callable[[], None]) -> None:
 
 
 def load_job(name: str) -> ml_collections.ConfigDict:
-    """Return the training configuration that a file's function `get_config` returns.
+    """Return the training configuration that a file defines in its function `get_config`.
 
     Args:
         name: `FILE.py` or `FILE.py:ARGUMENT`. The text ARGUMENT is passed to `get_config`.

@@ -52,9 +52,7 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
 
 
 class Cell(NamedTuple):
-    """The final runs of one method in a grid.
-
-    The scores of two cells are compared.
+    """One method on some tasks of a grid, whose scores are compared with those of another cell.
 
     Attributes:
         grid: The name of the grid's csv file in `experiments/results/`, without its suffix.
@@ -114,10 +112,7 @@ COMPARISONS: Mapping[str, tuple[Cell, Cell]] = {
 
 
 def scores(cell: Cell) -> list[float]:
-    """Return the scores of a cell's final runs in percent, one for each seed.
-
-    Final runs with any other learning rate than the one that the search chose are left out.
-    """
+    """Return the test scores of a cell in percent, one for each seed, at the learning rate that the search chose."""
     rows = read_rows(RESULTS / f"{cell.grid}.csv")
     searched = {row["task"] for row in rows if row["part"] == "search"}
     # If the grid has searches on a single task, their learning rates are used for all tasks.

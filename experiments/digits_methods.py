@@ -52,7 +52,7 @@ def tables() -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do all runs of the grid that have no row of results yet, and show the results."""
+    """Do all runs of the grid that are not finished yet, and show the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--report", action="store_true", help="start no run, only report")
     path = RESULTS / "digits_methods.csv"

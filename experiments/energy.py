@@ -56,14 +56,13 @@ class Family(NamedTuple):
     def searched(self) -> bool:
         """Whether the nearest matrix is found by a search.
 
-        A search may miss the nearest matrix, so the share of energy that it finds may be too small. Without a search
-        the share is exact.
+        A search may miss it, so that the share of energy is too small. Otherwise the share is exact.
         """
         return FAMILIES[self.name].searches
 
 
 class EnergyMap(NamedTuple):
-    """The shares of energy that each family keeps, for all layers whose matrices have the same shape.
+    """The share of energy that each family keeps, for all layers with matrices of one shape.
 
     Attributes:
         shape: The shape of the matrices, (in_features, out_features).
@@ -109,7 +108,7 @@ def shares(matrix: Float[np.ndarray, "in out"]) -> dict[Family, float]:
 
 
 def energy_maps(matrices: Mapping[str, Float[np.ndarray, "in out"]]) -> list[EnergyMap]:
-    """Return a map of the shares of energy for each shape of the given matrices, and show a progress bar.
+    """Measure the shares of energy for given matrices, with a progress bar. Return a map for each shape.
 
     Args:
         matrices: The matrix of each layer, by the path of the layer.

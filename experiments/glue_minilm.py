@@ -124,7 +124,7 @@ def config_of(run: Run, data: str, model: str) -> RunConfig:
 
 
 def commonest(task: str, data_dir: str) -> Row:
-    """Return the results of predicting the most frequent training label for every example, as a row of the table.
+    """Score the prediction of the most frequent training label for every example, and return a row of the table.
 
     Args:
         task: The name of the GLUE task.
@@ -191,7 +191,7 @@ def find_model() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do all runs of the grid that have no row of results yet, and show the results."""
+    """Do all runs of the grid that are not finished yet, and show the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="", help="folder of prepared TFDS sets")
     parser.add_argument("--model", help="folder of a BERT of transformers, with its tokeniser")

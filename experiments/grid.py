@@ -58,7 +58,7 @@ class Grid:
 
     @classmethod
     def of_rows(cls, rows: Sequence[Row], searched: str = "", order: Iterable[str] = ()) -> Self:
-        """Return a grid with all methods of some rows, and with the tasks and seeds of their final runs.
+        """Return the grid to which some rows belong: all their methods, and the tasks and seeds of their final runs.
 
         Args:
             rows: The rows of finished runs.
@@ -75,16 +75,15 @@ class Grid:
         )
 
     def searches(self, rows: Sequence[Row], task: str, method: str) -> dict[float, Row]:
-        """Return the rows of the search for a task and a method, by their learning rate."""
+        """Return the rows of the search for a task and a method, by learning rate."""
         cell = (self.searched or task, method, "search")
         return {row["learning_rate"]: row for row in rows if (row["task"], row["method"], row["part"]) == cell}
 
     def rates_to_try(self, rows: Sequence[Row], task: str, method: str) -> tuple[float, ...]:
         """Return all learning rates that the search for a task and a method needs so far, in ascending order.
 
-        They include the rates that already have a row. If all of them have one, and the best rate is at an end of the
-        list, then the next rate beyond that end is added. This happens only if there are at least three and fewer than
-        `MOST_RATES` rates.
+        If all of them have a row and the best is at an end of the list, the next rate beyond that end is added. This
+        happens only if there are at least three and fewer than `MOST_RATES` rates.
         """
         tried = self.searches(rows, task, method)
         rates = {*self.rates[method], *tried}
@@ -108,9 +107,9 @@ class Grid:
         return _best(tried.values()) if tried and len(self.rates_to_try(rows, task, method)) == len(tried) else None
 
     def wanted(self, rows: Sequence[Row]) -> list[Run]:
-        """Return all runs that the grid is known to need so far, whether they are finished or not.
+        """Return all runs that the grid needs as far as is known, finished or not, ordered by task and then by method.
 
-        They are ordered by task, then by method. The final runs of a cell are known only after its search is finished.
+        The final runs of a cell are known only after its search is finished.
         """
         runs = []
         for task in self.tasks:
@@ -127,9 +126,9 @@ class Grid:
         return [run for run in self.wanted(rows) if run not in made]
 
     def size(self, rows: Sequence[Row]) -> int:
-        """Return the number of runs in the whole grid, as estimated from the rows so far.
+        """Return the number of runs in the whole grid, as far as is known.
 
-        All final runs are counted. Of a search, the runs with the learning rates that it needs so far are counted.
+        All final runs are counted, and the searches with the learning rates that they need so far.
         """
         searches = sum(run.part == "search" for run in self.wanted(rows))
         return searches + len(self.tasks) * len(self.rates) * len(self.seeds)
@@ -151,7 +150,7 @@ class Grid:
         return max((row["trainable"] for row in rows if row["method"] == method), default=None)
 
     def metrics(self, rows: Sequence[Row]) -> dict[str, str]:
-        """Return, for each task that has rows, the name of the metric that its scores are measured in."""
+        """Return the name of the metric in which the scores of a task are measured, for each task with rows."""
         named = {row["task"]: row["metric"] for row in rows if row["metric"]}
         return {task: named[task] for task in self.tasks if task in named}
 
@@ -221,7 +220,7 @@ def _first(values: Mapping[str, float], prefix: str, suffix: str) -> float:
 
 
 def work(grid: Grid, path: Path, config_of: Callable[[Run], RunConfig], root: Path) -> None:
-    """Do all runs of a grid that have no row yet, and append the row of each run to a csv file as soon as it ends.
+    """Do all runs of a grid that are not finished yet, and append a row to a csv file as soon as one ends.
 
     Args:
         grid: The grid, or the part of it that this process works on.

@@ -161,9 +161,7 @@ def digest_of(path: Path) -> str:
 
 
 def held_out(examples: int) -> int:
-    """Return how many training examples a search holds out.
-
-    It holds out a fifth of all training examples, as in VTAB-1k, but at most 2,000.
+    """Return how many training examples a search holds out: a fifth, as in VTAB-1k, but at most 2,000.
 
     >>> held_out(1000), held_out(25_000)
     (200, 2000)
@@ -209,7 +207,7 @@ def work(
     tasks: Sequence[str],
     searched: str = "",
 ) -> None:
-    """Do all runs of a grid that have no row yet, on image data sets.
+    """Do all runs of a grid on images that are not finished yet.
 
     Args:
         options: The parsed command line.

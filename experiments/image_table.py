@@ -62,7 +62,7 @@ def draw(whole: Grid, rows: Sequence[Row], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do all runs of the grid that have no row of results yet, and show the results."""
+    """Do all runs of the grid that are not finished yet, and show the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     image_grid.add_options(parser)
     parser.add_argument("--vtab", action="store_true", help=f"use {VTAB_EXAMPLES:,} training examples of each set")

@@ -141,7 +141,7 @@ def names_of(name: str, sets: Sequence[str]) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do all runs of the grids that have no row of results yet, and show the results."""
+    """Do all runs of the grids that are not finished yet, and show the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     image_grid.add_options(parser)
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="in percent of the training set")

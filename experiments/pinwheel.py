@@ -141,7 +141,7 @@ def best_rate(trials: Iterable[Trial], layer: str, bottom: str) -> float:
 
 
 def measure(layer: str, rate_of: dict[str, float], data: Data, dense: Sequence[Run]) -> list[Run]:
-    """Train and evaluate networks with one kind of hidden kernel, every seed and both kinds of bottom layer.
+    """Train and evaluate networks with one kind of hidden kernel, for every seed and both kinds of bottom layer.
 
     Args:
         layer: The kind of hidden kernel, a key of `LAYERS`.

@@ -93,7 +93,7 @@ def nearest_kronecker(target: Float[Array, "mn mn"]) -> Float[Array, "mn mn"]:
 
 
 def _leading(N: Float[Array, "n n"]) -> Float[Array, " n"]:
-    """Return the vector a for which `a a^T` is nearest to N in the Frobenius norm."""
+    """Return the vector a for which `a a^T` is nearest to N in the Frobenius norm, by an eigenvector of N."""
     values, vectors = jnp.linalg.eigh((N + N.T) / 2)
     return jnp.sqrt(jnp.maximum(values[-1], 0)) * vectors[:, -1]
 
@@ -226,10 +226,9 @@ def run(trials: int, steps: int) -> tuple[list[Row], Curves]:
 
 
 def order(errors: Mapping[str, Float[np.ndarray, " trials"]]) -> dict[str, int]:
-    """Return in how many trials each family has a larger error than the next family of the mapping.
+    """Count the trials in which each family has a larger error than the next one, and those in which all have.
 
-    The last count is the number of trials in which this holds for all pairs of neighbours at once. In the example, a
-    has a larger error than b in both trials, but b has a larger error than c only in the first trial.
+    In the example, a has a larger error than b in both trials, but b than c only in the first:
 
     >>> order({"a": np.array([3, 3]), "b": np.array([2, 1]), "c": np.array([1, 2])})
     {'a > b': 2, 'b > c': 1, 'a > b > c': 1}

@@ -50,7 +50,7 @@ class Run(NamedTuple):
 
 
 def run_of(row: Row) -> Run:
-    """Return the run that a row describes."""
+    """Return the run that a row of results belongs to."""
     return Run(*(row[name] for name in Run._fields))
 
 
@@ -93,10 +93,9 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def note_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Store the settings of a grid in the json file beside its csv file.
+    """Store the settings of a grid in the json file beside its csv file, before the first run.
 
-    Call this before the first run. If the csv file has rows already, nothing is written, but the settings must equal
-    those of the rows.
+    If the csv file has rows already, nothing is written, but the settings must be those of the rows.
 
     Args:
         path: The csv file.

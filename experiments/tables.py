@@ -51,10 +51,9 @@ def markdown(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> s
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
-    """Return the mean of some values and their standard deviation as text.
+    """Return the mean and the standard deviation of some scores as text.
 
-    A single value has no standard deviation. A value is NaN if its run diverged. If there is any such value, the text
-    is the number of diverged runs.
+    A score is NaN if its run diverged. If there is any, the text says how many.
 
     >>> mean_and_deviation([80.0, 81.0, 82.0]), mean_and_deviation([80.0]), mean_and_deviation([80.0, math.nan])
     ('81.0 ± 1.0', '80.0', '1 of 2 diverged')
@@ -118,7 +117,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def tidy(axes: Axes) -> None:
-    """Add light grid lines to a panel, and remove its frame at the top and on the right."""
+    """Give a panel light grid lines, and remove its frame at the top and on the right."""
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -31,8 +31,7 @@ from surm_jax.structured import (
 def kernels(model: nnx.Module) -> dict[str, Float[Array, "in out"]]:
     """Return the kernels of all linear layers outside the head as matrices (in_features, out_features), by path.
 
-    The kernels are sorted by the path of the layer inside its block (`kind_of`), and then by the number of the block.
-    The model in the example has one linear layer and a head.
+    They are sorted by the path of the layer inside its block (`kind_of`), and then by the number of the block.
 
     >>> model = nnx.Dict(head=nnx.Linear(4, 2, rngs=nnx.Rngs(0)), up=nnx.Linear(2, 4, rngs=nnx.Rngs(1)))
     >>> {path: kernel.shape for path, kernel in kernels(model).items()}
@@ -205,11 +204,9 @@ def largest_rank(matrix: StructuredMatrix) -> int:
 def rank_in_theory(matrix: StructuredMatrix) -> str:
     """Return what theory says about the rank of a structured matrix, as text for a table.
 
-    The text begins with "=" and the exact rank if the structure determines the rank from the parameters. Otherwise it
-    begins with "<=" and an upper bound. The text in parentheses names what the rank was derived from.
-
-    The matrix in the example has ones everywhere. Its vector has one DFT coefficient that is not zero and one that is
-    zero, so its rank is 1.
+    It begins with "=" and the rank if the parameters determine it, otherwise with "<=" and an upper bound. The text in
+    parentheses says where this comes from. In the example, all entries of the matrix are ones, so one coefficient of
+    its DFT (discrete Fourier transform) is not zero:
 
     >>> rank_in_theory(Circulant(np.ones(2, np.float32), shape=(2, 2)))
     '= 1 (non-zero DFT)'
@@ -241,7 +238,7 @@ def update_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Return a markdown table of the changes of all kernels.
 
     Args:
-        rows: The rows of a csv file whose columns are the fields of `Update`.
+        rows: The rows of a csv file with the fields of `Update` as columns.
     """
     numbers = {"stable rank": ".1f", "condition": ".3g", "norm, of the kernel's": ".3g", "1 - cosine": ".2g"}
     names = ("stable_rank", "condition", "relative_norm", "one_minus_cosine")
