@@ -77,9 +77,7 @@ def noisy_adapters(base: ViT, count: int, folder: Path) -> list[Path]:
 
 
 def programs(base: ViT, folders: list[Path], images: jax.Array) -> dict[str, Callable[[], jax.Array]]:
-    """Return the programs `one`, `bank` and `loop` as functions without arguments.
-
-    Before that, run `bank` and `loop` once and check that they give the same outputs.
+    """Return the programs `one`, `bank` and `loop` as functions without arguments, after checking that they agree.
 
     Args:
         base: The frozen base model.

@@ -61,7 +61,7 @@ def random_batch(config: BertConfig) -> Batch:
 
 
 def our_step(model: Bert, method: Update, batch: Batch) -> tuple[Program, int]:
-    """Return a training step of this package, and its number of trained parameters.
+    """Return a function that takes one training step of this package, and the number of trained parameters.
 
     Args:
         model: The base model.
@@ -69,7 +69,7 @@ def our_step(model: Bert, method: Update, batch: Batch) -> tuple[Program, int]:
         batch: The batch that every step uses.
 
     Returns:
-        A function that takes one step and returns its loss, and the number of trained parameters.
+        The function, which returns the loss of its step, and the number.
     """
     rules = [Rule(r".*/(query|key|value)", method)]
     adapted, adapter = adapt(model, rules, train=["head/.*"], rngs=nnx.Rngs(1))
@@ -113,15 +113,15 @@ def torch_model(model: Bert) -> torch.nn.Module:
 
 
 def torch_step(base: torch.nn.Module, config: peft.PeftConfig, batch: Batch) -> tuple[Program, int]:
-    """Return a training step in PyTorch with an adapter of peft, and its number of trained parameters.
+    """Return a function that takes one training step in PyTorch, and the number of trained parameters.
 
     Args:
         base: The base model.
-        config: The configuration of the adapter.
+        config: The configuration of peft's adapter.
         batch: The batch that every step uses.
 
     Returns:
-        A function that takes one step and returns its loss, and the number of trained parameters.
+        The function, which returns the loss of its step, and the number.
     """
     model = peft.get_peft_model(base, config).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

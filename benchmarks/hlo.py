@@ -1,4 +1,4 @@
-"""Find the collective operations, by which devices exchange data, in the text of compiled programs."""
+"""Find the operations by which devices exchange data (collectives) in the text of compiled programs."""
 
 import math
 import re
@@ -50,7 +50,7 @@ def collectives(hlo: str) -> list[Collective]:
 
 
 def gathered_sizes(hlo: str) -> list[int]:
-    """Return, for every all-gather in the text of a compiled program, the number of elements of its largest result.
+    """Return how many elements each all-gather in the text of a compiled program returns, in its largest result.
 
     >>> gathered_sizes("  %all-gather = f32[16,5,64]{2,1,0} all-gather(%param), channel_id=1")
     [5120]

@@ -73,7 +73,7 @@ class Model:
         self.before: dict[str, jax.Array] | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> None:
-        """Start a step, and wait for the previous one."""
+        """Start a step with this batch, and wait for the previous step."""
         self.state, metrics = self.step(self.state, self.frozen, put_batch(batch, self.mesh), self.key, {})
         jax.device_get(self.before)
         self.before = metrics

@@ -39,7 +39,7 @@ def frozen_step(x: jax.Array, kernel: jax.Array, update: None, dy: jax.Array) ->
 
 
 def check_sizes(families: Iterable[str], width: int) -> None:
-    """Check that the families have matrices of the shape (width, width) with all options that are timed.
+    """Check that each family has matrices of the shape (width, width), with all options that are timed.
 
     Raises:
         UserError: A family has no matrix of this shape with one of its options. The message tells why.

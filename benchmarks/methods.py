@@ -23,7 +23,7 @@ def models() -> dict[str, nnx.Module]:
 
 
 def count(model: nnx.Module, method: Method) -> int:
-    """Return how many parameters a method trains in a model on its default modules, not counting the head."""
+    """Return how many parameters a method trains in a model on its default modules, without the head."""
     if isinstance(method, Selection):
         adapted, adapter = adapt(model, [], train=method.patterns, rngs=nnx.Rngs(0))
     else:

@@ -40,7 +40,7 @@ def tables_of(source: str) -> Mapping[str, str]:
 
 
 def filled(text: str) -> str:
-    """Return the text of a page with its tables and files of code brought up to date.
+    """Return the text of a page with its tables and files of code replaced by the present ones.
 
     Args:
         text: The text of the page as it is now.

@@ -83,7 +83,7 @@ def trained_numbers(model: Transformer, method: str) -> int:
 def base_bytes(model: Transformer, fsdp: int, size: int = 2) -> float:
     """Return the bytes that the frozen base model takes on each device.
 
-    If the base model is split over several devices, each device also holds two whole blocks at a time.
+    If it is split over several devices, each device also holds two whole blocks at a time.
 
     Args:
         model: The sizes of the model.

@@ -110,9 +110,9 @@ def tables() -> dict[str, str]:
 
 
 def draw(path: Path) -> None:
-    """Draw the time of a layer with an update of each family as a multiple of the time of the frozen layer.
+    """Draw the time of a layer with an update of each family, as a multiple of the time of the frozen layer.
 
-    The execution is `auto`.
+    The products are computed in the way that `auto` chooses.
     """
     rows = [row for row in read("structured") if row["tokens"] == 6304 and row["dtype"] == "float32"]
     lora = next(row["ratio_to_frozen"] for row in rows if (row["family"], row["execution"]) == ("LowRank", "fft"))

@@ -118,7 +118,7 @@ def measure(families: list[str], width: int, tokens: int, dtype: str, rounds: in
 
 
 def fastest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the fastest execution of each case, as entries of the table from which `auto` chooses."""
+    """Return the fastest execution (way to compute the product) of each case, as entries of the table for `auto`."""
     best: dict[tuple, dict[str, Any]] = {}
     for row in rows:
         if row["execution"] in ("auto", "frozen"):
@@ -132,7 +132,7 @@ def fastest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def write_table(rows: list[dict[str, Any]]) -> None:
     """Store the fastest execution of each case in the table from which `auto` chooses.
 
-    Cases of the table that were not measured stay in it.
+    Other cases stay in it.
 
     Args:
         rows: The rows of results.

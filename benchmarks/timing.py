@@ -64,9 +64,8 @@ def numbers(flag: flags.FlagHolder[list[str]]) -> list[int]:
 def medians(programs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
     """Return the median time of each program, in seconds.
 
-    In each round every program is called twice in a row, and only the second call is timed. So the caches and the
-    memory allocator are in the state in which the program itself left them, as in a training loop. The order of the
-    programs is random in each round.
+    In each round, in random order, every program is called twice in a row, and the second call is timed. So the caches
+    and the memory allocator are as the program itself left them, as in a training loop.
 
     Args:
         programs: The programs by name, as functions without arguments. Arrays in a result need not be ready when the
@@ -85,7 +84,7 @@ def medians(programs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any,
 
 
 def setting() -> dict[str, str]:
-    """Return the entries of a row that tell on which device and with which version of JAX it was measured."""
+    """Return on which device and with which version of JAX a row was measured, as entries of the row."""
     return {"device": device(), "jax": jax.__version__}
 
 
