@@ -41,7 +41,9 @@ def output_width(module: nnx.Module, path: str) -> int:
     if kind is not None:
         kernel_of(module, path)
         shape = kind.widths(module)
-        if len(shape) != 1:
+        if not shape:
+            raise UserError("its output does not end with a feature axis, which a branch needs")
+        if len(shape) > 1:
             raise UserError(f"its output has several feature axes {shape}, but a branch needs exactly one")
         return shape[0]
     widths = {kernel.layout.matrix[0] for kernel in _kernels(module, path)}
