@@ -56,9 +56,8 @@ def load_bank(folders: Folders, model: nnx.Module) -> nnx.Module:
 
     Here, the first and the last image use the adapter in `adapters/anna`, and the other two that in `adapters/bert`.
 
-    The adapters may have parts in different modules. If an adapter also trained the kernel or the bias of a linear
-    layer, such as the head, the examples of this adapter use its trained kernel or bias. The dropout of the adapters is
-    off.
+    The adapters may change different modules. If an adapter also trained the kernel or the bias of a linear layer, such
+    as the head, its examples use that kernel or bias. The dropout of the adapters is off.
 
     Args:
         folders: The folders of adapters that were trained on this base model with the same methods. An example whose

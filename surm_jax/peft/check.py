@@ -1,8 +1,8 @@
-"""Checks that updates act: that they reach the output of a model, and that nothing else reads an adapted kernel.
+"""Check that updates act: that they reach the output of a model, and that nothing else reads an adapted kernel.
 
-A model may call a layer without using its output, or read the kernel of a layer itself, past the layer's product. An
-update would then learn nothing, or merging it would change more than the update did. `check` finds both without
-computing anything: it looks at the program of the gradients of the model.
+A model may call a layer without using its output, and then its update learns nothing. Or it may read the kernel itself,
+past the layer's product, and then merging changes more than the update did. `check` finds both in the traced program of
+the model's gradients, without computing anything.
 """
 
 from typing import Any
@@ -70,14 +70,14 @@ def check(model: nnx.Module, adapter: Adapter, inputs: Any) -> None:
 
 
 def _reach(model: nnx.Module, rows: list[AttachedPart], inputs: Any, *, parts: bool) -> list[bool]:
-    """Return for each part whether the gradient of the output by its parameters, or by its kernel, can be non-zero.
+    """Return, for each part, whether the model's output can depend on it: whether a gradient can be non-zero.
 
     Args:
         model: The adapted model.
         rows: The parts.
         inputs: The inputs of the model.
-        parts: Whether the gradient by the parameters of the part is meant. Otherwise it is that by the kernel, which
-            counts as constant in the product to which the part is added.
+        parts: True for the gradient by the part's parameters. False for that by the kernel, which counts as a constant
+            in the product to which the part is added.
     """
     if not rows:
         return []

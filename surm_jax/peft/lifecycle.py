@@ -64,7 +64,7 @@ def set_active(model: nnx.Module, adapters: Iterable[Adapter | str]) -> nnx.Modu
 
     Raises:
         UserError: If the model does not have one of the adapters, or if an adapter that would be off also trained
-            parameters of the base model, such as a head: the model no longer has their values before the training.
+            parameters of the base model, such as a head. Their earlier values are no longer known.
     """
     model = nnx.clone(model)
     names = checked_names(model, adapters)

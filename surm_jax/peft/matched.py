@@ -16,13 +16,13 @@ from surm_jax.peft.parts.base import KERNEL, SLOTS, Part, is_adapted
 
 
 class MatchedModule(NamedTuple):
-    """A module to which an adapter adds a part, and the rule that applies to the module.
+    """A module or parameter that an adapter changes, and the rule that applies to it.
 
     Attributes:
         path: The path of the module in the model, or of the parameter that the rule names.
         module: The module.
         rule: The rule.
-        method: The rule's method, which makes the part.
+        method: The rule's method, which makes the part that the adapter adds.
         parameter: The name of the parameter in the module, if the rule names a parameter.
     """
 
@@ -100,10 +100,10 @@ def presets_of(model: nnx.Module) -> Mapping[str, str]:
 
 
 def _own_modules(model: nnx.Module) -> dict[str, nnx.Module]:
-    """Return a dictionary from path to module for the modules of a model that do not belong to adapters.
+    """Return the modules of a model that do not belong to adapters, by path.
 
-    A path alone does not show whether a module belongs to an adapter, since the model may have a module of its own
-    that is called `delta` or `branch`. A module with such a name belongs to adapters only if it holds a `Part`.
+    A module called `delta` or `branch` belongs to adapters only if it holds a `Part`. The model may have a module of
+    its own with that name.
     """
     modules = dict(nnx.iter_modules(model))
     slots = {(*path, slot) for path, module in modules.items() if is_adapted(module) for slot in SLOTS}
@@ -115,10 +115,9 @@ def _own_modules(model: nnx.Module) -> dict[str, nnx.Module]:
 
 
 def _own_parameters(modules: Mapping[str, nnx.Module]) -> dict[str, tuple[nnx.Module, str]]:
-    """Return a dictionary from path to (module, name) for the parameters that a rule may name.
+    """Return the parameters that a rule may name, as (module, name) by path.
 
-    They are the matrices and higher-rank arrays of modules. A parameter with which the class of its module is
-    registered is not among them, because a rule names this module.
+    They are arrays with two or more axes. For a parameter of a registered class, a rule names the module instead.
     """
     found = {}
     for path, module in modules.items():
@@ -133,10 +132,10 @@ def _own_parameters(modules: Mapping[str, nnx.Module]) -> dict[str, tuple[nnx.Mo
 
 
 def _check_normalised(row: MatchedModule, modules: Mapping[str, nnx.Module]) -> None:
-    """Check that no module around a matched one overwrites its parameters in every call.
+    """Check that no matched kernel is overwritten in every call by a surrounding module that normalises it.
 
     Raises:
-        UserError: If an `nnx.WeightNorm` or `nnx.SpectralNorm` normalises the kernel.
+        UserError: It is inside an `nnx.WeightNorm` or `nnx.SpectralNorm`.
     """
     keys = row.path.split("/") if row.path else []
     for length in range(len(keys)):
@@ -172,7 +171,7 @@ def _check_one_place(row: MatchedModule, rows: Sequence[MatchedModule]) -> None:
 
 
 def _nothing_to_adapt(target: str, candidates: list[str], modules: dict[str, nnx.Module], what: str) -> str:
-    """Return the error message for a target that matches none of the modules that could be adapted."""
+    """Return the error message for a target that matches no module that could be adapted."""
     others = [path for path in matching(target, modules) if path not in candidates]
     if not others:
         return no_match_message(target, candidates, what)

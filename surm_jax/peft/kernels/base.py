@@ -201,7 +201,7 @@ def probed(kernel: Array) -> Array:
 
 
 def constant_kernel(module: Any, parameter: str) -> Any:
-    """Return the module, or within a `probed_kernels` block a shallow copy in which the kernel is a constant."""
+    """Return the module, within a `probed_kernels` block as a shallow copy with the kernel as a constant."""
     if not probing():
         return module
     constant, variable = copy.copy(module), vars(module)[parameter]
@@ -274,7 +274,7 @@ class Product:
         return y
 
     def terms(self, parts: list[KernelPart], x: Array, frozen: Array, kernel: Array) -> list[Array]:
-        """Return what parts add to the product of inputs and a kernel, which is `frozen`."""
+        """Return what the parts add to `frozen`, the product of the inputs and the kernel."""
         arrays = self.vectors(x), self.contraction.results(self.divide(frozen)), self.layout.matrices(kernel)
         return [
             self.outputs(over_stack(lambda part, *arrays: part.added(*arrays, self.dot), part, *arrays))

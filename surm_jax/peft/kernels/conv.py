@@ -4,9 +4,9 @@ The kernel has the shape (k, ..., in, out), and the matrix the shape (k * ... * 
 in LyCORIS. A convolution with groups has one matrix for each of them. Strides, dilation and padding change which
 patches there are.
 
-The sum of the kernel and its updates is a kernel too, so that `execution="auto"` computes one convolution with it, and
-forms no patches. An update with dropout or with learned lengths (DoRA) does form them: they take k * k times the memory
-of the input. So does `execution="fft"`.
+With `execution="auto"`, one convolution with the sum of the kernel and its updates is computed, and no patches are
+formed. Updates with dropout or with learned lengths (DoRA), and `execution="fft"`, do form them. They take k * k times
+the memory of the input.
 """
 
 import functools
@@ -25,12 +25,12 @@ from surm_jax.peft.kernels.contraction import Contraction, Layout
 
 
 class AdaptedConv(Hooked):
-    """An `nnx.Conv` with kernel parts."""
+    """An `nnx.Conv` whose product includes what adapters add."""
 
     hook = "conv_general_dilated"
 
     def product(self, base: Callable[..., Array] | None, *args: Any, **options: Any) -> Array:
-        """Return the convolution of the module's inputs and kernel, plus the terms of the parts."""
+        """Return the convolution of the module's inputs and kernel, plus what adapters add."""
         inputs, kernel, strides, padding = args
         groups = options["feature_group_count"]
         convolve = base or jax.lax.conv_general_dilated
@@ -76,7 +76,7 @@ def _layout(shape: tuple[int, ...], groups: int) -> Layout:
 
 
 class ConvKind(Kind):
-    """The kind of `nnx.Conv`."""
+    """How `nnx.Conv` multiplies by its kernel."""
 
     mixin = AdaptedConv
     hooks = ("conv_general_dilated",)

@@ -1,8 +1,8 @@
-"""The kernels of `nnx.Embed`: the table of embeddings is a matrix of shape (tokens, features).
+"""The kernels of `nnx.Embed`. The table of embeddings is a matrix of shape (tokens, features).
 
-Looking up a token is the product of a unit vector and this matrix, so that an update adds the row of its matrix. The
-dense matrix of an update is not formed for it (`surm_jax.structured.rows`). `attend`, the head that many language
-models tie to the embeddings, multiplies by the transposed table, and sees the update too.
+Looking up a token is the product of a unit vector and this matrix, so an update adds the row of its own matrix, without
+its dense form (`surm_jax.structured.rows`). `attend` multiplies by the transposed table, updates included. Many
+language models use it as their head.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from surm_jax.structured import matmul
 
 
 class AdaptedEmbed(AdaptedLayer):
-    """An `nnx.Embed` with kernel parts."""
+    """An `nnx.Embed` whose table includes what adapters add."""
 
     def __call__(self, inputs: Int[Array, "*batch"], *args: Any, **kwargs: Any) -> Float[Array, "*batch features"]:
         """Return the embeddings of tokens, plus the rows of the updates."""
@@ -46,7 +46,7 @@ class AdaptedEmbed(AdaptedLayer):
 
 
 class EmbedKind(Kind):
-    """The kind of `nnx.Embed`."""
+    """How `nnx.Embed` multiplies by its table."""
 
     parameter = "embedding"
     mixin = AdaptedEmbed

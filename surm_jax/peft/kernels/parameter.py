@@ -1,9 +1,8 @@
-"""Updates at a parameter, for modules that multiply inside their own methods, and the registration of their classes.
+"""Add updates to a parameter itself, for modules that multiply inside their own methods, and register their classes.
 
-Whoever reads the adapted parameter of a module gets `W + M` in its place: the module's own methods, and a parent that
-reads the attribute. Values and gradients are exact, and any use of the parameter is allowed. The cost is that of the
-dense sum: every call forms M and `W + M`, and the backward pass forms the gradient of the whole kernel before it is
-reduced to that of the update. `describe` marks such updates.
+Whoever reads the adapted parameter gets `W + M`: the module's own methods, or a parent that reads the attribute. So any
+use of the parameter is allowed. Every call forms M and `W + M`, and the backward pass forms the gradient of the whole
+kernel. `describe` marks such updates.
 """
 
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from surm_jax.peft.parts.base import KERNEL, KernelPart
 
 
 class AdaptedParameters(AdaptedLayer):
-    """A module with kernel parts at its parameters: reading such a parameter gives its sum with the changes."""
+    """A module with updates of its parameters. Reading such a parameter gives its sum with the updates."""
 
     def __getattribute__(self, name: str) -> Any:
         """Return an attribute. For an adapted parameter it is a new variable with the sum."""
@@ -51,7 +50,7 @@ class AdaptedParameters(AdaptedLayer):
 
 
 def _parts_at(module: nnx.Module, name: str) -> list[KernelPart]:
-    """Return the parts of a module that change a parameter."""
+    """Return what adapters add to a parameter of a module."""
     kind, slot = kind_of(module), vars(module).get(KERNEL)
     if slot is None:
         return []
@@ -111,7 +110,7 @@ def check_parameter(kernel: Kernel, method: PartMethod) -> None:
 
 
 class ParameterKind(Kind):
-    """The kind of a registered class whose methods read the parameter.
+    """How a registered class holds a matrix in a parameter that its methods read.
 
     Args:
         parameter: The name of the parameter.
@@ -136,10 +135,13 @@ class ParameterKind(Kind):
 
 
 class AdaptedCall(AdaptedLayer):
-    """A module of a registered class with kernel parts, whose output is a contraction plus other terms."""
+    """A module of a registered class whose output includes what adapters add.
+
+    Its output is a contraction with the parameter, plus other terms.
+    """
 
     def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
-        """Return the module's output, plus the terms of its parts."""
+        """Return the module's output, plus what adapters add."""
         kind = kind_of(self)
         assert isinstance(kind, CallKind)
         y = super(AdaptedCall, constant_kernel(self, kind.parameter)).__call__(inputs, *args, **kwargs)  # type: ignore[misc]
@@ -158,7 +160,7 @@ class AdaptedCall(AdaptedLayer):
 
 
 class CallKind(Kind):
-    """The kind of a registered class whose `__call__` adds a contraction of its first argument and the parameter.
+    """How a registered class multiplies its first argument by a parameter in `__call__`, as an equation of einsum.
 
     Args:
         parameter: The name of the parameter.

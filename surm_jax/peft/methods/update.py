@@ -112,7 +112,10 @@ def _kernel(place: Place) -> Array:
 
 
 def _away_from_zero(matrix: StructuredMatrix, key: jax.Array, scale: float | None, zero: str) -> StructuredMatrix:
-    """Return the matrix with random numbers in the array that starts at zero, `zero` or else `linear_in`."""
+    """Return the matrix with random numbers in the array that starts at zero.
+
+    The array is called `zero` or, if `zero` is empty, as `linear_in` says.
+    """
     if isinstance(matrix, Sum):
         keys = jax.random.split(key, len(matrix.terms))
         return Sum(tuple(_away_from_zero(term, k, scale, zero) for term, k in zip(matrix.terms, keys, strict=True)))

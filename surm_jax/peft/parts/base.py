@@ -210,7 +210,7 @@ class KernelPart(Part):
     def rows(
         self, ids: Int[Array, "*batch"], y: Float[Array, "*batch out"], kernel: Float[Array, "in out"]
     ) -> Float[Array, "*batch out"]:
-        """Return the term that the part adds to rows of the kernel, such as the embeddings of tokens.
+        """Return what the part adds to rows of the kernel, such as the embeddings of tokens.
 
         Args:
             ids: The numbers of the rows.
@@ -220,7 +220,7 @@ class KernelPart(Part):
         return _scaled(self.scale, self._rows(ids, y, kernel)).astype(y.dtype)
 
     def _rows(self, ids: Array, y: Array, kernel: Array) -> Array:
-        """Return the term of `rows` before it is multiplied by the scale. By default, it forms the dense change."""
+        """Compute `rows`, not yet multiplied by the scale. By default, the dense change is formed."""
         return self._change(kernel)[ids]
 
 

@@ -257,7 +257,7 @@ class ServedUpdate(StoredMatrix, KernelPart):
 
 
 def _gained(gain: Float[Array, "out"], y: Float[Array, "*batch out"], moved: Array) -> Float[Array, "*batch out"]:
-    """Return `gain * moved - y` in float32, which added to y gives `gain * moved`."""
+    """Return what must be added to y to get `gain * moved`, in float32."""
     gain = jnp.expand_dims(gain, tuple(range(y.ndim - 1)))
     return gain * moved.astype(jnp.float32) - y.astype(jnp.float32)
 

@@ -87,7 +87,7 @@ class ABBA(Update):
     alpha: float = 8.0
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> LowRank:
-        """Return the initial second matrix, which equals zero but has a non-zero gradient."""
+        """Return the initial second matrix. It is zero, but the gradient of its arrays is not."""
         return LowRank.init(key, shape, rank=self.rank, scale=(2 / shape[0]) ** 0.5)
 
     def part_settings(self) -> dict[str, Any]:

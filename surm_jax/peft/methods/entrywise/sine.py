@@ -59,7 +59,7 @@ class SineLoRA(Update):
         return 1 / (self.rank * shape[0] ** 0.5)
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> LowRank:
-        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
+        """Return an initial matrix of the given shape. It is zero, but the gradient of its arrays is not."""
         return LowRank.init(key, shape, rank=self.rank, scale=shape[0] ** -0.5)
 
     def part_settings(self) -> dict[str, Any]:

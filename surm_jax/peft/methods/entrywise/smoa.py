@@ -82,7 +82,7 @@ class SMoA(Update):
         return 1 / self.rank
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> StructuredMatrix:
-        """Return the initial block-diagonal matrix, which equals zero but has a non-zero gradient."""
+        """Return the initial block-diagonal matrix. It is zero, but the gradient of its arrays is not."""
         if self.blocks > min(shape):
             raise UserError(f"smoa.blocks={self.blocks} must be at most {min(shape)} for a kernel of {shape}")
         rows, columns, ranks = (_cut(size, self.blocks) for size in (*shape, self.rank))
@@ -95,7 +95,7 @@ class SMoA(Update):
 
 
 def _cut(size: int, blocks: int) -> list[int]:
-    """Return the sizes of equal blocks. If they cannot be equal, the first ones are larger by 1."""
+    """Divide a size into blocks of equal sizes. If they cannot be equal, the first ones are larger by 1."""
     return [len(block) for block in np.array_split(np.arange(size), blocks)]
 
 

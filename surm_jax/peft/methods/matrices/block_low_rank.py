@@ -36,6 +36,6 @@ class GraLoRA(Update):
         return 1 / self.rank
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> BlockLowRank:
-        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
+        """Return an initial matrix of the given shape. It is zero, but the gradient of its arrays is not."""
         scale = (self.blocks / shape[0]) ** 0.5
         return BlockLowRank.init(key, shape, scale=scale, rank=self.rank, blocks=self.blocks)

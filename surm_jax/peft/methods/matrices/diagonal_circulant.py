@@ -25,5 +25,5 @@ class CDVFT(Update):
     scale: float = 1.0
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> DiagonalCirculant:
-        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
+        """Return an initial matrix of the given shape. It is zero, but the gradient of its arrays is not."""
         return DiagonalCirculant.init(key, shape, scale=self.scale)

@@ -25,6 +25,6 @@ class KRAdapter(Update):
     alpha: float = 2.0
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> KhatriRao:
-        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
+        """Return an initial matrix of the given shape. It is zero, but the gradient of its arrays is not."""
         matrix = KhatriRao.init(key, shape, scale=1.0)
         return matrix.with_arrays(V=kaiming_uniform(key, matrix.V.shape, matrix.V.shape[0]))

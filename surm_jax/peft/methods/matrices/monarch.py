@@ -29,5 +29,5 @@ class MoRe(Update):
     blocks: int = 4
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> Monarch:
-        """Return an initial matrix of the given shape, which equals zero but has a non-zero gradient."""
+        """Return an initial matrix of the given shape. It is zero, but the gradient of its arrays is not."""
         return Monarch.init(key, shape, scale=(self.blocks / shape[0]) ** 0.5, rank=self.rank, blocks=self.blocks)
