@@ -1,4 +1,4 @@
-"""Image data sets that are stored as image files: encoded images in an .npz file, or folders of files by class."""
+"""Image data sets that are stored as image files, in an .npz file or in folders named after classes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -147,7 +147,7 @@ def load_folder(path: Path) -> ImageDataset:
 
 
 def _of_classes(folder: Path, classes: tuple[str, ...]) -> tuple[EncodedSource, list[Path]]:
-    """Return the images in the folders of the classes, and their files."""
+    """Return the images in the folders of some classes, and the paths of their files."""
     suffixes = Image.registered_extensions()
     files: list[Path] = []
     labels: list[int] = []

@@ -1,8 +1,8 @@
-"""Render chats with the template of a tokenizer, as transformers does.
+"""Turn chats into text with the template of a tokenizer, as transformers does.
 
-A template is a program in the language of Jinja that a stranger wrote. It runs in the sandbox of Jinja and sees only
-plain JSON. It follows `transformers/utils/chat_template_utils.py`, except that `strftime_now` is not defined: a
-template that would write today's date falls back to its fixed date, so that the tokens are the same on every day.
+A template is a program in the language Jinja that a stranger wrote. It runs in Jinja's sandbox and sees only plain
+JSON. It follows `transformers/utils/chat_template_utils.py`, but cannot ask for the date (`strftime_now`), so that the
+tokens are the same on every day.
 """
 
 import contextvars
@@ -27,7 +27,7 @@ _spans: contextvars.ContextVar[tuple[list[str], list[Span]] | None] = contextvar
 
 
 class Rendered(NamedTuple):
-    """A chat as text, and the spans of letters that the template marks with `{% generation %}`."""
+    """A chat as text, with the spans of characters that the assistant writes (`{% generation %}` in the template)."""
 
     text: str
     spans: tuple[Span, ...]
@@ -77,7 +77,7 @@ class ChatTemplate:
         Args:
             messages: The messages, with "role" and "content".
             tools: The descriptions of functions that the assistant may call.
-            prompt: Whether to end with what precedes an answer of the assistant.
+            prompt: Whether to end with the text after which the assistant answers.
 
         Raises:
             ValueError: The template cannot render these messages.
@@ -102,7 +102,7 @@ class ChatTemplate:
 
 
 class _Generation(jinja2.ext.Extension):
-    """The block `{% generation %}`, which marks what the assistant writes."""
+    """A Jinja extension for the block `{% generation %}`, which marks what the assistant writes."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -121,14 +121,14 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message without empty values, and with its reasoning under all names that templates read."""
+    """Return a message without empty values, and with its reasoning under all names that templates use for it."""
     message = {key: value for key, value in message.items() if value is not None}
     reasoning = next((message[key] for key in _REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """A namespace that refuses names with a leading underscore, so that no template reaches the inside of Python."""
+    """Jinja's namespace object, without names that begin with an underscore, which could reach the inside of Python."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, values = args[0], dict(*args[1:], **kwargs)

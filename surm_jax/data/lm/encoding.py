@@ -1,4 +1,4 @@
-"""Turn JSON lines into tokens, and say which of them a model learns to write."""
+"""Turn the examples in JSON lines into tokens, and mark the tokens that a model learns to write."""
 
 import warnings
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class LearnedTokens:
 
 
 class _Plan(NamedTuple):
-    """The texts that must be encoded for a line, and the letters of the last text that its template marks."""
+    """The texts to encode for one line, and the marked characters of the last text."""
 
     line: Line
     texts: tuple[str, ...]
@@ -58,15 +58,15 @@ class _Plan(NamedTuple):
 def encode_lines(
     tokenizer: PromptTokenizer, source: LineSource, *, max_length: int, end: int, max_corrupt: int = 0
 ) -> LearnedTokens:
-    """Return the tokens of all lines.
+    """Return the tokens of all lines, and which of them the model learns to write.
 
-    A text is learned as a whole. Of a prompt with its completion, only the completion is learned. Of a chat, only what
-    the assistant writes is learned: what the template marks with `{% generation %}`, or otherwise what each message of
-    the assistant adds to the messages before it. The token of the end is learned too. It follows every text and every
-    completion. It follows a chat unless the template itself ends the last answer with a special token.
+    All of a text is learned, but only the completion of a prompt. In a chat, what the assistant writes is learned: what
+    the template marks with `{% generation %}`, or else what each message of the assistant adds to the messages before
+    it. The end token follows every text, completion and chat, unless a template ends the last answer with a special
+    token. It is learned too.
 
     A line is unusable if the tokens of its prompt change when its completion follows, if the messages before an answer
-    do not begin the whole chat token by token, or if nothing that is learned is left after too long examples are cut.
+    are not the beginning of the whole chat, token by token, or if nothing that is learned is left after shortening.
 
     Args:
         tokenizer: The tokenizer of the model.
@@ -134,7 +134,7 @@ def _plan(tokenizer: PromptTokenizer, line: Line) -> _Plan:
 
 
 def _chat_plan(line: Line, template: ChatTemplate) -> _Plan:
-    """Return the texts before and after each answer, and then the whole chat. A marked chat needs only the last one."""
+    """Return the texts of a chat before and after each answer, and the whole chat, which suffices if it is marked."""
     messages, tools = line.values["messages"], line.values.get("tools")
     whole = template.render(messages, tools)
     if template.marks:
@@ -150,7 +150,11 @@ def _chat_plan(line: Line, template: ChatTemplate) -> _Plan:
 def _joined(
     tokenizer: PromptTokenizer, plan: _Plan, parts: Sequence[tokenizers.Encoding], end: int
 ) -> tuple[Int[np.ndarray, "t"], Bool[np.ndarray, "t"]]:
-    """Return the tokens of a line, and which of them are learned. Raise a `ValueError` if the line is unusable."""
+    """Return the tokens of a line, and which of them are learned.
+
+    Raises:
+        ValueError: The line is unusable (`encode_lines`).
+    """
     tokens = np.array(parts[-1].ids, np.int32)
     learned = np.full(len(tokens), plan.line.form == "text")
     if plan.line.form == "prompt":

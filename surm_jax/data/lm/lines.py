@@ -40,7 +40,7 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class LineSource:
-    """The well-formed lines of some files, in their order, and what was wrong with each of the other lines."""
+    """The well-formed lines of some files, in order, and what is wrong with each of the other lines."""
 
     lines: tuple[Line, ...]
     malformed: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class LineSource:
         return len(self.lines)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "LineSource":
-        """Return the lines at `indices`, in this order. The malformed lines stay what they are."""
+        """Return a source with the lines at `indices`, in this order, and the same malformed lines."""
         return LineSource(tuple(self.lines[index] for index in indices), self.malformed)
 
 
@@ -148,7 +148,11 @@ def _read_all(paths: Sequence[Path], max_corrupt: int) -> LineSource:
 
 
 def _line(place: str, raw: bytes) -> Line:
-    """Return the content of a line. Raise a `ValueError` that says what is wrong with it."""
+    """Return the content of a line.
+
+    Raises:
+        ValueError: The line is malformed. The message says what is wrong.
+    """
     try:
         values = json.loads(raw.decode())
     except UnicodeDecodeError as error:

@@ -60,7 +60,7 @@ class PromptTokenizer:
     _library: tokenizers.Tokenizer
 
     def encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
-        """Return the tokens of each text, with the places of their letters, without `start` and `end`."""
+        """Return the tokens of each text, without `start` and `end`, and the character span of each token."""
         return self._library.encode_batch(list(texts), add_special_tokens=False)
 
 
@@ -104,7 +104,7 @@ def load_prompt_tokenizer(folder: str | os.PathLike[str]) -> PromptTokenizer:
 def _rebuilt(
     path: Path, settings: Settings, whole: tokenizers.Tokenizer, tree: Mapping[str, Any]
 ) -> tokenizers.Tokenizer:
-    """Return the tokenizer that a class of transformers makes of the vocabulary in a `tokenizer.json`."""
+    """Build the tokenizer that transformers would build from the vocabulary in a `tokenizer.json`."""
     if not isinstance(whole.model, models.BPE):
         raise UserError(f"{path} holds a {type(whole.model).__name__}, but a {settings.kind} needs a BPE")
     vocabulary = tree["model"]["vocab"]

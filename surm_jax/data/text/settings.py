@@ -304,7 +304,7 @@ def _kind(folder: Path, name: Any, tree: Mapping[str, Any] | None) -> str:
 
 
 def _has_bytes(tree: Mapping[str, Any] | None) -> bool:
-    """Return whether a `tokenizer.json` works with bytes, as Llama 3 does, which is no `LlamaTokenizer`."""
+    """Return whether a `tokenizer.json` works with bytes, as that of Llama 3 does and a `LlamaTokenizer` does not."""
     return any('"ByteLevel"' in json.dumps((tree or {}).get(part)) for part in ("pre_tokenizer", "decoder"))
 
 

@@ -231,7 +231,7 @@ def read_whole(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
 
 
 def _require_small(path: Path, vocabulary: Mapping[str, int]) -> None:
-    """Refuse large numbers of tokens: when the library writes a vocabulary, it goes through all numbers up to them."""
+    """Check that token numbers are small, because the library goes through all numbers up to them when it writes."""
     largest = max(vocabulary.values(), default=0)
     if largest > _LARGEST_TOKEN:
         raise UserError(f"{path} has the token {largest}; tokens are at most {_LARGEST_TOKEN}")
