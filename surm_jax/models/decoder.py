@@ -67,9 +67,9 @@ class Cache(NamedTuple):
 
 
 class State(NamedTuple):
-    """What one block hands to the next: the features, the number of the next block, and the keys and values of a cache.
+    """What one block passes to the next: features, the number of the next block, and a cache of keys and values.
 
-    The blocks count themselves, so that they have equal structures and can run in one `jax.lax.scan`.
+    The blocks are counted here, so that they have equal structures and can run in one `jax.lax.scan`.
     """
 
     x: Float[Array, "b t d"]
@@ -79,7 +79,7 @@ class State(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all blocks read: masks and rotations of each kind of block, the kind of each block, the first new slot."""
+    """What all blocks read: the kind of each block, masks and rotations for each kind, the first new cache slot."""
 
     masks: Bool[Array, "p #b t s"]
     turns: Float[Array, "p 2 #b t half"]
@@ -88,7 +88,7 @@ class Context(NamedTuple):
 
     @classmethod
     def of(cls, config: DecoderConfig, segments_bt: Array, cache: Cache | None) -> "tuple[Context, Cache | None]":
-        """Return the context of new tokens, and the cache with their segments, positions and number.
+        """Return the context for new tokens, and the cache to which their segments and positions are added.
 
         A token attends to itself and to the earlier tokens of its segment. Their number is its position.
         """
@@ -295,10 +295,10 @@ class Decoder(Model):
         segments: Int[Array, "b t"] | Bool[Array, "b t"] | None = None,
         rngs: nnx.Rngs | jax.Array | None = None,
     ) -> tuple[Float[Array, "b t d"], ...]:
-        """Return the inputs of all blocks and then the input of the head, `depth + 1` arrays of shape (b, t, d).
+        """Return the inputs of all blocks and the input of the head, `depth + 1` arrays of shape (b, t, d).
 
-        These are the `hidden_states` of Hugging Face transformers. The values at padding have no meaning. The arguments
-        are as in a call.
+        These are the `hidden_states` of Hugging Face transformers. Values at padding have no meaning. The arguments are
+        those of a call.
         """
         states, _ = self._states(tokens_bt, segments, None, rngs, every=True)
         return (*(state.x for state in states[:-1]), self.norm(states[-1].x))
@@ -335,7 +335,7 @@ class Decoder(Model):
         *,
         every: bool,
     ) -> tuple[tuple[State, ...], Any]:
-        """Return the input of the first block and the outputs of all blocks, or only the last, and the longer cache."""
+        """Return all hidden states, or only the last one, and the longer cache."""
         self._check(tokens_bt, segments)
         config = self.config
         if segments is None:

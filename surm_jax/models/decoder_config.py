@@ -161,7 +161,10 @@ class DecoderConfig(Config):
 
 
 def rope_frequencies(config: DecoderConfig, kind: str) -> Float[np.ndarray, "half"]:
-    """Return the angle of every pair of features of a head at position 1, for global or local blocks."""
+    """Return the angles by which rotary positions turn the pairs of features of a head at position 1.
+
+    They differ between global and local blocks.
+    """
     own_base = kind == LOCAL and config.local_rope_theta > 0
     theta = config.local_rope_theta if own_base else config.rope_theta
     plain = theta ** -(np.arange(0, config.head_width, 2) / config.head_width)

@@ -66,7 +66,7 @@ class RMSNorm(nnx.Module):
 
 
 def rotate(x_btnk: Float[Array, "b t n k"], turns: Float[Array, "2 #b t half"] | None) -> Float[Array, "b t n k"]:
-    """Return heads with rotary positions (arXiv 2104.09864). The computation is in float32.
+    """Turn queries or keys by their rotary positions (arXiv 2104.09864). The computation is in float32.
 
     Args:
         x_btnk: The heads of queries or keys. Their features i and i + k / 2 are the coordinates of a point.

@@ -143,7 +143,7 @@ _GEMMA_PARTS = {"post_norms": True, "unit_offset": True, "scaled_embed": True}
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """A family of decoders: their class, their defaults, and our fields that are the same in all its models."""
+    """A family of decoders: its class in transformers, the defaults, and the fields of ours that all models share."""
 
     architecture: str
     defaults: Mapping[str, Any]
@@ -188,7 +188,7 @@ _ANY_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}.un
 
 
 def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> DecoderConfig:
-    """Return our configuration for the content of a `config.json`.
+    """Convert the content of a `config.json` to our configuration.
 
     Dropout rates are ignored, since they do not change what a trained model computes.
 
@@ -228,7 +228,7 @@ def _read_config(model_type: str, fields: Mapping[str, Any], overrides: Mapping[
 
 
 def _read_layers(model_type: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the pattern of global and local blocks, as the shortest text that gives it when repeated, and the window.
+    """Return the pattern of global and local blocks, in its shortest repeating form, and the window of local blocks.
 
     Raises:
         UserError: The list of layers does not fit the model, or there are local blocks without a window.
@@ -311,7 +311,7 @@ def _rope_type(model_type: str, name: str, rope: Mapping[str, Any]) -> str:
 
 
 def _write_config(model_type: str, config: DecoderConfig) -> dict[str, Any]:
-    """Return the content of a `config.json` for our configuration, in a form that all versions of transformers read.
+    """Convert our configuration to the content of a `config.json`, in a form that all versions of transformers read.
 
     Raises:
         UserError: transformers has no such model of this `model_type`. The message names the field of ours.

@@ -220,7 +220,11 @@ def _open_weights(folder: Path) -> TensorFile | ShardedTensors:
 
 
 def _require_copies(file: TensorFile | ShardedTensors, copies: Mapping[str, str], path: Path) -> None:
-    """Raise a `UserError` if an array that should be a copy of another one in the same checkpoint differs from it."""
+    """Check that arrays which should be copies of others in the same checkpoint are equal to them.
+
+    Raises:
+        UserError: They differ.
+    """
     for copy, original in copies.items():
         if {copy, original} <= {*file.keys} and not np.array_equal(file.read(copy), file.read(original)):
             raise UserError(

@@ -1,4 +1,4 @@
-"""Which tokens of a line are learned, and which lines are refused."""
+"""Test which tokens of a line are learned, and which lines are refused."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def encode(tokenizer, *lines, max_length=200, **options):
 
 
 def words(tokenizer, source):
-    """The text that is learned, and the text that is only read, with each run of tokens in a string of its own."""
+    """Return the text that is learned and the text that is only read, each as a list of uninterrupted pieces."""
     cuts = np.flatnonzero(np.diff(source.learned)) + 1
     runs = np.split(source.tokens, cuts)
     texts = [tokenizer._library.decode(run.tolist(), skip_special_tokens=False) for run in runs]

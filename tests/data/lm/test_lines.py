@@ -1,4 +1,4 @@
-"""Read JSON lines: which files, which lines, and what is said about the others."""
+"""Test which files and lines are read as JSON lines, and what is said about the others."""
 
 import json
 

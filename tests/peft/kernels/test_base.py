@@ -14,11 +14,11 @@ class ReadsKernel(nnx.Linear):
 
 
 class WithoutBias(ReadsKernel):
-    """A layer that inherits a `__call__` without `super()` from its parent class."""
+    """A subclass that does not define `__call__`. It inherits one that does not call `super().__call__`."""
 
 
 class InfersShape(Gated):
-    """A layer that inherits a `__call__` with `super()` from its parent class."""
+    """A subclass that does not define `__call__`. It inherits one that calls `super().__call__`."""
 
 
 def stacked(make):

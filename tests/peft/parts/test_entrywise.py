@@ -1,4 +1,4 @@
-"""Updates that are computed entry by entry: their derivatives, what they keep for them, and what cannot hold them."""
+"""Test updates that are computed entry by entry: their derivatives, and what they store for them."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def test_no_array_of_the_size_of_the_kernel_is_kept_for_the_backward_pass(method
 
 @pytest.mark.parametrize("method", fast(METHODS, "hira", "lr_lora"))
 def test_derivatives_by_the_input_and_by_all_arrays(method):
-    """Compare with central differences of the oracle in float64."""
+    """Compare with central differences of the expected result (NumPy, float64)."""
     model, adapter = layer(method)
     graphdef, trained, frozen = nnx.split(model, adapter.trainable, ...)
     weights = np.random.default_rng(1).normal(size=(3, N))

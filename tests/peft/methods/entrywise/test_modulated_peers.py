@@ -1,4 +1,4 @@
-"""HiRA compared with Hugging Face's peft. The test is skipped if torch or peft is not installed."""
+"""Compare HiRA with that of Hugging Face's peft. The test is skipped if torch or peft is not installed."""
 
 import jax.numpy as jnp
 import numpy as np
