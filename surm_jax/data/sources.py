@@ -53,7 +53,7 @@ def is_path(name: str) -> bool:
     >>> is_path("my.npz"), is_path("./flowers"), is_path("cifar10")
     (True, True, False)
     """
-    return name.endswith((".npz", "/")) or name.startswith(("/", "./", "../", "~"))
+    return name.endswith((".npz", ".jsonl", "/")) or name.startswith(("/", "./", "../", "~"))
 
 
 def is_text(name: str) -> bool:

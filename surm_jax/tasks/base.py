@@ -24,8 +24,8 @@ from surm_jax.tasks.config import GEOMETRY, DataConfig, ModelConfig
 from surm_jax.tasks.objective import Objective
 
 Batch = dict[str, jax.Array]
-Forward = Callable[[nnx.Module, Batch, jax.Array | None], jax.Array]
-"""A function `(model, batch, key) -> logits`. The key is for dropout, and None means no dropout."""
+Forward = Callable[[nnx.Module, Batch, jax.Array | None], Any]
+"""A function `(model, batch, key) -> outputs`, such as logits. The key is for dropout, and None means no dropout."""
 
 
 class Questions(Protocol):
@@ -188,6 +188,14 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def forward(model: nnx.Module, batch: Batch, key: jax.Array | None) -> jax.Array:
         """Run the model on a batch and return its logits. The key is for dropout, and None means no dropout."""
+
+    @classmethod
+    def outputs(cls, model: nnx.Module, batch: Batch, key: jax.Array | None) -> Any:
+        """Run the model on a batch with labels, and return what `objective` reads: the logits, or what replaces them.
+
+        A task overrides this method if the logits of a whole batch would take too much memory.
+        """
+        return cls.forward(model, batch, key)
 
     @abc.abstractmethod
     def train_batches(self, seed: int) -> data.TrainBatches:

@@ -87,7 +87,8 @@ class DataConfig:
 
     # The data set: "digits_5to9" (part of this package), a data set of TensorFlow Datasets such as "cifar10" or
     # "glue/rte", or your own images: the path of an .npz file or of a folder of image files. The docstring of
-    # `surm_jax.data.load` lists all forms.
+    # `surm_jax.data.load` lists all forms. For a model that continues text: a file, a folder or a pattern of JSON
+    # lines, such as "chats.jsonl" (`surm_jax.data.load_lines`).
     name: str = "cifar10"
     # The folder that holds prepared data sets of TensorFlow Datasets. Empty: $TFDS_DATA_DIR if it is set, otherwise
     # ~/tensorflow_datasets.
@@ -103,12 +104,14 @@ class DataConfig:
     augment: str = "crop_flip"
     # The lengths in tokens to which a batch of text can be padded, in increasing order. A batch is padded to the
     # smallest length that its longest text fits in. A text longer than the last length is cut off. The training step is
-    # compiled once for each length that occurs.
+    # compiled once for each length that occurs. For a model that continues text, training examples are packed into rows
+    # of the last length, and a row counts as one example of a batch.
     lengths: tuple[int, ...] = (16, 32, 64, 96, 128)
     # Number of training examples to hold out for validation. The held-out examples are evaluated during training, and
-    # the test set only once, at the end. 0: hold out none, and evaluate the test set during training.
+    # the test set only once, at the end. 0: hold out none, and evaluate the test set during training. JSON lines
+    # without a file for tests are tested on the held-out examples.
     holdout: int = 0
-    # Largest number of images in each split that may be unreadable. Unreadable images are skipped, with a warning for
+    # Largest number of images or JSON lines in each split that may be unreadable. They are skipped, with a warning for
     # each, and the result holds their number. If there are more than this, the run stops with an error.
     max_corrupt: int = 0
     # Number of training examples per update, summed over all devices and all accumulated micro-batches.

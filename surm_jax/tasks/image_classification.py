@@ -44,7 +44,7 @@ class ImageClassification(Task):
     @classmethod
     def accepts(cls, config: DataConfig) -> bool:
         """Return whether the data set holds images, which is assumed of every data set without text."""
-        return not data.is_text(config.name)
+        return not (data.is_text(config.name) or data.is_lines(config.name))
 
     @classmethod
     def load(cls, config: DataConfig) -> data.ImageDataset:

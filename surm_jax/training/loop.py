@@ -231,8 +231,8 @@ def evaluate_while_training(run: Run, position: Position, records: Records) -> f
         evaluations = {"holdout": _evaluate(run, position.state, "holdout")}
     else:
         evaluations = evaluate_tests(run, position.state)
-        if step == run.job.config.optim.steps:
-            position.tests = evaluations
+    if step == run.job.config.optim.steps and tuple(evaluations) == task.tests:
+        position.tests = evaluations
     shown = (*task.metrics, "loss")
     metrics = {f"{split}_{name}": values[name] for split, values in evaluations.items() for name in shown}
     records.writer.write(step, metrics)

@@ -87,7 +87,7 @@ def evaluate_run(workdir: Path, overrides: Mapping[str, Any]) -> dict[int, dict[
         with jax.set_mesh(mesh):
             parts, trained, frozen = partition(*_load_adapted(job, folder)[1:], scan_layers=config.model.scan_layers)
             trained, frozen = jax.device_put(trained, replicated(mesh)), put_base(frozen, mesh)
-            step = make_eval_step(parts, task.forward, task.objective, mesh)
+            step = make_eval_step(parts, task.outputs, task.objective, mesh)
             evaluations[seed] = {
                 split: evaluate(
                     step, trained, frozen, track(task.eval_batches(split), f"evaluate on {split}"), task.metrics, mesh

@@ -169,14 +169,14 @@ def set_up(job: Job, workdir: Path, interruption: Interruption, began: float) ->
     optimizer = make_optimizer(config.optim, trained)
     train_step = make_train_step(
         parts,
-        task.forward,
+        task.outputs,
         task.objective,
         optimizer,
         mesh,
         accumulate=config.optim.accumulate,
         label_smoothing=config.optim.label_smoothing,
     )
-    eval_step = make_eval_step(parts, task.forward, task.objective, mesh)
+    eval_step = make_eval_step(parts, task.outputs, task.objective, mesh)
     rates = Rates(config.optim, config.peft.method, trained)
     key = jax.device_put(jax.random.key(job.seed), replicated(mesh))
     run = Run(

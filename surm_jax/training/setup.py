@@ -68,8 +68,8 @@ def prepare(config: RunConfig, seed: int) -> Job:
     dataset = kind.load(config.data)
     if config.optim.label_smoothing and not dataset.classes:
         raise UserError(
-            f"config.optim.label_smoothing={config.optim.label_smoothing}, but the labels of {config.data.name} are"
-            " numbers, which cannot be smoothed: set it to 0"
+            f"config.optim.label_smoothing={config.optim.label_smoothing}, but {config.data.name} has no classes, and"
+            " only the labels of classes can be smoothed: set it to 0"
         )
     geometry = kind.geometry(config.model, config.data, max(1, len(dataset.classes)))
     # This checks the rules of the adapter. Do it before the next line, which may download pretrained weights.

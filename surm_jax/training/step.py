@@ -12,7 +12,7 @@ from flax import nnx
 from surm_jax.devices.mesh import put_batch, replicated, with_whole_base
 from surm_jax.peft import adapter_dropout
 from surm_jax.tasks.base import Batch, Forward
-from surm_jax.tasks.objective import SCORES, Objective
+from surm_jax.tasks.objective import PERPLEXITY, SCORES, Objective
 from surm_jax.training.partition import Arrays, Partition
 
 Rates = Mapping[str, np.float32 | jax.Array]
@@ -62,39 +62,41 @@ def make_train_step(
     learning rate of each optimiser group. `state` is donated, so that its memory is reused for the result. `key` and
     `rates` are arguments, so that the compiled step does not depend on seed and schedule.
 
-    `metrics` holds `train_loss` (the mean over the batch), `train_accuracy` (only for classification) and
+    `metrics` holds `train_loss` (the mean over all labels of the batch), `train_accuracy` (only for classification) and
     `gradient_norm` (the global norm before clipping). The dropout masks depend only on `key`, the step and the index of
     the micro-batch, so that a resumed run draws the same masks as an uninterrupted one.
 
     Args:
         partition: Puts trained arrays and frozen state together into the model.
-        forward: A function `(model, batch, key) -> logits`.
-        objective: The loss, and the function that turns logits into predictions.
+        forward: A function `(model, batch, key) -> outputs`.
+        objective: The loss, and the function that turns outputs into predictions.
         optimizer: Turns gradients into updates. If its method `update` takes extra keyword arguments, it gets `rates`.
         mesh: The device mesh. The training state and the key must be replicated, the frozen state sharded as by
             `surm_jax.devices.mesh.put_base`, and the batch sharded over all devices along its first axis.
         accumulate: The number of micro-batches into which each batch is split. It must divide the batch size. Their
-            gradients are computed one after another and averaged.
+            gradients are computed one after another and averaged, so that every label of the batch counts equally.
         label_smoothing: See `surm_jax.tasks.objective.cross_entropy`.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def loss_and_rest(trained: Arrays, frozen: nnx.State, batch: Batch, key: jax.Array):
+    def loss_and_rest(trained: Arrays, frozen: nnx.State, batch: Batch, key: jax.Array, count: jax.Array | float):
         # The model and the adapter each derive further keys from the key that they get. From the same key, they could
         # derive the same keys and draw the same dropout masks.
         model_key, adapter_key = jax.random.split(key)
         with adapter_dropout(adapter_key):
-            logits = forward(partition.merge(trained, frozen), batch, model_key)
+            outputs = forward(partition.merge(trained, frozen), batch, model_key)
         rest = {}
         if objective.classifies:
-            rest["train_accuracy"] = (objective.predict(logits) == batch["label"]).mean()
-        return objective.loss(logits, batch["label"], label_smoothing).mean(), rest
+            rest["train_accuracy"] = (objective.predict(outputs) == batch["label"]).sum(dtype=jnp.float32) / count
+        return objective.loss(outputs, batch["label"], label_smoothing).sum() / count, rest
 
     gradient = jax.value_and_grad(with_whole_base(loss_and_rest, mesh), has_aux=True)
 
     def train_step(state: TrainState, frozen: nnx.State, batch: Batch, key: jax.Array, rates: Rates):
         key = jax.random.fold_in(key, state.step)
-        (loss, rest), gradients = _accumulated(gradient, accumulate)(state.trained, frozen, batch, key)
+        # Micro-batches may have unequal numbers of labels. Each is divided by the mean number.
+        count = objective.num_labels(batch["label"]) / accumulate
+        (loss, rest), gradients = _accumulated(gradient, accumulate)(state.trained, frozen, batch, key, count)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained, rates=rates)
         trained = optax.apply_updates(state.trained, updates)
         metrics = {"train_loss": loss, **rest, "gradient_norm": optax.tree.norm(gradients)}
@@ -107,22 +109,22 @@ def _accumulated(gradient: Callable[..., Any], count: int) -> Callable[..., Any]
     """Return a version of `gradient` that splits the batch into micro-batches and averages their results.
 
     Args:
-        gradient: A function `(trained, frozen, batch, key) -> result`, where the result is a pytree of arrays.
+        gradient: A function `(trained, frozen, batch, key, count) -> result`, where the result is a pytree of arrays.
         count: The number of micro-batches.
     """
     if count == 1:
         return gradient
 
-    def accumulated(trained: Arrays, frozen: nnx.State, batch: Batch, key: jax.Array) -> Any:
+    def accumulated(trained: Arrays, frozen: nnx.State, batch: Batch, key: jax.Array, labels: Any) -> Any:
         micro_batches = jax.tree.map(lambda array: _micro_batches(array, count), batch)
 
         def add(total: Any, indexed: tuple[jax.Array, Batch]) -> tuple[Any, None]:
             index, micro_batch = indexed
-            part = gradient(trained, frozen, micro_batch, jax.random.fold_in(key, index))
+            part = gradient(trained, frozen, micro_batch, jax.random.fold_in(key, index), labels)
             return jax.tree.map(lambda sum_, new: sum_ + new / count, total, part), None
 
         first = jax.tree.map(lambda array: array[0], micro_batches)
-        shapes = jax.eval_shape(gradient, trained, frozen, first, key)
+        shapes = jax.eval_shape(gradient, trained, frozen, first, key, labels)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return jax.lax.scan(add, zeros, (jnp.arange(count), micro_batches))[0]
 
@@ -138,20 +140,22 @@ def _micro_batches(array: jax.Array, count: int) -> jax.Array:
 def make_eval_step(partition: Partition, forward: Forward, objective: Objective, mesh: jax.sharding.Mesh) -> EvalStep:
     """Return the jitted evaluation step `(trained, frozen, batch) -> outputs`, which runs the model without dropout.
 
-    `outputs` is a dictionary of arrays of shape (batch,): the `loss` and the `prediction` of each example, and its
-    `label` and its `mask` from the batch. The mask is False for padding.
+    `outputs` is a dictionary of arrays. The `loss` of each row and its `mask`, which is False for padding, have the
+    shape (batch,). The `prediction`, the `label` and `counts`, whether the label is to be predicted, have the shape of
+    the labels.
     """
 
-    def logits_of(trained: Arrays, frozen: nnx.State, batch: Batch) -> jax.Array:
+    def outputs_of(trained: Arrays, frozen: nnx.State, batch: Batch) -> Any:
         return forward(partition.merge(trained, frozen), batch, None)
 
     def eval_step(trained: Arrays, frozen: nnx.State, batch: Batch):
-        logits = with_whole_base(logits_of, mesh)(trained, frozen, batch)
+        outputs, labels, mask = with_whole_base(outputs_of, mesh)(trained, frozen, batch), batch["label"], batch["mask"]
         return {
-            "loss": objective.loss(logits, batch["label"], 0.0),
-            "prediction": objective.predict(logits),
-            "label": batch["label"],
-            "mask": batch["mask"],
+            "loss": objective.loss(outputs, labels, 0.0),
+            "prediction": objective.predict(outputs),
+            "label": labels,
+            "mask": mask,
+            "counts": mask if objective.no_label is None else labels != objective.no_label,
         }
 
     return jax.jit(eval_step, out_shardings=replicated(mesh))
@@ -176,21 +180,22 @@ def evaluate(
         trained: The trained arrays by path.
         frozen: The frozen state.
         batches: The batches of one pass over the data set.
-        metrics: Names of the metrics, which are keys of `surm_jax.tasks.objective.SCORES`.
+        metrics: Names of the metrics, which are keys of `surm_jax.tasks.objective.SCORES`, or `PERPLEXITY`.
         mesh: The device mesh.
 
     Returns:
-        The value of each metric, the mean `loss`, and the number of `examples`.
+        The value of each metric, the mean `loss` over all labels, and the number of `examples`.
     """
     outputs: list[dict[str, Any]] = []
     for batch in batches:
         outputs.append(eval_step(trained, frozen, put_batch(batch, mesh)))
         jax.block_until_ready(outputs[-2:-1])
     outputs = jax.device_get(outputs)
-    every = {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
-    kept = {name: values[every["mask"]] for name, values in every.items()}
-    return {
-        **{name: SCORES[name](kept["label"], kept["prediction"]) for name in metrics},
-        "loss": float(kept["loss"].mean(dtype=np.float64)),
-        "examples": len(kept["label"]),
-    }
+    chosen_by = {"loss": "mask", "prediction": "counts", "label": "counts"}
+    losses, predictions, labels = (
+        np.concatenate([output[name][output[by]] for output in outputs]) for name, by in chosen_by.items()
+    )
+    loss = float(losses.sum(dtype=np.float64) / len(labels))
+    scores = {name: SCORES[name](labels, predictions) for name in metrics if name != PERPLEXITY}
+    perplexity = {PERPLEXITY: float(np.exp(loss))} if PERPLEXITY in metrics else {}
+    return {**scores, **perplexity, "loss": loss, "examples": len(losses)}

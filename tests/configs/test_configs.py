@@ -19,7 +19,7 @@ from surm_jax.training.optimizer import groups_of, learning_rates
 from surm_jax.training.parsing import base_config, keys, parse
 from surm_jax.training.setup import adapt_model
 from tests.experiments import tiny_cifar
-from tests.training import tiny_text
+from tests.training import tiny_lm, tiny_text
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -28,6 +28,7 @@ SMALL_VIT = {"image_size": 16, "channels": 3, "patch_size": 8, "width": 12, "dep
 SMALL = {
     "bert_glue": {"optim.epochs": 0.0, "data.lengths": (128,)},
     "digits": {"data.holdout": 0},
+    "llm_sft": {"optim.epochs": 0.0, "data.lengths": (16, 32), "data.holdout": 6},
     "vit_cifar": {"model.variant": "small", "model.checkpoint": "none", "data.holdout": 0},
 }
 # What writes the prepared data set of a configuration, a small one under its own name, into a folder.
@@ -43,6 +44,11 @@ def bert(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text") / "bert"
     tiny_text.write_bert(folder, tiny_text.BERT)
     return folder
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    return tiny_lm.write_files(tmp_path_factory.mktemp("lm"))
 
 
 def test_every_configuration_is_tested():
@@ -67,9 +73,10 @@ def test_its_docstring_has_the_command(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_describes_what_it_trains(name, bert, capsys):
+def test_it_describes_what_it_trains(name, bert, decoder, capsys):
     config = get_config(name)
-    _small_bert(config, bert)
+    _use_small_model(config, bert, decoder)
+    config.update_from_flattened_dict(SMALL["llm_sft"] if name == "llm_sft" else {})
     config.model.num_classes = config.model.num_classes or 5
     describe_run(parse(config))
     assert "trainable: " in capsys.readouterr().out
@@ -78,10 +85,10 @@ def test_it_describes_what_it_trains(name, bert, capsys):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore:config.model.checkpoint=none")
-def test_two_steps(name, bert, tmp_path, monkeypatch):
+def test_two_steps(name, bert, decoder, tmp_path, monkeypatch):
     monkeypatch.setitem(ViTConfig.VARIANTS, "small", SMALL_VIT)
     config = get_config(name)
-    _small_bert(config, bert)
+    _use_small_model(config, bert, decoder)
     config.update_from_flattened_dict(
         {"data.batch_size": 8, "data.eval_batch_size": 8, "optim.steps": 2, "optim.warmup_ratio": 0.0, **SMALL[name]}
     )
@@ -90,14 +97,16 @@ def test_two_steps(name, bert, tmp_path, monkeypatch):
         ON_DISK[name](tmp_path / "tfds")
     result = train_run(parse(config), tmp_path / "run")
     assert result["steps"] == 2
-    assert 0 <= result["metrics"]["test_accuracy"] <= 1
+    assert 0 <= result["metrics"]["holdout_accuracy" if name == "llm_sft" else "test_accuracy"] <= 1
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_size > 0
 
 
-def _small_bert(config, folder):
-    """Replace the model of the Hub in a configuration by the small one in a folder."""
+def _use_small_model(config, bert, decoder):
+    """Replace a model of the Hub, or one that a person must name, by a small one in a folder."""
     if config.model.checkpoint.startswith("hf://"):
-        config.model.checkpoint = str(folder)
+        config.model.checkpoint = str(bert)
+    if config.data.name == "FILE.jsonl":
+        config.model.checkpoint, config.data.name = str(decoder / "model"), str(decoder / "lines.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_batches_wait_for_the_device():
 
     def step(trained, frozen, batch):
         asked.append(np.zeros(2, int).view(Pending))
-        return {**batch, "prediction": asked[-1]}
+        return {**batch, "prediction": asked[-1], "counts": batch["mask"]}
 
     def batches():
         for _ in range(6):
