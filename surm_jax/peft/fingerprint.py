@@ -113,7 +113,10 @@ def frozen_checksums(model: nnx.Module, adapter: Adapter) -> dict[str, str] | No
 
 @jax.jit
 def _checksum(array: Array) -> UInt32[Array, ""]:
-    """Return the sum of the bits of every entry times an odd number that depends on its position, modulo 2 ** 32."""
+    """Return a checksum of an array's bits: the sum of all entries, read as integers and weighted, modulo 2 ** 32.
+
+    The weight of an entry is an odd number that depends on its position.
+    """
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
     if jnp.iscomplexobj(array):

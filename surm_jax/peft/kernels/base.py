@@ -249,7 +249,7 @@ class Product:
         return self.join(self.contraction.outputs(y, self.layout.divided or self.layout.shape))
 
     def adapted(self, parts: list[KernelPart], x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Array:
-        """Return the product of inputs and a kernel, plus what each part adds to it."""
+        """Return the product of inputs and a kernel, plus what adapters (through their `parts`) add to it."""
         kernel = probed(kernel)
         matrix = self.layout.matrices(kernel)
         sums = [(part, None if self.layout.entries else part.plain_matrix()) for part in parts]

@@ -130,17 +130,17 @@ class Contraction:
 
     @property
     def rows(self) -> str:
-        """The letters that are summed over, which the input and the kernel share."""
+        """The letters that the input and the kernel share, and over which the equation sums."""
         return "".join(c for c in self.kernel if c in self.inputs and c not in self.output)
 
     @property
     def columns(self) -> str:
-        """The letters that only the kernel and the output share."""
+        """The letters of the equation that only the kernel and the output share."""
         return "".join(c for c in self.kernel if c not in self.inputs)
 
     @property
     def batch(self) -> str:
-        """The letters that the kernel shares with the input and the output."""
+        """The letters of the equation that the kernel shares with both the input and the output."""
         return "".join(c for c in self.kernel if c in self.inputs and c in self.output)
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
@@ -158,7 +158,7 @@ class Contraction:
 
     @property
     def kept(self) -> str:
-        """The letters that only the input and the output share."""
+        """The letters of the equation that only the input and the output share."""
         return "".join(c for c in dict.fromkeys(self.inputs) if c in self.output and c not in self.kernel)
 
     def vectors(self, x: Float[Array, "..."]) -> Float[Array, "... in"]:

@@ -58,7 +58,11 @@ def _patches(
     window: dict[str, Any],
     x: Float[Array, "n *space c"],
 ) -> Float[Array, "..."]:
-    """Return the patches of an image, (n, *space, k * ... * c), or (n, *space, groups, k * ... * c / groups)."""
+    """Cut images into the patches that a convolution multiplies by its kernel.
+
+    Returns:
+        The flattened patches, (n, *space, k * ... * c), or (n, *space, groups, k * ... * c / groups).
+    """
     channels = x.shape[-1]
     found = jax.lax.conv_general_dilated_patches(
         x, size, strides, padding, precision=jax.lax.Precision.HIGHEST, **window

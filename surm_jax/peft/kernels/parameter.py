@@ -125,11 +125,11 @@ class ParameterKind(Kind):
         self.axes = axes if callable(axes) else lambda module: axes
 
     def layout(self, module: Any) -> Layout:
-        """Return the layout that the letters of the axes give the parameter."""
+        """Return how the parameter holds matrices, according to the letters of its axes."""
         return _layout(self.axes(module), vars(module)[self.parameter].shape)
 
     def widths(self, module: Any) -> tuple[int, ...]:
-        """Return the sizes of the axes of the columns."""
+        """Return the sizes of the output's feature axes, which are those of the matrix's columns in the parameter."""
         layout = self.layout(module)
         return tuple(layout.shape[axis] for axis in layout.columns)
 
@@ -174,12 +174,12 @@ class CallKind(Kind):
         self.equation = equation if callable(equation) else lambda module: equation
 
     def layout(self, module: Any) -> Layout:
-        """Return the layout that the equation gives the parameter."""
+        """Return how the parameter holds matrices, according to the equation."""
         contraction, shape = Contraction.parse(self.equation(module)), vars(module)[self.parameter].shape
         return contraction.layout(tuple(shape[len(shape) - len(contraction.kernel) :]))
 
     def widths(self, module: Any) -> tuple[int, ...]:
-        """Return the sizes of the axes of the columns."""
+        """Return the sizes of the output's feature axes, which are those of the matrix's columns in the parameter."""
         layout = self.layout(module)
         return tuple(layout.shape[axis] for axis in layout.columns)
 

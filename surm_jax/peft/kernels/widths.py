@@ -63,7 +63,7 @@ def _kernels(module: Any, path: str) -> list[Kernel]:
 
 
 def _answer(module: nnx.Module, width: int, depth: int) -> int | None:
-    """Return the output width of a module for inputs of `width` features, or `None` if the module rejects them.
+    """Call a module with inputs of `width` features, and return its output width, or `None` if it raises an error.
 
     If the module is a stack of layers, `depth` is the number of its stack axes, and one layer is called.
     """

@@ -102,7 +102,7 @@ class Part(nnx.Module):
 
     @property
     def kind(self) -> str:
-        """A short description for tables, such as the name of the family of the part's matrix."""
+        """A short description of the part for tables, such as the name of its matrix family."""
         return type(self).__name__
 
     def form(self) -> str:

@@ -34,7 +34,7 @@ class EntrywisePart(UpdatePart):
 
     @property
     def kind(self) -> str:
-        """The formula, with the family of M in it."""
+        """The formula of the update as text, with the family of M in it, for tables."""
         return self.formula.format(super().kind)
 
     def form(self) -> str:

@@ -14,8 +14,9 @@ from surm_jax.structured import KhatriRao
 class KRAdapter(Update):
     """A Khatri-Rao product, whose rows are Kronecker products of the rows of V and U (KRAdapter, arXiv 2508.00230).
 
-    Its rank is usually full. It has about `2 n^1.5` parameters for an n x n kernel. U starts at 0, and V
-    Kaiming-uniform for its number of rows; alpha is 2, as in the released code.
+    Its rank is usually full. It has about `2 n^1.5` parameters for an n x n kernel. U starts at 0. V starts at
+    Kaiming-uniform random numbers, as for a layer with as many inputs as V has rows. alpha is 2, as in the released
+    code.
 
     >>> KRAdapter().init(jax.random.key(0), (768, 768)).num_params
     43008
