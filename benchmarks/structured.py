@@ -165,7 +165,7 @@ def earlier_rows() -> dict[tuple[int, int, str], list[dict[str, Any]]]:
 
 
 def main() -> None:
-    """Time the programs that the flags name, print tables of the results, and write the files."""
+    """Time the products that the flags choose, print tables of the results, and write the files."""
     families = FAMILY_NAMES.value or list(FAMILIES)
     unknown = set(families) - set(FAMILIES)
     if unknown:

@@ -155,7 +155,7 @@ def train(
 
 
 def starts(layer: str, seeds: Iterable[int]) -> Network:
-    """Return networks with random initial parameters, one for each seed, stacked. See `start`."""
+    """Return networks with random initial parameters (`start`), one for each seed, stacked along a new first axis."""
     return jax.tree.map(lambda *arrays: np.stack(arrays), *(start(layer, seed) for seed in seeds))
 
 

@@ -79,7 +79,10 @@ class State(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all blocks read: the kind of each block, masks and rotations for each kind, the first new cache slot."""
+    """What is the same for all blocks in one call of the model, computed once before the first block.
+
+    It holds the kind of each block, the masks and rotations of each kind, and the first free slot of the cache.
+    """
 
     masks: Bool[Array, "p #b t s"]
     turns: Float[Array, "p 2 #b t half"]

@@ -343,7 +343,10 @@ def _flattened(
 
 
 def _renamed(pieces: list[Piece | str], prefix: str) -> list[Piece | str]:
-    """Return the pieces of a part of a composite, with array names that begin with the name of the part."""
+    """Return what a picture shows of one part, with the names that its arrays have in the whole matrix.
+
+    These names begin with the name of the part.
+    """
     return [
         piece
         if isinstance(piece, str)

@@ -108,7 +108,7 @@ def restore(run: Run, position: Position) -> Checkpoints:
     """Open the run's folder of checkpoints. If it holds any, set `position` to the state of the last one.
 
     Returns:
-        The opened folder.
+        The `Checkpoints` of the folder.
 
     Raises:
         UserError: A checkpoint is damaged, or belongs to another run or base model.
@@ -260,7 +260,7 @@ def _evaluate(run: Run, state: TrainState, split: str) -> dict[str, float]:
 
 
 def _model_on_first(run: Run, state: TrainState) -> Any:
-    """Return the trained model, with single blocks, in the first process, and None in the other processes.
+    """Return the trained model in the first process, with its stacked blocks divided again, and None in the others.
 
     Collective: call it from every process.
     """

@@ -51,13 +51,13 @@ def test_optima_of_subspaces_are_least_squares(targets):
 
 
 def _rank_one(u, M):
-    """Return half of the squared distance of `u u^T` from M, and its gradient for u."""
+    """Return `||u u^T - M||^2 / 2` for a vector u and a target M, and the gradient by u."""
     R = np.outer(u, u) - M
     return np.sum(R**2) / 2, (R + R.T) @ u
 
 
 def _kronecker(a, M):
-    """Return half of the squared distance of `A (x) A^T` from M, and its gradient for the entries of A."""
+    """Return `||A (x) A^T - M||^2 / 2` for the entries of A and a target M, and the gradient by these entries."""
     A = a.reshape(10, 5)
     R = np.kron(A, A.T) - M
     blocks = R.reshape(10, 5, 5, 10)

@@ -87,7 +87,7 @@ def khatri_rao_shapes(m, n):
 
 
 def spectral_shapes(m, n):
-    """Return the shapes of the stored arrays of SMoA for three blocks of ranks 2, 1 and 1."""
+    """Return the shapes of the arrays that an adapter file stores for SMoA with three blocks of ranks 2, 1 and 1."""
     sizes = zip(*([len(part) for part in np.array_split(np.arange(size), 3)] for size in (m, n, 4)), strict=True)
     shapes = {"row_places": (m,), "column_places": (n,)}
     for k, (rows, columns, rank) in enumerate(sizes):

@@ -1,4 +1,4 @@
-"""Test adapters that train parameters of the base model, or change its running statistics, beside other adapters."""
+"""Test adapters that train the head or other parameters of the base model, beside other adapters of the same model."""
 
 import itertools
 

@@ -176,7 +176,7 @@ class MatrixContract:
     @pytest.mark.usefixtures("x64")
     @pytest.mark.parametrize("shape", fast([(7, 7), (5, 12)], (5, 12)), ids=str)
     def test_absorb_gives_the_multiple_of_the_same_structure(self, shape):
-        """Check `absorb` with a Python number and with a traced array, for which nothing may be compiled twice."""
+        """Check `absorb` with a number, and with a traced array, of which other values need no new compilation."""
         matrix, M = self.create(shape)
         x, traces = np.random.default_rng(1).normal(size=(4, shape[0])), []
         scaled = matrix.absorb(-1.5)

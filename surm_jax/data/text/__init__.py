@@ -1,1 +1,1 @@
-"""Data sets of texts, tokenizers, and pipelines that make batches of tokens."""
+"""Data sets of labelled texts, tokenizers, and pipelines that make batches of tokens."""

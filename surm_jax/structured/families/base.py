@@ -45,8 +45,9 @@ class Family(StructuredMatrix):
     def init(cls, *args: Any, **options: Any) -> Self:
         """Return the matrix with which training starts. It is zero, but the gradient of its arrays is not.
 
-        If there are several arrays, one is zero and the others are random. The arguments are `init(key, shape, *,
-        scale, dtype=float32, **options)`:
+        If there are several arrays, one is zero and the others are random.
+
+        The arguments are `init(key, shape, *, scale, dtype=float32, **options)`:
 
         - key: Random key for the random arrays.
         - shape: `(in_features, out_features)`.

@@ -176,9 +176,9 @@ class FCirculant(Family):
 
     @classmethod
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return the option f = 0 if the N parameters of the matrix are within the budget, otherwise None.
+        """Return the option f = 0 if a matrix with N parameters is within the budget, otherwise None.
 
-        Every f gives N parameters. With f = 0 the matrices are triangular Toeplitz, which `Circulant` does not contain.
+        Every f gives N parameters. f = 0 gives triangular Toeplitz matrices, which are no circulants.
         """
         return cls._if_within(shape, budget, {"f": 0.0})
 

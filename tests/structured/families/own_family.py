@@ -36,7 +36,7 @@ class Banded(Family):
 
     @classmethod
     def nearest(cls, dense: Any, *, bands: int = 2) -> Self:
-        """Return the matrix whose entries are the means of the diagonals of `dense`."""
+        """Return the matrix whose diagonals hold the means of the diagonals of `dense`."""
         dense = checked_dense(cls.__name__, dense)
         m, n = dense.shape
         means = [jnp.mean(jnp.diagonal(dense, k)) if k < n else jnp.zeros((), dense.dtype) for k in range(bands)]
