@@ -34,7 +34,7 @@ from surm_jax.structured.families.factors.low_rank import LowRank
 from surm_jax.structured.families.factors.low_rank_kronecker import LowRankKronecker
 from surm_jax.structured.families.factors.monarch import Monarch
 from surm_jax.structured.families.low_displacement import LowDisplacementRank
-from surm_jax.structured.families.tiled import Tiled, tiled_side
+from surm_jax.structured.families.tiled import COMPRESSIONS, DECOMPRESSIONS, Tiled, tiled_side
 from surm_jax.structured.families.toeplitz import SymmetricToeplitz, Toeplitz
 from surm_jax.structured.families.toeplitz_pair import SymmetricToeplitzPair, ToeplitzPair
 from surm_jax.structured.fit import refine
@@ -44,6 +44,8 @@ from surm_jax.structured.products.fourier import circular_convolve, fast_length,
 from surm_jax.structured.products.rows import rows
 
 __all__ = [
+    "COMPRESSIONS",
+    "DECOMPRESSIONS",
     "EXECUTIONS",
     "FAMILIES",
     "Approximation",

@@ -192,10 +192,10 @@ UPDATES = {
         lambda alpha, a, W: alpha * low_rank_kronecker(a),
     ),
     "mora": UpdateCase(
-        peft.MoRA(alpha=0.6, rank=1, rotate=True, **DROP),
+        peft.MoRA(alpha=0.6, rank=1, compress="contiguous", decompress="truncate", rounding="down", **DROP),
         {"M"},
-        lambda m, n: {"M": (int((m + n) ** 0.5 + 0.5) // 2 * 2,) * 2},
-        lambda alpha, a, W: alpha * mora_dense(a["M"], W.shape, rotate=True),
+        lambda m, n: {"M": (int((m + n) ** 0.5),) * 2},
+        lambda alpha, a, W: alpha * mora_dense(a["M"], W.shape, "contiguous", "truncate"),
     ),
     "more": UpdateCase(
         peft.MoRe(alpha=0.6, rank=3, blocks=2, **DROP),

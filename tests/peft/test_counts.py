@@ -67,7 +67,8 @@ UPDATES = {
     ("structured", (("family", "SkewCirculant + LowRank"), ("rank", 3))): D + 6 * D,
     ("structured", (("family", "Toeplitz @ FCirculant"),)): 2 * D - 1 + D,
     ("mora", ()): 111**2,  # 111 is the nearest integer to sqrt(2 * 768 * 8).
-    ("mora", (("rank", 1), ("rotate", True))): 38**2,
+    ("mora", (("rank", 1), ("compress", "rotate"))): 38**2,
+    ("mora", (("rounding", "down"),)): 110**2,
 }
 
 

@@ -16,39 +16,54 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from surm_jax.errors import UserError
 from surm_jax.structured.base import checked_shape, static
 from surm_jax.structured.families.base import Family, checked_dense, family
+
+_CHUNKED = ("decouple", "rotate")
+
+COMPRESSIONS = ("modulo", "contiguous", "truncate", *_CHUNKED)
+"""The ways in which a `Tiled` matrix compresses its inputs."""
+
+DECOMPRESSIONS = ("modulo", "contiguous", "truncate")
+"""The ways in which a `Tiled` matrix decompresses its results."""
 
 
 @family
 class Tiled(Family):
     """Large matrix made of copies of a small matrix `M`, which MoRA (arXiv 2405.12130) adds to kernels.
 
-    `M` has the shape (p, p'). Its transpose is the array `lora_A.weight` in the released code of MoRA. A row of x is
-    divided into chunks of p features. If p does not divide in_features, the row is extended with its own first
-    features, x[i] = x[i - in] for i >= in, to the end of the last chunk. There are two ways to multiply the chunks by
-    M:
+    `M` has the shape (p, p'). Its transpose is the array `lora_A.weight` in the released code of MoRA. The static field
+    `compress` says how the inputs become p numbers, which M multiplies:
 
-    - Sharing (equation 6, type 1 of the released code): the chunks are summed, the sum is multiplied by M, and the p'
-      results are repeated along the output, `y[j] = sum_i x[i] M[i mod p, j mod p']`. If p divides in_features, the
-      entry (i, j) of the dense form is `M[i mod p, j mod p']`. Otherwise the features that extend the last chunk are
-      used twice. The rows of the dense form for these features are sums of two rows of M, repeated to the length of the
-      output. The rank is that of M. A row of x takes in + p p' + out operations.
-    - Rotation (equation 9, type 6 of the released code): chunk c of x, `x[c p : (c + 1) p]`, is rotated as in a rotary
+    - "modulo" (equation 6, types 1 and 4 of the released code): a row of x is divided into chunks of p features, which
+      are summed. If p does not divide in_features, the row is extended with its own first features, x[i] = x[i - in]
+      for i >= in, to the end of the last chunk, so that these features are used twice.
+    - "contiguous" (types 2 and 3): the row is divided into p groups of neighbours, which are summed. If the groups
+      cannot be equal, the first ones are longer by 1.
+    - "truncate" (equation 5): the first p features are used.
+
+    The field `decompress` says how the p' results become outputs: they are repeated as a whole ("modulo", types 1 and
+    3), each of them is repeated ("contiguous", types 2 and 4), or zeros follow them ("truncate"). The rank is that of
+    M. A row of x takes about in + p p' + out operations. Two other values of `compress` use each chunk by itself, so
+    that the rank can be min(in, out). The field `decompress` keeps its default with them:
+
+    - "rotate" (equation 9, type 6): chunk c of x, `x[c p : (c + 1) p]`, is rotated as in a rotary
       position embedding (arXiv 2104.09864). The entries a and a + p / 2, for a < p / 2, are the two coordinates of a
       plane, and are rotated by the angle `c / 10000^(2a / p)`. Then the chunk is multiplied by M. The results of all
       chunks are concatenated. If the output is too long, it is truncated, and if it is too short, it is repeated. So
       chunk c of x gives chunk c of y, and the rank can be min(in, out). If out p < in p', the chunks of x whose results
       would lie beyond the end of the output have no effect. A row of x takes in p' multiplications.
+    - "decouple" (equation 8): the same without rotation.
 
     Attributes:
-        M: (p, p'), p <= in and p' <= out, with an even p for rotation. It is zero when training starts. In the paper it
+        M: (p, p'), p <= in and p' <= out, with an even p for "rotate". It is zero when training starts. In the paper it
             is square.
         shape: `(in_features, out_features)`.
-        rotate: Whether to use rotation instead of sharing.
+        compress: How the inputs become rows of M, one of `COMPRESSIONS`.
+        decompress: How the products become outputs, one of `DECOMPRESSIONS`.
         transposed: Whether this is the transpose of the matrix in the formulas. The formulas extend and rotate the
             input but not the output, so the transpose has no such formula and sets this flag instead.
 
@@ -59,26 +74,26 @@ class Tiled(Family):
            [3., 4., 3., 4., 3.]], dtype=float32)
     """
 
-    option_names = ("side", "rotate")
+    option_names = ("side", "compress", "decompress")
 
     M: Float[Array, "p q"]
     shape: tuple[int, int] = static()
-    rotate: bool = static(default=False)
+    compress: str = static(default="modulo")
+    decompress: str = static(default="modulo")
     transposed: bool = static(default=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", checked_shape(type(self).__name__, self.shape))
+        _check_names(self.compress, self.decompress)
         if self.M is None:
             return
         self._check_dimensions(M="(p, p')")
         p, q = self.M.shape
         self._check_leaf("M", (p, q))
         m, n = self._forward_shape
-        if not (1 <= p <= m and 1 <= q <= n) or (self.rotate and p % 2):
-            raise UserError(
-                f"Tiled: M must have a shape from 1 x 1 to {m} x {n}{', with an even number of rows' * self.rotate}, "
-                f"not {p} x {q}"
-            )
+        if not (1 <= p <= m and 1 <= q <= n) or (self.compress == "rotate" and p % 2):
+            even = ", with an even number of rows" * (self.compress == "rotate")
+            raise UserError(f"Tiled: M must have a shape from 1 x 1 to {m} x {n}{even}, not {p} x {q}")
 
     @property
     def side(self) -> int:
@@ -87,11 +102,11 @@ class Tiled(Family):
 
     @property
     def small_residuals(self) -> bool:
-        """True for sharing, whose backward pass needs only the sum of the chunks, of shape (..., p).
+        """True unless chunks are used by themselves: the backward pass needs only their sum, of shape (..., p).
 
         With rotation, the backward pass needs the whole rotated input.
         """
-        return not self.rotate
+        return self.compress not in _CHUNKED
 
     @classmethod
     def init(
@@ -101,7 +116,8 @@ class Tiled(Family):
         *,
         scale: float,
         side: int,
-        rotate: bool = False,
+        compress: str = "modulo",
+        decompress: str = "modulo",
         dtype: DTypeLike = jnp.float32,
     ) -> Self:
         """Return the zero matrix, with which training starts.
@@ -115,52 +131,55 @@ class Tiled(Family):
             side: Number of rows and columns of `M`. If in_features or out_features is less than the side, `M` has
                 accordingly fewer rows or columns. The side must be even for rotation. `tiled_side` returns the side
                 that MoRA uses.
-            rotate: Whether to use rotation instead of sharing.
+            compress: How the inputs become rows of M, one of `COMPRESSIONS`.
+            decompress: How the products become outputs, one of `DECOMPRESSIONS`.
             dtype: Dtype of `M`.
 
         Raises:
-            UserError: The shape is not two positive integers, or the side is not possible for it.
+            UserError: The shape is not two positive integers, the side is not possible for it, or a name is unknown.
         """
         shape = checked_shape(cls.__name__, shape)
-        return cls(M=jnp.zeros(_sizes(shape, side, rotate), dtype), shape=shape, rotate=rotate)
+        M = jnp.zeros(_sizes(shape, side, compress), dtype)
+        return cls(M=M, shape=shape, compress=compress, decompress=decompress)
 
     @classmethod
-    def nearest(cls, dense: Float[Array, "in out"], *, side: int, rotate: bool = False) -> Self:
+    def nearest(
+        cls, dense: Float[Array, "in out"], *, side: int, compress: str = "modulo", decompress: str = "modulo"
+    ) -> Self:
         """Return the matrix of this family nearest to `dense` in the Frobenius norm, with `transposed = False`.
 
         The dense form contains several copies of every column of M, so the best M is computed from means over parts of
         `dense`:
 
-        - Rotation: the diagonal blocks of the dense form are rotated copies of M. The best M is the mean of these
-          blocks of `dense`, rotated back.
-        - Sharing: the dense form is P M, with its columns repeated. Here P is the in x p matrix for which `x @ P`
-          extends a row of x and sums its chunks. The best M is the pseudo-inverse of P times the mean of the
-          corresponding columns of `dense`. If p divides in_features, this is the mean of all p x p' tiles of `dense`.
-
-        Sharing takes O(in * out * p) operations, and rotation takes O(in * out).
+        - With chunks, the diagonal blocks of the dense form are copies of M, rotated for "rotate". The best M is the
+          mean of these blocks of `dense`, rotated back.
+        - Otherwise, the dense form is C M, with its columns repeated, where `x @ C` compresses a row of x. The best M
+          is the pseudo-inverse of C times the mean of the corresponding columns of `dense`.
 
         Args:
             dense: The matrix to approximate, (in_features, out_features).
             side: Number of rows and columns of `M`, as in `init`.
-            rotate: Whether to use rotation instead of sharing.
+            compress: One of `COMPRESSIONS`.
+            decompress: One of `DECOMPRESSIONS`.
 
         Raises:
             UserError: `dense` is not a floating-point matrix, or the side is not possible for it.
         """
         dense = checked_dense(cls.__name__, dense)
         m, n = dense.shape
-        p, q = _sizes((m, n), side, rotate)
-        # The number of copies of each column of M in the dense form.
-        copies = _fold(jnp.ones(n, dense.dtype), q)
-        if rotate:
-            count = _chunks((m, n), (p, q), rotate)
+        p, q = _sizes((m, n), side, compress)
+        _check_names(compress, decompress)
+        if compress in _CHUNKED:
+            count = _chunks((m, n), (p, q))
             columns = _repeat(_fold(dense, count * q).T, count * p).reshape(count, q, count, p)
-            blocks = jnp.diagonal(columns, axis1=0, axis2=2)  # (q, p, chunks)
-            M = jnp.sum(_turn(blocks.swapaxes(1, 2), 1), axis=1).T
+            blocks = jnp.diagonal(columns, axis1=0, axis2=2).swapaxes(1, 2)  # (q, chunks, p)
+            M = jnp.sum(_turn(blocks, 1) if compress == "rotate" else blocks, axis=1).T
         else:
-            inverse = jnp.asarray(np.linalg.pinv(_compression(m, p)), dense.dtype)
-            M = jnp.matmul(inverse, _fold(dense, q), precision=jax.lax.Precision.HIGHEST)
-        return cls(M=M / copies[None], shape=(m, n), rotate=rotate)
+            inverse = jnp.asarray(np.linalg.pinv(_compression(m, p, compress)), dense.dtype)
+            M = jnp.matmul(inverse, _gather(dense, q, decompress), precision=jax.lax.Precision.HIGHEST)
+        # The number of copies of each column of M in the dense form.
+        copies = _gather(jnp.ones(n, dense.dtype), q, decompress)
+        return cls(M=M / copies[None], shape=(m, n), compress=compress, decompress=decompress)
 
     @classmethod
     def options_from(cls, shape: tuple[int, int], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +190,7 @@ class Tiled(Family):
     def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
         """Return the largest side with which `M` has at most `budget` parameters, or None if no side is possible.
 
-        The option `rotate` keeps its default, so the matrix uses sharing.
+        The other options keep their defaults, so the matrix uses sharing.
         """
         # If the side exceeds the smaller of in_features and out_features, M grows only along the larger one.
         square = math.isqrt(max(0, budget))
@@ -185,7 +204,7 @@ class Tiled(Family):
         With each set, `M` has about as many parameters as LoRA of rank 1.
         """
         sharing, rotation = (tiled_side(shape, 1, rotate=rotate) for rotate in (False, True))
-        return {"side": sharing}, {"side": rotation, "rotate": True}
+        return {"side": sharing}, {"side": rotation, "compress": "rotate"}
 
     @classmethod
     def example(cls) -> Self:
@@ -205,43 +224,47 @@ class Tiled(Family):
     def _apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         m, n = self._forward_shape
         p, q = self.M.shape
-        count = _chunks((m, n), (p, q), self.rotate)
+        if self.compress not in _CHUNKED:
+            if not self.transposed:
+                return _spread(_compress(x, p, self.compress) @ self.M, n, self.decompress)
+            return _compress_back(_gather(x, q, self.decompress) @ self.M.T, m, self.compress)
+        count = _chunks((m, n), (p, q))
         if not self.transposed:
-            h = _repeat(x, count * p)
-            h = _turn(h.reshape(*x.shape[:-1], count, p), 1) if self.rotate else _fold(h, p)
-            return _repeat((h @ self.M).reshape(*x.shape[:-1], count * q if self.rotate else q), n)
+            h = self._turn(_repeat(x, count * p).reshape(*x.shape[:-1], count, p), 1)
+            return _repeat((h @ self.M).reshape(*x.shape[:-1], count * q), n)
         # The transposed product applies the adjoint of each step in reverse order. `_fold` is the adjoint of `_repeat`.
-        if not self.rotate:
-            return _fold(_repeat(_fold(x, q) @ self.M.T, count * p), m)
         h = _fold(x, count * q).reshape(*x.shape[:-1], count, q) @ self.M.T
-        return _fold(_turn(h, -1).reshape(*x.shape[:-1], count * p), m)
+        return _fold(self._turn(h, -1).reshape(*x.shape[:-1], count * p), m)
 
     def _dense(self) -> Float[Array, "in out"]:
         m, n = self._forward_shape
         p, q = self.M.shape
-        count = _chunks((m, n), (p, q), self.rotate)
         # W is the transpose of the dense form in the formulas of the class, and has the shape (out, in).
-        if self.rotate:
-            blocks = _turn(jnp.broadcast_to(self.M.T[:, None], (q, count, p)), -1)
+        if self.compress in _CHUNKED:
+            count = _chunks((m, n), (p, q))
+            blocks = self._turn(jnp.broadcast_to(self.M.T[:, None], (q, count, p)), -1)
             diagonal = jnp.eye(count, dtype=blocks.dtype)[:, None, :, None] * blocks[None]
-            W = _repeat(diagonal.reshape(count * q, count * p).T, n).T
+            W = _fold(_repeat(diagonal.reshape(count * q, count * p).T, n).T, m)
         else:
-            W = _repeat(_repeat(self.M, n).T, count * p)
-        W = _fold(W, m)
+            W = _compress_back(_spread(self.M, n, self.decompress).T, m, self.compress)
         return W if self.transposed else W.T
 
+    def _turn(self, x: Float[Array, "*batch chunks p"], sign: int) -> Float[Array, "*batch chunks p"]:
+        return _turn(x, sign) if self.compress == "rotate" else x
 
-def tiled_side(shape: tuple[int, int], rank: int, *, rotate: bool = False) -> int:
+
+def tiled_side(shape: tuple[int, int], rank: int, *, rotate: bool = False, down: bool = False) -> int:
     """Return the side of a square matrix with about as many parameters as LoRA of a given rank.
 
     It is `sqrt((in + out) rank)`, which the MoRA paper writes as r with a hat. It is rounded to the nearest integer, as
-    in the released code, while the paper rounds down. For rotation it is then rounded down to an even integer, but not
+    in the released code, or down, as in the paper. For rotation it is then rounded down to an even integer, but not
     below 2.
 
     Args:
         shape: `(in_features, out_features)`.
         rank: The rank of LoRA.
         rotate: Whether the side is for rotation instead of sharing.
+        down: Whether to round down.
 
     Raises:
         UserError: The shape is not two positive integers, or the rank is not a positive integer.
@@ -252,16 +275,24 @@ def tiled_side(shape: tuple[int, int], rank: int, *, rotate: bool = False) -> in
     m, n = checked_shape("tiled_side", shape)
     if not isinstance(rank, int) or rank < 1:
         raise UserError(f"tiled_side: rank must be a positive integer, not {rank!r}")
-    side = int(math.sqrt((m + n) * rank) + 0.5)
+    side = math.isqrt((m + n) * rank) if down else int(math.sqrt((m + n) * rank) + 0.5)
     return max(2, side // 2 * 2) if rotate else side
 
 
-def _sizes(shape: tuple[int, int], side: int, rotate: bool) -> tuple[int, int]:
+def _check_names(compress: str, decompress: str) -> None:
+    for name, value, known in (("compress", compress, COMPRESSIONS), ("decompress", decompress, DECOMPRESSIONS)):
+        if value not in known:
+            raise UserError(f"Tiled: {name} must be one of {', '.join(known)}, not {value!r}")
+    if compress in _CHUNKED and decompress != "modulo":
+        raise UserError(f"Tiled: decompress={decompress} has no effect with compress={compress}: leave it at modulo")
+
+
+def _sizes(shape: tuple[int, int], side: int, compress: str) -> tuple[int, int]:
     """Return the shape of M for a large matrix of this shape: `side` x `side`, but no larger than the large matrix."""
     m, n = shape
     if not isinstance(side, int) or side < 1:
         raise UserError(f"Tiled: side must be a positive integer, not {side!r}")
-    if not rotate:
+    if compress != "rotate":
         return min(side, m), min(side, n)
     if side % 2 or m < 2:
         raise UserError(
@@ -271,13 +302,48 @@ def _sizes(shape: tuple[int, int], side: int, rotate: bool) -> tuple[int, int]:
     return min(side, m - m % 2), min(side, n)
 
 
-def _chunks(shape: tuple[int, int], sizes: tuple[int, int], rotate: bool) -> int:
-    """Return the number of chunks of the input that the product uses.
-
-    Sharing uses all chunks. Rotation uses at most as many chunks as the output has chunks of p' features.
-    """
+def _chunks(shape: tuple[int, int], sizes: tuple[int, int]) -> int:
+    """Return the number of chunks of the input that are used: at most as many as the output has of p' features."""
     (m, n), (p, q) = shape, sizes
-    return min(-(-m // p), -(-n // q)) if rotate else -(-m // p)
+    return min(-(-m // p), -(-n // q))
+
+
+def _compress(x: Float[Array, "*batch m"], p: int, how: str) -> Float[Array, "*batch p"]:
+    """Return the p numbers to which a row of x is compressed."""
+    return _gather(_repeat(x, -(-x.shape[-1] // p) * p) if how == "modulo" else x, p, how)
+
+
+def _compress_back(h: Float[Array, "*batch p"], m: int, how: str) -> Float[Array, "*batch m"]:
+    """Return the adjoint of `_compress`."""
+    p = h.shape[-1]
+    return _fold(_repeat(h, -(-m // p) * p), m) if how == "modulo" else _spread(h, m, how)
+
+
+def _spread(h: Float[Array, "*batch k"], n: int, how: str) -> Float[Array, "*batch n"]:
+    """Return h spread over n places, as the attribute `decompress` says."""
+    k = h.shape[-1]
+    if how == "modulo":
+        return _repeat(h, n)
+    if how == "truncate":
+        return jnp.pad(h, [(0, 0)] * (h.ndim - 1) + [(0, n - k)])
+    return jnp.repeat(h, _groups(n, k), axis=-1, total_repeat_length=n)
+
+
+def _gather(x: Float[Array, "*batch n"], k: int, how: str) -> Float[Array, "*batch k"]:
+    """Return the adjoint of `_spread`, a sum or a part of x."""
+    if how == "modulo":
+        return _fold(x, k)
+    if how == "truncate":
+        return x[..., :k]
+    size, longer = divmod(x.shape[-1], k)
+    cut = longer * (size + 1)
+    first = x[..., :cut].reshape(*x.shape[:-1], longer, size + 1).sum(-1)
+    return jnp.concatenate([first, x[..., cut:].reshape(*x.shape[:-1], k - longer, size).sum(-1)], axis=-1)
+
+
+def _groups(n: int, k: int) -> Int[np.ndarray, " k"]:
+    """Return the sizes of k groups of n neighbours, of which the first ones are longer by 1 if necessary."""
+    return np.array([n // k + (group < n % k) for group in range(k)])
 
 
 def _repeat(x: Float[Array, "*batch k"], n: int) -> Float[Array, "*batch n"]:
@@ -317,8 +383,14 @@ def _tables(chunks: int, p: int, sign: int) -> tuple[Float[np.ndarray, "chunks p
     return np.cos(angles), sign * np.sin(angles)
 
 
-def _compression(m: int, p: int) -> Float[np.ndarray, "m p"]:
-    """Return the matrix P for which `x @ P` extends x to a whole number of chunks of length p and sums the chunks."""
-    P, places = np.zeros((m, p)), np.arange(-(-m // p) * p)
-    np.add.at(P, (places % m, places % p), 1)
-    return P
+def _compression(m: int, p: int, how: str) -> Float[np.ndarray, "m p"]:
+    """Return the matrix C for which `x @ C` compresses a row of x."""
+    C = np.zeros((m, p))
+    if how == "modulo":
+        places = np.arange(-(-m // p) * p)
+        np.add.at(C, (places % m, places % p), 1)
+    elif how == "truncate":
+        C[:p] = np.eye(p)
+    else:
+        C[np.arange(m), np.repeat(np.arange(p), _groups(m, p))] = 1
+    return C

@@ -1,33 +1,52 @@
 """Compare `Tiled` with the formulas of MoRA, applied to one chunk at a time, and `nearest` with least squares."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from surm_jax.errors import UserError
-from surm_jax.structured import Tiled, tiled_side
+from surm_jax.structured import COMPRESSIONS, DECOMPRESSIONS, Tiled, tiled_side
+from tests.speeds import fast
 from tests.structured.cases import ProjectionContract, assert_close
 
 
-def mora(x: np.ndarray, weight: np.ndarray, out: int, rotate: bool) -> np.ndarray:
-    """Return what MoRA adds to the output for every row of x, as type 6 of the released code if `rotate`, else type 1.
+def groups(size: int, p: int) -> np.ndarray:
+    """Return the group of each of `size` neighbours, which the released code divides into p groups."""
+    longer = size - p * (size // p)
+    return np.array([i // (size // p + 1) if i < longer * (size // p + 1) else (i - longer) // (size // p)
+                     for i in range(size)])  # fmt: skip
+
+
+def mora(x: np.ndarray, weight: np.ndarray, out: int, compress: str, decompress: str) -> np.ndarray:
+    """Return what MoRA adds to the output for every row of x.
 
     `weight` is the matrix by which the released code multiplies the chunks. It is the transpose of `Tiled.M`.
     """
-    m, p = x.shape[1], weight.shape[1]
+    m, p, q = x.shape[1], weight.shape[1], weight.shape[0]
     chunks = [x[:, [i % m for i in range(start, start + p)]] for start in range(0, m, p)]
-    if not rotate:
-        y = sum(chunks) @ weight.T
-    else:
+    if compress == "rotate":
         pairs = [chunk[:, : p // 2] + 1j * chunk[:, p // 2 :] for chunk in chunks]
         turned = [z * np.exp(1j * c * 10000.0 ** (-2 * np.arange(p // 2) / p)) for c, z in enumerate(pairs)]
-        y = np.concatenate([np.concatenate([z.real, z.imag], axis=1) @ weight.T for z in turned], axis=1)
-    return y[:, [j % y.shape[1] for j in range(out)]]
+        chunks = [np.concatenate([z.real, z.imag], axis=1) for z in turned]
+    if compress in ("rotate", "decouple"):
+        y = np.concatenate([chunk @ weight.T for chunk in chunks], axis=1)
+        return y[:, [j % y.shape[1] for j in range(out)]]
+    short = {
+        "modulo": lambda: sum(chunks),
+        "contiguous": lambda: np.stack([x[:, groups(m, p) == group].sum(1) for group in range(p)], axis=1),
+        "truncate": lambda: x[:, :p],
+    }[compress]()
+    y = short @ weight.T
+    if decompress == "truncate":
+        return np.concatenate([y, np.zeros((len(y), out - q))], axis=1)
+    return y[:, groups(out, q) if decompress == "contiguous" else [j % q for j in range(out)]]
 
 
-def mora_dense(M: np.ndarray, shape: tuple[int, int], rotate: bool) -> np.ndarray:
-    return mora(np.eye(shape[0]), M.T, shape[1], rotate)
+def mora_dense(M: np.ndarray, shape: tuple[int, int], compress: str, decompress: str = "modulo") -> np.ndarray:
+    return mora(np.eye(shape[0]), M.T, shape[1], compress, decompress)
 
 
 class TestTiled(ProjectionContract):
@@ -37,20 +56,20 @@ class TestTiled(ProjectionContract):
         return {"side": 3}
 
     def dense(self, arrays, shape):
-        return mora_dense(arrays["M"], shape, rotate=False)
+        return mora_dense(arrays["M"], shape, "modulo")
 
 
 class TestRotated(ProjectionContract):
     family = Tiled
 
     def options(self, shape):
-        return {"side": 4, "rotate": shape[0] > 1}
+        return {"side": 4, "compress": "rotate" if shape[0] > 1 else "modulo"}
 
     def example(self):
-        return Tiled.random((6, 8), side=4, rotate=True)
+        return Tiled.random((6, 8), side=4, compress="rotate")
 
     def dense(self, arrays, shape):
-        return mora_dense(arrays["M"], shape, rotate=shape[0] > 1)
+        return mora_dense(arrays["M"], shape, "rotate" if shape[0] > 1 else "modulo")
 
 
 def test_orientation():
@@ -67,7 +86,7 @@ def test_orientation():
 def test_rotation_by_hand():
     # With p = 2 the two entries of a chunk are the coordinates of one plane. The second chunk is rotated by the angle
     # 1, and its product with M is the second half of the output.
-    matrix = Tiled(jnp.eye(2), shape=(4, 4), rotate=True)
+    matrix = Tiled(jnp.eye(2), shape=(4, 4), compress="rotate")
     turn = [[np.cos(1), np.sin(1)], [-np.sin(1), np.cos(1)]]
     expected = np.eye(4)
     expected[2:, 2:] = turn
@@ -79,25 +98,40 @@ SIZES = [(6, 4), (4, 6), (7, 5), (5, 13), (13, 5)]
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize(
+    ("compress", "decompress"),
+    fast(
+        [
+            *itertools.product(("modulo", "contiguous", "truncate"), DECOMPRESSIONS),
+            ("rotate", "modulo"),
+            ("decouple", "modulo"),
+        ],
+        ("modulo", "modulo"),
+        ("contiguous", "truncate"),
+        ("rotate", "modulo"),
+        unpack=True,
+    ),
+)
 @pytest.mark.parametrize("shape", SIZES, ids=str)
-def test_product_transpose_and_projection_of_any_sizes(shape, rotate):
+def test_product_transpose_and_projection_of_any_sizes(shape, compress, decompress):
     rng = np.random.default_rng(0)
     M, target = rng.normal(size=(4, 3)), rng.normal(size=shape)
     x, dy = rng.normal(size=(2, 3, shape[0])), rng.normal(size=(2, 3, shape[1]))
 
+    how = {"compress": compress, "decompress": decompress}
+
     def everything(matrix, x, dy):
         return matrix.apply(x), matrix.to_dense(), matrix.T.apply(dy), matrix.T.to_dense()
 
-    y, dense, back, transpose = jax.jit(everything)(Tiled(jnp.asarray(M), shape=shape, rotate=rotate), x, dy)
-    D = mora_dense(M, shape, rotate)
+    y, dense, back, transpose = jax.jit(everything)(Tiled(jnp.asarray(M), shape=shape, **how), x, dy)
+    D = mora_dense(M, shape, **how)
     for actual, expected in ((y, x @ D), (dense, D), (back, dy @ D.T), (transpose, D.T)):
         assert_close(actual, expected)
 
-    found = jax.jit(lambda target: Tiled.nearest(target, side=4, rotate=rotate))(target)
+    found = jax.jit(lambda target: Tiled.nearest(target, side=4, **how))(target)
     sizes = found.M.shape
     assert sizes == (4, 4) and not found.transposed
-    basis = np.stack([mora_dense(e.reshape(sizes), shape, rotate).ravel() for e in np.eye(16)], axis=1)
+    basis = np.stack([mora_dense(e.reshape(sizes), shape, **how).ravel() for e in np.eye(16)], axis=1)
     assert_close(np.ravel(found.M), np.linalg.lstsq(basis, target.ravel())[0])
 
 
@@ -112,12 +146,12 @@ def test_sharing_is_tiles_and_the_nearest_is_their_mean_where_the_side_divides()
 @pytest.mark.usefixtures("x64")
 def test_rank():
     M = jnp.asarray(np.random.default_rng(0).normal(size=(6, 6)))
-    ranks = [np.linalg.matrix_rank(Tiled(M, shape=(24, 24), rotate=rotate).to_dense()) for rotate in (False, True)]
-    assert ranks == [6, 24]
+    ranks = [np.linalg.matrix_rank(Tiled(M, shape=(24, 24), compress=how).to_dense()) for how in COMPRESSIONS]
+    assert ranks == [6, 6, 6, 24, 24]
 
 
 def test_rotation_reads_no_input_that_the_output_has_no_room_for():
-    matrix = Tiled(jnp.ones((2, 2)), shape=(8, 3), rotate=True)
+    matrix = Tiled(jnp.ones((2, 2)), shape=(8, 3), compress="rotate")
     np.testing.assert_array_equal(np.any(matrix.to_dense(), axis=1), [True] * 4 + [False] * 4)
 
 
@@ -130,34 +164,35 @@ def test_rotation_reads_no_input_that_the_output_has_no_room_for():
 def test_the_side_has_as_many_numbers_as_lora(shape, rank, sharing, rotation):
     assert tiled_side(shape, rank) == sharing
     assert tiled_side(shape, rank, rotate=True) == rotation
+    assert tiled_side(shape, rank, down=True) == int(np.sqrt(sum(shape) * rank))
     assert tiled_side((1, 1), 1, rotate=True) == 2
     matrix = jax.eval_shape(lambda: Tiled.init(jax.random.key(0), shape, scale=1.0, side=sharing))
     assert matrix.num_params == sharing**2 and abs(matrix.num_params / (sum(shape) * rank) - 1) < 0.02
 
 
 def test_no_number_of_M_that_is_nowhere():
-    for rotate, sizes in ((False, (5, 3)), (True, (4, 3))):
-        matrix = Tiled.init(jax.random.key(0), (5, 3), scale=1.0, side=8, rotate=rotate)
+    for compress, sizes in (("modulo", (5, 3)), ("rotate", (4, 3))):
+        matrix = Tiled.init(jax.random.key(0), (5, 3), scale=1.0, side=8, compress=compress)
         assert matrix.M.shape == sizes
 
 
 def test_sharing_is_lean_and_rotation_not():
     x = jnp.ones((64, 32))
 
-    def kept(rotate):
-        matrix = Tiled(jnp.ones((4, 4)), shape=(32, 32), rotate=rotate)
+    def kept(compress):
+        matrix = Tiled(jnp.ones((4, 4)), shape=(32, 32), compress=compress)
         _, pull = jax.vjp(Tiled.apply, matrix, x)
         return matrix.small_residuals, max(leaf.size for leaf in jax.tree.leaves(pull))
 
-    assert kept(False) == (True, 64 * 4)
-    assert kept(True) == (False, 64 * 32)
+    assert kept("contiguous") == kept("truncate") == kept("modulo") == (True, 64 * 4)
+    assert kept("rotate") == (False, 64 * 32)
 
 
 @pytest.mark.parametrize("side", [0, -1, 2.0, None])
 def test_impossible_side(side):
     for build in (
         lambda: Tiled.init(jax.random.key(0), (5, 3), scale=1.0, side=side),
-        lambda: Tiled.nearest(jnp.ones((5, 3)), side=side, rotate=True),
+        lambda: Tiled.nearest(jnp.ones((5, 3)), side=side, compress="rotate"),
     ):
         with pytest.raises(UserError, match=f"side must be a positive integer, not {side}"):
             build()
@@ -166,7 +201,7 @@ def test_impossible_side(side):
 def test_rotation_needs_pairs():
     for shape, side in (((5, 3), 3), ((1, 3), 2)):
         with pytest.raises(UserError, match=f"side must be even and in_features at least 2, not {side} and {shape[0]}"):
-            Tiled.init(jax.random.key(0), shape, scale=1.0, side=side, rotate=True)
+            Tiled.init(jax.random.key(0), shape, scale=1.0, side=side, compress="rotate")
     with pytest.raises(UserError, match="tiled_side: rank must be a positive integer, not 0"):
         tiled_side((5, 3), 0)
 
@@ -177,4 +212,8 @@ def test_arrays_that_do_not_fit():
     with pytest.raises(UserError, match="M must have a shape from 1 x 1 to 5 x 3, not 2 x 4"):
         Tiled(jnp.ones((2, 4)), shape=(5, 3))
     with pytest.raises(UserError, match="to 5 x 3, with an even number of rows, not 3 x 3"):
-        Tiled(jnp.ones((3, 3)), shape=(3, 5), rotate=True, transposed=True)
+        Tiled(jnp.ones((3, 3)), shape=(3, 5), compress="rotate", transposed=True)
+    with pytest.raises(UserError, match=r"compress must be one of modulo, .*, not 'turn'"):
+        Tiled(jnp.ones((2, 2)), shape=(5, 3), compress="turn")
+    with pytest.raises(UserError, match="decompress=truncate has no effect with compress=rotate"):
+        Tiled(jnp.ones((2, 2)), shape=(5, 3), compress="rotate", decompress="truncate")
