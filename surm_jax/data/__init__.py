@@ -1,8 +1,8 @@
 """Data sets, and pipelines that make batches of their examples.
 
 For images, `load` returns the data set, and `train_batches` and `eval_batches` make batches of its examples. For text,
-`load_tokenizer` also returns a tokenizer. Encode the sentences with `Tokenizer.encode`, and pass the result to
-`text_train_batches` and `text_eval_batches`.
+load the data set with `load` and a tokenizer with `load_tokenizer`, encode the sentences with `Tokenizer.encode`, and
+pass the result to `text_train_batches` and `text_eval_batches`.
 """
 
 from surm_jax.data.batches import EvalBatches, TrainBatches

@@ -34,7 +34,7 @@ class MatchedModule(NamedTuple):
 
     @property
     def kernel(self) -> Kernel:
-        """The kernel that the part changes."""
+        """The kernel of the module that the adapter changes."""
         if self.parameter:
             return parameter_kernel(self.module, self.path, self.parameter, self.rule.axes)
         return kernel_of(self.module, self.path)

@@ -51,7 +51,7 @@ class Kind(abc.ABC):
 
     @abc.abstractmethod
     def layout(self, module: Any) -> Layout:
-        """Return the layout of the module's kernel.
+        """Return the `Layout` of a module's kernel, which says how its array holds one matrix or several.
 
         Raises:
             UserError: If the kernel cannot be adapted. The message is the end of a sentence about the module.

@@ -20,7 +20,7 @@ from surm_jax.structured import Dot, StructuredMatrix
 
 
 class EntrywisePart(UpdatePart):
-    """An update `factor * alpha * D`, where D is a function of the entries of M and of the kernel.
+    """An update `factor * alpha * D`. D is a function of a matrix M and perhaps the kernel, entry by entry.
 
     Attributes:
         formula: The function in short, with `{}` for M, for tables and messages.
