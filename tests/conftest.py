@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import tempfile
 from pathlib import Path
 
@@ -48,6 +49,13 @@ def x64():
 def _own_variants(monkeypatch):
     """Remove the variants (named sizes) that a test adds to `ViTConfig`, as the configuration of the tiny job does."""
     monkeypatch.setattr(ViTConfig, "VARIANTS", dict(ViTConfig.VARIANTS))
+
+
+@pytest.fixture(autouse=True)
+def _own_states(monkeypatch, tmp_path_factory):
+    """Keep the files of stored states in the temporary folder of the tests."""
+    if module := sys.modules.get("surm_jax.training.states"):
+        monkeypatch.setattr(module, "cache_root", tmp_path_factory.getbasetemp)
 
 
 @pytest.fixture(autouse=True)

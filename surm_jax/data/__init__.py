@@ -7,7 +7,7 @@ pass the result to `text_train_batches` and `text_eval_batches`.
 
 from surm_jax.data.batches import EvalBatches, TrainBatches
 from surm_jax.data.holdout import first_examples, hold_out
-from surm_jax.data.images.dataset import ArraySource, ImageDataset, ImageSource, keep_classes
+from surm_jax.data.images.dataset import ArraySource, ImageDataset, ImageSource, identity_of, keep_classes
 from surm_jax.data.images.pipeline import eval_batches, train_batches
 from surm_jax.data.images.transforms import Augment, eval_image, train_image
 from surm_jax.data.lm.encoding import LearnedTokens, encode_lines
@@ -15,6 +15,7 @@ from surm_jax.data.lm.lines import LineDataset, LineSource, is_lines, load_lines
 from surm_jax.data.lm.pipeline import NO_LABEL, line_eval_batches, pack, packed_train_batches
 from surm_jax.data.lm.tokenizer import PromptTokenizer, load_prompt_tokenizer
 from surm_jax.data.sources import is_path, is_text, load
+from surm_jax.data.states import States, digest_of
 from surm_jax.data.text.dataset import TextDataset, TextSource
 from surm_jax.data.text.glue import GLUE_TASKS, glue_task
 from surm_jax.data.text.pipeline import lengths_in_use, text_eval_batches, text_train_batches
@@ -32,17 +33,20 @@ __all__ = [
     "LineDataset",
     "LineSource",
     "PromptTokenizer",
+    "States",
     "TextDataset",
     "TextSource",
     "TokenSource",
     "Tokenizer",
     "TrainBatches",
+    "digest_of",
     "encode_lines",
     "eval_batches",
     "eval_image",
     "first_examples",
     "glue_task",
     "hold_out",
+    "identity_of",
     "is_lines",
     "is_path",
     "is_text",

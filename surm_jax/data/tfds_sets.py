@@ -67,6 +67,10 @@ class TfdsSource:
             raise CorruptExampleError(f"{self.name}: the image of example {index} {error}") from error
         return {"image": image, "label": label}
 
+    def identity(self) -> str:
+        """Return the name of the split and the number of channels of its images."""
+        return f"{self.name}, {self.channels} channels"
+
     def _record(self, index: int) -> dict[str, Any]:
         try:
             return self.records[index]

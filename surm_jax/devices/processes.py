@@ -205,6 +205,11 @@ def union(numbers: set[int], most: int) -> set[int]:
     return set(np.unique(multihost_utils.process_allgather(mine)).tolist()) - {-1}
 
 
+def all_agree(flag: bool) -> bool:
+    """Return whether all processes pass True. Collective: call it from every process."""
+    return bool(np.all(multihost_utils.process_allgather(np.array(flag)))) if several() else flag
+
+
 class Agreement:
     """Shares a number, such as a signal that one process got, with all processes of a run.
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar, Self, TypeVar
 
 from flax import nnx
+from jaxtyping import Array
 
 from surm_jax.errors import UserError, did_you_mean, require_one_of
 from surm_jax.models.layers import REMAT, Blocks
@@ -124,6 +125,8 @@ class Model(nnx.Module):
     - The model keeps its transformer blocks in the attribute `blocks`, a `Blocks`, and calls them only by `blocks.run`.
       So training can replace `blocks` by a list with another method `run`. This method compiles equal blocks only once,
       and gathers the sharded weights of one block at a time.
+    - A model that can be cut in two sets `after_blocks`, and has the methods `before` and `after`. Training then
+      computes what lies before the first trained parameter only once for each example.
     """
 
     config_class: ClassVar[type[Config]]
@@ -139,11 +142,35 @@ class Model(nnx.Module):
     accepts such a name in place of a regular expression.
     """
 
+    after_blocks: ClassVar[tuple[str, ...] | None] = None
+    """Names of the modules between the last block and the head, such as ("norm",).
+
+    None means that the model cannot be cut in two, so that `before` and `after` are not defined.
+    """
+
     config: Any
     blocks: Blocks
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs):
         raise NotImplementedError(f"{type(self).__name__} must define __init__(config, *, rngs)")
+
+    def before(self, cut: int, inputs: Array, **options: Any) -> Array:
+        """Run the model up to a cut, and return its state there, from which `after` goes on.
+
+        Cut k, for k = 0 to depth, lies before block k. Its state has the shape (batch, tokens, width), and the state of
+        a token does not depend on how much padding follows. Cut depth + 1 lies before the head, and its state has the
+        batch as its first axis.
+
+        Args:
+            cut: The number of the cut.
+            inputs: The first argument of the model.
+            **options: The other arguments of the model, except for `rngs`, which has no effect: there is no dropout.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be cut")
+
+    def after(self, cut: int, state: Array, **options: Any) -> Array:
+        """Return the logits, given the state at a cut as `before` returns it. The options are those of the model."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be cut")
 
 
 AnyModel = TypeVar("AnyModel", bound=Model)

@@ -36,6 +36,7 @@ from surm_jax.models.layers import (
     Attention,
     Blocks,
     drop,
+    dropout_key,
     split_block_keys,
     split_key,
     tied_logits,
@@ -250,6 +251,7 @@ class Bert(Model):
     config_class: ClassVar[type[Config]] = BertConfig
     reads: ClassVar[str] = "text"
     adapter_targets: ClassVar[Mapping[str, str]] = TARGETS
+    after_blocks: ClassVar[tuple[str, ...] | None] = ("pooler",)
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -289,15 +291,27 @@ class Bert(Model):
             UserError: The tokens are not a two-dimensional array of integers, there are more than `config.max_tokens`
                 tokens in a row, or `mask` or `token_types` has another shape than the tokens or a wrong dtype.
         """
-        key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
-        body_key, head_key = split_key(key, 2)
-        x_btd = self._states(tokens_bt, mask, token_types, body_key, every=False)[-1]
+        key = dropout_key(rngs)
+        embed_key, _ = split_block_keys(split_key(key, 2)[0], self.config.depth)
+        return self.after(0, self._embed(tokens_bt, mask, token_types, embed_key), mask=mask, rngs=key)
+
+    def before(self, cut: int, inputs: Int[Array, "b t"], **options: Any) -> Array:
+        """Return the state at a cut (see `Model.before`). The input of a classifier's head has the shape (b, d)."""
+        mask, before_head = options.get("mask"), cut > self.config.depth
+        x_btd = self._embed(inputs, mask, options.get("token_types"), None)
+        x_btd = self._run(x_btd, mask, None, first=0, last=None if before_head else cut)[-1]
+        return self._pool(x_btd) if before_head else x_btd
+
+    def after(self, cut: int, state: Array, *, mask: Array | None = None, rngs: Any = None, **options: Any) -> Array:
+        """Return the logits, given the state at a cut (see `Model.after`). Token types have no effect after a cut."""
+        del options
+        body_key, head_key = split_key(dropout_key(rngs), 2)
+        _, keys = split_block_keys(body_key, self.config.depth)
+        if cut <= self.config.depth:
+            state = self._pool(self._run(state, mask, None if keys is None else keys[cut:], first=cut)[-1])
         if self.config.head == "mlm":
-            return self.head(x_btd, self.word_embed)
-        x_bd = x_btd[:, 0]
-        if self.config.pooler:
-            x_bd = jnp.tanh(self.pooler(x_bd))
-        return self.head(drop(self.dropout, x_bd, head_key))
+            return self.head(state, self.word_embed)
+        return self.head(drop(self.dropout, state, head_key))
 
     def hidden_states(
         self,
@@ -311,26 +325,28 @@ class Bert(Model):
 
         The values at padding tokens have no meaning. Arguments and errors are the same as in `__call__`.
         """
-        key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
-        return self._states(tokens_bt, mask, token_types, key, every=True)
+        embed_key, keys = split_block_keys(dropout_key(rngs), self.config.depth)
+        return self._run(self._embed(tokens_bt, mask, token_types, embed_key), mask, keys, every=True)
 
-    def _states(
-        self,
-        tokens_bt: Int[Array, "b t"],
-        mask: Bool[Array, "b t"] | Int[Array, "b t"] | None,
-        token_types: Int[Array, "b t"] | None,
-        key: jax.Array | None,
-        *,
-        every: bool,
-    ) -> tuple[Float[Array, "b t d"], ...]:
-        """Return all hidden states as a tuple, as `hidden_states` does, or only the last one if `every` is false."""
+    def _embed(self, tokens_bt: Array, mask: Any, token_types: Any, key: Any) -> Float[Array, "b t d"]:
+        """Check the arguments of the model, and return the input of the first block. The key is for dropout."""
         self._check(tokens_bt, mask, token_types)
-        mask_bt = None if mask is None else mask.astype(jnp.bool_)
         types_bt = jnp.zeros_like(tokens_bt) if token_types is None else token_types
-        embed_key, keys = split_block_keys(key, self.config.depth)
         x_btd = self.word_embed(tokens_bt) + self.type_embed(types_bt) + self.position_embed(self._positions(tokens_bt))
-        x_btd = drop(self.dropout, self.embed_norm(x_btd).astype(x_btd.dtype), embed_key)
-        return self.blocks.run(x_btd, mask_bt, keys=keys, remat=self.config.remat, every=every)
+        return drop(self.dropout, self.embed_norm(x_btd).astype(x_btd.dtype), key)
+
+    def _run(
+        self, x_btd: Array, mask: Array | None, keys: Any, first: int = 0, last: int | None = None, every: bool = False
+    ) -> tuple[Float[Array, "b t d"], ...]:
+        """Run the blocks from `first` up to `last`. Arguments and results are those of `Blocks.run`."""
+        mask_bt = None if mask is None else mask.astype(jnp.bool_)
+        return self.blocks.between(first, last).run(x_btd, mask_bt, keys=keys, remat=self.config.remat, every=every)
+
+    def _pool(self, x_btd: Float[Array, "b t d"]) -> Array:
+        """Return the input of the head. It has the shape (b, d), or (b, t, d) for a masked language model."""
+        if self.config.head == "mlm":
+            return x_btd
+        return jnp.tanh(self.pooler(x_btd[:, 0])) if self.config.pooler else x_btd[:, 0]
 
     def _positions(self, tokens_bt: Int[Array, "b t"]) -> Int[Array, "#b t"]:
         if self.config.positions == "absolute":

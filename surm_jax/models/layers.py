@@ -229,6 +229,13 @@ class Blocks(nnx.List):
             states.append(call_block(block, states[-1], *arguments, key, policy=REMAT[remat]))
         return tuple(states if every else states[-1:])
 
+    def between(self, first: int, last: int | None) -> "Blocks":
+        """Return the blocks with the indices `first` to `last - 1`, or to the end if `last` is None.
+
+        The blocks are shared with this list.
+        """
+        return Blocks(self[first:last])
+
 
 TARGETS: Mapping[str, str] = MappingProxyType(
     {
@@ -247,6 +254,11 @@ TARGETS: Mapping[str, str] = MappingProxyType(
 "houlsby" selects the attention and the MLP of every block, and "pfeiffer" only the MLP. The other names select single
 dense layers. The regular expressions are for models that consist of the layers in this file.
 """
+
+
+def dropout_key(rngs: nnx.Rngs | jax.Array | None) -> jax.Array | None:
+    """Return the random key of dropout that a caller passes as a key or as an `nnx.Rngs`, or None for no dropout."""
+    return rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
 
 
 def split_key(key: jax.Array | None, count: int) -> tuple[jax.Array | None, ...]:

@@ -28,7 +28,17 @@ from surm_jax.models.base import (
     check_transformer,
     register_model,
 )
-from surm_jax.models.layers import ACTIVATIONS, MLP, TARGETS, Attention, Blocks, drop, split_block_keys, split_key
+from surm_jax.models.layers import (
+    ACTIVATIONS,
+    MLP,
+    TARGETS,
+    Attention,
+    Blocks,
+    drop,
+    dropout_key,
+    split_block_keys,
+    split_key,
+)
 
 POOLS = ("token", "mean", "patches", "token+patches")
 
@@ -210,6 +220,7 @@ class ViT(Model):
     config_class: ClassVar[type[Config]] = ViTConfig
     reads: ClassVar[str] = "images"
     adapter_targets: ClassVar[Mapping[str, str]] = TARGETS
+    after_blocks: ClassVar[tuple[str, ...] | None] = ("norm",)
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -263,9 +274,27 @@ class ViT(Model):
         Raises:
             UserError: The images do not have this shape.
         """
-        x_btd = self._states(images_bhwc, rngs, every=False)[-1]
-        x_btd = x_btd.astype(jnp.float32) if self.norm is None else self.norm(x_btd)
-        return self.head(self._pool(x_btd))
+        key = dropout_key(rngs)
+        embed_key, _ = split_block_keys(key, self.config.depth)
+        return self.after(0, self._embed(images_bhwc, embed_key), rngs=key)
+
+    def before(self, cut: int, inputs: Float[Array, "b h w c"], **options: Any) -> Array:
+        """Return the state at a cut (see `Model.before`). The input of the head has the shape (b, d) or (b, 2 d)."""
+        del options
+        before_head = cut > self.config.depth
+        blocks = self.blocks.between(0, None if before_head else cut)
+        (x_btd,) = blocks.run(self._embed(inputs, None), keys=None, remat=self.config.remat, every=False)
+        return self._pool(x_btd) if before_head else x_btd
+
+    def after(self, cut: int, state: Array, *, rngs: Any = None, **options: Any) -> Array:
+        """Return the logits, given the state at a cut (see `Model.after`)."""
+        del options
+        _, keys = split_block_keys(dropout_key(rngs), self.config.depth)
+        if cut <= self.config.depth:
+            keys = None if keys is None else keys[cut:]
+            (state,) = self.blocks.between(cut, None).run(state, keys=keys, remat=self.config.remat, every=False)
+            state = self._pool(state)
+        return self.head(state)
 
     def hidden_states(
         self,
@@ -284,26 +313,27 @@ class ViT(Model):
         Raises:
             UserError: The images do not have the shape that the configuration requires.
         """
-        return self._states(images_bhwc, rngs, every=True)
+        embed_key, keys = split_block_keys(dropout_key(rngs), self.config.depth)
+        x_btd = self._embed(images_bhwc, embed_key)
+        return self.blocks.run(x_btd, keys=keys, remat=self.config.remat, every=True)
 
-    def _states(
-        self, images_bhwc: Float[Array, "b h w c"], rngs: nnx.Rngs | jax.Array | None, *, every: bool
-    ) -> tuple[Float[Array, "b t d"], ...]:
-        """Return all hidden states as a tuple, as `hidden_states` does, or only the last one if `every` is false."""
+    def _embed(self, images_bhwc: Float[Array, "b h w c"], key: jax.Array | None) -> Float[Array, "b t d"]:
+        """Return the input of the first block. The key is for dropout.
+
+        Raises:
+            UserError: The images do not have the shape that the configuration requires.
+        """
         config = self.config
         expected = (config.image_size, config.image_size, config.channels)
         if images_bhwc.ndim != 4 or images_bhwc.shape[1:] != expected:
             raise UserError(
                 f"this ViT reads images of shape (batch, {', '.join(map(str, expected))}), got {images_bhwc.shape}"
             )
-        embed_key, keys = split_block_keys(rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs, config.depth)
-        x_btd = drop(self.dropout, self._embed(images_bhwc), embed_key)
-        if self.pre_norm is not None:
-            x_btd = self.pre_norm(x_btd).astype(x_btd.dtype)
-        return self.blocks.run(x_btd, keys=keys, remat=config.remat, every=every)
+        x_btd = drop(self.dropout, self._tokens(images_bhwc), key)
+        return x_btd if self.pre_norm is None else self.pre_norm(x_btd).astype(x_btd.dtype)
 
-    def _embed(self, images_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b t d"]:
-        """Return the embeddings of all tokens, with position embeddings added.
+    def _tokens(self, images_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b t d"]:
+        """Return the embeddings of all tokens, to which the position embeddings are added.
 
         The class token and the distillation token, if there are any, come before the patches.
         """
@@ -320,8 +350,9 @@ class ViT(Model):
         """Return the input of the head, for example the features of the class token, as `config.pool` says.
 
         Args:
-            x_btd: The features of the tokens, after the last LayerNorm.
+            x_btd: The output of the last block.
         """
+        x_btd = x_btd.astype(jnp.float32) if self.norm is None else self.norm(x_btd)
         if self.config.pool == "token":
             return x_btd[:, 0]
         mean_bd = x_btd[:, self.config.extra_tokens :].mean(axis=1)

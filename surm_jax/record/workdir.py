@@ -34,6 +34,7 @@ a key or a value is wrong."""
 CHANGEABLE = (
     "data.name",
     "data.dir",
+    "data.cache",
     "data.eval_batch_size",
     "model.checkpoint",
     "model.scan_layers",

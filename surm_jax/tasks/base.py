@@ -7,9 +7,9 @@ outside of this package imported, name it in `config.plugins`.
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -58,6 +58,22 @@ class Questions(Protocol):
         Raises:
             UserError: The file cannot be written.
         """
+
+
+class SplitInputs(NamedTuple):
+    """What says which inputs the model reads for the examples of a split, so that their states can be stored.
+
+    Attributes:
+        identity: A text that differs if an example has another input. It need not contain the content of the files of
+            the data set, nor anything that the model's configuration says.
+        examples: The number of examples.
+        offsets: For text, the number of tokens before each example, and that of all tokens, an array of shape
+            (examples + 1,). For images, None.
+    """
+
+    identity: str
+    examples: int
+    offsets: np.ndarray | None = None
 
 
 class Task(abc.ABC):
@@ -206,7 +222,10 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def eval_batches(self, split: str) -> data.EvalBatches:
-        """Return the batches of one pass over a split. The split is one of `splits`.
+        """Return the batches of one pass over a split. The split is one of `splits`, or "train".
+
+        Each batch also has two arrays of shape (batch,): `index` holds the indices of its examples, and `mask` is False
+        for rows that are padding.
 
         If a run has several processes, each gets only its own rows of every batch.
         """
@@ -218,6 +237,25 @@ class Task(abc.ABC):
         Each key is a name to print, such as "32 pixels". Each value maps the name of every array of the batch to its
         shape and dtype, with the rows of all processes.
         """
+
+    def inputs(self, split: str) -> SplitInputs | str:
+        """Return what says which inputs the model reads for a split, which is "train" or one of `splits`.
+
+        If this is not known, or if the inputs change from epoch to epoch, the result is a text that says so, and no
+        states are stored.
+        """
+        return f"{type(self).__name__} does not say which inputs it reads"
+
+    def with_states(self, states: Mapping[str, data.States]) -> "Task":
+        """Return the same task with stored states in the place of the inputs. It is called if `inputs` returns no text.
+
+        In the batches and in `train_shapes`, the states take the place of the array that `forward` passes to the model
+        as its first argument. Nothing else changes, in particular not the order of the examples.
+
+        Args:
+            states: The states of the examples of each split, also of "train".
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define with_states, because it defines inputs")
 
     def export_options(self) -> dict[str, Any]:
         """Return the keyword arguments that this task adds to a call of `surm_jax.pretrained.save_huggingface`."""

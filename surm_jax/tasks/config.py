@@ -107,6 +107,13 @@ class DataConfig:
     # compiled once for each length that occurs. For a model that continues text, training examples are packed into rows
     # of the last length, and a row counts as one example of a batch.
     lengths: tuple[int, ...] = (16, 32, 64, 96, 128)
+    # Whether what the frozen part of the model gives for an example is computed once, stored and read from there.
+    #   "auto"  wherever this is possible and pays: nothing that is trained lies before some block or before the head,
+    #           there is no augmentation and no dropout of the base model, no image may be unreadable (`max_corrupt`),
+    #           and the run takes every training example at least once. The files are in $SURM_JAX_CACHE/states
+    #           (~/.cache/surm_jax/states), are used again by other runs, and together have at most 16 GiB.
+    #   "off"   never. The results are the same up to rounding.
+    cache: str = "auto"
     # Number of training examples to hold out for validation. The held-out examples are evaluated during training, and
     # the test set only once, at the end. 0: hold out none, and evaluate the test set during training. JSON lines
     # without a file for tests are tested on the held-out examples.
@@ -121,6 +128,7 @@ class DataConfig:
 
     def __post_init__(self):
         require_one_of("config.data.augment", self.augment, typing.get_args(Augment))
+        require_one_of("config.data.cache", self.cache, ("auto", "off"))
         if not self.lengths or min(self.lengths) < 1 or sorted(set(self.lengths)) != list(self.lengths):
             raise UserError(f"config.data.lengths must be positive and increase, got {self.lengths}")
         if len(self.classes) == 1:

@@ -12,7 +12,7 @@ from surm_jax import data
 from surm_jax.devices.processes import share
 from surm_jax.errors import UserError
 from surm_jax.pretrained import locate
-from surm_jax.tasks.base import Batch, Task, find_geometry, register_task
+from surm_jax.tasks.base import Batch, SplitInputs, Task, find_geometry, register_task
 from surm_jax.tasks.config import DataConfig, ModelConfig
 from surm_jax.tasks.objective import CLASSES, NUMBER, Objective
 from surm_jax.tasks.sentences import Sentences, find_tokenizer, load_tokenizer, read_sentences
@@ -32,6 +32,7 @@ class Glue(Task):
         model_config: The configuration of the model.
         checkpoint: The file or folder of the pretrained weights.
         tokenizer: The tokeniser of the model.
+        states: The stored states that take the place of tokens, by split. It is empty if nothing is stored.
     """
 
     config: DataConfig
@@ -41,6 +42,7 @@ class Glue(Task):
     model_config: Any
     checkpoint: Path | None
     tokenizer: data.Tokenizer
+    states: Mapping[str, data.States] = dataclasses.field(default_factory=dict)
 
     reads: ClassVar = "text"
 
@@ -130,29 +132,55 @@ class Glue(Task):
     def train_batches(self, seed: int) -> data.TrainBatches:
         """Return an endless iterator over training batches, with this process's rows of each batch."""
         return data.text_train_batches(
-            self.train, **share(self.config.batch_size), lengths=self.config.lengths, seed=seed
+            self.train,
+            **share(self.config.batch_size),
+            lengths=self.config.lengths,
+            seed=seed,
+            states=self.states.get("train"),
         )
 
     def eval_batches(self, split: str) -> data.EvalBatches:
         """Return the batches of one pass over a split, with this process's rows of each batch."""
         return data.text_eval_batches(
-            self.evaluated[split], **share(self.config.eval_batch_size), lengths=self.config.lengths
+            self._source(split),
+            **share(self.config.eval_batch_size),
+            lengths=self.config.lengths,
+            states=self.states.get(split),
         )
+
+    def _source(self, split: str) -> data.TokenSource:
+        return self.train if split == "train" else self.evaluated[split]
 
     def train_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
         """Return the shapes of a training batch, one entry for every padded length that occurs in the data."""
         size, dtype = self.config.batch_size, "int32" if self.classes else "float32"
-        shapes = {}
+        shapes, stored = {}, self.states.get("train")
         for length in data.lengths_in_use(self.train, self.config.lengths):
             tokens = jax.ShapeDtypeStruct((size, length), "int32")
             shapes[f"{length} tokens"] = {
-                "tokens": tokens,
+                "tokens": tokens if stored is None else _shape(stored, size, length),
                 "token_types": tokens,
                 "token_mask": jax.ShapeDtypeStruct((size, length), "bool"),
                 "label": jax.ShapeDtypeStruct((size,), dtype),
             }
         return shapes
 
+    def inputs(self, split: str) -> SplitInputs:
+        """Return what says which tokens the model reads for a split."""
+        source = self._source(split)
+        return SplitInputs(
+            data.digest_of(source.tokens, source.token_types, source.offsets), len(source), source.offsets
+        )
+
+    def with_states(self, states: Mapping[str, data.States]) -> "Glue":
+        """Return the same task with stored states in the place of tokens."""
+        return dataclasses.replace(self, states=states)
+
     def export_options(self) -> dict[str, Any]:
         """Return the files of the tokeniser, which an export copies into the folder of the model."""
         return {"files": self.tokenizer.files}
+
+
+def _shape(states: data.States, size: int, length: int) -> jax.ShapeDtypeStruct:
+    lengths = () if states.offsets is None else (length,)
+    return jax.ShapeDtypeStruct((size, *lengths, *states.rows.shape[1:]), states.rows.dtype)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -13,7 +14,7 @@ from surm_jax.devices.processes import share
 from surm_jax.errors import UserError
 from surm_jax.preparation import Preparation
 from surm_jax.pretrained import image_preparation, locate
-from surm_jax.tasks.base import Batch, Task, register_task
+from surm_jax.tasks.base import Batch, SplitInputs, Task, register_task
 from surm_jax.tasks.config import DataConfig, ModelConfig
 from surm_jax.tasks.objective import CLASSES, Objective
 
@@ -30,6 +31,7 @@ class ImageClassification(Task):
         model_config: The configuration of the model.
         checkpoint: The file or folder of the pretrained weights, or None for random weights.
         preparation: How images are resized, cropped and normalised for the model.
+        states: The stored states that take the place of images, by split. It is empty if nothing is stored.
     """
 
     config: DataConfig
@@ -38,6 +40,7 @@ class ImageClassification(Task):
     model_config: Any
     checkpoint: Path | None
     preparation: Preparation
+    states: Mapping[str, data.States] = dataclasses.field(default_factory=dict)
 
     reads: ClassVar = "images"
 
@@ -124,24 +127,46 @@ class ImageClassification(Task):
             seed=seed,
             preparation=self.preparation,
             max_corrupt=self.config.max_corrupt,
+            states=self.states.get("train"),
         )
 
     def eval_batches(self, split: str) -> data.EvalBatches:
-        """Return the batches of one pass over "test" or "holdout", with this process's rows of each batch."""
-        source = self.holdout if split == "holdout" and self.holdout is not None else self.dataset.test
+        """Return the batches of one pass over a split, with this process's rows of each batch."""
         return data.eval_batches(
-            source,
+            self._source(split),
             **share(self.config.eval_batch_size),
             image_size=self.model_config.image_size,
             preparation=self.preparation,
             max_corrupt=self.config.max_corrupt,
+            states=self.states.get(split),
         )
+
+    def _source(self, split: str) -> data.ImageSource:
+        if split == "holdout" and self.holdout is not None:
+            return self.holdout
+        return self.dataset.train if split == "train" else self.dataset.test
 
     def train_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
         """Return the shapes of a training batch. There is one entry, because all batches have the same shapes."""
         size, side = self.config.batch_size, self.model_config.image_size
         image = jax.ShapeDtypeStruct((size, side, side, self.model_config.channels), "float32")
+        if stored := self.states.get("train"):
+            image = jax.ShapeDtypeStruct((size, *stored.rows.shape[1:]), stored.rows.dtype)
         return {f"{side} pixels": {"image": image, "label": jax.ShapeDtypeStruct((size,), "int32")}}
+
+    def inputs(self, split: str) -> SplitInputs | str:
+        """Return what says which images the model reads for a split, or why this is not known."""
+        if self.config.augment != "none":
+            return f"config.data.augment={self.config.augment} changes the images in every epoch"
+        if self.config.max_corrupt:
+            return f"config.data.max_corrupt={self.config.max_corrupt} lets images be replaced"
+        if (identity := data.identity_of(self._source(split))) is None:
+            return f"{type(self._source(split)).__name__} has no method `identity`"
+        return SplitInputs(f"{identity}, {self.preparation}", len(self._source(split)))
+
+    def with_states(self, states: Mapping[str, data.States]) -> "ImageClassification":
+        """Return the same task with stored states in the place of images."""
+        return dataclasses.replace(self, states=states)
 
     def export_options(self) -> dict[str, Any]:
         """Return how images are prepared, which an export writes into the folder of the model."""

@@ -63,6 +63,16 @@ class StepBlocks(Blocks):
                 first += 1
         return tuple(states if every else states[-1:])
 
+    def between(self, first: int, last: int | None) -> "StepBlocks":
+        """Return the blocks with the indices `first` to `last - 1`, as in `Blocks.between`.
+
+        Raises:
+            ValueError: The range begins or ends inside a stack.
+        """
+        depths = [part.depth if isinstance(part, Stack) else 1 for part in self]
+        starts = list(itertools.accumulate(depths, initial=0))
+        return StepBlocks(self[starts.index(first) : None if last is None else starts.index(last)])
+
 
 def _scan(
     stacked: nnx.Module,

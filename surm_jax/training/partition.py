@@ -9,13 +9,14 @@ the stacked model. In this file, "the original model" is the model before stacki
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from surm_jax.models import Model
 from surm_jax.paths import join
 from surm_jax.peft import Adapter
 from surm_jax.training.blocks import as_blocks, as_parts, runs_of
@@ -136,6 +137,33 @@ def partition(
     )
     arrays = {slot.names[0]: variable[...] for slot, (_, variable) in zip(slots, nnx.to_flat_state(state), strict=True)}
     return Partition(graphdef, slots), arrays, frozen
+
+
+def cut_before(trained: Iterable[str], model: type[Model], depth: int) -> int:
+    """Return the last cut of a model (`Model.before`) before which nothing is trained.
+
+    The result is 0, before the first block, if a parameter outside the blocks is trained that may be used before them.
+
+    Args:
+        trained: The paths of the trained parameters in the original model.
+        model: The class of the model. If it cannot be cut, the result is 0.
+        depth: The number of blocks.
+
+    >>> from surm_jax.models import ViT
+    >>> paths = ["head/kernel", "blocks/3/mlp/up/bias"]
+    >>> cut_before(paths, ViT, depth=4), cut_before(paths[:1], ViT, depth=4), cut_before(["cls_token"], ViT, depth=4)
+    (3, 5, 0)
+    """
+    if (after_blocks := model.after_blocks) is None:
+        return 0
+
+    def cut(path: str) -> int:
+        first, _, rest = path.partition("/")
+        if first == "blocks":
+            return int(rest.partition("/")[0])
+        return depth + 1 if first == "head" else depth if first in after_blocks else 0
+
+    return min(map(cut, trained), default=0)
 
 
 def _map_dicts(fn: Callable[[dict], dict], tree: Tree, keys: set[str]) -> Tree:

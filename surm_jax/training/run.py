@@ -16,6 +16,7 @@ from surm_jax.record.progress import Interruption, Stopwatch
 from surm_jax.training.optimizer import Rates, groups_of, make_optimizer
 from surm_jax.training.partition import Partition, partition
 from surm_jax.training.setup import Job
+from surm_jax.training.states import Frozen, with_states
 from surm_jax.training.step import EvalStep, TrainState, init_state, make_eval_step, make_train_step
 
 CHECKPOINTS_NAME = "checkpoints"
@@ -131,13 +132,20 @@ class Stop:
         return self._signal > 0
 
     def error(self, run: Run, step: int) -> InterruptedRunError:
-        """Return the exception that ends the run after a checkpoint of this step was saved."""
-        number = signal.Signals(self._signal)
-        return InterruptedRunError(
-            f"{number.name}: saved step {step} of {run.job.config.optim.steps} in {run.workdir / CHECKPOINTS_NAME};"
-            " the same command goes on from there",
-            128 + number,
+        """Return the exception with which the run ends after a checkpoint of this step was saved."""
+        return self._error(
+            f"saved step {step} of {run.job.config.optim.steps} in {run.workdir / CHECKPOINTS_NAME}; the same command"
+            " goes on from there"
         )
+
+    def before_training(self) -> None:
+        """Raise an `InterruptedRunError` if a process has got a signal while the run prepares its first step."""
+        if self.asked():
+            raise self._error("stopped before the first step; the same command begins again with the preparation")
+
+    def _error(self, message: str) -> InterruptedRunError:
+        number = signal.Signals(self._signal)
+        return InterruptedRunError(f"{number.name}: {message}", 128 + number)
 
 
 def set_up(job: Job, workdir: Path, interruption: Interruption, began: float) -> tuple[Run, Position]:
@@ -166,24 +174,26 @@ def set_up(job: Job, workdir: Path, interruption: Interruption, began: float) ->
         scan_layers=config.model.scan_layers,
         group_of=lambda path: groups_of([path], config.optim.groups)[path],
     )
+    frozen, stop = put_base(frozen, mesh), Stop(interruption, mesh)
+    job, forward = with_states(job, Frozen(parts, trained, frozen, base), stop.before_training)
     optimizer = make_optimizer(config.optim, trained)
     train_step = make_train_step(
         parts,
-        task.outputs,
+        forward,
         task.objective,
         optimizer,
         mesh,
         accumulate=config.optim.accumulate,
         label_smoothing=config.optim.label_smoothing,
     )
-    eval_step = make_eval_step(parts, task.outputs, task.objective, mesh)
+    eval_step = make_eval_step(parts, forward, task.objective, mesh)
     rates = Rates(config.optim, config.peft.method, trained)
     key = jax.device_put(jax.random.key(job.seed), replicated(mesh))
     run = Run(
         job,
         workdir,
-        Stop(interruption, mesh),
-        SplitModel(parts, put_base(frozen, mesh), adapter, description, base),
+        stop,
+        SplitModel(parts, frozen, adapter, description, base),
         Programs(train_step, eval_step, rates, key),
     )
-    return run, Position(init_state(trained, optimizer, mesh), task.train_batches(job.seed), began)
+    return run, Position(init_state(trained, optimizer, mesh), job.task.train_batches(job.seed), began)

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -136,3 +137,22 @@ class TestRegister:
 def test_an_unknown_field_names_the_nearest():
     with pytest.raises(UserError, match=r"BertConfig has no field 'witdh'.*did you mean 'width'"):
         BertConfig.build({}, {"depth": 1, "witdh": 2})
+
+
+@pytest.mark.parametrize("model", [model for model in CONFIGS if model.after_blocks is not None])
+def test_a_model_goes_on_from_every_cut(model):
+    config = CONFIGS[model]
+    whole = model(config, rngs=nnx.Rngs(0))
+    kernel = whole.head.kernel
+    kernel[...] = jax.random.normal(jax.random.key(1), kernel.shape)
+    if model.reads == "images":
+        inputs, options = jax.random.normal(jax.random.key(2), (2, 8, 8, 1)), {}
+    else:
+        inputs = jax.random.randint(jax.random.key(2), (2, 6), 1, 99)
+        options = {"mask": jnp.arange(6)[None] < jnp.array([[6], [4]]), "token_types": inputs % 2}
+    expected = whole(inputs, **options)
+    for cut in range(config.depth + 2):
+        state = whole.before(cut, inputs, **options)
+        assert state.ndim == (2 if cut > config.depth else 3)
+        after = {name: value for name, value in options.items() if name != "token_types"}
+        np.testing.assert_allclose(whole.after(cut, state, **after), expected, atol=1e-5)

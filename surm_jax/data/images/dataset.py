@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from surm_jax.data.images.checks import check_classes, check_images, check_labels, check_range, warn_of_empty
+from surm_jax.data.states import digest_of
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.preparation import Preparation
 
@@ -65,6 +66,10 @@ class ArraySource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.images[index], "label": int(self.labels[index])}
+
+    def identity(self) -> str:
+        """Return a digest of the images."""
+        return digest_of(np.asarray(self.images))
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,10 @@ class Subset:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.source[int(self.indices[index])]
 
+    def identity(self) -> str | None:
+        """Return a digest of what the images are, without their labels, or None if the source does not say it."""
+        return (inner := identity_of(self.source)) and digest_of(inner, self.indices)
+
 
 @dataclass(frozen=True)
 class _Relabelled:
@@ -159,6 +168,18 @@ class _Relabelled:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.examples[index], "label": int(self.labels[index])}
+
+    def identity(self) -> str | None:
+        return self.examples.identity()
+
+
+def identity_of(source: ImageSource) -> str | None:
+    """Return a text that differs if a source has other images, or None if the class of the source does not say it.
+
+    It does not depend on the labels. The images of a prepared data set are represented by the name of their split.
+    Their content is that of `ImageDataset.files`.
+    """
+    return getattr(source, "identity", lambda: None)()
 
 
 def keep_classes(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:

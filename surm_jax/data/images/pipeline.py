@@ -3,15 +3,18 @@
 import functools
 import typing
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
-from surm_jax.data.batches import Batch, EvalBatches, TrainBatches, plan_batches
+from surm_jax.data.batches import Batch, BatchPlan, EvalBatches, TrainBatches, plan_batches
 from surm_jax.data.corrupt import CorruptExampleError, Readable
 from surm_jax.data.images.dataset import ImageSource
 from surm_jax.data.images.transforms import SQUARE, Augment, eval_image, train_image
+from surm_jax.data.states import States
 from surm_jax.errors import UserError, require_one_of
 from surm_jax.preparation import Preparation
 
@@ -24,6 +27,7 @@ def train_batches(
     seed: int,
     preparation: Preparation = SQUARE,
     max_corrupt: int = 0,
+    states: States | None = None,
     **options: Any,
 ) -> TrainBatches:
     """Return an endless iterator over shuffled batches of augmented images for training.
@@ -47,6 +51,8 @@ def train_batches(
         preparation: How images are resized, cropped and normalised, as in `eval_image`. With the default they are
             resized to a square and scaled to [-1, 1].
         max_corrupt: The number of corrupt examples that may be skipped.
+        states: States that take the place of the images in the batches, in the same order. No image is read then, so
+            `image_size`, `augment`, `preparation` and `max_corrupt` have no effect.
         **options: The fields of `BatchPlan`: `batch_size`, and optionally the others.
 
     Returns:
@@ -58,11 +64,15 @@ def train_batches(
             `max_corrupt` examples are corrupt. The message names one of them.
     """
     plan = plan_batches(source, options, seed)
-    readable = Readable(source, max_corrupt)
-    _channels(readable, image_size, preparation)
     require_one_of("augment", augment, typing.get_args(Augment))
-    augmented = functools.partial(_train_example, image_size=image_size, augment=augment, preparation=preparation)
-    examples = grain.MapDataset.source(readable).seed(seed).shuffle().random_map(augmented).repeat()
+    if states is None:
+        readable = Readable(source, max_corrupt)
+        _channels(readable, image_size, preparation)
+        augmented = functools.partial(_train_example, image_size=image_size, augment=augment, preparation=preparation)
+        # The order depends on `seed` and on the place of `shuffle` in this chain, so it has the same place in both.
+        examples = grain.MapDataset.source(readable).seed(seed).shuffle().random_map(augmented).repeat()
+    else:
+        examples = grain.MapDataset.source(_Stored(source.labels, states)).seed(seed).shuffle().repeat()
 
     def mine(place: int) -> dict[str, Any]:
         step, row = divmod(place, plan.batch_size)
@@ -82,6 +92,7 @@ def eval_batches(
     image_size: int,
     preparation: Preparation = SQUARE,
     max_corrupt: int = 0,
+    states: States | None = None,
     **options: Any,
 ) -> EvalBatches:
     """Return an iterable over batches for evaluation, which contain every example exactly once, in order.
@@ -97,17 +108,21 @@ def eval_batches(
         image_size: The height and width of the images in a batch.
         preparation: How images are prepared, as in `train_batches`.
         max_corrupt: The number of corrupt examples that each process may mask.
+        states: As in `train_batches`.
         **options: The fields of `BatchPlan`: `batch_size`, and optionally the others.
 
     Returns:
         An iterable over `{"image": float32 (batch_size, image_size, image_size, channels), "label": int32
-        (batch_size,), "mask": bool (batch_size,)}`. Where the mask is False, the image and the label are zeros.
+        (batch_size,), "mask": bool (batch_size,), "index": int32 (batch_size,)}`. The index is that of the example in
+        the source. Where the mask is False, the image and the label are zeros, and the index is -1.
 
     Raises:
         UserError: An argument is out of range, or the source is empty. Iterating raises this error too, if more than
             `max_corrupt` examples are corrupt. The message names one of them.
     """
     plan = plan_batches(source, options)
+    if states is not None:
+        return _stored_batches(_Stored(source.labels, states), plan)
     channels = _channels(Readable(source, max_corrupt), image_size, preparation)
 
     def padded_batch(step: int) -> Batch:
@@ -116,6 +131,7 @@ def eval_batches(
             "image": np.zeros((plan.batch_size, image_size, image_size, channels), np.float32),
             "label": np.zeros(plan.batch_size, np.int32),
             "mask": np.zeros(plan.batch_size, bool),
+            "index": np.full(plan.batch_size, -1, np.int32),
             "corrupt": [],
         }
         for row, index in enumerate(range(start, min(start + plan.batch_size, len(source)))):
@@ -127,10 +143,43 @@ def eval_batches(
             batch["image"][row] = eval_image(example["image"], image_size, preparation)
             batch["label"][row] = example["label"]
             batch["mask"][row] = True
+            batch["index"][row] = index
         return batch
 
     batches = grain.MapDataset.range(plan.steps(len(source))).map(padded_batch)
     return EvalBatches(len(source), batches, plan.read_options, max_corrupt)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A sequence of examples that have stored states instead of images."""
+
+    labels: Int[np.ndarray, "n"]
+    states: States
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.states.rows[index], "label": self.labels[index], "corrupt": {}}
+
+
+def _stored_batches(source: _Stored, plan: BatchPlan) -> EvalBatches:
+    """Return batches for evaluation, as `eval_batches` does, that have stored states instead of images."""
+
+    def batch(step: int) -> Batch:
+        start = step * plan.rows + plan.process_index * plan.batch_size
+        index = np.arange(start, start + plan.batch_size)
+        kept = index[index < len(source)]
+        padding = plan.batch_size - len(kept)
+        return {
+            "image": source.states.take(kept, padding=padding),
+            "label": np.pad(source.labels[kept], (0, padding)).astype(np.int32),
+            "mask": index < len(source),
+            "index": np.where(index < len(source), index, -1).astype(np.int32),
+        }
+
+    return EvalBatches(len(source), grain.MapDataset.range(plan.steps(len(source))).map(batch), plan.read_options)
 
 
 def _train_example(

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from surm_jax.data.batches import Batch, EvalBatches, TrainBatches, plan_batches
+from surm_jax.data.states import States
 from surm_jax.data.text.tokenizer import TokenSource
 from surm_jax.errors import UserError
 
@@ -28,6 +29,7 @@ def text_train_batches(
     *,
     lengths: Sequence[int],
     seed: int,
+    states: States | None = None,
     **options: Any,
 ) -> TrainBatches:
     """Return an endless iterator over shuffled batches of tokenised text for training.
@@ -46,6 +48,8 @@ def text_train_batches(
         lengths: The lengths that batches may be padded to, in increasing order. The last one must be at least the
             length of the longest example.
         seed: A non-negative number that determines the order.
+        states: States that take the place of the tokens in the batches, in an otherwise equal batch. Their dtype is
+            kept, and padding is zeros.
         **options: The fields of `BatchPlan`: `batch_size`, and optionally the others. In each step, the batches of all
             processes have the same length.
 
@@ -83,7 +87,7 @@ def text_train_batches(
 
     def batch(step: int) -> Batch:
         indices = window(step // WINDOW)[step % WINDOW]
-        return _padded(source, indices[mine], lengths[buckets[indices].max()])
+        return _padded(source, indices[mine], lengths[buckets[indices].max()], states=states)
 
     # A batch depends only on the number of its step, so resuming at any step does not make earlier batches again.
     batches = grain.MapDataset.range(sys.maxsize).map(batch)
@@ -94,6 +98,7 @@ def text_eval_batches(
     source: TokenSource,
     *,
     lengths: Sequence[int],
+    states: States | None = None,
     **options: Any,
 ) -> EvalBatches:
     """Return an iterable over batches for evaluation, which contain every example once, from short to long.
@@ -107,6 +112,7 @@ def text_eval_batches(
     Args:
         source: The tokenised examples.
         lengths: The lengths that batches may be padded to, as in `text_train_batches`.
+        states: As in `text_train_batches`.
         **options: The fields of `BatchPlan`: `batch_size`, and optionally the others.
 
     Returns:
@@ -127,7 +133,7 @@ def text_eval_batches(
         indices = by_length[step * rows : (step + 1) * rows]
         mine = indices[plan.process_index * plan.batch_size : (plan.process_index + 1) * plan.batch_size]
         padding = plan.batch_size - len(mine)
-        made = _padded(source, mine, lengths[buckets[indices].max()], padding)
+        made = _padded(source, mine, lengths[buckets[indices].max()], padding, states)
         index = np.pad(mine, (0, padding), constant_values=-1).astype(np.int32)
         return {**made, "mask": index >= 0, "index": index}
 
@@ -151,7 +157,9 @@ def lengths_in_use(source: TokenSource, lengths: Sequence[int]) -> tuple[int, ..
     return tuple(lengths[place] for place in np.unique(_buckets(source, lengths)))
 
 
-def _padded(source: TokenSource, indices: Int[np.ndarray, "n"], length: int, padding: int = 0) -> Batch:
+def _padded(
+    source: TokenSource, indices: Int[np.ndarray, "n"], length: int, padding: int = 0, states: States | None = None
+) -> Batch:
     """Return a batch of the examples at `indices`, padded to `length` tokens, with `padding` empty rows at the end."""
     shape = (len(indices) + padding, length)
     batch = {
@@ -168,7 +176,7 @@ def _padded(source: TokenSource, indices: Int[np.ndarray, "n"], length: int, pad
         batch["token_mask"][row, filled] = True
     batch["token_mask"][len(indices) :, 0] = True
     batch["label"][: len(indices)] = source.labels[indices]
-    return batch
+    return batch if states is None else {**batch, "tokens": states.take(indices, length, padding)}
 
 
 def _buckets(source: TokenSource, lengths: Sequence[int]) -> Int[np.ndarray, "n"]:

@@ -1,0 +1,245 @@
+"""What the frozen part of a model gives for each example: computed once, stored, and read in every epoch.
+
+A model can be cut before a block or before its head (`Model.before`). If nothing that is trained lies before the cut,
+and if neither augmentation nor dropout changes anything, the state at the cut is always the same for an example. It is
+then computed in one pass over the examples, and the training and evaluation steps begin with it (`Model.after`).
+
+The name of a file of states is a digest of everything that the states depend on: the frozen arrays before the cut, the
+data and how it is prepared, the settings of the model, the code of models and data, and the version of JAX. So a later
+run with another seed or another learning rate finds the file.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from surm_jax.data import States, digest_of
+from surm_jax.data.states import MOST_BYTES, read_rows, writing_rows
+from surm_jax.devices.mesh import put_batch, replicated, with_whole_base
+from surm_jax.devices.processes import all_agree, is_first
+from surm_jax.files import cache_root, is_finite
+from surm_jax.models.base import model_class
+from surm_jax.record.inputs import describe_files
+from surm_jax.record.progress import track
+from surm_jax.tasks.base import Batch, SplitInputs
+from surm_jax.training.partition import Arrays, Partition, cut_before
+from surm_jax.training.setup import Job
+
+FOLDER = "states"
+
+
+class _NotStoredError(Exception):
+    """The states cannot be stored. The message says why."""
+
+
+class Frozen(NamedTuple):
+    """An adapted model, of which the part before a cut is to be computed once.
+
+    Attributes:
+        partition: Puts trained arrays and frozen state together into the model.
+        trained: The trained arrays.
+        frozen: The frozen state, on the devices of the mesh.
+        base: The fingerprint of the frozen arrays.
+    """
+
+    partition: Partition
+    trained: Arrays
+    frozen: nnx.State
+    base: Mapping[str, str]
+
+
+def with_states(job: Job, model: Frozen, check: Callable[[], None]) -> tuple[Job, Callable[..., Any]]:
+    """Store what the frozen part of a model gives for the examples, where this is possible (`config.data.cache`).
+
+    If something prevents it although nothing is trained before some cut, one line on the standard error says what.
+    Collective: call it from every process.
+
+    Args:
+        job: The job.
+        model: The adapted model.
+        check: A function that is called between batches. It may raise an exception, which ends the pass.
+
+    Returns:
+        The job with a task that reads states instead of inputs, and the function from the model and a batch of them to
+        its outputs. If nothing is stored, they are the given job, and `outputs` of its task.
+    """
+    task, geometry = job.task, job.task.model_config
+    trained = [name for slot in model.partition.slots for name in slot.names]
+    cut = cut_before(trained, model_class(geometry), getattr(geometry, "depth", 0))
+    if cut == 0 or job.config.data.cache == "off":
+        return job, task.outputs
+    try:
+        _require_gain(job)
+        store = _Store(job, model, cut, check)
+        states = {split: store.states(split) for split in store.inputs}
+    except _NotStoredError as error:
+        _say(f"the frozen part of the model is computed at every step: {error}")
+        return job, task.outputs
+
+    def forward(model: Any, batch: Batch, key: jax.Array | None) -> Any:
+        return task.outputs(cast(nnx.Module, functools.partial(model.after, cut)), batch, key)
+
+    return dataclasses.replace(job, task=task.with_states(states)), forward
+
+
+def _require_gain(job: Job) -> None:
+    """Check that the states at a cut never change, and that computing them once takes less time.
+
+    Raises:
+        _NotStoredError: They may change, or few examples are used twice.
+    """
+    if dropout := getattr(job.task.model_config, "dropout", 0.0):
+        raise _NotStoredError(f"config.model.dropout={dropout} changes it at every step")
+    taken = job.config.optim.steps * job.config.data.batch_size
+    if taken < job.task.examples:
+        raise _NotStoredError(f"the run takes only {taken:,} of {job.task.examples:,} examples, each once")
+
+
+class _Store:
+    """The stored states of all splits of a job, and how they are computed.
+
+    Args:
+        job: The job.
+        model: The adapted model.
+        cut: The cut at which the states are.
+        check: See `with_states`.
+
+    Attributes:
+        inputs: What the model reads, by split.
+
+    Raises:
+        _NotStoredError: The inputs are not known, or the states need too much place.
+    """
+
+    def __init__(self, job: Job, model: Frozen, cut: int, check: Callable[[], None]):
+        self._job, self._model, self._check, self._folder = job, model, check, cache_root() / FOLDER
+        self.inputs = {split: _inputs(job, split) for split in ("train", *job.task.splits)}
+        self._key = _key(job, model, cut)
+        # Nothing that is trained may have an effect on the states. If it had, they would be NaN, and not be stored.
+        absent = {path: jnp.full(array.shape, jnp.nan, array.dtype) for path, array in model.trained.items()}
+        self._absent = jax.device_put(absent, replicated(job.mesh))
+
+        def state(trained: Arrays, frozen: nnx.State, batch: Batch) -> jax.Array:
+            whole = model.partition.merge(trained, frozen)
+            return job.task.forward(cast(nnx.Module, functools.partial(whole.before, cut)), batch, None)
+
+        state = with_whole_base(state, job.mesh)
+        self._step = jax.jit(
+            lambda trained, frozen, batch: (state(trained, frozen, batch), batch["index"], batch["mask"]),
+            out_shardings=replicated(job.mesh),
+        )
+        shapes = next(iter(job.task.train_shapes().values()))
+        self._one = jax.eval_shape(state, self._absent, model.frozen, shapes)
+        self._per_token = cut <= job.task.model_config.depth
+        need = sum(math.prod(self._form(inputs)[0]) for inputs in self.inputs.values()) * self._one.dtype.itemsize
+        if need > MOST_BYTES:
+            raise _NotStoredError(f"its results for all examples would take {need:,} bytes, more than {MOST_BYTES:,}")
+
+    def _form(self, inputs: SplitInputs) -> tuple[tuple[int, ...], np.ndarray | None]:
+        """Return the shape of the stored array for a split, and the offsets of the examples if its rows are tokens."""
+        if inputs.offsets is None or not self._per_token:
+            return (inputs.examples, *self._one.shape[1:]), None
+        return (int(inputs.offsets[-1]), *self._one.shape[2:]), inputs.offsets
+
+    def states(self, split: str) -> States:
+        """Return the states of a split. Read them if they are stored, otherwise compute and store them.
+
+        Raises:
+            _NotStoredError: They cannot be stored.
+        """
+        shape, offsets = self._form(self.inputs[split])
+        path = self._folder / digest_of(self._key, self.inputs[split].identity, f"{shape} {self._one.dtype}")
+
+        def read() -> np.ndarray | None:
+            with contextlib.suppress(OSError):
+                return read_rows(path, shape, self._one.dtype)
+            return None
+
+        rows = read()
+        if not all_agree(rows is not None):
+            with contextlib.ExitStack() as stack:
+                try:
+                    found, why = stack.enter_context(writing_rows(path, shape, self._one.dtype)), ""
+                except OSError as error:
+                    found, why = np.zeros(0), f"cannot write {path} ({error.strerror})"
+                if not all_agree(not why):
+                    raise _NotStoredError(why or "another process cannot write what it gives")
+                self._compute(split, States(found, offsets), path)
+            rows = read()
+            if not all_agree(rows is not None):
+                raise _NotStoredError(f"{path} was removed at once")
+        assert rows is not None
+        return States(rows, offsets)
+
+    def _compute(self, split: str, states: States, path: Path) -> None:
+        """Compute the states of a split in one pass over its examples, and put them into `states`.
+
+        Raises:
+            _NotStoredError: A state is not finite, or the batches do not hold every example once.
+        """
+        began, mesh, count = time.monotonic(), self._job.mesh, 0
+        outputs: list[tuple[jax.Array, jax.Array, jax.Array]] = []
+
+        def keep() -> int:
+            state, index, kept = map(np.asarray, outputs.pop(0))
+            if not is_finite(state[kept]):
+                raise _NotStoredError("it gives NaN or infinity, or depends on what is trained")
+            states.put(index[kept], state[kept])
+            return int(kept.sum())
+
+        for batch in track(self._job.task.eval_batches(split), f"compute the frozen part for {split}"):
+            self._check()
+            outputs.append(self._step(self._absent, self._model.frozen, put_batch(batch, mesh)))
+            count += keep() if len(outputs) > 1 else 0  # While the devices compute a batch, the host stores another.
+        while outputs:
+            count += keep()
+        if count != self.inputs[split].examples:
+            raise _NotStoredError(f"{split} has {self.inputs[split].examples} examples, but its batches hold {count}")
+        _say(f"computed the frozen part for {count:,} examples of {split} in {time.monotonic() - began:.1f} s: {path}")
+
+
+def _inputs(job: Job, split: str) -> SplitInputs:
+    inputs = job.task.inputs(split)
+    if isinstance(inputs, str):
+        raise _NotStoredError(inputs)
+    return inputs
+
+
+def _key(job: Job, model: Frozen, cut: int) -> str:
+    """Return a text that differs if the state at a cut could differ for an equal input."""
+    task, geometry = job.task, job.task.model_config
+    kind, files = model_class(geometry), tuple(getattr(task.dataset, "files", ()))
+    modules = [
+        module
+        for name, module in sorted(sys.modules.items())
+        if name.startswith(("surm_jax.models", "surm_jax.data", "surm_jax.preparation"))
+        or name in (kind.__module__, type(task).__module__)
+    ]
+    parts = {
+        "base": {path: digest for path, digest in model.base.items() if cut_before([path], kind, geometry.depth) < cut},
+        "data": describe_files(files)["content"] if files else None,
+        "model": {name: value for name, value in dataclasses.asdict(geometry).items() if name != "num_classes"},
+        "code": describe_files(sorted({Path(str(module.__file__)) for module in modules}))["content"],
+        "versions": [jax.__version__, flax.__version__, jax.default_backend()],
+        "precision": str(jax.config.jax_default_matmul_precision),  # type: ignore[attr-defined]
+        "cut": [kind.__name__, cut],
+    }
+    return json.dumps(parts, sort_keys=True)
+
+
+def _say(line: str) -> None:
+    if is_first():
+        print(line, file=sys.stderr, flush=True)
