@@ -143,7 +143,7 @@ class Grid:
         return [100 * row["score"] for row in rows if tuple(row[name] for name in names) == cell]
 
     def trained(self, rows: Sequence[Row], method: str) -> int | None:
-        """Return how many parameters a method trains, including the head, or None if it has no row.
+        """Return how many parameters a method trains, including the head, or None if no row is of this method.
 
         The number may differ between tasks, whose heads may have different sizes. The largest number is returned.
         """

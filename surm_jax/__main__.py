@@ -192,8 +192,8 @@ def guarded(step: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> A
 def _silence_echoes() -> None:
     """Keep libraries from printing tracebacks of failures that the program reports itself.
 
-    If the disk is full or a run is stopped, the program ends with one message. Threads of Orbax and files that are
-    closed then would print the same failure again and again.
+    If the disk is full or a run is stopped, the program ends with one message. Without this function, the
+    threads of Orbax, and files that Python closes at the end, would print the same failure again.
     """
 
     def is_echo(error: BaseException | None) -> bool:

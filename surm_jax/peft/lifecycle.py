@@ -137,7 +137,7 @@ def parts_of(model: nnx.Module, adapter: Adapter) -> list[AttachedPart]:
     An adapter without rules has no parts.
 
     Raises:
-        UserError: If the model does not have the adapter, or if one of its rules matches none of the parts.
+        UserError: If the model does not have the adapter, or if the model has no part for one of the adapter's rules.
     """
     if not isinstance(adapter, Adapter):
         raise UserError(

@@ -148,7 +148,7 @@ class Sum(Composite):
         return self._with_parts([term.absorb(alpha) for term in self.terms])
 
     def pieces(self) -> list[Piece | str]:
-        """Return what a picture shows: the first two terms, and dots if there are more."""
+        """Return what `draw` shows: the first two terms, and dots if there are more."""
         return sum_pieces(len(self.terms), lambda i: self._piece(f"terms_{i}"))
 
     def _parts(self) -> dict[str, StructuredMatrix]:
@@ -209,7 +209,7 @@ class Product(Composite):
         return Product(tuple(factor.T for factor in reversed(self.factors)))
 
     def pieces(self) -> list[Piece | str]:
-        """Return what a picture shows: all factors, with multiplication signs between them."""
+        """Return what `draw` shows: all factors, with multiplication signs between them."""
         return [piece for name in self._parts() for piece in (TIMES, *self._piece(name))][1:]
 
     def _parts(self) -> dict[str, StructuredMatrix]:
@@ -292,7 +292,7 @@ class Scaled(Composite):
         return super().arrays() | ({} if isinstance(self.alpha, float) else {"alpha": self.alpha})
 
     def pieces(self) -> list[Piece | str]:
-        """Return what a picture shows: the factor alpha, a multiplication sign, and the matrix."""
+        """Return what `draw` shows: the factor alpha, a multiplication sign, and the matrix."""
         return [self._sign(), *self._piece("matrix")]
 
     def _sign(self) -> str:

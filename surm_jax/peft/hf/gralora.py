@@ -30,7 +30,7 @@ class GraLoRAFormat(Format):
     description = "a grid of blocks of low rank"
 
     def holds(self, matrix: StructuredMatrix) -> bool:
-        """Return whether a matrix is a grid of blocks of low rank."""
+        """Return whether the format of peft's GraLoRA can store a matrix: whether it is a `BlockLowRank`."""
         return isinstance(matrix, BlockLowRank)
 
     def write(self, updates: Mapping[str, LayerUpdate]) -> tuple[dict[str, Any], dict[str, Arrays]]:

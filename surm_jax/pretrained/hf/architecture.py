@@ -78,7 +78,7 @@ def _flat(array: np.ndarray) -> np.ndarray:
 
 
 def linear(in_axes: int = 1) -> tuple[Tensor, ...]:
-    """Describe the weight and the bias of a linear layer, as the `Tensor`s of a `Name`.
+    """Return one `Tensor` for the weight and one for the bias of a linear layer, to be listed in a `Name`.
 
     In transformers the weight has shape (out, in) and the bias has shape (out,). Our kernel has shape (*in, *out) and
     our bias has shape (*out,), where the input and the output may have several axes.

@@ -148,7 +148,7 @@ class CirculantPair(Family):
         return cls.random((6, 6))
 
     def pieces(self) -> list[Piece | str]:
-        """Return what a picture shows: both circulant matrices, with the sign of the Hadamard product between them."""
+        """Return what `draw` shows: both circulant matrices, with the symbol of the Hadamard product between them."""
         first, second = (
             Piece(f"Z_1(r_{i})^\\top", {"c": (f"r{i}", ...)}, Circulant(leaf, shape=self.shape))
             for i, leaf in enumerate((self.r1, self.r2), 1)

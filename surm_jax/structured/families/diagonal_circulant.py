@@ -98,7 +98,7 @@ class DiagonalCirculant(Family):
         return cls(c=unit * found.c, a=found.a, b=found.b)
 
     def pieces(self) -> list[Piece | str]:
-        """Return what a picture shows: the circulant matrix between the signs for both diagonal matrices."""
+        """Return what `draw` shows: the circulant matrix between the signs for both diagonal matrices."""
         circulant = Piece("C(c)", {"c": ("c", ...)}, self._circulant)
         return ["\\mathrm{diag}(a)", TIMES, circulant, TIMES, "\\mathrm{diag}(b)"]
 

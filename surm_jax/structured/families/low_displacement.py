@@ -166,7 +166,7 @@ class LowDisplacementRank(Family):
         return {"rank": 1}, {"rank": 4}
 
     def pieces(self) -> list[Piece | str]:
-        """Return what a picture shows: both factors of each of the first two terms, and dots if there are more.
+        """Return what `draw` shows: both factors of each of the first two terms, and dots if there are more.
 
         The factor by which x is multiplied first is the first in its term.
         """

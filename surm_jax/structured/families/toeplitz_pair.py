@@ -95,7 +95,7 @@ class _Pair(Family):
         return refine(cls(t1=identity.t * balance, t2=t2, shape=(m, n)), dense, steps=steps, progress=progress)
 
     def pieces(self) -> list[Piece | str]:
-        """Return what a picture shows: both factors, with a multiplication sign between them."""
+        """Return what `draw` shows: both factors, with a multiplication sign between them."""
         first, second = (
             Piece(f"T_{i}^\\top", {"t": (f"t{i}", ...)}, factor) for i, factor in enumerate(self.factors, 1)
         )

@@ -100,7 +100,12 @@ def _cut(size: int, blocks: int) -> list[int]:
 
 
 def _places(vectors: Float[Array, "size k"], values: Float[Array, " k"]) -> Float[Array, " size"]:
-    """Return the place of each row of singular vectors in the order of the scores of the class `SpectralPart`."""
+    """Return how many rows have a lower score than each row. The class `SpectralPart` defines the scores.
+
+    Args:
+        vectors: The matrix of singular vectors, with a row for each row (or column) of the kernel.
+        values: The singular values.
+    """
     energy = (vectors * values[None]) ** 2
     index = jnp.arange(len(values), dtype=energy.dtype)
     score = jnp.sum(energy * index[None], axis=1) / jnp.maximum(jnp.sum(energy, axis=1), jnp.finfo(energy.dtype).eps)

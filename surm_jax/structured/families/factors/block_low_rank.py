@@ -131,7 +131,7 @@ class BlockLowRank(Family):
         return cls.random((8, 12), rank=2, blocks=2)
 
     def pieces(self) -> list[Piece | str]:
-        """Return what a picture shows: the factors of the first block, and dots if there are more blocks."""
+        """Return what `draw` shows: the factors of the first block, and dots if there are more blocks."""
         down, up = (
             Piece("\\mathrm{down}_{11}", {"down": ("down", (0, 0))}),
             Piece("\\mathrm{up}_{11}", {"up": ("up", (0, 0))}),

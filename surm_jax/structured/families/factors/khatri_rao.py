@@ -96,7 +96,7 @@ class KhatriRao(Family):
         return start if width_U * width_V == max(m, n) else refine(start, dense, steps=steps, progress=progress)
 
     def pieces(self) -> list[Piece | str]:
-        """Return what a picture shows: `V` and `U`, with the sign of the Khatri-Rao product between them."""
+        """Return what `draw` shows: `V` and `U`, with the symbol of the Khatri-Rao product between them."""
         return [Piece("V", {"V": ("V", ...)}), "\\odot", Piece("U", {"U": ("U", ...)})]
 
     @property

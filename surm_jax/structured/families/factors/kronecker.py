@@ -164,7 +164,7 @@ class Kronecker(Family):
         return cls.random((12, 12))
 
     def pieces(self) -> list[Piece | str]:
-        """Return what a picture shows: the factors A and B of the first two products, and dots if there are more."""
+        """Return what `draw` shows: the factors A and B of the first two products, and dots if there are more."""
         return sum_pieces(
             self.terms, lambda k: [factor_piece("A", k, self.terms), "\\otimes", factor_piece("B", k, self.terms)]
         )

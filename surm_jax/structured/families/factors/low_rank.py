@@ -122,7 +122,7 @@ class LowRank(Family):
         return cls.random((8, 6), rank=1)
 
     def pieces(self) -> list[Piece | str]:
-        """Return what a picture shows: `down` and `up`, with a multiplication sign between them."""
+        """Return what `draw` shows: `down` and `up`, with a multiplication sign between them."""
         return [Piece("\\mathrm{down}", {"down": ("down", ...)}), TIMES, Piece("\\mathrm{up}", {"up": ("up", ...)})]
 
     @property

@@ -198,7 +198,7 @@ class LowRankKronecker(Family):
         return cls.random((8, 8), rank=1, factor_shapes=((2, 2), (4, 4)))
 
     def pieces(self) -> list[Piece | str]:
-        """Return what a picture shows: the factors of the first two products, and dots if there are more."""
+        """Return what `draw` shows: the factors of the first two products, and dots if there are more."""
 
         def term(k: int) -> list[Piece | str]:
             A, down, up = (factor_piece(name, k, self.terms) for name in ("A", "down", "up"))

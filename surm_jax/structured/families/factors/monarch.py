@@ -166,7 +166,7 @@ class Monarch(Family):
         return cls.random((8, 12), rank=2, blocks=2)
 
     def pieces(self) -> list[Piece | str]:
-        """Return what a picture shows: the first block of each factor, and dots if there are more."""
+        """Return what `draw` shows: the first block of each factor, and dots if there are more."""
         dots = ["\\cdots"] * (self.blocks > 1)
         R, L = Piece("R_1", {"R": ("R", 0)}), Piece("L_1", {"L": ("L", 0)})
         return [R, *dots, TIMES, L, *dots]
