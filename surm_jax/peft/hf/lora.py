@@ -51,8 +51,8 @@ class LoRAFormat(Format):
     def read_settings(self, settings: Settings, module: str, shape: tuple[int, int]) -> tuple[Update, Shapes]:
         """Convert the settings to a method, and return it with the shapes of `lora_A` and `lora_B`.
 
-        The method is `RankStabilizedLoRA` if `use_rslora` is set, and `LoRA` otherwise. In peft the rank may be larger than
-        in_features or out_features, as in a head with two classes. Our method then has the largest possible rank.
+        The method is `RankStabilizedLoRA` if `use_rslora` is set, and `LoRA` otherwise. In peft the rank may be larger
+        than in_features or out_features, as in a head with two classes. Our method then has the largest possible rank.
         """
         rank = int(settings.of_module("r", 8, "rank_pattern", module, whole=True))
         alpha = settings.of_module("lora_alpha", 8, "alpha_pattern", module)
