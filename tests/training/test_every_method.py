@@ -32,6 +32,7 @@ VALUES = {
     "lokr": {"peft.lokr.rank": 2},
     "structured": {"peft.structured.family": "CirculantPair + LowRank"},
 }
+ENTRYWISE = {"abba", "hira", "lr_lora", "modulated", "sine_lora", "smoa"}
 RATES = {"c3a": 0.3, "mora": 1e-2, "full": 3e-3, "attention_only": 3e-3}
 
 
@@ -170,5 +171,5 @@ def test_eight_devices_compute_what_one_computes_and_exchange_gradients_and_weig
     # gradients that `ten_steps` has counted, the loss and a few scalars together. For an elementwise product, the
     # gradient of the product itself is reduced too. It is as large as the kernels of query, key and value.
     reduced = sum(size for kind, sizes, _ in found for size in sizes if kind == "all-reduce")
-    products = 3 * 16 * 16 if method in ("abba", "modulated") else 0
+    products = 3 * 16 * 16 if method in ENTRYWISE else 0
     assert 3 * 16 + 3 < reduced <= gradients + products + 4
