@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from experiments.tables import markdown
 from surm_jax.paths import join
 from surm_jax.peft import KernelPart, iter_parts, kernel_change
-from surm_jax.peft.kernels import KINDS, kernel_of
+from surm_jax.peft.kernels import kernel_of
 from surm_jax.structured import (
     BlockCirculant,
     Circulant,
@@ -39,7 +39,7 @@ def kernels(model: nnx.Module) -> dict[str, Float[Array, "in out"]]:
     """
     found = {}
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, tuple(KINDS)) and path[0] != "head":
+        if isinstance(module, nnx.Linear | nnx.LinearGeneral) and path[0] != "head":
             found[join(path)] = kernel_of(module, join(path)).matrices()
     return dict(sorted(found.items(), key=lambda item: (kind_of(item[0]), block_of(item[0]) or 0)))
 

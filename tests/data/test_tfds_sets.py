@@ -251,14 +251,12 @@ def test_a_truncated_shard_is_named_when_read(prepare, tmp_path):
         load("shapes", tmp_path).train.labels  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    ("name", "near"), [("digit_5to9", "digits_5to9"), ("cifar1O", "cifar10"), ("shape", "shapes"), ("../up", None)]
-)
+@pytest.mark.parametrize(("name", "near"), [("digit_5to9", "digits_5to9"), ("cifar1O", "cifar10"), ("shape", "shapes")])
 def test_an_unknown_name_lists_its_neighbours(prepare, tmp_path, name, near):
     prepare()
     with pytest.raises(UserError, match=f"unknown data set '{name}'") as error:
         load(name, tmp_path)
-    assert near is None or f"'{near}'" in str(error.value).split("Known are")[0]
+    assert f"'{near}'" in str(error.value).split("Known are")[0]
 
 
 # This program hides TensorFlow, blocks every connection, and makes a training batch and an evaluation batch.

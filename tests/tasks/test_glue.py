@@ -296,7 +296,7 @@ def refusal(config):
     ("task", "values", "parts"),
     [
         ("rte", {"data.lengths": (8, 200)}, ["config.data.lengths goes up to 200", "positions for 130"]),
-        ("stsb", {"optim.label_smoothing": 0.1}, ["label_smoothing=0.1", "glue/stsb are numbers", "set it to 0"]),
+        ("stsb", {"optim.label_smoothing": 0.1}, ["label_smoothing=0.1", "glue/stsb has no classes", "set it to 0"]),
         ("rte", {"model.checkpoint": "none"}, ["config.model.variant is empty"]),
         (
             "rte",
