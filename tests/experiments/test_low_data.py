@@ -111,7 +111,7 @@ def test_several_sets_have_a_table_each(small, pretended, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "lore"], "unknown method 'lore'; did you mean 'lora'"),
+        (["--methods", "loraa"], "unknown method 'loraa'; did you mean 'lora'"),
         (["--shares", "0"], "above 0 and up to 100, got 0"),
         (["--shares", "50", "101"], "above 0 and up to 100, got 101"),
         (["--shares", "nan"], "above 0 and up to 100, got nan"),

@@ -210,7 +210,7 @@ def test_evaluation_masks_it_out(process_count, warned):
         )
         assert batches.examples == COUNT
         for batch in batches:
-            assert set(batch) == {"image", "label", "mask"}
+            assert set(batch) == {"image", "label", "mask", "index"}
             assert not batch["image"][~batch["mask"]].any() and not batch["label"][~batch["mask"]].any()
             seen += batch["label"][batch["mask"]].tolist()
     assert sorted(seen) == [1, 2, 3, 4, 5, 6, 7, 8, 10]

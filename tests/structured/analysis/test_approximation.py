@@ -26,9 +26,8 @@ def test_energy_is_that_of_the_matrix_and_the_budget_is_kept(shape):
     found = approximations(target, budget=48, steps=0)
     energies = [kept.energy for kept in found.values()]
     assert energies == sorted(energies, reverse=True)
-    assert {*filter(is_ours, found)} == {*filter(is_ours, FAMILIES)} - {
-        "Dense"
-    }  # The smallest `Dense` matrix has more parameters than the budget.
+    # The smallest matrices of two families have more parameters than the budget.
+    assert {*filter(is_ours, found)} == {*filter(is_ours, FAMILIES)} - {"Dense", "KhatriRao"}
     for kept in found.values():
         assert kept.matrix.num_params <= 48 and kept.matrix.shape == shape
         lost = np.sum((target - np.asarray(kept.matrix.to_dense(), np.float64)) ** 2) / np.sum(target**2)
