@@ -19,7 +19,7 @@ from surm_jax.devices.mesh import make_mesh, put_base, put_batch
 from surm_jax.errors import UserError
 from surm_jax.models.decoder import Decoder
 from surm_jax.models.decoder_config import DecoderConfig
-from surm_jax.peft import METHODS, LoRA, Rule, adapt
+from surm_jax.peft import LoRA, Rule, adapt
 from surm_jax.pretrained import from_pretrained
 from surm_jax.record.progress import Interruption
 from surm_jax.tasks import CausalLM
@@ -200,8 +200,10 @@ def assert_loads_in_transformers(folder, workdir):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method(files, method, tmp_path):
+@pytest.mark.parametrize(
+    "method", ["circulant", "low_displacement", "dora", "bottleneck", "adapter_drop", "linear_probe", "bitfit", "hira"]
+)
+def test_a_method_of_each_kind(files, method, tmp_path):
     overrides = {"optim.steps": 2, "mesh.data": 1, "log.metrics_every": 1}
     overrides |= {"peft.adapter_drop.skip": 1, "peft.compacter.reduction": 3}
     if method == "linear_probe":
