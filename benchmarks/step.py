@@ -1,12 +1,12 @@
-"""Time a training step of ViT-B/16 (batch 8, 224 pixels, random weights) with each method.
+"""Time a training step of ViT-B/16 (batch 8, 224 pixels, random weights) or of BERT-base with each method.
 
-    python -m benchmarks.step [--out=FILE.json] [--methods=lora,circulant,full] [--variant=B/16] [--batch=8]
-                              [--rounds=5] [--execution=auto] [--devices=1,2,4]
+    python -m benchmarks.step [--out=FILE.json] [--methods=lora,circulant,full] [--model=vit] [--variant=B/16]
+                              [--batch=8] [--dtype=float32] [--rounds=5] [--execution=auto] [--devices=1,2,4]
 
 Every registered method is used with its default settings on its default modules (Q, K and V for updates), together with
 a trained head. The whole step is timed: the forward pass, the backward pass and the update by AdamW. Times are compared
 with two references. One is LoRA with r = 1. The other is called `frozen`: it computes the forward pass and the gradient
-with respect to the images, and trains nothing.
+with respect to the images, and trains nothing; there is none for BERT. A sentence for BERT has 128 tokens.
 
 `temp_bytes` is the temporary memory of the compiled program, and `peak_bytes` adds its arguments and results.
 `optimizer_bytes` is the size of the state of AdamW.
@@ -29,21 +29,24 @@ from flax import nnx
 from benchmarks.timing import benchmark, device, medians, numbers, setting, table, write
 from surm_jax.devices.mesh import make_mesh, put_base, put_batch, replicated
 from surm_jax.errors import UserError
-from surm_jax.models import TARGETS, ViT, ViTConfig
+from surm_jax.models import TARGETS, Bert, BertConfig, ViT, ViTConfig
 from surm_jax.peft import METHODS, Rule, Selection, adapt, make_method
 from surm_jax.structured import EXECUTIONS
-from surm_jax.tasks import ImageClassification
+from surm_jax.tasks import Glue, ImageClassification
 from surm_jax.tasks.objective import CLASSES, cross_entropy
 from surm_jax.training.partition import partition
 from surm_jax.training.step import init_state, make_train_step
 
 METHOD_NAMES = flags.DEFINE_list("methods", None, "Methods to time; lora is always one of them. Default: all.")
-VARIANT = flags.DEFINE_string("variant", "B/16", "The ViT.")
-BATCH = flags.DEFINE_integer("batch", 8, "Images per step.", lower_bound=1)
+MODEL = flags.DEFINE_enum("model", "vit", ["vit", "bert"], "The architecture.")
+VARIANT = flags.DEFINE_string("variant", None, "Its size: B/16 for a ViT and base for a BERT, unless it is given.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of the activations and of the base.")
+BATCH = flags.DEFINE_integer("batch", 8, "Images or sentences per step.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each step is timed.", lower_bound=1)
 DEVICES = flags.DEFINE_list("devices", ["1"], "Numbers of devices to split the batch over.")
 EXECUTION = flags.DEFINE_enum("execution", "auto", EXECUTIONS, "How the updates are computed.")
 NUM_CLASSES = 100
+TOKENS = 128
 COLUMNS = {
     "method": "",
     "devices": "",
@@ -75,12 +78,29 @@ class Step:
     optimizer_bytes: int = 0
 
 
-def images_and_labels(model: ViT, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Return a batch of random images and labels, split over the devices of a mesh."""
+def make_model() -> ViT | Bert:
+    """Return the model that the flags choose, with random weights.
+
+    Raises:
+        UserError: The architecture has no such variant.
+    """
+    options = {"num_classes": NUM_CLASSES, "dtype": DTYPE.value, "param_dtype": DTYPE.value}
+    if MODEL.value == "vit":
+        return ViT(ViTConfig.from_variant(VARIANT.value or "B/16", **options), rngs=nnx.Rngs(0))
+    return Bert(BertConfig.from_variant(VARIANT.value or "base", **options), rngs=nnx.Rngs(0))
+
+
+def random_batch(model: ViT | Bert, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """Return a batch of random images or sentences with labels, split over the devices of a mesh."""
     config, rng = model.config, np.random.default_rng(0)
-    shape = (BATCH.value, config.image_size, config.image_size, config.channels)
-    labels = rng.integers(NUM_CLASSES, size=BATCH.value).astype(np.int32)
-    return put_batch({"image": rng.normal(size=shape).astype(np.float32), "label": labels}, mesh)
+    batch = {"label": rng.integers(NUM_CLASSES, size=BATCH.value).astype(np.int32)}
+    if isinstance(model, ViT):
+        shape = (BATCH.value, config.image_size, config.image_size, config.channels)
+        batch["image"] = rng.normal(size=shape).astype(np.float32)
+    else:
+        batch["tokens"] = rng.integers(config.vocab_size, size=(BATCH.value, TOKENS)).astype(np.int32)
+        batch |= {"token_types": np.zeros_like(batch["tokens"]), "token_mask": np.ones(batch["tokens"].shape, bool)}
+    return put_batch(batch, mesh)
 
 
 def frozen_step(model: ViT, mesh: jax.sharding.Mesh) -> Step:
@@ -89,7 +109,7 @@ def frozen_step(model: ViT, mesh: jax.sharding.Mesh) -> Step:
     It computes the forward pass, and the gradient of the loss with respect to the images.
     """
     graphdef, state = nnx.split(model)
-    state, batch = put_base(state, mesh), images_and_labels(model, mesh)
+    state, batch = put_base(state, mesh), random_batch(model, mesh)
 
     def loss(image: jax.Array, state: nnx.State, label: jax.Array) -> jax.Array:
         return cross_entropy(nnx.merge(graphdef, state)(image), label).mean()
@@ -98,7 +118,7 @@ def frozen_step(model: ViT, mesh: jax.sharding.Mesh) -> Step:
     return Step(compiled, functools.partial(compiled, batch["image"], state, batch["label"]))
 
 
-def method_step(model: ViT, name: str, mesh: jax.sharding.Mesh) -> Step:
+def method_step(model: ViT | Bert, name: str, mesh: jax.sharding.Mesh) -> Step:
     """Return the training step of a method with its default settings, including the update by AdamW.
 
     Args:
@@ -117,9 +137,10 @@ def method_step(model: ViT, name: str, mesh: jax.sharding.Mesh) -> Step:
     adapted, adapter = adapt(model, rules, train=train, execution=EXECUTION.value, rngs=nnx.Rngs(1))
     parts, trained, frozen = partition(adapted, adapter)
     optimizer = optax.adamw(1e-4)
-    state, batch = init_state(trained, optimizer, mesh), images_and_labels(model, mesh)
+    state, batch = init_state(trained, optimizer, mesh), random_batch(model, mesh)
     frozen = put_base(frozen, mesh)
-    step = make_train_step(parts, ImageClassification.forward, CLASSES, optimizer, mesh)
+    task = ImageClassification if isinstance(model, ViT) else Glue
+    step = make_train_step(parts, task.forward, CLASSES, optimizer, mesh)
     key = jax.device_put(jax.random.key(0), replicated(mesh))
     compiled = step.lower(state, frozen, batch, key, {}).compile()
     optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
@@ -141,14 +162,20 @@ def row_of(name: str, devices: int, step: Step) -> dict[str, Any]:
         "method": name,
         "devices": devices,
         "execution": EXECUTION.value if step.parameters else "frozen",
-        "model": f"ViT-{VARIANT.value}",
+        "model": described(),
         "batch": BATCH.value,
+        "dtype": DTYPE.value,
         **setting(),
         "parameters": step.parameters,
         "temp_bytes": memory.temp_size_in_bytes,
         "optimizer_bytes": step.optimizer_bytes,
         "peak_bytes": memory.temp_size_in_bytes + held,
     }
+
+
+def described() -> str:
+    """Return the name of the model that the flags choose, such as "ViT-B/16"."""
+    return f"ViT-{VARIANT.value or 'B/16'}" if MODEL.value == "vit" else f"BERT-{VARIANT.value or 'base'}"
 
 
 def main() -> None:
@@ -167,22 +194,23 @@ def main() -> None:
     rows, programs = [], {}
     for count, mesh in meshes.items():
         with jax.set_mesh(mesh):
-            model = ViT(ViTConfig.from_variant(VARIANT.value, num_classes=NUM_CLASSES), rngs=nnx.Rngs(0))
-            for name in ["frozen", *names]:
+            model = make_model()
+            for name in ["frozen", *names] if isinstance(model, ViT) else names:
                 print(f"compiling {name} for {count} devices", flush=True)
                 try:
                     step = frozen_step(model, mesh) if name == "frozen" else method_step(model, name, mesh)
                 except UserError as error:
-                    raise UserError(f"--methods={name} --variant={VARIANT.value}: {error}") from None
+                    raise UserError(f"--methods={name}, {described()}: {error}") from None
                 programs[name, count] = step.run
                 rows.append(row_of(name, count, step))
     times = medians(programs, ROUNDS.value)
     for row in rows:
         seconds = times[row["method"], row["devices"]]
         row["ms"], row["examples_per_s"] = 1e3 * seconds, BATCH.value / seconds
-        row["ratio_to_frozen"] = seconds / times["frozen", row["devices"]]
+        if MODEL.value == "vit":
+            row["ratio_to_frozen"] = seconds / times["frozen", row["devices"]]
         row["ratio_to_lora"] = seconds / times["lora", row["devices"]]
-    print(f"ViT-{VARIANT.value}, batch {BATCH.value}, float32, on {device()}, jax {jax.__version__}")
+    print(f"{described()}, batch {BATCH.value}, {DTYPE.value}, on {device()}, jax {jax.__version__}")
     print(table(rows, COLUMNS))
     write(rows)
 

@@ -18,6 +18,7 @@ With `--write_table`, the fastest execution of each case (family, number of para
 stored as the one that `auto` chooses (`surm_jax/structured/products/choice.json`).
 """
 
+import concurrent.futures
 import functools
 import json
 import re
@@ -71,6 +72,23 @@ def cases(families: list[str], width: int, half: bool) -> Iterator[tuple[str, di
                     yield family, options, execution
 
 
+def lowerings(families: list[str], width: int, dtype: str, arrays: tuple[jax.Array, jax.Array, jax.Array]):
+    """Yield each program of one size with its case, as (family, options, execution), and its update.
+
+    Args:
+        families: The names of the families to time.
+        width: The number of input and of output features.
+        dtype: The dtype of the input and the kernel.
+        arrays: The input, the kernel, and the gradient with respect to the output.
+    """
+    x, kernel, dy = arrays
+    for case in [("frozen", {}, "frozen"), *cases(families, width, dtype != "float32")]:
+        family, options, execution = case
+        update = None if family == "frozen" else random_update(family, width, options)
+        function = frozen_step if update is None else functools.partial(step, execution=execution)
+        yield case, update, jax.jit(function).lower(x, kernel, update, dy)
+
+
 def measure(families: list[str], width: int, tokens: int, dtype: str, rounds: int) -> list[dict[str, Any]]:
     """Time all programs of one size, and return their rows of results.
 
@@ -85,10 +103,14 @@ def measure(families: list[str], width: int, tokens: int, dtype: str, rounds: in
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
     x, kernel, dy = draw(tokens, width), draw(width, width) * jnp.asarray(width**-0.5, dtype), draw(tokens, width)
     rows, programs = [], {}
-    for family, options, execution in [("frozen", {}, "frozen"), *cases(families, width, dtype != "float32")]:
-        update = None if family == "frozen" else random_update(family, width, options)
-        function = frozen_step if update is None else functools.partial(step, execution=execution)
-        compiled = jax.jit(function).lower(x, kernel, update, dy).compile()
+    # Compile in threads: most of it happens outside of Python.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        compilations = [
+            (*case, update, pool.submit(lowered.compile))
+            for case, update, lowered in lowerings(families, width, dtype, (x, kernel, dy))
+        ]
+    for family, options, execution, update, compilation in compilations:
+        compiled = compilation.result()
         memory = compiled.memory_analysis()
         programs[len(rows)] = functools.partial(compiled, x, kernel, update, dy)
         rows.append(

@@ -79,6 +79,26 @@ def test_devices_that_cannot_be(devices, message):
 
 
 @pytest.mark.exhaustive
+def test_accelerator(tmp_path):
+    done = run("accelerator", f"--folder={tmp_path}", "--tiny", "--minutes=5")
+    assert done.returncode == 0, done.stderr
+    parts = [f"{part}_{dtype}" for part in ("layer_16x8", "vit", "bert") for dtype in ("float32", "bfloat16")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["choice.json", *(f"{part}.{ending}" for part in parts for ending in ("json", "txt"))]
+    )
+    for part in parts:
+        rows = json.loads((tmp_path / f"{part}.json").read_text())
+        assert all(row["ms"] > 0 and row["dtype"] == part.rsplit("_", 1)[1] for row in rows) and len(rows) > 1
+
+
+@pytest.mark.exhaustive
+def test_accelerator_names_what_the_time_did_not_allow(tmp_path):
+    done = run("accelerator", f"--folder={tmp_path}", "--minutes=0")
+    assert done.returncode == 1
+    assert "not measured within 0 minutes, or failed: layer_768x6304_float32, layer_768x6304_bfloat16" in done.stderr
+
+
+@pytest.mark.exhaustive
 def test_bank(tmp_path):
     out = tmp_path / "rows.json"
     options = ("--variant=digits", "--image_size=8", "--batch=4", "--rounds=1")
@@ -217,4 +237,4 @@ def test_a_model_that_a_method_cannot_adapt():
     done = run("step", "--methods=adapter_drop", "--variant=digits")
     assert done.returncode != 0
     said = done.stdout + done.stderr
-    assert "--methods=adapter_drop --variant=digits" in said and "Traceback" not in said
+    assert "--methods=adapter_drop, ViT-digits" in said and "Traceback" not in said
