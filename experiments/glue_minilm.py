@@ -36,7 +36,7 @@ from experiments.rows import Row, Run, add_row, note_settings, read_rows, read_s
 from experiments.tables import draw_scores, new_figure, rate_table, score_table
 from surm_jax import data
 from surm_jax.errors import UserError
-from surm_jax.tasks.objective import SCORES
+from surm_jax.tasks.scores import SCORES
 from surm_jax.training import parse
 from surm_jax.training.config import RunConfig
 

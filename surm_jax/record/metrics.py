@@ -4,15 +4,11 @@ import contextlib
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from surm_jax.atomic import replacing
 from surm_jax.devices.processes import is_first
@@ -22,10 +18,6 @@ from surm_jax.record.progress import Progress, Stopwatch
 JSONL_NAME = "metrics.jsonl"
 # The metrics of a training step, in the order in which they are shown. A task without classes has no accuracy.
 STEP_METRICS = ("train_loss", "train_accuracy", "gradient_norm")
-
-
-# TensorBoard sees the metrics at the latest after so many seconds.
-_FLUSH_SECONDS = 30
 
 
 class NotFiniteError(UserError):
@@ -61,13 +53,9 @@ class MetricWriter:
             self._jsonl = path.open("a")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
+        self._first_step = step + 1
         with self._writing_events():
             self._folder.mkdir(exist_ok=True)
-            self._events = EventsWriter(str(self._folder / "events"))
-            # TensorBoard then forgets what an earlier start has written for the steps that are repeated.
-            start = SessionLog(status=SessionLog.START)
-            self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
-        self._flushed = time.monotonic()
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -80,7 +68,8 @@ class MetricWriter:
             self._jsonl.close()
         try:
             with self._writing_events():
-                self._events.close()
+                if self._events is not None:
+                    self._events.close()
         except UserError:
             if kind is None:
                 raise
@@ -101,11 +90,12 @@ class MetricWriter:
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror}") from None
         with self._writing_events():
-            for name, value in metrics.items():
-                self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
-            if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-                self._events.flush()
-                self._flushed = time.monotonic()
+            if self._events is None:
+                # A slow import, which would delay the first step of a run.
+                from surm_jax.record.events import Events
+
+                self._events = Events(self._folder, self._first_step)
+            self._events.write(step, metrics)
 
     def sync(self) -> None:
         """Force all written metrics to disk.
@@ -122,7 +112,8 @@ class MetricWriter:
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror}") from None
         with self._writing_events():
-            self._events.flush()
+            if self._events is not None:
+                self._events.flush()
 
     @contextlib.contextmanager
     def _writing_events(self) -> Iterator[None]:

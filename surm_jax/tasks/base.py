@@ -103,7 +103,7 @@ class Task(abc.ABC):
     @property
     @abc.abstractmethod
     def metrics(self) -> tuple[str, ...]:
-        """The names of the task's metrics (`surm_jax.tasks.objective.SCORES`), beginning with the most important."""
+        """The names of the task's metrics (`surm_jax.tasks.scores.SCORES`), beginning with the most important."""
 
     @property
     @abc.abstractmethod

@@ -106,7 +106,7 @@ class Glue(Task):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The names of the task's metrics (`surm_jax.tasks.objective.SCORES`), beginning with the most important."""
+        """The names of the task's metrics (`surm_jax.tasks.scores.SCORES`), beginning with the most important."""
         return self.dataset.metrics
 
     @property

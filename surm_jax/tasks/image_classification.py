@@ -94,7 +94,7 @@ class ImageClassification(Task):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The names of the task's metrics (`surm_jax.tasks.objective.SCORES`)."""
+        """The names of the task's metrics (`surm_jax.tasks.scores.SCORES`)."""
         return ("accuracy",)
 
     @property

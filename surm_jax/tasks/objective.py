@@ -1,16 +1,13 @@
-"""The losses for training, the functions that turn outputs into predictions, and the metrics of predictions."""
+"""The losses for training, and the functions that turn outputs into predictions."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-import scipy.stats
 from jaxtyping import Array, Float, Int
-from sklearn import metrics
 
 
 class Objective(NamedTuple):
@@ -110,31 +107,6 @@ def token_losses(
 
 CLASSES = Objective(cross_entropy, lambda logits: logits.argmax(-1), classifies=True)
 NUMBER = Objective(squared_error, lambda logits: logits[:, 0], classifies=False)
-
-Score = Callable[[np.ndarray, np.ndarray], float]
-
-
-def _correlation(correlate: Callable[..., Any]) -> Score:
-    def score(labels: np.ndarray, predictions: np.ndarray) -> float:
-        # The correlation with a constant is undefined. Return 0, because a model with constant predictions has learned
-        # nothing.
-        if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
-            return 0.0
-        return float(correlate(labels, predictions).statistic)
-
-    return score
-
-
-SCORES: Mapping[str, Score] = {
-    "accuracy": lambda labels, predictions: float(metrics.accuracy_score(labels, predictions)),
-    # For two classes: the F1 score of class 1.
-    "f1": lambda labels, predictions: float(metrics.f1_score(labels, predictions, zero_division=0.0)),
-    "matthews": lambda labels, predictions: float(metrics.matthews_corrcoef(labels, predictions)),
-    "pearson": _correlation(scipy.stats.pearsonr),
-    "spearman": _correlation(scipy.stats.spearmanr),
-}
-"""The metrics by name, as functions `(labels, predictions) -> float`. Larger values are better. A correlation with
-constant labels or predictions is 0."""
 
 PERPLEXITY = "perplexity"
 """The name of the metric exp(loss), which is computed from the mean loss and not from predictions."""

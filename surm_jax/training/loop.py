@@ -28,7 +28,7 @@ from surm_jax.peft import save_adapter
 from surm_jax.record.checkpoints import Checkpoints, last_checkpoint
 from surm_jax.record.metrics import MetricWriter, NotFiniteError, StepLog
 from surm_jax.record.progress import Interruption, Progress, track
-from surm_jax.record.report import draw_curves, make_result
+from surm_jax.record.report import make_result
 from surm_jax.record.workdir import RESULT_NAME, open_workdir, read_result, require_shared, write_json
 from surm_jax.training.config import RunConfig
 from surm_jax.training.inputs import check_complete, record_inputs
@@ -277,6 +277,9 @@ def write_result(run: Run, position: Position, model: nnx.Module, tests: Evaluat
         model: The trained model.
         tests: The evaluation of the test splits.
     """
+    # A slow import, which would delay the first step of a run.
+    from surm_jax.record.curves import draw_curves
+
     config, task, rate = run.job.config, run.job.task, position.watch.rate()
     adapter_bytes = save_adapter(run.workdir / "adapter", model, run.model.adapter)
     draw_curves(run.workdir, model, task.metrics[0])

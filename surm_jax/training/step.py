@@ -12,7 +12,7 @@ from flax import nnx
 from surm_jax.devices.mesh import put_batch, replicated, with_whole_base
 from surm_jax.peft import adapter_dropout
 from surm_jax.tasks.base import Batch, Forward
-from surm_jax.tasks.objective import PERPLEXITY, SCORES, Objective
+from surm_jax.tasks.objective import PERPLEXITY, Objective
 from surm_jax.training.partition import Arrays, Partition
 
 Rates = Mapping[str, np.float32 | jax.Array]
@@ -180,12 +180,15 @@ def evaluate(
         trained: The trained arrays by path.
         frozen: The frozen state.
         batches: The batches of one pass over the data set.
-        metrics: Names of the metrics, which are keys of `surm_jax.tasks.objective.SCORES`, or `PERPLEXITY`.
+        metrics: Names of the metrics, which are keys of `surm_jax.tasks.scores.SCORES`, or `PERPLEXITY`.
         mesh: The device mesh.
 
     Returns:
         The value of each metric, the mean `loss` over all labels, and the number of `examples`.
     """
+    # A slow import, which would delay the first step of a run.
+    from surm_jax.tasks.scores import SCORES
+
     outputs: list[dict[str, Any]] = []
     for batch in batches:
         outputs.append(eval_step(trained, frozen, put_batch(batch, mesh)))

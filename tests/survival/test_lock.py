@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from surm_jax.errors import UserError
-from surm_jax.record import workdir
+from surm_jax.record import curves, workdir
 from surm_jax.record.workdir import LOCK_NAME, locked
 from surm_jax.training import loop
 from surm_jax.training.modes import train_run
@@ -69,8 +69,8 @@ def test_a_run_holds_its_folder_from_beginning_to_end(tiny_files, tmp_path, monk
 
         return watch
 
-    for name in ("prepare", "put_batch", "draw_curves"):
-        monkeypatch.setattr(loop, name, watched(getattr(loop, name)))
+    for owner, name in ((loop, "prepare"), (loop, "put_batch"), (curves, "draw_curves")):
+        monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
     train_run(config, tmp_path)
     # The locks were checked at three moments of each of the two seeds. Each time, the folder of the whole run and the
     # folder of the present seed were locked.

@@ -13,7 +13,8 @@ from surm_jax.errors import UserError
 from surm_jax.models import ViT
 from surm_jax.peft import load_adapter
 from surm_jax.pretrained import image_normalization, load
-from surm_jax.training import loop, modes
+from surm_jax.record import curves
+from surm_jax.training import modes
 from surm_jax.training.modes import describe_run, evaluate_run, export_run, merge_run, train_run
 from surm_jax.training.parsing import base_config, parse
 from surm_jax.training.run import InterruptedRunError
@@ -87,13 +88,13 @@ def test_data_and_weights_may_have_moved(run, tiny_files, tmp_path):
 @pytest.mark.exhaustive
 def test_a_signal_between_two_seeds_is_not_lost(tiny_files, tmp_path, monkeypatch):
     config = tiny.make_config(tiny_files, "linear_probe", **{"seeds": (0, 1), "optim.steps": 1})
-    draw = loop.draw_curves
+    draw = curves.draw_curves
 
     def draw_curves(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         draw(*arguments)
 
-    monkeypatch.setattr(loop, "draw_curves", draw_curves)
+    monkeypatch.setattr(curves, "draw_curves", draw_curves)
     with pytest.raises(InterruptedRunError, match="SIGTERM"):
         train_run(config, tmp_path)
     assert not (tmp_path / "seed-1" / "result.json").exists()

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from surm_jax.data import GLUE_TASKS
-from surm_jax.tasks.objective import SCORES
+from surm_jax.tasks.scores import SCORES
 
 CONSTANT = ("f1", "matthews", "pearson", "spearman")
 
