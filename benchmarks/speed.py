@@ -94,6 +94,7 @@ def tables() -> dict[str, str]:
              "loop_to_bank": ".2f"},
         ),
         "cache": markdown(read("cache"), {"cache": "", "ms": ",.1f", "faster": ",.0f", "set_up_s": ".1f"}),
+        "start": markdown(read("start"), {"until": "", "seconds": ".1f"}),
         "depth": markdown(
             read("depth"),
             {"depth": "d", "layers": "", "trace_s": ".1f", "compile_s": ".1f", "instructions": ",", "temp_bytes": ","},

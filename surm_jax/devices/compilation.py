@@ -18,5 +18,5 @@ def use_compilation_cache() -> None:
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "programs"))
         jax.config.update("jax_compilation_cache_max_size", LARGEST)
-        # Do not store programs that compile in less than a second: reading them from the disk is hardly faster.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        # Also store the small programs that prepare a run. There are fifty of them, and together they take a second.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -99,6 +99,15 @@ def test_accelerator_names_what_the_time_did_not_allow(tmp_path):
 
 
 @pytest.mark.exhaustive
+def test_start(tmp_path):
+    done = run("start", f"--out={tmp_path / 'rows.json'}", "--rounds=2")
+    assert done.returncode == 0, done.stderr
+    seconds = {row["until"]: row["seconds"] for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert 0 < seconds["set up"] < seconds["first step"] and seconds["set up, cold"] < seconds["first step, cold"]
+    assert all(seconds[f"import {module}"] > 0 for module in ("flax.nnx", "surm_jax", "surm_jax.__main__"))
+
+
+@pytest.mark.exhaustive
 def test_bank(tmp_path):
     out = tmp_path / "rows.json"
     options = ("--variant=digits", "--image_size=8", "--batch=4", "--rounds=1")
