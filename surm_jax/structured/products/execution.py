@@ -15,6 +15,9 @@ number of tokens, the dtype and the device:
   intermediate arrays of a chunk stay in the cache of a CPU. It does not work in half precision.
 - `auto` chooses the execution that was fastest in a similar measured case (`surm_jax.structured.products.choice`).
 
+If several layers multiply the same `x`, such as the queries, keys and values of attention, XLA computes the Fourier
+transform of `x` once for all of them, as long as `x` is a single chunk.
+
 The derivative of `x @ (W + M)` is defined as a JVP, from which JAX derives the reverse mode by transposition. So both
 modes work, and the gradient of W is computed only if it is needed. For the backward pass, reverse mode stores `x`, W,
 M's parameters, and for some families a few arrays that are much smaller than `x`. It computes `W + M` and the Fourier
@@ -38,11 +41,14 @@ from surm_jax.structured.products.choice import choose
 EXECUTIONS = ("auto", "fft", "dense", "fused")
 """Names of the executions. The docstring of this module explains them."""
 
-PIECE_BYTES = 2**21
-"""Largest size in bytes of the chunks of tokens into which the fast product divides `x`.
+PIECE_BYTES = {"cpu": 2**21}
+"""Largest size in bytes of the chunks of tokens into which the fast product divides `x`, by JAX backend.
 
-A chunk is so small that its Fourier transforms stay in the cache of a CPU core, which has 1 or 2 MiB.
+On a CPU, a chunk is so small that its Fourier transforms stay in the cache of a core, which has 1 or 2 MiB. On any other
+backend, which is slow with small arrays, a chunk has up to `LARGE_PIECE_BYTES`: it limits the temporary memory.
 """
+
+LARGE_PIECE_BYTES = 2**28
 
 Dot = Callable[[Float[Array, "*batch in"], Float[Array, "in out"]], Float[Array, "*batch out"]]
 """Type of a function that multiplies inputs by a dense kernel, such as `jnp.matmul`."""
@@ -229,7 +235,7 @@ def _at_once(x: Array, update: StructuredMatrix) -> Array:
 def _in_pieces(x: Array, update: StructuredMatrix) -> Array:
     """Return `x @ update`, computed by the fast product of the family in chunks of tokens, one after another.
 
-    A chunk of `x` has at most `PIECE_BYTES` bytes, but at least one token. The backward pass computes the product of
+    A chunk of `x` has at most as many bytes as `PIECE_BYTES` says, but at least one token. The backward pass computes the product of
     each chunk again.
     """
     return batch_local(_apply_in_pieces)(x, update)
@@ -239,7 +245,8 @@ def _apply_in_pieces(x: Array, update: StructuredMatrix) -> Array:
     apply = jax.checkpoint(lambda x, update: update.apply(x))
     m, n = update.shape
     rows = x.reshape(-1, m)
-    tokens, length = rows.shape[0], max(1, PIECE_BYTES // (m * x.dtype.itemsize))
+    piece = PIECE_BYTES.get(jax.default_backend(), LARGE_PIECE_BYTES)
+    tokens, length = rows.shape[0], max(1, piece // (m * x.dtype.itemsize))
     if tokens <= length:
         return apply(x, update)
     # Look for a chunk length that divides the number of tokens and is more than half of the longest one. Then there is

@@ -49,7 +49,7 @@ def outputs(update, x, kernel, dy, how):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("family", fast(FAMILIES, "Circulant", "Kronecker", "Tiled"))
 def test_all_executions_give_the_same_values_and_gradients(family, monkeypatch):
-    monkeypatch.setattr(execution, "PIECE_BYTES", 6 * 12 * 8)  # The 20 tokens are processed in chunks of 5.
+    monkeypatch.setitem(execution.PIECE_BYTES, "cpu", 6 * 12 * 8)  # The 20 tokens are processed in chunks of 5.
     update, x, kernel, dy = case(family)
     M = np.asarray(update.to_dense())
     results = jax.jit(lambda *args: {how: outputs(*args, how) for how in EXECUTIONS})(update, x, kernel, dy)
@@ -80,7 +80,7 @@ def test_float32(how):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("tokens", fast([19, 20, 23, 31], 23))
 def test_pieces_of_any_number_of_tokens(tokens, monkeypatch):
-    monkeypatch.setattr(execution, "PIECE_BYTES", 7 * 12 * 8)
+    monkeypatch.setitem(execution.PIECE_BYTES, "cpu", 7 * 12 * 8)
     update, x, kernel, dy = case("Toeplitz", batch=(tokens,))
     *_, x_whole, _ = whole = outputs(update, x, kernel, dy, "dense")
     for how in ("fft", "fused"):
@@ -296,3 +296,16 @@ def test_mistakes_of_the_product_with_the_update_alone():
                 matmul(jnp.ones(shape), update, execution=how)
         with pytest.raises(UserError, match="matmul: x must be real floating point, not int32"):
             matmul(jnp.ones((2, 3), "int32"), update, execution=how)
+
+
+@pytest.mark.parametrize("family", [Circulant, CirculantPair])
+def test_layers_with_the_same_input_share_its_transform(family):
+    updates = [family.init(jax.random.key(seed), (16, 16), scale=1.0) for seed in range(3)]
+    x, kernel = jnp.ones((4, 16)), jnp.ones((16, 16))
+
+    def outputs(updates, x):
+        return [updated_matmul(x, kernel, update, execution="fft") for update in updates]
+
+    transforms = jax.jit(outputs).lower(updates, x).compile().as_text().count("fft_type=RFFT")
+    # One of x, and one of the vector of each update.
+    assert transforms == 1 + 3
