@@ -44,8 +44,8 @@ EXECUTIONS = ("auto", "fft", "dense", "fused")
 PIECE_BYTES = {"cpu": 2**21}
 """Largest size in bytes of the chunks of tokens into which the fast product divides `x`, by JAX backend.
 
-On a CPU, a chunk is so small that its Fourier transforms stay in the cache of a core, which has 1 or 2 MiB. On any other
-backend, which is slow with small arrays, a chunk has up to `LARGE_PIECE_BYTES`: it limits the temporary memory.
+On a CPU, a chunk is so small that its Fourier transforms stay in the cache of a core, which has 1 or 2 MiB. Other
+backends are slow with small arrays. There, a chunk has up to `LARGE_PIECE_BYTES`, which limit the temporary memory.
 """
 
 LARGE_PIECE_BYTES = 2**28
@@ -235,8 +235,8 @@ def _at_once(x: Array, update: StructuredMatrix) -> Array:
 def _in_pieces(x: Array, update: StructuredMatrix) -> Array:
     """Return `x @ update`, computed by the fast product of the family in chunks of tokens, one after another.
 
-    A chunk of `x` has at most as many bytes as `PIECE_BYTES` says, but at least one token. The backward pass computes the product of
-    each chunk again.
+    A chunk of `x` has at most as many bytes as `PIECE_BYTES` says, but at least one token. The backward pass computes
+    the product of each chunk again.
     """
     return batch_local(_apply_in_pieces)(x, update)
 
