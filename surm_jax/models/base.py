@@ -18,6 +18,7 @@ from surm_jax.errors import UserError, did_you_mean, require_one_of
 from surm_jax.models.layers import REMAT, Blocks
 
 DTYPES = ("float32", "bfloat16")
+"""The dtypes in which a model can hold its parameters and compute."""
 
 READS = ("images", "text", "prompts")
 """The kinds of input that a model may take. Each task, such as image classification, needs one kind of input.

@@ -15,6 +15,7 @@ from surm_jax.peft.methods.base import PartMethod, make_method
 from surm_jax.peft.parts.base import SLOTS, AdapterParam, adapter_of
 
 DEFAULT_NAME = "default"
+"""The name of an adapter that was given none."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,8 @@ from surm_jax.tasks.config import GEOMETRY, DataConfig, ModelConfig
 from surm_jax.tasks.objective import Objective
 
 Batch = dict[str, jax.Array]
+"""A batch on the devices: arrays by name, such as "image" and "label"."""
+
 Forward = Callable[[nnx.Module, Batch, jax.Array | None], Any]
 """A function `(model, batch, key) -> outputs`, such as logits. The key is for dropout, and None means no dropout."""
 

@@ -15,6 +15,7 @@ from surm_jax.data.images.checks import check_image
 from surm_jax.preparation import Preparation, resample
 
 Augment = Literal["crop_flip", "affine", "none"]
+"""The augmentations of training images, which `train_image` explains."""
 
 SQUARE = Preparation()
 """The preparation of models without settings: resize to a square, bilinearly, and scale to [-1, 1]."""

@@ -41,6 +41,8 @@ GLUE_TASKS: Mapping[str, GlueTask] = MappingProxyType(
         "wnli": GlueTask(("sentence1", "sentence2")),
     }
 )
+"""The nine tasks of GLUE by name."""
+
 _TESTS = {
     "validation": "test",
     "validation_matched": "test_matched",
