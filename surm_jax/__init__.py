@@ -19,6 +19,7 @@ from surm_jax.versions import require_versions
 
 require_versions()
 
+from surm_jax import tree as tree
 from surm_jax.errors import UserError as UserError
 from surm_jax.peft import METHODS as METHODS
 from surm_jax.peft import Adapter as Adapter

@@ -30,13 +30,14 @@ ARROWS = {
     "structured": GROUND | {"devices"},
     "data": GROUND,
     "peft": GROUND | {"devices", "structured"},
+    "tree": GROUND | {"peft"},
     "models": GROUND,
     "pretrained": GROUND | {"models"},
     "tasks": GROUND | {"devices", "models", "pretrained", "data"},
     "record": GROUND | {"devices", "peft"},
     "training": GROUND | {"devices", "structured", "data", "peft", "models", "pretrained", "tasks", "record"},
     "versions": set(),
-    "__init__": {"errors", "versions", "peft"},
+    "__init__": {"errors", "versions", "peft", "tree"},
     "__main__": GROUND | {"devices", "record", "training"},
 }
 MOST_FILES = 15

@@ -125,8 +125,7 @@ def make_part(matched: MatchedModule, execution: str, key: jax.Array) -> Part:
 
     def make(key: jax.Array, kernel: jax.Array | None) -> Part:
         part = method.make_part(Place(width, kernel, rule.parts, rule.which, execution), key)
-        if parameter:
-            part.parameter, part.axes = parameter, rule.axes
+        part.parameter, part.axes = parameter, rule.axes
         return part
 
     def make_all(key: jax.Array, kernel: jax.Array | None) -> Part:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.paths import require_match
 from surm_jax.peft.adapter import DEFAULT_NAME, Adapter
-from surm_jax.peft.kernels import Kernel, kernel_of
+from surm_jax.peft.kernels import Kernel
 from surm_jax.peft.kernels.parameter import parameter_kernel
 from surm_jax.peft.owners import adapter_names, owners, release
 from surm_jax.peft.parts.base import KERNEL, AttachedPart, iter_parts
@@ -153,9 +153,7 @@ def parts_of(model: nnx.Module, adapter: Adapter) -> list[AttachedPart]:
 
 def kernel_at(row: AttachedPart) -> Kernel:
     """Return the kernel that a part changes."""
-    if row.part.parameter:
-        return parameter_kernel(row.module, row.path, row.part.parameter, row.part.axes)
-    return kernel_of(row.module, row.path)
+    return parameter_kernel(row.module, row.path, row.part.parameter, row.part.axes)
 
 
 def kernel_change(row: AttachedPart) -> Float[Array, "*stack in out"]:

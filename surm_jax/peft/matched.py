@@ -35,9 +35,7 @@ class MatchedModule(NamedTuple):
     @property
     def kernel(self) -> Kernel:
         """The kernel of the module that the adapter changes."""
-        if self.parameter:
-            return parameter_kernel(self.module, self.path, self.parameter, self.rule.axes)
-        return kernel_of(self.module, self.path)
+        return parameter_kernel(self.module, self.path, self.parameter, self.rule.axes)
 
 
 def matched_modules(model: nnx.Module, adapter: Adapter) -> list[MatchedModule]:
@@ -89,8 +87,10 @@ def matched_modules(model: nnx.Module, adapter: Adapter) -> list[MatchedModule]:
             check_parameter(row.kernel, row.method)
         elif row.method.part.slot == KERNEL:
             check_product(row.module, row.path)
-        if row.rule.axes and not row.parameter:
-            raise UserError(f"{row.path} is a module whose kernel has known axes: its rule may not have axes")
+            if row.kernel.layout != kernel_of(row.module, row.path).layout:
+                raise UserError(f"{row.path} is a module whose kernel has other axes: its rule needs no axes")
+        elif row.rule.axes:
+            raise UserError(f"{row.path} gets an addition to its output, not to a kernel: its rule may not have axes")
     return sorted(rows, key=lambda row: row.path)
 
 

@@ -21,6 +21,7 @@ from surm_jax.peft.kernels.base import (
     Kind,
     Product,
     constant_kernel,
+    kernel_of,
     kernel_parts,
     kind_of,
     probed,
@@ -28,6 +29,7 @@ from surm_jax.peft.kernels.base import (
 from surm_jax.peft.kernels.contraction import Contraction, Layout
 from surm_jax.peft.methods.base import PartMethod
 from surm_jax.peft.parts.base import KERNEL, KernelPart
+from surm_jax.peft.parts.stacks import one_of
 
 
 class AdaptedParameters(AdaptedLayer):
@@ -42,11 +44,34 @@ class AdaptedParameters(AdaptedLayer):
         if not parts:
             return value
         frozen = probed(value[...])
-        array = frozen
-        for part in parts:
-            layout = parameter_kernel(self, "", name, part.axes).layout
-            array = array + layout.array(part.change(layout.matrices(frozen)).astype(array.dtype))
-        return value.copy(array)
+        kind = kind_of(self)
+        own = kind.axes(self) if isinstance(kind, ParameterKind) and kind.parameter == name else ""
+        return value.copy(sum((added_at(part, frozen, part.axes or own) for part in parts), start=frozen))
+
+
+def added_at(part: KernelPart, array: Array, axes: str) -> Array:
+    """Return what a part adds to a parameter, in the form and dtype of the parameter.
+
+    The backward pass computes the update again, so that nothing of the size of the parameter is kept for it.
+
+    Args:
+        part: The part.
+        array: The parameter.
+        axes: A letter for each of its axes in one layer. Without it, the parameter is a matrix.
+
+    Raises:
+        UserError: If the part is for matrices of another shape. The message is the end of a sentence.
+    """
+    layout = _layout(axes or "io", array.shape)
+    if layout.matrix != (shape := one_of(part).shape):
+        raise UserError(f"has the shape {array.shape}, but the update was made for matrices of shape {shape}")
+    graphdef, state = nnx.split(part)
+
+    @jax.checkpoint
+    def added(state: Any, array: Array) -> Array:
+        return layout.array(nnx.merge(graphdef, state).change(layout.matrices(array)).astype(array.dtype))
+
+    return added(state, array)
 
 
 def _parts_at(module: nnx.Module, name: str) -> list[KernelPart]:
@@ -59,13 +84,13 @@ def _parts_at(module: nnx.Module, name: str) -> list[KernelPart]:
     return parts + (kernel_parts(module) if isinstance(kind, ParameterKind) and kind.parameter == name else [])
 
 
-def parameter_kernel(module: nnx.Module, path: str, parameter: str, axes: str = "") -> Kernel:
+def parameter_kernel(module: nnx.Module, path: str, parameter: str = "", axes: str = "") -> Kernel:
     """Return a parameter of a module as a kernel.
 
     Args:
         module: The module.
-        path: The path of the parameter, for messages.
-        parameter: The name of the parameter.
+        path: The path of the parameter or module, for messages.
+        parameter: The name of the parameter. Without it, it is the one that the module's class was registered with.
         axes: A letter for each axis of the parameter in one layer: `i` for rows, `o` for columns, and `b` for a batch
             with one matrix for each entry. Without it, the axes are those that the module's class was registered with,
             or a parameter of two axes is a matrix of shape (in_features, out_features).
@@ -73,15 +98,23 @@ def parameter_kernel(module: nnx.Module, path: str, parameter: str, axes: str = 
     Raises:
         UserError: If the parameter has more than two axes, and `axes` is not given.
     """
-    kind, shape = kind_of(module), vars(module)[parameter].shape
-    if not axes and isinstance(kind, ParameterKind) and kind.parameter == parameter:
-        axes = kind.axes(module)
+    kind = kind_of(module)
+    if not axes and (not parameter or (isinstance(kind, ParameterKind) and kind.parameter == parameter)):
+        return kernel_of(module, path)
+    if not parameter:
+        assert kind is not None
+        parameter = kind.parameter
+    shape = vars(module)[parameter].shape
     if not axes and len(shape) != 2:
-        raise UserError(
-            f"{path} cannot be adapted: its shape {shape} does not say which axes are rows and columns: give the rule"
-            " axes, such as axes='bio' for one matrix (in, out) for each entry of the first axis"
-        )
+        raise UserError(f"{path} cannot be adapted: {_unknown_axes(shape)}")
     return Kernel(path, module, parameter, _layout(axes or "io", shape))
+
+
+def _unknown_axes(shape: tuple[int, ...]) -> str:
+    return (
+        f"its shape {shape} does not say which axes are rows and columns: give the rule axes, such as axes='bio' for"
+        " one matrix (in, out) for each entry of the first axis"
+    )
 
 
 def _layout(axes: str, shape: tuple[int, ...]) -> Layout:
@@ -126,7 +159,10 @@ class ParameterKind(Kind):
 
     def layout(self, module: Any) -> Layout:
         """Return how the parameter holds matrices, according to the letters of its axes."""
-        return _layout(self.axes(module), vars(module)[self.parameter].shape)
+        axes, shape = self.axes(module), vars(module)[self.parameter].shape
+        if not axes:
+            raise UserError(_unknown_axes(shape))
+        return _layout(axes, shape)
 
     def widths(self, module: Any) -> tuple[int, ...]:
         """Return the sizes of the output's feature axes, which are those of the matrix's columns in the parameter."""

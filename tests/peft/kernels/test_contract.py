@@ -186,7 +186,7 @@ def test_updates_at_a_parameter_that_cannot_act_are_refused():
         (half, Rule("reader/kernel", LoRA()), "reader/kernel .* in bfloat16 would round the update away"),
         (Experts(nnx.Rngs(0)), Rule("up", LoRA()), "up .* does not say which axes are rows and columns"),
         (Stranger(nnx.Rngs(0)), Rule("", LoRA(dropout=0.1)), "dropout=0.1 needs the input of the product"),
-        (nnx.Linear(4, 4, rngs=nnx.Rngs(0)), Rule("", LoRA(), axes="io"), "its rule may not have axes"),
+        (nnx.Linear(4, 4, rngs=nnx.Rngs(0)), Rule("", LoRA(), axes="oi"), "its rule needs no axes"),
         (Stranger(nnx.Rngs(0)), Rule("weight", LoRA()), "'weight' matches no layer with a kernel"),
     ):
         with pytest.raises(UserError, match=message):
