@@ -89,7 +89,7 @@ class TreeAdapter:
     """
 
     parts: dict[str, Any]
-    trained: dict[str, jax.Array]
+    trained: dict[str, Any]
     places: tuple[AdaptedArray, ...] = dataclasses.field(metadata={"static": True}, repr=False)
     recipe: Adapter = dataclasses.field(metadata={"static": True}, repr=False)
 
