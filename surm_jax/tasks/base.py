@@ -37,7 +37,9 @@ class Questions(Protocol):
     def count(self) -> int:
         """The number of examples."""
 
-    def batches(self, checkpoint: Path | None, geometry: Any, config: DataConfig) -> data.EvalBatches:
+    def batches(
+        self, checkpoint: Path | None, geometry: Any, batch_size: int, lengths: tuple[int, ...]
+    ) -> data.EvalBatches:
         """Return the batches of one pass over the examples.
 
         Each batch also has two arrays of shape (batch,): `index` holds the indices of its examples, and `mask` is False
@@ -46,7 +48,8 @@ class Questions(Protocol):
         Args:
             checkpoint: The file or folder of the pretrained weights, which also holds the tokeniser of a text model.
             geometry: The configuration of the model.
-            config: The section `config.data`.
+            batch_size: The number of examples per batch.
+            lengths: The lengths in tokens to which a batch of text can be padded, in increasing order.
         """
 
     def write(self, target: Path, classes: tuple[str, ...], logits: np.ndarray) -> None:
@@ -124,8 +127,8 @@ class Task(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def accepts(cls, config: DataConfig) -> bool:
-        """Return whether the data set `config.name` belongs to this task, without reading it."""
+    def accepts(cls, name: str) -> bool:
+        """Return whether the data set with this name (`config.data.name`) belongs to this task, without reading it."""
 
     @classmethod
     @abc.abstractmethod
@@ -148,9 +151,17 @@ class Task(abc.ABC):
             outputs: The number of outputs of the model's head.
 
         Raises:
-            UserError: There is no such model, or this task cannot train it.
+            UserError: There is no such model, this task cannot train it, or the data cannot be given to it as `config`
+                says.
         """
-        return find_geometry(model, cls.reads, outputs)
+        geometry = find_geometry(model, cls.reads, outputs)
+        if config.classes and cls.reads != "images":
+            raise UserError(f"config.data.classes is for sets of images, but {config.name} is text: leave it empty")
+        if config.lengths[-1] > (most := getattr(geometry, "max_tokens", config.lengths[-1])):
+            raise UserError(
+                f"config.data.lengths goes up to {config.lengths[-1]} tokens, but the model has positions for {most}"
+            )
+        return geometry
 
     @classmethod
     @abc.abstractmethod
@@ -274,16 +285,16 @@ def register_task(cls: SomeTask) -> SomeTask:
     return cls
 
 
-def task_for(config: DataConfig) -> type[Task]:
-    """Return the task class that accepts a data set. If there are several, return the one registered last.
+def task_for(name: str) -> type[Task]:
+    """Return the task class that accepts the data set with this name, of several the one that was registered last.
 
     Raises:
         UserError: No task accepts the data set.
     """
     for task in reversed(_TASKS):
-        if task.accepts(config):
+        if task.accepts(name):
             return task
-    raise UserError(f"no task accepts config.data.name={config.name}: is a module missing in config.plugins?")
+    raise UserError(f"no task accepts config.data.name={name}: is a module missing in config.plugins?")
 
 
 def make_model(geometry: Config, seed: int) -> Model:

@@ -12,7 +12,7 @@ from surm_jax import data
 from surm_jax.devices.processes import share
 from surm_jax.errors import UserError
 from surm_jax.pretrained import locate
-from surm_jax.tasks.base import Batch, Task, find_geometry, register_task
+from surm_jax.tasks.base import Batch, Task, register_task
 from surm_jax.tasks.config import DataConfig, ModelConfig
 from surm_jax.tasks.objective import PERPLEXITY, Objective, TokenLosses, token_losses
 
@@ -56,19 +56,17 @@ class CausalLM(Task):
     reads: ClassVar = "prompts"
 
     @classmethod
-    def accepts(cls, config: DataConfig) -> bool:
-        """Return whether `config.name` names JSON lines (`surm_jax.data.load_lines`)."""
-        return data.is_lines(config.name)
+    def accepts(cls, name: str) -> bool:
+        """Return whether the name stands for JSON lines (`surm_jax.data.load_lines`)."""
+        return data.is_lines(name)
 
     @classmethod
     def load(cls, config: DataConfig) -> data.LineDataset:
         """Read the lines.
 
         Raises:
-            UserError: A file or a line cannot be read, there is nothing to evaluate, or `config.classes` is not empty.
+            UserError: A file or a line cannot be read, or there is nothing to evaluate.
         """
-        if config.classes:
-            raise UserError(f"config.data.classes is for sets of images, but {config.name} is text: leave it empty")
         dataset = data.load_lines(config.name, config.max_corrupt)
         if not (dataset.tests or config.holdout):
             raise UserError(
@@ -76,21 +74,6 @@ class CausalLM(Task):
                 " beside it with a name that ends in _test.jsonl or _validation.jsonl"
             )
         return dataset
-
-    @classmethod
-    def geometry(cls, model: ModelConfig, config: DataConfig, outputs: int) -> Any:
-        """Return the configuration of the model to train.
-
-        Raises:
-            UserError: There is no such model, or it reads fewer tokens than the largest of `config.lengths`.
-        """
-        geometry = find_geometry(model, cls.reads, outputs)
-        if config.lengths[-1] > geometry.max_tokens:
-            raise UserError(
-                f"config.data.lengths goes up to {config.lengths[-1]} tokens, but the model has positions for"
-                f" {geometry.max_tokens}"
-            )
-        return geometry
 
     @classmethod
     def build(cls, model: ModelConfig, config: DataConfig, dataset: data.LineDataset, geometry: Any) -> "CausalLM":

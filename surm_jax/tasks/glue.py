@@ -10,9 +10,8 @@ from flax import nnx
 
 from surm_jax import data
 from surm_jax.devices.processes import share
-from surm_jax.errors import UserError
 from surm_jax.pretrained import locate
-from surm_jax.tasks.base import Batch, SplitInputs, Task, find_geometry, register_task
+from surm_jax.tasks.base import Batch, SplitInputs, Task, register_task
 from surm_jax.tasks.config import DataConfig, ModelConfig
 from surm_jax.tasks.objective import CLASSES, NUMBER, Objective
 from surm_jax.tasks.sentences import Sentences, find_tokenizer, load_tokenizer, read_sentences
@@ -47,35 +46,18 @@ class Glue(Task):
     reads: ClassVar = "text"
 
     @classmethod
-    def accepts(cls, config: DataConfig) -> bool:
-        """Return whether `config.name` is a task of GLUE, such as "glue/rte"."""
-        return data.is_text(config.name)
+    def accepts(cls, name: str) -> bool:
+        """Return whether the name is that of a task of GLUE, such as "glue/rte"."""
+        return data.is_text(name)
 
     @classmethod
     def load(cls, config: DataConfig) -> data.TextDataset:
         """Load the data set of sentences.
 
         Raises:
-            UserError: The data set is missing or damaged, or `config.classes` is not empty.
+            UserError: The data set is missing or damaged.
         """
-        if config.classes:
-            raise UserError(f"config.data.classes is for sets of images, but {config.name} is text: leave it empty")
         return cast(data.TextDataset, data.load(config.name, config.dir or None))
-
-    @classmethod
-    def geometry(cls, model: ModelConfig, config: DataConfig, outputs: int) -> Any:
-        """Return the configuration of the text model to train.
-
-        Raises:
-            UserError: There is no such model, or it reads fewer tokens than the largest of `config.lengths`.
-        """
-        geometry = find_geometry(model, cls.reads, outputs)
-        if config.lengths[-1] > geometry.max_tokens:
-            raise UserError(
-                f"config.data.lengths goes up to {config.lengths[-1]} tokens, but the model has positions for"
-                f" {geometry.max_tokens}"
-            )
-        return geometry
 
     @classmethod
     def build(cls, model: ModelConfig, config: DataConfig, dataset: data.TextDataset, geometry: Any) -> "Glue":

@@ -45,9 +45,9 @@ class ImageClassification(Task):
     reads: ClassVar = "images"
 
     @classmethod
-    def accepts(cls, config: DataConfig) -> bool:
+    def accepts(cls, name: str) -> bool:
         """Return whether the data set holds images, which is assumed of every data set without text."""
-        return not (data.is_text(config.name) or data.is_lines(config.name))
+        return not (data.is_text(name) or data.is_lines(name))
 
     @classmethod
     def load(cls, config: DataConfig) -> data.ImageDataset:

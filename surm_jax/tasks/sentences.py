@@ -15,7 +15,6 @@ import numpy as np
 from surm_jax import data
 from surm_jax.atomic import replacing
 from surm_jax.errors import UserError
-from surm_jax.tasks.config import DataConfig
 
 # Names of columns that tables of sentences have. Sentences that consist of such a word are not expected.
 _COLUMNS = frozenset(
@@ -75,11 +74,13 @@ class Sentences:
         """The number of rows."""
         return len(self.rows)
 
-    def batches(self, checkpoint: Path | None, geometry: Any, config: DataConfig) -> data.EvalBatches:
+    def batches(
+        self, checkpoint: Path | None, geometry: Any, batch_size: int, lengths: tuple[int, ...]
+    ) -> data.EvalBatches:
         """Tokenise the rows, and return the batches of one pass over them (see `Questions.batches`)."""
         source = data.TextSource(list(self.rows), np.zeros(self.count, np.int64))
-        tokens = load_tokenizer(checkpoint, geometry).encode(source, config.lengths[-1])
-        return data.text_eval_batches(tokens, batch_size=config.eval_batch_size, lengths=config.lengths)
+        tokens = load_tokenizer(checkpoint, geometry).encode(source, lengths[-1])
+        return data.text_eval_batches(tokens, batch_size=batch_size, lengths=lengths)
 
     def write(self, target: Path, classes: Sequence[str], logits: np.ndarray) -> None:
         """Write the predictions to a table whose columns are separated by tabs, and print how many there are.

@@ -32,8 +32,7 @@ from surm_jax.record.report import make_result
 from surm_jax.record.workdir import RESULT_NAME, open_workdir, read_result, require_shared, write_json
 from surm_jax.training.config import RunConfig
 from surm_jax.training.inputs import check_complete, record_inputs
-from surm_jax.training.parsing import complete, to_dict
-from surm_jax.training.places import resolved
+from surm_jax.training.parsing import complete, resolved, to_dict
 from surm_jax.training.run import CHECKPOINTS_NAME, Evaluation, InterruptedRunError, Position, Run, set_up
 from surm_jax.training.setup import prepare
 from surm_jax.training.step import TrainState, evaluate

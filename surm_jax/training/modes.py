@@ -25,9 +25,8 @@ from surm_jax.tasks.base import Forward, Questions, make_model, task_for
 from surm_jax.training.config import RunConfig
 from surm_jax.training.inputs import inputs_without_data, require_same_inputs
 from surm_jax.training.loop import train
-from surm_jax.training.parsing import complete, saved_config, to_dict
+from surm_jax.training.parsing import complete, resolved, saved_config, to_dict
 from surm_jax.training.partition import partition
-from surm_jax.training.places import resolved
 from surm_jax.training.setup import Job, describe_config, load_base, prepare
 from surm_jax.training.step import evaluate, make_eval_step
 
@@ -205,7 +204,7 @@ def predict_run(workdir: Path, overrides: Mapping[str, Any], source: Path, targe
             f"{workdir} holds a run for each of {len(config.seeds)} seeds: choose one, such as"
             f" --workdir={workdir / f'seed-{config.seeds[0]}'}"
         )
-    questions = task_for(config.data).read_questions(config.data, source)
+    questions = task_for(config.data.name).read_questions(config.data, source)
     classes = tuple(read_result(workdir)["classes"])
     _require_target(target, source)
     questions.write(target, classes, _answers(config, workdir, max(1, len(classes)), questions))
@@ -240,10 +239,10 @@ def _answers(config: RunConfig, workdir: Path, outputs: int, questions: Question
     Returns:
         An array of shape (examples, outputs), float32.
     """
-    task = task_for(config.data)
+    task = task_for(config.data.name)
     geometry, checkpoint = task.geometry(config.model, config.data, outputs), locate(config.model.checkpoint)
     check_inputs(workdir, read_inputs(workdir), inputs_without_data(config, task, geometry, checkpoint))
-    batches = questions.batches(checkpoint, geometry, config.data)
+    batches = questions.batches(checkpoint, geometry, config.data.eval_batch_size, config.data.lengths)
     sizes = {"config.data.eval_batch_size": config.data.eval_batch_size}
     mesh = make_mesh(config.mesh.data, sizes, config.mesh.fsdp)
     with jax.set_mesh(mesh):

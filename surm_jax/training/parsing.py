@@ -1,6 +1,7 @@
-"""The conversion of configurations between dictionaries and the dataclasses of `surm_jax.training.config`."""
+"""Parse configurations into the dataclasses of `surm_jax.training.config`, and resolve their relative paths."""
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -12,12 +13,13 @@ from typing import Any
 
 import ml_collections
 
+from surm_jax import data
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.peft import METHODS, make_method
+from surm_jax.pretrained.sources import is_path
 from surm_jax.record.inputs import started_in
 from surm_jax.record.workdir import read_config, relocated
 from surm_jax.training.config import PeftConfig, RunConfig
-from surm_jax.training.places import resolved
 
 
 def base_config(plugins: Collection[str] = (), folders: Iterable[Path] = ()) -> ml_collections.ConfigDict:
@@ -141,6 +143,38 @@ def saved_config(workdir: Path, overrides: Mapping[str, Any] | None = None) -> R
     """
     tree = read_config(workdir, functools.partial(complete, folders=list(started_in(workdir))))
     return resolved(parse(relocated(tree, overrides or {})), workdir)
+
+
+def resolved(config: RunConfig, workdir: Path) -> RunConfig:
+    """Return a configuration in which existing relative paths of data and weights are absolute.
+
+    A relative path is looked for in the working directory, and then in the one where the run was first started.
+
+    Args:
+        config: The configuration.
+        workdir: The folder of the run.
+    """
+    folders = [Path.cwd(), *started_in(workdir)]
+    name, checkpoint = config.data.name, config.model.checkpoint
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            config.data,
+            name=_absolute(name, folders) if data.is_path(name) else name,
+            dir=_absolute(config.data.dir, folders) if config.data.dir else "",
+        ),
+        model=dataclasses.replace(
+            config.model, checkpoint=_absolute(checkpoint, folders) if is_path(checkpoint) else checkpoint
+        ),
+    )
+
+
+def _absolute(path: str, folders: Iterable[Path]) -> str:
+    with contextlib.suppress(RuntimeError):  # There is no such user. The error is raised where the path is opened.
+        for folder in folders:
+            if (place := folder / Path(path).expanduser()).exists():
+                return str(place.absolute())
+    return path
 
 
 def keys(config: ml_collections.ConfigDict) -> list[str]:

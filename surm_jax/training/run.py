@@ -175,7 +175,10 @@ def set_up(job: Job, workdir: Path, interruption: Interruption, began: float) ->
         group_of=lambda path: groups_of([path], config.optim.groups)[path],
     )
     frozen, stop = put_base(frozen, mesh), Stop(interruption, mesh)
-    job, forward = with_states(job, Frozen(parts, trained, frozen, base), stop.before_training)
+    forward = task.outputs
+    if config.data.cache == "auto":
+        taken = config.optim.steps * config.data.batch_size
+        task, forward = with_states(task, Frozen(parts, trained, frozen, base), mesh, taken, stop.before_training)
     optimizer = make_optimizer(config.optim, trained)
     train_step = make_train_step(
         parts,
@@ -190,10 +193,10 @@ def set_up(job: Job, workdir: Path, interruption: Interruption, began: float) ->
     rates = Rates(config.optim, config.peft.method, trained)
     key = jax.device_put(jax.random.key(job.seed), replicated(mesh))
     run = Run(
-        job,
+        dataclasses.replace(job, task=task),
         workdir,
         stop,
         SplitModel(parts, frozen, adapter, description, base),
         Programs(train_step, eval_step, rates, key),
     )
-    return run, Position(init_state(trained, optimizer, mesh), job.task.train_batches(job.seed), began)
+    return run, Position(init_state(trained, optimizer, mesh), task.train_batches(job.seed), began)

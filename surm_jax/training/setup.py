@@ -64,7 +64,7 @@ def prepare(config: RunConfig, seed: int) -> Job:
         },
         config.mesh.fsdp,
     )
-    kind = task_for(config.data)
+    kind = task_for(config.data.name)
     dataset = kind.load(config.data)
     if config.optim.label_smoothing and not dataset.classes:
         raise UserError(
@@ -97,7 +97,7 @@ def describe_config(config: RunConfig) -> Description:
     Raises:
         UserError: The parts of the configuration do not fit together.
     """
-    kind = task_for(config.data)
+    kind = task_for(config.data.name)
     outputs = config.model.num_classes or max(1, len(kind.load(config.data).classes))
     geometry = kind.geometry(config.model, config.data, outputs)
     return describe_model(config, functools.partial(make_model, geometry))

@@ -34,9 +34,8 @@ from surm_jax.files import cache_root, is_finite
 from surm_jax.models.base import model_class
 from surm_jax.record.inputs import describe_files
 from surm_jax.record.progress import track
-from surm_jax.tasks.base import Batch, SplitInputs
+from surm_jax.tasks.base import Batch, SplitInputs, Task
 from surm_jax.training.partition import Arrays, Partition, cut_before
-from surm_jax.training.setup import Job
 
 FOLDER = "states"
 
@@ -61,59 +60,63 @@ class Frozen(NamedTuple):
     base: Mapping[str, str]
 
 
-def with_states(job: Job, model: Frozen, check: Callable[[], None]) -> tuple[Job, Callable[..., Any]]:
-    """Store what the frozen part of a model gives for the examples, where this is possible (`config.data.cache`).
+def with_states(
+    task: Task, model: Frozen, mesh: jax.sharding.Mesh, taken: int, check: Callable[[], None]
+) -> tuple[Task, Callable[..., Any]]:
+    """Store what the frozen part of a model gives for the examples, where this is possible.
 
     If something prevents it although nothing is trained before some cut, one line on the standard error says what.
     Collective: call it from every process.
 
     Args:
-        job: The job.
+        task: The task.
         model: The adapted model.
+        mesh: The device mesh.
+        taken: The number of examples that the run takes in all its steps.
         check: A function that is called between batches. It may raise an exception, which ends the pass.
 
     Returns:
-        The job with a task that reads states instead of inputs, and the function from the model and a batch of them to
-        its outputs. If nothing is stored, they are the given job, and `outputs` of its task.
+        The task that reads states instead of inputs, and the function from the model and a batch of them to its
+        outputs. If nothing is stored, they are the given task, and its `outputs`.
     """
-    task, geometry = job.task, job.task.model_config
+    geometry = task.model_config
     trained = [name for slot in model.partition.slots for name in slot.names]
     cut = cut_before(trained, model_class(geometry), getattr(geometry, "depth", 0))
-    if cut == 0 or job.config.data.cache == "off":
-        return job, task.outputs
+    if cut == 0:
+        return task, task.outputs
     try:
-        _require_gain(job)
-        store = _Store(job, model, cut, check)
+        _require_gain(task, taken)
+        store = _Store(task, model, mesh, cut, check)
         states = {split: store.states(split) for split in store.inputs}
     except _NotStoredError as error:
         _say(f"the frozen part of the model is computed at every step: {error}")
-        return job, task.outputs
+        return task, task.outputs
 
     def forward(model: Any, batch: Batch, key: jax.Array | None) -> Any:
         return task.outputs(cast(nnx.Module, functools.partial(model.after, cut)), batch, key)
 
-    return dataclasses.replace(job, task=task.with_states(states)), forward
+    return task.with_states(states), forward
 
 
-def _require_gain(job: Job) -> None:
+def _require_gain(task: Task, taken: int) -> None:
     """Check that the states at a cut never change, and that computing them once takes less time.
 
     Raises:
         _NotStoredError: They may change, or few examples are used twice.
     """
-    if dropout := getattr(job.task.model_config, "dropout", 0.0):
+    if dropout := getattr(task.model_config, "dropout", 0.0):
         raise _NotStoredError(f"config.model.dropout={dropout} changes it at every step")
-    taken = job.config.optim.steps * job.config.data.batch_size
-    if taken < job.task.examples:
-        raise _NotStoredError(f"the run takes only {taken:,} of {job.task.examples:,} examples, each once")
+    if taken < task.examples:
+        raise _NotStoredError(f"the run takes only {taken:,} of {task.examples:,} examples, each once")
 
 
 class _Store:
-    """The stored states of all splits of a job, and how they are computed.
+    """The stored states of all splits of a task, and how they are computed.
 
     Args:
-        job: The job.
+        task: The task.
         model: The adapted model.
+        mesh: The device mesh.
         cut: The cut at which the states are.
         check: See `with_states`.
 
@@ -124,26 +127,26 @@ class _Store:
         _NotStoredError: The inputs are not known, or the states need too much place.
     """
 
-    def __init__(self, job: Job, model: Frozen, cut: int, check: Callable[[], None]):
-        self._job, self._model, self._check, self._folder = job, model, check, cache_root() / FOLDER
-        self.inputs = {split: _inputs(job, split) for split in ("train", *job.task.splits)}
-        self._key = _key(job, model, cut)
+    def __init__(self, task: Task, model: Frozen, mesh: jax.sharding.Mesh, cut: int, check: Callable[[], None]):
+        self._task, self._mesh, self._model, self._check = task, mesh, model, check
+        self.inputs = {split: _inputs(task, split) for split in ("train", *task.splits)}
+        self._key = _key(task, model, cut)
         # Nothing that is trained may have an effect on the states. If it had, they would be NaN, and not be stored.
         absent = {path: jnp.full(array.shape, jnp.nan, array.dtype) for path, array in model.trained.items()}
-        self._absent = jax.device_put(absent, replicated(job.mesh))
+        self._absent = jax.device_put(absent, replicated(mesh))
 
         def state(trained: Arrays, frozen: nnx.State, batch: Batch) -> jax.Array:
             whole = model.partition.merge(trained, frozen)
-            return job.task.forward(cast(nnx.Module, functools.partial(whole.before, cut)), batch, None)
+            return task.forward(cast(nnx.Module, functools.partial(whole.before, cut)), batch, None)
 
-        state = with_whole_base(state, job.mesh)
+        state = with_whole_base(state, mesh)
         self._step = jax.jit(
             lambda trained, frozen, batch: (state(trained, frozen, batch), batch["index"], batch["mask"]),
-            out_shardings=replicated(job.mesh),
+            out_shardings=replicated(mesh),
         )
-        shapes = next(iter(job.task.train_shapes().values()))
+        shapes = next(iter(task.train_shapes().values()))
         self._one = jax.eval_shape(state, self._absent, model.frozen, shapes)
-        self._per_token = cut <= job.task.model_config.depth
+        self._per_token = cut <= task.model_config.depth
         need = sum(math.prod(self._form(inputs)[0]) for inputs in self.inputs.values()) * self._one.dtype.itemsize
         if need > MOST_BYTES:
             raise _NotStoredError(f"its results for all examples would take {need:,} bytes, more than {MOST_BYTES:,}")
@@ -161,7 +164,7 @@ class _Store:
             _NotStoredError: They cannot be stored.
         """
         shape, offsets = self._form(self.inputs[split])
-        path = self._folder / digest_of(self._key, self.inputs[split].identity, f"{shape} {self._one.dtype}")
+        path = cache_root() / FOLDER / digest_of(self._key, self.inputs[split].identity, f"{shape} {self._one.dtype}")
 
         def read() -> np.ndarray | None:
             with contextlib.suppress(OSError):
@@ -190,7 +193,7 @@ class _Store:
         Raises:
             _NotStoredError: A state is not finite, or the batches do not hold every example once.
         """
-        began, mesh, count = time.monotonic(), self._job.mesh, 0
+        began, count = time.monotonic(), 0
         outputs: list[tuple[jax.Array, jax.Array, jax.Array]] = []
 
         def keep() -> int:
@@ -200,9 +203,9 @@ class _Store:
             states.put(index[kept], state[kept])
             return int(kept.sum())
 
-        for batch in track(self._job.task.eval_batches(split), f"compute the frozen part for {split}"):
+        for batch in track(self._task.eval_batches(split), f"compute the frozen part for {split}"):
             self._check()
-            outputs.append(self._step(self._absent, self._model.frozen, put_batch(batch, mesh)))
+            outputs.append(self._step(self._absent, self._model.frozen, put_batch(batch, self._mesh)))
             count += keep() if len(outputs) > 1 else 0  # While the devices compute a batch, the host stores another.
         while outputs:
             count += keep()
@@ -211,16 +214,16 @@ class _Store:
         _say(f"computed the frozen part for {count:,} examples of {split} in {time.monotonic() - began:.1f} s: {path}")
 
 
-def _inputs(job: Job, split: str) -> SplitInputs:
-    inputs = job.task.inputs(split)
+def _inputs(task: Task, split: str) -> SplitInputs:
+    inputs = task.inputs(split)
     if isinstance(inputs, str):
         raise _NotStoredError(inputs)
     return inputs
 
 
-def _key(job: Job, model: Frozen, cut: int) -> str:
+def _key(task: Task, model: Frozen, cut: int) -> str:
     """Return a text that differs if the state at a cut could differ for an equal input."""
-    task, geometry = job.task, job.task.model_config
+    geometry = task.model_config
     kind, files = model_class(geometry), tuple(getattr(task.dataset, "files", ()))
     modules = [
         module

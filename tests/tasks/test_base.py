@@ -4,7 +4,7 @@ import pytest
 
 from surm_jax.errors import UserError
 from surm_jax.tasks import Glue, ImageClassification, base, register_task, task_for
-from surm_jax.tasks.config import DataConfig, ModelConfig
+from surm_jax.tasks.config import ModelConfig
 
 
 @pytest.fixture(autouse=True)
@@ -13,26 +13,26 @@ def registry(monkeypatch):
 
 
 def test_data_belong_to_the_task_that_accepts_them():
-    assert task_for(DataConfig(name="cifar10")) is ImageClassification
-    assert task_for(DataConfig(name="mine.npz")) is ImageClassification
-    assert task_for(DataConfig(name="glue/rte")) is Glue
+    assert task_for("cifar10") is ImageClassification
+    assert task_for("mine.npz") is ImageClassification
+    assert task_for("glue/rte") is Glue
 
 
 def test_a_task_that_comes_later_is_asked_first():
     @register_task
     class Masks(ImageClassification):
         @classmethod
-        def accepts(cls, config):
-            return config.name.endswith("_masks.npz")
+        def accepts(cls, name):
+            return name.endswith("_masks.npz")
 
-    assert task_for(DataConfig(name="cells_masks.npz")) is Masks
-    assert task_for(DataConfig(name="cells.npz")) is ImageClassification
+    assert task_for("cells_masks.npz") is Masks
+    assert task_for("cells.npz") is ImageClassification
 
 
 def test_data_of_no_task_are_refused(monkeypatch):
     monkeypatch.setattr(base, "_TASKS", [Glue])
     with pytest.raises(UserError, match=r"no task accepts config\.data\.name=cifar10.*config\.plugins"):
-        task_for(DataConfig(name="cifar10"))
+        task_for("cifar10")
 
 
 def test_decoders_are_found_for_prompts_only(shared):

@@ -104,7 +104,7 @@ def test_losses_are_equal_with_stored_states(kind, values, request, tmp_path, ca
 
 @pytest.fixture
 def stored(images: Callable[..., RunConfig], folder: Path) -> Callable[..., Any]:
-    """A function that stores states as a run does. It returns the names of the files and the job with the states."""
+    """A function that stores states as a run does. It returns the names of the files and the task with the states."""
 
     @functools.cache
     def built(**values: Any) -> tiny.Built:
@@ -117,8 +117,10 @@ def stored(images: Callable[..., RunConfig], folder: Path) -> Callable[..., Any]
             base[change] = "changed"
         with jax.set_mesh(made.job.mesh):
             frozen = put_base(made.frozen, made.job.mesh)
-            job, _ = with_states(made.job, Frozen(made.partition, made.trained, frozen, base), check)
-        return {path.name for path in folder.iterdir()} if folder.exists() else set(), job
+            optim, size = made.job.config.optim, made.job.config.data.batch_size
+            model = Frozen(made.partition, made.trained, frozen, base)
+            task, _ = with_states(made.job.task, model, made.job.mesh, optim.steps * size, check)
+        return {path.name for path in folder.iterdir()} if folder.exists() else set(), task
 
     return store
 
@@ -133,21 +135,20 @@ def stored(images: Callable[..., RunConfig], folder: Path) -> Callable[..., Any]
         ({"peft.train": ("head/.*", "patch_embed/.*")}, ""),
         ({"peft.train": ("head/.*", "position_embed")}, ""),
         ({"peft.method": "lora", "peft.target": "qkv"}, ""),
-        ({"data.cache": "off"}, ""),
     ],
     ids=str,
 )
 def test_nothing_is_stored_that_may_change_or_does_not_pay(stored, values, why, capfd):
-    files, job = stored(**values)
-    assert not files and not job.task.states
+    files, task = stored(**values)
+    assert not files and not task.states
     assert why in (err := capfd.readouterr().err) and ("computed at every step" in err) == bool(why)
 
 
 def test_nothing_is_stored_where_no_file_can_be_written(stored, folder, monkeypatch, capfd):
     folder.parent.write_text("This is a file.")
-    assert not stored()[1].task.states and "cannot write" in capfd.readouterr().err
+    assert not stored()[1].states and "cannot write" in capfd.readouterr().err
     monkeypatch.setattr(states, "MOST_BYTES", 100)
-    assert not stored()[1].task.states and "more than 100" in capfd.readouterr().err
+    assert not stored()[1].states and "more than 100" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -162,8 +163,8 @@ def test_nothing_is_stored_where_no_file_can_be_written(stored, folder, monkeypa
     ids=str,
 )
 def test_a_file_belongs_to_base_data_and_settings(stored, tiny_files, tmp_path, monkeypatch, values):
-    first, job = stored()
-    assert len(first) == 2 and job.task.states["train"].rows.shape == (40, 10)
+    first, task = stored()
+    assert len(first) == 2 and task.states["train"].rows.shape == (40, 10)
     assert stored(change="head/kernel")[0] == first
     monkeypatch.chdir(tmp_path)
     arrays = dict(np.load(tiny_files / "data.npz"))
@@ -174,7 +175,7 @@ def test_a_file_belongs_to_base_data_and_settings(stored, tiny_files, tmp_path, 
 
 def test_a_damaged_file_is_computed_again(stored, folder, capfd):
     files, before = stored()
-    rows = {split: found.rows.copy() for split, found in before.task.states.items()}
+    rows = {split: found.rows.copy() for split, found in before.states.items()}
     for name in files:
         with (folder / name).open("r+b") as file:
             file.seek(11)
@@ -183,7 +184,7 @@ def test_a_damaged_file_is_computed_again(stored, folder, capfd):
     with pytest.warns(UserWarning, match="is damaged"):
         _, after = stored()
     assert "computed the frozen part" in capfd.readouterr().err
-    for split, found in after.task.states.items():
+    for split, found in after.states.items():
         np.testing.assert_array_equal(found.rows, rows[split])
 
 
@@ -191,7 +192,7 @@ def test_a_pass_that_is_stopped_leaves_no_file(stored):
     calls: Iterator[int] = iter(range(3))
     with pytest.raises(StopIteration):
         stored(check=lambda: next(calls))
-    assert stored()[1].task.states.keys() == {"train", "test"}
+    assert stored()[1].states.keys() == {"train", "test"}
 
 
 @pytest.mark.exhaustive

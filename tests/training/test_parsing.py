@@ -5,7 +5,7 @@ import pytest
 from surm_jax.record.inputs import keep_inputs
 from surm_jax.tasks.config import DataConfig, ModelConfig
 from surm_jax.training.config import RunConfig
-from surm_jax.training.places import resolved
+from surm_jax.training.parsing import resolved
 
 
 def places(folder, name="", checkpoint="none", where=""):
