@@ -47,7 +47,10 @@ MODES = {
     "describe": "print what would be trained",
 }
 FORMATS = ("hf", "peft")
-FLAGS = ("config", "workdir", "mode", "format", "input", "output", "coordinator", "process_id", "num_processes")
+FLAGS = (
+    *("config", "workdir", "mode", "format", "rank", "force", "input", "output"),
+    *("coordinator", "process_id", "num_processes"),
+)
 
 
 def parse_flags(arguments: Sequence[str]) -> Sequence[str]:
@@ -105,6 +108,8 @@ def _define_flags() -> None:
     flags.DEFINE_string("workdir", None, "folder of the run; by default runs/ and a name made from the flags")
     flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{mode}: {what}" for mode, what in MODES.items()))
     flags.DEFINE_enum("format", "hf", FORMATS, "what --mode=export writes: the merged model, or the adapter")
+    flags.DEFINE_integer("rank", 0, "with --format=peft: convert every update to LoRA of this rank", lower_bound=0)
+    flags.DEFINE_bool("force", False, "with --rank: write the adapter even if an update has an error above 50 %")
     flags.DEFINE_string("input", None, "for --mode=predict: a table of sentences, columns separated by tabs")
     flags.DEFINE_string("output", None, "for --mode=predict: the file for labels and probabilities")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for several processes started by hand")
@@ -143,7 +148,7 @@ def main(arguments: Sequence[str]) -> None:
         case "merge":
             modes.merge_run(workdir, overrides)
         case "export":
-            modes.export_run(workdir, overrides, given.format)
+            modes.export_run(workdir, overrides, given.format, rank=given.rank, force=given.force)
         case "predict":
             if not (given.input and given.output):
                 raise UserError("--mode=predict needs --input=FILE.tsv and --output=FILE.tsv")

@@ -215,8 +215,11 @@ def test_a_home_is_expanded(launched, tmp_path, monkeypatch):
         (["--mode=train"], ("train_run", "config", "workdir")),
         (["--mode=evaluate"], ("evaluate_run", "workdir", "overrides")),
         (["--mode=merge"], ("merge_run", "workdir", "overrides")),
-        (["--mode=export"], ("export_run", "workdir", "overrides", "hf")),
-        (["--mode=export", "--format=peft"], ("export_run", "workdir", "overrides", "peft")),
+        (["--mode=export"], ("export_run", "workdir", "overrides", "hf", 0, False)),
+        (
+            ["--mode=export", "--format=peft", "--rank=16", "--force"],
+            ("export_run", "workdir", "overrides", "peft", 16, True),
+        ),
         (["--mode=predict", "--input=i", "--output=o"], ("predict_run", "workdir", "overrides", Path("i"), Path("o"))),
         (["--mode=describe"], ("describe_run", "config")),
     ],
@@ -224,7 +227,11 @@ def test_a_home_is_expanded(launched, tmp_path, monkeypatch):
 def test_every_mode_is_its_own(launched, tmp_path, monkeypatch, arguments, expected):
     given = []
     for name in [name for name in vars(launch.modes) if name.endswith("_run")]:
-        monkeypatch.setattr(launch.modes, name, lambda *arguments, name=name: given.append((name, *arguments)))
+        monkeypatch.setattr(
+            launch.modes,
+            name,
+            lambda *given_to, name=name, **options: given.append((name, *given_to, *options.values())),
+        )
     config = parse(parsed(monkeypatch, "--config.data.dir=/d"))
     assert config.data.dir == "/d"
     assert launched("--config.data.dir=/d", f"--workdir={tmp_path}", *arguments).status == 0

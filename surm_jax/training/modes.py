@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -10,11 +11,12 @@ import jax
 import numpy as np
 from flax import nnx
 
+from surm_jax.atomic import replacing
 from surm_jax.devices.mesh import make_mesh, put_base, put_batch, replicated
 from surm_jax.devices.processes import on_first, opened_on_first
 from surm_jax.errors import UserError
 from surm_jax.models import Model
-from surm_jax.peft import Adapter, load_adapter, load_peft, merge, save_peft
+from surm_jax.peft import Adapter, LoRA, convert, load_adapter, load_peft, merge, save_peft
 from surm_jax.pretrained import from_pretrained, huggingface_names, locate, save_huggingface, save_model
 from surm_jax.pretrained.sources import published_name
 from surm_jax.record.inputs import check_inputs, read_inputs
@@ -31,6 +33,8 @@ from surm_jax.training.setup import Job, describe_config, load_base, prepare
 from surm_jax.training.step import evaluate, make_eval_step
 
 ADAPTER_NAME = "adapter"
+MOST_ERROR = 0.5
+"""The largest relative error of a layer's update with which `export_run` converts an adapter without `force`."""
 
 
 def train_run(config: RunConfig, workdir: Path) -> dict[str, Any]:
@@ -113,7 +117,7 @@ def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
         overrides: See `evaluate_run`.
 
     Returns:
-        The written files, `<folder of the seed>/merged/model.safetensors`.
+        The written files, `<folder of the seed>/merged/model.safetensors`. The files of a tokenizer are copied beside.
 
     Raises:
         UserError: See `evaluate_run`.
@@ -127,7 +131,11 @@ def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
             batch = _test_batch(job)
             difference = np.abs(_logits(job, merged, batch) - _logits(job, model, batch)).max()
         paths.append(folder / "merged" / "model.safetensors")
-        save_model(paths[-1], merged, preparation=job.task.export_options().get("preparation"))
+        options = job.task.export_options()
+        save_model(paths[-1], merged, preparation=options.get("preparation"))
+        for file in options.get("files", ()):
+            with replacing(paths[-1].with_name(file.name)) as copy:
+                shutil.copyfile(file, copy)
         print(
             f"{paths[-1]}: kernels are within {deviation:.2g} of the exact sums;"
             f" logits of {len(batch['label'])} test examples within {difference:.2g} of the unmerged model's"
@@ -135,7 +143,9 @@ def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
     return paths
 
 
-def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[Path]:
+def export_run(
+    workdir: Path, overrides: Mapping[str, Any], form: str, *, rank: int = 0, force: bool = False
+) -> list[Path]:
     """Export the trained model or adapter of every seed in the format of a Hugging Face library.
 
     With the form "hf", the library transformers can load the merged model from `<folder of the seed>/hf`. With the form
@@ -147,14 +157,22 @@ def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[P
         workdir: The folder of the run.
         overrides: See `evaluate_run`.
         form: "hf" or "peft".
+        rank: With the form "peft", convert every update to LoRA of this rank, the nearest one by a singular value
+            decomposition. The relative errors of the updates and of the logits are printed. 0: convert nothing.
+        force: Whether to write a converted adapter of which an update has a relative error above `MOST_ERROR`.
 
     Returns:
         The written folders.
 
     Raises:
-        UserError: See `evaluate_run`. It is also raised if the library transformers has no such model, or the library
-            peft has no such method.
+        UserError: See `evaluate_run`. It is also raised if the library transformers has no such model, the library
+            peft has no such method, a converted update has too large an error, or `rank` is negative, is larger than a
+            layer, or is given with the form "hf".
     """
+    if rank < 0 or (rank and form != "peft"):
+        raise UserError(f"--rank={rank} must be at least 1 and goes with --format=peft, not with --format={form}")
+    if force and not rank:
+        raise UserError("--force goes with --format=peft --rank=16: nothing else has an error to accept")
     config, folders = saved_config(workdir, overrides), []
     for seed, folder in _complete_folders(config, workdir):
         job = _prepared(config, seed, folder)
@@ -168,17 +186,39 @@ def export_run(workdir: Path, overrides: Mapping[str, Any], form: str) -> list[P
                 runtime = {name: getattr(geometry, name) for name in geometry.RUNTIME_FIELDS}
                 exported = from_pretrained(folders[-1], **runtime)
             else:
+                written = _as_lora(model, adapter, rank, force) if rank else (model, adapter)
                 names = huggingface_names(job.task.model_config)
-                save_peft(folders[-1], model, adapter, names, base_model=published_name(config.model.checkpoint))
+                save_peft(folders[-1], *written, names, base_model=published_name(config.model.checkpoint))
                 exported, _ = load_peft(folders[-1], base, names)
             batch = _test_batch(job)
-            expected = _logits(job, model, batch)
-            difference = np.abs(_logits(job, exported, batch) - expected).max()
+            expected, found = _logits(job, model, batch), _logits(job, exported, batch)
         print(
-            f"{folders[-1]}: logits of {len(batch['label'])} test examples within {difference:.2g} of the running"
-            f" model's, which reach {np.abs(expected).max():.2g}"
+            f"{folders[-1]}: logits of {len(batch['label'])} test examples within {np.abs(found - expected).max():.2g}"
+            f" of the running model's, which reach {np.abs(expected).max():.2g}"
         )
+        if rank:
+            change = np.linalg.norm(expected - _logits(job, base, batch))
+            error = np.linalg.norm(found - expected) / max(change, np.finfo(np.float32).tiny)
+            print(f"what the adapter changes in these logits has a relative error of {error:.2g}")
     return folders
+
+
+def _as_lora(model: nnx.Module, adapter: Adapter, rank: int, force: bool) -> tuple[nnx.Module, Adapter]:
+    """Convert an adapter to LoRA, print the relative errors of its updates, and return the model and the new adapter.
+
+    Raises:
+        UserError: An update cannot be converted, or its relative error is above `MOST_ERROR` and `force` is false.
+    """
+    model, converted, errors = convert(model, adapter, LoRA(rank=rank, alpha=rank))
+    worst = max(errors, key=lambda path: errors[path])
+    said = f"as LoRA of rank {rank}, the updates have relative errors of up to {errors[worst]:.2g} (in {worst})"
+    if errors[worst] > MOST_ERROR and not force:
+        raise UserError(
+            f"{said}, and more than {MOST_ERROR} is refused: give a larger --rank, export the merged model"
+            " (--format=hf), or accept the error with --force"
+        )
+    print(f"{said}, and of {np.mean([*errors.values()]):.2g} in the mean over {len(errors)} layers")
+    return model, converted
 
 
 def predict_run(workdir: Path, overrides: Mapping[str, Any], source: Path, target: Path) -> None:

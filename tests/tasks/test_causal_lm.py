@@ -155,9 +155,43 @@ def test_a_run_learns_evaluates_resumes_merges_and_exports(files, tmp_path):
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
 
-    merge_run(tmp_path / "run", {})
+    (merged,) = merge_run(tmp_path / "run", {})
     (folder,) = export_run(tmp_path / "run", {}, "hf")
     assert_loads_in_transformers(folder, tmp_path / "run")
+    # The merged model is a base again, because its tokenizer is beside it.
+    again = tiny_lm.make_config(files, **{"model.checkpoint": str(merged)})
+    assert prepare(again, 0).task.tokenizer.files[0].parent == merged.parent
+
+
+RANKS = {  # The largest rank of a layer is 12, with which nothing is lost.
+    "circulant": ({"peft.target": ".*/(key|value)"}, {"rank": 12}, 1e-4),
+    "lora": ({"peft.lora.rank": 2}, {"rank": 3}, 1e-4),
+    "low_displacement": ({}, {"rank": 1, "force": True}, 1),
+}
+
+
+@pytest.mark.parametrize("method", fast(RANKS, "circulant"))
+def test_any_update_is_exported_as_lora(files, tmp_path, capsys, method):
+    overrides, options, most = RANKS[method]
+    overrides = {"optim.steps": 3, f"optim.learning_rate.{method}": 0.1, "log.metrics_every": 0, **overrides}
+    train_run(tiny_lm.make_config(files, method, **overrides), tmp_path / "run")
+    if method == "circulant":
+        with pytest.raises(UserError, match=r"of rank 1, .*errors of up to 0.* is refused: .*--force"):
+            export_run(tmp_path / "run", {}, "peft", rank=1)
+        assert not (tmp_path / "run" / "peft").exists()
+    capsys.readouterr()
+    (folder,) = export_run(tmp_path / "run", {}, "peft", **options)
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == options["rank"]
+    printed = capsys.readouterr().out
+    worst, change = (float(printed.split(words)[1].split()[0]) for words in ("of up to ", "relative error of "))
+    assert worst <= most and change <= most
+    assert method != "low_displacement" or (worst > 0.01 and change > 0.01)
+
+
+def test_a_rank_goes_with_peft(tmp_path):
+    for form, options in (("hf", {"rank": 4}), ("peft", {"rank": -1}), ("peft", {"force": True})):
+        with pytest.raises(UserError, match="goes with --format=peft"):
+            export_run(tmp_path, {}, form, **options)
 
 
 @pytest.mark.exhaustive
