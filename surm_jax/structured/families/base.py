@@ -229,6 +229,40 @@ class LinearInVector(Family):
         return cls(jnp.zeros(cls._length(shape), dtype), shape=shape)  # type: ignore[call-arg]  # fields of subclasses
 
 
+class TwoFactors(Family):
+    """Base class of the families in which a matrix has two arrays, and rank r takes r (in + out) parameters.
+
+    A subclass declares two array fields. `init` sets the second one to zero.
+    """
+
+    @property
+    def linear_in(self) -> str:
+        """The name of the second array, which `init` sets to zero. `M` is linear in it."""
+        return self._leaf_names[1]
+
+    @classmethod
+    def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
+        """Return the largest rank within the budget of parameters, or None if rank 1 is above the budget."""
+        rank = largest_size(budget // sum(shape), min(shape))
+        return {"rank": rank} if rank else None
+
+
+def check_rank(owner: str, rank: int, shape: tuple[int, int]) -> None:
+    """Check the rank of a matrix, or of a factor of one, against its shape.
+
+    Args:
+        owner: What the error message begins with: the name of the calling class.
+        rank: The rank.
+        shape: The shape of the matrix or the factor.
+
+    Raises:
+        UserError: The rank is not an integer from 1 to the smaller side.
+    """
+    m, n = shape
+    if not isinstance(rank, int) or not 1 <= rank <= min(m, n):
+        raise UserError(f"{owner}: a {m} x {n} matrix has a rank from 1 to {min(m, n)}, but {rank!r} was asked for")
+
+
 def scaled_normal(
     key: PRNGKeyArray, shape: Sequence[int], scale: float | Float[ArrayLike, ""], dtype: DTypeLike
 ) -> Array:

@@ -8,11 +8,11 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.errors import UserError
 from surm_jax.structured.base import TIMES, Piece, checked_shape
-from surm_jax.structured.families.base import Family, checked_dense, family, largest_size, scaled_normal
+from surm_jax.structured.families.base import TwoFactors, check_rank, checked_dense, family, scaled_normal
 
 
 @family
-class BlockLowRank(Family):
+class BlockLowRank(TwoFactors):
     """Grid of N x N blocks, in which the block of row k and column b is `down[k, b] @ up[k, b]`, of rank r / N.
 
     The matrix has r (in + out) parameters, as many as a matrix of rank r, and x @ M takes as many multiplications. Its
@@ -41,11 +41,6 @@ class BlockLowRank(Family):
         self._check_leaf("down", (N, N, self.down.shape[-2], q))
         self._check_leaf("up", (N, N, q, self.up.shape[-1]))
         _check_sizes(self.shape, self.rank, self.blocks)
-
-    @property
-    def linear_in(self) -> str:
-        """The name `up` of the array that `init` sets to zero. `M` is linear in it."""
-        return "up"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -115,12 +110,6 @@ class BlockLowRank(Family):
         return cls(down=U[..., :kept], up=S[..., :kept, None] * Vt[..., :kept, :])
 
     @classmethod
-    def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return the largest rank within the budget of parameters, with the default number of blocks."""
-        rank = largest_size(budget // sum(shape), min(shape))
-        return {"rank": rank} if rank else None
-
-    @classmethod
     def typical_options(cls, shape: tuple[int, int]) -> tuple[dict[str, Any], ...]:
         """Return the options with which the benchmarks measure the speed of this family: rank 2 in 2 x 2 blocks."""
         return ({"rank": min(2, *shape)},)
@@ -163,7 +152,6 @@ def _checked_blocks(shape: tuple[int, int], rank: int, blocks: int | None) -> in
 
 def _check_sizes(shape: tuple[int, int], rank: int, blocks: int) -> None:
     m, n = shape
-    if not isinstance(rank, int) or not 1 <= rank <= min(m, n):
-        raise UserError(f"BlockLowRank: a {m} x {n} matrix has a rank from 1 to {min(m, n)}, not {rank!r}")
+    check_rank("BlockLowRank", rank, shape)
     if not isinstance(blocks, int) or blocks < 1 or m % blocks or n % blocks or rank % blocks:
         raise UserError(f"BlockLowRank: the number of blocks must divide {m}, {n} and the rank {rank}, not {blocks!r}")

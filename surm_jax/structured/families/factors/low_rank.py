@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
-from surm_jax.errors import UserError
 from surm_jax.structured.base import TIMES, Piece, checked_shape
-from surm_jax.structured.families.base import Family, checked_dense, family, largest_size, scaled_normal
+from surm_jax.structured.families.base import TwoFactors, check_rank, checked_dense, family, scaled_normal
 
 
 @family
-class LowRank(Family):
+class LowRank(TwoFactors):
     """Matrix of rank at most r, `M = down @ up`, which is the transpose of `W = A B^T` in arXiv 2406.17740.
 
     It has r (in + out) parameters. `x @ M` is computed as `(x @ down) @ up` and takes r (in + out) multiplications per
@@ -39,12 +38,7 @@ class LowRank(Family):
         self._check_dimensions(down="(in_features, r)", up="(r, out_features)")
         self._check_leaf("down", (self.shape[0], self.rank))
         self._check_leaf("up", (self.rank, self.shape[1]))
-        _check_rank(self.rank, self.shape)
-
-    @property
-    def linear_in(self) -> str:
-        """The name `up` of the array that `init` sets to zero. `M` is linear in it."""
-        return "up"
+        check_rank("LowRank", self.rank, self.shape)
 
     @property
     def small_residuals(self) -> bool:
@@ -80,7 +74,7 @@ class LowRank(Family):
             UserError: The shape is not two positive integers, or the rank is not possible for it.
         """
         m, n = checked_shape(cls.__name__, shape)
-        _check_rank(rank, (m, n))
+        check_rank("LowRank", rank, (m, n))
         return cls(down=scaled_normal(key, (m, rank), scale, dtype), up=jnp.zeros((rank, n), dtype))
 
     @classmethod
@@ -100,15 +94,9 @@ class LowRank(Family):
         """
         dense = checked_dense(cls.__name__, dense)
         m, n = dense.shape
-        _check_rank(rank, (m, n))
+        check_rank("LowRank", rank, (m, n))
         U, S, Vt = jnp.linalg.svd(dense, full_matrices=False)
         return cls(down=U[:, :rank], up=S[:rank, None] * Vt[:rank])
-
-    @classmethod
-    def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return the largest rank within the budget of parameters, or None if rank 1 is above the budget."""
-        rank = largest_size(budget // sum(shape), min(shape))
-        return {"rank": rank} if rank else None
 
     @classmethod
     def typical_options(cls, shape: tuple[int, int]) -> tuple[dict[str, Any], ...]:
@@ -138,9 +126,3 @@ class LowRank(Family):
 
     def _rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch out"]:
         return jnp.matmul(self.down[ids], self.up, precision=jax.lax.Precision.HIGHEST)
-
-
-def _check_rank(rank: int, shape: tuple[int, int]) -> None:
-    m, n = shape
-    if not isinstance(rank, int) or not 1 <= rank <= min(m, n):
-        raise UserError(f"LowRank: a {m} x {n} matrix has a rank from 1 to {min(m, n)}, but {rank!r} was asked for")

@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
-from surm_jax.errors import UserError
 from surm_jax.structured.base import TIMES, Piece, StructuredMatrix, checked_shape, sum_pieces
-from surm_jax.structured.families.base import Family, checked_dense, family, largest_size, scaled_normal
+from surm_jax.structured.families.base import Family, check_rank, checked_dense, family, largest_size, scaled_normal
 from surm_jax.structured.families.factors.kronecker import (
     FactorShapes,
     Kronecker,
@@ -67,7 +66,7 @@ class LowRankKronecker(Family):
         self._check_leaf("down", (self.terms, m2, self.rank))
         self._check_leaf("up", (self.terms, self.rank, n2))
         check_terms("LowRankKronecker", self.terms, self.factor_shapes)
-        _check_rank(self.rank, self.factor_shapes)
+        check_rank("LowRankKronecker", self.rank, self.factor_shapes[1])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -232,16 +231,8 @@ class LowRankKronecker(Family):
 def _checked_sizes(shape: tuple[int, int], rank: int, terms: int, factor_shapes: FactorShapes | None) -> FactorShapes:
     factors = checked_factors("LowRankKronecker", factor_shapes, shape)
     check_terms("LowRankKronecker", terms, factors)
-    _check_rank(rank, factors)
+    check_rank("LowRankKronecker", rank, factors[1])
     return factors
-
-
-def _check_rank(rank: int, factors: FactorShapes) -> None:
-    m2, n2 = factors[1]
-    if not isinstance(rank, int) or not 1 <= rank <= min(m2, n2):
-        raise UserError(
-            f"LowRankKronecker: a factor of {m2} x {n2} has a rank from 1 to {min(m2, n2)}, but {rank!r} was asked for"
-        )
 
 
 @functools.partial(jax.jit, static_argnames="rank")

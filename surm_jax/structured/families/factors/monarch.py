@@ -17,13 +17,13 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from surm_jax.errors import UserError
 from surm_jax.structured.base import TIMES, Piece, checked_shape, static
-from surm_jax.structured.families.base import Family, checked_dense, family, largest_size, scaled_normal
+from surm_jax.structured.families.base import TwoFactors, check_rank, checked_dense, family, scaled_normal
 
 _MOST_DEFAULT_BLOCKS = 4  # MoRe uses 4 blocks in its experiments.
 
 
 @family
-class Monarch(Family):
+class Monarch(TwoFactors):
     """Monarch matrix `M = diag(R_1, ..., R_N) P diag(L_1, ..., L_N) P'` with N blocks of inner width r in each factor.
 
     The first factor computes N r inner features. The permutation P deals them out to the blocks of the second factor
@@ -64,11 +64,6 @@ class Monarch(Family):
         self._check_leaf("R", (self.blocks, self.R.shape[-2], self.rank))
         self._check_leaf("L", (self.blocks, self.rank, self.L.shape[-1]))
         _check_sizes(self.shape, self.rank, self.blocks)
-
-    @property
-    def linear_in(self) -> str:
-        """The name `L` of the array that `init` sets to zero. `M` is linear in it."""
-        return "L"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -150,12 +145,6 @@ class Monarch(Family):
         )
 
     @classmethod
-    def options_within(cls, shape: tuple[int, int], budget: int) -> dict[str, Any] | None:
-        """Return the largest rank within the budget of parameters, with the default number of blocks."""
-        rank = largest_size(budget // sum(shape), min(shape))
-        return {"rank": rank} if rank else None
-
-    @classmethod
     def typical_options(cls, shape: tuple[int, int]) -> tuple[dict[str, Any], ...]:
         """Return the options with which the benchmarks measure the speed of this family: rank 1, and rank 4 as MoRe."""
         return ({"rank": 1}, {"rank": min(4, *shape)})
@@ -200,5 +189,4 @@ def _check_sizes(shape: tuple[int, int], rank: int, blocks: int) -> None:
     m, n = shape
     if not isinstance(blocks, int) or blocks < 1 or m % blocks or n % blocks:
         raise UserError(f"Monarch: the number of blocks must divide {m} and {n}, but {blocks!r} was asked for")
-    if not isinstance(rank, int) or not 1 <= rank <= min(m, n):
-        raise UserError(f"Monarch: a {m} x {n} matrix has a rank from 1 to {min(m, n)}, but {rank!r} was asked for")
+    check_rank("Monarch", rank, shape)

@@ -55,8 +55,8 @@ def test_equals_gralora_of_peft():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "a 12 x 18 matrix has a rank from 1 to 12, not 0"),
-        ({"rank": 14}, "a rank from 1 to 12, not 14"),
+        ({"rank": 0}, "a 12 x 18 matrix has a rank from 1 to 12, but 0 was asked for"),
+        ({"rank": 14}, "a rank from 1 to 12, but 14 was asked for"),
         ({"rank": 3, "blocks": 2}, "the number of blocks must divide 12, 18 and the rank 3, not 2"),
         ({"rank": 4, "blocks": 4}, "must divide 12, 18 and the rank 4, not 4"),
     ],

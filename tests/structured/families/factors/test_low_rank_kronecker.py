@@ -168,9 +168,9 @@ def test_nearest_to_numbers_that_are_not_finite():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "a factor of 4 x 5 has a rank from 1 to 4, but 0 was asked for"),
-        ({"rank": 5}, "a factor of 4 x 5 has a rank from 1 to 4, but 5 was asked for"),
-        ({"rank": 1.0}, "a factor of 4 x 5 has a rank from 1 to 4, but 1.0 was asked for"),
+        ({"rank": 0}, "a 4 x 5 matrix has a rank from 1 to 4, but 0 was asked for"),
+        ({"rank": 5}, "a 4 x 5 matrix has a rank from 1 to 4, but 5 was asked for"),
+        ({"rank": 1.0}, "a 4 x 5 matrix has a rank from 1 to 4, but 1.0 was asked for"),
         ({"rank": 1, "terms": 7}, r"LowRankKronecker: 6 terms of 3 x 2 \(x\) 4 x 5 .*from 1 to 6"),
         (
             {"rank": 1, "factor_shapes": ((3, 2), (5, 4))},
@@ -195,5 +195,5 @@ def test_arrays_that_do_not_fit():
         LowRankKronecker(A=A, down=down[:1], up=up)
     with pytest.raises(UserError, match=r"A must be an array of shape \(k, m1, n1\), not \(3, 2\)"):
         LowRankKronecker(A=A[0], down=down, up=up)
-    with pytest.raises(UserError, match="a factor of 4 x 5 has a rank from 1 to 4, but 5 was asked for"):
+    with pytest.raises(UserError, match="a 4 x 5 matrix has a rank from 1 to 4, but 5 was asked for"):
         LowRankKronecker(A=A, down=jnp.ones((2, 4, 5)), up=jnp.ones((2, 5, 5)))
