@@ -93,6 +93,7 @@ def tables() -> dict[str, str]:
             {"adapters": "d", **dict.fromkeys(("one_ms", "bank_ms", "loop_ms"), ",.0f"), "bank_to_one": ".3f",
              "loop_to_bank": ".2f"},
         ),
+        "quantised": markdown(read("quantised"), {"base": "", "base_mb": ".1f", "trained_mb": ".2f"}),
         "cache": markdown(read("cache"), {"cache": "", "ms": ",.1f", "faster": ",.0f", "set_up_s": ".1f"}),
         "start": markdown(read("start"), {"until": "", "seconds": ".1f"}),
         "depth": markdown(

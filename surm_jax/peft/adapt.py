@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from surm_jax.errors import UserError
@@ -103,6 +104,9 @@ def claim_trained(model: nnx.Module, adapter: Adapter) -> dict[str, nnx.Param]:
     """
     base = base_parameters(model)
     paths = dict.fromkeys(path for pattern in adapter.train for path in require_match(pattern, list(base), "parameter"))
+    for path in paths:
+        if not jnp.issubdtype(base[path].dtype, jnp.inexact):
+            raise UserError(f"{path} cannot be trained: it holds {base[path].dtype} numbers. Leave it out of `train`")
     claim(base, paths, adapter.name)
     return {path: base[path] for path in paths}
 

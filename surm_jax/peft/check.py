@@ -58,7 +58,7 @@ def check(model: nnx.Module, adapter: Adapter, inputs: Any) -> None:
             raise UserError(
                 f"the part of {row.path or 'the model'} does not reach the output of the model: leave it out"
             )
-    kernels = [row for row in rows if row.part.slot == KERNEL]
+    kernels = [row for row in rows if row.part.slot == KERNEL and not kernel_at(row).quantised]
     for row, reached in zip(kernels, _reach(model, kernels, inputs, parts=False), strict=True):
         if reached:
             parameter = f"{row.path}/{kernel_at(row).parameter}".removeprefix("/")

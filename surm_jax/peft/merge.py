@@ -74,6 +74,11 @@ def merge(
         parts = list(group)
         changes = [_float64(kernel_change(row)) for row in parts]
         kernel = kernel_at(parts[0])
+        if kernel.quantised:
+            raise UserError(
+                f"{path} cannot be merged: its kernel is quantised, and would round the update away. Serve the adapter"
+                " beside the quantised kernel, or merge it into the model before quantisation and quantise the result"
+            )
         exact = _float64(kernel.matrices()) + sum(changes)
         if not np.isfinite(exact).all():
             raise UserError(f"{path} cannot be merged: its update or its kernel holds values that are not finite")

@@ -247,3 +247,12 @@ def test_a_model_that_a_method_cannot_adapt():
     assert done.returncode != 0
     said = done.stdout + done.stderr
     assert "--methods=adapter_drop, ViT-digits" in said and "Traceback" not in said
+
+
+@pytest.mark.exhaustive
+def test_quantised(tmp_path):
+    pytest.importorskip("qwix", reason="quantises the base with qwix: pip install -r requirements-peers.txt")
+    done = run("quantised", f"--out={tmp_path / 'rows.json'}", "--width=64", "--depth=1", "--tokens=2")
+    assert done.returncode == 0, done.stderr
+    held = {row["base"]: row["base_mb"] for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert held["float32"] > 1.9 * held["bfloat16"] > 3 * held["int8"] > 4 * held["nf4"]

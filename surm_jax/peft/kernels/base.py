@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from surm_jax.errors import UserError
 from surm_jax.peft.kernels.contraction import Contraction, Layout
+from surm_jax.peft.kernels.quantised import is_quantised, kernel_value, own_products, own_products_only
 from surm_jax.peft.parts.base import KERNEL, SLOTS, KernelPart, is_adapted, original_class, over_stack
 from surm_jax.structured import Dot, Sum, updated_matmul
 
@@ -80,8 +81,13 @@ class Kernel:
 
     @property
     def variable(self) -> nnx.Variable:
-        """The variable that holds the kernel."""
+        """The variable that holds the kernel, or what qwix has put in its place. That has a shape and a dtype too."""
         return vars(self.module)[self.parameter]
+
+    @property
+    def quantised(self) -> bool:
+        """Whether qwix has quantised the kernel. Then it is read only."""
+        return is_quantised(self.variable)
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -100,7 +106,7 @@ class Kernel:
             UserError: If the parameter has another shape than its layout.
         """
         shape = (*self.stack, *self.layout.entries, *self.layout.matrix)
-        value = self.variable.get_value()
+        value = kernel_value(self.variable)
         if isinstance(value, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(shape, value.dtype)  # type: ignore[return-value]  # as in `nnx.eval_shape`
         return self.layout.matrices(jnp.asarray(value))
@@ -162,7 +168,7 @@ def check_product(module: nnx.Module, path: str) -> None:
         problems += [
             f"{cls.__name__}.{name} does not call super().{name}"
             for name in kind.calls
-            if name in own and "super" not in inspect.unwrap(own[name]).__code__.co_names
+            if name in own and not _calls_super(cls, name)
         ]
         if problems:
             parameter = f"{path}/{kernel.parameter}" if path else kernel.parameter
@@ -171,6 +177,12 @@ def check_product(module: nnx.Module, path: str) -> None:
                 f" {parameter}"
             )
     kernel.matrices()
+
+
+def _calls_super(cls: type, name: str) -> bool:
+    """Return whether a method of a class calls that of its parent, or is the same function with a wrapper."""
+    function = inspect.unwrap(vars(cls)[name])
+    return "super" in function.__code__.co_names or function is getattr(cls.__mro__[1], name)
 
 
 _PROBED: contextvars.ContextVar[bool] = contextvars.ContextVar("probed_kernels", default=False)
@@ -248,8 +260,19 @@ class Product:
         """Return vectors of output features in the form of the module's output. This is the way back from `vectors`."""
         return self.join(self.contraction.outputs(y, self.layout.divided or self.layout.shape))
 
-    def adapted(self, parts: list[KernelPart], x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Array:
-        """Return the product of inputs and a kernel, plus what adapters (through their `parts`) add to it."""
+    def adapted(self, module: nnx.Module, x: Float[Array, "..."], kernel: Any) -> Array:
+        """Return the product of inputs and a module's kernel, plus what adapters add to it.
+
+        Args:
+            module: The adapted module.
+            x: The inputs, in the module's own form.
+            kernel: The array of the kernel, or what qwix has put in its place.
+        """
+        parts = kernel_parts(module)
+        if own_products_only(module):
+            frozen = self.multiply(x, kernel)
+            with own_products():
+                return functools.reduce(jnp.add, self.terms(parts, x, frozen, kernel_value(kernel)), frozen)
         kernel = probed(kernel)
         matrix = self.layout.matrices(kernel)
         sums = [(part, None if self.layout.entries else part.plain_matrix()) for part in parts]

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from surm_jax.errors import UserError
-from surm_jax.peft.kernels.base import KINDS, Hooked, Kind, Product, kernel_parts
+from surm_jax.peft.kernels.base import KINDS, Hooked, Kind, Product
 from surm_jax.peft.kernels.contraction import Contraction, Layout
 
 
@@ -47,7 +47,7 @@ class AdaptedConv(Hooked):
             join=lambda y: y if groups == 1 else y.reshape(*y.shape[:-2], width),
             execution="auto" if math.prod(kernel.shape[:-2]) == 1 else "dense",
         )
-        return product.adapted(kernel_parts(self), inputs, kernel)
+        return product.adapted(self, inputs, kernel)
 
 
 def _patches(

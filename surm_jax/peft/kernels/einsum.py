@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from surm_jax.errors import UserError
-from surm_jax.peft.kernels.base import KINDS, Hooked, Kind, Product, kernel_parts
+from surm_jax.peft.kernels.base import KINDS, Hooked, Kind, Product
 from surm_jax.peft.kernels.contraction import Contraction, Layout
 
 
@@ -34,7 +34,7 @@ class AdaptedEinsum(Hooked):
             lambda x, kernel: multiply(equation, x, kernel, **options),
             lambda x, kernel: multiply("...i,io->...o", x, kernel, **plain),
         )
-        return product.adapted(kernel_parts(self), inputs, kernel)
+        return product.adapted(self, inputs, kernel)
 
 
 class EinsumKind(Kind):

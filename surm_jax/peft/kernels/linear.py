@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from surm_jax.peft.kernels.base import KINDS, Hooked, Kind, Product, kernel_parts
+from surm_jax.peft.kernels.base import KINDS, Hooked, Kind, Product
 from surm_jax.peft.kernels.contraction import Contraction, Layout
 
 
@@ -42,7 +42,7 @@ class AdaptedLinear(Hooked):
             lambda x, kernel: multiply(x, kernel, dimensions, **options),
             lambda x, kernel: multiply(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **_unsharded(options)),
         )
-        return product.adapted(kernel_parts(self), inputs, kernel)
+        return product.adapted(self, inputs, kernel)
 
 
 def _unsharded(options: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from surm_jax.peft.kernels.base import (
     probed,
 )
 from surm_jax.peft.kernels.contraction import Contraction, Layout
+from surm_jax.peft.kernels.quantised import kernel_value, own_products, own_products_only
 from surm_jax.peft.methods.base import PartMethod
 from surm_jax.peft.parts.base import KERNEL, KernelPart
 from surm_jax.peft.parts.stacks import one_of
@@ -129,6 +130,10 @@ def check_parameter(kernel: Kernel, method: PartMethod) -> None:
         UserError: If the parameter has half precision, or if the method has dropout.
     """
     dtype = kernel.variable.dtype
+    if kernel.quantised:
+        raise UserError(
+            f"{kernel.path} cannot be adapted: it is quantised, and its module multiplies inside its own methods"
+        )
     if dtype not in (jnp.float32, jnp.float64):
         raise UserError(
             f"{kernel.path} cannot be adapted: its module multiplies inside its own methods, where the update is added"
@@ -181,7 +186,7 @@ class AdaptedCall(AdaptedLayer):
         kind = kind_of(self)
         assert isinstance(kind, CallKind)
         y = super(AdaptedCall, constant_kernel(self, kind.parameter)).__call__(inputs, *args, **kwargs)  # type: ignore[misc]
-        kernel = probed(vars(self)[kind.parameter][...])
+        kernel = probed(kernel_value(vars(self)[kind.parameter]))
         equation = kind.equation(self)
         contraction = Contraction.parse(equation)
         product = Product(
@@ -190,8 +195,10 @@ class AdaptedCall(AdaptedLayer):
             lambda x, kernel: jnp.einsum(equation, x, kernel),
             lambda x, kernel: jnp.einsum("...i,io->...o", x, kernel),
         )
-        x = inputs.astype(y.dtype)
-        terms = product.terms(kernel_parts(self), x, product.multiply(x, kernel.astype(y.dtype)), kernel)
+        own_products_only(self)  # This raises an error if qwix quantises the adapted model.
+        with own_products():
+            x = inputs.astype(y.dtype)
+            terms = product.terms(kernel_parts(self), x, product.multiply(x, kernel.astype(y.dtype)), kernel)
         return sum(terms, start=y)
 
 

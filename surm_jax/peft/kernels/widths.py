@@ -9,6 +9,7 @@ from flax import nnx
 
 from surm_jax.errors import UserError
 from surm_jax.peft.kernels.base import Kernel, kernel_of, kind_of
+from surm_jax.peft.kernels.quantised import dequantise
 from surm_jax.peft.parts.base import original_class
 
 
@@ -77,7 +78,7 @@ def _answer(module: nnx.Module, width: int, depth: int) -> int | None:
         try:
             with jax.numpy_dtype_promotion("standard"):
                 output = jax.eval_shape(
-                    lambda state, x: nnx.merge(graphdef, state)(x, *others),
+                    lambda state, x: _floating(nnx.merge(graphdef, state))(x, *others),
                     state,
                     jax.ShapeDtypeStruct(shape, jnp.float32),
                 )
@@ -85,3 +86,8 @@ def _answer(module: nnx.Module, width: int, depth: int) -> int | None:
         except Exception:  # A user's module may raise anything for an input of the wrong shape.
             continue
     return None
+
+
+def _floating(module: Any) -> Any:
+    dequantise(module)
+    return module

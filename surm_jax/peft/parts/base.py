@@ -33,7 +33,7 @@ SLOTS = (KERNEL, OUTPUT)
 """The names of the slots. A part has the path `<module>/<slot>/<name of the adapter>`."""
 
 
-class AdapterParam(nnx.Param):
+class AdapterParam(nnx.LoRAParam):
     """A trained parameter of an adapter. NNX filters select it by this type. It is float32 in a model of any dtype."""
 
 

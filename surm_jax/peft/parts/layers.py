@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from surm_jax.peft.kernels import KINDS
 from surm_jax.peft.kernels.parameter import AdaptedParameters
+from surm_jax.peft.kernels.quantised import own_products, own_products_only
 from surm_jax.peft.parts.base import KERNEL, OUTPUT, SLOTS, OutputPart, Part, original_class
 
 
@@ -26,7 +27,9 @@ class BranchedModule(nnx.Module):
         # `super()` is the module's own class, which comes after this one among the bases.
         y = super().__call__(*args, **kwargs)  # type: ignore[misc]
         parts: list[OutputPart] = _parts(vars(self)[OUTPUT])
-        return sum((part.added(y) for part in parts), start=y)
+        own_products_only(self)  # This raises an error if qwix quantises the adapted model.
+        with own_products():
+            return sum((part.added(y) for part in parts), start=y)
 
 
 def attach(module: nnx.Module, name: str, part: Part) -> None:
