@@ -40,7 +40,7 @@ def tables_of(source: str) -> Mapping[str, str]:
 
 
 def filled(text: str) -> str:
-    """Return the text of a page with its tables and files of code replaced by the present ones.
+    """Return the text of a page in which every inserted table and file of code is up to date.
 
     Args:
         text: The text of the page as it is now.

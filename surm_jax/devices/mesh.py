@@ -87,9 +87,9 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 def base_sharding(mesh: AnyMesh, shape: tuple[int, ...]) -> NamedSharding:
     """Return the sharding of a frozen array of a given shape.
 
-    Its longest axis that the number of devices along `fsdp` divides is split over these devices. Without such an axis,
-    or below 2**14 elements, the array is replicated. Here, the first array is split along its first axis, and the
-    second is too small:
+    Let k be the number of devices along `fsdp`. Of the axes with a length that is a multiple of k, the longest is split
+    over these devices. If there is no such axis, or if the array has fewer than 2**14 elements, it is replicated. Here,
+    the first array is split along its first axis, and the second is too small:
 
     >>> mesh = make_mesh(1, {}, fsdp=4)
     >>> base_sharding(mesh, (768, 12, 64)).spec, base_sharding(mesh, (768,)).spec

@@ -156,7 +156,7 @@ class DecoderConfig(Config):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kind of every block, global or local."""
+        """The kind of attention of every block, "global" or "local"."""
         return tuple(self.layer_pattern[index % len(self.layer_pattern)] for index in range(self.depth))
 
 

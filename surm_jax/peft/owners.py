@@ -17,7 +17,7 @@ _OWNER = "trained_by"
 
 
 def owners(model: nnx.Module) -> dict[str, str]:
-    """Return the name of the adapter that owns a variable, by path, for all variables that have an owner."""
+    """Return a dictionary from the path of each variable that belongs to an adapter to the name of this adapter."""
     state = nnx.to_flat_state(nnx.state(model, nnx.Variable))
     return {join(path): variable.get_metadata(_OWNER) for path, variable in state if variable.has_metadata(_OWNER)}
 

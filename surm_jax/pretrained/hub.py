@@ -108,7 +108,7 @@ def _cached(repository: str, revision: str) -> Path | None:
 
 
 def _complete(repository: str, folder: Path) -> None:
-    """Download the files that describe the input of a cached model, unless they were requested before.
+    """Download the settings of the tokeniser or image processor of a cached model, unless they were requested before.
 
     The cache also knows which files the repository lacks, so that they are requested only once.
     """

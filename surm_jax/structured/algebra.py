@@ -50,7 +50,7 @@ class Composite(StructuredMatrix):
 
     @property
     def small_residuals(self) -> bool:
-        """Whether `small_residuals` is True for every part."""
+        """Whether the backward pass of every part needs no large arrays except its input."""
         return all(part.small_residuals for part in self._parts().values())
 
     def absorb(self, alpha: float | Float[Array, ""]) -> Self:

@@ -192,7 +192,7 @@ class StructuredMatrix(abc.ABC):
         """Return the dense `M`. All leaves have the same dtype, float32 or float64."""
 
     def _rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch out"]:
-        """Return rows of `M`, by unit vectors. Families with a cheaper way override this method."""
+        """Return the rows of `M` with the indices `ids`. Families with a cheaper way override this method."""
         return by_unit_vectors(self._apply, self.shape, self._compute_dtype(), ids)
 
     @property

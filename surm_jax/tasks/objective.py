@@ -27,7 +27,7 @@ class Objective(NamedTuple):
     no_label: int | None = None
 
     def num_labels(self, labels: jax.Array) -> jax.Array | float:
-        """Return the number of labels that count, which the mean of a loss is over."""
+        """Return the number of labels that are to be predicted, by which a sum of losses is divided for the mean."""
         return float(labels.size) if self.no_label is None else (labels != self.no_label).sum(dtype=jnp.float32)
 
 

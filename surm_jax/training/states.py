@@ -222,7 +222,7 @@ def _inputs(task: Task, split: str) -> SplitInputs:
 
 
 def _key(task: Task, model: Frozen, cut: int) -> str:
-    """Return a text that differs if the state at a cut could differ for an equal input."""
+    """Describe everything except the input that determines the state at a cut, as text for the name of a file."""
     geometry = task.model_config
     kind, files = model_class(geometry), tuple(getattr(task.dataset, "files", ()))
     modules = [

@@ -344,9 +344,11 @@ def _require_special_tokens(path: Path, settings: Settings, vocabulary: Mapping[
 def _require_agreement(
     path: Path, settings: Settings, whole: tokenizers.Tokenizer, library: tokenizers.Tokenizer
 ) -> None:
-    """Check that a `tokenizer.json` gives the same tokens as the defaults of transformers that replace parts of it.
+    """Check that a `tokenizer.json` gives the tokens that transformers gives for the same folder.
 
-    Parts for which the settings give a value are not checked.
+    transformers replaces parts of `tokenizer.json` by defaults of its own. They must agree with the replaced parts.
+
+    Parts for which the settings of the tokeniser give a value are not checked.
 
     Raises:
         UserError: They disagree.

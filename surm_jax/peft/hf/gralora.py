@@ -19,9 +19,10 @@ class GraLoRAFormat(Format):
     """The file format of GraLoRA, which stores two arrays for each layer.
 
     Let N be `gralora_k`, and q = r / N the rank of a block. The update in peft is `alpha / r` times the transpose of
-    our `BlockLowRank`. `gralora_A` of shape (N, in / N, r) holds `down[k, b]` in the columns from b q of entry k, and
-    `gralora_B` of shape (N, r, out / N) holds `up[k, b]` in the rows from k q of entry b. The settings are the same
-    for all layers, so if the factors of layers differ, they are multiplied into `gralora_B`.
+    our `BlockLowRank`. `gralora_A` has the shape (N, in / N, r). Its entry `gralora_A[k]` holds `down[k, b]` in the q
+    columns from column b q on. `gralora_B` has the shape (N, r, out / N). Its entry `gralora_B[b]` holds `up[k, b]` in
+    the q rows from row k q on. The settings are the same for all layers, so if the factors of layers differ, they are
+    multiplied into `gralora_B`.
     """
 
     peft_type = "GRALORA"

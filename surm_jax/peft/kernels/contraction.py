@@ -130,17 +130,17 @@ class Contraction:
 
     @property
     def rows(self) -> str:
-        """The letters that the input and the kernel share, and over which the equation sums."""
+        """The letters of the summed axes: those in the input and the kernel, but not in the output."""
         return "".join(c for c in self.kernel if c in self.inputs and c not in self.output)
 
     @property
     def columns(self) -> str:
-        """The letters of the equation that only the kernel and the output share."""
+        """The letters of the kernel's axes that the input does not have. They become axes of the output."""
         return "".join(c for c in self.kernel if c not in self.inputs)
 
     @property
     def batch(self) -> str:
-        """The letters of the equation that the kernel shares with both the input and the output."""
+        """The letters in the input, the kernel and the output. Each index of these axes has its own matrix."""
         return "".join(c for c in self.kernel if c in self.inputs and c in self.output)
 
     def layout(self, shape: tuple[int, ...]) -> Layout:

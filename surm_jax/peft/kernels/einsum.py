@@ -48,7 +48,7 @@ class EinsumKind(Kind):
         return _contraction(module).layout(tuple(module.kernel_shape))
 
     def widths(self, module: Any) -> tuple[int, ...]:
-        """Return the sizes of the output's last axes that come from the kernel, or () if the last axis does not."""
+        """Return the sizes of the output's last axes, those that come from the kernel. The result may be empty."""
         contraction = _contraction(module)
         sizes = dict(zip(contraction.kernel, module.kernel_shape, strict=True))
         last = contraction.output[len(contraction.output.rstrip(contraction.columns)) :]

@@ -109,7 +109,7 @@ class BankedKernelPart(KernelPart):
 
     @property
     def kind(self) -> str:
-        """The kind of the adapters' parts, or "Dense" if they have no parts in this layer."""
+        """What tables call the parts (see `Part.kind`), or "Dense" if this layer has changes of the kernel only."""
         return self.parts.first().kind if hasattr(self, "parts") else "Dense"
 
     def tensors(self) -> dict[str, nnx.Variable]:
@@ -158,7 +158,7 @@ class BankedOutputPart(OutputPart):
 
     @property
     def kind(self) -> str:
-        """The kind of the adapters' parts."""
+        """What tables call the parts, which are of one kind for all adapters (see `Part.kind`)."""
         return self.parts.first().kind
 
     def tensors(self) -> dict[str, nnx.Variable]:

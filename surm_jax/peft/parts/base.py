@@ -168,7 +168,7 @@ class Part(nnx.Module):
         return parts
 
     def _change(self, kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
-        """Compute `change`, not yet multiplied by the scale."""
+        """Return the change of the kernel before `change` multiplies it by the scale. Subclasses define it."""
         raise NotImplementedError
 
 
@@ -204,7 +204,7 @@ class KernelPart(Part):
         return _scaled(self.scale, self._added(x, y, kernel, dot)).astype(y.dtype)
 
     def _added(self, x: Array, y: Array, kernel: Array, dot: Dot) -> Array:
-        """Compute `added`, not yet multiplied by the scale, in any floating dtype."""
+        """Return the added term before `added` multiplies it by the scale, in any floating dtype."""
         raise NotImplementedError
 
     def rows(
@@ -242,7 +242,7 @@ class OutputPart(Part):
         return _scaled(self.scale, self._added(y)).astype(y.dtype)
 
     def _added(self, y: Array) -> Array:
-        """Compute `added`, not yet multiplied by the scale, in any floating dtype."""
+        """Return the added term before `added` multiplies it by the scale, in any floating dtype."""
         raise NotImplementedError
 
     def _change(self, kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:

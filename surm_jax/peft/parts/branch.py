@@ -61,7 +61,7 @@ class BranchPart(OutputPart):
 
     @property
     def kind(self) -> str:
-        """The family of the first matrix."""
+        """The name of the family of the first matrix, such as "Circulant", for tables."""
         return type(self.matrices()[0]).__name__
 
     def form(self) -> str:

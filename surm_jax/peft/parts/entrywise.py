@@ -29,7 +29,7 @@ class EntrywisePart(UpdatePart):
     formula: ClassVar[str]
 
     def entries(self, matrix: Float[Array, "in out"], kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
-        """Return D for the dense form of M and the kernel, all in float32."""
+        """Return the update D, given the dense form of M and the kernel. All are in float32."""
         raise NotImplementedError
 
     @property

@@ -60,7 +60,7 @@ class StoredMatrix(nnx.Module):
 
     @property
     def kind(self) -> str:
-        """The family of the matrix."""
+        """The name of the matrix's family, such as "LowRank", for tables."""
         return type(self.stored()).__name__
 
     def form(self) -> str:

@@ -67,7 +67,7 @@ def _reshaped(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def _require_shape(array: np.ndarray, shape: tuple[int, ...]) -> None:
     """Check that an array in a checkpoint has the shape that transformers gives it. Otherwise raise a `UserError`.
 
-    So an array in our layout is refused too, although it has the shape of our parameter.
+    The shape of our parameter may be another one. An array of that other shape is refused too.
     """
     if array.shape != shape:
         raise UserError(f"it has shape {array.shape}, not {shape}")

@@ -158,7 +158,7 @@ def _check_type(model_type: str, name: str, value: Any, kind: Any) -> None:
 
 
 def _read_as(model_type: str, known: Mapping[str, Any]) -> str:
-    """Return the class of transformers, a key of `_CLASSES`, that a checkpoint is read as."""
+    """Return the name of the class of transformers that reads a checkpoint. It is a key of `_CLASSES`."""
     if model_type == "clip" and "CLIPForImageClassification" not in known.get("architectures", ()):
         return "CLIPVisionModelWithProjection"
     return next(name for name, (its_type, _) in _CLASSES.items() if its_type == model_type)

@@ -128,7 +128,7 @@ def vit_names(config: ViTConfig) -> tuple[Name, ...]:
 
 
 def dinov2_names(config: ViTConfig) -> tuple[Name, ...]:
-    """Return the names of the modules and arrays of DINOv2."""
+    """Return how transformers names the modules and arrays of a DINOv2 model."""
     return (*_DINOV2_NAMES, *_head_and_positions(config))
 
 
@@ -175,9 +175,10 @@ def clip_ignore(config: ViTConfig) -> tuple[str, ...]:
 
 
 def clip_fillers(config: ViTConfig) -> dict[str, np.ndarray]:
-    """Return arrays for the norm after the last block, which `CLIPForImageClassification` stores but does not use.
+    """Return the arrays that a checkpoint of transformers must hold although our model has none.
 
-    Return none if the model has this norm itself.
+    `CLIPForImageClassification` stores a norm after the last block, but does not use it. If our model has this norm,
+    nothing is missing, and the result is empty.
     """
     if config.final_norm:
         return {}

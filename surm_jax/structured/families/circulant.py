@@ -157,7 +157,7 @@ class CirculantPair(Family):
 
     @property
     def T(self) -> "CirculantPair":
-        """The transpose: both vectors are reversed to `r[-k mod N]`."""
+        """The transpose. Entry k of each of its vectors is entry `-k mod N` of this matrix's vector."""
         return CirculantPair(r1=_reverse(self.r1), r2=_reverse(self.r2), shape=self.shape[::-1])
 
     def compact(self) -> Circulant:

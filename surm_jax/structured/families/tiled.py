@@ -303,7 +303,7 @@ def _sizes(shape: tuple[int, int], side: int, compress: str) -> tuple[int, int]:
 
 
 def _chunks(shape: tuple[int, int], sizes: tuple[int, int]) -> int:
-    """Return the number of chunks of the input that are used: at most as many as the output has of p' features."""
+    """Return how many chunks are used: the number in the input, or in the output if that has fewer."""
     (m, n), (p, q) = shape, sizes
     return min(-(-m // p), -(-n // q))
 
@@ -314,7 +314,7 @@ def _compress(x: Float[Array, "*batch m"], p: int, how: str) -> Float[Array, "*b
 
 
 def _compress_back(h: Float[Array, "*batch p"], m: int, how: str) -> Float[Array, "*batch m"]:
-    """Return the adjoint of `_compress`."""
+    """Multiply by the transpose of the matrix by which `_compress` multiplies."""
     p = h.shape[-1]
     return _fold(_repeat(h, -(-m // p) * p), m) if how == "modulo" else _spread(h, m, how)
 
@@ -330,7 +330,7 @@ def _spread(h: Float[Array, "*batch k"], n: int, how: str) -> Float[Array, "*bat
 
 
 def _gather(x: Float[Array, "*batch n"], k: int, how: str) -> Float[Array, "*batch k"]:
-    """Return the adjoint of `_spread`, a sum or a part of x."""
+    """Multiply by the transpose of the matrix by which `_spread` multiplies: sum or select features of x."""
     if how == "modulo":
         return _fold(x, k)
     if how == "truncate":

@@ -37,7 +37,7 @@ class ProductPart(UpdatePart):
 
     @property
     def kind(self) -> str:
-        """The families of both matrices."""
+        """The names of the families of both matrices, with the sign of their entrywise product, for tables."""
         return "LowRank * LowRank"
 
     def form(self) -> str:
@@ -91,5 +91,5 @@ class ABBA(Update):
         return LowRank.init(key, shape, rank=self.rank, scale=(2 / shape[0]) ** 0.5)
 
     def part_settings(self) -> dict[str, Any]:
-        """Return the rank of the first matrix."""
+        """Return the rank of the first matrix, which `part` takes as an argument."""
         return {"rank": self.first_rank}

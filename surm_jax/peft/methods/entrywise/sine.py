@@ -63,5 +63,5 @@ class SineLoRA(Update):
         return LowRank.init(key, shape, rank=self.rank, scale=shape[0] ** -0.5)
 
     def part_settings(self) -> dict[str, Any]:
-        """Return the frequency."""
+        """Return the frequency of the sine, which `part` takes as an argument."""
         return {"omega": self.omega}
