@@ -21,6 +21,8 @@ require_versions()
 
 from surm_jax import tree as tree
 from surm_jax.errors import UserError as UserError
+from surm_jax.generation import Sampling as Sampling
+from surm_jax.generation import generate as generate
 from surm_jax.peft import METHODS as METHODS
 from surm_jax.peft import Adapter as Adapter
 from surm_jax.peft import CirculantUpdate as CirculantUpdate

@@ -30,7 +30,7 @@ from surm_jax.devices.compilation import use_compilation_cache
 from surm_jax.errors import UserError, did_you_mean
 from surm_jax.record.inputs import started_in
 from surm_jax.record.workdir import default_workdir
-from surm_jax.training import modes
+from surm_jax.training import answers, modes
 from surm_jax.training.parsing import base_config, meant_key, parse, plugins_of, require_key, require_steps
 from surm_jax.training.run import InterruptedRunError
 
@@ -44,11 +44,13 @@ MODES = {
     "merge": "write the full model of the run in --workdir",
     "export": "write the run in --workdir for transformers (--format=hf) or peft (--format=peft)",
     "predict": "label the sentences in --input with the run in --workdir, and write the labels to --output",
+    "generate": "continue the prompts in --input with the run in --workdir, and write the answers to --output",
     "describe": "print what would be trained",
 }
 FORMATS = ("hf", "peft")
 FLAGS = (
     *("config", "workdir", "mode", "format", "rank", "force", "input", "output"),
+    *("max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed", "stream"),
     *("coordinator", "process_id", "num_processes"),
 )
 
@@ -110,8 +112,16 @@ def _define_flags() -> None:
     flags.DEFINE_enum("format", "hf", FORMATS, "what --mode=export writes: the merged model, or the adapter")
     flags.DEFINE_integer("rank", 0, "with --format=peft: convert every update to LoRA of this rank", lower_bound=0)
     flags.DEFINE_bool("force", False, "with --rank: write the adapter even if an update has an error above 50 %")
-    flags.DEFINE_string("input", None, "for --mode=predict: a table of sentences, columns separated by tabs")
-    flags.DEFINE_string("output", None, "for --mode=predict: the file for labels and probabilities")
+    flags.DEFINE_string("input", None, "a table of sentences (--mode=predict), or JSON lines of prompts (generate)")
+    flags.DEFINE_string("output", None, "the file for labels and probabilities, or for answers")
+    own = "for --mode=generate; by default as generation_config.json of the model says"
+    flags.DEFINE_integer("max_new_tokens", None, f"largest number of new tokens, {own}", lower_bound=1)
+    flags.DEFINE_float("temperature", None, f"what logits are divided by, and 0 for the most probable token, {own}")
+    flags.DEFINE_integer("top_k", None, f"number of tokens to choose from, and 0 for all, {own}")
+    flags.DEFINE_float("top_p", None, f"probability of the tokens to choose from, {own}")
+    flags.DEFINE_multi_string("stop", [], "for --mode=generate: a text before which an answer ends; may be repeated")
+    flags.DEFINE_integer("seed", 0, "for --mode=generate: the seed of random choices", lower_bound=0)
+    flags.DEFINE_bool("stream", False, "for --mode=generate: print the answers while they are written, one by one")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for several processes started by hand")
     flags.DEFINE_integer("process_id", None, "number of this process, from 0, for several processes started by hand")
     flags.DEFINE_integer("num_processes", None, "number of processes, for several processes started by hand")
@@ -152,7 +162,20 @@ def main(arguments: Sequence[str]) -> None:
         case "predict":
             if not (given.input and given.output):
                 raise UserError("--mode=predict needs --input=FILE.tsv and --output=FILE.tsv")
-            modes.predict_run(workdir, overrides, Path(given.input).expanduser(), Path(given.output).expanduser())
+            answers.predict_run(workdir, overrides, Path(given.input).expanduser(), Path(given.output).expanduser())
+        case "generate":
+            if not (given.input and given.output):
+                raise UserError("--mode=generate needs --input=FILE.jsonl and --output=FILE.jsonl")
+            answers.generate_run(
+                workdir,
+                overrides,
+                Path(given.input).expanduser(),
+                Path(given.output).expanduser(),
+                stops=tuple(given.stop),
+                seed=given.seed,
+                stream=given.stream,
+                **{name: given[name].value for name in ("max_new_tokens", "temperature", "top_k", "top_p")},
+            )
         case "describe":
             modes.describe_run(parse(given.config))
 

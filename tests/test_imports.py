@@ -33,11 +33,13 @@ ARROWS = {
     "tree": GROUND | {"peft"},
     "models": GROUND,
     "pretrained": GROUND | {"models"},
-    "tasks": GROUND | {"devices", "models", "pretrained", "data"},
+    "tasks": GROUND | {"devices", "models", "pretrained", "data", "generation"},
+    "generation": GROUND | {"models", "peft"},
     "record": GROUND | {"devices", "peft"},
-    "training": GROUND | {"devices", "structured", "data", "peft", "models", "pretrained", "tasks", "record"},
+    "training": GROUND
+    | {"devices", "structured", "data", "peft", "models", "pretrained", "generation", "tasks", "record"},
     "versions": set(),
-    "__init__": {"errors", "versions", "peft", "tree"},
+    "__init__": {"errors", "versions", "peft", "tree", "generation"},
     "__main__": GROUND | {"devices", "record", "training"},
 }
 MOST_FILES = 15

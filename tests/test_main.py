@@ -171,6 +171,7 @@ def test_numbers_and_tuples(monkeypatch):
         (["--mode=predict"], ["needs --input=FILE.tsv and --output=FILE.tsv"]),
         (["--mode=predict", "--input=in.tsv"], ["needs --input=FILE.tsv and --output=FILE.tsv"]),
         (["--mode=predict", "--input=in.tsv", "--output=out.tsv"], ["no run in"]),
+        (["--mode=generate", "--input=in.jsonl"], ["needs --input=FILE.jsonl and --output=FILE.jsonl"]),
         (["--inptu=in.tsv"], ["unknown flag --inptu", "'input'"]),
     ],
 )
@@ -202,7 +203,7 @@ def test_a_configuration_is_looked_for_from_here(launched, tmp_path, monkeypatch
 def test_a_home_is_expanded(launched, tmp_path, monkeypatch):
     given = []
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(launch.modes, "predict_run", lambda *arguments: given.extend(arguments))
+    monkeypatch.setattr(launch.answers, "predict_run", lambda *arguments: given.extend(arguments))
     answer = launched("--mode=predict", "--workdir=~/run", "--input=~/in.tsv", "--output=~/out.tsv")
     assert answer.status == 0
     assert given == [tmp_path / "run", {}, tmp_path / "in.tsv", tmp_path / "out.tsv"]
@@ -221,14 +222,22 @@ def test_a_home_is_expanded(launched, tmp_path, monkeypatch):
             ("export_run", "workdir", "overrides", "peft", 16, True),
         ),
         (["--mode=predict", "--input=i", "--output=o"], ("predict_run", "workdir", "overrides", Path("i"), Path("o"))),
+        (
+            ["--mode=generate", "--input=i", "--output=o", "--top_k=3", "--stop=a", "--stop=b, c", "--seed=4"],
+            (
+                *("generate_run", "workdir", "overrides", Path("i"), Path("o")),
+                *(("a", "b, c"), 4, False, None, None, 3, None),
+            ),
+        ),
         (["--mode=describe"], ("describe_run", "config")),
     ],
 )
 def test_every_mode_is_its_own(launched, tmp_path, monkeypatch, arguments, expected):
     given = []
-    for name in [name for name in vars(launch.modes) if name.endswith("_run")]:
+    places = [(room, name) for room in (launch.modes, launch.answers) for name in vars(room) if name.endswith("_run")]
+    for room, name in places:
         monkeypatch.setattr(
-            launch.modes,
+            room,
             name,
             lambda *given_to, name=name, **options: given.append((name, *given_to, *options.values())),
         )

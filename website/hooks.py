@@ -26,7 +26,7 @@ sys.path.insert(0, str(HERE))
 from doctests import fenced  # noqa: E402 - A module beside this file, which MkDocs does not put on the path.
 
 ROOT = HERE.parent
-ROOMS = ("structured", "peft", "models", "pretrained", "data", "tasks", "training")
+ROOMS = ("structured", "peft", "models", "pretrained", "data", "generation", "tasks", "training")
 PACKAGES = ("surm_jax", *(f"surm_jax.{room}" for room in ROOMS))
 
 # The pages from outside of `docs/`, by their place in the repository.

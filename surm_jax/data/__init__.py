@@ -13,6 +13,7 @@ from surm_jax.data.images.transforms import Augment, eval_image, train_image
 from surm_jax.data.lm.encoding import LearnedTokens, encode_lines
 from surm_jax.data.lm.lines import LineDataset, LineSource, is_lines, load_lines
 from surm_jax.data.lm.pipeline import NO_LABEL, line_eval_batches, pack, packed_train_batches
+from surm_jax.data.lm.prompts import Prompts, read_prompts
 from surm_jax.data.lm.tokenizer import PromptTokenizer, load_prompt_tokenizer
 from surm_jax.data.sources import is_path, is_text, load
 from surm_jax.data.states import States, digest_of
@@ -33,6 +34,7 @@ __all__ = [
     "LineDataset",
     "LineSource",
     "PromptTokenizer",
+    "Prompts",
     "States",
     "TextDataset",
     "TextSource",
@@ -59,6 +61,7 @@ __all__ = [
     "load_tokenizer",
     "pack",
     "packed_train_batches",
+    "read_prompts",
     "text_eval_batches",
     "text_train_batches",
     "train_batches",

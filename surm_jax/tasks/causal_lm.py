@@ -11,6 +11,7 @@ from flax import nnx
 from surm_jax import data
 from surm_jax.devices.processes import share
 from surm_jax.errors import UserError
+from surm_jax.generation import GENERATION_NAME, read_settings
 from surm_jax.pretrained import locate
 from surm_jax.tasks.base import Batch, Task, register_task
 from surm_jax.tasks.config import DataConfig, ModelConfig
@@ -83,7 +84,7 @@ class CausalLM(Task):
             UserError: The tokenizer is missing or of another model, or too many lines are unusable.
         """
         checkpoint = locate(model.checkpoint)
-        tokenizer = _find_tokenizer(checkpoint)
+        tokenizer = find_tokenizer(checkpoint)
         if tokenizer.vocab_size > geometry.vocab_size:
             raise UserError(
                 f"the tokenizer in {tokenizer.files[0].parent} has {tokenizer.vocab_size} tokens, but the model has"
@@ -109,7 +110,7 @@ class CausalLM(Task):
     @classmethod
     def reads_beside(cls, checkpoint: Path | None) -> dict[str, Any]:
         """Return the files of the tokenizer, which a run records in addition to data and weights."""
-        return {"tokenizer": _find_tokenizer(checkpoint).files}
+        return {"tokenizer": find_tokenizer(checkpoint).files}
 
     @property
     def objective(self) -> Objective:
@@ -167,11 +168,23 @@ class CausalLM(Task):
         return {f"{length} tokens": dict.fromkeys(("tokens", "segments", "label"), part)}
 
     def export_options(self) -> dict[str, Any]:
-        """Return the files of the tokenizer, which an export copies into the folder of the model."""
-        return {"files": self.tokenizer.files}
+        """Return the files that an export copies into the folder of the model: tokenizer and defaults of generation.
+
+        Raises:
+            UserError: The defaults (`surm_jax.generation.read_settings`) are damaged or cannot be followed.
+        """
+        folder = self.tokenizer.files[0].parent
+        read_settings(folder)
+        path = folder / GENERATION_NAME
+        return {"files": (*self.tokenizer.files, *([path] if path.is_file() else []))}
 
 
-def _find_tokenizer(checkpoint: Path | None) -> data.PromptTokenizer:
+def find_tokenizer(checkpoint: Path | None) -> data.PromptTokenizer:
+    """Read the tokenizer in the folder of a model.
+
+    Raises:
+        UserError: There is no folder, or no tokenizer that can be read.
+    """
     if checkpoint is None:
         raise UserError(
             "config.model.checkpoint=none: a model that continues text has no tokenizer without a folder. Give a folder"

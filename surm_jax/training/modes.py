@@ -1,7 +1,8 @@
-"""The modes of `launch.py`, one function each: train, evaluate, merge, export, predict and describe."""
+"""The modes of `launch.py`, one function each: train, evaluate, merge, export and describe.
 
-import functools
-import os
+`surm_jax.training.answers` has the modes predict and generate, which read new examples.
+"""
+
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,24 +13,23 @@ import numpy as np
 from flax import nnx
 
 from surm_jax.atomic import replacing
-from surm_jax.devices.mesh import make_mesh, put_base, put_batch, replicated
+from surm_jax.devices.mesh import put_base, replicated
 from surm_jax.devices.processes import on_first, opened_on_first
 from surm_jax.errors import UserError
 from surm_jax.models import Model
 from surm_jax.peft import Adapter, LoRA, convert, load_adapter, load_peft, merge, save_peft
-from surm_jax.pretrained import from_pretrained, huggingface_names, locate, save_huggingface, save_model
+from surm_jax.pretrained import from_pretrained, huggingface_names, save_huggingface, save_model
 from surm_jax.pretrained.sources import published_name
-from surm_jax.record.inputs import check_inputs, read_inputs
 from surm_jax.record.progress import Interruption, track
 from surm_jax.record.report import combine, table
 from surm_jax.record.workdir import RESULT_NAME, open_workdir, read_result, save_config, write_json
-from surm_jax.tasks.base import Forward, Questions, make_model, task_for
+from surm_jax.tasks.base import Forward
 from surm_jax.training.config import RunConfig
-from surm_jax.training.inputs import inputs_without_data, require_same_inputs
+from surm_jax.training.inputs import require_same_inputs
 from surm_jax.training.loop import train
 from surm_jax.training.parsing import complete, resolved, saved_config, to_dict
 from surm_jax.training.partition import partition
-from surm_jax.training.setup import Job, describe_config, load_base, prepare
+from surm_jax.training.setup import Job, describe_config, prepare
 from surm_jax.training.step import evaluate, make_eval_step
 
 ADAPTER_NAME = "adapter"
@@ -221,81 +221,6 @@ def _as_lora(model: nnx.Module, adapter: Adapter, rank: int, force: bool) -> tup
     return model, converted
 
 
-def predict_run(workdir: Path, overrides: Mapping[str, Any], source: Path, target: Path) -> None:
-    """Predict the labels of new examples with the trained adapter of a run, and write them to a file.
-
-    The data set that the run was trained on is not needed.
-
-    Args:
-        workdir: The folder of a run with one seed.
-        overrides: New values of configuration keys, such as `model.checkpoint` if the pretrained weights were moved.
-        source: The file of new examples. For text it is a table (`surm_jax.tasks.sentences.read_sentences`).
-        target: The file to which the predictions are written. It is written completely or not at all.
-
-    Raises:
-        UserError: The run has several seeds or is not complete, its task cannot predict from files, or a file cannot be
-            read or written.
-    """
-    config = saved_config(workdir, overrides)
-    if config.data.name != (name := saved_config(workdir).data.name):
-        raise UserError(f"config.data.name={name} belongs to the run in {workdir}: predictions do not read other data")
-    if len(config.seeds) > 1:
-        raise UserError(
-            f"{workdir} holds a run for each of {len(config.seeds)} seeds: choose one, such as"
-            f" --workdir={workdir / f'seed-{config.seeds[0]}'}"
-        )
-    questions = task_for(config.data.name).read_questions(config.data, source)
-    classes = tuple(read_result(workdir)["classes"])
-    _require_target(target, source)
-    questions.write(target, classes, _answers(config, workdir, max(1, len(classes)), questions))
-
-
-def _require_target(target: Path, source: Path) -> None:
-    """Check, before anything is computed, that predictions can be written to the path `target`.
-
-    Raises:
-        UserError: The folder of `target` does not exist, `target` is itself a folder or write-protected, or `target` is
-            the same file as `source`, which holds the examples.
-    """
-    if not target.parent.is_dir():
-        raise UserError(f"cannot write {target}: there is no folder {target.parent}")
-    if target.is_dir():
-        raise UserError(f"cannot write {target}: it is a folder")
-    if not os.access(target if target.exists() else target.parent, os.W_OK):
-        raise UserError(f"cannot write {target}: it is write-protected or on a read-only file system")
-    if target.is_file() and target.samefile(source):
-        raise UserError(f"the predictions would overwrite the sentences in {source}: give another --output")
-
-
-def _answers(config: RunConfig, workdir: Path, outputs: int, questions: Questions) -> np.ndarray:
-    """Run the trained model of a run on new examples, and return its logits in the order of the examples.
-
-    Args:
-        config: The configuration of the run.
-        workdir: The folder of the run.
-        outputs: The number of outputs of the model.
-        questions: The new examples.
-
-    Returns:
-        An array of shape (examples, outputs), float32.
-    """
-    task = task_for(config.data.name)
-    geometry, checkpoint = task.geometry(config.model, config.data, outputs), locate(config.model.checkpoint)
-    check_inputs(workdir, read_inputs(workdir), inputs_without_data(config, task, geometry, checkpoint))
-    batches = questions.batches(checkpoint, geometry, config.data.eval_batch_size, config.data.lengths)
-    sizes = {"config.data.eval_batch_size": config.data.eval_batch_size}
-    mesh = make_mesh(config.mesh.data, sizes, config.mesh.fsdp)
-    with jax.set_mesh(mesh):
-        base = load_base(functools.partial(make_model, geometry, config.seeds[0]), checkpoint, mesh)
-        model, _ = load_adapter(workdir / ADAPTER_NAME, base, execution=config.peft.execution)
-        state, forward = _jitted(model, task.forward)
-        logits = np.zeros((questions.count, outputs), np.float32)
-        for batch in track(batches, "predict"):
-            kept = batch["mask"]
-            logits[batch["index"][kept]] = np.asarray(forward(state, put_batch(batch, mesh)))[kept]
-    return logits
-
-
 def describe_run(config: RunConfig) -> None:
     """Print what a configuration would train: every adapted layer, and the total numbers of parameters.
 
@@ -358,11 +283,11 @@ def _test_batch(job: Job) -> dict[str, np.ndarray]:
 
 
 def _logits(job: Job, model: nnx.Module, batch: dict[str, np.ndarray]) -> np.ndarray:
-    state, forward = _jitted(model, job.task.forward)
+    state, forward = jitted(model, job.task.forward)
     return np.asarray(forward(state, batch))
 
 
-def _jitted(model: nnx.Module, forward: Forward) -> tuple[nnx.State, Any]:
+def jitted(model: nnx.Module, forward: Forward) -> tuple[nnx.State, Any]:
     """Split a model into its state and a jitted function `(state, batch) -> logits` without dropout."""
     graphdef, state = nnx.split(model)
     return state, jax.jit(lambda state, batch: forward(nnx.merge(graphdef, state), batch, None))

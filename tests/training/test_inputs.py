@@ -8,7 +8,8 @@ import pytest
 
 from surm_jax.errors import UserError
 from surm_jax.record.workdir import read_result
-from surm_jax.training.modes import evaluate_run, export_run, merge_run, predict_run, train_run
+from surm_jax.training.answers import predict_run
+from surm_jax.training.modes import evaluate_run, export_run, merge_run, train_run
 from surm_jax.training.parsing import saved_config
 from tests.training import tiny, tiny_text
 

@@ -10,8 +10,9 @@ from surm_jax.errors import UserError
 from surm_jax.peft import load_adapter
 from surm_jax.record.workdir import open_workdir
 from surm_jax.tasks.sentences import read_sentences
-from surm_jax.training import modes
-from surm_jax.training.modes import predict_run, train_run
+from surm_jax.training import answers
+from surm_jax.training.answers import predict_run
+from surm_jax.training.modes import train_run
 from surm_jax.training.parsing import complete, saved_config, to_dict
 from surm_jax.training.setup import prepare
 from tests.training import tiny, tiny_text
@@ -170,14 +171,14 @@ def test_files_that_will_not_do(run, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("nothing is to be loaded for this")
 
-    monkeypatch.setattr(modes, "load_base", fail)
+    monkeypatch.setattr(answers, "load_base", fail)
     with pytest.raises(UserError, match=f"cannot read {tmp_path / 'none.tsv'}: No such file"):
         predict_run(run, {}, tmp_path / "none.tsv", tmp_path / "out.tsv")
     with pytest.raises(UserError, match=f"cannot write {tmp_path / 'no' / 'out.tsv'}: there is no folder"):
         predict_run(run, {}, source, tmp_path / "no" / "out.tsv")
     with pytest.raises(UserError, match=f"cannot write {tmp_path}: it is a folder"):
         predict_run(run, {}, source, tmp_path)
-    with pytest.raises(UserError, match=f"the predictions would overwrite the sentences in {source}"):
+    with pytest.raises(UserError, match=f"the predictions would overwrite the input in {source}"):
         predict_run(run, {}, source, tmp_path / "." / "in.tsv")
     assert source.read_text() == "a\tb\n"
     for content in ("", "\n", "sentence1\tsentence2\n", "Sentence1\tSENTENCE2 \n", "one\n"):

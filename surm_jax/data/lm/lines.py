@@ -3,7 +3,7 @@
 import glob
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,31 +128,40 @@ def _read_all(paths: Sequence[Path], max_corrupt: int) -> LineSource:
     lines: list[Line] = []
     malformed: list[str] = []
     for path in paths:
-        try:
-            raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-        for number, line in enumerate(raw, 1):
-            if not line.strip():
-                continue
+        for number, values in objects(path):
             place = f"{path}, line {number}"
             try:
-                lines.append(_line(place, line))
+                lines.append(_line(place, values))
             except ValueError as error:
-                cut = ". It is the last line and has no line break: is the file still being written?"
-                malformed.append(f"{place}: {error}{cut if number == len(raw) else ''}")
+                malformed.append(f"{place}: {error}")
                 skipping(malformed[-1], len(malformed), max_corrupt)
     if not lines:
         raise UserError(f"{', '.join(map(str, paths))}: no line is a text, a prompt with its completion, or a chat")
     return LineSource(tuple(lines), tuple(malformed))
 
 
-def _line(place: str, raw: bytes) -> Line:
-    """Return the content of a line.
+def objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """Yield the number of every line of a file that is not empty, counted from 1, and the JSON object in it.
+
+    In place of a line that holds no JSON object, an error is yielded that says so.
 
     Raises:
-        ValueError: The line is malformed. The message says what is wrong.
+        UserError: The file cannot be read.
     """
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield number, _object(line)
+            except ValueError as error:
+                cut = ". It is the last line and has no line break: is the file still being written?"
+                yield number, ValueError(f"{error}{cut if number == len(lines) else ''}")
+
+
+def _object(raw: bytes) -> dict[str, Any]:
     try:
         values = json.loads(raw.decode())
     except UnicodeDecodeError as error:
@@ -161,13 +170,26 @@ def _line(place: str, raw: bytes) -> Line:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(values, dict):
         raise ValueError(f"a JSON object was expected, got {type(values).__name__}")
+    return values
+
+
+def _line(place: str, values: dict[str, Any] | ValueError) -> Line:
+    """Return a line with the object in it.
+
+    Raises:
+        ValueError: The line is malformed. The message says what is wrong.
+    """
+    if isinstance(values, ValueError):
+        raise values
     forms = [form for form, keys in FORMS.items() if any(key in values for key in keys)]
     if len(forms) != 1:
         known = "text, prompt and completion, or messages"
         raise ValueError(f"it has the keys {sorted(values)}, but must have those of exactly one form: {known}")
     (form,) = forms
     if form == "messages":
-        _check_messages(values)
+        check_messages(values["messages"])
+        if not any(message["role"] == "assistant" for message in values["messages"]):
+            raise ValueError("no message of the assistant: there is nothing to learn")
     else:
         for key in FORMS[form]:
             _check_text(key, values.get(key), empty=key == "prompt")
@@ -181,8 +203,12 @@ def _check_text(key: str, value: Any, *, empty: bool = False) -> None:
         raise ValueError(f"{key} is empty")
 
 
-def _check_messages(values: Mapping[str, Any]) -> None:
-    messages = values["messages"]
+def check_messages(messages: Any) -> None:
+    """Check that the value "messages" of a line is a chat.
+
+    Raises:
+        ValueError: It is not. The message says what is wrong.
+    """
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise ValueError("messages must be a list of objects")
     for message in messages:
@@ -192,5 +218,3 @@ def _check_messages(values: Mapping[str, Any]) -> None:
             _check_text("content", content, empty=message["role"] != "assistant")
         elif not (isinstance(content, list) or (content is None and message.get("tool_calls"))):
             raise ValueError(f"a message of the {message['role']} has no content")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("no message of the assistant: there is nothing to learn")

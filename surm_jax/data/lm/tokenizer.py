@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import Regex, models, normalizers, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from surm_jax.data.lm.chat import ChatTemplate
 from surm_jax.data.text.settings import (
@@ -62,6 +62,19 @@ class PromptTokenizer:
     def encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         """Return the tokens of each text, without `start` and `end`, and the character span of each token."""
         return self._library.encode_batch(list(texts), add_special_tokens=False)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, without the special tokens."""
+        return self._library.decode(list(tokens), skip_special_tokens=True)
+
+    def decode_after(self, before: Sequence[int], tokens: Sequence[int]) -> str:
+        """Return the text that tokens add to the tokens before them, such as those of a prompt.
+
+        At the beginning of a text, a tokenizer may drop a space. So the text of `tokens` differs after other tokens.
+        """
+        shown = self.decode(before)
+        whole = self.decode([*before, *tokens])
+        return whole[len(shown) :] if whole.startswith(shown) else self.decode(tokens)
 
 
 def load_prompt_tokenizer(folder: str | os.PathLike[str]) -> PromptTokenizer:
@@ -116,6 +129,7 @@ def _rebuilt(
         words = pre_tokenizers.Split(Regex(_QWEN2_WORDS), behavior="isolated")
         letters = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=False)
         library.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+        library.decoder = decoders.ByteLevel()
     else:
         unknown = {"unk_token": settings.content("unk_token")} if settings.kind == GEMMA else {}
         library = tokenizers.Tokenizer(models.BPE(vocabulary, merges, fuse_unk=True, byte_fallback=True, **unknown))
@@ -126,6 +140,9 @@ def _rebuilt(
             scheme = "always" if settings.switch("legacy", False) else "first"
             scheme = "never" if prefix is False else scheme
             library.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+        first = [] if settings.kind == GEMMA or prefix is False else [decoders.Strip(content=" ", left=1)]
+        pieces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        library.decoder = decoders.Sequence([*pieces, *first])
     library.post_processor = whole.post_processor
     return library
 
