@@ -188,7 +188,8 @@ def _naming(path: Path) -> Iterator[None]:
         # An OSError without an error number (errno) keeps its message as it is. If a file name were added, Python would
         # not show this message any more.
         if unnamed and error.errno is not None:
-            error.filename, error.filename2 = str(path), None
+            error.filename = str(path)
+            del error.filename2  # Python would show the value None, too.
         raise
 
 

@@ -97,7 +97,7 @@ def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path):
         temporary.unlink()
         temporary.mkdir()
         temporary.write_text("new")
-    assert error.value.filename == str(tmp_path / "file")
+    assert str(error.value) == f"[Errno 21] Is a directory: '{tmp_path / 'file'}'"
 
 
 def test_the_longest_name_can_be_written(tmp_path):

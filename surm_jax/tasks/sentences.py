@@ -128,7 +128,8 @@ def read_sentences(path: Path, columns: Sequence[str]) -> Sentences:
         columns: The names of the one or two columns of sentences.
 
     Raises:
-        UserError: The file cannot be read, its first line names other columns, or no row is well-formed.
+        UserError: The file cannot be read, its first line is not UTF-8 or names other columns, or no row is
+            well-formed.
     """
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -143,6 +144,8 @@ def read_sentences(path: Path, columns: Sequence[str]) -> Sentences:
             sentences = tuple(line.removesuffix(b"\r").decode().split("\t"))
         except UnicodeDecodeError as error:
             malformed.append(f"{path}, line {number}: not UTF-8 (byte {error.start + 1})")
+            if places is None:  # The line may name the columns.
+                raise UserError(f"{malformed[-1]}, so the columns are unknown: save the table as UTF-8") from None
             continue
         if sentences == ("",):
             continue

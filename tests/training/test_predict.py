@@ -124,6 +124,12 @@ def test_tables_of_other_columns_are_refused(tmp_path, content, columns, names):
         read_sentences(tmp_path / "in.tsv", columns)
 
 
+def test_a_table_in_another_encoding_is_refused_because_its_header_cannot_be_read(tmp_path):
+    (tmp_path / "in.tsv").write_text("sentence2\tsentence1\na\tb\n", encoding="utf-16")
+    with pytest.raises(UserError, match=r"in.tsv, line 1: not UTF-8 \(byte 1\), so the columns are unknown"):
+        read_sentences(tmp_path / "in.tsv", COLUMNS)
+
+
 def test_a_sentence_of_spaces_is_empty(tmp_path):
     (tmp_path / "in.tsv").write_text("  \nfine\n")
     read = read_sentences(tmp_path / "in.tsv", ("sentence",))

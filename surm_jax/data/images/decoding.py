@@ -19,7 +19,7 @@ def decode(content: bytes, channels: int) -> UInt8[np.ndarray, "height width cha
     - A photograph is turned upright, as its EXIF orientation says.
     - An image with opacity (an alpha channel, or a transparent colour) is laid on white, unless `channels` is 4. This
       is what the image processors of transformers do.
-    - Pixels of 16 bits are reduced to their upper byte.
+    - Pixels of 16 bits are reduced to their upper byte. If all of them are below 256, the file is refused.
     - Colours become grey, or grey becomes colours, to get the number of `channels`.
     - Only the first frame of an animation is read.
 
@@ -28,7 +28,8 @@ def decode(content: bytes, channels: int) -> UInt8[np.ndarray, "height width cha
         channels: The number of channels of the result: 1 (grey), 3 (RGB) or 4 (RGB and opacity).
 
     Raises:
-        UserError: The bytes cannot be decoded, or the pixels are 32-bit integers or floats, which have no known range.
+        UserError: The bytes cannot be decoded, the pixels are 32-bit integers or floats, which have no known range, or
+            they have 16 bits and would all become black.
     """
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
@@ -38,7 +39,7 @@ def decode(content: bytes, channels: int) -> UInt8[np.ndarray, "height width cha
                 " store them as 8-bit pixels"
             )
         if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = Image.fromarray(_upper_bytes(np.asarray(image)))
         if channels != 4 and image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -50,3 +51,12 @@ def decode(content: bytes, channels: int) -> UInt8[np.ndarray, "height width cha
         # of its own for a decompression bomb.
         raise UserError(f"cannot be decoded ({error})") from error
     return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _upper_bytes(pixels: np.ndarray) -> np.ndarray:
+    if 0 < pixels.max() < 256:
+        raise UserError(
+            f"has 16-bit pixels, of which the largest is {pixels.max()}, so that all would become black: store them as"
+            " 8-bit pixels"
+        )
+    return (pixels >> 8).astype(np.uint8)
