@@ -1,8 +1,6 @@
 """Tests of data sets of TensorFlow Datasets: small ones that the tests write, and CIFAR-10 if it is there."""
 
-import functools
 import io
-import json
 import re
 import struct
 import subprocess
@@ -12,32 +10,11 @@ import zlib
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
 from PIL import Image
 
 from surm_jax.data import eval_batches, load, tfds_sets, train_batches
 from surm_jax.errors import UserError
-
-# The next functions encode a tf.train.Example without TensorFlow. The field numbers are those in example.proto and
-# feature.proto.
-
-
-def field(number: int, payload: bytes) -> bytes:
-    return bytes([number << 3 | 2]) + varint(len(payload)) + payload
-
-
-def varint(value: int) -> bytes:
-    value &= (1 << 64) - 1
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def example(image: bytes, label: int) -> bytes:
-    features = {"image": field(1, field(1, image)), "label": field(3, field(1, varint(label)))}
-    return field(1, b"".join(field(1, field(1, key.encode()) + field(2, value)) for key, value in features.items()))
+from tests.data.prepared import write_set
 
 
 def png(array: np.ndarray) -> bytes:
@@ -61,41 +38,19 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, 5, 6, 3), dtype=np.uint8)
 RECORDS = {"train": [(png(image), i) for i, image in enumerate(IMAGES)], "test": [(png(IMAGES[0]), 2)]}
 
 
-def write_set(root, name="shapes", version="1.0.0", records=RECORDS, features=None, file_format="array_record"):
-    """Write a data set as TensorFlow Datasets prepares it, and return the folder of its version."""
-    folder = root.joinpath(*name.split("/"), version)
-    folder.mkdir(parents=True)
-    base = name.split("/")[0]
-    features = features or {
-        "image": tfds.features.Image(shape=(None, None, 3)),
-        "label": tfds.features.ClassLabel(names=["disc", "ring", "star"]),
-    }
-    (folder / "features.json").write_text(json.dumps(tfds.features.FeaturesDict(features).to_json()))
-    for key, feature in features.items():
-        feature.save_metadata(folder, key)
-    splits = [
-        {
-            "name": split,
-            "numBytes": "1",
-            "shardLengths": [str(len(rows))],
-            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        }
-        for split, rows in records.items()
-    ]
-    info = {"name": base, "version": version, "fileFormat": file_format, "splits": splits}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    for split, rows in records.items():
-        path = folder / f"{base}-{split}.array_record-00000-of-00001"
-        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-        for row in rows:
-            writer.write(example(*row))
-        writer.close()
-    return folder
+FEATURES = {
+    "image": tfds.features.Image(shape=(None, None, 3)),
+    "label": tfds.features.ClassLabel(names=["disc", "ring", "star"]),
+}
 
 
 @pytest.fixture
 def prepare(tmp_path):
-    return functools.partial(write_set, tmp_path)
+    def prepare(name="shapes", version="1.0.0", records=RECORDS, features=FEATURES, file_format="array_record"):
+        splits = {split: [{"image": image, "label": label} for image, label in rows] for split, rows in records.items()}
+        return write_set(tmp_path, name, version, features, splits, file_format)
+
+    return prepare
 
 
 @pytest.mark.parametrize("name", ["shapes", "shapes:1.0.0", "shapes/small", "shapes/small:1.0.0"])

@@ -8,7 +8,8 @@ from flax import nnx
 
 from surm_jax.models import ViT, ViTConfig
 from surm_jax.pretrained import load, save_model
-from tests.data.test_tfds_sets import png, write_set
+from tests.data.prepared import write_set
+from tests.data.test_tfds_sets import png
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 GEOMETRY = {"image_size": 32, "patch_size": 16, "width": 12, "depth": 1, "heads": 3, "mlp_width": 24}
@@ -21,15 +22,15 @@ def write_data(folder: Path) -> Path:
         folder: The folder for data sets of TensorFlow Datasets, which is also returned.
     """
     rng = np.random.default_rng(0)
-    records = {
-        split: [(png(rng.integers(0, 256, (32, 32, 3), np.uint8)), index % 10) for index in range(count)]
+    splits = {
+        split: [{"image": png(rng.integers(0, 256, (32, 32, 3), np.uint8)), "label": i % 10} for i in range(count)]
         for split, count in (("train", 80), ("test", 20))
     }
     features = {
         "image": tfds.features.Image(shape=(32, 32, 3)),
         "label": tfds.features.ClassLabel(names=list(CLASSES)),
     }
-    write_set(folder, "cifar10", records=records, features=features)
+    write_set(folder, "cifar10", "1.0.0", features, splits)
     return folder
 
 

@@ -4,14 +4,12 @@ The BERT and its tokeniser are files in the format of the library transformers.
 """
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
 from flax import nnx
 
 from surm_jax import data
@@ -19,7 +17,7 @@ from surm_jax.models import Bert, BertConfig
 from surm_jax.pretrained import load, save_huggingface
 from surm_jax.training.config import RunConfig
 from surm_jax.training.parsing import base_config, parse
-from tests.data.text.test_glue import example
+from tests.data.prepared import write_set
 
 WORDS = ("the", "a", "cat", "dog", "bird", "sleeps", "sings", "eats", "not", "and", "old", "small", "big", ".", "?")
 VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS)
@@ -75,28 +73,18 @@ def write_bert(folder: Path, config: BertConfig) -> None:
 def write_task(folder: Path, task: str, seed: int) -> None:
     """Write a GLUE task with random sentences of words from `WORDS`, in the format that `tfds build` writes."""
     rng, classes = np.random.default_rng(seed), CLASSES[task]
-    folder = folder / "glue" / task / "2.0.0"
-    folder.mkdir(parents=True)
     columns = data.GLUE_TASKS[task].columns
     label = tfds.features.ClassLabel(names=classes) if classes else tfds.features.Scalar(np.float32)
     features = {**{column: tfds.features.Text() for column in columns}, "label": label, "idx": np.int32}
-    (folder / "features.json").write_text(json.dumps(tfds.features.FeaturesDict(features).to_json()))
-    label.save_metadata(folder, "label")
-    described = []
-    for split in ("train", *TESTS.get(task, ("validation",))):
-        count = 40 if split == "train" else 21
-        writer = array_record_module.ArrayRecordWriter(
-            str(folder / f"glue-{split}.array_record-00000-of-00001"), "group_size:1"
-        )
-        for index in range(count):
-            sentences = {column: " ".join(rng.choice(WORDS, rng.choice((3, 8), p=(0.75, 0.25)))) for column in columns}
-            answer = int(rng.integers(len(classes))) if classes else float(rng.uniform(0, 5))
-            writer.write(example({**sentences, "label": answer, "idx": index}))
-        writer.close()
-        template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-        described.append({"name": split, "numBytes": "1", "shardLengths": [str(count)], "filepathTemplate": template})
-    info = {"name": "glue", "configName": task, "version": "2.0.0", "fileFormat": "array_record", "splits": described}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+    def row(index: int) -> dict[str, Any]:
+        sentences = {column: " ".join(rng.choice(WORDS, rng.choice((3, 8), p=(0.75, 0.25)))) for column in columns}
+        answer = int(rng.integers(len(classes))) if classes else float(rng.uniform(0, 5))
+        return {**sentences, "label": answer, "idx": index}
+
+    sizes = {"train": 40, **dict.fromkeys(TESTS.get(task, ("validation",)), 21)}
+    splits = {split: [row(index) for index in range(size)] for split, size in sizes.items()}
+    write_set(folder, f"glue/{task}", "2.0.0", features, splits)
 
 
 def flat_config(files: Path, task: str, **overrides: Any) -> dict[str, Any]:

@@ -1,34 +1,15 @@
 """Tests of the tasks of GLUE with small data sets, and with the real ones if they are there."""
 
-import json
 import re
-import struct
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
 
 from surm_jax.data import GLUE_TASKS, load
 from surm_jax.errors import UserError
-from tests.data.test_tfds_sets import field, varint
+from tests.data.prepared import write_set
 from tests.speeds import fast
-
-
-def example(row: dict[str, str | int | float]) -> bytes:
-    """Return an example in TensorFlow's binary format (tf.train.Example), with strings, floats and integers."""
-    entries = []
-    for key, value in row.items():
-        match value:
-            case str():
-                feature = field(1, field(1, value.encode()))
-            case int():
-                feature = field(3, field(1, varint(value)))
-            case float():
-                feature = field(2, field(1, struct.pack("<f", value)))
-        entries.append(field(1, field(1, key.encode()) + field(2, feature)))
-    return field(1, b"".join(entries))
-
 
 RTE = [
     {"sentence1": "It rains.", "sentence2": "It is wet.", "label": 0, "idx": 7},
@@ -40,26 +21,8 @@ CLASSES = tfds.features.ClassLabel(names=["entailment", "not_entailment"])
 @pytest.fixture
 def prepare(tmp_path):
     def prepare(task, splits, label=CLASSES, columns=None, version="2.0.0"):
-        folder = tmp_path / "glue" / task / version
-        folder.mkdir(parents=True)
         texts = {column: tfds.features.Text() for column in columns or GLUE_TASKS[task].columns}
-        features = tfds.features.FeaturesDict({**texts, "label": label, "idx": np.int32})
-        (folder / "features.json").write_text(json.dumps(features.to_json()))
-        label.save_metadata(folder, "label")
-        template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-        described = [
-            {"name": split, "numBytes": "1", "shardLengths": [str(len(rows))], "filepathTemplate": template}
-            for split, rows in splits.items()
-        ]
-        info = {"name": "glue", "version": version, "fileFormat": "array_record", "splits": described}
-        (folder / "dataset_info.json").write_text(json.dumps({**info, "configName": task}))
-        for split, rows in splits.items():
-            path = folder / f"glue-{split}.array_record-00000-of-00001"
-            writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-            for row in rows:
-                writer.write(example(row))
-            writer.close()
-        return folder
+        return write_set(tmp_path, f"glue/{task}", version, {**texts, "label": label, "idx": np.int32}, splits)
 
     return prepare
 
