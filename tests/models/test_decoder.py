@@ -173,7 +173,7 @@ class TestForward:
             for got, wanted in zip(hidden, states, strict=True):
                 assert relative_error(got[row][kept], wanted[kept]) < 1e-5
 
-    @pytest.mark.parametrize("name", MODELS)
+    @pytest.mark.parametrize("name", fast(MODELS, "gemma"))
     def test_packed_and_padded_texts_equal_single_ones(self, name):
         model = tiny(name)
         logits, _ = run(model, segments=SEGMENTS)
@@ -235,7 +235,7 @@ class TestForward:
 
 
 class TestCache:
-    @pytest.mark.parametrize("name", MODELS)
+    @pytest.mark.parametrize("name", fast(MODELS, "gemma"))
     def test_decoding_equals_a_call_for_all_tokens(self, name):
         model = tiny(name)
         expected, _ = run(model)

@@ -221,8 +221,9 @@ def test_nearest_does_not_depend_on_the_scale_and_works_under_jit():
     assert abs(relative_error(nearest(target, rank=2, steps=60), target) / error - 1) < 0.01
 
 
-def test_the_nearest_to_zero_is_zero_and_can_learn():
-    found = LowDisplacementRank.nearest(jnp.zeros((20, 20)), rank=2)
+@pytest.mark.parametrize("steps", fast([0, 60]))
+def test_the_nearest_to_zero_is_zero_and_can_learn(steps):
+    found = LowDisplacementRank.nearest(jnp.zeros((20, 20)), rank=2, steps=steps)
     assert not np.any(found.to_dense())
     grad = jax.grad(lambda m: jnp.sum(m.apply(jnp.arange(1.0, 21.0))))(found)
     assert np.all(np.any(np.asarray(grad.G) != 0, axis=0))
