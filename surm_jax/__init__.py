@@ -42,6 +42,7 @@ from surm_jax.peft import load_bank as load_bank
 from surm_jax.peft import load_peft as load_peft
 from surm_jax.peft import make_method as make_method
 from surm_jax.peft import merge as merge
+from surm_jax.peft import only as only
 from surm_jax.peft import path_mask as path_mask
 from surm_jax.peft import register_kernel as register_kernel
 from surm_jax.peft import save_adapter as save_adapter

@@ -39,6 +39,7 @@ from surm_jax.peft.methods.matrices.toeplitz import AsymmetricToeplitzUpdate, To
 from surm_jax.peft.methods.selections import AttentionOnly, BitFit, Full, LinearProbe, NormTuning, Selection
 from surm_jax.peft.methods.settings import at_least, one_of
 from surm_jax.peft.methods.update import Update
+from surm_jax.peft.only import only
 from surm_jax.peft.optax_mask import path_mask, train_only
 from surm_jax.peft.owners import adapter_names
 from surm_jax.peft.parts.banked import adapter_of_examples
@@ -139,6 +140,7 @@ __all__ = [
     "make_method",
     "merge",
     "one_of",
+    "only",
     "path_mask",
     "register_kernel",
     "save_adapter",
