@@ -3,16 +3,17 @@
 Held-out examples are used to choose hyperparameters without the test set.
 """
 
+import functools
+from collections.abc import Sized
 from typing import Any, TypeVar
 
 import numpy as np
 
-from surm_jax.data.images.dataset import ImageSource, Subset
-from surm_jax.data.lm.lines import LineSource
-from surm_jax.data.text.dataset import TextSource
+from surm_jax.data.images.dataset import Subset
 from surm_jax.errors import UserError
 
-Source = TypeVar("Source", ImageSource, TextSource, LineSource)
+Source = TypeVar("Source", bound=Sized)
+"""A sequence of examples. It may have a method `select(indices)`. Otherwise it is an `ImageSource`."""
 
 
 def first_examples(train: Source, count: int) -> Source:
@@ -71,5 +72,4 @@ def _order(count: int) -> np.ndarray:
 
 
 def _select(source: Any, indices: np.ndarray) -> Any:
-    indices = np.sort(indices)
-    return source.select(indices) if isinstance(source, (TextSource, LineSource)) else Subset(source, indices)
+    return getattr(source, "select", functools.partial(Subset, source))(np.sort(indices))
