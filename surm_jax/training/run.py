@@ -138,10 +138,10 @@ class Stop:
             " goes on from there"
         )
 
-    def before_training(self) -> None:
-        """Raise an `InterruptedRunError` if a process has got a signal while the run prepares its first step."""
+    def check(self) -> None:
+        """Raise an `InterruptedRunError` if a process has got a signal while the run computes states."""
         if self.asked():
-            raise self._error("stopped before the first step; the same command begins again with the preparation")
+            raise self._error("stopped while the frozen part was computed; the same command computes it again")
 
     def _error(self, message: str) -> InterruptedRunError:
         number = signal.Signals(self._signal)
@@ -178,7 +178,7 @@ def set_up(job: Job, workdir: Path, interruption: Interruption, began: float) ->
     forward = task.outputs
     if config.data.cache == "auto":
         taken = config.optim.steps * config.data.batch_size
-        task, forward = with_states(task, Frozen(parts, trained, frozen, base), mesh, taken, stop.before_training)
+        task, forward = with_states(task, Frozen(parts, trained, frozen, base), mesh, taken, stop.check)
     optimizer = make_optimizer(config.optim, trained)
     train_step = make_train_step(
         parts,

@@ -2,7 +2,8 @@
 
 A model can be cut before a block or before its head (`Model.before`). If nothing that is trained lies before the cut,
 and if neither augmentation nor dropout changes anything, the state at the cut is always the same for an example. It is
-then computed in one pass over the examples, and the training and evaluation steps begin with it (`Model.after`).
+then computed in one pass over the examples, and the training and evaluation steps begin with it (`Model.after`). The
+pass over a split is made when its states are first used.
 
 The name of a file of states is a digest of everything that the states depend on: the frozen arrays before the cut, the
 data and how it is prepared, the settings of the model, the code of models and data, and the version of JAX. So a later
@@ -16,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -30,6 +31,7 @@ from surm_jax.data import States, digest_of
 from surm_jax.data.states import MOST_BYTES, read_rows, writing_rows
 from surm_jax.devices.mesh import put_batch, replicated, with_whole_base
 from surm_jax.devices.processes import all_agree, is_first
+from surm_jax.errors import UserError
 from surm_jax.files import cache_root, is_finite
 from surm_jax.models.base import model_class
 from surm_jax.record.inputs import describe_files
@@ -87,7 +89,7 @@ def with_states(
     try:
         _require_gain(task, taken)
         store = _Store(task, model, mesh, cut, check)
-        states = {split: store.states(split) for split in store.inputs}
+        store["train"]  # The pass over the training examples shows whether states can be stored.
     except _NotStoredError as error:
         _say(f"the frozen part of the model is computed at every step: {error}")
         return task, task.outputs
@@ -95,7 +97,7 @@ def with_states(
     def forward(model: Any, batch: Batch, key: jax.Array | None) -> Any:
         return task.outputs(cast(nnx.Module, functools.partial(model.after, cut)), batch, key)
 
-    return task.with_states(states), forward
+    return task.with_states(store), forward
 
 
 def _require_gain(task: Task, taken: int) -> None:
@@ -110,8 +112,10 @@ def _require_gain(task: Task, taken: int) -> None:
         raise _NotStoredError(f"the run takes only {taken:,} of {task.examples:,} examples, each once")
 
 
-class _Store:
-    """The stored states of all splits of a task, and how they are computed.
+class _Store(Mapping[str, States]):
+    """The states of the splits of a task, by split. They are read or computed when they are first asked for.
+
+    This is collective: all processes must ask for the same split.
 
     Args:
         task: The task.
@@ -129,6 +133,7 @@ class _Store:
 
     def __init__(self, task: Task, model: Frozen, mesh: jax.sharding.Mesh, cut: int, check: Callable[[], None]):
         self._task, self._mesh, self._model, self._check = task, mesh, model, check
+        self._found: dict[str, States] = {}
         self.inputs = {split: _inputs(task, split) for split in ("train", *task.splits)}
         self._key = _key(task, model, cut)
         # Nothing that is trained may have an effect on the states. If it had, they would be NaN, and not be stored.
@@ -157,11 +162,29 @@ class _Store:
             return (inputs.examples, *self._one.shape[1:]), None
         return (int(inputs.offsets[-1]), *self._one.shape[2:]), inputs.offsets
 
-    def states(self, split: str) -> States:
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.inputs)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, split: str) -> States:
+        if split not in self._found:
+            try:
+                self._found[split] = self._states(split)
+            except _NotStoredError as error:
+                if not self._found:
+                    raise
+                raise UserError(f"the frozen part of the model, computed for {split}: {error}") from None
+        return self._found[split]
+
+    def _states(self, split: str) -> States:
         """Return the states of a split. Read them if they are stored, otherwise compute and store them.
 
+        If the first states were stored but these cannot be, they are only kept in memory.
+
         Raises:
-            _NotStoredError: They cannot be stored.
+            _NotStoredError: The first states cannot be stored.
         """
         shape, offsets = self._form(self.inputs[split])
         path = cache_root() / FOLDER / digest_of(self._key, self.inputs[split].identity, f"{shape} {self._one.dtype}")
@@ -177,17 +200,19 @@ class _Store:
                 try:
                     found, why = stack.enter_context(writing_rows(path, shape, self._one.dtype)), ""
                 except OSError as error:
-                    found, why = np.zeros(0), f"cannot write {path} ({error.strerror})"
-                if not all_agree(not why):
+                    found, why = np.zeros(shape, self._one.dtype), f"cannot write {path} ({error.strerror})"
+                if not all_agree(not why) and not self._found:
                     raise _NotStoredError(why or "another process cannot write what it gives")
-                self._compute(split, States(found, offsets), path)
+                self._compute(split, States(found, offsets), why or str(path))
             rows = read()
             if not all_agree(rows is not None):
-                raise _NotStoredError(f"{path} was removed at once")
+                if not self._found:
+                    raise _NotStoredError(f"{path} was removed at once")
+                rows = found
         assert rows is not None
         return States(rows, offsets)
 
-    def _compute(self, split: str, states: States, path: Path) -> None:
+    def _compute(self, split: str, states: States, where: str) -> None:
         """Compute the states of a split in one pass over its examples, and put them into `states`.
 
         Raises:
@@ -211,7 +236,7 @@ class _Store:
             count += keep()
         if count != self.inputs[split].examples:
             raise _NotStoredError(f"{split} has {self.inputs[split].examples} examples, but its batches hold {count}")
-        _say(f"computed the frozen part for {count:,} examples of {split} in {time.monotonic() - began:.1f} s: {path}")
+        _say(f"computed the frozen part for {count:,} examples of {split} in {time.monotonic() - began:.1f} s: {where}")
 
 
 def _inputs(task: Task, split: str) -> SplitInputs:

@@ -110,7 +110,9 @@ def stored(images: Callable[..., RunConfig], folder: Path) -> Callable[..., Any]
     def built(**values: Any) -> tiny.Built:
         return tiny.build(images(**{**PROBE, **values}))
 
-    def store(check: Callable[[], None] = lambda: None, change: str = "", **values: Any) -> Any:
+    def store(
+        check: Callable[[], None] = lambda: None, change: str = "", splits: tuple[str, ...] = ("test",), **values: Any
+    ) -> Any:
         made = built(**values)
         base = fingerprint(made.frozen)
         if change:
@@ -120,6 +122,8 @@ def stored(images: Callable[..., RunConfig], folder: Path) -> Callable[..., Any]
             optim, size = made.job.config.optim, made.job.config.data.batch_size
             model = Frozen(made.partition, made.trained, frozen, base)
             task, _ = with_states(made.job.task, model, made.job.mesh, optim.steps * size, check)
+            for split in splits:
+                task.states.get(split)
         return {path.name for path in folder.iterdir()} if folder.exists() else set(), task
 
     return store
@@ -186,6 +190,20 @@ def test_a_damaged_file_is_computed_again(stored, folder, capfd):
     assert "computed the frozen part" in capfd.readouterr().err
     for split, found in after.states.items():
         np.testing.assert_array_equal(found.rows, rows[split])
+
+
+def test_a_split_is_computed_when_it_is_first_used(stored, monkeypatch, capfd):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    assert len(stored(splits=())[0]) == 1 and "of test" not in capfd.readouterr().err
+    with monkeypatch.context() as context:
+        context.setattr(states, "writing_rows", full)
+        files, task = stored()
+        assert len(files) == 1 and "of test" in (err := capfd.readouterr().err) and "No space left" in err
+    files, again = stored()
+    assert len(files) == 2
+    np.testing.assert_array_equal(task.states["test"].rows, again.states["test"].rows)
 
 
 def test_a_pass_that_is_stopped_leaves_no_file(stored):
