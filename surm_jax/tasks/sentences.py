@@ -176,10 +176,15 @@ def _header(path: Path, cells: Sequence[str], columns: Sequence[str]) -> list[in
     """Return the place of each wanted column if the first line of a table names them, and None if it names none.
 
     Raises:
-        UserError: The line names other columns, or does not separate them by tabs.
+        UserError: The line names other columns, has quotes around them, or does not separate them by tabs.
     """
     names = [_name(cell) for cell in cells]
     if sorted(names) == sorted(columns):
+        if any('"' in cell for cell in cells):
+            raise UserError(
+                f"{path}: the first line has quotes around names, but quotes belong to the text here, also those around"
+                " sentences: write the table without quotes, as csv.QUOTE_NONE does"
+            )
         return [names.index(column) for column in columns]
     parts = [_name(part) for part in re.split(r"[\t,;|]", "\t".join(cells))]
     known = {*columns, *_COLUMNS}

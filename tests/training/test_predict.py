@@ -92,7 +92,7 @@ def test_malformed_rows_are_named_and_the_rest_is_answered(run, tmp_path, capsys
     [
         (b"sentence1\tsentence2\na\tb\n", (2,), (("a", "b"),)),
         (b"\xef\xbb\xbfsentence1\tsentence2\r\na\tb\r\n\r\nc\td\r\n", (2, 4), (("a", "b"), ("c", "d"))),
-        (b'\n"sentence2"\tSentence1\na\tb\nc\td\n', (3, 4), (("b", "a"), ("d", "c"))),
+        (b"\nsentence2\tSentence1\na\tb\nc\td\n", (3, 4), (("b", "a"), ("d", "c"))),
         # Column names are skipped only in the first line. In a later line they are taken as sentences.
         (b"a\tb\nsentence1\tsentence2", (1, 2), (("a", "b"), ("sentence1", "sentence2"))),
         # Quotes have no special meaning. Only a line feed ends a line: other separators (U+2028, \x0b) do not.
@@ -122,6 +122,12 @@ def test_tables_of_other_columns_are_refused(tmp_path, content, columns, names):
     (tmp_path / "in.tsv").write_text(content)
     with pytest.raises(UserError, match=f"in.tsv: the first line names the columns {names}"):
         read_sentences(tmp_path / "in.tsv", columns)
+
+
+def test_a_table_in_quotes_is_refused_because_they_would_be_read_as_text(tmp_path):
+    (tmp_path / "in.tsv").write_text('"sentence1"\t"sentence2"\n"a"\t"b"\n')
+    with pytest.raises(UserError, match="the first line has quotes around names"):
+        read_sentences(tmp_path / "in.tsv", COLUMNS)
 
 
 def test_a_table_in_another_encoding_is_refused_because_its_header_cannot_be_read(tmp_path):
