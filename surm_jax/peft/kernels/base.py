@@ -29,6 +29,9 @@ from surm_jax.structured import Dot, Sum, updated_matmul
 KINDS: dict[type[nnx.Module], "Kind"] = {}
 """The kinds of kernels, by the class of the modules that have them."""
 
+KNOWN: dict[str, "Kind"] = {}
+"""Kinds by the full name of a class of another library, which is registered when a module of it is first seen."""
+
 
 class AdaptedLayer(nnx.Module):
     """The base class of mixins that add what adapters compute to the product of a module and its kernel."""
@@ -119,7 +122,12 @@ class Kernel:
 
 def kind_of(module: nnx.Module) -> Kind | None:
     """Return the `Kind` that is registered for a module's class or the nearest parent class, or `None`."""
-    return next((KINDS[cls] for cls in original_class(module).__mro__ if cls in KINDS), None)
+    for cls in original_class(module).__mro__:
+        if cls not in KINDS and (kind := KNOWN.get(f"{cls.__module__}.{cls.__qualname__}")):
+            KINDS[cls] = kind
+        if cls in KINDS:
+            return KINDS[cls]
+    return None
 
 
 def kernel_of(module: nnx.Module, path: str) -> Kernel:
