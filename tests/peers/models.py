@@ -182,7 +182,10 @@ def _() -> tuple[Called, Any]:
     )
     model = modeling.UMT5Model(config, rngs=nnx.Rngs(0))
     mask = jnp.ones((2, 6), int)
-    call = lambda m, x: m(input_ids=x, attention_mask=mask, decoder_input_ids=x, decoder_attention_mask=mask)  # noqa: E731
+
+    def call(model: Any, x: jax.Array) -> jax.Array:
+        return model.lm_head(model(input_ids=x, attention_mask=mask, decoder_input_ids=x, decoder_attention_mask=mask))
+
     return Called(model, call), TOKENS
 
 

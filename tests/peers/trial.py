@@ -83,10 +83,10 @@ def rules_for(model: nnx.Module, inputs: Any) -> tuple[list[Rule], dict[str, str
 
 
 def randomised(model: nnx.Module) -> nnx.Module:
-    """Return a model with random numbers in place of matrices of zeros, behind which no gradient would be found."""
+    """Return a model with random numbers in place of arrays of zeros, which would stop its gradients."""
     model, rngs = nnx.clone(model), nnx.Rngs(7)
     for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        if variable.ndim > 1 and not variable[...].any():
+        if variable.size > 1 and not variable[...].any():
             variable.set_value(0.1 * rngs.normal(variable.shape, variable.dtype))
     return model
 
