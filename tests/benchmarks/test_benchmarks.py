@@ -121,6 +121,19 @@ def test_bank(tmp_path):
 
 
 @pytest.mark.exhaustive
+def test_generation(tmp_path):
+    out = tmp_path / "rows.json"
+    sizes = ("--adapters=3", "--width=64", "--depth=1", "--vocabulary=50", "--prompt=5", "--new=4", "--rounds=1")
+    done = run("generation", f"--out={out}", *sizes)
+    assert done.returncode == 0, done.stderr
+    rows = {row["way"]: row for row in json.loads(out.read_text())}
+    assert [*rows] == ["base", "one", "bank", "switch"]
+    for row in rows.values():
+        assert math.isclose(row["tokens_per_s"], 3 * 4 / (row["ms"] / 1e3))
+        assert math.isclose(row["to_one"], row["ms"] / rows["one"]["ms"])
+
+
+@pytest.mark.exhaustive
 def test_input(tmp_path):
     out = tmp_path / "rows.json"
     done = run("input", f"--out={out}", "--set=digits_5to9", "--variant=digits", "--batch=2", "--steps=2")
