@@ -121,7 +121,8 @@ def updated_matmul(
     foldable = x.dtype == kernel.dtype and x.dtype in (jnp.float32, jnp.float64)
     if execution == "auto":
         execution = choose(update, math.prod(rows[:-1]), kernel.dtype)
-        if execution == "fused" and not foldable:
+        # Fast products, such as FFTs, need whole vectors. A device that has a part of each multiplies by its rows of M.
+        if (execution == "fused" and not foldable) or jax.typeof(x).sharding.spec[-1] is not None:
             execution = "dense"
     if execution == "fused" and not foldable:
         raise UserError(

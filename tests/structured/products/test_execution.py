@@ -309,3 +309,14 @@ def test_layers_with_the_same_input_share_its_transform(family):
     transforms = jax.jit(outputs).lower(updates, x).compile().as_text().count("fft_type=RFFT")
     # One of x, and one of the vector of each update.
     assert transforms == 1 + 3
+
+
+@pytest.mark.parametrize("width", [64, 512])
+def test_inputs_with_explicitly_sharded_features(width):
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    W, x = (jax.random.normal(jax.random.key(k), (2 if k else width, width)) for k in (0, 1))
+    M = CirculantPair(*jax.random.normal(jax.random.key(2), (2, width)), shape=(width, width))
+    with jax.set_mesh(mesh):
+        split = jax.device_put(W, jax.P("tp", None)), jax.device_put(x, jax.P("fsdp", "tp"))
+        y = updated_matmul(split[1], split[0], M, dot=lambda x, W: jnp.matmul(x, W, out_sharding=jax.P("fsdp", None)))
+    np.testing.assert_allclose(y, x @ (W + M.to_dense()), rtol=1e-4, atol=1e-2)
