@@ -12,6 +12,7 @@ from flax import nnx
 from surm_jax.errors import UserError
 from surm_jax.peft.adapter import Adapter
 from surm_jax.peft.check import check_merged
+from surm_jax.peft.kernels.base import own_functions
 from surm_jax.peft.lifecycle import checked_names, kernel_at, kernel_change
 from surm_jax.peft.owners import adapter_names, owners, release
 from surm_jax.peft.parts.base import KERNEL, AttachedPart, KernelPart, iter_parts
@@ -49,7 +50,8 @@ def merge(
     Raises:
         UserError: If the model does not have an adapter; if an adapter has a branch, which cannot be merged into a
             kernel; if an update or a kernel is not finite; or if an adapter that stays in the model trained a kernel
-            that the merge changes, or depends on it as a DoRA adapter does; or if the outputs for `example` differ.
+            that the merge changes, or depends on it as a DoRA adapter does; if a layer multiplies by a function of its
+            own (such as `dot_general`) and no example is given; or if the outputs for `example` differ.
     """
     adapted, model = model, nnx.clone(model)
     names = adapter_names(model) if adapters is None else checked_names(model, adapters)
@@ -78,6 +80,11 @@ def merge(
             raise UserError(
                 f"{path} cannot be merged: its kernel is quantised, and would round the update away. Serve the adapter"
                 " beside the quantised kernel, or merge it into the model before quantisation and quantise the result"
+            )
+        if example is None and (own := own_functions(kernel.module)):
+            raise UserError(
+                f"{path or 'the model'} has its own {own[0]}, for which the product with the sum of kernel and update"
+                " may differ from the sum of the products: give merge an example of the inputs, to compare the outputs"
             )
         exact = _float64(kernel.matrices()) + sum(changes)
         if not np.isfinite(exact).all():

@@ -1,7 +1,11 @@
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.nnx.nn import dtypes
 
 from surm_jax.errors import UserError
 from surm_jax.peft import CirculantBranch, CirculantUpdate, DoRA, LoRA, Rule, adapt, iter_parts, merge
@@ -152,3 +156,32 @@ def test_columns_of_zeros_are_left_as_they_are():
     model, _ = adapt(layer, [Rule("", DoRA())], rngs=nnx.Rngs(1))
     assert np.array_equal(model(jnp.eye(4)), np.zeros((4, 4)))
     assert np.array_equal(merge(model)[0](jnp.eye(4)), np.zeros((4, 4)))
+
+
+def halved(inputs, kernel, *args, **options):
+    """Multiply by a kernel whose entries are rounded to halves, as a quantised product does."""
+    return jax.lax.dot_general(inputs, jnp.round(2 * kernel) / 2, *args, **options)
+
+
+def rounded(arrays, **options):
+    return tuple(array if array is None else jnp.round(array, 1) for array in dtypes.promote_dtype(arrays, **options))
+
+
+@pytest.mark.parametrize("own", [{"dot_general": halved}, {"promote_dtype": rounded}])
+def test_a_product_of_its_own_is_merged_only_if_an_example_shows_that_it_may_be(own):
+    layer = nnx.Linear(4, 4, **own, rngs=nnx.Rngs(0))
+    model, _ = adapt(layer, [Rule("", LoRA())], rngs=nnx.Rngs(1))
+    model.delta["default"].up[...] = jnp.ones((1, 4))
+    (name,) = own
+    with pytest.raises(UserError, match=f"the model has its own {name}, .*: give merge an example"):
+        merge(model)
+    with pytest.raises(UserError, match="the merged model computes something else"):
+        merge(model, example=jnp.ones((3, 4)))
+
+
+def test_a_linear_product_of_its_own_is_merged_with_an_example():
+    exact = functools.partial(jax.lax.dot_general, precision="highest")
+    model, _ = adapt(nnx.Linear(4, 4, dot_general=exact, rngs=nnx.Rngs(0)), [Rule("", LoRA())], rngs=nnx.Rngs(1))
+    model.delta["default"].up[...] = jnp.ones((1, 4))
+    x = jnp.ones((3, 4))
+    np.testing.assert_allclose(merge(model, example=x)[0](x), model(x), rtol=1e-6)

@@ -187,6 +187,23 @@ def check_product(module: nnx.Module, path: str) -> None:
     kernel.matrices()
 
 
+def own_functions(module: nnx.Module) -> list[str]:
+    """Return the names of the attributes in which a module has a function of its own for the product with its kernel.
+
+    Such a function may treat `W + M` in another way than W and M. So the sum of the products, which the module computes
+    while it is adapted, need not equal the product with the sum.
+    """
+    cls = next((cls for cls in original_class(module).__mro__ if cls in KINDS), None)
+    if cls is None:
+        return []
+    usual = inspect.signature(cls.__init__).parameters
+    return [
+        name
+        for name in dict.fromkeys((*KINDS[cls].hooks, "promote_dtype"))
+        if vars(module).get(name) not in (None, usual[name].default if name in usual else None)
+    ]
+
+
 def _calls_super(cls: type, name: str) -> bool:
     """Return whether a method of a class calls that of its parent, or is the same function with a wrapper."""
     function = inspect.unwrap(vars(cls)[name])
