@@ -190,7 +190,7 @@ def test_files_that_will_not_do(run, tmp_path, monkeypatch):
         predict_run(run, {}, source, tmp_path / "no" / "out.tsv")
     with pytest.raises(UserError, match=f"cannot write {tmp_path}: it is a folder"):
         predict_run(run, {}, source, tmp_path)
-    with pytest.raises(UserError, match=f"the predictions would overwrite the input in {source}"):
+    with pytest.raises(UserError, match=f"the output would overwrite the input {source}"):
         predict_run(run, {}, source, tmp_path / "." / "in.tsv")
     assert source.read_text() == "a\tb\n"
     for content in ("", "\n", "sentence1\tsentence2\n", "Sentence1\tSENTENCE2 \n", "one\n"):
