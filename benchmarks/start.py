@@ -44,7 +44,9 @@ def seconds_of_run(folder: Path, workdir: str) -> dict[str, float]:
     """
     command = [sys.executable, "-u", "launch.py", f"--workdir={folder / workdir}", "--config.optim.steps=1"]
     began, seconds = time.monotonic(), {}
-    environment = {**os.environ, "SURM_JAX_CACHE": str(folder / "cache")}
+    # The first run must compile everything, so leave out a cache of programs that the user has chosen.
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment["SURM_JAX_CACHE"] = str(folder / "cache")
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

@@ -10,6 +10,13 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the suite's time is compilation, a third of which goes into machine code that runs once.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Many tests compile the same small programs. Each is compiled once a run: all processes inherit the folder from the one
+# that started them, which removes it. A folder that the user names is kept for the next run.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _COMPILED = tempfile.TemporaryDirectory(prefix="surm_jax-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
@@ -17,14 +24,6 @@ import pytest
 from surm_jax.models import ViTConfig
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Many tests compile the same small programs. Each is compiled once a run: the processes that share the work inherit the
-# folder from the one that started them, which removes it.
-if "SURM_JAX_TESTS_COMPILED" not in os.environ:
-    _COMPILED = tempfile.TemporaryDirectory(prefix="surm_jax-compiled-")
-    os.environ["SURM_JAX_TESTS_COMPILED"] = _COMPILED.name
-jax.config.update("jax_compilation_cache_dir", os.environ["SURM_JAX_TESTS_COMPILED"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -362,7 +362,8 @@ def process(files, workdir, *arguments):
     return subprocess.Popen(
         [sys.executable, "launch.py", config, f"--workdir={workdir}", *arguments],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "SURM_JAX_CACHE": str(files / "cache")},
+        # Other tests must not read a program that a killed process has written in part.
+        env={**os.environ, "SURM_JAX_CACHE": str(files / "cache"), "JAX_COMPILATION_CACHE_DIR": str(files / "own")},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

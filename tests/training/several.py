@@ -1,4 +1,4 @@
-"""Launch several processes of one run on this machine, for tests of `launch.py`.
+"""Run programs in processes of their own on this machine, such as several processes of one run of `launch.py`.
 
 To start fast, each process is forked from a server process that has already imported all modules.
 """
@@ -10,7 +10,8 @@ import runpy
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import jax
 
 ROOT = Path(__file__).resolve().parents[2]
 # Time in seconds after which all processes must have ended.
-PATIENCE = 120
+PATIENCE = 300
 
 
 class End(NamedTuple):
@@ -50,11 +51,21 @@ def launch_all(
         environments: Environment variables of each process, in addition to those of this process.
         devices: The number of devices of each process.
     """
+    pairs = zip(commands, environments, strict=True)
+    return _run_all(folder, [partial(_launch, folder, *pair, devices) for pair in pairs])
+
+
+def run_module(folder: Path, module: str, *arguments: str) -> End:
+    """Run `python -m MODULE ARGUMENTS` from the root of the repository, with its output in files of a folder."""
+    (end,) = _run_all(folder, [partial(_run_module, module, arguments)])
+    return end
+
+
+def _run_all(folder: Path, programs: Sequence[Callable[[], None]]) -> list[End]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training.processes_job", "launch"])
     started = [
-        context.Process(target=_child, args=(folder, number, arguments, environment, devices))
-        for number, (arguments, environment) in enumerate(zip(commands, environments, strict=True))
+        context.Process(target=_child, args=(folder, number, program)) for number, program in enumerate(programs)
     ]
     until, times = time.monotonic() + PATIENCE, {}
     try:
@@ -79,10 +90,24 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def _child(folder: Path, number: int, arguments: Sequence[str], environment: Mapping[str, str], devices: int) -> None:
-    """Run `launch.py` in a forked process, in which all modules are already imported."""
+def _child(folder: Path, number: int, program: Callable[[], None]) -> None:
+    """Run a program in a forked process, in which all modules are already imported."""
     for descriptor, path in zip((1, 2), _outputs(folder, number), strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.chdir(ROOT)
+    try:
+        program()
+    finally:
+        # multiprocessing does not call the functions that JAX has registered with `atexit`. Call them here.
+        atexit._run_exitfuncs()
+
+
+def _run_module(module: str, arguments: Sequence[str]) -> None:
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _launch(folder: Path, arguments: Sequence[str], environment: Mapping[str, str], devices: int) -> None:
     os.environ.update(environment)
     settings: dict[str, Any] = {
         "jax_num_cpu_devices": devices,
@@ -93,11 +118,7 @@ def _child(folder: Path, number: int, arguments: Sequence[str], environment: Map
     for name, value in settings.items():
         jax.config.update(name, value)
     sys.argv = ["launch.py", *arguments]
-    try:
-        runpy.run_path(str(ROOT / "launch.py"), run_name="__main__")
-    finally:
-        # multiprocessing does not call the functions that JAX has registered with `atexit`. Call them here.
-        atexit._run_exitfuncs()
+    runpy.run_path(str(ROOT / "launch.py"), run_name="__main__")
 
 
 def _outputs(folder: Path, number: int) -> list[Path]:
