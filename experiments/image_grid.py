@@ -53,6 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="cifar", help="name of the grid in the files of results")
     parser.add_argument("--model", default="", help="as config.model.checkpoint; default: the model of pretrain_cifar")
     parser.add_argument("--variant", default="", help="as config.model.variant; default: what the weights say")
+    parser.add_argument("--image-size", type=int, default=0, help="as config.model.image_size; default: the model's")
     parser.add_argument("--classes", nargs="+", default=[], help="only these classes")
     parser.add_argument("--methods", nargs="+", default=list(RATES), help="any of docs/methods.md")
     parser.add_argument("--rates", nargs="+", default=[], metavar="METHOD=RATE,RATE", help="learning rates to try")
@@ -139,6 +140,7 @@ def settings_of(options: argparse.Namespace, about: str) -> Settings:
         "model": model,
         "digest": digest_of(Path(model).expanduser()),
         "variant": options.variant,
+        "image_size": options.image_size,
         "classes": classes_of(options),
         "augment": options.augment,
         "steps": options.steps,
@@ -186,6 +188,7 @@ def run_config(settings: Settings, run: Run, source: Source, data_dir: str) -> R
     config = base_config()
     config.seeds = (run.seed,)
     config.model.checkpoint, config.model.variant = settings["model"], settings["variant"]
+    config.model.image_size = settings["image_size"]
     config.data.name, config.data.dir, config.data.classes = source.name, data_dir, settings["classes"]
     config.data.augment, config.data.batch_size = settings["augment"], settings["batch_size"]
     config.data.train_examples = source.examples

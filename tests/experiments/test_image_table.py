@@ -135,14 +135,22 @@ def test_a_grid_that_was_stopped_goes_on_with_the_same_run(small, pretended, mon
 
 
 def test_vtab_takes_a_thousand_examples_and_a_fifth_of_them_to_choose(tmp_path):
-    settings = {"model": "m", "variant": "", "classes": (), "augment": "none", "steps": 5, "batch_size": 8}
+    settings = {
+        "model": "m",
+        "variant": "",
+        "image_size": 56,
+        "classes": (),
+        "augment": "none",
+        "steps": 5,
+        "batch_size": 8,
+    }
     source = image_grid.Source("dtd", image_table.VTAB_EXAMPLES)
     search, final = (
         image_grid.run_config(settings, Run("dtd", "lora", part, 0.5, 3), source, "") for part in ("search", "final")
     )
     assert (search.data.train_examples, search.data.holdout) == (1000, 200)
     assert (final.data.train_examples, final.data.holdout) == (1000, 0)
-    assert final.optim.learning_rate["lora"] == 0.5
+    assert (final.model.image_size, final.optim.learning_rate["lora"]) == (56, 0.5)
     assert (final.seeds, final.data.name, final.optim.steps) == ((3,), "dtd", 5)
 
 
