@@ -195,7 +195,9 @@ def scanned(method, size=64, layers=6):
     adapter = tree.adapt(params, [Rule("layers", method, axes="io"), Rule("out", method)], rng=0)
 
     def loss(body, layers, out):
-        y = jax.lax.scan(lambda x, layer: (jnp.tanh(x @ body(layer)["kernel"]), None), x, layers)[0]
+        # Without `checkpoint`, the kernels that the body computes are kept for the backward pass.
+        step = jax.checkpoint(lambda x, layer: (jnp.tanh(x @ body(layer)["kernel"]), None))
+        y = jax.lax.scan(step, x, layers)[0]
         return ((y @ out["kernel"]) ** 2).sum()
 
     def outside(adapter, params):

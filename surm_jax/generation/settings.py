@@ -10,6 +10,7 @@ from surm_jax.files import read_json
 from surm_jax.generation.sampling import Sampling
 
 GENERATION_NAME = "generation_config.json"
+"""The file of a folder of transformers that says how its model writes text."""
 
 # Settings that change the text, and the values with which they change nothing. None changes nothing either.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {

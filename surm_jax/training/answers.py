@@ -68,8 +68,7 @@ def generate_run(
 
     An answer has "line", the number of the line of its prompt, "answer", the new text, "tokens", the number of new
     tokens, and "finish": "end" after a token that ends a text, "stop" before a text of `stops`, and "length" after
-    `max_new_tokens`. The file is written when all answers are known, completely or not at all. So a command that was
-    stopped begins again. The data set that the run was trained on is not needed.
+    `max_new_tokens`. The file is written when all answers are known. So a command that was stopped begins again.
 
     Args:
         workdir: The folder of a run with one seed.
@@ -83,9 +82,11 @@ def generate_run(
             value in the `generation_config.json` of the model (`surm_jax.generation.read_settings`).
 
     Raises:
-        UserError: The run has several seeds or is not complete, its model does not continue text, a file cannot be read
-            or written, no prompt is well-formed, or an option is out of range.
+        UserError: The run has several seeds, is not complete or is not about text that continues, a file cannot be
+            read or written, no prompt is well-formed, or an option is out of range.
     """
+    if "" in stops:
+        raise UserError("--stop is empty: every answer would end before its first letter")
     config = _config(workdir, overrides)
     task = task_for(config.data.name)
     if task.reads != "prompts":
@@ -96,11 +97,7 @@ def generate_run(
     geometry = task.geometry(config.model, config.data, 1)
     tokenizer = find_tokenizer(checkpoint)
     writing = _writing(tokenizer, geometry, options)
-    if "" in stops:
-        raise UserError("--stop is empty: every answer would end before its first letter")
-    prompts = data.read_prompts(source, tokenizer, most_tokens=geometry.max_tokens - writing["max_new_tokens"])
-    for complaint in prompts.malformed:
-        print(complaint, file=sys.stderr)
+    prompts = _prompts(source, tokenizer, geometry.max_tokens - writing["max_new_tokens"])
     shown = _Shown(tokenizer, prompts, stops)
     model, mesh = _load(config, workdir, task, geometry, checkpoint)
     with jax.set_mesh(mesh):
@@ -116,6 +113,14 @@ def generate_run(
     if stream:
         print()
     _write(target, shown, answers)
+
+
+def _prompts(source: Path, tokenizer: data.PromptTokenizer, most_tokens: int) -> data.Prompts:
+    """Read the prompts in a file, and print a line about each that is malformed."""
+    prompts = data.read_prompts(source, tokenizer, most_tokens=most_tokens)
+    for complaint in prompts.malformed:
+        print(complaint, file=sys.stderr)
+    return prompts
 
 
 def _writing(tokenizer: data.PromptTokenizer, geometry: Any, options: Mapping[str, Any]) -> dict[str, Any]:

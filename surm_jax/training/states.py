@@ -132,25 +132,26 @@ class _Store(Mapping[str, States]):
     """
 
     def __init__(self, task: Task, model: Frozen, mesh: jax.sharding.Mesh, cut: int, check: Callable[[], None]):
-        self._task, self._mesh, self._model, self._check = task, mesh, model, check
+        self._task, self._mesh, self._check = task, mesh, check
         self._found: dict[str, States] = {}
         self.inputs = {split: _inputs(task, split) for split in ("train", *task.splits)}
         self._key = _key(task, model, cut)
         # Nothing that is trained may have an effect on the states. If it had, they would be NaN, and not be stored.
         absent = {path: jnp.full(array.shape, jnp.nan, array.dtype) for path, array in model.trained.items()}
-        self._absent = jax.device_put(absent, replicated(mesh))
+        absent = jax.device_put(absent, replicated(mesh))
 
         def state(trained: Arrays, frozen: nnx.State, batch: Batch) -> jax.Array:
             whole = model.partition.merge(trained, frozen)
             return task.forward(cast(nnx.Module, functools.partial(whole.before, cut)), batch, None)
 
         state = with_whole_base(state, mesh)
-        self._step = jax.jit(
+        step = jax.jit(
             lambda trained, frozen, batch: (state(trained, frozen, batch), batch["index"], batch["mask"]),
             out_shardings=replicated(mesh),
         )
+        self._step = functools.partial(step, absent, model.frozen)
         shapes = next(iter(task.train_shapes().values()))
-        self._one = jax.eval_shape(state, self._absent, model.frozen, shapes)
+        self._one = jax.eval_shape(state, absent, model.frozen, shapes)
         self._per_token = cut <= task.model_config.depth
         need = sum(math.prod(self._form(inputs)[0]) for inputs in self.inputs.values()) * self._one.dtype.itemsize
         if need > MOST_BYTES:
@@ -230,7 +231,7 @@ class _Store(Mapping[str, States]):
 
         for batch in track(self._task.eval_batches(split), f"compute the frozen part for {split}"):
             self._check()
-            outputs.append(self._step(self._absent, self._model.frozen, put_batch(batch, self._mesh)))
+            outputs.append(self._step(put_batch(batch, self._mesh)))
             count += keep() if len(outputs) > 1 else 0  # While the devices compute a batch, the host stores another.
         while outputs:
             count += keep()

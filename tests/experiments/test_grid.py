@@ -354,5 +354,9 @@ def test_nothing_is_left_to_run_of_the_committed_grids(name):
     assert not COMMITTED[name](rows).missing(rows)
 
 
+# A grid that takes many hours. Its rows are kept as they come, and no page shows them yet.
+GROWING = {"image_table_dinov2"}
+
+
 def test_every_committed_grid_is_looked_at():
-    assert {path.stem for path in grid.RESULTS.glob("*.json")} == {*COMMITTED}
+    assert {path.stem for path in grid.RESULTS.glob("*.json")} == {*COMMITTED} | GROWING

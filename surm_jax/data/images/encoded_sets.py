@@ -71,6 +71,10 @@ class EncodedSource:
         except (UserError, OSError) as error:
             raise CorruptExampleError(f"{where} {error}") from error
 
+    def identity(self) -> str:
+        """Return the name of the split. The content of its files counts through `ImageDataset.files`."""
+        return self.name
+
 
 def load_encoded(path: Path) -> ImageDataset:
     """Load images that are stored as files in a pair of .npz files, `NAME_train.npz` and `NAME_test.npz`.
