@@ -73,11 +73,13 @@ def check_classes(name: str, classes: Sequence[str]) -> None:
         classes: The names.
 
     Raises:
-        UserError: There are fewer than two names, a name is no string, or a name comes twice.
+        UserError: There are fewer than two names, a name is no string or is empty, or a name comes twice.
     """
     for index, each in enumerate(classes):
         if not isinstance(each, str):
             raise UserError(f"{name}: the name of class {index} is {each!r}, but must be a string")
+        if not each.strip():
+            raise UserError(f"{name}: the name of class {index} is empty: give every class a name")
     twice = [each for each, count in Counter(classes).items() if count > 1]
     if twice:
         where = [index for index, each in enumerate(classes) if each == twice[0]]

@@ -19,7 +19,8 @@ def decode(content: bytes, channels: int) -> UInt8[np.ndarray, "height width cha
     - A photograph is turned upright, as its EXIF orientation says.
     - An image with opacity (an alpha channel, or a transparent colour) is laid on white, unless `channels` is 4. This
       is what the image processors of transformers do.
-    - Pixels of 16 bits are reduced to their upper byte. If all of them are below 256, the file is refused.
+    - Pixels of 16 bits are reduced to their upper byte. If none reaches 4096, the file is refused: 12-bit pixels, for
+      example, would become almost black.
     - Colours become grey, or grey becomes colours, to get the number of `channels`.
     - Only the first frame of an animation is read.
 
@@ -29,7 +30,7 @@ def decode(content: bytes, channels: int) -> UInt8[np.ndarray, "height width cha
 
     Raises:
         UserError: The bytes cannot be decoded, the pixels are 32-bit integers or floats, which have no known range, or
-            they have 16 bits and would all become black.
+            they have 16 bits and would all become almost black.
     """
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
@@ -54,9 +55,9 @@ def decode(content: bytes, channels: int) -> UInt8[np.ndarray, "height width cha
 
 
 def _upper_bytes(pixels: np.ndarray) -> np.ndarray:
-    if 0 < pixels.max() < 256:
+    if 0 < pixels.max() < 4096:
         raise UserError(
-            f"has 16-bit pixels, of which the largest is {pixels.max()}, so that all would become black: store them as"
-            " 8-bit pixels"
+            f"has 16-bit pixels, of which the largest is {pixels.max()}, so that all would become almost black: scale"
+            " them to 0..65535, or store them as 8-bit pixels"
         )
     return (pixels >> 8).astype(np.uint8)

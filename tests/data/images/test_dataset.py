@@ -46,6 +46,7 @@ def test_array_source_refuses_arrays_that_do_not_fit(images, labels, message):
         (("a",), r"'pets' has 1 class\(es\)"),
         ((), r"'pets' has 0 class\(es\)"),
         (("a", 1, "b"), "the name of class 1 is 1, but must be a string"),
+        (("a", " "), "the name of class 1 is empty"),
         (("a", "b"), r"pets: train_labels\[2\] is 2, but labels must be 0 to 1 \(2 classes\)"),
     ],
 )

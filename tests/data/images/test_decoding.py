@@ -27,9 +27,10 @@ def test_16_bits_become_their_upper_byte(form, channels):
     np.testing.assert_array_equal(got, np.repeat((GREY16 // 256).astype(np.uint8)[..., None], channels, axis=-1))
 
 
-def test_16_bits_that_would_all_become_black_are_refused():
-    with pytest.raises(UserError, match=r"the largest is 255, so that all would become black"):
-        decode(encoded(np.array([[0, 7, 255]], np.uint16), "PNG"), 3)
+@pytest.mark.parametrize("largest", [255, 4095])
+def test_16_bits_that_would_all_become_black_are_refused(largest):
+    with pytest.raises(UserError, match=f"the largest is {largest}, so that all would become almost black"):
+        decode(encoded(np.array([[0, 7, largest]], np.uint16), "PNG"), 3)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
