@@ -19,6 +19,14 @@ hooks = importlib.import_module("hooks")
 sys.path.pop(0)
 
 
+# For each notebook, a text that it must print.
+PRINTED = {
+    "tour_of_the_matrices": "Circulant                96 numbers   rank 96",
+    "adapt_your_own_model": "refused: ",
+    "the_papers_tables": "rank one",
+}
+
+
 @pytest.fixture(scope="module")
 def package():
     return griffe.load("surm_jax", search_paths=[ROOT], resolve_aliases=True)
@@ -69,7 +77,9 @@ def test_the_site_is_built_without_a_warning_and_stands_alone(tmp_path):
     assert not [name for name, text in pages.items() if loaded.search(text)]
     # Examples in docstrings are shown as code, and notebooks with what they print and draw.
     assert "&gt;&gt;&gt; " not in re.sub(r"<code.*?</code>", "", pages["api/surm_jax.structured.html"], flags=re.DOTALL)
-    assert "rank 96" in pages["notebooks/tour_of_the_matrices.html"]
-    assert "<img" in pages["notebooks/tour_of_the_matrices.html"]
+    assert {path.stem for path in (ROOT / hooks.NOTEBOOKS).glob("*.ipynb")} == PRINTED.keys()
+    for name, printed in PRINTED.items():
+        page = pages[f"notebooks/{name}.html"]
+        assert printed in page and "<img" in page
     index = json.loads((tmp_path / "search" / "search_index.json").read_text())
     assert any("circulant" in entry["text"].lower() for entry in index["docs"])
