@@ -110,7 +110,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("workdir", None, "folder of the run; by default runs/ and a name made from the flags")
     flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{mode}: {what}" for mode, what in MODES.items()))
     flags.DEFINE_enum("format", "hf", FORMATS, "what --mode=export writes: the merged model, or the adapter")
-    flags.DEFINE_integer("rank", 0, "with --format=peft: convert every update to LoRA of this rank", lower_bound=0)
+    flags.DEFINE_integer("rank", None, "with --format=peft: convert every update to LoRA of this rank", lower_bound=1)
     flags.DEFINE_bool("force", False, "with --rank: write the adapter even if an update has an error above 50 %")
     flags.DEFINE_string("input", None, "a table of sentences (--mode=predict), or JSON lines of prompts (generate)")
     flags.DEFINE_string("output", None, "the file for labels and probabilities, or for answers")

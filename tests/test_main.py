@@ -216,7 +216,7 @@ def test_a_home_is_expanded(launched, tmp_path, monkeypatch):
         (["--mode=train"], ("train_run", "config", "workdir")),
         (["--mode=evaluate"], ("evaluate_run", "workdir", "overrides")),
         (["--mode=merge"], ("merge_run", "workdir", "overrides")),
-        (["--mode=export"], ("export_run", "workdir", "overrides", "hf", 0, False)),
+        (["--mode=export"], ("export_run", "workdir", "overrides", "hf", None, False)),
         (
             ["--mode=export", "--format=peft", "--rank=16", "--force"],
             ("export_run", "workdir", "overrides", "peft", 16, True),

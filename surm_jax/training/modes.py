@@ -144,7 +144,7 @@ def merge_run(workdir: Path, overrides: Mapping[str, Any]) -> list[Path]:
 
 
 def export_run(
-    workdir: Path, overrides: Mapping[str, Any], form: str, *, rank: int = 0, force: bool = False
+    workdir: Path, overrides: Mapping[str, Any], form: str, *, rank: int | None = None, force: bool = False
 ) -> list[Path]:
     """Export the trained model or adapter of every seed in the format of a Hugging Face library.
 
@@ -158,7 +158,7 @@ def export_run(
         overrides: See `evaluate_run`.
         form: "hf" or "peft".
         rank: With the form "peft", convert every update to LoRA of this rank, the nearest one by a singular value
-            decomposition. The relative errors of the updates and of the logits are printed. 0: convert nothing.
+            decomposition. The relative errors of the updates and of the logits are printed. None: convert nothing.
         force: Whether to write a converted adapter of which an update has a relative error above `MOST_ERROR`.
 
     Returns:
@@ -166,12 +166,12 @@ def export_run(
 
     Raises:
         UserError: See `evaluate_run`. It is also raised if the library transformers has no such model, the library
-            peft has no such method, a converted update has too large an error, or `rank` is negative, is larger than a
+            peft has no such method, a converted update has too large an error, or `rank` is below 1, is larger than a
             layer, or is given with the form "hf".
     """
-    if rank < 0 or (rank and form != "peft"):
+    if rank is not None and (rank < 1 or form != "peft"):
         raise UserError(f"--rank={rank} must be at least 1 and goes with --format=peft, not with --format={form}")
-    if force and not rank:
+    if force and rank is None:
         raise UserError("--force goes with --format=peft --rank=16: nothing else has an error to accept")
     config, folders = saved_config(workdir, overrides), []
     for seed, folder in _complete_folders(config, workdir):
