@@ -194,3 +194,9 @@ def test_a_method_without_a_counterpart_in_peft_is_refused(tiny_files, source, t
         export_run(tmp_path / "run", {}, "peft")
     assert not (tmp_path / "run" / "peft").exists()
     assert export_run(tmp_path / "run", {}, "hf")
+
+
+@pytest.mark.parametrize(("form", "rank"), [("peft", 0), ("hf", 4)])
+def test_a_rank_that_cannot_be(tmp_path, form, rank):
+    with pytest.raises(UserError, match=f"--rank={rank} must be at least 1 and goes with --format=peft"):
+        export_run(tmp_path, {}, form, rank=rank)
